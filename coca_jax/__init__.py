@@ -1,0 +1,20 @@
+"""coca_jax: contrastive captioners (CoCa, Yu et al. 2022) in JAX and Flax.
+
+Importing this package costs almost nothing; `load` pulls in JAX when it is called.
+"""
+
+from __future__ import annotations
+
+import typing
+
+if typing.TYPE_CHECKING:
+    from coca_jax.inference import CoCaModel
+
+__version__ = "0.1.0"
+
+
+def load(path: str, **options: typing.Any) -> CoCaModel:
+    """Loads a run's workdir, a checkpoint, an export or converted weights (see `inference.load`)."""
+    from coca_jax import inference
+
+    return inference.load(path, **options)

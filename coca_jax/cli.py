@@ -1,0 +1,29 @@
+"""How every command starts and ends: absl flags, one-line errors, exit status 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+
+
+def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
+    """Runs `main(argv)`; prints its result as the last line of standard output, as one JSON object.
+
+    A ValueError or FileNotFoundError is bad input: it becomes one line on standard error and exit
+    status 2. Anything else is a defect and keeps its traceback.
+    """
+
+    def wrapped(argv: Sequence[str]) -> None:
+        try:
+            result = main(argv)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if result is not None:
+            print(json.dumps(result), flush=True)
+
+    app.run(wrapped)

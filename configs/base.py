@@ -1,0 +1,82 @@
+"""Every key of a run, with its default. A recipe starts from this and changes what it needs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration; each value can be set as `--config.key=value`."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            batch_size=256,  # pairs per optimizer step, over all devices and processes
+            steps=0,  # optimizer steps; 0: use epochs
+            epochs=0.0,  # passes over the data (the sum of all sources); 0: use steps
+            remat="none",  # 'none' | 'dots' | 'full': what the backward pass recomputes
+            accumulate_steps=1,  # micro-batches per step; the contrastive loss stays exact
+            init_from="",  # a run, checkpoint or converted weights to start from
+            model=model(),
+            loss=dict(
+                contrastive_weight=1.0,
+                captioning_weight=2.0,
+                contrastive="softmax",  # 'softmax' | 'sigmoid'
+                reduction="sum",  # of the two directions: 'sum' (paper, Eq. 2) | 'mean'
+                contrastive_chunk=0,  # columns per tile of the similarity matrix; 0: one tile
+                caption_chunk=0,  # tokens per chunk of the softmax projection; 0: all at once
+                z_loss=0.0,  # weight of log-sum-exp squared in the captioning loss
+                label_smoothing=0.0,  # of the captioning loss
+                duplicate_texts="negatives",  # 'negatives' (paper) | 'ignore' | 'positives'
+            ),
+            optimizer=dict(
+                name="adafactor",  # 'adafactor' | 'adamw'
+                learning_rate=8e-4,
+                warmup_steps=0,
+                schedule="linear",  # after warm-up: 'linear' | 'cosine' to zero | 'constant'
+                weight_decay=0.01,  # decoupled, on matrices only
+                beta1=0.9,
+                beta2=0.999,
+                clip_norm=1.0,  # global gradient norm; 0: no clipping
+                ema=0.0,  # decay of the averaged parameters used in evaluation; 0: none
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
+            data=dict(
+                sources=(),  # dicts: path|tfds|builtin, split, kind 'caption'|'label', weight
+                vocabulary="",  # a tokenizer file; '': trained on the run's own text
+                label_token=False,  # a reserved symbol before label texts
+                prompts="clip",  # prompt set of label texts: 'clip' | 'plain' | a text file
+                augment="none",  # 'none' | 'crop' | 'inception' | 'drawing' | 'randaugment'
+                flip=False,  # random left-right flip
+                resize="squash",  # evaluation and plain resize: 'squash' | 'crop' (shortest side)
+                max_bad_fraction=0.01,  # undecodable images tolerated before the run stops
+                num_threads=0,  # decoding threads; 0: one per core
+            ),
+            checkpoint=dict(every_steps=1000, keep=3),
+            eval=dict(every_steps=0, tasks=()),  # tasks also run once at the end of training
+            log=dict(every_steps=10, profile_steps=()),
+        ),
+        convert_dict=True,
+    )
+
+
+def model() -> dict:
+    """The paper's architecture at its Base size (Table 1)."""
+    return dict(
+        image_size=288,
+        patch_size=18,
+        embed_dim=768,  # of the contrastive space
+        dtype="bfloat16",  # compute; parameters stay float32
+        image_mean=(0.5, 0.5, 0.5),  # pixels in [0, 1] minus this ...
+        image_std=(0.5, 0.5, 0.5),  # ... over this
+        temperature=0.07,  # initial; learned
+        image=dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
+        text=dict(
+            width=768,
+            unimodal_depth=12,
+            multimodal_depth=12,
+            mlp_dim=3072,
+            num_heads=12,
+            vocab_size=64_000,
+            max_len=64,  # caption tokens with begin and end, without [CLS]
+            tie_embeddings=False,
+        ),
+        pooler=dict(kind="cascade", num_queries=256, num_heads=12),
+    )

@@ -1,0 +1,47 @@
+"""Package metadata. `pip install -e .` for use, `pip install -e '.[test]'` for development."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").read_text())[1]
+
+setuptools.setup(
+    name="coca_jax",
+    version=VERSION,
+    description="Contrastive captioners (CoCa) in JAX: pretrain, adapt, evaluate, caption, deploy.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
+    package_data={"coca_jax": ["data/*.txt"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "flax>=0.12.8,<0.13",
+        "fsspec>=2024.6",
+        "jax>=0.10.2,<0.13",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20,<0.13",
+        "pillow>=10.3",
+        "pyarrow>=17",
+        "sentencepiece>=0.2.1",
+        "seqio==0.0.20",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-text>=2.21,<2.22",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "mypy==2.4.1"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "compile": ["libtpu"],
+        "tensorboard": ["tensorboard"],
+    },
+)
