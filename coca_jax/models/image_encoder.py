@@ -1,0 +1,98 @@
+"""The image encoder: a Vision Transformer over patches (paper Section 3.2, Table 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from coca_jax.models import layers
+from coca_jax.partitioning import constrain
+
+
+class ImageEncoder(nn.Module):
+    """pixels float [B, S, S, 3], normalised -> tokens [B, N, D] in `dtype`.
+
+    class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
+    the paper's (no class token, no norm before the first block, a norm after the last).
+    patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    class_token: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    patch_bias: bool = True
+    patch_dropout: float = 0.0
+    activation: str = "gelu"
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        if pixels.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"pixels have shape {pixels.shape}; the model takes "
+                f"[B, {self.image_size}, {self.image_size}, 3]: resize them or set model.image_size"
+            )
+        x = layers.Projection(
+            (self.width,),
+            axes=("patch", "embed"),
+            use_bias=self.patch_bias,
+            dtype=self.dtype,
+            flat=self.flat,
+            name="patch_embedding",
+        )(patchify(pixels, self.patch_size))
+        num_positions = x.shape[1] + self.class_token
+        positions = layers.Table(
+            (num_positions, self.width), axes=("position", "embed"), name="positions"
+        )().astype(x.dtype)
+        x = x + positions[int(self.class_token) :]
+        if self.patch_dropout and not deterministic:
+            x = drop_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
+        if self.class_token:
+            token = layers.Table((self.width,), axes=("norm",), name="class_token")()
+            first = jnp.broadcast_to(
+                token.astype(x.dtype) + positions[0], (x.shape[0], 1, self.width)
+            )
+            x = jnp.concatenate([first, x], axis=1)
+        x = constrain(x, "batch", "length", "act_embed")
+        if self.pre_norm:
+            x = layers.LayerNorm(self.dtype, name="pre_norm")(x)
+        x = layers.Stack(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            activation=self.activation,
+            remat=self.remat,
+            dtype=self.dtype,
+            flat=self.flat,
+            name="blocks",
+        )(x)
+        if self.final_norm:
+            x = layers.LayerNorm(self.dtype, name="final_norm")(x)
+        return x
+
+
+def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
+    """[B, S, S, 3] -> [B, (S / P)^2, P * P * 3], rows first; each patch in (row, column, channel)."""
+    batch, size, _, channels = pixels.shape
+    grid = size // patch_size
+    x = pixels.reshape(batch, grid, patch_size, grid, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, -1)
+
+
+def drop_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+    """Keeps a random subset of each row's tokens: [B, N, D] -> [B, round(N (1 - rate)), D]."""
+    batch, length, _ = x.shape
+    keep = max(1, round(length * (1 - rate)))
+    order = jnp.argsort(jax.random.uniform(rng, (batch, length)), axis=1)[:, :keep]
+    return jnp.take_along_axis(x, order[:, :, None], axis=1)

@@ -1,0 +1,323 @@
+"""The transformer parts every tower is built of: the only place with parameters, scan and remat.
+
+Shape letters: B batch, N queries, M keys, D width, F MLP width, H heads, K head width, W key width.
+Parameters are float32; products run in `dtype`; norm statistics and softmax run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from coca_jax.partitioning import constrain, with_axes
+
+NORM_EPSILON = 1e-5
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@jax.custom_vjp
+def _matmul_float32_out(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[N, D] x [D, F] in the inputs' dtype with float32 output, forward and backward.
+
+    The CPU backend runs bfloat16 products twice as fast with float32 output as with bfloat16 output.
+    """
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, w):
+    return _matmul_float32_out(x, w), (x, w)
+
+
+def _matmul_backward(residuals, g):
+    x, w = residuals
+    g = g.astype(x.dtype)
+    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_matmul_float32_out.defvjp(_matmul_forward, _matmul_backward)
+
+
+def project(x: jax.Array, kernel: jax.Array, num_in: int, dtype: Any, flat: bool) -> jax.Array:
+    """Contracts the last `num_in` axes of x with the first `num_in` axes of kernel.
+
+    `flat` runs it as one two-dimensional product: what the CPU backend wants (it repacks batched
+    ones); the TPU compiler prefers the shapes as they are.
+    """
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if not flat:
+        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+        return jax.lax.dot_general(x, kernel, (contract, ((), ())))
+    batch, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
+    rows = x.reshape((-1, kernel.size // max(1, _size(out))))
+    product = _matmul_float32_out(rows, kernel.reshape((rows.shape[1], -1)))
+    return product.astype(dtype).reshape(batch + out)
+
+
+def _size(shape: Sequence[int]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (width,))
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (width,))
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        centred = x - mean
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
+        return y.astype(self.dtype)
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, flat: bool
+) -> jax.Array:
+    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
+
+    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    """
+    head_width = query.shape[-1]
+    # float32 scores on the CPU in any case: bfloat16 outputs are slow there.
+    precision = jnp.float32 if flat else None
+    scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
+    scores = scores.astype(jnp.float32) * head_width**-0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
+    return out.astype(value.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [B, N, D] over context [B, M, W] (self-attention when None).
+
+    Raises ValueError when the heads do not divide the width.
+    """
+
+    num_heads: int
+    out_scale: float = 1.0
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        width, heads = x.shape[-1], self.num_heads
+        if width % heads:
+            raise ValueError(
+                f"num_heads={heads} does not divide the width {width}; choose a divisor"
+            )
+        context = x if context is None else context
+        shape = (heads, width // heads)
+
+        def head_projection(name: str, source: jax.Array) -> jax.Array:
+            dense = Projection(
+                shape, axes=("embed", "heads", "head_width"), dtype=self.dtype, flat=self.flat
+            )
+            return checkpoint_name(dense.copy(name=name)(source), "qkv")
+
+        query = head_projection("query", x)
+        key = head_projection("key", context)
+        value = head_projection("value", context)
+        query = constrain(query, "batch", "length", "act_heads", "head_width")
+        key = constrain(key, "batch", "length", "act_heads", "head_width")
+        value = constrain(value, "batch", "length", "act_heads", "head_width")
+        out = checkpoint_name(attend(query, key, value, mask, self.flat), "attended")
+        return Projection(
+            (width,),
+            num_in=2,
+            axes=("heads", "head_width", "embed"),
+            init_scale=self.out_scale,
+            dtype=self.dtype,
+            flat=self.flat,
+            name="out",
+        )(out)
+
+
+class Projection(nn.Module):
+    """Linear map of the last `num_in` axes to the axes `features`, with bias.
+
+    axes: logical names of the kernel's dimensions (see partitioning.RULES).
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    num_in: int = 1
+    use_bias: bool = True
+    init_scale: float = 1.0
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-self.num_in :]
+        std = self.init_scale * _size(fan_in) ** -0.5
+        kernel = self.param(
+            "kernel",
+            with_axes(nn.initializers.truncated_normal(std), *self.axes),
+            fan_in + self.features,
+        )
+        y = project(x, kernel, self.num_in, self.dtype, self.flat)
+        if self.use_bias:
+            names = self.axes[self.num_in :]
+            names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
+            bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron D -> F -> D."""
+
+    mlp_dim: int
+    out_scale: float = 1.0
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        options = dict(dtype=self.dtype, flat=self.flat)
+        hidden = Projection((self.mlp_dim,), axes=("embed", "mlp"), name="in", **options)(x)
+        hidden = checkpoint_name(constrain(hidden, "batch", "length", "act_mlp"), "mlp")
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return Projection(
+            x.shape[-1:], axes=("mlp", "embed"), init_scale=self.out_scale, name="out", **options
+        )(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention when `cross`, MLP.
+
+    cross: None, 'paper' (self-attention, cross-attention, one MLP: the layout that reproduces the
+    paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
+    context with an MLP of its own).
+    """
+
+    num_heads: int
+    mlp_dim: int
+    depth: int
+    cross: str | None = None
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, context: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        options = dict(
+            out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
+            dtype=self.dtype,
+            flat=self.flat,
+        )
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        attention = functools.partial(Attention, self.num_heads, **options)
+        mlp = functools.partial(Mlp, self.mlp_dim, activation=self.activation, **options)
+
+        def add(x: jax.Array, update: jax.Array) -> jax.Array:
+            return constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
+
+        x = add(x, attention(name="attention")(norm(name="attention_norm")(x), mask=mask))
+        if self.cross == "open_clip":
+            x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
+            context = norm(name="context_norm")(context)
+        if self.cross is not None:
+            query = norm(name="cross_norm")(x)
+            x = add(x, attention(name="cross_attention")(query, context))
+        if self.cross == "open_clip":
+            x = add(x, mlp(name="cross_mlp")(norm(name="cross_mlp_norm")(x)))
+        else:
+            x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
+        return x, None
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,  # save nothing but each block's input
+}
+
+
+class Stack(nn.Module):
+    """`depth` blocks with parameters stacked on a leading axis, run by one scan.
+
+    remat: 'none' | 'dots' (save the products) | 'full' (save only each block's input).
+    """
+
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    cross: str | None = None
+    activation: str = "gelu"
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
+    ) -> jax.Array:
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            depth=self.depth,
+            cross=self.cross,
+            activation=self.activation,
+            dtype=self.dtype,
+            flat=self.flat,
+            name="layers",
+        )
+        return layers(x, mask, context)[0]
+
+
+class Table(nn.Module):
+    """A learned array: embeddings, positions, queries. `init_std` of its normal initialiser."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.initializers.normal(self.init_std)
+        return self.param("value", with_axes(init, *self.axes), self.shape)
+
+
+class Scalar(nn.Module):
+    """A learned float32 number."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("value", lambda _: jnp.asarray(self.init, jnp.float32))

@@ -1,0 +1,40 @@
+"""Attentional poolers: learned queries over the encoder's tokens (paper Section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from coca_jax.models import layers
+
+
+class AttentionalPooler(nn.Module):
+    """tokens [B, N, W] -> [B, Q, D]: one multi-head attention layer with Q learned queries.
+
+    Queries and tokens are normalised first; no residual and no MLP, as in the paper's counts.
+    """
+
+    num_queries: int
+    width: int
+    num_heads: int
+    query_std: float = 0.02
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        query = layers.Table(
+            (self.num_queries, self.width),
+            axes=("position", "embed"),
+            init_std=self.query_std,
+            name="query",
+        )()
+        query = layers.LayerNorm(self.dtype, name="query_norm")(query)
+        query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
+        tokens = layers.LayerNorm(self.dtype, name="token_norm")(tokens)
+        return layers.Attention(self.num_heads, dtype=self.dtype, flat=self.flat, name="attention")(
+            query, tokens
+        )

@@ -1,0 +1,125 @@
+"""The causal text decoder, split in a unimodal and a multimodal half (paper Section 3.2, Fig. 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from coca_jax.models import layers
+from coca_jax.partitioning import constrain
+
+
+class TextDecoder(nn.Module):
+    """Lower half: text alone, with [CLS] appended; upper half: cross-attends to the image.
+
+    cls_mask: 'exact' ([CLS] sees every valid token and itself) or 'shifted' (open_clip's released
+    models: the validity mask stands one place too far right).
+    cross: the layout of the upper half's blocks, see layers.Block.
+    """
+
+    width: int
+    unimodal_depth: int
+    multimodal_depth: int
+    mlp_dim: int
+    num_heads: int
+    vocab_size: int
+    max_len: int
+    tie_embeddings: bool = False
+    head_bias: bool = True
+    cls_mask: str = "exact"
+    cross: str = "paper"
+    activation: str = "gelu"
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    def setup(self) -> None:
+        stack = dict(
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            activation=self.activation,
+            remat=self.remat,
+            dtype=self.dtype,
+            flat=self.flat,
+        )
+        self.token_embedding = layers.Table((self.vocab_size, self.width), axes=("vocab", "embed"))
+        self.positions = layers.Table((self.max_len + 1, self.width), axes=("position", "embed"))
+        self.cls = layers.Table((self.width,), axes=("norm",))
+        self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
+        self.unimodal_norm = layers.LayerNorm(self.dtype)
+        self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
+        self.multimodal_norm = layers.LayerNorm(self.dtype)
+        if not self.tie_embeddings:
+            self.head = Head(self.vocab_size, self.width, self.head_bias)
+
+    def encode(self, tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tokens int [B, L], text_valid bool [B, L] -> (text states [B, L, D], [CLS] [B, D]).
+
+        L may be anything up to max_len; [CLS] always has the last row of the position table, so a
+        caption's embedding does not depend on how far it is padded.
+        """
+        batch, length = tokens.shape
+        if length > self.max_len:
+            raise ValueError(
+                f"captions have {length} tokens; model.text.max_len is {self.max_len}: truncate them"
+            )
+        embedding, positions = self.token_embedding(), self.positions()
+        x = embedding.astype(self.dtype)[tokens] + positions[:length].astype(self.dtype)
+        cls = (self.cls() + positions[self.max_len]).astype(self.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(cls, (batch, 1, self.width))], axis=1)
+        x = constrain(x, "batch", "length", "act_embed")
+        always = jnp.ones((batch, 1), bool)
+        order = (text_valid, always) if self.cls_mask == "exact" else (always, text_valid)
+        keys = jnp.concatenate(order, axis=1)
+        mask = keys[:, None, None, :] & causal_mask(length + 1)
+        x = self.unimodal(x, mask)
+        return x[:, :-1], self.unimodal_norm(x[:, -1])
+
+    def fuse(self, text_states: jax.Array, image_tokens: jax.Array) -> jax.Array:
+        """(text states [B, L, D], image tokens [B, Q, D]) -> states before the softmax [B, L, D].
+
+        Captions are padded on the right, so the causal mask already hides padding from tokens.
+        """
+        mask = causal_mask(text_states.shape[1])
+        x = self.multimodal(text_states, mask, image_tokens.astype(self.dtype))
+        return self.multimodal_norm(x)
+
+    def output_layer(self) -> tuple[jax.Array, jax.Array | None]:
+        """The softmax layer: kernel [D, V] and bias [V] (None when tied or without bias)."""
+        if self.tie_embeddings:
+            return self.token_embedding().T, None
+        return self.head()
+
+    def __call__(
+        self, tokens: jax.Array, text_valid: jax.Array, image_tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both halves -> ([CLS] [B, D], states before the softmax [B, L, D])."""
+        text_states, cls = self.encode(tokens, text_valid)
+        states = self.fuse(text_states, image_tokens)
+        self.output_layer()  # so that initialisation makes its parameters
+        return cls, states
+
+
+class Head(nn.Module):
+    """The softmax layer's parameters; losses and decoding multiply, in chunks where they want."""
+
+    vocab_size: int
+    width: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        kernel = layers.Table(
+            (self.width, self.vocab_size), axes=("embed", "vocab"), name="kernel"
+        )()
+        if not self.use_bias:
+            return kernel, None
+        return kernel, layers.Table((self.vocab_size,), ("vocab",), init_std=0.0, name="bias")()
+
+
+def causal_mask(length: int) -> jax.Array:
+    """bool [1, 1, L, L], True where a query may look: at itself and before."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]

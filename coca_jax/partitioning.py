@@ -1,0 +1,201 @@
+"""Where every array lives: the mesh, the table of logical axes, shardings of state and batches.
+
+A mesh has the axes ('data', 'fsdp', 'tensor'). A batch is split over data x fsdp. Parameters are
+split over fsdp (ZeRO-3) along their width and over tensor along heads, MLP width and vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Every logical name in the code base; a name without a row is an error.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "head_width": None,
+    "joint": None,
+    "patch": None,
+    "position": None,
+    "norm": None,
+}
+
+
+def spec(*names: str | None) -> P:
+    """Logical axis names -> PartitionSpec. Raises ValueError for a name without a rule."""
+    unknown = [name for name in names if name is not None and name not in RULES]
+    if unknown:
+        raise ValueError(f"no sharding rule for the axis {unknown[0]!r}; add it to RULES")
+    return P(*(None if name is None else RULES[name] for name in names))
+
+
+def with_axes(init: Callable[..., jax.Array], *names: str) -> Callable[..., Any]:
+    """An initialiser whose parameter remembers its logical axis names."""
+    spec(*names)
+    return nn.with_logical_partitioning(init, names, rules=tuple(RULES.items()))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the sharding of an activation; a no-op without a mesh (jax.set_mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or _manual(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def _manual(mesh: Any) -> bool:
+    return any(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
+    """A mesh over all devices; one size may be -1 (what is left).
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    count = len(jax.devices()) if devices is None else len(devices)
+    if sizes.count(-1) == 1:
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
+    if min(sizes) < 1 or int(np.prod(sizes)) != count:
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices; "
+            "choose sizes whose product is that (one may be -1)"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def unbox(tree: Any) -> Any:
+    """Parameters without their axis names."""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, nn.meta.AxisMetadata) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+
+
+def param_specs(boxed: Any) -> Any:
+    """PartitionSpec of each parameter in a tree of boxed (abstract) parameters."""
+
+    def one(x: Any) -> P:
+        return spec(*x.names) if isinstance(x, nn.LogicallyPartitioned) else P()
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def optimizer_specs(opt_state: Any, params: Any, specs: Any) -> Any:
+    """PartitionSpec of each optimizer leaf: its parameter's, less the axes that it averages out.
+
+    A leaf belongs to the parameter whose path its own path ends with. Adafactor's factored
+    statistics v_row and v_col lack one of the parameter's two largest axes each.
+    """
+    by_path = {
+        _path(path): (leaf.shape, spec_)
+        for (path, leaf), spec_ in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)),
+        )
+    }
+
+    def one(path: Any, leaf: Any) -> P:
+        names = _path(path)
+        for start in range(len(names)):
+            if names[start:] in by_path:
+                return _reduced_spec(leaf.shape, names[:start], *by_path[names[start:]])
+        return P()
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def _reduced_spec(shape: tuple, prefix: tuple, full: tuple, full_spec: P) -> P:
+    if shape == full:
+        return full_spec
+    if len(shape) != len(full) - 1:
+        return P()  # a placeholder of a parameter that is not factored
+    order = np.argsort(full)  # optax reduces the largest axis in v_row, the next in v_col
+    dropped = int(order[-1] if "v_row" in prefix else order[-2])
+    padded = tuple(full_spec) + (None,) * (len(full) - len(full_spec))
+    return P(*(padded[:dropped] + padded[dropped + 1 :]))
+
+
+def _path(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """PartitionSpecs -> NamedShardings."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def check_divisible(mesh: Mesh, abstract: Any, specs: Any) -> None:
+    """Raises ValueError naming the first parameter that the mesh cannot split evenly."""
+
+    def one(path: Any, leaf: Any, spec_: P) -> None:
+        for size, axis in zip(leaf.shape, tuple(spec_)):
+            axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+            parts = int(np.prod([mesh.shape[a] for a in axes]))
+            if size % parts:
+                raise ValueError(
+                    f"parameter {'/'.join(_path(path))} of shape {leaf.shape} cannot be split "
+                    f"{parts} ways along its axis of {size} (mesh axis {'x'.join(axes)}); "
+                    f"choose a mesh.{axes[0]} that divides it"
+                )
+
+    jax.tree_util.tree_map_with_path(one, abstract, specs)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many ways a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Process-local rows -> global arrays split over data x fsdp along the first axis."""
+    sharding = NamedSharding(mesh, spec("batch"))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def start_processes(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Joins the other processes of this run, before anything touches a device.
+
+    With no arguments it does so only where the environment (Cloud TPU, SLURM, GKE, MPI) describes
+    several processes. Raises ValueError when only some of the three are given.
+    """
+    given = [bool(coordinator), num_processes > 0, process_id >= 0]
+    if any(given) and not all(given):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id go together: "
+            f"got {coordinator!r}, {num_processes}, {process_id}"
+        )
+    if all(given):
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif _environment_has_processes():
+        jax.distributed.initialize()
+
+
+def _environment_has_processes() -> bool:
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        return True
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return True
+    return len([h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1
