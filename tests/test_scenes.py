@@ -1,0 +1,143 @@
+"""The embedded data set: determinism, held-out compositions, captions that can be scored."""
+
+import collections
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from coca_jax.data import scenes
+
+
+def test_records_are_a_function_of_split_and_index():
+    source = scenes.Scenes("train")
+    together = source.read(np.asarray([5, 199_999, 7]))
+    alone = scenes.Scenes("train").read(np.asarray([199_999]))[0]
+    np.testing.assert_array_equal(together[1]["image"], alone["image"])
+    assert together[1]["text"] == alone["text"] and together[1]["key"] == alone["key"]
+    assert together[0]["image"].shape == (64, 64, 3) and together[0]["image"].dtype == np.uint8
+    assert [r["text"] for r in source.read_texts([5, 199_999, 7])] == [r["text"] for r in together]
+    other = scenes.Scenes("test").read([5])[0]
+    assert (other["image"] != together[0]["image"]).any()
+
+
+def test_first_captions_stay_as_published():
+    """A change here changes every published score: raise the stream's version when it is meant."""
+    texts = [r["text"] for r in scenes.Scenes("train").read_texts(range(2))]
+    assert texts[0] == "a small yellow cross at the top left and a small green star near the bottom"
+    labels = scenes.Scenes("train", "label").read([0])[0]["labels"]
+    assert labels == ["red circle", "circle", "dotted circle"]
+
+
+def test_heldout_compositions_never_occur_in_training():
+    pairs = {f"{c} {s}" for c, s in scenes.HELDOUT_PAIRS}
+    assert {c for c, _ in scenes.HELDOUT_PAIRS} == set(scenes.COLOURS)
+    assert {s for _, s in scenes.HELDOUT_PAIRS} == set(scenes.SHAPES)
+    for split, kind in itertools.product(("train", "test"), ("caption", "label")):
+        source = scenes.Scenes(split, kind)
+        for record in source.read(np.arange(1500)):
+            assert not scenes.has_heldout(record["scene"])
+            text = record["text"] or ", ".join(record["labels"])
+            assert not any(pair in text for pair in pairs), text
+    for kind in ("caption", "label"):
+        heldout = scenes.Scenes("heldout", kind).read(np.arange(500))
+        assert all(scenes.has_heldout(r["scene"]) for r in heldout)
+    by_relation = [
+        r
+        for r in scenes.Scenes("heldout").read(np.arange(500))
+        if not any((o["colour"], o["shape"]) in scenes.HELDOUT_PAIRS for o in r["scene"]["objects"])
+    ]
+    assert len(by_relation) > 20
+
+
+def test_training_shows_every_attribute_evenly():
+    records = scenes.Scenes("train", objects=(1,)).read(np.arange(3000))
+    objects = [r["scene"]["objects"][0] for r in records]
+    pairs = collections.Counter((o["colour"], o["shape"]) for o in objects)
+    assert len(pairs) == 56 and min(pairs.values()) > 25
+    assert min(collections.Counter(o["place"] for o in objects).values()) > 250
+    assert len({r["text"] for r in records}) > 2000
+    counts = collections.Counter(
+        len(r["scene"]["objects"]) for r in scenes.Scenes("train").read(np.arange(2000))
+    )
+    assert counts[1] == pytest.approx(800, abs=80) and counts[4] == pytest.approx(300, abs=60)
+
+
+def test_canonical_and_full_captions_say_everything():
+    for record in scenes.Scenes("heldout").read(np.arange(800)):
+        scene = record["scene"]
+        said = scenes.parse_caption(scenes.canonical_caption(scene))
+        assert said == scenes.described_attributes(scene)
+        assert record["text"] == scenes.full_caption(scene)
+        assert scenes.parse_caption(record["text"]) - said == {("background", scene["background"])}
+        assert scenes.score_caption(record["text"], scene) == (True, 1.0)
+
+
+def test_noisy_captions_are_true_and_mostly_complete():
+    records = scenes.Scenes("train").read(np.arange(3000))
+    scores = [scenes.score_caption(r["text"], r["scene"]) for r in records]
+    assert np.mean([f1 for _, f1 in scores]) > 0.93
+    one = [s for s, r in zip(scores, records) if len(r["scene"]["objects"]) == 1]
+    assert np.mean([exact for exact, _ in one]) > 0.75  # so the likeliest caption is complete
+
+
+def test_parse_caption_forms():
+    parse = scenes.parse_caption
+    assert parse("TWO big crimson Discs, on the left and in the upper right corner!") == {
+        ("count", "red circle", 2),
+        ("size", "red circle", "large"),
+        ("texture", "red circle", "solid"),
+        ("place", "red circle", "left"),
+        ("place", "red circle", "top right"),
+    }
+    assert ("relation", "blue star", "left of", "green ring") in parse(
+        "a green hoop to the right of a blue star"
+    )
+    fronted = parse("in the middle a tiny red box, at the top a polka-dot pink heart")
+    assert ("place", "red square", "centre") in fronted
+    assert ("place", "pink heart", "top") in fronted
+    assert ("texture", "pink heart", "dotted") in fronted
+    assert ("count", "red ?", 1) in parse("a red thing")
+    assert parse("") == frozenset()
+
+
+def test_score_caption_counts_errors():
+    scene = dict(
+        objects=[
+            dict(shape="star", colour="blue", size="large", texture="striped", place="left"),
+            dict(shape="ring", colour="red", size="small", texture="solid", place="right"),
+        ],
+        background="grey",
+    )
+    right = "a large striped blue star on the left and a small red ring on the right"
+    assert scenes.score_caption(right, scene) == (True, 1.0)
+    assert scenes.score_caption(right + " on a grey background", scene) == (True, 1.0)
+    assert scenes.score_caption(right + " on a white background", scene)[0] is False
+    exact, f1 = scenes.score_caption(right.replace("small", "large"), scene)
+    assert not exact and f1 == pytest.approx(7 / 8)
+    exact, f1 = scenes.score_caption("a large striped blue star on the left", scene)
+    assert not exact and f1 == pytest.approx(2 * 1 * 0.5 / 1.5)
+    assert scenes.score_caption("nothing", scene) == (False, 0.0)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="split is 'val'; use one of train, test, heldout"):
+        scenes.Scenes("val")
+    with pytest.raises(ValueError, match="kind"):
+        scenes.Scenes("train", "text")
+    with pytest.raises(ValueError, match="counts from 1 to 4"):
+        scenes.Scenes("train", objects=(5,))
+    with pytest.raises(IndexError):
+        scenes.Scenes("test").read([2_000])
+
+
+def test_reading_is_fast_enough_to_feed_a_step():
+    source = scenes.Scenes("train")
+    source.read([0])
+    times = []
+    for start in (0, 500, 1000):
+        begin = time.perf_counter()
+        source.read(np.arange(start, start + 500))
+        times.append((time.perf_counter() - begin) / 500)
+    assert min(times) < 0.8e-3  # about 0.2 ms on one free core
