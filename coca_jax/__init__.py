@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str, **options: typing.Any) -> CoCaModel:
-    """Loads a run's workdir, a checkpoint, an export or converted weights (see `inference.load`)."""
+    """Loads a run, a checkpoint, an export or converted weights (see `inference.load`)."""
     from coca_jax import inference
 
     return inference.load(path, **options)

@@ -1,4 +1,4 @@
-"""The contrastive captioner: encoder, poolers and split decoder in one forward graph (paper Fig. 2)."""
+"""The contrastive captioner: encoder, poolers and split decoder in one graph (paper, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CoCa(nn.Module):
     def encode_image(
         self, pixels: jax.Array, *, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """pixels [B, S, S, 3] -> (embedding float32 [B, E] L2-normalised, image tokens [B, Q, D])."""
+        """pixels [B, S, S, 3] -> (embedding float32 [B, E], L2 norm 1; image tokens [B, Q, D])."""
         return self.pool(self.image_encoder(pixels, deterministic=deterministic))
 
     def pool(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,6 +116,10 @@ class CoCa(nn.Module):
         cls = self.text_decoder.encode(tokens, text_valid)[1]
         return normalise(self.text_to_joint(cls.astype(jnp.float32)))
 
+    def similarity(self) -> tuple[jax.Array, jax.Array | None]:
+        """(inverse temperature, bias of the sigmoid loss or None), float32."""
+        return jnp.exp(self.log_scale()), self.logit_bias() if self.sigmoid else None
+
     def __call__(
         self,
         pixels: jax.Array,
@@ -128,6 +132,7 @@ class CoCa(nn.Module):
         image_embedding, image_tokens = self.encode_image(pixels, deterministic=deterministic)
         cls, states = self.text_decoder(tokens, text_valid, image_tokens)
         kernel, bias = self.text_decoder.output_layer()
+        scale, logit_bias = self.similarity()
         return Outputs(
             image_embedding=image_embedding,
             text_embedding=normalise(self.text_to_joint(cls.astype(jnp.float32))),
@@ -135,8 +140,8 @@ class CoCa(nn.Module):
             states=states,
             kernel=kernel,
             bias=bias,
-            scale=jnp.exp(self.log_scale()),
-            logit_bias=self.logit_bias() if self.sigmoid else None,
+            scale=scale,
+            logit_bias=logit_bias,
         )
 
 

@@ -83,7 +83,7 @@ class ImageEncoder(nn.Module):
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """[B, S, S, 3] -> [B, (S / P)^2, P * P * 3], rows first; each patch in (row, column, channel)."""
+    """[B, S, S, 3] -> [B, (S / P)^2, P * P * 3]; a patch is flattened (row, column, channel)."""
     batch, size, _, channels = pixels.shape
     grid = size // patch_size
     x = pixels.reshape(batch, grid, patch_size, grid, patch_size, channels)

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def _matmul_float32_out(x: jax.Array, w: jax.Array) -> jax.Array:
     """[N, D] x [D, F] in the inputs' dtype with float32 output, forward and backward.
 
-    The CPU backend runs bfloat16 products twice as fast with float32 output as with bfloat16 output.
+    The CPU backend runs bfloat16 products twice as fast with float32 output as without.
     """
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 

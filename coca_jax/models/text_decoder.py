@@ -1,4 +1,4 @@
-"""The causal text decoder, split in a unimodal and a multimodal half (paper Section 3.2, Fig. 2)."""
+"""The causal text decoder, split in two halves (paper Section 3.2, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class TextDecoder(nn.Module):
     cls_mask: 'exact' ([CLS] sees every valid token and itself) or 'shifted' (open_clip's released
     models: the validity mask stands one place too far right).
     cross: the layout of the upper half's blocks, see layers.Block.
+    multimodal_heads, multimodal_mlp_dim: of the upper half; None: as in the lower half.
     """
 
     width: int
@@ -31,6 +32,8 @@ class TextDecoder(nn.Module):
     head_bias: bool = True
     cls_mask: str = "exact"
     cross: str = "paper"
+    multimodal_heads: int | None = None
+    multimodal_mlp_dim: int | None = None
     activation: str = "gelu"
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -50,6 +53,8 @@ class TextDecoder(nn.Module):
         self.cls = layers.Table((self.width,), axes=("norm",))
         self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
         self.unimodal_norm = layers.LayerNorm(self.dtype)
+        stack["num_heads"] = self.multimodal_heads or self.num_heads
+        stack["mlp_dim"] = self.multimodal_mlp_dim or self.mlp_dim
         self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
         self.multimodal_norm = layers.LayerNorm(self.dtype)
         if not self.tie_embeddings:
@@ -64,7 +69,8 @@ class TextDecoder(nn.Module):
         batch, length = tokens.shape
         if length > self.max_len:
             raise ValueError(
-                f"captions have {length} tokens; model.text.max_len is {self.max_len}: truncate them"
+                f"captions have {length} tokens, more than model.text.max_len={self.max_len}; "
+                "truncate them"
             )
         embedding, positions = self.token_embedding(), self.positions()
         x = embedding.astype(self.dtype)[tokens] + positions[:length].astype(self.dtype)

@@ -1,0 +1,83 @@
+"""Schedules and optimizers: Adafactor as the paper runs it, AdamW, clipping, per-part rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def make_schedule(optimizer: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """step -> learning rate: linear warm-up from 0, then 'linear' or 'cosine' to 0, or 'constant'.
+
+    Raises ValueError for an unknown schedule or a warm-up longer than the run.
+    """
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    if warmup >= steps > 0 and warmup:
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps; shorten it"
+        )
+    decays: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "linear": lambda t: 1 - t,
+        "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+        "constant": lambda t: jnp.ones_like(t),
+    }
+    if optimizer.schedule not in decays:
+        raise ValueError(f"optimizer.schedule={optimizer.schedule!r}; choose from {list(decays)}")
+    decay = decays[optimizer.schedule]
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(1, warmup)) if warmup else 1.0
+        progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+        return peak * rise * decay(progress)
+
+    return schedule
+
+
+def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
+    """The update rule without learning rate: `train_step` multiplies by minus the schedule.
+
+    Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
+    bfloat16, update clipping 1.0, decoupled weight decay (paper Section 4.1).
+    Raises ValueError for an unknown name.
+    """
+    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_matrix)
+    if optimizer.name == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(
+                min_dim_size_to_factor=32,
+                decay_rate_fn=lambda step, power: jnp.minimum(
+                    optimizer.beta2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power
+                ),
+            ),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(optimizer.beta1, debias=False, accumulator_dtype=jnp.bfloat16),
+            decay,
+        )
+    if optimizer.name == "adamw":
+        adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
+        return optax.chain(adam, decay)
+    raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor' or 'adamw'")
+
+
+def is_matrix(params: Any) -> Any:
+    """True for kernels and tables of two or more dimensions, stacked layers not counted."""
+
+    def one(path: Any, leaf: Any) -> bool:
+        names = [getattr(k, "key", None) for k in path]
+        return leaf.ndim - ("layers" in names) >= 2 and names[-1] != "bias"
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def clip_by_global_norm(gradients: Any, norm: jax.Array, limit: float) -> Any:
+    """Scales gradients so that their global norm is at most `limit` (0: no limit)."""
+    if not limit:
+        return gradients
+    factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda g: g * factor, gradients)
