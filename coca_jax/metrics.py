@@ -1,0 +1,234 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard, the progress bar, where time went.
+
+Only the process that owns the workdir (process 0) makes a `MetricWriter` or a `Progress`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import tqdm
+from absl import logging
+
+BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
+
+
+class TimeBuckets:
+    """Wall-clock seconds by what the program was doing.
+
+    `with buckets("data_wait"): ...` adds to a bucket. Buckets exclude each other: time in an inner
+    one is not counted in the outer one, so their sum never exceeds the time that passed.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(BUCKETS, 0.0)
+        self._taken = dict.fromkeys(BUCKETS, 0.0)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time inside the block to `name`; ValueError unless it is one of BUCKETS."""
+        if name not in self._seconds:
+            raise ValueError(f"time bucket is {name!r}; use one of {', '.join(BUCKETS)}")
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def total(self) -> dict[str, float]:
+        """Returns {'data_wait_seconds': ..., ...} since the start."""
+        self._settle()
+        return {f"{name}_seconds": seconds for name, seconds in self._seconds.items()}
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds since the last `take`: what one line of metrics.jsonl holds."""
+        self._settle()
+        new = {f"{name}_seconds": s - self._taken[name] for name, s in self._seconds.items()}
+        self._taken = dict(self._seconds)
+        return new
+
+
+class MetricWriter:
+    """Appends one JSON object a logged step to `workdir`/metrics.jsonl, and to TensorBoard.
+
+    Args:
+      workdir: made when missing.
+      start_step: the step that the run starts or resumes from. Lines of later steps, left by a run
+        that was stopped after its last checkpoint, are dropped: each step occurs once.
+      tensorboard: also write `workdir`/tensorboard. Needs the package tensorboard (not TensorFlow);
+        without it one log line says so.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True
+    ):
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = _EventFile.open(self._workdir / "tensorboard") if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line; values are numbers. NaN and infinity, which JSON lacks, become null."""
+        numbers = {name: float(value) for name, value in values.items()}
+        row = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(json.dumps({"step": int(step), **row}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events.write(int(step), numbers)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, or []; skips a line cut off in writing."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+class _EventFile:
+    """A TensorBoard event file, written with tensorboard's own record writer.
+
+    Its EventFileWriter would import TensorFlow, which costs seconds and memory.
+    """
+
+    def __init__(self, folder: pathlib.Path, record_writer: Any, event: Any, summary: Any):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._event, self._summary = event, summary
+        self._file = (folder / name).open("wb")
+        self._records = record_writer(self._file)
+        first = event(wall_time=time.time(), file_version="brain.Event:2")
+        self._records.write(first.SerializeToString())
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> _EventFile | None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            logging.info("TensorBoard is not installed: metrics go to metrics.jsonl only.")
+            return None
+        return cls(folder, RecordWriter, Event, Summary)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """The progress of training on standard error: a bar on a terminal, else a line an update.
+
+    Args:
+      total_steps: where the run ends.
+      start_step: where it starts or resumes.
+      pairs_per_step: the global batch size.
+      enabled: False on all processes but one.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        pairs_per_step: int = 1,
+        enabled: bool = True,
+        file: TextIO | None = None,
+    ):
+        self._file = sys.stderr if file is None else file
+        self._total, self._pairs, self._enabled = total_steps, pairs_per_step, enabled
+        self._step, self._time = start_step, time.perf_counter()
+        self._bar = None
+        if enabled and self._file.isatty():
+            self._bar = tqdm.tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=self._file,
+                dynamic_ncols=True,
+            )
+
+    def update(self, step: int, losses: Mapping[str, float], data_wait_seconds: float) -> float:
+        """Shows a step; returns pairs per second since the last update.
+
+        `losses` are shown by name; `data_wait_seconds` is the time since the last update that the
+        device had nothing to do because the input was late.
+        """
+        now = time.perf_counter()
+        seconds, steps = max(now - self._time, 1e-9), step - self._step
+        rate = steps * self._pairs / seconds
+        self._step, self._time = step, now
+        if not self._enabled:
+            return rate
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        shown += f" | {rate:,.0f} pairs/s | waiting for data {data_wait_seconds / seconds:.0%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            left = (self._total - step) * seconds / max(steps, 1)
+            share = step / max(self._total, 1)
+            eta = tqdm.tqdm.format_interval(left)
+            line = f"step {step}/{self._total} ({share:.0%}) {shown} | {eta} left"
+            print(line, file=self._file, flush=True)
+        return rate
+
+    def pause(self) -> None:
+        """Restarts the clock of the rate, after an evaluation that trained nothing."""
+        self._time = time.perf_counter()
+
+    def write(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            tqdm.tqdm.write(text, file=self._file)
+        elif self._enabled:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
