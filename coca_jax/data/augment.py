@@ -1,0 +1,222 @@
+"""Augmentation as numbers: what to cut, where to put it and how to colour it, for many images.
+
+The plan of an image is a function of its key alone. It is drawn here for a block of images at
+once, in numpy, so that the graph that decodes each image only carries it out
+(feature_converter.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coca_jax.data import images, order
+
+MODES = ("none", "crop", "inception", "drawing", "randaugment")
+CROP_SCALE = 1.15  # 'crop': resize to this many times the size, cut the size
+INCEPTION_AREA = (0.08, 1.0)  # Szegedy et al. 2015: share of the image's area ...
+INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut
+RANDAUGMENT_LAYERS, RANDAUGMENT_MAGNITUDE = 2, 10.0  # of 0 to 30, Cubuk et al. 2019
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+# Operations of RandAugment that are not an affine map or a linear map of colours.
+KEEP, POSTERIZE, SOLARIZE, EQUALIZE, AUTOCONTRAST, SHARPEN, INVERT = range(7)
+
+
+def plan(
+    mode: str,
+    how: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
+    keys: np.ndarray,
+    size: int,
+    *,
+    flip: bool = False,
+    resize: str = "squash",
+) -> dict[str, np.ndarray]:
+    """Draws the augmentation of n images.
+
+    Args:
+        mode: one of MODES.
+        how, height, width: int [n], as `images.sniff` gives them.
+        keys: uint64 [n]: one per image and visit.
+        size: S, of the result.
+        flip: mirror half of the images.
+        resize: 'squash' or 'crop' (the centre square), what is resized before mode's own cut.
+
+    Returns:
+        box: int32 [n, 4], the cut (top, left, height, width).
+        shrink: bool [n]: resize the cut to S x S (antialiased) before the warp.
+        warp: float32 [n, 8], output pixel (x, y) -> input pixel, for ImageProjectiveTransformV3,
+            of the shrunk cut or, where not shrunk, of the cut itself (with one transparent pixel
+            around it where `how` is one of the two with transparency).
+        colour: float32 [n, 3, 4]: the linear map of (R, G, B, 1), in [0, 255].
+        background: float32 [n, 3], behind transparent pixels.
+        op, strength: int32 and float32 [n, layers]: what RandAugment does besides.
+    """
+    if mode not in MODES:
+        raise ValueError(f"data.augment={mode!r}: use one of {', '.join(MODES)}")
+    n = len(keys)
+    draw = order.uniform(keys, 32)
+    box = _region(height, width, resize)
+    if mode == "crop":
+        box = _cut(box, draw, np.full(n, 1 / CROP_SCALE), np.full(n, 1 / CROP_SCALE))
+    elif mode == "inception":
+        low, high = INCEPTION_AREA
+        area = low + (high - low) * draw[:, 2]
+        log_aspect = np.log(INCEPTION_ASPECT)
+        aspect = np.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * draw[:, 3])
+        pixels = area * box[:, 2] * box[:, 3]
+        share_w = np.minimum(np.sqrt(pixels * aspect) / box[:, 3], 1.0)
+        share_h = np.minimum(np.sqrt(pixels / aspect) / box[:, 2], 1.0)
+        box = _cut(box, draw, share_h, share_w)
+    affine = np.tile(np.eye(2, 3), (n, 1, 1))  # centred output -> centred input, unit square
+    colour = np.tile(np.eye(3, 4), (n, 1, 1))
+    background = np.full((n, 3), 255.0)
+    operation, strength = np.zeros((n, 1), np.int32), np.zeros((n, 1))
+    if mode == "drawing":
+        affine, colour, background = _drawing(draw)
+    elif mode == "randaugment":
+        affine, colour, operation, strength = _randaugment(keys, n)
+    if flip:
+        affine[draw[:, 4] < 0.5, :, 0] *= -1
+    large = np.maximum(box[:, 2], box[:, 3]) > 1.5 * size
+    pad = np.isin(how, (images.ALPHA, images.CAREFUL_ALPHA)) & ~large
+    return dict(
+        box=box.astype(np.int32),
+        shrink=large,
+        warp=_projective(affine, box, size, large, pad).astype(np.float32),
+        colour=colour.astype(np.float32),
+        background=background.astype(np.float32),
+        op=operation.astype(np.int32),
+        strength=strength.astype(np.float32),
+    )
+
+
+def _region(height: np.ndarray, width: np.ndarray, resize: str) -> np.ndarray:
+    zero = np.zeros_like(height)
+    if resize == "squash":
+        return np.stack([zero, zero, height, width], 1).astype(np.int64)
+    if resize == "crop":
+        side = np.minimum(height, width)
+        return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1).astype(np.int64)
+    raise ValueError(f"data.resize={resize!r}: use 'squash' or 'crop'")
+
+
+def _cut(box: np.ndarray, draw: np.ndarray, share_h: np.ndarray, share_w: np.ndarray) -> np.ndarray:
+    """A cut of the given shares of height and width, anywhere in the box."""
+    height = np.clip(np.rint(box[:, 2] * share_h), 1, box[:, 2]).astype(np.int64)
+    width = np.clip(np.rint(box[:, 3] * share_w), 1, box[:, 3]).astype(np.int64)
+    top = box[:, 0] + (draw[:, 0] * (box[:, 2] - height + 1)).astype(np.int64)
+    left = box[:, 1] + (draw[:, 1] * (box[:, 3] - width + 1)).astype(np.int64)
+    return np.stack([top, left, height, width], 1)
+
+
+def _linear(angle: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> np.ndarray:
+    """[n, 2, 2] maps of output to input coordinates of 'rotate, shear and scale by'."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotate = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], 1)
+    skew = np.tile(np.eye(2), (len(angle), 1, 1))
+    skew[:, 0, 1], skew[:, 1, 0] = shear[:, 0], shear[:, 1]
+    return skew @ rotate / scale[:, None, None]
+
+
+def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For small drawings: a mild affine map, other colours, and sometimes a light background."""
+    n = len(draw)
+
+    def between(column: int, low: float, high: float) -> np.ndarray:
+        return low + (high - low) * draw[:, column]
+
+    angle = np.deg2rad(between(8, -12, 12))
+    scale = between(9, 0.75, 1.15)
+    shear = np.stack([between(10, -0.1, 0.1), between(11, -0.1, 0.1)], 1)
+    affine = np.zeros((n, 2, 3))
+    affine[:, :, :2] = _linear(angle, scale, shear)
+    affine[:, 0, 2], affine[:, 1, 2] = between(12, -0.1, 0.1), between(13, -0.1, 0.1)
+    gray = draw[:, 14] < 0.1
+    colour = colour_map(
+        hue=between(15, -0.06, 0.06) * (draw[:, 16] < 0.8),
+        saturation=np.where(gray, 0.0, between(17, 0.6, 1.4)),
+        brightness=between(18, 0.8, 1.2),
+        contrast=between(19, 0.7, 1.3),
+    )
+    light = draw[:, 21:24] * 95 + 160
+    background = np.where(draw[:, 20:21] < 0.3, light, 255.0)
+    return affine, colour, background
+
+
+def colour_map(
+    hue: np.ndarray, saturation: np.ndarray, brightness: np.ndarray, contrast: np.ndarray
+) -> np.ndarray:
+    """Changes of colour as linear maps [n, 3, 4] of (R, G, B, 1) in [0, 255].
+
+    Args:
+        hue: [n], a turn of the colour circle is 1 (a rotation of chroma, luma kept).
+        saturation, brightness, contrast: [n] factors, 1 changes nothing; 0 saturation is gray.
+    """
+    n = len(hue)
+    to_yiq = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    cos, sin = np.cos(2 * np.pi * hue) * saturation, np.sin(2 * np.pi * hue) * saturation
+    turn = np.zeros((n, 3, 3))
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, -sin, sin, cos
+    linear = np.linalg.inv(to_yiq) @ turn @ to_yiq * (brightness * contrast)[:, None, None]
+    offset = np.repeat((127.5 * (1 - contrast))[:, None], 3, 1)
+    return np.concatenate([linear, offset[:, :, None]], 2)
+
+
+def _randaugment(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """RandAugment (Cubuk et al. 2019): `RANDAUGMENT_LAYERS` of 16 operations, one after another.
+
+    Maps of place compose into one affine map, maps of colour into one linear map, so an image is
+    resampled once; what is neither runs after them.
+    """
+    layers, level = RANDAUGMENT_LAYERS, RANDAUGMENT_MAGNITUDE / 30
+    affine, colour = np.tile(np.eye(3), (n, 1, 1)), np.tile(np.eye(4), (n, 1, 1))
+    operation, strength = np.zeros((n, layers), np.int32), np.zeros((n, layers))
+    one = np.ones(n)
+    for layer in range(layers):
+        draw = order.uniform(order.key(keys.view(np.int64), layer, 7), 2)
+        which = (draw[:, 0] * 16).astype(int)
+        sign = np.where(draw[:, 1] < 0.5, -1.0, 1.0)
+        step, move = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
+        shear = np.stack([(which == 0) * sign * 0.3 * level, (which == 1) * sign * 0.3 * level], 1)
+        angle = (which == 2) * sign * np.deg2rad(30) * level
+        move[:, 0] = (which == 3) * sign * 0.45 * level
+        move[:, 1] = (which == 4) * sign * 0.45 * level
+        step[:, :2, :2], step[:, :2, 2] = _linear(angle, one, shear), move
+        affine = step @ affine
+        factor = 1 + sign * 0.9 * level
+        tint = np.tile(np.eye(4), (n, 1, 1))
+        tint[:, :3] = colour_map(
+            0 * one,
+            np.where(which == 5, factor, 1),
+            np.where(which == 6, factor, 1),
+            np.where(which == 7, factor, 1),
+        )
+        colour = tint @ colour
+        for number, (op, amount) in {
+            8: (POSTERIZE, 8 - np.rint(4 * level)),
+            9: (SOLARIZE, 256 * (1 - level)),
+            10: (EQUALIZE, 0),
+            11: (AUTOCONTRAST, 0),
+            12: (SHARPEN, factor),
+            13: (INVERT, 0),
+        }.items():
+            operation[which == number, layer] = op
+            strength[:, layer] = np.where(which == number, amount, strength[:, layer])
+    return affine[:, :2], colour[:, :3], operation, strength
+
+
+def _projective(
+    affine: np.ndarray, box: np.ndarray, size: int, shrink: np.ndarray, pad: np.ndarray
+) -> np.ndarray:
+    """Affine maps of the centred unit square as maps of pixels: [n, 2, 3] -> [n, 8]."""
+    height = np.where(shrink, size, box[:, 2])
+    width = np.where(shrink, size, box[:, 3])
+    extent = np.stack([width, height], 1)[:, :, None]  # x first
+    linear = affine[:, :, :2] * extent / size
+    centre = (1 - size) / 2  # of output pixel 0, in output pixels from the centre
+    move = linear.sum(2) * centre + (affine[:, :, 2] + 0.5) * extent[:, :, 0] - 0.5
+    rows = np.concatenate([linear, (move + pad[:, None])[:, :, None]], 2).reshape(-1, 6)
+    return np.concatenate([rows, np.zeros((len(rows), 2))], 1)

@@ -1,0 +1,239 @@
+"""From a task's examples to what the model takes: decodes late, in C++ and in parallel.
+
+Until here an image is the bytes it was stored as, so mixing and prefetching cost little memory.
+Each example carries the numbers of its augmentation (preprocessors.plan_augmentation); the graph
+below only applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from coca_jax.data import augment, images
+
+_SPEC = seqio.FeatureConverter.FeatureSpec
+
+
+class CoCaFeatureConverter(seqio.FeatureConverter):
+    """Task features -> image uint8 [S, S, 3], tokens, text_valid, is_label, text_id, source, index.
+
+    Args:
+        mode: of augmentation, one of augment.MODES.
+        size: S.
+        max_len: L, of tokens.
+        num_threads: images decoded at the same time.
+    """
+
+    TASK_FEATURES = {
+        "image": _SPEC(tf.string, 0),
+        "tokens": _SPEC(tf.int32, 1),
+        "length": _SPEC(tf.int32, 0),
+        "is_label": _SPEC(tf.bool, 0),
+        "text_id": _SPEC(tf.int32, 1),
+        "source": _SPEC(tf.int32, 0),
+        "index": _SPEC(tf.int64, 0),
+        "how": _SPEC(tf.int32, 0),
+        "whole": _SPEC(tf.bool, 0),
+        "box": _SPEC(tf.int32, 1),
+        "shrink": _SPEC(tf.bool, 0),
+        "warp": _SPEC(tf.float32, 1),
+        "colour": _SPEC(tf.float32, 2),
+        "background": _SPEC(tf.float32, 1),
+        "op": _SPEC(tf.int32, 1),
+        "strength": _SPEC(tf.float32, 1),
+    }
+    MODEL_FEATURES = {
+        "image": _SPEC(tf.uint8, 3),
+        "tokens": _SPEC(tf.int32, 1),
+        "text_valid": _SPEC(tf.bool, 1),
+        "is_label": _SPEC(tf.bool, 0),
+        "text_id": _SPEC(tf.int32, 1),
+        "source": _SPEC(tf.int32, 0),
+        "index": _SPEC(tf.int64, 0),
+    }
+    PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
+
+    def __init__(self, mode: str, size: int, max_len: int, num_threads: int):
+        # Lengths are fixed by construction; seqio's check would add two maps to each example.
+        super().__init__(pack=False, apply_length_check=False)
+        self._mode, self._size, self._max_len = mode, size, max_len
+        self._num_threads = num_threads
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            return {
+                "image": decode(example, self._mode, self._size),
+                "tokens": example["tokens"],
+                "text_valid": tf.range(self._max_len) < example["length"],
+                "is_label": example["is_label"],
+                "text_id": example["text_id"],
+                "source": example["source"],
+                "index": example["index"],
+            }
+
+        return ds.map(convert, num_parallel_calls=self._num_threads, deterministic=True)
+
+    def get_model_feature_lengths(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        lengths = dict(image=self._size, tokens=self._max_len, text_valid=self._max_len)
+        return {name: lengths.get(name, 1) for name in self.MODEL_FEATURES}
+
+
+def _careful(encoded: bytes) -> np.ndarray:
+    return images.decode_rgba(encoded)
+
+
+def decode(example: Mapping[str, tf.Tensor], mode: str, size: int) -> tf.Tensor:
+    """Decodes, cuts, resizes and augments one image as planned: uint8 [S, S, 3]."""
+    warped = mode in ("drawing", "randaugment")
+    box = example["box"]
+
+    def scale(pixels: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+        """Resizes a cut of [h, w, C], antialiased bilinear: float32 [S, S, C]."""
+        extent = tf.cast(box[2:], tf.float32)
+        factor = tf.cast(size, tf.float32) / extent
+        return tf.raw_ops.ScaleAndTranslate(
+            images=pixels[None],
+            size=(size, size),
+            scale=factor,
+            translation=-tf.cast(box[:2], tf.float32) * factor,
+            kernel_type="triangle",
+            antialias=True,
+        )[0]
+
+    def cut(pixels: tf.Tensor) -> tf.Tensor:
+        return pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+
+    def warp(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.raw_ops.ImageProjectiveTransformV3(
+            images=pixels[None],
+            transforms=example["warp"][None],
+            output_shape=(size, size),
+            interpolation="BILINEAR",
+            fill_mode="NEAREST",
+            fill_value=0.0,
+        )[0]
+
+    def place(pixels: tf.Tensor, alpha: bool) -> tf.Tensor:
+        """[h, w, C] of uint8 or float32 to float32 [S, S, C]."""
+        if not warped:
+            return flipped(scale(cut(pixels), tf.concat([[0, 0], box[2:]], 0)))
+
+        def whole() -> tf.Tensor:
+            found = tf.cast(cut(pixels), tf.float32)
+            return tf.pad(found, [[1, 1], [1, 1], [0, 0]]) if alpha else found
+
+        def shrunk() -> tf.Tensor:
+            return scale(cut(pixels), tf.concat([[0, 0], box[2:]], 0))
+
+        return warp(tf.cond(example["shrink"], shrunk, whole))
+
+    def flipped(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.cond(example["warp"][0] < 0, lambda: pixels[:, ::-1], lambda: pixels)
+
+    def transparent(rgba: tf.Tensor) -> tf.Tensor:
+        rgba = tf.cast(rgba, tf.float32)
+        alpha = rgba[..., 3:] / 255.0
+        placed = place(tf.concat([rgba[..., :3] * alpha, alpha], -1), True)
+        return placed[..., :3] + (1.0 - placed[..., 3:]) * example["background"]
+
+    def jpeg() -> tf.Tensor:
+        def part() -> tf.Tensor:
+            return tf.io.decode_and_crop_jpeg(example["image"], box, channels=3)
+
+        if warped:
+            return place(tf.io.decode_jpeg(example["image"], channels=3), False)
+        pixels = tf.cond(
+            example["whole"], lambda: tf.io.decode_jpeg(example["image"], channels=3), part
+        )
+        return flipped(scale(pixels, tf.concat([[0, 0], box[2:]], 0)))
+
+    def plain() -> tf.Tensor:
+        return place(
+            tf.io.decode_image(example["image"], channels=3, expand_animations=False), False
+        )
+
+    def png_alpha() -> tf.Tensor:
+        return transparent(tf.io.decode_png(example["image"], channels=4))
+
+    def careful() -> tf.Tensor:
+        pixels = tf.numpy_function(_careful, [example["image"]], tf.uint8)
+        return place(tf.ensure_shape(pixels, (None, None, 3)), False)
+
+    def careful_alpha() -> tf.Tensor:
+        pixels = tf.numpy_function(_careful, [example["image"]], tf.uint8)
+        return transparent(tf.ensure_shape(pixels, (None, None, 4)))
+
+    pixels = tf.switch_case(example["how"], [jpeg, plain, png_alpha, careful, careful_alpha])
+    pixels = tf.ensure_shape(pixels, (size, size, 3))
+    if warped:
+        colour = example["colour"]
+        flat = tf.reshape(pixels, (-1, 3))
+        flat = tf.linalg.matmul(flat, colour[:, :3], transpose_b=True) + colour[:, 3]
+        pixels = tf.reshape(flat, (size, size, 3))
+    pixels = tf.saturate_cast(tf.round(pixels), tf.uint8)
+    if mode == "randaugment":
+        for layer in range(augment.RANDAUGMENT_LAYERS):
+            pixels = _operate(pixels, example["op"][layer], example["strength"][layer])
+    return pixels
+
+
+def _operate(pixels: tf.Tensor, op: tf.Tensor, strength: tf.Tensor) -> tf.Tensor:
+    """The operations of RandAugment that are not linear, on uint8 [S, S, 3]."""
+
+    def posterize() -> tf.Tensor:
+        drop = tf.cast(8.0 - strength, tf.uint8)
+        return tf.bitwise.left_shift(tf.bitwise.right_shift(pixels, drop), drop)
+
+    def solarize() -> tf.Tensor:
+        return tf.where(tf.cast(pixels, tf.float32) < strength, pixels, 255 - pixels)
+
+    def equalize() -> tf.Tensor:
+        def channel(values: tf.Tensor) -> tf.Tensor:
+            counts = tf.math.bincount(tf.cast(values, tf.int32), minlength=256, maxlength=256)
+            last = tf.reduce_max(tf.where(counts > 0, tf.range(256), 0))
+            step = (tf.reduce_sum(counts) - counts[last]) // 255
+            table = (tf.cumsum(counts, exclusive=True) + step // 2) // tf.maximum(step, 1)
+            table = tf.cast(tf.clip_by_value(table, 0, 255), tf.uint8)
+            flat = tf.gather(table, tf.cast(values, tf.int32))
+            return tf.where(step > 0, flat, values)
+
+        flat = tf.reshape(pixels, (-1, 3))
+        return tf.reshape(tf.stack([channel(flat[:, i]) for i in range(3)], -1), tf.shape(pixels))
+
+    def autocontrast() -> tf.Tensor:
+        values = tf.cast(pixels, tf.float32)
+        low = tf.reduce_min(values, (0, 1), keepdims=True)
+        high = tf.reduce_max(values, (0, 1), keepdims=True)
+        stretched = (values - low) * 255.0 / tf.maximum(high - low, 1.0)
+        return tf.saturate_cast(tf.round(tf.where(high > low, stretched, values)), tf.uint8)
+
+    def sharpen() -> tf.Tensor:
+        values = tf.cast(pixels, tf.float32)
+        kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[..., None, None] / 13
+        padded = tf.pad(values, [[1, 1], [1, 1], [0, 0]], "SYMMETRIC")
+        smooth = tf.nn.depthwise_conv2d(
+            padded[None], tf.tile(kernel, (1, 1, 3, 1)), (1, 1, 1, 1), "VALID"
+        )[0]
+        return tf.saturate_cast(tf.round(smooth + strength * (values - smooth)), tf.uint8)
+
+    return tf.switch_case(
+        op,
+        [
+            lambda: pixels,
+            posterize,
+            solarize,
+            equalize,
+            autocontrast,
+            sharpen,
+            lambda: 255 - pixels,
+        ],
+    )

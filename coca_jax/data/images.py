@@ -1,0 +1,219 @@
+"""Any image to uint8 RGB, and the resizing of evaluation. PIL and numpy only, no TensorFlow."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an opened image has transparency (a channel, a palette entry or a key colour)."""
+    return image.mode in _ALPHA_MODES or "transparency" in image.info
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header of an encoded image. Raises ValueError: not an image, or too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too many pixels: {error}") from None
+    except Exception as error:  # PIL's plugins raise all sorts on damaged files
+        raise ValueError(f"not an image that can be read ({len(data)} bytes): {error}") from None
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"too many pixels: {image.width} x {image.height}, limit {max_pixels}")
+    return image
+
+
+def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        values = values * 255.0 if values.max(initial=0) <= 1.0 else values
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        values = values.astype(np.int64) >> 8
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def to_rgba(image: Image.Image) -> np.ndarray:
+    """A PIL image, upright by its EXIF tag: uint8 [h, w, 4] with transparency, else [h, w, 3]."""
+    if "exif" in image.info or image.format in ("TIFF", "MPO"):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _sixteen_to_eight(image)
+    return np.asarray(image.convert("RGBA" if has_alpha(image) else "RGB"))
+
+
+def over(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+    """Puts uint8 [h, w, 4] over a colour: uint8 [h, w, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint32)
+    colour = np.asarray(background, np.uint32)
+    blend = rgba[..., :3] * alpha + colour * (255 - alpha)
+    return ((blend + 127) // 255).astype(np.uint8)
+
+
+def decode_rgba(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Encoded bytes (any format of PIL; the first frame) to uint8 [h, w, 3 or 4].
+
+    Raises:
+        ValueError: the bytes are not an image, are damaged or cut short, or too large.
+    """
+    image = open_image(data, max_pixels)
+    try:
+        return to_rgba(image)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file surfaces as any of a dozen types
+        raise ValueError(f"damaged image ({len(data)} bytes): {error}") from None
+
+
+def decode(image: Any) -> np.ndarray:
+    """Any image to uint8 RGB [h, w, 3], upright, transparency over white.
+
+    Args:
+        image: encoded bytes, a path, a PIL image, or an array [h, w], [h, w, 1 | 3 | 4] of uint8,
+            uint16 or floats in [0, 1].
+
+    Raises:
+        ValueError: naming the image, when it cannot be decoded.
+        FileNotFoundError: a path that does not exist.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        with open(image, "rb") as file:
+            data = file.read()
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(image)}: {error}") from None
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        pixels = decode_rgba(bytes(image))
+    elif isinstance(image, Image.Image):
+        pixels = to_rgba(image)
+    else:
+        pixels = _array(np.asarray(image))
+    return over(pixels) if pixels.shape[-1] == 4 else pixels
+
+
+def _array(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"image array of shape {array.shape}: give [h, w] or [h, w, 1, 3 or 4]")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype.kind == "f":
+        if not 0 <= array.min() <= array.max() <= 1:
+            raise ValueError(
+                f"float image with values in [{array.min():g}, {array.max():g}]: give [0, 1]"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"image array of {array.dtype}: give uint8, uint16 or floats in [0, 1]")
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def preprocess_eval(image: np.ndarray, size: int, mode: str = "squash") -> np.ndarray:
+    """The resizing of evaluation: antialiased bilinear to a square.
+
+    Args:
+        image: uint8 [h, w, 3].
+        size: S, of the result.
+        mode: 'squash' stretches to the square; 'crop' scales the shortest side to S and takes the
+            centre.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    height, width = image.shape[:2]
+    if mode == "squash":
+        box = (0, 0, width, height)
+    elif mode == "crop":
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    else:
+        raise ValueError(f"resize mode {mode!r}: use 'squash' or 'crop'")
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
+    return np.asarray(resized)
+
+
+def encode_bmp(pixels: np.ndarray) -> bytes:
+    """uint8 [h, w, 3] to an uncompressed BMP: how drawn images enter a pipeline of bytes, fast."""
+    height, width = pixels.shape[:2]
+    stride = (width * 3 + 3) // 4 * 4
+    rows = np.zeros((height, stride), np.uint8)
+    rows[:, : width * 3] = pixels[::-1, :, ::-1].reshape(height, width * 3)
+    info = np.array([40, width, height, 1 | 24 << 16, 0, rows.size, 2835, 2835, 0, 0], "<u4")
+    head = np.array([54 + rows.size, 0, 54], "<u4")
+    return b"BM" + head.tobytes() + info.tobytes() + rows.tobytes()
+
+
+# How the input pipeline decodes an image; see feature_converter.py.
+JPEG, PLAIN, ALPHA, CAREFUL, CAREFUL_ALPHA = range(5)
+
+
+def sniff(data: bytes) -> tuple[int, int, int]:
+    """From the header alone: (how to decode, height, width), upright.
+
+    JPEG, PLAIN (opaque PNG or BMP) and ALPHA (PNG) go to fast decoders; whatever those would get
+    wrong (orientation tags, CMYK, animations, 16 bits, other formats) is CAREFUL: left to `decode`.
+
+    Raises:
+        ValueError: not an image.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        found = _sniff_jpeg(data)
+        if found:
+            return JPEG, *found
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 33:
+        width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        depth, colour = data[24], data[25]
+        if depth <= 8 and width * height <= MAX_PIXELS:
+            end = data.find(b"IDAT")
+            head = data[33:end]
+            if b"acTL" not in head and b"eXIf" not in head:
+                alpha = colour in (4, 6) or b"tRNS" in head
+                return (ALPHA if alpha else PLAIN), height, width
+    elif data[:2] == b"BM" and data[14:18] == b"(\0\0\0" and data[28:34] == b"\x18\0\0\0\0\0":
+        width, height = int.from_bytes(data[18:22], "little"), int.from_bytes(data[22:26], "little")
+        if 0 < width * height <= MAX_PIXELS:
+            return PLAIN, height, width
+    image = open_image(data)
+    how = CAREFUL_ALPHA if has_alpha(image) else CAREFUL
+    width, height = image.size
+    if image.getexif().get(0x0112, 1) >= 5:
+        width, height = height, width
+    return how, height, width
+
+
+def _sniff_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an upright gray or YCbCr JPEG; None for one that needs care."""
+    position, end = 2, len(data) - 9
+    while position < end and data[position] == 0xFF:
+        marker = data[position + 1]
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
+            exif = Image.Exif()
+            try:
+                exif.load(data[position + 4 : position + 2 + length])
+            except Exception:  # damaged tags say nothing of the pixels
+                return None
+            if exif.get(0x0112, 1) != 1:
+                return None
+        elif marker == 0xEE and data[position + 4 : position + 9] == b"Adobe":
+            if data[position + 15 : position + 16] == b"\0":  # RGB or CMYK stored as it is
+                return None
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            components = data[position + 9]
+            good = components in (1, 3) and 0 < height * width <= MAX_PIXELS
+            return (height, width) if good else None
+        position += 2 + length
+    return None

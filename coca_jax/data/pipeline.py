@@ -1,0 +1,369 @@
+"""The input pipeline: batches for training, records for evaluation, the vocabulary of a run.
+
+Importing this does not import TensorFlow; `train_batches` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import fsspec
+import numpy as np
+from absl import logging
+
+from coca_jax.data import order, sources
+from coca_jax.data import prompts as prompt_sets
+from coca_jax.data import vocabulary as vocabularies
+from coca_jax.data.sources import Source
+from coca_jax.data.vocabulary import Vocabulary
+
+VOCABULARY_FILE = "vocabulary.model"
+_SENTENCES_PER_PIECE = 50  # enough for stable unigram probabilities, and quick for small sizes
+
+
+def open_sources(config: Any) -> list[Source]:
+    """The training sources of `config.data.sources`, each with a text in every record.
+
+    Raises:
+        ValueError, FileNotFoundError: missing, empty or unsuitable data, in one line.
+    """
+    entries = [_plain(entry) for entry in config.data.sources]
+    if not entries:
+        raise ValueError("data.sources is empty: give at least one dict(path=...|builtin='scenes')")
+    return [sources.keep_useful(sources.open_source(entry, "train")) for entry in entries]
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    return entry.to_dict() if hasattr(entry, "to_dict") else dict(entry)
+
+
+def num_examples(config: Any) -> int:
+    """Examples in one pass over all training sources together."""
+    return sum(map(len, open_sources(config)))
+
+
+def shares(config: Any) -> list[int]:
+    """How many rows of each batch come from each source.
+
+    Raises:
+        ValueError: the weights do not give whole numbers.
+    """
+    weights = [float(_plain(entry).get("weight", 1.0)) for entry in config.data.sources]
+    if min(weights) <= 0:
+        raise ValueError(f"data.sources weights {weights}: they must be positive")
+    exact = [config.batch_size * weight / sum(weights) for weight in weights]
+    rounded = [round(share) for share in exact]
+    if any(abs(a - b) > 1e-6 * config.batch_size for a, b in zip(exact, rounded)) or 0 in rounded:
+        raise ValueError(
+            f"batch_size={config.batch_size} with source weights {weights} gives shares "
+            f"{[round(share, 3) for share in exact]}, not whole numbers; change one of them"
+        )
+    return rounded
+
+
+def epochs(config: Any, step: int, sizes: list[int]) -> list[float]:
+    """How often each source (of these sizes) has been seen after `step` batches."""
+    return [step * share / size for share, size in zip(shares(config), sizes)]
+
+
+def load_vocabulary_or_train(config: Any, workdir: str, *, process_index: int = 0) -> Vocabulary:
+    """The vocabulary of a run: the one in `workdir`, else a given one, else a trained one.
+
+    It is kept as `workdir/vocabulary.model`. With several processes the first one makes it and
+    the others wait for the file.
+
+    Raises:
+        ValueError: more ids than `config.model.text.vocab_size`, no label symbol where the
+            configuration wants it, another vocabulary than the run began with, or nothing to
+            train on.
+        FileNotFoundError: `config.data.vocabulary` does not exist.
+    """
+    path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
+    given = vocabularies.load(config.data.vocabulary) if config.data.vocabulary else None
+    if _exists(path):
+        vocabulary = vocabularies.load(path)
+        if given is not None and given.checksum != vocabulary.checksum:
+            raise ValueError(
+                f"data.vocabulary={config.data.vocabulary} (sha256 {given.checksum[:12]}) is not "
+                f"what {path} holds ({vocabulary.checksum[:12]}); use a new workdir"
+            )
+    elif process_index:
+        deadline = time.time() + 3600
+        while not _exists(path):
+            if time.time() > deadline:
+                raise ValueError(f"{path}: process 0 has not written it within an hour")
+            time.sleep(1)
+        vocabulary = vocabularies.load(path)
+    elif given is not None:
+        given.save(path)
+        vocabulary = given
+    else:
+        size = config.model.text.vocab_size
+        started = time.time()
+        texts = sample_texts(config, size * _SENTENCES_PER_PIECE)
+        vocabulary = vocabularies.train(texts, size, path, config.seed)
+        logging.info(
+            "vocabulary: %d pieces trained in %.1f s -> %s",
+            *(vocabulary.size, time.time() - started, path),
+        )
+    if vocabulary.size > config.model.text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size={config.model.text.vocab_size} is less than the "
+            f"{vocabulary.size} ids of the vocabulary; set it to {vocabulary.size} or more"
+        )
+    if config.data.label_token and vocabulary.label_id is None:
+        raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+    return vocabulary
+
+
+def _exists(path: str) -> bool:
+    file_system, plain = fsspec.url_to_fs(path)
+    return file_system.exists(plain)
+
+
+def sample_texts(config: Any, limit: int) -> Iterator[str]:
+    """Texts as training will see them: a sample of `limit`, spread evenly over the sources."""
+    found = open_sources(config)
+    for number, (source, entry) in enumerate(zip(found, config.data.sources)):
+        prompts = prompt_sets.load(_plain(entry).get("prompts") or config.data.prompts)
+        count = min(len(source), -(-limit // len(found)))
+        picked = order.indices(np.arange(count), len(source), config.seed, number)
+        for start in range(0, count, 1024):
+            for row, record in enumerate(source.read_texts(picked[start : start + 1024])):
+                if source.kind == "caption":
+                    yield from record.texts
+                else:
+                    prompt = prompts[(start + row) % len(prompts)]
+                    yield prompt.replace("{}", ", ".join(record.labels))
+
+
+class TrainBatches:
+    """An endless iterator of batches; see `train_batches`.
+
+    Attributes:
+        sizes: examples of each source.
+        step: of the batch that comes next.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        vocabulary: Vocabulary,
+        *,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        from coca_jax.data import augment, tasks
+
+        if config.batch_size % process_count:
+            raise ValueError(
+                f"batch_size={config.batch_size} is not divisible by {process_count} processes"
+            )
+        if config.data.augment not in augment.MODES:
+            raise ValueError(
+                f"data.augment={config.data.augment!r}: use one of {', '.join(augment.MODES)}"
+            )
+        self._pattern = order.rows(shares(config))
+        self._config, self._vocabulary = config, vocabulary
+        self._process = (process_index, process_count)
+        self._sources = open_sources(config)
+        self._prompts = [
+            prompt_sets.load(_plain(entry).get("prompts") or config.data.prompts)
+            for entry in config.data.sources
+        ]
+        if config.data.label_token and vocabulary.label_id is None:
+            raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+        self._readers = [
+            tasks.BadImages(source, config.data.max_bad_fraction) for source in self._sources
+        ]
+        self.sizes = [len(source) for source in self._sources]
+        self.step = start_step
+        self._iterator = self._build()
+
+    def _build(self) -> Iterator[dict[str, np.ndarray]]:
+        import seqio
+        import tensorflow as tf
+
+        from coca_jax.data import tasks
+        from coca_jax.data.feature_converter import CoCaFeatureConverter
+
+        config, (index, count) = self._config, self._process
+        max_len, size = config.model.text.max_len, config.model.image_size
+        made = [
+            tasks.make_task(
+                source,
+                reader,
+                self._vocabulary,
+                seed=config.seed,
+                number=number,
+                pattern=self._pattern,
+                start_step=self.step,
+                max_len=max_len,
+                label_token=config.data.label_token,
+                prompts=self._prompts[number],
+                augment=config.data.augment,
+                size=size,
+                flip=config.data.flip,
+                resize=config.data.resize,
+            )
+            for number, (source, reader) in enumerate(zip(self._sources, self._readers))
+        ]
+        local = config.batch_size // count
+        mixture = tasks.exact_mixture(made, self._pattern[index * local :][:local])
+        examples = mixture.get_dataset(
+            split="train",
+            shuffle=False,  # the sources are already in their shuffled order
+            seed=config.seed,
+            shard_info=seqio.ShardInfo(index, count),
+            num_epochs=1,  # the sources are endless
+            trim_output_features=False,
+            try_in_mem_cache=False,
+        )
+        threads = config.data.num_threads or len(os.sched_getaffinity(0))
+        converter = CoCaFeatureConverter(config.data.augment, size, max_len, threads)
+        lengths = dict.fromkeys(converter.TASK_FEATURES, 1) | {"tokens": max_len}
+        batches = converter(examples, lengths).batch(local, drop_remainder=True).prefetch(2)
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads + 2
+        options.deterministic = True
+        options.autotune.enabled = False
+        return batches.with_options(options).as_numpy_iterator()
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        import tensorflow as tf
+
+        try:
+            batch = next(self._iterator)
+        except tf.errors.OpError as error:
+            if all(reader.screening for reader in self._readers):
+                for reader in self._readers:
+                    reader.check_fraction()
+                raise
+            # An image did not decode. From here on images are checked before they are decoded.
+            logging.warning("step %d: %s", self.step, error.message.splitlines()[0][:200])
+            for reader in self._readers:
+                reader.screening = True
+            self._iterator = self._build()
+            return next(self)
+        self.step += 1
+        return batch
+
+    def skipped(self) -> dict[str, int]:
+        """How many undecodable images each source has shown so far, by the source's name."""
+        return {s.name: len(r.bad) for s, r in zip(self._sources, self._readers)}
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been seen so far, by the source's name."""
+        seen = epochs(self._config, self.step, self.sizes)
+        return {s.name: value for s, value in zip(self._sources, seen)}
+
+
+def train_batches(
+    config: Any,
+    vocabulary: Vocabulary,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """Batches of this process, from step `start_step` on, without end.
+
+    The batch of a step is a function of (config.seed, step): process p of P holds rows
+    [p * b, (p + 1) * b) of it, b = batch_size / P, and the whole is the same for any P.
+
+    Yields:
+        dict of numpy arrays: image uint8 [b, S, S, 3]; tokens int32 [b, L]; text_valid bool
+        [b, L]; is_label bool [b]; text_id int32 [b, 2] (equal for equal captions or equal label
+        sets); source int32 [b] and index int64 [b] (which record).
+
+    Raises:
+        ValueError: missing or empty data, shares or processes that do not divide the batch;
+            later, more undecodable images than `config.data.max_bad_fraction`.
+    """
+    return TrainBatches(
+        config,
+        vocabulary,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def eval_records(
+    source: str | Mapping[str, Any], split: str = "test", *, limit: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Records in their stored order, without TensorFlow.
+
+    Args:
+        source: a path of prepared data, or an entry as in `config.data.sources` (its own `split`
+            overrides the argument).
+        split: of it.
+        limit: at most so many; 0: all.
+
+    Yields:
+        dict(image=encoded bytes, text=list of captions, labels=list of names, key=str,
+        extra=the JSON text of the other fields).
+    """
+    found = sources.open_source(_plain(source) if not isinstance(source, str) else source, split)
+    for record in itertools.islice(found, limit or None):
+        yield dict(
+            image=record.image,
+            text=list(record.texts),
+            labels=list(record.labels),
+            key=record.key,
+            extra=record.extra,
+        )
+
+
+def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[str]:
+    """The class names of a data set: those its manifest declares, else those its records have."""
+    entry = {"path": source} if isinstance(source, str) else _plain(source)
+    if entry.get("path") and not entry.get("label_field"):
+        declared = sources.read_manifest(str(entry["path"])).get("class_names")
+        if declared:
+            return declared
+    if entry.get("builtin"):
+        from coca_jax.data import scenes
+
+        return scenes.class_names()
+    found = sources.open_source(entry, split)
+    return sorted({label for record in found for label in record.labels})
+
+
+def measure_input(config: Any, seconds: float = 10.0) -> dict[str, float]:
+    """How fast the pipeline alone is, without a model.
+
+    Returns:
+        images_per_second, images_per_second_per_core (per second of processor time used),
+        first_batch_seconds, cores_busy, max_rss_mib.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = load_vocabulary_or_train(config, folder)
+    started = time.perf_counter()
+    batches = train_batches(config, vocabulary)
+    next(batches)
+    first = time.perf_counter() - started
+    for _ in range(4):  # what was prefetched while nobody looked
+        next(batches)
+    images, started, processor = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - started < seconds:
+        images += len(next(batches)["image"])
+    wall, busy = time.perf_counter() - started, time.process_time() - processor
+    return dict(
+        images_per_second=images / wall,
+        images_per_second_per_core=images / busy,
+        cores_busy=busy / wall,
+        first_batch_seconds=first,
+        max_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )

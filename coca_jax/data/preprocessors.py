@@ -1,0 +1,219 @@
+"""What a Task does to blocks of records: choose a text, tokenise it, plan the augmentation.
+
+A block is the part of one batch that comes from one source (of this process). Working on blocks
+keeps Python out of the per-example path; `unblock` ends it, and from there seqio sees examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from coca_jax.data import augment, images, order
+from coca_jax.data.vocabulary import Vocabulary
+
+# What a draw is for: keeps the choices made for one example independent of one another.
+CAPTION, PROMPT, LABELS, AUGMENT = range(1, 5)
+_CACHED_TEXTS = 200_000
+
+Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
+
+
+def draw_keys(seed: int, source: int, positions: np.ndarray, purpose: int) -> np.ndarray:
+    """uint64 [n]: a key for each position of a source's stream and each purpose."""
+    return order.key(seed, source, positions, purpose)
+
+
+def choose_captions(
+    texts: Sequence[Sequence[str]], seed: int, source: int, positions: np.ndarray
+) -> list[str]:
+    """One caption of each image, another one at each visit."""
+    draw = order.uniform(draw_keys(seed, source, positions, CAPTION), 1)[:, 0]
+    return [choice[int(u * len(choice))] for choice, u in zip(texts, draw)]
+
+
+def label_texts(
+    labels: Sequence[Sequence[str]],
+    prompts: Sequence[str],
+    seed: int,
+    source: int,
+    positions: np.ndarray,
+) -> tuple[list[str], list[str]]:
+    """Labels as text, as in the paper: all names, shuffled and joined, behind a sampled prompt.
+
+    Returns:
+        The texts ("a photo of the cat, animal"), and what tells equal labels: the sorted names.
+    """
+    draw = order.uniform(draw_keys(seed, source, positions, PROMPT), 1)[:, 0]
+    chosen = (draw * len(prompts)).astype(int)
+    most = max(map(len, labels), default=0)
+    shuffle = order.uniform(draw_keys(seed, source, positions, LABELS), max(most, 1)).tolist()
+    texts, canonical = [], []
+    for names, prompt, ranks in zip(labels, chosen, shuffle):
+        shuffled = [name for _, name in sorted(zip(ranks, names))]
+        texts.append(prompts[prompt].replace("{}", ", ".join(shuffled)))
+        canonical.append("\0".join(sorted(names)))
+    return texts, canonical
+
+
+def text_hash(text: str) -> int:
+    """64 bits that tell texts apart, as a signed integer."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class Tokenizer:
+    """Tokenises each text once: rows of equal texts come from memory. Thread-safe."""
+
+    def __init__(self, vocabulary: Vocabulary, max_len: int, is_label: bool):
+        self._vocabulary, self._max_len, self._is_label = vocabulary, max_len, is_label
+        self._rows: dict[str, tuple[np.ndarray, int]] = {}
+        self._hashes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, texts: Sequence[str], canonical: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Texts -> tokens int32 [n, L], length int32 [n], text_id int32 [n, 2]."""
+        with self._lock:
+            new = list(dict.fromkeys(text for text in texts if text not in self._rows))
+            if len(self._rows) + len(new) > _CACHED_TEXTS:
+                self._rows.clear()
+                new = list(dict.fromkeys(texts))
+            if new:
+                labels = [True] * len(new) if self._is_label else None
+                tokens, valid = self._vocabulary.encode_batch(new, self._max_len, labels)
+                self._rows.update(zip(new, zip(tokens, valid.sum(1))))
+            if len(self._hashes) > _CACHED_TEXTS:
+                self._hashes.clear()
+            for text in canonical:
+                if text not in self._hashes:
+                    self._hashes[text] = text_hash(text)
+            found = [self._rows[text] for text in texts]
+            hashes = np.array([self._hashes[text] for text in canonical], np.int64)
+        tokens = np.stack([row for row, _ in found])
+        lengths = np.array([length for _, length in found], np.int32)
+        return tokens, lengths, hashes.view(np.int32).reshape(-1, 2)
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
+    """Strings [m] and the number that each of n records has -> n lists."""
+    flat = [value.decode() for value in values.tolist()]
+    ends = np.cumsum(lengths).tolist()
+    return [flat[end - count : end] for end, count in zip(ends, lengths.tolist())]
+
+
+def _map(
+    block: dict[str, Any],
+    function: Callable,
+    inputs: Sequence[str],
+    outputs: dict[str, tuple[Any, tuple]],
+) -> dict[str, Any]:
+    """Adds to a block what a numpy function makes of some of its features."""
+    results = tf.numpy_function(
+        function, [block[name] for name in inputs], [dtype for dtype, _ in outputs.values()]
+    )
+    block = dict(block)
+    for (name, (_, shape)), value in zip(outputs.items(), results):
+        value.set_shape((None, *shape))
+        block[name] = value
+    return block
+
+
+def caption_text(seed: int, source: int) -> Preprocessor:
+    """seqio preprocessor: `text` is one of the captions."""
+
+    def choose(values: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
+        texts = choose_captions(_lists(values, lengths), seed, source, positions)
+        encoded = np.array([text.encode() for text in texts], object)
+        return encoded, encoded
+
+    return lambda ds: ds.map(
+        lambda block: _map(
+            block,
+            choose,
+            ("texts", "text_counts", "position"),
+            {"text": (tf.string, ()), "canonical": (tf.string, ())},
+        )
+    )
+
+
+def label_text(prompts: Sequence[str], seed: int, source: int) -> Preprocessor:
+    """seqio preprocessor: `text` is made of the class names."""
+
+    def choose(values: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
+        texts, same = label_texts(_lists(values, lengths), prompts, seed, source, positions)
+        return (
+            np.array([text.encode() for text in texts], object),
+            np.array([text.encode() for text in same], object),
+        )
+
+    return lambda ds: ds.map(
+        lambda block: _map(
+            block,
+            choose,
+            ("labels", "label_counts", "position"),
+            {"text": (tf.string, ()), "canonical": (tf.string, ())},
+        )
+    )
+
+
+def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
+    """seqio preprocessor: `text` to `tokens`, `length` and `text_id`."""
+
+    def encode(texts: np.ndarray, canonical: np.ndarray) -> Any:
+        return tokenizer([t.decode() for t in texts], [t.decode() for t in canonical])
+
+    return lambda ds: ds.map(
+        lambda block: _map(
+            block,
+            encode,
+            ("text", "canonical"),
+            {
+                "tokens": (tf.int32, (max_len,)),
+                "length": (tf.int32, ()),
+                "text_id": (tf.int32, (2,)),
+            },
+        )
+    )
+
+
+def plan_augmentation(
+    mode: str, size: int, seed: int, source: int, *, flip: bool, resize: str
+) -> Preprocessor:
+    """seqio preprocessor: how to decode each image, and the numbers of its augmentation."""
+    layers = augment.RANDAUGMENT_LAYERS if mode == "randaugment" else 1
+
+    def draw(encoded: np.ndarray, careful: np.ndarray, positions: np.ndarray) -> Any:
+        found = np.array([images.sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
+        how, height, width = found.T
+        how = np.where(careful, images.CAREFUL + (how == images.ALPHA), how)
+        keys = draw_keys(seed, source, positions, AUGMENT)
+        plan = augment.plan(mode, how, height, width, keys, size, flip=flip, resize=resize)
+        whole = (plan["box"][:, 2] == height) & (plan["box"][:, 3] == width)
+        return how.astype(np.int32), whole, *plan.values()
+
+    outputs = {
+        "how": (tf.int32, ()),
+        "whole": (tf.bool, ()),
+        "box": (tf.int32, (4,)),
+        "shrink": (tf.bool, ()),
+        "warp": (tf.float32, (8,)),
+        "colour": (tf.float32, (3, 4)),
+        "background": (tf.float32, (3,)),
+        "op": (tf.int32, (layers,)),
+        "strength": (tf.float32, (layers,)),
+    }
+    return lambda ds: ds.map(
+        lambda block: _map(block, draw, ("image", "careful", "position"), outputs)
+    )
+
+
+def unblock(features: Sequence[str]) -> Preprocessor:
+    """seqio preprocessor: blocks to examples that have only these features."""
+    return lambda ds: ds.map(lambda block: {name: block[name] for name in features}).unbatch()

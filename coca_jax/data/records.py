@@ -1,0 +1,83 @@
+"""The training record: a tf.train.Example, written and read without TensorFlow.
+
+Fields: `image` (encoded bytes), `text` (captions), `label` (class names), `key` (unique in its
+data set) and `extra` (whatever else the source said, as JSON). tensorflow-datasets reads the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+
+class Record(NamedTuple):
+    """One example. `image` is encoded bytes; texts may be empty; `extra` is a JSON object."""
+
+    image: bytes
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    key: str
+    extra: str = "{}"
+
+
+def _example_class() -> type:
+    """The message class of tf.train.Example, declared here (same field numbers)."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="coca_jax/example.proto", package="coca_jax", syntax="proto3"
+    )
+    kinds = descriptor_pb2.FieldDescriptorProto
+    many, one, message = kinds.LABEL_REPEATED, kinds.LABEL_OPTIONAL, kinds.TYPE_MESSAGE
+
+    def add(name: str, *fields: tuple) -> descriptor_pb2.DescriptorProto:
+        kind = file.message_type.add(name=name)
+        for number, (field, label, type_, type_name) in enumerate(fields, 1):
+            kind.field.add(name=field, number=number, label=label, type=type_, type_name=type_name)
+        return kind
+
+    add("BytesList", ("value", many, kinds.TYPE_BYTES, None))
+    add("Feature", ("bytes_list", one, message, ".coca_jax.BytesList"))
+    features = add("Features", ("feature", many, message, ".coca_jax.Features.FeatureEntry"))
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, label=one, type=kinds.TYPE_STRING)
+    entry.field.add(name="value", number=2, label=one, type=message, type_name=".coca_jax.Feature")
+    add("Example", ("features", one, message, ".coca_jax.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("coca_jax.Example"))
+
+
+_Example = _example_class()
+
+
+def serialize(record: Record) -> bytes:
+    """A record as bytes; the same record always gives the same bytes."""
+    example = _Example()
+    feature = example.features.feature
+    feature["image"].bytes_list.value.append(record.image)
+    feature["text"].bytes_list.value.extend(text.encode() for text in record.texts)
+    feature["label"].bytes_list.value.extend(label.encode() for label in record.labels)
+    feature["key"].bytes_list.value.append(record.key.encode())
+    feature["extra"].bytes_list.value.append(record.extra.encode())
+    return example.SerializeToString(deterministic=True)
+
+
+def parse(data: bytes) -> Record:
+    """The record of bytes that `serialize` made.
+
+    Raises:
+        ValueError: not such bytes.
+    """
+    try:
+        feature = _Example.FromString(data).features.feature
+        return Record(
+            image=feature["image"].bytes_list.value[0],
+            texts=tuple(str(text, "utf-8") for text in feature["text"].bytes_list.value),
+            labels=tuple(str(label, "utf-8") for label in feature["label"].bytes_list.value),
+            key=str(feature["key"].bytes_list.value[0], "utf-8"),
+            extra=str(feature["extra"].bytes_list.value[0], "utf-8"),
+        )
+    except Exception as error:
+        raise ValueError(f"not a record of coca_jax ({len(data)} bytes): {error}") from None

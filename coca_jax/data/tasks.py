@@ -1,0 +1,281 @@
+"""seqio Tasks, one per source, and the Mixture whose every batch holds the exact share of each."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from coca_jax.data import images, order, preprocessors
+from coca_jax.data.feature_converter import CoCaFeatureConverter
+from coca_jax.data.records import Record
+from coca_jax.data.sources import Source
+from coca_jax.data.vocabulary import Vocabulary
+
+
+class SeqioVocabulary(seqio.Vocabulary):
+    """What seqio asks of a vocabulary, answered by ours."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        super().__init__()
+        self._vocabulary = vocabulary
+
+    bos_id = property(lambda self: self._vocabulary.bos_id)
+    eos_id = property(lambda self: self._vocabulary.eos_id)
+    unk_id = property(lambda self: self._vocabulary.unk_id)
+    pad_id = property(lambda self: self._vocabulary.pad_id)
+    _base_vocab_size = property(lambda self: self._vocabulary.size)
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self._vocabulary.encode(s)
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self._vocabulary.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text: bytes) -> np.ndarray:
+            return np.array(self._vocabulary.encode(text.decode()), np.int32)
+
+        return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32), (None,))
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(lambda i: self._vocabulary.decode(i).encode(), [ids], tf.string)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SeqioVocabulary)
+            and self._vocabulary.checksum == other._vocabulary.checksum
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._vocabulary.checksum)
+
+
+class BadImages:
+    """The undecodable images of a source: found, counted, and stepped over.
+
+    A bad image is replaced by the next good one of its source, by index: a function of the data
+    alone, so all hosts and all resumes agree. Looking costs a second decode of each image, so it
+    starts only when the decoder has failed on this source once (`screening`).
+    """
+
+    def __init__(self, source: Source, max_fraction: float):
+        self._source, self._max_fraction = source, max_fraction
+        self.screening = False
+        self.bad: dict[int, str] = {}
+        self._good: set[int] = set()
+        self._careful: set[int] = set()  # only PIL reads these
+        self._lock = threading.Lock()
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, list[Record], np.ndarray]:
+        """What to train on at these indices: indices int64 [n], records, careful bool [n]."""
+        if not self.screening:
+            return indices, self._source.read(indices), np.zeros(len(indices), bool)
+        found = [self._good_one(int(index)) for index in indices]
+        used = np.array([index for index, _ in found], np.int64)
+        careful = np.array([index in self._careful for index in used.tolist()], bool)
+        return used, [record for _, record in found], careful
+
+    def _good_one(self, index: int) -> tuple[int, Record]:
+        for step in range(len(self._source)):
+            candidate = (index + step) % len(self._source)
+            if candidate in self.bad:
+                continue
+            record = self._source.read([candidate])[0]
+            if candidate in self._good or self._check(candidate, record):
+                return candidate, record
+        raise ValueError(f"data source {self._source.name}: no image in it can be decoded")
+
+    def _check(self, index: int, record: Record) -> bool:
+        try:
+            images.decode(record.image)
+        except ValueError as error:
+            with self._lock:
+                if index not in self.bad:
+                    self.bad[index] = str(error)
+                    logging.warning(
+                        "%s: skipping image %r (index %d): %s",
+                        *(self._source.name, record.key, index, error),
+                    )
+            self.check_fraction()
+            return False
+        if images.sniff(record.image)[0] < images.CAREFUL and not _tf_reads(record.image):
+            self._careful.add(index)
+        self._good.add(index)
+        return True
+
+    def check_fraction(self) -> None:
+        """Raises ValueError when more than the tolerated share of the images seen are bad."""
+        seen = len(self._good) + len(self.bad)
+        allowed = self._max_fraction * min(len(self._source), max(seen, 10_000))
+        if len(self.bad) > allowed:
+            raise ValueError(
+                f"data source {self._source.name}: {len(self.bad)} undecodable images among "
+                f"{seen} seen, more than data.max_bad_fraction={self._max_fraction:g} allows; "
+                f"first: {next(iter(self.bad.values()))}"
+            )
+
+
+def _tf_reads(data: bytes) -> bool:
+    try:
+        tf.io.decode_image(data, expand_animations=False)
+    except tf.errors.OpError:
+        return False
+    return True
+
+
+class RecordSource(seqio.DataSource):
+    """A seqio source of blocks: the share of one source in each batch, from a step on.
+
+    Args:
+        reader: the records.
+        seed, number: of the run; of the source within it. They fix the order.
+        pattern: int32 [batch], the source of each row of the global batch.
+        start_step: the first batch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        reader: BadImages,
+        *,
+        seed: int,
+        number: int,
+        pattern: np.ndarray,
+        start_step: int,
+    ):
+        self._source, self._reader = source, reader
+        self._seed, self._number = seed, number
+        self._pattern, self._start_step = pattern, start_step
+        super().__init__(splits=("train",), num_input_examples={"train": len(source)})
+
+    supports_arbitrary_sharding = True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [self._source.name]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        shard = shard_info or seqio.ShardInfo(0, 1)
+        local = len(self._pattern) // shard.num_shards
+        before = int((self._pattern[: shard.index * local] == self._number).sum())
+        rows = self._pattern[shard.index * local :][:local]
+        count = int((rows == self._number).sum())
+        share = int((self._pattern == self._number).sum())
+        is_label = self._source.kind == "label"
+
+        def read(step: np.ndarray) -> tuple:
+            positions = int(step) * share + before + np.arange(count, dtype=np.int64)
+            wanted = order.indices(positions, len(self._source), self._seed, self._number)
+            used, records, careful = self._reader.read(wanted)
+            return (
+                positions,
+                used,
+                careful,
+                np.array([record.image for record in records], object),
+                *_flatten([record.texts for record in records]),
+                *_flatten([record.labels for record in records]),
+                np.full(count, self._number, np.int32),
+                np.full(count, is_label),
+            )
+
+        names = dict(
+            position=tf.int64, index=tf.int64, careful=tf.bool, image=tf.string,
+            texts=tf.string, text_counts=tf.int32, labels=tf.string, label_counts=tf.int32,
+            source=tf.int32, is_label=tf.bool,
+        )  # fmt: skip
+
+        def block(step: tf.Tensor) -> dict[str, tf.Tensor]:
+            values = tf.numpy_function(read, [step], list(names.values()))
+            return {
+                name: tf.ensure_shape(v, (None,) if name in ("texts", "labels") else (count,))
+                for name, v in zip(names, values)
+            }
+
+        steps = tf.data.Dataset.range(self._start_step, np.iinfo(np.int64).max)
+        return steps.map(block, num_parallel_calls=2, deterministic=True)
+
+
+def _flatten(lists: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    flat = [text.encode() for texts in lists for text in texts]
+    return np.array(flat, object), np.array([len(texts) for texts in lists], np.int32)
+
+
+def output_features(vocabulary: Vocabulary) -> Mapping[str, seqio.Feature]:
+    """What every Task yields: the converter's features, images as encoded bytes."""
+    features: dict[str, seqio.Feature] = {}
+    for name, spec in CoCaFeatureConverter.TASK_FEATURES.items():
+        if name == "tokens":
+            features[name] = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True)
+        else:
+            features[name] = seqio.ContinuousFeature(dtype=spec.dtype, rank=spec.rank)
+    return features
+
+
+def make_task(
+    source: Source,
+    reader: BadImages,
+    vocabulary: Vocabulary,
+    *,
+    seed: int,
+    number: int,
+    pattern: np.ndarray,
+    start_step: int,
+    max_len: int,
+    label_token: bool,
+    prompts: Sequence[str],
+    augment: str,
+    size: int,
+    flip: bool,
+    resize: str,
+) -> seqio.Task:
+    """The Task of one source: choose a text, tokenise, plan the augmentation."""
+    is_label = source.kind == "label"
+    text = preprocessors.caption_text(seed, number)
+    if is_label:
+        text = preprocessors.label_text(prompts, seed, number)
+    tokenizer = preprocessors.Tokenizer(vocabulary, max_len, is_label and label_token)
+    features = output_features(vocabulary)
+    return seqio.Task(
+        f"source_{number}",
+        RecordSource(
+            source, reader, seed=seed, number=number, pattern=pattern, start_step=start_step
+        ),
+        features,
+        [
+            text,
+            preprocessors.tokenize(tokenizer, max_len),
+            preprocessors.plan_augmentation(augment, size, seed, number, flip=flip, resize=resize),
+            preprocessors.unblock(list(features)),
+        ],
+    )
+
+
+def exact_mixture(tasks: Sequence[seqio.Task], pattern: np.ndarray) -> seqio.Mixture:
+    """A Mixture that takes examples in the order of `pattern` (of this process), batch by batch.
+
+    seqio samples at random; the paper's batches are exactly half alt-text, half labels.
+    """
+
+    def choose(datasets: Sequence[tf.data.Dataset], rates: Any, seed: Any) -> tf.data.Dataset:
+        choices = tf.data.Dataset.from_tensor_slices(pattern.astype(np.int64)).repeat()
+        return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
+
+    shares = np.bincount(pattern, minlength=len(tasks))
+    return seqio.Mixture(
+        "train",
+        [(task, float(share)) for task, share in zip(tasks, shares)],
+        sample_fn=functools.partial(choose),
+    )

@@ -1,0 +1,181 @@
+"""Text to token ids and back, for the tokenizers that a model may come with. No TensorFlow."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Sequence
+
+import fsspec
+import numpy as np
+import sentencepiece
+
+LABEL_SYMBOL = "<label>"
+
+
+class Vocabulary(abc.ABC):
+    """What every vocabulary offers.
+
+    Attributes:
+        size: number of ids; a model needs at least as many.
+        pad_id, bos_id, eos_id, unk_id: reserved ids.
+        label_id: the symbol before label texts, or None where the vocabulary has none to spare.
+        checksum: sha256 of the file, hexadecimal: binds a checkpoint to its vocabulary.
+    """
+
+    size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    label_id: int | None
+    checksum: str
+    data: bytes
+
+    @abc.abstractmethod
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without begin and end."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: stops at the end symbol, drops the other special symbols."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end."""
+        return self.encode_many([text])[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], max_len: int, is_label: Sequence[bool] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as rows [bos, (label), text..., eos, pad...]; a long text is cut, eos stays.
+
+        Args:
+            texts: N texts.
+            max_len: L, at least 3.
+            is_label: which rows get the label symbol after bos; None: none of them.
+
+        Returns:
+            tokens int32 [N, L]; valid bool [N, L], true from bos to eos.
+
+        Raises:
+            ValueError: the label symbol is asked for and the vocabulary has none.
+        """
+        if is_label is not None and any(is_label) and self.label_id is None:
+            raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+        if max_len < 3:
+            raise ValueError(f"max_len {max_len}: begin, end and a token need at least 3")
+        tokens = np.full((len(texts), max_len), self.pad_id, np.int32)
+        lengths = np.zeros(len(texts), np.int64)
+        for row, ids in enumerate(self.encode_many(texts)):
+            head = [self.bos_id]
+            if is_label is not None and is_label[row]:
+                head.append(self.label_id)  # type: ignore[arg-type]
+            full = head + ids[: max_len - len(head) - 1] + [self.eos_id]
+            tokens[row, : len(full)] = full
+            lengths[row] = len(full)
+        return tokens, np.arange(max_len)[None, :] < lengths[:, None]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file that it was loaded from, byte for byte, at once or not at all."""
+        write_bytes(path, self.data)
+
+
+class SentencePiece(Vocabulary):
+    """A SentencePiece model that has begin and end symbols."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.checksum = hashlib.sha256(data).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(data)
+        self.size = self._model.vocab_size()
+        self.eos_id, self.unk_id = self._model.eos_id(), self._model.unk_id()
+        self.pad_id = max(self._model.pad_id(), 0)
+        self.bos_id = self._model.bos_id()
+        if self.eos_id < 0:
+            raise ValueError("vocabulary: this SentencePiece model has no end symbol")
+        if self.bos_id < 0:  # T5's models have none; as there, padding begins the text
+            self.bos_id = self.pad_id
+        label = self._model.piece_to_id(LABEL_SYMBOL)
+        self.label_id = None if label == self.unk_id else label
+        self._special = {self.pad_id, self.bos_id, self.unk_id, self.label_id}
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), out_type=int, num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = []
+        for token in ids:
+            if token == self.eos_id:
+                break
+            if int(token) not in self._special:
+                kept.append(int(token))
+        return self._model.decode(kept)
+
+
+def load(path: str | os.PathLike[str]) -> Vocabulary:
+    """Loads a vocabulary; the content of the file says which kind it is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a vocabulary that is known.
+    """
+    with fsspec.open(os.fspath(path), "rb") as file:
+        data = file.read()
+    try:
+        return SentencePiece(data)
+    except RuntimeError:
+        raise ValueError(f"vocabulary {os.fspath(path)}: not a SentencePiece model") from None
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file under a temporary name first, so that nobody sees half of it."""
+    file_system, plain = fsspec.url_to_fs(os.fspath(path))
+    file_system.makedirs(os.path.dirname(plain) or ".", exist_ok=True)
+    temporary = f"{plain}.{os.getpid()}.tmp"
+    with file_system.open(temporary, "wb") as file:
+        file.write(data)
+    file_system.mv(temporary, plain)
+
+
+def train(
+    texts: Iterable[str], size: int, path: str | os.PathLike[str], seed: int = 0
+) -> Vocabulary:
+    """Trains a SentencePiece unigram vocabulary with byte fallback and writes it.
+
+    Ids 0 to 4 are padding, end, unknown, begin and the label symbol. Text too small for `size`
+    pieces gives fewer.
+
+    Raises:
+        ValueError: `size` leaves no room for the bytes and symbols, or there is no text.
+    """
+    if size < 300:
+        raise ValueError(f"vocabulary size {size}: 256 bytes and the symbols need at least 300")
+    sentences = [" ".join(text.split()) for text in texts]
+    sentences = [text for text in sentences if text]
+    if not sentences:
+        raise ValueError("vocabulary: no text to train on; does the data have captions or labels?")
+    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        max_sentence_length=100_000,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=3,
+        control_symbols=[LABEL_SYMBOL],
+        num_threads=1,  # more of them change the result
+        minloglevel=2,
+    )
+    vocabulary = SentencePiece(model.getvalue())
+    vocabulary.save(path)
+    return vocabulary
