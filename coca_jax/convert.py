@@ -1,0 +1,190 @@
+"""Converts open_clip's CoCa weights to an export folder, and an export or a run back.
+
+python -m coca_jax.convert --input=open_clip_pytorch_model.bin --out=DIR
+python -m coca_jax.convert --input=DIR --out=DIR2 --to=open_clip
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from coca_jax import cli, export_format
+from coca_jax.interop import clip_bpe, open_clip_config, safetensors_file, torch_file
+from coca_jax.interop.open_clip_layout import Layout, count
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+
+_INPUT = flags.DEFINE_string("input", None, "Weights (.bin, .pt, .pth, .safetensors), or a folder.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_TO = flags.DEFINE_enum("to", "coca_jax", ["coca_jax", "open_clip"], "The format to write.")
+_MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    f"Name ({', '.join(open_clip_config.RELEASED)}) or JSON file of the open_clip model; "
+    f"default: {CONFIG_NAME} beside the weights, else the released model that fits.",
+)
+_BPE = flags.DEFINE_string(
+    "bpe", "", f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else found."
+)
+
+
+def from_open_clip(
+    weights: str, out: str, model: str = "", bpe: str = ""
+) -> tuple[dict[str, Any], Layout]:
+    """Converts an open_clip checkpoint to the export folder `out`.
+
+    Args:
+        weights: a .safetensors file, a file of torch.save, or a folder with one of them.
+        model: name of a released model or path of a JSON; '' finds it (see the flags).
+        bpe: path of the tokenizer's merges; '' finds them.
+
+    Returns:
+        (the configuration written, the layout).
+
+    Raises:
+        FileNotFoundError: no weights, or no merges.
+        ValueError: a file that cannot be read, an arrangement that is not supported, or tensors
+            that do not fit the model (each named).
+    """
+    weights = _find_weights(weights)
+    tensors = read_weights(weights)
+    model_cfg, preprocess_cfg = _model_config(weights, model, tensors)
+    preprocess = open_clip_config.check_preprocess(preprocess_cfg)
+    config = dict(
+        model=open_clip_config.to_model(model_cfg, preprocess_cfg),
+        preprocess=dict(resize="crop", mean=list(preprocess["mean"]), std=list(preprocess["std"])),
+        tokenizer=dict(kind="clip_bpe"),
+    )
+    layout = Layout(ConfigDict(config["model"]), logit_bias="logit_bias" in tensors)
+    layout.check(tensors)
+    merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
+    vocabulary = clip_bpe.ClipBpe(merges)
+    if vocabulary.size > config["model"]["text"]["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.size} ids and the model "
+            f"{config['model']['text']['vocab_size']}; give the model's own as --bpe"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, "vocabulary.bpe.gz")
+        vocabulary.save(path)
+        export_format.write_export(out, layout.read(tensors), config, path)
+    return config, layout
+
+
+def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
+    """Writes an export folder or a run as open_clip's safetensors and configuration.
+
+    Returns:
+        (open_clip's model configuration, the layout).
+
+    Raises:
+        FileNotFoundError: `source` is neither.
+        ValueError: the model has an option that open_clip's CoCa lacks (named).
+    """
+    if export_format.is_export(source):
+        params, config = export_format.read_export(source)
+    else:
+        from coca_jax import checkpointing  # orbax: only where a run is read
+
+        params, config = checkpointing.load_params(source)
+    model_cfg = open_clip_config.from_model(config.model)
+    layout = Layout(config.model, logit_bias="logit_bias" in params)
+    if "logit_bias" in params:
+        model_cfg["init_logit_bias"] = float(np.asarray(params["logit_bias"]["value"]))
+    os.makedirs(out, exist_ok=True)
+    tensors = layout.write(export_format.flatten(params))
+    safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors)
+    preprocess = dict(
+        mean=list(config.model.image_mean),
+        std=list(config.model.image_std),
+        interpolation="bicubic",
+        resize_mode="shortest",
+    )
+    with open(os.path.join(out, CONFIG_NAME), "w") as file:
+        json.dump(dict(model_cfg=model_cfg, preprocess_cfg=preprocess), file, indent=2)
+    return model_cfg, layout
+
+
+def read_weights(path: str) -> dict[str, np.ndarray]:
+    """Tensors of a file by their names in the model, mapped, not read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is neither safetensors nor of torch.save, or two tensors have one name.
+    """
+    is_safetensors = path.endswith(".safetensors")
+    tensors = safetensors_file.read(path) if is_safetensors else torch_file.read(path)
+    names = torch_file.strip_prefixes(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _find_weights(path: str) -> str:
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--input={path}: no such file or folder")
+        return path
+    for name in (WEIGHTS_NAME, "open_clip_pytorch_model.bin", "model.safetensors"):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise FileNotFoundError(f"--input={path}: no {WEIGHTS_NAME} or open_clip_pytorch_model.bin")
+
+
+def _model_config(
+    weights: str, model: str, tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    if model in open_clip_config.RELEASED:
+        return open_clip_config.RELEASED[model], {}
+    path = model or os.path.join(os.path.dirname(weights), CONFIG_NAME)
+    if model or os.path.isfile(path):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"--model={model}: no such file, and not one of "
+                f"{', '.join(open_clip_config.RELEASED)}"
+            )
+        with open(path) as file:
+            try:
+                config = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return config.get("model_cfg", config), config.get("preprocess_cfg", {})
+    positions = tensors.get("visual.positional_embedding")
+    for config in open_clip_config.RELEASED.values():
+        shapes = Layout(ConfigDict(open_clip_config.to_model(config))).tensors()
+        wanted = shapes["visual.positional_embedding"]
+        if positions is not None and tuple(positions.shape) == wanted:
+            return config, {}
+    raise ValueError(f"{weights}: not a released model; give its JSON configuration as --model")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command; see the module's docstring."""
+    del argv
+    for flag in (_INPUT, _OUT):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+    if _TO.value == "open_clip":
+        print(f"reading {_INPUT.value}")
+        _, layout = to_open_clip(_INPUT.value, _OUT.value)
+    else:
+        print(f"reading {_INPUT.value}")
+        _, layout = from_open_clip(_INPUT.value, _OUT.value, _MODEL.value, _BPE.value)
+    print(f"wrote {_OUT.value}")
+    return dict(
+        out=_OUT.value,
+        format=_TO.value,
+        tensors=len(layout.tensors()),
+        parameters=count(layout.parameters()),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,153 @@
+"""The export folder: weights without optimizer state, with all that it takes to use them.
+
+    config.json          'model' (config.model), 'preprocess', 'tokenizer'
+    params.safetensors   float32, by path 'a/b/c', layers stacked: the layout of models/
+    vocabulary.*         the tokenizer's file
+
+The configuration is written last: a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from coca_jax.interop import safetensors_file
+from coca_jax.interop.safetensors_file import Blocks
+
+CONFIG, PARAMS = "config.json", "params.safetensors"
+
+
+def is_export(directory: str | os.PathLike[str]) -> bool:
+    """Whether the folder is a complete export."""
+    return all(os.path.isfile(os.path.join(directory, name)) for name in (CONFIG, PARAMS))
+
+
+def write_export(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    vocabulary_path: str | os.PathLike[str],
+) -> None:
+    """Writes an export folder.
+
+    Args:
+        params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
+            one at a time.
+        config: 'model', and 'preprocess' {'resize', 'mean', 'std'}; 'tokenizer' is added.
+        vocabulary_path: the tokenizer's file, copied.
+
+    Raises:
+        FileNotFoundError: no such vocabulary.
+    """
+    os.makedirs(directory, exist_ok=True)
+    name = "vocabulary" + _suffixes(vocabulary_path)
+    target = os.path.join(directory, name)
+    if os.path.abspath(target) != os.path.abspath(vocabulary_path):
+        shutil.copyfile(vocabulary_path, target)
+    tensors = {path: _blocks(array) for path, array in flatten(params).items()}
+    safetensors_file.write(os.path.join(directory, PARAMS), tensors)
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
+    temporary = os.path.join(directory, f"{CONFIG}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(plain, file, indent=2)
+    os.replace(temporary, os.path.join(directory, CONFIG))
+
+
+def read_export(directory: str | os.PathLike[str]) -> tuple[dict, ConfigDict]:
+    """(params, config) of an export folder; params is a nested dict of float32 arrays mapped from
+    the file, so nothing is read before it is used.
+
+    Raises:
+        FileNotFoundError: the folder is not an export.
+        ValueError: a file in it is damaged.
+    """
+    config = read_config(directory)
+    params = safetensors_file.read(os.path.join(directory, PARAMS))
+    return unflatten(params), config
+
+
+def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of an export folder: 'model', 'preprocess', 'tokenizer'.
+
+    Raises:
+        FileNotFoundError: the folder is not an export.
+        ValueError: its configuration is damaged.
+    """
+    path = os.path.join(directory, CONFIG)
+    if not is_export(directory):
+        raise FileNotFoundError(f"{os.fspath(directory)}: no {CONFIG} and {PARAMS}: not an export")
+    try:
+        with open(path) as file:
+            return ConfigDict(json.load(file))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def vocabulary_path(directory: str | os.PathLike[str]) -> str:
+    """The tokenizer's file in an export folder."""
+    return os.path.join(directory, read_config(directory).tokenizer.file)
+
+
+def place(params: Any, shardings: Any) -> Any:
+    """Mapped arrays -> arrays on a mesh; each process reads the parts that its devices hold.
+
+    Args:
+        params: nested dict of arrays (as `read_export` gives).
+        shardings: the same tree of jax.sharding.NamedSharding.
+    """
+
+    def one(array: np.ndarray, sharding: Any) -> jax.Array:
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: np.ascontiguousarray(array[index])
+        )
+
+    return jax.tree.map(one, params, shardings)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> flat dict by path 'a/b/c'."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict:
+    """The inverse of `flatten`."""
+    nested: dict = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested
+
+
+def _blocks(array: Any) -> Blocks:
+    if isinstance(array, Blocks):
+        return array
+
+    def parts() -> Iterable[np.ndarray]:
+        yield np.asarray(array, np.float32)
+
+    return Blocks(tuple(array.shape), parts)
+
+
+def _suffixes(path: str | os.PathLike[str]) -> str:
+    name = os.path.basename(os.fspath(path))
+    if name.endswith(".gz"):
+        return ".bpe.gz"
+    return os.path.splitext(name)[1]

@@ -1,0 +1,239 @@
+"""The byte-pair tokenizer of CLIP and open_clip: lower-cased text to ids and back."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import html
+import importlib.util
+import json
+import os
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from coca_jax.data.vocabulary import Vocabulary
+
+FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"  # as the packages clip and open_clip ship it
+SPECIAL = ("<start_of_text>", "<end_of_text>")
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+MAX_MERGES = 49152 - 256 - 2  # the file holds more; CLIP uses these
+HEADER = "bpe_simple_vocab"
+WORD_END = "</w>"
+
+
+class ClipBpe(Vocabulary):
+    """CLIP's tokenizer from its merges file (gzip; a first line, then a merge a line).
+
+    Padding is id 0, which is also the token "!": as in open_clip, `valid` is false wherever the id
+    is 0, inside a caption too.
+
+    Raises:
+        ValueError: `data` is not such a file.
+    """
+
+    label_id = None
+    pad_id = 0
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.checksum = hashlib.sha256(data).hexdigest()
+        merges = parse_merges(data)
+        symbols = list(_byte_symbols().values())
+        symbols += [symbol + WORD_END for symbol in symbols]
+        symbols += [first + second for first, second in merges]
+        symbols += SPECIAL
+        self._ids = {symbol: index for index, symbol in enumerate(symbols)}
+        self._symbols = symbols
+        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self._bytes = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        self.size = len(symbols)
+        self.bos_id, self.eos_id = self.size - 2, self.size - 1
+        self.unk_id = self.pad_id  # never produced: every byte has a symbol
+        self._word_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without begin and end; the text is cleaned and lower-cased first."""
+        return [[i for word in split(clean(text)) for i in self._word_ids(word)] for text in texts]
+
+    def encode_batch(
+        self, texts: Sequence[str], max_len: int, is_label: Sequence[bool] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `Vocabulary.encode_batch`, but valid is false at every id 0."""
+        tokens, _ = super().encode_batch(texts, max_len, is_label)
+        return tokens, tokens != self.pad_id
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: stops at the end symbol, drops begin; words are separated by spaces."""
+        text = ""
+        for token in ids:
+            if token == self.eos_id:
+                break
+            if token != self.bos_id:
+                text += self._symbols[int(token)]
+        data = bytearray(self._bytes[symbol] for symbol in text)
+        return data.decode("utf-8", errors="replace").replace(WORD_END, " ").strip()
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word in SPECIAL:
+            return (self._ids[word],)
+        symbols = _byte_symbols()
+        pieces = [symbols[byte] for byte in word.encode("utf-8")]
+        pieces[-1] += WORD_END
+        while len(pieces) > 1:
+            ranked = [(self._ranks.get(pair, len(self._ranks)), pair) for pair in _pairs(pieces)]
+            rank, pair = min(ranked)
+            if rank == len(self._ranks):
+                break
+            pieces = _merge(pieces, pair)
+        return tuple(self._ids[piece] for piece in pieces)
+
+
+def parse_merges(data: bytes) -> list[tuple[str, str]]:
+    """The merges of a file, best first, as many as CLIP uses.
+
+    Raises:
+        ValueError: not a gzip file of merges.
+    """
+    try:
+        lines = gzip.decompress(data).decode("utf-8").split("\n")[1 : MAX_MERGES + 1]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"vocabulary: not a gzip file of byte-pair merges ({error})") from None
+    merges = [tuple(line.split()) for line in lines if line]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise ValueError("vocabulary: not byte-pair merges, two symbols a line")
+    return merges  # type: ignore[return-value]
+
+
+def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
+    """The merges file: `given`, or in the folder `beside` (the file itself, or a Hugging Face
+    tokenizer.json), or in an installed package clip or open_clip, which is not imported.
+
+    Raises:
+        FileNotFoundError: none of them is there.
+        ValueError: the file found is not one.
+    """
+    if given:
+        with open(given, "rb") as file:
+            data = file.read()
+        return _from_tokenizer_json(data, given) if given.endswith(".json") else _checked(data)
+    for name in (FILE_NAME, "vocabulary.bpe.gz", "tokenizer.json"):
+        path = os.path.join(beside, name)
+        if os.path.isfile(path):
+            return find_merges(beside, path)
+    for package in ("open_clip", "clip"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            path = os.path.join(folder, FILE_NAME)
+            if os.path.isfile(path):
+                return find_merges(beside, path)
+    raise FileNotFoundError(
+        f"no merges for the tokenizer: give --bpe=PATH of {FILE_NAME} or of a tokenizer.json "
+        "(the packages open_clip_torch and clip have the file)"
+    )
+
+
+def clean(text: str) -> str:
+    """open_clip's cleaning: mojibake and HTML entities repaired, spaces collapsed, lower case.
+
+    Raises:
+        ValueError: the text needs repair by ftfy, which is not installed. Printable ASCII without
+            '&' is never changed by it and does not need it.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        try:
+            import ftfy
+        except ImportError:
+            raise ValueError(
+                f"the text {text[:40]!r} needs the package ftfy for CLIP's cleaning: "
+                "pip install ftfy"
+            ) from None
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def split(text: str) -> Iterator[str]:
+    """Words of a cleaned text: special symbols, contractions, runs of letters, single digits, runs
+    of anything else but spaces. What is a letter is Unicode's, in Python's version of it."""
+    folded = text.replace("\u017f", "s")  # the one letter that CLIP's pattern takes for an s
+    at = 0
+    while at < len(text):
+        for symbol in SPECIAL + CONTRACTIONS:
+            if folded.startswith(symbol, at):
+                end = at + len(symbol)
+                break
+        else:
+            kind, end = _kind(text[at]), at + 1
+            if kind in "LO":
+                while end < len(text) and _kind(text[end]) == kind:
+                    end += 1
+            if kind == "S":
+                at = end
+                continue
+        yield text[at:end]
+        at = end
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _kind(character: str) -> str:
+    """'L' letter, 'N' number, 'S' space, 'O' other."""
+    # The iota subscript is a mark whose upper case is a letter; CLIP's pattern skips it.
+    if character.isspace() or character == "\u0345":
+        return "S"
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else "O"
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_symbols() -> dict[int, str]:
+    """A printable character for each byte, in the order of CLIP's ids: printable Latin-1 stands for
+    itself, the other bytes are characters from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {b: chr(b) for b in own} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def _pairs(pieces: list[str]) -> set[tuple[str, str]]:
+    return set(zip(pieces, pieces[1:]))
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged, at = [], 0
+    while at < len(pieces):
+        if tuple(pieces[at : at + 2]) == pair:
+            merged.append(pieces[at] + pieces[at + 1])
+            at += 2
+        else:
+            merged.append(pieces[at])
+            at += 1
+    return merged
+
+
+def _checked(data: bytes) -> bytes:
+    parse_merges(data)
+    return data
+
+
+def _from_tokenizer_json(data: bytes, path: str) -> bytes:
+    """The merges of a Hugging Face tokenizer.json in the form of CLIP's file.
+
+    Raises:
+        ValueError: it is not CLIP's tokenizer: other merges, or ids in another order.
+    """
+    try:
+        model = json.loads(data)["model"]
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        ids = model["vocab"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not a tokenizer.json of byte-pair merges") from None
+    lines = [f'"{HEADER}"'] + [" ".join(merge) for merge in merges]
+    # mtime=0: the same merges always give the same bytes.
+    packed = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
+    symbols = ClipBpe(packed)._symbols[: -len(SPECIAL)]
+    differ = [symbol for index, symbol in enumerate(symbols) if ids.get(symbol) != index]
+    if differ:
+        raise ValueError(f"{path}: not CLIP's tokenizer: {differ[0]!r} has another id")
+    return packed

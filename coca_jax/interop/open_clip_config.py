@@ -1,0 +1,283 @@
+"""open_clip's JSON model configurations to `config.model` and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _released(embed_dim: int, image: dict[str, Any], heads: int) -> dict[str, Any]:
+    text = dict(context_length=76, vocab_size=49408, width=embed_dim, heads=heads, layers=12)
+    return dict(
+        embed_dim=embed_dim,
+        vision_cfg=dict(image_size=224, attentional_pool=True, attn_pooler_heads=8, **image),
+        text_cfg=dict(text, embed_cls=True),
+        multimodal_cfg=text,
+    )
+
+
+# The models with public weights; any other comes with its own JSON.
+RELEASED = {
+    "coca_ViT-B-32": _released(512, dict(layers=12, width=768, patch_size=32), 8),
+    "coca_ViT-L-14": _released(768, dict(layers=24, width=1024, patch_size=14), 12),
+}
+
+_UNSUPPORTED_BLOCK = dict(
+    ls_init_value=(None,),
+    act_kwargs=(None, {}),
+    norm_kwargs=(None, {}, {"eps": 1e-5}),
+    block_type=(None, "default"),
+    qk_norm=(False,),
+    scaled_cosine_attn=(False,),
+    scale_heads=(False,),
+    scale_attn_inner=(False,),
+    scale_attn=(False,),
+    scale_fc=(False,),
+)
+# Keys that change the model, with the only values that are supported.
+_REQUIRED: dict[str, dict[str, tuple]] = {
+    "vision_cfg": _UNSUPPORTED_BLOCK | dict(timm_model_name=(None,), pool_type=("tok",)),
+    "text_cfg": _UNSUPPORTED_BLOCK
+    | dict(
+        hf_model_name=(None,),
+        embed_cls=(True,),
+        pad_id=(0,),
+        no_causal_mask=(False,),
+        proj_bias=(False,),
+        proj_type=("linear",),
+    ),
+    "multimodal_cfg": dict(ls_init_value=(None,)),
+    "": {},
+}
+# Keys that are read below.
+_READ: dict[str, set[str]] = {
+    "vision_cfg": {
+        *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"),
+        *("patch_dropout", "attentional_pool", "attn_pooler_queries", "attn_pooler_heads"),
+        "no_ln_pre",
+    },
+    "text_cfg": {
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+        "correct_cls_mask",
+    },
+    "multimodal_cfg": {"context_length", "width", "heads", "layers"},
+    "": {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu"},
+}
+# Keys without effect on a model that passes the checks above. The decoder ignores most of its own.
+_WITHOUT_EFFECT: dict[str, set[str]] = {
+    "vision_cfg": {
+        *("output_tokens", "pos_embed_type", "final_ln_after_pool", "timm_model_pretrained"),
+        *("timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    },
+    "text_cfg": {
+        *("output_tokens", "eos_id", "pool_type", "final_ln_after_pool", "tokenizer_mode"),
+        *("tokenizer_kwargs", "hf_tokenizer_name", "hf_model_pretrained", "hf_proj_type"),
+        "hf_pooler_type",
+    },
+    "multimodal_cfg": {
+        *("vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads", "embed_cls"),
+        *("output_tokens", "pad_id", "eos_id", "pool_type", "proj_bias", "proj_type"),
+        *("no_causal_mask", "final_ln_after_pool", "tokenizer_mode", "tokenizer_kwargs"),
+        *("hf_tokenizer_name", "hf_model_name", "hf_model_pretrained", "hf_proj_type"),
+        "hf_pooler_type",
+        *(key for key in _UNSUPPORTED_BLOCK if key != "ls_init_value"),
+    },
+    "": {
+        "custom_text",
+        "init_logit_scale",
+        "init_logit_bias",
+        "nonscalar_logit_scale",
+        "cast_dtype",
+    },
+}
+
+
+def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An open_clip CoCa configuration (`model_cfg`) as `config.model`; it computes in float32.
+
+    preprocess: its `preprocess_cfg`, where there is one; its mean and std are used.
+
+    Raises:
+        ValueError: naming the first key that is unknown, or whose value has no counterpart here.
+    """
+    for part in ("", "vision_cfg", "text_cfg", "multimodal_cfg"):
+        _check_keys(config if part == "" else _section(config, part), part)
+    image, text, fusion = (config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg"))
+    embed_dim = config["embed_dim"]
+    for name, width in (("text_cfg.width", text), ("multimodal_cfg.width", fusion)):
+        if width.get("width", 512) != embed_dim:
+            raise ValueError(f"{name}={width.get('width', 512)} differs from embed_dim={embed_dim}")
+    max_len = text.get("context_length", 77)
+    if fusion.get("context_length", 77) < max_len:
+        raise ValueError(
+            f"multimodal_cfg.context_length={fusion.get('context_length', 77)} is shorter than "
+            f"text_cfg.context_length={max_len}"
+        )
+    kind = image.get("attentional_pool", False)
+    kinds = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
+    if kind not in kinds:
+        raise ValueError(
+            f"vision_cfg.attentional_pool={kind!r}; only models with poolers (true, 'cascade', "
+            "'parallel') are supported"
+        )
+    legacy = kind is True
+    width = image.get("width", 768)
+    preprocess = check_preprocess(preprocess or {})
+    return dict(
+        image_size=_square(image.get("image_size", 224), "vision_cfg.image_size"),
+        patch_size=_square(image.get("patch_size", 16), "vision_cfg.patch_size"),
+        embed_dim=embed_dim,
+        dtype="float32",
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+        temperature=0.07,
+        activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
+        image=dict(
+            width=width,
+            depth=image.get("layers", 12),
+            mlp_dim=int(width * image.get("mlp_ratio", 4.0)),
+            num_heads=width // image.get("head_width", 64),
+            class_token=True,
+            pre_norm=not image.get("no_ln_pre", False),
+            final_norm=not legacy,
+            patch_bias=False,
+            patch_dropout=image.get("patch_dropout", 0.0),
+        ),
+        text=dict(
+            width=embed_dim,
+            unimodal_depth=text.get("layers", 12),
+            multimodal_depth=fusion.get("layers", 12),
+            mlp_dim=int(embed_dim * text.get("mlp_ratio", 4.0)),
+            num_heads=text.get("heads", 8),
+            multimodal_mlp_dim=4 * embed_dim,
+            multimodal_heads=fusion.get("heads", 8),
+            vocab_size=text.get("vocab_size", 49408),
+            max_len=max_len,
+            tie_embeddings=False,
+            head_bias=False,
+            cls_mask="exact" if text.get("correct_cls_mask", False) else "shifted",
+            cross="open_clip",
+        ),
+        pooler=dict(
+            kind=kinds[kind],
+            num_queries=image.get("attn_pooler_queries", 256),
+            num_heads=image.get("attn_pooler_heads", 8),
+            query_std=1.0,
+            project=legacy,
+        ),
+    )
+
+
+def from_model(model: Any) -> dict[str, Any]:
+    """`config.model` as an open_clip configuration (`model_cfg`).
+
+    Raises:
+        ValueError: naming the first option that open_clip's CoCa does not have.
+    """
+    image, text, pooler = model.image, model.text, model.pooler
+    legacy = pooler.kind == "open_clip"
+    heads = text.get("multimodal_heads", None) or text.num_heads
+    fusion_mlp = text.get("multimodal_mlp_dim", None) or text.mlp_dim
+    only = "open_clip has only"
+    for name, value, want in (
+        ("text.cross", text.get("cross", "paper"), "open_clip"),
+        ("text.tie_embeddings", text.tie_embeddings, False),
+        ("text.head_bias", text.get("head_bias", True), False),
+        ("text.width", text.width, model.embed_dim),
+        ("the upper half's mlp_dim", fusion_mlp, 4 * text.width),
+        ("image.class_token", image.get("class_token", False), True),
+        ("image.patch_bias", image.get("patch_bias", True), False),
+        ("image.final_norm", image.get("final_norm", True), not legacy),
+        ("pooler.project", pooler.get("project", True), legacy),
+    ):
+        if value != want:
+            raise ValueError(f"model.{name}={value!r}: {only} {want!r}; it cannot go back there")
+    activation = model.get("activation", "gelu")
+    if activation == "gelu":
+        raise ValueError(f"model.activation='gelu': {only} 'gelu_exact' and 'quick_gelu'")
+    for tower, width in ((image, image.width), (text, text.width)):
+        if int(width * (tower.mlp_dim / width)) != tower.mlp_dim:
+            raise ValueError(f"mlp_dim={tower.mlp_dim} is no multiple that open_clip can express")
+    result: dict[str, Any] = dict(
+        embed_dim=model.embed_dim,
+        vision_cfg=dict(
+            image_size=model.image_size,
+            layers=image.depth,
+            width=image.width,
+            head_width=image.width // image.num_heads,
+            mlp_ratio=image.mlp_dim / image.width,
+            patch_size=model.patch_size,
+            attentional_pool=True if legacy else pooler.kind,
+            attn_pooler_queries=pooler.num_queries,
+            attn_pooler_heads=pooler.num_heads,
+            no_ln_pre=not image.get("pre_norm", False),
+            output_tokens=True,
+        ),
+        text_cfg=dict(
+            context_length=text.max_len,
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=text.num_heads,
+            layers=text.unimodal_depth,
+            mlp_ratio=text.mlp_dim / text.width,
+            embed_cls=True,
+            output_tokens=True,
+        ),
+        multimodal_cfg=dict(
+            context_length=text.max_len,
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=heads,
+            layers=text.multimodal_depth,
+        ),
+        custom_text=True,
+    )
+    if text.get("cls_mask", "exact") == "exact":
+        result["text_cfg"]["correct_cls_mask"] = True
+    if activation == "quick_gelu":
+        result["quick_gelu"] = True
+    return result
+
+
+def check_preprocess(preprocess: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` with its defaults filled in.
+
+    Raises:
+        ValueError: another resizing than the shortest side, bicubic, and the centre.
+    """
+    filled = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest") | preprocess
+    for key, want in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
+        if filled[key] not in (want, None):
+            raise ValueError(f"preprocess_cfg.{key}={filled[key]!r}; only {want!r} is supported")
+    return filled
+
+
+def _section(config: dict[str, Any], part: str) -> dict[str, Any]:
+    if not isinstance(config.get(part), dict):
+        raise ValueError(f"the configuration has no {part}: it is not one of open_clip's CoCa")
+    return config[part]
+
+
+def _check_keys(section: dict[str, Any], part: str) -> None:
+    if part == "" and "embed_dim" not in section:
+        raise ValueError("the configuration has no embed_dim: it is not one of open_clip's models")
+    for key, value in section.items():
+        name = f"{part}.{key}" if part else key
+        allowed = _REQUIRED[part].get(key)
+        if allowed is not None and value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} is not supported; only {' or '.join(map(repr, allowed))}"
+            )
+        if allowed is None and key not in _READ[part] | _WITHOUT_EFFECT[part]:
+            raise ValueError(f"{name}={value!r}: an unknown key; this layout is not supported")
+    if part == "text_cfg" and not section.get("embed_cls", False):
+        raise ValueError("text_cfg.embed_cls=False is not supported; only True")
+
+
+def _square(size: Any, name: str) -> int:
+    sizes = set(size) if isinstance(size, (list, tuple)) else {size}
+    if len(sizes) != 1 or not isinstance(next(iter(sizes)), int):
+        raise ValueError(f"{name}={size!r}: only squares are supported")
+    return sizes.pop()

@@ -1,0 +1,297 @@
+"""Which part of which open_clip tensor is which part of which parameter here, both ways.
+
+Every relation has one form: some rows of an open_clip tensor, with its axes permuted and reshaped,
+are a parameter, or one layer of a stacked one. Projections are transposed; in open_clip the
+queries, keys and values of a layer lie in one tensor, row after row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coca_jax.interop.safetensors_file import Blocks
+
+SHOWN = 5  # names listed in an error
+
+
+class Part(NamedTuple):
+    """path: 'a/b/c' of a parameter; layer: its index in the stack, or None.
+
+    key: of the open_clip tensor; rows: which of its first axis, None for all. shape_there: of those
+    rows; axes: their order here; shape: of the parameter (of one layer).
+    """
+
+    path: str
+    layer: int | None
+    key: str
+    rows: tuple[int, int] | None
+    shape_there: tuple[int, ...]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def here(self, tensor: np.ndarray) -> np.ndarray:
+        """The open_clip tensor's part as it is here, float32."""
+        rows = tensor if self.rows is None else tensor[slice(*self.rows)]
+        return rows.reshape(self.shape_there).transpose(self.axes).reshape(self.shape)
+
+    def there(self, parameter: np.ndarray) -> np.ndarray:
+        """The inverse of `here`; takes the whole (stacked) parameter."""
+        value = parameter if self.layer is None else parameter[self.layer]
+        permuted = tuple(self.shape_there[axis] for axis in self.axes)
+        return np.asarray(value).reshape(permuted).transpose(np.argsort(self.axes))
+
+
+class Layout:
+    """The relation for one model.
+
+    Args:
+        model: config.model, in an arrangement that open_clip has (see open_clip_config).
+        logit_bias: whether the model has the bias of the sigmoid loss.
+    """
+
+    def __init__(self, model: Any, logit_bias: bool = False):
+        self.parts: list[Part] = []
+        image, text, pooler = model.image, model.text, model.pooler
+        width, dim, patch = image.width, text.width, model.patch_size
+        positions = (model.image_size // patch) ** 2 + 1
+        legacy = pooler.kind == "open_clip"
+
+        self._add("log_scale/value", "logit_scale", ())
+        if logit_bias:
+            self._add("logit_bias/value", "logit_bias", ())
+
+        self._add("image_encoder/class_token/value", "visual.class_embedding", (width,))
+        self._add(
+            "image_encoder/positions/value", "visual.positional_embedding", (positions, width)
+        )
+        self._add(
+            "image_encoder/patch_embedding/kernel",
+            "visual.conv1.weight",
+            (patch * patch * 3, width),
+            shape_there=(width, 3, patch, patch),
+            axes=(2, 3, 1, 0),
+        )
+        if image.get("pre_norm", False):
+            self._norm("image_encoder/pre_norm", "visual.ln_pre", width)
+        self._stack("image_encoder/blocks", "visual.transformer", image.depth, width, image)
+        if legacy:
+            self._norm("pooled_norm", "visual.ln_post", dim)
+            self._add("image_to_joint/kernel", "visual.proj", (dim, model.embed_dim))
+        else:
+            self._norm("image_encoder/final_norm", "visual.ln_post", width)
+            source = dim if pooler.kind == "cascade" else width
+            self._pooler("contrastive_pooler", "visual.attn_pool_contrastive", 1, source, model)
+        queries = pooler.num_queries
+        self._pooler("generative_pooler", "visual.attn_pool", queries, width, model)
+
+        vocab = text.vocab_size
+        self._add("text_decoder/token_embedding/value", "text.token_embedding.weight", (vocab, dim))
+        self._add(
+            "text_decoder/positions/value", "text.positional_embedding", (text.max_len + 1, dim)
+        )
+        self._add("text_decoder/cls/value", "text.cls_emb", (dim,))
+        self._stack("text_decoder/unimodal", "text.transformer", text.unimodal_depth, dim, text)
+        self._norm("text_decoder/unimodal_norm", "text.ln_final", dim)
+        self._add("text_to_joint/kernel", "text.text_projection", (dim, model.embed_dim))
+
+        heads = text.get("multimodal_heads", None) or text.num_heads
+        mlp = text.get("multimodal_mlp_dim", None) or text.mlp_dim
+        for layer in range(text.multimodal_depth):
+            path = "text_decoder/multimodal/layers"
+            own = f"text_decoder.resblocks.{layer}"
+            cross = f"text_decoder.cross_attn.{layer}"
+            self._block(path, "", own, dim, heads, mlp, layer)
+            self._block(path, "cross_", cross, dim, heads, mlp, layer)
+            self._norm(f"{path}/context_norm", f"{cross}.ln_1_kv", dim, layer)
+        self._norm("text_decoder/multimodal_norm", "text_decoder.ln_final", dim)
+        self._add("text_decoder/head/kernel/value", "text_decoder.text_projection", (dim, vocab))
+
+        self.by_path: dict[str, list[Part]] = {}
+        self.by_key: dict[str, list[Part]] = {}
+        for part in self.parts:
+            self.by_path.setdefault(part.path, []).append(part)
+            self.by_key.setdefault(part.key, []).append(part)
+        for parts in self.by_path.values():
+            parts.sort(key=lambda part: part.layer or 0)
+        for parts in self.by_key.values():
+            parts.sort(key=lambda part: part.rows or (0, 0))
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter here, by path, layers stacked."""
+        return {
+            path: (() if parts[0].layer is None else (len(parts),)) + parts[0].shape
+            for path, parts in self.by_path.items()
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every open_clip tensor, by key."""
+        shapes = {}
+        for key, parts in self.by_key.items():
+            shape = parts[0].shape_there
+            if parts[0].rows is not None:
+                shape = (sum(part.shape_there[0] for part in parts),) + shape[1:]
+            shapes[key] = shape
+        return shapes
+
+    def check(self, source: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError naming the open_clip tensors that are unknown, missing, misshapen or
+        not of floating-point type in `source`."""
+        problems = compare(
+            {name: tuple(array.shape) for name, array in source.items()}, self.tensors()
+        )
+        wrong = [n for n, a in source.items() if a.dtype.kind not in "fV" and n in self.by_key]
+        if wrong:
+            problems.append(f"not floating-point: {listed(wrong)}")
+        if problems:
+            raise ValueError(f"the tensors do not fit the model: {'; '.join(problems)}")
+
+    def read(self, source: Mapping[str, np.ndarray]) -> dict[str, Blocks]:
+        """Parameters here from (checked) open_clip tensors, a layer at a time, float32."""
+
+        def blocks(parts: list[Part]) -> Iterable[np.ndarray]:
+            for part in parts:
+                yield part.here(source[part.key]).astype(np.float32)
+
+        return {
+            path: Blocks(shape, lambda parts=self.by_path[path]: blocks(parts))
+            for path, shape in self.parameters().items()
+        }
+
+    def write(self, params: Mapping[str, np.ndarray]) -> dict[str, Blocks]:
+        """open_clip tensors from parameters here (flat, by path), a tensor at a time, float32.
+
+        Raises:
+            ValueError: naming the parameters that are unknown, missing or misshapen.
+        """
+        problems = compare({k: tuple(v.shape) for k, v in params.items()}, self.parameters())
+        if problems:
+            raise ValueError(f"the parameters do not fit the model: {'; '.join(problems)}")
+
+        def blocks(parts: list[Part]) -> Iterable[np.ndarray]:
+            for part in parts:
+                yield np.asarray(part.there(params[part.path]), np.float32)
+
+        return {
+            key: Blocks(shape, lambda parts=self.by_key[key]: blocks(parts))
+            for key, shape in self.tensors().items()
+        }
+
+    def _add(
+        self,
+        path: str,
+        key: str,
+        shape: tuple[int, ...],
+        *,
+        shape_there: tuple[int, ...] | None = None,
+        axes: tuple[int, ...] | None = None,
+        layer: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> None:
+        shape_there = shape if shape_there is None else shape_there
+        axes = tuple(range(len(shape_there))) if axes is None else axes
+        self.parts.append(Part(path, layer, key, rows, shape_there, axes, shape))
+
+    def _norm(self, path: str, key: str, width: int, layer: int | None = None) -> None:
+        self._add(f"{path}/scale", f"{key}.weight", (width,), layer=layer)
+        self._add(f"{path}/bias", f"{key}.bias", (width,), layer=layer)
+
+    def _linear(self, path: str, key: str, shape: tuple[int, int], layer: int | None) -> None:
+        transposed = dict(shape_there=shape[::-1], axes=(1, 0))
+        self._add(f"{path}/kernel", f"{key}.weight", shape, layer=layer, **transposed)
+        self._add(f"{path}/bias", f"{key}.bias", shape[1:], layer=layer)
+
+    def _attention(
+        self, path: str, key: str, width: int, source: int, heads: int, layer: int | None = None
+    ) -> None:
+        head = (heads, width // heads)
+        fused = source == width
+        for index, name in enumerate(("query", "key", "value")):
+            into = width if name == "query" else source
+            rows = (index * width, (index + 1) * width)
+            weight = "in_proj_weight" if fused else f"{name[0]}_proj_weight"
+            self._add(
+                f"{path}/{name}/kernel",
+                f"{key}.{weight}",
+                (into, *head),
+                shape_there=(width, into),
+                axes=(1, 0),
+                layer=layer,
+                rows=rows if fused else None,
+            )
+            self._add(
+                f"{path}/{name}/bias",
+                f"{key}.in_proj_bias",
+                head,
+                shape_there=(width,),
+                layer=layer,
+                rows=rows,
+            )
+        self._add(
+            f"{path}/out/kernel",
+            f"{key}.out_proj.weight",
+            (*head, width),
+            shape_there=(width, width),
+            axes=(1, 0),
+            layer=layer,
+        )
+        self._add(f"{path}/out/bias", f"{key}.out_proj.bias", (width,), layer=layer)
+
+    def _block(
+        self, path: str, prefix: str, key: str, width: int, heads: int, mlp: int, layer: int
+    ) -> None:
+        attention = f"{path}/{prefix}attention"
+        first_norm = f"{path}/cross_norm" if prefix else f"{path}/attention_norm"
+        self._norm(first_norm, f"{key}.ln_1", width, layer)
+        self._attention(attention, f"{key}.attn", width, width, heads, layer)
+        self._norm(f"{path}/{prefix}mlp_norm", f"{key}.ln_2", width, layer)
+        self._linear(f"{path}/{prefix}mlp/in", f"{key}.mlp.c_fc", (width, mlp), layer)
+        self._linear(f"{path}/{prefix}mlp/out", f"{key}.mlp.c_proj", (mlp, width), layer)
+
+    def _stack(self, path: str, key: str, depth: int, width: int, tower: Any) -> None:
+        for layer in range(depth):
+            block = f"{key}.resblocks.{layer}"
+            self._block(f"{path}/layers", "", block, width, tower.num_heads, tower.mlp_dim, layer)
+
+    def _pooler(self, path: str, key: str, queries: int, source: int, model: Any) -> None:
+        width, heads = model.text.width, model.pooler.num_heads
+        self._add(f"{path}/query/value", f"{key}.query", (queries, width))
+        self._norm(f"{path}/query_norm", f"{key}.ln_q", width)
+        self._norm(f"{path}/token_norm", f"{key}.ln_k", source)
+        self._attention(f"{path}/attention", f"{key}.attn", width, source, heads)
+
+
+def compare(given: dict[str, tuple], wanted: dict[str, tuple]) -> list[str]:
+    """What is wrong with the shapes `given`, one line each for missing, unknown and misshapen.
+
+    A scalar may also be an array of one element.
+    """
+    problems = []
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    if missing:
+        problems.append(f"missing: {listed(missing)}")
+    if unknown:
+        problems.append(f"unknown: {listed(unknown)}")
+    misshapen = [
+        f"{name} is {given[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name] != shape and not (shape == () and given[name] == (1,))
+    ]
+    if misshapen:
+        problems.append(f"misshapen: {listed(misshapen)}")
+    return problems
+
+
+def listed(names: list[str]) -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Number of elements over all shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
