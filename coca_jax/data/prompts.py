@@ -1,4 +1,4 @@
-"""Prompt sets: sentences with a hole for a label. For training on labels and zero-shot ensembles."""
+"""Prompt sets: sentences with a hole for a label; for label texts and zero-shot ensembles."""
 
 from __future__ import annotations
 

@@ -1,0 +1,90 @@
+"""Whether an item can train: the reasons why not, and the record of one that can."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image, ImageOps
+
+from coca_jax.data import images, order
+from coca_jax.data.records import Record
+from coca_jax.importers.items import Item, Options, plain_json
+
+FILTERED = ("where", "sample")  # left out on purpose, not quarantined
+
+
+def wanted(item: Item, options: Options) -> str:
+    """'' for an item that the selection keeps, else what leaves it out."""
+    for field, allowed in options.where:
+        value = item.extra.get(field)
+        values = value if isinstance(value, list) else [value]
+        if not any(str(v) in allowed for v in values):
+            return "where"
+    if options.sample < 1.0:
+        digest = sum(order.key(*item.key.encode()).tolist())
+        if order.uniform(order.key(options.seed, digest & (2**63 - 1)), 1)[0, 0] >= options.sample:
+            return "sample"
+    return ""
+
+
+def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
+    """The record of a good item, or the reason and detail of its quarantine."""
+    if item.problem:
+        return None, item.problem, item.detail
+    if not item.image:
+        return None, "empty_image", "zero bytes"
+    if len(item.image) > options.max_image_bytes:
+        return None, "image_too_big", f"{len(item.image)} bytes"
+    texts = [" ".join(text.split()) for text in item.texts]
+    if any(len(text) > options.max_text for text in texts):
+        return None, "text_too_long", f"{max(map(len, texts))} characters"
+    if any("\ufffd" in text for text in texts):
+        return None, "bad_utf8", "a text has bytes that are not UTF-8"
+    texts = [text for text in texts if len(text) >= max(options.min_text, 1)]
+    labels = [" ".join(label.split()) for label in item.labels]
+    labels = list(dict.fromkeys(label for label in labels if label))
+    if options.require == "text" and not texts:
+        return None, "missing_text", "no caption of the wanted length"
+    if options.require == "label" and not labels:
+        return None, "missing_label", "no class name"
+    if not texts and not labels:
+        return None, "missing_text", "neither a caption nor a class name"
+    try:
+        image = images.open_image(item.image, options.max_pixels)
+    except ValueError as error:
+        big = str(error).startswith("too many pixels")
+        return None, "too_many_pixels" if big else "unreadable_image", str(error)
+    width, height = image.size
+    if min(width, height) < options.min_side:
+        return None, "image_too_small", f"{width} x {height}"
+    if options.max_aspect and max(width, height) > options.max_aspect * min(width, height):
+        return None, "aspect", f"{width} x {height}"
+    data = item.image
+    try:
+        if options.max_side and max(width, height) > options.max_side:
+            data = _shrink(image, options.max_side)
+        elif options.verify:
+            if image.format == "JPEG":  # checks all the data, spares most of the arithmetic
+                image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
+            image.load()
+    except Exception as error:  # PIL's decoders raise all sorts on damaged data
+        return None, "damaged_image", str(error)
+    return (
+        Record(data, tuple(texts), tuple(labels), item.key, plain_json(dict(item.extra))),
+        "",
+        "",
+    )
+
+
+def _shrink(image: Image.Image, max_side: int) -> bytes:
+    """Encodes a smaller image: JPEG, or PNG where there is transparency."""
+    alpha = images.has_alpha(image)
+    image = ImageOps.exif_transpose(image)
+    pixels = Image.fromarray(images.to_rgba(image))
+    pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if alpha:
+        pixels.save(out, "PNG")
+    else:
+        pixels.save(out, "JPEG", quality=92)
+    return out.getvalue()

@@ -1,0 +1,101 @@
+"""Files by path or URL (gs://, s3://, memory:// ...), through fsspec."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import posixpath
+from typing import Any
+
+import fsspec
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+        ValueError: the URL's kind is unknown, or needs a package that is not installed.
+    """
+    try:
+        return fsspec.url_to_fs(os.fspath(path))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in path and not path.startswith("file://")
+
+
+def join(folder: str, name: str) -> str:
+    """A file in a folder, or `name` itself where it is absolute or a URL."""
+    if is_remote(name) or posixpath.isabs(name):
+        return name
+    return posixpath.join(folder, name)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    system, plain = filesystem(path)
+    return system.exists(plain)
+
+
+def read(path: str) -> bytes:
+    """The whole of a file."""
+    if not is_remote(path):
+        with open(path.removeprefix("file://"), "rb") as file:
+            return file.read()
+    system, plain = filesystem(path)
+    return system.cat_file(plain)
+
+
+def open_binary(path: str) -> Any:
+    """A file to read, seekable."""
+    system, plain = filesystem(path)
+    return system.open(plain, "rb")
+
+
+def size(path: str) -> int:
+    """Bytes of a file."""
+    system, plain = filesystem(path)
+    return system.size(plain)
+
+
+def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
+    """Files of an input: the file itself, a glob, or the matching files of a folder, sorted.
+
+    In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
+    train/), only those of `split` are taken.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+    """
+    system, plain = filesystem(path)
+    if any(c in plain for c in "*?["):
+        found = [f for f in system.glob(plain) if not system.isdir(f)]
+    elif system.isfile(plain):
+        return [path]
+    elif system.isdir(plain):
+        found = system.find(plain)
+        names = {f: posixpath.relpath(f, plain) for f in found}
+        found = [f for f in found if any(fnmatch.fnmatch(names[f], p) for p in patterns)]
+        split_names = ("train", "test", "validation", "valid", "val", "dev")
+        told = {f: next((s for s in split_names if _words(names[f]) & {s}), "") for f in found}
+        if split and any(told.values()):
+            aliases = {"valid", "val", "dev", "validation"} if split.startswith("val") else {split}
+            found = [f for f in found if told[f] in aliases]
+    else:
+        raise FileNotFoundError(f"--input={path}: no such file or folder")
+    if not found:
+        raise FileNotFoundError(
+            f"--input={path}: no {' or '.join(patterns)} in it"
+            + (f" for split {split!r}" if split else "")
+        )
+    prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
+    return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
+
+
+def _words(name: str) -> set[str]:
+    for mark in "-_./":
+        name = name.replace(mark, " ")
+    return set(name.lower().split())

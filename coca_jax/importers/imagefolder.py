@@ -1,0 +1,142 @@
+"""HF imagefolder: images with a metadata.jsonl or metadata.csv, or one folder per class."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+
+from coca_jax.importers import files
+from coca_jax.importers.items import (
+    LABEL_FIELDS,
+    TEXT_FIELDS,
+    Item,
+    Options,
+    Unit,
+    names,
+    strings,
+    take,
+)
+
+ROWS_PER_UNIT = 2048
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of an imagefolder: ranges of its metadata, or of its list of images.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
+    """
+    if not files.is_remote(path) and not files.exists(path):
+        raise FileNotFoundError(f"--input={path}: no such folder")
+    inner = files.join(path, split)
+    root = inner if files.exists(inner) else path
+    found = []
+    for name in ("metadata.jsonl", "metadata.csv"):
+        try:
+            found += files.find(root, (name, f"*/{name}"))
+        except FileNotFoundError:
+            continue
+    units = []
+    for metadata in found:
+        if metadata.endswith(".jsonl"):
+            units += _line_units(metadata)
+        else:
+            rows = sum(1 for _ in _csv_rows(metadata))
+            units += [
+                Unit(metadata, start, min(start + ROWS_PER_UNIT, rows), min(ROWS_PER_UNIT, rows))
+                for start in range(0, rows, ROWS_PER_UNIT)
+            ]
+    if found:
+        return units
+    listed = _images(root)
+    return [
+        Unit(root, start, start + ROWS_PER_UNIT, min(ROWS_PER_UNIT, len(listed) - start))
+        for start in range(0, len(listed), ROWS_PER_UNIT)
+    ]
+
+
+def _images(root: str) -> list[str]:
+    return files.find(root, tuple(f"*{s}" for s in IMAGES) + tuple(f"*{s.upper()}" for s in IMAGES))
+
+
+def _line_units(path: str) -> list[Unit]:
+    """Byte ranges of a file of lines."""
+    units, start, position, rows = [], 0, 0, 0
+    with files.open_binary(path) as file:
+        for line in file:
+            position += len(line)
+            rows += bool(line.strip())
+            if rows == ROWS_PER_UNIT:
+                units.append(Unit(path, start, position, rows))
+                start, rows = position, 0
+    if rows:
+        units.append(Unit(path, start, position, rows))
+    return units
+
+
+def _csv_rows(path: str) -> Iterator[dict]:
+    text = files.read(path).decode("utf-8", "replace")
+    return csv.DictReader(io.StringIO(text, newline=""))  # type: ignore[return-value]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of a unit, in the order of the metadata."""
+    if unit.path.endswith(".jsonl"):
+        with files.open_binary(unit.path) as file:
+            file.seek(unit.start)
+            lines = file.read(unit.stop - unit.start).split(b"\n")
+        folder = posixpath.dirname(unit.path)
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.decode())
+                if not isinstance(fields, dict):
+                    raise ValueError("not a JSON object")
+            except ValueError as error:  # UnicodeDecodeError is one as well
+                bad = isinstance(error, UnicodeDecodeError)
+                where = f"{posixpath.basename(unit.path)}@{unit.start}+{number}"
+                yield Item(where, problem="bad_utf8" if bad else "bad_json", detail=str(error))
+                continue
+            yield from_fields(folder, fields, options)
+    elif unit.path.endswith(".csv"):
+        folder = posixpath.dirname(unit.path)
+        for number, fields in enumerate(_csv_rows(unit.path)):
+            if unit.start <= number < unit.stop:
+                yield from_fields(folder, dict(fields), options)
+    else:
+        plain = files.filesystem(unit.path)[1]
+        for path in _images(unit.path)[unit.start : unit.stop]:
+            name = posixpath.relpath(files.filesystem(path)[1], plain)
+            label = posixpath.dirname(name).replace("_", " ").replace("/", ", ")
+            item = load_image(Item(name, labels=strings(label)), path)
+            yield item
+
+
+def from_fields(folder: str, fields: dict, options: Options) -> Item:
+    """An item of one row: a file name, and a text or label."""
+    name = take(fields, options.image_field, ("file_name", "filepath", "image", "path"))
+    if not isinstance(name, str) or not name:
+        return Item(str(name), problem="missing_image", detail="the row names no image file")
+    item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+    try:
+        labels = take(fields, options.label_field, LABEL_FIELDS)
+        item.labels = names(labels, options.class_names)
+    except ValueError as error:
+        item.problem, item.detail = "bad_label", str(error)
+        return item
+    item.extra = fields
+    return load_image(item, files.join(folder, name))
+
+
+def load_image(item: Item, path: str) -> Item:
+    """Reads the item's image file into it."""
+    try:
+        item.image = files.read(path)
+    except OSError as error:
+        item.problem, item.detail = "missing_image", str(error)
+    return item

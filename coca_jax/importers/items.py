@@ -1,0 +1,129 @@
+"""What every importer works with: the options, the units of work, and the items they yield."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to read and what to keep; together with the input it fixes the output, byte for byte.
+
+    Attributes:
+        text_field, label_field, image_field: names of fields or columns; '': the format's usual.
+        class_names: names of integer labels, in order.
+        where: fields an example must have, as (name, allowed values).
+        verify: decode each image fully, not only its header.
+        min_side, max_aspect: of images, in pixels and long side over short; 0: any.
+        max_pixels: of an image; more is taken for a decompression bomb.
+        max_image_bytes: of an encoded image.
+        min_text, max_text: length of a caption in characters; longer ones count as damage.
+        require: 'any', 'text' or 'label': what an example must have besides its image.
+        max_side: images larger than this are shrunk and encoded again; 0: bytes are copied.
+        sample: share of the examples to keep, chosen by their keys.
+        seed: of the sample.
+    """
+
+    text_field: str = ""
+    label_field: str = ""
+    image_field: str = ""
+    class_names: tuple[str, ...] = ()
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    verify: bool = True
+    min_side: int = 1
+    max_aspect: float = 0.0
+    max_pixels: int = 178_956_970
+    max_image_bytes: int = 64 << 20
+    min_text: int = 1
+    max_text: int = 10_000
+    require: str = "any"
+    max_side: int = 0
+    sample: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A part of the input that one process reads in one go.
+
+    Attributes:
+        path: a file.
+        start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
+        rows: how many items to expect; 0: not known.
+    """
+
+    path: str
+    start: int = 0
+    stop: int = 0
+    rows: int = 0
+
+
+@dataclasses.dataclass
+class Item:
+    """An example as found. `problem` says why it cannot be used, for the quarantine list."""
+
+    key: str
+    image: bytes = b""
+    texts: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+    detail: str = ""
+
+
+def split_units(path: str, rows: int, rows_per_unit: int) -> list[Unit]:
+    """Cuts rows of a file into units."""
+    return [
+        Unit(path, start, min(start + rows_per_unit, rows), min(rows_per_unit, rows - start))
+        for start in range(0, rows, rows_per_unit)
+    ]
+
+
+def strings(value: Any) -> list[str]:
+    """A field that holds one text or a list of them, or nothing."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in strings(one)]
+    if isinstance(value, float) and value != value:  # NaN: how tables say 'nothing'
+        return []
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return [text] if text.strip() else []
+
+
+def names(value: Any, class_names: Sequence[str]) -> list[str]:
+    """Labels as names: integers (or their digits) are looked up where class names are known.
+
+    Raises:
+        ValueError: a number outside the class names.
+    """
+    found = []
+    for text in strings(value):
+        if class_names and text.lstrip("-").isdigit():
+            if not 0 <= int(text) < len(class_names):
+                raise ValueError(f"label {text} of {len(class_names)} class names")
+            text = class_names[int(text)]
+        found.append(text)
+    return found
+
+
+def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
+    """Removes and returns the wanted field, or the first of the usual ones that is there."""
+    if wanted:
+        return fields.pop(wanted, None)
+    for name in usual:
+        if fields.get(name) not in (None, "", []):
+            return fields.pop(name)
+    return None
+
+
+def plain_json(value: Any) -> str:
+    """Fields as JSON, with what JSON lacks turned into text."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+TEXT_FIELDS = ("text", "caption", "title")
+LABEL_FIELDS = ("label", "labels")

@@ -1,0 +1,59 @@
+"""What stands beside the shards: the manifest, and the files by which tensorflow-datasets reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from coca_jax.data.vocabulary import write_bytes
+from coca_jax.importers import files
+
+MANIFEST = "manifest.json"
+_FEATURE = "tensorflow_datasets.core.features."
+_TEXT = {"pythonClassName": f"{_FEATURE}text_feature.Text", "text": {}}
+_TEXTS = {
+    "pythonClassName": f"{_FEATURE}sequence_feature.Sequence",
+    "sequence": {"feature": _TEXT, "length": "-1"},
+}
+_IMAGE = {
+    "pythonClassName": f"{_FEATURE}image_feature.Image",
+    "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}},
+}
+
+
+def read_manifest(out: str) -> dict[str, Any]:
+    """The manifest of a folder, or an empty one."""
+    path = files.join(out, MANIFEST)
+    if files.exists(path):
+        return json.loads(files.read(path))
+    return {"format": "coca_jax-1", "class_names": [], "splits": {}}
+
+
+def write(out: str, manifest: dict[str, Any]) -> None:
+    """Writes the manifest last: while it is absent the data set is not finished."""
+    features = {"image": _IMAGE, "text": _TEXTS, "label": _TEXTS, "key": _TEXT, "extra": _TEXT}
+    _write_json(
+        files.join(out, "features.json"),
+        {
+            "pythonClassName": f"{_FEATURE}features_dict.FeaturesDict",
+            "featuresDict": {"features": features},
+        },
+    )
+    splits = [
+        {
+            "name": name,
+            "filepathTemplate": "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}",
+            "shardLengths": [str(shard["count"]) for shard in split["shards"]],
+            "numBytes": str(sum(shard["bytes"] for shard in split["shards"])),
+        }
+        for name, split in sorted(manifest["splits"].items())
+    ]
+    _write_json(
+        files.join(out, "dataset_info.json"),
+        {"fileFormat": "array_record", "splits": splits, "version": "1.0.0"},
+    )
+    _write_json(files.join(out, MANIFEST), manifest)
+
+
+def _write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

@@ -1,0 +1,146 @@
+"""Writes one shard: reads its units, checks every item, and keeps account of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from array_record.python import array_record_module
+
+from coca_jax.data import records, vocabulary
+from coca_jax.importers import checks, files
+from coca_jax.importers.items import Item, Options, Unit
+
+MODULES = {
+    "imagefolder": "imagefolder",
+    "parquet": "parquet",
+    "webdataset": "webdataset",
+}
+_REPORT_EVERY = 64
+_MAX_CLASSES = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One shard to write.
+
+    Attributes:
+        number: of the shard.
+        units: what it holds.
+        format: of the input.
+        work: the folder of unfinished imports.
+        drop: items (by their number in the shard) that deduplication leaves out, and why.
+    """
+
+    number: int
+    units: tuple[Unit, ...]
+    format: str
+    options: Options
+    work: str
+    drop: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def part(self) -> str:
+        return files.join(self.work, f"part-{self.number:05d}")
+
+
+def importer(name: str) -> Any:
+    """The module that reads a format.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if name not in MODULES:
+        raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
+    return importlib.import_module(f"coca_jax.importers.{MODULES[name]}")
+
+
+def read_items(job: Job) -> Iterator[Item]:
+    """The items of a job's units, in order."""
+    module = importer(job.format)
+    for unit in job.units:
+        yield from module.read(unit, job.options)
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The account of a shard that an earlier run has finished."""
+    path = f"{job.part}.json"
+    return json.loads(files.read(path)) if files.exists(path) else None
+
+
+def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
+    """Writes a shard and its account, whole or not at all.
+
+    Args:
+        job: the shard.
+        report: called with the number of items read since the last call.
+
+    Returns:
+        The account: file, count, with_text, with_label, bytes, sha256; read; quarantined, a list
+        of {key, reason, detail}; filtered, reason -> number; classes, the label names seen.
+    """
+    read, count, with_text, with_label = 0, 0, 0, 0
+    quarantined: list[dict[str, str]] = []
+    filtered: Counter[str] = Counter()
+    classes: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        remote = files.is_remote(job.work)
+        data = f"{job.part}.array_record"
+        local = os.path.join(folder, "shard") if remote else f"{data}.tmp"
+        writer = array_record_module.ArrayRecordWriter(local, "group_size:1,uncompressed")
+        for number, item in enumerate(read_items(job)):
+            read += 1
+            if read % _REPORT_EVERY == 0:
+                report(_REPORT_EVERY)
+            left_out = checks.wanted(item, job.options) if not item.problem else ""
+            if left_out:
+                filtered[left_out] += 1
+                continue
+            record, reason, detail = checks.record(item, job.options)
+            if record and number in job.drop:
+                record, reason, detail = None, *job.drop[number].split(": ", 1)
+            if record is None:
+                quarantined.append({"key": item.key, "reason": reason, "detail": detail[:300]})
+                continue
+            writer.write(records.serialize(record))
+            count += 1
+            with_text += bool(record.texts)
+            with_label += bool(record.labels)
+            if len(classes) < _MAX_CLASSES:
+                classes.update(record.labels)
+        writer.close()
+        report(read % _REPORT_EVERY)
+        size, digest = os.path.getsize(local), _sha256(local)
+        if remote:
+            system, plain = files.filesystem(data)
+            system.put_file(local, f"{plain}.tmp")
+            system.mv(f"{plain}.tmp", plain)
+        else:
+            shutil.move(local, data)
+    account = dict(
+        count=count,
+        with_text=with_text,
+        with_label=with_label,
+        bytes=size,
+        sha256=digest,
+        read=read,
+        quarantined=quarantined,
+        filtered=dict(filtered),
+        classes=sorted(classes),
+    )
+    text = json.dumps(account, ensure_ascii=False, sort_keys=True)
+    vocabulary.write_bytes(f"{job.part}.json", text.encode())
+    return account
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,320 @@
+"""Imports any image-text data into the training format.
+
+    python -m coca_jax.prepare --format=imagefolder --input=FOLDER --out=DIR [--split=train]
+
+Formats: imagefolder, parquet, webdataset. The result is ArrayRecord shards with a manifest, which
+tensorflow-datasets reads as well. Run the same command again after a kill: finished shards stay,
+and the result is the same to the byte. What cannot be used is listed, with the reason, in
+DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from coca_jax import cli
+from coca_jax.data import vocabulary
+from coca_jax.importers import files, metadata, shards
+from coca_jax.importers.items import Options, Unit
+
+_ROWS_PER_SHARD = 16_384
+
+_FORMAT = flags.DEFINE_enum("format", None, list(shards.MODULES), "Format of the input.")
+_INPUT = flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
+_SPLIT = flags.DEFINE_string("split", "train", "Name of the split that is written.")
+_WHERE = flags.DEFINE_multi_string(
+    "where", [], "Keep only examples whose field has one of these values: field=a,b. Repeatable."
+)
+_TEXT_FIELD = flags.DEFINE_string("text_field", "", "Field of the captions.")
+_LABEL_FIELD = flags.DEFINE_string("label_field", "", "Field of the class names or numbers.")
+_IMAGE_FIELD = flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
+_CLASSES = flags.DEFINE_string("class_names", "", "Text file with the names of numbered classes.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.")
+_SHARDS = flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.")
+_VERIFY = flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
+_MIN_SIDE = flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
+_MAX_ASPECT = flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.")
+_MAX_PIXELS = flags.DEFINE_integer("max_pixels", 178_956_970, "Quarantine larger images.")
+_MIN_TEXT = flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.")
+_MAX_TEXT = flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.")
+_REQUIRE = flags.DEFINE_enum(
+    "require", "any", ["any", "text", "label"], "What every example must have besides its image."
+)
+_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.")
+_SAMPLE = flags.DEFINE_float("sample", 1.0, "Share of the examples to keep.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
+
+
+def prepare(
+    format: str,
+    input: str,
+    out: str,
+    *,
+    split: str = "train",
+    options: Options | None = None,
+    processes: int = 0,
+    shard_count: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Imports one split; see the module's text.
+
+    Returns:
+        split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
+        images with texts and with labels, bytes, out.
+
+    Raises:
+        FileNotFoundError: no input.
+        ValueError: the format cannot be read, or nothing of the input can be used; or `out` holds
+            this split, or an unfinished import of it, made with other options.
+    """
+    options = options or Options()
+    module = shards.importer(format)
+    manifest = metadata.read_manifest(out)
+    request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
+    request = json.loads(json.dumps(request))
+    if split in manifest["splits"] and not overwrite:
+        if manifest["splits"][split]["request"] == request:
+            return _summary(out, split, manifest)
+        raise ValueError(
+            f"--out={out} already holds a split {split!r} made with other options; give "
+            "--overwrite, or another --out or --split"
+        )
+    work = files.join(out, f".unfinished-{split}")
+    jobs = _plan(module, format, str(input), split, options, work, shard_count, request)
+    declared = getattr(module, "declared_classes", None)
+    classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
+    accounts = _run(jobs, processes or len(os.sched_getaffinity(0)), progress)
+    return _finish(out, split, work, jobs, accounts, request, classes)
+
+
+def _plan(
+    module: Any,
+    format: str,
+    input: str,
+    split: str,
+    options: Options,
+    work: str,
+    shard_count: int,
+    request: dict[str, Any],
+) -> list[shards.Job]:
+    """The shards to write; the same as before when an earlier run was cut short."""
+    path = files.join(work, "plan.json")
+    if files.exists(path):
+        plan = json.loads(files.read(path))
+        if plan["request"] != request:
+            raise ValueError(f"{work} is an unfinished import with other options; remove it")
+        groups = [[Unit(**unit) for unit in group] for group in plan["groups"]]
+    else:
+        units = module.plan(input, split, options)
+        if not units:
+            raise ValueError(f"--input={input}: it is empty")
+        groups = _group(units, shard_count)
+        plan = {"request": request}
+        plan["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
+        vocabulary.write_bytes(path, json.dumps(plan).encode())
+    return [
+        shards.Job(number, tuple(group), format, options, work)
+        for number, group in enumerate(groups)
+    ]
+
+
+def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
+    """Units that follow one another, in groups of about equal size."""
+    if not shard_count:
+        rows = sum(unit.rows for unit in units)
+        shard_count = -(-rows // _ROWS_PER_SHARD) if all(u.rows for u in units) else len(units)
+    shard_count = max(1, min(shard_count, len(units)))
+    edges = [len(units) * i // shard_count for i in range(shard_count + 1)]
+    return [list(units[a:b]) for a, b in zip(edges, edges[1:])]
+
+
+_queue: Any = None  # in a worker: where it reports what it has read
+
+
+def _start_worker(queue: Any) -> None:
+    global _queue
+    _queue = queue
+
+
+def _work(job: shards.Job) -> dict[str, Any]:
+    return shards.write(job, _queue.put)
+
+
+def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[str, Any]]:
+    """Writes the shards that are not finished yet, in parallel, and shows how far it is."""
+    accounts: dict[int, dict[str, Any]] = {}
+    for job in jobs:
+        found = shards.finished(job)
+        if found:
+            accounts[job.number] = found
+    todo = [job for job in jobs if job.number not in accounts]
+    known = all(unit.rows for job in jobs for unit in job.units)
+    total = sum(unit.rows for job in jobs for unit in job.units) if known else None
+    done = sum(account["read"] for account in accounts.values())
+    with tqdm.tqdm(
+        total=total, initial=done, unit=" examples", file=sys.stderr, disable=not progress
+    ) as bar:
+        if min(processes, len(todo)) <= 1:
+            for job in todo:
+                accounts[job.number] = shards.write(job, bar.update)
+        else:
+            context = multiprocessing.get_context("spawn")
+            queue = context.SimpleQueue()
+            with concurrent.futures.ProcessPoolExecutor(
+                min(processes, len(todo)), context, _start_worker, (queue,)
+            ) as pool:
+                futures = {pool.submit(_work, job): job for job in todo}
+                waiting = set(futures)
+                while waiting:
+                    finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
+                    while not queue.empty():
+                        bar.update(queue.get())
+                    for future in finished:
+                        accounts[futures[future].number] = future.result()
+    return [accounts[job.number] for job in jobs]
+
+
+def _finish(
+    out: str,
+    split: str,
+    work: str,
+    jobs: list[shards.Job],
+    accounts: list[dict[str, Any]],
+    request: dict[str, Any],
+    classes: list[str],
+) -> dict[str, Any]:
+    """Gives the shards their names and writes the manifest; can itself be cut short and rerun."""
+    read = sum(account["read"] for account in accounts)
+    written = sum(account["count"] for account in accounts)
+    listed = [entry for account in accounts for entry in account["quarantined"]]
+    reasons = Counter(entry["reason"] for entry in listed)
+    filtered: Counter[str] = Counter()
+    for account in accounts:
+        filtered.update(account["filtered"])
+    if read != written + len(listed) + sum(filtered.values()):
+        raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
+    if not written:
+        raise ValueError(
+            f"--input={request['input']}: none of {read} examples can be used: "
+            f"quarantined {dict(reasons)}, filtered {dict(filtered)}"
+        )
+    system, plain_out = files.filesystem(out)
+    plain_work = files.filesystem(work)[1]
+    kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
+    entries = []
+    for number, (job, account) in enumerate(kept):
+        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+        part = f"{plain_work}/part-{job.number:05d}.array_record"
+        if system.exists(part):
+            system.mv(part, f"{plain_out}/{name}")
+        entries.append(
+            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
+        )
+    lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
+    vocabulary.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
+    manifest = metadata.read_manifest(out)
+    seen = {label for account in accounts for label in account["classes"]}
+    if not classes:
+        classes = sorted(seen | set(manifest["class_names"]))
+    manifest["class_names"] = classes
+    manifest["splits"][split] = dict(
+        count=written,
+        with_text=sum(account["with_text"] for account in accounts),
+        with_label=sum(account["with_label"] for account in accounts),
+        read=read,
+        quarantined=dict(reasons),
+        filtered=dict(filtered),
+        shards=entries,
+        request=request,
+    )
+    metadata.write(out, manifest)
+    system.rm(plain_work, recursive=True)
+    return _summary(out, split, manifest)
+
+
+def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    found = manifest["splits"][split]
+    return dict(
+        split=split,
+        read=found["read"],
+        written=found["count"],
+        quarantined=found["quarantined"],
+        filtered=found["filtered"],
+        with_text=found["with_text"],
+        with_label=found["with_label"],
+        shards=len(found["shards"]),
+        bytes=sum(shard["bytes"] for shard in found["shards"]),
+        classes=len(manifest["class_names"]),
+        out=str(out),
+    )
+
+
+def _options() -> Options:
+    where = []
+    for clause in _WHERE.value:
+        field, equals, values = clause.partition("=")
+        if not equals or not values:
+            raise ValueError(f"--where={clause}: write field=value or field=value,value")
+        where.append((field, tuple(values.split(","))))
+    names: tuple[str, ...] = ()
+    if _CLASSES.value:
+        names = tuple(files.read(_CLASSES.value).decode().split("\n"))
+        names = names[:-1] if names and not names[-1] else names
+    if not 0 < _SAMPLE.value <= 1:
+        raise ValueError(f"--sample={_SAMPLE.value}: give a share above 0, at most 1")
+    return Options(
+        text_field=_TEXT_FIELD.value,
+        label_field=_LABEL_FIELD.value,
+        image_field=_IMAGE_FIELD.value,
+        class_names=names,
+        where=tuple(where),
+        verify=_VERIFY.value,
+        min_side=_MIN_SIDE.value,
+        max_aspect=_MAX_ASPECT.value,
+        max_pixels=_MAX_PIXELS.value,
+        min_text=_MIN_TEXT.value,
+        max_text=_MAX_TEXT.value,
+        require=_REQUIRE.value,
+        max_side=_MAX_SIDE.value,
+        sample=_SAMPLE.value,
+        seed=_SEED.value,
+    )
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}")
+    for flag in (_FORMAT, _INPUT, _OUT):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+    result = prepare(
+        _FORMAT.value,
+        _INPUT.value,
+        _OUT.value,
+        split=_SPLIT.value,
+        options=_options(),
+        processes=_PROCESSES.value,
+        shard_count=_SHARDS.value,
+        overwrite=_OVERWRITE.value,
+    )
+    print(f"{result['written']} of {result['read']} examples -> {result['out']}")
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main)
