@@ -35,6 +35,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_width": None,
     "joint": None,
     "patch": None,
+    "kernel_row": None,
+    "kernel_column": None,
+    "channel": None,
     "position": None,
     "norm": None,
 }

@@ -165,6 +165,8 @@ def build(
     dtype = jnp.dtype(model.dtype)
     shared = dict(activation=model.get("activation", "gelu"), remat=remat, dtype=dtype, flat=flat)
     image, text, pooler = dict(model.image), dict(model.text), dict(model.pooler)
+    for name in ("conv_widths", "conv_depths"):
+        image[name] = tuple(image.get(name, ()))
     return CoCa(
         encoder=ImageEncoder(
             image_size=model.image_size, patch_size=model.patch_size, **image, **shared
@@ -189,6 +191,14 @@ def validate(model: ConfigDict) -> None:
         raise ValueError(
             f"model.patch_size={model.patch_size} does not divide "
             f"model.image_size={model.image_size}; choose a divisor"
+        )
+    stages = len(model.image.get("conv_widths", ()))
+    if stages and (
+        model.patch_size != 2**stages or len(model.image.get("conv_depths", ())) != stages
+    ):
+        raise ValueError(
+            f"model.image.conv_widths has {stages} stages; it needs model.patch_size={2**stages} "
+            f"(is {model.patch_size}) and as many model.image.conv_depths"
         )
     for name, tower in (("image", model.image), ("text", model.text)):
         if tower.width % tower.num_heads:

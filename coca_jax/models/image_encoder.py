@@ -1,4 +1,9 @@
-"""The image encoder: a Vision Transformer over patches (paper Section 3.2, Table 1)."""
+"""The image encoder: a Vision Transformer over patches (paper Section 3.2, Table 1).
+
+With `conv_widths` the patches are embedded by a small ConvNet instead of one product: the early
+convolutions that make transformers learn from little data (Xiao et al. 2021); the paper allows any
+image encoder.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,8 @@ class ImageEncoder(nn.Module):
 
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
+    conv_widths, conv_depths: channels and residual blocks of each stage of the convolutional stem;
+    each stage halves the resolution, so patch_size must be 2^stages. Empty: plain patches.
     patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
     """
 
@@ -30,6 +37,8 @@ class ImageEncoder(nn.Module):
     pre_norm: bool = False
     final_norm: bool = True
     patch_bias: bool = True
+    conv_widths: tuple[int, ...] = ()
+    conv_depths: tuple[int, ...] = ()
     patch_dropout: float = 0.0
     activation: str = "gelu"
     remat: str = "none"
@@ -43,6 +52,13 @@ class ImageEncoder(nn.Module):
                 f"pixels have shape {pixels.shape}; the model takes "
                 f"[B, {self.image_size}, {self.image_size}, 3]: resize them or set model.image_size"
             )
+        if self.conv_widths:
+            x = ConvStem(
+                self.conv_widths, self.conv_depths, self.activation, self.dtype, name="stem"
+            )(pixels)
+            x = x.reshape(x.shape[0], -1, x.shape[-1])
+        else:
+            x = patchify(pixels, self.patch_size)
         x = layers.Projection(
             (self.width,),
             axes=("patch", "embed"),
@@ -50,7 +66,7 @@ class ImageEncoder(nn.Module):
             dtype=self.dtype,
             flat=self.flat,
             name="patch_embedding",
-        )(patchify(pixels, self.patch_size))
+        )(x)
         num_positions = x.shape[1] + self.class_token
         positions = layers.Table(
             (num_positions, self.width), axes=("position", "embed"), name="positions"
@@ -80,6 +96,23 @@ class ImageEncoder(nn.Module):
         if self.final_norm:
             x = layers.LayerNorm(self.dtype, name="final_norm")(x)
         return x
+
+
+class ConvStem(nn.Module):
+    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C], normalised."""
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
+            x = layers.Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
+            for block in range(depth):
+                x = layers.ConvBlock(self.activation, self.dtype, name=f"block{stage}_{block}")(x)
+        return layers.LayerNorm(self.dtype, name="norm")(x)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:

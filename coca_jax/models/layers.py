@@ -22,6 +22,7 @@ NORM_EPSILON = 1e-5
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=True),
     "gelu_exact": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
@@ -250,6 +251,48 @@ class Block(nn.Module):
         else:
             x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
         return x, None
+
+
+class Convolution(nn.Module):
+    """3 x 3 convolution of [B, H, W, C] with zero padding and no bias; stride 1 or 2."""
+
+    features: int
+    stride: int = 1
+    init_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        init = nn.initializers.truncated_normal(self.init_scale * (9 * channels) ** -0.5)
+        kernel = self.param(
+            "kernel",
+            with_axes(init, "kernel_row", "kernel_column", "channel", "embed"),
+            (3, 3, channels, self.features),
+        )
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class ConvBlock(nn.Module):
+    """Pre-activation residual block of two 3 x 3 convolutions with channel-wise layer norms."""
+
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation, width = ACTIVATIONS[self.activation], x.shape[-1]
+        y = activation(LayerNorm(self.dtype, name="norm_in")(x))
+        y = Convolution(width, dtype=self.dtype, name="in")(y)
+        y = activation(LayerNorm(self.dtype, name="norm_out")(y))
+        y = Convolution(width, init_scale=0.5, dtype=self.dtype, name="out")(y)
+        return x + y.astype(x.dtype)
 
 
 REMAT_POLICIES = {
