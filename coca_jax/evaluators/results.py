@@ -1,0 +1,54 @@
+"""Files that evaluations leave in a workdir: eval.json and eval_examples.json."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_THUMBNAIL = 96
+
+
+def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -> None:
+    """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null."""
+    clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+    _merge(pathlib.Path(workdir) / "eval.json", clean, sort=True)
+
+
+def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[str, Any]) -> None:
+    """Merges an evaluator's `examples` into `workdir`/eval_examples.json under its name."""
+    _merge(pathlib.Path(workdir) / "eval_examples.json", {name: examples}, sort=False)
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Returns the image, uint8 [h, w, 3], at most 96 pixels a side."""
+    if max(image.shape[:2]) <= _THUMBNAIL:
+        return np.asarray(image)
+    picture = Image.fromarray(image)
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(picture)
+
+
+def encode_png(image: np.ndarray) -> str:
+    """Returns a small copy of the image as base64 PNG, for a page without files beside it."""
+    buffer = io.BytesIO()
+    Image.fromarray(thumbnail(image)).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _merge(path: pathlib.Path, values: Mapping[str, Any], *, sort: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    merged.update(values)
+    new = path.with_suffix(".json.new")
+    text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
+    new.write_text(text + "\n", encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,289 @@
+"""Evaluators against plain numpy ranking, hand-made figures and degenerate models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from coca_jax import evaluators
+from coca_jax.data import scenes
+from coca_jax.evaluators import captioning, intervals, results, retrieval, templates, zeroshot
+
+
+class Fake:
+    """A model whose embeddings and captions are given; an image holds its number in one pixel."""
+
+    def __init__(self, image=None, text=None, captions=None):
+        self.image, self.text, self.captions = image, text, captions
+        self.largest = 0
+
+    def encode_image(self, images):
+        assert images.dtype == np.uint8 and images.ndim == 4
+        self.largest = max(self.largest, len(images))
+        return self.image[images[:, 0, 0].astype(int) @ [1, 256, 0]]
+
+    def encode_text(self, texts):
+        return np.stack([self.text(t) for t in texts]).astype(np.float32)
+
+    def caption(self, images):
+        return [self.captions[i] for i in images[:, 0, 0, 0]]
+
+    def caption_log_likelihood(self, images, texts):
+        tokens = np.asarray([len(t.split()) + 1 for t in texts])
+        return -0.5 * tokens, tokens
+
+
+def picture(number):
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[0, 0, 0], image[0, 0, 1] = number % 256, number // 256
+    return image
+
+
+def unit(rng, *shape):
+    return zeroshot.normalise(rng.normal(size=shape)).astype(np.float32)
+
+
+# ---- Zero-shot
+
+
+def test_class_embedding_is_the_renormalised_mean_of_prompts():
+    rng = np.random.default_rng(0)
+    table = {}
+
+    def text(t):
+        return table.setdefault(t, rng.normal(size=8) * rng.uniform(1, 5))
+
+    prompts = ("a photo of a {}", "{} drawing", "{}")
+    got = zeroshot.class_embeddings(Fake(text=text), ["cat", "dog"], prompts, batch_size=2)
+    mean = sum(v / np.linalg.norm(v) for v in (table["a photo of a dog"], table["dog drawing"]))
+    mean = mean + table["dog"] / np.linalg.norm(table["dog"])
+    np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+
+
+def test_zeroshot_equals_numpy_ranking():
+    rng = np.random.default_rng(1)
+    names = [f"c{i}" for i in range(12)]
+    table = {n: unit(rng, 6) for n in names}
+    images = unit(rng, 300, 6)
+    truth = rng.integers(0, 12, 300)
+    records = [dict(image=picture(i), labels=[names[truth[i]], "other"]) for i in range(300)]
+    evaluator = zeroshot.ZeroShot("toy", names, ("{}",), batch_size=64)
+    model = Fake(images, lambda t: table[t])
+    got = dict(evaluator.run(model, records))
+    assert model.largest == 64
+    order = np.argsort(-(images @ np.stack([table[n] for n in names]).T), axis=1)
+    top1 = (order[:, 0] == truth).mean()
+    assert got["zeroshot/toy/top1"] == pytest.approx(top1)
+    assert got["zeroshot/toy/top5"] == pytest.approx((order[:, :5] == truth[:, None]).any(1).mean())
+    assert got["zeroshot/toy/top1_count"] == 300
+    assert got["zeroshot/toy/top1_low"] < top1 < got["zeroshot/toy/top1_high"]
+    per_class = [(order[truth == c, 0] == c).mean() for c in range(12)]
+    assert got["zeroshot/toy/mean_per_class"] == pytest.approx(np.mean(per_class))
+    confusion = np.asarray(evaluator.examples["confusion"]["counts"])
+    assert confusion.sum() == 300 and np.trace(confusion) == round(top1 * 300)
+    assert evaluator.examples["per_class"]["c3"]["accuracy"] == pytest.approx(per_class[3])
+    assert len(evaluator.examples["items"]) == 16
+    json.dumps(evaluator.examples)
+
+
+def test_zeroshot_any_of_several_labels_is_right_and_constant_models_score_zero():
+    eye = np.eye(3, dtype=np.float32)
+    names = ["a", "b", "c"]
+    records = [dict(image=picture(1), labels=["a", "b"]), dict(image=picture(2), labels=["a"])]
+    evaluator = zeroshot.ZeroShot("toy", names, ("{}",))
+    got = dict(evaluator.run(Fake(eye, lambda t: eye[names.index(t)]), records))
+    assert got["zeroshot/toy/top1"] == 0.5 and "zeroshot/toy/top5" not in got
+    assert evaluator.examples["confusion"]["counts"] == [[1, 1]]
+    constant = Fake(np.ones((3, 3), np.float32), lambda t: np.ones(3))
+    assert dict(evaluator.run(constant, records))["zeroshot/toy/top1"] == 0
+
+
+def test_zeroshot_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="3 names, 2 distinct"):
+        zeroshot.ZeroShot("toy", ["a", "b", "a"])
+    evaluator = zeroshot.ZeroShot("toy", ["a", "b"], ("{}",))
+    model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
+    with pytest.raises(ValueError, match=r"labels of x.png are \['z'\]; none is among the 2"):
+        list(evaluator.run(model, [dict(image=picture(0), labels=["z"], key="x.png")]))
+    with pytest.raises(ValueError, match="has no record"):
+        list(evaluator.run(model, []))
+    model.image = np.full((2, 2), np.nan, np.float32)
+    with pytest.raises(ValueError, match="image embeddings: 1 of 1 are not finite"):
+        list(evaluator.run(model, [dict(image=picture(0), labels=["a"])]))
+    with pytest.raises(ValueError, match="preprocess to one size"):
+        evaluators.stack_images([dict(image=picture(0)), dict(image=np.zeros((2, 2, 3)))])
+
+
+def test_prompt_sets(tmp_path):
+    assert len(templates.get("clip")) == 80 == len(set(templates.CLIP))
+    assert set(templates.CLIP_7) <= set(templates.CLIP)
+    for name in ("plain", "photo", "clip", "clip7"):
+        assert templates.check(templates.get(name))
+    (tmp_path / "p.txt").write_text("one {}\n\ntwo {}\n")
+    assert templates.get(str(tmp_path / "p.txt")) == ("one {}", "two {}")
+    with pytest.raises(ValueError, match="prompts is 'klip'; use one of plain, photo"):
+        templates.get("klip")
+    with pytest.raises(ValueError, match="must hold '{}' once"):
+        templates.check(["a photo"])
+
+
+# ---- Retrieval
+
+
+def plain_ranks(images, texts, pairs):
+    scores = images.astype(np.float64) @ texts.astype(np.float64).T
+    match = np.zeros(scores.shape, bool)
+    match[pairs[:, 0], pairs[:, 1]] = True
+    both = []
+    for s, r in ((scores, match), (scores.T, match.T)):
+        best = np.where(r, s, -np.inf).max(1, keepdims=True)
+        ranks = ((s >= best - retrieval.TIE) & ~r).sum(1)
+        both.append(np.where(r.any(1), ranks, -1))
+    return both
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+def test_retrieval_ranks_equal_the_full_matrix_in_any_tiling(chunk):
+    rng = np.random.default_rng(2)
+    texts = unit(rng, 83, 16)
+    owner = rng.integers(0, 80, 150)  # the last texts have no image
+    images = zeroshot.normalise(texts[owner] + 0.35 * rng.normal(size=(150, 16)))
+    images = images.astype(np.float32)
+    extra = np.stack([rng.integers(0, 150, 60), rng.integers(0, 80, 60)], 1)
+    pairs = np.concatenate([np.stack([np.arange(150), owner], 1), extra])
+    got = retrieval.retrieval_ranks(images, texts, pairs, chunk=chunk)
+    for ranks, expected in zip(got, plain_ranks(images, texts, pairs)):
+        np.testing.assert_array_equal(ranks, expected)
+    assert (got[1][80:] == -1).all() and got[0].max() > 3
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_ties_count_against_the_model(chunk):
+    images = np.tile(np.eye(4, dtype=np.float32)[:1], (10, 1))
+    pairs = np.stack([np.arange(10), np.arange(10)], 1)
+    by_image, by_text = retrieval.retrieval_ranks(images, images.copy(), pairs, chunk=chunk)
+    assert (by_image == 9).all() and (by_text == 9).all()  # all equal: the match comes last
+
+
+def test_retrieval_end_to_end_with_repeated_and_several_captions():
+    rng = np.random.default_rng(3)
+    table = {}
+
+    def text(t):
+        return table.setdefault(t, unit(rng, 12))
+
+    captions = [[f"caption {i}", f"other {i}"] for i in range(40)] + [["twice"], ["twice"]]
+    for several in captions:
+        for t in several:
+            text(t)
+    images = [zeroshot.normalise(text(s[0]) + 0.4 * rng.normal(size=12)) for s in captions]
+    images = np.stack(images).astype(np.float32)
+    records = [dict(image=picture(i), text=s) for i, s in enumerate(captions)]
+    evaluator = retrieval.Retrieval("toy", extra_texts=["nobody", "twice"], batch_size=16, chunk=9)
+    got = dict(evaluator.run(Fake(images, text), records))
+
+    texts = list(dict.fromkeys(t for s in captions for t in s)) + ["nobody"]
+    scores = images @ np.stack([text(t) for t in texts]).T
+    order = np.argsort(-scores, 1)
+    hits = [texts[order[i, 0]] in s for i, s in enumerate(captions)]
+    assert got["retrieval/toy/image_to_text_r1"] == pytest.approx(np.mean(hits))
+    hits5 = [any(texts[t] in s for t in order[i, :5]) for i, s in enumerate(captions)]
+    assert got["retrieval/toy/image_to_text_r5"] == pytest.approx(np.mean(hits5))
+    queries = [t for s in captions for t in s]
+    found = [np.argmax(scores[:, texts.index(t)]) for t in queries]
+    back = [t in captions[i] for t, i in zip(queries, found)]
+    assert got["retrieval/toy/text_to_image_r1"] == pytest.approx(np.mean(back))
+    assert got["retrieval/toy/text_to_image_r1_count"] == 82
+    assert got["retrieval/toy/num_texts"] == 82 and got["retrieval/toy/num_images"] == 42
+    recalls = [
+        got[f"retrieval/toy/{d}_r{k}"]
+        for d in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    ]
+    assert got["retrieval/toy/mean_recall"] == pytest.approx(np.mean(recalls))
+    assert 0 < np.mean(hits) < 1
+    items = evaluator.examples["items"]
+    assert len(items) == 8 and items[0]["texts"][0]["text"] == texts[order[0, 0]]
+    twice = evaluator.examples["text_items"][-1]
+    assert twice["text"] == "twice" and len(twice["images"]) == 5
+    json.dumps(evaluator.examples)
+
+
+def test_retrieval_of_one_record_and_of_none():
+    model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
+    got = dict(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text="x")]))
+    assert got["retrieval/toy/image_to_text_r10"] == 1 == got["retrieval/toy/text_to_image_r1"]
+    with pytest.raises(ValueError, match="no record"):
+        list(retrieval.Retrieval("toy").run(model, []))
+    with pytest.raises(ValueError, match="record k has no text"):
+        list(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text=None, key="k")]))
+
+
+# ---- Captioning
+
+
+def test_captioning_of_scenes_scores_attributes_and_perplexity():
+    records = scenes.Scenes("heldout", objects=(1,)).read(np.arange(20))
+    captions = [scenes.canonical_caption(r["scene"]) for r in records]
+    for i in (3, 8):
+        captions[i] = "a large purple hexagon"
+    for i, record in enumerate(records):
+        record["image"] = picture(i)
+    evaluator = captioning.Captioning("s", scorer=captioning.score_scene, batch_size=6)
+    got = dict(evaluator.run(Fake(captions=captions), records))
+    assert got["captioning/s/exact_match"] == pytest.approx(0.9)
+    assert got["captioning/s/attribute_f1"] == pytest.approx(0.9, abs=0.03)
+    assert got["captioning/s/perplexity"] == pytest.approx(math.exp(0.5))
+    assert got["captioning/s/perplexity_low"] == pytest.approx(math.exp(0.5))
+    assert got["captioning/s/exact_match_count"] == 20 == got["captioning/s/perplexity_count"]
+    assert evaluator.examples["items"][3]["exact"] is False
+
+
+def test_captioning_with_several_references():
+    records = [
+        dict(image=picture(0), text=["A dog, running.", "a brown dog"]),
+        dict(image=picture(1), text="two cats"),
+    ]
+    evaluator = captioning.Captioning("d")
+    got = dict(evaluator.run(Fake(captions=["a dog  running", "two dogs"]), records))
+    assert got["captioning/d/exact_match"] == 0.5
+    assert got["captioning/d/word_f1"] == pytest.approx(0.75)
+    assert got["captioning/d/perplexity_count"] == 3
+    assert "perplexity" not in "".join(
+        dict(captioning.Captioning("d", perplexity=False).run(Fake(captions=["x", "y"]), records))
+    )
+
+
+# ---- Intervals and files
+
+
+def test_bootstrap_agrees_with_theory_and_is_deterministic():
+    rng = np.random.default_rng(4)
+    for n in (400, 20_000):
+        hits = rng.uniform(size=n) < 0.7
+        mean, low, high = intervals.bootstrap(hits)
+        assert mean == pytest.approx(hits.mean())
+        half = 1.96 * math.sqrt(mean * (1 - mean) / n)
+        assert high - mean == pytest.approx(half, rel=0.15)
+        assert mean - low == pytest.approx(half, rel=0.15)
+        assert intervals.bootstrap(hits) == (mean, low, high)
+    assert intervals.bootstrap(np.ones(5)) == (1, 1, 1)
+    assert intervals.bootstrap(np.asarray([1.0, 6.0]), np.asarray([1.0, 2.0]))[0] == 7 / 3
+    with pytest.raises(ValueError, match="0 examples"):
+        intervals.bootstrap(np.zeros(0))
+
+
+def test_results_are_merged(tmp_path):
+    results.save_results(tmp_path, {"zeroshot/a/top1": 0.5, "b": float("nan")})
+    results.save_results(tmp_path, {"zeroshot/a/top1": np.float32(0.75), "c": 1})
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert saved == {"zeroshot/a/top1": 0.75, "b": None, "c": 1}
+    results.save_examples(tmp_path, "zeroshot/a", dict(kind="zeroshot"))
+    results.save_examples(tmp_path, "retrieval/a", dict(kind="retrieval"))
+    assert list(json.loads((tmp_path / "eval_examples.json").read_text())) == [
+        *("zeroshot/a", "retrieval/a")
+    ]
+    big = np.zeros((300, 200, 3), np.uint8)
+    assert results.thumbnail(big).shape == (96, 64, 3)
