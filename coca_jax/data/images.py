@@ -119,28 +119,47 @@ def _array(array: np.ndarray) -> np.ndarray:
 
 
 def preprocess_eval(image: np.ndarray, size: int, mode: str = "squash") -> np.ndarray:
-    """The resizing of evaluation: antialiased bilinear to a square.
+    """The resizing of evaluation, antialiased.
 
     Args:
         image: uint8 [h, w, 3].
         size: S, of the result.
-        mode: 'squash' stretches to the square; 'crop' scales the shortest side to S and takes the
-            centre.
+        mode: 'squash' stretches to the square, bilinear; 'crop' scales the shortest side to S,
+            bicubic, and takes the centre, as CLIP and open_clip do.
 
     Returns:
         uint8 [S, S, 3].
     """
-    height, width = image.shape[:2]
     if mode == "squash":
-        box = (0, 0, width, height)
-    elif mode == "crop":
-        side = min(height, width)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-    else:
-        raise ValueError(f"resize mode {mode!r}: use 'squash' or 'crop'")
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+        squashed = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(squashed)
+    if mode == "crop":
+        return _resize_crop(image, size)
+    raise ValueError(f"resize mode {mode!r}: use 'squash' or 'crop'")
+
+
+def _resize_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """What torchvision's Resize(size, BICUBIC) and CenterCrop(size) give."""
+    image = _shorten(image)
+    short = min(image.shape[:2])
+    height, width = (
+        size if side == short else int(size * side / short) for side in image.shape[:2]
+    )
+    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (int(round((side - size) / 2)) for side in (height, width))
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def _shorten(image: np.ndarray, most: int = 512) -> np.ndarray:
+    """The middle of an image more than `most` times as long as wide: the rest would be cut off
+    after it had been scaled to gigabytes. The centre stays where it is, to the half pixel."""
+    short = min(image.shape[:2])
+
+    def middle(side: int) -> slice:
+        keep = min(side, most * short + (side - most * short) % 2)
+        return slice((side - keep) // 2, (side + keep) // 2)
+
+    return image[middle(image.shape[0]), middle(image.shape[1])]
 
 
 def encode_bmp(pixels: np.ndarray) -> bytes:
