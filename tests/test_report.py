@@ -1,0 +1,158 @@
+"""The report: self-contained, complete, escaped, and possible from any subset of its files."""
+
+import html.parser
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from coca_jax import metrics, report
+from coca_jax.data import scenes
+from coca_jax.evaluators import captioning, results, retrieval, zeroshot
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects addresses and the text that a person sees."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.addresses, self.seen, self.hidden = [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "data", "action")]
+        self.hidden += tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.seen.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.seen).split())
+
+
+class Model:
+    """Knows 64-pixel scenes by heart, with some noise: colour+shape embeddings, captions."""
+
+    def __init__(self, records):
+        self.records = {r["image"].tobytes(): r["scene"] for r in records}
+        rng = np.random.default_rng(0)
+        words = [*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, *scenes.TEXTURES]
+        words += ["top", "bottom", "left", "right", "centre", *scenes.BACKGROUNDS]
+        self.words = {w: rng.normal(size=32) for w in words}
+        self.rng = rng
+
+    def encode_text(self, texts):
+        rows = [sum(self.words.get(w, np.zeros(32)) for w in t.split()) + 1e-3 for t in texts]
+        return zeroshot.normalise(np.stack(rows)).astype(np.float32)
+
+    def encode_image(self, images):
+        found = [self.records[i.tobytes()] for i in images]
+        texts = self.encode_text([scenes.full_caption(s) for s in found])
+        return zeroshot.normalise(texts + 0.08 * self.rng.normal(size=texts.shape))
+
+    def caption(self, images):
+        texts = [scenes.canonical_caption(self.records[i.tobytes()]) for i in images]
+        return [t.replace("small", "large") if i % 5 == 4 else t for i, t in enumerate(texts)]
+
+    def caption_log_likelihood(self, images, texts):
+        return np.full(len(texts), -4.0), np.full(len(texts), 12)
+
+
+def make_run(folder):
+    """Fills a workdir as training and evaluation do, without a model."""
+    writer = metrics.MetricWriter(folder, tensorboard=False)
+    for step in range(10, 4001, 10):
+        c, g = 5 * math.exp(-step / 900) + 0.3, 4.6 * math.exp(-step / 600) + 0.5
+        values = {"loss": 2 * g + c, "contrastive_loss": c, "captioning_loss": g}
+        values |= {"contrastive_loss/label": c * 1.1, "captioning_loss/caption": g * 0.9}
+        values |= {"learning_rate": 1e-3 * min(step / 200, 1 - step / 4400)}
+        values |= {"pairs_per_second": 900 + step % 70, "temperature": 0.07 - step * 1e-5}
+        writer.write(step, values | {"step_seconds": 0.9, "data_wait_seconds": 0.02})
+    writer.close()
+    one = scenes.Scenes("heldout", objects=(1,)).read(np.arange(120))
+    for record in one:
+        o = record["scene"]["objects"][0]
+        record["labels"] = [f"{o['colour']} {o['shape']}"]
+    many = scenes.Scenes("heldout").read(np.arange(200))
+    for evaluator, records in (
+        (zeroshot.ZeroShot("scenes_heldout", scenes.class_names()), one),
+        (retrieval.Retrieval("scenes_heldout"), many),
+        (captioning.Captioning("scenes_heldout", scorer=captioning.score_scene), one),
+    ):
+        results.save_results(folder, dict(evaluator.run(Model(records), records)))
+        results.save_examples(folder, evaluator.name, evaluator.examples)
+    config = dict(batch_size=128, model=dict(image_size=64, patch_size=8))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("my_run")
+    make_run(folder)
+    return folder
+
+
+def test_report_is_one_file_and_shows_every_score(run):
+    path = report.write_report(run)
+    assert path == run / "report.html"
+    page = path.read_text()
+    reader = Reader(page)
+    assert reader.addresses and all(a.startswith("data:image/png") for a in reader.addresses)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page) and "url(" not in page
+    scores = json.loads((run / "eval.json").read_text())
+    top1 = scores["zeroshot/scenes_heldout/top1"]
+    assert f"{100 * top1:.1f}%" in reader.text
+    assert "4,000 steps · batch 128 · 64 px, patch 8" in reader.text
+    for title in ("Loss", "Throughput", "Where the time went", "Zero-shot classification"):
+        assert title in reader.text
+    assert "Image to text R@1" in reader.text and "Perplexity" in reader.text
+    assert page.count("<polyline") == 8 and page.count("<img") > 60
+    # Every curve lies inside its frame.
+    for points in re.findall(r'points="([^"]*)"', page):
+        xy = np.asarray([p.split(",") for p in points.split()], float)
+        assert len(xy) <= 300 and 56 <= xy[:, 0].min() and xy[:, 0].max() <= 548
+        assert 10 <= xy[:, 1].min() and xy[:, 1].max() <= 230
+
+
+def test_text_from_data_is_escaped(tmp_path):
+    attack = "<script>alert(1)</script>'\""
+    item = dict(image="AAAA", caption=attack, references=[attack], exact=False, f1=0.0)
+    results.save_examples(tmp_path, f"captioning/{attack}", dict(kind="captioning", items=[item]))
+    results.save_results(tmp_path, {f"captioning/{attack}/exact_match": 0.5})
+    page = report.write_report(tmp_path).read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_parts_without_a_file_are_left_out(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        report.write_report(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no metrics.jsonl or eval.json"):
+        report.write_report(tmp_path)
+    writer = metrics.MetricWriter(tmp_path, tensorboard=False)
+    writer.write(1, {"loss": float("nan")})
+    writer.write(2, {"loss": 3.0})
+    writer.close()
+    page = report.write_report(tmp_path).read_text()
+    assert "2 steps" in page and "<h2>Scores" not in page and "<polyline" not in page
+    writer = metrics.MetricWriter(tmp_path, start_step=2, tensorboard=False)
+    writer.write(3, {"loss": 3.0})  # a flat curve
+    writer.close()
+    assert report.write_report(tmp_path).read_text().count("<polyline") == 1
+
+
+def test_command_prints_one_json_line_and_explains_bad_input(run, tmp_path):
+    command = [sys.executable, "-m", "coca_jax.report"]
+    done = subprocess.run([*command, f"--workdir={run}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"report": str(run / "report.html")}
+    bad = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "run train" in bad.stderr
