@@ -1,0 +1,718 @@
+"""Captions from image tokens: KV-cached greedy decoding, sampling and beam search, one program.
+
+Shape letters: B images, W captions or beams of an image, R = B W rows, D width, H heads, K head
+width, Q image tokens, V vocabulary, P prompt slots, S new tokens, M = P - 1 + S W cache slots.
+
+Layout of one decode. Prompts stand right-aligned in P slots, so that in every row the last prompt
+token is in slot P - 1 and new tokens follow without a gap. `_prefill` runs all but the last
+prompt token; every step of the loop then runs one token per row, the last prompt token first. The
+W captions of an image share its image keys, its prompt keys and one cache: step s writes its W
+keys side by side, and a mask says which of them are a caption's own past. Beam search therefore
+reorders a small mask and never the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from coca_jax.models import layers
+
+NEVER = -1e30  # score of what must not be chosen; a sum of many of them is still finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The sizes that a decode program is compiled for; hashable."""
+
+    num_heads: int
+    multimodal_heads: int
+    vocab_size: int
+    max_len: int
+    cross: str
+    activation: str
+    dtype: str
+    eos_id: int
+    bos_id: int
+
+
+def decoder(model: ConfigDict, *, bos_id: int, eos_id: int, dtype: str | None = None) -> Decoder:
+    """The part of `config.model` that decoding needs. dtype: of weights, products and caches."""
+    text = model.text
+    return Decoder(
+        num_heads=text.num_heads,
+        multimodal_heads=text.get("multimodal_heads", None) or text.num_heads,
+        vocab_size=text.vocab_size,
+        max_len=text.max_len,
+        cross=text.get("cross", "paper"),
+        activation=model.get("activation", "gelu"),
+        dtype=dtype or model.dtype,
+        eos_id=eos_id,
+        bos_id=bos_id,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepare(params: dict, dtype: str) -> dict:
+    """The text decoder's weights as decoding wants them: a copy, made once per model.
+
+    params: the model's parameters. Layers are taken apart (a loop over stacked weights would copy
+    each slice at every token), query, key and value become one matrix with the score's 1 / sqrt(K)
+    in it, and all matrices are two-dimensional in `dtype`. Norms, biases and tables stay float32.
+    """
+    text = params["text_decoder"]
+
+    def matrix(kernel: jax.Array, num_in: int = 1) -> jax.Array:
+        rows = int(np.prod(kernel.shape[:num_in]))
+        return kernel.reshape(rows, -1).astype(dtype)
+
+    def join(part: dict, names: tuple[str, ...]) -> dict:
+        scale = part["query"]["kernel"].shape[-1] ** -0.5
+        kernels = [part[n]["kernel"] * (scale if n == "query" else 1.0) for n in names]
+        biases = [part[n]["bias"] * (scale if n == "query" else 1.0) for n in names]
+        return dict(
+            kernel=jnp.concatenate([matrix(k) for k in kernels], axis=1),
+            bias=jnp.concatenate([b.reshape(-1) for b in biases]),
+        )
+
+    def dense(part: dict, num_in: int = 1) -> dict:
+        return dict(kernel=matrix(part["kernel"], num_in), bias=part["bias"].reshape(-1))
+
+    def block(part: dict) -> dict:
+        out = {name: part[name] for name in part if name.endswith("norm")}
+        out["qkv"] = join(part["attention"], ("query", "key", "value"))
+        out["out"] = dense(part["attention"]["out"], 2)
+        for name in ("mlp", "cross_mlp"):
+            if name in part:
+                out[name] = {k: dense(part[name][k]) for k in ("in", "out")}
+        if "cross_attention" in part:
+            out["cross_q"] = join(part["cross_attention"], ("query",))
+            out["cross_kv"] = join(part["cross_attention"], ("key", "value"))
+            out["cross_out"] = dense(part["cross_attention"]["out"], 2)
+        return out
+
+    def blocks(stack: dict) -> list[dict]:
+        depth = jax.tree.leaves(stack)[0].shape[0]
+        layer = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
+        return [block(part) for part in layer]
+
+    embedding = text["token_embedding"]["value"]
+    if "head" in text:
+        head = dict(kernel=text["head"]["kernel"]["value"].astype(dtype))
+        if "bias" in text["head"]:
+            head["bias"] = text["head"]["bias"]["value"]
+    else:
+        head = dict(kernel=embedding.T.astype(dtype))
+    return dict(
+        embedding=embedding.astype(dtype),
+        positions=text["positions"]["value"].astype(dtype),
+        unimodal=blocks(text["unimodal"]),
+        multimodal=blocks(text["multimodal"]),
+        norm=text["multimodal_norm"],
+        head=head,
+    )
+
+
+def _norm(weights: dict, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (
+        centred * jax.lax.rsqrt(variance + layers.NORM_EPSILON) * weights["scale"] + weights["bias"]
+    )
+
+
+def _dense(weights: dict, x: jax.Array) -> jax.Array:
+    """x [..., D] -> float32 [..., F], one two-dimensional product."""
+    kernel = weights["kernel"]
+    rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+    y = jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
+    y = y.reshape(x.shape[:-1] + y.shape[-1:])
+    return y + weights["bias"] if "bias" in weights else y
+
+
+def _split(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
+    """[B, N, parts D] -> parts x [B, H, N, K]."""
+    batch, length, width = x.shape
+    x = x.reshape(batch, length, parts, heads, width // parts // heads)
+    return [x[:, :, i].transpose(0, 2, 1, 3) for i in range(parts)]
+
+
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """[B, H, N, K] x [B, H, M, K] -> [B, N, H K], float32. mask: bool [B, N, M]."""
+    scores = jnp.einsum(
+        "bhnk,bhmk->bhnm", query.astype(key.dtype), key, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, NEVER)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bhnm,bhmk->bhnk", weights, value, preferred_element_type=jnp.float32)
+    return out.transpose(0, 2, 1, 3).reshape(query.shape[0], query.shape[2], -1)
+
+
+class Cache(NamedTuple):
+    """Keys and values of one block, [B, H, M, K]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def image_caches(spec: Decoder, weights: dict, image_tokens: jax.Array) -> list[Cache]:
+    """Cross-attention keys and values of image tokens [B, Q, D], one Cache [B, H, Q, K] a block."""
+    caches = []
+    for block in weights["multimodal"]:
+        context = image_tokens
+        if spec.cross == "open_clip":
+            context = _norm(block["context_norm"], context)
+        key, value = _split(_dense(block["cross_kv"], context), 2, spec.multimodal_heads)
+        caches.append(Cache(key.astype(spec.dtype), value.astype(spec.dtype)))
+    return caches
+
+
+def empty_caches(spec: Decoder, weights: dict, batch: int, slots: int) -> list[Cache]:
+    """Caches of zeros for every block of both halves."""
+    width = weights["embedding"].shape[1]
+    heads = [spec.num_heads] * len(weights["unimodal"])
+    heads += [spec.multimodal_heads] * len(weights["multimodal"])
+    shapes = [(batch, count, slots, width // count) for count in heads]
+    return [Cache(jnp.zeros(s, spec.dtype), jnp.zeros(s, spec.dtype)) for s in shapes]
+
+
+def run_tokens(
+    spec: Decoder,
+    weights: dict,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    slot: jax.Array | int,
+    caches: list[Cache],
+    image: list[Cache],
+) -> tuple[jax.Array, list[Cache]]:
+    """Runs N tokens per image through both halves and writes their keys at slots slot..slot + N.
+
+    tokens, positions: int32 [B, N]. mask: bool [B, N, M], which slots each token may look at, its
+    own included. Returns the states before the softmax layer, float32 [B, N, D], and the caches.
+    """
+    activation = layers.ACTIVATIONS[spec.activation]
+    x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
+    written = []
+
+    def mlp(part: dict, x: jax.Array) -> jax.Array:
+        return _dense(part["out"], activation(_dense(part["in"], x)))
+
+    for index, block in enumerate(weights["unimodal"] + weights["multimodal"]):
+        cross = index - len(weights["unimodal"])
+        heads = spec.num_heads if cross < 0 else spec.multimodal_heads
+        query, key, value = _split(
+            _dense(block["qkv"], _norm(block["attention_norm"], x)), 3, heads
+        )
+        old = caches[index]
+        cache = Cache(
+            jax.lax.dynamic_update_slice(old.key, key.astype(old.key.dtype), (0, 0, slot, 0)),
+            jax.lax.dynamic_update_slice(old.value, value.astype(old.value.dtype), (0, 0, slot, 0)),
+        )
+        written.append(cache)
+        x = x + _dense(block["out"], _attend(query, cache.key, cache.value, mask))
+        if cross >= 0:
+            if spec.cross == "open_clip":
+                x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
+            query = _split(_dense(block["cross_q"], _norm(block["cross_norm"], x)), 1, heads)[0]
+            x = x + _dense(block["cross_out"], _attend(query, *image[cross], None))
+        if cross >= 0 and spec.cross == "open_clip":
+            x = x + mlp(block["cross_mlp"], _norm(block["cross_mlp_norm"], x))
+        else:
+            x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
+    return _norm(weights["norm"], x), written
+
+
+def _prefill(
+    spec: Decoder,
+    weights: dict,
+    prompt: jax.Array,
+    prompt_len: jax.Array,
+    caches: list[Cache],
+    image: list[Cache],
+) -> list[Cache]:
+    """Writes the keys of all prompt tokens but the last. prompt int32 [B, P], right-aligned."""
+    slots = prompt.shape[1] - 1
+    if slots == 0:
+        return caches
+    first = (prompt.shape[1] - prompt_len)[:, None]
+    place = jnp.arange(slots)[None]
+    present = jnp.pad(place >= first, ((0, 0), (0, caches[0].key.shape[2] - slots)))
+    causal = jnp.arange(caches[0].key.shape[2])[None] <= jnp.arange(slots)[:, None]
+    mask = present[:, None] & causal[None]
+    positions = jnp.maximum(place - first, 0)
+    return run_tokens(spec, weights, prompt[:, :-1], positions, mask, 0, caches, image)[1]
+
+
+def logits_of(weights: dict, states: jax.Array) -> jax.Array:
+    """States [..., D] -> float32 [..., V]."""
+    return _dense(weights["head"], states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to write a caption.
+
+    max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
+    min_tokens: new tokens that must come before the end symbol.
+    num_captions: captions per image, best first; more than one needs beams or a temperature.
+    num_beams: beams of beam search; 1: none.
+    temperature: 0 takes the most probable token, more samples.
+    top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
+        ones that together have probability p (Holtzman et al. 2020).
+    length_penalty: beams are ranked by log probability / tokens^length_penalty.
+    early_stop: an image's beam search ends when no unfinished beam ranks above its finished
+        captions as it stands; False: only when none could any more, however it went on.
+    repetition_penalty: multiplies the log probability of tokens already there, prompt included;
+        above 1 discourages them (Keskar et al. 2019, on log probabilities).
+    no_repeat_ngram: n-grams of this size appear at most once, prompt included; 0: no rule.
+    seed: of sampling.
+    """
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    num_captions: int = 1
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    length_penalty: float = 1.0
+    early_stop: bool = True
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def need(name: str, good: bool, remedy: str) -> None:
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
+
+        need("max_tokens", self.max_tokens >= 1, "must be at least 1")
+        need("min_tokens", 0 <= self.min_tokens, "must not be negative")
+        need("num_beams", self.num_beams >= 1, "must be at least 1")
+        need("num_captions", self.num_captions >= 1, "must be at least 1")
+        need("temperature", self.temperature >= 0, "must not be negative")
+        need("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
+        need("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
+        need("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral")
+        need("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative")
+        if self.num_beams > 1:
+            need("temperature", self.temperature == 0, "beam search does not sample; set it to 0")
+            need(
+                "num_captions",
+                self.num_captions <= self.num_beams,
+                f"at most num_beams={self.num_beams}; raise num_beams",
+            )
+        elif self.num_captions > 1:
+            need(
+                "num_captions",
+                self.temperature > 0,
+                "greedy decoding has one caption per image; set num_beams or temperature",
+            )
+        if self.temperature == 0:
+            need("top_k", self.top_k == 0, "only sampling uses it; set temperature above 0")
+            need("top_p", self.top_p == 1, "only sampling uses it; set temperature above 0")
+
+
+class Captions(NamedTuple):
+    """tokens int32 [B, n, S], new tokens alone, end symbols after the end; length int32 [B, n],
+    tokens with the end symbol if it came; log_prob float32 [B, n], the model's log probability of
+    these tokens, in nats, whatever rules chose them."""
+
+    tokens: jax.Array
+    length: jax.Array
+    log_prob: jax.Array
+
+
+class Plan(NamedTuple):
+    """What a decode program is specialised to, beside shapes; the other settings are arguments."""
+
+    width: int
+    num_captions: int
+    steps: int
+    beams: bool
+    sample: bool
+    filter: bool
+    penalise: bool
+    ngram: int
+    early_stop: bool
+
+
+def generate(
+    spec: Decoder,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: np.ndarray,
+    prompt_len: np.ndarray,
+    settings: Settings,
+    *,
+    rows: np.ndarray | None = None,
+    active: np.ndarray | None = None,
+) -> Captions:
+    """Captions for image tokens [B, Q, D].
+
+    prompt: int32 [B, P], each row's prompt right-aligned, begin symbol first; prompt_len: int32
+    [B], at least 1. rows: int32 [B], what makes an image's random numbers its own (default: its
+    place); active: bool [B], False for rows that pad the batch. One program is compiled per (B, P,
+    steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no room.
+    """
+    batch = prompt.shape[0]
+    longest = int(prompt_len.max())
+    if longest >= spec.max_len:
+        raise ValueError(
+            f"a prompt has {longest} tokens and the model writes {spec.max_len} in all "
+            "(model.text.max_len); shorten it"
+        )
+    steps = min(settings.max_tokens, spec.max_len - int(prompt_len.min()))
+    plan = Plan(
+        width=settings.num_beams if settings.num_beams > 1 else settings.num_captions,
+        num_captions=settings.num_captions,
+        steps=min(-(-steps // 16) * 16, spec.max_len - 1),
+        beams=settings.num_beams > 1,
+        sample=settings.temperature > 0,
+        filter=settings.top_k > 0 or settings.top_p < 1,
+        penalise=settings.repetition_penalty != 1,
+        ngram=settings.no_repeat_ngram,
+        early_stop=settings.early_stop,
+    )
+    rows = np.arange(batch) if rows is None else rows
+    active = np.ones(batch, bool) if active is None else active
+    numbers = dict(
+        limit=np.minimum(steps, spec.max_len - prompt_len).astype(np.int32),
+        min_tokens=np.int32(settings.min_tokens),
+        temperature=np.float32(settings.temperature or 1.0),
+        top_k=np.int32(settings.top_k or spec.vocab_size),
+        top_p=np.float32(settings.top_p),
+        length_penalty=np.float32(settings.length_penalty),
+        repetition_penalty=np.float32(settings.repetition_penalty),
+        seed=np.uint32(settings.seed),
+        rows=rows.astype(np.uint32),
+        active=active,
+    )
+    return _generate(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+
+
+class _Loop(NamedTuple):
+    """What a step of the loop reads and writes. History holds prompts and new tokens by slot, -1
+    where there is none; past says which of the cache slots of the steps are a caption's own."""
+
+    step: jax.Array
+    token: jax.Array  # [B, W], to run next
+    caches: list[Cache]
+    past: jax.Array  # bool [B, W, S, W]
+    history: jax.Array  # int32 [B, W, P + S]
+    log_prob: jax.Array  # [B, W], the model's
+    score: jax.Array  # [B, W], after the rules; beams only
+    done: jax.Array  # bool [B, W]; beams: all of an image's or none
+    length: jax.Array  # int32 [B, W]
+    finished: _Finished | None
+
+
+class _Finished(NamedTuple):
+    """Finished captions of a beam search, best first; score NEVER where there is none."""
+
+    score: jax.Array  # [B, W], over tokens^length_penalty
+    log_prob: jax.Array
+    length: jax.Array
+    history: jax.Array  # [B, W, P + S]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def _generate(
+    spec: Decoder,
+    plan: Plan,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: jax.Array,
+    prompt_len: jax.Array,
+    numbers: dict,
+) -> Captions:
+    batch, slots = prompt.shape
+    width, steps = plan.width, plan.steps
+    image = image_caches(spec, weights, image_tokens)
+    caches = empty_caches(spec, weights, batch, slots - 1 + steps * width)
+    caches = _prefill(spec, weights, prompt, prompt_len, caches, image)
+    first = slots - prompt_len
+    prompt_mask = jnp.arange(slots - 1)[None] >= first[:, None]
+    prompt_mask = jnp.broadcast_to(prompt_mask[:, None], (batch, width, slots - 1))
+    known = jnp.where(jnp.arange(slots)[None] >= first[:, None], prompt, -1)
+    history = jnp.concatenate([known, jnp.full((batch, steps), -1, jnp.int32)], axis=1)
+    zeros = jnp.zeros((batch, width), jnp.float32)
+    each = jnp.broadcast_to
+    history = each(history[:, None], (batch, width, slots + steps))
+    start = _Loop(
+        step=jnp.int32(0),
+        token=each(prompt[:, -1:], (batch, width)),
+        caches=caches,
+        past=jnp.zeros((batch, width, steps, width), bool),
+        history=history,
+        log_prob=zeros,
+        # All beams start alike: only the first may go on, or they would stay alike.
+        score=zeros.at[:, 1:].set(NEVER) if plan.beams else zeros,
+        done=each(~numbers["active"][:, None], (batch, width)),
+        length=jnp.zeros((batch, width), jnp.int32),
+        finished=_Finished(zeros + NEVER, zeros, jnp.zeros((batch, width), jnp.int32), history)
+        if plan.beams
+        else None,
+    )
+
+    def unfinished(loop: _Loop) -> jax.Array:
+        return ~loop.done.all()
+
+    def step(loop: _Loop) -> _Loop:
+        now = loop.step
+        past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
+        mask = jnp.concatenate([prompt_mask, past.reshape(batch, width, -1)], axis=2)
+        positions = jnp.minimum(prompt_len - 1 + now, spec.max_len - 1)
+        states, caches = run_tokens(
+            spec,
+            weights,
+            loop.token,
+            each(positions[:, None], (batch, width)),
+            mask,
+            slots - 1 + now * width,
+            loop.caches,
+            image,
+        )
+        logits = logits_of(weights, states)
+        log_probs = jax.nn.log_softmax(logits)
+        allowed = _rules(spec, plan, numbers, log_probs, loop.history, slots + now, now)
+        loop = loop._replace(caches=caches, past=past)
+        choose = _beam_step if plan.beams else _single_step
+        return choose(spec, plan, numbers, loop, log_probs, allowed, slots)
+
+    loop = jax.lax.while_loop(unfinished, step, start)
+    if plan.beams:
+        best = loop.finished
+        tokens, length, log_prob = best.history[:, :, slots:], best.length, best.log_prob
+    else:
+        tokens, length, log_prob = loop.history[:, :, slots:], loop.length, loop.log_prob
+    keep = plan.num_captions
+    inside = jnp.arange(steps)[None, None] < length[..., None]
+    tokens = jnp.where(inside, tokens, spec.eos_id)
+    return Captions(tokens[:, :keep], length[:, :keep], log_prob[:, :keep])
+
+
+def _rules(
+    spec: Decoder,
+    plan: Plan,
+    numbers: dict,
+    log_probs: jax.Array,
+    history: jax.Array,
+    end: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """log_probs [B, W, V] after repetition penalty, minimum length and the n-gram rule.
+
+    history: int32 [B, W, T], filled up to slot `end`.
+    """
+    scores = log_probs
+    batch, row = jnp.indices(history.shape[:2], sparse=True)
+    batch, row = batch[..., None], row[..., None]
+    if plan.penalise:
+        seen = jnp.where(history < 0, spec.vocab_size, history)  # out of range: dropped
+        old = jnp.take_along_axis(scores, jnp.maximum(history, 0), axis=2)
+        scores = scores.at[batch, row, seen].set(old * numbers["repetition_penalty"], mode="drop")
+    if plan.ngram:
+        n, total = plan.ngram, history.shape[2]
+        if n <= total:
+            tail = jax.lax.dynamic_slice_in_dim(history, end - (n - 1), n - 1, axis=2)
+            count = total - n + 1
+            same = history[..., n - 1 :] >= 0
+            for i in range(n - 1):
+                window = history[..., i : i + count]
+                same &= (window == tail[..., i : i + 1]) & (window >= 0)
+            banned = jnp.where(same, history[..., n - 1 :], spec.vocab_size)
+            scores = scores.at[batch, row, banned].set(NEVER, mode="drop")
+    too_early = step < numbers["min_tokens"]
+    end_score = jnp.where(too_early, NEVER, scores[..., spec.eos_id])
+    return scores.at[..., spec.eos_id].set(end_score)
+
+
+def _single_step(
+    spec: Decoder,
+    plan: Plan,
+    numbers: dict,
+    loop: _Loop,
+    log_probs: jax.Array,
+    allowed: jax.Array,
+    slots: int,
+) -> _Loop:
+    """Chooses one token per row: the most probable, or a sample. Finished rows stay as they are."""
+    if plan.sample:
+        token = _sample(plan, numbers, allowed, loop.step)
+    else:
+        token = _argmax(allowed)
+    gain = jnp.take_along_axis(log_probs, token[..., None], axis=2)[..., 0]
+    going = ~loop.done
+    place = slots + loop.step
+    added = jnp.where(going, token, -1)
+    length = loop.length + going
+    return loop._replace(
+        step=loop.step + 1,
+        token=token,
+        history=jax.lax.dynamic_update_slice_in_dim(loop.history, added[..., None], place, axis=2),
+        log_prob=loop.log_prob + jnp.where(going, gain, 0.0),
+        length=length,
+        done=loop.done | (token == spec.eos_id) | (length >= numbers["limit"][:, None]),
+    )
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """First index of the largest value of the last axis: two plain reductions, which the CPU
+    backend vectorises; argmax it does not."""
+    size = x.shape[-1]
+    index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size)
+    return index.min(-1)
+
+
+def _largest(x: jax.Array, enough: Any) -> jax.Array:
+    """The largest threshold t [...] of non-negative floats x [..., V] with enough(x >= t) true.
+
+    `enough` must turn from false to true only once as t falls. Halves the interval of bit patterns,
+    which order like the floats they stand for: exact, in 31 passes, without sorting.
+    """
+    low = jnp.zeros(x.shape[:-1], jnp.int32)
+    high = jax.lax.bitcast_convert_type(x.max(-1), jnp.int32) + 1
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        ok = enough(x >= threshold[..., None])
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> jax.Array:
+    """One token per row of allowed [B, W, V] by its own random number: int32 [B, W]."""
+    probs = jax.nn.softmax(allowed / numbers["temperature"], axis=-1)
+    if plan.filter:
+        kth = _largest(probs, lambda keep: keep.sum(-1) >= numbers["top_k"])
+        probs = jnp.where(probs >= kth[..., None], probs, 0.0)
+        # A little less than p: the sum of all kept probabilities may round below it.
+        mass = numbers["top_p"] * (1 - 1e-6) * probs.sum(-1)
+        least = _largest(probs, lambda keep: jnp.where(keep, probs, 0.0).sum(-1) >= mass)
+        probs = jnp.where(probs >= least[..., None], probs, 0.0)
+    batch, width, size = probs.shape
+
+    def number(row: jax.Array, caption: jax.Array) -> jax.Array:
+        key = jax.random.key(numbers["seed"])
+        for part in (row, caption, step):
+            key = jax.random.fold_in(key, part)
+        return jax.random.uniform(key)
+
+    rows = jnp.broadcast_to(numbers["rows"][:, None], (batch, width))
+    captions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    uniform = jax.vmap(jax.vmap(number))(rows, captions)
+    # Inverse of the cumulative distribution, in two levels: first the block, then the token in it.
+    block = 256
+    probs = jnp.pad(probs, ((0, 0), (0, 0), (0, -size % block)))
+    blocks = probs.reshape(batch, width, -1, block)
+    sums = blocks.sum(-1)
+    target = uniform * sums.sum(-1)
+    which, rest = _pick(sums, target)
+    inner = jnp.take_along_axis(blocks, which[..., None, None], axis=2)[:, :, 0]
+    return which * block + _pick(inner, rest)[0]
+
+
+def _pick(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index where the running sum of weights [..., N] passes target [...], and what is left
+    of target there; the heaviest index where rounding keeps the sum below the target."""
+    total = jnp.cumsum(weights, axis=-1)
+    passed = total > target[..., None]
+    index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), jnp.argmax(weights, -1))
+    before = jnp.take_along_axis(total - weights, index[..., None], axis=-1)[..., 0]
+    return index.astype(jnp.int32), jnp.maximum(target - before, 0.0)
+
+
+def _beam_step(
+    spec: Decoder,
+    plan: Plan,
+    numbers: dict,
+    loop: _Loop,
+    log_probs: jax.Array,
+    allowed: jax.Array,
+    slots: int,
+) -> _Loop:
+    """Extends every image's beams by a token; finished images stay as they are.
+
+    Of the 2 W best continuations, those that end (and are among the W best) become finished
+    captions; the W best others go on. Images at their limit finish their beams as they stand.
+    """
+    batch, width, vocab = allowed.shape
+    per_beam = min(2 * width, vocab)
+    best, token = jax.lax.top_k(allowed, per_beam)
+    total = (loop.score[..., None] + best).reshape(batch, -1)
+    gain = jnp.take_along_axis(log_probs, token, axis=2)
+    model = (loop.log_prob[..., None] + gain).reshape(batch, -1)
+    score, at = jax.lax.top_k(total, min(2 * width, total.shape[1]))
+    take = functools.partial(jnp.take_along_axis, axis=1)
+    parent, token, log_prob = at // per_beam, take(token.reshape(batch, -1), at), take(model, at)
+    place = slots + loop.step
+    history = jnp.take_along_axis(loop.history, parent[..., None], axis=1)
+    history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], place, axis=2)
+    length = jnp.full_like(token, loop.step + 1)
+
+    def norm(score: jax.Array, length: jax.Array) -> jax.Array:
+        return score / length.astype(jnp.float32) ** numbers["length_penalty"]
+
+    # Captions that end here, beside those that ended before.
+    ends = (token == spec.eos_id) & (jnp.arange(token.shape[1]) < width) & (score > NEVER / 2)
+    ranked = jnp.where(ends, norm(score, length), NEVER)
+    finished = _best(loop.finished, _Finished(ranked, log_prob, length, history), width)
+    # Beams that go on.
+    score, at = jax.lax.top_k(jnp.where(token == spec.eos_id, NEVER, score), width)
+    parent, token, log_prob = take(parent, at), take(token, at), take(log_prob, at)
+    history, length = jnp.take_along_axis(history, at[..., None], axis=1), take(length, at)
+    limit = numbers["limit"][:, None]
+    last = length >= limit
+    alive = jnp.where(last & (score > NEVER / 2), norm(score, length), NEVER)
+    finished = _best(finished, _Finished(alive, log_prob, length, history), width)
+    # Is any beam still able to displace the captions asked for?
+    reach = norm(score, length)
+    if not plan.early_stop:
+        reach = jnp.maximum(norm(score, length + 1), norm(score, jnp.maximum(limit, length)))
+    worst = finished.score[:, plan.num_captions - 1 : plan.num_captions]
+    over = last.any(1, keepdims=True) | (worst >= reach.max(1, keepdims=True))
+    done = loop.done
+
+    def keep(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(done.reshape(done.shape + (1,) * (new.ndim - 2)), old, new)
+
+    past = jnp.take_along_axis(loop.past, parent[:, :, None, None], axis=1)
+    return _Loop(
+        step=loop.step + 1,
+        token=token,
+        caches=loop.caches,
+        past=past,
+        history=history,
+        log_prob=log_prob,
+        score=score,
+        done=done | over,
+        length=length,
+        finished=jax.tree.map(keep, loop.finished, finished),
+    )
+
+
+def _best(old: _Finished, new: _Finished, count: int) -> _Finished:
+    """The `count` best of both along the second axis, best first; earlier ones win ties."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+    score, at = jax.lax.top_k(both.score, count)
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    return jax.tree.map(take, both)._replace(score=score)
