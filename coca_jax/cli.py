@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app
+from absl import app, flags
 
 
 def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
@@ -26,4 +26,6 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         if result is not None:
             print(json.dumps(result), flush=True)
 
+    # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
+    flags.FLAGS.set_default("verbosity", -1)
     app.run(wrapped)

@@ -1,0 +1,57 @@
+"""Emoji: train on the drawings of three vendors, retrieve those of a fourth by name.
+
+python -m coca_jax.prepare --format=imagefolder --input=EMOJI_FOLDER --out=data/emoji
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VENDORS = ["google", "twitter", "fluent"]
+UNSEEN = "openmoji"
+
+
+def get_config() -> ConfigDict:
+    """Names are alt-text, groups are labels; a ConvNet stem, as there are only 5,674 drawings."""
+    config = base.get_config()
+    config.batch_size = 256
+    config.steps = 600
+    config.model.update(
+        image_size=64, patch_size=16, embed_dim=192, dtype="float32", activation="relu"
+    )
+    config.model.image.update(
+        width=256,
+        depth=2,
+        mlp_dim=1024,
+        num_heads=4,
+        conv_widths=(32, 64, 128, 256),
+        conv_depths=(0, 2, 2, 2),
+    )
+    config.model.text.update(
+        width=192,
+        unimodal_depth=2,
+        multimodal_depth=2,
+        mlp_dim=768,
+        num_heads=3,
+        vocab_size=2048,
+        max_len=20,
+    )
+    config.model.pooler.update(num_queries=16, num_heads=3)
+    config.loss.update(
+        contrastive_weight=1.0, captioning_weight=1.0, duplicate_texts="positives", caption_chunk=512
+    )
+    config.optimizer.update(
+        name="adamw", learning_rate=2e-3, warmup_steps=60, schedule="cosine", weight_decay=0.1
+    )
+    path, where = "data/emoji", {"vendor": VENDORS}
+    config.data.sources = (
+        dict(path=path, split="train", kind="caption", weight=7.0, where=where),
+        dict(path=path, split="train", kind="label", weight=1.0, where=where),
+    )
+    config.data.augment = "drawing"
+    unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
+    names = dict(path=path, split="train", where=where)
+    task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)
+    config.eval.tasks = (dict(task, kind="retrieval"), dict(task, kind="captioning"))
+    config.checkpoint.every_steps = 300
+    return config
