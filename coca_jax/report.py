@@ -102,7 +102,8 @@ def _number(value: float) -> str:
         return f"{value:,.0f}"
     if size >= 0.001:
         return f"{value:.4g}"
-    return f"{value:.2e}"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _score(metric: str, value: float) -> str:
@@ -263,12 +264,12 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _chart(title: str, unit: str, curves: Mapping[str, list[tuple[float, float]]]) -> str:
-    width, height, left, right, top, bottom = 560, 260, 56, 12, 10, 30
+    width, height, left, right, top, bottom = 560, 260, 56, 24, 10, 30
     xs = [x for points in curves.values() for x, _ in points]
     ys = sorted(y for points in curves.values() for _, y in points)
     x0, x1 = min(xs), max(xs)
     # The first steps can be far off the rest: then the axis ends at the 99th percentile.
-    y1 = ys[-1] if ys[-1] < 4 * ys[len(ys) // 2] else ys[int(0.99 * (len(ys) - 1))]
+    y1 = ys[-1] if ys[-1] < 20 * ys[len(ys) // 2] else ys[int(0.99 * (len(ys) - 1))]
     y0 = 0.0 if ys[0] >= 0 and ys[0] < 0.5 * y1 else ys[0]
     if y1 - y0 < 1e-9 * max(1.0, abs(y1)):
         y0, y1 = y0 - 0.5 * abs(y0 or 1), y1 + 0.5 * abs(y1 or 1)
@@ -494,7 +495,7 @@ small{font-size:12px;font-weight:400}.note{font-size:12px;margin:8px 0 0}
 .card,.pic,.tile,.query{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:14px 16px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:14px;
-margin-bottom:14px}
+margin-bottom:14px;align-items:start}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px}
 .tile{display:flex;flex-direction:column}.tile b{font-size:28px;line-height:1.25}
 .tile span{font-weight:600}

@@ -119,7 +119,7 @@ def test_report_is_one_file_and_shows_every_score(run):
     # Every curve lies inside its frame.
     for points in re.findall(r'points="([^"]*)"', page):
         xy = np.asarray([p.split(",") for p in points.split()], float)
-        assert len(xy) <= 300 and 56 <= xy[:, 0].min() and xy[:, 0].max() <= 548
+        assert len(xy) <= 300 and 56 <= xy[:, 0].min() and xy[:, 0].max() <= 536
         assert 10 <= xy[:, 1].min() and xy[:, 1].max() <= 230
 
 
