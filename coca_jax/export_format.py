@@ -107,7 +107,7 @@ def place(params: Any, shardings: Any) -> Any:
 
     def one(array: np.ndarray, sharding: Any) -> jax.Array:
         return jax.make_array_from_callback(
-            array.shape, sharding, lambda index: np.ascontiguousarray(array[index])
+            array.shape, sharding, lambda index: np.array(array[index])
         )
 
     return jax.tree.map(one, params, shardings)

@@ -12,9 +12,16 @@ def _released(embed_dim: int, image: dict[str, Any], heads: int) -> dict[str, An
     text = dict(context_length=76, vocab_size=49408, width=embed_dim, heads=heads, layers=12)
     return dict(
         embed_dim=embed_dim,
-        vision_cfg=dict(image_size=224, attentional_pool=True, attn_pooler_heads=8, **image),
-        text_cfg=dict(text, embed_cls=True),
+        vision_cfg=dict(
+            image_size=224,
+            attentional_pool=True,
+            attn_pooler_heads=8,
+            output_tokens=True,
+            **image,
+        ),
+        text_cfg=dict(text, embed_cls=True, output_tokens=True),
         multimodal_cfg=text,
+        custom_text=True,
     )
 
 

@@ -1,0 +1,103 @@
+import json
+import pathlib
+import random
+import unicodedata
+
+import numpy as np
+import open_clip_cases as cases
+import pytest
+
+from coca_jax.interop import clip_bpe
+from coca_jax.interop.clip_bpe import ClipBpe
+
+GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return ClipBpe(cases.small_merges())
+
+
+def test_ids_equal_open_clip(vocabulary):
+    pytest.importorskip("ftfy")
+    golden = np.load(GOLDEN)["tokens"]
+    tokens, valid = vocabulary.encode_batch(cases.TEXTS, golden.shape[1])
+    np.testing.assert_array_equal(tokens, golden)
+    np.testing.assert_array_equal(valid, golden != 0)
+    assert tokens.dtype == np.int32 and tokens[-1, -1] == vocabulary.eos_id
+
+
+def test_sizes_and_special_ids(vocabulary):
+    assert vocabulary.size == 512 + len(cases.MERGES) + 2
+    assert (vocabulary.bos_id, vocabulary.eos_id) == (vocabulary.size - 2, vocabulary.size - 1)
+    assert vocabulary.pad_id == 0 and vocabulary.label_id is None
+    assert vocabulary.encode("!!")[0] == 0  # the first byte symbol is also the padding
+    assert vocabulary.encode("the dog") == [512 + 2, 512 + 11]
+
+
+def test_decode_undoes_encode(vocabulary):
+    ids = [vocabulary.bos_id, *vocabulary.encode("A photo, of the DOG!"), vocabulary.eos_id, 5]
+    assert vocabulary.decode(ids) == "a photo , of the dog !"
+    assert vocabulary.decode([]) == ""
+
+
+def test_a_label_symbol_is_refused(vocabulary):
+    with pytest.raises(ValueError, match="label_token"):
+        vocabulary.encode_batch(["a"], 8, [True])
+
+
+def test_text_that_needs_ftfy_says_so_without_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
+    assert clip_bpe.clean("  Plain ASCII, <b>!  ") == "plain ascii, <b>!"
+    for text in ("caf\u00e9", "a &amp; b", "a\tb\x00"):
+        with pytest.raises(ValueError, match="pip install ftfy"):
+            clip_bpe.clean(text)
+
+
+def test_finding_the_merges(tmp_path, vocabulary):
+    given = tmp_path / "given.gz"
+    given.write_bytes(cases.small_merges())
+    assert clip_bpe.find_merges(tmp_path / "empty", str(given)) == cases.small_merges()
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    ids = {symbol: i for i, symbol in enumerate(vocabulary._symbols[:-2])}
+    ids |= {"<|startoftext|>": vocabulary.bos_id, "<|endoftext|>": vocabulary.eos_id}
+    for merges in (cases.MERGES, [m.split() for m in cases.MERGES]):
+        model = dict(type="BPE", vocab=ids, merges=merges)
+        (beside / "tokenizer.json").write_text(json.dumps(dict(model=model)))
+        found = ClipBpe(clip_bpe.find_merges(beside))
+        assert found._symbols == vocabulary._symbols
+    ids["th"] = 3
+    (beside / "tokenizer.json").write_text(json.dumps(dict(model=model)))
+    with pytest.raises(ValueError, match="'th' has another id"):
+        clip_bpe.find_merges(beside)
+    (beside / clip_bpe.FILE_NAME).write_bytes(b"not gzip")
+    with pytest.raises(ValueError, match="not a gzip file"):
+        clip_bpe.find_merges(beside)
+
+
+def test_no_merges_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="give --bpe=PATH"):
+        clip_bpe.find_merges(tmp_path)
+
+
+@pytest.mark.torch
+def test_ids_equal_open_clip_with_its_own_merges():
+    open_clip = pytest.importorskip("open_clip")
+    ours = ClipBpe(clip_bpe.find_merges("."))
+    theirs = open_clip.get_tokenizer("coca_ViT-B-32")
+    assert (ours.size, ours.bos_id, ours.eos_id) == (49408, 49406, 49407)
+    rng = random.Random(0)
+    texts = [*cases.TEXTS, "word " * 100, "a" * 500]
+    for _ in range(1000):
+        ranges = [(32, 126), (32, 126), (0, 0x24F), (0, 0x2FFF), (0xE000, 0x1F9FF)]
+        text = "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 30)))
+        # Characters newer than Python's Unicode tables may be classed otherwise.
+        texts.append("".join(c for c in text if unicodedata.category(c) != "Cn"))
+    for _ in range(1000):
+        alphabet = "abcdefg'! <>&;_-.0123STREVLMD"
+        texts.append("".join(rng.choice(alphabet) for _ in range(rng.randint(0, 40))))
+    tokens, valid = ours.encode_batch(texts, theirs.context_length)
+    np.testing.assert_array_equal(tokens, theirs(texts).numpy())
+    assert (valid == (tokens != 0)).all()

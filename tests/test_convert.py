@@ -1,0 +1,347 @@
+"""open_clip weights in and out, without torch: golden outputs, refusals, memory, commands."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import numpy as np
+import open_clip_cases as cases
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from coca_jax import convert, export_format, losses, partitioning
+from coca_jax.data import images
+from coca_jax.interop import open_clip_config, safetensors_file
+from coca_jax.interop.open_clip_layout import Layout, count
+from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.models import coca
+
+GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
+SMALL = ConfigDict(open_clip_config.to_model(cases.SMALL))
+
+
+def small_weights():
+    return {key: cases.redraw(key, shape) for key, shape in Layout(SMALL).tensors().items()}
+
+
+def write_weights(path, tensors):
+    safetensors_file.write(
+        path, {k: Blocks(v.shape, lambda v=v: [np.asarray(v)]) for k, v in tensors.items()}
+    )
+
+
+def write_source(folder, tensors, config=cases.SMALL):
+    """A folder as open_clip publishes it."""
+    folder.mkdir(exist_ok=True)
+    write_weights(folder / convert.WEIGHTS_NAME, tensors)
+    (folder / convert.CONFIG_NAME).write_text(json.dumps(dict(model_cfg=config)))
+    (folder / "vocabulary.bpe.gz").write_bytes(cases.small_merges())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("open_clip"), small_weights())
+
+
+@pytest.fixture(scope="module")
+def export(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export")
+    convert.from_open_clip(str(source), str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return dict(np.load(GOLDEN))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    tokens = cases.captions(SMALL.text.vocab_size, SMALL.text.max_len)
+    return cases.pixels(len(tokens), SMALL.image_size), tokens
+
+
+def forward(model, params, pixels, tokens):
+    return jax.jit(model.apply)({"params": params}, pixels, tokens, tokens != 0)
+
+
+def relative(value, reference):
+    """Largest difference over the largest value."""
+    return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
+def test_outputs_equal_open_clip(export, golden, inputs, dtype, tolerance):
+    params, config = export_format.read_export(export)
+    config.model.dtype = dtype
+    pixels, tokens = inputs
+    out = forward(coca.build(config.model), params, pixels, tokens)
+    assert relative(out.image_embedding, golden["image_embedding"]) < tolerance
+    assert relative(out.text_embedding, golden["text_embedding"]) < tolerance
+    logits = np.asarray(out.logits[:, :-1])[tokens[:, 1:] != 0]
+    assert relative(logits, golden["logits"]) < tolerance
+
+
+def test_losses_and_gradients_equal_open_clip(export, golden, inputs):
+    params, config = export_format.read_export(export)
+    model = coca.build(config.model)
+    layout = Layout(config.model)
+    values, gradients = both_losses(model, params, *inputs)
+    np.testing.assert_allclose(values, golden["losses"], rtol=1e-5)
+    for grads, reference in zip(gradients, golden["gradients"]):
+        flat = export_format.flatten(jax.tree.map(np.asarray, grads))
+        for key, blocks in layout.write(flat).items():
+            gradient = np.concatenate([np.ravel(b) for b in blocks.parts()]).reshape(blocks.shape)
+            row = list(golden["gradient_keys"]).index(key)
+            norm, product = cases.digest(key, gradient)
+            scale = max(reference[row, 0], 1e-12)
+            assert abs(norm - reference[row, 0]) <= 1e-4 * scale, key
+            assert abs(product - reference[row, 1]) <= 1e-4 * scale, key
+
+
+def both_losses(model, params, pixels, tokens):
+    """Both losses by open_clip's conventions, unweighted, and the gradients of each."""
+
+    def values(params):
+        out = model.apply({"params": params}, pixels, tokens, tokens != 0)
+        contrastive = losses.contrastive_loss(
+            out.image_embedding, out.text_embedding, out.scale, reduction="mean"
+        )[0]
+        captioning = losses.captioning_loss(
+            out.states[:, :-1], out.kernel, out.bias, tokens[:, 1:], tokens[:, 1:] != 0
+        )[0]
+        return contrastive, captioning
+
+    return jax.jit(lambda p: (values(p), jax.jacrev(values)(p)))(params)
+
+
+def test_greedy_captions_equal_open_clip(export, golden, inputs):
+    params, config = export_format.read_export(export)
+    model = coca.build(config.model)
+    tokens = greedy(model, params, inputs[0], SMALL.text.max_len, SMALL.text.vocab_size)
+    np.testing.assert_array_equal(tokens, golden["greedy"])
+
+
+def greedy(model, params, pixels, length, vocab_size):
+    """Captions by the largest logit, the whole model on each prefix; zeros after the end."""
+    tokens = np.zeros((len(pixels), length), np.int32)
+    tokens[:, 0] = vocab_size - 2
+    run = jax.jit(lambda p, t: model.apply({"params": p}, pixels, t, t != 0).logits)
+    ended = np.zeros(len(pixels), bool)
+    for step in range(1, length):
+        logits = np.asarray(run(params, tokens))[:, step - 1]
+        chosen = np.where(ended, 0, logits.argmax(-1))
+        ended |= chosen == vocab_size - 1
+        tokens[:, step] = chosen
+    return tokens
+
+
+def test_preprocessing_equals_torchvision(golden):
+    reference = golden["pixels"]
+    for image, wanted in zip(cases.odd_images(len(reference)), reference):
+        got = images.preprocess_eval(images.decode(image), wanted.shape[0], "crop")
+        difference = np.abs(got.astype(int) - wanted).max()
+        assert difference <= 2, (image.mode, image.size, difference)
+
+
+@pytest.mark.parametrize(
+    "name, tensors, parameters",
+    [("coca_ViT-B-32", 629, 253_560_065), ("coca_ViT-L-14", 773, 638_450_177)],
+)
+def test_sizes_of_the_released_models(name, tensors, parameters):
+    model = ConfigDict(open_clip_config.to_model(open_clip_config.RELEASED[name]))
+    layout = Layout(model)
+    assert len(layout.tensors()) == tensors
+    assert count(layout.tensors()) == count(layout.parameters()) == parameters
+    assert shapes_of(model) == layout.parameters()
+
+
+@pytest.mark.parametrize("pool", [True, "cascade", "parallel"])
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
+    config = with_keys(cases.SMALL, vision_cfg=dict(attentional_pool=pool, no_ln_pre=quick_gelu))
+    config = config | dict(quick_gelu=quick_gelu)
+    model = ConfigDict(open_clip_config.to_model(config))
+    assert shapes_of(model) == Layout(model).parameters()
+    back = open_clip_config.from_model(model)
+    assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
+
+
+def shapes_of(model):
+    built = coca.build(model)
+    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(built, jax.random.key(0))))
+    return {path: leaf.shape for path, leaf in export_format.flatten(params).items()}
+
+
+def with_keys(config, **sections):
+    return config | {name: config[name] | keys for name, keys in sections.items()}
+
+
+@pytest.mark.parametrize(
+    "section, keys, message",
+    [
+        ("text_cfg", dict(hf_model_name="roberta-base"), "text_cfg.hf_model_name='roberta-base'"),
+        ("text_cfg", dict(text_arch="modern"), "text_cfg.text_arch='modern': an unknown key"),
+        ("text_cfg", dict(embed_cls=False), "text_cfg.embed_cls=False"),
+        ("text_cfg", dict(pad_id=1), "text_cfg.pad_id=1"),
+        ("text_cfg", dict(width=64), "text_cfg.width=64 differs from embed_dim=48"),
+        ("vision_cfg", dict(attentional_pool=False), "vision_cfg.attentional_pool=False"),
+        ("vision_cfg", dict(ls_init_value=0.1), "vision_cfg.ls_init_value=0.1"),
+        ("vision_cfg", dict(timm_model_name="vit"), "vision_cfg.timm_model_name='vit'"),
+        ("vision_cfg", dict(image_size=[32, 64]), "only squares"),
+        ("multimodal_cfg", dict(context_length=8), "multimodal_cfg.context_length=8"),
+    ],
+)
+def test_arrangements_that_are_not_supported_are_named(section, keys, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        open_clip_config.to_model(with_keys(cases.SMALL, **{section: keys}))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(activation="gelu"), "model.activation='gelu'"),
+        (lambda m: m.text.update(cross="paper"), "model.text.cross='paper'"),
+        (lambda m: m.text.update(tie_embeddings=True), "model.text.tie_embeddings=True"),
+        (lambda m: m.image.update(final_norm=True), "model.image.final_norm=True"),
+    ],
+)
+def test_models_that_open_clip_cannot_hold_are_refused(change, message):
+    model = ConfigDict(SMALL.to_dict())
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        open_clip_config.from_model(model)
+
+
+def test_going_back_gives_the_same_bytes(source, export, tmp_path):
+    convert.to_open_clip(str(export), str(tmp_path))
+    before = safetensors_file.read(source / convert.WEIGHTS_NAME)
+    after = safetensors_file.read(tmp_path / convert.WEIGHTS_NAME)
+    assert set(before) == set(after)
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor)
+    again = tmp_path / "again"
+    convert.from_open_clip(str(tmp_path), str(again), bpe=str(source / "vocabulary.bpe.gz"))
+    for name in ("params.safetensors", "vocabulary.bpe.gz"):
+        assert (again / name).read_bytes() == (export / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("visual.proj"), "missing: visual.proj"),
+        (lambda t: t.update(extra=np.zeros(2, np.float32)), "unknown: extra"),
+        (
+            lambda t: t.update({"visual.proj": t["visual.proj"][:-1]}),
+            r"misshapen: visual.proj is \(47, 48\), not \(48, 48\)",
+        ),
+        (
+            lambda t: [t.pop(key) for key in list(t) if ".ln_1." in key],
+            r"missing: .*ln_1.weight.* and \d+ more",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, change, message):
+    tensors = small_weights()
+    change(tensors)
+    source = write_source(tmp_path / "in", tensors)
+    with pytest.raises(ValueError, match=message):
+        convert.from_open_clip(str(source), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrappers_and_one_element_scalars(tmp_path, export):
+    tensors = {f"module.{key}": tensor for key, tensor in small_weights().items()}
+    tensors["module.logit_scale"] = tensors["module.logit_scale"].reshape(1)
+    source = write_source(tmp_path / "in", tensors)
+    convert.from_open_clip(str(source), str(tmp_path / "out"))
+    same = (tmp_path / "out/params.safetensors").read_bytes()
+    assert same == (export / "params.safetensors").read_bytes()
+
+
+def test_the_sigmoid_loss_s_bias_goes_both_ways(tmp_path):
+    tensors = small_weights() | {"logit_bias": np.float32(-9.5)}
+    source = write_source(tmp_path / "in", tensors)
+    convert.from_open_clip(str(source), str(tmp_path / "out"))
+    params, config = export_format.read_export(tmp_path / "out")
+    assert params["logit_bias"]["value"] == -9.5
+    pixels, tokens = cases.pixels(1, 32), np.ones((1, 12), np.int32)
+    out = forward(coca.build(config.model, sigmoid=True), params, pixels, tokens)
+    assert out.logit_bias == -9.5
+    model, _ = convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
+    assert model["init_logit_bias"] == -9.5
+    assert safetensors_file.read(tmp_path / "back" / convert.WEIGHTS_NAME)["logit_bias"] == -9.5
+
+
+def test_converting_holds_no_second_copy(tmp_path):
+    config = with_keys(cases.SMALL, vision_cfg=dict(layers=24, width=256))
+    model = ConfigDict(open_clip_config.to_model(config))
+    shapes = Layout(model).tensors()
+    size = 4 * count(shapes)
+    zeros = {k: np.broadcast_to(np.float32(0), shape) for k, shape in shapes.items()}
+    source = write_source(tmp_path / "in", zeros, config)
+    tracemalloc.start()
+    convert.from_open_clip(str(source), str(tmp_path / "out"))
+    convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 40e6 and peak < 0.2 * size
+
+
+def test_placing_reads_straight_onto_the_mesh(export):
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    params, _ = export_format.read_export(export)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    placed = export_format.place(params, jax.tree.map(lambda _: sharding, params))
+    for path, array in export_format.flatten(placed).items():
+        np.testing.assert_array_equal(array, export_format.flatten(params)[path])
+        assert array.sharding == sharding
+
+
+def test_export_folders(export, tmp_path):
+    config = export_format.read_config(export)
+    assert config.preprocess.resize == "crop" and config.tokenizer.file == "vocabulary.bpe.gz"
+    assert export_format.vocabulary_path(export) == str(export / "vocabulary.bpe.gz")
+    assert config.model.image_mean == [0.48145466, 0.4578275, 0.40821073]
+    assert not export_format.is_export(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not an export"):
+        export_format.read_export(tmp_path)
+
+
+def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
+    shape = (50, 768)
+    positions = {"visual.positional_embedding": np.broadcast_to(np.float32(0), shape)}
+    found, _ = convert._model_config(str(tmp_path / "x.bin"), "", positions)
+    assert found is open_clip_config.RELEASED["coca_ViT-B-32"]
+    with pytest.raises(ValueError, match="give its JSON configuration as --model"):
+        convert._model_config(str(tmp_path / "x.bin"), "", {})
+    with pytest.raises(FileNotFoundError, match="--model=coca_ViT-Z"):
+        convert._model_config(str(tmp_path / "x.bin"), "coca_ViT-Z", {})
+
+
+@pytest.mark.parametrize("key", ["interpolation", "resize_mode"])
+def test_other_preprocessing_is_refused(key):
+    with pytest.raises(ValueError, match=f"preprocess_cfg.{key}='other'"):
+        open_clip_config.check_preprocess({key: "other"})
+
+
+def test_the_command(source, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "coca_jax.convert", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run(f"--input={source}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["tensors"] == len(Layout(SMALL).tensors())
+    assert result["parameters"] == count(Layout(SMALL).parameters())
+    missing = run(f"--input={tmp_path / 'none.bin'}", f"--out={tmp_path / 'other'}")
+    assert missing.returncode == 2
+    assert (
+        missing.stderr.strip() == f"error: --input={tmp_path / 'none.bin'}: no such file or folder"
+    )
