@@ -132,10 +132,12 @@ def optimizer_specs(opt_state: Any, params: Any, specs: Any) -> Any:
 def _reduced_spec(shape: tuple, prefix: tuple, full: tuple, full_spec: P) -> P:
     if shape == full:
         return full_spec
-    if len(shape) != len(full) - 1:
-        return P()  # a placeholder of a parameter that is not factored
+    if len(full) < 2:
+        return P()
     order = np.argsort(full)  # optax reduces the largest axis in v_row, the next in v_col
     dropped = int(order[-1] if "v_row" in prefix else order[-2])
+    if shape != full[:dropped] + full[dropped + 1 :]:
+        return P()  # a placeholder of a parameter that is not factored
     padded = tuple(full_spec) + (None,) * (len(full) - len(full_spec))
     return P(*(padded[:dropped] + padded[dropped + 1 :]))
 
