@@ -29,32 +29,35 @@ NEVER = -1e30  # score of what must not be chosen; a sum of many of them is stil
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The sizes that a decode program is compiled for; hashable."""
+    """The sizes that a decode program is compiled for; hashable.
+
+    num_ids: ids that the vocabulary has; the softmax layer may have more rows, never chosen.
+    """
 
     num_heads: int
     multimodal_heads: int
     vocab_size: int
+    num_ids: int
     max_len: int
     cross: str
     activation: str
     dtype: str
     eos_id: int
-    bos_id: int
 
 
-def decoder(model: ConfigDict, *, bos_id: int, eos_id: int, dtype: str | None = None) -> Decoder:
-    """The part of `config.model` that decoding needs. dtype: of weights, products and caches."""
+def decoder(model: ConfigDict, *, num_ids: int, eos_id: int) -> Decoder:
+    """The part of `config.model` that decoding needs, and of the vocabulary."""
     text = model.text
     return Decoder(
         num_heads=text.num_heads,
         multimodal_heads=text.get("multimodal_heads", None) or text.num_heads,
         vocab_size=text.vocab_size,
+        num_ids=num_ids,
         max_len=text.max_len,
         cross=text.get("cross", "paper"),
         activation=model.get("activation", "gelu"),
-        dtype=dtype or model.dtype,
+        dtype=model.dtype,
         eos_id=eos_id,
-        bos_id=bos_id,
     )
 
 
@@ -512,7 +515,7 @@ def _rules(
     end: jax.Array,
     step: jax.Array,
 ) -> jax.Array:
-    """log_probs [B, W, V] after repetition penalty, minimum length and the n-gram rule.
+    """log_probs [B, W, V] after repetition penalty, n-gram rule and minimum length.
 
     history: int32 [B, W, T], filled up to slot `end`.
     """
@@ -534,9 +537,10 @@ def _rules(
                 same &= (window == tail[..., i : i + 1]) & (window >= 0)
             banned = jnp.where(same, history[..., n - 1 :], spec.vocab_size)
             scores = scores.at[batch, row, banned].set(NEVER, mode="drop")
+    ids = jnp.arange(spec.vocab_size)
     too_early = step < numbers["min_tokens"]
-    end_score = jnp.where(too_early, NEVER, scores[..., spec.eos_id])
-    return scores.at[..., spec.eos_id].set(end_score)
+    allowed = (ids < spec.num_ids) & ~((ids == spec.eos_id) & too_early)
+    return jnp.where(allowed, scores, NEVER)
 
 
 def _single_step(

@@ -1,0 +1,625 @@
+"""A trained model as people use it: embeddings, captions, scores, zero-shot classes.
+
+    model = coca_jax.load("runs/demo")
+    model.caption(["cat.jpg", "dog.jpg"])
+
+TensorFlow is never imported here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from PIL import Image
+
+from coca_jax import decoding, export_format, partitioning
+from coca_jax.data import images as image_files
+from coca_jax.data import vocabulary
+from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.decoding import Settings
+from coca_jax.evaluators import templates as prompt_sets
+from coca_jax.models import coca
+from coca_jax.train_step import caption_targets, normalise_pixels
+
+WHOLE = P()
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
+    many those are, the end symbol included; finished: whether the end symbol came."""
+
+    text: str
+    log_prob: float
+    num_tokens: int
+    finished: bool
+
+
+class Forward(NamedTuple):
+    """What one forward pass gives, as NumPy arrays.
+
+    image_embedding, text_embedding: float32 [N, E], L2-normalised. logits: float32 [N, L, V],
+    position t predicts token t + 1. image_tokens: float32 [N, Q, D], what the decoder attends to.
+    """
+
+    image_embedding: np.ndarray
+    text_embedding: np.ndarray
+    logits: np.ndarray
+    image_tokens: np.ndarray
+
+
+class CoCaModel:
+    """A model, its vocabulary and its image preprocessing.
+
+    Images are paths, PIL images, encoded bytes, arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a
+    list of these; one alone counts as a list of one. Images of the model's size are used as they
+    are. Calls run in batches, padded to a power of two so that few programs are compiled, split
+    over the devices; with `progress` they show a bar.
+
+    Args:
+        config: of the run; `model` is needed, `data.resize` or `preprocess.resize` is used.
+        params: nested dict of arrays (unboxed), on the host, on a device, or spread over a mesh
+            named as in partitioning.py; replicated over all local devices unless on a mesh.
+        vocabulary: the one that the model was trained with.
+        batch_size: images or texts at a time, over all devices.
+
+    Raises:
+        ValueError: the vocabulary is larger than the model's, or the config impossible.
+    """
+
+    def __init__(
+        self, config: ConfigDict, params: dict, vocabulary: Vocabulary, *, batch_size: int = 64
+    ) -> None:
+        model = config.model
+        if vocabulary.size > model.text.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.size} ids and model.text.vocab_size is "
+                f"{model.text.vocab_size}; use the vocabulary that the model was trained with"
+            )
+        self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
+        self.image_size: int = model.image_size
+        self.max_len: int = model.text.max_len
+        self.resize: str = _resize_mode(config)
+        self._mesh, self.params = _place(params)
+        self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
+        self._module = coca.build(model, sigmoid="logit_bias" in params)
+        self._spec = decoding.decoder(model, num_ids=vocabulary.size, eos_id=vocabulary.eos_id)
+
+    # -- embeddings -----------------------------------------------------------------------------
+
+    def encode_image(self, images: Any, *, progress: bool = False) -> np.ndarray:
+        """Images -> float32 [N, E], L2-normalised."""
+        parts = [
+            self._run(self._encode_image, pixels)[0]
+            for pixels in self._pixel_batches(images, progress)
+        ]
+        return _joined(parts, (self.config.model.embed_dim,))
+
+    def encode_text(self, texts: str | Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """Texts -> float32 [N, E], L2-normalised."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        parts = [
+            self._run(self._encode_text, *self._tokenize(batch))
+            for batch in self._batches(texts, progress, "text")
+        ]
+        return _joined(parts, (self.config.model.embed_dim,))
+
+    def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
+        """Cosine similarity of every image with every text: float32 [N, M]."""
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def zero_shot(
+        self,
+        images: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str] = prompt_sets.PHOTO,
+        *,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Probability of every class for every image: float32 [N, C], rows sum to 1.
+
+        A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); templates
+        hold '{}' once. The probabilities use the model's temperature. Raises ValueError for a
+        template without '{}' or no class.
+        """
+        templates = prompt_sets.check(templates)
+        if not len(class_names):
+            raise ValueError("class_names is empty; give the names to choose among")
+        texts = [template.replace("{}", name) for name in class_names for template in templates]
+        mean = self.encode_text(texts).reshape(len(class_names), len(templates), -1).mean(1)
+        classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+        scale = np.exp(np.asarray(self.params["log_scale"]["value"]))
+        logits = scale * self.encode_image(images, progress=progress) @ classes.T
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+    # -- captions -------------------------------------------------------------------------------
+
+    def caption(
+        self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
+    ) -> list[str]:
+        """The best caption of each image. how: fields of `decoding.Settings`, such as num_beams.
+
+        prompt: how captions begin, one text for all images or one each. Raises ValueError for
+        settings that exclude each other, a prompt without room, or a wrong number of prompts.
+        """
+        found = self.captions(images, prompt, progress=progress, **how)
+        return [captions[0].text for captions in found]
+
+    def captions(
+        self,
+        images: Any,
+        prompt: str | Sequence[str] = "",
+        *,
+        seeds: Sequence[int] | None = None,
+        progress: bool = False,
+        **how: Any,
+    ) -> list[list[Caption]]:
+        """`num_captions` captions of each image with their log probabilities, most probable first
+        (beams: by the score that ranked them).
+
+        seeds: a number for each image that makes its random numbers its own; default: its place in
+        the list. With the same `seed` and number an image gets the same captions in any company.
+        """
+        try:
+            settings = Settings(**how)
+        except TypeError as error:
+            names = ", ".join(f.name for f in dataclasses.fields(Settings))
+            raise ValueError(f"unknown option of captions ({error}); choose from {names}") from None
+        captions: list[list[Caption]] = []
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for pixels in self._pixel_batches(images, progress):
+            start, count = len(captions), len(pixels)
+            chosen = prompts * count if isinstance(prompt, str) else prompts[start : start + count]
+            numbers = np.arange(start, start + count)
+            if seeds is not None:
+                numbers = np.asarray(seeds[start : start + count], np.uint32)
+            if len(chosen) != count or len(numbers) != count:
+                raise ValueError(
+                    f"{len(prompts)} prompts or seeds for more images than that; give one each"
+                )
+            captions += self._caption_batch(pixels, chosen, settings, numbers)
+        return captions
+
+    def _caption_batch(
+        self, pixels: np.ndarray, prompts: list[str], settings: Settings, rows: np.ndarray
+    ) -> list[list[Caption]]:
+        vocabulary = self.vocabulary
+        by_text = {text: [vocabulary.bos_id] + vocabulary.encode(text) for text in set(prompts)}
+        ids = [by_text[text] for text in prompts]
+        count, size = len(ids), self._bucket(len(ids))
+        slots = 1 << (max(len(row) for row in ids) - 1).bit_length()
+        prompt = np.full((size, slots), vocabulary.bos_id, np.int32)
+        length = np.ones(size, np.int32)
+        for row, tokens in enumerate(ids):
+            prompt[row, slots - len(tokens) :] = tokens
+            length[row] = len(tokens)
+        rows = np.pad(rows.astype(np.uint32), (0, size - count))
+        with self._context():
+            image_tokens = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
+            out = decoding.generate(
+                self._spec,
+                self._decoder_weights,
+                image_tokens,
+                prompt,
+                length,
+                settings,
+                rows=rows,
+                active=np.arange(size) < count,
+            )
+        tokens, lengths, log_probs = (np.asarray(x) for x in out)
+        captions = []
+        for row in range(count):
+            found = [
+                Caption(
+                    text=vocabulary.decode(ids[row][1:] + new[:n].tolist()),
+                    log_prob=float(log_prob),
+                    num_tokens=int(n),
+                    finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
+                )
+                for new, n, log_prob in zip(tokens[row], lengths[row], log_probs[row])
+            ]
+            if settings.num_beams == 1:
+                found.sort(key=lambda caption: -caption.log_prob)
+            captions.append(found)
+        return captions
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def caption_log_likelihood(
+        self, images: Any, texts: Sequence[str], *, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How probable text i is for image i.
+
+        Returns (sum of log probabilities in nats, float32 [N]; predicted tokens, int32 [N]): all
+        tokens after the begin symbol, the end symbol included. Raises ValueError unless there
+        are as many texts as images.
+        """
+        texts = list(texts)
+        sums, counts = [], []
+        done = 0
+        for pixels in self._pixel_batches(images, progress):
+            batch = texts[done : done + len(pixels)]
+            done += len(pixels)
+            if len(batch) != len(pixels):
+                raise ValueError(f"{len(texts)} texts for more images; give one text an image")
+            tokens, valid = self._tokenize(batch)
+            sums.append(self._run(self._log_likelihood, pixels, tokens, valid))
+            counts.append(valid[:, 1:].sum(1).astype(np.int32))
+        if done != len(texts):
+            raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
+        return _joined(sums, ()), _joined(counts, ()).astype(np.int32)
+
+    def score(
+        self, images: Any, texts: Sequence[str], *, per_token: bool = False, progress: bool = False
+    ) -> np.ndarray:
+        """Log probability of every text for every image, in nats: float32 [N, M].
+
+        Captioning as a classifier, or to rerank what `similarity` retrieves. per_token: divided by
+        the text's number of predicted tokens. Image and text are each encoded once.
+        """
+        tokens, valid = self._tokenize(list(texts))
+        with self._context():
+            states = self._text_states(self.params, tokens, valid)
+        rows = []
+        for pixels in self._pixel_batches(images, progress):
+            count, size = len(pixels), self._bucket(len(pixels))
+            with self._context():
+                image = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
+            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
+            pairs = pairs.reshape(2, -1).astype(np.int32)
+            scores = []
+            for start in range(0, pairs.shape[1], self.batch_size):
+                i, t = pairs[:, start : start + self.batch_size]
+                inputs = (_pad(x, self._bucket(len(i))) for x in (i, t))
+                with self._context():
+                    out = self._pair_scores(self.params, image, states, tokens, valid, *inputs)
+                scores.append(np.asarray(out)[: len(i)])
+            rows.append(_joined(scores, ()).reshape(count, len(tokens)))
+        scores = _joined(rows, (len(tokens),))
+        return scores / valid[:, 1:].sum(1) if per_token else scores
+
+    def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
+        """The whole model on prepared input.
+
+        pixels: float [N, S, S, 3], already normalised. token_ids: int [N, L], begin symbol first.
+        Tokens up to and including the first end symbol are valid; in models with open_clip's mask
+        (text.cls_mask 'shifted'), as there, every token that is not the padding id. Raises
+        ValueError when the shapes do not fit the model.
+        """
+        tokens = np.asarray(token_ids, np.int32)
+        if tokens.ndim != 2 or len(tokens) != len(pixels):
+            raise ValueError(
+                f"token_ids has shape {tokens.shape} for {len(pixels)} images; give [N, L]"
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._spec.vocab_size:
+            raise ValueError(
+                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to "
+                f"{self._spec.vocab_size - 1}"
+            )
+        if self.config.model.text.get("cls_mask", "exact") == "shifted":
+            valid = tokens != self.vocabulary.pad_id
+        else:
+            ended = np.cumsum(tokens == self.vocabulary.eos_id, axis=1)
+            valid = np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0
+        with self._context():
+            out = self._forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
+        return Forward(*(np.asarray(x) for x in out))
+
+    # -- programs -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _encode_image(self) -> Callable:
+        def run(params: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+            pixels = normalise_pixels(image, self.config.model)
+            return self._module.apply({"params": params}, pixels, method="encode_image")
+
+        return self._jit(run, (WHOLE, partitioning.spec("batch")))
+
+    @functools.cached_property
+    def _encode_text(self) -> Callable:
+        def run(params: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+            return self._module.apply({"params": params}, tokens, valid, method="encode_text")
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _log_likelihood(self) -> Callable:
+        def run(params: dict, image: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+            pixels = normalise_pixels(image, self.config.model)
+            out = self._module.apply({"params": params}, pixels, tokens, valid)
+            return _sum_log_probs(out.states, out.kernel, out.bias, tokens, valid)
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _text_states(self) -> Callable:
+        def states(module: coca.CoCa, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+            return module.text_decoder.encode(tokens, valid)[0]
+
+        def run(params: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+            return self._module.apply({"params": params}, tokens, valid, method=states)
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _pair_scores(self) -> Callable:
+        def fuse(module: coca.CoCa, states: jax.Array, image: jax.Array) -> tuple:
+            return module.text_decoder.fuse(states, image), module.text_decoder.output_layer()
+
+        def run(
+            params: dict,
+            image: jax.Array,
+            states: jax.Array,
+            tokens: jax.Array,
+            valid: jax.Array,
+            i: jax.Array,
+            t: jax.Array,
+        ) -> jax.Array:
+            fused, (kernel, bias) = self._module.apply(
+                {"params": params}, states[t], image[i], method=fuse
+            )
+            return _sum_log_probs(fused, kernel, bias, tokens[t], valid[t])
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _forward(self) -> Callable:
+        def run(params: dict, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> Forward:
+            out = self._module.apply({"params": params}, pixels, tokens, valid)
+            image_tokens = out.image_tokens.astype(jnp.float32)
+            return Forward(out.image_embedding, out.text_embedding, out.logits, image_tokens)
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _decoder_weights(self) -> dict:
+        with self._context():
+            return decoding.prepare(self.params, self._spec.dtype)
+
+    def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
+        """A program whose results are whole on every device, and so on every process, unless
+        out_spec says otherwise."""
+        if self._mesh is None:
+            return jax.jit(run)
+        return jax.jit(run, out_shardings=partitioning.shardings(self._mesh, out_spec))
+
+    def _context(self) -> Any:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+    def _put(self, array: np.ndarray) -> Any:
+        if self._mesh is None:
+            return array
+        return jax.device_put(array, NamedSharding(self._mesh, partitioning.spec("batch")))
+
+    def _run(self, program: Callable, *arrays: np.ndarray) -> Any:
+        """program(params, *arrays) with the first axis padded to a bucket and cut again."""
+        count = len(arrays[0])
+        size = self._bucket(count)
+        with self._context():
+            out = program(self.params, *(self._put(_pad(array, size)) for array in arrays))
+        return jax.tree.map(lambda x: np.asarray(x)[:count], out)
+
+    def _bucket(self, count: int) -> int:
+        """The power of two that holds `count`, as a multiple of the devices."""
+        size = 1 << max(count - 1, 0).bit_length()
+        return -(-size // self._parts) * self._parts
+
+    # -- inputs ---------------------------------------------------------------------------------
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and validity [N, L], L the smallest multiple of 16 that leaves a place of padding
+        (open_clip's shifted mask reads it) or max_len."""
+        tokens, valid = self.vocabulary.encode_batch(texts, self.max_len)
+        used = valid.any(0).nonzero()[0]
+        longest = int(used[-1]) + 1 if len(used) else 1
+        length = min(-(-(longest + 1) // 16) * 16, self.max_len)
+        return tokens[:, :length], valid[:, :length]
+
+    def _batches(self, items: Sequence, progress: bool, unit: str) -> Iterator[Sequence]:
+        with tqdm.tqdm(total=len(items), unit=unit, disable=not progress) as bar:
+            for start in range(0, len(items), self.batch_size):
+                batch = items[start : start + self.batch_size]
+                yield batch
+                bar.update(len(batch))
+
+    def _pixel_batches(self, images: Any, progress: bool) -> Iterator[np.ndarray]:
+        """uint8 [b, S, S, 3]; the next batch is read by threads while one is used."""
+        images, size = as_list(images), self.batch_size
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def read(start: int) -> list[concurrent.futures.Future]:
+                return [pool.submit(self.preprocess, x) for x in images[start : start + size]]
+
+            now = read(0)
+            for start, batch in zip(
+                range(0, len(images), size), self._batches(images, progress, "image")
+            ):
+                following = read(start + len(batch))
+                yield np.stack([item.result() for item in now])
+                now = following
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """One image -> uint8 [S, S, 3], as in evaluation. Raises ValueError: cannot be decoded."""
+        pixels = image_files.decode(image)
+        if pixels.shape[:2] == (self.image_size, self.image_size):
+            return pixels
+        return image_files.preprocess_eval(pixels, self.image_size, self.resize)
+
+
+def as_list(images: Any) -> Sequence:
+    """Images as a sequence: one path, PIL image, encoded image or array [h, w(, c)] becomes a list
+    of one; arrays [N, h, w, c] and lists stay. Raises ValueError for anything else."""
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        return [images]
+    if hasattr(images, "ndim"):
+        if images.ndim not in (2, 3, 4):
+            raise ValueError(f"image array of shape {images.shape}; give [h, w, 3] or [N, h, w, 3]")
+        return np.asarray(images) if images.ndim == 4 else [np.asarray(images)]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")
+    return images
+
+
+def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: Any) -> CoCaModel:
+    """Loads a model to use.
+
+    Args:
+        path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
+            where the run kept them); an export or converted folder; or open_clip's own weights
+            (.bin, .pt, .safetensors, or their folder), converted on the way.
+        dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
+        options: of `CoCaModel`.
+
+    Raises:
+        FileNotFoundError: nothing of that kind at `path`.
+        ValueError: damaged or mismatched files, or an unknown dtype.
+    """
+    path = os.fspath(path)
+    use_compile_cache()
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
+    if os.path.isdir(path) and export_format.is_export(path):
+        params, config = export_format.read_export(path)
+        words = load_vocabulary(export_format.vocabulary_path(path))
+    elif os.path.isdir(path) and not _has_open_clip_weights(path):
+        params, config, words = _read_run(path)
+    else:
+        params, config, words = _read_open_clip(path)
+    if dtype is not None:
+        config.model.dtype = dtype
+        coca.validate(config.model)
+    if config.model.dtype == "bfloat16":
+        params = _narrow(params)
+    return CoCaModel(config, params, words, **options)
+
+
+def load_vocabulary(path: str) -> Vocabulary:
+    """The vocabulary in a file: CLIP's merges (.gz) or what `data.vocabulary.load` reads."""
+    if path.endswith(".gz"):
+        from coca_jax.interop.clip_bpe import ClipBpe
+
+        with open(path, "rb") as file:
+            return ClipBpe(file.read())
+    return vocabulary.load(path)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs between starts, in JAX_COMPILATION_CACHE_DIR or ~/.cache/coca_jax;
+    off where the user set jax_enable_compilation_cache to false."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "coca_jax", "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _read_run(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+    from coca_jax import checkpointing  # Orbax: only where a run is read
+
+    directory, _ = checkpointing.find_step(path)
+    params, config = checkpointing.load_params(path)
+    file = directory.parent / "vocabulary.model"
+    words = load_vocabulary(str(file))
+    if config.get("vocabulary_checksum", words.checksum) != words.checksum:
+        raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
+    return params, config, words
+
+
+def _read_open_clip(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+    from coca_jax import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert.from_open_clip(path, folder)
+        params, config = export_format.read_export(folder)
+        words = load_vocabulary(export_format.vocabulary_path(folder))
+        return jax.tree.map(jnp.asarray, params), config, words
+
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def _has_open_clip_weights(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in OPEN_CLIP_FILES)
+
+
+def _narrow(params: dict) -> dict:
+    """Matrices and tables in bfloat16; what the model computes in float32 anyway stays."""
+    wide = ("image_to_joint", "text_to_joint", "log_scale", "logit_bias")
+
+    def one(path: Any, x: Any) -> jax.Array:
+        names = [key.key for key in path]
+        narrow = names[0] not in wide and names[-1] in ("kernel", "value") and x.ndim > 1
+        return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _resize_mode(config: ConfigDict) -> str:
+    for section in ("preprocess", "data"):
+        if section in config and "resize" in config[section]:
+            return config[section].resize
+    return "squash"
+
+
+def _place(params: dict) -> tuple[Mesh | None, dict]:
+    """The mesh that params are on and params; None and the only device when there is one."""
+    leaf = jax.tree.leaves(params)[0]
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        return sharding.mesh, params
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None, jax.device_put(params, devices[0])
+    mesh = partitioning.make_mesh(len(devices), 1, 1, devices)
+    return mesh, jax.device_put(params, NamedSharding(mesh, WHOLE))
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Rows of zeros to `size` rows."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Parts one after the other; float32 [0, *shape] of none."""
+    if not parts:
+        return np.zeros((0,) + shape, np.float32)
+    return np.concatenate(parts)
+
+
+def _sum_log_probs(
+    states: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    tokens: jax.Array,
+    valid: jax.Array,
+) -> jax.Array:
+    """Sum of the log probabilities of each row's tokens after the first: float32 [B].
+
+    states [B, L, D] before the softmax layer. One position at a time: [B, L, V] never exists.
+    """
+    targets, counted = caption_targets(tokens, valid)
+    kernel = kernel.astype(states.dtype)
+
+    def position(inputs: tuple) -> jax.Array:
+        state, target, count = inputs
+        logits = jnp.dot(state, kernel, preferred_element_type=jnp.float32)
+        logits = logits if bias is None else logits + bias
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        return jnp.where(count, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+    by_position = (states.swapaxes(0, 1), targets.T, counted.T)
+    return jax.lax.map(position, by_position).sum(0)
