@@ -168,18 +168,17 @@ def _model_config(
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see the module's docstring."""
     del argv
-    for flag in (_INPUT, _OUT):
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is missing")
+    source, out = _INPUT.value, _OUT.value
+    if not source or not out:
+        raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
+    print(f"reading {source}")
     if _TO.value == "open_clip":
-        print(f"reading {_INPUT.value}")
-        _, layout = to_open_clip(_INPUT.value, _OUT.value)
+        _, layout = to_open_clip(source, out)
     else:
-        print(f"reading {_INPUT.value}")
-        _, layout = from_open_clip(_INPUT.value, _OUT.value, _MODEL.value, _BPE.value)
-    print(f"wrote {_OUT.value}")
+        _, layout = from_open_clip(source, out, _MODEL.value, _BPE.value)
+    print(f"wrote {out}")
     return dict(
-        out=_OUT.value,
+        out=out,
         format=_TO.value,
         tensors=len(layout.tensors()),
         parameters=count(layout.parameters()),

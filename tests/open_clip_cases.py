@@ -58,13 +58,21 @@ TEXTS = [
 
 
 def redraw(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 weights of a tensor from its name: like trained ones in size, none zero or empty."""
+    """float32 weights of a tensor from its name: like trained ones in size, none zero or empty.
+
+    Positions are large and residual branches small, as in training: with more even weights all
+    tokens of a deep tower become alike and some gradients nothing but rounding.
+    """
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
     noise = rng.standard_normal(shape)
     if key == "logit_scale":
         return np.asarray(2.5, np.float32)
     if ".ln_" in key and key.endswith("weight"):
         value = 1 + 0.2 * noise
+    elif key == "visual.positional_embedding":
+        value = noise
+    elif key.endswith(("out_proj.weight", "c_proj.weight")) and "attn_pool" not in key:
+        value = 0.25 * noise * shape[1] ** -0.5
     elif len(shape) == 1 or key.endswith("positional_embedding"):
         value = 0.1 * noise
     elif key == "text.token_embedding.weight":

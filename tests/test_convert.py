@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+import coca_jax
 from coca_jax import convert, export_format, losses, partitioning
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
@@ -139,6 +140,15 @@ def greedy(model, params, pixels, length, vocab_size):
         ended |= chosen == vocab_size - 1
         tokens[:, step] = chosen
     return tokens
+
+
+def test_load_gives_the_same(export, golden, inputs):
+    model = coca_jax.load(str(export))
+    out = model.forward(*inputs)
+    assert relative(out.image_embedding, golden["image_embedding"]) < 2e-5
+    assert relative(out.text_embedding, golden["text_embedding"]) < 2e-5
+    logits = np.asarray(out.logits)[:, :-1][inputs[1][:, 1:] != 0]
+    assert relative(logits, golden["logits"]) < 2e-5
 
 
 def test_preprocessing_equals_torchvision(golden):

@@ -7,6 +7,7 @@ queries, keys and values of a layer lie in one tensor, row after row.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -152,12 +153,12 @@ class Layout:
     def read(self, source: Mapping[str, np.ndarray]) -> dict[str, Blocks]:
         """Parameters here from (checked) open_clip tensors, a layer at a time, float32."""
 
-        def blocks(parts: list[Part]) -> Iterable[np.ndarray]:
-            for part in parts:
+        def blocks(path: str) -> Iterable[np.ndarray]:
+            for part in self.by_path[path]:
                 yield part.here(source[part.key]).astype(np.float32)
 
         return {
-            path: Blocks(shape, lambda parts=self.by_path[path]: blocks(parts))
+            path: Blocks(shape, functools.partial(blocks, path))
             for path, shape in self.parameters().items()
         }
 
@@ -171,12 +172,12 @@ class Layout:
         if problems:
             raise ValueError(f"the parameters do not fit the model: {'; '.join(problems)}")
 
-        def blocks(parts: list[Part]) -> Iterable[np.ndarray]:
-            for part in parts:
+        def blocks(key: str) -> Iterable[np.ndarray]:
+            for part in self.by_key[key]:
                 yield np.asarray(part.there(params[part.path]), np.float32)
 
         return {
-            key: Blocks(shape, lambda parts=self.by_key[key]: blocks(parts))
+            key: Blocks(shape, functools.partial(blocks, key))
             for key, shape in self.tensors().items()
         }
 
