@@ -32,9 +32,8 @@ def open_sources(config: Any) -> list[Source]:
     Raises:
         ValueError, FileNotFoundError: missing, empty or unsuitable data, in one line.
     """
+    shares(config)  # refuses what cannot be mixed before anything is opened
     entries = [_plain(entry) for entry in config.data.sources]
-    if not entries:
-        raise ValueError("data.sources is empty: give at least one dict(path=...|builtin='scenes')")
     return [sources.keep_useful(sources.open_source(entry, "train")) for entry in entries]
 
 
@@ -53,6 +52,8 @@ def shares(config: Any) -> list[int]:
     Raises:
         ValueError: the weights do not give whole numbers.
     """
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: give at least one dict(path=...|builtin='scenes')")
     weights = [float(_plain(entry).get("weight", 1.0)) for entry in config.data.sources]
     if min(weights) <= 0:
         raise ValueError(f"data.sources weights {weights}: they must be positive")
@@ -227,7 +228,8 @@ class TrainBatches:
         )
         threads = config.data.num_threads or len(os.sched_getaffinity(0))
         converter = CoCaFeatureConverter(config.data.augment, size, max_len, threads)
-        lengths = dict.fromkeys(converter.TASK_FEATURES, 1) | {"tokens": max_len}
+        lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
+        lengths |= dict(tokens=max_len, text_valid=max_len)
         batches = converter(examples, lengths).batch(local, drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.threading.private_threadpool_size = threads + 2

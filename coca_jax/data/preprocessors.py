@@ -72,14 +72,14 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, max_len: int, is_label: bool):
         self._vocabulary, self._max_len, self._is_label = vocabulary, max_len, is_label
-        self._rows: dict[str, tuple[np.ndarray, int]] = {}
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._hashes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __call__(
         self, texts: Sequence[str], canonical: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Texts -> tokens int32 [n, L], length int32 [n], text_id int32 [n, 2]."""
+        """Texts -> tokens int32 [n, L], valid bool [n, L], text_id int32 [n, 2]."""
         with self._lock:
             new = list(dict.fromkeys(text for text in texts if text not in self._rows))
             if len(self._rows) + len(new) > _CACHED_TEXTS:
@@ -88,7 +88,7 @@ class Tokenizer:
             if new:
                 labels = [True] * len(new) if self._is_label else None
                 tokens, valid = self._vocabulary.encode_batch(new, self._max_len, labels)
-                self._rows.update(zip(new, zip(tokens, valid.sum(1))))
+                self._rows.update(zip(new, zip(tokens, valid)))
             if len(self._hashes) > _CACHED_TEXTS:
                 self._hashes.clear()
             for text in canonical:
@@ -97,8 +97,8 @@ class Tokenizer:
             found = [self._rows[text] for text in texts]
             hashes = np.array([self._hashes[text] for text in canonical], np.int64)
         tokens = np.stack([row for row, _ in found])
-        lengths = np.array([length for _, length in found], np.int32)
-        return tokens, lengths, hashes.view(np.int32).reshape(-1, 2)
+        valid = np.stack([row for _, row in found])
+        return tokens, valid, hashes.view(np.int32).reshape(-1, 2)
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
@@ -164,7 +164,7 @@ def label_text(prompts: Sequence[str], seed: int, source: int) -> Preprocessor:
 
 
 def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
-    """seqio preprocessor: `text` to `tokens`, `length` and `text_id`."""
+    """seqio preprocessor: `text` to `tokens`, `text_valid` and `text_id`."""
 
     def encode(texts: np.ndarray, canonical: np.ndarray) -> Any:
         return tokenizer([t.decode() for t in texts], [t.decode() for t in canonical])
@@ -176,7 +176,7 @@ def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
             ("text", "canonical"),
             {
                 "tokens": (tf.int32, (max_len,)),
-                "length": (tf.int32, ()),
+                "text_valid": (tf.bool, (max_len,)),
                 "text_id": (tf.int32, (2,)),
             },
         )

@@ -87,7 +87,11 @@ class BadImages:
             candidate = (index + step) % len(self._source)
             if candidate in self.bad:
                 continue
-            record = self._source.read([candidate])[0]
+            try:
+                record = self._source.read([candidate])[0]
+            except Exception as error:  # a damaged shard: array_record raises RuntimeError
+                self._note(candidate, f"index {candidate}", f"cannot be read: {error}")
+                continue
             if candidate in self._good or self._check(candidate, record):
                 return candidate, record
         raise ValueError(f"data source {self._source.name}: no image in it can be decoded")
@@ -96,19 +100,19 @@ class BadImages:
         try:
             images.decode(record.image)
         except ValueError as error:
-            with self._lock:
-                if index not in self.bad:
-                    self.bad[index] = str(error)
-                    logging.warning(
-                        "%s: skipping image %r (index %d): %s",
-                        *(self._source.name, record.key, index, error),
-                    )
-            self.check_fraction()
+            self._note(index, f"{record.key!r} (index {index})", str(error))
             return False
         if images.sniff(record.image)[0] < images.CAREFUL and not _tf_reads(record.image):
             self._careful.add(index)
         self._good.add(index)
         return True
+
+    def _note(self, index: int, which: str, why: str) -> None:
+        with self._lock:
+            if index not in self.bad:
+                self.bad[index] = f"{which}: {why}"
+                logging.warning("%s: skipping image %s: %s", self._source.name, which, why)
+        self.check_fraction()
 
     def check_fraction(self) -> None:
         """Raises ValueError when more than the tolerated share of the images seen are bad."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 
@@ -115,6 +116,56 @@ class SentencePiece(Vocabulary):
         return self._model.decode(kept)
 
 
+class HfTokenizer(Vocabulary):
+    """A tokenizer.json of Hugging Face. Needs the package `tokenizers`.
+
+    Raises:
+        ValueError: the package is missing, or the file is no tokenizer with begin and end symbols.
+    """
+
+    _BEGIN = ("<s>", "<|startoftext|>", "[CLS]", "<bos>", "<|begin_of_text|>", "<start_of_text>")
+    _END = ("</s>", "<|endoftext|>", "[SEP]", "<eos>", "<|end_of_text|>", "<end_of_text>")
+    _PAD = ("<pad>", "[PAD]", "<|pad|>")
+    _UNKNOWN = ("<unk>", "[UNK]")
+
+    def __init__(self, data: bytes):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                "a tokenizer.json needs the package tokenizers: pip install tokenizers"
+            ) from None
+        self.data = data
+        self.checksum = hashlib.sha256(data).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # its own type, without a common base
+            raise ValueError(f"tokenizer.json: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        end = self._find(self._END)
+        if end is None:
+            raise ValueError(f"tokenizer.json: no end symbol (one of {', '.join(self._END)})")
+        self.eos_id = end
+        self.bos_id = self._find(self._BEGIN, end)
+        self.pad_id = self._find(self._PAD, 0)
+        self.unk_id = self._find(self._UNKNOWN, self.pad_id)
+        self.label_id = self._find((LABEL_SYMBOL,))
+
+    def _find(self, symbols: Sequence[str], default: int | None = None) -> int:
+        found = (self._tokenizer.token_to_id(symbol) for symbol in symbols)
+        return next((i for i in found if i is not None), default)  # type: ignore[return-value]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = list(itertools.takewhile(lambda i: i != self.eos_id, map(int, ids)))
+        return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+
 def load(path: str | os.PathLike[str]) -> Vocabulary:
     """Loads a vocabulary; the content of the file says which kind it is.
 
@@ -124,10 +175,19 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
     """
     with fsspec.open(os.fspath(path), "rb") as file:
         data = file.read()
+    if data[:2] == b"\x1f\x8b":
+        from coca_jax.interop.clip_bpe import ClipBpe
+
+        return ClipBpe(data)
+    if data[:1] == b"{":
+        return HfTokenizer(data)
     try:
         return SentencePiece(data)
     except RuntimeError:
-        raise ValueError(f"vocabulary {os.fspath(path)}: not a SentencePiece model") from None
+        raise ValueError(
+            f"vocabulary {os.fspath(path)}: neither a SentencePiece model, a tokenizer.json nor "
+            "CLIP's merges (.txt.gz)"
+        ) from None
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

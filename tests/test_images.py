@@ -1,0 +1,148 @@
+"""Any format of image comes out as upright RGB."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_jax.data import images
+
+
+def _scene(mode="RGB", size=(24, 16)):
+    """Left half red, right half blue; the top row green."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[:, : size[0] // 2] = (220, 30, 30)
+    pixels[:, size[0] // 2 :] = (30, 30, 220)
+    pixels[: size[1] // 4] = (30, 200, 30)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def _encode(image, format, **options):
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def _looks_right(pixels, tolerance=45):
+    assert pixels.dtype == np.uint8 and pixels.shape == (16, 24, 3)
+    for (row, column), colour in {
+        (12, 4): (220, 30, 30),
+        (12, 20): (30, 30, 220),
+        (1, 12): (30, 200, 30),
+    }.items():
+        assert np.abs(pixels[row, column].astype(int) - colour).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+        ("WEBP", {"quality": 95}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+    ],
+)
+def test_formats(format, options):
+    data = _encode(_scene(), format, **options)
+    _looks_right(images.decode(data))
+    how, height, width = images.sniff(data)
+    assert (height, width) == (16, 24)
+    assert (how < images.CAREFUL) == (format in ("PNG", "JPEG", "BMP"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = _scene()
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = upright
+    for step in undo.get(orientation, []):
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encode(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+    _looks_right(images.decode(data))
+    how, height, width = images.sniff(data)
+    assert (height, width) == (16, 24)
+    assert how == (images.JPEG if orientation == 1 else images.CAREFUL)
+
+
+def test_cmyk_gray_and_one_bit():
+    _looks_right(images.decode(_encode(_scene("CMYK"), "JPEG", quality=95)), tolerance=60)
+    assert images.sniff(_encode(_scene("CMYK"), "JPEG"))[0] == images.CAREFUL
+    gray = images.decode(_encode(_scene("L"), "PNG"))
+    assert gray.shape == (16, 24, 3) and (gray[..., 0] == gray[..., 2]).all()
+    assert set(np.unique(images.decode(_encode(_scene("1"), "PNG")))) <= {0, 255}
+
+
+def test_sixteen_bits():
+    ramp = (np.arange(16 * 24).reshape(16, 24) * 170).astype(np.uint16)
+    data = _encode(Image.fromarray(ramp), "PNG")
+    assert np.array_equal(images.decode(data)[..., 0], (ramp >> 8).astype(np.uint8))
+    assert images.sniff(data)[0] == images.CAREFUL
+
+
+def test_transparency_goes_over_white():
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2] = (10, 20, 30, 255)
+    pixels[2, :] = (0, 0, 0, 128)
+    found = images.decode(_encode(Image.fromarray(pixels), "PNG"))
+    assert found[0, 0].tolist() == [10, 20, 30]
+    assert found[3, 0].tolist() == [255, 255, 255]
+    assert abs(int(found[2, 0, 0]) - 127) <= 1
+    palette = _scene("P")
+    palette.info["transparency"] = palette.getpixel((4, 12))
+    data = _encode(palette, "PNG", transparency=palette.getpixel((4, 12)))
+    assert images.decode(data)[12, 4].tolist() == [255, 255, 255]
+    assert images.sniff(data)[0] == images.ALPHA
+
+
+def test_animations_give_their_first_frame():
+    other = Image.new("RGB", (24, 16), "white")
+    for format in ("GIF", "WEBP", "PNG"):
+        data = _encode(
+            _scene(), format, save_all=True, append_images=[other, other], duration=50, loop=0
+        )
+        _looks_right(images.decode(data), tolerance=60)
+        assert images.sniff(data)[0] >= images.CAREFUL
+
+
+def test_damage_is_a_value_error():
+    whole = _encode(_scene(size=(200, 160)), "JPEG")
+    for data in (b"", b"not an image", whole[: len(whole) // 2], whole[:30]):
+        with pytest.raises(ValueError):
+            images.decode(data)
+    with pytest.raises(ValueError, match="too many pixels"):
+        images.open_image(_encode(_scene(), "PNG"), max_pixels=100)
+
+
+def test_arrays_and_paths(tmp_path):
+    pixels = np.asarray(_scene())
+    assert np.array_equal(images.decode(pixels), pixels)
+    assert np.array_equal(images.decode(pixels / 255.0), pixels)
+    assert images.decode(pixels[..., 0]).shape == (16, 24, 3)
+    _scene().save(tmp_path / "a.png")
+    assert np.array_equal(images.decode(tmp_path / "a.png"), pixels)
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="bad.jpg"):
+        images.decode(tmp_path / "bad.jpg")
+    with pytest.raises(ValueError, match="shape"):
+        images.decode(np.zeros((2, 2, 2, 3), np.uint8))
+
+
+def test_bmp_round_trip():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    data = images.encode_bmp(pixels)
+    assert np.array_equal(images.decode(data), pixels)
+    assert images.sniff(data) == (images.PLAIN, 5, 7)
