@@ -5,10 +5,12 @@ Importing this does not import TensorFlow; `train_batches` does.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import resource
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -186,6 +188,10 @@ class TrainBatches:
         self.sizes = [len(source) for source in self._sources]
         self.step = start_step
         self._iterator = self._build()
+        # Threads that are inside Python when the interpreter ends would never come back, and the
+        # pipeline would wait for them for ever.
+        finish = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (finish() or (lambda: None))())
 
     def _build(self) -> Iterator[dict[str, np.ndarray]]:
         import seqio
@@ -246,9 +252,9 @@ class TrainBatches:
         try:
             batch = next(self._iterator)
         except tf.errors.OpError as error:
+            for reader in self._readers:
+                reader.check_fraction()
             if all(reader.screening for reader in self._readers):
-                for reader in self._readers:
-                    reader.check_fraction()
                 raise
             # An image did not decode. From here on images are checked before they are decoded.
             logging.warning("step %d: %s", self.step, error.message.splitlines()[0][:200])
@@ -256,8 +262,14 @@ class TrainBatches:
                 reader.screening = True
             self._iterator = self._build()
             return next(self)
+        for reader in self._readers:
+            reader.check_fraction()
         self.step += 1
         return batch
+
+    def close(self) -> None:
+        """Stops the pipeline's threads. Runs by itself when the program ends."""
+        self._iterator = iter(())
 
     def skipped(self) -> dict[str, int]:
         """How many undecodable images each source has shown so far, by the source's name."""

@@ -112,7 +112,6 @@ class BadImages:
             if index not in self.bad:
                 self.bad[index] = f"{which}: {why}"
                 logging.warning("%s: skipping image %s: %s", self._source.name, which, why)
-        self.check_fraction()
 
     def check_fraction(self) -> None:
         """Raises ValueError when more than the tolerated share of the images seen are bad."""

@@ -1,0 +1,319 @@
+"""Batches: the order, the exact shares, the pixels, and what happens to bad images."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_jax import prepare
+from coca_jax.data import images, pipeline, preprocessors, prompts, sources
+from coca_jax.importers import items
+from configs import base
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+
+def _image(index, side=20):
+    """A picture that says which one it is: its index in the brightness of a corner."""
+    pixels = np.full((side, side, 3), list(COLOURS.values())[index % 3], np.uint8)
+    pixels[: side // 2, : side // 2] = index % 256
+    return pixels
+
+
+def _folder(path, count):
+    path.mkdir(parents=True)
+    lines = []
+    for index in range(count):
+        name = f"{index:04d}.png"
+        Image.fromarray(_image(index)).save(path / name)
+        colour = list(COLOURS)[index % 3]
+        row = dict(file_name=name, text=[f"picture {index}", f"number {index}"])
+        lines.append(row | dict(label=[colour, "square"], group=index % 2))
+    (path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for name, count in (("a", 23), ("b", 17), ("c", 40)):
+        _folder(root / "raw" / name, count)
+        prepare.prepare("imagefolder", str(root / "raw" / name), str(root / name), progress=False)
+    return root
+
+
+def _config(*entries, batch=8, **data_keys):
+    config = base.get_config()
+    config.batch_size = batch
+    config.model.image_size = 16
+    config.model.text.vocab_size, config.model.text.max_len = 400, 32
+    config.data.update(data_keys)
+    config.data.sources = entries
+    return config
+
+
+@pytest.fixture(scope="module")
+def mixture(data):
+    config = _config(
+        dict(path=str(data / "a"), kind="caption", weight=2.0),
+        dict(path=str(data / "b"), kind="label"),
+        dict(path=str(data / "c"), kind="caption", captions="all"),
+        augment="drawing",
+    )
+    return config, pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+
+
+def _take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def _equal(a, b):
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_batches_are_as_the_contract_says(mixture):
+    config, vocabulary = mixture
+    batch = next(pipeline.train_batches(config, vocabulary))
+    shapes = {key: (value.dtype.name, value.shape) for key, value in batch.items()}
+    assert shapes == dict(
+        image=("uint8", (8, 16, 16, 3)),
+        tokens=("int32", (8, 32)),
+        text_valid=("bool", (8, 32)),
+        is_label=("bool", (8,)),
+        text_id=("int32", (8, 2)),
+        source=("int32", (8,)),
+        index=("int64", (8,)),
+    )
+    assert np.bincount(batch["source"]).tolist() == [4, 2, 2]
+    assert np.array_equal(batch["is_label"], batch["source"] == 1)
+
+
+def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
+    config, vocabulary = mixture
+    steps = 60  # 240 examples of the first source: ten epochs; 120 of the last: one and a half
+    whole = _take(pipeline.train_batches(config, vocabulary), steps)
+    for processes in (2, 4):
+        parts = [
+            _take(
+                pipeline.train_batches(
+                    config, vocabulary, process_index=index, process_count=processes
+                ),
+                12,
+            )
+            for index in range(processes)
+        ]
+        for step, hosts in enumerate(zip(*parts)):
+            joined = {k: np.concatenate([h[k] for h in hosts]) for k in hosts[0]}
+            assert _equal(joined, whole[step])
+    resumed = pipeline.train_batches(config, vocabulary, start_step=37)
+    assert all(_equal(a, b) for a, b in zip(_take(resumed, 5), whole[37:]))
+    for number, size in enumerate((23, 17, 80)):
+        seen = np.concatenate([b["index"][b["source"] == number] for b in whole])
+        for epoch in range(len(seen) // size):
+            assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_texts_belong_to_their_images(mixture):
+    config, vocabulary = mixture
+    captions = set()
+    for batch in _take(pipeline.train_batches(config, vocabulary), 30):
+        for tokens, source, index in zip(batch["tokens"], batch["source"], batch["index"]):
+            text = vocabulary.decode(tokens)
+            if source == 1:
+                assert list(COLOURS)[index % 3] in text and "square" in text
+            else:
+                record = index if source == 0 else index // 2
+                assert text in (f"picture {record}", f"number {record}")
+                captions |= {text} if source == 0 else set()
+    assert len(captions) > 40  # of 46: both captions of an image get their turn
+
+
+def test_equal_labels_share_their_id_whatever_the_prompt(mixture):
+    config, vocabulary = mixture
+    ids: dict = {}
+    for batch in _take(pipeline.train_batches(config, vocabulary), 10):
+        for label, index, text_id in zip(batch["is_label"], batch["index"], batch["text_id"]):
+            if label:
+                ids.setdefault(index % 3, set()).add(tuple(text_id))
+    assert all(len(found) == 1 for found in ids.values())
+    assert len(set.union(*ids.values())) == 3
+
+
+def test_label_token_stands_after_begin(mixture):
+    config, vocabulary = mixture
+    config = config.copy_and_resolve_references()
+    config.data.label_token = True
+    batch = next(pipeline.train_batches(config, vocabulary))
+    assert np.array_equal(batch["tokens"][:, 1] == vocabulary.label_id, batch["is_label"])
+
+
+def test_pixels_equal_those_of_evaluation(data):
+    config = _config(dict(path=str(data / "c")), prompts="plain")
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
+    batch = next(pipeline.train_batches(config, vocabulary))
+    for pixels, index in zip(batch["image"], batch["index"]):
+        wanted = images.preprocess_eval(_image(int(index)), 16)
+        assert np.abs(pixels.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["crop", "inception", "drawing", "randaugment"])
+def test_augmentations_change_pixels_and_repeat(data, mode):
+    config = _config(dict(path=str(data / "c")), augment=mode, flip=True)
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
+    first, second = (next(pipeline.train_batches(config, vocabulary)) for _ in range(2))
+    assert _equal(first, second)
+    plain = np.stack([images.preprocess_eval(_image(int(i)), 16) for i in first["index"]])
+    changed = np.abs(first["image"].astype(int) - plain).mean((1, 2, 3))
+    assert (changed > 0.5).mean() > 0.5
+
+
+def test_every_format_and_transparency_give_right_pixels(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((60, 45))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    alpha = smooth.copy()
+    alpha.putalpha(Image.fromarray(rng.integers(0, 256, (3, 4), dtype=np.uint8)).resize((60, 45)))
+    smooth.save(folder / "0.jpg", quality=95)
+    smooth.save(folder / "1.jpg", quality=95, exif=exif)
+    smooth.convert("CMYK").save(folder / "2.jpg", quality=95)
+    smooth.convert("L").save(folder / "3.png")
+    alpha.save(folder / "4.png")
+    alpha.save(folder / "5.webp", lossless=True)
+    smooth.save(folder / "6.gif")
+    Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 257).save(folder / "7.png")
+    rows = [dict(file_name=p.name, text=p.name) for p in sorted(folder.iterdir())]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
+    config = _config(dict(path=str(tmp_path / "out")))
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(tmp_path / "workdir"))
+    batch = next(pipeline.train_batches(config, vocabulary))
+    for pixels, index in zip(batch["image"], batch["index"]):
+        wanted = images.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
+        assert np.abs(pixels.astype(int) - wanted).max() <= 6, rows[index]
+
+
+def _damage(path):
+    """A PNG whose header is right and whose pixels are not."""
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"IDAT") + 8
+    content[middle : middle + 12] = bytes(12)
+    path.write_bytes(content)
+
+
+def test_undecodable_images_are_stepped_over(data, tmp_path):
+    folder = _folder(tmp_path / "raw", 30)
+    for index in (3, 4, 20):
+        _damage(folder / f"{index:04d}.png")
+    out = str(tmp_path / "out")
+    prepare.prepare(
+        "imagefolder", str(folder), out, options=items.Options(verify=False), progress=False
+    )
+    config = _config(dict(path=out), max_bad_fraction=0.2)
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
+    batches = pipeline.train_batches(config, vocabulary)
+    whole = _take(batches, 15)
+    seen = np.concatenate([b["index"] for b in whole])
+    assert set(seen.tolist()) == set(range(30)) - {3, 4, 20}
+    epoch = seen[:30].tolist()
+    assert epoch.count(5) == 3 and epoch.count(21) == 2  # they stand in for what is before them
+    assert list(batches.skipped().values()) == [3]
+    resumed = pipeline.train_batches(config, vocabulary, start_step=7)
+    assert all(_equal(a, b) for a, b in zip(_take(resumed, 3), whole[7:]))
+    config.data.max_bad_fraction = 0.05
+    with pytest.raises(ValueError, match="max_bad_fraction"):
+        _take(pipeline.train_batches(config, vocabulary), 15)
+
+
+def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
+    folder = _folder(tmp_path / "raw", 30)
+    prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
+    shard = tmp_path / "out" / "train-00000-of-00001.array_record"
+    content = bytearray(shard.read_bytes())
+    place = content.index((folder / "0009.png").read_bytes()) + 20
+    content[place : place + 4] = bytes(4)
+    shard.write_bytes(content)
+    config = _config(dict(path=str(tmp_path / "out")), max_bad_fraction=0.2)
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
+    batches = pipeline.train_batches(config, vocabulary)
+    seen = np.concatenate([b["index"] for b in _take(batches, 15)])
+    assert set(seen.tolist()) == set(range(30)) - {9}
+
+
+def test_where_text_field_and_limit(data):
+    path = str(data / "a")
+    found = sources.open_source(dict(path=path, where={"group": 1}))
+    assert len(found) == 11 and all(json.loads(r.extra)["group"] == 1 for r in found)
+    found = sources.open_source(dict(path=path, text_field="group", limit=4))
+    assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
+    assert len(list(pipeline.eval_records(path, "train", limit=5))) == 5
+    assert pipeline.class_names(path) == ["blue", "green", "red", "square"]
+    assert pipeline.num_examples(_config(dict(path=path), dict(path=path, captions="all"))) == 69
+
+
+def test_errors_come_before_the_work(data, tmp_path):
+    path = str(data / "a")
+    cases = {
+        "not whole numbers": _config(dict(path=path), dict(path=path), dict(path=path)),
+        "no such folder": _config(dict(path=str(data / "absent"))),
+        "coca_jax.prepare --format=imagefolder": _config(dict(path=str(data / "raw" / "a"))),
+        "no split 'test'": _config(dict(path=path, split="test")),
+        "unknown keys": _config(dict(path=path, knd="label")),
+        "exactly one of": _config(dict(kind="label")),
+        "no record has": _config(dict(path=path, where={"group": 9})),
+        "data.sources is empty": _config(),
+        "kind='x'": _config(dict(path=path, kind="x")),
+        "data.augment": _config(dict(path=path), augment="mosaic"),
+    }
+    vocabulary = pipeline.load_vocabulary_or_train(_config(dict(path=path)), str(data / "workdir3"))
+    for message, config in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            pipeline.train_batches(config, vocabulary)
+    with pytest.raises(ValueError, match="3 processes"):
+        pipeline.train_batches(_config(dict(path=path)), vocabulary, process_count=3)
+
+
+def test_vocabulary_of_a_run(mixture, data, tmp_path):
+    config, vocabulary = mixture
+    again = pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+    assert again.checksum == vocabulary.checksum
+    config = config.copy_and_resolve_references()
+    config.model.text.vocab_size = 300
+    with pytest.raises(ValueError, match="vocab_size=300 is less"):
+        pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+    config.model.text.vocab_size = 400
+    vocabulary.save(tmp_path / "given.model")
+    config.data.vocabulary = str(tmp_path / "given.model")
+    given = pipeline.load_vocabulary_or_train(config, str(tmp_path / "run"))
+    assert given.checksum == vocabulary.checksum and (tmp_path / "run/vocabulary.model").exists()
+
+
+def test_label_texts_shuffle_names_and_prompts():
+    labels = [["cat", "animal"]] * 400
+    texts, same = preprocessors.label_texts(labels, prompts.PLAIN, 0, 0, np.arange(400))
+    assert set(texts) == {"a photo of the cat, animal", "a photo of the animal, cat"}
+    assert 150 < texts.count("a photo of the cat, animal") < 250
+    assert len(set(same)) == 1
+    assert len(set(preprocessors.label_texts(labels, prompts.CLIP, 0, 0, np.arange(400))[0])) > 60
+
+
+def test_prompt_sets(tmp_path):
+    assert len(set(prompts.CLIP)) >= 40 and all(p.count("{}") == 1 for p in prompts.CLIP)
+    (tmp_path / "p.txt").write_text("one {}\n\ntwo {} x\n")
+    assert prompts.load(str(tmp_path / "p.txt")) == ("one {}", "two {} x")
+    (tmp_path / "p.txt").write_text("none\n")
+    with pytest.raises(ValueError, match="exactly one"):
+        prompts.load(str(tmp_path / "p.txt"))
+    with pytest.raises(FileNotFoundError):
+        prompts.load("absent")
+
+
+def test_damaged_png_header_counts_as_bad():
+    data = io.BytesIO()
+    Image.fromarray(_image(0)).save(data, "PNG")
+    with pytest.raises(ValueError):
+        images.sniff(b"GIF?" + data.getvalue())
