@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,12 +30,7 @@ from PIL import Image
 from coca_jax import cli, inference
 from coca_jax.decoding import Settings
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
-_OUT = flags.DEFINE_string("out", "", "JSONL file to add to; images that it holds are skipped.")
-_PROMPT = flags.DEFINE_string("prompt", "", "How every caption begins.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
-_NOTES = dict(
+NOTES = dict(
     max_tokens="New tokens at most.",
     min_tokens="New tokens before the caption may end.",
     num_captions="Captions per image; needs beams or a temperature.",
@@ -48,11 +44,18 @@ _NOTES = dict(
     no_repeat_ngram="N-grams of this size appear at most once; 0: no rule.",
     seed="Of sampling; an image's captions also depend on its path.",
 )
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-_SETTINGS = {
-    field.name: _DEFINE[type(field.default)](field.name, field.default, _NOTES[field.name])
-    for field in dataclasses.fields(Settings)
-}
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
+    flags.DEFINE_string("out", "", "JSONL file to add to; images that it holds are skipped.")
+    flags.DEFINE_string("prompt", "", "How every caption begins.")
+    flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+    for field in dataclasses.fields(Settings):
+        define[type(field.default)](field.name, field.default, NOTES[field.name])
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -155,35 +158,37 @@ def caption_files(
 
 def main(argv: Sequence[str]) -> None:
     """Command-line entry."""
-    start = time.time()
-    if not _CHECKPOINT.value or len(argv) < 2:
+    start, args = time.time(), flags.FLAGS
+    if not args.checkpoint or len(argv) < 2:
         raise ValueError("give --checkpoint=DIR IMAGE_OR_FOLDER ...")
-    how = {name: flag.value for name, flag in _SETTINGS.items()}
+    how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     paths = find_images(argv[1:])
-    done = read_done(_OUT.value) if _OUT.value else set()
+    done = read_done(args.out) if args.out else set()
     left = [path for path in paths if path not in done]
     failed = 0
-    if left:
-        model = inference.load(_CHECKPOINT.value, dtype=_DTYPE.value, batch_size=_BATCH_SIZE.value)
-        results = caption_files(
-            model, left, batch_size=_BATCH_SIZE.value, prompt=_PROMPT.value, **how
+    with contextlib.ExitStack() as stack:
+        results: Iterator[dict[str, Any]] = iter(())
+        if left:
+            model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=args.batch_size)
+            results = caption_files(
+                model, left, batch_size=args.batch_size, prompt=args.prompt, **how
+            )
+        out = stack.enter_context(open(args.out, "a", encoding="utf-8")) if args.out else None
+        bar = stack.enter_context(
+            tqdm.tqdm(total=len(left), unit="image", disable=not sys.stderr.isatty())
         )
-        out = open(_OUT.value, "a", encoding="utf-8") if _OUT.value else None
-        with tqdm.tqdm(total=len(left), unit="image", disable=not sys.stderr.isatty()) as bar:
-            for result in results:
-                bar.update()
-                if "error" in result:
-                    failed += 1
-                    bar.write(f"skipped {result['image']}: {result['error']}", file=sys.stderr)
-                    continue
-                line = json.dumps(result, ensure_ascii=False)
-                print(line, flush=True)
-                if out:
-                    out.write(line + "\n")
-                    out.flush()
-        if out:
-            out.close()
+        for result in results:
+            bar.update()
+            if "error" in result:
+                failed += 1
+                bar.write(f"skipped {result['image']}: {result['error']}", file=sys.stderr)
+                continue
+            line = json.dumps(result, ensure_ascii=False)
+            print(line, flush=True)
+            if out:
+                out.write(line + "\n")
+                out.flush()
     seconds = time.time() - start
     summary = dict(
         captioned=len(left) - failed,
@@ -197,4 +202,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

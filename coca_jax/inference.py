@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import functools
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -495,7 +497,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
         raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
     if os.path.isdir(path) and export_format.is_export(path):
         params, config = export_format.read_export(path)
-        words = load_vocabulary(export_format.vocabulary_path(path))
+        words = vocabulary.load(export_format.vocabulary_path(path))
     elif os.path.isdir(path) and not _has_open_clip_weights(path):
         params, config, words = _read_run(path)
     else:
@@ -506,16 +508,6 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
     return CoCaModel(config, params, words, **options)
-
-
-def load_vocabulary(path: str) -> Vocabulary:
-    """The vocabulary in a file: CLIP's merges (.gz) or what `data.vocabulary.load` reads."""
-    if path.endswith(".gz"):
-        from coca_jax.interop.clip_bpe import ClipBpe
-
-        with open(path, "rb") as file:
-            return ClipBpe(file.read())
-    return vocabulary.load(path)
 
 
 def use_compile_cache() -> None:
@@ -533,19 +525,21 @@ def _read_run(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
     directory, _ = checkpointing.find_step(path)
     params, config = checkpointing.load_params(path)
     file = directory.parent / "vocabulary.model"
-    words = load_vocabulary(str(file))
+    words = vocabulary.load(str(file))
     if config.get("vocabulary_checksum", words.checksum) != words.checksum:
         raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
     return params, config, words
 
 
 def _read_open_clip(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
-    from coca_jax import convert
-
+    """Through the command, which says in one line what is wrong with a file."""
     with tempfile.TemporaryDirectory() as folder:
-        convert.from_open_clip(path, folder)
+        command = [sys.executable, "-m", "coca_jax.convert", f"--input={path}", f"--out={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         params, config = export_format.read_export(folder)
-        words = load_vocabulary(export_format.vocabulary_path(folder))
+        words = vocabulary.load(export_format.vocabulary_path(folder))
         return jax.tree.map(jnp.asarray, params), config, words
 
 

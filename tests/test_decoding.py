@@ -1,0 +1,281 @@
+"""Decoding against the plain forward pass, brute force and itself."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import decoding, partitioning
+from coca_jax.decoding import Settings
+from coca_jax.models import coca
+from tests.conftest import tiny_config
+
+EOS, VOCAB = 1, 7
+
+
+@pytest.fixture(scope="module", params=["paper", "open_clip", "tied"])
+def model(request):
+    return make(request.param)
+
+
+def make(kind="paper", vocab=VOCAB, **text):
+    """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
+    options = dict(
+        paper={}, open_clip=dict(cross="open_clip", head_bias=False), tied=dict(tie_embeddings=True)
+    )[kind]
+    config = tiny_config().model
+    config.text.update(options | dict(vocab_size=vocab) | text)
+    module = coca.build(config)
+    params = partitioning.unbox(coca.init(module, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    params = jax.tree.unflatten(tree, leaves)
+    pixels = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
+    image_tokens = module.apply({"params": params}, pixels, method="encode_image")[1]
+
+    @jax.jit
+    def log_probs(rows, tokens):
+        out = module.apply({"params": params}, pixels[rows], tokens, jnp.ones(tokens.shape, bool))
+        return jax.nn.log_softmax(out.logits)
+
+    spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS)
+    return spec, decoding.prepare(params, "float32"), image_tokens, log_probs
+
+
+PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned
+LENGTH = np.array([1, 2, 3], np.int32)
+
+
+def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
+    spec, weights, image_tokens, _ = model
+    out = decoding.generate(
+        spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
+    )
+    return jax.tree.map(np.asarray, out)
+
+
+def own(prompt, length, tokens, count):
+    """One row's prompt and new tokens."""
+    return np.concatenate([prompt[len(prompt) - length :], tokens[:count]])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        dict(num_beams=3, num_captions=3),
+        dict(temperature=1.5, num_captions=2, top_k=5, top_p=0.95),
+    ],
+)
+def test_log_probs_are_those_of_the_forward_pass_for_ragged_prompts(model, how):
+    out = run(model, **how)
+    for row, caption in itertools.product(range(3), range(out.tokens.shape[1])):
+        count = out.length[row, caption]
+        tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, caption], count)
+        expected = model[3](np.array([row]), tokens[None])[0]
+        places = np.arange(LENGTH[row] - 1, len(tokens) - 1)
+        total = np.asarray(expected)[places, tokens[places + 1]].sum()
+        assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
+
+
+def test_cached_logits_equal_the_forward_pass_at_every_position(model):
+    """Ragged prompts in one batch, then two beams of their own that share a cache."""
+    spec, weights, image_tokens, log_probs = model
+    slots, steps, width = PROMPT.shape[1], 4, 2
+    image = decoding.image_caches(spec, weights, image_tokens)
+    caches = decoding.empty_caches(spec, weights, 3, slots - 1 + steps * width)
+    caches = decoding._prefill(spec, weights, PROMPT, LENGTH, caches, image)
+    new = np.random.default_rng(0).integers(0, VOCAB, (3, width, steps)).astype(np.int32)
+    parents = np.array([[0, 1], [1, 0], [0, 0], [0, 1]])  # beams cross and die
+    past = np.zeros((width, steps, width), bool)
+    text = [[own(PROMPT[b], LENGTH[b], [], 0)] * width for b in range(3)]
+    token = np.repeat(PROMPT[:, -1:], width, axis=1)
+    prompt_mask = np.arange(slots - 1)[None] >= (slots - LENGTH)[:, None]
+    for step in range(steps):
+        past[:, step] = np.eye(width, dtype=bool)
+        own_past = np.broadcast_to(past.reshape(1, width, -1), (3, width, steps * width))
+        shared = np.broadcast_to(prompt_mask[:, None], (3, width, slots - 1))
+        states, caches = decoding.run_tokens(
+            spec,
+            weights,
+            token,
+            np.broadcast_to(LENGTH[:, None] - 1 + step, (3, width)),
+            np.concatenate([shared, own_past], axis=2),
+            slots - 1 + step * width,
+            caches,
+            image,
+        )
+        found = jax.nn.log_softmax(decoding.logits_of(weights, states))
+        for b, w in itertools.product(range(3), range(width)):
+            expected = log_probs(np.array([b]), text[b][w][None])[0, -1]
+            np.testing.assert_allclose(found[b, w], expected, atol=1e-5)
+        past = past[parents[step]]
+        for b in range(3):
+            old = [text[b][parent] for parent in parents[step]]
+            text[b] = [np.append(old[w], new[b, w, step]) for w in range(width)]
+        token = new[:, :, step]
+
+
+def test_greedy_takes_the_most_probable_token(model):
+    out = run(model)
+    for row in range(3):
+        tokens = list(own(PROMPT[row], LENGTH[row], [], 0))
+        while len(tokens) < 8 and tokens[-1] != EOS:
+            tokens.append(int(model[3](np.array([row]), np.array([tokens]))[0, -1].argmax()))
+        expected = tokens[LENGTH[row] :]
+        assert out.tokens[row, 0, : out.length[row, 0]].tolist() == expected
+
+
+def test_one_beam_is_greedy(model):
+    spec, weights, image_tokens, _ = model
+    greedy = run(model)
+    plan = decoding.Plan(1, 1, 7, True, False, False, False, 0, True)
+    numbers = dict(
+        limit=(8 - LENGTH).astype(np.int32),
+        min_tokens=np.int32(0),
+        length_penalty=np.float32(1),
+        active=np.ones(3, bool),
+    )
+    beam = decoding._generate(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
+    np.testing.assert_array_equal(beam.tokens, greedy.tokens)
+    np.testing.assert_allclose(beam.log_prob, greedy.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_beam_search_with_enough_beams_is_brute_force(penalty):
+    model = make(vocab=5)
+    limit = 3
+    prompt, length = np.full((3, 1), 3, np.int32), np.ones(3, np.int32)
+    out = run(
+        model,
+        prompt,
+        length,
+        num_beams=125,
+        num_captions=6,
+        max_tokens=limit,
+        length_penalty=penalty,
+        early_stop=False,
+    )
+    every = np.array(list(itertools.product(range(5), repeat=limit)), np.int32)
+    for row in range(3):
+        tokens = np.pad(every, ((0, 0), (1, 0)), constant_values=3)
+        logs = np.asarray(model[3](np.full(len(tokens), row), tokens))
+        each = np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], 2)[..., 0]
+        captions = {}
+        for new, parts in zip(every.tolist(), each):
+            count = new.index(EOS) + 1 if EOS in new else limit
+            captions[tuple(new[:count])] = parts[:count].sum()
+        ranked = sorted(captions, key=lambda c: -captions[c] / len(c) ** penalty)[:6]
+        found = [tuple(t[:n].tolist()) for t, n in zip(out.tokens[row], out.length[row])]
+        assert found == ranked
+        np.testing.assert_allclose(out.log_prob[row], [captions[c] for c in found], atol=2e-5)
+
+
+@pytest.mark.parametrize("how", [{}, dict(num_beams=3), dict(temperature=1.0, top_p=0.9)])
+def test_a_caption_does_not_depend_on_the_others_in_the_batch(model, how):
+    together = run(model, **how)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = run(model, PROMPT[one], LENGTH[one], one, numbers=np.array([row]), **how)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+def test_sampling_is_reproducible_by_seed(model):
+    first = [run(model, temperature=1.0, num_captions=4, seed=seed).tokens for seed in range(3)]
+    again = [run(model, temperature=1.0, num_captions=4, seed=seed).tokens for seed in range(3)]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_samples_follow_the_filtered_distribution():
+    probs = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
+    draws = 4000
+    allowed = np.broadcast_to(np.log(probs), (draws, 1, 5))
+    plan = decoding.Plan(1, 1, 1, False, True, True, False, 0, True)
+
+    def shares(top_k, top_p, temperature=1.0):
+        numbers = dict(
+            temperature=np.float32(temperature),
+            top_k=np.int32(top_k),
+            top_p=np.float32(top_p),
+            seed=np.uint32(0),
+            rows=np.arange(draws, dtype=np.uint32),
+        )
+        token = decoding._sample(plan, numbers, jnp.asarray(allowed), jnp.int32(0))
+        return np.bincount(np.asarray(token)[:, 0], minlength=5) / draws
+
+    np.testing.assert_allclose(shares(5, 1.0), probs, atol=0.03)
+    np.testing.assert_allclose(shares(2, 1.0), [4 / 7, 3 / 7, 0, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(5, 0.8), np.append(probs[:3], [0, 0]) / 0.85, atol=0.03)
+    sharp = probs**2 / (probs**2).sum()
+    np.testing.assert_allclose(shares(5, 1.0, 0.5), sharp, atol=0.03)
+
+
+def test_minimum_and_maximum_length(model):
+    assert (run(model, min_tokens=4).length[:, 0] > 4).all()
+    assert (run(model, max_tokens=2).length <= 2).all()
+    assert (run(model, max_tokens=2, num_beams=2).length <= 2).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_ngram_repeats(size):
+    model = make(vocab=30)
+    for how in ({}, dict(num_beams=3)):
+        out = run(model, no_repeat_ngram=size, **how)
+        for row in range(3):
+            tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, 0], out.length[row, 0]).tolist()
+            grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+            assert len(set(grams)) == len(grams)
+
+
+def test_repetition_penalty_never_repeats_when_it_is_large():
+    model = make(vocab=30)
+    out = run(model, repetition_penalty=1e6)
+    for row in range(3):
+        tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, 0], out.length[row, 0])
+        assert len(set(tokens.tolist())) == len(tokens)
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen():
+    spec, weights, image_tokens, log_probs = make(vocab=30)
+    import dataclasses
+
+    model = (dataclasses.replace(spec, num_ids=6), weights, image_tokens, log_probs)
+    for how in ({}, dict(num_beams=3), dict(temperature=3.0)):
+        assert run(model, **how).tokens.max() < 6
+
+
+def test_one_program_serves_all_lengths_and_numbers():
+    model = make()
+    run(model)
+    before = decoding._generate._cache_size()
+    run(model, max_tokens=3, min_tokens=1)
+    run(model, prompt=PROMPT[::-1].copy(), length=LENGTH[::-1].copy())
+    run(model, temperature=1.0)
+    middle = decoding._generate._cache_size()
+    run(model, temperature=0.5, seed=3)
+    assert middle == before + 1 == decoding._generate._cache_size()
+
+
+@pytest.mark.parametrize(
+    "how, name",
+    [
+        (dict(num_beams=2, temperature=1.0), "temperature"),
+        (dict(num_captions=2), "num_captions"),
+        (dict(num_captions=3, num_beams=2), "num_captions"),
+        (dict(top_k=3), "top_k"),
+        (dict(temperature=1.0, top_p=0.0), "top_p"),
+        (dict(max_tokens=0), "max_tokens"),
+    ],
+)
+def test_impossible_settings_are_named(how, name):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        Settings(**how)
+
+
+def test_a_prompt_that_fills_the_model_is_refused(model):
+    with pytest.raises(ValueError, match="max_len"):
+        run(model, np.full((3, 8), 3, np.int32), np.full(3, 8, np.int32))
