@@ -2,10 +2,15 @@
 
     python -m coca_jax.prepare --format=imagefolder --input=FOLDER --out=DIR [--split=train]
 
-Formats: imagefolder, parquet, webdataset. The result is ArrayRecord shards with a manifest, which
-tensorflow-datasets reads as well. Run the same command again after a kill: finished shards stay,
-and the result is the same to the byte. What cannot be used is listed, with the reason, in
-DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
+Formats: imagefolder, webdataset, csv, parquet, tfrecord, tfds. The result is ArrayRecord shards
+with a manifest, which tensorflow-datasets reads as well. Run the same command again after a kill:
+finished shards stay, and the result is the same to the byte. What cannot be used is listed, with
+the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
+
+    python -m coca_jax.prepare vocabulary --input=DIR,DIR --size=64000 --out=FILE
+    python -m coca_jax.prepare inspect --config=configs/X.py --step=N
+
+train a SentencePiece vocabulary on prepared data, and print which examples a step trains on.
 """
 
 from __future__ import annotations
@@ -17,15 +22,17 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 from absl import flags
+from ml_collections import config_flags
 
 from coca_jax import cli
-from coca_jax.data import vocabulary
-from coca_jax.importers import files, metadata, shards
+from coca_jax.data import files, order, pipeline, sources, vocabulary
+from coca_jax.importers import dedup, metadata, shards
 from coca_jax.importers.items import Options, Unit
 
 _ROWS_PER_SHARD = 16_384
@@ -55,6 +62,17 @@ _REQUIRE = flags.DEFINE_enum(
 _MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.")
 _SAMPLE = flags.DEFINE_float("sample", 1.0, "Share of the examples to keep.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
+_DEDUP = flags.DEFINE_enum(
+    "dedup", "none", ["none", "content", "perceptual"], "Which images count as the same."
+)
+_DISTANCE = flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.")
+_EXCLUDE = flags.DEFINE_multi_string(
+    "exclude", [], "Prepared folder or image files of evaluation data to keep out. Repeatable."
+)
+_SIZE = flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
+_SENTENCES = flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
+_STEP = flags.DEFINE_integer("step", 0, "inspect: which step.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "inspect: the recipe.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
 
 
@@ -97,7 +115,10 @@ def prepare(
     jobs = _plan(module, format, str(input), split, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
-    accounts = _run(jobs, processes or len(os.sched_getaffinity(0)), progress)
+    processes = processes or len(os.sched_getaffinity(0))
+    if options.dedup != "none" or options.exclude:
+        jobs = _deduplicate(jobs, options, processes, progress)
+    accounts = _run(jobs, processes, progress)
     return _finish(out, split, work, jobs, accounts, request, classes)
 
 
@@ -142,6 +163,37 @@ def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
     return [list(units[a:b]) for a, b in zip(edges, edges[1:])]
 
 
+def _deduplicate(
+    jobs: list[shards.Job], options: Options, processes: int, progress: bool
+) -> list[shards.Job]:
+    """Reads everything once for its fingerprints, and tells each job what to leave out."""
+    scanned = _parallel(shards.scan, jobs, processes, progress, "fingerprints")
+    found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
+    exclude = []
+    for path in options.exclude:
+        for data in dedup.evaluation_images(path):
+            try:
+                exclude.append(dedup.fingerprint(data))
+            except ValueError:
+                continue  # what cannot be decoded cannot be evaluated on
+    drop = dedup.decide(found, options.dedup, options.distance, exclude)
+    return [
+        dataclasses.replace(
+            job, drop={number: why for (shard, number), why in drop.items() if shard == job.number}
+        )
+        for job in jobs
+    ]
+
+
+def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[str, Any]]:
+    """Writes the shards that an earlier run has not finished."""
+    accounts = {job.number: shards.finished(job) for job in jobs}
+    todo = [job for job in jobs if not accounts[job.number]]
+    for job, account in zip(todo, _parallel(shards.write, todo, processes, progress, "prepare")):
+        accounts[job.number] = account
+    return [account for job in jobs if (account := accounts[job.number])]
+
+
 _queue: Any = None  # in a worker: where it reports what it has read
 
 
@@ -150,42 +202,35 @@ def _start_worker(queue: Any) -> None:
     _queue = queue
 
 
-def _work(job: shards.Job) -> dict[str, Any]:
-    return shards.write(job, _queue.put)
+def _work(function: Callable, job: shards.Job) -> Any:
+    return function(job, _queue.put)
 
 
-def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[str, Any]]:
-    """Writes the shards that are not finished yet, in parallel, and shows how far it is."""
-    accounts: dict[int, dict[str, Any]] = {}
-    for job in jobs:
-        found = shards.finished(job)
-        if found:
-            accounts[job.number] = found
-    todo = [job for job in jobs if job.number not in accounts]
+def _parallel(
+    function: Callable, jobs: list[shards.Job], processes: int, progress: bool, what: str
+) -> list[Any]:
+    """function(job, report) for each job, in parallel, showing how far it is."""
     known = all(unit.rows for job in jobs for unit in job.units)
     total = sum(unit.rows for job in jobs for unit in job.units) if known else None
-    done = sum(account["read"] for account in accounts.values())
     with tqdm.tqdm(
-        total=total, initial=done, unit=" examples", file=sys.stderr, disable=not progress
+        total=total, desc=what, unit=" examples", file=sys.stderr, disable=not progress
     ) as bar:
-        if min(processes, len(todo)) <= 1:
-            for job in todo:
-                accounts[job.number] = shards.write(job, bar.update)
-        else:
-            context = multiprocessing.get_context("spawn")
-            queue = context.SimpleQueue()
-            with concurrent.futures.ProcessPoolExecutor(
-                min(processes, len(todo)), context, _start_worker, (queue,)
-            ) as pool:
-                futures = {pool.submit(_work, job): job for job in todo}
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-                    while not queue.empty():
-                        bar.update(queue.get())
-                    for future in finished:
-                        accounts[futures[future].number] = future.result()
-    return [accounts[job.number] for job in jobs]
+        # In-memory files exist in this process only.
+        here = any("memory://" in path for j in jobs for path in (j.work, j.units[0].path))
+        if min(processes, len(jobs)) <= 1 or here:
+            return [function(job, bar.update) for job in jobs]
+        context = multiprocessing.get_context("spawn")
+        queue = context.SimpleQueue()
+        with concurrent.futures.ProcessPoolExecutor(
+            min(processes, len(jobs)), context, _start_worker, (queue,)
+        ) as pool:
+            futures = [pool.submit(_work, function, job) for job in jobs]
+            waiting = set(futures)
+            while waiting:
+                _, waiting = concurrent.futures.wait(waiting, timeout=0.2)
+                while not queue.empty():
+                    bar.update(queue.get())
+            return [future.result() for future in futures]
 
 
 def _finish(
@@ -292,13 +337,63 @@ def _options() -> Options:
         max_side=_MAX_SIDE.value,
         sample=_SAMPLE.value,
         seed=_SEED.value,
+        dedup=_DEDUP.value,
+        distance=_DISTANCE.value,
+        exclude=tuple(_EXCLUDE.value),
     )
+
+
+def train_vocabulary(paths: Sequence[str], size: int, out: str, sentences: int) -> dict[str, Any]:
+    """Trains a vocabulary on captions and label names of prepared folders (split 'train').
+
+    Returns:
+        pieces, sentences, sha256, out.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is missing or not prepared, or has no text.
+    """
+    texts: list[str] = []
+    for number, path in enumerate(paths):
+        source = sources.open_source(path)
+        count = min(len(source), -(-sentences // len(paths)))
+        picked = order.indices(np.arange(count), len(source), 0, number)
+        for start in range(0, count, 1024):
+            for record in source.read_texts(picked[start : start + 1024]):
+                texts.extend(record.texts or [", ".join(record.labels)])
+    trained = vocabulary.train(texts, size, out)
+    print(f"{trained.size} pieces from {len(texts)} texts -> {out}")
+    return dict(pieces=trained.size, sentences=len(texts), sha256=trained.checksum, out=out)
+
+
+def inspect(config: Any, step: int) -> dict[str, Any]:
+    """Prints the examples of one step: row, source, epoch, index, key and text.
+
+    Images that do not decode are listed as well; training takes the next good one in their place.
+
+    Returns:
+        step, examples: a list of {row, source, epoch, index, key, text}.
+    """
+    if step < 0:
+        raise ValueError(f"--step={step}: steps count from 0")
+    examples = pipeline.step_examples(config, step)
+    for example in examples:
+        print("{row:6d}  {source}  epoch {epoch}  index {index}  {key}  {text!r}".format(**example))
+    return dict(step=step, examples=examples)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command."""
+    if argv[1:] == ["vocabulary"]:
+        if not _INPUT.value or not _OUT.value:
+            raise ValueError("prepare vocabulary needs --input and --out")
+        paths = _INPUT.value.split(",")
+        return train_vocabulary(paths, _SIZE.value, _OUT.value, _SENTENCES.value)
+    if argv[1:] == ["inspect"]:
+        if _CONFIG.value is None:
+            raise ValueError("prepare inspect needs --config=configs/X.py")
+        return inspect(_CONFIG.value, _STEP.value)
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}")
+        raise ValueError(f"unexpected argument {argv[1]!r}; use 'vocabulary', 'inspect' or flags")
     for flag in (_FORMAT, _INPUT, _OUT):
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing")

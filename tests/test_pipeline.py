@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from coca_jax import prepare
-from coca_jax.data import images, pipeline, preprocessors, prompts, sources
+from coca_jax.data import images, pipeline, prompts, sources, texts
 from coca_jax.importers import items
 from configs import base
 
@@ -294,11 +294,11 @@ def test_vocabulary_of_a_run(mixture, data, tmp_path):
 
 def test_label_texts_shuffle_names_and_prompts():
     labels = [["cat", "animal"]] * 400
-    texts, same = preprocessors.label_texts(labels, prompts.PLAIN, 0, 0, np.arange(400))
-    assert set(texts) == {"a photo of the cat, animal", "a photo of the animal, cat"}
-    assert 150 < texts.count("a photo of the cat, animal") < 250
+    found, same = texts.label_texts(labels, prompts.PLAIN, 0, 0, np.arange(400))
+    assert set(found) == {"a photo of the cat, animal", "a photo of the animal, cat"}
+    assert 150 < found.count("a photo of the cat, animal") < 250
     assert len(set(same)) == 1
-    assert len(set(preprocessors.label_texts(labels, prompts.CLIP, 0, 0, np.arange(400))[0])) > 60
+    assert len(set(texts.label_texts(labels, prompts.CLIP, 0, 0, np.arange(400))[0])) > 60
 
 
 def test_prompt_sets(tmp_path):

@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 from absl import logging
 
-from coca_jax.data import order, sources
+from coca_jax.data import order, sources, texts
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.sources import Source
@@ -108,8 +108,8 @@ def load_vocabulary_or_train(config: Any, workdir: str, *, process_index: int = 
     else:
         size = config.model.text.vocab_size
         started = time.time()
-        texts = sample_texts(config, size * _SENTENCES_PER_PIECE)
-        vocabulary = vocabularies.train(texts, size, path, config.seed)
+        sample = sample_texts(config, size * _SENTENCES_PER_PIECE)
+        vocabulary = vocabularies.train(sample, size, path, config.seed)
         logging.info(
             "vocabulary: %d pieces trained in %.1f s -> %s",
             *(vocabulary.size, time.time() - started, path),
@@ -143,6 +143,39 @@ def sample_texts(config: Any, limit: int) -> Iterator[str]:
                 else:
                     prompt = prompts[(start + row) % len(prompts)]
                     yield prompt.replace("{}", ", ".join(record.labels))
+
+
+def step_examples(config: Any, step: int) -> list[dict[str, Any]]:
+    """Which examples the batch of a step holds, row by row, without decoding an image.
+
+    Returns:
+        dicts of row, source (its name), epoch, index, key, text (as trained on).
+    """
+    found, share = open_sources(config), shares(config)
+    pattern = order.rows(share)
+    result: list[dict[str, Any]] = [{} for _ in pattern]
+    for number, (source, entry) in enumerate(zip(found, config.data.sources)):
+        positions = step * share[number] + np.arange(share[number], dtype=np.int64)
+        picked = order.indices(positions, len(source), config.seed, number)
+        records = source.read(picked)
+        if source.kind == "caption":
+            captions = [record.texts for record in records]
+            chosen = texts.choose_captions(captions, config.seed, number, positions)
+        else:
+            prompts = prompt_sets.load(_plain(entry).get("prompts") or config.data.prompts)
+            labels = [record.labels for record in records]
+            chosen, _ = texts.label_texts(labels, prompts, config.seed, number, positions)
+        rows = np.flatnonzero(pattern == number)
+        for row, at, index, record, text in zip(rows, positions, picked, records, chosen):
+            result[row] = dict(
+                row=int(row),
+                source=source.name,
+                epoch=int(at) // len(source),
+                index=int(index),
+                key=record.key,
+                text=text,
+            )
+    return result
 
 
 class TrainBatches:

@@ -6,7 +6,6 @@ keeps Python out of the per-example path; `unblock` ends it, and from there seqi
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,57 +13,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from coca_jax.data import augment, images, order
+from coca_jax.data import augment, images
+from coca_jax.data import texts as choices
 from coca_jax.data.vocabulary import Vocabulary
 
-# What a draw is for: keeps the choices made for one example independent of one another.
-CAPTION, PROMPT, LABELS, AUGMENT = range(1, 5)
 _CACHED_TEXTS = 200_000
 
 Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
-
-
-def draw_keys(seed: int, source: int, positions: np.ndarray, purpose: int) -> np.ndarray:
-    """uint64 [n]: a key for each position of a source's stream and each purpose."""
-    return order.key(seed, source, positions, purpose)
-
-
-def choose_captions(
-    texts: Sequence[Sequence[str]], seed: int, source: int, positions: np.ndarray
-) -> list[str]:
-    """One caption of each image, another one at each visit."""
-    draw = order.uniform(draw_keys(seed, source, positions, CAPTION), 1)[:, 0]
-    return [choice[int(u * len(choice))] for choice, u in zip(texts, draw)]
-
-
-def label_texts(
-    labels: Sequence[Sequence[str]],
-    prompts: Sequence[str],
-    seed: int,
-    source: int,
-    positions: np.ndarray,
-) -> tuple[list[str], list[str]]:
-    """Labels as text, as in the paper: all names, shuffled and joined, behind a sampled prompt.
-
-    Returns:
-        The texts ("a photo of the cat, animal"), and what tells equal labels: the sorted names.
-    """
-    draw = order.uniform(draw_keys(seed, source, positions, PROMPT), 1)[:, 0]
-    chosen = (draw * len(prompts)).astype(int)
-    most = max(map(len, labels), default=0)
-    shuffle = order.uniform(draw_keys(seed, source, positions, LABELS), max(most, 1)).tolist()
-    texts, canonical = [], []
-    for names, prompt, ranks in zip(labels, chosen, shuffle):
-        shuffled = [name for _, name in sorted(zip(ranks, names))]
-        texts.append(prompts[prompt].replace("{}", ", ".join(shuffled)))
-        canonical.append("\0".join(sorted(names)))
-    return texts, canonical
-
-
-def text_hash(text: str) -> int:
-    """64 bits that tell texts apart, as a signed integer."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 class Tokenizer:
@@ -93,7 +48,7 @@ class Tokenizer:
                 self._hashes.clear()
             for text in canonical:
                 if text not in self._hashes:
-                    self._hashes[text] = text_hash(text)
+                    self._hashes[text] = choices.text_hash(text)
             found = [self._rows[text] for text in texts]
             hashes = np.array([self._hashes[text] for text in canonical], np.int64)
         tokens = np.stack([row for row, _ in found])
@@ -129,7 +84,7 @@ def caption_text(seed: int, source: int) -> Preprocessor:
     """seqio preprocessor: `text` is one of the captions."""
 
     def choose(values: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
-        texts = choose_captions(_lists(values, lengths), seed, source, positions)
+        texts = choices.choose_captions(_lists(values, lengths), seed, source, positions)
         encoded = np.array([text.encode() for text in texts], object)
         return encoded, encoded
 
@@ -147,7 +102,7 @@ def label_text(prompts: Sequence[str], seed: int, source: int) -> Preprocessor:
     """seqio preprocessor: `text` is made of the class names."""
 
     def choose(values: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
-        texts, same = label_texts(_lists(values, lengths), prompts, seed, source, positions)
+        texts, same = choices.label_texts(_lists(values, lengths), prompts, seed, source, positions)
         return (
             np.array([text.encode() for text in texts], object),
             np.array([text.encode() for text in same], object),
@@ -193,7 +148,7 @@ def plan_augmentation(
         found = np.array([images.sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
         how, height, width = found.T
         how = np.where(careful, images.CAREFUL + (how == images.ALPHA), how)
-        keys = draw_keys(seed, source, positions, AUGMENT)
+        keys = choices.draw_keys(seed, source, positions, choices.AUGMENT)
         plan = augment.plan(mode, how, height, width, keys, size, flip=flip, resize=resize)
         whole = (plan["box"][:, 2] == height) & (plan["box"][:, 3] == width)
         return how.astype(np.int32), whole, *plan.values()

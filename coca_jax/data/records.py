@@ -37,7 +37,14 @@ def _example_class() -> type:
         return kind
 
     add("BytesList", ("value", many, kinds.TYPE_BYTES, None))
-    add("Feature", ("bytes_list", one, message, ".coca_jax.BytesList"))
+    add("FloatList", ("value", many, kinds.TYPE_FLOAT, None))
+    add("Int64List", ("value", many, kinds.TYPE_INT64, None))
+    add(
+        "Feature",
+        ("bytes_list", one, message, ".coca_jax.BytesList"),
+        ("float_list", one, message, ".coca_jax.FloatList"),
+        ("int64_list", one, message, ".coca_jax.Int64List"),
+    )
     features = add("Features", ("feature", many, message, ".coca_jax.Features.FeatureEntry"))
     entry = features.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
@@ -81,3 +88,20 @@ def parse(data: bytes) -> Record:
         )
     except Exception as error:
         raise ValueError(f"not a record of coca_jax ({len(data)} bytes): {error}") from None
+
+
+def parse_example(data: bytes) -> dict[str, list]:
+    """The fields of any tf.train.Example: name -> list of bytes, floats or integers.
+
+    Raises:
+        ValueError: not an Example.
+    """
+    try:
+        feature = _Example.FromString(data).features.feature
+    except Exception as error:  # the decoder's own type
+        raise ValueError(f"not a tf.train.Example ({len(data)} bytes): {error}") from None
+    kinds = ("bytes_list", "float_list", "int64_list")
+    return {
+        name: [v for kind in kinds for v in getattr(value, kind).value]
+        for name, value in feature.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 from absl import logging
 from array_record.python import array_record_module
 
-from coca_jax.data import images, records
+from coca_jax.data import files, images, records
 from coca_jax.data.records import Record
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
@@ -98,7 +99,7 @@ class _ArrayRecordFiles:
         with self._lock:
             if shard not in self._readers:
                 self._readers[shard] = array_record_module.ArrayRecordReader(
-                    self._paths[shard],
+                    _local(self._paths[shard]),
                     options="readahead_buffer_size:0,max_parallelism:0",
                     file_reader_buffer_size=32768,
                 )
@@ -117,6 +118,27 @@ class _ArrayRecordFiles:
         return result  # type: ignore[return-value]
 
 
+def _local(path: str) -> str:
+    """The file itself, or a local copy of a remote one, made when it is first read.
+
+    array_record reads local files only. The copy is in $XDG_CACHE_HOME/coca_jax (~/.cache) and
+    serves later runs; for data larger than the disk, mount the bucket and give its local path.
+    """
+    if not files.is_remote(path):
+        return path
+    system, plain = files.filesystem(path)
+    mark = f"{path} {system.size(plain)} {system.checksum(plain)}"
+    name = hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    copy = os.path.join(root, "coca_jax", name)
+    if not os.path.exists(copy):
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        temporary = f"{copy}.{os.getpid()}"
+        system.get_file(plain, temporary)
+        os.replace(temporary, copy)
+    return copy
+
+
 def read_manifest(path: str) -> dict[str, Any]:
     """The manifest of prepared data.
 
@@ -124,12 +146,11 @@ def read_manifest(path: str) -> dict[str, Any]:
         FileNotFoundError: no such folder.
         ValueError: a folder that `prepare` has not written, with the command that would.
     """
-    file = os.path.join(path, MANIFEST)
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as handle:
-            return json.load(handle)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"data source {path}: no such folder")
+    file = files.join(path, MANIFEST)
+    if files.exists(file):
+        return json.loads(files.read(file))
+    if files.is_remote(path) or not os.path.exists(path):
+        raise FileNotFoundError(f"data source {path}: no such folder, or no {MANIFEST} in it")
     kind = "imagefolder"
     if glob.glob(os.path.join(path, "*.parquet")):
         kind = "parquet"
@@ -154,13 +175,13 @@ def open_prepared(path: str, split: str, kind: str = "caption") -> Source:
     if split not in splits:
         raise ValueError(f"data source {path}: no split {split!r}; it has {sorted(splits)}")
     shards = splits[split]["shards"]
-    paths = [os.path.join(path, shard["file"]) for shard in shards]
+    paths = [files.join(path, shard["file"]) for shard in shards]
     for shard, file in zip(shards, paths):
-        if not os.path.exists(file):
+        if not files.exists(file):
             raise FileNotFoundError(f"data source {path}: shard {shard['file']} is missing")
-        if os.path.getsize(file) != shard["bytes"]:
+        if files.size(file) != shard["bytes"]:
             raise ValueError(
-                f"data source {path}: {shard['file']} has {os.path.getsize(file)} bytes, the "
+                f"data source {path}: {shard['file']} has {files.size(file)} bytes, the "
                 f"manifest says {shard['bytes']}; prepare it again"
             )
     counts = [shard["count"] for shard in shards]
@@ -236,7 +257,7 @@ def open_tfds(
             raise ValueError(
                 f"data source tfds={name!r}: no field {field!r}; it has {list(features)}"
             )
-    names = getattr(features.get(label_field), "names", None)
+    names = getattr(features[label_field], "names", None) if label_field in features else None
 
     def read(indices: Sequence[int]) -> list[Record]:
         found = data.__getitems__([int(i) for i in indices])

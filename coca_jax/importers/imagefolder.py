@@ -8,7 +8,7 @@ import json
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.importers import files
+from coca_jax.data import files
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,

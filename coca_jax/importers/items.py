@@ -25,6 +25,9 @@ class Options:
         max_side: images larger than this are shrunk and encoded again; 0: bytes are copied.
         sample: share of the examples to keep, chosen by their keys.
         seed: of the sample.
+        dedup: 'none', 'content' (images of equal bytes) or 'perceptual' (that look the same too).
+        distance: bits of 256 in which images that look the same may differ.
+        exclude: paths of evaluation images, none of which is to be trained on.
     """
 
     text_field: str = ""
@@ -43,6 +46,9 @@ class Options:
     max_side: int = 0
     sample: float = 1.0
     seed: int = 0
+    dedup: str = "none"
+    distance: int = 6
+    exclude: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from coca_jax.data import files
 from coca_jax.data.vocabulary import write_bytes
-from coca_jax.importers import files
 
 MANIFEST = "manifest.json"
 _FEATURE = "tensorflow_datasets.core.features."

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coca_jax.importers import files
+from coca_jax.data import files
 from coca_jax.importers.imagefolder import load_image
 from coca_jax.importers.items import (
     LABEL_FIELDS,

@@ -15,14 +15,17 @@ from typing import Any
 
 from array_record.python import array_record_module
 
-from coca_jax.data import records, vocabulary
-from coca_jax.importers import checks, files
+from coca_jax.data import files, records, vocabulary
+from coca_jax.importers import checks, dedup
 from coca_jax.importers.items import Item, Options, Unit
 
 MODULES = {
     "imagefolder": "imagefolder",
-    "parquet": "parquet",
     "webdataset": "webdataset",
+    "csv": "csv_list",
+    "parquet": "parquet",
+    "tfrecord": "tfrecord",
+    "tfds": "tfds_name",
 }
 _REPORT_EVERY = 64
 _MAX_CLASSES = 100_000
@@ -139,6 +142,22 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     text = json.dumps(account, ensure_ascii=False, sort_keys=True)
     vocabulary.write_bytes(f"{job.part}.json", text.encode())
     return account
+
+
+def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, str]]:
+    """(number in the shard, key, content, look) of each item that can be used; kept on disk."""
+    path = f"{job.part}.hashes.json"
+    if files.exists(path):
+        return [tuple(entry) for entry in json.loads(files.read(path))]
+    found = []
+    for number, item in enumerate(read_items(job)):
+        report(1)
+        if not item.problem and not checks.wanted(item, job.options):
+            record, _, _ = checks.record(item, job.options)
+            if record:
+                found.append((number, item.key, *dedup.fingerprint(item.image)))
+    vocabulary.write_bytes(path, json.dumps(found).encode())
+    return found
 
 
 def _sha256(path: str) -> str:

@@ -7,7 +7,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 
-from coca_jax.importers import files
+from coca_jax.data import files
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,

@@ -1,0 +1,104 @@
+"""Data sets of tensorflow-datasets by name, as prepared there; images keep their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax.importers.items import (
+    LABEL_FIELDS,
+    TEXT_FIELDS,
+    Item,
+    Options,
+    Unit,
+    split_units,
+    strings,
+)
+
+ROWS_PER_UNIT = 4096
+
+
+def _builder(name: str) -> Any:
+    import tensorflow_datasets as tfds  # seconds to import, and only this format needs it
+
+    try:
+        if "/" in name and name.startswith((".", "/")) or "://" in name:
+            return tfds.builder_from_directory(name)
+        return tfds.builder(name)
+    except Exception as error:  # TFDS has a type for each way to be absent
+        raise ValueError(f"--input={name}: tensorflow-datasets has no such data: {error}") from None
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of a split: ranges of its examples. `path`: a name, or a folder of a prepared set.
+
+    Raises:
+        ValueError: no such data set, or it has no such split.
+    """
+    builder = _builder(path)
+    if split not in builder.info.splits:
+        raise ValueError(f"--split={split}: {path} has {sorted(builder.info.splits)}")
+    units = split_units(path, builder.info.splits[split].num_examples, ROWS_PER_UNIT)
+    return [Unit(f"{path}@{split}", unit.start, unit.stop, unit.rows) for unit in units]
+
+
+def _field(features: Any, wanted: str, usual: tuple[str, ...]) -> str:
+    return wanted or next((name for name in usual if name in features), "")
+
+
+def _names(features: Any, label: str, options: Options) -> Sequence[str]:
+    feature = features[label] if label in features else None
+    feature = getattr(feature, "feature", feature)  # of a sequence of labels
+    return getattr(feature, "names", None) or options.class_names
+
+
+def declared_classes(unit: Unit, options: Options) -> list[str]:
+    """The class names of the label feature, in order."""
+    features = _builder(unit.path.rpartition("@")[0]).info.features
+    return list(_names(features, _field(features, options.label_field, LABEL_FIELDS), options))
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of a range of a split."""
+    import tensorflow_datasets as tfds
+
+    name, _, split = unit.path.rpartition("@")
+    builder = _builder(name)
+    features = builder.info.features
+    image = _field(features, options.image_field, ("image", "img"))
+    text = _field(features, options.text_field, (*TEXT_FIELDS, "captions"))
+    label = _field(features, options.label_field, LABEL_FIELDS)
+    if image not in features:
+        raise ValueError(
+            f"--input={name}: which feature is the image? --image_field of {list(features)}"
+        )
+    classes = _names(features, label, options)
+    decoders = {image: tfds.decode.SkipDecoding()}
+    part = f"{split}[{unit.start}:{unit.stop}]"
+    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        examples = builder.as_data_source(part, decoders=decoders)
+    else:
+        examples = tfds.as_numpy(builder.as_dataset(part, decoders=decoders, shuffle_files=False))
+    for number, example in enumerate(examples, unit.start):
+        values = {key: _plain(value) for key, value in example.items() if key != image}
+        item = Item(f"{split}#{number}", bytes(example[image]), strings(values.pop(text, None)))
+        labels = values.pop(label, None)
+        if classes and labels is not None:
+            labels = [classes[i] for i in np.asarray(labels).reshape(-1)]
+        item.labels = strings(labels)
+        item.extra = values
+        yield item
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return _plain_list(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _plain_list(value: Any) -> Any:
+    return [_plain_list(v) for v in value] if isinstance(value, list) else _plain(value)

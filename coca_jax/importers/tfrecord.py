@@ -1,0 +1,76 @@
+"""TFRecord files of tf.train.Examples with encoded images, as img2dataset writes them."""
+
+from __future__ import annotations
+
+import posixpath
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from coca_jax.data import files, records
+from coca_jax.importers.items import (
+    LABEL_FIELDS,
+    TEXT_FIELDS,
+    Item,
+    Options,
+    Unit,
+    names,
+    strings,
+    take,
+)
+
+IMAGE_FIELDS = ("jpg", "png", "webp", "image", "image/encoded", "image_raw")
+_TEXTS = (*TEXT_FIELDS, "image/caption")
+_LABELS = (*LABEL_FIELDS, "image/class/text", "image/class/label")
+_MAX_RECORD = 1 << 31  # a length above this is damage, not a record
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units: the files.
+
+    Raises:
+        FileNotFoundError: no .tfrecord file.
+    """
+    return [Unit(file) for file in files.find(path, ("*.tfrecord", "*.tfrecord-*"), split)]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of a file, in its order. A file that is cut short ends with one problem item."""
+    base = posixpath.basename(unit.path)
+    number = 0
+    with files.open_binary(unit.path) as file:
+        while head := file.read(12):
+            size = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else _MAX_RECORD
+            data = file.read(size) if size < _MAX_RECORD else b""
+            if size >= _MAX_RECORD or len(data) < size or len(file.read(4)) < 4:
+                yield Item(f"{base}#{number}", problem="damaged_archive", detail="cut short")
+                return
+            yield _item(f"{base}#{number}", data, options)
+            number += 1
+
+
+def _item(key: str, data: bytes, options: Options) -> Item:
+    item = Item(key)
+    try:
+        fields: dict[str, Any] = records.parse_example(data)
+    except ValueError as error:
+        item.problem, item.detail = "bad_record", str(error)
+        return item
+    image = take(fields, options.image_field, IMAGE_FIELDS)
+    if not image or not isinstance(image[0], bytes):
+        item.problem, item.detail = "missing_image", f"fields {sorted(fields)}"
+        return item
+    item.image = image[0]
+    try:
+        fields = {
+            name: [v.decode() if isinstance(v, bytes) else v for v in values]
+            for name, values in fields.items()
+        }
+        item.texts = strings(take(fields, options.text_field, _TEXTS))
+        item.labels = names(take(fields, options.label_field, _LABELS), options.class_names)
+    except UnicodeDecodeError as error:
+        item.problem, item.detail = "bad_utf8", str(error)
+    except ValueError as error:
+        item.problem, item.detail = "bad_label", str(error)
+    item.extra = {k: v[0] if len(v) == 1 else v for k, v in fields.items()}
+    return item
