@@ -13,14 +13,14 @@ from absl import app, flags
 def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
     """Runs `main(argv)`; prints its result as the last line of standard output, as one JSON object.
 
-    A ValueError or FileNotFoundError is bad input: it becomes one line on standard error and exit
+    A ValueError or OSError is bad input: it becomes one line on standard error and exit
     status 2. Anything else is a defect and keeps its traceback.
     """
 
     def wrapped(argv: Sequence[str]) -> None:
         try:
             result = main(argv)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
         if result is not None:
@@ -28,4 +28,14 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
     # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
     flags.FLAGS.set_default("verbosity", -1)
-    app.run(wrapped)
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; an unknown flag or key, or a value of the wrong type, is one line and exit 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -20,21 +20,21 @@ def get_config() -> ConfigDict:
         image_size=64, patch_size=16, embed_dim=192, dtype="float32", activation="relu"
     )
     config.model.image.update(
-        width=256,
-        depth=2,
-        mlp_dim=1024,
-        num_heads=4,
-        conv_widths=(32, 64, 128, 256),
-        conv_depths=(0, 2, 2, 2),
+        width=192,
+        depth=1,
+        mlp_dim=768,
+        num_heads=3,
+        conv_widths=(24, 48, 96, 192),
+        conv_depths=(0, 1, 2, 2),
     )
     config.model.text.update(
         width=192,
-        unimodal_depth=2,
+        unimodal_depth=1,
         multimodal_depth=2,
         mlp_dim=768,
         num_heads=3,
         vocab_size=2048,
-        max_len=20,
+        max_len=16,
     )
     config.model.pooler.update(num_queries=16, num_heads=3)
     config.loss.update(

@@ -126,9 +126,7 @@ def test_chunked_captioning_equals_naive(chunk, options):
     states, kernel, bias, targets, mask = caption_inputs()
 
     def loss(states, kernel, bias, chunk):
-        return losses.captioning_loss(
-            states, kernel, bias, targets, mask, chunk=chunk, **options
-        )
+        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk, **options)
 
     got, got_grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(states, kernel, bias, chunk)
     want, want_grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(states, kernel, bias, 0)

@@ -15,11 +15,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
+import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 COLOURS = {
@@ -729,3 +732,15 @@ class Scenes:
         if self.split != "train":
             return [dict(text=full_caption(s), labels=None) for s in scenes]
         return [dict(text=noisy_caption(s, d), labels=None) for s, d in zip(scenes, draws)]
+
+
+def write_folder(out: str, count: int, split: str = "heldout") -> None:
+    """Writes `count` pictures with metadata.jsonl, as an imagefolder that `prepare` reads."""
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, record in enumerate(Scenes(split).read(np.arange(count))):
+        name = f"{number:05d}.png"
+        Image.fromarray(record["image"]).save(folder / name)
+        lines.append(json.dumps(dict(file_name=name, text=record["text"])))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -133,7 +133,13 @@ class Attention(nn.Module):
 
         def head_projection(name: str, source: jax.Array) -> jax.Array:
             dense = Projection(
-                shape, axes=("embed", "heads", "head_width"), dtype=self.dtype, flat=self.flat
+                shape,
+                axes=("embed", "heads", "head_width"),
+                # Softmax does not see a constant in all scores of a query, so the key bias has no
+                # gradient but rounding errors, and Adam would make full-sized steps of those.
+                train_bias=name != "key",
+                dtype=self.dtype,
+                flat=self.flat,
             )
             return checkpoint_name(dense.copy(name=name)(source), "qkv")
 
@@ -165,6 +171,7 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     num_in: int = 1
     use_bias: bool = True
+    train_bias: bool = True
     init_scale: float = 1.0
     dtype: Any = jnp.float32
     flat: bool = True
@@ -183,6 +190,7 @@ class Projection(nn.Module):
             names = self.axes[self.num_in :]
             names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
             bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
+            bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
             y = y + bias.astype(y.dtype)
         return y
 

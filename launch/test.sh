@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what the tests need in .venv and runs them: format, lint, types, then pytest.
+# usage: launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/env.sh test
+bin="$VENV/bin"
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --durations=10 "$@"

@@ -1,0 +1,223 @@
+"""The model: exact sizes, what each part may see, what padding may not change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, tiny_config
+
+from coca_jax import partitioning
+from coca_jax.models import coca
+from configs import coca_2b, coca_224, coca_base, coca_large
+
+
+def initialise(model, seed=0):
+    return jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(seed))
+
+
+def count(config):
+    model = coca.build(config.model)
+    boxed = jax.eval_shape(lambda: coca.init(model, jax.random.key(0)))
+    return coca.count_parameters(partitioning.unbox(boxed))
+
+
+# coca_paper.md, from Table 1: encoder, decoder, poolers, untied and tied.
+PAPER = {
+    "base": (coca_base, 85_999_872, 296_843_776, 333_627_648, (2_562_048, 2_366_208)),
+    "large": (coca_large, 303_569_920, 483_850_752, 721_820_672, (4_464_640, 4_203_520)),
+    "2b": (coca_2b, 1_011_740_288, 1_180_260_864, 2_101_825_152, (8_301_568, 7_942_528)),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts_are_the_papers(name):
+    recipe, encoder, decoder, tied_total, poolers = PAPER[name]
+    config = recipe.get_config()
+    for tie in (False, True):
+        config.model.text.tie_embeddings = tie
+        parts = count(config)
+        assert parts["encoder"] == encoder
+        assert (parts["generative_pooler"], parts["contrastive_pooler"]) == poolers
+        if tie:
+            assert parts["encoder"] + parts["decoder"] == tied_total
+        else:
+            assert parts["decoder"] == decoder
+
+
+def test_only_the_largest_recipe_ties_embeddings():
+    assert not coca_base.get_config().model.text.tie_embeddings
+    assert not coca_large.get_config().model.text.tie_embeddings
+    assert coca_2b.get_config().model.text.tie_embeddings
+
+
+def test_small_recipe_has_the_published_sizes():
+    config = coca_224.get_config()
+    model = config.model
+    assert (model.image_size, model.image.depth, model.image.width) == (224, 12, 768)
+    assert (model.text.unimodal_depth, model.text.multimodal_depth) == (6, 6)
+    assert (model.text.vocab_size, model.temperature, config.batch_size) == (30_000, 0.07, 256)
+    assert (config.epochs, config.optimizer.learning_rate) == (100, 1e-4)
+    assert config.data.label_token and config.log.every_steps == 100
+
+
+@pytest.fixture(scope="module", params=["cascade", "parallel"])
+def setup(request):
+    config = tiny_config()
+    config.model.pooler.kind = request.param
+    model = coca.build(config.model)
+    params = initialise(model, 1)
+    # Away from the symmetric start, so that every path carries signal.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    params = jax.tree.unflatten(tree, noisy)
+    batch = random_batch(config)
+    pixels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
+    forward = jax.jit(lambda p, *xs: model.apply({"params": p}, *xs))
+    return (
+        model,
+        params,
+        forward,
+        pixels,
+        jnp.asarray(batch["tokens"]),
+        jnp.asarray(batch["text_valid"]),
+    )
+
+
+def logits(outputs):
+    return np.asarray(outputs.logits)
+
+
+def test_no_position_sees_later_ones(setup):
+    _, params, forward, pixels, tokens, valid = setup
+    everything = jnp.ones_like(valid)
+    before = logits(forward(params, pixels, tokens, everything))
+    for t in range(1, tokens.shape[1]):
+        changed = tokens.at[:, t].set((tokens[:, t] + 7) % 64)
+        after = logits(forward(params, pixels, changed, everything))
+        assert np.abs(after[:, :t] - before[:, :t]).max() < 1e-5
+        assert np.abs(after[:, t] - before[:, t]).max() > 1e-3
+
+
+def test_text_embedding_ignores_the_image_and_logits_do_not(setup):
+    _, params, forward, pixels, tokens, valid = setup
+    a = forward(params, pixels, tokens, valid)
+    b = forward(params, pixels[::-1], tokens, valid)
+    np.testing.assert_array_equal(a.text_embedding, b.text_embedding)
+    assert np.abs(logits(a) - logits(b)).max() > 1e-2
+    assert np.abs(a.image_embedding - b.image_embedding).max() > 1e-3
+
+
+def test_cls_sees_every_valid_token_and_no_token_sees_cls(setup):
+    model, params, forward, pixels, tokens, valid = setup
+    before = forward(params, pixels, tokens, valid)
+    for t in range(tokens.shape[1]):
+        changed = tokens.at[:, t].set((tokens[:, t] + 7) % 64)
+        after = forward(params, pixels, changed, valid)
+        moved = np.abs(after.text_embedding - before.text_embedding).max(1)
+        seen = np.asarray(valid[:, t])
+        assert (moved[seen] > 1e-4).all()
+        assert (moved[~seen] == 0).all()
+    decoder = dict(params["text_decoder"])
+    decoder["cls"] = jax.tree.map(lambda x: jnp.roll(x, 3), decoder["cls"])
+    after = forward(params | {"text_decoder": decoder}, pixels, tokens, valid)
+    np.testing.assert_array_equal(logits(after), logits(before))
+    assert np.abs(after.text_embedding - before.text_embedding).max() > 1e-3
+
+
+def test_padding_changes_nothing(setup):
+    _, params, forward, pixels, tokens, valid = setup
+    short = valid & (jnp.arange(8) < 5)[None]
+    full = forward(params, pixels, tokens, short)
+    garbage = jnp.where(short, tokens, 9)
+    other = forward(params, pixels, garbage, short)
+    cut = forward(params, pixels, tokens[:, :5], short[:, :5])
+    for outputs in (other, cut):
+        np.testing.assert_allclose(full.text_embedding, outputs.text_embedding, atol=1e-6)
+        keep = np.asarray(short[:, :5])
+        np.testing.assert_allclose(
+            logits(full)[:, :5][keep], logits(outputs)[:, :5][keep], atol=1e-5
+        )
+
+
+def test_methods_agree_with_the_forward_pass(setup):
+    model, params, forward, pixels, tokens, valid = setup
+    outputs = forward(params, pixels, tokens, valid)
+    image, image_tokens = model.apply({"params": params}, pixels, method="encode_image")
+    text = model.apply({"params": params}, tokens, valid, method="encode_text")
+    np.testing.assert_allclose(image, outputs.image_embedding, atol=1e-6)
+    np.testing.assert_allclose(image_tokens, outputs.image_tokens, atol=1e-6)
+    np.testing.assert_allclose(text, outputs.text_embedding, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+
+
+def test_poolers_of_both_kinds_have_equal_sizes():
+    config = tiny_config()
+    sizes = []
+    for kind in ("cascade", "parallel"):
+        config.model.pooler.kind = kind
+        sizes.append(count(config)["total"])
+    assert sizes[0] == sizes[1]
+
+
+def test_product_layouts_agree():
+    config = tiny_config()
+    batch = random_batch(config)
+    pixels = jnp.asarray(batch["image"], jnp.float32) / 255
+    outputs = []
+    for platform in ("cpu", "tpu"):
+        model = coca.build(config.model, platform=platform)
+        params = initialise(model)
+        outputs.append(
+            model.apply({"params": params}, pixels, batch["tokens"], batch["text_valid"]).logits
+        )
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+def test_conv_stem_gives_the_same_number_of_tokens():
+    config = tiny_config(patch_size=4, activation="relu")
+    config.model.image.update(conv_widths=(8, 12), conv_depths=(0, 1))
+    model = coca.build(config.model)
+    params = initialise(model)
+    pixels = jnp.ones((2, 16, 16, 3))
+    tokens = model.apply({"params": params}, pixels, method=lambda m, x: m.image_encoder(x))
+    assert tokens.shape == (2, 16, 16)
+    config.model.patch_size = 8
+    with pytest.raises(ValueError, match="conv_widths has 2 stages"):
+        coca.build(config.model)
+
+
+def test_patch_dropout_drops_in_training_only():
+    config = tiny_config()
+    config.model.image.patch_dropout = 0.5
+    model = coca.build(config.model)
+    params = initialise(model)
+    pixels = jnp.ones((2, 16, 16, 3))
+
+    def encode(m, x, deterministic):
+        return m.image_encoder(x, deterministic=deterministic)
+
+    rngs = {"patch_dropout": jax.random.key(0)}
+    kept = model.apply({"params": params}, pixels, False, method=encode, rngs=rngs)
+    whole = model.apply({"params": params}, pixels, True, method=encode)
+    assert kept.shape[1] == 2 and whole.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(patch_size=7), "model.patch_size=7 does not divide model.image_size=16"),
+        (dict(dtype="float16"), "model.dtype='float16'"),
+        (dict(activation="swish"), "model.activation='swish'"),
+    ],
+)
+def test_impossible_models_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        coca.build(tiny_config(**change).model)
+
+
+def test_heads_must_divide_the_width():
+    config = tiny_config()
+    config.model.text.num_heads = 5
+    with pytest.raises(ValueError, match="model.text.num_heads=5 does not divide"):
+        coca.build(config.model)

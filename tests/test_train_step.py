@@ -1,0 +1,218 @@
+"""The train step: both losses from one pass, exact accumulation, any mesh, finite steps only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, tiny_config
+
+from coca_jax import partitioning, train_step
+from coca_jax.models import coca
+
+
+def build(config):
+    return coca.build(config.model, sigmoid=config.loss.contrastive == "sigmoid")
+
+
+def fresh(config, seed=0):
+    model = build(config)
+    params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(seed))
+    batch = {k: jnp.asarray(v) for k, v in random_batch(config).items()}
+    return model, params, batch
+
+
+def compute_loss(params, model, config, batch):
+    return jax.jit(lambda p, b: train_step.loss_fn(p, model, config, b, jax.random.key(0)))(
+        params, batch
+    )
+
+
+def compute_gradients(params, model, config, batch):
+    return jax.jit(
+        lambda p, b: train_step.value_and_gradients(p, model, config, b, jax.random.key(0))
+    )(params, batch)
+
+
+def assert_close(got, want, tolerance):
+    """Differences relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(np.abs(b).max()), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+def test_losses_at_the_start_are_those_of_guessing(config):
+    config.batch_size = 64
+    config.model.embed_dim = 256
+    config.model.text.vocab_size = 512
+    model, params, batch = fresh(config)
+    _, metrics = compute_loss(params, model, config, batch)
+    assert abs(metrics["contrastive_loss"] - 2 * np.log(64)) < 0.5
+    assert abs(metrics["captioning_loss"] - np.log(512)) < 0.1
+    np.testing.assert_allclose(
+        metrics["loss"], metrics["contrastive_loss"] + 2 * metrics["captioning_loss"], rtol=1e-6
+    )
+    np.testing.assert_allclose(metrics["temperature"], 0.07, rtol=1e-5)
+
+
+def test_metrics_split_by_source_average_to_the_whole(config):
+    model, params, batch = fresh(config)
+    _, metrics = compute_loss(params, model, config, batch)
+    label = np.asarray(batch["is_label"]).mean()
+    parts = label * metrics["contrastive_loss/label"]
+    parts += (1 - label) * metrics["contrastive_loss/caption"]
+    np.testing.assert_allclose(parts, metrics["contrastive_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_every_parameter_gets_a_finite_gradient(config, kind):
+    config.loss.contrastive = kind
+    model, params, batch = fresh(config)
+    grads, _ = compute_gradients(params, model, config, batch)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(g).all(), name
+        if "key']['bias" not in name:  # softmax does not see a constant added to every score
+            assert np.abs(g).max() > 0, name
+
+
+def test_without_captioning_the_upper_half_is_untouched(config):
+    config.loss.captioning_weight = 0.0
+    model, params, batch = fresh(config)
+    grads, _ = compute_gradients(params, model, config, batch)
+    upper = (grads["text_decoder"]["multimodal"], grads["text_decoder"]["head"])
+    assert all(not np.any(g) for g in jax.tree.leaves(upper))
+    assert np.any(grads["image_encoder"]["patch_embedding"]["kernel"])
+
+
+def test_both_losses_cost_little_more_than_captioning_alone():
+    """Paper, Table 8b: one forward graph serves both (compiled FLOPs, all sizes larger here)."""
+    flops = {}
+    for name, weight in (("both", 1.0), ("captioning", 0.0)):
+        config = tiny_config(embed_dim=128)
+        config.model.update(image_size=64)
+        config.model.image.update(width=128, mlp_dim=512)
+        config.model.text.update(width=128, mlp_dim=512, max_len=32, vocab_size=2000)
+        config.model.pooler.num_queries = 16
+        config.loss.contrastive_weight = weight
+        model, params, batch = fresh(config)
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+
+        def gradients(params, batch, model=model, config=config):
+            return train_step.value_and_gradients(params, model, config, batch, jax.random.key(0))
+
+        # Loops are counted once, so layers count once in both; that hides none of the difference.
+        compiled = jax.jit(gradients).lower(params, batch).compile()
+        flops[name] = compiled.cost_analysis()["flops"]
+    assert flops["both"] / flops["captioning"] < 1.02
+
+
+@pytest.mark.parametrize("kind, steps", [("softmax", 4), ("sigmoid", 2)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(config, kind, steps):
+    config.loss.update(contrastive=kind, duplicate_texts="positives", caption_chunk=16)
+    model, params, batch = fresh(config)
+    want, want_metrics = compute_gradients(params, model, config, batch)
+    config.accumulate_steps = steps
+    got, got_metrics = compute_gradients(params, model, config, batch)
+    assert set(got_metrics) == set(want_metrics)
+    assert_close(got, want, 1e-5)
+    assert_close(got_metrics, want_metrics, 1e-5)
+
+
+def run(config, mesh, start, steps=5):
+    """Losses and parameters after some steps on the mesh from the same host-side start."""
+    with jax.set_mesh(mesh):
+        model = build(config)
+        _, shardings = train_step.state_shardings(model, config, mesh)
+        state = jax.device_put(start, shardings)
+        step = jax.jit(
+            train_step.make_train_step(model, config, steps), out_shardings=(shardings, None)
+        )
+        losses = []
+        for i in range(steps):
+            batch = partitioning.place_batch(mesh, random_batch(config, i))
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    "optimizer, meshes", [("adamw", [(8, 1, 1)]), ("adafactor", [(1, 8, 1), (2, 2, 2)])]
+)
+def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
+    config.optimizer.name = optimizer
+    config.model.text.update(width=32, mlp_dim=64)
+    config.loss.update(duplicate_texts="ignore", caption_chunk=8, contrastive_chunk=4)
+    alone = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    start = jax.device_get(train_step.init_state(build(config), config, alone))
+    want_losses, want = run(config, alone, start)
+    for sizes in meshes:
+        losses, params = run(config, partitioning.make_mesh(*sizes), start)
+        np.testing.assert_allclose(losses, want_losses, rtol=1e-5, err_msg=str(sizes))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, want)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_little_of_the_state_is_replicated(optimizer):
+    from configs import coca_large
+
+    config = coca_large.get_config()
+    config.optimizer.name = optimizer
+    mesh = partitioning.make_mesh(1, 8, 1)
+    abstract, shardings = train_step.state_shardings(coca.build(config.model), config, mesh)
+    whole = replicated = 0
+    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings)):
+        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        whole += size
+        if sharding.is_fully_replicated:
+            replicated += size
+    assert replicated / whole < 0.005
+    if optimizer == "adafactor":
+        rows = abstract.opt_state[0].v_row["text_decoder"]["token_embedding"]["value"]
+        spec = shardings.opt_state[0].v_row["text_decoder"]["token_embedding"]["value"].spec
+        assert rows.shape == (1024,) and tuple(spec) == ("fsdp",)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
+    model = build(config)
+    state = train_step.init_state(model, config, one_device_mesh)
+    params = dict(state.params)
+    params["image_to_joint"] = jax.tree.map(lambda x: x * jnp.nan, params["image_to_joint"])
+    step = jax.jit(train_step.make_train_step(model, config, 5))
+    batch = partitioning.place_batch(one_device_mesh, random_batch(config))
+    after, metrics = step(state.replace(params=params), batch)
+    assert int(after.step) == 1 and int(after.skipped) == 1
+    assert float(metrics["skipped_steps"]) == 1
+    for a, b in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(state.opt_state)):
+        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
+    config.batch_size = 8
+    config.optimizer.update(
+        name=optimizer, learning_rate=1e-2, schedule="constant", weight_decay=0.0
+    )
+    model = build(config)
+    state = train_step.init_state(model, config, one_device_mesh)
+    step = jax.jit(train_step.make_train_step(model, config, 200), donate_argnums=0)
+    batch = partitioning.place_batch(one_device_mesh, random_batch(config))
+    for _ in range(200):
+        state, metrics = step(state, batch)
+    assert float(metrics["contrastive_loss"]) < 0.05
+    assert float(metrics["captioning_loss"]) < 0.05
+
+
+def test_averaged_parameters_lag_behind(config, one_device_mesh):
+    config.optimizer.ema = 0.5
+    model = build(config)
+    start = train_step.init_state(model, config, one_device_mesh)
+    step = jax.jit(train_step.make_train_step(model, config, 5))
+    batch = partitioning.place_batch(one_device_mesh, random_batch(config))
+    after, _ = step(start, batch)
+    jax.tree.map(
+        lambda a, p, e: np.testing.assert_allclose(e, 0.5 * a + 0.5 * p, atol=1e-7),
+        start.params,
+        after.params,
+        after.ema,
+    )
