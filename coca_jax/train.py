@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if config.init_from:
                 from coca_jax import warm_start
 
-                state = warm_start.apply(state, config, config.init_from)
+                state = warm_start.apply(state, config.init_from)
         start = start or 0
         announce(config, mesh, state, steps, start)
 
