@@ -1,0 +1,287 @@
+"""Sums the TPU compiler's own cost estimates over an optimised HLO module's call tree.
+
+The scheduled text of a module compiled for TPU holds `estimated_cycles` in the backend_config of
+the instructions that run on the core. A loop body stands there once and runs `trip count` times;
+a fusion carries the estimate of all that is fused into it. Collectives carry no useful estimate:
+they are listed with their bytes, so that a caller can bound them by link bandwidth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUPS = (
+    re.compile(r"replica_groups=\{\{([\d,]*)\}"),  # {{0,1},{2,3}}: the first group's members
+    re.compile(r"replica_groups=\[\d+,(\d+)\]"),  # [groups,size]<=[...]
+)
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line of HLO: `type` is its result's, `cycles` its own estimate (0 when it has none)."""
+
+    name: str
+    type: str
+    opcode: str
+    line: str
+    operands: list[str]
+    cycles: int
+    op_name: str
+
+
+@dataclasses.dataclass
+class Collective:
+    """One collective: bytes of its result on one device, members of a group, runs per step."""
+
+    kind: str
+    bytes: float
+    group: int
+    runs: int
+    op_name: str
+
+
+@dataclasses.dataclass
+class Cost:
+    """What a module costs: cycles in all, by operation name, its collectives, loops found.
+
+    unknown_loops: loops whose trip count is not in the text; their bodies count once.
+    """
+
+    cycles: int
+    by_op: dict[str, int]
+    by_instruction: list[tuple[int, int, Instruction]]
+    collectives: list[Collective]
+    loops: dict[str, int]
+    unknown_loops: list[str]
+
+
+class Module:
+    """The computations of an HLO text. Raises ValueError when it holds no ENTRY."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.roots: dict[str, Instruction] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        name = ""
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header and " = " not in line.split("(")[0]:
+                name = header[2]
+                current = self.computations.setdefault(name, {})
+                if header[1]:
+                    self.entry = name
+                continue
+            match = _INSTRUCTION.match(line)
+            if match:
+                instruction = _parse(match[2], match[3])
+                if instruction is not None:
+                    current[instruction.name] = instruction
+                    if match[1]:
+                        self.roots[name] = instruction
+        if not self.entry:
+            raise ValueError("the text holds no ENTRY computation; dump the optimised HLO module")
+
+    def trip_count(self, loop: Instruction, body_of: dict[str, Instruction]) -> int | None:
+        """How often a while loop runs; None when neither annotation nor condition tell.
+
+        Read from known_trip_count, else from a condition `counter < constant` with the counter's
+        start in the loop's initial tuple (0 when it is not a plain constant there).
+        """
+        known = _TRIPS.search(loop.line)
+        if known:
+            return int(known[1])
+        called = dict(_CALLED.findall(loop.line))
+        condition = self.computations.get(called.get("condition", ""), {})
+        root = self.roots.get(called.get("condition", ""))
+        if root is None:
+            return None
+        if root.opcode == "fusion":
+            inner = self.computations[dict(_CALLED.findall(root.line))["calls"]]
+            inner_root = self.roots[dict(_CALLED.findall(root.line))["calls"]]
+            return self._bound(inner_root, inner, loop, body_of, root, condition)
+        return self._bound(root, condition, loop, body_of, None, {})
+
+    def _bound(self, root, scope, loop, body_of, caller, outer) -> int | None:
+        if root.opcode != "compare" or len(root.operands) != 2:
+            return None
+
+        def resolve(name: str) -> Instruction | None:
+            found = scope.get(name)
+            if found is not None and found.opcode == "parameter" and caller is not None:
+                index = int(found.line.split("parameter(")[1].split(")")[0])
+                found = outer.get(caller.operands[index])
+            return found
+
+        left, right = (resolve(x) for x in root.operands)
+        less = "direction=LT" in root.line
+        if "direction=GT" in root.line:
+            left, right, less = right, left, True
+        if not less or right is None or left is None or right.opcode != "constant":
+            return None
+        limit = int(right.line.split("constant(")[1].split(")")[0])
+        return max(0, limit - self._start(left, loop, body_of))
+
+    def _start(self, counter, loop, body_of) -> int:
+        index = re.search(r"index=(\d+)", counter.line)
+        tuple_ = body_of.get(loop.operands[0]) if loop.operands else None
+        if index is None or tuple_ is None or tuple_.opcode != "tuple":
+            return 0
+        first = body_of.get(tuple_.operands[int(index[1])])
+        while first is not None and first.opcode in ("copy", "bitcast"):
+            first = body_of.get(first.operands[0])
+        if first is None or first.opcode != "constant":
+            return 0
+        return int(first.line.split("constant(")[1].split(")")[0])
+
+
+def _parse(name: str, rest: str) -> Instruction | None:
+    head = rest.split(", metadata=")[0].split(", backend_config=")[0]
+    # The result type may hold parentheses of its own (tuples, tilings): the opcode is the first
+    # lower-case word followed by '(' that stands after a space.
+    match = re.search(r"(?<=[\s])([a-z][a-z0-9\-]*)\(", " " + head)
+    if match is None:
+        return None
+    start = match.start() - 1
+    type_, after = head[: max(0, start)], head[match.end() - 1 :]
+    depth, end = 1, len(after)
+    for i, c in enumerate(after):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            end = i
+            break
+    operands = re.findall(r"%([\w.\-]+)", after[:end])
+    cycles, op = _CYCLES.search(rest), _OP_NAME.search(rest)
+    return Instruction(
+        name, type_, match[1], rest, operands, int(cycles[1]) if cycles else 0, op[1] if op else ""
+    )
+
+
+def type_bytes(type_: str) -> float:
+    """Bytes of a result type, tuples summed, without the padding of layouts."""
+    total = 0.0
+    for kind, shape in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", type_)):
+        if kind in BYTES:
+            size = 1
+            for n in shape.split(","):
+                size *= int(n) if n else 1
+            total += size * BYTES[kind]
+    return total
+
+
+def group_size(line: str, devices: int) -> int:
+    """Members of a collective's groups; all devices when none are named."""
+    mesh = _MESH_GROUPS.search(line)
+    if mesh:
+        sizes = {k.strip("' "): int(v) for k, v in (x.split("=") for x in mesh[1].split(","))}
+        size = 1
+        for axis in mesh[2].split(","):
+            size *= sizes[axis.strip("' ").split(":")[0]]
+        return size
+    listed, counted = (pattern.search(line) for pattern in _GROUPS)
+    if listed:
+        return len(listed[1].split(",")) if listed[1] else devices
+    return int(counted[1]) if counted else devices
+
+
+def summarise(text: str, devices: int = 1) -> Cost:
+    """Walks the call tree from ENTRY and sums cycles and collectives, loops multiplied out."""
+    module = Module(text)
+    cost = Cost(0, defaultdict(int), [], [], {}, [])
+    seen_channels: set[tuple[str, str, int]] = set()
+    for instruction, runs, fused in _walk(module, module.entry, 1, cost, False):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            channel = _CHANNEL.search(instruction.line)
+            key = (kind, channel[1] if channel else instruction.name, runs)
+            if fused and channel and key in seen_channels:
+                continue  # the steps of one collective spread over several fusions
+            seen_channels.add(key)
+            size = type_bytes(instruction.type)
+            if instruction.opcode.endswith("-start") and kind != "all-reduce":
+                size = _start_bytes(instruction, kind)
+            if fused == "all-reduce-scatter" and kind == "all-reduce":
+                kind = "reduce-scatter"
+                size /= group_size(instruction.line, devices)
+            group = 2 if kind == "collective-permute" else group_size(instruction.line, devices)
+            if group > 1:
+                cost.collectives.append(Collective(kind, size, group, runs, instruction.op_name))
+        elif not fused and instruction.cycles:
+            total = instruction.cycles * runs
+            cost.cycles += total
+            cost.by_op[instruction.op_name] += total
+            cost.by_instruction.append((total, runs, instruction))
+    cost.by_instruction.sort(key=lambda x: -x[0])
+    return cost
+
+
+def _start_bytes(instruction: Instruction, kind: str) -> float:
+    """Bytes of an asynchronous collective's result: its type is (operands, results, ...)."""
+    arrays = [
+        type_bytes(f"{k}[{s}]")
+        for k, s in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", instruction.type))
+    ]
+    count = max(1, len(instruction.operands))
+    return sum(arrays[count : 2 * count])
+
+
+def _walk(
+    module: Module, name: str, runs: int, cost: Cost, fused: str | bool
+) -> Iterator[tuple[Instruction, int, str | bool]]:
+    body = module.computations.get(name, {})
+    for instruction in body.values():
+        yield instruction, runs, fused
+        called = dict(_CALLED.findall(instruction.line))
+        if instruction.opcode == "while":
+            trips = module.trip_count(instruction, body)
+            if trips is None:
+                cost.unknown_loops.append(instruction.name)
+                trips = 1
+            cost.loops[instruction.name] = trips
+            yield from _walk(module, called["body"], runs * trips, cost, fused)
+        elif instruction.opcode == "fusion" and "calls" in called:
+            inside = "all-reduce-scatter" if "all-reduce-scatter" in called["calls"] else True
+            yield from _walk(module, called["calls"], runs, cost, inside)
+        elif instruction.opcode in ("call", "async-start") and called:
+            target = called.get("to_apply") or called.get("calls")
+            if target:
+                yield from _walk(module, target, runs, cost, fused)
+        elif instruction.opcode == "conditional":
+            names = _TRUE_FALSE.findall(instruction.line)
+            for group in _BRANCHES.findall(instruction.line):
+                names += [x.strip().lstrip("%") for x in group.split(",")]
+            # One branch runs: the costliest stands for it.
+            yield from _walk(
+                module, max(names, key=lambda n: _cycles(module, n)), runs, cost, fused
+            )
+
+
+def _cycles(module: Module, name: str) -> int:
+    return sum(x.cycles for x in module.computations.get(name, {}).values())
