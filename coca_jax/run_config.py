@@ -26,6 +26,11 @@ def check(config: ConfigDict) -> None:
     make_schedule(config.optimizer, config.steps)
     if config.remat not in ("none", "dots", "full"):
         raise ValueError(f"config.remat={config.remat!r}; choose 'none', 'dots' or 'full'")
+    patch = config.model.patch_size
+    if any(size % patch or size < patch for _, size in config.image_sizes):
+        raise ValueError(
+            f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
+        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:

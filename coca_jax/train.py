@@ -87,9 +87,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         feed = prefetch(batches, mesh)
 
     with buckets("compile"):
-        step_fn = train_step.make_train_step(model, config, steps)
-        abstract, shardings = train_step.state_shardings(model, config, mesh)
-        jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+        _, shardings = train_step.state_shardings(model, config, mesh)
+        jitted = {
+            size: jax.jit(
+                train_step.make_train_step(model, config, steps, size),
+                donate_argnums=0,
+                out_shardings=(shardings, None),
+            )
+            for size in {train_step.size_at(config, step, steps) for step in range(start, steps)}
+        }
 
     writer = metrics.MetricWriter(workdir, start_step=start) if main_process else None
     progress = metrics.Progress(
@@ -128,7 +134,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         waited += time.perf_counter() - tick
         with buckets("compile" if step == start + 1 else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = jitted(state, batch)
+                state, values = jitted[train_step.size_at(config, step - 1, steps)](state, batch)
             log_pending()
             if step % config.log.every_steps == 0 or step == steps:
                 pending = (step, values)

@@ -73,10 +73,29 @@ def init_state(model: CoCa, config: ConfigDict, mesh: Mesh) -> TrainState:
 
 
 def normalise_pixels(image: jax.Array, model: ConfigDict) -> jax.Array:
-    """uint8 [B, S, S, 3] -> float32, (x / 255 - mean) / std with the model's constants."""
+    """[B, S, S, 3] in 0 to 255 -> float32, (x / 255 - mean) / std with the model's constants."""
     mean = jnp.asarray(model.image_mean, jnp.float32) * 255
     std = jnp.asarray(model.image_std, jnp.float32) * 255
     return (image.astype(jnp.float32) - mean) / std
+
+
+def shrink(image: jax.Array, size: int) -> jax.Array:
+    """[B, S, S, 3] -> [B, size, size, 3], averaging pixels; as it is when S = size."""
+    if image.shape[1] == size:
+        return image
+    shape = (image.shape[0], size, size, 3)
+    return jax.image.resize(image.astype(jnp.float32), shape, "linear", antialias=True)
+
+
+def size_at(config: ConfigDict, step: int, steps: int) -> int:
+    """Image size of a step by config.image_sizes: ((share of the run, size), ...), then the
+    model's own (CLIPA: small images first, full size at the end)."""
+    done = 0.0
+    for share, size in config.image_sizes:
+        done += share
+        if step < done * steps:
+            return int(size)
+    return config.model.image_size
 
 
 def caption_targets(tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +141,9 @@ def count_targets(batch: Batch) -> jax.Array:
     return jnp.maximum(batch["text_valid"][:, 1:].sum(), 1).astype(jnp.float32)
 
 
-def forward(model: CoCa, config: ConfigDict, params: Any, batch: Batch, rng: jax.Array) -> Any:
+def forward(
+    model: CoCa, config: ConfigDict, params: Any, batch: Batch, rng: jax.Array
+) -> coca.Outputs:
     """One training pass over the batch -> coca.Outputs."""
     pixels = normalise_pixels(batch["image"], config.model)
     return model.apply(
@@ -274,17 +295,21 @@ def merge_rows(x: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: CoCa, config: ConfigDict, steps: int
+    model: CoCa, config: ConfigDict, steps: int, image_size: int | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics); jit it with the state donated.
+
+    image_size: of a stage of the size curriculum; default: the model's.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
     schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
     decay = config.optimizer.ema
+    image_size = image_size or config.model.image_size
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = batch | {"image": shrink(batch["image"], image_size)}
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)

@@ -20,6 +20,8 @@ from coca_jax.partitioning import constrain
 class ImageEncoder(nn.Module):
     """pixels float [B, S, S, 3], normalised -> tokens [B, N, D] in `dtype`.
 
+    S is image_size, or another multiple of patch_size: positions are then resampled.
+
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
     conv_widths, conv_depths: channels and residual blocks of each stage of the convolutional stem;
@@ -47,10 +49,11 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        if pixels.shape[1:] != (self.image_size, self.image_size, 3):
+        side = pixels.shape[1]
+        if pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
             raise ValueError(
-                f"pixels have shape {pixels.shape}; the model takes "
-                f"[B, {self.image_size}, {self.image_size}, 3]: resize them or set model.image_size"
+                f"pixels have shape {pixels.shape}; the model takes square RGB images with a side "
+                f"that is a multiple of {self.patch_size}, best {self.image_size}: resize them"
             )
         if self.conv_widths:
             x = ConvStem(
@@ -67,10 +70,16 @@ class ImageEncoder(nn.Module):
             flat=self.flat,
             name="patch_embedding",
         )(x)
-        num_positions = x.shape[1] + self.class_token
+        grid = self.image_size // self.patch_size
         positions = layers.Table(
-            (num_positions, self.width), axes=("position", "embed"), name="positions"
-        )().astype(x.dtype)
+            (grid * grid + self.class_token, self.width), ("position", "embed"), name="positions"
+        )()
+        if side != self.image_size:  # a stage of a size curriculum: the same places, resampled
+            patches = positions[int(self.class_token) :].reshape(grid, grid, self.width)
+            shape = (side // self.patch_size,) * 2 + (self.width,)
+            patches = jax.image.resize(patches, shape, "linear").reshape(-1, self.width)
+            positions = jnp.concatenate([positions[: int(self.class_token)], patches])
+        positions = positions.astype(x.dtype)
         x = x + positions[int(self.class_token) :]
         if self.patch_dropout and not deterministic:
             x = drop_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
