@@ -197,6 +197,32 @@ def test_every_format_and_transparency_give_right_pixels(tmp_path):
         assert np.abs(pixels.astype(int) - wanted).max() <= 6, rows[index]
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, side in enumerate((40, 80, 200, 401)):
+        small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        small.resize((side + 30, side), Image.Resampling.BICUBIC).save(
+            folder / f"{number}.jpg", quality=95
+        )
+    rows = [dict(file_name=p.name, text=p.name) for p in sorted(folder.iterdir())]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
+    config = _config(dict(path=str(tmp_path / "out")), batch=4)
+    with config.unlocked():
+        config.data.fast_resize = fast
+    vocabulary = pipeline.load_vocabulary_or_train(config, str(tmp_path / "workdir"))
+    for mode in ("none", "drawing", "crop"):
+        config.data.augment = mode
+        batch = next(pipeline.train_batches(config, vocabulary))
+        if mode == "none":
+            for pixels, index in zip(batch["image"], batch["index"]):
+                wanted = images.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
+                assert np.abs(pixels.astype(int) - wanted).mean() <= (6 if fast else 4)
+
+
 def _damage(path):
     """A PNG whose header is right and whose pixels are not."""
     content = bytearray(path.read_bytes())

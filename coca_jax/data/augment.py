@@ -32,6 +32,7 @@ def plan(
     *,
     flip: bool = False,
     resize: str = "squash",
+    fast: bool = False,
 ) -> dict[str, np.ndarray]:
     """Draws the augmentation of n images.
 
@@ -42,9 +43,11 @@ def plan(
         size: S, of the result.
         flip: mirror half of the images.
         resize: 'squash' or 'crop' (the centre square), what is resized before mode's own cut.
+        fast: decode JPEGs no larger than the result needs.
 
     Returns:
         box: int32 [n, 4], the cut (top, left, height, width).
+        ratio: int32 [n], 1, 2, 4 or 8: the scale at which a JPEG is decoded, before the cut.
         shrink: bool [n]: resize the cut to S x S (antialiased) before the warp.
         warp: float32 [n, 8], output pixel (x, y) -> input pixel, for ImageProjectiveTransformV3,
             of the shrunk cut or, where not shrunk, of the cut itself (with one transparent pixel
@@ -79,10 +82,16 @@ def plan(
         affine, colour, operation, strength = _randaugment(keys, n)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
+    # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs. Twice the size is left to
+    # the antialiased resize, so that the result hardly differs; the fast setting leaves once.
+    spare = np.minimum(box[:, 2], box[:, 3]) / (size if fast else 2 * size)
+    ratio = 2 ** np.clip(np.floor(np.log2(np.maximum(spare, 1))), 0, 3).astype(np.int64)
+    ratio = np.where(how == images.JPEG, ratio, 1)
     large = np.maximum(box[:, 2], box[:, 3]) > 1.5 * size
     pad = np.isin(how, (images.ALPHA, images.CAREFUL_ALPHA)) & ~large
     return dict(
         box=box.astype(np.int32),
+        ratio=ratio.astype(np.int32),
         shrink=large,
         warp=_projective(affine, box, size, large, pad).astype(np.float32),
         colour=colour.astype(np.float32),

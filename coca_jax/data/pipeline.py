@@ -251,6 +251,7 @@ class TrainBatches:
                 size=size,
                 flip=config.data.flip,
                 resize=config.data.resize,
+                fast=config.data.get("fast_resize", False),
             )
             for number, (source, reader) in enumerate(zip(self._sources, self._readers))
         ]
@@ -266,7 +267,9 @@ class TrainBatches:
             try_in_mem_cache=False,
         )
         threads = config.data.num_threads or len(os.sched_getaffinity(0))
-        converter = CoCaFeatureConverter(config.data.augment, size, max_len, threads)
+        converter = CoCaFeatureConverter(
+            config.data.augment, size, max_len, threads, config.data.get("fast_resize", False)
+        )
         lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
         lengths |= dict(tokens=max_len, text_valid=max_len)
         batches = converter(examples, lengths).batch(local, drop_remainder=True).prefetch(2)

@@ -139,7 +139,7 @@ def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
 
 
 def plan_augmentation(
-    mode: str, size: int, seed: int, source: int, *, flip: bool, resize: str
+    mode: str, size: int, seed: int, source: int, *, flip: bool, resize: str, fast: bool
 ) -> Preprocessor:
     """seqio preprocessor: how to decode each image, and the numbers of its augmentation."""
     layers = augment.RANDAUGMENT_LAYERS if mode == "randaugment" else 1
@@ -149,7 +149,9 @@ def plan_augmentation(
         how, height, width = found.T
         how = np.where(careful, images.CAREFUL + (how == images.ALPHA), how)
         keys = choices.draw_keys(seed, source, positions, choices.AUGMENT)
-        plan = augment.plan(mode, how, height, width, keys, size, flip=flip, resize=resize)
+        plan = augment.plan(
+            mode, how, height, width, keys, size, flip=flip, resize=resize, fast=fast
+        )
         whole = (plan["box"][:, 2] == height) & (plan["box"][:, 3] == width)
         return how.astype(np.int32), whole, *plan.values()
 
@@ -157,6 +159,7 @@ def plan_augmentation(
         "how": (tf.int32, ()),
         "whole": (tf.bool, ()),
         "box": (tf.int32, (4,)),
+        "ratio": (tf.int32, ()),
         "shrink": (tf.bool, ()),
         "warp": (tf.float32, (8,)),
         "colour": (tf.float32, (3, 4)),

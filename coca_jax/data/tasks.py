@@ -243,6 +243,7 @@ def make_task(
     size: int,
     flip: bool,
     resize: str,
+    fast: bool,
 ) -> seqio.Task:
     """The Task of one source: choose a text, tokenise, plan the augmentation."""
     is_label = source.kind == "label"
@@ -260,7 +261,9 @@ def make_task(
         [
             text,
             preprocessors.tokenize(tokenizer, max_len),
-            preprocessors.plan_augmentation(augment, size, seed, number, flip=flip, resize=resize),
+            preprocessors.plan_augmentation(
+                augment, size, seed, number, flip=flip, resize=resize, fast=fast
+            ),
             preprocessors.unblock(list(features)),
         ],
     )
