@@ -1,34 +1,51 @@
 """Decoding against the plain forward pass, brute force and itself."""
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 
 from coca_jax import decoding, partitioning
 from coca_jax.decoding import Settings
 from coca_jax.models import coca
-from tests.conftest import tiny_config
 
 EOS, VOCAB = 1, 7
 
 
-@pytest.fixture(scope="module", params=["paper", "open_clip", "tied"])
-def model(request):
+@pytest.fixture(scope="module", params=["paper", "open_clip"])
+def each_model(request):
     return make(request.param)
 
 
-def make(kind="paper", vocab=VOCAB, **text):
+@pytest.fixture(scope="module")
+def model():
+    return make("tied")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make(vocab=4)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return make(vocab=30)
+
+
+def make(kind="paper", vocab=VOCAB):
     """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
     options = dict(
         paper={}, open_clip=dict(cross="open_clip", head_bias=False), tied=dict(tie_embeddings=True)
     )[kind]
     config = tiny_config().model
-    config.text.update(options | dict(vocab_size=vocab) | text)
+    config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
+    config.image.depth = 1
     module = coca.build(config)
-    params = partitioning.unbox(coca.init(module, jax.random.key(0)))
+    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
@@ -59,7 +76,7 @@ def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **h
 
 def own(prompt, length, tokens, count):
     """One row's prompt and new tokens."""
-    return np.concatenate([prompt[len(prompt) - length :], tokens[:count]])
+    return np.concatenate([prompt[len(prompt) - length :], tokens[:count]]).astype(np.int32)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +92,16 @@ def test_log_probs_are_those_of_the_forward_pass_for_ragged_prompts(model, how):
     for row, caption in itertools.product(range(3), range(out.tokens.shape[1])):
         count = out.length[row, caption]
         tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, caption], count)
-        expected = model[3](np.array([row]), tokens[None])[0]
+        padded = np.pad(tokens, (0, 8 - len(tokens)))[None]  # one shape to compile
+        expected = model[3](np.array([row]), padded)[0]
         places = np.arange(LENGTH[row] - 1, len(tokens) - 1)
         total = np.asarray(expected)[places, tokens[places + 1]].sum()
         assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
 
 
-def test_cached_logits_equal_the_forward_pass_at_every_position(model):
+def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
     """Ragged prompts in one batch, then two beams of their own that share a cache."""
-    spec, weights, image_tokens, log_probs = model
+    spec, weights, image_tokens, log_probs = each_model
     slots, steps, width = PROMPT.shape[1], 4, 2
     image = decoding.image_caches(spec, weights, image_tokens)
     caches = decoding.empty_caches(spec, weights, 3, slots - 1 + steps * width)
@@ -110,7 +128,8 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(model):
         )
         found = jax.nn.log_softmax(decoding.logits_of(weights, states))
         for b, w in itertools.product(range(3), range(width)):
-            expected = log_probs(np.array([b]), text[b][w][None])[0, -1]
+            padded = np.pad(text[b][w], (0, 8 - len(text[b][w])))[None]  # one shape to compile
+            expected = log_probs(np.array([b]), padded)[0, len(text[b][w]) - 1]
             np.testing.assert_allclose(found[b, w], expected, atol=1e-5)
         past = past[parents[step]]
         for b in range(3):
@@ -124,7 +143,9 @@ def test_greedy_takes_the_most_probable_token(model):
     for row in range(3):
         tokens = list(own(PROMPT[row], LENGTH[row], [], 0))
         while len(tokens) < 8 and tokens[-1] != EOS:
-            tokens.append(int(model[3](np.array([row]), np.array([tokens]))[0, -1].argmax()))
+            padded = np.pad(tokens, (0, 8 - len(tokens)))[None]
+            logits = model[3](np.array([row]), padded)[0, len(tokens) - 1]
+            tokens.append(int(logits.argmax()))
         expected = tokens[LENGTH[row] :]
         assert out.tokens[row, 0, : out.length[row, 0]].tolist() == expected
 
@@ -145,21 +166,21 @@ def test_one_beam_is_greedy(model):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-def test_beam_search_with_enough_beams_is_brute_force(penalty):
-    model = make(vocab=5)
+def test_beam_search_with_enough_beams_is_brute_force(small, penalty):
+    model = small
     limit = 3
     prompt, length = np.full((3, 1), 3, np.int32), np.ones(3, np.int32)
     out = run(
         model,
         prompt,
         length,
-        num_beams=125,
+        num_beams=64,
         num_captions=6,
         max_tokens=limit,
         length_penalty=penalty,
         early_stop=False,
     )
-    every = np.array(list(itertools.product(range(5), repeat=limit)), np.int32)
+    every = np.array(list(itertools.product(range(4), repeat=limit)), np.int32)
     for row in range(3):
         tokens = np.pad(every, ((0, 0), (1, 0)), constant_values=3)
         logs = np.asarray(model[3](np.full(len(tokens), row), tokens))
@@ -184,8 +205,8 @@ def test_a_caption_does_not_depend_on_the_others_in_the_batch(model, how):
 
 
 def test_sampling_is_reproducible_by_seed(model):
-    first = [run(model, temperature=1.0, num_captions=4, seed=seed).tokens for seed in range(3)]
-    again = [run(model, temperature=1.0, num_captions=4, seed=seed).tokens for seed in range(3)]
+    first = [run(model, temperature=1.0, num_captions=2, seed=seed).tokens for seed in range(3)]
+    again = [run(model, temperature=1.0, num_captions=2, seed=seed).tokens for seed in range(3)]
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], first[1])
 
@@ -221,43 +242,38 @@ def test_minimum_and_maximum_length(model):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_no_ngram_repeats(size):
-    model = make(vocab=30)
-    for how in ({}, dict(num_beams=3)):
-        out = run(model, no_repeat_ngram=size, **how)
+def test_no_ngram_repeats(wide, size):
+    for how in ({}, dict(num_beams=3)) if size == 2 else ({},):
+        out = run(wide, no_repeat_ngram=size, **how)
         for row in range(3):
             tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, 0], out.length[row, 0]).tolist()
             grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
             assert len(set(grams)) == len(grams)
 
 
-def test_repetition_penalty_never_repeats_when_it_is_large():
-    model = make(vocab=30)
-    out = run(model, repetition_penalty=1e6)
+def test_repetition_penalty_never_repeats_when_it_is_large(wide):
+    out = run(wide, repetition_penalty=1e6)
     for row in range(3):
         tokens = own(PROMPT[row], LENGTH[row], out.tokens[row, 0], out.length[row, 0])
         assert len(set(tokens.tolist())) == len(tokens)
 
 
-def test_ids_beyond_the_vocabulary_are_never_chosen():
-    spec, weights, image_tokens, log_probs = make(vocab=30)
-    import dataclasses
-
+def test_ids_beyond_the_vocabulary_are_never_chosen(wide):
+    spec, weights, image_tokens, log_probs = wide
     model = (dataclasses.replace(spec, num_ids=6), weights, image_tokens, log_probs)
-    for how in ({}, dict(num_beams=3), dict(temperature=3.0)):
+    for how in ({}, dict(num_beams=3)):
         assert run(model, **how).tokens.max() < 6
 
 
-def test_one_program_serves_all_lengths_and_numbers():
-    model = make()
+def test_one_program_serves_all_lengths_and_numbers(model):
     run(model)
+    run(model, temperature=2.0)
     before = decoding._generate._cache_size()
     run(model, max_tokens=3, min_tokens=1)
     run(model, prompt=PROMPT[::-1].copy(), length=LENGTH[::-1].copy())
     run(model, temperature=1.0)
-    middle = decoding._generate._cache_size()
     run(model, temperature=0.5, seed=3)
-    assert middle == before + 1 == decoding._generate._cache_size()
+    assert decoding._generate._cache_size() == before
 
 
 @pytest.mark.parametrize(
