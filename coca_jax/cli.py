@@ -32,7 +32,7 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; an unknown flag or key, or a value of the wrong type, is one line and exit 2."""
+    """Parses flags; an unknown flag or key, or a value of the wrong type, is a line and exit 2."""
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

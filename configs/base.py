@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
             batch_size=256,  # pairs per optimizer step, over all devices and processes
             steps=0,  # optimizer steps; 0: use epochs
             epochs=0.0,  # passes over the data (the sum of all sources); 0: use steps
-            remat="none",  # 'none' | 'dots' | 'full': what the backward pass recomputes
+            remat="none",  # 'none' | 'dots' | 'named' | 'full': what the backward pass recomputes
             accumulate_steps=1,  # micro-batches per step; the contrastive loss stays exact
             image_sizes=(),  # ((share of the steps, image size), ...) before the model's own size
             init_from="",  # a run, checkpoint or converted weights to start from

@@ -38,7 +38,10 @@ def get_config() -> ConfigDict:
     )
     config.model.pooler.update(num_queries=16, num_heads=3)
     config.loss.update(
-        contrastive_weight=1.0, captioning_weight=1.0, duplicate_texts="positives", caption_chunk=512
+        contrastive_weight=1.0,
+        captioning_weight=1.0,
+        duplicate_texts="positives",
+        caption_chunk=512,
     )
     config.optimizer.update(
         name="adamw", learning_rate=2e-3, warmup_steps=60, schedule="cosine", weight_decay=0.1

@@ -38,8 +38,6 @@ def get_config() -> ConfigDict:
     config.data.sources = (dict(path=path, split="train", kind="label"),)
     config.data.update(prompts="plain", augment="crop", flip=True)
     test = dict(path=path, split="test", kind="label")
-    config.eval.tasks = (
-        dict(kind="zeroshot", name="fashion_mnist", data=test, templates="plain"),
-    )
+    config.eval.tasks = (dict(kind="zeroshot", name="fashion_mnist", data=test, templates="plain"),)
     config.checkpoint.every_steps = 500
     return config
