@@ -24,8 +24,8 @@ def check(config: ConfigDict) -> None:
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
         )
     make_schedule(config.optimizer, config.steps)
-    if config.remat not in ("none", "dots", "full"):
-        raise ValueError(f"config.remat={config.remat!r}; choose 'none', 'dots' or 'full'")
+    if config.remat not in ("none", "dots", "named", "full"):
+        raise ValueError(f"config.remat={config.remat!r}; choose 'none', 'dots', 'named' or 'full'")
     patch = config.model.patch_size
     if any(size % patch or size < patch for _, size in config.image_sizes):
         raise ValueError(

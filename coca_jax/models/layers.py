@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from coca_jax.models import accelerated
 from coca_jax.partitioning import constrain, with_axes
 
 NORM_EPSILON = 1e-5
@@ -75,12 +76,15 @@ class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
 
     dtype: Any = jnp.float32
+    flat: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (width,))
         bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (width,))
+        if not self.flat and x.dtype == self.dtype == jnp.bfloat16:
+            return accelerated.layer_norm(x, scale, bias, NORM_EPSILON)
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         centred = x - mean
@@ -96,9 +100,11 @@ def attend(
 
     mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
     """
+    if not flat:
+        return accelerated.attend(query, key, value, mask)
     head_width = query.shape[-1]
-    # float32 scores on the CPU in any case: bfloat16 outputs are slow there.
-    precision = jnp.float32 if flat else None
+    # float32 scores in any case: bfloat16 outputs are slow on the CPU.
+    precision = jnp.float32
     scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
     scores = scores.astype(jnp.float32) * head_width**-0.5
     if mask is not None:
@@ -191,7 +197,8 @@ class Projection(nn.Module):
             names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
             bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
             bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
-            y = y + bias.astype(y.dtype)
+            bias = bias.astype(y.dtype)
+            y = y + bias if self.flat else accelerated.add_bias(y, bias)
         return y
 
 
@@ -209,7 +216,10 @@ class Mlp(nn.Module):
         options = dict(dtype=self.dtype, flat=self.flat)
         hidden = Projection((self.mlp_dim,), axes=("embed", "mlp"), name="in", **options)(x)
         hidden = checkpoint_name(constrain(hidden, "batch", "length", "act_mlp"), "mlp")
-        hidden = ACTIVATIONS[self.activation](hidden)
+        if self.activation == "gelu" and not self.flat:
+            hidden = accelerated.gelu(hidden)
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
         return Projection(
             x.shape[-1:], axes=("mlp", "embed"), init_scale=self.out_scale, name="out", **options
         )(hidden)
@@ -240,12 +250,13 @@ class Block(nn.Module):
             dtype=self.dtype,
             flat=self.flat,
         )
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        norm = functools.partial(LayerNorm, dtype=self.dtype, flat=self.flat)
         attention = functools.partial(Attention, self.num_heads, **options)
         mlp = functools.partial(Mlp, self.mlp_dim, activation=self.activation, **options)
 
         def add(x: jax.Array, update: jax.Array) -> jax.Array:
-            return constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
+            x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
+            return checkpoint_name(x, "residual")
 
         x = add(x, attention(name="attention")(norm(name="attention_norm")(x), mask=mask))
         if self.cross == "open_clip":
@@ -305,6 +316,10 @@ class ConvBlock(nn.Module):
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What costs products or reductions to make again; norms, softmax and GELU are recomputed.
+    "named": jax.checkpoint_policies.save_only_these_names(
+        "qkv", "attended", "mlp", "residual", "statistics"
+    ),
     "full": None,  # save nothing but each block's input
 }
 
@@ -312,7 +327,8 @@ REMAT_POLICIES = {
 class Stack(nn.Module):
     """`depth` blocks with parameters stacked on a leading axis, run by one scan.
 
-    remat: 'none' | 'dots' (save the products) | 'full' (save only each block's input).
+    remat: 'none' | 'dots' (save the products) | 'named' (save the tensors that are dear to make
+    again) | 'full' (save only each block's input).
     """
 
     depth: int

@@ -1,0 +1,179 @@
+"""Attention, norm, GELU and bias as the TPU compiler runs them best, with gradients of their own.
+
+They compute what the plain forms in layers.py compute. What differs is where the work lands, found
+by the compiler's cycle estimates (docs/performance.md): sums over rows and columns run on the
+matrix unit as products with ones (exact: the partial sums are float32), softmax normalises its
+output instead of the weights, and queries lie along the vector lanes, so that sums and maxima over
+keys never cross lanes.
+
+Shape letters: B batch, N queries, M keys, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis, [..., D] -> float32 [..., 1].
+
+    A float32 x is summed as two bfloat16 parts: relative error of a term below 2^-16.
+    """
+    ones = jnp.ones((x.shape[-1], 128), jnp.bfloat16)  # 128: a whole tile, not a vector product
+
+    def total(part: jax.Array) -> jax.Array:
+        contract = (((part.ndim - 1,), (0,)), ((), ()))
+        product = jax.lax.dot_general(part, ones, contract, preferred_element_type=jnp.float32)
+        return product[..., :1]
+
+    if x.dtype == jnp.bfloat16:
+        return total(x)
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return total(high.astype(jnp.bfloat16)) + total((x - high).astype(jnp.bfloat16))
+
+
+def column_sum(x: jax.Array) -> jax.Array:
+    """Sum over all axes but the last, [..., D] -> float32 [D], of x rounded to bfloat16."""
+    lead = tuple(range(x.ndim - 1))
+    ones = jnp.ones(x.shape[:-1] + (8,), jnp.bfloat16)
+    contract = ((lead, lead), ((), ()))
+    x = x.astype(jnp.bfloat16)
+    return jax.lax.dot_general(ones, x, contract, preferred_element_type=jnp.float32)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """bfloat16 [..., D] normalised over D, times scale plus bias (float32 [D]); bfloat16.
+
+    Statistics are float32.
+    """
+    return _norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _norm_forward(x, scale, bias, epsilon):
+    width = x.shape[-1]
+    mean = row_sum(x) / width
+    centred = x.astype(jnp.float32) - mean
+    variance = row_sum(jnp.square(centred)) / width
+    mean = checkpoint_name(mean, "statistics")
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), "statistics")
+    y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
+    return y.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _norm_backward(epsilon, saved, g):
+    x, mean, inverse, scale = saved
+    width = x.shape[-1]
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    scaled = g.astype(jnp.float32) * scale
+    # The terms of these sums are gradients, known to bfloat16 only: one part will do.
+    first = row_sum(scaled.astype(jnp.bfloat16)) / width
+    second = row_sum((scaled * normal).astype(jnp.bfloat16)) / width
+    dx = inverse * (scaled - first - normal * second)
+    return dx.astype(x.dtype), column_sum(g.astype(jnp.float32) * normal), column_sum(g)
+
+
+layer_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
+
+    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    """
+    return _attend_forward(query, key, value, mask)[0]
+
+
+def _exponentials(query, key, mask, dtype):
+    """(exp(score - maximum) [B, H, M, N] in dtype, one over its sums over M, float32 [B, H, N])."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    scores = einsum("bmhk,bnhk->bhmn", key, query)
+    if mask is not None:
+        scores = jnp.where(mask.swapaxes(2, 3), scores, jnp.finfo(jnp.float32).min)
+    exps = jnp.exp((scores - scores.max(2, keepdims=True)) * scale)
+    # The barrier makes this one pass over the scores: without it XLA fuses the division into the
+    # product with the values, and makes the exponentials twice.
+    exps, sums = jax.lax.optimization_barrier((exps.astype(dtype), exps.sum(2)))
+    return exps, 1 / sums
+
+
+def _attend_forward(query, key, value, mask):
+    exps, inverse = _exponentials(query, key, mask, value.dtype)
+    out = einsum("bhmn,bmhk->bnhk", exps, value) * inverse.transpose(0, 2, 1)[..., None]
+    out = checkpoint_name(out.astype(value.dtype), "attended")
+    return out, (query, key, value, mask, out)
+
+
+def _attend_backward(saved, g):
+    query, key, value, mask, out = saved
+    exps, inverse = _exponentials(query, key, mask, value.dtype)
+    # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
+    g = g * inverse.transpose(0, 2, 1)[..., None].astype(g.dtype)
+    inner = einsum("bnhk,bnhk->bhn", out, g)[:, :, None]
+    d_value = einsum("bhmn,bnhk->bmhk", exps, g)
+    d_exps = einsum("bmhk,bnhk->bhmn", value, g) - inner
+    d_scores = jax.lax.optimization_barrier((exps.astype(jnp.float32) * d_exps).astype(g.dtype))
+    scale = 1 / math.sqrt(query.shape[-1])
+    d_query = einsum("bhmn,bmhk->bnhk", d_scores, key) * scale
+    d_key = einsum("bhmn,bnhk->bmhk", d_scores, query) * scale
+    dtype = query.dtype
+    return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, computed in float32, in x's dtype."""
+    return _gelu_forward(x)[0]
+
+
+def _gelu_forward(x):
+    wide = x.astype(jnp.float32)
+    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
+    return (0.5 * wide * (1 + tanh)).astype(x.dtype), x
+
+
+def _gelu_backward(x, g):
+    wide = x.astype(jnp.float32)
+    square = wide * wide
+    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
+    steep = wide * (2 * SLOPE + (6 * SLOPE * CUBE) * square)
+    sigmoid = 0.5 + 0.5 * tanh
+    slope = sigmoid * (1 + (0.5 - 0.5 * tanh) * steep)
+    # Three products read the result: the barrier has it made once.
+    return (jax.lax.optimization_barrier((g.astype(jnp.float32) * slope).astype(x.dtype)),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., F] + bias [F] (or [..., H, K] + [H, K]) of the same dtype."""
+    return x + bias
+
+
+def _bias_forward(x, bias):
+    return x + bias, bias
+
+
+def _bias_backward(bias, g):
+    if bias.ndim == 1 and g.dtype == jnp.bfloat16:
+        return g, column_sum(g).astype(bias.dtype)
+    lead = tuple(range(g.ndim - bias.ndim))
+    return g, g.astype(jnp.float32).sum(lead).astype(bias.dtype)
+
+
+add_bias.defvjp(_bias_forward, _bias_backward)
