@@ -74,6 +74,7 @@ class TextDecoder(nn.Module):
             )
         embedding, positions = self.token_embedding(), self.positions()
         x = embedding.astype(self.dtype)[tokens] + positions[:length].astype(self.dtype)
+        x = constrain(x, "batch", "length", "act_embed")
         cls = (self.cls() + positions[self.max_len]).astype(self.dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(cls, (batch, 1, self.width))], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
@@ -82,7 +83,8 @@ class TextDecoder(nn.Module):
         keys = jnp.concatenate(order, axis=1)
         mask = keys[:, None, None, :] & causal_mask(length + 1)
         x = self.unimodal(x, mask)
-        return x[:, :-1], self.unimodal_norm(x[:, -1])
+        states = constrain(x[:, :-1], "batch", "length", "act_embed")
+        return states, self.unimodal_norm(constrain(x[:, -1], "batch", "act_embed"))
 
     def fuse(self, text_states: jax.Array, image_tokens: jax.Array) -> jax.Array:
         """(text states [B, L, D], image tokens [B, Q, D]) -> states before the softmax [B, L, D].
