@@ -1,0 +1,82 @@
+"""The caption command: folders, resuming, broken files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+
+from coca_jax import caption, export
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "deep/er").mkdir(parents=True)
+    for number, place in enumerate(["b.png", "a.jpg", "deep/c.png", "deep/er/d.webp"]):
+        Image.fromarray(images[number]).save(root / place)
+    (root / "deep/broken.png").write_bytes(b"not an image")
+    (root / "notes.txt").write_text("not an image either")
+    return root
+
+
+def test_find_images_is_recursive_and_sorted(folder):
+    found = [path[len(str(folder)) + 1 :] for path in caption.find_images([str(folder)])]
+    assert found == ["a.jpg", "b.png", "deep/broken.png", "deep/c.png", "deep/er/d.webp"]
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        caption.find_images([str(folder / "none")])
+
+
+def test_caption_files(model, folder):  # noqa: F811
+    paths = caption.find_images([str(folder)])
+    found = list(caption.caption_files(model, paths, batch_size=2, max_tokens=4))
+    assert [item["image"] for item in found] == paths
+    assert [path for path, item in zip(paths, found) if "error" in item] == [paths[2]]
+    expected = model.captions([paths[0], paths[1]], max_tokens=4)
+    assert [item["caption"] for item in found[:2]] == [c[0].text for c in expected]
+    assert found[0]["score"] == pytest.approx(expected[0][0].log_prob, abs=1e-3)
+
+
+def test_samples_depend_on_the_path_alone(model, folder):  # noqa: F811
+    paths = caption.find_images([str(folder)])
+    how = dict(temperature=1.0, num_captions=2, max_tokens=4)
+    whole = {r["image"]: r for r in caption.caption_files(model, paths, batch_size=4, **how)}
+    part = list(caption.caption_files(model, paths[3:], batch_size=4, **how))
+    assert part == [whole[path] for path in paths[3:]]
+
+
+def test_read_done_drops_a_line_cut_short(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"image": "a"}\n{"image": "b"}\n{"ima')
+    assert caption.read_done(str(path)) == {"a", "b"}
+    assert path.read_text() == '{"image": "a"}\n{"image": "b"}\n'
+    path.write_text("hello\n")
+    with pytest.raises(ValueError, match="line 1"):
+        caption.read_done(str(path))
+
+
+def test_command_resumes_and_reports(model, folder, tmp_path):  # noqa: F811
+    export.export(model, str(tmp_path / "model"))
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "coca_jax.caption", f"--checkpoint={tmp_path}/model"]
+    command += ["--max_tokens=4", f"--out={out}"]
+
+    def run(*arguments):
+        env = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
+        lines = done.stdout.strip().splitlines()
+        return done.returncode, lines, done.stderr
+
+    status, lines, _ = run(str(folder / "a.jpg"))
+    summary = json.loads(lines[-1])
+    assert status == 0 and (summary["captioned"], summary["failed"]) == (1, 0)
+    assert json.loads(lines[0]).keys() == {"image", "caption", "score"}
+    status, lines, errors = run(str(folder))
+    summary = json.loads(lines[-1])
+    counts = (summary["captioned"], summary["already_done"], summary["failed"])
+    assert status == 1 and counts == (3, 1, 1) and "broken.png" in errors
+    assert len(out.read_text().splitlines()) == 4
+    status, lines, errors = run("--num_captions=2", str(folder))
+    assert status == 2 and not lines and errors.startswith("error: num_captions=2")

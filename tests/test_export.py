@@ -1,0 +1,62 @@
+"""Exported programs run without the package and equal the model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+
+from coca_jax import export
+
+# What a user without this package runs: jax, NumPy and the files.
+WITHOUT_PACKAGE = """
+import json, sys
+import jax, numpy as np
+from jax import export
+folder = sys.argv[1]
+data = open(f"{folder}/params.safetensors", "rb").read()
+size = int.from_bytes(data[:8], "little")
+header = json.loads(data[8 : 8 + size])
+params = {
+    name: np.frombuffer(data[8 + size :], np.float32, count=int(np.prod(entry["shape"])),
+                        offset=entry["data_offsets"][0]).reshape(entry["shape"])
+    for name, entry in header.items() if name != "__metadata__"
+}
+def program(name):
+    data = open(f"{folder}/programs/{name}.jax_export", "rb").read()
+    return export.deserialize(bytearray(data)).call
+images = np.load(f"{folder}/images.npy")
+embedding, tokens = program("encode_image")(params, images)
+weights = program("decode_weights")(params)
+state = program("decode_start")(weights, tokens)
+step, token, caption = program("decode_step"), np.full(len(images), 3, np.int32), []
+for place in range(6):
+    log_probs, state = step(weights, state, token, np.int32(place))
+    token = np.asarray(log_probs)[:, :300].argmax(-1).astype(np.int32)
+    caption.append(token)
+assert not any(name.startswith(("coca_jax", "flax")) for name in sys.modules)
+np.savez(f"{folder}/found.npz", embedding=embedding, caption=np.stack(caption, 1))
+"""
+
+
+def test_programs_equal_the_model_without_its_code(model, words, images, tmp_path):  # noqa: F811
+    files = export.export(model, str(tmp_path))
+    assert {"config.json", "params.safetensors", "vocabulary.model"} < set(files)
+    assert max(export.check(model, str(tmp_path)).values()) < 1e-5
+    np.save(tmp_path / "images.npy", images)
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)], check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "found.npz")
+    np.testing.assert_allclose(found["embedding"], model.encode_image(images), atol=1e-5)
+    captions = model.captions(images, max_tokens=6)
+    for tokens, (caption,) in zip(found["caption"], captions):
+        ids = tokens[: caption.num_tokens].tolist()
+        assert words.decode(ids) == caption.text
+
+
+def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
+    export.export(model, str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"]["text"]["vocab_size"] == 320
+    assert config["preprocess"]["resize"] == "squash"
+    assert config["tokenizer"]["file"] == "vocabulary.model"

@@ -1,0 +1,148 @@
+"""What `coca_jax.load` returns, against the plain module."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+from coca_jax import export, inference, partitioning
+from coca_jax.data import vocabulary
+from coca_jax.models import coca
+
+TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compile_cache():
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "vocabulary.model"
+    vocabulary.train(TEXTS * 20, 300, str(path), 0)
+    return vocabulary.load(path)
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    config = tiny_config()
+    config.model.image.depth = 1
+    config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
+    module = coca.build(config.model)
+    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 500))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    return inference.CoCaModel(config, params, words, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+
+
+def test_embeddings_are_those_of_the_forward_pass(model, words, images):
+    tokens, valid = words.encode_batch(TEXTS, model.max_len)
+    out = model.forward((images / 255 - 0.5) / 0.5, tokens)
+    np.testing.assert_allclose(model.encode_image(images), out.image_embedding, atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(TEXTS), out.text_embedding, atol=1e-5)
+    assert out.logits.shape == (6, 24, 320) and out.image_tokens.shape == (6, 4, 16)
+    np.testing.assert_allclose(
+        model.similarity(images, TEXTS), out.image_embedding @ out.text_embedding.T, atol=1e-5
+    )
+
+
+def test_log_likelihoods(model, words, images):
+    tokens, valid = words.encode_batch(TEXTS, model.max_len)
+    logits = model.forward((images / 255 - 0.5) / 0.5, tokens).logits
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], 2)[..., 0] * valid[:, 1:]
+    total, count = model.caption_log_likelihood(images, TEXTS)
+    np.testing.assert_allclose(total, each.sum(1), rtol=1e-4)
+    np.testing.assert_array_equal(count, valid[:, 1:].sum(1))
+    scores = model.score(images, TEXTS)
+    np.testing.assert_allclose(np.diag(scores), total, rtol=1e-4)
+    per_token = model.score(images, TEXTS, per_token=True)
+    np.testing.assert_allclose(per_token, scores / count, rtol=1e-6)
+    with pytest.raises(ValueError, match="one text an image"):
+        model.caption_log_likelihood(images, TEXTS[:2])
+
+
+def test_a_caption_and_its_log_probability(model, images):
+    found = model.captions(images, num_beams=2, num_captions=2, min_tokens=1, max_tokens=6)
+    assert [len(captions) for captions in found] == [2] * 6
+    assert all(0 < c.num_tokens <= 6 and c.log_prob < 0 for captions in found for c in captions)
+    prompted = model.caption(images, "a red", max_tokens=3)
+    assert all(text.startswith("a red") for text in prompted)
+    mixed = model.caption(images, ["a red", ""] * 3, max_tokens=3)
+    assert mixed[0] == prompted[0]
+
+
+def test_images_of_every_kind_and_batches_agree(model, images, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(images[0]).save(path)
+    kinds = [str(path), path, path.read_bytes(), Image.fromarray(images[0]), images[0]]
+    embeddings = model.encode_image(kinds)
+    np.testing.assert_allclose(embeddings, np.broadcast_to(embeddings[:1], (5, 16)), atol=1e-6)
+    np.testing.assert_allclose(model.encode_image(str(path)), embeddings[:1], atol=1e-6)
+    many = np.concatenate([images, images, images])  # three batches
+    np.testing.assert_allclose(
+        model.encode_image(many), np.tile(model.encode_image(images), (3, 1)), atol=1e-5
+    )
+    assert model.encode_image([]).shape == (0, 16)
+
+
+def test_zero_shot_is_the_softmax_of_scaled_similarities(model, images):
+    found = model.zero_shot(images, ["red", "blue", "green"], ["{}"])
+    scale = np.exp(float(model.params["log_scale"]["value"]))
+    logits = scale * model.similarity(images, ["red", "blue", "green"])
+    np.testing.assert_allclose(found, np.asarray(jax.nn.softmax(logits, axis=-1)), atol=1e-4)
+
+
+def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
+    tokens, valid = words.encode_batch(["a red circle"], model.max_len)
+    other = np.where(valid, tokens, 7)  # what stands after the end does not matter
+    pixels = np.zeros((1, 16, 16, 3), np.float32)
+    first, second = (model.forward(pixels, t).text_embedding for t in (tokens, other))
+    np.testing.assert_array_equal(first, second)
+    with pytest.raises(ValueError, match="token_ids"):
+        model.forward(pixels, tokens + 320)
+
+
+def test_an_export_loads_as_the_same_model(model, images, tmp_path):
+    export.export(model, str(tmp_path / "out"))
+    loaded = inference.load(tmp_path / "out")
+    np.testing.assert_allclose(loaded.encode_image(images), model.encode_image(images), atol=1e-6)
+    narrow = inference.load(tmp_path / "out", dtype="bfloat16")
+    cosine = (narrow.encode_image(images) * model.encode_image(images)).sum(-1)
+    assert cosine.min() > 0.99
+    with pytest.raises(ValueError, match="dtype"):
+        inference.load(tmp_path / "out", dtype="float8")
+
+
+def test_wrong_inputs_are_named(model, images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        inference.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        inference.load(tmp_path)
+    with pytest.raises(ValueError, match="num_beans"):
+        model.caption(images, num_beans=2)
+    with pytest.raises(ValueError, match="give one each"):
+        model.caption(images, ["a", "b"])
+    with pytest.raises(ValueError, match="type int"):
+        model.encode_image(3)
+
+
+def test_import_is_cheap_and_without_tensorflow():
+    code = (
+        "import sys, time; t = time.perf_counter(); import coca_jax; "
+        "assert time.perf_counter() - t < 0.3 and 'jax' not in sys.modules; "
+        "import coca_jax.inference; assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
