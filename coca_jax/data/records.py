@@ -7,7 +7,7 @@ bytes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -22,7 +22,7 @@ class Record(NamedTuple):
     extra: str = "{}"
 
 
-def _example_class() -> type:
+def _example_class() -> Any:
     """The message class of tf.train.Example, declared here (same field numbers)."""
     file = descriptor_pb2.FileDescriptorProto(
         name="coca_jax/example.proto", package="coca_jax", syntax="proto3"

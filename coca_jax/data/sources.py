@@ -20,7 +20,8 @@ from coca_jax.data.records import Record
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
 MANIFEST = "manifest.json"
 
-Reader = Callable[[Sequence[int]], list[Record]]
+Indices = Sequence[int] | np.ndarray
+Reader = Callable[[Indices], list[Record]]
 
 
 class Source:
@@ -43,11 +44,11 @@ class Source:
     def __len__(self) -> int:
         return self._size
 
-    def read(self, indices: Sequence[int]) -> list[Record]:
+    def read(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order."""
         return self._read(indices)
 
-    def read_texts(self, indices: Sequence[int]) -> list[Record]:
+    def read_texts(self, indices: Indices) -> list[Record]:
         """The same, where the image may be left out because only texts are wanted."""
         return self._read_texts(indices)
 
@@ -73,7 +74,7 @@ class _Held:
         self._read, self._room = read, limit
         self._kept: list[Record | None] = [None] * size
 
-    def __call__(self, indices: Sequence[int]) -> list[Record]:
+    def __call__(self, indices: Indices) -> list[Record]:
         kept = self._kept
         missing = sorted({int(i) for i in indices if kept[i] is None})
         fresh: dict[int, Record] = {}
@@ -105,7 +106,7 @@ class _ArrayRecordFiles:
                 )
             return self._readers[shard]
 
-    def __call__(self, indices: Sequence[int]) -> list[Record]:
+    def __call__(self, indices: Indices) -> list[Record]:
         wanted = np.asarray(indices, np.int64)
         shards = np.searchsorted(self._ends, wanted, side="right")
         result: list[Record | None] = [None] * len(wanted)
@@ -211,7 +212,7 @@ def open_builtin(name: str, split: str, kind: str, objects: Sequence[int]) -> So
             extra=json.dumps({"scene": scene["scene"]}),
         )
 
-    def read_texts(indices: Sequence[int]) -> list[Record]:
+    def read_texts(indices: Indices) -> list[Record]:
         return [
             Record(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ()), "")
             for t in drawn.read_texts(indices)
@@ -259,7 +260,7 @@ def open_tfds(
             )
     names = getattr(features[label_field], "names", None) if label_field in features else None
 
-    def read(indices: Sequence[int]) -> list[Record]:
+    def read(indices: Indices) -> list[Record]:
         found = data.__getitems__([int(i) for i in indices])
         return [
             _tfds_record(e, i, image_field, text_field, label_field, names)
@@ -331,7 +332,7 @@ def open_source(config: str | Mapping[str, Any], split: str = "train") -> Source
     Raises:
         ValueError, FileNotFoundError: what is wrong with it, in one line.
     """
-    entry = {"path": config} if isinstance(config, str) else dict(config)
+    entry: dict[str, Any] = {"path": config} if isinstance(config, str) else dict(config)
     unknown = sorted(set(entry) - _KEYS)
     if unknown:
         raise ValueError(f"data source {entry}: unknown keys {unknown}; known: {sorted(_KEYS)}")
@@ -404,7 +405,7 @@ def _one_caption_each(source: Source) -> Source:
     which = np.repeat(np.arange(len(counts)), counts)
     nth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
 
-    def read(indices: Sequence[int]) -> list[Record]:
+    def read(indices: Indices) -> list[Record]:
         wanted = np.asarray(indices, np.int64)
         found = source.read(which[wanted])
         return [r._replace(texts=(r.texts[n],)) for r, n in zip(found, nth[wanted])]
