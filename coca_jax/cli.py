@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
@@ -18,6 +18,9 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
     """
 
     def wrapped(argv: Sequence[str]) -> None:
+        # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             result = main(argv)
         except (ValueError, OSError) as error:
@@ -26,8 +29,6 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
         if result is not None:
             print(json.dumps(result), flush=True)
 
-    # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
-    flags.FLAGS.set_default("verbosity", -1)
     app.run(wrapped, flags_parser=_parse)
 
 

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     # 64 label classes in a batch of 64 label rows: equal texts are the rule, so they are positives.
     config.loss.update(duplicate_texts="positives", caption_chunk=512)
     config.optimizer.update(
-        name="adamw", learning_rate=2e-3, warmup_steps=40, schedule="cosine", weight_decay=0.05
+        name="adamw", learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
     )
     config.data.sources = (
         dict(builtin="scenes", split="train", kind="caption", weight=1.0),

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.pooler.update(num_queries=8, num_heads=3)
     config.loss.update(duplicate_texts="positives", caption_chunk=512, captioning_weight=1.0)
     config.optimizer.update(
-        name="adamw", learning_rate=2e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
+        name="adamw", learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
     )
     path = "data/fashion_mnist"
     config.data.sources = (dict(path=path, split="train", kind="label"),)

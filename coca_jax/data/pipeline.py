@@ -251,7 +251,7 @@ class TrainBatches:
                 size=size,
                 flip=config.data.flip,
                 resize=config.data.resize,
-                fast=config.data.get("fast_resize", False),
+                fast=config.data.fast_resize,
             )
             for number, (source, reader) in enumerate(zip(self._sources, self._readers))
         ]
@@ -268,7 +268,7 @@ class TrainBatches:
         )
         threads = config.data.num_threads or len(os.sched_getaffinity(0))
         converter = CoCaFeatureConverter(
-            config.data.augment, size, max_len, threads, config.data.get("fast_resize", False)
+            config.data.augment, size, max_len, threads, config.data.fast_resize
         )
         lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
         lengths |= dict(tokens=max_len, text_valid=max_len)
