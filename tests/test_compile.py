@@ -1,0 +1,139 @@
+"""The compile command: the sum over an HLO call tree, FLOPs by formula, the step for cpu:8."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from coca_jax import compile as compile_command
+from coca_jax import hlo_cost
+from configs import coca_2b, coca_base, coca_large
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
+
+
+def test_cycles_are_summed_over_loops_and_not_inside_fusions():
+    with open(HLO) as file:
+        cost = hlo_cost.summarise(file.read(), devices=8)
+    # 100 at the top, 40 loops of (10 + 7 of the inner loop's 3 runs), 5 in an asynchronous call,
+    # and the dearer branch of the conditional.
+    assert cost.cycles == 100 + 40 * (10 + 3 * 7) + 5 + 60
+    assert cost.loops == {"while.1": 40, "while.2": 3}
+    assert cost.unknown_loops == []
+    assert cost.by_op["jit(step)/jvp(M)/blocks/while/body/mlp/in/dot_general"] == 400
+
+
+def test_collectives_are_listed_with_bytes_groups_and_runs():
+    with open(HLO) as file:
+        cost = hlo_cost.summarise(file.read(), devices=8)
+    found = {(c.kind, c.bytes, c.group, c.runs) for c in cost.collectives}
+    assert found == {
+        ("all-gather", 2 * 64 * 32, 4, 40),
+        ("all-reduce", 4 * 128, 2, 1),
+        ("reduce-scatter", 4 * 16 * 8 / 8, 8, 1),
+    }
+
+
+def test_text_without_a_module_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo_cost.summarise("nothing")
+
+
+@pytest.mark.parametrize("recipe,gflop", [(coca_base, 86.5), (coca_large, 229.7), (coca_2b, 708.9)])
+def test_forward_flops_are_those_of_the_paper_s_models(recipe, gflop):
+    assert abs(compile_command.model_flops(recipe.get_config().model) / 1e9 - gflop) < 0.05
+
+
+def test_collectives_are_bounded_by_their_links():
+    def seconds(kind, group):
+        return compile_command.collective_seconds(
+            hlo_cost.Collective(kind, 1e9, group, 1, ""), (8, 16, 16), 5e10
+        )
+
+    assert seconds("all-gather", 16) == pytest.approx(1e9 * 15 / 16 / 1e11)
+    assert seconds("all-reduce", 16) == pytest.approx(2 * seconds("all-gather", 16))
+    assert seconds("all-gather", 256) == pytest.approx(1e9 * 255 / 256 / 2e11)  # two axes
+    assert seconds("reduce-scatter", 16) == pytest.approx(1e9 * 15 / 1e11)  # bytes of the result
+
+
+@pytest.mark.parametrize(
+    "name,where",
+    [
+        (
+            "jit(train_step)/jvp(CoCa)/a/while/body/closed_call/mlp/in/dot_general",
+            "forward   a/mlp/in",
+        ),
+        ("jit(train_step)/transpose(jvp(CoCa))/a/checkpoint/mlp/add", "backward  a/mlp"),
+        ("jit(f)/transpose(jvp(C))/checkpoint/rematted_computation/mlp/add", "recompute mlp"),
+        ("jit(train_step)/mul", "update    mul"),
+    ],
+)
+def test_operations_are_named_by_layer_and_direction(name, where):
+    assert compile_command.place(name) == where
+
+
+def command(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "coca_jax.compile", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **env},
+    )
+
+
+SMALL = [
+    "--config=configs/coca_base.py",
+    "--config.batch_size=16",
+    "--config.model.image_size=36",
+    "--config.model.image.depth=1",
+    "--config.model.image.width=48",
+    "--config.model.image.mlp_dim=64",
+    "--config.model.text.unimodal_depth=1",
+    "--config.model.text.multimodal_depth=1",
+    "--config.model.text.width=48",
+    "--config.model.text.mlp_dim=64",
+    "--config.model.text.vocab_size=512",
+    "--config.model.text.max_len=8",
+    "--config.model.pooler.num_queries=8",
+    "--config.mesh.fsdp=4",
+]
+
+
+def test_the_command_compiles_the_train_step_for_eight_cpu_devices(tmp_path):
+    done = command(*SMALL, "--topology=cpu:8", f"--dump_hlo={tmp_path}/step.hlo")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["devices"] == 8 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert result["bytes_per_device"]["total"] > result["bytes_per_device"]["arguments"] > 0
+    assert result["collective_bytes"]["all-gather"] > 0
+    assert result["fits"] is True
+    assert "ENTRY" in (tmp_path / "step.hlo").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--topology=v9:2x2"], "unknown chip"),
+        (["--topology=v4"], "v4:8x16x16"),
+        (["--topology=cpu:8", "--config.batch_size=12"], "batch_size=12"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(arguments, message):
+    done = command(*SMALL, *arguments)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_small_step_compiles_for_a_tpu_slice():
+    done = command(*SMALL, "--topology=v5e:2x4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["devices"] == 8
+    assert result["estimated_cycles"] > 0 and 0 < result["estimated_mfu_compute_only"] < 1
+    assert result["loops_of_unknown_length"] == 0
