@@ -29,7 +29,7 @@ _SECONDS = flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
 
 
 def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """{seconds: median, seconds_low, seconds_high} of calls that end when their arrays are there."""
+    """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there."""
     jax.block_until_ready(function())
     times = []
     for _ in range(repeats):

@@ -83,6 +83,17 @@ def _candidates(task: Mapping[str, Any]) -> list[str]:
     return sorted({text for record in found for text in record["text"]})
 
 
+class _LabelTexts:
+    """A predictor whose texts are class names in prompts (see CoCaModel.encode_text)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.encode_image = model.encode_image
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        return self._model.encode_text(texts, labels=True)
+
+
 def run_tasks(
     model: Predictor, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
 ) -> dict[str, float]:
@@ -98,7 +109,8 @@ def run_tasks(
             known = set(_candidates(task))
             records = [r for r in records if set(r["text"]) & known]
         evaluator = make_evaluator(task, records)
-        scores |= dict(evaluator.run(model, records))
+        predict = _LabelTexts(model) if task["kind"] == "zeroshot" else model
+        scores |= dict(evaluator.run(predict, records))
         scores[f"{evaluator.name}/num_examples"] = len(records)
         if main_process:
             results.save_examples(workdir, evaluator.name, evaluator.examples)

@@ -148,12 +148,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             log_pending()
             with buckets("save"):
                 checkpoints.save(step, state)
+            progress.pause()
         if preempted:
             break
         if config.eval.every_steps and step % config.eval.every_steps == 0 and step < steps:
             log_pending()
             with buckets("eval"):
                 evaluate(state, step)
+            progress.pause()
     log_pending()
     feed.close()
     preemption.close()

@@ -216,3 +216,19 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
         after.params,
         after.ema,
     )
+
+
+def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
+    config.model.image_size = 32
+    config.image_sizes = ((0.5, 16), (0.25, 24))
+    sizes = [train_step.size_at(config, step, 8) for step in range(8)]
+    assert sizes == [16] * 4 + [24] * 2 + [32] * 2
+    flat = jnp.full((2, 32, 32, 3), 100, jnp.uint8)
+    np.testing.assert_allclose(train_step.shrink(flat, 16), 100, rtol=1e-6)
+    model = build(config)
+    state = train_step.init_state(model, config, one_device_mesh)
+    batch = partitioning.place_batch(one_device_mesh, random_batch(config))
+    after, metrics = jax.jit(train_step.make_train_step(model, config, 8, 16))(state, batch)
+    assert np.isfinite(metrics["loss"])
+    shape = after.params["image_encoder"]["positions"]["value"].shape
+    assert shape == (16, 16)  # the table stays that of full-size images
