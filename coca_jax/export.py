@@ -66,7 +66,8 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
         return module.apply(params, tokens, valid, method="encode_text")
 
     def decode_weights(flat: dict) -> dict:
-        return decoding.prepare(export_format.unflatten(flat), spec.dtype)
+        blocked = list(platforms) == ["cpu"]
+        return decoding.prepare(export_format.unflatten(flat), spec.dtype, blocked)
 
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)

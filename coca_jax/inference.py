@@ -111,11 +111,18 @@ class CoCaModel:
         ]
         return _joined(parts, (self.config.model.embed_dim,))
 
-    def encode_text(self, texts: str | Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Texts -> float32 [N, E], L2-normalised."""
+    def encode_text(
+        self, texts: str | Sequence[str], *, labels: bool = False, progress: bool = False
+    ) -> np.ndarray:
+        """Texts -> float32 [N, E], L2-normalised.
+
+        labels: the texts are class names in prompts; a model trained with data.label_token then
+        sees its label symbol before them.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        marked = labels and bool(self.config.get("data", {}).get("label_token", False))
         parts = [
-            self._run(self._encode_text, *self._tokenize(batch))
+            self._run(self._encode_text, *self._tokenize(batch, marked))
             for batch in self._batches(texts, progress, "text")
         ]
         return _joined(parts, (self.config.model.embed_dim,))
@@ -142,7 +149,11 @@ class CoCaModel:
         if not len(class_names):
             raise ValueError("class_names is empty; give the names to choose among")
         texts = [template.replace("{}", name) for name in class_names for template in templates]
-        mean = self.encode_text(texts).reshape(len(class_names), len(templates), -1).mean(1)
+        mean = (
+            self.encode_text(texts, labels=True)
+            .reshape(len(class_names), len(templates), -1)
+            .mean(1)
+        )
         classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
         scale = np.exp(np.asarray(self.params["log_scale"]["value"]))
         logits = scale * self.encode_image(images, progress=progress) @ classes.T
@@ -391,7 +402,8 @@ class CoCaModel:
     @functools.cached_property
     def _decoder_weights(self) -> dict:
         with self._context():
-            return decoding.prepare(self.params, self._spec.dtype)
+            blocked = jax.default_backend() == "cpu"
+            return decoding.prepare(self.params, self._spec.dtype, blocked)
 
     def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
         """A program whose results are whole on every device, and so on every process, unless
@@ -423,10 +435,13 @@ class CoCaModel:
 
     # -- inputs ---------------------------------------------------------------------------------
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(
+        self, texts: Sequence[str], labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and validity [N, L], L the smallest multiple of 16 that leaves a place of padding
         (open_clip's shifted mask reads it) or max_len."""
-        tokens, valid = self.vocabulary.encode_batch(texts, self.max_len)
+        marks = [True] * len(texts) if labels else None
+        tokens, valid = self.vocabulary.encode_batch(texts, self.max_len, marks)
         used = valid.any(0).nonzero()[0]
         longest = int(used[-1]) + 1 if len(used) else 1
         length = min(-(-(longest + 1) // 16) * 16, self.max_len)

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """A model of about 1.5M parameters for 64 px scenes."""
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 600
+    config.steps = 400
     config.model.update(
         image_size=64, patch_size=8, embed_dim=128, dtype="float32", activation="relu"
     )
