@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need in .venv and runs them: format, lint, types, then pytest.
-# usage: launch/test.sh [pytest arguments]
+# usage: launch/test.sh [pytest arguments]     -m "" runs the slow ones too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh test
@@ -8,4 +8,4 @@ bin="$VENV/bin"
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --durations=10 "$@"
+exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile -m "not slow" --durations=10 "$@"
