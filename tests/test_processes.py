@@ -1,0 +1,60 @@
+"""One device, eight devices and two processes of four train alike and take over from each other."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from coca_jax import checkpointing
+from coca_jax.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def launch(workdir, processes, devices, *flags):
+    """Trains configs/tiny.py by launch/local.sh."""
+    command = ["bash", "launch/local.sh", str(processes), f"--devices={devices}", "--"]
+    command += ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [row["loss"] for row in read_metrics(workdir)], checkpointing.load_params(workdir)[0]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("one"))
+    return launch(workdir, 1, 1)
+
+
+def assert_same(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert len(got[0]) == 5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got[1], want[1])
+
+
+def test_eight_devices_save_and_four_of_two_processes_go_on(one_device, tmp_path):
+    workdir = str(tmp_path / "eight")
+    assert_same(launch(workdir, 1, 8, "--config.mesh.fsdp=4", "--config.mesh.tensor=2"), one_device)
+    shutil.rmtree(f"{workdir}/checkpoints/5")
+    assert checkpointing.find_step(workdir)[1] == 3
+    assert_same(launch(workdir, 2, 2, "--config.mesh.fsdp=2"), one_device)
+
+
+def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, tmp_path):
+    workdir = str(tmp_path / "two")
+    assert_same(launch(workdir, 2, 4), one_device)
+    shutil.rmtree(f"{workdir}/checkpoints/5")
+    assert_same(launch(workdir, 1, 1), one_device)
