@@ -76,7 +76,7 @@ def contrastive(batch: int, width: int, timed_batch: int, chunk: int, repeats: i
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     shape = jax.ShapeDtypeStruct((batch, width), jnp.float32)
     timed = (jnp.asarray(rows[0]), jnp.asarray(rows[1]), jnp.float32(14.3))
-    functions = {"naive": naive_contrastive, "ours": ours}
+    functions: dict[str, Callable[..., Any]] = {"naive": naive_contrastive, "ours": ours}
     return measure(functions, (shape, shape, scalar), timed, repeats)
 
 
@@ -106,7 +106,7 @@ def captioning(
         jnp.asarray(rng.integers(0, vocab, size=(timed_batch, length)), jnp.int32),
         jnp.ones((timed_batch, length), bool),
     )
-    functions = {"naive": naive_captioning, "ours": ours}
+    functions: dict[str, Callable[..., Any]] = {"naive": naive_captioning, "ours": ours}
     return measure(functions, shapes(batch), timed, repeats)
 
 

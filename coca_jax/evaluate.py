@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,6 +28,13 @@ _TEMPLATES = flags.DEFINE_string("templates", "", "Prompt set or text file for z
 _CLASSES = flags.DEFINE_string("class_names", "", "Text file with a class name a line.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
 _OUT = flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
+
+
+class Model(Predictor, Protocol):
+    """A predictor that says how its images are prepared."""
+
+    image_size: int
+    resize: str
 
 
 def read_records(data: Mapping[str, Any], size: int, mode: str, limit: int = 0) -> list[dict]:
@@ -95,7 +102,7 @@ class _LabelTexts:
 
 
 def run_tasks(
-    model: Predictor, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
+    model: Model, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
 ) -> dict[str, float]:
     """Runs every task; on process 0 writes eval.json and the examples for the report.
 
@@ -134,7 +141,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     name = _NAME.value or f"{pathlib.Path(_DATA.value).name}_{_SPLIT.value}"
     tasks = []
     for kind in _TASKS.value:
-        task = dict(kind=kind, name=name, data=dict(data), limit=_LIMIT.value)
+        task: dict[str, Any] = dict(kind=kind, name=name, data=dict(data), limit=_LIMIT.value)
         if kind == "zeroshot":
             task["data"]["kind"] = "label"
             if _TEMPLATES.value:

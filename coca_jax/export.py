@@ -59,11 +59,13 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
 
     def encode_image(flat: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         params = {"params": export_format.unflatten(flat)}
-        return module.apply(params, normalise_pixels(image, sizes), method="encode_image")
+        out: Any = module.apply(params, normalise_pixels(image, sizes), method="encode_image")
+        return out
 
     def encode_text(flat: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         params = {"params": export_format.unflatten(flat)}
-        return module.apply(params, tokens, valid, method="encode_text")
+        out: Any = module.apply(params, tokens, valid, method="encode_text")
+        return out
 
     def decode_weights(flat: dict) -> dict:
         blocked = list(platforms) == ["cpu"]
@@ -154,7 +156,8 @@ def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
     image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
     tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
-    wanted = model.forward(normalise_pixels(image, model.config.model), tokens)
+    pixels = np.asarray(normalise_pixels(jnp.asarray(image), model.config.model))
+    wanted = model.forward(pixels, tokens)
     valid = np.ones(tokens.shape, bool)
     if model.config.model.text.get("cls_mask", "exact") == "shifted":
         valid = tokens != model.vocabulary.pad_id

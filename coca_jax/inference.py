@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -218,9 +218,9 @@ class CoCaModel:
         slots = 1 << (max(len(row) for row in ids) - 1).bit_length()
         prompt = np.full((size, slots), vocabulary.bos_id, np.int32)
         length = np.ones(size, np.int32)
-        for row, tokens in enumerate(ids):
-            prompt[row, slots - len(tokens) :] = tokens
-            length[row] = len(tokens)
+        for row, known in enumerate(ids):
+            prompt[row, slots - len(known) :] = known
+            length[row] = len(known)
         rows = np.pad(rows.astype(np.uint32), (0, size - count))
         with self._context():
             image_tokens = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
@@ -295,14 +295,14 @@ class CoCaModel:
                 image = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
             pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
             pairs = pairs.reshape(2, -1).astype(np.int32)
-            scores = []
+            parts = []
             for start in range(0, pairs.shape[1], self.batch_size):
                 i, t = pairs[:, start : start + self.batch_size]
                 inputs = (_pad(x, self._bucket(len(i))) for x in (i, t))
                 with self._context():
                     out = self._pair_scores(self.params, image, states, tokens, valid, *inputs)
-                scores.append(np.asarray(out)[: len(i)])
-            rows.append(_joined(scores, ()).reshape(count, len(tokens)))
+                parts.append(np.asarray(out)[: len(i)])
+            rows.append(_joined(parts, ()).reshape(count, len(tokens)))
         scores = _joined(rows, (len(tokens),))
         return scores / valid[:, 1:].sum(1) if per_token else scores
 
@@ -335,18 +335,21 @@ class CoCaModel:
 
     # -- programs -------------------------------------------------------------------------------
 
+    def _apply(self, params: dict, *inputs: Any, method: Any = None) -> Any:
+        return self._module.apply({"params": params}, *inputs, method=method)
+
     @functools.cached_property
     def _encode_image(self) -> Callable:
         def run(params: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
             pixels = normalise_pixels(image, self.config.model)
-            return self._module.apply({"params": params}, pixels, method="encode_image")
+            return self._apply(params, pixels, method="encode_image")
 
         return self._jit(run, (WHOLE, partitioning.spec("batch")))
 
     @functools.cached_property
     def _encode_text(self) -> Callable:
         def run(params: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-            return self._module.apply({"params": params}, tokens, valid, method="encode_text")
+            return self._apply(params, tokens, valid, method="encode_text")
 
         return self._jit(run)
 
@@ -354,7 +357,7 @@ class CoCaModel:
     def _log_likelihood(self) -> Callable:
         def run(params: dict, image: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
             pixels = normalise_pixels(image, self.config.model)
-            out = self._module.apply({"params": params}, pixels, tokens, valid)
+            out = self._apply(params, pixels, tokens, valid)
             return _sum_log_probs(out.states, out.kernel, out.bias, tokens, valid)
 
         return self._jit(run)
@@ -365,7 +368,7 @@ class CoCaModel:
             return module.text_decoder.encode(tokens, valid)[0]
 
         def run(params: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-            return self._module.apply({"params": params}, tokens, valid, method=states)
+            return self._apply(params, tokens, valid, method=states)
 
         return self._jit(run)
 
@@ -383,9 +386,7 @@ class CoCaModel:
             i: jax.Array,
             t: jax.Array,
         ) -> jax.Array:
-            fused, (kernel, bias) = self._module.apply(
-                {"params": params}, states[t], image[i], method=fuse
-            )
+            fused, (kernel, bias) = self._apply(params, states[t], image[i], method=fuse)
             return _sum_log_probs(fused, kernel, bias, tokens[t], valid[t])
 
         return self._jit(run)
@@ -393,7 +394,7 @@ class CoCaModel:
     @functools.cached_property
     def _forward(self) -> Callable:
         def run(params: dict, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> Forward:
-            out = self._module.apply({"params": params}, pixels, tokens, valid)
+            out = self._apply(params, pixels, tokens, valid)
             image_tokens = out.image_tokens.astype(jnp.float32)
             return Forward(out.image_embedding, out.text_embedding, out.logits, image_tokens)
 
@@ -442,7 +443,7 @@ class CoCaModel:
         (open_clip's shifted mask reads it) or max_len."""
         marks = [True] * len(texts) if labels else None
         tokens, valid = self.vocabulary.encode_batch(texts, self.max_len, marks)
-        used = valid.any(0).nonzero()[0]
+        used = np.flatnonzero(valid.any(0))
         longest = int(used[-1]) + 1 if len(used) else 1
         length = min(-(-(longest + 1) // 16) * 16, self.max_len)
         return tokens[:, :length], valid[:, :length]
@@ -486,7 +487,8 @@ def as_list(images: Any) -> Sequence:
     if hasattr(images, "ndim"):
         if images.ndim not in (2, 3, 4):
             raise ValueError(f"image array of shape {images.shape}; give [h, w, 3] or [N, h, w, 3]")
-        return np.asarray(images) if images.ndim == 4 else [np.asarray(images)]
+        array = np.asarray(images)
+        return cast(Sequence, array) if images.ndim == 4 else [array]
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")
     return images
@@ -528,7 +530,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
 def use_compile_cache() -> None:
     """Keeps compiled programs between starts, in JAX_COMPILATION_CACHE_DIR or ~/.cache/coca_jax;
     off where the user set jax_enable_compilation_cache to false."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "coca_jax", "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -589,7 +591,7 @@ def _place(params: dict) -> tuple[Mesh | None, dict]:
     leaf = jax.tree.leaves(params)[0]
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        return sharding.mesh, params
+        return cast(Mesh, sharding.mesh), params
     devices = jax.local_devices()
     if len(devices) == 1:
         return None, jax.device_put(params, devices[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -90,7 +90,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
 def unbox(tree: Any) -> Any:
     """Parameters without their axis names."""
     return jax.tree.map(
-        lambda x: x.value if isinstance(x, nn.meta.AxisMetadata) else x,
+        lambda x: cast(Any, x).value if isinstance(x, nn.meta.AxisMetadata) else x,
         tree,
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )

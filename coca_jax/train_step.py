@@ -21,8 +21,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes. step, skipped: int32; ema: averaged params or None."""
 
     step: jax.Array
@@ -50,7 +49,7 @@ def state_shardings(model: CoCa, config: ConfigDict, mesh: Mesh) -> tuple[TrainS
     specs = partitioning.param_specs(boxed.params)
     abstract = boxed.replace(params=partitioning.unbox(boxed.params))
     partitioning.check_divisible(mesh, abstract.params, specs)
-    scalar = jax.sharding.PartitionSpec()
+    scalar: Any = jax.sharding.PartitionSpec()
     tree = TrainState(
         step=scalar,
         skipped=scalar,
@@ -146,7 +145,7 @@ def forward(
 ) -> coca.Outputs:
     """One training pass over the batch -> coca.Outputs."""
     pixels = normalise_pixels(batch["image"], config.model)
-    return model.apply(
+    outputs: Any = model.apply(
         {"params": params},
         pixels,
         batch["tokens"],
@@ -154,6 +153,7 @@ def forward(
         deterministic=False,
         rngs={"patch_dropout": rng},
     )
+    return outputs
 
 
 def loss_fn(
@@ -161,7 +161,8 @@ def loss_fn(
 ) -> tuple[jax.Array, Metrics]:
     """One forward graph, both losses (paper, Eq. 4); metrics are split by source."""
     outputs = forward(model, config, params, batch, rng)
-    loss, metrics = jnp.zeros((), jnp.float32), {}
+    loss = jnp.zeros((), jnp.float32)
+    metrics: Metrics = {}
     if config.loss.contrastive_weight:
         value, rows = contrastive(outputs, batch, config.loss)
         loss += config.loss.contrastive_weight * value

@@ -68,7 +68,7 @@ class CoCa(nn.Module):
 
     def setup(self) -> None:
         width = self.decoder.width
-        pooler = dict(
+        pooler: dict[str, Any] = dict(
             width=width,
             num_heads=self.pooler_heads,
             query_std=self.query_std,
@@ -82,7 +82,7 @@ class CoCa(nn.Module):
             self.pooled_norm = layers.LayerNorm(self.dtype)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
-        projection = dict(axes=("embed", "joint"), use_bias=False, flat=self.flat)
+        projection: dict[str, Any] = dict(axes=("embed", "joint"), use_bias=False, flat=self.flat)
         if self.image_projection:
             self.image_to_joint = layers.Projection((self.embed_dim,), **projection)
         self.text_to_joint = layers.Projection((self.embed_dim,), **projection)

@@ -383,8 +383,8 @@ class Table(nn.Module):
 class Scalar(nn.Module):
     """A learned float32 number."""
 
-    init: float
+    initial: float
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("value", lambda _: jnp.asarray(self.init, jnp.float32))
+        return self.param("value", lambda _: jnp.asarray(self.initial, jnp.float32))
