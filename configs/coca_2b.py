@@ -19,6 +19,5 @@ def get_config() -> ConfigDict:
         tie_embeddings=True,
     )
     config.model.pooler.num_heads = 16
-    config.remat = "named"
     config.mesh.update(data=-1, fsdp=8)
     return config
