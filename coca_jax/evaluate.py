@@ -18,17 +18,6 @@ from coca_jax import cli
 from coca_jax.data import images, pipeline
 from coca_jax.evaluators import Predictor, captioning, results, retrieval, templates, zeroshot
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, checkpoint or converted weights.")
-_DATA = flags.DEFINE_string("data", None, "A folder that `prepare` wrote, or 'scenes'.")
-_TASKS = flags.DEFINE_list("tasks", ["zeroshot", "retrieval", "captioning"], "What to score.")
-_SPLIT = flags.DEFINE_string("split", "test", "Split of the data.")
-_NAME = flags.DEFINE_string("name", "", "Data set name in the scores; default: folder and split.")
-_WHERE = flags.DEFINE_multi_string("where", [], "field=value[,value...]: only these records.")
-_TEMPLATES = flags.DEFINE_string("templates", "", "Prompt set or text file for zero-shot.")
-_CLASSES = flags.DEFINE_string("class_names", "", "Text file with a class name a line.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
-_OUT = flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
-
 
 class Model(Predictor, Protocol):
     """A predictor that says how its images are prepared."""
@@ -128,33 +117,49 @@ def run_tasks(
     return scores
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("checkpoint", None, "A run, checkpoint or converted weights.")
+    flags.DEFINE_string("data", None, "A folder that `prepare` wrote, or 'scenes'.")
+    flags.DEFINE_list("tasks", ["zeroshot", "retrieval", "captioning"], "What to score.")
+    flags.DEFINE_string("split", "test", "Split of the data.")
+    flags.DEFINE_string("name", "", "Data set name in the scores; default: folder and split.")
+    flags.DEFINE_multi_string("where", [], "field=value[,value...]: only these records.")
+    flags.DEFINE_string("templates", "", "Prompt set or text file for zero-shot.")
+    flags.DEFINE_string("class_names", "", "Text file with a class name a line.")
+    flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
+    flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
-    if len(argv) > 1 or not _CHECKPOINT.value or not _DATA.value:
+    if len(argv) > 1 or not flags.FLAGS.checkpoint or not flags.FLAGS.data:
         raise ValueError("give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else")
-    data: dict[str, Any] = dict(split=_SPLIT.value)
-    builtin = _DATA.value == "scenes"
-    data |= dict(builtin="scenes") if builtin else dict(path=_DATA.value)
-    if _WHERE.value:
-        pairs = (item.split("=", 1) for item in _WHERE.value)
+    data: dict[str, Any] = dict(split=flags.FLAGS.split)
+    builtin = flags.FLAGS.data == "scenes"
+    data |= dict(builtin="scenes") if builtin else dict(path=flags.FLAGS.data)
+    if flags.FLAGS.where:
+        pairs = (item.split("=", 1) for item in flags.FLAGS.where)
         data["where"] = {field: values.split(",") for field, values in pairs}
-    name = _NAME.value or f"{pathlib.Path(_DATA.value).name}_{_SPLIT.value}"
+    name = flags.FLAGS.name or f"{pathlib.Path(flags.FLAGS.data).name}_{flags.FLAGS.split}"
     tasks = []
-    for kind in _TASKS.value:
-        task: dict[str, Any] = dict(kind=kind, name=name, data=dict(data), limit=_LIMIT.value)
+    for kind in flags.FLAGS.tasks:
+        task: dict[str, Any] = dict(kind=kind, name=name, data=dict(data), limit=flags.FLAGS.limit)
+        if kind == "captioning" and builtin:
+            task["data"]["objects"] = (1,)  # what exact match is defined for
         if kind == "zeroshot":
             task["data"]["kind"] = "label"
-            if _TEMPLATES.value:
-                task["templates"] = _TEMPLATES.value
-            if _CLASSES.value:
-                lines = pathlib.Path(_CLASSES.value).read_text().splitlines()
+            if flags.FLAGS.templates:
+                task["templates"] = flags.FLAGS.templates
+            if flags.FLAGS.class_names:
+                lines = pathlib.Path(flags.FLAGS.class_names).read_text().splitlines()
                 task["class_names"] = [line.strip() for line in lines if line.strip()]
         tasks.append(task)
 
     from coca_jax import inference
 
-    model = inference.load(_CHECKPOINT.value)
-    out = _OUT.value or _CHECKPOINT.value
+    model = inference.load(flags.FLAGS.checkpoint)
+    out = flags.FLAGS.out or flags.FLAGS.checkpoint
     scores = run_tasks(model, tasks, out)
     for key, value in scores.items():
         print(f"{key:60s} {value:10.4f}")
@@ -162,4 +167,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -20,8 +20,6 @@ from absl import flags
 from coca_jax import cli
 from coca_jax.metrics import read_metrics
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run to report on; report.html goes there.")
-
 Row = Mapping[str, Any]
 
 _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
@@ -560,12 +558,14 @@ for (const figure of document.querySelectorAll('.chart')) {
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
-    if len(argv) > 1 or not _WORKDIR.value:
+    workdir = flags.FLAGS.workdir
+    if len(argv) > 1 or not workdir:
         raise ValueError("give --workdir=DIR, the folder of a run, and nothing else")
-    path = write_report(_WORKDIR.value)
+    path = write_report(workdir)
     print(f"wrote {path} ({path.stat().st_size / 1024:,.0f} KiB)")
     return {"report": str(path)}
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The run to report on; report.html goes there.")
     cli.run(main)

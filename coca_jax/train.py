@@ -44,6 +44,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     buckets = metrics.TimeBuckets()
     with buckets("init"):
         run_config.check(config)
+        if "://" in str(workdir):
+            raise ValueError(f"workdir={workdir} is a URL; mount it and give the folder")
         mesh = partitioning.make_mesh(**config.mesh)
         run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
         jax.set_mesh(mesh)

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """A model of about 1.5M parameters for 64 px scenes."""
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 400
+    config.steps = 520
     config.model.update(
         image_size=64, patch_size=8, embed_dim=128, dtype="float32", activation="relu"
     )
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         mlp_dim=512,
         num_heads=4,
         vocab_size=400,
-        max_len=48,
+        max_len=44,
     )
     config.model.pooler.update(num_queries=16, num_heads=4)
     # 64 label classes in a batch of 64 label rows: equal texts are the rule, so they are positives.

@@ -2,7 +2,7 @@
 # A training run on a GKE cluster with TPU node pools, as one JobSet. A preempted slice is restarted
 # by JobSet, and train resumes from its workdir.
 #
-#   launch/gke.sh [--dry_run] -- --config=configs/coca_2b.py --workdir=gs://BUCKET/run
+#   launch/gke.sh [--dry_run] -- --config=configs/coca_2b.py --workdir=/mnt/bucket/run
 #
 # --dry_run prints the manifest and sends nothing. Settings come from the environment:
 #   NAME         of the JobSet (required)

@@ -3,7 +3,7 @@
 # resume after preemption, delete.
 #
 #   launch/tpu_vm.sh create|install|run|status|delete [--dry_run] [-- TRAIN_FLAGS]
-#   launch/tpu_vm.sh all [--dry_run] -- --config=configs/coca_2b.py --workdir=gs://BUCKET/run
+#   launch/tpu_vm.sh all [--dry_run] -- --config=configs/coca_2b.py --workdir=/mnt/bucket/run
 #
 # Settings come from the environment:
 #   NAME      of the slice (required)              ZONE      us-central2-b, ... (required)

@@ -72,7 +72,10 @@ class ImageEncoder(nn.Module):
         )(x)
         grid = self.image_size // self.patch_size
         positions = layers.Table(
-            (grid * grid + self.class_token, self.width), ("position", "embed"), name="positions"
+            (grid * grid + self.class_token, self.width),
+            axes=("position", "embed"),
+            initializer=layers.grid_waves(int(self.class_token)),
+            name="positions",
         )()
         if side != self.image_size:  # a stage of a size curriculum: the same places, resampled
             patches = positions[int(self.class_token) :].reshape(grid, grid, self.width)

@@ -368,16 +368,40 @@ class Stack(nn.Module):
 
 
 class Table(nn.Module):
-    """A learned array: embeddings, positions, queries. `init_std` of its normal initialiser."""
+    """A learned array: embeddings, positions, queries.
+
+    init_std: of its normal initialiser; initializer: another one in its stead.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init_std: float = 0.02
+    initializer: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.initializers.normal(self.init_std)
+        init = self.initializer or nn.initializers.normal(self.init_std)
         return self.param("value", with_axes(init, *self.axes), self.shape)
+
+
+def grid_waves(extra: int) -> Callable[..., jax.Array]:
+    """Initialiser of positions [extra + G * G, D]: sines and cosines of row and column, as large as
+    the patch embeddings, so that places can be told from the first step on; `extra` rows are 0.
+    """
+
+    def init(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        count, width = shape
+        side = round((count - extra) ** 0.5)
+        quarter = -(-width // 4)
+        frequency = 1.0 / 10_000 ** (jnp.arange(quarter) / quarter)
+        angle = jnp.arange(side)[:, None] * frequency  # [G, D / 4]
+        wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
+        rows = jnp.repeat(wave, side, axis=0)
+        columns = jnp.tile(wave, (side, 1))
+        table = jnp.concatenate([rows, columns], axis=1)[:, :width]
+        return jnp.concatenate([jnp.zeros((extra, width)), table]).astype(dtype)
+
+    return init
 
 
 class Scalar(nn.Module):
