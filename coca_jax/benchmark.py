@@ -20,13 +20,6 @@ from ml_collections import ConfigDict, config_flags
 from coca_jax import benchmark_losses, cli, decoding, partitioning, run_config, train_step
 from coca_jax.models import coca
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.")
-_TOKENS = flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
-_BEAMS = flags.DEFINE_integer("beams", 1, "Beams in caption.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
-
 
 def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there."""
@@ -127,27 +120,37 @@ def make_params(config: ConfigDict) -> Any:
     return jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(config.seed))
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.")
+    flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
+    flags.DEFINE_integer("beams", 1, "Beams in caption.", lower_bound=1)
+    flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
     kinds = ("train", "encode", "caption", "input", "losses")
     if len(argv) != 2 or argv[1] not in kinds:
         raise ValueError(f"give one of {', '.join(kinds)}, and --config=configs/X.py")
-    kind, repeats, batch = argv[1], _REPEATS.value, _BATCH.value or 16
+    kind, repeats, batch = argv[1], flags.FLAGS.repeats, flags.FLAGS.batch_size or 16
     if kind == "losses":
         return benchmark_losses.run(repeats)
-    if _CONFIG.value is None:
+    if flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=configs/X.py")
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     if kind == "input":
         from coca_jax.data import pipeline
 
-        result = pipeline.measure_input(config, _SECONDS.value)
+        result = pipeline.measure_input(config, flags.FLAGS.seconds)
     elif kind == "train":
         result = train(config, repeats)
     elif kind == "encode":
         result = encode(config, batch, repeats)
     else:
-        result = caption(config, batch, _TOKENS.value, _BEAMS.value, repeats)
+        result = caption(config, batch, flags.FLAGS.tokens, flags.FLAGS.beams, repeats)
     device = jax.devices()[0]
     for name, value in result.items():
         print(f"{name:24s} {value:12.4f}")
@@ -155,4 +158,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

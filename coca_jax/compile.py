@@ -30,13 +30,6 @@ from ml_collections import ConfigDict, config_flags
 from coca_jax import cli, hlo_cost, partitioning, run_config, train_step
 from coca_jax.models import coca
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, or cpu:8."
-)
-_DUMP_HLO = flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
-_TOP = flags.DEFINE_integer("top", 25, "Rows of the table of costliest operations.")
-
 GIB = 2**30
 
 
@@ -278,7 +271,7 @@ def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> di
         "hbm_share": total / chip.hbm,
         "fits": total <= chip.hbm,
     }
-    result["costliest"] = costliest(cost, _TOP.value if flags.FLAGS.is_parsed() else 25)
+    result["costliest"] = costliest(cost, flags.FLAGS.top if flags.FLAGS.is_parsed() else 25)
     return result
 
 
@@ -373,13 +366,23 @@ def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[
     } | analyse(config, slice_, compiled, params)
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    flags.DEFINE_string(
+        "topology", None, "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, or cpu:8."
+    )
+    flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
+    flags.DEFINE_integer("top", 25, "Rows of the table of costliest operations.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry: exit status 1 when the step does not fit."""
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --topology")
-    if _CONFIG.value is None or _TOPOLOGY.value is None:
+    if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=configs/X.py and --topology=v4:8x16x16 (or cpu:8)")
-    result = compile_step(_CONFIG.value, _TOPOLOGY.value, _DUMP_HLO.value)
+    result = compile_step(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.dump_hlo)
     if "bytes_per_device" in result:
         show(result)
     if not result["fits"]:
@@ -401,5 +404,6 @@ def prepare_platform(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     prepare_platform(sys.argv[1:])
     cli.run(main)

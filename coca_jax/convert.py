@@ -23,19 +23,6 @@ from coca_jax.interop.open_clip_layout import Layout, count
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = "open_clip_config.json"
 
-_INPUT = flags.DEFINE_string("input", None, "Weights (.bin, .pt, .pth, .safetensors), or a folder.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
-_TO = flags.DEFINE_enum("to", "coca_jax", ["coca_jax", "open_clip"], "The format to write.")
-_MODEL = flags.DEFINE_string(
-    "model",
-    "",
-    f"Name ({', '.join(open_clip_config.RELEASED)}) or JSON file of the open_clip model; "
-    f"default: {CONFIG_NAME} beside the weights, else the released model that fits.",
-)
-_BPE = flags.DEFINE_string(
-    "bpe", "", f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else found."
-)
-
 
 def from_open_clip(
     weights: str, out: str, model: str = "", bpe: str = ""
@@ -165,25 +152,44 @@ def _model_config(
     raise ValueError(f"{weights}: not a released model; give its JSON configuration as --model")
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("input", None, "Weights (.bin, .pt, .pth, .safetensors), or a folder.")
+    flags.DEFINE_string("out", None, "Folder to write.")
+    flags.DEFINE_enum("to", "coca_jax", ["coca_jax", "open_clip"], "The format to write.")
+    flags.DEFINE_string(
+        "model",
+        "",
+        f"Name ({', '.join(open_clip_config.RELEASED)}) or JSON file of the open_clip model; "
+        f"default: {CONFIG_NAME} beside the weights, else the released model that fits.",
+    )
+    flags.DEFINE_string(
+        "bpe",
+        "",
+        f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else found.",
+    )
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see the module's docstring."""
     del argv
-    source, out = _INPUT.value, _OUT.value
+    source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
     print(f"reading {source}")
-    if _TO.value == "open_clip":
+    if flags.FLAGS.to == "open_clip":
         _, layout = to_open_clip(source, out)
     else:
-        _, layout = from_open_clip(source, out, _MODEL.value, _BPE.value)
+        _, layout = from_open_clip(source, out, flags.FLAGS.model, flags.FLAGS.bpe)
     print(f"wrote {out}")
     return dict(
         out=out,
-        format=_TO.value,
+        format=flags.FLAGS.to,
         tensors=len(layout.tensors()),
         parameters=count(layout.parameters()),
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -37,44 +37,6 @@ from coca_jax.importers.items import Options, Unit
 
 _ROWS_PER_SHARD = 16_384
 
-_FORMAT = flags.DEFINE_enum("format", None, list(shards.MODULES), "Format of the input.")
-_INPUT = flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
-_SPLIT = flags.DEFINE_string("split", "train", "Name of the split that is written.")
-_WHERE = flags.DEFINE_multi_string(
-    "where", [], "Keep only examples whose field has one of these values: field=a,b. Repeatable."
-)
-_TEXT_FIELD = flags.DEFINE_string("text_field", "", "Field of the captions.")
-_LABEL_FIELD = flags.DEFINE_string("label_field", "", "Field of the class names or numbers.")
-_IMAGE_FIELD = flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
-_CLASSES = flags.DEFINE_string("class_names", "", "Text file with the names of numbered classes.")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.")
-_SHARDS = flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.")
-_VERIFY = flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
-_MIN_SIDE = flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
-_MAX_ASPECT = flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.")
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", 178_956_970, "Quarantine larger images.")
-_MIN_TEXT = flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.")
-_MAX_TEXT = flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.")
-_REQUIRE = flags.DEFINE_enum(
-    "require", "any", ["any", "text", "label"], "What every example must have besides its image."
-)
-_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.")
-_SAMPLE = flags.DEFINE_float("sample", 1.0, "Share of the examples to keep.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
-_DEDUP = flags.DEFINE_enum(
-    "dedup", "none", ["none", "content", "perceptual"], "Which images count as the same."
-)
-_DISTANCE = flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.")
-_EXCLUDE = flags.DEFINE_multi_string(
-    "exclude", [], "Prepared folder or image files of evaluation data to keep out. Repeatable."
-)
-_SIZE = flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
-_SENTENCES = flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
-_STEP = flags.DEFINE_integer("step", 0, "inspect: which step.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "inspect: the recipe.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
-
 
 def prepare(
     format: str,
@@ -310,36 +272,36 @@ def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _options() -> Options:
     where = []
-    for clause in _WHERE.value:
+    for clause in flags.FLAGS.where:
         field, equals, values = clause.partition("=")
         if not equals or not values:
             raise ValueError(f"--where={clause}: write field=value or field=value,value")
         where.append((field, tuple(values.split(","))))
     names: tuple[str, ...] = ()
-    if _CLASSES.value:
-        names = tuple(files.read(_CLASSES.value).decode().split("\n"))
+    if flags.FLAGS.class_names:
+        names = tuple(files.read(flags.FLAGS.class_names).decode().split("\n"))
         names = names[:-1] if names and not names[-1] else names
-    if not 0 < _SAMPLE.value <= 1:
-        raise ValueError(f"--sample={_SAMPLE.value}: give a share above 0, at most 1")
+    if not 0 < flags.FLAGS.sample <= 1:
+        raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
     return Options(
-        text_field=_TEXT_FIELD.value,
-        label_field=_LABEL_FIELD.value,
-        image_field=_IMAGE_FIELD.value,
+        text_field=flags.FLAGS.text_field,
+        label_field=flags.FLAGS.label_field,
+        image_field=flags.FLAGS.image_field,
         class_names=names,
         where=tuple(where),
-        verify=_VERIFY.value,
-        min_side=_MIN_SIDE.value,
-        max_aspect=_MAX_ASPECT.value,
-        max_pixels=_MAX_PIXELS.value,
-        min_text=_MIN_TEXT.value,
-        max_text=_MAX_TEXT.value,
-        require=_REQUIRE.value,
-        max_side=_MAX_SIDE.value,
-        sample=_SAMPLE.value,
-        seed=_SEED.value,
-        dedup=_DEDUP.value,
-        distance=_DISTANCE.value,
-        exclude=tuple(_EXCLUDE.value),
+        verify=flags.FLAGS.verify,
+        min_side=flags.FLAGS.min_side,
+        max_aspect=flags.FLAGS.max_aspect,
+        max_pixels=flags.FLAGS.max_pixels,
+        min_text=flags.FLAGS.min_text,
+        max_text=flags.FLAGS.max_text,
+        require=flags.FLAGS.require,
+        max_side=flags.FLAGS.max_side,
+        sample=flags.FLAGS.sample,
+        seed=flags.FLAGS.seed,
+        dedup=flags.FLAGS.dedup,
+        distance=flags.FLAGS.distance,
+        exclude=tuple(flags.FLAGS.exclude),
     )
 
 
@@ -381,35 +343,82 @@ def inspect(config: Any, step: int) -> dict[str, Any]:
     return dict(step=step, examples=examples)
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_enum("format", None, list(shards.MODULES), "Format of the input.")
+    flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
+    flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
+    flags.DEFINE_string("split", "train", "Name of the split that is written.")
+    flags.DEFINE_multi_string(
+        "where",
+        [],
+        "Keep only examples whose field has one of these values: field=a,b. Repeatable.",
+    )
+    flags.DEFINE_string("text_field", "", "Field of the captions.")
+    flags.DEFINE_string("label_field", "", "Field of the class names or numbers.")
+    flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
+    flags.DEFINE_string("class_names", "", "Text file with the names of numbered classes.")
+    flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.")
+    flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.")
+    flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
+    flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
+    flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.")
+    flags.DEFINE_integer("max_pixels", 178_956_970, "Quarantine larger images.")
+    flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.")
+    flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.")
+    flags.DEFINE_enum(
+        "require",
+        "any",
+        ["any", "text", "label"],
+        "What every example must have besides its image.",
+    )
+    flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.")
+    flags.DEFINE_float("sample", 1.0, "Share of the examples to keep.")
+    flags.DEFINE_integer("seed", 0, "Of the sample.")
+    flags.DEFINE_enum(
+        "dedup", "none", ["none", "content", "perceptual"], "Which images count as the same."
+    )
+    flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.")
+    flags.DEFINE_multi_string(
+        "exclude", [], "Prepared folder or image files of evaluation data to keep out. Repeatable."
+    )
+    flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
+    flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
+    flags.DEFINE_integer("step", 0, "inspect: which step.")
+    config_flags.DEFINE_config_file("config", None, "inspect: the recipe.")
+    flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command."""
     if argv[1:] == ["vocabulary"]:
-        if not _INPUT.value or not _OUT.value:
+        if not flags.FLAGS.input or not flags.FLAGS.out:
             raise ValueError("prepare vocabulary needs --input and --out")
-        paths = _INPUT.value.split(",")
-        return train_vocabulary(paths, _SIZE.value, _OUT.value, _SENTENCES.value)
+        paths = flags.FLAGS.input.split(",")
+        return train_vocabulary(paths, flags.FLAGS.size, flags.FLAGS.out, flags.FLAGS.sentences)
     if argv[1:] == ["inspect"]:
-        if _CONFIG.value is None:
+        if flags.FLAGS.config is None:
             raise ValueError("prepare inspect needs --config=configs/X.py")
-        return inspect(_CONFIG.value, _STEP.value)
+        return inspect(flags.FLAGS.config, flags.FLAGS.step)
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; use 'vocabulary', 'inspect' or flags")
-    for flag in (_FORMAT, _INPUT, _OUT):
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is missing")
+    for name in ("format", "input", "out"):
+        if not flags.FLAGS[name].value:
+            raise ValueError(f"--{name} is missing")
     result = prepare(
-        _FORMAT.value,
-        _INPUT.value,
-        _OUT.value,
-        split=_SPLIT.value,
+        flags.FLAGS.format,
+        flags.FLAGS.input,
+        flags.FLAGS.out,
+        split=flags.FLAGS.split,
         options=_options(),
-        processes=_PROCESSES.value,
-        shard_count=_SHARDS.value,
-        overwrite=_OVERWRITE.value,
+        processes=flags.FLAGS.processes,
+        shard_count=flags.FLAGS.shards,
+        overwrite=flags.FLAGS.overwrite,
     )
     print(f"{result['written']} of {result['read']} examples -> {result['out']}")
     return result
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -25,12 +25,6 @@ from ml_collections import ConfigDict, config_flags
 from coca_jax import checkpointing, cli, metrics, partitioning, run_config, train_step
 from coca_jax.models import coca
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
-
 
 class Preempted(Exception):
     """The run saved itself because the platform asked it to stop."""
@@ -278,15 +272,26 @@ def make_evaluation(config: ConfigDict, vocabulary: Any, workdir: str) -> Any:
     return run
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
+    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --workdir")
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
         raise ValueError("give --config=configs/X.py and --workdir=DIR")
-    partitioning.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    partitioning.start_processes(
+        flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
+    )
     try:
-        summary = train(_CONFIG.value, _WORKDIR.value)
+        summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(checkpointing.EXIT_PREEMPTED)
@@ -294,4 +299,5 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)
