@@ -122,6 +122,8 @@ class ConvStem(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
             x = layers.Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
+            x = layers.LayerNorm(self.dtype, name=f"norm{stage}")(x)
+            x = layers.ACTIVATIONS[self.activation](x)
             for block in range(depth):
                 x = layers.ConvBlock(self.activation, self.dtype, name=f"block{stage}_{block}")(x)
         return layers.LayerNorm(self.dtype, name="norm")(x)
