@@ -13,6 +13,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,7 +85,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices; "
             "choose sizes whose product is that (one may be -1)"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A mesh axis may take a part of a torus axis: fsdp=4 on 8x16x16, which jax.make_mesh refuses.
+    layout = mesh_utils.create_device_mesh(
+        sizes, jax.devices() if devices is None else devices, allow_split_physical_axes=True
+    )
+    return Mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def unbox(tree: Any) -> Any:

@@ -42,16 +42,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise ValueError(f"workdir={workdir} is a URL; mount it and give the folder")
         mesh = partitioning.make_mesh(**config.mesh)
         run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-        jax.set_mesh(mesh)
+    with jax.set_mesh(mesh):
+        return train_on(mesh, config, workdir, buckets)
+
+
+def train_on(
+    mesh: Mesh, config: ConfigDict, workdir: str, buckets: metrics.TimeBuckets
+) -> dict[str, Any]:
+    """`train` once the config is checked and the mesh is set."""
+    with buckets("init"):
         main_process = jax.process_index() == 0
 
-        from coca_jax.data import (
-            pipeline,
-        )  # TensorFlow: seconds to import, so not before the checks
+        # TensorFlow takes seconds to import, so not before the checks.
+        from coca_jax.data import pipeline
 
         os.makedirs(workdir, exist_ok=True)
         run_config.check_resumable(config, workdir)
-        vocabulary = pipeline.load_vocabulary_or_train(config, workdir)
+        vocabulary = pipeline.load_vocabulary_or_train(
+            config, workdir, process_index=jax.process_index()
+        )
         run_config.check_vocabulary(config, vocabulary)
         steps = run_config.num_steps(config, pipeline.num_examples(config))
         if main_process:

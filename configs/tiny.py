@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         multimodal_depth=2,
         mlp_dim=64,
         num_heads=4,
-        vocab_size=160,
+        vocab_size=320,
         max_len=12,
     )
     config.model.pooler.update(num_queries=4, num_heads=4)

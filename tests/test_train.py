@@ -18,7 +18,7 @@ from coca_jax.train import Preempted, train
 
 def tiny_run(steps=4, **changes):
     config = tiny_config(image_size=32, patch_size=16)
-    config.model.text.update(vocab_size=150, max_len=12)
+    config.model.text.update(vocab_size=320, max_len=12)
     config.batch_size, config.steps = 16, steps
     config.data.sources = (
         dict(builtin="scenes", split="train", kind="caption"),
@@ -56,7 +56,7 @@ def test_a_run_leaves_what_it_promises(whole):
         "vocabulary.model",
         "report.html",
     }
-    assert json.load(open(f"{workdir}/config.json"))["model"]["text"]["vocab_size"] == 150
+    assert json.load(open(f"{workdir}/config.json"))["model"]["text"]["vocab_size"] == 320
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
