@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         multimodal_depth=1,
         mlp_dim=384,
         num_heads=3,
-        vocab_size=120,
+        vocab_size=320,
         max_len=20,
     )
     config.model.pooler.update(num_queries=8, num_heads=3)
