@@ -35,8 +35,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU generation. Sources: cloud.google.com/tpu/docs (HBM, peak), the clock at which that
-    peak is reached, one-way bandwidth of one inter-chip link.
+    """One TPU generation: memory, peak, clock, one-way bandwidth of one inter-chip link.
+
+    Clocks other than v4's and link bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
     """
