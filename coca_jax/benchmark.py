@@ -93,7 +93,8 @@ def caption(
     params = make_params(config)
     eos = text.vocab_size - 1
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=eos)
-    weights = decoding.prepare(params, config.model.dtype)
+    blocked = jax.default_backend() == "cpu"  # as inference.CoCaModel does
+    weights = decoding.prepare(params, config.model.dtype, blocked)
     queries = config.model.pooler.num_queries - (config.model.pooler.kind == "open_clip")
     rng = np.random.default_rng(config.seed)
     image_tokens = jnp.asarray(rng.normal(size=(batch, queries, text.width)), jnp.float32)

@@ -180,7 +180,7 @@ def _columns(collectives, text, text_id, options):
 
 
 def _forward_rows(collectives, image, text, scale, logit_bias, text_id, *, options):
-    local, batch = image.shape[0], image.shape[0]
+    local = image.shape[0]
     tiles = _columns(collectives, text, text_id, options)
     batch = tiles[2].size
     row_index = collectives.index() * local + jnp.arange(local)

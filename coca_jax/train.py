@@ -63,9 +63,6 @@ def train_on(
         )
         run_config.check_vocabulary(config, vocabulary)
         steps = run_config.num_steps(config, pipeline.num_examples(config))
-        if main_process:
-            run_config.write(config, workdir, vocabulary)
-
         model = build_model(config, mesh)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep)
         start = checkpoints.latest_step()
@@ -80,6 +77,8 @@ def train_on(
 
                 state = warm_start.apply(state, config.init_from)
         start = start or 0
+        if main_process:  # only now: a config that fails above must not claim the workdir
+            run_config.write(config, workdir, vocabulary)
         announce(config, mesh, state, steps, start)
 
         batches = pipeline.train_batches(

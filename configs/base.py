@@ -69,7 +69,16 @@ def model() -> dict:
         image_mean=(0.5, 0.5, 0.5),  # pixels in [0, 1] minus this ...
         image_std=(0.5, 0.5, 0.5),  # ... over this
         temperature=0.07,  # initial; learned
-        image=dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
+        activation="gelu",  # 'gelu' | 'gelu_exact' | 'quick_gelu' | 'relu'
+        image=dict(
+            width=768,
+            depth=12,
+            mlp_dim=3072,
+            num_heads=12,
+            patch_dropout=0.0,  # share of patches left out in training (FLIP)
+            conv_widths=(),  # stages of a convolutional stem in place of plain patches ...
+            conv_depths=(),  # ... and their residual blocks
+        ),
         text=dict(
             width=768,
             unimodal_depth=12,

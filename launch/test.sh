@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh test
 bin="$VENV/bin"
+export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
