@@ -1,7 +1,8 @@
 """`python -m coca_jax.benchmark train|encode|caption|input|losses --config=configs/X.py`.
 
 Medians and spread over --repeats after one warm-up; random weights and inputs at the config's
-sizes. `losses` needs no config. A time alone means little: compare two lines of the same session.
+sizes. `losses` needs no config. A time alone means little: compare two lines of the same session,
+or give --peer: `caption` and `encode` then also run open_clip, call by call in turn with ours.
 """
 
 from __future__ import annotations
@@ -12,24 +13,46 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from coca_jax import benchmark_losses, cli, decoding, partitioning, run_config, train_step
+from coca_jax import (
+    benchmark_losses,
+    benchmark_peer,
+    cli,
+    decoding,
+    partitioning,
+    run_config,
+    train_step,
+)
 from coca_jax.models import coca
 
+Call = Callable[[], Any]
 
-def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there."""
-    jax.block_until_ready(function())
-    times = []
+
+def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
+    """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there.
+
+    With `peer`, its calls alternate with ours: also {peer_seconds..., times_peer: the quotient of
+    the medians}.
+    """
+    calls = {"": function} if peer is None else {"": function, "peer_": peer}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
     for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return dict(seconds=statistics.median(times), seconds_low=min(times), seconds_high=max(times))
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    result = {}
+    for name, taken in times.items():
+        result[f"{name}seconds"] = statistics.median(taken)
+        result |= {f"{name}seconds_low": min(taken), f"{name}seconds_high": max(taken)}
+    if peer is not None:
+        result["times_peer"] = result["peer_seconds"] / result["seconds"]
+    return result
 
 
 def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
@@ -71,8 +94,9 @@ def train(config: ConfigDict, repeats: int) -> dict[str, float]:
     return result | {"pairs_per_second": config.batch_size / result["seconds"]}
 
 
-def encode(config: ConfigDict, batch: int, repeats: int) -> dict[str, float]:
+def encode(config: ConfigDict, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:
     """Image embeddings of a batch: images_per_second."""
+    peer = benchmark_peer.build(config.model) if compare else None
     model, params = build(config), make_params(config)
     pixels = random_batch(config, batch)["image"]
 
@@ -81,31 +105,49 @@ def encode(config: ConfigDict, batch: int, repeats: int) -> dict[str, float]:
         normal = train_step.normalise_pixels(image, config.model)
         return model.apply({"params": params}, normal, method="encode_image")[0]
 
-    result = timed(lambda: embed(params, pixels), repeats)
+    result = timed(
+        lambda: embed(params, pixels),
+        repeats,
+        (lambda: benchmark_peer.encode(peer, pixels)) if compare else None,
+    )
     return result | {"images_per_second": batch / result["seconds"]}
 
 
 def caption(
-    config: ConfigDict, batch: int, tokens: int, beams: int, repeats: int
+    config: ConfigDict, batch: int, tokens: int, beams: int, repeats: int, compare: bool = False
 ) -> dict[str, float]:
-    """Captions of `tokens` tokens for a batch: tokens_per_second (of what is returned)."""
+    """Captions of `tokens` tokens from a batch of pixels: tokens_per_second (of what is returned),
+    encode_seconds, and late_over_early: a token's time in the second half over the first half's.
+    """
     text = config.model.text
-    params = make_params(config)
-    eos = text.vocab_size - 1
-    spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=eos)
+    peer = benchmark_peer.build(config.model) if compare else None
+    model, params = build(config), make_params(config)
+    spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
     blocked = jax.default_backend() == "cpu"  # as inference.CoCaModel does
     weights = decoding.prepare(params, config.model.dtype, blocked)
-    queries = config.model.pooler.num_queries - (config.model.pooler.kind == "open_clip")
-    rng = np.random.default_rng(config.seed)
-    image_tokens = jnp.asarray(rng.normal(size=(batch, queries, text.width)), jnp.float32)
-    settings = decoding.Settings(max_tokens=tokens, min_tokens=tokens, num_beams=beams)
-    prompt = np.full((batch, 1), 3, np.int32)
+    pixels = random_batch(config, batch)["image"]
+    prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
 
-    def once() -> Any:
-        lengths = np.ones((batch,), np.int32)
+    @jax.jit
+    def look(params: Any, image: jax.Array) -> Any:
+        normal = train_step.normalise_pixels(image, config.model)
+        return model.apply({"params": params}, normal, method="encode_image")[1]
+
+    def write(count: int) -> Any:
+        settings = decoding.Settings(max_tokens=count, min_tokens=count, num_beams=beams)
+        image_tokens = look(params, pixels)
         return decoding.generate(spec, weights, image_tokens, prompt, lengths, settings)
 
-    result = timed(once, repeats)
+    result = timed(
+        lambda: write(tokens),
+        repeats,
+        (lambda: benchmark_peer.caption(peer, pixels, tokens, beams)) if compare else None,
+    )
+    result["encode_seconds"] = timed(lambda: look(params, pixels), repeats)["seconds"]
+    if tokens > 1:
+        half = timed(lambda: write(tokens // 2), repeats)["seconds"]
+        early = (half - result["encode_seconds"]) / (tokens // 2)
+        result["late_over_early"] = (result["seconds"] - half) / (tokens - tokens // 2) / early
     return result | {"tokens_per_second": batch * tokens / result["seconds"]}
 
 
@@ -129,6 +171,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
     flags.DEFINE_integer("beams", 1, "Beams in caption.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
+    flags.DEFINE_boolean("peer", False, "Run open_clip beside `encode` or `caption`.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +184,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return benchmark_losses.run(repeats)
     if flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=configs/X.py")
-    config = flags.FLAGS.config
+    config, compare = flags.FLAGS.config, flags.FLAGS.peer
+    if compare and kind not in ("encode", "caption"):
+        raise ValueError(f"--peer compares `encode` and `caption`, not `{kind}`")
     if kind == "input":
         from coca_jax.data import pipeline
 
@@ -149,9 +194,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     elif kind == "train":
         result = train(config, repeats)
     elif kind == "encode":
-        result = encode(config, batch, repeats)
+        result = encode(config, batch, repeats, compare)
     else:
-        result = caption(config, batch, flags.FLAGS.tokens, flags.FLAGS.beams, repeats)
+        result = caption(config, batch, flags.FLAGS.tokens, flags.FLAGS.beams, repeats, compare)
     device = jax.devices()[0]
     for name, value in result.items():
         print(f"{name:24s} {value:12.4f}")

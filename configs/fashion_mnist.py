@@ -12,8 +12,8 @@ from configs import base
 def get_config() -> ConfigDict:
     """Ten classes: nearly every text of a batch occurs many times, so equal texts are positives."""
     config = base.get_config()
-    config.batch_size = 128
-    config.steps = 1500
+    config.batch_size = 64
+    config.steps = 3000
     config.model.update(
         image_size=28, patch_size=4, embed_dim=96, dtype="float32", activation="relu"
     )
@@ -30,9 +30,14 @@ def get_config() -> ConfigDict:
         max_len=20,
     )
     config.model.pooler.update(num_queries=8, num_heads=3)
-    config.loss.update(duplicate_texts="positives", caption_chunk=512, captioning_weight=1.0)
+    config.loss.update(duplicate_texts="positives", caption_chunk=512, captioning_weight=4.0)
     config.optimizer.update(
-        name="adamw", learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
+        name="adamw",
+        learning_rate=1.5e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        weight_decay=0.05,
+        beta2=0.98,
     )
     path = "data/fashion_mnist"
     config.data.sources = (dict(path=path, split="train", kind="label"),)

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 from conftest import tiny_config
+from ml_collections import ConfigDict
 
-from coca_jax import benchmark
+from coca_jax import benchmark, benchmark_peer
+from coca_jax.interop import open_clip_config
+from configs import base
 
 
 def test_rates_are_work_over_time():
@@ -17,6 +20,33 @@ def test_rates_are_work_over_time():
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
     result = benchmark.caption(config, batch=2, tokens=5, beams=2, repeats=2)
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
+
+
+def test_the_peer_runs_at_the_same_sizes():
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    config = base.get_config()
+    released = open_clip_config.RELEASED["coca_ViT-B-32"]
+    config.model = ConfigDict(open_clip_config.to_model(released), convert_dict=True)
+    config.model.update(image_size=64, embed_dim=32, dtype="float32")
+    config.model.image.update(width=64, depth=1, mlp_dim=256, num_heads=2)
+    config.model.text.update(width=32, unimodal_depth=1, multimodal_depth=1, vocab_size=300)
+    config.model.text.update(mlp_dim=128, num_heads=2, multimodal_heads=2, multimodal_mlp_dim=128)
+    config.model.pooler.update(num_queries=9)
+    pixels = benchmark.random_batch(config, 2)["image"]
+    peer = benchmark_peer.build(config.model)
+    for beams in (1, 3):
+        ids = benchmark_peer.caption(peer, pixels, tokens=7, beams=beams)
+        assert ids.shape == (2, 8)
+        assert benchmark_peer.END not in ids[:, 1:-1]
+        result = benchmark.caption(config, 2, 7, beams, repeats=1, compare=True)
+        assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
+    assert benchmark_peer.encode(peer, pixels).shape == (2, 32)
+
+
+def test_a_peer_needs_a_model_that_it_has():
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    with pytest.raises(ValueError, match="open_clip has only"):
+        benchmark_peer.build(tiny_config().model)
 
 
 def test_unknown_benchmarks_are_named():
