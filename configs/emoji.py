@@ -14,8 +14,8 @@ UNSEEN = "openmoji"
 def get_config() -> ConfigDict:
     """Names are alt-text, groups are labels; a ConvNet stem, as there are only 5,674 drawings."""
     config = base.get_config()
-    config.batch_size = 64
-    config.steps = 3400
+    config.batch_size = 128
+    config.steps = 1500
     config.image_sizes = ((0.45, 32),)
     config.model.update(
         image_size=64, patch_size=16, embed_dim=192, dtype="float32", activation="relu"
@@ -40,17 +40,12 @@ def get_config() -> ConfigDict:
     config.model.pooler.update(num_queries=16, num_heads=3)
     config.loss.update(
         contrastive_weight=1.0,
-        captioning_weight=4.0,
+        captioning_weight=1.0,
         duplicate_texts="positives",
         caption_chunk=512,
     )
     config.optimizer.update(
-        name="adamw",
-        learning_rate=1e-3,
-        warmup_steps=150,
-        schedule="cosine",
-        weight_decay=0.1,
-        beta2=0.98,
+        name="adamw", learning_rate=8e-4, warmup_steps=60, schedule="cosine", weight_decay=0.1
     )
     path, where = "data/emoji", {"vendor": VENDORS}
     config.data.sources = (
