@@ -123,8 +123,8 @@ def caption(
     peer = benchmark_peer.build(config.model) if compare else None
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
-    blocked = jax.default_backend() == "cpu"  # as inference.CoCaModel does
-    weights = decoding.prepare(params, config.model.dtype, blocked)
+    # As inference.CoCaModel does.
+    weights = decoding.prepare(params, config.model.dtype, decoding.wants_blocks(batch * beams))
     pixels = random_batch(config, batch)["image"]
     prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
 

@@ -136,6 +136,14 @@ def prepare(params: dict, dtype: str, blocked: bool = False) -> dict:
     )
 
 
+def wants_blocks(rows: int) -> bool:
+    """Whether `prepare(blocked=True)` is the faster layout here for steps of so many rows.
+
+    Measured on the CPU with coca_ViT-B-32: 6 rows (beams) gain 1.5x, 1 row and 16 rows lose.
+    """
+    return jax.default_backend() == "cpu" and 2 <= rows <= 8
+
+
 def _norm(weights: dict, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)

@@ -97,6 +97,7 @@ class CoCaModel:
         self.max_len: int = model.text.max_len
         self.resize: str = _resize_mode(config)
         self._mesh, self.params = _place(params)
+        self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         self._module = coca.build(model, sigmoid="logit_bias" in params)
         self._spec = decoding.decoder(model, num_ids=vocabulary.size, eos_id=vocabulary.eos_id)
@@ -226,7 +227,7 @@ class CoCaModel:
             image_tokens = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
             out = decoding.generate(
                 self._spec,
-                self._decoder_weights,
+                self._decoder_weights(size * max(settings.num_beams, settings.num_captions)),
                 image_tokens,
                 prompt,
                 length,
@@ -400,11 +401,12 @@ class CoCaModel:
 
         return self._jit(run)
 
-    @functools.cached_property
-    def _decoder_weights(self) -> dict:
-        with self._context():
-            blocked = jax.default_backend() == "cpu"
-            return decoding.prepare(self.params, self._spec.dtype, blocked)
+    def _decoder_weights(self, rows: int) -> dict:
+        blocked = decoding.wants_blocks(rows)
+        if blocked not in self._prepared:
+            with self._context():
+                self._prepared[blocked] = decoding.prepare(self.params, self._spec.dtype, blocked)
+        return self._prepared[blocked]
 
     def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
         """A program whose results are whole on every device, and so on every process, unless
