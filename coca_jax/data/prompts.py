@@ -7,6 +7,7 @@ import os
 import fsspec
 
 PLAIN = ("a photo of the {}",)
+BARE = ("{}",)
 
 CLIP = (
     "a photo of the {}",
@@ -55,20 +56,20 @@ CLIP = (
 
 
 def load(name: str) -> tuple[str, ...]:
-    """The prompts of a set: 'clip', 'plain', or a text file with one a line.
+    """The prompts of a set: 'clip', 'plain', 'bare', or a text file with one a line.
 
     Raises:
         ValueError: a prompt has not exactly one `{}`, or the set is empty.
         FileNotFoundError: `name` is neither a set nor a file.
     """
-    if name in ("clip", "plain"):
-        return CLIP if name == "clip" else PLAIN
+    if name in ("clip", "plain", "bare"):
+        return dict(clip=CLIP, plain=PLAIN, bare=BARE)[name]
     try:
         with fsspec.open(os.fspath(name), "r", encoding="utf-8") as file:
             lines = tuple(line.strip() for line in file if line.strip())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"data.prompts {name!r}: neither 'clip', 'plain' nor a text file"
+            f"data.prompts {name!r}: neither 'clip', 'plain', 'bare' nor a text file"
         ) from None
     for line in lines:
         if line.count("{}") != 1:
