@@ -102,7 +102,7 @@ CLIP = (  # Radford et al. 2021, the 80 prompts for ImageNet
     "a tattoo of the {}.",
 )
 
-_SETS = {"bare": ("{}",), "plain": PLAIN, "photo": PHOTO, "clip7": CLIP_7, "clip": CLIP}
+_SETS = {"plain": PLAIN, "photo": PHOTO, "clip7": CLIP_7, "clip": CLIP, "bare": ("{}",)}
 
 
 def get(name: str) -> tuple[str, ...]:
