@@ -15,8 +15,8 @@ import tqdm
 from absl import flags
 
 from coca_jax import cli
-from coca_jax.data import images, pipeline
-from coca_jax.evaluators import Predictor, captioning, results, retrieval, templates, zeroshot
+from coca_jax.data import images, pipeline, prompts
+from coca_jax.evaluators import Predictor, captioning, results, retrieval, zeroshot
 
 
 class Model(Predictor, Protocol):
@@ -62,7 +62,7 @@ def make_evaluator(task: Mapping[str, Any], records: list[dict]) -> Any:
     kind, name = task["kind"], task["name"]
     if kind == "zeroshot":
         names = task.get("class_names") or pipeline.class_names(task["data"])
-        return zeroshot.ZeroShot(name, names, templates.get(task.get("templates", "photo")))
+        return zeroshot.ZeroShot(name, names, prompts.load(task.get("templates", "photo")))
     if kind == "retrieval":
         return retrieval.Retrieval(name, extra_texts=_candidates(task))
     if kind == "captioning":

@@ -30,10 +30,10 @@ from PIL import Image
 
 from coca_jax import decoding, export_format, partitioning
 from coca_jax.data import images as image_files
+from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.decoding import Settings
-from coca_jax.evaluators import templates as prompt_sets
 from coca_jax.models import coca
 from coca_jax.train_step import caption_targets, normalise_pixels
 

@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 sources=(),  # dicts: path|tfds|builtin, split, kind 'caption'|'label', weight
                 vocabulary="",  # a tokenizer file; '': trained on the run's own text
                 label_token=False,  # a reserved symbol before label texts
-                prompts="clip",  # of label texts: 'clip' | 'plain' | 'bare' | a text file
+                prompts="varied",  # of label texts: a set of data/prompts.py, or a text file
                 augment="none",  # 'none' | 'crop' | 'inception' | 'drawing' | 'randaugment'
                 flip=False,  # random left-right flip
                 resize="squash",  # evaluation and plain resize: 'squash' | 'crop' (shortest side)

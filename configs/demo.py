@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
         dict(builtin="scenes", split="train", kind="caption", weight=1.0),
         dict(builtin="scenes", split="train", kind="label", weight=1.0),
     )
-    config.data.prompts = "clip"
+    config.data.prompts = "varied"
     one = dict(builtin="scenes", split="heldout", kind="caption", objects=(1,))
     many = dict(builtin="scenes", split="heldout", kind="caption", objects=(2, 3, 4))
     label = dict(builtin="scenes", split="heldout", kind="label")

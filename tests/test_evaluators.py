@@ -8,7 +8,7 @@ import pytest
 
 from coca_jax import evaluators
 from coca_jax.data import scenes
-from coca_jax.evaluators import captioning, intervals, results, retrieval, templates, zeroshot
+from coca_jax.evaluators import captioning, intervals, results, retrieval, zeroshot
 
 
 class Fake:
@@ -114,22 +114,6 @@ def test_zeroshot_errors_name_what_is_wrong():
         list(evaluator.run(model, [dict(image=picture(0), labels=["a"])]))
     with pytest.raises(ValueError, match="preprocess to one size"):
         evaluators.stack_images([dict(image=picture(0)), dict(image=np.zeros((2, 2, 3)))])
-
-
-def test_prompt_sets(tmp_path):
-    assert len(templates.get("clip")) == 80 == len(set(templates.CLIP))
-    assert set(templates.CLIP_7) <= set(templates.CLIP)
-    for name in ("plain", "photo", "clip", "clip7"):
-        assert templates.check(templates.get(name))
-    (tmp_path / "p.txt").write_text("one {}\n\ntwo {}\n")
-    assert templates.get(str(tmp_path / "p.txt")) == ("one {}", "two {}")
-    with pytest.raises(ValueError, match="prompts is 'klip'; use one of plain, photo"):
-        templates.get("klip")
-    with pytest.raises(ValueError, match="must hold '{}' once"):
-        templates.check(["a photo"])
-
-
-# ---- Retrieval
 
 
 def plain_ranks(images, texts, pairs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import prepare
+from coca_jax import evaluate, prepare
 from coca_jax.data import images, pipeline, prompts, sources, texts
 from coca_jax.importers import items
 from configs import base
@@ -324,18 +324,32 @@ def test_label_texts_shuffle_names_and_prompts():
     assert set(found) == {"a photo of the cat, animal", "a photo of the animal, cat"}
     assert 150 < found.count("a photo of the cat, animal") < 250
     assert len(set(same)) == 1
-    assert len(set(texts.label_texts(labels, prompts.CLIP, 0, 0, np.arange(400))[0])) > 60
+    assert len(set(texts.label_texts(labels, prompts.VARIED, 0, 0, np.arange(400))[0])) > 60
 
 
 def test_prompt_sets(tmp_path):
-    assert len(set(prompts.CLIP)) >= 40 and all(p.count("{}") == 1 for p in prompts.CLIP)
+    assert prompts.load("plain") == ("a photo of the {}",)
+    assert prompts.load("bare") == ("{}",)
+    assert len(set(prompts.load("varied"))) >= 40
+    assert len(prompts.load("clip")) == 80 == len(set(prompts.CLIP))
+    assert set(prompts.load("clip7")) <= set(prompts.CLIP)
+    for texts_of_set in prompts.SETS.values():
+        assert prompts.check(texts_of_set) == texts_of_set
     (tmp_path / "p.txt").write_text("one {}\n\ntwo {} x\n")
     assert prompts.load(str(tmp_path / "p.txt")) == ("one {}", "two {} x")
-    (tmp_path / "p.txt").write_text("none\n")
-    with pytest.raises(ValueError, match="exactly one"):
-        prompts.load(str(tmp_path / "p.txt"))
-    with pytest.raises(FileNotFoundError):
+    for content, message in (("none\n", "must hold '{}' once"), ("\n", "prompts are empty")):
+        (tmp_path / "p.txt").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            prompts.load(str(tmp_path / "p.txt"))
+    with pytest.raises(ValueError, match="prompts is 'absent'; use one of bare, plain, photo"):
         prompts.load("absent")
+
+
+def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
+    """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
+    for name in prompts.SETS:
+        task = dict(kind="zeroshot", name="x", data={}, class_names=["cat", "dog"], templates=name)
+        assert evaluate.make_evaluator(task, []).prompts == prompts.load(name)
 
 
 def test_damaged_png_header_counts_as_bad():

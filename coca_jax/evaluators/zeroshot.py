@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -15,7 +16,6 @@ from coca_jax.evaluators import (
     in_batches,
     stack_images,
 )
-from coca_jax.evaluators import templates as prompt_sets
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import encode_png, thumbnail
 
@@ -43,7 +43,7 @@ class ZeroShot:
     Args:
       data_name: of the data set, the second part of the metrics' names.
       class_names: distinct names, [classes].
-      prompts: texts with '{}' for the name; see templates.py.
+      prompts: texts with '{}' for the name; see data/prompts.py.
       batch_size: images or texts at a time.
       num_examples: pictures kept for the report.
 
