@@ -19,8 +19,14 @@ END = 1  # the token that would end a caption; kept away by min_seq_len
 def build(model: ConfigDict) -> Any:
     """open_clip's CoCa of these sizes, float32, in evaluation mode.
 
-    Raises ValueError when open_clip is not installed or has no such model.
+    Raises ValueError when open_clip is not installed or has no such model, and for a model in
+    bfloat16, which would be no like for like.
     """
+    if model.dtype != "float32":
+        raise ValueError(
+            f"--peer runs in float32 but model.dtype={model.dtype!r}; "
+            "add --config.model.dtype=float32"
+        )
     try:
         from open_clip.coca_model import CoCa
     except ImportError as error:

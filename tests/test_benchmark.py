@@ -49,6 +49,13 @@ def test_a_peer_needs_a_model_that_it_has():
         benchmark_peer.build(tiny_config().model)
 
 
+def test_a_peer_is_compared_in_its_own_precision():
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="--config.model.dtype=float32"):
+        benchmark_peer.build(config.model)
+
+
 def test_unknown_benchmarks_are_named():
     with pytest.raises(ValueError, match="give one of train"):
         benchmark.main(["benchmark", "fly"])
