@@ -19,6 +19,8 @@ END = 1  # the token that would end a caption; kept away by min_seq_len
 def build(model: ConfigDict) -> Any:
     """open_clip's CoCa of these sizes, float32, in evaluation mode.
 
+    Every parameter is drawn again: open_clip leaves some as the memory was found, NaN included.
+
     Raises ValueError when open_clip is not installed or has no such model, and for a model in
     bfloat16, which would be no like for like.
     """
@@ -28,11 +30,17 @@ def build(model: ConfigDict) -> Any:
             "add --config.model.dtype=float32"
         )
     try:
+        import torch
         from open_clip.coca_model import CoCa
     except ImportError as error:
         raise ValueError("--peer needs open_clip: pip install '.[parity]'") from error
     config = open_clip_config.from_model(model)
-    return CoCa(**{k: v for k, v in config.items() if k != "custom_text"}).eval()
+    peer = CoCa(**{k: v for k, v in config.items() if k != "custom_text"})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return peer.eval()
 
 
 def encode(peer: Any, pixels: np.ndarray) -> np.ndarray:

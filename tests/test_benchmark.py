@@ -40,7 +40,14 @@ def test_the_peer_runs_at_the_same_sizes():
         assert benchmark_peer.END not in ids[:, 1:-1]
         result = benchmark.caption(config, 2, 7, beams, repeats=1, compare=True)
         assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
-    assert benchmark_peer.encode(peer, pixels).shape == (2, 32)
+    embeddings = benchmark_peer.encode(peer, pixels)
+    assert embeddings.shape == (2, 32)
+    np.testing.assert_array_equal(
+        embeddings, benchmark_peer.encode(benchmark_peer.build(config.model), pixels)
+    )
+    assert all(
+        bool(p.isfinite().all()) and bool(p.std() > 0) for p in peer.parameters() if p.numel() > 1
+    )
 
 
 def test_a_peer_needs_a_model_that_it_has():
