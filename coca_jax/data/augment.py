@@ -1,8 +1,7 @@
 """Augmentation as numbers: what to cut, where to put it and how to colour it, for many images.
 
 The plan of an image is a function of its key alone. It is drawn here for a block of images at
-once, in numpy, so that the graph that decodes each image only carries it out
-(feature_converter.py).
+once, in numpy; render.py carries it out.
 """
 
 from __future__ import annotations
@@ -49,9 +48,8 @@ def plan(
         box: int32 [n, 4], the cut (top, left, height, width).
         ratio: int32 [n], 1, 2, 4 or 8: the scale at which a JPEG is decoded, before the cut.
         shrink: bool [n]: resize the cut to S x S (antialiased) before the warp.
-        warp: float32 [n, 8], output pixel (x, y) -> input pixel, for ImageProjectiveTransformV3,
-            of the shrunk cut or, where not shrunk, of the cut itself (with one transparent pixel
-            around it where `how` is one of the two with transparency).
+        warp: float32 [n, 2, 3], output pixel (x, y, 1) -> input pixel, of the shrunk cut or, where
+            not shrunk, of the cut itself.
         colour: float32 [n, 3, 4]: the linear map of (R, G, B, 1), in [0, 255].
         background: float32 [n, 3], behind transparent pixels.
         op, strength: int32 and float32 [n, layers]: what RandAugment does besides.
@@ -82,18 +80,17 @@ def plan(
         affine, colour, operation, strength = _randaugment(keys, n)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
-    # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs. Twice the size is left to
-    # the antialiased resize, so that the result hardly differs; the fast setting leaves once.
+    # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
+    # Twice the size is left to the resize, so that the result hardly differs; `fast` leaves once.
     spare = np.minimum(box[:, 2], box[:, 3]) / (size if fast else 2 * size)
     ratio = 2 ** np.clip(np.floor(np.log2(np.maximum(spare, 1))), 0, 3).astype(np.int64)
     ratio = np.where(how == images.JPEG, ratio, 1)
     large = np.maximum(box[:, 2], box[:, 3]) > 1.5 * size
-    pad = np.isin(how, (images.ALPHA, images.CAREFUL_ALPHA)) & ~large
     return dict(
         box=box.astype(np.int32),
         ratio=ratio.astype(np.int32),
         shrink=large,
-        warp=_projective(affine, box, size, large, pad).astype(np.float32),
+        warp=_pixel_maps(affine, box, size, large).astype(np.float32),
         colour=colour.astype(np.float32),
         background=background.astype(np.float32),
         op=operation.astype(np.int32),
@@ -217,15 +214,12 @@ def _randaugment(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.n
     return affine[:, :2], colour[:, :3], operation, strength
 
 
-def _projective(
-    affine: np.ndarray, box: np.ndarray, size: int, shrink: np.ndarray, pad: np.ndarray
-) -> np.ndarray:
-    """Affine maps of the centred unit square as maps of pixels: [n, 2, 3] -> [n, 8]."""
+def _pixel_maps(affine: np.ndarray, box: np.ndarray, size: int, shrink: np.ndarray) -> np.ndarray:
+    """Affine maps of the centred unit square, [n, 2, 3], as maps of pixels."""
     height = np.where(shrink, size, box[:, 2])
     width = np.where(shrink, size, box[:, 3])
     extent = np.stack([width, height], 1)[:, :, None]  # x first
     linear = affine[:, :, :2] * extent / size
     centre = (1 - size) / 2  # of output pixel 0, in output pixels from the centre
     move = linear.sum(2) * centre + (affine[:, :, 2] + 0.5) * extent[:, :, 0] - 0.5
-    rows = np.concatenate([linear, (move + pad[:, None])[:, :, None]], 2).reshape(-1, 6)
-    return np.concatenate([rows, np.zeros((len(rows), 2))], 1)
+    return np.concatenate([linear, move[:, :, None]], 2)

@@ -173,15 +173,31 @@ def encode_bmp(pixels: np.ndarray) -> bytes:
     return b"BM" + head.tobytes() + info.tobytes() + rows.tobytes()
 
 
-# How the input pipeline decodes an image; see feature_converter.py.
-JPEG, PLAIN, ALPHA, CAREFUL, CAREFUL_ALPHA = range(5)
+def read_bmp(data: bytes) -> np.ndarray:
+    """The pixels of a BMP of the kind that `encode_bmp` makes: a view, uint8 [h, w, 3].
+
+    Raises:
+        ValueError: cut short.
+    """
+    width, height = int.from_bytes(data[18:22], "little"), int.from_bytes(data[22:26], "little")
+    stride, start = (width * 3 + 3) // 4 * 4, int.from_bytes(data[10:14], "little")
+    if len(data) < start + stride * height:
+        raise ValueError(
+            f"damaged image ({len(data)} bytes): a BMP of {width} x {height} cut short"
+        )
+    rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
+    return rows[::-1, : width * 3].reshape(height, width, 3)[:, :, ::-1]
+
+
+# How the input pipeline decodes an image; see render.py.
+JPEG, BMP, OTHER = range(3)
 
 
 def sniff(data: bytes) -> tuple[int, int, int]:
     """From the header alone: (how to decode, height, width), upright.
 
-    JPEG, PLAIN (opaque PNG or BMP) and ALPHA (PNG) go to fast decoders; whatever those would get
-    wrong (orientation tags, CMYK, animations, 16 bits, other formats) is CAREFUL: left to `decode`.
+    JPEG and BMP go to fast decoders; whatever those would get wrong (orientation tags, CMYK) and
+    all other formats are OTHER: left to `decode_rgba`.
 
     Raises:
         ValueError: not an image.
@@ -192,23 +208,17 @@ def sniff(data: bytes) -> tuple[int, int, int]:
             return JPEG, *found
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 33:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-        depth, colour = data[24], data[25]
-        if depth <= 8 and width * height <= MAX_PIXELS:
-            end = data.find(b"IDAT")
-            head = data[33:end]
-            if b"acTL" not in head and b"eXIf" not in head:
-                alpha = colour in (4, 6) or b"tRNS" in head
-                return (ALPHA if alpha else PLAIN), height, width
+        if 0 < width * height <= MAX_PIXELS and b"eXIf" not in data[33 : data.find(b"IDAT")]:
+            return OTHER, height, width
     elif data[:2] == b"BM" and data[14:18] == b"(\0\0\0" and data[28:34] == b"\x18\0\0\0\0\0":
         width, height = int.from_bytes(data[18:22], "little"), int.from_bytes(data[22:26], "little")
         if 0 < width * height <= MAX_PIXELS:
-            return PLAIN, height, width
+            return BMP, height, width
     image = open_image(data)
-    how = CAREFUL_ALPHA if has_alpha(image) else CAREFUL
     width, height = image.size
     if image.getexif().get(0x0112, 1) >= 5:
         width, height = height, width
-    return how, height, width
+    return OTHER, height, width
 
 
 def _sniff_jpeg(data: bytes) -> tuple[int, int] | None:

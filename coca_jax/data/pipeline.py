@@ -257,7 +257,7 @@ class TrainBatches:
         ]
         local = config.batch_size // count
         mixture = tasks.exact_mixture(made, self._pattern[index * local :][:local])
-        examples = mixture.get_dataset(
+        blocks = mixture.get_dataset(
             split="train",
             shuffle=False,  # the sources are already in their shuffled order
             seed=config.seed,
@@ -272,7 +272,7 @@ class TrainBatches:
         )
         lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
         lengths |= dict(tokens=max_len, text_valid=max_len)
-        batches = converter(examples, lengths).batch(local, drop_remainder=True).prefetch(2)
+        batches = converter(blocks, lengths).prefetch(2)
         options = tf.data.Options()
         options.threading.private_threadpool_size = threads + 2
         options.deterministic = True

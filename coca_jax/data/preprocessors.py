@@ -1,7 +1,7 @@
 """What a Task does to blocks of records: choose a text, tokenise it, plan the augmentation.
 
-A block is the part of one batch that comes from one source (of this process). Working on blocks
-keeps Python out of the per-example path; `unblock` ends it, and from there seqio sees examples.
+A block is the part of one batch that comes from one source (of this process): every feature has
+the examples as its first axis. Working on blocks keeps TensorFlow's cost per element away.
 """
 
 from __future__ import annotations
@@ -144,34 +144,29 @@ def plan_augmentation(
     """seqio preprocessor: how to decode each image, and the numbers of its augmentation."""
     layers = augment.RANDAUGMENT_LAYERS if mode == "randaugment" else 1
 
-    def draw(encoded: np.ndarray, careful: np.ndarray, positions: np.ndarray) -> Any:
+    def draw(encoded: np.ndarray, positions: np.ndarray) -> Any:
         found = np.array([images.sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
         how, height, width = found.T
-        how = np.where(careful, images.CAREFUL + (how == images.ALPHA), how)
         keys = choices.draw_keys(seed, source, positions, choices.AUGMENT)
         plan = augment.plan(
             mode, how, height, width, keys, size, flip=flip, resize=resize, fast=fast
         )
-        whole = (plan["box"][:, 2] == height) & (plan["box"][:, 3] == width)
-        return how.astype(np.int32), whole, *plan.values()
+        return how.astype(np.int32), *plan.values()
 
     outputs = {
         "how": (tf.int32, ()),
-        "whole": (tf.bool, ()),
         "box": (tf.int32, (4,)),
         "ratio": (tf.int32, ()),
         "shrink": (tf.bool, ()),
-        "warp": (tf.float32, (8,)),
+        "warp": (tf.float32, (2, 3)),
         "colour": (tf.float32, (3, 4)),
         "background": (tf.float32, (3,)),
         "op": (tf.int32, (layers,)),
         "strength": (tf.float32, (layers,)),
     }
-    return lambda ds: ds.map(
-        lambda block: _map(block, draw, ("image", "careful", "position"), outputs)
-    )
+    return lambda ds: ds.map(lambda block: _map(block, draw, ("image", "position"), outputs))
 
 
-def unblock(features: Sequence[str]) -> Preprocessor:
-    """seqio preprocessor: blocks to examples that have only these features."""
-    return lambda ds: ds.map(lambda block: {name: block[name] for name in features}).unbatch()
+def keep(features: Sequence[str]) -> Preprocessor:
+    """seqio preprocessor: drops all other features."""
+    return lambda ds: ds.map(lambda block: {name: block[name] for name in features})

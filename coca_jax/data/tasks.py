@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -70,17 +69,14 @@ class BadImages:
         self.screening = False
         self.bad: dict[int, str] = {}
         self._good: set[int] = set()
-        self._careful: set[int] = set()  # only PIL reads these
         self._lock = threading.Lock()
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, list[Record], np.ndarray]:
-        """What to train on at these indices: indices int64 [n], records, careful bool [n]."""
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, list[Record]]:
+        """What to train on at these indices: indices int64 [n], records."""
         if not self.screening:
-            return indices, self._source.read(indices), np.zeros(len(indices), bool)
+            return indices, self._source.read(indices)
         found = [self._good_one(int(index)) for index in indices]
-        used = np.array([index for index, _ in found], np.int64)
-        careful = np.array([index in self._careful for index in used.tolist()], bool)
-        return used, [record for _, record in found], careful
+        return np.array([index for index, _ in found], np.int64), [record for _, record in found]
 
     def _good_one(self, index: int) -> tuple[int, Record]:
         for step in range(len(self._source)):
@@ -102,8 +98,6 @@ class BadImages:
         except ValueError as error:
             self._note(index, f"{record.key!r} (index {index})", str(error))
             return False
-        if images.sniff(record.image)[0] < images.CAREFUL and not _tf_reads(record.image):
-            self._careful.add(index)
         self._good.add(index)
         return True
 
@@ -123,14 +117,6 @@ class BadImages:
                 f"{seen} seen, more than data.max_bad_fraction={self._max_fraction:g} allows; "
                 f"first: {next(iter(self.bad.values()))}"
             )
-
-
-def _tf_reads(data: bytes) -> bool:
-    try:
-        tf.io.decode_image(data, expand_animations=False)
-    except tf.errors.OpError:
-        return False
-    return True
 
 
 class RecordSource(seqio.DataSource):
@@ -182,11 +168,10 @@ class RecordSource(seqio.DataSource):
         def read(step: np.ndarray) -> tuple:
             positions = int(step) * share + before + np.arange(count, dtype=np.int64)
             wanted = order.indices(positions, len(self._source), self._seed, self._number)
-            used, records, careful = self._reader.read(wanted)
+            used, records = self._reader.read(wanted)
             return (
                 positions,
                 used,
-                careful,
                 np.array([record.image for record in records], object),
                 *_flatten([record.texts for record in records]),
                 *_flatten([record.labels for record in records]),
@@ -195,7 +180,7 @@ class RecordSource(seqio.DataSource):
             )
 
         names = dict(
-            position=tf.int64, index=tf.int64, careful=tf.bool, image=tf.string,
+            position=tf.int64, index=tf.int64, image=tf.string,
             texts=tf.string, text_counts=tf.int32, labels=tf.string, label_counts=tf.int32,
             source=tf.int32, is_label=tf.bool,
         )  # fmt: skip
@@ -217,11 +202,11 @@ def _flatten(lists: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def output_features(vocabulary: Vocabulary) -> Mapping[str, seqio.Feature]:
-    """What every Task yields: the converter's features, images as encoded bytes."""
+    """What every Task yields: blocks of the converter's features, images as encoded bytes."""
     features: dict[str, seqio.Feature] = {}
     for name, spec in CoCaFeatureConverter.TASK_FEATURES.items():
         if name == "tokens":
-            features[name] = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True)
+            features[name] = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True, rank=2)
         else:
             features[name] = seqio.ContinuousFeature(dtype=spec.dtype, rank=spec.rank)
     return features
@@ -264,24 +249,36 @@ def make_task(
             preprocessors.plan_augmentation(
                 augment, size, seed, number, flip=flip, resize=resize, fast=fast
             ),
-            preprocessors.unblock(list(features)),
+            preprocessors.keep(list(features)),
         ],
     )
 
 
 def exact_mixture(tasks: Sequence[seqio.Task], pattern: np.ndarray) -> seqio.Mixture:
-    """A Mixture that takes examples in the order of `pattern` (of this process), batch by batch.
+    """A Mixture whose elements are the batches of this process, rows in the order of `pattern`.
 
     seqio samples at random; the paper's batches are exactly half alt-text, half labels.
+
+    Args:
+        tasks: one for each source.
+        pattern: int32 [b], the source of each row; one that has none is not read.
     """
-
-    def choose(datasets: Sequence[tf.data.Dataset], rates: Any, seed: Any) -> tf.data.Dataset:
-        choices = tf.data.Dataset.from_tensor_slices(pattern.astype(np.int64)).repeat()
-        return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
-
     shares = np.bincount(pattern, minlength=len(tasks))
+    place = np.argsort(np.argsort(pattern, kind="stable"), kind="stable")
+
+    def mix(datasets: Sequence[tf.data.Dataset], rates: Any, seed: Any) -> tf.data.Dataset:
+        def batch(*blocks: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            if len(blocks) == 1:
+                return blocks[0]
+            return {
+                name: tf.gather(tf.concat([block[name] for block in blocks], 0), place)
+                for name in blocks[0]
+            }
+
+        return tf.data.Dataset.zip(tuple(datasets)).map(batch)
+
     return seqio.Mixture(
         "train",
-        [(task, float(share)) for task, share in zip(tasks, shares)],
-        sample_fn=functools.partial(choose),
+        [(task, float(share)) for task, share in zip(tasks, shares) if share],
+        sample_fn=mix,
     )
