@@ -28,12 +28,14 @@ setuptools.setup(
         "ml-collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
+        "opencv-python-headless>=4.10",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20,<0.13",
         "pillow>=10.3",
         "pyarrow>=17",
         "sentencepiece>=0.2.1",
         "seqio==0.0.20",
+        "simplejpeg>=1.8",
         "tensorflow>=2.21,<2.22",
         "tensorflow-datasets>=4.9.9",
         "tensorflow-text>=2.21,<2.22",
@@ -61,6 +63,7 @@ setuptools.setup(
             "open-clip-torch==3.3.0",
             "transformers==4.56.2",
             "webdataset==0.2.86",
+            "pandas>=2",  # open_clip's data pipeline imports it
         ],
     },
 )

@@ -2,12 +2,15 @@
 
 Medians and spread over --repeats after one warm-up; random weights and inputs at the config's
 sizes. `losses` needs no config. A time alone means little: compare two lines of the same session,
-or give --peer: `caption` and `encode` then also run open_clip, call by call in turn with ours.
+or give --peer: `caption` and `encode` then also run open_clip, call by call in turn with ours, and
+`input` its webdataset pipeline over the same records, both in one thread on one core.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +32,7 @@ from coca_jax import (
 from coca_jax.models import coca
 
 Call = Callable[[], Any]
+PEER_EXAMPLES = 2000  # that `input --peer` reads again and again
 
 
 def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
@@ -151,6 +155,49 @@ def caption(
     return result | {"tokens_per_second": batch * tokens / result["seconds"]}
 
 
+def read_input(
+    config: ConfigDict, seconds: float, every: float, repeats: int, compare: bool = False
+) -> dict[str, Any]:
+    """The input pipeline without a model, for `seconds`: what `pipeline.measure_input` returns.
+
+    With `compare`, `repeats` times in turn with open_clip's pipeline over the first
+    PEER_EXAMPLES records of the first source, all pinned to one core. The rates are then medians
+    of images per second of processor time, with their extremes: {images_per_second_per_core,
+    ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
+    """
+    from coca_jax.data import pipeline
+
+    if not compare:
+        return pipeline.measure_input(config, seconds, every)
+    config = config.copy_and_resolve_references()
+    config.data.num_threads = 1
+    source = pipeline.open_sources(config)[0]
+    count = min(len(source), PEER_EXAMPLES)
+    rates: dict[str, list[float]] = {"": [], "peer_": []}
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            benchmark_peer.write_tar(source.read(range(count)), f"{folder}/0.tar")
+            peer = benchmark_peer.input_batches(
+                f"{folder}/0.tar", count, config.batch_size, config.model.image_size
+            )
+            next(peer)
+            for _ in range(repeats):
+                result = pipeline.measure_input(config, seconds)
+                rates[""].append(result["images_per_second_per_core"])
+                rate, cores_busy, _ = pipeline.rate_of(peer, seconds)
+                rates["peer_"].append(rate / cores_busy)
+    finally:
+        os.sched_setaffinity(0, cores)
+    quotient = statistics.median(rates[""]) / statistics.median(rates["peer_"])
+    for name, found in rates.items():
+        name += "images_per_second_per_core"
+        result[name] = statistics.median(found)
+        result |= {f"{name}_low": min(found), f"{name}_high": max(found)}
+    return result | {"times_peer": quotient}
+
+
 def build(config: ConfigDict) -> coca.CoCa:
     """The config's model for this machine's devices."""
     sigmoid = config.loss.contrastive == "sigmoid"
@@ -171,7 +218,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
     flags.DEFINE_integer("beams", 1, "Beams in caption.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
-    flags.DEFINE_boolean("peer", False, "Run open_clip beside `encode` or `caption`.")
+    flags.DEFINE_float(
+        "memory_every", 0.0, "Seconds between `input`'s looks at its memory; 0: none."
+    )
+    flags.DEFINE_boolean("peer", False, "Run open_clip beside `encode`, `caption` or `input`.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -185,12 +235,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=configs/X.py")
     config, compare = flags.FLAGS.config, flags.FLAGS.peer
-    if compare and kind not in ("encode", "caption"):
-        raise ValueError(f"--peer compares `encode` and `caption`, not `{kind}`")
+    if compare and kind == "train":
+        raise ValueError("--peer compares `encode`, `caption` and `input`, not `train`")
     if kind == "input":
-        from coca_jax.data import pipeline
-
-        result = pipeline.measure_input(config, flags.FLAGS.seconds)
+        result = read_input(config, flags.FLAGS.seconds, flags.FLAGS.memory_every, repeats, compare)
     elif kind == "train":
         result = train(config, repeats)
     elif kind == "encode":
@@ -199,7 +247,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         result = caption(config, batch, flags.FLAGS.tokens, flags.FLAGS.beams, repeats, compare)
     device = jax.devices()[0]
     for name, value in result.items():
-        print(f"{name:24s} {value:12.4f}")
+        many = value if isinstance(value, list) else [value]
+        print(f"{name:28s}", *(f"{v:12.4f}" for v in many))
     return {"benchmark": kind, "device": device.device_kind, "devices": jax.device_count()} | result
 
 

@@ -1,16 +1,22 @@
 """open_clip (PyTorch) at the same work and sizes, in the same session: `benchmark --peer`.
 
-Needs `pip install '.[parity]'`. Random weights; the model's sizes come from the config, which
-must be one that open_clip can express.
+Needs `pip install '.[parity]'`. Models have random weights; their sizes come from the config, which
+must be one that open_clip can express. The input pipeline reads the same records.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
+import tarfile
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from coca_jax.data.records import Record
 from coca_jax.interop import open_clip_config
 
 END = 1  # the token that would end a caption; kept away by min_seq_len
@@ -76,3 +82,49 @@ def _images(pixels: np.ndarray) -> Any:
     import torch
 
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+
+
+def write_tar(records: Sequence[Record], path: str) -> None:
+    """Writes records as the webdataset tar that `input_batches` reads, the first text of each."""
+    with tarfile.open(path, "w") as archive:
+        for number, record in enumerate(records):
+            suffix = "png" if record.image.startswith(b"\x89PNG") else "jpg"
+            text = (record.texts or record.labels or ("",))[0]
+            for name, data in ((suffix, record.image), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{number:06d}.{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def input_batches(tars: str, examples: int, batch_size: int, size: int) -> Iterator[Any]:
+    """open_clip's own training pipeline over webdataset tars, epoch after epoch, in this thread.
+
+    Its shuffle buffers, its default augmentation (a bicubic crop of 90 to 100% of the area) and
+    its CLIP tokenizer; images float32 [B, 3, S, S], as its model wants them.
+
+    Raises ValueError when open_clip or webdataset is not installed.
+    """
+    try:
+        import open_clip
+        import torch
+        from open_clip.transform import image_transform
+        from open_clip_train.data import get_wds_dataset
+    except ImportError as error:
+        raise ValueError(f"--peer needs open_clip ({error}): pip install '.[parity]'") from error
+    torch.set_num_threads(1)
+    args = types.SimpleNamespace(
+        train_data=tars,
+        train_num_samples=examples,
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        workers=0,
+        world_size=1,
+        batch_size=batch_size,
+        seed=0,
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    found = get_wds_dataset(args, image_transform(size, True), True, tokenizer=tokenizer)
+    for epoch in itertools.count():
+        found.set_epoch(epoch)
+        for images, texts in found.dataloader:
+            yield images.numpy(), texts.numpy()

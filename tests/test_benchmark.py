@@ -1,11 +1,15 @@
 """Every benchmark runs at a tiny size and reports a rate that fits its time."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import tiny_config
 from ml_collections import ConfigDict
+from PIL import Image
 
-from coca_jax import benchmark, benchmark_peer
+from coca_jax import benchmark, benchmark_peer, prepare
+from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
 from configs import base
 
@@ -48,6 +52,35 @@ def test_the_peer_runs_at_the_same_sizes():
     assert all(
         bool(p.isfinite().all()) and bool(p.std() > 0) for p in peer.parameters() if p.numel() > 1
     )
+
+
+def test_the_peer_reads_the_same_records(tmp_path):
+    pytest.importorskip("open_clip_train", reason="needs the extra 'parity'")
+    rng = np.random.default_rng(0)
+    (tmp_path / "raw").mkdir()
+    with open(tmp_path / "raw/metadata.jsonl", "w") as file:
+        for i in range(12):
+            pixels = np.full((20, 30, 3), i * 20, np.uint8) + rng.integers(0, 9, 3, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"raw/{i}.{'png' if i % 2 else 'jpg'}")
+            row = dict(file_name=f"{i}.{'png' if i % 2 else 'jpg'}", text=f"picture {i}")
+            file.write(json.dumps(row) + "\n")
+    prepare.prepare("imagefolder", str(tmp_path / "raw"), str(tmp_path / "out"), progress=False)
+    config = tiny_config()
+    config.batch_size, config.model.text.vocab_size = 4, 400
+    config.data.sources = (dict(path=str(tmp_path / "out")),)
+    records = sources.open_source(str(tmp_path / "out")).read(range(12))
+    benchmark_peer.write_tar(records, str(tmp_path / "0.tar"))
+    batches = benchmark_peer.input_batches(str(tmp_path / "0.tar"), 12, 4, 16)
+    images, tokens = zip(*(next(batches) for _ in range(3)))
+    assert np.concatenate(images).shape == (12, 3, 16, 16)
+    assert len(np.unique(np.concatenate(tokens), axis=0)) == 12
+    result = benchmark.read_input(config, 0.3, 0.0, repeats=2, compare=True)
+    ours, theirs = (result[f"{who}images_per_second_per_core"] for who in ("", "peer_"))
+    assert result["times_peer"] == ours / theirs
+    low, high = (result[f"images_per_second_per_core_{end}"] for end in ("low", "high"))
+    assert low <= ours <= high
+    found = benchmark.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
+    assert 3 <= len(found) <= 5 and min(found) > 50
 
 
 def test_a_peer_needs_a_model_that_it_has():

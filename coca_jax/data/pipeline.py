@@ -389,12 +389,18 @@ def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[st
     return sorted({label for record in found for label in record.labels})
 
 
-def measure_input(config: Any, seconds: float = 10.0) -> dict[str, float]:
+def measure_input(config: Any, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:
     """How fast the pipeline alone is, without a model.
+
+    Args:
+        config: of a run.
+        seconds: how long to read.
+        every: seconds between looks at the memory; 0: only its maximum at the end.
 
     Returns:
         images_per_second, images_per_second_per_core (per second of processor time used),
-        first_batch_seconds, cores_busy, max_rss_mib.
+        first_batch_seconds, cores_busy, max_rss_mib; with `every`, rss_mib: at each look, the
+        resident memory of this process.
     """
     import tempfile
 
@@ -406,14 +412,35 @@ def measure_input(config: Any, seconds: float = 10.0) -> dict[str, float]:
     first = time.perf_counter() - started
     for _ in range(4):  # what was prefetched while nobody looked
         next(batches)
-    images, started, processor = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - started < seconds:
-        images += len(next(batches)["image"])
-    wall, busy = time.perf_counter() - started, time.process_time() - processor
-    return dict(
+    images, wall, busy, resident = 0.0, 0.0, 0.0, []
+    while wall < seconds:
+        rate, cores, took = rate_of((batch["image"] for batch in batches), every or seconds)
+        images, wall, busy = images + rate * took, wall + took, busy + cores * took
+        if every:
+            resident.append(_resident_mib())
+    batches.close()
+    result: dict[str, Any] = dict(
         images_per_second=images / wall,
         images_per_second_per_core=images / busy,
         cores_busy=busy / wall,
         first_batch_seconds=first,
         max_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
+    return result | (dict(rss_mib=resident) if every else {})
+
+
+def rate_of(batches: Iterator[Any], seconds: float) -> tuple[float, float, float]:
+    """(examples a second, cores busy, seconds taken) of reading batches for `seconds`.
+
+    Batches are arrays, or tuples of them, with the examples as the first axis.
+    """
+    count, started, processor = 0, time.perf_counter(), time.process_time()
+    while (wall := time.perf_counter() - started) < seconds:
+        batch = next(batches)
+        count += len(batch[0] if isinstance(batch, tuple) else batch)
+    return count / wall, (time.process_time() - processor) / wall, wall
+
+
+def _resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
