@@ -31,6 +31,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
         )
+    if any(not 3 <= length <= config.model.text.max_len for length in config.text_lengths):
+        raise ValueError(
+            f"config.text_lengths={config.text_lengths} must be from 3 to model.text.max_len="
+            f"{config.model.text.max_len}"
+        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:

@@ -6,6 +6,7 @@ same command again resumes where the last whole checkpoint stands, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -89,17 +90,20 @@ def train_on(
             process_count=jax.process_count(),
         )
         feed = prefetch(batches, mesh)
+        lengths = measured(feed, config)
 
     with buckets("compile"):
         _, shardings = train_step.state_shardings(model, config, mesh)
-        jitted = {
-            size: jax.jit(
-                train_step.make_train_step(model, config, steps, size),
+
+        @functools.cache
+        def step_for(size: int, length: int) -> Any:
+            return jax.jit(
+                train_step.make_train_step(model, config, steps, size, length),
                 donate_argnums=0,
                 out_shardings=(shardings, None),
             )
-            for size in {train_step.size_at(config, step, steps) for step in range(start, steps)}
-        }
+
+        compiled: set[tuple[int, int]] = set()
 
     writer = metrics.MetricWriter(workdir, start_step=start) if main_process else None
     progress = metrics.Progress(
@@ -134,11 +138,13 @@ def train_on(
         profile(config, step, workdir)
         tick = time.perf_counter()
         with buckets("data_wait"):
-            batch = next(feed)
+            batch, length = next(lengths)
         waited += time.perf_counter() - tick
-        with buckets("compile" if step == start + 1 else "step"):
+        shape = (train_step.size_at(config, step - 1, steps), length)
+        with buckets("step" if shape in compiled else "compile"):
+            compiled.add(shape)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = jitted[train_step.size_at(config, step - 1, steps)](state, batch)
+                state, values = step_for(*shape)(state, batch)
             log_pending()
             if step % config.log.every_steps == 0 or step == steps:
                 pending = (step, values)
@@ -240,6 +246,9 @@ class prefetch:  # noqa: N801 (used like a function)
             except queue.Full:
                 continue
 
+    def __iter__(self) -> prefetch:
+        return self
+
     def __next__(self) -> dict[str, jax.Array]:
         item = self._queue.get()
         if item is self._END:
@@ -252,6 +261,33 @@ class prefetch:  # noqa: N801 (used like a function)
         """Stops the reading thread."""
         self._stop.set()
         self._thread.join(timeout=30)
+
+
+def measured(
+    feed: Iterator[dict[str, jax.Array]], config: ConfigDict
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Batches with the length to which their captions are cut (train_step.text_length).
+
+    The devices find the longest caption of the global batch, so all processes agree. That of a
+    batch is asked for before the step of the batch ahead of it, so the answer does not wait for
+    that step.
+    """
+    whole = config.model.text.max_len
+    if not config.text_lengths:
+        for batch in feed:
+            yield batch, whole
+        return
+
+    @jax.jit
+    def longest(valid: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(valid.sum(1).max(), jax.sharding.PartitionSpec())
+
+    ahead: tuple[dict[str, jax.Array], jax.Array] | None = None
+    for batch in feed:
+        asked = (batch, longest(batch["text_valid"]))
+        if ahead is not None:
+            yield ahead[0], train_step.text_length(config, int(ahead[1]))
+        ahead = asked
 
 
 def profile(config: ConfigDict, step: int, workdir: str) -> None:

@@ -97,6 +97,21 @@ def size_at(config: ConfigDict, step: int, steps: int) -> int:
     return config.model.image_size
 
 
+def trim(batch: Batch, length: int) -> Batch:
+    """The batch with captions cut to [B, length], where nothing but padding lies beyond."""
+    short = {name: batch[name][:, :length] for name in ("tokens", "text_valid")}
+    return batch | short
+
+
+def text_length(config: ConfigDict, longest: int) -> int:
+    """Length to which a batch's captions are cut: the smallest of config.text_lengths that holds
+    `longest` tokens, else max_len. Rows give the same [CLS] and logits at either length."""
+    if config.model.text.get("cls_mask", "exact") != "exact":
+        longest += 1  # this mask looks one place past the text
+    text = config.model.text.max_len
+    return min((n for n in config.text_lengths if longest <= n < text), default=text)
+
+
 def caption_targets(tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(targets int [B, L], mask bool [B, L]): position t is to predict token t + 1, where valid."""
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
@@ -296,21 +311,27 @@ def merge_rows(x: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: CoCa, config: ConfigDict, steps: int, image_size: int | None = None
+    model: CoCa,
+    config: ConfigDict,
+    steps: int,
+    image_size: int | None = None,
+    length: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics); jit it with the state donated.
 
     image_size: of a stage of the size curriculum; default: the model's.
+    length: of `trim`; default: the model's max_len.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
     schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
     decay = config.optimizer.ema
     image_size = image_size or config.model.image_size
+    length = length or config.model.text.max_len
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = batch | {"image": shrink(batch["image"], image_size)}
+        batch = trim(batch, length) | {"image": shrink(batch["image"], image_size)}
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)

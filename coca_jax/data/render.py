@@ -66,8 +66,30 @@ def render(
     encoded: bytes, plan: Mapping[str, Any], mode: str, size: int, fast: bool = False
 ) -> np.ndarray:
     """One image as planned: uint8 [S, S, 3]. Raises ValueError when it cannot be decoded."""
-    background = plan["background"]
-    pixels, ratio, alpha = _read(encoded, plan["how"], plan["ratio"], background, fast)
+    found = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
+    return place(*found, plan, mode, size, fast)
+
+
+def place(
+    pixels: np.ndarray,
+    ratio: int,
+    alpha: bool,
+    plan: Mapping[str, Any],
+    mode: str,
+    size: int,
+    fast: bool = False,
+) -> np.ndarray:
+    """Cuts, resizes and augments decoded pixels as planned.
+
+    Args:
+        pixels: uint8 [h, w, 3], over plan["background"] where there was transparency.
+        ratio: the scale at which they were decoded is one over this.
+        alpha: whether there was transparency: then the background goes on around the picture.
+        plan: one row of PLAN's arrays.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
     top, left, height, width = plan["box"]
     if ratio != 1:
         top, left = top // ratio, left // ratio
@@ -82,7 +104,7 @@ def render(
             (size, size),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT if alpha else cv2.BORDER_REPLICATE,
-            borderValue=background.tolist(),
+            borderValue=plan["background"].tolist(),
         )
         pixels = cv2.transform(pixels, plan["colour"])
         for op, strength in zip(plan["op"].tolist(), plan["strength"].tolist()):
