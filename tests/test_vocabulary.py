@@ -1,6 +1,9 @@
 """Vocabularies: reserved ids, rows of a batch, any text there and back."""
 
+import io
+
 import pytest
+import sentencepiece
 
 from coca_jax.data import vocabulary
 
@@ -59,3 +62,74 @@ def test_errors(trained, tmp_path):
         vocabulary.load(tmp_path / "junk")
     with pytest.raises(ValueError, match="max_len"):
         trained[0].encode_batch(["a"], 2)
+
+
+def _byte_level(special):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
+    found = tokenizers.Tokenizer(tokenizers.models.BPE())
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet
+    )
+    found.train_from_iterator(TEXTS * 20, trainer)
+    return found
+
+
+def test_tokenizer_json_with_begin_and_end(tmp_path):
+    made = _byte_level(["<s>", "<pad>", "</s>", "<unk>", "<label>"])
+    made.enable_truncation(2)  # settings of the file that would spoil training texts
+    made.enable_padding(length=9)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = vocabulary.load(tmp_path / "tokenizer.json")
+    ids = (found.bos_id, found.pad_id, found.eos_id, found.unk_id, found.label_id)
+    assert ids == (0, 1, 2, 3, 4) and found.size == made.get_vocab_size()
+    for text in ("a red cat", "Grüße, 猫 and 🐈", "x" * 50):
+        assert found.decode(found.encode(text)) == text
+    tokens, valid = found.encode_batch(["a red cat", "a blue dog"], 12, [True, False])
+    assert tokens[0, :2].tolist() == [0, 4] and tokens[0][valid[0]][-1] == 2
+    assert set(tokens[0][~valid[0]].tolist()) == {1}
+    assert [found.decode(row) for row in tokens] == ["a red cat", "a blue dog"]
+    found.save(tmp_path / "copy")
+    assert vocabulary.load(tmp_path / "copy").checksum == found.checksum
+
+
+def test_tokenizer_json_with_one_symbol_for_begin_and_end(tmp_path):
+    _byte_level(["<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
+    found = vocabulary.load(tmp_path / "tokenizer.json")
+    assert found.bos_id == found.eos_id == 0 and found.label_id is None
+    tokens, _ = found.encode_batch(["a red cat"], 12)
+    assert found.decode(tokens[0]) == "a red cat"
+    _byte_level(["<x>"]).save(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="no end symbol"):
+        vocabulary.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        vocabulary.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        (dict(model_type="bpe"), (1, 2)),  # SentencePiece's own defaults: no padding symbol
+        (dict(bos_id=-1, pad_id=0, eos_id=1, unk_id=2), (0, 1)),  # as T5's
+        (dict(model_type="char", pad_id=3), (1, 2)),
+    ],
+)
+def test_any_sentencepiece_file(tmp_path, options, ids):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    (tmp_path / "spm.model").write_bytes(model.getvalue())
+    found = vocabulary.load(tmp_path / "spm.model")
+    assert (found.bos_id, found.eos_id) == ids and found.label_id is None
+    tokens, valid = found.encode_batch(["a red cat"], 16)
+    assert tokens[0, 0] == ids[0] and tokens[0][valid[0]][-1] == ids[1]
+    assert found.decode(tokens[0]) == "a red cat"

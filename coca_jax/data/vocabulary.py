@@ -143,7 +143,8 @@ class HfTokenizer(Vocabulary):
             raise ValueError(f"tokenizer.json: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.size = max(ids, default=-1) + 1  # the ids of some files have gaps
         end = self._find(self._END)
         if end is None:
             raise ValueError(f"tokenizer.json: no end symbol (one of {', '.join(self._END)})")
@@ -162,7 +163,10 @@ class HfTokenizer(Vocabulary):
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = list(itertools.takewhile(lambda i: i != self.eos_id, map(int, ids)))
+        rest = [int(i) for i in ids]
+        if rest[:1] == [self.bos_id]:  # may be the end symbol as well
+            rest = rest[1:]
+        kept = list(itertools.takewhile(lambda i: i != self.eos_id, rest))
         return self._tokenizer.decode(kept, skip_special_tokens=True)
 
 
