@@ -89,6 +89,8 @@ def train_on(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        if main_process:
+            print(batches.describe(), file=sys.stderr)
         feed = prefetch(batches, mesh)
         lengths = measured(feed, config)
 
@@ -127,6 +129,7 @@ def train_on(
         shown = {k: numbers[k] for k in SHOWN if k in numbers}
         rate = progress.update(step, shown, waited)
         numbers |= {"pairs_per_second": rate, "data_wait_seconds": waited}
+        numbers |= batches.progress(step)
         waited = 0.0
         if writer is not None:
             times = {k: v for k, v in buckets.take().items() if k != "data_wait_seconds"}

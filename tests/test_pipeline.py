@@ -92,25 +92,39 @@ def test_batches_are_as_the_contract_says(mixture):
 
 def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
     config, vocabulary = mixture
-    steps = 60  # 240 examples of the first source: ten epochs; 120 of the last: one and a half
-    whole = _take(pipeline.train_batches(config, vocabulary), steps)
-    for processes in (2, 4):
+    steps = 120  # examples of each source: 480, 240, 240
+    batches = pipeline.train_batches(config, vocabulary)
+    whole = _take(batches, steps)
+    for processes, start in ((2, 0), (4, 0), (2, 97), (4, 97)):
         parts = [
             _take(
                 pipeline.train_batches(
-                    config, vocabulary, process_index=index, process_count=processes
+                    config,
+                    vocabulary,
+                    start_step=start,
+                    process_index=index,
+                    process_count=processes,
                 ),
                 12,
             )
             for index in range(processes)
         ]
-        for step, hosts in enumerate(zip(*parts)):
+        for step, hosts in enumerate(zip(*parts), start):
             joined = {k: np.concatenate([h[k] for h in hosts]) for k in hosts[0]}
             assert _equal(joined, whole[step])
+    for step in (0, 50, 119):  # `prepare inspect` tells the same
+        told = pipeline.step_examples(config, step)
+        assert [row["index"] for row in told] == whole[step]["index"].tolist()
+        assert [row["text"] for row in told] == [
+            vocabulary.decode(t) for t in whole[step]["tokens"]
+        ]
+    epochs = [batches.progress(steps)[f"epoch/{number}"] for number in range(3)]
+    assert epochs == [480 / 23, 240 / 17, 3.0]
     resumed = pipeline.train_batches(config, vocabulary, start_step=37)
     assert all(_equal(a, b) for a, b in zip(_take(resumed, 5), whole[37:]))
     for number, size in enumerate((23, 17, 80)):
         seen = np.concatenate([b["index"][b["source"] == number] for b in whole])
+        assert len(seen) >= 3 * size
         for epoch in range(len(seen) // size):
             assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
 
@@ -247,7 +261,7 @@ def test_undecodable_images_are_stepped_over(data, tmp_path):
     assert set(seen.tolist()) == set(range(30)) - {3, 4, 20}
     epoch = seen[:30].tolist()
     assert epoch.count(5) == 3 and epoch.count(21) == 2  # they stand in for what is before them
-    assert list(batches.skipped().values()) == [3]
+    assert batches.skipped() == [3] and batches.progress(15)["bad_images"] == 3
     resumed = pipeline.train_batches(config, vocabulary, start_step=7)
     assert all(_equal(a, b) for a, b in zip(_take(resumed, 3), whole[7:]))
     config.data.max_bad_fraction = 0.05

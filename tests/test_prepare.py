@@ -22,9 +22,10 @@ import pytest
 from PIL import Image
 
 from coca_jax import prepare
-from coca_jax.data import records, sources
+from coca_jax.data import pipeline, records, sources
 from coca_jax.importers import dedup
 from coca_jax.importers.items import Options
+from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -175,6 +176,8 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "tiny": (_bytes(3, size=(4, 4)), b"too small"),
         "wide": (_bytes(4, size=(400, 16)), b"a banner"),
     }
+    for i in range(7):  # among them a PNG with the wrong extension
+        members[f"fine{i}"] = (_bytes(i, "PNG" if i == 3 else "JPEG"), f"a fine one {i}".encode())
     path = tmp_path / "faults.tar"
     with tarfile.open(path, "w") as archive:
         for key, (image, text) in members.items():
@@ -209,9 +212,22 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "good": ["duplicate_key"],
         "lost": ["damaged_archive"],
     }
-    assert (result["read"], result["written"]) == (14, 1)
+    assert (result["read"], result["written"]) == (21, 8)
     assert sum(result["quarantined"].values()) == 13
-    assert [r.texts for r in sources.open_source(str(tmp_path / "out"))] == [("a good one",)]
+    left = {"a good one", *(f"a fine one {i}" for i in range(7))}
+    assert {r.texts[0] for r in sources.open_source(str(tmp_path / "out"))} == left
+    config = base.get_config()  # and training on what is left works
+    config.batch_size, config.model.image_size = 8, 16
+    config.model.text.update(vocab_size=400, max_len=24)
+    config.data.max_bad_fraction = 0.0
+    config.data.sources = (dict(path=str(tmp_path / "out")),)
+    found = pipeline.load_vocabulary_or_train(config, str(tmp_path / "run"))
+    batches = pipeline.train_batches(config, found)
+    for _ in range(2):
+        batch = next(batches)
+        assert {found.decode(tokens) for tokens in batch["tokens"]} == left
+        assert len(np.unique(batch["image"], axis=0)) == 8 - 1  # 'good' and 'fine1' look the same
+    assert batches.skipped() == [0]
 
 
 def test_where_sample_and_shrinking(tmp_path):

@@ -307,14 +307,24 @@ class TrainBatches:
         """Stops the pipeline's threads. Runs by itself when the program ends."""
         self._iterator = iter(())
 
-    def skipped(self) -> dict[str, int]:
-        """How many undecodable images each source has shown so far, by the source's name."""
-        return {s.name: len(r.bad) for s, r in zip(self._sources, self._readers)}
+    def skipped(self) -> list[int]:
+        """How many undecodable images each source has shown so far."""
+        return [len(reader.bad) for reader in self._readers]
 
-    def epochs(self) -> dict[str, float]:
-        """How often each source has been seen so far, by the source's name."""
-        seen = epochs(self._config, self.step, self.sizes)
-        return {s.name: value for s, value in zip(self._sources, seen)}
+    def progress(self, step: int) -> dict[str, float]:
+        """{epoch/0, epoch/1, ...: how often `step` batches have gone through each source of
+        config.data.sources; bad_images: undecodable ones seen so far by this process}."""
+        seen = epochs(self._config, step, self.sizes)
+        found = {f"epoch/{number}": value for number, value in enumerate(seen)}
+        return found | {"bad_images": float(sum(self.skipped()))}
+
+    def describe(self) -> str:
+        """A line for each source: its examples, and its rows of a batch."""
+        return "\n".join(
+            f"source {number}: {source.name}, {source.kind}, {len(source)} examples, {share} rows "
+            f"of {self._config.batch_size}"
+            for number, (source, share) in enumerate(zip(self._sources, shares(self._config)))
+        )
 
 
 def train_batches(
