@@ -51,7 +51,7 @@ def plan(
         warp: float32 [n, 2, 3], output pixel (x, y, 1) -> input pixel, of the shrunk cut or, where
             not shrunk, of the cut itself.
         colour: float32 [n, 3, 4]: the linear map of (R, G, B, 1), in [0, 255].
-        background: float32 [n, 3], behind transparent pixels.
+        background: float32 [n, 3], whole numbers, behind transparent pixels.
         op, strength: int32 and float32 [n, layers]: what RandAugment does besides.
     """
     if mode not in MODES:
@@ -146,7 +146,7 @@ def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         brightness=between(18, 0.8, 1.2),
         contrast=between(19, 0.7, 1.3),
     )
-    light = draw[:, 21:24] * 95 + 160
+    light = np.rint(draw[:, 21:24] * 95 + 160)
     background = np.where(draw[:, 20:21] < 0.3, light, 255.0)
     return affine, colour, background
 

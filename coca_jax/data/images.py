@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
+WHITE = (255, 255, 255)
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -50,11 +52,10 @@ def to_rgba(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGBA" if has_alpha(image) else "RGB"))
 
 
-def over(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """Puts uint8 [h, w, 4] over a colour: uint8 [h, w, 3]."""
-    alpha = rgba[..., 3:].astype(np.uint32)
-    colour = np.asarray(background, np.uint32)
-    blend = rgba[..., :3] * alpha + colour * (255 - alpha)
+def over(rgba: np.ndarray, background: Sequence[float] | np.ndarray = WHITE) -> np.ndarray:
+    """Puts uint8 [h, w, 4] over a colour (whole numbers in [0, 255]): uint8 [h, w, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    blend = rgba[..., :3] * alpha + np.asarray(background, np.uint16) * (255 - alpha)
     return ((blend + 127) // 255).astype(np.uint8)
 
 
