@@ -36,11 +36,16 @@ def check(config: ConfigDict) -> None:
             f"config.text_lengths={config.text_lengths} must be from 3 to model.text.max_len="
             f"{config.model.text.max_len}"
         )
+    if config.text_parts > 1 and not config.text_lengths:
+        raise ValueError(
+            f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
+        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:
         raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
-    for name in ("batch_size", "accumulate_steps", "log.every_steps", "checkpoint.every_steps"):
+    whole = ("batch_size", "accumulate_steps", "text_parts")
+    for name in (*whole, "log.every_steps", "checkpoint.every_steps"):
         value = config
         for part in name.split("."):
             value = value[part]
@@ -55,6 +60,12 @@ def check_batch(config: ConfigDict, parts: int, processes: int) -> None:
         raise ValueError(
             f"config.batch_size={size} is not a multiple of {parts} batch shards (mesh.data x "
             f"mesh.fsdp) x accumulate_steps={micro}; choose a multiple of {parts * micro}"
+        )
+    if size % (parts * micro * config.text_parts):
+        raise ValueError(
+            f"config.batch_size={size} is not a multiple of {parts * micro} batch shards and "
+            f"micro-batches x text_parts={config.text_parts}; choose a multiple of "
+            f"{parts * micro * config.text_parts}"
         )
     if size % processes:
         raise ValueError(f"config.batch_size={size} is not a multiple of {processes} processes")

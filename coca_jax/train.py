@@ -23,7 +23,15 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from coca_jax import checkpointing, cli, metrics, partitioning, run_config, train_step
+from coca_jax import (
+    checkpointing,
+    cli,
+    metrics,
+    partitioning,
+    run_config,
+    text_lengths,
+    train_step,
+)
 from coca_jax.models import coca
 
 
@@ -91,21 +99,21 @@ def train_on(
         )
         if main_process:
             print(batches.describe(), file=sys.stderr)
-        feed = prefetch(batches, mesh)
-        lengths = measured(feed, config)
+        feed = prefetch((text_lengths.arrange(batch, config) for batch in batches), mesh)
+        measured_feed = measured(feed, config)
 
     with buckets("compile"):
         _, shardings = train_step.state_shardings(model, config, mesh)
 
         @functools.cache
-        def step_for(size: int, length: int) -> Any:
+        def step_for(size: int, lengths: text_lengths.Lengths) -> Any:
             return jax.jit(
-                train_step.make_train_step(model, config, steps, size, length),
+                train_step.make_train_step(model, config, steps, size, lengths),
                 donate_argnums=0,
                 out_shardings=(shardings, None),
             )
 
-        compiled: set[tuple[int, int]] = set()
+        compiled: set[tuple[int, text_lengths.Lengths]] = set()
 
     writer = metrics.MetricWriter(workdir, start_step=start) if main_process else None
     progress = metrics.Progress(
@@ -141,9 +149,9 @@ def train_on(
         profile(config, step, workdir)
         tick = time.perf_counter()
         with buckets("data_wait"):
-            batch, length = next(lengths)
+            batch, lengths = next(measured_feed)
         waited += time.perf_counter() - tick
-        shape = (train_step.size_at(config, step - 1, steps), length)
+        shape = (train_step.size_at(config, step - 1, steps), lengths)
         with buckets("step" if shape in compiled else "compile"):
             compiled.add(shape)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -268,28 +276,23 @@ class prefetch:  # noqa: N801 (used like a function)
 
 def measured(
     feed: Iterator[dict[str, jax.Array]], config: ConfigDict
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Batches with the length to which their captions are cut (train_step.text_length).
+) -> Iterator[tuple[dict[str, jax.Array], text_lengths.Lengths]]:
+    """Batches with the lengths to which their captions are cut.
 
-    The devices find the longest caption of the global batch, so all processes agree. That of a
-    batch is asked for before the step of the batch ahead of it, so the answer does not wait for
+    The devices find the longest captions of the global batch, so all processes agree. Those of a
+    batch are asked for before the step of the batch ahead of it, so the answer does not wait for
     that step.
     """
-    whole = config.model.text.max_len
     if not config.text_lengths:
         for batch in feed:
-            yield batch, whole
+            yield batch, (config.model.text.max_len,) * 2
         return
-
-    @jax.jit
-    def longest(valid: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(valid.sum(1).max(), jax.sharding.PartitionSpec())
-
+    longest = jax.jit(lambda valid: text_lengths.longest(valid, config))
     ahead: tuple[dict[str, jax.Array], jax.Array] | None = None
     for batch in feed:
         asked = (batch, longest(batch["text_valid"]))
         if ahead is not None:
-            yield ahead[0], train_step.text_length(config, int(ahead[1]))
+            yield ahead[0], text_lengths.choose(config, np.asarray(ahead[1]).tolist())
         ahead = asked
 
 

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from coca_jax import losses, partitioning
+from coca_jax import losses, partitioning, text_lengths
 from coca_jax.models import coca
 from coca_jax.models.coca import CoCa
 from coca_jax.optimizer import clip_by_global_norm, make_optimizer, make_schedule
@@ -97,21 +97,6 @@ def size_at(config: ConfigDict, step: int, steps: int) -> int:
     return config.model.image_size
 
 
-def trim(batch: Batch, length: int) -> Batch:
-    """The batch with captions cut to [B, length], where nothing but padding lies beyond."""
-    short = {name: batch[name][:, :length] for name in ("tokens", "text_valid")}
-    return batch | short
-
-
-def text_length(config: ConfigDict, longest: int) -> int:
-    """Length to which a batch's captions are cut: the smallest of config.text_lengths that holds
-    `longest` tokens, else max_len. Rows give the same [CLS] and logits at either length."""
-    if config.model.text.get("cls_mask", "exact") != "exact":
-        longest += 1  # this mask looks one place past the text
-    text = config.model.text.max_len
-    return min((n for n in config.text_lengths if longest <= n < text), default=text)
-
-
 def caption_targets(tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(targets int [B, L], mask bool [B, L]): position t is to predict token t + 1, where valid."""
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
@@ -137,6 +122,8 @@ def captioning(
     outputs: Any, batch: Batch, loss: ConfigDict, num_targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The captioning loss over `num_targets` tokens; (loss, negative log-likelihoods [B, L])."""
+    if isinstance(outputs.states, tuple):
+        return captioning_by_length(outputs, batch, loss, num_targets)
     targets, mask = caption_targets(batch["tokens"], batch["text_valid"])
     return losses.weighted_captioning_loss(
         outputs.states,
@@ -148,6 +135,22 @@ def captioning(
         z_loss=loss.z_loss,
         label_smoothing=loss.label_smoothing,
     )
+
+
+def captioning_by_length(
+    outputs: Any, batch: Batch, loss: ConfigDict, num_targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`captioning` of the outputs of text_lengths.Split."""
+    rows, length = batch["tokens"].shape
+    parts = rows // outputs.states[1].shape[0]
+    texts = zip(*(text_lengths.split(batch[name], parts) for name in ("tokens", "text_valid")))
+    total, nlls = jnp.zeros((), jnp.float32), []
+    for states, (tokens, valid) in zip(outputs.states, texts):
+        cut = dict(tokens=tokens[:, : states.shape[1]], text_valid=valid[:, : states.shape[1]])
+        value, nll = captioning(outputs.replace(states=states), cut, loss, num_targets)
+        total += value
+        nlls.append(jnp.pad(nll, ((0, 0), (0, length - states.shape[1]))))
+    return total, text_lengths.join(*nlls)
 
 
 def count_targets(batch: Batch) -> jax.Array:
@@ -315,24 +318,25 @@ def make_train_step(
     config: ConfigDict,
     steps: int,
     image_size: int | None = None,
-    length: int | None = None,
+    lengths: text_lengths.Lengths | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics); jit it with the state donated.
 
     image_size: of a stage of the size curriculum; default: the model's.
-    length: of `trim`; default: the model's max_len.
+    lengths: of captions, from text_lengths.choose; default: the model's max_len.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
     schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
     decay = config.optimizer.ema
     image_size = image_size or config.model.image_size
-    length = length or config.model.text.max_len
+    short, long = lengths or (config.model.text.max_len,) * 2
+    runner: Any = model if short == long else text_lengths.Split(model, config.text_parts, short)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = trim(batch, length) | {"image": shrink(batch["image"], image_size)}
-        gradients, metrics = value_and_gradients(state.params, model, config, batch, rng)
+        batch = text_lengths.trim(batch, long) | {"image": shrink(batch["image"], image_size)}
+        gradients, metrics = value_and_gradients(state.params, runner, config, batch, rng)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)
         gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)

@@ -14,7 +14,8 @@ def get_config() -> ConfigDict:
             remat="none",  # 'none' | 'dots' | 'named' | 'full': what the backward pass recomputes
             accumulate_steps=1,  # micro-batches per step; the contrastive loss stays exact
             image_sizes=(),  # ((share of the steps, image size), ...) before the model's own size
-            text_lengths=(),  # a batch of short captions is cut to the smallest of these that fits
+            text_lengths=(),  # captions of a batch are cut to the smallest of these that fits ...
+            text_parts=1,  # ... and with n > 1 the longest n-th of them runs apart from the others
             init_from="",  # a run, checkpoint or converted weights to start from
             model=model(),
             loss=dict(

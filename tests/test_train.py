@@ -1,6 +1,5 @@
 """The main job on the embedded data: it runs, resumes bit for bit, and refuses bad input early."""
 
-import itertools
 import json
 import os
 import signal
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from coca_jax import checkpointing, partitioning, run_config
+from coca_jax import checkpointing, run_config
 from coca_jax.metrics import read_metrics
-from coca_jax.train import Preempted, measured, train
+from coca_jax.train import Preempted, train
 
 
 def tiny_run(steps=4, **changes):
@@ -30,24 +29,6 @@ def tiny_run(steps=4, **changes):
     config.log.every_steps, config.checkpoint.every_steps = 1, 2
     config.update(changes)
     return config
-
-
-def test_each_batch_is_cut_to_its_longest_caption():
-    """Also on eight devices; every batch comes once and in order."""
-    config = tiny_run()
-    mesh = partitioning.make_mesh(8, 1, 1)
-    lengths = [5, 12, 3, 9, 8]
-    rows = [np.arange(12)[None] < np.full((16, 1), 2) for _ in lengths]
-    for valid, length in zip(rows, lengths):
-        valid[11] = np.arange(12) < length
-    with jax.set_mesh(mesh):
-        placed = [partitioning.place_batch(mesh, {"text_valid": valid}) for valid in rows]
-        config.text_lengths = (5, 9)
-        found = list(itertools.islice(measured(itertools.cycle(placed), config), 5))
-        assert [length for _, length in found] == [5, 12, 5, 9, 9]
-        assert all(batch is wanted for (batch, _), wanted in zip(found, placed))
-        config.text_lengths = ()
-        assert next(measured(iter(placed), config))[1] == 12
 
 
 COMPARED = ("loss", "contrastive_loss", "captioning_loss", "gradient_norm", "learning_rate")

@@ -218,32 +218,6 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
     )
 
 
-@pytest.mark.parametrize(("cls_mask", "micro"), [("exact", 2), ("shifted", 1)])
-def test_captions_cut_to_the_longest_train_alike(config, cls_mask, micro):
-    config.accumulate_steps = micro
-    config.text_lengths = (4, 6)
-    with config.unlocked():
-        config.model.text.cls_mask = cls_mask
-    model, params, batch = fresh(config)
-    batch["text_valid"] &= jnp.arange(8) < 5
-    assert int(batch["text_valid"].sum(1).max()) == 5
-    length = train_step.text_length(config, 5)
-    assert length == 6
-    grads, metrics = compute_gradients(params, model, config, batch)
-    short, short_metrics = compute_gradients(params, model, config, train_step.trim(batch, length))
-    assert_close(short_metrics["loss"], metrics["loss"], 1e-6)
-    assert_close(short, grads, 1e-5)
-
-
-def test_lengths_of_captions(config):
-    assert train_step.text_length(config, 3) == 8
-    config.text_lengths = (6, 4)
-    assert [train_step.text_length(config, n) for n in (3, 4, 5, 6, 7, 8)] == [4, 4, 6, 6, 8, 8]
-    with config.unlocked():
-        config.model.text.cls_mask = "shifted"
-    assert [train_step.text_length(config, n) for n in (3, 4, 6, 8)] == [4, 6, 8, 8]
-
-
 def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
     config.model.image_size = 32
     config.image_sizes = ((0.5, 16), (0.25, 24))

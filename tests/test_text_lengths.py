@@ -1,0 +1,126 @@
+"""Captions cut to a batch's lengths train as whole ones do, on any mesh."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, tiny_config
+
+from coca_jax import partitioning, run_config, text_lengths, train_step
+from coca_jax.models import coca
+from coca_jax.train import measured
+
+
+def _batch(config, lengths):
+    batch = random_batch(config)
+    batch["text_valid"] = np.arange(config.model.text.max_len)[None] < np.array(lengths)[:, None]
+    batch["tokens"] = np.where(batch["text_valid"], batch["tokens"] + 1, 0)
+    return batch
+
+
+def _config(parts=4, **changes):
+    config = tiny_config()
+    config.batch_size, config.text_lengths, config.text_parts = 16, (4, 6), parts
+    config.update(changes)
+    return config
+
+
+LENGTHS = [3, 8, 4, 3, 4, 4, 7, 3, 3, 4, 6, 4, 5, 3, 4, 4]  # five above 4, four of them longest
+
+
+def test_the_longest_rows_stand_in_every_fourth_place():
+    config = _config()
+    batch = _batch(config, LENGTHS) | {"row": np.arange(16)}
+    found = text_lengths.arrange(batch, config)
+    assert sorted(found["row"]) == list(range(16))
+    assert found["text_valid"].sum(1)[3::4].tolist() == [8, 7, 6, 5]
+    assert found["row"][np.arange(16) % 4 != 3].tolist() == [0, 2, 3, 4, 5, 7, 8, 9, 11, 13, 14, 15]
+    assert np.array_equal(found["tokens"], batch["tokens"][found["row"]])
+    config.accumulate_steps = 2  # row i goes to micro-batch i % 2
+    lengths = text_lengths.arrange(batch, config)["text_valid"].sum(1)
+    for micro in (lengths[::2], lengths[1::2]):
+        assert micro.reshape(2, 4)[:, :3].max() == 4 < micro.reshape(2, 4)[:, 3].min()
+    config.text_parts = 1
+    assert text_lengths.arrange(batch, config) is batch
+
+
+def _both_ways(config, mesh, function):
+    """function(params, model, config, batch, key) of the model and of the split one."""
+    config.model.image.depth = config.model.text.unimodal_depth = 1
+    config.model.text.multimodal_depth = 1
+    batch = text_lengths.arrange(_batch(config, LENGTHS), config)
+    with jax.set_mesh(mesh):
+        model = coca.build(config.model)
+        params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(0))
+        placed = partitioning.place_batch(mesh, batch)
+        found = jax.jit(lambda valid: text_lengths.longest(valid, config))(placed["text_valid"])
+        lengths = text_lengths.choose(config, found.tolist())
+        split = text_lengths.Split(model, config.text_parts, lengths[0])
+
+        def run(model):
+            return jax.jit(lambda p, b: function(p, model, config, b, jax.random.key(0)))
+
+        return lengths, run(model)(params, placed), run(split)(params, placed)
+
+
+def _close(found, wanted):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * max(float(jnp.abs(b).max()), 1e-3))
+
+
+def test_gradients_are_those_of_whole_captions_on_a_mesh():
+    config = _config(4)
+    mesh = partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    lengths, whole, split = _both_ways(config, mesh, train_step.value_and_gradients)
+    assert lengths == (4, 8)
+    _close(split, whole)
+
+
+def test_losses_are_those_of_whole_captions_with_the_shifted_mask(one_device_mesh):
+    config = _config(4)
+    with config.unlocked():
+        config.model.text.cls_mask = "shifted"
+    lengths, whole, split = _both_ways(config, one_device_mesh, train_step.loss_fn)
+    assert lengths == (6, 8)
+    _close(split, whole)
+
+
+def test_the_smallest_lengths_that_hold_the_captions():
+    config = _config(1, text_lengths=(6, 4))
+    found = [text_lengths.choose(config, (n, n))[1] for n in (3, 4, 5, 6, 7, 8)]
+    assert found == [4, 4, 6, 6, 8, 8]
+    with config.unlocked():
+        config.model.text.cls_mask = "shifted"
+    found = [text_lengths.choose(config, (n, n))[0] for n in (3, 4, 6, 8)]
+    assert found == [4, 6, 8, 8]
+
+
+def test_every_batch_comes_once_with_its_own_lengths():
+    """Also on eight devices."""
+    config = _config(2, batch_size=16)
+    mesh = partitioning.make_mesh(8, 1, 1)
+    rows = [[3] * 16, [3] * 15 + [8], [5] * 16, [3] * 9 + [5] * 7]
+    batches = [text_lengths.arrange(_batch(config, lengths), config) for lengths in rows]
+    with jax.set_mesh(mesh):
+        placed = [partitioning.place_batch(mesh, batch) for batch in batches]
+        found = list(itertools.islice(measured(itertools.cycle(placed), config), 4))
+        assert [lengths for _, lengths in found] == [(4, 4), (4, 8), (6, 6), (4, 6)]
+        assert all(batch is wanted for (batch, _), wanted in zip(found, placed))
+        config.text_lengths = ()
+        assert next(measured(iter(placed), config))[1] == (8, 8)
+
+
+def test_impossible_values_are_refused():
+    for changes, message in (
+        (dict(text_lengths=(2, 6)), "must be from 3 to"),
+        (dict(text_lengths=(), text_parts=2), "needs config.text_lengths"),
+        (dict(text_parts=0), "text_parts=0"),
+    ):
+        config = _config(**changes)
+        config.data.sources = (dict(builtin="scenes"),)
+        with pytest.raises(ValueError, match=message):
+            run_config.check(config)
+    with pytest.raises(ValueError, match="text_parts=4; choose a multiple of 32"):
+        run_config.check_batch(_config(), 8, 1)
