@@ -116,10 +116,12 @@ def split(x: jax.Array | None, parts: int) -> tuple[Any, Any]:
     if x is None:
         return None, None
     groups = x.reshape((x.shape[0] // parts, parts) + x.shape[1:])
-    return tuple(
-        partitioning.constrain(part.reshape((-1,) + x.shape[1:]), "batch", *(None,) * (x.ndim - 1))
-        for part in (groups[:, :-1], groups[:, -1:])
-    )
+
+    def rows(part: jax.Array) -> jax.Array:
+        part = part.reshape((-1,) + x.shape[1:])
+        return partitioning.constrain(part, "batch", *(None,) * (x.ndim - 1))
+
+    return rows(groups[:, :-1]), rows(groups[:, -1:])
 
 
 def join(others: jax.Array, long: jax.Array) -> jax.Array:

@@ -70,19 +70,20 @@ def _close(found, wanted):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * max(float(jnp.abs(b).max()), 1e-3))
 
 
-def test_gradients_are_those_of_whole_captions_on_a_mesh():
+@pytest.mark.slow
+def test_gradients_are_those_of_whole_captions(one_device_mesh):
     config = _config(4)
-    mesh = partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    lengths, whole, split = _both_ways(config, mesh, train_step.value_and_gradients)
+    lengths, whole, split = _both_ways(config, one_device_mesh, train_step.value_and_gradients)
     assert lengths == (4, 8)
     _close(split, whole)
 
 
-def test_losses_are_those_of_whole_captions_with_the_shifted_mask(one_device_mesh):
+def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     config = _config(4)
+    mesh = partitioning.make_mesh(2, 2, 1, devices=jax.devices()[:4])
     with config.unlocked():
         config.model.text.cls_mask = "shifted"
-    lengths, whole, split = _both_ways(config, one_device_mesh, train_step.loss_fn)
+    lengths, whole, split = _both_ways(config, mesh, train_step.loss_fn)
     assert lengths == (6, 8)
     _close(split, whole)
 
