@@ -172,12 +172,17 @@ def load(name: str) -> tuple[str, ...]:
     if name in SETS:
         return SETS[name]
     try:
-        with fsspec.open(os.fspath(name), "r", encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
+        lines = read_lines(name)
     except FileNotFoundError:
         known = ", ".join(SETS)
         raise ValueError(f"prompts is {name!r}; use one of {known} or a text file") from None
-    return check([line for line in lines if line])
+    return check([line.strip() for line in lines if line.strip()])
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file, a path or URL, without their ends."""
+    with fsspec.open(os.fspath(path), "r", encoding="utf-8") as file:
+        return [line.rstrip("\r\n") for line in file]
 
 
 def check(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Files that evaluations leave in a workdir: eval.json and eval_examples.json."""
+"""Files that evaluations leave in a workdir: eval.json, eval_classes.json, eval_examples.json."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -
 def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[str, Any]) -> None:
     """Merges an evaluator's `examples` into `workdir`/eval_examples.json under its name."""
     _merge(pathlib.Path(workdir) / "eval_examples.json", {name: examples}, sort=False)
+
+
+def save_classes(workdir: str | os.PathLike[str], name: str, classes: Mapping[str, Any]) -> None:
+    """Merges accuracy by class and confusion into `workdir`/eval_classes.json under a name."""
+    _merge(pathlib.Path(workdir) / "eval_classes.json", {name: classes}, sort=False)
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
