@@ -62,19 +62,15 @@ class Records:
         self._source = source
         self._indices = np.arange(min(limit or len(source), len(source)))
         if known is not None:
-            kept: list[int] = []
-            for part in self._parts():
-                texts = (
-                    [r["text"] for r in source.read_texts(part)]
-                    if self.scenes
-                    else [r.texts for r in source.read_texts(part)]
-                )
-                kept += [
-                    i
-                    for i, t in zip(part.tolist(), texts)
-                    if not known.isdisjoint([t] if isinstance(t, str) else t)
-                ]
-            self._indices = np.asarray(kept, np.int64)
+            kept = [
+                np.asarray([not known.isdisjoint(texts) for texts in self._texts(part)], bool)
+                for part in self._parts()
+            ]
+            self._indices = self._indices[np.concatenate(kept)]
+
+    def _texts(self, indices: np.ndarray) -> list[Sequence[str]]:
+        found = self._source.read_texts(indices)
+        return [[r["text"]] for r in found] if self.scenes else [r.texts for r in found]
 
     def __len__(self) -> int:
         return len(self._indices)

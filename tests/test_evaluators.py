@@ -433,6 +433,18 @@ def test_bootstrap_agrees_with_theory_and_is_deterministic():
         intervals.bootstrap(np.zeros(0))
 
 
+@pytest.mark.parametrize("length", [0, 1, 5, 8, 9, 1000])
+def test_shown_items_are_spread(length):
+    spread, made = results.Spread(8), []
+    for i in range(length):
+        spread.offer(lambda i=i: made.append(i) or i)
+    items = spread.items()
+    assert len(items) == min(8, length) and items == sorted(set(items))
+    assert len(made) < 80
+    if length == 1000:
+        assert items[0] == 0 and items[-1] > 850 and max(np.diff(items)) < 200
+
+
 def test_results_are_merged(tmp_path):
     results.save_results(tmp_path, {"zeroshot/a/top1": 0.5, "b": float("nan")})
     results.save_results(tmp_path, {"zeroshot/a/top1": np.float32(0.75), "c": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from coca_jax.evaluators import (
     stack_images,
 )
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
-from coca_jax.evaluators.results import encode_png
+from coca_jax.evaluators.results import Spread, encode_png
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
@@ -49,6 +50,13 @@ def score_references(caption: str, record: Record) -> tuple[bool, float]:
 def _word_f1(said: list[str], wanted: list[str]) -> float:
     common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
     return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+
+
+def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
+    """One picture of the report."""
+    references = record_texts(record, "captioning")[:5]
+    image = encode_png(image_files.decode(record["image"]))
+    return dict(image=image, caption=caption, references=references, exact=exact, f1=f1)
 
 
 class Outputs:
@@ -157,7 +165,7 @@ class Captioning:
         f1: list[float] = []
         captions: list[str] = []
         references: list[list[str]] = []
-        items: list[dict[str, Any]] = []
+        shown = Spread(self.num_examples)
         show = f"{self.name} images" if self.progress else ""
         for batch in in_batches(records, self.batch_size, show=show):
             found = self.outputs.take(batch) if self.outputs else []
@@ -178,16 +186,7 @@ class Captioning:
                 right, score = self.scorer(caption, record)
                 exact.append(right)
                 f1.append(score)
-                if len(items) < self.num_examples:
-                    items.append(
-                        dict(
-                            image=encode_png(image_files.decode(record["image"])),
-                            caption=caption,
-                            references=references[-1][:5],
-                            exact=bool(right),
-                            f1=float(score),
-                        )
-                    )
+                shown.offer(functools.partial(_item, record, caption, bool(right), float(score)))
         if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         if self.perplexity:
@@ -201,7 +200,7 @@ class Captioning:
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
             yield from self._corpus_metrics(captions, references)
         notes = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
-        self.examples = dict(kind="captioning", items=items, notes=notes)
+        self.examples = dict(kind="captioning", items=shown.items(), notes=notes)
 
     def _make(self, predict: Predictor, records: Sequence[Record]) -> list[dict[str, Any]]:
         """The model's outputs of records, as `Outputs` keeps them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from coca_jax.data import images as image_files
 from coca_jax.evaluators import Record
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
-from coca_jax.evaluators.results import encode_png, thumbnail
+from coca_jax.evaluators.results import Spread, encode_png
 
 _MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
 
@@ -53,12 +54,12 @@ class Tally:
                 "class_names; give one for each name"
             )
         self.name, self.class_names = name, list(class_names)
-        self.tie, self.num_examples = tie, num_examples
+        self.tie = tie
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
         self._truths: list[int] = []  # the first name, for accuracy by class and confusion
         self._guesses: list[np.ndarray] = []
-        self._shown: list[tuple[np.ndarray, list[str], np.ndarray]] = []
+        self._shown = Spread(num_examples)
 
     def true_classes(self, record: Record) -> list[int]:
         """Returns the numbers of the record's classes; ValueError when none is known."""
@@ -81,10 +82,16 @@ class Tally:
         # Among equal scores a wrong class is the guess, as in the rank.
         best = scores >= scores.max(1, keepdims=True) - self.tie
         self._guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
-        for row in range(min(len(records), self.num_examples - len(self._shown))):
-            names = [self.class_names[c] for c in np.flatnonzero(right[row])]
-            image = thumbnail(image_files.decode(records[row]["image"]))
-            self._shown.append((image, names, scores[row]))
+        for record, row in zip(records, scores):
+            self._shown.offer(functools.partial(self._item, record, row.copy()))
+
+    def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
+        """One picture of the report, with the three best guesses."""
+        return dict(
+            image=encode_png(image_files.decode(record["image"])),
+            truth=[self.class_names[c] for c in self.true_classes(record)],
+            guesses=[(self.class_names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
+        )
 
     def results(self) -> Iterator[tuple[str, float]]:
         """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
@@ -160,14 +167,7 @@ class Tally:
                 dict(truth=names[pairs[i][0]], guess=names[pairs[i][1]], count=int(counts[i]))
                 for i in worst
             ],
-            items=[
-                dict(
-                    image=encode_png(image),
-                    truth=labels,
-                    guesses=[(names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
-                )
-                for image, labels, scores in self._shown
-            ],
+            items=self._shown.items(),
         )
         rows, columns = present, np.unique(np.concatenate([present, guess]))
         if len(columns) <= _MAX_CONFUSION:

@@ -126,8 +126,8 @@ class Generative:
     ):
         self.name = f"generative/{data_name}"
         # Log probabilities of one text in two batches differ by about 1e-5.
-        self._new_tally = lambda: Tally(
-            self.name, class_names, labels, tie=1e-4, num_examples=num_examples
+        self._new_tally = lambda shown=num_examples: Tally(
+            self.name, class_names, labels, tie=1e-4, num_examples=shown
         )
         self._new_tally()
         self.class_names = list(class_names)
@@ -143,8 +143,7 @@ class Generative:
         tokens = np.concatenate(
             [predict.num_tokens(part, labels=True) for part in in_batches(texts, _TEXTS_AT_ONCE)]
         )
-        tally, by_token = self._new_tally(), self._new_tally()
-        by_token.num_examples = 0
+        tally, by_token = self._new_tally(), self._new_tally(0)
         for batch in in_batches(
             records, self.batch_size, show=f"{self.name} images" if self.progress else ""
         ):
