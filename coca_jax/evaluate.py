@@ -1,168 +1,377 @@
-"""`python -m coca_jax.evaluate --checkpoint=DIR --data=PATH --tasks=zeroshot,retrieval,captioning`.
+"""Scores a model: zero-shot and generative classification, retrieval, captioning.
 
-Scores go to eval.json in the checkpoint's workdir (or --out), named <task>/<data set>/<metric>.
+    python -m coca_jax.evaluate --checkpoint=DIR --data=PATH --tasks=zeroshot,retrieval,captioning
+
+Scores go to eval.json in the checkpoint's workdir (or --out), named <task>/<data set>/<metric>. Run
+the same command again after a kill: finished tasks and captions so far are kept.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
+from jax.experimental import multihost_utils
 
-from coca_jax import cli
-from coca_jax.data import images, pipeline, prompts
+from coca_jax import cli, partitioning
+from coca_jax.data import prompts
 from coca_jax.evaluators import Predictor, captioning, results, retrieval, zeroshot
+from coca_jax.importers import unprepared
+
+KINDS = ("zeroshot", "generative", "retrieval", "captioning")
 
 
 class Model(Predictor, Protocol):
-    """A predictor that says how its images are prepared."""
+    """A predictor that says how much it takes at a time and which weights it has."""
 
-    image_size: int
-    resize: str
+    batch_size: int
+
+    def checksum(self) -> str:
+        """Tells these weights from others."""
 
 
-def read_records(data: Mapping[str, Any], size: int, mode: str, limit: int = 0) -> list[dict]:
-    """Records with `image` decoded and preprocessed to uint8 [size, size, 3].
+class Records:
+    """The records of a data entry in their stored order, read as one goes through them.
 
-    data: an entry as in config.data.sources, with `split`. Raises ValueError for bad data.
+    Args:
+      data: an entry as in config.data.sources with `split`; `path` may be a plain imagefolder, and
+        `tfds` any set that the user has.
+      limit: at most so many; 0: all.
+      known: only records one of whose texts is among these; None: all.
+
+    A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), text, labels, key and
+    extra; drawn scenes have `scene`. Raises ValueError or FileNotFoundError for bad data.
     """
-    if data.get("builtin") == "scenes":
-        found: Iterable[dict] = _scenes(data, limit)
-    else:
-        found = pipeline.eval_records(data, data.get("split", "test"), limit=limit)
-    return [
-        dict(record, image=images.preprocess_eval(images.decode(record["image"]), size, mode))
-        for record in found
-    ]
+
+    def __init__(self, data: Mapping[str, Any], limit: int = 0, known: set[str] | None = None):
+        self.scenes = data.get("builtin") == "scenes"
+        if self.scenes:
+            from coca_jax.data.scenes import Scenes
+
+            split, kind = data.get("split", "test"), data.get("kind", "caption")
+            source: Any = Scenes(split, kind, data.get("objects", (1, 2, 3, 4)))
+        else:
+            source = unprepared.open_source(data, "test")
+        self._source = source
+        self._indices = np.arange(min(limit or len(source), len(source)))
+        if known is not None:
+            kept = [
+                np.asarray([not known.isdisjoint(texts) for texts in self._texts(part)], bool)
+                for part in self._parts()
+            ]
+            self._indices = self._indices[np.concatenate(kept)]
+
+    def _texts(self, indices: np.ndarray) -> list[Sequence[str]]:
+        found = self._source.read_texts(indices)
+        return [[r["text"]] for r in found] if self.scenes else [r.texts for r in found]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._indices), 256):
+            yield self._indices[start : start + 256]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for part in self._parts():
+            if self.scenes:
+                yield from self._source.read(part)
+                continue
+            for record in self._source.read(part):
+                yield dict(
+                    image=record.image,
+                    text=list(record.texts),
+                    labels=list(record.labels),
+                    key=record.key,
+                    extra=record.extra,
+                )
 
 
-def _scenes(data: Mapping[str, Any], limit: int) -> Iterator[dict]:
-    """Drawn scenes with their attributes, which scoring a caption needs."""
-    from coca_jax.data.scenes import Scenes
-
-    source = Scenes(
-        data.get("split", "test"), data.get("kind", "caption"), data.get("objects", (1, 2, 3, 4))
-    )
-    count = min(limit or len(source), len(source))
-    for start in range(0, count, 256):
-        yield from source.read(np.arange(start, min(start + 256, count)))
-
-
-def make_evaluator(task: Mapping[str, Any], records: list[dict]) -> Any:
+def make_evaluator(task: Mapping[str, Any], records: Any = (), **common: Any) -> Any:
     """The evaluator of one task: dict(kind, name, data, and what that kind takes).
 
-    kind: 'zeroshot' (class_names, templates), 'retrieval' (candidates: a data entry whose texts
-    are further candidates), 'captioning'. Raises ValueError for an unknown kind.
+    kind: 'zeroshot' and 'generative' (class_names: a list, or a file for `read_class_names`;
+    templates), 'retrieval' (candidates: a data entry whose texts are further candidates),
+    'captioning' (decode: options of decoding; java_metrics; outputs). common: arguments of any
+    evaluator. Raises ValueError for an unknown kind.
     """
     kind, name = task["kind"], task["name"]
-    if kind == "zeroshot":
-        names = task.get("class_names") or pipeline.class_names(task["data"])
-        return zeroshot.ZeroShot(name, names, prompts.load(task.get("templates", "photo")))
+    if kind in ("zeroshot", "generative"):
+        names, labels = _class_names(task)
+        default = "photo" if kind == "zeroshot" else "plain"
+        templates = prompts.load(task.get("templates") or default)
+        maker = zeroshot.ZeroShot if kind == "zeroshot" else zeroshot.Generative
+        return maker(name, names, templates, labels=labels, **common)
     if kind == "retrieval":
-        return retrieval.Retrieval(name, extra_texts=_candidates(task))
+        return retrieval.Retrieval(name, extra_texts=_candidates(task), **common)
     if kind == "captioning":
-        drawn = bool(records) and "scene" in records[0]
-        scorer = captioning.score_scene if drawn else captioning.score_references
-        return captioning.Captioning(name, scorer=scorer)
-    raise ValueError(f"task {kind!r}: choose 'zeroshot', 'retrieval' or 'captioning'")
+        drawn = getattr(records, "scenes", False)
+        return captioning.Captioning(
+            name,
+            scorer=captioning.score_scene if drawn else captioning.score_references,
+            java_metrics=task.get("java_metrics", False),
+            how=task.get("decode"),
+            **common,
+        )
+    raise ValueError(f"task {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def _class_names(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(names that go into the prompts, labels as the records have them)."""
+    given = task.get("class_names")
+    if given and not isinstance(given, str):
+        return list(given), list(given)
+    declared = unprepared.class_names(task["data"], "test")
+    return read_class_names(given, declared) if given else (declared, declared)
+
+
+def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Class names from a text file, one a line: (names for the prompts, labels in the data).
+
+    A line `label<TAB>name` calls the data's class `label` by `name`; classes without a line are no
+    candidates. Lines without a tab are the data's own class names, or, when none of them is, as
+    many as the data declares, in its order. Raises ValueError for anything else.
+    """
+    lines = [line.strip() for line in prompts.read_lines(path)]
+    lines = [line for line in lines if line]
+    pairs = [line.split("\t") for line in lines if "\t" in line]
+    if pairs:
+        if len(pairs) != len(lines) or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"class_names {path}: every line needs one tab, label<TAB>name")
+        return [name.strip() for _, name in pairs], [label.strip() for label, _ in pairs]
+    if set(lines) & set(declared):
+        return lines, lines
+    if len(lines) != len(declared):
+        raise ValueError(
+            f"class_names {path}: {len(lines)} names, none a class of the data, which has "
+            f"{len(declared)} ({', '.join(declared[:3])}, ..); give as many, or label<TAB>name"
+        )
+    return lines, list(declared)
 
 
 def _candidates(task: Mapping[str, Any]) -> list[str]:
     if not task.get("candidates"):
         return []
-    found = pipeline.eval_records(task["candidates"], "train")
-    return sorted({text for record in found for text in record["text"]})
+    found = Records(dict(dict(split="train"), **task["candidates"]))
+    return sorted({text for record in found for text in _texts(record)})
 
 
-class _LabelTexts:
-    """A predictor whose texts are class names in prompts (see CoCaModel.encode_text)."""
+def _texts(record: Mapping[str, Any]) -> list[str]:
+    return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.encode_image = model.encode_image
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        return self._model.encode_text(texts, labels=True)
+class Unfinished:
+    """What an evaluation has finished, in workdir/eval_progress.json until all of it is.
+
+    Args:
+      workdir: made when missing.
+      request: what the scores depend on besides the task; a file of another request is dropped.
+      main_process: the one that writes.
+    """
+
+    def __init__(self, workdir: str, request: Mapping[str, Any], *, main_process: bool):
+        self._path = pathlib.Path(workdir) / "eval_progress.json"
+        self._main = main_process
+        if main_process:
+            found = json.loads(self._path.read_text()) if self._path.exists() else {}
+            if found.get("request") != request:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("coca_jax evaluate")
+        self._state = json.loads(self._path.read_text())
+        self.started: int = self._state["started"]
+
+    def scores(self, task: str) -> dict[str, float] | None:
+        """The scores of a task that is finished, else None."""
+        return self._state["tasks"].get(task)
+
+    def add(self, task: str, scores: Mapping[str, float]) -> None:
+        """Notes that a task is finished."""
+        self._state["tasks"][task] = dict(scores)
+        if self._main:
+            self._write(self._state)
+
+    def close(self) -> None:
+        """All is finished: the next start begins anew."""
+        if self._main:
+            self._path.unlink()
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(state), encoding="utf-8")
+        new.replace(self._path)
 
 
 def run_tasks(
     model: Model, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
 ) -> dict[str, float]:
-    """Runs every task; on process 0 writes eval.json and the examples for the report.
+    """Runs every task; on process 0 writes eval.json, eval_classes.json, the report's examples and
+    the captions (eval_captions/).
 
-    A task with `known_only` scores only records whose text the candidates hold.
+    All processes call this with the same arguments, each computes its share, and all get the
+    scores. A task with `known_only` scores only records whose text the candidates hold. Scores of
+    tasks that an earlier, killed call with the same weights finished are taken over.
     """
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
-    for task in tqdm.tqdm(tasks, desc="evaluate", unit="task", disable=not main_process):
-        records = read_records(task["data"], model.image_size, model.resize, task.get("limit", 0))
-        if task.get("known_only"):
-            known = set(_candidates(task))
-            records = [r for r in records if set(r["text"]) & known]
-        evaluator = make_evaluator(task, records)
-        predict = _LabelTexts(model) if task["kind"] == "zeroshot" else model
-        scores |= dict(evaluator.run(predict, records))
-        scores[f"{evaluator.name}/num_examples"] = len(records)
+    request = dict(weights=model.checksum(), step=step)
+    unfinished = Unfinished(workdir, request, main_process=main_process)
+    for task in tasks:
+        task = _plain(task)
+        key = json.dumps(task, sort_keys=True)
+        kept = unfinished.scores(key)
+        if kept is not None:
+            scores |= kept
+            if main_process:
+                print(f"{task['kind']}/{task['name']}: kept from before", file=sys.stderr)
+            continue
+        new = _run_task(model, task, workdir, dict(request, started=unfinished.started))
         if main_process:
-            results.save_examples(workdir, evaluator.name, evaluator.examples)
+            results.save_results(workdir, new)
+        unfinished.add(key, new)
+        scores |= new
     if step is not None:
         scores["step"] = step
     if main_process:
         results.save_results(workdir, scores)
+    unfinished.close()
     return scores
+
+
+def _plain(task: Any) -> Any:
+    """A task without ConfigDicts and tuples, as JSON would give it back."""
+    whole = task.to_dict() if hasattr(task, "to_dict") else dict(task)
+
+    def plain(x: Any) -> Any:
+        return x.to_dict() if hasattr(x, "to_dict") else list(x)
+
+    return json.loads(json.dumps(whole, default=plain))
+
+
+def _run_task(
+    model: Model, task: Mapping[str, Any], workdir: str, request: Mapping[str, Any]
+) -> dict[str, float]:
+    main_process = jax.process_index() == 0
+    known = set(_candidates(task)) if task.get("known_only") else None
+    records = Records(task["data"], task.get("limit", 0), known)
+    common: dict[str, Any] = dict(progress=main_process, batch_size=model.batch_size)
+    if task["kind"] == "captioning":
+        path = pathlib.Path(workdir) / "eval_captions" / f"{task['name'].replace('/', '_')}.jsonl"
+        made_for = dict(request, task=dict(task))
+        common["outputs"] = captioning.Outputs(path, made_for, write=main_process)
+    elif task["kind"] != "generative":
+        # Several batches a call: the model reads the next one while it computes.
+        common["batch_size"] *= max(1, 1024 // model.batch_size)
+    evaluator = make_evaluator(task, records, **common)
+    new = dict(evaluator.run(model, records))
+    new[f"{evaluator.name}/num_examples"] = float(len(records))
+    if main_process:
+        results.save_examples(workdir, evaluator.name, evaluator.examples)
+        if getattr(evaluator, "classes", None):
+            results.save_classes(workdir, evaluator.name, evaluator.classes)
+        for metric, why in getattr(evaluator, "skipped", {}).items():
+            print(f"{evaluator.name}: {metric.upper()} skipped, {why}", file=sys.stderr)
+    return new
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("checkpoint", None, "A run, checkpoint or converted weights.")
-    flags.DEFINE_string("data", None, "A folder that `prepare` wrote, or 'scenes'.")
-    flags.DEFINE_list("tasks", ["zeroshot", "retrieval", "captioning"], "What to score.")
+    flags.DEFINE_string("checkpoint", None, "A run, checkpoint, export or open_clip weights.")
+    flags.DEFINE_string(
+        "data", None, "A folder that `prepare` wrote, an imagefolder, 'tfds:NAME', or 'scenes'."
+    )
+    flags.DEFINE_list("tasks", ["zeroshot", "retrieval", "captioning"], ", ".join(KINDS))
     flags.DEFINE_string("split", "test", "Split of the data.")
     flags.DEFINE_string("name", "", "Data set name in the scores; default: folder and split.")
     flags.DEFINE_multi_string("where", [], "field=value[,value...]: only these records.")
-    flags.DEFINE_string("templates", "", "Prompt set or text file for zero-shot.")
-    flags.DEFINE_string("class_names", "", "Text file with a class name a line.")
+    for field in ("text", "label", "image"):
+        note = f"Field of the {field}, where it has an unusual name."
+        flags.DEFINE_string(f"{field}_field", "", note)
+    flags.DEFINE_string("templates", "", "Prompt set or text file for classification.")
+    flags.DEFINE_string("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
+    flags.DEFINE_integer("num_beams", 1, "Beams of the captions.", lower_bound=1)
+    flags.DEFINE_bool("java_metrics", True, "METEOR and SPICE, where they can run.")
     flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
+    flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
+    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Command-line entry."""
-    if len(argv) > 1 or not flags.FLAGS.checkpoint or not flags.FLAGS.data:
-        raise ValueError("give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else")
-    data: dict[str, Any] = dict(split=flags.FLAGS.split)
-    builtin = flags.FLAGS.data == "scenes"
-    data |= dict(builtin="scenes") if builtin else dict(path=flags.FLAGS.data)
-    if flags.FLAGS.where:
-        pairs = (item.split("=", 1) for item in flags.FLAGS.where)
+def tasks_of_flags() -> list[dict[str, Any]]:
+    """The tasks that the command's flags ask for. Raises ValueError for an unknown one."""
+    args = flags.FLAGS
+    data: dict[str, Any] = dict(split=args.split)
+    place, _, rest = args.data.partition(":")
+    if args.data == "scenes":
+        data["builtin"] = "scenes"
+    elif place == "tfds":
+        data["tfds"] = rest
+    else:
+        data["path"] = args.data
+    if args.where:
+        pairs = (item.split("=", 1) for item in args.where)
         data["where"] = {field: values.split(",") for field, values in pairs}
-    name = flags.FLAGS.name or f"{pathlib.Path(flags.FLAGS.data).name}_{flags.FLAGS.split}"
+    for field in ("text_field", "label_field", "image_field"):
+        if args[field].value:
+            data[field] = args[field].value
+    folder = rest.replace("/", "_") if place == "tfds" else pathlib.Path(args.data).name
     tasks = []
-    for kind in flags.FLAGS.tasks:
-        task: dict[str, Any] = dict(kind=kind, name=name, data=dict(data), limit=flags.FLAGS.limit)
-        if kind == "captioning" and builtin:
-            task["data"]["objects"] = (1,)  # what exact match is defined for
-        if kind == "zeroshot":
+    for kind in args.tasks:
+        if kind not in KINDS:
+            raise ValueError(f"--tasks={kind}: choose from {', '.join(KINDS)}")
+        task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{args.split}")
+        task |= dict(data=dict(data), limit=args.limit)
+        if kind == "captioning":
+            task["java_metrics"] = args.java_metrics
+            if args.num_beams > 1:
+                task["decode"] = dict(num_beams=args.num_beams)
+            if args.data == "scenes":
+                task["data"]["objects"] = (1,)  # what exact match is defined for
+        if kind in ("zeroshot", "generative"):
             task["data"]["kind"] = "label"
-            if flags.FLAGS.templates:
-                task["templates"] = flags.FLAGS.templates
-            if flags.FLAGS.class_names:
-                lines = pathlib.Path(flags.FLAGS.class_names).read_text().splitlines()
-                task["class_names"] = [line.strip() for line in lines if line.strip()]
+            task |= dict(templates=args.templates, class_names=args.class_names)
         tasks.append(task)
+    return tasks
+
+
+def main(argv: Sequence[str]) -> dict[str, Any] | None:
+    """Command-line entry."""
+    args = flags.FLAGS
+    if len(argv) > 1 or not args.checkpoint or not args.data:
+        raise ValueError("give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else")
+    tasks = tasks_of_flags()
+    partitioning.start_processes(args.coordinator, args.num_processes, args.process_id)
 
     from coca_jax import inference
 
-    model = inference.load(flags.FLAGS.checkpoint)
-    out = flags.FLAGS.out or flags.FLAGS.checkpoint
+    devices = jax.devices()
+    size = args.batch_size or max(64, 32 * len(devices))
+    model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=size, devices=devices)
+    out = args.out or args.checkpoint
+    if not args.out and not pathlib.Path(out).is_dir():
+        raise ValueError(f"--checkpoint={out} is a file; give --out=DIR for eval.json")
     scores = run_tasks(model, tasks, out)
+    if jax.process_index():
+        return None
     for key, value in scores.items():
-        print(f"{key:60s} {value:10.4f}")
+        if key.endswith(("_low", "_high", "_count")):
+            continue
+        line = f"{key:60s} {value:10.4f}"
+        if f"{key}_count" in scores:
+            low, high = scores[f"{key}_low"], scores[f"{key}_high"]
+            line += f"  [{low:.4f}, {high:.4f}] of {scores[f'{key}_count']:,.0f}"
+        print(line)
     return scores
 
 

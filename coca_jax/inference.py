@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import subprocess
 import sys
@@ -75,16 +76,25 @@ class CoCaModel:
     Args:
         config: of the run; `model` is needed, `data.resize` or `preprocess.resize` is used.
         params: nested dict of arrays (unboxed), on the host, on a device, or spread over a mesh
-            named as in partitioning.py; replicated over all local devices unless on a mesh.
+            named as in partitioning.py; replicated over `devices` unless on a mesh.
         vocabulary: the one that the model was trained with.
         batch_size: images or texts at a time, over all devices.
+        devices: default all of this process; those of several processes make them work as one:
+            each calls the same methods with the same arguments, decodes and runs only the rows
+            of its devices, and gets the whole result.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.
     """
 
     def __init__(
-        self, config: ConfigDict, params: dict, vocabulary: Vocabulary, *, batch_size: int = 64
+        self,
+        config: ConfigDict,
+        params: dict,
+        vocabulary: Vocabulary,
+        *,
+        batch_size: int = 64,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         model = config.model
         if vocabulary.size > model.text.vocab_size:
@@ -96,7 +106,7 @@ class CoCaModel:
         self.image_size: int = model.image_size
         self.max_len: int = model.text.max_len
         self.resize: str = _resize_mode(config)
-        self._mesh, self.params = _place(params)
+        self._mesh, self.params = _place(params, devices)
         self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         self._module = coca.build(model, sigmoid="logit_bias" in params)
@@ -121,9 +131,8 @@ class CoCaModel:
         sees its label symbol before them.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        marked = labels and bool(self.config.get("data", {}).get("label_token", False))
         parts = [
-            self._run(self._encode_text, *self._tokenize(batch, marked))
+            self._run(self._encode_text, *self._tokenize(batch, self._marked(labels)))
             for batch in self._batches(texts, progress, "text")
         ]
         return _joined(parts, (self.config.model.embed_dim,))
@@ -235,6 +244,7 @@ class CoCaModel:
                 rows=rows,
                 active=np.arange(size) < count,
             )
+            out = self._gather(out)
         tokens, lengths, log_probs = (np.asarray(x) for x in out)
         captions = []
         for row in range(count):
@@ -279,14 +289,21 @@ class CoCaModel:
         return _joined(sums, ()), _joined(counts, ()).astype(np.int32)
 
     def score(
-        self, images: Any, texts: Sequence[str], *, per_token: bool = False, progress: bool = False
+        self,
+        images: Any,
+        texts: Sequence[str],
+        *,
+        per_token: bool = False,
+        labels: bool = False,
+        progress: bool = False,
     ) -> np.ndarray:
         """Log probability of every text for every image, in nats: float32 [N, M].
 
         Captioning as a classifier, or to rerank what `similarity` retrieves. per_token: divided by
-        the text's number of predicted tokens. Image and text are each encoded once.
+        the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
+        encoded once.
         """
-        tokens, valid = self._tokenize(list(texts))
+        tokens, valid = self._tokenize(list(texts), self._marked(labels))
         with self._context():
             states = self._text_states(self.params, tokens, valid)
         rows = []
@@ -306,6 +323,11 @@ class CoCaModel:
             rows.append(_joined(parts, ()).reshape(count, len(tokens)))
         scores = _joined(rows, (len(tokens),))
         return scores / valid[:, 1:].sum(1) if per_token else scores
+
+    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """Tokens of each text that `score` predicts, the end symbol included: int32 [M]."""
+        _, valid = self._tokenize(list(texts), self._marked(labels))
+        return valid[:, 1:].sum(1).astype(np.int32)
 
     def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
         """The whole model on prepared input.
@@ -333,6 +355,19 @@ class CoCaModel:
         with self._context():
             out = self._forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
         return Forward(*(np.asarray(x) for x in out))
+
+    def checksum(self) -> str:
+        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+
+        def bits(x: jax.Array) -> jax.Array:
+            whole = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+            return jnp.sum(jax.lax.bitcast_convert_type(x, whole).astype(jnp.uint32))
+
+        with self._context():
+            found = self._jit(lambda params: jax.tree.map(bits, params))(self.params)
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     # -- programs -------------------------------------------------------------------------------
 
@@ -421,7 +456,25 @@ class CoCaModel:
     def _put(self, array: np.ndarray) -> Any:
         if self._mesh is None:
             return array
-        return jax.device_put(array, NamedSharding(self._mesh, partitioning.spec("batch")))
+        return _spread(array, NamedSharding(self._mesh, partitioning.spec("batch")))
+
+    @functools.cached_property
+    def _gather(self) -> Callable:
+        """Results whole on every process."""
+        return self._jit(lambda x: x) if self._several_processes() else lambda x: x
+
+    def _several_processes(self) -> bool:
+        return self._mesh is not None and self._mesh.is_multi_process
+
+    def _own_rows(self, size: int) -> np.ndarray:
+        """Which rows of a batch the devices of this process read: bool [size]."""
+        if not self._several_processes():
+            return np.ones(size, bool)
+        own = np.zeros(size, bool)
+        sharding = NamedSharding(cast(Mesh, self._mesh), partitioning.spec("batch"))
+        for (rows,) in sharding.addressable_devices_indices_map((size,)).values():
+            own[rows] = True
+        return own
 
     def _run(self, program: Callable, *arrays: np.ndarray) -> Any:
         """program(params, *arrays) with the first axis padded to a bucket and cut again."""
@@ -437,6 +490,10 @@ class CoCaModel:
         return -(-size // self._parts) * self._parts
 
     # -- inputs ---------------------------------------------------------------------------------
+
+    def _marked(self, labels: bool) -> bool:
+        """Whether label texts get the label symbol: it is in the texts of such a training run."""
+        return labels and bool(self.config.get("data", {}).get("label_token", False))
 
     def _tokenize(
         self, texts: Sequence[str], labels: bool = False
@@ -463,7 +520,12 @@ class CoCaModel:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def read(start: int) -> list[concurrent.futures.Future]:
-                return [pool.submit(self.preprocess, x) for x in images[start : start + size]]
+                part = images[start : start + size]
+                own = self._own_rows(self._bucket(len(part)))
+                return [
+                    pool.submit(self.preprocess if mine else self._blank, image)
+                    for image, mine in zip(part, own)
+                ]
 
             now = read(0)
             for start, batch in zip(
@@ -472,6 +534,10 @@ class CoCaModel:
                 following = read(start + len(batch))
                 yield np.stack([item.result() for item in now])
                 now = following
+
+    def _blank(self, image: Any) -> np.ndarray:
+        """In place of an image that another process decodes."""
+        return np.zeros((self.image_size, self.image_size, 3), np.uint8)
 
     def preprocess(self, image: Any) -> np.ndarray:
         """One image -> uint8 [S, S, 3], as in evaluation. Raises ValueError: cannot be decoded."""
@@ -588,17 +654,25 @@ def _resize_mode(config: ConfigDict) -> str:
     return "squash"
 
 
-def _place(params: dict) -> tuple[Mesh | None, dict]:
+def _place(params: dict, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh | None, dict]:
     """The mesh that params are on and params; None and the only device when there is one."""
     leaf = jax.tree.leaves(params)[0]
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         return cast(Mesh, sharding.mesh), params
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else list(devices)
     if len(devices) == 1:
         return None, jax.device_put(params, devices[0])
     mesh = partitioning.make_mesh(len(devices), 1, 1, devices)
-    return mesh, jax.device_put(params, NamedSharding(mesh, WHOLE))
+    return mesh, jax.tree.map(lambda x: _spread(x, NamedSharding(mesh, WHOLE)), params)
+
+
+def _spread(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds, or at least its rows of it, as one over their devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _pad(array: np.ndarray, size: int) -> np.ndarray:

@@ -39,10 +39,20 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys o
 )
 _EVALUATORS = {
     "zeroshot": "Zero-shot classification",
+    "generative": "Classification by caption likelihood",
     "retrieval": "Retrieval",
     "captioning": "Captioning",
 }
-_HEADLINES = ("top1", "image_to_text_r1", "text_to_image_r1", "exact_match", "attribute_f1")
+_HEADLINES = (
+    *("top1", "image_to_text_r1", "text_to_image_r1", "exact_match", "attribute_f1", "cider_d"),
+)
+_CAPTION_METRICS = {
+    "bleu4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "spice": "SPICE",
+}
 _SUFFIXES = ("_low", "_high", "_count")
 _COUNTS = ("num_examples", "num_images", "num_texts", "num_classes")
 _POINTS = 300  # of a curve; more would only weigh
@@ -105,7 +115,12 @@ def _number(value: float) -> str:
 
 
 def _score(metric: str, value: float) -> str:
-    """Returns a share as per cent; perplexities, ranks and counts as they are."""
+    """Returns a share as per cent; perplexities, ranks and counts as they are.
+
+    Caption metrics are given times 100, as papers give them.
+    """
+    if metric in _CAPTION_METRICS:
+        return f"{100 * value:.1f}"
     plain = "perplexity" in metric or "rank" in metric or not 0 <= value <= 1
     return _number(value) if plain else f"{100 * value:.1f}%"
 
@@ -163,6 +178,8 @@ def _split_name(name: str) -> tuple[str, str, str]:
 
 
 def _metric_title(metric: str) -> str:
+    if metric in _CAPTION_METRICS:
+        return _CAPTION_METRICS[metric]
     words = metric.replace("_", " ")
     for k in ("1", "5", "10"):
         words = words.replace(f" r{k}", f" R@{k}") if words.endswith(f" r{k}") else words
@@ -378,6 +395,7 @@ def _zeroshot_examples(found: Row) -> str:
             f"<th class=n>Accuracy<th class=n>Examples</tr></thead>"
             f"<tbody>{lines}</tbody></table></div>"
         )
+    rest = sorted(found["per_class"].items()) if len(found["per_class"]) > len(worst) else []
     if found["confused"]:
         lines = "".join(
             f"<tr><td>{_text(c['truth'])}<td>{_text(c['guess'])}<td class=n>{c['count']:,}</tr>"
@@ -390,6 +408,16 @@ def _zeroshot_examples(found: Row) -> str:
     parts.append(f"<div class=grid>{''.join(tables)}</div>")
     if found.get("confusion"):
         parts.append(_confusion(found["confusion"]))
+    if rest:
+        lines = "".join(
+            f"<tr><td>{_text(name)}<td class=n>{c['accuracy']:.1%}<td class=n>{c['count']:,}</tr>"
+            for name, c in rest
+        )
+        parts.append(
+            f"<details class=card><summary>All {len(rest):,} classes</summary><table><thead><tr>"
+            f"<th>Class<th class=n>Accuracy<th class=n>Examples</tr></thead><tbody>{lines}</tbody>"
+            "</table></details>"
+        )
     return "".join(parts)
 
 
@@ -458,8 +486,8 @@ def _caption_examples(found: Row) -> str:
             f"<div class=pic>{_picture(item)}<p>{_mark(item['exact'])} {_text(item['caption'])}</p>"
             f"<ul>{references}</ul></div>"
         )
-    note = "<p class=note>Above: the model's caption. Below it: the reference.</p>"
-    return note + _cards(cards)
+    notes = ["Above: the model's caption. Below it: the references.", *found.get("notes", ())]
+    return "".join(f"<p class=note>{_text(note)}</p>" for note in notes) + _cards(cards)
 
 
 def _configuration(config: Row) -> str:

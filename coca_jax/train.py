@@ -316,7 +316,8 @@ def make_evaluation(config: ConfigDict, vocabulary: Any, workdir: str) -> Any:
         from coca_jax import evaluate, inference
 
         params = state.params if state.ema is None else state.ema
-        model = inference.CoCaModel(config, params, vocabulary)
+        size = max(64, 16 * jax.device_count())
+        model = inference.CoCaModel(config, params, vocabulary, batch_size=size)
         return evaluate.run_tasks(model, config.eval.tasks, workdir, step=step)
 
     return run

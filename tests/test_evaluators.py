@@ -8,7 +8,14 @@ import pytest
 
 from coca_jax import evaluators
 from coca_jax.data import scenes
-from coca_jax.evaluators import captioning, intervals, results, retrieval, zeroshot
+from coca_jax.evaluators import (
+    captioning,
+    classification,
+    intervals,
+    results,
+    retrieval,
+    zeroshot,
+)
 
 
 class Fake:
@@ -23,11 +30,18 @@ class Fake:
         self.largest = max(self.largest, len(images))
         return self.image[images[:, 0, 0].astype(int) @ [1, 256, 0]]
 
-    def encode_text(self, texts):
+    def encode_text(self, texts, *, labels=False):
         return np.stack([self.text(t) for t in texts]).astype(np.float32)
 
-    def caption(self, images):
+    def caption(self, images, **how):
         return [self.captions[i] for i in images[:, 0, 0, 0]]
+
+    def score(self, images, texts, *, labels=False):
+        numbers = images[:, 0, 0].astype(int) @ [1, 256, 0]
+        return np.asarray([[self.text(t)[i] for t in texts] for i in numbers], np.float32)
+
+    def num_tokens(self, texts, *, labels=False):
+        return np.asarray([len(t) + 1 for t in texts])
 
     def caption_log_likelihood(self, images, texts):
         tokens = np.asarray([len(t.split()) + 1 for t in texts])
@@ -100,9 +114,70 @@ def test_zeroshot_any_of_several_labels_is_right_and_constant_models_score_zero(
     assert dict(evaluator.run(constant, records))["zeroshot/toy/top1"] == 0
 
 
+@pytest.mark.parametrize("present", [12, 1])
+def test_classification_equals_scikit_learn(present):
+    """Scores of one decimal, so that many tie; also with only one class in the data."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(5)
+    names = [f"c{i}" for i in range(12)]
+    scores = np.round(rng.normal(size=(400, 12)), 1)
+    truth = rng.integers(0, present, 400)
+    scores[np.arange(400), truth] += 0.7
+    scores[::40] = 1.0  # all equal
+    records = [dict(image=picture(i), labels=[f"label {truth[i]}"]) for i in range(400)]
+    tally = classification.Tally("zeroshot/x", names, [f"label {i}" for i in range(12)])
+    for start in range(0, 400, 150):  # the last part is smaller
+        tally.add(scores[start : start + 150], records[start : start + 150])
+    got = dict(tally.results())
+    against = scores - 1e-3 * (np.arange(12) == truth[:, None])  # ties go to the wrong class
+    for k, name in ((1, "top1"), (5, "top5")):
+        expected = sklearn.top_k_accuracy_score(truth, against, k=k, labels=range(12))
+        assert got[f"zeroshot/x/{name}"] == pytest.approx(expected)
+        assert got[f"zeroshot/x/{name}_count"] == 400
+    guess = against.argmax(1)
+    seen = np.unique(truth)
+    recall = sklearn.recall_score(truth, guess, labels=seen, average=None)
+    assert got["zeroshot/x/mean_per_class"] == pytest.approx(recall.mean())
+    low, high = (got[f"zeroshot/x/mean_per_class_{end}"] for end in ("low", "high"))
+    assert low <= recall.mean() <= high and 0.02 < high - low < 0.15
+    classes = tally.classes()
+    table = np.zeros((12, 12), int)
+    for t, g, n in classes["confusion"]:
+        table[t, g] = n
+    np.testing.assert_array_equal(table, sklearn.confusion_matrix(truth, guess, labels=range(12)))
+    assert [classes["accuracy"][c] for c in seen] == pytest.approx(recall.tolist())
+    assert classes["accuracy"][present:] == [None] * (12 - present)
+    assert classes["count"] == np.bincount(truth, minlength=12).tolist()
+    json.dumps(classes)
+
+
+def test_generative_classification_is_the_likelihood_of_the_prompts():
+    rng = np.random.default_rng(6)
+    names, prompts = ["a", "bb", "cccc"], ("the {}", "one {} here")
+    table = {p.replace("{}", n): -20 * rng.random(50) for n in names for p in prompts}
+    truth = rng.integers(0, 3, 50)
+    records = [dict(image=picture(i), labels=[names[truth[i]]]) for i in range(50)]
+    evaluator = zeroshot.Generative("toy", names, prompts, batch_size=16)
+    got = dict(evaluator.run(Fake(text=lambda t: table[t]), records))
+    logs = np.asarray([[table[p.replace("{}", n)] for p in prompts] for n in names])
+    guess = np.exp(logs).mean(1).argmax(0)
+    assert got["generative/toy/top1"] == pytest.approx((guess == truth).mean())
+    lengths = np.asarray([[len(p.replace("{}", n)) + 1 for p in prompts] for n in names])
+    guess = (logs / lengths[..., None]).mean(1).argmax(0)
+    assert got["generative/toy/top1_per_token"] == pytest.approx((guess == truth).mean())
+    assert got["generative/toy/top1"] != got["generative/toy/top1_per_token"]
+    assert got["generative/toy/top1_count"] == 50 and len(evaluator.examples["items"]) == 16
+    constant = Fake(text=lambda t: np.full(50, -7.0))
+    assert dict(evaluator.run(constant, records))["generative/toy/top1"] == 0
+
+
 def test_zeroshot_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="3 names, 2 distinct"):
         zeroshot.ZeroShot("toy", ["a", "b", "a"])
+    with pytest.raises(ValueError, match="1 names, 1 distinct; give two or more"):
+        zeroshot.ZeroShot("toy", ["a"])
+    with pytest.raises(ValueError, match="1 distinct labels for 2 class_names"):
+        zeroshot.ZeroShot("toy", ["a", "b"], labels=["x", "x"])
     evaluator = zeroshot.ZeroShot("toy", ["a", "b"], ("{}",))
     model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
     with pytest.raises(ValueError, match=r"labels of x.png are \['z'\]; none is among the 2"):
@@ -195,6 +270,45 @@ def test_retrieval_end_to_end_with_repeated_and_several_captions():
     json.dumps(evaluator.examples)
 
 
+def test_equal_images_are_one_candidate():
+    """A, A again with another caption, and B. A's captions are found although A occurs twice."""
+    eye = np.eye(3, dtype=np.float32)
+    table = {"a": eye[0], "also a": eye[0], "b": eye[1]}
+    model = Fake(eye, lambda t: table[t])
+    texts = ["a", "also a", "b"]
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 0, 1), texts)]
+    got = dict(retrieval.Retrieval("toy").run(model, records))
+    assert got["retrieval/toy/num_images"] == 2 and got["retrieval/toy/num_texts"] == 3
+    assert got["retrieval/toy/image_to_text_r1_count"] == 3
+    assert got["retrieval/toy/mean_recall"] == 1 == got["retrieval/toy/mean_recall_low"]
+    # Other pixels with the same embedding are two candidates, and the tie counts as wrong.
+    model.image = eye[[0, 0, 1]]
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 1, 2), texts)]
+    got = dict(retrieval.Retrieval("toy").run(model, records))
+    assert got["retrieval/toy/text_to_image_r1"] == pytest.approx(1 / 3)
+    assert got["retrieval/toy/text_to_image_r5"] == 1
+
+
+def test_retrieval_intervals_draw_records_with_all_their_captions():
+    """Five captions that always share their fate are no more evidence than one."""
+    rng = np.random.default_rng(7)
+    found = rng.random(200) < 0.5
+    images = unit(rng, 200, 16)
+    wrong = unit(rng, 200, 16)
+    table = {f"{i} {c}": images[i] if found[i] else wrong[i] for i in range(200) for c in range(5)}
+    records = [dict(image=picture(i), text=[f"{i} {c}" for c in range(5)]) for i in range(200)]
+    got = dict(retrieval.Retrieval("toy").run(Fake(images, lambda t: table[t]), records))
+    share = got["retrieval/toy/text_to_image_r1"]
+    assert share == pytest.approx(found.mean(), abs=0.03)
+    half = 1.96 * math.sqrt(share * (1 - share) / 200)
+    width = got["retrieval/toy/text_to_image_r1_high"] - got["retrieval/toy/text_to_image_r1_low"]
+    assert width / 2 == pytest.approx(half, rel=0.15)
+    assert got["retrieval/toy/text_to_image_r1_count"] == 1000
+    assert got["retrieval/toy/mean_recall_count"] == 1200
+    low, high = (got[f"retrieval/toy/image_to_text_median_rank_{e}"] for e in ("low", "high"))
+    assert low <= got["retrieval/toy/image_to_text_median_rank"] <= high
+
+
 def test_retrieval_of_one_record_and_of_none():
     model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
     got = dict(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text="x")]))
@@ -240,7 +354,67 @@ def test_captioning_with_several_references():
     )
 
 
+def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
+    captions = [f"caption {i % 7}" for i in range(20)]
+    records = [dict(image=picture(i), text=[f"caption {i}", ""], key=i) for i in range(20)]
+
+    class Killed(Fake):
+        made = 0
+
+        def caption(self, images, **how):
+            assert how == {"num_beams": 2}
+            if self.made >= self.stop:
+                raise KeyboardInterrupt
+            self.made += len(images)
+            return super().caption(images)
+
+    def run(model, request, data=records):
+        outputs = captioning.Outputs(tmp_path / "o.jsonl", request, write=True)
+        evaluator = captioning.Captioning("x", batch_size=6, outputs=outputs, how=dict(num_beams=2))
+        return dict(evaluator.run(model, data))
+
+    model = Killed(captions=captions)
+    model.stop = 12
+    with pytest.raises(KeyboardInterrupt):
+        run(model, dict(weights="1"))
+    path = tmp_path / "o.jsonl"
+    assert len(path.read_text().splitlines()) == 13
+    path.write_text(path.read_text()[:-5])  # killed within a line
+    model.made, model.stop = 0, 100
+    whole = run(model, dict(weights="1"))
+    assert model.made == 9  # the cut line and the eight that were missing
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["caption"] for line in lines[1:]] == captions
+    plain = dict(captioning.Captioning("x", batch_size=6).run(Fake(captions=captions), records))
+    assert whole == plain and whole["captioning/x/perplexity_count"] == 40
+    for request, data, again in (
+        (dict(weights="1"), records, 0),
+        (dict(weights="2"), records, 20),
+        (dict(weights="2"), [dict(r, key=r["key"] + (i > 4)) for i, r in enumerate(records)], 15),
+    ):
+        model.made = 0
+        run(model, request, data)
+        assert model.made == again
+
+
 # ---- Intervals and files
+
+
+def test_intervals_of_other_figures_agree_with_theory():
+    rng = np.random.default_rng(8)
+    totals, hits = np.asarray([400, 100]), np.asarray([200, 90])
+    low, high = intervals.limits(intervals.mean_of_classes(hits, totals))
+    half = 1.96 * 0.5 * math.sqrt(0.25 / 400 + 0.09 / 100)
+    assert low == pytest.approx(0.7 - half, abs=0.01) and high == pytest.approx(
+        0.7 + half, abs=0.01
+    )
+    covered = 0
+    for _ in range(200):
+        low, high = intervals.median_limits(rng.exponential(size=101))
+        covered += low <= math.log(2) <= high
+    assert 180 <= covered <= 199
+    sums = intervals.resampled_sums(np.ones((7, 2)), resamples=130)
+    assert sums.shape == (130, 2) and (sums == 7).all()
 
 
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
@@ -257,6 +431,18 @@ def test_bootstrap_agrees_with_theory_and_is_deterministic():
     assert intervals.bootstrap(np.asarray([1.0, 6.0]), np.asarray([1.0, 2.0]))[0] == 7 / 3
     with pytest.raises(ValueError, match="0 examples"):
         intervals.bootstrap(np.zeros(0))
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 8, 9, 1000])
+def test_shown_items_are_spread(length):
+    spread, made = results.Spread(8), []
+    for i in range(length):
+        spread.offer(lambda i=i: made.append(i) or i)
+    items = spread.items()
+    assert len(items) == min(8, length) and items == sorted(set(items))
+    assert len(made) < 80
+    if length == 1000:
+        assert items[0] == 0 and items[-1] > 850 and max(np.diff(items)) < 200
 
 
 def test_results_are_merged(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from coca_jax import metrics, report
 from coca_jax.data import scenes
-from coca_jax.evaluators import captioning, results, retrieval, zeroshot
+from coca_jax.evaluators import captioning, classification, results, retrieval, zeroshot
 
 
 class Reader(html.parser.HTMLParser):
@@ -50,7 +50,7 @@ class Model:
         self.words = {w: rng.normal(size=32) for w in words}
         self.rng = rng
 
-    def encode_text(self, texts):
+    def encode_text(self, texts, *, labels=False):
         rows = [sum(self.words.get(w, np.zeros(32)) for w in t.split()) + 1e-3 for t in texts]
         return zeroshot.normalise(np.stack(rows)).astype(np.float32)
 
@@ -59,7 +59,7 @@ class Model:
         texts = self.encode_text([scenes.full_caption(s) for s in found])
         return zeroshot.normalise(texts + 0.08 * self.rng.normal(size=texts.shape))
 
-    def caption(self, images):
+    def caption(self, images, **how):
         texts = [scenes.canonical_caption(self.records[i.tobytes()]) for i in images]
         return [t.replace("small", "large") if i % 5 == 4 else t for i, t in enumerate(texts)]
 
@@ -115,6 +115,8 @@ def test_report_is_one_file_and_shows_every_score(run):
     for title in ("Loss", "Throughput", "Where the time went", "Zero-shot classification"):
         assert title in reader.text
     assert "Image to text R@1" in reader.text and "Perplexity" in reader.text
+    bleu = scores["captioning/scenes_heldout/bleu4"]
+    assert f"BLEU-4 {100 * bleu:.1f} " in reader.text and "CIDEr-D" in reader.text
     assert page.count("<polyline") == 8 and page.count("<img") > 60
     # Every curve lies inside its frame.
     for points in re.findall(r'points="([^"]*)"', page):
@@ -130,6 +132,21 @@ def test_text_from_data_is_escaped(tmp_path):
     results.save_results(tmp_path, {f"captioning/{attack}/exact_match": 0.5})
     page = report.write_report(tmp_path).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
+    names = [f"class {i}" for i in range(20)]
+    tally = classification.Tally("generative/x", names)
+    image = np.zeros((8, 8, 3), np.uint8)
+    tally.add(np.eye(20)[::-1], [dict(image=image, labels=[name]) for name in names])
+    results.save_examples(tmp_path, "generative/x", tally.examples())
+    skipped = dict(kind="captioning", items=[], notes=["SPICE skipped: java is not installed"])
+    results.save_examples(tmp_path, "captioning/x", skipped)
+    results.save_results(tmp_path, dict(tally.results()) | {"captioning/x/cider_d": 1.234})
+    text = Reader(report.write_report(tmp_path).read_text()).text
+    assert "All 20 classes" in text and text.count("class 19 0.0% 1") >= 1
+    assert "SPICE skipped: java is not installed" in text
+    assert "CIDEr-D 123.4" in text and "Classification by caption likelihood: x" in text
 
 
 def test_parts_without_a_file_are_left_out(tmp_path):

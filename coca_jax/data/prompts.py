@@ -61,6 +61,41 @@ VARIED = (  # our own, for label texts in training
     "{}",
 )
 
+DRAWING = (  # our own, for icons, sketches and cartoons
+    "{}",
+    "an icon of a {}",
+    "an icon of the {}",
+    "a drawing of a {}",
+    "a drawing of the {}",
+    "a simple picture of a {}",
+    "a sketch of a {}",
+    "a cartoon {}",
+    "a small coloured drawing of a {}",
+    "a symbol for {}",
+)
+
+ACTION = (  # our own, for what people do in videos and pictures
+    "{}",
+    "somebody {}",
+    "a person {}",
+    "people {}",
+    "a video of {}",
+    "a photo of a person {}",
+    "a scene of someone {}",
+    "an example of {}",
+)
+
+SCENE = (  # our own, for places and land seen from above
+    "{}",
+    "a photo of a {}",
+    "a photo taken in a {}",
+    "a view of the {}",
+    "a wide view of a {}",
+    "the {} from above",
+    "an aerial photo of a {}",
+    "a satellite picture of a {}",
+)
+
 CLIP_7 = (  # the subset that CLIP's authors found to do as well on ImageNet
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -159,6 +194,9 @@ SETS = {
     "plain": PLAIN,
     "photo": PHOTO,
     "varied": VARIED,
+    "drawing": DRAWING,
+    "action": ACTION,
+    "scene": SCENE,
     "clip7": CLIP_7,
     "clip": CLIP,
 }
@@ -172,12 +210,17 @@ def load(name: str) -> tuple[str, ...]:
     if name in SETS:
         return SETS[name]
     try:
-        with fsspec.open(os.fspath(name), "r", encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
+        lines = read_lines(name)
     except FileNotFoundError:
         known = ", ".join(SETS)
         raise ValueError(f"prompts is {name!r}; use one of {known} or a text file") from None
-    return check([line for line in lines if line])
+    return check([line.strip() for line in lines if line.strip()])
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file, a path or URL, without their ends."""
+    with fsspec.open(os.fspath(path), "r", encoding="utf-8") as file:
+        return [line.rstrip("\r\n") for line in file]
 
 
 def check(prompts: Sequence[str]) -> tuple[str, ...]:

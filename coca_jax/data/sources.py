@@ -356,8 +356,18 @@ def open_source(config: str | Mapping[str, Any], split: str = "train") -> Source
             text_field=entry.get("text_field", ""),
             label_field=entry.get("label_field", "label"),
         )
+    return narrow(source, entry, refield=places[0] != "tfds")
+
+
+def narrow(source: Source, entry: Mapping[str, Any], *, refield: bool = True) -> Source:
+    """What an entry of `config.data.sources` leaves of an opened source.
+
+    refield: takes text_field and label_field from `extra`; else they are already applied. Other
+    keys and errors: see `open_source`.
+    """
+    kind = entry.get("kind", "caption")
     name, complete = source.name, source.complete
-    if places[0] != "tfds" and (entry.get("text_field") or entry.get("label_field")):
+    if refield and (entry.get("text_field") or entry.get("label_field")):
         complete = False
         source = _refield(source, entry.get("text_field", ""), entry.get("label_field", ""))
     if entry.get("where"):
@@ -383,6 +393,8 @@ def _refield(source: Source, text_field: str, label_field: str) -> Source:
     """The source whose texts or labels come from fields of `extra`."""
 
     def strings(value: Any) -> tuple[str, ...]:
+        if isinstance(value, Mapping):  # texts by language
+            value = list(value.values())
         values = value if isinstance(value, list) else [value]
         return tuple(str(v) for v in values if v not in (None, ""))
 

@@ -1,52 +1,77 @@
 """Evaluators: one file a metric family, each a class whose `run` yields (name, value).
 
 They know nothing of the model: they call a `Predictor`, such as `coca_jax.load(...)` returns.
-Records are dicts with `image` (uint8 [S, S, 3], preprocessed), `text` (one caption or several),
-`labels` (class names) and for drawn scenes `scene`; each evaluator says which it needs.
+Records are dicts with `image` (encoded bytes, or uint8 [S, S, 3]), `text` (one caption or several),
+`labels` (class names) and for drawn scenes `scene`; each evaluator says which it needs. Every
+process of a run calls `run` with the same records, and every one gets the same values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
+import tqdm
 
 Record = Mapping[str, Any]
 
 
 class Predictor(Protocol):
-    """What an evaluator asks of a model; N is at most the evaluator's batch size."""
+    """What an evaluator asks of a model; N is at most the evaluator's batch size.
 
-    def encode_image(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, S, S, 3] -> float32 [N, E], unit length."""
+    Images are uint8 [N, S, S, 3], or a list of N images as the records hold them.
+    """
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """N texts -> float32 [N, E], unit length."""
+    def encode_image(self, images: Any) -> np.ndarray:
+        """N images -> float32 [N, E], unit length."""
 
-    def caption(self, images: np.ndarray) -> list[str]:
-        """uint8 [N, S, S, 3] -> N captions."""
+    def encode_text(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """N texts -> float32 [N, E], unit length. labels: they are class names in prompts."""
+
+    def caption(self, images: Any, **how: Any) -> list[str]:
+        """N images -> N captions; how: options of decoding."""
 
     def caption_log_likelihood(
-        self, images: np.ndarray, texts: Sequence[str]
+        self, images: Any, texts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (sum of log probabilities in nats [N], number of predicted tokens [N])."""
 
+    def score(self, images: Any, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """Returns the log probability of text j for image i in nats, float32 [N, M]."""
 
-def in_batches(records: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yields lists of `size` records, the last one shorter."""
+    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """Returns the tokens that `score` predicts of each text, int [M]."""
+
+
+def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator[list[Any]]:
+    """Yields lists of `size` records, the last one shorter.
+
+    show: title of a progress bar with rate and time left on standard error; '': none.
+    """
+    total = len(records) if isinstance(records, Sized) else None
     batch: list[Any] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
+    with tqdm.tqdm(
+        total=total, desc=show, disable=not show, mininterval=1.0, dynamic_ncols=True
+    ) as bar:
+        for record in records:
+            batch.append(record)
+            if len(batch) == size:
+                yield batch
+                bar.update(len(batch))
+                batch = []
+        if batch:
             yield batch
-            batch = []
-    if batch:
-        yield batch
+            bar.update(len(batch))
 
 
-def stack_images(records: Sequence[Record]) -> np.ndarray:
-    """Returns uint8 [N, S, S, 3]; ValueError names a record whose image differs in shape."""
+def stack_images(records: Sequence[Record]) -> Any:
+    """Returns uint8 [N, S, S, 3], or a list where the images are encoded.
+
+    Raises ValueError naming a record whose array differs in shape from the others.
+    """
+    if not all(isinstance(record["image"], np.ndarray) for record in records):
+        return [record["image"] for record in records]
     shape = np.shape(records[0]["image"])
     for record in records:
         if np.shape(record["image"]) != shape:
@@ -57,10 +82,29 @@ def stack_images(records: Sequence[Record]) -> np.ndarray:
     return np.stack([np.asarray(r["image"], np.uint8) for r in records])
 
 
-def encode_texts(predict: Predictor, texts: Sequence[str], batch_size: int) -> np.ndarray:
+def encode_texts(
+    predict: Predictor,
+    texts: Sequence[str],
+    batch_size: int,
+    *,
+    labels: bool = False,
+    show: str = "",
+) -> np.ndarray:
     """Returns float32 [N, E], encoded in batches; ValueError when a value is not finite."""
-    parts = [predict.encode_text(batch) for batch in in_batches(texts, batch_size)]
-    return check_finite(np.concatenate(parts).astype(np.float32, copy=False), "text")
+    parts = [
+        predict.encode_text(batch, labels=labels)
+        for batch in in_batches(texts, batch_size, show=show)
+    ]
+    return check_finite(np.concatenate(parts).astype(np.float32), "text")
+
+
+def record_texts(record: Record, name: str) -> list[str]:
+    """Returns the record's captions as a list; ValueError when it has none. name: who asks."""
+    texts = record["text"]
+    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    if not texts:
+        raise ValueError(f"record {record.get('key', '?')} has no text; {name} needs one")
+    return texts
 
 
 def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:

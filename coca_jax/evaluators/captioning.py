@@ -1,17 +1,29 @@
-"""Captioning: perplexity of the references, and greedy captions compared with them."""
+"""Captioning: perplexity of the references, and the model's captions compared with them."""
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import os
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from coca_jax.evaluators import Predictor, Record, in_batches, stack_images
-from coca_jax.evaluators.intervals import bootstrap, with_interval
-from coca_jax.evaluators.results import encode_png
+from coca_jax.data import images as image_files
+from coca_jax.evaluators import (
+    Predictor,
+    Record,
+    caption_metrics,
+    in_batches,
+    record_texts,
+    stack_images,
+)
+from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
+from coca_jax.evaluators.results import Spread, encode_png
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
@@ -31,22 +43,74 @@ def score_scene(caption: str, record: Record) -> tuple[bool, float]:
 def score_references(caption: str, record: Record) -> tuple[bool, float]:
     """Returns (equal to a reference, best F1 of words), both after `canonical_text`."""
     said = canonical_text(caption)
-    references = [canonical_text(text) for text in reference_texts(record)]
+    references = [canonical_text(text) for text in record_texts(record, "captioning")]
     return said in references, max(_word_f1(said.split(), r.split()) for r in references)
-
-
-def reference_texts(record: Record) -> list[str]:
-    """Returns the record's captions as a list; ValueError when it has none."""
-    texts = record["text"]
-    texts = [texts] if isinstance(texts, str) else list(texts or ())
-    if not texts:
-        raise ValueError(f"record {record.get('key', '?')} has no text to compare captions with")
-    return texts
 
 
 def _word_f1(said: list[str], wanted: list[str]) -> float:
     common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
     return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+
+
+def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
+    """One picture of the report."""
+    references = record_texts(record, "captioning")[:5]
+    image = encode_png(image_files.decode(record["image"]))
+    return dict(image=image, caption=caption, references=references, exact=exact, f1=f1)
+
+
+class Outputs:
+    """What a model said of each record so far, a file from which a later start goes on.
+
+    JSON lines: first what was asked for, then for each record in order its key, its caption and
+    the log likelihood (nats) and number of tokens of each of its references.
+
+    Args:
+      path: of the file; its folder is made when missing.
+      request: what the outputs depend on. A file made for another request is begun anew; a last
+        line that was cut short is dropped.
+      write: False on all processes but one; every process reads the file when this is made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: bool):
+        self._path, self._write = pathlib.Path(path), write
+        self._first = json.dumps(dict(request=request), sort_keys=True, default=list) + "\n"
+        self._found: list[dict[str, Any]] = []
+        lines = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        if lines.startswith(self._first):
+            for line in lines[len(self._first) :].splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    break
+                self._found.append(json.loads(line))
+        self._taken, self._begun = 0, False
+
+    def take(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Returns what the file holds of the records that come next: of all, the first, or none."""
+        found: list[dict[str, Any]] = []
+        for record, one in zip(records, self._found[self._taken :]):
+            if one["key"] != str(record.get("key", "")):  # other data than it was made from
+                del self._found[self._taken + len(found) :]
+                break
+            found.append(one)
+        self._taken += len(found)
+        return found
+
+    def add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the outputs of the records that `take` did not have."""
+        if not self._write:
+            return
+        if not self._begun:
+            self._begun = True
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.with_suffix(".new")
+            new.write_text(self._first + _lines(self._found[: self._taken]), encoding="utf-8")
+            os.replace(new, self._path)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_lines(outputs))
+
+
+def _lines(outputs: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outputs)
 
 
 class Captioning:
@@ -56,8 +120,12 @@ class Captioning:
       data_name: of the data set, the second part of the metrics' names.
       scorer: (caption, record) -> (exact, F1); `score_references` or `score_scene`.
       perplexity, captions: which halves to run.
+      java_metrics: METEOR and SPICE as well, where they can run; `skipped` says why not.
+      how: options of decoding, such as num_beams.
+      outputs: where captions are kept while they are made.
       batch_size: images at a time.
       num_examples: pictures kept for the report.
+      progress: shows a bar.
     """
 
     def __init__(
@@ -67,68 +135,126 @@ class Captioning:
         scorer: Scorer = score_references,
         perplexity: bool = True,
         captions: bool = True,
+        java_metrics: bool = False,
+        how: Mapping[str, Any] | None = None,
+        outputs: Outputs | None = None,
         batch_size: int = 128,
         num_examples: int = 24,
+        progress: bool = False,
     ):
         self.name = f"captioning/{data_name}"
-        self.scorer = scorer
+        self.scorer, self.java_metrics = scorer, java_metrics
         self.perplexity, self.captions = perplexity, captions
+        self.how, self.outputs = dict(how or {}), outputs
         self.batch_size, self.num_examples = batch_size, num_examples
+        self.progress = progress
+        self.skipped: dict[str, str] = {}
         self.examples: dict[str, Any] = {}
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields perplexity (of a token, over all references), exact_match and f1, with intervals.
+        """Yields perplexity (of a token, over all references), exact_match, f1, bleu4, rouge_l,
+        cider_d and, with java_metrics, meteor and spice, all with intervals.
 
         A record needs `image` and `text`, and what the scorer reads. Perplexity is
         exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
         Afterwards `examples` holds pictures with captions and references.
         """
-        sums: list[np.ndarray] = []
-        tokens: list[np.ndarray] = []
+        sums: list[float] = []
+        tokens: list[float] = []
         exact: list[bool] = []
         f1: list[float] = []
-        items: list[dict[str, Any]] = []
-        count = 0
-        for batch in in_batches(records, self.batch_size):
-            images = stack_images(batch)
-            count += len(batch)
-            if self.perplexity:
-                rows = [(i, t) for i, record in enumerate(batch) for t in reference_texts(record)]
-                for part in in_batches(rows, self.batch_size):
-                    index = [i for i, _ in part]
-                    found = predict.caption_log_likelihood(images[index], [t for _, t in part])
-                    sums.append(np.asarray(found[0], np.float64))
-                    tokens.append(np.asarray(found[1], np.float64))
-            if not self.captions:
-                continue
-            captions = predict.caption(images)
-            if len(captions) != len(batch):
-                raise ValueError(f"{len(captions)} captions for {len(batch)} images in {self.name}")
-            for image, caption, record in zip(images, captions, batch):
+        captions: list[str] = []
+        references: list[list[str]] = []
+        shown = Spread(self.num_examples)
+        show = f"{self.name} images" if self.progress else ""
+        for batch in in_batches(records, self.batch_size, show=show):
+            found = self.outputs.take(batch) if self.outputs else []
+            if len(found) < len(batch):
+                made = self._make(predict, batch[len(found) :])
+                if self.outputs:
+                    self.outputs.add(made)
+                found = found + made
+            for record, one in zip(batch, found):
+                references.append(record_texts(record, self.name))
+                if self.perplexity:
+                    sums += one["log_likelihood"]
+                    tokens += one["tokens"]
+                if not self.captions:
+                    continue
+                caption = one["caption"]
+                captions.append(caption)
                 right, score = self.scorer(caption, record)
                 exact.append(right)
                 f1.append(score)
-                if len(items) < self.num_examples:
-                    texts = reference_texts(record)
-                    items.append(
-                        dict(
-                            image=encode_png(image),
-                            caption=caption,
-                            references=texts[:5],
-                            exact=bool(right),
-                            f1=float(score),
-                        )
-                    )
-        if not count:
+                shown.offer(functools.partial(_item, record, caption, bool(right), float(score)))
+        if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
-        self.examples = dict(kind="captioning", items=items)
         if self.perplexity:
-            total, length = np.concatenate(sums), np.concatenate(tokens)
-            name = f"{self.name}/perplexity"
-            for suffix, nats in zip(("", "_low", "_high"), bootstrap(-total, length)):
-                yield name + suffix, math.exp(nats)
-            yield f"{name}_count", float(len(total))
+            total, length = np.asarray(sums), np.asarray(tokens)
+            nats, low, high = bootstrap(-total, length)
+            interval = (math.exp(low), math.exp(high))
+            yield from scored(f"{self.name}/perplexity", math.exp(nats), interval, len(total))
         if self.captions:
             yield from with_interval(f"{self.name}/exact_match", np.asarray(exact))
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
+            yield from self._corpus_metrics(captions, references)
+        notes = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
+        self.examples = dict(kind="captioning", items=shown.items(), notes=notes)
+
+    def _make(self, predict: Predictor, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """The model's outputs of records, as `Outputs` keeps them."""
+        images = stack_images(records)
+        made: list[dict[str, Any]] = [dict(key=str(r.get("key", ""))) for r in records]
+        if self.perplexity:
+            rows = [(i, t) for i, r in enumerate(records) for t in record_texts(r, self.name)]
+            for one in made:
+                one.update(log_likelihood=[], tokens=[])
+            for part in in_batches(rows, self.batch_size):
+                picked = [i for i, _ in part]
+                chosen = (
+                    images[picked]
+                    if isinstance(images, np.ndarray)
+                    else [images[i] for i in picked]
+                )
+                found = predict.caption_log_likelihood(chosen, [t for _, t in part])
+                for i, nats, count in zip(picked, *(np.asarray(x).tolist() for x in found)):
+                    made[i]["log_likelihood"].append(nats)
+                    made[i]["tokens"].append(count)
+        if self.captions:
+            captions = predict.caption(images, **self.how)
+            if len(captions) != len(made):
+                raise ValueError(f"{len(captions)} captions for {len(made)} images in {self.name}")
+            for one, caption in zip(made, captions):
+                one["caption"] = caption
+        return made
+
+    def _corpus_metrics(
+        self, captions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> Iterator[tuple[str, float]]:
+        said = [caption_metrics.tokenize(caption) for caption in captions]
+        wanted = [[caption_metrics.tokenize(text) for text in several] for several in references]
+        stats = caption_metrics.bleu_stats(said, wanted)
+        yield from scored(
+            f"{self.name}/bleu4",
+            caption_metrics.bleu(stats.sum(0))[3],
+            limits(caption_metrics.bleu(resampled_sums(stats))[:, 3]),
+            len(said),
+        )
+        yield from with_interval(f"{self.name}/rouge_l", caption_metrics.rouge_l(said, wanted))
+        yield from with_interval(f"{self.name}/cider_d", caption_metrics.cider_d(said, wanted))
+        if not self.java_metrics:
+            return
+        self.skipped = {m: w for m in ("meteor", "spice") if (w := caption_metrics.why_not(m))}
+        if "meteor" not in self.skipped:
+            whole, each = caption_metrics.meteor(said, wanted)
+            # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
+            mean, low, high = bootstrap(each)
+            interval = (whole + low - mean, whole + high - mean)
+            yield from scored(f"{self.name}/meteor", whole, interval, len(said))
+        if "spice" not in self.skipped:
+            each = caption_metrics.spice(
+                [" ".join(tokens) for tokens in said],
+                [[" ".join(tokens) for tokens in several] for several in wanted],
+            )
+            yield from with_interval(f"{self.name}/spice", each)

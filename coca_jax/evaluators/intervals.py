@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of evaluation figures."""
+"""Bootstrap confidence intervals of evaluation figures (Efron 1979, percentile method)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,58 @@ from collections.abc import Iterator
 import numpy as np
 
 _MAX_BLOCKS = 5_000
+_LEVEL = 0.95
+_RESAMPLES = 1_000
+
+
+def resampled_sums(stats: np.ndarray, *, resamples: int = _RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Returns float64 [resamples, K]: sums over examples drawn with replacement.
+
+    Any figure that is a function of sums over examples (a ratio, corpus BLEU) has its bootstrap
+    distribution from these.
+
+    Args:
+      stats: [N, K], what each example adds to each sum; N at least 1.
+      resamples: draws, each of as many examples as there are.
+      seed: of the draws; equal input gives equal output.
+
+    More than 5,000 examples are first summed in random blocks of equal size: for independent
+    examples this leaves the spread as it is and bounds time and memory.
+    """
+    stats = np.asarray(stats, np.float64)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(stats))
+    pieces = np.array_split(order, min(len(stats), _MAX_BLOCKS))
+    starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
+    blocks = np.add.reduceat(stats[order], starts, axis=0)
+    share = np.full(len(blocks), 1 / len(blocks))
+    drawn = []
+    for start in range(0, resamples, 50):
+        counts = rng.multinomial(len(blocks), share, size=min(50, resamples - start))
+        drawn.append(counts @ blocks)
+    return np.concatenate(drawn)
+
+
+def limits(samples: np.ndarray) -> tuple[float, float]:
+    """Returns the 2.5% and 97.5% quantiles of a bootstrap distribution [R], NaN left out."""
+    tail = (1 - _LEVEL) / 2
+    low, high = np.nanquantile(samples, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def bootstrap(
     values: np.ndarray,
     weights: np.ndarray | None = None,
     *,
-    level: float = 0.95,
-    resamples: int = 1_000,
+    resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Returns (sum(values) / sum(weights), low, high) with a percentile bootstrap over examples.
+    """Returns (sum(values) / sum(weights), low, high): 95% by a bootstrap over examples.
 
     Args:
       values: [N], one figure an example, e.g. 1.0 where a guess is right.
       weights: [N], what the sum is divided by, e.g. tokens; ones by default.
-      level: coverage of the interval.
 
-    More than 5,000 examples are first summed in random blocks of equal size: for independent
-    examples this leaves the spread of the mean as it is and bounds time and memory.
     Raises ValueError when there is no example or the weights sum to zero.
     """
     values = np.asarray(values, np.float64).reshape(-1)
@@ -34,29 +67,45 @@ def bootstrap(
         raise ValueError(
             f"{len(values)} examples with weights of sum {weights.sum()}: none to score"
         )
-    mean = values.sum() / weights.sum()
+    top, bottom = resampled_sums(np.stack([values, weights], 1), resamples=resamples, seed=seed).T
+    return (float(values.sum() / weights.sum()), *limits(top[bottom > 0] / bottom[bottom > 0]))
+
+
+def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Returns [R]: the mean of the classes' shares, resampled within each class.
+
+    hits, totals: [C], right and all examples of each class; all of `totals` at least 1. A resample
+    of a class's n examples of which h are right holds Binomial(n, h / n) right ones.
+    """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(values))
-    pieces = np.array_split(order, min(len(values), _MAX_BLOCKS))
-    starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
-    tops = np.add.reduceat(values[order], starts)
-    bottoms = np.add.reduceat(weights[order], starts)
-    means = []
-    for _ in range(0, resamples, 50):
-        counts = rng.multinomial(len(tops), np.full(len(tops), 1 / len(tops)), size=50)
-        total = counts @ bottoms
-        means.append((counts @ tops)[total > 0] / total[total > 0])
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(mean), float(low), float(high)
+    totals = np.asarray(totals, np.int64)
+    share = np.asarray(hits, np.float64) / totals
+    drawn = [rng.binomial(totals, share) / totals for _ in range(_RESAMPLES)]
+    return np.stack(drawn).mean(1)
+
+
+def median_limits(values: np.ndarray) -> tuple[float, float]:
+    """Returns the 95% interval of the median of values [N], by its order statistics."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    half = 0.98 * np.sqrt(len(ordered))  # 1.96 standard deviations of Binomial(N, 1/2)
+    low = max(int(np.floor(len(ordered) / 2 - half)), 0)
+    high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
+    return float(ordered[low]), float(ordered[high])
+
+
+def scored(
+    name: str, value: float, interval: tuple[float, float], count: int
+) -> Iterator[tuple[str, float]]:
+    """Yields `name`, `name`_low and `name`_high (95%), and `name`_count (examples)."""
+    yield name, float(value)
+    yield f"{name}_low", float(interval[0])
+    yield f"{name}_high", float(interval[1])
+    yield f"{name}_count", float(count)
 
 
 def with_interval(
     name: str, values: np.ndarray, weights: np.ndarray | None = None
 ) -> Iterator[tuple[str, float]]:
-    """Yields `name`, `name`_low and `name`_high (95%), and `name`_count (examples)."""
+    """Yields what `scored` does for the mean of values [N], or their sum over that of weights."""
     mean, low, high = bootstrap(values, weights)
-    yield name, mean
-    yield f"{name}_low", low
-    yield f"{name}_high", high
-    yield f"{name}_count", float(len(values))
+    yield from scored(name, mean, (low, high), len(values))

@@ -1,4 +1,4 @@
-"""Files that evaluations leave in a workdir: eval.json and eval_examples.json."""
+"""Files that evaluations leave in a workdir: eval.json, eval_classes.json, eval_examples.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,33 @@ def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -
 def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[str, Any]) -> None:
     """Merges an evaluator's `examples` into `workdir`/eval_examples.json under its name."""
     _merge(pathlib.Path(workdir) / "eval_examples.json", {name: examples}, sort=False)
+
+
+def save_classes(workdir: str | os.PathLike[str], name: str, classes: Mapping[str, Any]) -> None:
+    """Merges accuracy by class and confusion into `workdir`/eval_classes.json under a name."""
+    _merge(pathlib.Path(workdir) / "eval_classes.json", {name: classes}, sort=False)
+
+
+class Spread:
+    """Keeps `count` items evenly spread over a stream whose length is not known."""
+
+    def __init__(self, count: int):
+        self._count, self._seen, self._stride = count, 0, 1
+        self._kept: list[Any] = []
+
+    def offer(self, make: Callable[[], Any]) -> None:
+        """Passes the next item of the stream, made only if it is kept for now."""
+        if self._count and self._seen % self._stride == 0:
+            self._kept.append(make())
+            if len(self._kept) == 2 * self._count:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._seen += 1
+
+    def items(self) -> list[Any]:
+        """The items kept, at most `count`, in their order."""
+        number = min(self._count, len(self._kept))
+        places = np.linspace(0, len(self._kept) - 1, number) if number else np.zeros(0)
+        return [self._kept[int(place)] for place in places]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Zero-shot classification by the nearest class text (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification: by the nearest class text (Radford et al. 2021, section 3.1), or by the
+class text that the captioner finds most likely."""
 
 from __future__ import annotations
 
@@ -16,19 +17,29 @@ from coca_jax.evaluators import (
     in_batches,
     stack_images,
 )
+from coca_jax.evaluators.classification import Tally
 from coca_jax.evaluators.intervals import with_interval
-from coca_jax.evaluators.results import encode_png, thumbnail
 
-_MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
+_TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
+
+
+def class_texts(class_names: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Returns every prompt of the first class, of the second, ..: [classes * prompts]."""
+    prompts = prompt_sets.check(prompts)
+    return [prompt.replace("{}", name) for name in class_names for prompt in prompts]
 
 
 def class_embeddings(
-    predict: Predictor, class_names: Sequence[str], prompts: Sequence[str], batch_size: int = 256
+    predict: Predictor,
+    class_names: Sequence[str],
+    prompts: Sequence[str],
+    batch_size: int = 256,
+    *,
+    show: str = "",
 ) -> np.ndarray:
     """Returns float32 [classes, E]: normalised mean over prompts of normalised text embeddings."""
-    prompts = prompt_sets.check(prompts)
-    texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
-    embeddings = normalise(encode_texts(predict, texts, batch_size))
+    texts = class_texts(class_names, prompts)
+    embeddings = normalise(encode_texts(predict, texts, batch_size, labels=True, show=show))
     return normalise(embeddings.reshape(len(class_names), len(prompts), -1).mean(1))
 
 
@@ -38,14 +49,16 @@ def normalise(x: np.ndarray) -> np.ndarray:
 
 
 class ZeroShot:
-    """Classifies images by text alone.
+    """Classifies images by text embeddings alone.
 
     Args:
       data_name: of the data set, the second part of the metrics' names.
       class_names: distinct names, [classes].
       prompts: texts with '{}' for the name; see data/prompts.py.
+      labels: how the records call the classes; by default as `class_names`.
       batch_size: images or texts at a time.
       num_examples: pictures kept for the report.
+      progress: shows bars.
 
     Raises ValueError when names repeat or there are fewer than two.
     """
@@ -56,122 +69,99 @@ class ZeroShot:
         class_names: Sequence[str],
         prompts: Sequence[str] = prompt_sets.PHOTO,
         *,
+        labels: Sequence[str] | None = None,
         batch_size: int = 256,
         num_examples: int = 16,
+        progress: bool = False,
     ):
-        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
-            distinct = len(set(class_names))
-            raise ValueError(
-                f"class_names holds {len(class_names)} names, {distinct} distinct; "
-                "give two or more, each once"
-            )
         self.name = f"zeroshot/{data_name}"
+        self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
+        self._new_tally()  # refuses unsuitable names now
         self.class_names = list(class_names)
         self.prompts = prompt_sets.check(prompts)
-        self.batch_size, self.num_examples = batch_size, num_examples
+        self.batch_size, self.progress = batch_size, progress
         self.examples: dict[str, Any] = {}
+        self.classes: dict[str, Any] = {}
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
 
         A record needs `image` and `labels`: any of its names that are classes counts as right, and
         one with none raises ValueError. Of classes that score the same, the true one is ranked
-        last, so that constant embeddings score 0 and not 1. Afterwards `examples` holds
-        confusions, accuracies by class and pictures for the report.
+        last, so that constant embeddings score 0 and not 1. Afterwards `examples` holds what the
+        report shows and `classes` accuracy by class and the confusion matrix.
         """
-        number = {name: i for i, name in enumerate(self.class_names)}
-        classes = class_embeddings(predict, self.class_names, self.prompts, self.batch_size)
-        ranks: list[np.ndarray] = []
-        truths: list[int] = []  # the first name, for accuracy by class and confusion
-        guesses: list[np.ndarray] = []
-        shown: list[tuple[np.ndarray, list[str], np.ndarray]] = []
-        for batch in in_batches(records, self.batch_size):
-            images = stack_images(batch)
-            embeddings = check_finite(np.asarray(predict.encode_image(images)), "image")
-            scores = normalise(embeddings) @ classes.T
-            right = np.zeros(scores.shape, bool)
-            for row, record in enumerate(batch):
-                known = [number[name] for name in record["labels"] if name in number]
-                if not known:
-                    raise ValueError(
-                        f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
-                        f"none is among the {len(number)} classes of {self.name}"
-                    )
-                right[row, known] = True
-                truths.append(known[0])
-            ranks.append(rank_of_best(scores, right))
-            # Among equal scores a wrong class is the guess, as in the rank.
-            best = scores >= scores.max(1, keepdims=True) - 1e-6
-            guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
-            for row in range(min(len(batch), self.num_examples - len(shown))):
-                names = list(batch[row]["labels"])
-                shown.append((thumbnail(images[row]), names, scores[row]))
-        if not truths:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
-        rank, truth = np.concatenate(ranks), np.asarray(truths)
-        # With several names, a guess of any of them stands on the diagonal.
-        guess = np.where(rank < 1, truth, np.concatenate(guesses))
-        self.examples = self._examples(rank, truth, guess, shown)
-        yield from with_interval(f"{self.name}/top1", rank < 1)
-        if len(self.class_names) > 5:
-            yield from with_interval(f"{self.name}/top5", rank < 5)
-        total = np.bincount(truth, minlength=len(self.class_names))
-        hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))
-        yield f"{self.name}/mean_per_class", float((hits[total > 0] / total[total > 0]).mean())
-        yield f"{self.name}/num_classes", float(len(self.class_names))
-
-    def _examples(
-        self, rank: np.ndarray, truth: np.ndarray, guess: np.ndarray, shown: list
-    ) -> dict[str, Any]:
-        names = self.class_names
-        present = np.unique(truth)
-        by_class = {
-            names[c]: dict(
-                accuracy=float((rank[truth == c] < 1).mean()), count=int((truth == c).sum())
-            )
-            for c in present
-        }
-        wrong = rank >= 1
-        pairs, counts = np.unique(
-            np.stack([truth[wrong], guess[wrong]], 1), axis=0, return_counts=True
+        show = self.name if self.progress else ""
+        tally = self._new_tally()
+        classes = class_embeddings(
+            predict, self.class_names, self.prompts, self.batch_size, show=show and f"{show} texts"
         )
-        worst = np.argsort(-counts, kind="stable")[:15]
-        examples: dict[str, Any] = dict(
-            kind="zeroshot",
-            per_class=by_class,
-            confused=[
-                dict(truth=names[pairs[i][0]], guess=names[pairs[i][1]], count=int(counts[i]))
-                for i in worst
-            ],
-            items=[
-                dict(
-                    image=encode_png(image),
-                    truth=labels,
-                    guesses=[(names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
-                )
-                for image, labels, scores in shown
-            ],
-        )
-        rows, columns = present, np.unique(np.concatenate([present, guess]))
-        if len(columns) <= _MAX_CONFUSION:
-            table = np.zeros((len(names), len(names)), int)
-            np.add.at(table, (truth, guess), 1)
-            examples["confusion"] = dict(
-                rows=[names[c] for c in rows],
-                columns=[names[c] for c in columns],
-                counts=table[np.ix_(rows, columns)].tolist(),
-            )
-        return examples
+        for batch in in_batches(records, self.batch_size, show=show and f"{show} images"):
+            embeddings = np.asarray(predict.encode_image(stack_images(batch)))
+            tally.add(normalise(check_finite(embeddings, "image")) @ classes.T, batch)
+        yield from tally.results()
+        self.examples, self.classes = tally.examples(), tally.classes()
 
 
-def rank_of_best(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns how many wrong candidates score no less than the best right one, int [N].
+class Generative:
+    """Classifies images by the likelihood of each class's text as a caption.
 
-    Args:
-      scores: [N, C].
-      right: bool [N, C], at least one in each row.
+    A class's score is log(mean over prompts of p(prompt with the name | image)): the captioner's
+    likelihood of the class when the prompts are equally likely. `top1_per_token` scores by the
+    mean over prompts of log p / number of tokens instead, which does not favour short names.
 
-    Equality is up to 1e-6, below which float32 dot products of the same vectors may differ.
+    Args: as of `ZeroShot`; images are taken `batch_size` at a time with 256 class texts.
     """
-    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-    return ((scores >= best - 1e-6) & ~right).sum(1)
+
+    def __init__(
+        self,
+        data_name: str,
+        class_names: Sequence[str],
+        prompts: Sequence[str] = prompt_sets.PLAIN,
+        *,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 64,
+        num_examples: int = 16,
+        progress: bool = False,
+    ):
+        self.name = f"generative/{data_name}"
+        # Log probabilities of one text in two batches differ by about 1e-5.
+        self._new_tally = lambda shown=num_examples: Tally(
+            self.name, class_names, labels, tie=1e-4, num_examples=shown
+        )
+        self._new_tally()
+        self.class_names = list(class_names)
+        self.prompts = prompt_sets.check(prompts)
+        self.batch_size, self.progress = batch_size, progress
+        self.examples: dict[str, Any] = {}
+        self.classes: dict[str, Any] = {}
+
+    def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields what `ZeroShot.run` does, and top1_per_token."""
+        texts = class_texts(self.class_names, self.prompts)
+        shape = (-1, len(self.class_names), len(self.prompts))
+        tokens = np.concatenate(
+            [predict.num_tokens(part, labels=True) for part in in_batches(texts, _TEXTS_AT_ONCE)]
+        )
+        tally, by_token = self._new_tally(), self._new_tally(0)
+        for batch in in_batches(
+            records, self.batch_size, show=f"{self.name} images" if self.progress else ""
+        ):
+            images = stack_images(batch)
+            parts = [
+                predict.score(images, part, labels=True)
+                for part in in_batches(texts, _TEXTS_AT_ONCE)
+            ]
+            sums = np.concatenate(parts, 1).astype(np.float64)
+            if not np.isfinite(sums).all():
+                raise ValueError(
+                    f"caption likelihoods of {self.name} are not finite; "
+                    "the training diverged or the checkpoint is damaged"
+                )
+            top = sums.reshape(shape).max(2, keepdims=True)
+            likely = np.log(np.exp(sums.reshape(shape) - top).mean(2)) + top[..., 0]
+            tally.add(likely, batch)
+            by_token.add((sums / tokens).reshape(shape).mean(2), batch)
+        yield from tally.results()
+        yield from with_interval(f"{self.name}/top1_per_token", by_token.hits())
+        self.examples, self.classes = tally.examples(), tally.classes()

@@ -85,6 +85,12 @@ def _csv_rows(path: str) -> Iterator[dict]:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a unit, in the order of the metadata."""
+    for item, path in located(unit, options):
+        yield item if item.problem else load_image(item, path)
+
+
+def located(unit: Unit, options: Options) -> Iterator[tuple[Item, str]]:
+    """The items of a unit without their images, each with the path of its image."""
     if unit.path.endswith(".jsonl"):
         with files.open_binary(unit.path) as file:
             file.seek(unit.start)
@@ -100,37 +106,42 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             except ValueError as error:  # UnicodeDecodeError is one as well
                 bad = isinstance(error, UnicodeDecodeError)
                 where = f"{posixpath.basename(unit.path)}@{unit.start}+{number}"
-                yield Item(where, problem="bad_utf8" if bad else "bad_json", detail=str(error))
+                yield Item(where, problem="bad_utf8" if bad else "bad_json", detail=str(error)), ""
                 continue
-            yield from_fields(folder, fields, options)
+            yield _located(folder, fields, options)
     elif unit.path.endswith(".csv"):
         folder = posixpath.dirname(unit.path)
         for number, fields in enumerate(_csv_rows(unit.path)):
             if unit.start <= number < unit.stop:
-                yield from_fields(folder, dict(fields), options)
+                yield _located(folder, dict(fields), options)
     else:
         plain = files.filesystem(unit.path)[1]
         for path in _images(unit.path)[unit.start : unit.stop]:
             name = posixpath.relpath(files.filesystem(path)[1], plain)
             label = posixpath.dirname(name).replace("_", " ").replace("/", ", ")
-            item = load_image(Item(name, labels=strings(label)), path)
-            yield item
+            yield Item(name, labels=strings(label)), path
 
 
 def from_fields(folder: str, fields: dict, options: Options) -> Item:
     """An item of one row: a file name, and a text or label."""
+    item, path = _located(folder, fields, options)
+    return item if item.problem else load_image(item, path)
+
+
+def _located(folder: str, fields: dict, options: Options) -> tuple[Item, str]:
     name = take(fields, options.image_field, ("file_name", "filepath", "image", "path"))
     if not isinstance(name, str) or not name:
-        return Item(str(name), problem="missing_image", detail="the row names no image file")
+        return Item(str(name), problem="missing_image", detail="the row names no image file"), ""
+    path = files.join(folder, name)
     item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
     try:
         labels = take(fields, options.label_field, LABEL_FIELDS)
         item.labels = names(labels, options.class_names)
     except ValueError as error:
         item.problem, item.detail = "bad_label", str(error)
-        return item
+        return item, path
     item.extra = fields
-    return load_image(item, files.join(folder, name))
+    return item, path
 
 
 def load_image(item: Item, path: str) -> Item:

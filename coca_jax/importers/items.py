@@ -89,9 +89,11 @@ def split_units(path: str, rows: int, rows_per_unit: int) -> list[Unit]:
 
 
 def strings(value: Any) -> list[str]:
-    """A field that holds one text or a list of them, or nothing."""
+    """A field that holds one text, a list of them, or texts by name (of a language), or nothing."""
     if value is None:
         return []
+    if isinstance(value, Mapping):
+        return [text for one in value.values() for text in strings(one)]
     if isinstance(value, (list, tuple)):
         return [text for one in value for text in strings(one)]
     if isinstance(value, float) and value != value:  # NaN: how tables say 'nothing'

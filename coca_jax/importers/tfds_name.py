@@ -15,6 +15,7 @@ from coca_jax.importers.items import (
     Unit,
     split_units,
     strings,
+    take,
 )
 
 ROWS_PER_UNIT = 4096
@@ -83,7 +84,10 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         examples = tfds.as_numpy(builder.as_dataset(part, decoders=decoders, shuffle_files=False))
     for number, example in enumerate(examples, unit.start):
         values = {key: _plain(value) for key, value in example.items() if key != image}
-        item = Item(f"{split}#{number}", bytes(example[image]), strings(values.pop(text, None)))
+        texts = values.pop(text, None)
+        if isinstance(texts, dict):  # COCO's captions are a sequence of {id, text}
+            texts = take(texts, "", TEXT_FIELDS)
+        item = Item(f"{split}#{number}", bytes(example[image]), strings(texts))
         labels = values.pop(label, None)
         if classes and labels is not None:
             labels = [classes[i] for i in np.asarray(labels).reshape(-1)]

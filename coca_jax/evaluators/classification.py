@@ -1,0 +1,194 @@
+"""What every classifier's guesses amount to: accuracies, accuracy by class, confusion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax.data import images as image_files
+from coca_jax.evaluators import Record
+from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
+from coca_jax.evaluators.results import Spread, encode_png
+
+_MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
+
+
+class Tally:
+    """Collects scores of classes for images with one or several true classes.
+
+    Args:
+      name: first two parts of the metrics' names, `<evaluator>/<data set>`.
+      class_names: distinct names, [classes].
+      labels: how the records call the classes, [classes]; by default as `class_names`.
+      tie: scores closer than this are equal.
+      num_examples: pictures kept for the report.
+
+    An image is right when any of its classes is guessed. Of classes that score the same the true
+    one is ranked last, so that constant scores count as wrong.
+
+    Raises ValueError when names repeat or there are fewer than two.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        labels: Sequence[str] | None = None,
+        *,
+        tie: float = 1e-6,
+        num_examples: int = 16,
+    ):
+        labels = list(class_names if labels is None else labels)
+        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
+            distinct = len(set(class_names))
+            raise ValueError(
+                f"class_names holds {len(class_names)} names, {distinct} distinct; "
+                "give two or more, each once"
+            )
+        if len(set(labels)) != len(class_names):
+            raise ValueError(
+                f"labels holds {len(set(labels))} distinct labels for {len(class_names)} "
+                "class_names; give one for each name"
+            )
+        self.name, self.class_names = name, list(class_names)
+        self.tie = tie
+        self._number = {label: i for i, label in enumerate(labels)}
+        self._ranks: list[np.ndarray] = []
+        self._truths: list[int] = []  # the first name, for accuracy by class and confusion
+        self._guesses: list[np.ndarray] = []
+        self._shown = Spread(num_examples)
+
+    def true_classes(self, record: Record) -> list[int]:
+        """Returns the numbers of the record's classes; ValueError when none is known."""
+        found = [self._number[label] for label in record["labels"] if label in self._number]
+        if not found:
+            raise ValueError(
+                f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
+                f"none is among the {len(self._number)} classes of {self.name}"
+            )
+        return found
+
+    def add(self, scores: np.ndarray, records: Sequence[Record]) -> None:
+        """Takes scores [N, classes] of N records with `labels` (and `image`, for the report)."""
+        right = np.zeros(scores.shape, bool)
+        for row, record in enumerate(records):
+            known = self.true_classes(record)
+            right[row, known] = True
+            self._truths.append(known[0])
+        self._ranks.append(rank_of_best(scores, right, self.tie))
+        # Among equal scores a wrong class is the guess, as in the rank.
+        best = scores >= scores.max(1, keepdims=True) - self.tie
+        self._guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
+        for record, row in zip(records, scores):
+            self._shown.offer(functools.partial(self._item, record, row.copy()))
+
+    def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
+        """One picture of the report, with the three best guesses."""
+        return dict(
+            image=encode_png(image_files.decode(record["image"])),
+            truth=[self.class_names[c] for c in self.true_classes(record)],
+            guesses=[(self.class_names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
+        )
+
+    def results(self) -> Iterator[tuple[str, float]]:
+        """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
+
+        mean_per_class is the mean accuracy of the classes that occur; its interval resamples within
+        each class. Raises ValueError when nothing was added.
+        """
+        if not self._truths:
+            raise ValueError(f"{self.name} has no record; check the data set and its split")
+        rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
+        yield from with_interval(f"{self.name}/top1", rank < 1)
+        if len(self.class_names) > 5:
+            yield from with_interval(f"{self.name}/top5", rank < 5)
+        total = np.bincount(truth, minlength=len(self.class_names))
+        hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))[total > 0]
+        total = total[total > 0]
+        yield from scored(
+            f"{self.name}/mean_per_class",
+            float((hits / total).mean()),
+            limits(mean_of_classes(hits, total)),
+            len(rank),
+        )
+        yield f"{self.name}/num_classes", float(len(self.class_names))
+
+    def hits(self) -> np.ndarray:
+        """Returns bool [N]: whether each image's first guess is right."""
+        return np.concatenate(self._ranks) < 1
+
+    def _guessed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rank, first true class, guess) of every image; with several true classes a guess of any
+        of them stands on the diagonal."""
+        rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
+        return rank, truth, np.where(rank < 1, truth, np.concatenate(self._guesses))
+
+    def classes(self) -> dict[str, Any]:
+        """Returns dict(class_names, accuracy, count, confusion) for eval_classes.json.
+
+        accuracy: of each class, None where it does not occur; count: its images. confusion: triples
+        [true class, guessed class, times] of all pairs that occur, classes by their place in
+        class_names.
+        """
+        rank, truth, guess = self._guessed()
+        total = np.bincount(truth, minlength=len(self.class_names))
+        hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))
+        pairs, times = np.unique(np.stack([truth, guess], 1), axis=0, return_counts=True)
+        return dict(
+            class_names=self.class_names,
+            accuracy=[float(h / n) if n else None for h, n in zip(hits, total)],
+            count=total.tolist(),
+            confusion=[[int(t), int(g), int(n)] for (t, g), n in zip(pairs, times)],
+        )
+
+    def examples(self) -> dict[str, Any]:
+        """Returns confusions, accuracies by class and pictures for the report."""
+        rank, truth, guess = self._guessed()
+        names = self.class_names
+        present = np.unique(truth)
+        by_class = {
+            names[c]: dict(
+                accuracy=float((rank[truth == c] < 1).mean()), count=int((truth == c).sum())
+            )
+            for c in present
+        }
+        wrong = rank >= 1
+        pairs, counts = np.unique(
+            np.stack([truth[wrong], guess[wrong]], 1), axis=0, return_counts=True
+        )
+        worst = np.argsort(-counts, kind="stable")[:15]
+        examples: dict[str, Any] = dict(
+            kind="zeroshot",
+            per_class=by_class,
+            confused=[
+                dict(truth=names[pairs[i][0]], guess=names[pairs[i][1]], count=int(counts[i]))
+                for i in worst
+            ],
+            items=self._shown.items(),
+        )
+        rows, columns = present, np.unique(np.concatenate([present, guess]))
+        if len(columns) <= _MAX_CONFUSION:
+            table = np.zeros((len(names), len(names)), int)
+            np.add.at(table, (truth, guess), 1)
+            examples["confusion"] = dict(
+                rows=[names[c] for c in rows],
+                columns=[names[c] for c in columns],
+                counts=table[np.ix_(rows, columns)].tolist(),
+            )
+        return examples
+
+
+def rank_of_best(scores: np.ndarray, right: np.ndarray, tie: float = 1e-6) -> np.ndarray:
+    """Returns how many wrong candidates score no less than the best right one, int [N].
+
+    Args:
+      scores: [N, C].
+      right: bool [N, C], at least one in each row.
+      tie: scores closer than this are equal; float32 dot products of the same unit vectors may
+        differ by about 1e-7.
+    """
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    return ((scores >= best - tie) & ~right).sum(1)

@@ -1,0 +1,301 @@
+"""The evaluate command on real (small) models: devices, processes, kills, data as it lies there."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+from coca_jax import evaluate, export_format, inference, partitioning, prepare
+from coca_jax.data import vocabulary
+from coca_jax.importers import unprepared
+from coca_jax.importers.items import Options
+from coca_jax.models import coca
+
+ROOT = pathlib.Path(__file__).parent.parent
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
+COUNT = 13  # not a multiple of anything
+
+
+def write_folder(folder):
+    """An imagefolder with a split 'test': two captions and one or two labels an image."""
+    rng = np.random.default_rng(0)
+    (folder / "test").mkdir(parents=True)
+    lines = []
+    for i in range(COUNT):
+        name = list(COLOURS)[i % 3]
+        pixels = rng.normal(COLOURS[name], 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "test" / f"{i}.png")
+        text = [f"a {name} thing", f"picture {i} in {name}"]
+        labels = [name, "dark"] if i == 4 else name
+        lines.append(json.dumps(dict(file_name=f"{i}.png", text=text, label=labels)))
+    (folder / "test" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "colours"
+    write_folder(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """config, params and vocabulary of a tiny random model."""
+    path = tmp_path_factory.mktemp("words") / "vocabulary.model"
+    texts = [f"a {c} thing, picture {i} in {c}" for i in range(30) for c in COLOURS]
+    words = vocabulary.train(texts, 290, str(path), 0)
+    config = tiny_config()
+    config.model.image.depth = 1
+    config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
+    module = coca.build(config.model)
+    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 500))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    return config, jax.device_get(params), words
+
+
+def tasks_for(folder, **changes):
+    data = dict(path=str(folder), split="test")
+    label = dict(data, kind="label")
+    names = ["red", "green", "blue", "dark", "thing", "picture"]
+    return [
+        dict(kind="zeroshot", name="c", data=label, class_names=names, templates="plain"),
+        dict(kind="generative", name="c", data=label, class_names=names),
+        dict(kind="retrieval", name="c", data=data, **changes),
+        dict(kind="captioning", name="c", data=data, decode=dict(max_tokens=8)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_one(parts, folder, tmp_path_factory):
+    """Scores on one device."""
+    model = inference.CoCaModel(*parts, batch_size=8, devices=jax.devices()[:1])
+    out = tmp_path_factory.mktemp("one")
+    return evaluate.run_tasks(model, tasks_for(folder), str(out)), out, model
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_scores_are_plain_figures_of_the_model(on_one, folder):
+    scores, out, model = on_one
+    files = [folder / "test" / f"{i}.png" for i in range(COUNT)]
+    images = [path.read_bytes() for path in files]
+    names = ["red", "green", "blue", "dark", "thing", "picture"]
+    truth = [[list(COLOURS)[i % 3]] + ["dark"] * (i == 4) for i in range(COUNT)]
+    texts = model.encode_text([f"a photo of the {n}" for n in names], labels=True)
+    guess = (model.encode_image(images) @ texts.T).argmax(1)
+    right = [names[g] in t for g, t in zip(guess, truth)]
+    assert scores["zeroshot/c/top1"] == pytest.approx(np.mean(right))
+    likely = model.score(images, [f"a photo of the {n}" for n in names], labels=True).argmax(1)
+    right = [names[g] in t for g, t in zip(likely, truth)]
+    assert scores["generative/c/top1"] == pytest.approx(np.mean(right))
+    assert scores["retrieval/c/text_to_image_r1_count"] == 2 * COUNT
+    assert scores["retrieval/c/num_texts"] == COUNT + 3
+    for kind in ("zeroshot", "generative", "retrieval", "captioning"):
+        assert scores[f"{kind}/c/num_examples"] == COUNT
+    saved = json.loads((out / "eval.json").read_text())
+    assert saved == scores
+    plain = {k for k in saved if not k.endswith(("_low", "_high", "_count"))}
+    assert {"captioning/c/bleu4", "captioning/c/cider_d", "captioning/c/rouge_l"} <= plain
+    for key in plain:  # each with an interval and the number of its examples
+        if "/num_" not in key:
+            assert saved[f"{key}_low"] <= saved[key] <= saved[f"{key}_high"]
+            assert saved[f"{key}_count"] >= COUNT
+    classes = json.loads((out / "eval_classes.json").read_text())["zeroshot/c"]
+    assert sum(n for _, _, n in classes["confusion"]) == COUNT == sum(classes["count"])
+    assert not (out / "eval_progress.json").exists()
+    lines = (out / "eval_captions" / "c.jsonl").read_text().splitlines()
+    captions = model.caption(images, max_tokens=8)
+    assert [json.loads(line)["caption"] for line in lines[1:]] == captions
+
+
+def test_eight_devices_score_as_one(on_one, parts, folder, tmp_path):
+    """13 images in batches of 16 rows over 8 devices: none is lost and none counted twice."""
+    model = inference.CoCaModel(*parts, batch_size=16, devices=jax.devices())
+    assert model.checksum() == on_one[2].checksum()
+    assert_same(evaluate.run_tasks(model, tasks_for(folder), str(tmp_path)), on_one[0])
+
+
+class Stopping:
+    """A model that is killed at its n-th call of a kind, and counts calls."""
+
+    def __init__(self, model, stop=""):
+        self._model, self._stop, self.calls = model, stop, []
+        self.batch_size, self.checksum = model.batch_size, model.checksum
+
+    def __getattr__(self, name):
+        def call(*args, **how):
+            self.calls.append(name)
+            if self.calls.count(name) > 1 and name == self._stop:
+                raise KeyboardInterrupt
+            return getattr(self._model, name)(*args, **how)
+
+        return call
+
+
+def test_a_killed_evaluation_goes_on(on_one, parts, folder, tmp_path):
+    scores, _, model = on_one
+    with pytest.raises(KeyboardInterrupt):  # 13 images are two calls of 8 and 5
+        evaluate.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+    partial = json.loads((tmp_path / "eval.json").read_text())
+    assert "retrieval/c/mean_recall" in partial and "captioning/c/bleu4" not in partial
+    again = Stopping(model)
+    assert evaluate.run_tasks(again, tasks_for(folder), str(tmp_path)) == scores
+    assert set(again.calls) == {"caption", "caption_log_likelihood"}
+    assert again.calls.count("caption") == 1
+    # All is finished now: the same call begins anew.
+    fresh = Stopping(model)
+    evaluate.run_tasks(fresh, tasks_for(folder)[2:3], str(tmp_path))
+    assert "encode_image" in fresh.calls
+    # Other weights take over nothing.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+    config, params, words = parts
+    other = jax.tree.map(lambda x: x * 1.01, params)
+    changed = inference.CoCaModel(config, other, words, batch_size=8, devices=jax.devices()[:1])
+    assert changed.checksum() != model.checksum()
+    watched = Stopping(changed)
+    evaluate.run_tasks(watched, tasks_for(folder), str(tmp_path))
+    assert watched.calls.count("caption") == 2 and "score" in watched.calls
+
+
+def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
+    """known_only leaves images whose text is among the candidates' texts."""
+    model = on_one[2]
+    few = dict(path=str(folder), split="test", limit=2)
+    task = tasks_for(folder, candidates=few, known_only=True)[2]
+    scores = evaluate.run_tasks(model, [task], str(tmp_path))
+    # The first two are red and green, so all red and green ones share a text with them.
+    assert scores["retrieval/c/num_examples"] == 9
+
+
+# ---- Data as it lies there
+
+
+def test_folders_and_prepared_data_give_the_same_records(folder, tmp_path):
+    plain = list(evaluate.Records(dict(path=str(folder), split="test")))
+    assert len(plain) == COUNT and plain[4]["labels"] == ["red" if 4 % 3 == 0 else "green", "dark"]
+    prepare.prepare(
+        "imagefolder", str(folder), str(tmp_path / "p"), split="test", options=Options(),
+        progress=False,
+    )  # fmt: skip
+    prepared = list(evaluate.Records(dict(path=str(tmp_path / "p"), split="test")))
+    for a, b in zip(plain, prepared, strict=True):
+        assert (a["image"], a["text"], a["labels"]) == (b["image"], b["text"], b["labels"])
+    entry = dict(path=str(folder), kind="label")
+    assert unprepared.class_names(entry, "test") == ["blue", "dark", "green", "red"]
+    assert len(evaluate.Records(dict(path=str(folder), split="test"), limit=5)) == 5
+    # The same through tensorflow-datasets, which names no classes here.
+    tfds = list(evaluate.Records(dict(tfds=str(tmp_path / "p"), split="test")))
+    assert [r["text"] for r in tfds] == [r["text"] for r in plain]
+    assert tfds[7]["image"] == plain[7]["image"]
+
+
+def test_one_folder_a_class(tmp_path):
+    for name in ("big_cat", "dog"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "val" / name / f"{i}.jpg")
+    entry = dict(path=str(tmp_path), split="val", kind="label")
+    assert [r["labels"] for r in evaluate.Records(entry)] == [["big cat"]] * 2 + [["dog"]] * 2
+    assert unprepared.class_names(entry, "test") == ["big cat", "dog"]
+    (tmp_path / "val" / "metadata.jsonl").write_text('{"file_name": "none.png"}\nno json\n')
+    with pytest.raises(ValueError, match="1 of 2 rows cannot be used, the first metadata.jsonl"):
+        evaluate.Records(entry)
+
+
+def test_captions_by_language_are_several_captions(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = dict(file_name="a.png", text="A frog.", captions=dict(de="Ein Frosch.", es="Una rana."))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    entry = dict(path=str(tmp_path), text_field="captions")
+    assert next(iter(evaluate.Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
+    prepare.prepare("imagefolder", str(tmp_path), str(tmp_path / "p"), progress=False)
+    entry = dict(path=str(tmp_path / "p"), split="train", text_field="captions")
+    assert next(iter(evaluate.Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
+
+
+def test_class_names_from_files(tmp_path):
+    path = tmp_path / "names.txt"
+    declared = ["n01", "n02", "n03"]
+
+    def read(text):
+        path.write_text(text)
+        return evaluate.read_class_names(str(path), declared)
+
+    assert read("n03\tcat\nn01\tdog\n") == (["cat", "dog"], ["n03", "n01"])
+    assert read("n02\n\nn01\n") == (["n02", "n01"], ["n02", "n01"])
+    assert read("cat\ndog\ncow\n") == (["cat", "dog", "cow"], declared)
+    with pytest.raises(ValueError, match="2 names, none a class of the data, which has 3"):
+        read("cat\ndog\n")
+    with pytest.raises(ValueError, match="every line needs one tab"):
+        read("n03\tcat\ndog\n")
+
+
+# ---- The command
+
+
+def command(process, count, port, *flags):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env |= dict(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    several = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    several += [f"--process_id={process}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "coca_jax.evaluate", *flags, *(several if count > 1 else [])],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(on_one, parts, folder, tmp_path):
+    """Two processes of two devices each: the scores of one device, written once."""
+    config, params, words = parts
+    model = inference.CoCaModel(config, params, words, devices=jax.devices()[:1])
+    words.save(str(tmp_path / "vocabulary.model"))
+    saved = dict(
+        model=config.model.to_dict(),
+        preprocess=dict(resize=model.resize, mean=[0.5] * 3, std=[0.5] * 3),
+    )
+    export_format.write_export(tmp_path / "model", params, saved, tmp_path / "vocabulary.model")
+    names = tmp_path / "names.txt"
+    names.write_text("red\ngreen\nblue\ndark\nthing\npicture\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [f"--checkpoint={tmp_path}/model", f"--data={folder}", f"--out={tmp_path}/out"]
+    flags += ["--tasks=zeroshot,generative,retrieval,captioning", "--name=c", "--nojava_metrics"]
+    flags += [f"--class_names={names}", "--templates=plain", "--batch_size=8"]
+    both = [command(i, 2, port, *flags) for i in range(2)]
+    said = [process.communicate(timeout=400) for process in both]
+    assert [p.returncode for p in both] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    assert said[1][0] == ""
+    got = json.loads(said[0][0].splitlines()[-1])
+    # The command writes captions of up to 64 tokens, the other run of eight.
+    want = {k: v for k, v in on_one[0].items() if "captioning" not in k or "perplexity" in k}
+    assert_same({k: got[k] for k in want}, want)
+    lines = (tmp_path / "out" / "eval_captions" / "c.jsonl").read_text().splitlines()
+    images = [(folder / "test" / f"{i}.png").read_bytes() for i in range(COUNT)]
+    assert [json.loads(line)["caption"] for line in lines[1:]] == model.caption(images)
+
+
+def test_bad_flags_are_one_line(folder, tmp_path):
+    process = command(0, 1, 0, "--checkpoint=x", f"--data={folder}", "--tasks=zeroshot,bleu")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.strip().splitlines()[-1].startswith("error: --tasks=bleu: choose from zeroshot")
