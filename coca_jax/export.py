@@ -174,6 +174,8 @@ def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
     image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
     tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
+    if model.vocabulary.hidden_id is not None:
+        tokens[0, length // 2] = model.vocabulary.hidden_id
     pixels = np.asarray(normalise_pixels(jnp.asarray(image), model.config.model))
     wanted = model.forward(pixels, tokens)
     valid = np.ones(tokens.shape, bool)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import coca_jax
 from coca_jax import convert, export_format, losses, partitioning, train_step, warm_start
+from coca_jax import export as programs
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -175,6 +176,12 @@ def test_load_gives_the_same(export, golden, inputs):
     assert relative(out.text_embedding, golden["text_embedding"]) < 2e-5
     logits = np.asarray(out.logits)[:, :-1][inputs[1][:, 1:] != 0]
     assert relative(logits, golden["logits"]) < 2e-5
+
+
+def test_exported_programs_hide_id_0_as_the_model_does(export, tmp_path):
+    model = coca_jax.load(str(export))
+    programs.export(model, str(tmp_path))
+    assert max(programs.check(model, str(tmp_path)).values()) < 1e-5
 
 
 def test_preprocessing_equals_torchvision(golden):
