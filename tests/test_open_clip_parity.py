@@ -243,6 +243,7 @@ def test_export_loads_strictly_and_gives_the_same_bits(pair, tmp_path):
         np.testing.assert_array_equal(after[name], value)
 
 
+@pytest.mark.slow
 def test_a_tuned_run_goes_back(pair, tmp_path):
     """Converted, tuned on images in files with both losses, and back: open_clip loads it strictly
     and computes what the run does."""
