@@ -33,6 +33,8 @@ class Decoder:
     """The sizes that a decode program is compiled for; hashable.
 
     num_ids: ids that the vocabulary has; the softmax layer may have more rows, never chosen.
+    hidden_id: an id that the lower half's mask takes for padding wherever it stands, or None;
+    hides_next: it is the key after such a token that is hidden, not its own (cls_mask 'shifted').
     """
 
     num_heads: int
@@ -44,11 +46,20 @@ class Decoder:
     activation: str
     dtype: str
     eos_id: int
+    hidden_id: int | None = None
+    hides_next: bool = False
 
 
-def decoder(model: ConfigDict, *, num_ids: int, eos_id: int) -> Decoder:
-    """The part of `config.model` that decoding needs, and of the vocabulary."""
+def decoder(
+    model: ConfigDict, *, num_ids: int, eos_id: int, hidden_id: int | None = None
+) -> Decoder:
+    """The part of `config.model` that decoding needs, and of the vocabulary.
+
+    Raises ValueError for float64, which decoding does not compute in.
+    """
     text = model.text
+    if model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype={model.dtype!r}: decoding needs 'float32' or 'bfloat16'")
     return Decoder(
         num_heads=text.num_heads,
         multimodal_heads=text.get("multimodal_heads", None) or text.num_heads,
@@ -59,6 +70,8 @@ def decoder(model: ConfigDict, *, num_ids: int, eos_id: int) -> Decoder:
         activation=model.get("activation", "gelu"),
         dtype=model.dtype,
         eos_id=eos_id,
+        hidden_id=hidden_id,
+        hides_next=text.get("cls_mask", "exact") == "shifted",
     )
 
 
@@ -227,12 +240,16 @@ def run_tokens(
     slot: jax.Array | int,
     caches: list[Cache],
     image: list[Cache],
+    shown: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Cache]]:
     """Runs N tokens per image through both halves and writes their keys at slots slot..slot + N.
 
     tokens, positions: int32 [B, N]. mask: bool [B, N, M], which slots each token may look at, its
-    own included. Returns the states before the softmax layer, float32 [B, N, D], and the caches.
+    own included. shown: bool [B, M], slots that the lower half does not hide (see
+    Decoder.hidden_id); None: all. Returns the states before the softmax layer, float32 [B, N, D],
+    and the caches.
     """
+    lower_mask = mask if shown is None else mask & shown[:, None]
     activation = layers.ACTIVATIONS[spec.activation]
     x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
     written = []
@@ -252,7 +269,8 @@ def run_tokens(
             jax.lax.dynamic_update_slice(old.value, value.astype(old.value.dtype), (0, 0, slot, 0)),
         )
         written.append(cache)
-        x = x + _dense(block["out"], _attend(query, cache.key, cache.value, mask))
+        visible = lower_mask if cross < 0 else mask
+        x = x + _dense(block["out"], _attend(query, cache.key, cache.value, visible))
         if cross >= 0:
             if spec.cross == "open_clip":
                 x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
@@ -272,18 +290,22 @@ def _prefill(
     prompt_len: jax.Array,
     caches: list[Cache],
     image: list[Cache],
+    shown: jax.Array | None = None,
 ) -> list[Cache]:
-    """Writes the keys of all prompt tokens but the last. prompt int32 [B, P], right-aligned."""
+    """Writes the keys of all prompt tokens but the last. prompt int32 [B, P], right-aligned; shown:
+    bool [B, P - 1], keys that the lower half sees, or None for all."""
     slots = prompt.shape[1] - 1
     if slots == 0:
         return caches
+    if shown is not None:
+        shown = jnp.pad(shown, ((0, 0), (0, caches[0].key.shape[2] - slots)))
     first = (prompt.shape[1] - prompt_len)[:, None]
     place = jnp.arange(slots)[None]
     present = jnp.pad(place >= first, ((0, 0), (0, caches[0].key.shape[2] - slots)))
     causal = jnp.arange(caches[0].key.shape[2])[None] <= jnp.arange(slots)[:, None]
     mask = present[:, None] & causal[None]
     positions = jnp.maximum(place - first, 0)
-    return run_tokens(spec, weights, prompt[:, :-1], positions, mask, 0, caches, image)[1]
+    return run_tokens(spec, weights, prompt[:, :-1], positions, mask, 0, caches, image, shown)[1]
 
 
 def logits_of(weights: dict, states: jax.Array) -> jax.Array:
@@ -436,12 +458,14 @@ def generate(
 
 class _Loop(NamedTuple):
     """What a step of the loop reads and writes. History holds prompts and new tokens by slot, -1
-    where there is none; past says which of the cache slots of the steps are a caption's own."""
+    where there is none; past says which of the cache slots of the steps are a caption's own, shown
+    which of them the lower half sees (None: all)."""
 
     step: jax.Array
     token: jax.Array  # [B, W], to run next
     caches: list[Cache]
     past: jax.Array  # bool [B, W, S, W]
+    shown: jax.Array | None  # bool [B, S, W]
     history: jax.Array  # int32 [B, W, P + S]
     log_prob: jax.Array  # [B, W], the model's
     score: jax.Array  # [B, W], after the rules; beams only
@@ -473,11 +497,16 @@ def _generate(
     width, steps = plan.width, plan.steps
     image = image_caches(spec, weights, image_tokens)
     caches = empty_caches(spec, weights, batch, slots - 1 + steps * width)
-    caches = _prefill(spec, weights, prompt, prompt_len, caches, image)
     first = slots - prompt_len
     prompt_mask = jnp.arange(slots - 1)[None] >= first[:, None]
     prompt_mask = jnp.broadcast_to(prompt_mask[:, None], (batch, width, slots - 1))
     known = jnp.where(jnp.arange(slots)[None] >= first[:, None], prompt, -1)
+    hides, back = spec.hidden_id is not None, int(spec.hides_next)
+    prompt_shown = None
+    if hides:
+        before = jnp.pad(known, ((0, 0), (back, 0)), constant_values=-1)
+        prompt_shown = before[:, : slots - 1] != spec.hidden_id
+    caches = _prefill(spec, weights, prompt, prompt_len, caches, image, prompt_shown)
     history = jnp.concatenate([known, jnp.full((batch, steps), -1, jnp.int32)], axis=1)
     zeros = jnp.zeros((batch, width), jnp.float32)
     each = jnp.broadcast_to
@@ -487,6 +516,7 @@ def _generate(
         token=each(prompt[:, -1:], (batch, width)),
         caches=caches,
         past=jnp.zeros((batch, width, steps, width), bool),
+        shown=jnp.ones((batch, steps, width), bool) if hides else None,
         history=history,
         log_prob=zeros,
         # All beams start alike: only the first may go on, or they would stay alike.
@@ -505,6 +535,13 @@ def _generate(
         now = loop.step
         past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
         mask = jnp.concatenate([prompt_mask, past.reshape(batch, width, -1)], axis=2)
+        shown = whole = None
+        if hides:
+            # A begin symbol alone has nothing before it: there the index is clamped to itself.
+            place = slots - 1 + now - back
+            decides = jax.lax.dynamic_index_in_dim(loop.history, place, 2, keepdims=False)
+            shown = loop.shown.at[:, now].set(decides != spec.hidden_id)
+            whole = jnp.concatenate([prompt_shown, shown.reshape(batch, -1)], axis=1)
         positions = jnp.minimum(prompt_len - 1 + now, spec.max_len - 1)
         states, caches = run_tokens(
             spec,
@@ -515,11 +552,12 @@ def _generate(
             slots - 1 + now * width,
             loop.caches,
             image,
+            whole,
         )
         logits = logits_of(weights, states)
         log_probs = jax.nn.log_softmax(logits)
         allowed = _rules(spec, plan, numbers, log_probs, loop.history, slots + now, now)
-        loop = loop._replace(caches=caches, past=past)
+        loop = loop._replace(caches=caches, past=past, shown=shown)
         choose = _beam_step if plan.beams else _single_step
         return choose(spec, plan, numbers, loop, log_probs, allowed, slots)
 
@@ -731,6 +769,7 @@ def _beam_step(
         token=token,
         caches=loop.caches,
         past=past,
+        shown=loop.shown,
         history=history,
         log_prob=log_prob,
         score=score,

@@ -50,7 +50,13 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
             raise ValueError(f"--platforms={platform}: choose from {', '.join(PLATFORMS)}")
     sizes = model.config.model
     module = coca.build(sizes, sigmoid="logit_bias" in model.params, platform=platforms[0])
-    spec = decoding.decoder(sizes, num_ids=model.vocabulary.size, eos_id=model.vocabulary.eos_id)
+    vocabulary = model.vocabulary
+    spec = decoding.decoder(
+        sizes,
+        num_ids=vocabulary.size,
+        eos_id=vocabulary.eos_id,
+        hidden_id=vocabulary.hidden_id,
+    )
     batch = jax.export.symbolic_shape("b")[0]
     length, side = model.max_len, model.image_size
 
@@ -74,12 +80,18 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)
         caches = decoding.empty_caches(spec, weights, image_tokens.shape[0], length)
-        return dict(image=[tuple(c) for c in image], caches=[tuple(c) for c in caches])
+        state = dict(image=[tuple(c) for c in image], caches=[tuple(c) for c in caches])
+        if spec.hidden_id is not None:
+            state["shown"] = jnp.ones((image_tokens.shape[0], length), bool)
+        return state
 
     def decode_step(
         weights: dict, state: dict, token: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict]:
         rows = (token.shape[0], 1)
+        shown = state.get("shown")
+        if shown is not None and not spec.hides_next:
+            shown = shown.at[:, step].set(token != spec.hidden_id)
         states, caches = decoding.run_tokens(
             spec,
             weights,
@@ -89,9 +101,15 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
             step,
             [decoding.Cache(*c) for c in state["caches"]],
             [decoding.Cache(*c) for c in state["image"]],
+            shown,
         )
         log_probs = jax.nn.log_softmax(decoding.logits_of(weights, states)[:, 0])
-        return log_probs, dict(image=state["image"], caches=[tuple(c) for c in caches])
+        state = dict(state, caches=[tuple(c) for c in caches])
+        if shown is not None:
+            if spec.hides_next:  # past the end: dropped
+                shown = shown.at[:, step + 1].set(token != spec.hidden_id)
+            state["shown"] = shown
+        return log_probs, state
 
     flat = {k: array(v.shape, np.float32) for k, v in export_format.flatten(model.params).items()}
     programs: dict[str, bytes] = {}
@@ -156,11 +174,13 @@ def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
     image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
     tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
+    if model.vocabulary.hidden_id is not None:
+        tokens[0, length // 2] = model.vocabulary.hidden_id
     pixels = np.asarray(normalise_pixels(jnp.asarray(image), model.config.model))
     wanted = model.forward(pixels, tokens)
     valid = np.ones(tokens.shape, bool)
-    if model.config.model.text.get("cls_mask", "exact") == "shifted":
-        valid = tokens != model.vocabulary.pad_id
+    if model.vocabulary.hidden_id is not None:
+        valid = tokens != model.vocabulary.hidden_id
     embedding, image_tokens = calls["encode_image"](flat, image)
     found = dict(
         encode_image=np.abs(embedding - wanted.image_embedding).max(),

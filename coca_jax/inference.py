@@ -110,7 +110,12 @@ class CoCaModel:
         self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         self._module = coca.build(model, sigmoid="logit_bias" in params)
-        self._spec = decoding.decoder(model, num_ids=vocabulary.size, eos_id=vocabulary.eos_id)
+        self._spec = decoding.decoder(
+            model,
+            num_ids=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+            hidden_id=vocabulary.hidden_id,
+        )
 
     # -- embeddings -----------------------------------------------------------------------------
 
@@ -333,9 +338,9 @@ class CoCaModel:
         """The whole model on prepared input.
 
         pixels: float [N, S, S, 3], already normalised. token_ids: int [N, L], begin symbol first.
-        Tokens up to and including the first end symbol are valid; in models with open_clip's mask
-        (text.cls_mask 'shifted'), as there, every token that is not the padding id. Raises
-        ValueError when the shapes do not fit the model.
+        Tokens up to and including the first end symbol are valid; with CLIP's tokenizer, as in
+        open_clip, every token that is not the padding id. Raises ValueError when the shapes do not
+        fit the model.
         """
         tokens = np.asarray(token_ids, np.int32)
         if tokens.ndim != 2 or len(tokens) != len(pixels):
@@ -347,8 +352,8 @@ class CoCaModel:
                 f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to "
                 f"{self._spec.vocab_size - 1}"
             )
-        if self.config.model.text.get("cls_mask", "exact") == "shifted":
-            valid = tokens != self.vocabulary.pad_id
+        if self.vocabulary.hidden_id is not None:
+            valid = tokens != self.vocabulary.hidden_id
         else:
             ended = np.cumsum(tokens == self.vocabulary.eos_id, axis=1)
             valid = np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import partitioning
+from coca_jax.models.layers import wide
 
 BATCH_AXES = ("data", "fsdp")
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -73,9 +74,9 @@ def contrastive_loss(
             raise ValueError(f"loss.duplicate_texts={duplicates!r} needs text_id for every pair")
         text_id = jnp.zeros((image.shape[0], 2), jnp.int32)
     if logit_bias is None:
-        logit_bias = jnp.zeros((), jnp.float32)
+        logit_bias = jnp.zeros((), scale.dtype)
     options = ContrastiveOptions(kind, duplicates, chunk)
-    image, text = image.astype(jnp.float32), text.astype(jnp.float32)
+    image, text = image.astype(wide(image.dtype)), text.astype(wide(text.dtype))
     loss, rows = _contrastive(image, text, scale, logit_bias, text_id, options)
     factor = 0.5 if (kind == "softmax" and reduction == "mean") else 1.0
     return loss * factor, jax.lax.stop_gradient(rows) * factor
@@ -191,7 +192,7 @@ def _forward_rows(collectives, image, text, scale, logit_bias, text_id, *, optio
         scores = scale * jnp.dot(image, columns.T, precision=HIGHEST)
         positive, allowed = _relations(text_id, column_ids, row_index, column_index, options[1])
         target = target + jnp.where(positive, scores, 0.0).sum(1)
-        matches = matches + positive.sum(1)
+        matches = matches + positive.sum(1, dtype=jnp.int32)
         if allowed is not None:
             scores = jnp.where(allowed, scores, NEGATIVE)
         new_peak = jnp.maximum(peak, scores.max(1))
@@ -209,12 +210,12 @@ def _forward_rows(collectives, image, text, scale, logit_bias, text_id, *, optio
             losses = jnp.where(allowed, losses, 0.0)
         return carry + losses.sum(1), None
 
-    zeros = jnp.zeros((local,), jnp.float32)
+    zeros = jnp.zeros((local,), image.dtype)
     if options.kind == "sigmoid":
         rows = jax.lax.scan(sigmoid_tile, zeros, tiles)[0]
-        unused = jnp.zeros((batch,), jnp.float32)
+        unused = jnp.zeros((batch,), image.dtype)
         return collectives.sum(rows.sum()) / batch, rows, zeros, unused, zeros
-    start = (jnp.full((local,), NEGATIVE), zeros, zeros, jnp.zeros((local,), jnp.int32))
+    start = (jnp.full_like(zeros, NEGATIVE), zeros, zeros, jnp.zeros((local,), jnp.int32))
     (peak, total, target, matches), column_stats = jax.lax.scan(softmax_tile, start, tiles)
     row_lse = peak + jnp.log(total)
     column_peak, column_total = (x.reshape(-1) for x in column_stats)
@@ -223,7 +224,7 @@ def _forward_rows(collectives, image, text, scale, logit_bias, text_id, *, optio
     own_columns = jax.lax.dynamic_slice_in_dim(column_lse, collectives.index() * local, local)
     rows = row_lse + own_columns - 2 * target / matches
     loss = collectives.sum(rows.sum()) / batch
-    return loss, rows, row_lse, column_lse, matches.astype(jnp.float32)
+    return loss, rows, row_lse, column_lse, matches.astype(image.dtype)
 
 
 def _backward_rows(
@@ -252,7 +253,7 @@ def _backward_rows(
         d_columns = jax.lax.dot_general(g, image, (((0,), (0,)), ((), ())), precision=HIGHEST)
         return (d_image, d_bias + g.sum()), d_columns
 
-    start = (jnp.zeros_like(image), jnp.zeros((), jnp.float32))
+    start = (jnp.zeros_like(image), jnp.zeros((), image.dtype))
     lse_tiles = _tiles(column_lse, options.chunk)
     (d_image, d_bias), d_text = jax.lax.scan(tile_gradient, start, (tiles, lse_tiles))
     d_text = collectives.scatter_sum(d_text.reshape((batch, -1)))
@@ -285,7 +286,7 @@ def captioning_loss(
     Returns:
       (loss, negative log-likelihood of each target, float32 [B, L], 0 where masked, no gradient).
     """
-    weights = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
+    weights = mask.astype(wide(states.dtype)) / jnp.maximum(mask.sum(), 1)
     return weighted_captioning_loss(
         states,
         kernel,
@@ -310,7 +311,7 @@ def weighted_captioning_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """As `captioning_loss`, with a float32 weight for each target [B, L] instead of the mean."""
-    bias_or_zero = jnp.zeros((kernel.shape[1],), jnp.float32) if bias is None else bias
+    bias_or_zero = jnp.zeros((kernel.shape[1],), kernel.dtype) if bias is None else bias
     options = (chunk, z_loss, label_smoothing)
     if chunk <= 0:
         loss, nll = _token_losses(states, kernel, bias_or_zero, targets, options)
@@ -322,7 +323,10 @@ def _token_losses(states, kernel, bias, targets, options):
     """(loss, negative log-likelihood) of each token, float32 [...], from states [..., D]."""
     _, z_loss, smoothing = options
     logits = jnp.einsum(
-        "...d,dv->...v", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32
+        "...d,dv->...v",
+        states,
+        kernel.astype(states.dtype),
+        preferred_element_type=wide(states.dtype),
     )
     logits = partitioning.constrain(logits + bias, "batch", "length", "vocab")
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -397,6 +401,7 @@ def _caption_rows(
 ) -> tuple[Any, ...]:
     """Loss and gradients over one device's rows and its share of the vocabulary."""
     chunk, z_loss, smoothing = options
+    dtype = wide(states.dtype)
     shape, width = targets.shape, states.shape[-1]
     count, local_vocab = targets.size, kernel.shape[1]
     vocab = local_vocab * (jax.lax.axis_size("tensor") if vocab_axis.axes else 1)
@@ -418,7 +423,7 @@ def _caption_rows(
         rows = jax.lax.dynamic_slice_in_dim(x, start, chunk)
         target = jax.lax.dynamic_slice_in_dim(y, start, chunk)
         weight = jax.lax.dynamic_slice_in_dim(w, start, chunk)
-        logits = jnp.dot(rows, matrix, preferred_element_type=jnp.float32) + bias
+        logits = jnp.dot(rows, matrix, preferred_element_type=dtype) + bias
         peak = vocab_axis.max(logits.max(-1))
         exp = jnp.exp(logits - peak[:, None])
         total = vocab_axis.sum(exp.sum(-1))
@@ -445,24 +450,24 @@ def _caption_rows(
             d_bias = d_bias + d_logits.sum(0)
             d_logits = d_logits.astype(states.dtype)
             d_rows = jax.lax.dot_general(
-                d_logits, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+                d_logits, matrix, (((1,), (1,)), ((), ())), preferred_element_type=dtype
             )
             d_rows = vocab_axis.sum(d_rows).astype(states.dtype)
             d_x = jax.lax.dynamic_update_slice_in_dim(d_x, d_rows, start, 0)
             d_kernel = d_kernel + jax.lax.dot_general(
-                rows, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                rows, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=dtype
             )
         return loss, nll, d_x, d_kernel, d_bias
 
-    zero = jnp.zeros((), jnp.float32)
+    zero = jnp.zeros((), dtype)
     start = (zero, jnp.zeros_like(w), zero, zero, zero)
     if with_gradients:
         start = (
             zero,
             jnp.zeros_like(w),
             jnp.zeros_like(x),
-            jnp.zeros(kernel.shape, jnp.float32),
-            jnp.zeros(bias.shape, jnp.float32),
+            jnp.zeros(kernel.shape, dtype),
+            jnp.zeros(bias.shape, dtype),
         )
     if count <= chunk:
         loss, nll, d_x, d_kernel, d_bias = body(0, start)

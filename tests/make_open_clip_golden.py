@@ -32,19 +32,18 @@ def model_outputs() -> dict[str, np.ndarray]:
     tokens = cases.captions(vocab, length)
     pixels = cases.pixels(len(tokens), config["vision_cfg"]["image_size"])
     outputs = oracle.run(model, pixels, tokens)
-    contrastive, captioning, by_contrastive, by_captioning = oracle.losses(model, pixels, tokens)
-    gradients = [
-        np.stack([cases.digest(key, gradients[key]) for key in sorted(gradients)])
-        for gradients in (by_contrastive, by_captioning)
-    ]
+    exact = oracle.build(config, torch.float64)
+    losses, gradients = zip(*oracle.losses(exact, pixels, tokens))
+    keys = sorted(gradients[0])
+    digests = [[cases.digest(key, by_loss[key]) for key in keys] for by_loss in gradients]
     return dict(
         image_embedding=outputs["image_features"],
         text_embedding=outputs["text_features"],
         logits=outputs["logits"][tokens[:, 1:] != 0],
-        losses=np.asarray([contrastive, captioning]),
-        gradient_keys=np.asarray(sorted(by_contrastive)),
-        gradients=np.stack(gradients),  # [loss, tensor, (norm, product)]
-        greedy=oracle.greedy(model, pixels, length, vocab - 2, vocab - 1),
+        losses=np.asarray(losses),  # these and the gradients in float64
+        gradient_keys=np.asarray(keys),
+        gradients=np.asarray(digests),  # [loss, tensor, (norm, product)]
+        greedy=oracle.greedy(model, pixels, length, [vocab - 2], vocab - 1),
     )
 
 

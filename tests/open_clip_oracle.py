@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,26 +23,28 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> CoCa:
 
 
 def run(model: CoCa, pixels: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Embeddings [B, E], image tokens [B, Q, D] and logits [B, L - 1, V], float32."""
+    """Embeddings [B, E], image tokens [B, Q, D] and logits [B, L - 1, V], in the model's dtype."""
     dtype = next(model.parameters()).dtype
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(dtype)
     with torch.no_grad():
         outputs = model(images, torch.from_numpy(tokens))
         outputs["image_tokens"] = model._encode_image(images)[1]
     return {
-        name: outputs[name].float().numpy()
+        name: outputs[name].numpy()
         for name in ("image_features", "text_features", "logits", "image_tokens")
     }
 
 
 def losses(
     model: CoCa, pixels: np.ndarray, tokens: np.ndarray
-) -> tuple[float, float, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(contrastive, captioning, gradients of the one, gradients of the other), unweighted.
+) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+    """The contrastive, then the captioning loss, unweighted, each with its gradients, in the
+    model's dtype; one after the other, for they are as large as the model.
 
     A tensor that a loss does not reach has a gradient of zeros.
     """
-    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    dtype = next(model.parameters()).dtype
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(dtype)
     outputs = model(images, torch.from_numpy(tokens))
     values = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)(
         outputs["image_features"],
@@ -51,21 +54,19 @@ def losses(
         outputs["logit_scale"],
     )
     names, tensors = zip(*model.named_parameters())
-    gradients = []
     for value in values:
         found = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
         zeros = (torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors))
-        gradients.append({name: g.numpy() for name, g in zip(names, zeros)})
-    return values[0].item(), values[1].item(), *gradients
+        yield value.item(), {name: g.numpy() for name, g in zip(names, zeros)}
 
 
-def greedy(model: CoCa, pixels: np.ndarray, length: int, bos: int, eos: int) -> np.ndarray:
-    """Greedy captions int [B, length] by running the whole model on each prefix; zeros after the
-    end symbol. What `generate` does with one beam and no sampling."""
+def greedy(model: CoCa, pixels: np.ndarray, length: int, prompt: list[int], eos: int) -> np.ndarray:
+    """Greedy captions int [B, length], prompt included, by running the whole model on each prefix;
+    zeros after the end symbol."""
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         latent, embeddings = model._encode_image(images)
-        text = torch.full((len(pixels), 1), bos)
+        text = torch.tensor([prompt] * len(pixels))
         ended = torch.zeros(len(pixels), dtype=torch.bool)
         while text.shape[1] < length:
             outputs = model(images, text, latent, embeddings, output_labels=False)
@@ -73,3 +74,17 @@ def greedy(model: CoCa, pixels: np.ndarray, length: int, bos: int, eos: int) -> 
             ended |= chosen == eos
             text = torch.cat([text, chosen[:, None]], dim=1)
     return text.numpy()
+
+
+def generate(model: CoCa, pixels: np.ndarray, length: int, bos: int, eos: int) -> np.ndarray:
+    """What the model's own `generate` writes when it takes the most probable token, int [B, T]."""
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    return model.generate(
+        images,
+        seq_len=length,
+        min_seq_len=1,
+        generation_type="top_k",
+        top_k=1,
+        sot_token_id=bos,
+        eos_token_id=eos,
+    ).numpy()

@@ -36,13 +36,14 @@ def wide():
     return make(vocab=30)
 
 
-def make(kind="paper", vocab=VOCAB):
+def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
     options = dict(
         paper={}, open_clip=dict(cross="open_clip", head_bias=False), tied=dict(tie_embeddings=True)
     )[kind]
     config = tiny_config().model
     config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
+    config.text.update(text)
     config.image.depth = 1
     module = coca.build(config)
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
@@ -55,10 +56,11 @@ def make(kind="paper", vocab=VOCAB):
 
     @jax.jit
     def log_probs(rows, tokens):
-        out = module.apply({"params": params}, pixels[rows], tokens, jnp.ones(tokens.shape, bool))
+        valid = tokens != (-1 if hidden_id is None else hidden_id)
+        out = module.apply({"params": params}, pixels[rows], tokens, valid)
         return jax.nn.log_softmax(out.logits)
 
-    spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS)
+    spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
     return spec, decoding.prepare(params, "float32"), image_tokens, log_probs
 
 
@@ -97,6 +99,36 @@ def test_log_probs_are_those_of_the_forward_pass_for_ragged_prompts(model, how):
         places = np.arange(LENGTH[row] - 1, len(tokens) - 1)
         total = np.asarray(expected)[places, tokens[places + 1]].sum()
         assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
+
+
+@pytest.mark.parametrize("cls_mask", ["shifted", "exact"])
+def test_an_id_that_counts_as_padding_is_hidden_in_prompts_and_captions(cls_mask):
+    """As in the forward pass, whose text_valid is false wherever the id stands: the lower half
+    does not see the key of the next token (shifted), or its own."""
+    hidden = 6
+    model = make("open_clip", hidden_id=hidden, cls_mask=cls_mask, unimodal_depth=2)
+    blind = (dataclasses.replace(model[0], hidden_id=None), *model[1:])
+    prompt = np.array([[3, 5, 6, 2], [0, 3, 2, 6], [0, 0, 0, 3]], np.int32)
+    length = np.array([4, 3, 1], np.int32)
+    produced = 0
+    for how in ({}, dict(num_beams=3, num_captions=3), dict(temperature=1.5, num_captions=3)):
+        out = run(model, prompt, length, **how)
+        for row, caption in itertools.product(range(3), range(out.tokens.shape[1])):
+            count = out.length[row, caption]
+            tokens = own(prompt[row], length[row], out.tokens[row, caption], count)
+            produced += hidden in out.tokens[row, caption, : count - 2]
+            padded = np.pad(tokens, (0, 8 - len(tokens)))[None]
+            expected = np.asarray(model[3](np.array([row]), padded)[0])
+            places = np.arange(length[row] - 1, len(tokens) - 1)
+            total = expected[places, tokens[places + 1]].sum()
+            assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
+            if not how:
+                assert (expected[places].argmax(-1) == tokens[places + 1]).all()
+    assert produced >= 3
+    assert (
+        np.abs(run(blind, prompt, length).log_prob - run(model, prompt, length).log_prob).max()
+        > 0.01
+    )
 
 
 def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):

@@ -23,6 +23,7 @@ class Vocabulary(abc.ABC):
         size: number of ids; a model needs at least as many.
         pad_id, bos_id, eos_id, unk_id: reserved ids.
         label_id: the symbol before label texts, or None where the vocabulary has none to spare.
+        hidden_id: an id that is not valid wherever it stands in a caption, or None.
         checksum: sha256 of the file, hexadecimal: binds a checkpoint to its vocabulary.
     """
 
@@ -32,6 +33,7 @@ class Vocabulary(abc.ABC):
     eos_id: int
     unk_id: int
     label_id: int | None
+    hidden_id: int | None = None
     checksum: str
     data: bytes
 

@@ -36,7 +36,7 @@ class ClipBpe(Vocabulary):
     """
 
     label_id = None
-    pad_id = 0
+    pad_id = hidden_id = 0
 
     def __init__(self, data: bytes):
         self.data = data

@@ -43,7 +43,7 @@ class Outputs:
             "bld,dv->blv",
             self.states,
             self.kernel.astype(self.states.dtype),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=layers.wide(self.states.dtype),
         )
         return logits if self.bias is None else logits + self.bias
 
@@ -82,7 +82,9 @@ class CoCa(nn.Module):
             self.pooled_norm = layers.LayerNorm(self.dtype)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
-        projection: dict[str, Any] = dict(axes=("embed", "joint"), use_bias=False, flat=self.flat)
+        projection: dict[str, Any] = dict(
+            axes=("embed", "joint"), use_bias=False, dtype=layers.wide(self.dtype), flat=self.flat
+        )
         if self.image_projection:
             self.image_to_joint = layers.Projection((self.embed_dim,), **projection)
         self.text_to_joint = layers.Projection((self.embed_dim,), **projection)
@@ -106,7 +108,7 @@ class CoCa(nn.Module):
             source = tokens if self.pooler_kind == "cascade" else encoded
             pooled = self.contrastive_pooler(source)[:, 0]
         # The projections to the joint space are tiny and decide the loss: float32.
-        pooled = pooled.astype(jnp.float32)
+        pooled = pooled.astype(layers.wide(self.dtype))
         if self.image_projection:
             pooled = self.image_to_joint(pooled)
         return normalise(pooled), tokens
@@ -114,7 +116,7 @@ class CoCa(nn.Module):
     def encode_text(self, tokens: jax.Array, text_valid: jax.Array) -> jax.Array:
         """tokens int [B, L], text_valid bool [B, L] -> embedding float32 [B, E], L2-normalised."""
         cls = self.text_decoder.encode(tokens, text_valid)[1]
-        return normalise(self.text_to_joint(cls.astype(jnp.float32)))
+        return normalise(self.text_to_joint(cls.astype(layers.wide(self.dtype))))
 
     def similarity(self) -> tuple[jax.Array, jax.Array | None]:
         """(inverse temperature, bias of the sigmoid loss or None), float32."""
@@ -135,7 +137,7 @@ class CoCa(nn.Module):
         scale, logit_bias = self.similarity()
         return Outputs(
             image_embedding=image_embedding,
-            text_embedding=normalise(self.text_to_joint(cls.astype(jnp.float32))),
+            text_embedding=normalise(self.text_to_joint(cls.astype(layers.wide(self.dtype)))),
             image_tokens=image_tokens,
             states=states,
             kernel=kernel,
@@ -146,8 +148,8 @@ class CoCa(nn.Module):
 
 
 def normalise(x: jax.Array) -> jax.Array:
-    """x over its L2 norm along the last axis, float32."""
-    x = x.astype(jnp.float32)
+    """x over its L2 norm along the last axis, float32 at least."""
+    x = x.astype(layers.wide(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
@@ -162,6 +164,11 @@ def build(
     """
     validate(model)
     flat = (platform or jax.default_backend()) == "cpu"
+    if model.dtype == "float64" and not (flat and jax.config.jax_enable_x64):
+        raise ValueError(
+            "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
+            "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
+        )
     dtype = jnp.dtype(model.dtype)
     shared = dict(activation=model.get("activation", "gelu"), remat=remat, dtype=dtype, flat=flat)
     image, text, pooler = dict(model.image), dict(model.text), dict(model.pooler)
@@ -224,7 +231,7 @@ def validate(model: ConfigDict) -> None:
     activation = model.get("activation", "gelu")
     if activation not in layers.ACTIVATIONS:
         raise ValueError(f"model.activation={activation!r}; choose from {list(layers.ACTIVATIONS)}")
-    if model.dtype not in ("float32", "bfloat16"):
+    if model.dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"model.dtype={model.dtype!r}; choose 'float32' or 'bfloat16'")
     if model.text.max_len < 3:
         raise ValueError(

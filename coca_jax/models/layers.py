@@ -1,7 +1,8 @@
 """The transformer parts every tower is built of: the only place with parameters, scan and remat.
 
 Shape letters: B batch, N queries, M keys, D width, F MLP width, H heads, K head width, W key width.
-Parameters are float32; products run in `dtype`; norm statistics and softmax run in float32.
+Parameters are float32; products run in `dtype`; norm statistics and softmax run in float32 (in
+float64 where `dtype` is, for checks; see `wide`).
 """
 
 from __future__ import annotations
@@ -28,28 +29,34 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype of sums, norms and softmax beside products in `dtype`: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 @jax.custom_vjp
-def _matmul_float32_out(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[N, D] x [D, F] in the inputs' dtype with float32 output, forward and backward.
+def _matmul_wide_out(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[N, D] x [D, F] in the inputs' dtype with wide output, forward and backward.
 
     The CPU backend runs bfloat16 products twice as fast with float32 output as without.
     """
-    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+    return jnp.dot(x, w, preferred_element_type=wide(x.dtype))
 
 
 def _matmul_forward(x, w):
-    return _matmul_float32_out(x, w), (x, w)
+    return _matmul_wide_out(x, w), (x, w)
 
 
 def _matmul_backward(residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    dtype = wide(x.dtype)
+    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_matmul_float32_out.defvjp(_matmul_forward, _matmul_backward)
+_matmul_wide_out.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project(x: jax.Array, kernel: jax.Array, num_in: int, dtype: Any, flat: bool) -> jax.Array:
@@ -64,7 +71,7 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int, dtype: Any, flat: bool
         return jax.lax.dot_general(x, kernel, (contract, ((), ())))
     batch, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
     rows = x.reshape((-1, kernel.size // max(1, _size(out))))
-    product = _matmul_float32_out(rows, kernel.reshape((rows.shape[1], -1)))
+    product = _matmul_wide_out(rows, kernel.reshape((rows.shape[1], -1)))
     return product.astype(dtype).reshape(batch + out)
 
 
@@ -85,7 +92,7 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (width,))
         if not self.flat and x.dtype == self.dtype == jnp.bfloat16:
             return accelerated.layer_norm(x, scale, bias, NORM_EPSILON)
-        x = x.astype(jnp.float32)
+        x = x.astype(wide(x.dtype))
         mean = x.mean(-1, keepdims=True)
         centred = x - mean
         variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -104,11 +111,11 @@ def attend(
         return accelerated.attend(query, key, value, mask)
     head_width = query.shape[-1]
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
-    precision = jnp.float32
+    precision = wide(query.dtype)
     scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
-    scores = scores.astype(jnp.float32) * head_width**-0.5
+    scores = scores * head_width**-0.5
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, jnp.finfo(precision).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
     return out.astype(value.dtype)
