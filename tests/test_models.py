@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import random_batch, tiny_config
 
-from coca_jax import partitioning
+from coca_jax import decoding, partitioning
 from coca_jax.models import coca
 from configs import coca_2b, coca_224, coca_base, coca_large
 
@@ -221,3 +221,15 @@ def test_heads_must_divide_the_width():
     config.model.text.num_heads = 5
     with pytest.raises(ValueError, match="model.text.num_heads=5 does not divide"):
         coca.build(config.model)
+
+
+def test_float64_is_refused_where_it_would_not_be_float64(config):
+    config.model.dtype = "float64"
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64=1"):
+        coca.build(config.model)
+    with jax.enable_x64(True):
+        assert coca.build(config.model).dtype == jnp.float64
+        with pytest.raises(ValueError, match="for checks on the CPU"):
+            coca.build(config.model, platform="tpu")
+        with pytest.raises(ValueError, match="decoding needs 'float32' or 'bfloat16'"):
+            decoding.decoder(config.model, num_ids=64, eos_id=1)

@@ -1,7 +1,7 @@
 """Everything that open_clip computes against open_clip itself, from one converted file.
 
 Needs torch and open_clip (pip install -e '.[parity]'); tests/test_convert.py checks the same
-against golden outputs without them. COCA_JAX_LARGE_PARITY=1 adds coca_ViT-L-14 (12 GiB, minutes).
+against golden outputs without them. COCA_JAX_LARGE_PARITY=1 adds coca_ViT-L-14 (20 GiB, minutes).
 """
 
 import copy

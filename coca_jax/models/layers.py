@@ -141,6 +141,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"num_heads={heads} does not divide the width {width}; choose a divisor"
             )
+        crosses = context is not None
         context = x if context is None else context
         shape = (heads, width // heads)
 
@@ -159,6 +160,11 @@ class Attention(nn.Module):
         query = head_projection("query", x)
         key = head_projection("key", context)
         value = head_projection("value", context)
+        if crosses and mask is None and self.flat and key.dtype != jnp.bfloat16:
+            # Softmax does not see a constant in all keys. The query's gradient is a sum over keys
+            # with weights that cancel; image tokens are much alike, and what the rounding of the
+            # weights leaves of their common part was most of the float32 error of small gradients.
+            key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
         query = constrain(query, "batch", "length", "act_heads", "head_width")
         key = constrain(key, "batch", "length", "act_heads", "head_width")
         value = constrain(value, "batch", "length", "act_heads", "head_width")
