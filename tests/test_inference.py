@@ -70,6 +70,7 @@ def test_log_likelihoods(model, words, images):
     np.testing.assert_allclose(np.diag(scores), total, rtol=1e-4)
     per_token = model.score(images, TEXTS, per_token=True)
     np.testing.assert_allclose(per_token, scores / count, rtol=1e-6)
+    np.testing.assert_array_equal(model.num_tokens(TEXTS), count)
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.data import images as image_files
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -23,7 +22,7 @@ from coca_jax.evaluators import (
     stack_images,
 )
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
-from coca_jax.evaluators.results import Spread, encode_png
+from coca_jax.evaluators.results import Spread, encode_png, picture
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
@@ -55,7 +54,7 @@ def _word_f1(said: list[str], wanted: list[str]) -> float:
 def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
     """One picture of the report."""
     references = record_texts(record, "captioning")[:5]
-    image = encode_png(image_files.decode(record["image"]))
+    image = encode_png(picture(record["image"]))
     return dict(image=image, caption=caption, references=references, exact=exact, f1=f1)
 
 

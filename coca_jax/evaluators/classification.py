@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.data import images as image_files
 from coca_jax.evaluators import Record
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
-from coca_jax.evaluators.results import Spread, encode_png
+from coca_jax.evaluators.results import Spread, encode_png, picture
 
 _MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
 
@@ -88,7 +87,7 @@ class Tally:
     def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
         """One picture of the report, with the three best guesses."""
         return dict(
-            image=encode_png(image_files.decode(record["image"])),
+            image=encode_png(picture(record["image"])),
             truth=[self.class_names[c] for c in self.true_classes(record)],
             guesses=[(self.class_names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
         )

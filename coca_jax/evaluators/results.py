@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coca_jax.data import images as image_files
+
 _THUMBNAIL = 96
 
 
@@ -62,6 +64,11 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(image)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return np.asarray(picture)
+
+
+def picture(image: Any) -> np.ndarray:
+    """Returns a small copy of an image as records hold it: encoded bytes or uint8 [h, w, 3]."""
+    return thumbnail(image_files.decode(image))
 
 
 def encode_png(image: np.ndarray) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from coca_jax.data import images as image_files
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -23,7 +22,7 @@ from coca_jax.evaluators import (
     stack_images,
 )
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
-from coca_jax.evaluators.results import encode_png, thumbnail
+from coca_jax.evaluators.results import encode_png, picture
 
 TIE = 1e-6  # scores closer than this are equal: float32 products differ by about 1e-7
 _CUTOFFS = (1, 5, 10)
@@ -211,7 +210,7 @@ class Retrieval:
             if new:
                 parts.append(np.asarray(predict.encode_image(stack_images(new)), np.float32))
             for record in new[: max(_KEPT_IMAGES - len(kept), 0)]:
-                kept.append(thumbnail(image_files.decode(record["image"])))
+                kept.append(picture(record["image"]))
         if not image_of:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         for text in self.extra_texts:
