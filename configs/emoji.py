@@ -15,29 +15,30 @@ def get_config() -> ConfigDict:
     """Names are alt-text, groups are labels; a ConvNet stem, as there are only 5,674 drawings."""
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 1500
-    config.image_sizes = ((0.45, 32),)
+    config.steps = 3400
+    config.image_sizes = ((0.3, 32),)
+    config.text_lengths = (8, 16)  # names are short
     config.model.update(
-        image_size=64, patch_size=16, embed_dim=192, dtype="float32", activation="relu"
+        image_size=48, patch_size=8, embed_dim=160, dtype="float32", activation="relu"
     )
     config.model.image.update(
-        width=192,
+        width=160,
         depth=1,
-        mlp_dim=768,
-        num_heads=3,
-        conv_widths=(24, 48, 96, 192),
-        conv_depths=(0, 1, 2, 2),
+        mlp_dim=640,
+        num_heads=4,
+        conv_widths=(32, 64, 128),
+        conv_depths=(0, 1, 2),
     )
     config.model.text.update(
-        width=192,
+        width=160,
         unimodal_depth=1,
         multimodal_depth=2,
-        mlp_dim=768,
-        num_heads=3,
+        mlp_dim=640,
+        num_heads=4,
         vocab_size=2048,
         max_len=16,
     )
-    config.model.pooler.update(num_queries=16, num_heads=3)
+    config.model.pooler.update(num_queries=16, num_heads=4)
     config.loss.update(
         contrastive_weight=1.0,
         captioning_weight=1.0,
@@ -45,7 +46,12 @@ def get_config() -> ConfigDict:
         caption_chunk=512,
     )
     config.optimizer.update(
-        name="adamw", learning_rate=8e-4, warmup_steps=60, schedule="cosine", weight_decay=0.1
+        name="adamw",
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        weight_decay=0.1,
+        beta2=0.98,
     )
     path, where = "data/emoji", {"vendor": VENDORS}
     config.data.sources = (

@@ -17,8 +17,8 @@ INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut
 RANDAUGMENT_LAYERS, RANDAUGMENT_MAGNITUDE = 2, 10.0  # of 0 to 30, Cubuk et al. 2019
 _LUMA = np.array([0.299, 0.587, 0.114])
 
-# Operations of RandAugment that are not an affine map or a linear map of colours.
-KEEP, POSTERIZE, SOLARIZE, EQUALIZE, AUTOCONTRAST, SHARPEN, INVERT = range(7)
+# Operations that are not an affine map or a linear map of colours.
+KEEP, POSTERIZE, SOLARIZE, EQUALIZE, AUTOCONTRAST, SHARPEN, INVERT, OUTLINE = range(8)
 
 
 def plan(
@@ -52,7 +52,7 @@ def plan(
             not shrunk, of the cut itself.
         colour: float32 [n, 3, 4]: the linear map of (R, G, B, 1), in [0, 255].
         background: float32 [n, 3], whole numbers, behind transparent pixels.
-        op, strength: int32 and float32 [n, layers]: what RandAugment does besides.
+        op, strength: int32 and float32 [n, layers]: what is done besides.
     """
     if mode not in MODES:
         raise ValueError(f"data.augment={mode!r}: use one of {', '.join(MODES)}")
@@ -75,7 +75,8 @@ def plan(
     background = np.full((n, 3), 255.0)
     operation, strength = np.zeros((n, 1), np.int32), np.zeros((n, 1))
     if mode == "drawing":
-        affine, colour, background = _drawing(draw)
+        affine, colour, background, strength = _drawing(draw)
+        operation = np.where(strength > 0, OUTLINE, KEEP)
     elif mode == "randaugment":
         affine, colour, operation, strength = _randaugment(keys, n)
     if flip:
@@ -126,20 +127,21 @@ def _linear(angle: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> np.ndarr
     return skew @ rotate / scale[:, None, None]
 
 
-def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For small drawings: a mild affine map, other colours, and sometimes a light background."""
+def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For small drawings, as another hand would draw them: an affine map, other colours, sometimes
+    a light background, and for some a dark line along the edges (its strength [n, 1])."""
     n = len(draw)
 
     def between(column: int, low: float, high: float) -> np.ndarray:
         return low + (high - low) * draw[:, column]
 
-    angle = np.deg2rad(between(8, -12, 12))
-    scale = between(9, 0.75, 1.15)
-    shear = np.stack([between(10, -0.1, 0.1), between(11, -0.1, 0.1)], 1)
+    angle = np.deg2rad(between(8, -15, 15))
+    scale = between(9, 0.7, 1.2)
+    shear = np.stack([between(10, -0.15, 0.15), between(11, -0.15, 0.15)], 1)
     affine = np.zeros((n, 2, 3))
     affine[:, :, :2] = _linear(angle, scale, shear)
     affine[:, 0, 2], affine[:, 1, 2] = between(12, -0.1, 0.1), between(13, -0.1, 0.1)
-    gray = draw[:, 14] < 0.1
+    gray = draw[:, 14] < 0.15
     colour = colour_map(
         hue=between(15, -0.06, 0.06) * (draw[:, 16] < 0.8),
         saturation=np.where(gray, 0.0, between(17, 0.6, 1.4)),
@@ -148,7 +150,8 @@ def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
     light = np.rint(draw[:, 21:24] * 95 + 160)
     background = np.where(draw[:, 20:21] < 0.3, light, 255.0)
-    return affine, colour, background
+    outline = np.where(draw[:, 24:25] < 0.4, between(25, 0.3, 1.0)[:, None], 0.0)
+    return affine, colour, background, outline
 
 
 def colour_map(

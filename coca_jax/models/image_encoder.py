@@ -111,7 +111,11 @@ class ImageEncoder(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C], normalised."""
+    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C].
+
+    Kernels are standardised instead of activations normalised: on few images it learns faster than
+    with layer norms, and costs less.
+    """
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
@@ -120,13 +124,17 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        variance = 1.0
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
+            if stage:
+                x = layers.unit_activation(x, self.activation, variance)
             x = layers.Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
-            x = layers.LayerNorm(self.dtype, name=f"norm{stage}")(x)
-            x = layers.ACTIVATIONS[self.activation](x)
+            variance = 1.0
             for block in range(depth):
-                x = layers.ConvBlock(self.activation, self.dtype, name=f"block{stage}_{block}")(x)
-        return layers.LayerNorm(self.dtype, name="norm")(x)
+                name = f"block{stage}_{block}"
+                x = layers.ConvBlock(variance, self.activation, self.dtype, name=name)(x)
+                variance += layers.RESIDUAL_GAIN**2
+        return layers.unit_activation(x, self.activation, variance)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
