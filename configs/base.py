@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
                 augment="none",  # 'none' | 'crop' | 'inception' | 'drawing' | 'randaugment'
                 flip=False,  # random left-right flip
                 resize="squash",  # evaluation and plain resize: 'squash' | 'crop' (shortest side)
-                fast_resize=False,  # cheaper resize: area mean, cheaper JPEG chroma
+                fast_resize=False,  # cheaper JPEG decoding and resize, still antialiased
                 max_bad_fraction=0.01,  # undecodable images tolerated before the run stops
                 num_threads=0,  # decoding threads; 0: one per core
             ),

@@ -17,7 +17,7 @@ from coca_jax.data import augment, images
 from coca_jax.data import texts as choices
 from coca_jax.data.vocabulary import Vocabulary
 
-_CACHED_TEXTS = 200_000
+_CACHED_TEXTS = 50_000  # about 1 KB each
 
 Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 
