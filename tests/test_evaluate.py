@@ -51,7 +51,7 @@ def parts(tmp_path_factory):
     """config, params and vocabulary of a tiny random model."""
     path = tmp_path_factory.mktemp("words") / "vocabulary.model"
     texts = [f"a {c} thing, picture {i} in {c}" for i in range(30) for c in COLOURS]
-    words = vocabulary.train(texts, 290, str(path), 0)
+    words = vocabulary.train(texts, 300, str(path), 0)
     config = tiny_config()
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
