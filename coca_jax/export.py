@@ -80,7 +80,9 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)
         caches = decoding.empty_caches(spec, weights, image_tokens.shape[0], length)
-        state = dict(image=[tuple(c) for c in image], caches=[tuple(c) for c in caches])
+        state: dict[str, Any] = dict(
+            image=[tuple(c) for c in image], caches=[tuple(c) for c in caches]
+        )
         if spec.hidden_id is not None:
             state["shown"] = jnp.ones((image_tokens.shape[0], length), bool)
         return state
