@@ -8,6 +8,7 @@ or give --peer: `caption` and `encode` then also run open_clip, call by call in 
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -121,7 +123,7 @@ def caption(
     config: ConfigDict, batch: int, tokens: int, beams: int, repeats: int, compare: bool = False
 ) -> dict[str, float]:
     """Captions of `tokens` tokens from a batch of pixels: tokens_per_second (of what is returned),
-    encode_seconds, and late_over_early: a token's time in the second half over the first half's.
+    encode_seconds, and the step's time by position, see `token_times`.
     """
     text = config.model.text
     peer = benchmark_peer.build(config.model) if compare else None
@@ -148,10 +150,8 @@ def caption(
         (lambda: benchmark_peer.caption(peer, pixels, tokens, beams)) if compare else None,
     )
     result["encode_seconds"] = timed(lambda: look(params, pixels), repeats)["seconds"]
-    if tokens > 1:
-        half = timed(lambda: write(tokens // 2), repeats)["seconds"]
-        early = (half - result["encode_seconds"]) / (tokens // 2)
-        result["late_over_early"] = (result["seconds"] - half) / (tokens - tokens // 2) / early
+    image_tokens = jax.block_until_ready(look(params, pixels))
+    result |= token_times(spec, weights, image_tokens, beams, tokens, repeats)
     return result | {"tokens_per_second": batch * tokens / result["seconds"]}
 
 
@@ -196,6 +196,52 @@ def read_input(
         result[name] = statistics.median(found)
         result |= {f"{name}_low": min(found), f"{name}_high": max(found)}
     return result | {"times_peer": quotient}
+
+
+SPAN = 8  # tokens timed together, so that a call is long beside its start
+
+
+def token_times(
+    spec: decoding.Decoder,
+    weights: dict,
+    image_tokens: jax.Array,
+    width: int,
+    tokens: int,
+    repeats: int,
+) -> dict[str, float]:
+    """Seconds of one token of a batch around token 5 and at the end of captions of `tokens` tokens.
+
+    One program, with the cache of the whole caption, runs SPAN steps of the decoder and takes the
+    most probable token of each; the two places are timed in turn, call by call. image_tokens:
+    float32 [B, Q, D]. Returns medians early_token_seconds, late_token_seconds and
+    late_over_early.
+    """
+    batch, span = len(image_tokens), min(SPAN, tokens)
+    image = jax.jit(functools.partial(decoding.image_caches, spec))(weights, image_tokens)
+    caches = decoding.empty_caches(spec, weights, batch, tokens * width)
+
+    @jax.jit
+    def steps(weights: dict, image: Any, caches: Any, start: jax.Array) -> Any:
+        def step(i: jax.Array, state: Any) -> Any:
+            token, caches = state
+            slot = (start + i) * width
+            mask = jnp.broadcast_to(
+                jnp.arange(tokens * width) < slot + width, (batch, width, tokens * width)
+            )
+            place = jnp.broadcast_to(start + i, (batch, width))
+            states, caches = decoding.run_tokens(
+                spec, weights, token, place, mask, slot, caches, image
+            )
+            return decoding.logits_of(weights, states).argmax(-1).astype(jnp.int32), caches
+
+        return jax.lax.fori_loop(0, span, step, (jnp.zeros((batch, width), jnp.int32), caches))[0]
+
+    def at(start: int) -> Call:
+        return lambda: steps(weights, image, caches, np.int32(start))
+
+    found = timed(at(min(1, tokens - span)), repeats, at(tokens - span))
+    early, late = found["seconds"] / span, found["peer_seconds"] / span
+    return dict(early_token_seconds=early, late_token_seconds=late, late_over_early=late / early)
 
 
 def build(config: ConfigDict) -> coca.CoCa:

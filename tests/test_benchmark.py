@@ -24,6 +24,8 @@ def test_rates_are_work_over_time():
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
     result = benchmark.caption(config, batch=2, tokens=5, beams=2, repeats=2)
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
+    quotient = result["late_token_seconds"] / result["early_token_seconds"]
+    np.testing.assert_allclose(result["late_over_early"], quotient)
 
 
 def test_the_peer_runs_at_the_same_sizes():
