@@ -164,7 +164,7 @@ def build(
     """
     validate(model)
     flat = (platform or jax.default_backend()) == "cpu"
-    if model.dtype == "float64" and not (flat and jax.config.read("jax_enable_x64")):
+    if model.dtype == "float64" and not (flat and jnp.result_type(float) == jnp.float64):
         raise ValueError(
             "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
