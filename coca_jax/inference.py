@@ -121,10 +121,11 @@ class CoCaModel:
 
     def encode_image(self, images: Any, *, progress: bool = False) -> np.ndarray:
         """Images -> float32 [N, E], L2-normalised."""
-        parts = [
-            self._run(self._encode_image, pixels)[0]
-            for pixels in self._pixel_batches(images, progress)
-        ]
+
+        def embed(params: dict, pixels: jax.Array) -> jax.Array:
+            return self._encode_image(params, pixels)[0]  # the tokens stay where they are
+
+        parts = [self._run(embed, pixels) for pixels in self._pixel_batches(images, progress)]
         return _joined(parts, (self.config.model.embed_dim,))
 
     def encode_text(

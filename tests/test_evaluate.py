@@ -285,7 +285,7 @@ def test_two_processes_share_the_work(on_one, parts, folder, tmp_path):
     both = [command(i, 2, port, *flags) for i in range(2)]
     said = [process.communicate(timeout=400) for process in both]
     assert [p.returncode for p in both] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
-    assert said[1][0] == ""
+    assert "{" not in said[1][0]  # process 0 alone prints scores
     got = json.loads(said[0][0].splitlines()[-1])
     # The command writes captions of up to 64 tokens, the other run of eight.
     want = {k: v for k, v in on_one[0].items() if "captioning" not in k or "perplexity" in k}
