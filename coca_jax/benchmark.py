@@ -31,6 +31,7 @@ from coca_jax import (
     run_config,
     train_step,
 )
+from coca_jax.data import pipeline
 from coca_jax.models import coca
 
 Call = Callable[[], Any]
@@ -66,12 +67,15 @@ def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(config.seed)
     side, text = config.model.image_size, config.model.text
     lengths = rng.integers(3, text.max_len + 1, size)
+    images = (2,) if config.head.kind == "pair" else ()
     return dict(
-        image=rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8),
+        image=rng.integers(0, 256, (size, *images, side, side, 3), dtype=np.uint8),
         tokens=rng.integers(5, text.vocab_size, (size, text.max_len)).astype(np.int32),
         text_valid=np.arange(text.max_len)[None] < lengths[:, None],
         is_label=np.arange(size) % 2 == 0,
         text_id=rng.integers(0, 2**31 - 1, (size, 2)).astype(np.int32),
+        prompt_len=lengths.astype(np.int32),
+        class_id=np.zeros(size, np.int32),
     )
 
 
@@ -165,8 +169,6 @@ def read_input(
     of images per second of processor time, with their extremes: {images_per_second_per_core,
     ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
     """
-    from coca_jax.data import pipeline
-
     if not compare:
         return pipeline.measure_input(config, seconds, every)
     config = config.copy_and_resolve_references()
@@ -247,7 +249,13 @@ def token_times(
 def build(config: ConfigDict) -> coca.CoCa:
     """The config's model for this machine's devices."""
     sigmoid = config.loss.contrastive == "sigmoid"
-    return coca.build(config.model, remat=config.remat, sigmoid=sigmoid)
+    return coca.build(
+        config.model,
+        remat=config.remat,
+        sigmoid=sigmoid,
+        head=config.head,
+        num_classes=len(pipeline.head_classes(config)),
+    )
 
 
 def make_params(config: ConfigDict) -> Any:

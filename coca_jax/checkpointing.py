@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from coca_jax.train_step import TrainState
+from coca_jax.train_step import TrainState, merge
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the launchers start the run again
 
@@ -120,18 +120,38 @@ def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
     """
     directory, step = find_step(path)
     config = read_config(str(directory.parent))
-    item = "ema" if (directory / str(step) / "ema").is_dir() else "params"
+    folder = directory / str(step)
     with ocp.StandardCheckpointer() as checkpointer:
-        place = directory / str(step) / item
-        metadata = checkpointer.metadata(place).item_metadata
-        tree = getattr(metadata, "tree", metadata)
-        if shardings is None:
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shardings = jax.tree.map(lambda _: device, tree)
-        target = jax.tree.map(
-            lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, shardings
-        )
-        return checkpointer.restore(place, target), config
+
+        def shapes(item: str) -> dict:
+            metadata = checkpointer.metadata(folder / item).item_metadata
+            return getattr(metadata, "tree", metadata)
+
+        def read(item: str, tree: dict) -> dict:
+            if shardings is None:
+                device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                places = jax.tree.map(lambda _: device, tree)
+            else:
+                places = _part_of(shardings, tree)
+            target = jax.tree.map(
+                lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
+            )
+            return checkpointer.restore(folder / item, target)
+
+        tree = shapes("params")
+        if not (folder / "ema").is_dir():
+            return read("params", tree), config
+        averaged = shapes("ema")  # of what the run trains: all, or the head alone
+        if len(jax.tree.leaves(averaged)) == len(jax.tree.leaves(tree)):
+            return read("ema", averaged), config
+        return merge(read("params", tree), read("ema", averaged)), config
+
+
+def _part_of(tree: Any, like: Any) -> Any:
+    """The part of a nested dict that another one has."""
+    if not isinstance(like, dict):
+        return tree
+    return {key: _part_of(tree[key], value) for key, value in like.items()}
 
 
 class Preemption:

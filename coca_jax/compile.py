@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 from coca_jax import cli, hlo_cost, partitioning, run_config, train_step
+from coca_jax.data import pipeline
 from coca_jax.models import coca
 
 GIB = 2**30
@@ -154,6 +155,8 @@ def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
         remat=config.remat,
         sigmoid=config.loss.contrastive == "sigmoid",
         platform=mesh.devices.flat[0].platform,
+        head=config.head,
+        num_classes=len(pipeline.head_classes(config)),
     )
     abstract, shardings = train_step.state_shardings(model, config, mesh)
     state = jax.tree.map(
@@ -172,12 +175,15 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows,) + shape, dtype, sharding=sharding)
 
+    images = (2,) if config.head.kind == "pair" else ()
     return {
-        "image": array((size, size, 3), jnp.uint8),
+        "image": array(images + (size, size, 3), jnp.uint8),
         "tokens": array((length,), jnp.int32),
         "text_valid": array((length,), jnp.bool_),
         "is_label": array((), jnp.bool_),
         "text_id": array((2,), jnp.int32),
+        "prompt_len": array((), jnp.int32),
+        "class_id": array((), jnp.int32),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from coca_jax import cli, export_format
@@ -83,6 +83,9 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
+    if "head" in params:
+        logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
+        params = {name: part for name, part in params.items() if name != "head"}
     model_cfg = open_clip_config.from_model(config.model)
     layout = Layout(config.model, logit_bias="logit_bias" in params)
     if "logit_bias" in params:

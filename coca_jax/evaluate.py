@@ -1,4 +1,5 @@
-"""Scores a model: zero-shot and generative classification, retrieval, captioning.
+"""Scores a model: zero-shot and generative classification, retrieval, captioning, task heads,
+written answers, linear probe and nearest neighbours.
 
     python -m coca_jax.evaluate --checkpoint=DIR --data=PATH --tasks=zeroshot,retrieval,captioning
 
@@ -22,16 +23,28 @@ from jax.experimental import multihost_utils
 
 from coca_jax import cli, partitioning
 from coca_jax.data import prompts
-from coca_jax.evaluators import Predictor, captioning, results, retrieval, zeroshot
+from coca_jax.evaluators import (
+    Predictor,
+    captioning,
+    probes,
+    results,
+    retrieval,
+    task_head,
+    zeroshot,
+)
 from coca_jax.importers import unprepared
 
-KINDS = ("zeroshot", "generative", "retrieval", "captioning")
+KINDS = (
+    *("zeroshot", "generative", "retrieval", "captioning"),
+    *("classification", "answers", "linear_probe", "knn"),
+)
 
 
 class Model(Predictor, Protocol):
     """A predictor that says how much it takes at a time and which weights it has."""
 
     batch_size: int
+    head_kind: str
 
     def checksum(self) -> str:
         """Tells these weights from others."""
@@ -46,8 +59,9 @@ class Records:
       limit: at most so many; 0: all.
       known: only records one of whose texts is among these; None: all.
 
-    A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), text, labels, key and
-    extra; drawn scenes have `scene`. Raises ValueError or FileNotFoundError for bad data.
+    A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), second (the other image
+    of a pair), text, labels, key and extra; drawn scenes have `scene`. Raises ValueError or
+    FileNotFoundError for bad data.
     """
 
     def __init__(self, data: Mapping[str, Any], limit: int = 0, known: set[str] | None = None):
@@ -91,6 +105,7 @@ class Records:
                     labels=list(record.labels),
                     key=record.key,
                     extra=record.extra,
+                    second=record.second,
                 )
 
 
@@ -99,8 +114,10 @@ def make_evaluator(task: Mapping[str, Any], records: Any = (), **common: Any) ->
 
     kind: 'zeroshot' and 'generative' (class_names: a list, or a file for `read_class_names`;
     templates), 'retrieval' (candidates: a data entry whose texts are further candidates),
-    'captioning' (decode: options of decoding; java_metrics; outputs). common: arguments of any
-    evaluator. Raises ValueError for an unknown kind.
+    'captioning' (decode: options of decoding; java_metrics; outputs), 'classification' (by the task
+    head), 'answers' (written behind questions), 'linear_probe' and 'knn' (train: a data entry to
+    learn from, by default the split 'train' of the same data; train_limit; class_names). common:
+    arguments of any evaluator. Raises ValueError for an unknown kind.
     """
     kind, name = task["kind"], task["name"]
     if kind in ("zeroshot", "generative"):
@@ -120,6 +137,15 @@ def make_evaluator(task: Mapping[str, Any], records: Any = (), **common: Any) ->
             how=task.get("decode"),
             **common,
         )
+    if kind == "classification":
+        return task_head.Classification(name, **common)
+    if kind == "answers":
+        return task_head.Answers(name, **common)
+    if kind in ("linear_probe", "knn"):
+        train = task.get("train") or dict(task["data"], split="train")
+        names, _ = _class_names(dict(task, data=train))
+        found = Records(train, task.get("train_limit", 0))
+        return probes.Probe(kind, name, names, found, **common)
     raise ValueError(f"task {kind!r}: choose one of {', '.join(KINDS)}")
 
 
@@ -261,6 +287,10 @@ def _run_task(
 ) -> dict[str, float]:
     main_process = jax.process_index() == 0
     known = set(_candidates(task)) if task.get("known_only") else None
+    if task["kind"] == "answers" or (
+        task["kind"] == "classification" and model.head_kind in ("answer", "pair")
+    ):
+        task = dict(task, data=dict(task["data"], kind="question"))
     records = Records(task["data"], task.get("limit", 0), known)
     common: dict[str, Any] = dict(progress=main_process, batch_size=model.batch_size)
     if task["kind"] == "captioning":
@@ -297,6 +327,7 @@ def define_flags() -> None:
         flags.DEFINE_string(f"{field}_field", "", note)
     flags.DEFINE_string("templates", "", "Prompt set or text file for classification.")
     flags.DEFINE_string("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
+    flags.DEFINE_string("questions", "", "Field that lists {question, answer} objects.")
     flags.DEFINE_integer("num_beams", 1, "Beams of the captions.", lower_bound=1)
     flags.DEFINE_bool("java_metrics", True, "METEOR and SPICE, where they can run.")
     flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
@@ -338,6 +369,10 @@ def tasks_of_flags() -> list[dict[str, Any]]:
                 task["decode"] = dict(num_beams=args.num_beams)
             if args.data == "scenes":
                 task["data"]["objects"] = (1,)  # what exact match is defined for
+        if kind in ("classification", "answers") and args.questions:
+            task["data"]["questions"] = args.questions
+        if kind in ("linear_probe", "knn"):
+            task["data"]["kind"] = "label"
         if kind in ("zeroshot", "generative"):
             task["data"]["kind"] = "label"
             task |= dict(templates=args.templates, class_names=args.class_names)

@@ -140,12 +140,14 @@ def export(model: inference.CoCaModel, out: str, platforms: Sequence[str] = ("cp
     """
     programs = make_programs(model, platforms)
     sizes = model.config.model
-    config = dict(
+    config: dict[str, Any] = dict(
         model=sizes.to_dict(),
         preprocess=dict(
             resize=model.resize, mean=list(sizes.image_mean), std=list(sizes.image_std)
         ),
     )
+    if model.class_names:  # the task head's weights are exported too; the programs leave it out
+        config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
     os.makedirs(os.path.join(out, PROGRAMS), exist_ok=True)
     for name, data in programs.items():
         with open(os.path.join(out, PROGRAMS, f"{name}.jax_export"), "wb") as file:

@@ -82,6 +82,11 @@ class CoCaModel:
         devices: default all of this process; those of several processes make them work as one:
             each calls the same methods with the same arguments, decodes and runs only the rows
             of its devices, and gets the whole result.
+        class_names: of the task head, where the model has one; default: those in the config.
+
+    Attributes:
+        class_names: of the task head, in the order of `classify`; empty without one.
+        head_kind: what the task head reads, config.head.kind; '' without one.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.
@@ -95,6 +100,7 @@ class CoCaModel:
         *,
         batch_size: int = 64,
         devices: Sequence[jax.Device] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         model = config.model
         if vocabulary.size > model.text.vocab_size:
@@ -109,7 +115,16 @@ class CoCaModel:
         self._mesh, self.params = _place(params, devices)
         self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
-        self._module = coca.build(model, sigmoid="logit_bias" in params)
+        if class_names is None:
+            class_names = config.get("class_names", ())
+        self.class_names = list(class_names) if "head" in params else []
+        self._module = coca.build(
+            model,
+            sigmoid="logit_bias" in params,
+            head=config.head if "head" in params else None,
+            num_classes=len(self.class_names),
+        )
+        self.head_kind: str = config.head.kind if "head" in params else ""
         self._spec = decoding.decoder(
             model,
             num_ids=vocabulary.size,
@@ -175,6 +190,64 @@ class CoCaModel:
         logits = scale * self.encode_image(images, progress=progress) @ classes.T
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+    # -- the task head --------------------------------------------------------------------------
+
+    def classify(
+        self, images: Any, texts: Sequence[str] | None = None, *, progress: bool = False
+    ) -> np.ndarray:
+        """Probability of every class of the task head: float32 [N, C], columns as class_names.
+
+        texts: the question or statement beside each image, for a head of kind 'answer'; of kind
+        'pair', the text of each pair, and images is a list of pairs or an array [N, 2, h, w, 3].
+        Raises ValueError for a model without a head, or texts that are missing or too many.
+        """
+        head = self._module.task_head
+        if head is None:
+            raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
+        pair = head.kind == "pair"
+        images = [one for pair in images for one in pair] if pair else as_list(images)
+        count = len(images) // 2 if pair else len(images)
+        texts = [""] * count if head.kind == "classification" and texts is None else texts
+        if texts is None or len(texts) != count:
+            raise ValueError(
+                f"{0 if texts is None else len(texts)} texts for {count} "
+                f"{'pairs' if pair else 'images'}; a head of kind {head.kind!r} takes one each"
+            )
+        parts, done = [], 0
+        for pixels in self._pixel_batches(images, progress, even=pair):
+            if pair:
+                pixels = pixels.reshape((-1, 2) + pixels.shape[1:])
+            tokens, lengths = self._questions(texts[done : done + len(pixels)])
+            parts.append(self._run(self._classify, pixels, tokens, lengths))
+            done += len(pixels)
+        return _joined(parts, (head.num_classes,))
+
+    def answer(
+        self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
+    ) -> list[str]:
+        """The answer that the decoder writes behind each question about each image.
+
+        how: as of `caption`. Raises ValueError unless there are as many questions as images.
+        """
+        images = as_list(images)
+        if isinstance(questions, str) or len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
+        prompts = []
+        for question in questions:
+            ids = self.vocabulary.encode_question(question, self.max_len)
+            whole = len(ids) > len(self.vocabulary.encode(question))
+            prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
+        written = self.caption(images, prompts, progress=progress, **how)
+        known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
+        return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
+
+    def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
+        """Images -> float32 [N, W], the mean of the image encoder's tokens: what probes read."""
+        parts = [
+            self._run(self._features, pixels) for pixels in self._pixel_batches(images, progress)
+        ]
+        return _joined(parts, (self.config.model.image.width,))
 
     # -- captions -------------------------------------------------------------------------------
 
@@ -389,6 +462,27 @@ class CoCaModel:
         return self._jit(run, (WHOLE, partitioning.spec("batch")))
 
     @functools.cached_property
+    def _features(self) -> Callable:
+        def mean(module: coca.CoCa, pixels: jax.Array) -> jax.Array:
+            return module.image_encoder(pixels).astype(jnp.float32).mean(1)
+
+        def run(params: dict, image: jax.Array) -> jax.Array:
+            return self._apply(params, normalise_pixels(image, self.config.model), method=mean)
+
+        return self._jit(run)
+
+    @functools.cached_property
+    def _classify(self) -> Callable:
+        def run(
+            params: dict, image: jax.Array, tokens: jax.Array, prompt_len: jax.Array
+        ) -> jax.Array:
+            pixels = normalise_pixels(image, self.config.model)
+            logits = self._apply(params, pixels, tokens, prompt_len, method="classify")
+            return jax.nn.softmax(logits)
+
+        return self._jit(run)
+
+    @functools.cached_property
     def _encode_text(self) -> Callable:
         def run(params: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
             return self._apply(params, tokens, valid, method="encode_text")
@@ -513,21 +607,39 @@ class CoCaModel:
         length = min(-(-(longest + 1) // 16) * 16, self.max_len)
         return tokens[:, :length], valid[:, :length]
 
-    def _batches(self, items: Sequence, progress: bool, unit: str) -> Iterator[Sequence]:
+    def _questions(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [N, L] of questions, L a multiple of 16 or max_len, and their lengths [N]."""
+        ids = [self.vocabulary.encode_question(text, self.max_len) for text in texts]
+        lengths = np.array([len(row) for row in ids], np.int32)
+        length = min(-(-int(lengths.max()) // 16) * 16, self.max_len)
+        tokens = np.full((len(ids), length), self.vocabulary.pad_id, np.int32)
+        for row, known in zip(tokens, ids):
+            row[: len(known)] = known
+        return tokens, lengths
+
+    def _batches(
+        self, items: Sequence, progress: bool, unit: str, size: int = 0
+    ) -> Iterator[Sequence]:
+        size = size or self.batch_size
         with tqdm.tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-            for start in range(0, len(items), self.batch_size):
-                batch = items[start : start + self.batch_size]
+            for start in range(0, len(items), size):
+                batch = items[start : start + size]
                 yield batch
                 bar.update(len(batch))
 
-    def _pixel_batches(self, images: Any, progress: bool) -> Iterator[np.ndarray]:
-        """uint8 [b, S, S, 3]; the next batch is read by threads while one is used."""
+    def _pixel_batches(
+        self, images: Any, progress: bool, *, even: bool = False
+    ) -> Iterator[np.ndarray]:
+        """uint8 [b, S, S, 3], b even where asked; the next batch is read by threads while one is
+        used."""
         images, size = as_list(images), self.batch_size
+        size += size % 2 if even else 0
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def read(start: int) -> list[concurrent.futures.Future]:
                 part = images[start : start + size]
-                own = self._own_rows(self._bucket(len(part)))
+                # Pairs are padded as pairs: every process reads all of them.
+                own = np.ones(len(part), bool) if even else self._own_rows(self._bucket(len(part)))
                 return [
                     pool.submit(self.preprocess if mine else self._blank, image)
                     for image, mine in zip(part, own)
@@ -535,7 +647,7 @@ class CoCaModel:
 
             now = read(0)
             for start, batch in zip(
-                range(0, len(images), size), self._batches(images, progress, "image")
+                range(0, len(images), size), self._batches(images, progress, "image", size)
             ):
                 following = read(start + len(batch))
                 yield np.stack([item.result() for item in now])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -63,6 +64,42 @@ def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(adam, decay)
     raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor' or 'adamw'")
+
+
+def rate_factors(params: Any, optimizer: ConfigDict, has_head: bool) -> Any:
+    """The learning rate of each parameter over `learning_rate`: a tree of floats, or of arrays
+    [depth, 1, ...] for stacked layers.
+
+    The head has 1, all else encoder_learning_rate / learning_rate. layer_decay d multiplies layer i
+    of a tower of L by d^(L - i) and what lies below its first layer by d^(L + 1); in the decoder
+    the two halves count as one tower; the norms at the end, the poolers and the projections are at
+    the top, with d^0 (as in BEiT, Bao et al. 2022).
+    """
+    towers = {"image_encoder": ("blocks",), "text_decoder": ("unimodal", "multimodal")}
+    top = ("final_norm", "multimodal_norm", "unimodal_norm", "head")
+    encoder, decay = 1.0, optimizer.layer_decay
+    if has_head and optimizer.encoder_learning_rate >= 0:
+        encoder = optimizer.encoder_learning_rate / optimizer.learning_rate
+
+    def depth(tower: str, half: str) -> int:
+        return jax.tree.leaves(params[tower][half])[0].shape[0] if half in params[tower] else 0
+
+    def one(path: Any, leaf: Any) -> Any:
+        tower, part = path[0].key, path[1].key
+        if tower == "head":
+            return 1.0
+        if tower not in towers or part in top or decay == 1.0:
+            return encoder
+        halves = towers[tower]
+        total = sum(depth(tower, half) for half in halves)
+        if part not in halves:
+            return encoder * decay ** (total + 1)
+        below = sum(depth(tower, half) for half in halves[: halves.index(part)])
+        layer = below + np.arange(leaf.shape[0])
+        factors = (encoder * decay ** (total - layer)).astype(np.float32)
+        return factors.reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def is_matrix(params: Any) -> Any:

@@ -23,7 +23,8 @@ from coca_jax.metrics import read_metrics
 Row = Mapping[str, Any]
 
 _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
-    ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss")),
+    ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss")),
+    ("Accuracy of the task head in training", "", ("head_accuracy",)),
     (
         "Loss by kind of text",
         "nats",
@@ -42,6 +43,10 @@ _EVALUATORS = {
     "generative": "Classification by caption likelihood",
     "retrieval": "Retrieval",
     "captioning": "Captioning",
+    "classification": "Classification by the task head",
+    "answers": "Written answers",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbours",
 }
 _HEADLINES = (
     *("top1", "image_to_text_r1", "text_to_image_r1", "exact_match", "attribute_f1", "cider_d"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from coca_jax.models import coca
+from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
@@ -42,8 +43,10 @@ def check(config: ConfigDict) -> None:
         )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
+    check_head(config)
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:
-        raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
+        if not config.head.kind:
+            raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
     whole = ("batch_size", "accumulate_steps", "text_parts")
     for name in (*whole, "log.every_steps", "checkpoint.every_steps"):
         value = config
@@ -51,6 +54,46 @@ def check(config: ConfigDict) -> None:
             value = value[part]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"config.{name}={value!r}; it must be a whole number above 0")
+
+
+def check_head(config: ConfigDict) -> None:
+    """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
+    head, optimizer = config.head, config.optimizer
+    if optimizer.layer_decay <= 0 or optimizer.layer_decay > 1:
+        raise ValueError(f"optimizer.layer_decay={optimizer.layer_decay}; give 1 (none) or less")
+    if not head.kind:
+        if optimizer.encoder_learning_rate >= 0:
+            raise ValueError(
+                f"optimizer.encoder_learning_rate={optimizer.encoder_learning_rate} needs a task "
+                "head (head.kind); without one set optimizer.learning_rate"
+            )
+        return
+    heads.build(head, config.model, 2, True)
+    if head.unknown not in ("refuse", "skip"):
+        raise ValueError(f"head.unknown={head.unknown!r}; choose 'refuse' or 'skip'")
+    if not 0 <= head.label_smoothing < 1:
+        raise ValueError(f"head.label_smoothing={head.label_smoothing}; give 0 (none) to below 1")
+    if head.weight <= 0 or optimizer.learning_rate <= 0:
+        raise ValueError(
+            f"head.weight={head.weight} and optimizer.learning_rate={optimizer.learning_rate} must "
+            "be above 0, or the head learns nothing"
+        )
+    beside = config.loss.contrastive_weight or config.loss.captioning_weight
+    if head.kind == "pair" and beside:
+        raise ValueError(
+            "head.kind='pair' has no caption to train beside it; set loss.contrastive_weight=0 and "
+            "loss.captioning_weight=0"
+        )
+    if head.kind == "pair" and (config.data.augment != "none" or config.data.flip):
+        raise ValueError(
+            f"head.kind='pair' with data.augment={config.data.augment!r}, flip={config.data.flip}: "
+            "pairs are not augmented, since left and right may matter; set 'none' and False"
+        )
+    if head.kind == "answer" and config.loss.contrastive_weight:
+        raise ValueError(
+            "head.kind='answer' has questions as texts, which match no image; set "
+            "loss.contrastive_weight=0"
+        )
 
 
 def check_batch(config: ConfigDict, parts: int, processes: int) -> None:
@@ -96,21 +139,27 @@ def num_steps(config: ConfigDict, num_examples: int) -> int:
     return steps
 
 
-def write(config: ConfigDict, workdir: str, vocabulary: Any) -> None:
-    """Writes workdir/config.json with the vocabulary's checksum bound to it."""
+def write(
+    config: ConfigDict, workdir: str, vocabulary: Any, class_names: Sequence[str] = ()
+) -> None:
+    """Writes workdir/config.json with the vocabulary's checksum and the head's classes, in the
+    order of its outputs."""
     data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
+    if class_names:
+        data["class_names"] = list(class_names)
     path = pathlib.Path(workdir) / "config.json"
     new = path.with_suffix(".new")
     new.write_text(json.dumps(data, indent=1, default=list) + "\n")
     new.replace(path)
 
 
-def check_resumable(config: ConfigDict, workdir: str) -> None:
+def check_resumable(config: ConfigDict, workdir: str, class_names: Sequence[str] = ()) -> None:
     """Raises ValueError naming what differs from the run that `workdir` already holds."""
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return
     old = _flatten(json.loads(path.read_text()))
+    classes = old.pop("class_names", [])
     new = _flatten(json.loads(json.dumps(config.to_dict(), default=list)))
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
@@ -123,6 +172,12 @@ def check_resumable(config: ConfigDict, workdir: str) -> None:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); "
             "use a new --workdir or the same config"
+        )
+    if classes != list(class_names):
+        raise ValueError(
+            f"{workdir} holds a head over {len(classes)} classes ({', '.join(classes[:3])}, ...), "
+            f"the data now give {len(class_names)} ({', '.join(class_names[:3])}, ...); use a new "
+            "--workdir or the same classes"
         )
 
 

@@ -66,13 +66,14 @@ def train_on(
         from coca_jax.data import pipeline
 
         os.makedirs(workdir, exist_ok=True)
-        run_config.check_resumable(config, workdir)
+        class_names = pipeline.head_classes(config)
+        run_config.check_resumable(config, workdir, class_names)
         vocabulary = pipeline.load_vocabulary_or_train(
             config, workdir, process_index=jax.process_index()
         )
         run_config.check_vocabulary(config, vocabulary)
         steps = run_config.num_steps(config, pipeline.num_examples(config))
-        model = build_model(config, mesh)
+        model = build_model(config, mesh, len(class_names))
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep)
         start = checkpoints.latest_step()
         if start is not None:
@@ -84,10 +85,10 @@ def train_on(
             if config.init_from:
                 from coca_jax import warm_start
 
-                state = warm_start.apply(state, config.init_from)
+                state = warm_start.apply(state, config.init_from, class_names)
         start = start or 0
         if main_process:  # only now: a config that fails above must not claim the workdir
-            run_config.write(config, workdir, vocabulary)
+            run_config.write(config, workdir, vocabulary, class_names)
         announce(config, mesh, state, steps, start)
 
         batches = pipeline.train_batches(
@@ -96,6 +97,7 @@ def train_on(
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            class_names=class_names,
         )
         if main_process:
             print(batches.describe(), file=sys.stderr)
@@ -120,7 +122,7 @@ def train_on(
         steps, start_step=start, pairs_per_step=config.batch_size, enabled=main_process
     )
     preemption = checkpointing.Preemption()
-    evaluate = make_evaluation(config, vocabulary, workdir)
+    evaluate = make_evaluation(config, vocabulary, class_names, workdir)
 
     pending: tuple[int, dict[str, jax.Array]] | None = None
     previous: jax.Array | None = None
@@ -202,16 +204,21 @@ def train_on(
     return summary
 
 
-SHOWN = ("loss", "contrastive_loss", "captioning_loss", "learning_rate")
+SHOWN = (
+    *("loss", "contrastive_loss", "captioning_loss"),
+    *("head_loss", "head_accuracy", "learning_rate"),
+)
 
 
-def build_model(config: ConfigDict, mesh: Mesh) -> coca.CoCa:
-    """The module of `config` for the devices of `mesh`."""
+def build_model(config: ConfigDict, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
+    """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
     return coca.build(
         config.model,
         remat=config.remat,
         sigmoid=config.loss.contrastive == "sigmoid",
         platform=mesh.devices.flat[0].platform,
+        head=config.head,
+        num_classes=num_classes,
     )
 
 
@@ -220,9 +227,12 @@ def announce(config: ConfigDict, mesh: Mesh, state: Any, steps: int, start: int)
     if jax.process_index():
         return
     count = sum(x.size for x in jax.tree.leaves(state.params))
+    trained = jax.tree.leaves(train_step.trainable(state.params, config))
+    moving = sum(x.size for x in trained)
+    part = "" if moving == count else f" ({moving / 1e6:.2f}M trained)"
     shape = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     print(
-        f"{count / 1e6:.1f}M parameters on {mesh.size} {mesh.devices.flat[0].platform} "
+        f"{count / 1e6:.1f}M parameters{part} on {mesh.size} {mesh.devices.flat[0].platform} "
         f"device(s) ({shape}); batch {config.batch_size}, steps {start} to {steps}",
         file=sys.stderr,
     )
@@ -307,7 +317,9 @@ def profile(config: ConfigDict, step: int, workdir: str) -> None:
         jax.profiler.stop_trace()
 
 
-def make_evaluation(config: ConfigDict, vocabulary: Any, workdir: str) -> Any:
+def make_evaluation(
+    config: ConfigDict, vocabulary: Any, class_names: Sequence[str], workdir: str
+) -> Any:
     """(state, step) -> scores of config.eval.tasks, also written to workdir/eval.json."""
 
     def run(state: train_step.TrainState, step: int) -> dict[str, float]:
@@ -315,9 +327,13 @@ def make_evaluation(config: ConfigDict, vocabulary: Any, workdir: str) -> Any:
             return {}
         from coca_jax import evaluate, inference
 
-        params = state.params if state.ema is None else state.ema
+        params = state.params
+        if state.ema is not None:
+            params = train_step.merge(params, state.ema)
         size = max(64, 16 * jax.device_count())
-        model = inference.CoCaModel(config, params, vocabulary, batch_size=size)
+        model = inference.CoCaModel(
+            config, params, vocabulary, batch_size=size, class_names=class_names
+        )
         return evaluate.run_tasks(model, config.eval.tasks, workdir, step=step)
 
     return run

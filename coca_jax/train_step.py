@@ -1,4 +1,4 @@
-"""One optimizer step: one forward pass, both losses, one update. Pure functions, no I/O."""
+"""One optimizer step: one forward pass, its losses, one update. Pure functions, no I/O."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from ml_collections import ConfigDict
 from coca_jax import losses, partitioning, text_lengths
 from coca_jax.models import coca
 from coca_jax.models.coca import CoCa
-from coca_jax.optimizer import clip_by_global_norm, make_optimizer, make_schedule
+from coca_jax.optimizer import (
+    clip_by_global_norm,
+    make_optimizer,
+    make_schedule,
+    rate_factors,
+)
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes. step, skipped: int32; ema: averaged params or None."""
+    """Everything that a step changes. step, skipped: int32; ema: averaged params or None.
+
+    opt_state and ema cover only what is trained (see `trainable`).
+    """
 
     step: jax.Array
     skipped: jax.Array
@@ -36,8 +44,58 @@ def make_state(model: CoCa, config: ConfigDict, rng: jax.Array) -> TrainState:
     boxed = coca.init(model, rng)
     params = partitioning.unbox(boxed)
     zero = jnp.zeros((), jnp.int32)
-    ema = params if config.optimizer.ema else None
-    return TrainState(zero, zero, boxed, make_optimizer(config.optimizer).init(params), ema)
+    trained = trainable(params, config)
+    ema = trained if config.optimizer.ema else None
+    return TrainState(zero, zero, boxed, make_optimizer(config.optimizer).init(trained), ema)
+
+
+def trainable(params: dict, config: ConfigDict) -> dict:
+    """The part of a tree of parameters (or of anything by parameter) that the run trains.
+
+    Everything without a head. With one: the head, and unless encoder_learning_rate is 0 what its
+    loss and the losses beside it depend on; weight decay would shrink what has no gradient.
+    """
+    if not config.head.kind:
+        return params
+    frozen = config.optimizer.encoder_learning_rate == 0
+    captions, pairs = config.loss.captioning_weight, config.loss.contrastive_weight
+    decodes = bool(captions) or config.head.kind != "classification"
+
+    def wanted(names: tuple[str, ...]) -> bool:
+        if names[0] == "head":
+            return True
+        if frozen:
+            return False
+        if pairs:
+            return True
+        if names[0] in ("generative_pooler", "pooled_norm"):
+            return decodes
+        if names[0] == "text_decoder":
+            if names[1] in ("cls", "unimodal_norm"):
+                return False
+            return bool(captions) if names[1] == "head" else decodes
+        return names[0] == "image_encoder"
+
+    def select(tree: dict, names: tuple[str, ...]) -> dict:
+        found = {}
+        for key, value in tree.items():
+            if isinstance(value, dict) and len(names) < 1:
+                value = select(value, names + (key,))
+                if value:
+                    found[key] = value
+            elif wanted(names + (key,)):
+                found[key] = value
+        return found
+
+    return select(params, ())
+
+
+def merge(params: dict, part: dict) -> dict:
+    """`params` with the parameters in `part` put in their place."""
+    merged = dict(params)
+    for key, value in part.items():
+        merged[key] = merge(params[key], value) if isinstance(value, dict) else value
+    return merged
 
 
 def state_shardings(model: CoCa, config: ConfigDict, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -55,7 +113,7 @@ def state_shardings(model: CoCa, config: ConfigDict, mesh: Mesh) -> tuple[TrainS
         skipped=scalar,
         params=specs,
         opt_state=partitioning.optimizer_specs(abstract.opt_state, abstract.params, specs),
-        ema=specs if config.optimizer.ema else None,
+        ema=trainable(specs, config) if config.optimizer.ema else None,
     )
     return abstract, partitioning.shardings(mesh, tree)
 
@@ -79,10 +137,10 @@ def normalise_pixels(image: jax.Array, model: ConfigDict) -> jax.Array:
 
 
 def shrink(image: jax.Array, size: int) -> jax.Array:
-    """[B, S, S, 3] -> [B, size, size, 3], averaging pixels; as it is when S = size."""
-    if image.shape[1] == size:
+    """[..., S, S, 3] -> [..., size, size, 3], averaging pixels; as it is when S = size."""
+    if image.shape[-2] == size:
         return image
-    shape = (image.shape[0], size, size, 3)
+    shape = image.shape[:-3] + (size, size, 3)
     return jax.image.resize(image.astype(jnp.float32), shape, "linear", antialias=True)
 
 
@@ -168,19 +226,77 @@ def forward(
         pixels,
         batch["tokens"],
         batch["text_valid"],
+        batch.get("prompt_len"),
         deterministic=False,
         rngs={"patch_dropout": rng},
     )
     return outputs
 
 
+def head_alone(config: ConfigDict) -> bool:
+    """Whether the head's loss is the only one, so that no more than the head needs is run."""
+    loss = config.loss
+    return bool(config.head.kind) and not (loss.contrastive_weight or loss.captioning_weight)
+
+
+def classify(
+    model: CoCa, config: ConfigDict, params: Any, batch: Batch, rng: jax.Array
+) -> jax.Array:
+    """The task head's logits in training, float32 [B, C], without the rest of the model."""
+    logits: Any = model.apply(
+        {"params": params},
+        normalise_pixels(batch["image"], config.model),
+        batch["tokens"],
+        batch["prompt_len"],
+        deterministic=False,
+        rngs={"patch_dropout": rng},
+        method="classify",
+    )
+    return logits
+
+
+def head_loss(
+    logits: jax.Array, class_id: jax.Array, label_smoothing: float, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of logits [B, C] with classes int [B], over `count` rows; -1 is no class.
+
+    Label smoothing e gives the true class 1 - e + e / C and each other e / C (Szegedy et al.
+    2016). Returns (loss, number of rows whose class has the highest logit).
+    """
+    known = class_id >= 0
+    logs = jax.nn.log_softmax(logits)
+    true = jnp.take_along_axis(logs, jnp.maximum(class_id, 0)[:, None], axis=1)[:, 0]
+    rows = -(1 - label_smoothing) * true - label_smoothing * logs.mean(1)
+    right = known & (logits.argmax(1) == class_id)
+    return jnp.where(known, rows, 0.0).sum() / count, right.sum()
+
+
+def count_known(batch: Batch) -> jax.Array:
+    """Rows of the batch that have a class, float32, at least 1."""
+    return jnp.maximum((batch["class_id"] >= 0).sum(), 1).astype(jnp.float32)
+
+
 def loss_fn(
     params: Any, model: CoCa, config: ConfigDict, batch: Batch, rng: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """One forward graph, both losses (paper, Eq. 4); metrics are split by source."""
-    outputs = forward(model, config, params, batch, rng)
+    """One forward graph, all losses (paper, Eq. 4); metrics are split by source.
+
+    With a task head its loss is added, or stands alone where the others have weight 0.
+    """
     loss = jnp.zeros((), jnp.float32)
     metrics: Metrics = {}
+    if head_alone(config):
+        class_logits = classify(model, config, params, batch, rng)
+    else:
+        outputs = forward(model, config, params, batch, rng)
+        metrics["temperature"] = 1 / outputs.scale
+        class_logits = outputs.class_logits
+    if config.head.kind:
+        count = count_known(batch)
+        smoothing = config.head.label_smoothing
+        value, right = head_loss(class_logits, batch["class_id"], smoothing, count)
+        loss += config.head.weight * value
+        metrics |= {"head_loss": value, "head_accuracy": right / count}
     if config.loss.contrastive_weight:
         value, rows = contrastive(outputs, batch, config.loss)
         loss += config.loss.contrastive_weight * value
@@ -189,7 +305,7 @@ def loss_fn(
         value, nll = captioning(outputs, batch, config.loss, count_targets(batch))
         loss += config.loss.captioning_weight * value
         metrics |= {"captioning_loss": value} | caption_metrics(nll, batch)
-    return loss, metrics | {"loss": loss, "temperature": 1 / outputs.scale}
+    return loss, metrics | {"loss": loss}
 
 
 def caption_metrics(nll: jax.Array, batch: Batch) -> Metrics:
@@ -210,11 +326,15 @@ def by_source(name: str, total: jax.Array, count: jax.Array | float, batch: Batc
 def value_and_gradients(
     params: Any, model: CoCa, config: ConfigDict, batch: Batch, rng: jax.Array
 ) -> tuple[Any, Metrics]:
-    """Gradients of the whole batch and metrics, in `accumulate_steps` micro-batches."""
-    if config.accumulate_steps == 1:
-        grad = jax.grad(loss_fn, has_aux=True)
-        return grad(params, model, config, batch, rng)
-    return accumulated_gradients(params, model, config, batch, rng)
+    """Gradients of what is trained over the whole batch, in `accumulate_steps` micro-batches, and
+    metrics. Frozen parameters are constants: nothing is computed backwards through them."""
+    if config.accumulate_steps > 1:
+        return accumulated_gradients(params, model, config, batch, rng)
+
+    def objective(trained: Any) -> tuple[jax.Array, Metrics]:
+        return loss_fn(merge(params, trained), model, config, batch, rng)
+
+    return jax.grad(objective, has_aux=True)(trainable(params, config))
 
 
 def accumulated_gradients(
@@ -224,7 +344,7 @@ def accumulated_gradients(
 
     First the embeddings of all micro-batches without gradient; then the contrastive loss over all
     pairs and its gradient with respect to each embedding; then every micro-batch again, pulling
-    that gradient and its share of the captioning loss back to the parameters.
+    that gradient and its share of the captioning and the head's loss back to the parameters.
     """
     num = config.accumulate_steps
     micro = jax.tree.map(lambda x: split_rows(x, num), batch)
@@ -238,9 +358,10 @@ def accumulated_gradients(
 
     use_contrastive = bool(weights.contrastive_weight)
     scale, logit_bias = model.apply({"params": params}, method="similarity")
-    metrics: Metrics = {"temperature": 1 / scale}
+    metrics: Metrics = {} if head_alone(config) else {"temperature": 1 / scale}
     loss = jnp.zeros((), jnp.float32)
-    gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    trained = trainable(params, config)
+    gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     if use_contrastive:
         _, embeddings = jax.lax.scan(embed, None, (micro, rngs))
         image, text = (merge_rows(e) for e in embeddings)
@@ -256,7 +377,7 @@ def accumulated_gradients(
             lambda g: weights.contrastive_weight * g, pulls
         )
         _, pull_similarity = jax.vjp(
-            lambda p: model.apply({"params": p}, method="similarity"), params
+            lambda t: model.apply({"params": merge(params, t)}, method="similarity"), trained
         )
         gradients = jax.tree.map(jnp.add, gradients, pull_similarity(d_similarity)[0])
         cotangents = (split_rows(d_image, num), split_rows(d_text, num))
@@ -265,27 +386,43 @@ def accumulated_gradients(
     else:
         cotangents = (None, None)
 
+    num_known = count_known(batch) if config.head.kind else None
+
     def backward(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
         rows, rng, (d_image, d_text) = inputs
 
-        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            outputs = forward(model, config, params, rows, rng)
-            total = jnp.zeros((), jnp.float32)
-            value, nll = jnp.zeros((), jnp.float32), jnp.zeros(rows["tokens"].shape, jnp.float32)
+        def objective(trained: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            zero = jnp.zeros((), jnp.float32)
+            total, value, nll = zero, zero, jnp.zeros(rows["tokens"].shape, jnp.float32)
+            of_head, right = zero, jnp.zeros((), jnp.int32)
+            everything = merge(params, trained)
+            if head_alone(config):
+                class_logits = classify(model, config, everything, rows, rng)
+            else:
+                outputs = forward(model, config, everything, rows, rng)
+                class_logits = outputs.class_logits
+            if num_known is not None:
+                smoothing = config.head.label_smoothing
+                of_head, right = head_loss(class_logits, rows["class_id"], smoothing, num_known)
+                total += config.head.weight * of_head
             if use_contrastive:
                 total += (outputs.image_embedding * d_image).sum()
                 total += (outputs.text_embedding * d_text).sum()
             if weights.captioning_weight:
                 value, nll = captioning(outputs, rows, weights, num_targets)
                 total += weights.captioning_weight * value
-            return total, (value, nll)
+            return total, ((value, of_head, right), nll)
 
-        (_, (value, nll)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        gradients, captioning_total = carry
-        return (jax.tree.map(jnp.add, gradients, grads), captioning_total + value), nll
+        (_, (sums, nll)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+        return jax.tree.map(jnp.add, carry, (grads, sums)), nll
 
-    start = (gradients, jnp.zeros((), jnp.float32))
-    (gradients, value), nll = jax.lax.scan(backward, start, (micro, rngs, cotangents))
+    zero = jnp.zeros((), jnp.float32)
+    start = (gradients, (zero, zero, jnp.zeros((), jnp.int32)))
+    (gradients, sums), nll = jax.lax.scan(backward, start, (micro, rngs, cotangents))
+    value, of_head, right = sums
+    if num_known is not None:
+        loss += config.head.weight * of_head
+        metrics |= {"head_loss": of_head, "head_accuracy": right / num_known}
     if weights.captioning_weight:
         loss += weights.captioning_weight * value
         metrics |= {"captioning_loss": value} | caption_metrics(merge_rows(nll), batch)
@@ -340,12 +477,16 @@ def make_train_step(
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)
         gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        trained = trainable(state.params, config)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         rate = schedule(state.step)
-        params = jax.tree.map(lambda p, u: p - rate * u.astype(p.dtype), state.params, updates)
+        factors = rate_factors(trained, config.optimizer, bool(config.head.kind))
+        moved = jax.tree.map(
+            lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
+        )
         ema = state.ema
         if decay:
-            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
 
         def keep_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -354,7 +495,7 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=keep_finite(params, state.params),
+            params=merge(state.params, keep_finite(moved, trained)),
             opt_state=keep_finite(opt_state, state.opt_state),
             ema=keep_finite(ema, state.ema),
         )

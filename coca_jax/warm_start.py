@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,15 +16,20 @@ from coca_jax.train_step import TrainState
 FRESH = ("head", "logit_bias")  # top-level parts that may be missing: they start untrained
 
 
-def apply(state: TrainState, path: str) -> TrainState:
+def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> TrainState:
     """`state` with its parameters (and their average) replaced by those at `path`.
 
     Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576).
-    Parts named in FRESH that the weights lack stay as they are.
+    Parts named in FRESH that the weights lack stay as they are. A task head of the weights is used
+    where it has the classes `class_names` of this run's head, in their order, and left out else.
     Raises ValueError naming the first parameter that does not fit, FileNotFoundError without any.
     """
     target = export_format.flatten(state.params)
-    given = export_format.flatten(read(path))
+    weights, classes = read(path)
+    if "head" in weights and (not class_names or classes != list(class_names)):
+        logging.warning("init_from: the head of %s has other classes and is left out", path)
+        weights = {name: part for name, part in weights.items() if name != "head"}
+    given = export_format.flatten(weights)
     unknown = sorted(set(given) - set(target))
     if unknown:
         raise ValueError(f"init_from={path} has {unknown[0]}, which this config's model lacks")
@@ -32,7 +38,6 @@ def apply(state: TrainState, path: str) -> TrainState:
         if name not in given:
             if name.split("/")[0] not in FRESH:
                 raise ValueError(f"init_from={path} lacks {name} of this config's model")
-            logging.warning("init_from: %s starts untrained", name)
             params[name] = leaf
             continue
         array = np.asarray(given[name], np.float32)
@@ -43,24 +48,32 @@ def apply(state: TrainState, path: str) -> TrainState:
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
             )
         params[name] = export_format.place(array, leaf.sharding)
+    for part in sorted({name.split("/")[0] for name in target.keys() - given.keys()}):
+        logging.warning("init_from: %s starts untrained", part)
     tree = export_format.unflatten(params)
-    return state.replace(params=tree, ema=None if state.ema is None else jax.tree.map(_copy, tree))
+    return state.replace(params=tree, ema=_averages(state.ema, tree))
 
 
-def _copy(x: jax.Array) -> jax.Array:
-    return x + 0  # donation needs arrays of its own
+def _averages(ema: Any, params: Any) -> Any:
+    """Copies (donation needs arrays of its own) of the parameters that have an average."""
+    if isinstance(ema, dict):
+        return {key: _averages(value, params[key]) for key, value in ema.items()}
+    return None if ema is None else params + 0
 
 
-def read(path: str) -> dict[str, Any]:
-    """The parameters at `path` as a nested dict of arrays on the host or the first device."""
+def read(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The parameters at `path`, a nested dict of arrays on the host or the first device, and the
+    classes of its task head."""
     if os.path.isdir(path) and export_format.is_export(path):
-        return export_format.read_export(path)[0]
+        params, config = export_format.read_export(path)
+        return params, list(config.get("class_names", ()))
     if os.path.isfile(path):
         raise ValueError(
             f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
             f"--input={path} --out=DIR"
         )
-    return checkpointing.load_params(path)[0]
+    params, config = checkpointing.load_params(path)
+    return params, list(config.get("class_names", ()))
 
 
 def resize_positions(positions: np.ndarray, length: int) -> np.ndarray:

@@ -18,6 +18,14 @@ def get_config() -> ConfigDict:
             text_parts=1,  # ... and with n > 1 the longest n-th of them runs apart from the others
             init_from="",  # a run, checkpoint or converted weights to start from
             model=model(),
+            head=dict(
+                kind="",  # '' | 'classification' (of images) | 'answer' (to questions) | 'pair'
+                num_queries=1,  # of the head's attentional pooler
+                classes="",  # a text file, one class a line; '': the class names of the data
+                unknown="refuse",  # 'refuse' | 'skip': examples with no label among the classes
+                weight=1.0,  # of the head's loss, beside the weights of `loss`
+                label_smoothing=0.0,  # of the head's loss
+            ),
             loss=dict(
                 contrastive_weight=1.0,
                 captioning_weight=2.0,
@@ -31,7 +39,9 @@ def get_config() -> ConfigDict:
             ),
             optimizer=dict(
                 name="adafactor",  # 'adafactor' | 'adamw'
-                learning_rate=8e-4,
+                learning_rate=8e-4,  # with a head: that of the head
+                encoder_learning_rate=-1.0,  # of all else; 0: frozen, -1: as learning_rate
+                layer_decay=1.0,  # factor on the rate for each layer below the top
                 warmup_steps=0,
                 schedule="linear",  # after warm-up: 'linear' | 'cosine' to zero | 'constant'
                 weight_decay=0.01,  # decoupled, on matrices only

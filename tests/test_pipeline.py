@@ -83,11 +83,15 @@ def test_batches_are_as_the_contract_says(mixture):
         text_valid=("bool", (8, 32)),
         is_label=("bool", (8,)),
         text_id=("int32", (8, 2)),
+        prompt_len=("int32", (8,)),
+        class_id=("int32", (8,)),
         source=("int32", (8,)),
         index=("int64", (8,)),
     )
     assert np.bincount(batch["source"]).tolist() == [4, 2, 2]
     assert np.array_equal(batch["is_label"], batch["source"] == 1)
+    assert np.array_equal(batch["prompt_len"], batch["text_valid"].sum(1))
+    assert (batch["class_id"] == -1).all()  # no task head, no class
 
 
 def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import pathlib
 import resource
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -75,7 +76,8 @@ def epochs(config: Any, step: int, sizes: list[int]) -> list[float]:
 
 
 def load_vocabulary_or_train(config: Any, workdir: str, *, process_index: int = 0) -> Vocabulary:
-    """The vocabulary of a run: the one in `workdir`, else a given one, else a trained one.
+    """The vocabulary of a run: the one in `workdir`, else a given one, else that of the run or
+    weights it starts from, else a trained one.
 
     It is kept as `workdir/vocabulary.model`. With several processes the first one makes it and
     the others wait for the file.
@@ -87,12 +89,13 @@ def load_vocabulary_or_train(config: Any, workdir: str, *, process_index: int = 
         FileNotFoundError: `config.data.vocabulary` does not exist.
     """
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
-    given = vocabularies.load(config.data.vocabulary) if config.data.vocabulary else None
+    place = config.data.vocabulary or _vocabulary_beside(config.init_from)
+    given = vocabularies.load(place) if place else None
     if _exists(path):
         vocabulary = vocabularies.load(path)
         if given is not None and given.checksum != vocabulary.checksum:
             raise ValueError(
-                f"data.vocabulary={config.data.vocabulary} (sha256 {given.checksum[:12]}) is not "
+                f"data.vocabulary={place} (sha256 {given.checksum[:12]}) is not "
                 f"what {path} holds ({vocabulary.checksum[:12]}); use a new workdir"
             )
     elif process_index:
@@ -124,6 +127,16 @@ def load_vocabulary_or_train(config: Any, workdir: str, *, process_index: int = 
     return vocabulary
 
 
+def _vocabulary_beside(init_from: str) -> str:
+    """The tokenizer of a run or an export that `config.init_from` names, '' where there is none."""
+    place = pathlib.Path(init_from)
+    if not init_from or not place.is_dir():
+        return ""
+    folders = (place, place.parent, place.parent.parent)  # a step, its folder, the run
+    found = (file for folder in folders for file in sorted(folder.glob("vocabulary.*")))
+    return str(next(found, ""))
+
+
 def _exists(path: str) -> bool:
     file_system, plain = fsspec.url_to_fs(path)
     return file_system.exists(plain)
@@ -140,6 +153,8 @@ def sample_texts(config: Any, limit: int) -> Iterator[str]:
             for row, record in enumerate(source.read_texts(picked[start : start + 1024])):
                 if source.kind == "caption":
                     yield from record.texts
+                elif source.kind == "question":
+                    yield from (*record.texts, *record.labels)
                 else:
                     prompt = prompts[(start + row) % len(prompts)]
                     yield prompt.replace("{}", ", ".join(record.labels))
@@ -161,6 +176,8 @@ def step_examples(config: Any, step: int) -> list[dict[str, Any]]:
         if source.kind == "caption":
             captions = [record.texts for record in records]
             chosen = texts.choose_captions(captions, config.seed, number, positions)
+        elif source.kind == "question":
+            chosen = [f"{record.texts[0]} {'|'.join(record.labels)}" for record in records]
         else:
             prompts = prompt_sets.load(_plain(entry).get("prompts") or config.data.prompts)
             labels = [record.labels for record in records]
@@ -194,6 +211,7 @@ class TrainBatches:
         start_step: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        class_names: Sequence[str] = (),
     ):
         from coca_jax.data import augment, tasks
 
@@ -218,6 +236,18 @@ class TrainBatches:
         self._readers = [
             tasks.BadImages(source, config.data.max_bad_fraction) for source in self._sources
         ]
+        self._pairs = config.head.kind == "pair"
+        self._class_ids = [
+            tasks.ClassIds(
+                class_names,
+                source,
+                skip=config.head.unknown == "skip",
+                pairs=self._pairs,
+                seed=config.seed,
+                number=number,
+            )
+            for number, source in enumerate(self._sources)
+        ]
         self.sizes = [len(source) for source in self._sources]
         self.step = start_step
         self._iterator = self._build()
@@ -239,6 +269,7 @@ class TrainBatches:
             tasks.make_task(
                 source,
                 reader,
+                class_ids,
                 self._vocabulary,
                 seed=config.seed,
                 number=number,
@@ -253,7 +284,9 @@ class TrainBatches:
                 resize=config.data.resize,
                 fast=config.data.fast_resize,
             )
-            for number, (source, reader) in enumerate(zip(self._sources, self._readers))
+            for number, (source, reader, class_ids) in enumerate(
+                zip(self._sources, self._readers, self._class_ids)
+            )
         ]
         local = config.batch_size // count
         mixture = tasks.exact_mixture(made, self._pattern[index * local :][:local])
@@ -268,7 +301,12 @@ class TrainBatches:
         )
         threads = config.data.num_threads or len(os.sched_getaffinity(0))
         converter = CoCaFeatureConverter(
-            config.data.augment, size, max_len, threads, config.data.fast_resize
+            config.data.augment,
+            size,
+            max_len,
+            threads,
+            config.data.fast_resize,
+            config.data.resize if self._pairs else "",
         )
         lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
         lengths |= dict(tokens=max_len, text_valid=max_len)
@@ -288,8 +326,7 @@ class TrainBatches:
         try:
             batch = next(self._iterator)
         except tf.errors.OpError as error:
-            for reader in self._readers:
-                reader.check_fraction()
+            self._check()
             if all(reader.screening for reader in self._readers):
                 raise
             # An image did not decode. From here on images are checked before they are decoded.
@@ -298,10 +335,14 @@ class TrainBatches:
                 reader.screening = True
             self._iterator = self._build()
             return next(self)
-        for reader in self._readers:
-            reader.check_fraction()
+        self._check()
         self.step += 1
         return batch
+
+    def _check(self) -> None:
+        for reader, class_ids in zip(self._readers, self._class_ids):
+            reader.check_fraction()
+            class_ids.check()
 
     def close(self) -> None:
         """Stops the pipeline's threads. Runs by itself when the program ends."""
@@ -334,6 +375,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    class_names: Sequence[str] = (),
 ) -> TrainBatches:
     """Batches of this process, from step `start_step` on, without end.
 
@@ -341,13 +383,16 @@ def train_batches(
     [p * b, (p + 1) * b) of it, b = batch_size / P, and the whole is the same for any P.
 
     Yields:
-        dict of numpy arrays: image uint8 [b, S, S, 3]; tokens int32 [b, L]; text_valid bool
-        [b, L]; is_label bool [b]; text_id int32 [b, 2] (equal for equal captions or equal label
-        sets); source int32 [b] and index int64 [b] (which record).
+        dict of numpy arrays: image uint8 [b, S, S, 3], of pairs [b, 2, S, S, 3]; tokens int32
+        [b, L]; text_valid bool [b, L]; is_label bool [b]; text_id int32 [b, 2] (equal for equal
+        captions or equal label sets); prompt_len int32 [b] (tokens before an answer); class_id
+        int32 [b] (place in class_names, -1: none); source int32 [b] and index int64 [b] (which
+        record).
 
     Raises:
         ValueError: missing or empty data, shares or processes that do not divide the batch;
-            later, more undecodable images than `config.data.max_bad_fraction`.
+            later, more undecodable images than `config.data.max_bad_fraction`, or a label that
+            is not in class_names.
     """
     return TrainBatches(
         config,
@@ -355,6 +400,7 @@ def train_batches(
         start_step=start_step,
         process_index=process_index,
         process_count=process_count,
+        class_names=class_names,
     )
 
 
@@ -371,7 +417,7 @@ def eval_records(
 
     Yields:
         dict(image=encoded bytes, text=list of captions, labels=list of names, key=str,
-        extra=the JSON text of the other fields).
+        extra=the JSON text of the other fields, second=the other image of a pair or b"").
     """
     found = sources.open_source(_plain(source) if not isinstance(source, str) else source, split)
     for record in itertools.islice(found, limit or None):
@@ -381,22 +427,60 @@ def eval_records(
             labels=list(record.labels),
             key=record.key,
             extra=record.extra,
+            second=record.second,
         )
 
 
 def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[str]:
-    """The class names of a data set: those its manifest declares, else those its records have."""
+    """The class names of a data set: those its manifest declares, else those its records have;
+    of questions, the answers."""
     entry = {"path": source} if isinstance(source, str) else _plain(source)
-    if entry.get("path") and not entry.get("label_field"):
+    asked = entry.get("kind") == "question"
+    if entry.get("path") and not entry.get("label_field") and not asked:
         declared = sources.read_manifest(str(entry["path"])).get("class_names")
         if declared:
             return declared
-    if entry.get("builtin"):
+    if entry.get("builtin") and not asked:
         from coca_jax.data import scenes
 
         return scenes.class_names()
     found = sources.open_source(entry, split)
-    return sorted({label for record in found for label in record.labels})
+    names: set[str] = set()
+    for start in range(0, len(found), 1024):
+        for record in found.read_texts(range(start, min(start + 1024, len(found)))):
+            names.update(record.labels)
+    return sorted(names)
+
+
+def head_classes(config: Any) -> tuple[str, ...]:
+    """The classes of the run's task head, in the order of its outputs; () without a head.
+
+    They are the lines of `config.head.classes`, or else the class names of the training sources
+    that have labels or answers: as declared, or sorted.
+
+    Raises:
+        ValueError: names that repeat, fewer than two, or a declared class that is not in the file.
+        FileNotFoundError: no such file or data.
+    """
+    if not config.head.kind:
+        return ()
+    entries = [_plain(entry) for entry in config.data.sources]
+    entries = [entry for entry in entries if entry.get("kind", "caption") != "caption"]
+    if not entries:
+        raise ValueError(
+            f"head.kind={config.head.kind!r} needs a source of kind 'label' or 'question'"
+        )
+    if not config.head.classes:
+        found = [class_names(entry, entry.get("split", "train")) for entry in entries]
+        return tuple(dict.fromkeys(name for names in found for name in names))
+    with fsspec.open(os.fspath(config.head.classes), "r", encoding="utf-8") as file:
+        names = tuple(line.strip() for line in file if line.strip())
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(
+            f"head.classes={config.head.classes} has {len(names)} names, {len(set(names))} "
+            "distinct; give two or more, each once"
+        )
+    return names
 
 
 def measure_input(config: Any, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the examples as its first axis. Working on blocks keeps TensorFlow's cost per el
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,27 +23,29 @@ Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 
 
 class Tokenizer:
-    """Tokenises each text once: rows of equal texts come from memory. Thread-safe."""
+    """Tokenises each text once: rows of equal texts come from memory. Thread-safe.
+
+    A text with texts.ANSWER in it is a question and its answer (Vocabulary.encode_answers).
+    """
 
     def __init__(self, vocabulary: Vocabulary, max_len: int, is_label: bool):
         self._vocabulary, self._max_len, self._is_label = vocabulary, max_len, is_label
-        self._rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray, np.integer]] = {}
         self._hashes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __call__(
         self, texts: Sequence[str], canonical: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Texts -> tokens int32 [n, L], valid bool [n, L], text_id int32 [n, 2]."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Texts -> tokens int32 [n, L], valid bool [n, L], text_id int32 [n, 2], and how many of
+        the tokens come before an answer, int32 [n]."""
         with self._lock:
             new = list(dict.fromkeys(text for text in texts if text not in self._rows))
             if len(self._rows) + len(new) > _CACHED_TEXTS:
                 self._rows.clear()
                 new = list(dict.fromkeys(texts))
             if new:
-                labels = [True] * len(new) if self._is_label else None
-                tokens, valid = self._vocabulary.encode_batch(new, self._max_len, labels)
-                self._rows.update(zip(new, zip(tokens, valid)))
+                self._rows.update(zip(new, zip(*self._encode(new))))
             if len(self._hashes) > _CACHED_TEXTS:
                 self._hashes.clear()
             for text in canonical:
@@ -51,9 +53,16 @@ class Tokenizer:
                     self._hashes[text] = choices.text_hash(text)
             found = [self._rows[text] for text in texts]
             hashes = np.array([self._hashes[text] for text in canonical], np.int64)
-        tokens = np.stack([row for row, _ in found])
-        valid = np.stack([row for _, row in found])
-        return tokens, valid, hashes.view(np.int32).reshape(-1, 2)
+        tokens, valid, prompt_len = (np.stack(rows) for rows in zip(*found))
+        return tokens, valid, hashes.view(np.int32).reshape(-1, 2), prompt_len
+
+    def _encode(self, new: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if choices.ANSWER in new[0]:
+            questions, _, answers = zip(*(text.partition(choices.ANSWER) for text in new))
+            return self._vocabulary.encode_answers(questions, answers, self._max_len)
+        labels = [True] * len(new) if self._is_label else None
+        tokens, valid = self._vocabulary.encode_batch(new, self._max_len, labels)
+        return tokens, valid, valid.sum(1, dtype=np.int32)
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
@@ -118,8 +127,30 @@ def label_text(prompts: Sequence[str], seed: int, source: int) -> Preprocessor:
     )
 
 
+def question_text(classes: Mapping[str, int], seed: int, source: int) -> Preprocessor:
+    """seqio preprocessor: `text` is a question and one of its answers."""
+
+    def choose(
+        questions: np.ndarray, labels: np.ndarray, counts: np.ndarray, positions: np.ndarray
+    ) -> Any:
+        names = _lists(labels, counts)
+        answers = choices.choose_labels(names, classes, seed, source, positions)
+        texts = [q + choices.ANSWER.encode() + a.encode() for q, a in zip(questions, answers)]
+        encoded = np.array(texts, object)
+        return encoded, encoded
+
+    return lambda ds: ds.map(
+        lambda block: _map(
+            block,
+            choose,
+            ("texts", "labels", "label_counts", "position"),
+            {"text": (tf.string, ()), "canonical": (tf.string, ())},
+        )
+    )
+
+
 def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
-    """seqio preprocessor: `text` to `tokens`, `text_valid` and `text_id`."""
+    """seqio preprocessor: `text` to `tokens`, `text_valid`, `text_id` and `prompt_len`."""
 
     def encode(texts: np.ndarray, canonical: np.ndarray) -> Any:
         return tokenizer([t.decode() for t in texts], [t.decode() for t in canonical])
@@ -133,6 +164,7 @@ def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
                 "tokens": (tf.int32, (max_len,)),
                 "text_valid": (tf.bool, (max_len,)),
                 "text_id": (tf.int32, (2,)),
+                "prompt_len": (tf.int32, ()),
             },
         )
     )

@@ -1,8 +1,8 @@
 """The training record: a tf.train.Example, written and read without TensorFlow.
 
 Fields: `image` (encoded bytes), `text` (captions), `label` (class names), `key` (unique in its
-data set) and `extra` (whatever else the source said, as JSON). tensorflow-datasets reads the same
-bytes.
+data set) and `extra` (whatever else the source said, as JSON); pairs of images have `second` as
+well. tensorflow-datasets reads the same bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 
 class Record(NamedTuple):
-    """One example. `image` is encoded bytes; texts may be empty; `extra` is a JSON object."""
+    """One example. `image` is encoded bytes; texts may be empty; `extra` is a JSON object; `second`
+    is the other image of a pair."""
 
     image: bytes
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     key: str
     extra: str = "{}"
+    second: bytes = b""
 
 
 def _example_class() -> Any:
@@ -68,6 +70,8 @@ def serialize(record: Record) -> bytes:
     feature["label"].bytes_list.value.extend(label.encode() for label in record.labels)
     feature["key"].bytes_list.value.append(record.key.encode())
     feature["extra"].bytes_list.value.append(record.extra.encode())
+    if record.second:
+        feature["second"].bytes_list.value.append(record.second)
     return example.SerializeToString(deterministic=True)
 
 
@@ -85,6 +89,7 @@ def parse(data: bytes) -> Record:
             labels=tuple(str(label, "utf-8") for label in feature["label"].bytes_list.value),
             key=str(feature["key"].bytes_list.value[0], "utf-8"),
             extra=str(feature["extra"].bytes_list.value[0], "utf-8"),
+            second=feature["second"].bytes_list.value[0] if "second" in feature else b"",
         )
     except Exception as error:
         raise ValueError(f"not a record of coca_jax ({len(data)} bytes): {error}") from None

@@ -29,7 +29,7 @@ class Source:
 
     Attributes:
         name: for messages.
-        kind: 'caption' or 'label': which of its texts train.
+        kind: 'caption', 'label' or 'question': which of its texts train.
         complete: whether every record is known to have a text of that kind.
     """
 
@@ -307,7 +307,7 @@ def _matches(extra: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
 
 _KEYS = {
     "path", "tfds", "builtin", "split", "kind", "weight", "where", "text_field", "label_field",
-    "captions", "prompts", "data_dir", "image_field", "limit", "objects",
+    "captions", "prompts", "data_dir", "image_field", "limit", "objects", "questions",
 }  # fmt: skip
 
 
@@ -321,7 +321,10 @@ def open_source(config: str | Mapping[str, Any], split: str = "train") -> Source
             tfds: a prepared TFDS data set (with data_dir, image_field where needed);
             and, all optional,
             split: overrides the argument;
-            kind: 'caption' (texts train) or 'label' (class names train);
+            kind: 'caption' (texts train), 'label' (class names train) or 'question' (each text
+                is a question, and the labels are its answers);
+            questions: of kind 'question', a field of `extra` that lists the questions of an image
+                as {question, answer}, in place of texts and labels; an answer may be a list;
             where: {field: value or list of values} that records must have in their `extra`;
             text_field, label_field: fields of `extra` to take in place of text and label;
             captions: 'sampled' (one of an image's captions each time) or 'all' (each is an
@@ -338,8 +341,8 @@ def open_source(config: str | Mapping[str, Any], split: str = "train") -> Source
         raise ValueError(f"data source {entry}: unknown keys {unknown}; known: {sorted(_KEYS)}")
     split = entry.get("split") or split
     kind = entry.get("kind", "caption")
-    if kind not in ("caption", "label"):
-        raise ValueError(f"data source kind={kind!r}: use 'caption' or 'label'")
+    if kind not in ("caption", "label", "question"):
+        raise ValueError(f"data source kind={kind!r}: use 'caption', 'label' or 'question'")
     places = [place for place in ("path", "builtin", "tfds") if entry.get(place)]
     if len(places) != 1:
         raise ValueError(f"data source {entry}: give exactly one of path, builtin, tfds")
@@ -381,6 +384,8 @@ def narrow(source: Source, entry: Mapping[str, Any], *, refield: bool = True) ->
     captions = entry.get("captions", "sampled")
     if captions not in ("sampled", "all"):
         raise ValueError(f"data source captions={captions!r}: use 'sampled' or 'all'")
+    if kind == "question":
+        source, complete = _one_question_each(source, entry.get("questions", "")), True
     if captions == "all" and kind == "caption":
         source = _one_caption_each(source)
     if not len(source):
@@ -423,6 +428,51 @@ def _one_caption_each(source: Source) -> Source:
         return [r._replace(texts=(r.texts[n],)) for r, n in zip(found, nth[wanted])]
 
     return Source(source.name, len(which), read)
+
+
+def _one_question_each(source: Source, field: str) -> Source:
+    """The source in which each question about each image is an example of its own."""
+
+    def asked(record: Record) -> list[tuple[str, tuple[str, ...]]]:
+        if not field:
+            return [(text, record.labels) for text in record.texts if record.labels]
+        found = json.loads(record.extra).get(field) or []
+        try:
+            pairs = [(item["question"], item["answer"]) for item in found]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"data source {source.name}: field {field!r} of {record.key!r} must list "
+                "{question, answer} objects"
+            ) from None
+        listed = [(q, a if isinstance(a, list) else [a]) for q, a in pairs]
+        return [(str(q), tuple(str(one) for one in a)) for q, a in listed if q and a]
+
+    every = [asked(record) for record in source]
+    questions = [question for found in every for question in found]
+    which = np.repeat(np.arange(len(every)), [len(found) for found in every])
+    if not questions:
+        raise ValueError(
+            f"data source {source.name}: kind='question' but no record has a question and an "
+            f"answer ({f'in its field {field!r}' if field else 'as text and label'})"
+        )
+
+    def with_question(records: list[Record], wanted: np.ndarray) -> list[Record]:
+        return [
+            record._replace(
+                texts=(questions[i][0],), labels=questions[i][1], key=f"{record.key}?{i}"
+            )
+            for record, i in zip(records, wanted.tolist())
+        ]
+
+    def read(indices: Indices) -> list[Record]:
+        wanted = np.asarray(indices, np.int64)
+        return with_question(source.read(which[wanted]), wanted)
+
+    def read_texts(indices: Indices) -> list[Record]:
+        wanted = np.asarray(indices, np.int64)
+        return with_question([Record(b"", (), (), "")] * len(wanted), wanted)
+
+    return Source(source.name, len(questions), read, read_texts)
 
 
 def keep_useful(source: Source) -> Source:

@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from coca_jax.data import images, order, preprocessors
+from coca_jax.data import images, order, preprocessors, texts
 from coca_jax.data.feature_converter import CoCaFeatureConverter
 from coca_jax.data.records import Record
 from coca_jax.data.sources import Source
@@ -119,11 +119,65 @@ class BadImages:
             )
 
 
+class ClassIds:
+    """The class of each record, by a head's list of names.
+
+    Args:
+        names: of the classes, in order; none where the run has no head.
+        skip: whether a record none of whose labels is a class gets -1 (no class) silently.
+        pairs: whether the head is one over pairs of images.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        source: Source,
+        *,
+        skip: bool,
+        pairs: bool,
+        seed: int,
+        number: int,
+    ):
+        self.numbers = {name: number for number, name in enumerate(names)}
+        self._skip, self._pairs, self._source = skip, pairs, source
+        self._seed, self._number = seed, number
+        self._problem = ""
+
+    def __call__(self, records: Sequence[Record], positions: np.ndarray) -> np.ndarray:
+        """int32 [n]; -1: no class."""
+        if self._pairs:
+            for record in records:
+                if not record.second:
+                    self._problem = self._problem or (
+                        f"{record.key!r} has one image and head.kind='pair' takes two; prepare "
+                        "the data with --image_field=FIRST,SECOND"
+                    )
+        if not self.numbers or self._source.kind == "caption":
+            return np.full(len(records), -1, np.int32)
+        labels = [record.labels for record in records]
+        chosen = texts.choose_labels(labels, self.numbers, self._seed, self._number, positions)
+        found = np.array([self.numbers.get(name, -1) for name in chosen], np.int32)
+        for record, number in zip(records, found):
+            if number < 0 and not self._skip:
+                self._problem = self._problem or (
+                    f"{record.key!r} has {list(record.labels)}, not among the {len(self.numbers)} "
+                    "classes of the head; name it in head.classes, leave the record out, or set "
+                    "head.unknown='skip'"
+                )
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError naming the first record that the head cannot learn from."""
+        if self._problem:
+            raise ValueError(f"data source {self._source.name}: {self._problem}")
+
+
 class RecordSource(seqio.DataSource):
     """A seqio source of blocks: the share of one source in each batch, from a step on.
 
     Args:
         reader: the records.
+        class_ids: the class of each.
         seed, number: of the run; of the source within it. They fix the order.
         pattern: int32 [batch], the source of each row of the global batch.
         start_step: the first batch.
@@ -133,13 +187,14 @@ class RecordSource(seqio.DataSource):
         self,
         source: Source,
         reader: BadImages,
+        class_ids: ClassIds,
         *,
         seed: int,
         number: int,
         pattern: np.ndarray,
         start_step: int,
     ):
-        self._source, self._reader = source, reader
+        self._source, self._reader, self._class_ids = source, reader, class_ids
         self._seed, self._number = seed, number
         self._pattern, self._start_step = pattern, start_step
         super().__init__(splits=("train",), num_input_examples={"train": len(source)})
@@ -173,16 +228,18 @@ class RecordSource(seqio.DataSource):
                 positions,
                 used,
                 np.array([record.image for record in records], object),
+                np.array([record.second for record in records], object),
                 *_flatten([record.texts for record in records]),
                 *_flatten([record.labels for record in records]),
                 np.full(count, self._number, np.int32),
                 np.full(count, is_label),
+                self._class_ids(records, positions),
             )
 
         names = dict(
-            position=tf.int64, index=tf.int64, image=tf.string,
+            position=tf.int64, index=tf.int64, image=tf.string, second=tf.string,
             texts=tf.string, text_counts=tf.int32, labels=tf.string, label_counts=tf.int32,
-            source=tf.int32, is_label=tf.bool,
+            source=tf.int32, is_label=tf.bool, class_id=tf.int32,
         )  # fmt: skip
 
         def block(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -215,6 +272,7 @@ def output_features(vocabulary: Vocabulary) -> Mapping[str, seqio.Feature]:
 def make_task(
     source: Source,
     reader: BadImages,
+    class_ids: ClassIds,
     vocabulary: Vocabulary,
     *,
     seed: int,
@@ -235,12 +293,20 @@ def make_task(
     text = preprocessors.caption_text(seed, number)
     if is_label:
         text = preprocessors.label_text(prompts, seed, number)
+    elif source.kind == "question":
+        text = preprocessors.question_text(class_ids.numbers, seed, number)
     tokenizer = preprocessors.Tokenizer(vocabulary, max_len, is_label and label_token)
     features = output_features(vocabulary)
     return seqio.Task(
         f"source_{number}",
         RecordSource(
-            source, reader, seed=seed, number=number, pattern=pattern, start_step=start_step
+            source,
+            reader,
+            class_ids,
+            seed=seed,
+            number=number,
+            pattern=pattern,
+            start_step=start_step,
         ),
         features,
         [

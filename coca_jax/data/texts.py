@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from coca_jax.data import order
 
 # What a draw is for: keeps the choices made for one example independent of one another.
-CAPTION, PROMPT, LABELS, AUGMENT = range(1, 5)
+CAPTION, PROMPT, LABELS, AUGMENT, CLASS = range(1, 6)
+# Between a question and its answer in one text: the head sees what is before it.
+ANSWER = "\x1f"
 
 
 def draw_keys(seed: int, source: int, positions: np.ndarray, purpose: int) -> np.ndarray:
@@ -48,6 +50,20 @@ def label_texts(
         texts.append(prompts[prompt].replace("{}", ", ".join(shuffled)))
         canonical.append("\0".join(sorted(names)))
     return texts, canonical
+
+
+def choose_labels(
+    labels: Sequence[Sequence[str]],
+    classes: Mapping[str, int],
+    seed: int,
+    source: int,
+    positions: np.ndarray,
+) -> list[str]:
+    """One label of each record, another one at each visit: of those that are classes if any are.
+    '' for a record without labels."""
+    draw = order.uniform(draw_keys(seed, source, positions, CLASS), 1)[:, 0]
+    known = [[name for name in names if name in classes] or names for names in labels]
+    return [names[int(u * len(names))] if names else "" for names, u in zip(known, draw)]
 
 
 def text_hash(text: str) -> int:

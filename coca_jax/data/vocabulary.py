@@ -80,6 +80,29 @@ class Vocabulary(abc.ABC):
             lengths[row] = len(full)
         return tokens, np.arange(max_len)[None, :] < lengths[:, None]
 
+    def encode_question(self, question: str, max_len: int) -> list[int]:
+        """Begin symbol and question, cut so that an answer of max_len / 8 tokens fits behind it,
+        with its end symbol at least 3."""
+        return [self.bos_id, *self.encode(question)][: max_len - max(3, max_len // 8)]
+
+    def encode_answers(
+        self, questions: Sequence[str], answers: Sequence[str], max_len: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows [bos, question..., answer..., eos, pad...], each part encoded by itself, so that
+        the row begins as the question alone does.
+
+        Returns:
+            tokens int32 [N, L]; valid bool [N, L]; length of the part before the answer, int32 [N].
+        """
+        tokens = np.full((len(questions), max_len), self.pad_id, np.int32)
+        lengths, prompts = (np.zeros(len(questions), np.int32) for _ in range(2))
+        for row, answer in enumerate(self.encode_many(answers)):
+            prompt = self.encode_question(questions[row], max_len)
+            full = (prompt + answer)[: max_len - 1] + [self.eos_id]
+            tokens[row, : len(full)] = full
+            lengths[row], prompts[row] = len(full), len(prompt)
+        return tokens, np.arange(max_len)[None, :] < lengths[:, None], prompts
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file that it was loaded from, byte for byte, at once or not at all."""
         write_bytes(path, self.data)

@@ -23,6 +23,7 @@ class Tally:
       class_names: distinct names, [classes].
       labels: how the records call the classes, [classes]; by default as `class_names`.
       tie: scores closer than this are equal.
+      missing: whether an image with none of the classes counts as wrong and is not refused.
       num_examples: pictures kept for the report.
 
     An image is right when any of its classes is guessed. Of classes that score the same the true
@@ -38,6 +39,7 @@ class Tally:
         labels: Sequence[str] | None = None,
         *,
         tie: float = 1e-6,
+        missing: bool = False,
         num_examples: int = 16,
     ):
         labels = list(class_names if labels is None else labels)
@@ -53,17 +55,17 @@ class Tally:
                 "class_names; give one for each name"
             )
         self.name, self.class_names = name, list(class_names)
-        self.tie = tie
+        self.tie, self.missing = tie, missing
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
-        self._truths: list[int] = []  # the first name, for accuracy by class and confusion
+        self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
         self._guesses: list[np.ndarray] = []
         self._shown = Spread(num_examples)
 
     def true_classes(self, record: Record) -> list[int]:
         """Returns the numbers of the record's classes; ValueError when none is known."""
         found = [self._number[label] for label in record["labels"] if label in self._number]
-        if not found:
+        if not found and not self.missing:
             raise ValueError(
                 f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
                 f"none is among the {len(self._number)} classes of {self.name}"
@@ -76,7 +78,7 @@ class Tally:
         for row, record in enumerate(records):
             known = self.true_classes(record)
             right[row, known] = True
-            self._truths.append(known[0])
+            self._truths.append(known[0] if known else -1)
         self._ranks.append(rank_of_best(scores, right, self.tie))
         # Among equal scores a wrong class is the guess, as in the rank.
         best = scores >= scores.max(1, keepdims=True) - self.tie
@@ -88,7 +90,7 @@ class Tally:
         """One picture of the report, with the three best guesses."""
         return dict(
             image=encode_png(picture(record["image"])),
-            truth=[self.class_names[c] for c in self.true_classes(record)],
+            truth=[self.class_names[c] for c in self.true_classes(record)] or record["labels"],
             guesses=[(self.class_names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
         )
 
@@ -104,15 +106,17 @@ class Tally:
         yield from with_interval(f"{self.name}/top1", rank < 1)
         if len(self.class_names) > 5:
             yield from with_interval(f"{self.name}/top5", rank < 5)
+        rank, truth = rank[truth >= 0], truth[truth >= 0]
         total = np.bincount(truth, minlength=len(self.class_names))
         hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))[total > 0]
         total = total[total > 0]
-        yield from scored(
-            f"{self.name}/mean_per_class",
-            float((hits / total).mean()),
-            limits(mean_of_classes(hits, total)),
-            len(rank),
-        )
+        if len(rank):
+            yield from scored(
+                f"{self.name}/mean_per_class",
+                float((hits / total).mean()),
+                limits(mean_of_classes(hits, total)),
+                len(rank),
+            )
         yield f"{self.name}/num_classes", float(len(self.class_names))
 
     def hits(self) -> np.ndarray:
@@ -120,10 +124,11 @@ class Tally:
         return np.concatenate(self._ranks) < 1
 
     def _guessed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rank, first true class, guess) of every image; with several true classes a guess of any
-        of them stands on the diagonal."""
+        """(rank, first true class, guess) of every image that has a class; with several true
+        classes a guess of any of them stands on the diagonal."""
         rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
-        return rank, truth, np.where(rank < 1, truth, np.concatenate(self._guesses))
+        guess = np.where(rank < 1, truth, np.concatenate(self._guesses))
+        return rank[truth >= 0], truth[truth >= 0], guess[truth >= 0]
 
     def classes(self) -> dict[str, Any]:
         """Returns dict(class_names, accuracy, count, confusion) for eval_classes.json.
@@ -185,7 +190,7 @@ def rank_of_best(scores: np.ndarray, right: np.ndarray, tie: float = 1e-6) -> np
 
     Args:
       scores: [N, C].
-      right: bool [N, C], at least one in each row.
+      right: bool [N, C]; a row without one has rank C.
       tie: scores closer than this are equal; float32 dot products of the same unit vectors may
         differ by about 1e-7.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -33,8 +35,6 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, item.problem, item.detail
     if not item.image:
         return None, "empty_image", "zero bytes"
-    if len(item.image) > options.max_image_bytes:
-        return None, "image_too_big", f"{len(item.image)} bytes"
     texts = [" ".join(text.split()) for text in item.texts]
     if any(len(text) > options.max_text for text in texts):
         return None, "text_too_long", f"{max(map(len, texts))} characters"
@@ -47,19 +47,39 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, "missing_text", "no caption of the wanted length"
     if options.require == "label" and not labels:
         return None, "missing_label", "no class name"
-    if not texts and not labels:
+    if not texts and not labels and not _asks(item.extra):
         return None, "missing_text", "neither a caption nor a class name"
+    data, reason, detail = _checked(item.image, options)
+    if not reason and item.second:
+        second, reason, detail = _checked(item.second, options)
+    else:
+        second = b""
+    if reason:
+        return None, reason, detail
+    extra = plain_json(dict(item.extra))
+    return Record(data, tuple(texts), tuple(labels), item.key, extra, second), "", ""
+
+
+def _asks(extra: Mapping[str, Any]) -> bool:
+    """Whether a field lists questions, as sources of kind 'question' read them."""
+    lists = (value for value in extra.values() if isinstance(value, list))
+    return any(isinstance(one, dict) and "question" in one for found in lists for one in found[:1])
+
+
+def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
+    """What is kept of an encoded image, or the reason and detail of its quarantine."""
+    if len(data) > options.max_image_bytes:
+        return data, "image_too_big", f"{len(data)} bytes"
     try:
-        image = images.open_image(item.image, options.max_pixels)
+        image = images.open_image(data, options.max_pixels)
     except ValueError as error:
         big = str(error).startswith("too many pixels")
-        return None, "too_many_pixels" if big else "unreadable_image", str(error)
+        return data, "too_many_pixels" if big else "unreadable_image", str(error)
     width, height = image.size
     if min(width, height) < options.min_side:
-        return None, "image_too_small", f"{width} x {height}"
+        return data, "image_too_small", f"{width} x {height}"
     if options.max_aspect and max(width, height) > options.max_aspect * min(width, height):
-        return None, "aspect", f"{width} x {height}"
-    data = item.image
+        return data, "aspect", f"{width} x {height}"
     try:
         if options.max_side and max(width, height) > options.max_side:
             data = _shrink(image, options.max_side)
@@ -68,12 +88,8 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
                 image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
     except Exception as error:  # PIL's decoders raise all sorts on damaged data
-        return None, "damaged_image", str(error)
-    return (
-        Record(data, tuple(texts), tuple(labels), item.key, plain_json(dict(item.extra))),
-        "",
-        "",
-    )
+        return data, "damaged_image", str(error)
+    return data, "", ""
 
 
 def _shrink(image: Image.Image, max_side: int) -> bytes:

@@ -125,11 +125,21 @@ def located(unit: Unit, options: Options) -> Iterator[tuple[Item, str]]:
 def from_fields(folder: str, fields: dict, options: Options) -> Item:
     """An item of one row: a file name, and a text or label."""
     item, path = _located(folder, fields, options)
+    second = options.image_field.partition(",")[2]
+    if second and not item.problem:
+        other = fields.pop(second, None)
+        if not isinstance(other, str) or not other:
+            item.problem, item.detail = "missing_image", f"the row names no {second!r}"
+            return item
+        found = load_image(Item(other), files.join(folder, other))
+        item.second, item.problem, item.detail = found.image, found.problem, found.detail
+        item.key = f"{item.key}+{other}#{item.texts[0] if item.texts else ''}"
     return item if item.problem else load_image(item, path)
 
 
 def _located(folder: str, fields: dict, options: Options) -> tuple[Item, str]:
-    name = take(fields, options.image_field, ("file_name", "filepath", "image", "path"))
+    first = options.image_field.partition(",")[0]
+    name = take(fields, first, ("file_name", "filepath", "image", "path"))
     if not isinstance(name, str) or not name:
         return Item(str(name), problem="missing_image", detail="the row names no image file"), ""
     path = files.join(folder, name)

@@ -14,6 +14,7 @@ class Options:
 
     Attributes:
         text_field, label_field, image_field: names of fields or columns; '': the format's usual.
+            image_field 'left,right': examples are pairs of images.
         class_names: names of integer labels, in order.
         where: fields an example must have, as (name, allowed values).
         verify: decode each image fully, not only its header.
@@ -78,6 +79,7 @@ class Item:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
     detail: str = ""
+    second: bytes = b""  # the other image of a pair
 
 
 def split_units(path: str, rows: int, rows_per_unit: int) -> list[Unit]:

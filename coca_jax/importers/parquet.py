@@ -43,7 +43,8 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file}: not a parquet file: {error}") from None
             columns = table.schema_arrow.names
-            for field in (options.image_field, options.text_field, options.label_field):
+            images = options.image_field.split(",")
+            for field in (*images, options.text_field, options.label_field):
                 if field and field not in columns:
                     raise ValueError(f"{file}: no column {field!r}; it has {columns}")
             if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
@@ -105,7 +106,8 @@ def _rows(table: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, d
 def _item(
     key: str, folder: str, fields: dict, options: Options, classes: dict[str, list[str]]
 ) -> Item:
-    image = take(fields, options.image_field, IMAGE_FIELDS)
+    first, _, second = options.image_field.partition(",")
+    image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
     item = Item(key, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
     label_field = options.label_field or next((f for f in LABEL_FIELDS if f in fields), "")
     known = classes.get(label_field) or options.class_names
@@ -115,6 +117,15 @@ def _item(
         item.problem, item.detail = "bad_label", str(error)
         return item
     item.extra = {k: v for k, v in fields.items() if not isinstance(v, bytes)}
+    _load(item, image, folder)
+    if second and not item.problem:
+        found = _load(Item(key), other, folder)
+        item.second, item.problem, item.detail = found.image, found.problem, found.detail
+    return item
+
+
+def _load(item: Item, image: Any, folder: str) -> Item:
+    """Puts an image into the item: HF's struct, bytes, or the path of a file."""
     if isinstance(image, dict):
         path = image.get("path")
         image = image.get("bytes") or (path and files.join(folder, path))

@@ -74,11 +74,12 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
     item = Item(key)
-    suffix = options.image_field or next((s for s in IMAGE_SUFFIXES if s in members), "")
-    if suffix not in members:
+    first, _, second = options.image_field.partition(",")
+    suffix = first or next((s for s in IMAGE_SUFFIXES if s in members), "")
+    if suffix not in members or (second and second not in members):
         item.problem, item.detail = "missing_image", f"members {sorted(members)}"
         return item
-    item.image = members[suffix]
+    item.image, item.second = members[suffix], members[second] if second else b""
     try:
         fields = json.loads(members["json"].decode()) if "json" in members else {}
         if not isinstance(fields, dict):

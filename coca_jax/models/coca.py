@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from coca_jax.models import layers
+from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
@@ -24,7 +24,8 @@ class Outputs:
     image_embedding, text_embedding: float32 [B, E], L2-normalised. image_tokens: [B, Q, D], what
     the decoder attends to. states: [B, L, D], the decoder's output before the softmax layer.
     kernel [D, V], bias [V] or None: the softmax layer. scale: float32, exp of the learned log
-    inverse temperature. logit_bias: float32, or None without the sigmoid loss.
+    inverse temperature. logit_bias: float32, or None without the sigmoid loss. class_logits:
+    float32 [B, C] of the task head, or None without one.
     """
 
     image_embedding: jax.Array
@@ -35,6 +36,7 @@ class Outputs:
     bias: jax.Array | None
     scale: jax.Array
     logit_bias: jax.Array | None
+    class_logits: jax.Array | None
 
     @property
     def logits(self) -> jax.Array:
@@ -63,6 +65,7 @@ class CoCa(nn.Module):
     image_projection: bool = True
     query_std: float = 0.02
     sigmoid: bool = False
+    task_head: heads.TaskHead | None = None
     dtype: Any = jnp.float32
     flat: bool = True
 
@@ -91,6 +94,8 @@ class CoCa(nn.Module):
         self.log_scale = layers.Scalar(float(np.log(1 / self.temperature)))
         if self.sigmoid:
             self.logit_bias = layers.Scalar(-10.0)
+        if self.task_head is not None:
+            self.head = self.task_head.copy(name="head")
 
     def encode_image(
         self, pixels: jax.Array, *, deterministic: bool = True
@@ -122,17 +127,58 @@ class CoCa(nn.Module):
         """(inverse temperature, bias of the sigmoid loss or None), float32."""
         return jnp.exp(self.log_scale()), self.logit_bias() if self.sigmoid else None
 
+    def classify(
+        self,
+        pixels: jax.Array,
+        tokens: jax.Array | None = None,
+        prompt_len: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits of the task head alone, float32 [B, C], running only what it needs.
+
+        pixels [B, S, S, 3], or [B, 2, S, S, 3] for a head over pairs. Heads over the decoder
+        take tokens int [B, L] and prompt_len int [B]: how many of a row are the question (or
+        statement), with the begin symbol. What follows is not seen by the head.
+        """
+        if self.task_head is None:
+            raise ValueError("this model has no task head; train it with head.kind set")
+        kind = self.task_head.kind
+        if kind == "pair":  # both images of a pair become rows, each with the text
+            pixels = pixels.reshape((-1,) + pixels.shape[2:])
+            tokens, prompt_len = jnp.repeat(tokens, 2, 0), jnp.repeat(prompt_len, 2, 0)
+        encoded = self.image_encoder(pixels, deterministic=deterministic)
+        if kind == "classification":
+            return self.head(encoded)
+        valid = jnp.arange(tokens.shape[1]) < prompt_len[:, None]
+        text_states, _ = self.text_decoder.encode(tokens, valid)
+        states = self.text_decoder.fuse(text_states, self.pool(encoded)[1])
+        return self.head(states, valid)
+
     def __call__(
         self,
         pixels: jax.Array,
         tokens: jax.Array,
         text_valid: jax.Array,
+        prompt_len: jax.Array | None = None,
         *,
         deterministic: bool = True,
     ) -> Outputs:
-        """The whole model: both embeddings and the caption states from one pass."""
-        image_embedding, image_tokens = self.encode_image(pixels, deterministic=deterministic)
+        """The whole model: both embeddings and the caption states from one pass.
+
+        A head over questions shares this pass: the decoder is causal, so the states of the first
+        prompt_len tokens know nothing of the answer behind them. Pairs do not run here.
+        """
+        encoded = self.image_encoder(pixels, deterministic=deterministic)
+        image_embedding, image_tokens = self.pool(encoded)
         cls, states = self.text_decoder(tokens, text_valid, image_tokens)
+        kind = self.task_head.kind if self.task_head is not None else ""
+        class_logits = None
+        if kind == "classification":
+            class_logits = self.head(encoded)
+        elif kind == "answer":
+            length = text_valid.sum(1) if prompt_len is None else prompt_len
+            class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
         kernel, bias = self.text_decoder.output_layer()
         scale, logit_bias = self.similarity()
         return Outputs(
@@ -144,6 +190,7 @@ class CoCa(nn.Module):
             bias=bias,
             scale=scale,
             logit_bias=logit_bias,
+            class_logits=class_logits,
         )
 
 
@@ -154,13 +201,21 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def build(
-    model: ConfigDict, *, remat: str = "none", sigmoid: bool = False, platform: str | None = None
+    model: ConfigDict,
+    *,
+    remat: str = "none",
+    sigmoid: bool = False,
+    platform: str | None = None,
+    head: ConfigDict | None = None,
+    num_classes: int = 0,
 ) -> CoCa:
     """Makes the module that `config.model` describes.
 
     sigmoid: whether it has the learned bias of the sigmoid loss.
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); it decides how products are
-    laid out, not what they compute. Raises ValueError for sizes that cannot be (see `validate`).
+    laid out, not what they compute.
+    head: `config.head`; a task head over num_classes is added where its kind is not ''.
+    Raises ValueError for sizes that cannot be (see `validate`).
     """
     validate(model)
     flat = (platform or jax.default_backend()) == "cpu"
@@ -187,6 +242,7 @@ def build(
         embed_dim=model.embed_dim,
         temperature=model.temperature,
         sigmoid=sigmoid,
+        task_head=heads.build(head, model, num_classes, flat) if head and head.kind else None,
         dtype=dtype,
         flat=flat,
     )
@@ -244,7 +300,15 @@ def init(model: CoCa, rng: jax.Array) -> dict:
     encoder, decoder = model.encoder, model.decoder
     pixels = jnp.zeros((1, encoder.image_size, encoder.image_size, 3), jnp.float32)
     tokens = jnp.zeros((1, decoder.max_len), jnp.int32)
-    return model.init(rng, pixels, tokens, jnp.ones(tokens.shape, bool))["params"]
+    inputs = (pixels, tokens, jnp.ones(tokens.shape, bool))
+    if model.task_head is None or model.task_head.kind != "pair":
+        return model.init(rng, *inputs)["params"]
+
+    def both(module: CoCa, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> None:
+        module(pixels, tokens, valid)
+        module.classify(jnp.stack([pixels] * 2, 1), tokens, valid.sum(1))
+
+    return model.init(rng, *inputs, method=both)["params"]
 
 
 def count_parameters(params: dict) -> dict[str, int]:

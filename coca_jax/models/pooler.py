@@ -25,7 +25,8 @@ class AttentionalPooler(nn.Module):
     flat: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """mask: bool, broadcastable to [B, H, Q, N]; True where a query may look."""
         query = layers.Table(
             (self.num_queries, self.width),
             axes=("position", "embed"),
@@ -36,5 +37,5 @@ class AttentionalPooler(nn.Module):
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
         tokens = layers.LayerNorm(self.dtype, name="token_norm")(tokens)
         return layers.Attention(self.num_heads, dtype=self.dtype, flat=self.flat, name="attention")(
-            query, tokens
+            query, tokens, mask
         )

@@ -1,0 +1,144 @@
+"""What a task head and written answers get right: classification, questions, pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from coca_jax.data import images as image_files
+from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
+from coca_jax.evaluators.captioning import canonical_text
+from coca_jax.evaluators.classification import Tally
+from coca_jax.evaluators.intervals import with_interval
+from coca_jax.evaluators.results import Spread, encode_png
+
+
+class Classifier(Protocol):
+    """What the evaluators here ask of a model. Images are as in evaluators.Predictor."""
+
+    class_names: list[str]
+    head_kind: str  # 'classification', 'answer' or 'pair': what the head reads
+
+    def classify(self, images: Any, texts: Sequence[str] | None) -> np.ndarray:
+        """N images, or a list of N pairs, and their texts -> probabilities float32 [N, C]."""
+
+    def answer(self, images: Any, questions: Sequence[str]) -> list[str]:
+        """N images and N questions -> N answers."""
+
+
+def question_of(record: Record, name: str) -> str:
+    """The record's only text; ValueError where it has none or several. name: who asks."""
+    texts = record_texts(record, name)
+    if len(texts) != 1:
+        raise ValueError(
+            f"record {record.get('key', '?')} has {len(texts)} texts where one question is needed; "
+            "give the data as kind='question'"
+        )
+    return texts[0]
+
+
+class Classification:
+    """Scores the task head of a model.
+
+    Args:
+      data_name: of the data set, the second part of the metrics' names.
+      batch_size: images at a time.
+      num_examples: pictures kept for the report.
+      progress: shows a bar.
+    """
+
+    def __init__(
+        self,
+        data_name: str,
+        *,
+        batch_size: int = 256,
+        num_examples: int = 16,
+        progress: bool = False,
+    ):
+        self.name = f"classification/{data_name}"
+        self.batch_size, self.num_examples = batch_size, num_examples
+        self.progress = progress
+        self.examples: dict[str, Any] = {}
+        self.classes: dict[str, Any] = {}
+
+    def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
+        unknown_labels: records none of whose labels is a class of the head. It cannot name those,
+        so they count as wrong.
+
+        A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
+        `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
+        """
+        names = predict.class_names
+        number = {name: i for i, name in enumerate(names)}
+        tally = Tally(self.name, names, missing=True, num_examples=self.num_examples)
+        surprise: list[float] = []
+        count = 0
+        for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
+            images = stack_images(batch)
+            if predict.head_kind == "pair":
+                images = [(record["image"], record["second"]) for record in batch]
+            texts = None
+            if predict.head_kind != "classification":
+                texts = [question_of(record, self.name) for record in batch]
+            found = check_finite(np.asarray(predict.classify(images, texts)), "class")
+            tally.add(found, batch)
+            count += len(batch)
+            for record, row in zip(batch, found):
+                known = [number[label] for label in record["labels"] if label in number]
+                surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
+        yield from tally.results()
+        if surprise:
+            yield f"{self.name}/nll", float(np.mean(surprise))
+        yield f"{self.name}/unknown_labels", float(count - len(surprise))
+        self.examples, self.classes = tally.examples(), tally.classes()
+
+
+class Answers:
+    """Scores the answers that the decoder writes behind questions.
+
+    Args: as of `Classification`.
+    """
+
+    def __init__(
+        self,
+        data_name: str,
+        *,
+        batch_size: int = 128,
+        num_examples: int = 24,
+        progress: bool = False,
+    ):
+        self.name = f"answers/{data_name}"
+        self.batch_size, self.num_examples = batch_size, num_examples
+        self.progress = progress
+        self.examples: dict[str, Any] = {}
+
+    def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields exact_match, and its interval: answers equal to one of the record's labels, in
+        lower case and without punctuation. Afterwards `examples` holds pictures with answers."""
+        exact: list[bool] = []
+        shown = Spread(self.num_examples)
+        for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
+            questions = [question_of(record, self.name) for record in batch]
+            answers = predict.answer(stack_images(batch), questions)
+            for record, said in zip(batch, answers, strict=True):
+                wanted = {canonical_text(label) for label in record["labels"]}
+                exact.append(canonical_text(said) in wanted)
+                shown.offer(functools.partial(_item, record, said, exact[-1]))
+        if not exact:
+            raise ValueError(f"{self.name} has no record; check the data set and its split")
+        self.examples = dict(kind="captioning", items=shown.items())
+        yield from with_interval(f"{self.name}/exact_match", np.asarray(exact))
+
+
+def _item(record: Record, said: str, exact: bool) -> dict[str, Any]:
+    """One picture of the report, with the question, the answer and the labels."""
+    return dict(
+        image=encode_png(image_files.decode(record["image"])),
+        caption=f"{question_of(record, '')} {said}",
+        references=list(record["labels"])[:5],
+        exact=exact,
+    )

@@ -1,0 +1,81 @@
+"""Task heads: a new attentional pooler and a linear classifier (paper Section 3.3 and 4.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from coca_jax.models import layers
+from coca_jax.models.pooler import AttentionalPooler
+
+# What a head pools: the tokens of the image encoder, the decoder's outputs over a question about
+# one image, or those over one text beside each of two images.
+KINDS = ("classification", "answer", "pair")
+
+
+class TaskHead(nn.Module):
+    """Pools tokens with `num_queries` learned queries and projects what they found to classes.
+
+    kind: one of KINDS. With 'pair' the tokens of the two images of an example are adjacent rows;
+    each is pooled alone, and the classifier sees both side by side (paper: NLVR2).
+    The classifier starts at zero, so every class is equally likely at first.
+    """
+
+    kind: str
+    num_classes: int
+    num_queries: int
+    width: int
+    num_heads: int
+    dtype: Any = jnp.float32
+    flat: bool = True
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """tokens [R, N, W], valid bool [R, N] -> logits float32 [B, C]; R is B, or 2 B of pairs."""
+        mask = None if valid is None else valid[:, None, None, :]
+        pooled = AttentionalPooler(
+            self.num_queries,
+            width=self.width,
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            flat=self.flat,
+            name="pooler",
+        )(tokens, mask)
+        parts = self.num_queries * (2 if self.kind == "pair" else 1)
+        logits = layers.Projection(
+            (self.num_classes,),
+            axes=("embed", "joint"),
+            init_scale=0.0,
+            flat=self.flat,
+            name="classifier",
+        )(pooled.reshape((-1, parts * self.width)).astype(jnp.float32))
+        return logits.astype(jnp.float32)
+
+
+def build(head: ConfigDict, model: ConfigDict, num_classes: int, flat: bool) -> TaskHead:
+    """The module that `config.head` describes, for a model of `config.model`.
+
+    Raises ValueError for an unknown kind, no query, or fewer than two classes.
+    """
+    if head.kind not in KINDS:
+        raise ValueError(f"head.kind={head.kind!r}; choose from {', '.join(KINDS)}, or '' for none")
+    if head.num_queries < 1:
+        raise ValueError(f"head.num_queries={head.num_queries}; the pooler needs at least 1")
+    if num_classes < 2:
+        raise ValueError(
+            f"head.kind={head.kind!r} has {num_classes} classes; name two or more in head.classes "
+            "or give data with labels"
+        )
+    return TaskHead(
+        kind=head.kind,
+        num_classes=num_classes,
+        num_queries=head.num_queries,
+        width=model.text.width,
+        num_heads=model.pooler.num_heads,
+        dtype=jnp.dtype(model.dtype),
+        flat=flat,
+    )

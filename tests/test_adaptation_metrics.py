@@ -1,0 +1,175 @@
+"""Metrics of task heads and probes against independent computations."""
+
+import importlib
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from coca_jax import run_config
+from coca_jax.evaluators import probes
+from coca_jax.evaluators.task_head import Answers, Classification
+
+RNG = np.random.default_rng(0)
+NAMES = [f"class {i}" for i in range(7)]
+
+
+class Fixed:
+    """Answers with prepared probabilities, whatever the picture."""
+
+    class_names, head_kind = NAMES, "classification"
+
+    def __init__(self, probability):
+        self.probability, self.done = probability, 0
+
+    def classify(self, images, texts=None):
+        rows = self.probability[self.done : self.done + len(images)]
+        self.done += len(images)
+        return rows
+
+
+def records_of(labels):
+    image = np.zeros((4, 4, 3), np.uint8)
+    return [dict(image=image, labels=names, text=[], key=str(i)) for i, names in enumerate(labels)]
+
+
+def test_top1_and_top5_equal_a_plain_count():
+    logits = RNG.normal(size=(300, 7))
+    probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truth = RNG.integers(0, 7, 300)
+    second = RNG.integers(0, 7, 300)
+    labels = [
+        [NAMES[t]] if i % 3 else [NAMES[t], NAMES[s]] for i, (t, s) in enumerate(zip(truth, second))
+    ]
+    labels[0] = ["something else"]
+    evaluator = Classification("set", batch_size=64)
+    scores = dict(evaluator.run(Fixed(probability.astype(np.float32)), records_of(labels)))
+    order = np.argsort(-probability, 1)
+    for k, name in ((1, "top1"), (5, "top5")):
+        right = [any(NAMES[c] in names for c in order[row, :k]) for row, names in enumerate(labels)]
+        np.testing.assert_allclose(scores[f"classification/set/{name}"], np.mean(right))
+    low, high = (scores[f"classification/set/top1_{end}"] for end in ("low", "high"))
+    assert low < scores["classification/set/top1"] < high
+    assert scores["classification/set/unknown_labels"] == 1
+    columns = [[NAMES.index(name) for name in set(names)] for names in labels[1:]]
+    nll = -np.mean([np.log(row[c].sum()) for row, c in zip(probability[1:], columns)])
+    np.testing.assert_allclose(scores["classification/set/nll"], nll, rtol=1e-5)
+    table = np.array(evaluator.examples["confusion"]["counts"])
+    assert table.sum() == 299 and len(evaluator.examples["items"]) == 16
+    assert np.sum(evaluator.classes["count"]) == 299
+
+
+def test_equal_probabilities_score_nothing():
+    labels = [[NAMES[i % 7]] for i in range(14)]
+    found = dict(Classification("set").run(Fixed(np.full((14, 7), 1 / 7)), records_of(labels)))
+    assert found["classification/set/top1"] == found["classification/set/top5"] == 0
+    with pytest.raises(ValueError, match="no record"):
+        dict(Classification("set").run(Fixed(np.zeros((0, 7))), []))
+
+
+def test_written_answers_are_compared_as_words():
+    class Writer:
+        def answer(self, images, questions):
+            return ["Yes.", "two  dogs", ""][: len(images)]
+
+    records = records_of([["yes"], ["a cat", "two dogs"], ["no"]])
+    records = [dict(record, text=["what?"]) for record in records]
+    found = dict(Answers("set").run(Writer(), records))
+    np.testing.assert_allclose(found["answers/set/exact_match"], 2 / 3)
+    with pytest.raises(ValueError, match="has 2 texts where one question is needed"):
+        dict(Answers("set").run(Writer(), [dict(records[0], text=["a?", "b?"])]))
+
+
+def blobs(count, spread=1.0):
+    centres = np.random.default_rng(1).normal(size=(7, 12))
+    classes = RNG.integers(0, 7, count)
+    features = centres[classes] + spread * RNG.normal(size=(count, 12))
+    return features.astype(np.float32), classes
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+def test_logistic_regression_equals_scikit_learn(l2):
+    features, classes = blobs(400)
+    ours = probes.fit_linear(features, classes, 7, l2)
+    # scikit-learn adds the squares to C times the sum of losses.
+    theirs = LogisticRegression(C=1 / (l2 * len(features)), tol=1e-8, max_iter=2000)
+    theirs.fit(features, classes)
+    test, _ = blobs(200)
+    logits = probes.linear_scores(test, ours)
+    found = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found, theirs.predict_proba(test), atol=2e-3)
+
+
+def test_l2_is_chosen_on_the_held_out_part():
+    features, classes = blobs(500, spread=2.0)
+    features = np.concatenate([features, RNG.normal(size=(500, 150))], 1).astype(np.float32)
+    l2, weights = probes.choose_l2(features, classes, 7, seed=3)
+    order = np.random.default_rng(3).permutation(500)
+    test, train = order[:50], order[50:]
+    right = {}
+    for one in probes.L2_SWEEP:
+        theirs = LogisticRegression(C=1 / (one * len(train)), max_iter=3000)
+        theirs.fit(features[train], classes[train])
+        right[one] = theirs.score(features[test], classes[test])
+    assert max(right.values()) - min(right.values()) > 0.05  # much noise wants a strong one
+    assert right[l2] > max(right.values()) - 0.03
+    whole = probes.fit_linear(features, classes, 7, l2)
+    np.testing.assert_allclose(weights, whole, atol=1e-6)
+
+
+def test_nearest_neighbours_equal_a_plain_vote():
+    train, classes = blobs(90)
+    test, _ = blobs(33)
+    train[5] = train[6]  # duplicates
+    found = probes.knn_scores(test, train, classes, 7, k=10, temperature=0.1, chunk=8)
+    for row, feature in enumerate(test):
+        cosine = train @ feature / np.linalg.norm(train, axis=1) / np.linalg.norm(feature)
+        votes = np.zeros(7)
+        for i in np.argsort(-cosine)[:10]:
+            votes[classes[i]] += np.exp((cosine[i] - cosine.max()) / 0.1)
+        np.testing.assert_allclose(found[row], votes, rtol=1e-4)
+    few = probes.knn_scores(test, train[:3], classes[:3], 7, k=10)
+    assert set(np.flatnonzero(few.sum(0))) == set(classes[:3])
+
+
+@pytest.mark.parametrize("kind", ["linear_probe", "knn"])
+def test_a_probe_learns_from_its_training_records(kind):
+    class Mean:
+        def features(self, images):
+            return images.reshape(len(images), -1, 3).mean(1).astype(np.float32)
+
+    def records(count):
+        shades = RNG.integers(0, 3, count)
+        noise = RNG.integers(0, 120, (count, 4, 4, 3))
+        images = (noise + 130 * np.eye(3)[shades][:, None, None]).astype(np.uint8)
+        return [dict(image=i, labels=[NAMES[s]], key="k") for i, s in zip(images, shades)]
+
+    probe = probes.Probe(kind, "set", NAMES[:3], records(200), num_examples=3)
+    found = dict(probe.run(Mean(), records(60)))
+    assert found[f"{kind}/set/top1"] == 1.0 and found[f"{kind}/set/num_train"] == 200
+    assert len(probe.examples["items"]) == 3
+    stranger = [dict(image=np.zeros((4, 4, 3), np.uint8), labels=["new"], key="x")]
+    with pytest.raises(ValueError, match="labels of x are .'new'."):
+        dict(probes.Probe(kind, "set", NAMES[:3], records(9)).run(Mean(), stranger))
+
+
+@pytest.mark.parametrize(
+    "recipe, head, rates",
+    [
+        ("imagenet_frozen", "classification", (5e-4, 0.0)),
+        ("imagenet_finetune", "classification", (5e-4, 5e-4)),
+        ("vqa", "answer", (5e-4, 2e-5)),
+        ("snli_ve", "answer", (1e-3, 5e-5)),
+        ("nlvr2", "pair", (5e-4, 2e-5)),
+        ("coco_captions", "", (1e-5, -1.0)),
+        ("fashion_mnist_frozen", "classification", (3e-3, 0.0)),
+        ("fashion_mnist_finetune", "classification", (1e-3, 5e-4)),
+        ("easy_vqa", "answer", (1.5e-3, -1.0)),
+    ],
+)
+def test_recipes_are_sound(recipe, head, rates):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    run_config.check(config)
+    assert config.head.kind == head and config.optimizer.schedule == "cosine"
+    found = config.optimizer.learning_rate, config.optimizer.encoder_learning_rate
+    assert found == rates

@@ -1,0 +1,431 @@
+"""Task heads: what is trained and at which rate, exact resume, classes bound to the run."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, tiny_config
+from test_train import tiny_run
+
+import coca_jax
+from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, train_step
+from coca_jax.data import vocabulary
+from coca_jax.metrics import TimeBuckets, read_metrics
+from coca_jax.models import coca
+from coca_jax.train import Preempted, train, train_on
+
+CLASSES = 5
+
+
+def head_config(kind="classification", **changes):
+    config = tiny_config()
+    config.head.kind = kind
+    config.loss.update(contrastive_weight=0.0, captioning_weight=0.0)
+    config.optimizer.update(schedule="constant", warmup_steps=0, weight_decay=0.0)
+    config.optimizer.update(changes)
+    return config
+
+
+def build(config):
+    return coca.build(config.model, head=config.head, num_classes=CLASSES)
+
+
+def abstract_params(model):
+    return jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+
+
+def fresh(model):
+    """Parameters whose classifier is not zero."""
+    params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(0))
+    kernel = params["head"]["classifier"]["kernel"]
+    params["head"]["classifier"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+    return params
+
+
+def head_batch(config, seed=0):
+    batch = random_batch(config, seed)
+    rng = np.random.default_rng(seed)
+    if config.head.kind == "pair":
+        batch["image"] = np.stack([batch["image"], batch["image"][::-1]], 1)
+    batch["class_id"] = rng.integers(-1, CLASSES, config.batch_size).astype(np.int32)
+    batch["prompt_len"] = np.minimum(batch["text_valid"].sum(1) - 1, 3).astype(np.int32)
+    return batch
+
+
+def run_steps(config, mesh, steps=2):
+    model = build(config)
+    start = train_step.init_state(model, config, mesh)
+    step = jax.jit(train_step.make_train_step(model, config, 100))
+    state = start
+    for i in range(steps):
+        state, metrics = step(state, partitioning.place_batch(mesh, head_batch(config, i)))
+    return jax.device_get(start), jax.device_get(state), metrics
+
+
+def largest_move(start, end, *path):
+    for key in path:
+        start, end = start[key], end[key]
+    moves = jax.tree.map(lambda a, b: np.abs(a - b).max(), start, end)
+    return max(jax.tree.leaves(moves))
+
+
+def test_a_frozen_encoder_stays_bit_for_bit_and_has_no_optimizer_state(one_device_mesh):
+    config = head_config(encoder_learning_rate=0.0, ema=0.5, weight_decay=0.1)
+    start, end, metrics = run_steps(config, one_device_mesh)
+    for part in start.params:
+        if part != "head":
+            jax.tree.map(np.testing.assert_array_equal, start.params[part], end.params[part])
+    assert largest_move(start.params, end.params, "head", "classifier") > 1e-3
+    assert largest_move(start.params, end.params, "head", "pooler") > 1e-4
+    assert set(end.ema) == {"head"}
+    head = sum(x.size for x in jax.tree.leaves(start.params["head"]))
+    assert sum(x.size for x in jax.tree.leaves(end.opt_state)) == 2 * head + 1  # Adam's count
+    assert np.isfinite(metrics["head_loss"]) and "captioning_loss" not in metrics
+
+
+def test_a_frozen_encoder_costs_no_backward_pass():
+    flops = {}
+    for rate in (0.0, 1e-4):
+        config = head_config(encoder_learning_rate=rate)
+        config.model.update(image_size=64)
+        config.model.image.update(depth=1)
+        model = build(config)
+        params = abstract_params(model)
+        batch = head_batch(config)
+
+        def gradients(params, batch, model=model, config=config):
+            rng = jax.random.key(0)
+            return train_step.value_and_gradients(params, model, config, batch, rng)
+
+        grads, _ = jax.eval_shape(gradients, params, batch)
+        assert ("image_encoder" in grads) == (rate > 0)
+        flops[rate] = jax.jit(gradients).lower(params, batch).cost_analysis()["flops"]
+    assert flops[0.0] < 0.55 * flops[1e-4]
+
+
+def test_only_what_the_losses_read_is_trained():
+    """Weight decay would shrink what has no gradient."""
+
+    def parts(kind, **loss):
+        config = head_config(kind, encoder_learning_rate=1e-4)
+        config.loss.update(loss)
+        params = abstract_params(build(config))
+        found = train_step.trainable(params, config)
+        return set(found), set(params["text_decoder"]) - set(found.get("text_decoder", {}))
+
+    assert parts("classification")[0] == {"head", "image_encoder"}
+    read, left = parts("answer")
+    assert read == {"head", "image_encoder", "generative_pooler", "text_decoder"}
+    assert left == {"cls", "unimodal_norm", "head"}
+    assert parts("answer", captioning_weight=1.0)[1] == {"cls", "unimodal_norm"}
+    assert parts("classification", captioning_weight=1.0)[0] == read
+    read, left = parts("classification", contrastive_weight=1.0)
+    assert {"contrastive_pooler", "log_scale", "text_to_joint"} < read and not left
+
+
+def test_head_and_layers_move_at_their_own_rates(one_device_mesh):
+    config = head_config(learning_rate=1e-2, encoder_learning_rate=1e-3, layer_decay=0.5)
+    start, end, _ = run_steps(config, one_device_mesh)
+    for part in ("text_decoder", "generative_pooler", "contrastive_pooler", "image_to_joint"):
+        jax.tree.map(np.testing.assert_array_equal, start.params[part], end.params[part])
+    # The classifier begins at zero, so all else has its first gradient in the second step, where
+    # Adam's update is the same multiple of the rate for every weight.
+    head = largest_move(start.params, end.params, "head", "pooler", "attention", "value")
+    top = largest_move(start.params, end.params, "image_encoder", "final_norm")
+    np.testing.assert_allclose(top / head, 0.1, rtol=0.02)
+    blocks = [
+        t.params["image_encoder"]["blocks"]["layers"]["mlp"]["in"]["kernel"] for t in (start, end)
+    ]
+    moves = np.abs(blocks[1] - blocks[0]).max((1, 2))
+    bottom = largest_move(start.params, end.params, "image_encoder", "patch_embedding")
+    np.testing.assert_allclose(np.array([bottom, *moves]) / top, [0.125, 0.25, 0.5], rtol=0.05)
+
+
+def test_rate_factors_of_both_towers():
+    config = head_config(learning_rate=1e-2, encoder_learning_rate=1e-3, layer_decay=0.5)
+    params = abstract_params(build(config))
+    factors = optimizer.rate_factors(params, config.optimizer, True)
+    decoder = factors["text_decoder"]
+    kernel = ("layers", "mlp", "in", "kernel")
+    for half, want in (("unimodal", [1 / 16, 1 / 8]), ("multimodal", [1 / 4, 1 / 2])):
+        found = decoder[half]
+        for key in kernel:
+            found = found[key]
+        assert found.shape == (2, 1, 1)
+        np.testing.assert_allclose(found.ravel(), 0.1 * np.array(want), rtol=1e-6)
+    np.testing.assert_allclose(decoder["token_embedding"]["value"], 0.1 / 32)
+    np.testing.assert_allclose(decoder["multimodal_norm"]["scale"], 0.1)
+    np.testing.assert_allclose(factors["generative_pooler"]["query"]["value"], 0.1)
+    assert factors["head"]["classifier"]["kernel"] == 1.0
+
+
+def test_a_head_and_its_optimizer_state_split_over_the_mesh():
+    config = head_config(encoder_learning_rate=0.0, ema=0.9)
+    mesh = partitioning.make_mesh(1, 8, 1)
+    abstract, shardings = train_step.state_shardings(build(config), config, mesh)
+    kernels = [shardings.params, shardings.ema, shardings.opt_state[0].mu]
+    specs = {tuple(tree["head"]["classifier"]["kernel"].spec) for tree in kernels}
+    assert specs == {("fsdp", None)}
+    assert set(abstract.opt_state[0].mu) == {"head"}
+
+
+def test_head_loss_against_numpy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4)).astype(np.float32)
+    class_id = np.array([0, 3, -1, 2, 2, -1], np.int32)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rows = []
+    for row, c in enumerate(class_id):
+        if c >= 0:
+            target = np.full(4, 0.2 / 4)
+            target[c] += 0.8
+            rows.append(-(target * logs[row]).sum())
+    count = jnp.asarray(4.0)
+    loss, right = train_step.head_loss(jnp.asarray(logits), jnp.asarray(class_id), 0.2, count)
+    np.testing.assert_allclose(loss, np.mean(rows), rtol=1e-5)
+    assert int(right) == ((logits.argmax(1) == class_id) & (class_id >= 0)).sum()
+
+
+@pytest.mark.parametrize(
+    "kind, captioning",
+    [pytest.param("classification", 0.0, marks=pytest.mark.slow), ("answer", 1.0)],
+)
+def test_accumulated_head_gradients_are_those_of_the_whole_batch(kind, captioning):
+    config = head_config(kind)
+    config.loss.update(captioning_weight=captioning, caption_chunk=16)
+    config.head.label_smoothing = 0.1
+    model = build(config)
+    params = fresh(model)
+    batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
+    found = []
+    for steps in (1, 4):
+        config.accumulate_steps = steps
+        found.append(
+            jax.jit(
+                lambda p, b: train_step.value_and_gradients(p, model, config, b, jax.random.key(0))
+            )(params, batch)
+        )
+    (want, want_metrics), (got, got_metrics) = found
+    assert set(want_metrics) == set(got_metrics)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(float(np.abs(b).max()), 1e-3))
+    for name in want_metrics:
+        if np.isfinite(want_metrics[name]):
+            np.testing.assert_allclose(got_metrics[name], want_metrics[name], rtol=1e-4)
+
+
+def test_the_head_does_not_see_the_answer():
+    config = head_config("answer")
+    model = build(config)
+    params = fresh(model)
+    batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
+    pixels = train_step.normalise_pixels(batch["image"], config.model)
+    run = jax.jit(
+        lambda t: (
+            model.apply(
+                {"params": params}, pixels, t, batch["text_valid"], batch["prompt_len"]
+            ).class_logits
+        )
+    )
+    want = run(batch["tokens"])
+    other = jnp.where(
+        jnp.arange(8) < batch["prompt_len"][:, None], batch["tokens"], batch["tokens"] // 2 + 1
+    )
+    np.testing.assert_allclose(run(other), want, atol=1e-6)
+    alone = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs, method="classify"))(
+        pixels, batch["tokens"], batch["prompt_len"]
+    )
+    np.testing.assert_allclose(alone, want, atol=1e-5)
+    changed = batch["tokens"].at[:, 1].set(7)
+    assert np.abs(run(changed) - want).max() > 1e-3
+
+
+def test_a_pair_is_two_passes_side_by_side():
+    config = head_config("pair")
+    model = build(config)
+    params = fresh(model)
+    kernel = params["head"]["classifier"]["kernel"]
+    assert kernel.shape == (2 * 16, CLASSES)
+    half = jax.random.normal(jax.random.key(1), (16, CLASSES))
+    params["head"]["classifier"]["kernel"] = jnp.concatenate([half, half])
+    batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
+    pixels = train_step.normalise_pixels(batch["image"], config.model)
+
+    @jax.jit
+    def logits(pixels):
+        inputs = (pixels, batch["tokens"], batch["prompt_len"])
+        return model.apply({"params": params}, *inputs, method="classify")
+
+    found = logits(pixels)
+    assert found.shape == (config.batch_size, CLASSES)
+    # With the same weights for both places the order of the images cannot matter.
+    np.testing.assert_allclose(logits(pixels[:, ::-1]), found, atol=1e-5)
+    other = pixels.at[:, 1].set(jnp.roll(pixels[:, 0], 1, 0))
+    assert np.abs(logits(other) - found).max() > 1e-3
+
+
+def scenes_run(steps=4, **head):
+    config = tiny_run(steps)
+    config.data.sources = (dict(builtin="scenes", split="train", kind="label"),)
+    config.loss.update(contrastive_weight=0.0, captioning_weight=0.0)
+    config.head.update(kind="classification", label_smoothing=0.1, **head)
+    config.optimizer.encoder_learning_rate = 1e-4
+    test = dict(builtin="scenes", split="heldout", kind="label")
+    config.eval.tasks = (dict(kind="classification", name="scenes", data=test, limit=40),)
+    return config
+
+
+def train_alone(config, workdir):
+    """`train` on one device, which compiles faster."""
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    run_config.check(config)
+    with jax.set_mesh(mesh):
+        return train_on(mesh, config, str(workdir), TimeBuckets())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """An export with fresh weights."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = tiny_run()
+    vocabulary.train(["a red circle", "two blue squares"] * 9, 310, str(folder / "words"))
+    params = jax.jit(lambda k: partitioning.unbox(coca.init(coca.build(config.model), k)))(
+        jax.random.key(7)
+    )
+    given = dict(model=config.model.to_dict(), preprocess=dict(resize="squash"))
+    export_format.write_export(folder / "export", params, given, folder / "words")
+    return str(folder / "export")
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    from coca_jax.data import scenes
+
+    path = tmp_path_factory.mktemp("classes") / "classes.txt"
+    path.write_text("\n".join(reversed(scenes.class_names())) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, classes, tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("tuned"))
+    config = scenes_run(classes=classes)
+    config.init_from = pretrained
+    return workdir, config, train_alone(config, workdir)
+
+
+def test_a_run_with_a_head_leaves_what_it_promises(tuned, pretrained, classes):
+    workdir, _, summary = tuned
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    np.testing.assert_allclose(rows[0]["head_loss"], np.log(len(open(classes).readlines())), 1e-4)
+    assert 0 <= rows[-1]["head_accuracy"] <= 1
+    stored = json.load(open(f"{workdir}/config.json"))
+    assert stored["class_names"] == open(classes).read().split("\n")[:-1]
+    assert 0 <= summary["classification/scenes/top1"] <= summary["classification/scenes/top5"] <= 1
+    assert "Classification by the task head: scenes" in open(f"{workdir}/report.html").read()
+    # The checkpoint's own vocabulary, not one trained anew.
+    files = [f"{workdir}/vocabulary.model", export_format.vocabulary_path(pretrained)]
+    assert open(files[0], "rb").read() == open(files[1], "rb").read()
+
+
+def test_a_loaded_run_classifies(tuned, tmp_path):
+    workdir, config, summary = tuned
+    model = coca_jax.load(workdir)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    found = model.classify(images)
+    assert found.shape == (5, len(model.class_names)) and found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+    params, _ = checkpointing.load_params(workdir)
+    pixels = train_step.normalise_pixels(jnp.asarray(images), config.model)
+    module = coca.build(config.model, head=config.head, num_classes=len(model.class_names))
+    want = jax.nn.softmax(module.apply({"params": params}, pixels, method="classify"))
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    # An export says as much: the head's weights and its classes travel.
+    config = dict(model=config.model.to_dict(), preprocess=dict(resize="squash"))
+    config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
+    words = f"{workdir}/vocabulary.model"
+    export_format.write_export(tmp_path / "export", model.params, config, words)
+    np.testing.assert_allclose(
+        coca_jax.load(tmp_path / "export").classify(images), found, atol=1e-6
+    )
+    # The average of what was trained, the weights of what was not.
+    _, step = checkpointing.find_step(workdir)
+    assert os.path.isdir(f"{workdir}/checkpoints/{step}/ema") and "text_decoder" in params
+
+
+def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeypatch):
+    workdir, config, _ = tuned
+    reached = checkpointing.Preemption.reached
+    monkeypatch.setattr(checkpointing.Preemption, "reached", lambda self, step: step == 3)
+    with pytest.raises(Preempted, match="saved step 3"):
+        train_alone(config, tmp_path)
+    monkeypatch.setattr(checkpointing.Preemption, "reached", reached)
+    train_alone(config, tmp_path)
+    for a, b in zip(read_metrics(workdir), read_metrics(tmp_path), strict=True):
+        for name in ("loss", "head_loss", "head_accuracy", "gradient_norm"):
+            assert a[name] == b[name]
+    got, want = (checkpointing.load_params(str(place))[0] for place in (tmp_path, workdir))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_classes_are_bound_to_the_run(tuned, classes, tmp_path):
+    workdir, config, _ = tuned
+    names = open(classes).read().split("\n")[:-1]
+    config = config.copy_and_resolve_references()
+    with open(classes, "w") as file:
+        file.write("\n".join(names[::-1]))
+    try:
+        with pytest.raises(ValueError, match="holds a head over"):
+            train_alone(config, workdir)
+    finally:
+        with open(classes, "w") as file:
+            file.write("\n".join(names) + "\n")
+    missing = tmp_path / "few.txt"
+    missing.write_text("\n".join(names[:3]))
+    config.head.classes = str(missing)
+    with pytest.raises(ValueError, match="not among the 3 classes of the head"):
+        train_alone(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
+    workdir, config, _ = tuned
+    config = config.copy_and_resolve_references()
+    config.init_from = workdir
+    config.optimizer.learning_rate = 1e-9
+    config.eval.tasks = ()
+    train_alone(config, tmp_path / "same")
+    heads = [checkpointing.load_params(p)[0]["head"] for p in (workdir, str(tmp_path / "same"))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *heads)
+    config.head.classes = ""
+    train_alone(config, tmp_path / "other")
+    fresh = checkpointing.load_params(str(tmp_path / "other"))[0]["head"]
+    assert np.abs(fresh["classifier"]["kernel"]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "section, changes, message",
+    [
+        ("head", dict(kind="detection"), "head.kind='detection'; choose from"),
+        ("head", dict(unknown="maybe"), "head.unknown='maybe'"),
+        ("head", dict(num_queries=0), "head.num_queries=0"),
+        ("head", dict(label_smoothing=1.0), "head.label_smoothing=1.0"),
+        ("head", dict(kind=""), "needs a task head"),
+        ("optimizer", dict(layer_decay=1.5), "optimizer.layer_decay=1.5"),
+        ("loss", dict(captioning_weight=1.0), "head.kind='pair' has no caption"),
+    ],
+)
+def test_bad_heads_are_refused(tmp_path, section, changes, message):
+    config = scenes_run()
+    if section == "loss":
+        config.head.kind = "pair"
+    config[section].update(changes)
+    if changes.get("kind") == "":
+        config.loss.captioning_weight = 1.0
+    with pytest.raises(ValueError, match=message):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
