@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
                 label_token=False,  # a reserved symbol before label texts
                 prompts="varied",  # of label texts: a set of data/prompts.py, or a text file
                 augment="none",  # 'none' | 'crop' | 'inception' | 'drawing' | 'randaugment'
+                randaugment=(2, 10),  # its operations one after another, their magnitude 0 to 30
                 flip=False,  # random left-right flip
                 resize="squash",  # evaluation and plain resize: 'squash' | 'crop' (shortest side)
                 fast_resize=False,  # cheaper JPEG decoding and resize, still antialiased

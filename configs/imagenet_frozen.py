@@ -19,7 +19,7 @@ def get_config(weights: str = "") -> ConfigDict:
         learning_rate=5e-4, encoder_learning_rate=0.0, warmup_steps=0, weight_decay=0.01, ema=0.9999
     )
     config.data.sources = (dict(path="data/imagenet", split="train", kind="label"),)
-    config.data.augment = "randaugment"
+    config.data.update(augment="randaugment", randaugment=(2, 20))
     test = dict(path="data/imagenet", split="validation", kind="label")
     config.eval.tasks = (dict(kind="classification", name="imagenet", data=test),)
     return config

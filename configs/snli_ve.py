@@ -18,7 +18,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config.head.kind = "answer"
     config.optimizer.update(learning_rate=1e-3, encoder_learning_rate=5e-5, weight_decay=0.1)
     config.data.sources = (dict(path="data/snli_ve", split="train", kind="question"),)
-    config.data.augment = "randaugment"
+    config.data.update(augment="randaugment", randaugment=(1, 10))
     test = dict(path="data/snli_ve", split="test", kind="question")
     config.eval.tasks = (dict(kind="classification", name="snli_ve", data=test),)
     return config

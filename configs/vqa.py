@@ -22,7 +22,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=5e-4, encoder_learning_rate=2e-5, weight_decay=0.1)
     source = dict(path="data/vqa", split="train", kind="question", questions="qa")
     config.data.sources = (source,)
-    config.data.augment = "randaugment"
+    config.data.update(augment="randaugment", randaugment=(1, 10))
     test = dict(path="data/vqa", split="validation", kind="question", questions="qa")
     config.eval.tasks = (
         dict(kind="classification", name="vqa", data=test),

@@ -126,3 +126,20 @@ def test_operations_are_those_of_pil():
     sharper = render.operate(pixels, augment.SHARPEN, 1.9)
     same = render.operate(pixels, augment.SHARPEN, 1.0)
     assert np.array_equal(same, pixels) and sharper.std() > pixels.std()
+
+
+def test_randaugment_has_as_many_operations_and_is_as_strong_as_asked():
+    keys = order.key(np.arange(400))
+    sides = np.full(400, 32)
+    how = np.full(400, images.JPEG)
+
+    def plan(*randaugment):
+        return augment.plan("randaugment", how, sides, sides, keys, 32, randaugment=randaugment)
+
+    weak, strong, three = plan(1, 10), plan(1, 20), plan(3, 10)
+    assert weak["op"].shape == (400, 1) and three["op"].shape == (400, 3)
+    moves = [np.abs(p["warp"][:, 0, 2] - plan(1, 0)["warp"][:, 0, 2]) for p in (weak, strong)]
+    shifted = (weak["warp"][:, 0, 0] == 1) & (weak["warp"][:, 0, 1] == 0) & (moves[0] > 0.1)
+    assert shifted.sum() > 10  # translations along x: 0.45 of the side at magnitude 30
+    np.testing.assert_allclose(moves[0][shifted], 32 * 0.45 * 10 / 30, rtol=1e-4)
+    np.testing.assert_allclose(moves[1][shifted], 32 * 0.45 * 20 / 30, rtol=1e-4)

@@ -14,7 +14,6 @@ MODES = ("none", "crop", "inception", "drawing", "randaugment")
 CROP_SCALE = 1.15  # 'crop': resize to this many times the size, cut the size
 INCEPTION_AREA = (0.08, 1.0)  # Szegedy et al. 2015: share of the image's area ...
 INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut
-RANDAUGMENT_LAYERS, RANDAUGMENT_MAGNITUDE = 2, 10.0  # of 0 to 30, Cubuk et al. 2019
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 # Operations that are not an affine map or a linear map of colours.
@@ -32,6 +31,7 @@ def plan(
     flip: bool = False,
     resize: str = "squash",
     fast: bool = False,
+    randaugment: tuple[int, float] = (2, 10),
 ) -> dict[str, np.ndarray]:
     """Draws the augmentation of n images.
 
@@ -43,6 +43,7 @@ def plan(
         flip: mirror half of the images.
         resize: 'squash' or 'crop' (the centre square), what is resized before mode's own cut.
         fast: decode JPEGs no larger than the result needs.
+        randaugment: number of operations one after another, and their magnitude, 0 to 30.
 
     Returns:
         box: int32 [n, 4], the cut (top, left, height, width).
@@ -78,7 +79,7 @@ def plan(
         affine, colour, background, strength = _drawing(draw)
         operation = np.where(strength > 0, OUTLINE, KEEP)
     elif mode == "randaugment":
-        affine, colour, operation, strength = _randaugment(keys, n)
+        affine, colour, operation, strength = _randaugment(keys, n, *randaugment)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
     # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
@@ -174,13 +175,15 @@ def colour_map(
     return np.concatenate([linear, offset[:, :, None]], 2)
 
 
-def _randaugment(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """RandAugment (Cubuk et al. 2019): `RANDAUGMENT_LAYERS` of 16 operations, one after another.
+def _randaugment(
+    keys: np.ndarray, n: int, layers: int, magnitude: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """RandAugment (Cubuk et al. 2019): `layers` of 16 operations, one after another.
 
     Maps of place compose into one affine map, maps of colour into one linear map, so an image is
     resampled once; what is neither runs after them.
     """
-    layers, level = RANDAUGMENT_LAYERS, RANDAUGMENT_MAGNITUDE / 30
+    level = magnitude / 30
     affine, colour = np.tile(np.eye(3), (n, 1, 1)), np.tile(np.eye(4), (n, 1, 1))
     operation, strength = np.zeros((n, layers), np.int32), np.zeros((n, layers))
     one = np.ones(n)

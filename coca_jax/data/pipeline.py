@@ -223,6 +223,12 @@ class TrainBatches:
             raise ValueError(
                 f"data.augment={config.data.augment!r}: use one of {', '.join(augment.MODES)}"
             )
+        layers, magnitude = config.data.randaugment
+        if layers < 1 or not 0 <= magnitude <= 30:
+            raise ValueError(
+                f"data.randaugment={tuple(config.data.randaugment)}: give the operations, 1 or "
+                "more, and their magnitude, 0 to 30"
+            )
         self._pattern = order.rows(shares(config))
         self._config, self._vocabulary = config, vocabulary
         self._process = (process_index, process_count)
@@ -283,6 +289,7 @@ class TrainBatches:
                 flip=config.data.flip,
                 resize=config.data.resize,
                 fast=config.data.fast_resize,
+                randaugment=tuple(config.data.randaugment),
             )
             for number, (source, reader, class_ids) in enumerate(
                 zip(self._sources, self._readers, self._class_ids)

@@ -171,17 +171,34 @@ def tokenize(tokenizer: Tokenizer, max_len: int) -> Preprocessor:
 
 
 def plan_augmentation(
-    mode: str, size: int, seed: int, source: int, *, flip: bool, resize: str, fast: bool
+    mode: str,
+    size: int,
+    seed: int,
+    source: int,
+    *,
+    flip: bool,
+    resize: str,
+    fast: bool,
+    randaugment: tuple[int, float],
 ) -> Preprocessor:
     """seqio preprocessor: how to decode each image, and the numbers of its augmentation."""
-    layers = augment.RANDAUGMENT_LAYERS if mode == "randaugment" else 1
+    layers = randaugment[0] if mode == "randaugment" else 1
 
     def draw(encoded: np.ndarray, positions: np.ndarray) -> Any:
         found = np.array([images.sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
         how, height, width = found.T
         keys = choices.draw_keys(seed, source, positions, choices.AUGMENT)
         plan = augment.plan(
-            mode, how, height, width, keys, size, flip=flip, resize=resize, fast=fast
+            mode,
+            how,
+            height,
+            width,
+            keys,
+            size,
+            flip=flip,
+            resize=resize,
+            fast=fast,
+            randaugment=randaugment,
         )
         return how.astype(np.int32), *plan.values()
 

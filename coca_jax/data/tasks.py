@@ -287,6 +287,7 @@ def make_task(
     flip: bool,
     resize: str,
     fast: bool,
+    randaugment: tuple[int, float],
 ) -> seqio.Task:
     """The Task of one source: choose a text, tokenise, plan the augmentation."""
     is_label = source.kind == "label"
@@ -313,7 +314,14 @@ def make_task(
             text,
             preprocessors.tokenize(tokenizer, max_len),
             preprocessors.plan_augmentation(
-                augment, size, seed, number, flip=flip, resize=resize, fast=fast
+                augment,
+                size,
+                seed,
+                number,
+                flip=flip,
+                resize=resize,
+                fast=fast,
+                randaugment=randaugment,
             ),
             preprocessors.keep(list(features)),
         ],
