@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coca_jax.data import images as image_files
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
 from coca_jax.evaluators.captioning import canonical_text
 from coca_jax.evaluators.classification import Tally
 from coca_jax.evaluators.intervals import with_interval
-from coca_jax.evaluators.results import Spread, encode_png
+from coca_jax.evaluators.results import Spread, encode_png, picture
 
 
 class Classifier(Protocol):
@@ -137,7 +136,7 @@ class Answers:
 def _item(record: Record, said: str, exact: bool) -> dict[str, Any]:
     """One picture of the report, with the question, the answer and the labels."""
     return dict(
-        image=encode_png(image_files.decode(record["image"])),
+        image=encode_png(picture(record["image"])),
         caption=f"{question_of(record, '')} {said}",
         references=list(record["labels"])[:5],
         exact=exact,
