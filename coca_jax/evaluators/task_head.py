@@ -87,7 +87,7 @@ class Classification:
             tally.add(found, batch)
             count += len(batch)
             for record, row in zip(batch, found):
-                known = [number[label] for label in record["labels"] if label in number]
+                known = list({number[label] for label in record["labels"] if label in number})
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
         yield from tally.results()
         if surprise:
