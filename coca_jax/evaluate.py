@@ -142,11 +142,16 @@ def make_evaluator(task: Mapping[str, Any], records: Any = (), **common: Any) ->
     if kind == "answers":
         return task_head.Answers(name, **common)
     if kind in ("linear_probe", "knn"):
-        train = task.get("train") or dict(task["data"], split="train")
+        train = _probe_train(task)
         names, _ = _class_names(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0))
         return probes.Probe(kind, name, names, found, **common)
     raise ValueError(f"task {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def _probe_train(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The data entry that a probe learns from."""
+    return dict(task.get("train") or dict(task["data"], split="train"))
 
 
 def _class_names(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -250,6 +255,7 @@ def run_tasks(
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step)
     unfinished = Unfinished(workdir, request, main_process=main_process)
+    features: dict[str, dict[str, np.ndarray]] = {}  # of probes, by their data
     for task in tasks:
         task = _plain(task)
         key = json.dumps(task, sort_keys=True)
@@ -259,7 +265,7 @@ def run_tasks(
             if main_process:
                 print(f"{task['kind']}/{task['name']}: kept from before", file=sys.stderr)
             continue
-        new = _run_task(model, task, workdir, dict(request, started=unfinished.started))
+        new = _run_task(model, task, workdir, dict(request, started=unfinished.started), features)
         if main_process:
             results.save_results(workdir, new)
         unfinished.add(key, new)
@@ -283,7 +289,11 @@ def _plain(task: Any) -> Any:
 
 
 def _run_task(
-    model: Model, task: Mapping[str, Any], workdir: str, request: Mapping[str, Any]
+    model: Model,
+    task: Mapping[str, Any],
+    workdir: str,
+    request: Mapping[str, Any],
+    features: dict[str, dict[str, np.ndarray]],
 ) -> dict[str, float]:
     main_process = jax.process_index() == 0
     known = set(_candidates(task)) if task.get("known_only") else None
@@ -300,6 +310,10 @@ def _run_task(
     elif task["kind"] != "generative":
         # Several batches a call: the model reads the next one while it computes.
         common["batch_size"] *= max(1, 1024 // model.batch_size)
+    if task["kind"] in ("linear_probe", "knn"):
+        limits = [task.get("limit", 0), task.get("train_limit", 0)]
+        of_data = json.dumps([_probe_train(task), task["data"], limits], sort_keys=True)
+        common["cache"] = features.setdefault(of_data, {})
     evaluator = make_evaluator(task, records, **common)
     new = dict(evaluator.run(model, records))
     new[f"{evaluator.name}/num_examples"] = float(len(records))

@@ -144,10 +144,17 @@ def test_a_probe_learns_from_its_training_records(kind):
         images = (noise + 130 * np.eye(3)[shades][:, None, None]).astype(np.uint8)
         return [dict(image=i, labels=[NAMES[s]], key="k") for i, s in zip(images, shades)]
 
-    probe = probes.Probe(kind, "set", NAMES[:3], records(200), num_examples=3)
-    found = dict(probe.run(Mean(), records(60)))
+    class Blind:
+        features = None
+
+    cache = {}
+    probe = probes.Probe(kind, "set", NAMES[:3], records(200), num_examples=3, cache=cache)
+    probe_records = records(60)
+    found = dict(probe.run(Mean(), probe_records))
     assert found[f"{kind}/set/top1"] == 1.0 and found[f"{kind}/set/num_train"] == 200
     assert len(probe.examples["items"]) == 3
+    again = probes.Probe(kind, "set", NAMES[:3], probe.train, cache=cache)
+    assert dict(again.run(Blind(), probe_records)) == found  # no image is encoded twice
     stranger = [dict(image=np.zeros((4, 4, 3), np.uint8), labels=["new"], key="x")]
     with pytest.raises(ValueError, match="labels of x are .'new'."):
         dict(probes.Probe(kind, "set", NAMES[:3], records(9)).run(Mean(), stranger))

@@ -124,6 +124,8 @@ class Probe:
       batch_size: images at a time.
       num_examples: pictures kept for the report.
       progress: shows bars.
+      cache: features by 'train' and 'test', filled in here: for another probe of the same model on
+        the same records.
     """
 
     def __init__(
@@ -136,7 +138,9 @@ class Probe:
         batch_size: int = 256,
         num_examples: int = 16,
         progress: bool = False,
+        cache: dict[str, np.ndarray] | None = None,
     ):
+        self._cache: dict[str, np.ndarray] = {} if cache is None else cache
         self.kind, self.name = kind, f"{kind}/{data_name}"
         self._new_tally = lambda: Tally(self.name, class_names, num_examples=num_examples)
         self._new_tally()  # refuses unsuitable names now
@@ -153,9 +157,9 @@ class Probe:
         Afterwards `examples` and `classes` are as those of ZeroShot.
         """
         tally = self._new_tally()
-        train_x = self._features(predict.features, self.train, "training ")
+        train_x = self._features(predict.features, self.train, "train")
         train_y = np.array([tally.true_classes(record)[0] for record in self.train])
-        test_x = self._features(predict.features, records, "")
+        test_x = self._features(predict.features, records, "test")
         if self.kind == "linear_probe":
             # Features of unit variance: one sweep of L2 weights then fits every model.
             mean, std = train_x.mean(0), np.maximum(train_x.std(0), 1e-6)
@@ -175,11 +179,14 @@ class Probe:
         self.examples, self.classes = tally.examples(), tally.classes()
 
     def _features(self, encode: Encode, records: Iterable[Record], which: str) -> np.ndarray:
-        show = f"{self.name} {which}images" if self.progress else ""
+        if which in self._cache:
+            return self._cache[which]
+        show = f"{self.name} {which} images" if self.progress else ""
         parts = [
             check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image")
             for batch in in_batches(records, self.batch_size, show=show)
         ]
         if not parts:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
-        return np.concatenate(parts)
+        self._cache[which] = np.concatenate(parts)
+        return self._cache[which]
