@@ -87,12 +87,12 @@ def test_question_and_answer_share_a_row(asked, tmp_path):
     words = vocabulary.train(
         ["is it not red?", "what color is it? green"] * 9, 310, str(tmp_path / "v")
     )
-    tokens, valid, prompt = words.encode_answers(["is it red?", "a b " * 40], ["yes", "no"], 16)
+    tokens, valid, prompt = words.encode_answers(["is it red?", "a b " * 40], ["yes", "no"], 32)
     question = [words.bos_id, *words.encode("is it red?")]
-    assert tokens[0, : prompt[0]].tolist() == question[:13]
+    assert tokens[0, : prompt[0]].tolist() == question
     assert words.decode(tokens[0, prompt[0] :]) == "yes"
-    assert prompt[1] == 13 and words.decode(tokens[1, 13:]) == "no"  # cut, with room to answer
-    assert valid.sum(1)[0] == len(question[:13]) + len(words.encode("yes")) + 1
+    assert prompt[1] == 28 and words.decode(tokens[1, 28:]) == "no"  # cut, with room to answer
+    assert valid.sum(1)[0] == len(question) + len(words.encode("yes")) + 1
 
 
 @pytest.fixture(scope="module")
