@@ -133,7 +133,7 @@ def _vocabulary_beside(init_from: str) -> str:
     if not init_from or not place.is_dir():
         return ""
     folders = (place, place.parent, place.parent.parent)  # a step, its folder, the run
-    found = (file for folder in folders for file in sorted(folder.glob("vocabulary.*")))
+    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
     return str(next(found, ""))
 
 
