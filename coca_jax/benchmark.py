@@ -67,7 +67,8 @@ def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(config.seed)
     side, text = config.model.image_size, config.model.text
     lengths = rng.integers(3, text.max_len + 1, size)
-    images = (2,) if config.head.kind == "pair" else ()
+    count = 2 if config.head.kind == "pair" else config.data.num_frames
+    images = (count,) if count else ()
     return dict(
         image=rng.integers(0, 256, (size, *images, side, side, 3), dtype=np.uint8),
         tokens=rng.integers(5, text.vocab_size, (size, text.max_len)).astype(np.int32),

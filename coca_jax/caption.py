@@ -28,6 +28,7 @@ from absl import flags
 from PIL import Image
 
 from coca_jax import cli, inference
+from coca_jax.data import videos
 from coca_jax.decoding import Settings
 
 NOTES = dict(
@@ -51,6 +52,9 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
     flags.DEFINE_string("out", "", "JSONL file to add to; images that it holds are skipped.")
     flags.DEFINE_string("prompt", "", "How every caption begins.")
+    flags.DEFINE_integer(
+        "num_frames", None, "Frames of each video; 0: images; default: as trained."
+    )
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     define: dict[type, Callable[..., Any]] = {
@@ -62,12 +66,16 @@ def define_flags() -> None:
         define[type(field.default)](field.name, field.default, NOTES[field.name])
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
+def find_images(paths: Sequence[str], video: bool = False) -> list[str]:
     """Image files: those named, and those in folders and below, sorted, by their extensions.
+
+    video: video files as well.
 
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
     """
     extensions = set(Image.registered_extensions())
+    if video:
+        extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}
     for path in paths:
         if not os.path.exists(path):
@@ -112,7 +120,8 @@ def read_done(path: str) -> set[str]:
 def read_batches(
     model: inference.CoCaModel, paths: Sequence[str], size: int
 ) -> Iterator[list[tuple[str, np.ndarray | ValueError | OSError]]]:
-    """Yields lists of (path, uint8 [S, S, 3] or why it cannot be read), two batches read ahead."""
+    """Yields lists of (path, uint8 [S, S, 3], of videos [T, S, S, 3], or why it cannot be read),
+    two batches read ahead."""
 
     def read(path: str) -> np.ndarray | ValueError | OSError:
         try:
@@ -167,14 +176,19 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("give --checkpoint=DIR IMAGE_OR_FOLDER ...")
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
-    paths = find_images(argv[1:])
+    paths = find_images(argv[1:], video=bool(args.num_frames))
     done = read_done(args.out) if args.out else set()
     left = [path for path in paths if path not in done]
     failed = 0
     with contextlib.ExitStack() as stack:
         results: Iterator[dict[str, Any]] = iter(())
         if left:
-            model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=args.batch_size)
+            model = inference.load(
+                args.checkpoint,
+                dtype=args.dtype,
+                batch_size=args.batch_size,
+                num_frames=args.num_frames,
+            )
             results = caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
             )

@@ -175,7 +175,8 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows,) + shape, dtype, sharding=sharding)
 
-    images = (2,) if config.head.kind == "pair" else ()
+    count = 2 if config.head.kind == "pair" else config.data.num_frames
+    images = (count,) if count else ()
     return {
         "image": array(images + (size, size, 3), jnp.uint8),
         "tokens": array((length,), jnp.int32),

@@ -43,6 +43,7 @@ KINDS = (
 class Model(Predictor, Protocol):
     """A predictor that says how much it takes at a time and which weights it has."""
 
+    num_frames: int
     batch_size: int
     head_kind: str
 
@@ -253,7 +254,7 @@ def run_tasks(
     """
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
-    request = dict(weights=model.checksum(), step=step)
+    request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)
     unfinished = Unfinished(workdir, request, main_process=main_process)
     features: dict[str, dict[str, np.ndarray]] = {}  # of probes, by their data
     for task in tasks:
@@ -342,6 +343,9 @@ def define_flags() -> None:
     flags.DEFINE_string("templates", "", "Prompt set or text file for classification.")
     flags.DEFINE_string("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
     flags.DEFINE_string("questions", "", "Field that lists {question, answer} objects.")
+    flags.DEFINE_integer(
+        "num_frames", None, "Frames of each video; 0: images; default: as trained."
+    )
     flags.DEFINE_integer("num_beams", 1, "Beams of the captions.", lower_bound=1)
     flags.DEFINE_bool("java_metrics", True, "METEOR and SPICE, where they can run.")
     flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
@@ -406,7 +410,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
-    model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=size, devices=devices)
+    model = inference.load(
+        args.checkpoint,
+        dtype=args.dtype,
+        batch_size=size,
+        devices=devices,
+        num_frames=args.num_frames,
+    )
     out = args.out or args.checkpoint
     if not args.out and not pathlib.Path(out).is_dir():
         raise ValueError(f"--checkpoint={out} is a file; give --out=DIR for eval.json")

@@ -32,7 +32,7 @@ from PIL import Image
 from coca_jax import decoding, export_format, partitioning
 from coca_jax.data import images as image_files
 from coca_jax.data import prompts as prompt_sets
-from coca_jax.data import vocabulary
+from coca_jax.data import videos, vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.decoding import Settings
 from coca_jax.models import coca
@@ -70,15 +70,20 @@ class CoCaModel:
 
     Images are paths, PIL images, encoded bytes, arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a
     list of these; one alone counts as a list of one. Images of the model's size are used as they
-    are. Calls run in batches, padded to a power of two so that few programs are compiled, split
-    over the devices; with `progress` they show a bar.
+    are. With `num_frames` T they are videos: paths or bytes of animations and video files, uint8
+    arrays [t, h, w, 3] in a list or [N, t, h, w, 3]; T frames of each are sampled uniformly (a
+    still image is repeated), encoded one by one and pooled (CoCa.pool). Calls run in batches,
+    padded to a power of two so that few programs are compiled, split over the devices; with
+    `progress` they show a bar.
 
     Args:
         config: of the run; `model` is needed, `data.resize` or `preprocess.resize` is used.
         params: nested dict of arrays (unboxed), on the host, on a device, or spread over a mesh
             named as in partitioning.py; replicated over `devices` unless on a mesh.
         vocabulary: the one that the model was trained with.
-        batch_size: images or texts at a time, over all devices.
+        batch_size: images (or frames of videos) or texts at a time, over all devices.
+        num_frames: T, with which all images are taken for videos; 0: images; default: as in
+            training, `data.num_frames`.
         devices: default all of this process; those of several processes make them work as one:
             each calls the same methods with the same arguments, decodes and runs only the rows
             of its devices, and gets the whole result.
@@ -99,6 +104,7 @@ class CoCaModel:
         vocabulary: Vocabulary,
         *,
         batch_size: int = 64,
+        num_frames: int | None = None,
         devices: Sequence[jax.Device] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
@@ -112,6 +118,9 @@ class CoCaModel:
         self.image_size: int = model.image_size
         self.max_len: int = model.text.max_len
         self.resize: str = _resize_mode(config)
+        if num_frames is None:
+            num_frames = config.get("data", {}).get("num_frames", 0)
+        self.num_frames: int = check_frames(num_frames)
         self._mesh, self.params = _place(params, devices)
         self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
@@ -141,6 +150,21 @@ class CoCaModel:
             return self._encode_image(params, pixels)[0]  # the tokens stay where they are
 
         parts = [self._run(embed, pixels) for pixels in self._pixel_batches(images, progress)]
+        return _joined(parts, (self.config.model.embed_dim,))
+
+    def encode_video(
+        self, videos: Any, num_frames: int = 0, *, progress: bool = False
+    ) -> np.ndarray:
+        """Videos -> float32 [N, E]: the mean of their frames' embeddings, L2-normalised.
+
+        num_frames: of each, sampled uniformly; 0: the model's, or 16 as in the paper where the
+        model takes images.
+        """
+        frames = check_frames(num_frames) or self.num_frames or 16
+        parts = [
+            self._run(self._encode_image, clips)[0]
+            for clips in self._pixel_batches(videos, progress, frames)
+        ]
         return _joined(parts, (self.config.model.embed_dim,))
 
     def encode_text(
@@ -206,7 +230,8 @@ class CoCaModel:
         if head is None:
             raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
         pair = head.kind == "pair"
-        images = [one for pair in images for one in pair] if pair else as_list(images)
+        clips = bool(self.num_frames)
+        images = [one for pair in images for one in pair] if pair else as_list(images, clips)
         count = len(images) // 2 if pair else len(images)
         texts = [""] * count if head.kind == "classification" and texts is None else texts
         if texts is None or len(texts) != count:
@@ -230,7 +255,7 @@ class CoCaModel:
 
         how: as of `caption`. Raises ValueError unless there are as many questions as images.
         """
-        images = as_list(images)
+        images = as_list(images, bool(self.num_frames))
         if isinstance(questions, str) or len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
         prompts = []
@@ -243,7 +268,8 @@ class CoCaModel:
         return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
 
     def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
-        """Images -> float32 [N, W], the mean of the image encoder's tokens: what probes read."""
+        """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a
+        video): what probes read."""
         parts = [
             self._run(self._features, pixels) for pixels in self._pixel_batches(images, progress)
         ]
@@ -464,7 +490,8 @@ class CoCaModel:
     @functools.cached_property
     def _features(self) -> Callable:
         def mean(module: coca.CoCa, pixels: jax.Array) -> jax.Array:
-            return module.image_encoder(pixels).astype(jnp.float32).mean(1)
+            tokens = coca.all_tokens(module.encode_pixels(pixels))
+            return tokens.astype(jnp.float32).mean(1)
 
         def run(params: dict, image: jax.Array) -> jax.Array:
             return self._apply(params, normalise_pixels(image, self.config.model), method=mean)
@@ -628,11 +655,13 @@ class CoCaModel:
                 bar.update(len(batch))
 
     def _pixel_batches(
-        self, images: Any, progress: bool, *, even: bool = False
+        self, images: Any, progress: bool, num_frames: int = 0, *, even: bool = False
     ) -> Iterator[np.ndarray]:
-        """uint8 [b, S, S, 3], b even where asked; the next batch is read by threads while one is
-        used."""
-        images, size = as_list(images), self.batch_size
+        """uint8 [b, S, S, 3], b even where asked, of videos [b, T, S, S, 3]; the next batch is
+        read by threads while one is used."""
+        frames = num_frames or self.num_frames
+        images = as_list(images, bool(frames))
+        size = max(self.batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -641,7 +670,7 @@ class CoCaModel:
                 # Pairs are padded as pairs: every process reads all of them.
                 own = np.ones(len(part), bool) if even else self._own_rows(self._bucket(len(part)))
                 return [
-                    pool.submit(self.preprocess if mine else self._blank, image)
+                    pool.submit(self.preprocess if mine else self._blank, image, frames)
                     for image, mine in zip(part, own)
                 ]
 
@@ -653,28 +682,47 @@ class CoCaModel:
                 yield np.stack([item.result() for item in now])
                 now = following
 
-    def _blank(self, image: Any) -> np.ndarray:
-        """In place of an image that another process decodes."""
-        return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    def _blank(self, image: Any, frames: int) -> np.ndarray:
+        """In place of an image or video that another process decodes."""
+        clip = (frames,) if frames else ()
+        return np.zeros((*clip, self.image_size, self.image_size, 3), np.uint8)
 
-    def preprocess(self, image: Any) -> np.ndarray:
-        """One image -> uint8 [S, S, 3], as in evaluation. Raises ValueError: cannot be decoded."""
-        pixels = image_files.decode(image)
+    def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
+        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3], as in evaluation.
+
+        num_frames: T; 0: the model's. Raises ValueError: cannot be decoded.
+        """
+        frames = num_frames or self.num_frames
+        if frames:
+            return np.stack([self._fit(frame) for frame in videos.decode(image, frames)])
+        return self._fit(image_files.decode(image))
+
+    def _fit(self, pixels: np.ndarray) -> np.ndarray:
         if pixels.shape[:2] == (self.image_size, self.image_size):
             return pixels
         return image_files.preprocess_eval(pixels, self.image_size, self.resize)
 
 
-def as_list(images: Any) -> Sequence:
+def check_frames(num_frames: int) -> int:
+    """Returns it; raises ValueError for what is not a number of frames."""
+    if not isinstance(num_frames, int) or num_frames < 0:
+        raise ValueError(f"num_frames={num_frames!r}; give the frames of a video, or 0 for images")
+    return num_frames
+
+
+def as_list(images: Any, clips: bool = False) -> Sequence:
     """Images as a sequence: one path, PIL image, encoded image or array [h, w(, c)] becomes a list
-    of one; arrays [N, h, w, c] and lists stay. Raises ValueError for anything else."""
+    of one; arrays [N, h, w, c] and lists stay. Raises ValueError for anything else.
+
+    clips: they are videos, whose arrays have one axis more.
+    """
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return [images]
     if hasattr(images, "ndim"):
-        if images.ndim not in (2, 3, 4):
+        if not 2 <= images.ndim <= 4 + clips:
             raise ValueError(f"image array of shape {images.shape}; give [h, w, 3] or [N, h, w, 3]")
         array = np.asarray(images)
-        return cast(Sequence, array) if images.ndim == 4 else [array]
+        return cast(Sequence, array) if images.ndim == 4 + clips else [array]
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")
     return images

@@ -41,6 +41,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
         )
+    if not isinstance(config.data.num_frames, int) or config.data.num_frames < 0:
+        raise ValueError(
+            f"config.data.num_frames={config.data.num_frames!r}; give a number, 0 for images"
+        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     check_head(config)
@@ -88,6 +92,11 @@ def check_head(config: ConfigDict) -> None:
         raise ValueError(
             f"head.kind='pair' with data.augment={config.data.augment!r}, flip={config.data.flip}: "
             "pairs are not augmented, since left and right may matter; set 'none' and False"
+        )
+    if head.kind == "pair" and config.data.num_frames:
+        raise ValueError(
+            f"head.kind='pair' with data.num_frames={config.data.num_frames}: pairs are of images; "
+            "set it to 0"
         )
     if head.kind == "answer" and config.loss.contrastive_weight:
         raise ValueError(

@@ -130,7 +130,7 @@ def init_state(model: CoCa, config: ConfigDict, mesh: Mesh) -> TrainState:
 
 
 def normalise_pixels(image: jax.Array, model: ConfigDict) -> jax.Array:
-    """[B, S, S, 3] in 0 to 255 -> float32, (x / 255 - mean) / std with the model's constants."""
+    """[..., S, S, 3] in 0 to 255 -> float32, (x / 255 - mean) / std with the model's constants."""
     mean = jnp.asarray(model.image_mean, jnp.float32) * 255
     std = jnp.asarray(model.image_std, jnp.float32) * 255
     return (image.astype(jnp.float32) - mean) / std

@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
                 flip=False,  # random left-right flip
                 resize="squash",  # evaluation and plain resize: 'squash' | 'crop' (shortest side)
                 fast_resize=False,  # cheaper JPEG decoding and resize, still antialiased
+                num_frames=0,  # of clips, sampled uniformly; 0: images
+                frame_jitter=False,  # sample anywhere in each segment of a clip, not its middle
                 max_bad_fraction=0.01,  # undecodable images tolerated before the run stops
                 num_threads=0,  # decoding threads; 0: one per core
             ),

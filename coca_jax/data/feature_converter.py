@@ -34,6 +34,7 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
         fast: the fast setting of `render.resize` and of the JPEG decoder.
         pairs: '' for images; else examples are pairs, image [b, 2, S, S, 3], not augmented, and
             this is how they are resized ('squash' or 'crop').
+        num_frames: T, of clips, image [b, T, S, S, 3]; 0: images.
     """
 
     MODEL_FEATURES = {
@@ -59,17 +60,25 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
         "background": _SPEC(tf.float32, 2),
         "op": _SPEC(tf.int32, 2),
         "strength": _SPEC(tf.float32, 2),
+        "frame_offsets": _SPEC(tf.float64, 2),
     }
     PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
 
     def __init__(
-        self, mode: str, size: int, max_len: int, num_threads: int, fast: bool, pairs: str = ""
+        self,
+        mode: str,
+        size: int,
+        max_len: int,
+        num_threads: int,
+        fast: bool,
+        pairs: str = "",
+        num_frames: int = 0,
     ):
         # Lengths are fixed by construction; seqio's check would add two maps.
         super().__init__(pack=False, apply_length_check=False)
         self._size, self._max_len, self._num_threads = size, max_len, num_threads
-        self._pairs = pairs
-        if pairs:
+        self._pairs, self._num_frames = pairs, num_frames
+        if pairs or num_frames:
             self.MODEL_FEATURES = self.MODEL_FEATURES | {"image": _SPEC(tf.uint8, 5)}
         self._render = functools.partial(
             render.render_batch,
@@ -83,8 +92,10 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        def decode(encoded: np.ndarray, *plan: np.ndarray) -> np.ndarray:
-            return self._render(encoded.tolist(), dict(zip(render.PLAN, plan)))
+        def decode(encoded: np.ndarray, offsets: np.ndarray, *plan: np.ndarray) -> np.ndarray:
+            rows = dict(zip(render.PLAN, plan))
+            where = offsets if self._num_frames else None
+            return self._render(encoded.tolist(), rows, offsets=where)
 
         def decode_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
             pairs = zip(first.tolist(), second.tolist())
@@ -97,9 +108,10 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
                 pixels = tf.numpy_function(decode_pairs, inputs, tf.uint8)
                 pixels.set_shape((None, 2, *size))
             else:
-                inputs = [batch[name] for name in ("image", *render.PLAN)]
+                inputs = [batch[name] for name in ("image", "frame_offsets", *render.PLAN)]
                 pixels = tf.numpy_function(decode, inputs, tf.uint8)
-                pixels.set_shape((None, *size))
+                clip = (self._num_frames,) if self._num_frames else ()
+                pixels.set_shape((None, *clip, *size))
             return {name: batch[name] for name in self.MODEL_FEATURES} | {"image": pixels}
 
         # Two batches at once: the threads do not idle while the last images of one are decoded.

@@ -27,6 +27,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"too many pixels: {error}") from None
     except Exception as error:  # PIL's plugins raise all sorts on damaged files
+        if is_video_file(data):
+            raise ValueError("a video file, not an image: read it with num_frames set") from None
         raise ValueError(f"not an image that can be read ({len(data)} bytes): {error}") from None
     if image.width * image.height > max_pixels:
         raise ValueError(f"too many pixels: {image.width} x {image.height}, limit {max_pixels}")
@@ -188,6 +190,19 @@ def read_bmp(data: bytes) -> np.ndarray:
         )
     rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
     return rows[::-1, : width * 3].reshape(height, width, 3)[:, :, ::-1]
+
+
+def is_video_file(data: bytes) -> bool:
+    """Whether bytes begin like a video container (MP4, MOV, WebM, MKV, AVI, MPEG, FLV, Ogg)."""
+    if data[4:8] == b"ftyp":
+        return data[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+    packets = data[:1] == data[188:189] == data[376:377] == b"G"  # of an MPEG transport stream
+    return (
+        data[:4] in (b"\x1aE\xdf\xa3", b"FLV\x01", b"OggS", b"\0\0\x01\xba", b"\0\0\x01\xb3")
+        or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
+        or (packets and data[:4] != b"GIF8")
+        or data[4:8] in (b"moov", b"mdat")
+    )
 
 
 # How the input pipeline decodes an image; see render.py.

@@ -240,7 +240,8 @@ class TrainBatches:
         if config.data.label_token and vocabulary.label_id is None:
             raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
         self._readers = [
-            tasks.BadImages(source, config.data.max_bad_fraction) for source in self._sources
+            tasks.BadImages(source, config.data.max_bad_fraction, bool(config.data.num_frames))
+            for source in self._sources
         ]
         self._pairs = config.head.kind == "pair"
         self._class_ids = [
@@ -290,6 +291,8 @@ class TrainBatches:
                 resize=config.data.resize,
                 fast=config.data.fast_resize,
                 randaugment=tuple(config.data.randaugment),
+                num_frames=config.data.num_frames,
+                jitter=config.data.frame_jitter,
             )
             for number, (source, reader, class_ids) in enumerate(
                 zip(self._sources, self._readers, self._class_ids)
@@ -314,6 +317,7 @@ class TrainBatches:
             threads,
             config.data.fast_resize,
             config.data.resize if self._pairs else "",
+            config.data.num_frames,
         )
         lengths = dict.fromkeys(converter.TASK_FEATURES, 1)
         lengths |= dict(tokens=max_len, text_valid=max_len)
@@ -390,11 +394,11 @@ def train_batches(
     [p * b, (p + 1) * b) of it, b = batch_size / P, and the whole is the same for any P.
 
     Yields:
-        dict of numpy arrays: image uint8 [b, S, S, 3], of pairs [b, 2, S, S, 3]; tokens int32
-        [b, L]; text_valid bool [b, L]; is_label bool [b]; text_id int32 [b, 2] (equal for equal
-        captions or equal label sets); prompt_len int32 [b] (tokens before an answer); class_id
-        int32 [b] (place in class_names, -1: none); source int32 [b] and index int64 [b] (which
-        record).
+        dict of numpy arrays: image uint8 [b, S, S, 3], of pairs [b, 2, S, S, 3], of clips (with
+        data.num_frames T) [b, T, S, S, 3]; tokens int32 [b, L]; text_valid bool [b, L]; is_label
+        bool [b]; text_id int32 [b, 2] (equal for equal captions or equal label sets); prompt_len
+        int32 [b] (tokens before an answer); class_id int32 [b] (place in class_names, -1: none);
+        source int32 [b] and index int64 [b] (which record).
 
     Raises:
         ValueError: missing or empty data, shares or processes that do not divide the batch;

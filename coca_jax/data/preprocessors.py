@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from coca_jax.data import augment, images
+from coca_jax.data import augment, images, order, videos
 from coca_jax.data import texts as choices
 from coca_jax.data.vocabulary import Vocabulary
 
@@ -180,12 +180,18 @@ def plan_augmentation(
     resize: str,
     fast: bool,
     randaugment: tuple[int, float],
+    num_frames: int = 0,
+    jitter: bool = False,
 ) -> Preprocessor:
-    """seqio preprocessor: how to decode each image, and the numbers of its augmentation."""
+    """seqio preprocessor: how to decode each image or clip, and the numbers of its augmentation.
+
+    `frame_offsets` say which frames of a clip are taken (videos.sample); all get the same numbers.
+    """
+    sniff = videos.sniff if num_frames else images.sniff
     layers = randaugment[0] if mode == "randaugment" else 1
 
     def draw(encoded: np.ndarray, positions: np.ndarray) -> Any:
-        found = np.array([images.sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
+        found = np.array([sniff(data) for data in encoded.tolist()], np.int64).reshape(-1, 3)
         how, height, width = found.T
         keys = choices.draw_keys(seed, source, positions, choices.AUGMENT)
         plan = augment.plan(
@@ -200,7 +206,11 @@ def plan_augmentation(
             fast=fast,
             randaugment=randaugment,
         )
-        return how.astype(np.int32), *plan.values()
+        offsets = np.tile(videos.middles(num_frames), (len(keys), 1))
+        if jitter:
+            frame_keys = choices.draw_keys(seed, source, positions, choices.FRAMES)
+            offsets = order.uniform(frame_keys, num_frames)
+        return how.astype(np.int32), *plan.values(), offsets
 
     outputs = {
         "how": (tf.int32, ()),
@@ -212,6 +222,7 @@ def plan_augmentation(
         "background": (tf.float32, (3,)),
         "op": (tf.int32, (layers,)),
         "strength": (tf.float32, (layers,)),
+        "frame_offsets": (tf.float64, (num_frames,)),
     }
     return lambda ds: ds.map(lambda block: _map(block, draw, ("image", "position"), outputs))
 

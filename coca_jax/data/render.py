@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from coca_jax.data import augment, images
+from coca_jax.data import augment, images, videos
 
 cv2.setNumThreads(1)  # parallel over images, not within one
 
@@ -30,6 +30,7 @@ def render_batch(
     fast: bool,
     pool: Executor,
     threads: int,
+    offsets: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes and augments images by `threads` threads of `pool`.
 
@@ -39,14 +40,16 @@ def render_batch(
         mode: one of augment.MODES.
         size: S.
         fast: the fast setting of `resize` and of the JPEG decoder.
+        offsets: float [n, T], where in clips their frames are (videos.sample); None: images.
 
     Returns:
-        uint8 [n, S, S, 3].
+        uint8 [n, S, S, 3], of clips [n, T, S, S, 3].
 
     Raises:
         ValueError: an image that cannot be decoded.
     """
-    out = np.empty((len(encoded), size, size, 3), np.uint8)
+    frames = () if offsets is None else offsets.shape[1:]
+    out = np.empty((len(encoded), *frames, size, size, 3), np.uint8)
     rows = iter(range(len(encoded)))  # shared: the next thread that is free takes the next image
     lists = {name: plan[name].tolist() for name in ("how", "box", "ratio", "shrink")}
     arrays = {name: plan[name] for name in PLAN if name not in lists}
@@ -55,7 +58,10 @@ def render_batch(
         for row in rows:
             one = {name: values[row] for name, values in lists.items()}
             one |= {name: values[row] for name, values in arrays.items()}
-            out[row] = render(encoded[row], one, mode, size, fast)
+            if offsets is None:
+                out[row] = render(encoded[row], one, mode, size, fast)
+            else:
+                out[row] = render_clip(encoded[row], offsets[row], one, mode, size, fast)
 
     for task in [pool.submit(work) for _ in range(min(threads, len(encoded)))]:
         task.result()
@@ -68,6 +74,23 @@ def render(
     """One image as planned: uint8 [S, S, 3]. Raises ValueError when it cannot be decoded."""
     found = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
     return place(*found, plan, mode, size, fast)
+
+
+def render_clip(
+    encoded: bytes,
+    offsets: np.ndarray,
+    plan: Mapping[str, Any],
+    mode: str,
+    size: int,
+    fast: bool = False,
+) -> np.ndarray:
+    """The frames of a clip at `offsets`, float [T], all as one image is planned: uint8
+    [T, S, S, 3]. Raises ValueError when it cannot be decoded."""
+    clip = videos.decode_rgba(encoded, offsets)
+    alpha = clip.shape[-1] == 4
+    if alpha:
+        clip = images.over(clip, plan["background"])
+    return np.stack([place(frame, 1, alpha, plan, mode, size, fast) for frame in clip])
 
 
 def place(

@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from coca_jax.data import images, order, preprocessors, texts
+from coca_jax.data import images, order, preprocessors, texts, videos
 from coca_jax.data.feature_converter import CoCaFeatureConverter
 from coca_jax.data.records import Record
 from coca_jax.data.sources import Source
@@ -64,8 +64,8 @@ class BadImages:
     starts only when the decoder has failed on this source once (`screening`).
     """
 
-    def __init__(self, source: Source, max_fraction: float):
-        self._source, self._max_fraction = source, max_fraction
+    def __init__(self, source: Source, max_fraction: float, clips: bool = False):
+        self._source, self._max_fraction, self._clips = source, max_fraction, clips
         self.screening = False
         self.bad: dict[int, str] = {}
         self._good: set[int] = set()
@@ -94,7 +94,10 @@ class BadImages:
 
     def _check(self, index: int, record: Record) -> bool:
         try:
-            images.decode(record.image)
+            if self._clips:
+                videos.verify(record.image)
+            else:
+                images.decode(record.image)
         except ValueError as error:
             self._note(index, f"{record.key!r} (index {index})", str(error))
             return False
@@ -288,6 +291,8 @@ def make_task(
     resize: str,
     fast: bool,
     randaugment: tuple[int, float],
+    num_frames: int = 0,
+    jitter: bool = False,
 ) -> seqio.Task:
     """The Task of one source: choose a text, tokenise, plan the augmentation."""
     is_label = source.kind == "label"
@@ -322,6 +327,8 @@ def make_task(
                 resize=resize,
                 fast=fast,
                 randaugment=randaugment,
+                num_frames=num_frames,
+                jitter=jitter,
             ),
             preprocessors.keep(list(features)),
         ],

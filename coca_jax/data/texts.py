@@ -10,7 +10,7 @@ import numpy as np
 from coca_jax.data import order
 
 # What a draw is for: keeps the choices made for one example independent of one another.
-CAPTION, PROMPT, LABELS, AUGMENT, CLASS = range(1, 6)
+CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES = range(1, 7)
 # Between a question and its answer in one text: the head sees what is before it.
 ANSWER = "\x1f"
 

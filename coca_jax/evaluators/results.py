@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import images as image_files
+from coca_jax.data import videos
 
 _THUMBNAIL = 96
 
@@ -67,8 +67,9 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def picture(image: Any) -> np.ndarray:
-    """Returns a small copy of an image as records hold it: encoded bytes or uint8 [h, w, 3]."""
-    return thumbnail(image_files.decode(image))
+    """Returns a small copy of an image as records hold it, encoded bytes or uint8 [h, w, 3]; of an
+    animation or a video file its middle frame."""
+    return thumbnail(videos.decode(image, 1)[0])
 
 
 def encode_png(image: np.ndarray) -> str:

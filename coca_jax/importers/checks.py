@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from coca_jax.data import images, order
+from coca_jax.data import images, order, videos
 from coca_jax.data.records import Record
 from coca_jax.importers.items import Item, Options, plain_json
 
@@ -67,21 +67,28 @@ def _asks(extra: Mapping[str, Any]) -> bool:
 
 
 def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
-    """What is kept of an encoded image, or the reason and detail of its quarantine."""
+    """What is kept of an encoded image or clip, or the reason and detail of its quarantine."""
     if len(data) > options.max_image_bytes:
         return data, "image_too_big", f"{len(data)} bytes"
+    image = None
     try:
-        image = images.open_image(data, options.max_pixels)
+        if images.is_video_file(data):
+            _, height, width = videos.sniff(data, options.max_pixels)
+        else:
+            image = images.open_image(data, options.max_pixels)
+            width, height = image.size
     except ValueError as error:
         big = str(error).startswith("too many pixels")
         return data, "too_many_pixels" if big else "unreadable_image", str(error)
-    width, height = image.size
     if min(width, height) < options.min_side:
         return data, "image_too_small", f"{width} x {height}"
     if options.max_aspect and max(width, height) > options.max_aspect * min(width, height):
         return data, "aspect", f"{width} x {height}"
     try:
-        if options.max_side and max(width, height) > options.max_side:
+        if image is None or videos.is_animation(image):  # never encoded again
+            if options.verify:
+                videos.verify(data)
+        elif options.max_side and max(width, height) > options.max_side:
             data = _shrink(image, options.max_side)
         elif options.verify:
             if image.format == "JPEG":  # checks all the data, spares most of the arithmetic

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import files, images
+from coca_jax.data import files, images, videos
 from coca_jax.data.sources import Source, open_source
 
 SIDE = 16  # of the difference hash: SIDE x SIDE bits
@@ -35,7 +35,9 @@ def look(image: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(data: bytes) -> tuple[str, str]:
-    """Content and look of an encoded image, in hexadecimal."""
+    """Content and look of an encoded image, or of a video's middle frame, in hexadecimal."""
+    if images.is_video_file(data):
+        return content_hash(data).hex(), look(videos.decode(data, 1)[0]).tobytes().hex()
     image = images.open_image(data)
     if image.format == "JPEG":
         image.draft("RGB", (128, 128))

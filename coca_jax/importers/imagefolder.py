@@ -8,7 +8,7 @@ import json
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import files
+from coca_jax.data import files, videos
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -21,7 +21,8 @@ from coca_jax.importers.items import (
 )
 
 ROWS_PER_UNIT = 2048
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".apng")
+MEDIA = IMAGES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -60,7 +61,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
 
 def _images(root: str) -> list[str]:
-    return files.find(root, tuple(f"*{s}" for s in IMAGES) + tuple(f"*{s.upper()}" for s in IMAGES))
+    return files.find(root, tuple(f"*{s}" for s in MEDIA) + tuple(f"*{s.upper()}" for s in MEDIA))
 
 
 def _line_units(path: str) -> list[Unit]:

@@ -7,7 +7,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 
-from coca_jax.data import files
+from coca_jax.data import files, videos
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -20,6 +20,7 @@ from coca_jax.importers.items import (
 )
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "image")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -75,7 +76,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
     item = Item(key)
     first, _, second = options.image_field.partition(",")
-    suffix = first or next((s for s in IMAGE_SUFFIXES if s in members), "")
+    suffix = first or next((s for s in MEDIA_SUFFIXES if s in members), "")
     if suffix not in members or (second and second not in members):
         item.problem, item.detail = "missing_image", f"members {sorted(members)}"
         return item

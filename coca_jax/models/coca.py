@@ -100,11 +100,31 @@ class CoCa(nn.Module):
     def encode_image(
         self, pixels: jax.Array, *, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """pixels [B, S, S, 3] -> (embedding float32 [B, E], L2 norm 1; image tokens [B, Q, D])."""
-        return self.pool(self.image_encoder(pixels, deterministic=deterministic))
+        """pixels [B, S, S, 3] -> (embedding float32 [B, E], L2 norm 1; image tokens [B, Q, D]).
+
+        Clips, pixels [B, T, S, S, 3]: frames are encoded independently and pooled as `pool` says.
+        """
+        return self.pool(self.encode_pixels(pixels, deterministic=deterministic))
+
+    def encode_pixels(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """pixels [B, S, S, 3] -> tokens [B, N, W]; clips [B, T, S, S, 3] -> [B, T, N, W]."""
+        if pixels.ndim == 4:
+            return self.image_encoder(pixels, deterministic=deterministic)
+        frames = pixels.reshape((-1,) + pixels.shape[2:])
+        encoded = self.image_encoder(frames, deterministic=deterministic)
+        return encoded.reshape(pixels.shape[:2] + encoded.shape[1:])
 
     def pool(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Encoder tokens [B, N, W] -> (embedding [B, E], image tokens [B, Q, D])."""
+        """Encoder tokens [B, N, W] -> (embedding [B, E], image tokens [B, Q, D]).
+
+        Of clips, [B, T, N, W], the embedding is the normalised mean of the frames', as in the
+        paper's video retrieval; the generative pooler reads the tokens of all frames at once, as in
+        VideoCoCa (Yan et al. 2022), so that the decoder attends to Q tokens as well.
+        """
+        if encoded.ndim == 4:
+            each, _ = self.pool(encoded.reshape((-1,) + encoded.shape[2:]))
+            embedding = normalise(each.reshape(encoded.shape[:2] + (-1,)).mean(1))
+            return embedding, self.pool(all_tokens(encoded))[1]
         tokens = self.generative_pooler(encoded)
         if self.pooler_kind == "open_clip":
             tokens = self.pooled_norm(tokens)
@@ -137,7 +157,8 @@ class CoCa(nn.Module):
     ) -> jax.Array:
         """Logits of the task head alone, float32 [B, C], running only what it needs.
 
-        pixels [B, S, S, 3], or [B, 2, S, S, 3] for a head over pairs. Heads over the decoder
+        pixels [B, S, S, 3], or clips [B, T, S, S, 3], of which a head over images pools all tokens
+        of all frames; [B, 2, S, S, 3] for a head over pairs. Heads over the decoder
         take tokens int [B, L] and prompt_len int [B]: how many of a row are the question (or
         statement), with the begin symbol. What follows is not seen by the head.
         """
@@ -147,9 +168,9 @@ class CoCa(nn.Module):
         if kind == "pair":  # both images of a pair become rows, each with the text
             pixels = pixels.reshape((-1,) + pixels.shape[2:])
             tokens, prompt_len = jnp.repeat(tokens, 2, 0), jnp.repeat(prompt_len, 2, 0)
-        encoded = self.image_encoder(pixels, deterministic=deterministic)
+        encoded = self.encode_pixels(pixels, deterministic=deterministic)
         if kind == "classification":
-            return self.head(encoded)
+            return self.head(all_tokens(encoded))
         valid = jnp.arange(tokens.shape[1]) < prompt_len[:, None]
         text_states, _ = self.text_decoder.encode(tokens, valid)
         states = self.text_decoder.fuse(text_states, self.pool(encoded)[1])
@@ -166,16 +187,17 @@ class CoCa(nn.Module):
     ) -> Outputs:
         """The whole model: both embeddings and the caption states from one pass.
 
-        A head over questions shares this pass: the decoder is causal, so the states of the first
-        prompt_len tokens know nothing of the answer behind them. Pairs do not run here.
+        pixels: [B, S, S, 3], or clips [B, T, S, S, 3]. A head over questions shares this pass: the
+        decoder is causal, so the states of the first prompt_len tokens know nothing of the answer
+        behind them. Pairs do not run here.
         """
-        encoded = self.image_encoder(pixels, deterministic=deterministic)
+        encoded = self.encode_pixels(pixels, deterministic=deterministic)
         image_embedding, image_tokens = self.pool(encoded)
         cls, states = self.text_decoder(tokens, text_valid, image_tokens)
         kind = self.task_head.kind if self.task_head is not None else ""
         class_logits = None
         if kind == "classification":
-            class_logits = self.head(encoded)
+            class_logits = self.head(all_tokens(encoded))
         elif kind == "answer":
             length = text_valid.sum(1) if prompt_len is None else prompt_len
             class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
@@ -192,6 +214,11 @@ class CoCa(nn.Module):
             logit_bias=logit_bias,
             class_logits=class_logits,
         )
+
+
+def all_tokens(encoded: jax.Array) -> jax.Array:
+    """Encoder tokens of clips [B, T, N, W] -> [B, T N, W], in order; of images [B, N, W] as is."""
+    return encoded.reshape((encoded.shape[0], -1, encoded.shape[-1]))
 
 
 def normalise(x: jax.Array) -> jax.Array:

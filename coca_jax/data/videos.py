@@ -1,0 +1,232 @@
+"""Clips: frames of animations and video files, sampled uniformly, as RGB. No TensorFlow.
+
+Animations (GIF, APNG, WebP, AVIF) are read by PIL, video files (MP4, WebM, MKV, MOV, AVI ...) by
+PyAV, the extra `video`. A still image is a clip of one frame.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coca_jax.data import images
+
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
+SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "ogv")
+
+
+def middles(num_frames: int) -> np.ndarray:
+    """The offsets of uniform sampling: 0.5 for each of T frames, float64 [T]."""
+    return np.full(num_frames, 0.5)
+
+
+def sample(count: int, offsets: np.ndarray) -> np.ndarray:
+    """Which of `count` frames to take: int64 [T], ascending.
+
+    The clip is cut into T equal segments and frame i is at `offsets[i]` of segment i, 0.5 being
+    its middle: floor((i + offset_i) * count / T). Frames repeat where count < T.
+
+    Args:
+        count: frames of the clip, by number, whatever their durations.
+        offsets: floats [T] in [0, 1); `middles(T)`, or random ones to jitter.
+    """
+    total = len(offsets)
+    places = (np.arange(total) + np.asarray(offsets, np.float64)) * count / total
+    return np.minimum(places.astype(np.int64), count - 1)
+
+
+def is_animation(image: Image.Image) -> bool:
+    """Whether an opened image has several frames in time."""
+    return image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1
+
+
+def sniff(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[int, int, int]:
+    """(images.OTHER, height, width) of a clip's frames, upright, as `images.sniff` of an image.
+
+    Of a video file the first frame is decoded. Raises ValueError: neither an image nor a video.
+    """
+    if images.is_video_file(data):
+        for frame in _video_frames(data, max_pixels):
+            height, width, _ = _pixels(frame).shape
+            return images.OTHER, height, width
+        raise ValueError(f"damaged video ({len(data)} bytes): no frame decodes")
+    _, height, width = images.sniff(data)
+    return images.OTHER, height, width
+
+
+def decode_rgba(
+    data: bytes, offsets: np.ndarray, max_pixels: int = images.MAX_PIXELS
+) -> np.ndarray:
+    """Sampled frames of encoded bytes: uint8 [T, h, w, 3], with transparency [T, h, w, 4].
+
+    Raises:
+        ValueError: neither an image nor a video, damaged, too large, or PyAV is missing.
+    """
+    if images.is_video_file(data):
+        frames = _sample_video(data, offsets, max_pixels)
+    else:
+        frames = _sample_image(data, offsets, max_pixels)
+    sizes = {frame.shape[:2] for frame in frames}
+    if len(sizes) > 1:
+        raise ValueError(f"video frames of different sizes {sorted(sizes)}; encode it to one size")
+    if any(frame.shape[-1] == 4 for frame in frames):
+        frames = [_with_alpha(frame) for frame in frames]
+    return np.stack(frames)
+
+
+def decode(video: Any, num_frames: int) -> np.ndarray:
+    """Any clip or image to `num_frames` frames of RGB, transparency over white: uint8 [T, h, w, 3].
+
+    Args:
+        video: encoded bytes, a path, a PIL image, an array [t, h, w, 3] of uint8, or a still as
+            `images.decode` takes it.
+        num_frames: T, sampled by `sample` with `middles`.
+
+    Raises:
+        ValueError: naming the video, when it cannot be decoded.
+        FileNotFoundError: a path that does not exist.
+    """
+    if isinstance(video, (str, os.PathLike)):
+        with open(video, "rb") as file:
+            data = file.read()
+        try:
+            return decode(data, num_frames)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(video)}: {error}") from None
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        frames = decode_rgba(bytes(video), middles(num_frames))
+        return images.over(frames) if frames.shape[-1] == 4 else frames
+    if isinstance(video, Image.Image) or np.ndim(video) != 4:
+        return np.repeat(images.decode(video)[None], num_frames, 0)
+    clip = np.asarray(video)
+    if clip.dtype != np.uint8 or clip.shape[-1] != 3 or 0 in clip.shape:
+        raise ValueError(
+            f"video array of {clip.dtype} {clip.shape}: give uint8 [frames, h, w, 3], at least one"
+        )
+    return clip[sample(len(clip), middles(num_frames))]
+
+
+def verify(data: bytes) -> int:
+    """Decodes every frame of encoded bytes; returns how many there are.
+
+    Raises:
+        ValueError: one is damaged, or there is none.
+    """
+    count = 0
+    if images.is_video_file(data):
+        for frame in _video_frames(data):
+            if frame.is_corrupt:
+                raise ValueError(f"damaged video ({len(data)} bytes): frame {count}")
+            count += 1
+        if not count:
+            raise ValueError(f"damaged video ({len(data)} bytes): no frame decodes")
+        return count
+    image = images.open_image(data)
+    try:
+        for index in _span(image):
+            image.seek(index)
+            image.load()
+            count += 1
+    except Exception as error:  # PIL's decoders raise all sorts on damaged data
+        raise ValueError(f"damaged animation ({len(data)} bytes): {error}") from None
+    return count
+
+
+def _span(image: Image.Image) -> range:
+    """The frames of an image. A PNG's picture for readers without animation is not one."""
+    if not is_animation(image):
+        return range(1)
+    return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
+
+
+def _sample_image(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.ndarray]:
+    image = images.open_image(data, max_pixels)
+    try:
+        span = _span(image)
+        wanted = [span[index] for index in sample(len(span), offsets)]
+        kept: dict[int, np.ndarray] = {}
+        for index in wanted:  # ascending: each frame is drawn over the ones before
+            if index not in kept:
+                image.seek(index)
+                kept[index] = images.to_rgba(image)
+    except Exception as error:  # a damaged file surfaces as any of a dozen types
+        raise ValueError(f"damaged animation ({len(data)} bytes): {error}") from None
+    return [kept[index] for index in wanted]
+
+
+def _sample_video(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.ndarray]:
+    count = _count_packets(data)
+    for _ in range(2):
+        wanted, kept, seen = sample(count, offsets).tolist(), {}, 0
+        for frame in _video_frames(data, max_pixels):
+            if seen in wanted:
+                kept[seen] = _pixels(frame)
+            seen += 1
+        if seen == count:
+            return [kept[index] for index in wanted]
+        count = seen  # some packets show nothing: alternate references, what an edit list hides
+        if not count:
+            break
+    raise ValueError(f"damaged video ({len(data)} bytes): {count} frames decode")
+
+
+def _open(data: bytes) -> tuple[Any, Any]:
+    """(container, its first video stream)."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("a video file needs PyAV: pip install 'coca_jax[video]'") from None
+    try:
+        container = av.open(io.BytesIO(data))
+        return container, container.streams.video[0]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(
+            f"damaged video ({len(data)} bytes), or no picture in it: {error}"
+        ) from None
+
+
+def _count_packets(data: bytes) -> int:
+    """Packets of the video stream: the number of frames, but for packets that show nothing."""
+    container, stream = _open(data)
+    with container:
+        try:
+            return max(sum(packet.size > 0 for packet in container.demux(stream)), 1)
+        except Exception as error:  # one of PyAV's dozens
+            raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
+
+
+def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[Any]:
+    """PyAV's frames, in the order of showing."""
+    container, stream = _open(data)
+    with container:
+        frames = container.decode(stream)
+        while True:
+            try:
+                frame = next(frames, None)
+            except Exception as error:  # one of PyAV's dozens
+                raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
+            if frame is None:
+                return
+            if frame.width * frame.height > max_pixels:
+                raise ValueError(
+                    f"too many pixels: {frame.width} x {frame.height}, limit {max_pixels}"
+                )
+            yield frame
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """A frame of PyAV, turned upright: uint8 [h, w, 3], or 4 where the format has transparency."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90))  # both count against the clock
+
+
+def _with_alpha(pixels: np.ndarray) -> np.ndarray:
+    if pixels.shape[-1] == 4:
+        return pixels
+    return np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], -1)
