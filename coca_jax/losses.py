@@ -119,13 +119,16 @@ class _Collectives(NamedTuple):
 
     axes: tuple[str, ...]
 
+    # One axis at a time: the TPU compiler turns a gather over two axes into a sum of zeros.
     def gather(self, x):
-        return jax.lax.all_gather(x, self.axes, tiled=True) if self.axes else x
+        for axis in reversed(self.axes):
+            x = jax.lax.all_gather(x, axis, tiled=True)
+        return x
 
     def scatter_sum(self, x):
-        if not self.axes:
-            return x
-        return jax.lax.psum_scatter(x, self.axes, scatter_dimension=0, tiled=True)
+        for axis in self.axes:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        return x
 
     def sum(self, x):
         return jax.lax.psum(x, self.axes) if self.axes else x
@@ -372,10 +375,15 @@ def _captioning_per_device(options, with_gradients, shape, kernel_shape):
     if batch % parts:
         raise ValueError(f"a batch of {batch} captions cannot be split over {parts} devices evenly")
     rows, vocab = P(BATCH_AXES), P("tensor")
-    # The kernel's gradient leaves as its parameter lives: split over fsdp where the width allows.
-    split = kernel_shape[0] % mesh.shape["fsdp"] == 0
-    function = functools.partial(function, split_kernel=split)
-    d_kernel = P("fsdp" if split else None, "tensor")
+    # The kernel's gradient leaves as its parameter lives (partitioning.param_spec).
+    width, size = kernel_shape
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    axis, d_kernel = None, P(None, "tensor")
+    if size % (fsdp * tensor) == 0:
+        axis, d_kernel = 1, P(None, ("tensor", "fsdp"))
+    elif width % fsdp == 0:
+        axis, d_kernel = 0, P("fsdp", "tensor")
+    function = functools.partial(function, scatter_axis=axis)
     outputs = (P(), rows) + ((rows, d_kernel, vocab) if with_gradients else ())
     return jax.shard_map(
         functools.partial(function, _Collectives(BATCH_AXES), _Collectives(("tensor",))),
@@ -397,7 +405,7 @@ def _caption_rows(
     *,
     options: tuple[int, float, float],
     with_gradients: bool,
-    split_kernel: bool = False,
+    scatter_axis: int | None = None,
 ) -> tuple[Any, ...]:
     """Loss and gradients over one device's rows and its share of the vocabulary."""
     chunk, z_loss, smoothing = options
@@ -407,13 +415,13 @@ def _caption_rows(
     vocab = local_vocab * (jax.lax.axis_size("tensor") if vocab_axis.axes else 1)
     chunk = min(chunk, count)
     padding = -count % chunk
-    # Real targets first: the loop stops after the last of them.
+    # Real targets first, so that the last chunks may hold padding only.
     order = jnp.argsort(weights.reshape(-1) <= 0, stable=True)
     pad = functools.partial(jnp.pad, pad_width=(0, padding))
     x = jnp.pad(states.reshape(count, width)[order], ((0, padding), (0, 0)))
     y = pad(targets.reshape(-1)[order]) - vocab_axis.index() * local_vocab
     w = pad(weights.reshape(-1)[order])
-    num_chunks = (jnp.sum(w > 0) + chunk - 1) // chunk
+    real = jnp.sum(w > 0)
     matrix = kernel
     vocabulary = jnp.arange(local_vocab)
 
@@ -426,11 +434,18 @@ def _caption_rows(
         logits = jnp.dot(rows, matrix, preferred_element_type=dtype) + bias
         peak = vocab_axis.max(logits.max(-1))
         exp = jnp.exp(logits - peak[:, None])
-        total = vocab_axis.sum(exp.sum(-1))
-        lse = peak + jnp.log(total)
+        total = exp.sum(-1)
         # A comparison instead of a gather and a scatter: it fuses with the passes over the logits.
         own = vocabulary == target[:, None]
-        token_nll = lse - vocab_axis.sum(jnp.where(own, logits, 0.0).sum(-1))
+        picked = jnp.where(own, logits, 0.0).sum(-1)
+        if with_gradients and states.dtype == jnp.bfloat16:
+            # One pass over the logits, stored in half the bytes: both products of the gradient
+            # start from these.
+            stored = exp.astype(states.dtype), total, picked
+            exp, total, picked = jax.lax.optimization_barrier(stored)
+        total, picked = vocab_axis.sum(total), vocab_axis.sum(picked)
+        lse = peak + jnp.log(total)
+        token_nll = lse - picked
         token_loss = token_nll
         if smoothing:
             mean = vocab_axis.sum(logits.sum(-1)) / vocab
@@ -443,20 +458,36 @@ def _caption_rows(
         )
         if with_gradients:
             factor = weight * (1 + 2 * z_loss * lse) if z_loss else weight
-            d_logits = exp * (factor / total)[:, None]
-            if smoothing:
-                d_logits = d_logits - (smoothing / vocab) * weight[:, None]
-            d_logits = d_logits - jnp.where(own, (1 - smoothing) * weight[:, None], 0.0)
-            d_bias = d_bias + d_logits.sum(0)
-            d_logits = d_logits.astype(states.dtype)
+
+            def gradient(exp):
+                d_logits = exp.astype(dtype) * (factor / total)[:, None]
+                if smoothing:
+                    d_logits = d_logits - (smoothing / vocab) * weight[:, None]
+                return d_logits - jnp.where(own, (1 - smoothing) * weight[:, None], 0.0)
+
+            d_logits = gradient(exp)
             d_rows = jax.lax.dot_general(
-                d_logits, matrix, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+                d_logits.astype(states.dtype),
+                matrix,
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=dtype,
             )
             d_rows = vocab_axis.sum(d_rows).astype(states.dtype)
             d_x = jax.lax.dynamic_update_slice_in_dim(d_x, d_rows, start, 0)
+            if states.dtype == jnp.bfloat16:
+                # Another array to the compiler each time, so that each product makes its operand
+                # on the way in and none is stored.
+                exp = jax.lax.optimization_barrier(exp)
+                d_logits = gradient(exp)
             d_kernel = d_kernel + jax.lax.dot_general(
-                rows, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=dtype
+                rows,
+                d_logits.astype(states.dtype),
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=dtype,
             )
+            if states.dtype == jnp.bfloat16:
+                d_logits = gradient(jax.lax.optimization_barrier(exp))
+            d_bias = d_bias + d_logits.sum(0)
         return loss, nll, d_x, d_kernel, d_bias
 
     zero = jnp.zeros((), dtype)
@@ -472,14 +503,22 @@ def _caption_rows(
     if count <= chunk:
         loss, nll, d_x, d_kernel, d_bias = body(0, start)
     else:
-        loss, nll, d_x, d_kernel, d_bias = jax.lax.fori_loop(0, num_chunks, body, start)
+        # A loop of known length, so that its cost can be told before it runs; chunks that hold
+        # padding only are skipped.
+        def chunk_or_nothing(i, carry):
+            return jax.lax.cond(i * chunk < real, lambda c: body(i, c), lambda c: c, carry)
+
+        trips = (count + padding) // chunk
+        loss, nll, d_x, d_kernel, d_bias = jax.lax.fori_loop(0, trips, chunk_or_nothing, start)
     back = jnp.argsort(order)
     loss, nll = batch_axes.sum(loss), nll[:count][back].reshape(shape)
     if not with_gradients:
         return loss, nll
     d_states = d_x[:count][back].reshape(states.shape)
-    if split_kernel:
-        d_kernel = jax.lax.psum_scatter(d_kernel, "fsdp", scatter_dimension=0, tiled=True)
+    if scatter_axis is not None:
+        d_kernel = jax.lax.psum_scatter(
+            d_kernel, "fsdp", scatter_dimension=scatter_axis, tiled=True
+        )
         d_kernel = jax.lax.psum(d_kernel, "data")
     else:
         d_kernel = batch_axes.sum(d_kernel)

@@ -1,7 +1,7 @@
 """Where every array lives: the mesh, the table of logical axes, shardings of state and batches.
 
 A mesh has the axes ('data', 'fsdp', 'tensor'). A batch is split over data x fsdp. Parameters are
-split over fsdp (ZeRO-3) along their width and over tensor along heads, MLP width and vocabulary.
+split over fsdp (ZeRO-3) along one axis and over tensor along heads, MLP width and vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_mlp": "tensor",
     # parameters
     "layers": None,
-    "embed": "fsdp",
+    "embed": None,  # or fsdp, see param_spec
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -101,11 +101,37 @@ def unbox(tree: Any) -> Any:
     )
 
 
-def param_specs(boxed: Any) -> Any:
+def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """PartitionSpec of one parameter: RULES, and one axis over fsdp.
+
+    That axis is 'heads' or 'vocab', else the first of 'mlp' and 'embed', where fsdp divides it:
+    the outermost axis in the layouts that the TPU compiler picks for the products, so that gathered
+    weights and the gradients that are scattered need no copy. Vectors are replicated over fsdp.
+    """
+    entries = [None if name is None else RULES[name] for name in names]
+    if "embed" not in names:
+        return spec(*names)
+    outer = [i for i, name in enumerate(names) if name in ("heads", "vocab")]
+    choices = outer + [i for i, name in enumerate(names) if name in ("mlp", "embed")]
+
+    def parts(i: int) -> int:
+        own = entries[i]
+        return mesh.shape["fsdp"] * (mesh.shape[str(own)] if own else 1)
+
+    fitting = [i for i in choices if shape[i] % parts(i) == 0]
+    chosen = fitting[0] if fitting else names.index("embed")
+    own = entries[chosen]
+    entries[chosen] = (str(own), "fsdp") if own else "fsdp"
+    return P(*entries)
+
+
+def param_specs(boxed: Any, mesh: Mesh) -> Any:
     """PartitionSpec of each parameter in a tree of boxed (abstract) parameters."""
 
     def one(x: Any) -> P:
-        return spec(*x.names) if isinstance(x, nn.LogicallyPartitioned) else P()
+        if not isinstance(x, nn.LogicallyPartitioned):
+            return P()
+        return param_spec(x.names, x.value.shape, mesh)
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 

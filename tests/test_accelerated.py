@@ -72,9 +72,12 @@ def test_norm_equals_the_plain_form_with_a_large_mean():
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_gelu_and_bias_equal_the_plain_forms(dtype, tolerance):
     (x,) = arrays(4, 9, 16, dtype=dtype)
-    plain = lambda x: jax.nn.gelu(x.astype(jnp.float32)).astype(dtype)  # noqa: E731
-    compare(accelerated.gelu, plain, (x * 3,), tolerance)
     (bias,) = arrays(16, dtype=dtype)
+
+    def plain(x, bias):
+        return jax.nn.gelu(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
+
+    compare(accelerated.bias_gelu, plain, (x * 3, bias), tolerance)
     compare(accelerated.add_bias, lambda x, b: x + b, (x, bias), tolerance)
 
 

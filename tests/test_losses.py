@@ -134,6 +134,18 @@ def test_chunked_captioning_equals_naive(chunk, options):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
 
 
+def test_bfloat16_captioning_with_stored_exponentials_keeps_its_gradients():
+    states, kernel, bias, targets, mask = caption_inputs(batch=16, width=32, vocab=300)
+
+    def loss(states, kernel, bias, chunk):
+        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk)[0]
+
+    got = jax.value_and_grad(loss, (0, 1, 2))(states.astype(jnp.bfloat16), kernel, bias, 64)
+    want = jax.value_and_grad(loss, (0, 1, 2))(states, kernel, bias, 0)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert jnp.abs(a.astype(jnp.float32) - b).max() <= 1e-2 * jnp.abs(b).max()
+
+
 def test_captioning_is_the_mean_over_real_targets():
     states, kernel, bias, targets, mask = caption_inputs(1)
     loss, nll = losses.captioning_loss(states, kernel, bias, targets, mask)

@@ -134,29 +134,37 @@ SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation, computed in float32, in x's dtype."""
-    return _gelu_forward(x)[0]
+def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """GELU of x [..., F] + bias [F] by its tanh approximation, computed in float32, in x's dtype.
+
+    Its gradient and that of the bias come out of one pass.
+    """
+    return _gelu_forward(x, bias)[0]
 
 
-def _gelu_forward(x):
-    wide = x.astype(jnp.float32)
+def _gelu_forward(x, bias):
+    hidden = checkpoint_name(x + bias, "mlp")
+    wide = hidden.astype(jnp.float32)
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
-    return (0.5 * wide * (1 + tanh)).astype(x.dtype), x
+    return (0.5 * wide * (1 + tanh)).astype(x.dtype), (hidden, bias)
 
 
-def _gelu_backward(x, g):
-    wide = x.astype(jnp.float32)
+def _gelu_backward(saved, g):
+    hidden, bias = saved
+    wide = hidden.astype(jnp.float32)
     square = wide * wide
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
     steep = wide * (2 * SLOPE + (6 * SLOPE * CUBE) * square)
     sigmoid = 0.5 + 0.5 * tanh
     slope = sigmoid * (1 + (0.5 - 0.5 * tanh) * steep)
-    # Three products read the result: the barrier has it made once.
-    return (jax.lax.optimization_barrier((g.astype(jnp.float32) * slope).astype(x.dtype)),)
+    dx = g.astype(jnp.float32) * slope
+    # Two products read the result: the barrier has it made once, and its sum with it.
+    d_bias = dx.sum(tuple(range(dx.ndim - 1)))
+    dx, d_bias = jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))
+    return dx, d_bias.astype(bias.dtype)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+bias_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp

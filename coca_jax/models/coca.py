@@ -82,7 +82,7 @@ class CoCa(nn.Module):
         self.text_decoder = self.decoder.copy(name="text_decoder")
         self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
         if self.pooler_kind == "open_clip":
-            self.pooled_norm = layers.LayerNorm(self.dtype)
+            self.pooled_norm = layers.LayerNorm(self.dtype, self.flat)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(

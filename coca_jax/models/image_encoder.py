@@ -94,7 +94,7 @@ class ImageEncoder(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
-            x = layers.LayerNorm(self.dtype, name="pre_norm")(x)
+            x = layers.LayerNorm(self.dtype, self.flat, name="pre_norm")(x)
         x = layers.Stack(
             depth=self.depth,
             num_heads=self.num_heads,
@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
             name="blocks",
         )(x)
         if self.final_norm:
-            x = layers.LayerNorm(self.dtype, name="final_norm")(x)
+            x = layers.LayerNorm(self.dtype, self.flat, name="final_norm")(x)
         return x
 
 

@@ -168,7 +168,8 @@ class Attention(nn.Module):
         query = constrain(query, "batch", "length", "act_heads", "head_width")
         key = constrain(key, "batch", "length", "act_heads", "head_width")
         value = constrain(value, "batch", "length", "act_heads", "head_width")
-        out = checkpoint_name(attend(query, key, value, mask, self.flat), "attended")
+        out = attend(query, key, value, mask, self.flat)
+        out = checkpoint_name(out, "attended") if self.flat else out  # the other form names its own
         return Projection(
             (width,),
             num_in=2,
@@ -184,6 +185,7 @@ class Projection(nn.Module):
     """Linear map of the last `num_in` axes to the axes `features`, with bias.
 
     axes: logical names of the kernel's dimensions (see partitioning.RULES).
+    gelu: GELU behind the bias, in the form of accelerated.bias_gelu.
     """
 
     features: tuple[int, ...]
@@ -192,6 +194,7 @@ class Projection(nn.Module):
     use_bias: bool = True
     train_bias: bool = True
     init_scale: float = 1.0
+    gelu: bool = False
     dtype: Any = jnp.float32
     flat: bool = True
 
@@ -211,6 +214,8 @@ class Projection(nn.Module):
             bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
             bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
             bias = bias.astype(y.dtype)
+            if self.gelu:
+                return accelerated.bias_gelu(y, bias)
             y = y + bias if self.flat else accelerated.add_bias(y, bias)
         return y
 
@@ -227,12 +232,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         options = dict(dtype=self.dtype, flat=self.flat)
-        hidden = Projection((self.mlp_dim,), axes=("embed", "mlp"), name="in", **options)(x)
-        hidden = checkpoint_name(constrain(hidden, "batch", "length", "act_mlp"), "mlp")
-        if self.activation == "gelu" and not self.flat:
-            hidden = accelerated.gelu(hidden)
-        else:
-            hidden = ACTIVATIONS[self.activation](hidden)
+        one_pass = self.activation == "gelu" and not self.flat
+        hidden = Projection(
+            (self.mlp_dim,), axes=("embed", "mlp"), gelu=one_pass, name="in", **options
+        )(x)
+        hidden = constrain(hidden, "batch", "length", "act_mlp")
+        if not one_pass:
+            hidden = ACTIVATIONS[self.activation](checkpoint_name(hidden, "mlp"))
         return Projection(
             x.shape[-1:], axes=("mlp", "embed"), init_scale=self.out_scale, name="out", **options
         )(hidden)

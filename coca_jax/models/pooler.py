@@ -35,7 +35,7 @@ class AttentionalPooler(nn.Module):
         )()
         query = layers.LayerNorm(self.dtype, name="query_norm")(query)
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
-        tokens = layers.LayerNorm(self.dtype, name="token_norm")(tokens)
+        tokens = layers.LayerNorm(self.dtype, self.flat, name="token_norm")(tokens)
         return layers.Attention(self.num_heads, dtype=self.dtype, flat=self.flat, name="attention")(
             query, tokens, mask
         )

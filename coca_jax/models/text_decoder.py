@@ -52,11 +52,11 @@ class TextDecoder(nn.Module):
         self.positions = layers.Table((self.max_len + 1, self.width), axes=("position", "embed"))
         self.cls = layers.Table((self.width,), axes=("norm",))
         self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
-        self.unimodal_norm = layers.LayerNorm(self.dtype)
+        self.unimodal_norm = layers.LayerNorm(self.dtype, self.flat)
         stack["num_heads"] = self.multimodal_heads or self.num_heads
         stack["mlp_dim"] = self.multimodal_mlp_dim or self.mlp_dim
         self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
-        self.multimodal_norm = layers.LayerNorm(self.dtype)
+        self.multimodal_norm = layers.LayerNorm(self.dtype, self.flat)
         if not self.tie_embeddings:
             self.head = Head(self.vocab_size, self.width, self.head_bias)
 
