@@ -198,7 +198,7 @@ def _attend(
     )
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, NEVER)
-    # Divided after the product: the CPU backend's pass over the weights costs a third of attention.
+    # Divided after the product: at many rows a pass over the weights costs a third of attention.
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     out = jnp.einsum(
         "bhnm,bhmk->bhnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32

@@ -14,7 +14,8 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     # Many small steps: at this size a run learns more from its steps than from its negatives.
     config.batch_size = 32
-    config.steps = 2800
+    config.steps = 3400
+    config.text_lengths, config.text_parts = (20,), 2  # labels are short, half the alt-text too
     config.model.update(
         image_size=64, patch_size=8, embed_dim=128, dtype="float32", activation="relu"
     )
