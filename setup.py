@@ -63,7 +63,7 @@ setuptools.setup(
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         "hf": ["tokenizers"],
-        "video": ["av>=14.2"],
+        "video": ["av>=18.1"],
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",
