@@ -222,7 +222,7 @@ def forward(
     """One training pass over the batch -> coca.Outputs."""
     pixels = normalise_pixels(batch["image"], config.model)
     outputs: Any = model.apply(
-        {"params": cast_kernels(params, model.dtype)},
+        {"params": cast_kernels(params, config.model.dtype)},
         pixels,
         batch["tokens"],
         batch["text_valid"],
