@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -130,14 +129,3 @@ def test_wrong_arguments_are_named():
         scenes.Scenes("train", objects=(5,))
     with pytest.raises(IndexError):
         scenes.Scenes("test").read([2_000])
-
-
-def test_reading_is_fast_enough_to_feed_a_step():
-    source = scenes.Scenes("train")
-    source.read([0])
-    times = []
-    for start in (0, 500, 1000):
-        begin = time.perf_counter()
-        source.read(np.arange(start, start + 500))
-        times.append((time.perf_counter() - begin) / 500)
-    assert min(times) < 0.8e-3  # about 0.2 ms on one free core
