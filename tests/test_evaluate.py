@@ -134,6 +134,7 @@ class Stopping:
     def __init__(self, model, stop=""):
         self._model, self._stop, self.calls = model, stop, []
         self.batch_size, self.checksum = model.batch_size, model.checksum
+        self.num_frames = model.num_frames
 
     def __getattr__(self, name):
         def call(*args, **how):
