@@ -294,7 +294,7 @@ def test_where_text_field_and_limit(data):
     assert len(found) == 11 and all(json.loads(r.extra)["group"] == 1 for r in found)
     found = sources.open_source(dict(path=path, text_field="group", limit=4))
     assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
-    assert len(list(pipeline.eval_records(path, "train", limit=5))) == 5
+    assert len(list(evaluate.Records(dict(path=path, split="train"), limit=5))) == 5
     assert pipeline.class_names(path) == ["blue", "green", "red", "square"]
     assert pipeline.num_examples(_config(dict(path=path), dict(path=path, captions="all"))) == 69
 

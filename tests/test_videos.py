@@ -321,7 +321,7 @@ def test_animations_are_prepared_as_they_are(data):
     assert manifest["splits"]["train"]["quarantined"] == {"damaged_image": 1}
     quarantine = (data / "out" / "train-quarantine.jsonl").read_text()
     assert json.loads(quarantine)["key"] == "bad.png"
-    for record in pipeline.eval_records(str(data / "out"), "train"):
+    for record in evaluate.Records(dict(path=str(data / "out"), split="train")):
         assert record["image"] == (data / "raw" / record["key"]).read_bytes()
 
 

@@ -6,7 +6,6 @@ Importing this does not import TensorFlow; `train_batches` does.
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import pathlib
 import resource
@@ -413,33 +412,6 @@ def train_batches(
         process_count=process_count,
         class_names=class_names,
     )
-
-
-def eval_records(
-    source: str | Mapping[str, Any], split: str = "test", *, limit: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Records in their stored order, without TensorFlow.
-
-    Args:
-        source: a path of prepared data, or an entry as in `config.data.sources` (its own `split`
-            overrides the argument).
-        split: of it.
-        limit: at most so many; 0: all.
-
-    Yields:
-        dict(image=encoded bytes, text=list of captions, labels=list of names, key=str,
-        extra=the JSON text of the other fields, second=the other image of a pair or b"").
-    """
-    found = sources.open_source(_plain(source) if not isinstance(source, str) else source, split)
-    for record in itertools.islice(found, limit or None):
-        yield dict(
-            image=record.image,
-            text=list(record.texts),
-            labels=list(record.labels),
-            key=record.key,
-            extra=record.extra,
-            second=record.second,
-        )
 
 
 def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[str]:
