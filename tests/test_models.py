@@ -7,7 +7,7 @@ import pytest
 from conftest import random_batch, tiny_config
 
 from coca_jax import decoding, partitioning
-from coca_jax.models import coca
+from coca_jax.models import coca, image_encoder, layers
 from configs import coca_2b, coca_224, coca_base, coca_large
 
 
@@ -233,3 +233,31 @@ def test_float64_is_refused_where_it_would_not_be_float64(config):
             coca.build(config.model, platform="tpu")
         with pytest.raises(ValueError, match="decoding needs 'float32' or 'bfloat16'"):
             decoding.decoder(config.model, num_ids=64, eos_id=1)
+
+
+@pytest.mark.parametrize("channels,stride", [(3, 2), (8, 1)])
+def test_convolution_standardises_its_kernel(channels, stride):
+    """Also of images, whose few channels take another way through unfolded pixels."""
+    layer = layers.Convolution(16, stride=stride)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, channels))
+    params = partitioning.unbox(layer.init(jax.random.key(1), x)["params"])
+    kernel = params["kernel"] * 5 + 0.3  # neither scale nor mean of a kernel matters
+    params = params | {"gain": jnp.linspace(0.5, 2, 16), "bias": jnp.linspace(-1, 1, 16)}
+    centred = kernel - kernel.mean((0, 1, 2))
+    unit = centred / jnp.sqrt(jnp.square(centred).sum((0, 1, 2)))
+    want = jax.lax.conv_general_dilated(
+        x, unit, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    want = want * params["gain"] + params["bias"]
+    got = layer.apply({"params": params | {"kernel": kernel}}, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", list(layers.ACTIVATIONS))
+def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
+    stem = image_encoder.ConvStem((64, 64), (1, 2), activation, jnp.float32)
+    pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+    features = stem.apply(stem.init(jax.random.key(1), pixels), pixels)
+    assert features.shape == (8, 8, 8, 64)
+    assert 0.6 < features.std((0, 1, 2)).mean() < 1.4
