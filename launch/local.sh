@@ -45,7 +45,7 @@ stop_all() { [[ ${#pids[@]} -eq 0 ]] || kill -TERM "${pids[@]}" 2>/dev/null || t
 trap stop_all TERM INT
 
 start() {
-  local id port status=0 one
+  local id port status=0 one ended
   if ((dry_run)); then port=${PORT:-12355}; else port=${PORT:-$(free_port)}; fi
   pids=()
   for ((id = 0; id < count; id++)); do
@@ -60,25 +60,19 @@ start() {
     fi
   done
   # The first process that ends badly stops the rest, which would wait for it for ever.
-  for ((id = 0; id < ${#pids[@]}; id++)); do
-    one=0
-    wait -n "${pids[@]}" || one=$?
-    if ((one > 128)) && ((status == 0)) && still_running; then
-      id=$((id - 1)) # a signal to this script woke it: go on waiting
-      continue
-    fi
+  while ((${#pids[@]} > 0)); do
+    ended="" one=0
+    wait -n -p ended "${pids[@]}" || one=$?
+    [[ -n ${ended:-} ]] || continue # a signal to this script woke it: go on waiting
+    for id in "${!pids[@]}"; do
+      [[ ${pids[id]} != "$ended" ]] || unset "pids[id]"
+    done
     if ((one != 0 && status == 0)); then
       status=$one
       ((status == 75)) || stop_all
     fi
   done
   return "$status"
-}
-
-still_running() {
-  local pid
-  for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && return 0; done
-  return 1
 }
 
 status=0
