@@ -18,7 +18,7 @@ def get_config(weights: str = "") -> ConfigDict:
     )
     path = "data/fashion_mnist"
     config.data.sources = (dict(path=path, split="train", kind="label"),)
-    config.data.update(augment="crop", flip=True)
+    config.data.flip = True
     test = dict(path=path, split="test", kind="label")
     config.eval.tasks = (
         dict(kind="classification", name="fashion_mnist", data=test),
