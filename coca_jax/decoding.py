@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 
 from coca_jax.models import layers
 
-BLOCK = 64  # columns of a block, see prepare
 NEVER = -1e30  # score of what must not be chosen; a sum of many of them is still finite
 
 
@@ -75,16 +74,15 @@ def decoder(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "blocked"))
-def prepare(params: dict, dtype: str, blocked: bool = False) -> dict:
+@functools.partial(jax.jit, static_argnames=("dtype", "transposed"))
+def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
     """The text decoder's weights as decoding wants them: a copy, made once per model.
 
     params: the model's parameters. Layers are taken apart (a loop over stacked weights would copy
     each slice at every token), query, key and value become one matrix with the score's 1 / sqrt(K)
     in it, and all matrices are two-dimensional in `dtype`. Norms and biases stay float32.
 
-    blocked: matrices as [F / 64, D, 64], what the CPU backend multiplies few rows with fastest: its
-    product of 6 or 16 rows with a plain [D, F] repacks the matrix first, up to half of the time.
+    transposed: matrices as [F, D], which `_dense` multiplies from the left: see wants_transposed.
     """
     text = params["text_decoder"]
 
@@ -92,27 +90,21 @@ def prepare(params: dict, dtype: str, blocked: bool = False) -> dict:
         rows = int(np.prod(kernel.shape[:num_in]))
         return kernel.reshape(rows, -1).astype(dtype)
 
-    def block_columns(kernel: jax.Array) -> jax.Array:
-        rows, columns = kernel.shape
-        if not blocked or columns < BLOCK:
-            return kernel
-        kernel = jnp.pad(kernel, ((0, 0), (0, -columns % BLOCK)))
-        return kernel.reshape(rows, -1, BLOCK).transpose(1, 0, 2)
+    def stored(kernel: jax.Array) -> dict:
+        return dict(transposed=kernel.T) if transposed else dict(kernel=kernel)
 
     def join(part: dict, names: tuple[str, ...]) -> dict:
         scale = part["query"]["kernel"].shape[-1] ** -0.5
         kernels = [part[n]["kernel"] * (scale if n == "query" else 1.0) for n in names]
         biases = [part[n]["bias"] * (scale if n == "query" else 1.0) for n in names]
         joined = jnp.concatenate([matrix(k) for k in kernels], axis=1)
-        return dict(
-            # Image keys are computed once, from many rows: there the plain product is best.
-            kernel=joined if "query" not in names else block_columns(joined),
-            bias=jnp.concatenate([b.reshape(-1) for b in biases]),
-        )
+        bias = jnp.concatenate([b.reshape(-1) for b in biases])
+        # Image keys are computed once, from many rows: there the plain product is best, as it is
+        # for the softmax layer, whose output would cost more to transpose.
+        return (stored(joined) if "query" in names else dict(kernel=joined)) | dict(bias=bias)
 
     def dense(part: dict, num_in: int = 1) -> dict:
-        kernel = block_columns(matrix(part["kernel"], num_in))
-        return dict(kernel=kernel, bias=part["bias"].reshape(-1))
+        return stored(matrix(part["kernel"], num_in)) | dict(bias=part["bias"].reshape(-1))
 
     def block(part: dict) -> dict:
         out = {name: part[name] for name in part if name.endswith("norm")}
@@ -134,11 +126,11 @@ def prepare(params: dict, dtype: str, blocked: bool = False) -> dict:
 
     embedding = text["token_embedding"]["value"]
     if "head" in text:
-        head = dict(kernel=block_columns(text["head"]["kernel"]["value"].astype(dtype)))
+        head = dict(kernel=text["head"]["kernel"]["value"].astype(dtype))
         if "bias" in text["head"]:
             head["bias"] = text["head"]["bias"]["value"]
     else:
-        head = dict(kernel=block_columns(embedding.T.astype(dtype)))
+        head = dict(kernel=embedding.T.astype(dtype))
     return dict(
         embedding=embedding.astype(dtype),
         positions=text["positions"]["value"].astype(dtype),
@@ -149,13 +141,13 @@ def prepare(params: dict, dtype: str, blocked: bool = False) -> dict:
     )
 
 
-def wants_blocks(rows: int) -> bool:
-    """Whether `prepare(blocked=True)` is the faster layout here for steps of so many rows.
+def wants_transposed() -> bool:
+    """Whether `prepare(transposed=True)` is the faster layout here: on the CPU.
 
-    Measured on 2 cores at coca_ViT-B-32's sizes, time of plain over blocked, one session: 1 row
-    0.85, 2 rows 1.24, 4 rows 1.40, 6 rows (beams) 0.98, 8 rows 1.01, 16 rows 0.80.
+    Its product packs the right operand at each call. With the weights on the left that is the few
+    rows of a step and not the matrix: docs/performance.md, "Captions beside open_clip".
     """
-    return jax.default_backend() == "cpu" and 2 <= rows <= 8
+    return jax.default_backend() == "cpu"
 
 
 def _norm(weights: dict, x: jax.Array) -> jax.Array:
@@ -167,16 +159,22 @@ def _norm(weights: dict, x: jax.Array) -> jax.Array:
     )
 
 
-def _dense(weights: dict, x: jax.Array, columns: int | None = None) -> jax.Array:
-    """x [..., D] -> float32 [..., F], one product. columns: F, by default that of the bias."""
-    kernel = weights["kernel"]
-    rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
-    if kernel.ndim == 3:
-        each = jnp.broadcast_to(rows, kernel.shape[:1] + rows.shape)
-        y = jnp.einsum("nrd,ndf->nrf", each, kernel, preferred_element_type=jnp.float32)
-        y = y.transpose(1, 0, 2).reshape(rows.shape[0], -1)
-        y = y[:, : columns or weights["bias"].shape[0]]
+def _dense(weights: dict, x: jax.Array) -> jax.Array:
+    """x [..., D] -> float32 [..., F], one product."""
+    if "transposed" in weights:
+        kernel = weights["transposed"]
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+        count = rows.shape[0]
+        if isinstance(count, int) and count > 4:  # vectors of 8: 6 rows take longer than 8
+            rows = jnp.pad(rows, ((0, -count % 8), (0, 0)))
+        y = jax.lax.dot_general(
+            kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        # Without the barrier the compiler turns the transposed product back into rows @ kernel.
+        y = jax.lax.optimization_barrier(y)[:, :count].T
     else:
+        kernel = weights["kernel"]
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         y = jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
     y = y.reshape(x.shape[:-1] + y.shape[-1:])
     return y + weights["bias"] if "bias" in weights else y
@@ -314,7 +312,7 @@ def _prefill(
 
 def logits_of(weights: dict, states: jax.Array) -> jax.Array:
     """States [..., D] -> float32 [..., V]."""
-    return _dense(weights["head"], states, weights["embedding"].shape[0])
+    return _dense(weights["head"], states)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,8 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
         return out
 
     def decode_weights(flat: dict) -> dict:
-        blocked = list(platforms) == ["cpu"]
-        return decoding.prepare(export_format.unflatten(flat), spec.dtype, blocked)
+        transposed = list(platforms) == ["cpu"]
+        return decoding.prepare(export_format.unflatten(flat), spec.dtype, transposed)
 
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)

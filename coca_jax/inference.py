@@ -122,7 +122,6 @@ class CoCaModel:
             num_frames = config.get("data", {}).get("num_frames", 0)
         self.num_frames: int = check_frames(num_frames)
         self._mesh, self.params = _place(params, devices)
-        self._prepared: dict[bool, dict] = {}  # decoder weights by layout
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         if class_names is None:
             class_names = config.get("class_names", ())
@@ -341,7 +340,7 @@ class CoCaModel:
             image_tokens = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
             out = decoding.generate(
                 self._spec,
-                self._decoder_weights(size * max(settings.num_beams, settings.num_captions)),
+                self._decoder_weights,
                 image_tokens,
                 prompt,
                 length,
@@ -563,12 +562,10 @@ class CoCaModel:
 
         return self._jit(run)
 
-    def _decoder_weights(self, rows: int) -> dict:
-        blocked = decoding.wants_blocks(rows)
-        if blocked not in self._prepared:
-            with self._context():
-                self._prepared[blocked] = decoding.prepare(self.params, self._spec.dtype, blocked)
-        return self._prepared[blocked]
+    @functools.cached_property
+    def _decoder_weights(self) -> dict:
+        with self._context():
+            return decoding.prepare(self.params, self._spec.dtype, decoding.wants_transposed())
 
     def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
         """A program whose results are whole on every device, and so on every process, unless

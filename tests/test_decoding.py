@@ -170,8 +170,8 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
         token = new[:, :, step]
 
 
-def test_blocked_weights_give_the_same_captions():
-    """Widths that are no multiple of the block are padded, and the padding is never seen."""
+def test_transposed_weights_give_the_same_captions():
+    """Also where rows are padded to eight (6 of them), which is never seen."""
     config = tiny_config().model
     config.text.update(width=72, num_heads=2, mlp_dim=160, vocab_size=130)
     config.pooler.num_heads = 2
@@ -183,13 +183,13 @@ def test_blocked_weights_give_the_same_captions():
     params = jax.tree.unflatten(tree, leaves)
     image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 72))
     spec = decoding.decoder(config, num_ids=130, eos_id=EOS)
-    plain, blocked = (decoding.prepare(params, "float32", b) for b in (False, True))
-    assert blocked["unimodal"][0]["qkv"]["kernel"].shape == (4, 72, decoding.BLOCK)
+    plain, transposed = (decoding.prepare(params, "float32", t) for t in (False, True))
+    assert transposed["unimodal"][0]["qkv"]["transposed"].shape == (216, 72)
     for beams in (1, 2):
         settings = Settings(num_beams=beams, max_tokens=8)
         ours, want = (
             decoding.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
-            for weights in (blocked, plain)
+            for weights in (transposed, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)
         np.testing.assert_allclose(ours.log_prob, want.log_prob, atol=2e-5)
