@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
         dict(builtin="scenes", split="train", kind="label", weight=1.0),
     )
     config.data.prompts = "varied"
+    seen = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     one = dict(builtin="scenes", split="heldout", kind="caption", objects=(1,))
     many = dict(builtin="scenes", split="heldout", kind="caption", objects=(2, 3, 4))
     label = dict(builtin="scenes", split="heldout", kind="label")
@@ -61,6 +62,7 @@ def get_config() -> ConfigDict:
     config.eval.tasks = (
         dict(kind="zeroshot", name="scenes_heldout", data=label, limit=1000),
         dict(kind="retrieval", name="scenes_heldout", data=every, limit=500),
+        dict(kind="captioning", name="scenes_test", data=seen, limit=500),
         dict(kind="captioning", name="scenes_heldout", data=one, limit=500),
         dict(kind="captioning", name="scenes_heldout_many", data=many, limit=300),
     )

@@ -98,7 +98,29 @@ def test_drawings_keep_their_background():
         ground = plan["colour"] @ np.append(plan["background"], 1.0)
         corner = np.clip(ground, 0, 255)
         assert np.abs(found[0, 0] - corner).max() <= 2
-        assert np.abs(found[32, 32].astype(float) - corner).max() > 40
+        inside = np.clip(plan["colour"] @ (200, 30, 30, 1), 0, 255)
+        assert np.abs(found[32, 32] - inside).max() <= 2
+
+
+def test_some_drawings_become_line_drawings():
+    """A dark line a pixel or two wide along the edge, as dark however pale the inside is."""
+    rgba = np.zeros((72, 72, 4), np.uint8)
+    rgba[20:52, 20:52] = (200, 30, 30, 255)
+    data = _encode(rgba, "PNG")
+    outlined = pale = 0
+    for number in range(100):
+        found, plan = _render(data, "drawing", 64, keys=order.key(number))
+        assert (plan["op"][0] == augment.OUTLINE) == (plan["strength"][0] > 0)
+        unlined = plan | dict(how=images.sniff(data)[0], op=np.array([augment.KEEP]))
+        plain = render.render(data, unlined, "drawing", 64)
+        line = plain.astype(int).sum(2) - found.astype(int).sum(2)
+        if plan["strength"][0] < 1:
+            continue
+        outlined += 1
+        assert line[32, 32] == 0 and line[0, 0] == 0 and line.max() > 60
+        assert 60 < (line > 30).sum() < 600  # of a perimeter of 80 to 140 pixels, in the picture
+        pale += bool(plain[32, 32].min() > 150)
+    assert outlined > 25 and pale >= 5
 
 
 def test_an_identity_warp_changes_nothing():

@@ -130,7 +130,8 @@ def _linear(angle: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> np.ndarr
 
 def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For small drawings, as another hand would draw them: an affine map, other colours, sometimes
-    a light background, and for some a dark line along the edges (its strength [n, 1])."""
+    a light background; half get dark lines along the edges (their strength [n, 1]), and half of
+    these are faded, down to a line drawing: what stays is shape."""
     n = len(draw)
 
     def between(column: int, low: float, high: float) -> np.ndarray:
@@ -142,17 +143,22 @@ def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     affine = np.zeros((n, 2, 3))
     affine[:, :, :2] = _linear(angle, scale, shear)
     affine[:, 0, 2], affine[:, 1, 2] = between(12, -0.1, 0.1), between(13, -0.1, 0.1)
-    gray = draw[:, 14] < 0.15
+    gray = draw[:, 14] < 0.2
     colour = colour_map(
-        hue=between(15, -0.06, 0.06) * (draw[:, 16] < 0.8),
+        hue=between(15, -0.08, 0.08) * (draw[:, 16] < 0.8),
         saturation=np.where(gray, 0.0, between(17, 0.6, 1.4)),
         brightness=between(18, 0.8, 1.2),
         contrast=between(19, 0.7, 1.3),
     )
     light = np.rint(draw[:, 21:24] * 95 + 160)
     background = np.where(draw[:, 20:21] < 0.3, light, 255.0)
-    outline = np.where(draw[:, 24:25] < 0.4, between(25, 0.3, 1.0)[:, None], 0.0)
-    return affine, colour, background, outline
+    outlined = draw[:, 24] < 0.5
+    fade = np.where(outlined & (draw[:, 26] < 0.5), between(27, 0.0, 0.9), 0.0)
+    colour *= (1 - fade)[:, None, None]
+    colour[:, :, 3] += 255 * fade[:, None]
+    # Lines are found in the faded picture, whose edges are weaker.
+    strength = np.where(outlined, between(25, 0.5, 3.0) / (1 - fade), 0.0)
+    return affine, colour, background, strength[:, None]
 
 
 def colour_map(

@@ -253,11 +253,11 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _masks() -> dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray]]]:
-    """Returns, by (shape, size, texture), variants of (ink, cover), float32 [32, 32, 1].
+def _masks() -> dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Returns, by (shape, size, texture), variants of (ink, white, cover), float32 [32, 32, 1].
 
-    `cover` is the share of a pixel that the object hides; `ink` is cover times brightness, so a
-    pixel becomes background * (1 - cover) + colour * ink.
+    `cover` is the share of a pixel that the object hides: the pixel becomes background *
+    (1 - cover) + colour * ink + 255 * white. Stripes are dark, dots are white.
     """
     rng = np.random.default_rng(2022)
     fine = 4
@@ -268,7 +268,7 @@ def _masks() -> dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray]]]:
         a = a.reshape(_PATCH, fine, _PATCH, fine).mean((1, 3), dtype=np.float32)
         return a[:, :, None]
 
-    masks: dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+    masks: dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for shape, size in itertools.product(SHAPES, SIZES):
         for _ in range(_VARIANTS):
             angle = np.deg2rad(rng.uniform(-11, 11))
@@ -276,16 +276,23 @@ def _masks() -> dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray]]]:
             x = (np.cos(angle) * px + np.sin(angle) * py) / radius
             y = (-np.sin(angle) * px + np.cos(angle) * py) / radius
             inside = _inside(shape, x, y)
-            period = 5.0 if size == "small" else 6.5
-            phase = rng.uniform(0, period, 2)
-            slant = ((px + py) / np.sqrt(2) + phase[0]) % period
-            dots = np.hypot(
-                (px + phase[0]) % period - period / 2, (py + phase[1]) % period - period / 2
+            large = size == "large"
+            period, pitch = (8.5, 6.0) if large else (6.5, 4.8)  # of stripes, of dots; pixels
+            phase = rng.uniform(0, 1, 2)
+            slant = ((px + py) / np.sqrt(2) + phase[0] * period) % period
+            dots = np.hypot(*((p + f * pitch) % pitch - pitch / 2 for p, f in zip((px, py), phase)))
+            # A plain rim keeps the outline on every background.
+            core = _inside(shape, 1.18 * x, 1.18 * y) & inside
+            striped, dotted = core & (slant < period / 2), core & (dots < 0.35 * pitch)
+            none = np.zeros_like(inside)
+            inks = dict(
+                solid=(inside, none),
+                striped=(inside * np.where(striped, 0.15, 1.0), none),
+                dotted=(inside & ~dotted, dotted),
             )
-            dark = dict(solid=None, striped=slant < 0.45 * period, dotted=dots < 0.32 * period)
-            for texture, marks in dark.items():
-                shade = inside * (1.0 if marks is None else np.where(marks, 0.25, 1.0))
-                masks.setdefault((shape, size, texture), []).append((shrink(shade), shrink(inside)))
+            for texture, (ink, white) in inks.items():
+                parts = (shrink(ink), shrink(white), shrink(inside))
+                masks.setdefault((shape, size, texture), []).append(parts)
     return masks
 
 
@@ -302,7 +309,7 @@ def _render(scene: dict[str, Any], draws: _Draws) -> np.ndarray:
     tone = np.asarray(BACKGROUNDS[scene["background"]], np.float32)
     canvas = noise[oy : oy + side, ox : ox + side] + (tone + (draws.uniform() - 0.5) * 24)
     for o in scene["objects"]:
-        ink, cover = masks[o["shape"], o["size"], o["texture"]][draws.below(_VARIANTS)]
+        ink, white, cover = masks[o["shape"], o["size"], o["texture"]][draws.below(_VARIANTS)]
         x, y = _ANCHORS[PLACES.index(o["place"])]
         x += draws.below(5) - 2 + _MARGIN - _PATCH // 2
         y += draws.below(5) - 2 + _MARGIN - _PATCH // 2
@@ -310,7 +317,7 @@ def _render(scene: dict[str, Any], draws: _Draws) -> np.ndarray:
         colour = np.asarray(COLOURS[o["colour"]], np.float32) + np.asarray(jitter, np.float32)
         area = canvas[y : y + _PATCH, x : x + _PATCH]
         area *= 1 - cover
-        area += ink * colour
+        area += ink * colour + 255 * white
         area += cover * noise[oy + y : oy + y + _PATCH, ox + x : ox + x + _PATCH]
     inner = canvas[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
     return np.clip(inner, 0, 255).astype(np.uint8)
@@ -399,12 +406,14 @@ def _noun_phrase(
     *,
     size: bool = True,
     texture: bool = True,
+    colour: bool = True,
     article: bool = True,
 ) -> str:
     adjectives = [_word(o["size"], draws)] if size else []
     if texture and o["texture"] != "solid":
         adjectives.append(_word(o["texture"], draws))
-    adjectives.append(_word(o["colour"], draws))
+    if colour:
+        adjectives.append(_word(o["colour"], draws))
     if draws is not None and len(adjectives) > 1 and draws.chance(0.06):
         adjectives = adjectives[::-1]
     noun = _word(o["shape"], draws)
@@ -482,7 +491,8 @@ def _listing_caption(groups: list, draws: _Draws) -> tuple[str, bool]:
         ((0.7, "usual"), (0.07, "order"), (0.06, "fronted"), (0.06, "terse"), (0.06, "there"))
         + ((0.05, "short"),)
     )
-    size, texture = draws.chance(0.94), draws.chance(0.97)
+    # Colour is left out often: shapes are then learned apart from it, which new pairs need.
+    said = {key: draws.chance(p) for key, p in dict(size=0.94, texture=0.97, colour=0.75).items()}
     if form == "short":
         phrases = [_noun_phrase(o, len(p), draws, size=False, texture=False) for o, p in groups]
         return _join(phrases), True
@@ -491,7 +501,7 @@ def _listing_caption(groups: list, draws: _Draws) -> tuple[str, bool]:
     article = form != "terse"
     phrases = []
     for o, places in groups:
-        what = _noun_phrase(o, len(places), draws, size=size, texture=texture, article=article)
+        what = _noun_phrase(o, len(places), draws, article=article, **said)
         where = _join([_place(p, draws) for p in places])
         if form == "fronted":
             phrases.append(f"{where} {what}")
@@ -517,11 +527,18 @@ def _typo(text: str, draws: _Draws) -> str:
     return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
-def label_names(scene: dict[str, Any], draws: _Draws) -> list[str]:
-    """Returns the names of a one-object scene: 'red circle', 'circle' and at times two more."""
+def label_names(scene: dict[str, Any], draws: _Draws | None) -> list[str]:
+    """Returns the names of a one-object scene: 'circle', mostly 'red circle', at times two more.
+
+    Without draws the first two.
+    """
     o = scene["objects"][0]
-    names = [f"{o['colour']} {o['shape']}", o["shape"]]
-    if o["texture"] != "solid" and draws.chance(0.5):
+    names = [o["shape"]]
+    if draws is None or draws.chance(0.7):
+        names.append(f"{o['colour']} {o['shape']}")
+    if draws is None:
+        return names
+    if o["texture"] != "solid" and draws.chance(0.7):
         names.append(f"{o['texture']} {o['shape']}")
     if draws.chance(0.2):
         names.append(f"{o['size']} {o['shape']}")
@@ -693,7 +710,7 @@ class Scenes:
         name = f"{kind}-{''.join(map(str, counts))}"
         self._name = f"scenes/{split}/{name}"
         self._streams = [
-            _stream("scenes-1", split, name, part) for part in ("scene", "ink", "text")
+            _stream("scenes-2", split, name, part) for part in ("scene", "ink", "text")
         ]
 
     def __len__(self) -> int:
@@ -728,7 +745,8 @@ class Scenes:
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         draws = self._draws(indices, 2, 48)
         if self.kind == "label":
-            return [dict(text=None, labels=label_names(s, d)) for s, d in zip(scenes, draws)]
+            noise = draws if self.split == "train" else [None] * len(draws)
+            return [dict(text=None, labels=label_names(s, d)) for s, d in zip(scenes, noise)]
         if self.split != "train":
             return [dict(text=full_caption(s), labels=None) for s in scenes]
         return [dict(text=noisy_caption(s, d), labels=None) for s, d in zip(scenes, draws)]
