@@ -17,6 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from coca_jax.models import attention_kernel
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -83,13 +86,79 @@ def _norm_backward(epsilon, saved, g):
 layer_norm.defvjp(_norm_forward, _norm_backward)
 
 
-@jax.custom_vjp
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, heads: int
+) -> jax.Array:
+    """Softmax attention [B, N, D] x [B, M, D] -> [B, N, D], heads side by side along D; softmax in
+    float32. One kernel on a TPU where it fits (attention_kernel.py).
 
-    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    mask: bool, broadcastable to [B, 1, N, M]; True where a query may look.
     """
-    return _attend_forward(query, key, value, mask)[0]
+    return _attend_forward(query, key, value, mask, heads)[0]
+
+
+def _attend_forward(query, key, value, mask, heads):
+    out = _on_device(_kernel_forward, _plain_forward, (query, key, value), mask, heads)
+    out = checkpoint_name(out, "attended")
+    return out, (query, key, value, mask, out)
+
+
+def _attend_backward(heads, saved, g):
+    query, key, value, mask, out = saved
+    inputs = (query, key, value, out, g)
+    return *_on_device(_kernel_backward, _plain_backward, inputs, mask, heads), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _on_device(kernel, plain, arrays, mask, heads):
+    """kernel(*arrays, bias, heads=heads) on TPUs where it fits, else plain(*arrays, mask, heads).
+
+    The kernel runs on each device's rows and heads: the compiler cannot split it by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and {"data", "fsdp", "tensor"} <= set(mesh.axis_names)
+    parts, tensor = 1, 1
+    if split:
+        parts, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    even = arrays[0].shape[0] % parts == 0 and heads % tensor == 0
+    if not (even and attention_kernel.fits(arrays[0], arrays[1])):
+        return plain(*arrays, mask, heads)
+    local_heads = heads // tensor
+
+    def on_tpu(arrays, mask):
+        bias = None
+        if mask is not None:
+            shape = (mask.shape[0], arrays[0].shape[1], arrays[1].shape[1])
+            seen = jnp.broadcast_to(mask[:, 0], shape)
+            bias = jnp.where(seen, 0.0, attention_kernel.NEGATIVE)
+        run = functools.partial(kernel, heads=local_heads)
+        if not split:
+            return run(arrays, bias)
+        rows = P(("data", "fsdp"), None, "tensor")
+        shared = P() if bias is None or bias.shape[0] == 1 else P(("data", "fsdp"))
+        return jax.shard_map(run, mesh=mesh, in_specs=(rows, shared), out_specs=rows,
+                             check_vma=False)(arrays, bias)
+
+    def elsewhere(arrays, mask):
+        return plain(*arrays, mask, heads)
+
+    return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
+
+
+def _kernel_forward(arrays, bias, heads):
+    return attention_kernel.forward(*arrays, bias, heads)
+
+
+def _kernel_backward(arrays, bias, heads):
+    return attention_kernel.backward(*arrays[:3], bias, *arrays[3:], heads)
+
+
+def _split(x, heads):
+    """[B, N, D] -> [B, N, H, K]."""
+    return x.reshape(x.shape[:2] + (heads, -1))
 
 
 def _exponentials(query, key, mask, dtype):
@@ -105,15 +174,16 @@ def _exponentials(query, key, mask, dtype):
     return exps, 1 / sums
 
 
-def _attend_forward(query, key, value, mask):
+def _plain_forward(query, key, value, mask, heads):
+    query, key, value = (_split(x, heads) for x in (query, key, value))
     exps, inverse = _exponentials(query, key, mask, value.dtype)
     out = einsum("bhmn,bmhk->bnhk", exps, value) * inverse.transpose(0, 2, 1)[..., None]
-    out = checkpoint_name(out.astype(value.dtype), "attended")
-    return out, (query, key, value, mask, out)
+    return out.astype(value.dtype).reshape(out.shape[:2] + (-1,))
 
 
-def _attend_backward(saved, g):
-    query, key, value, mask, out = saved
+def _plain_backward(query, key, value, out, g, mask, heads):
+    width = query.shape[-1]
+    query, key, value, out, g = (_split(x, heads) for x in (query, key, value, out, g))
     exps, inverse = _exponentials(query, key, mask, value.dtype)
     # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
     g = g * inverse.transpose(0, 2, 1)[..., None].astype(g.dtype)
@@ -124,11 +194,9 @@ def _attend_backward(saved, g):
     scale = 1 / math.sqrt(query.shape[-1])
     d_query = einsum("bhmn,bmhk->bnhk", d_scores, key) * scale
     d_key = einsum("bhmn,bnhk->bmhk", d_scores, query) * scale
-    dtype = query.dtype
-    return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), None
+    gradients = (d_query, d_key, d_value)
+    return tuple(x.astype(query.dtype).reshape(x.shape[:2] + (width,)) for x in gradients)
 
-
-attend.defvjp(_attend_forward, _attend_backward)
 
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715
 

@@ -1,0 +1,180 @@
+"""Softmax attention of bfloat16 as one TPU kernel forward and one backward (Pallas).
+
+XLA writes each pair's [N, M] weights to memory and reads them back, five times in the backward
+pass. Here they never leave the core: a step of the kernel holds all heads of one row of the batch.
+Heads lie side by side along the width, as projections leave them, and are not cut out: lanes of
+other heads are set to zero on one side of each product, over whole tiles of 128 lanes.
+
+Shape letters: B batch, N queries, M keys, D width, H heads, K head width (D = H K).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+MOST_WEIGHTS = 256 * 256  # of one head; scores and gradients of more do not fit beside the blocks
+MOST_BYTES = 13 * 2**20  # of blocks in a core's memory, two of each; of 16 MiB on v4
+NEGATIVE = -1e30
+
+
+def fits(query: jax.Array, key: jax.Array) -> bool:
+    """Whether attention of query [B, N, D] over key [B, M, D] can run as these kernels."""
+    (_, n, width), m = query.shape, key.shape[1]
+    blocks = 2 * 2 * 4 * (n + m) * width  # bfloat16, two of each; backward: 4 by N and 4 by M
+    return (
+        query.dtype == key.dtype == jnp.bfloat16
+        and min(n, m) >= 16
+        and n * m <= MOST_WEIGHTS
+        and blocks <= MOST_BYTES
+    )
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    heads: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(query key' / sqrt(K) + bias) value, bfloat16 [B, N, D], [B, M, D] -> [B, N, D].
+
+    bias: float32 [B or 1, N, M] or None, the same for all heads; NEGATIVE hides a key.
+    """
+    outputs = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
+    return _call(_forward, "attention", (query, key, value), bias, outputs, heads, interpret)[0]
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    out: jax.Array,
+    gradient: jax.Array,
+    heads: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value from the output and the output's gradient [B, N, D]."""
+    inputs = (query, key, value, out, gradient)
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3]]
+    name = "attention_gradient"
+    d_query, d_key, d_value = _call(_backward, name, inputs, bias, outputs, heads, interpret)
+    return d_query, d_key, d_value
+
+
+def _call(
+    kernel: Any,
+    name: str,
+    inputs: tuple[jax.Array, ...],
+    bias: jax.Array | None,
+    outputs: list[jax.ShapeDtypeStruct],
+    heads: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    def row(x: Any) -> pl.BlockSpec:
+        shared = x.shape[0] == 1
+        return pl.BlockSpec((1,) + x.shape[1:], lambda b: (0 if shared else b, 0, 0))
+
+    operands = inputs if bias is None else inputs + (bias,)
+    return pl.pallas_call(
+        functools.partial(kernel, heads=heads, masked=bias is not None),
+        grid=(inputs[0].shape[0],),
+        in_specs=[row(x) for x in operands],
+        out_specs=[row(x) for x in outputs],
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        name=f"{name}_{heads}_heads",
+        interpret=interpret,
+    )(*operands)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    contract = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+def _tiles(head: int, width: int, total: int) -> tuple[int, int]:
+    """First and last lane of the tiles that a head has a part in."""
+    return head * width // LANES * LANES, min(-(-(head + 1) * width // LANES) * LANES, total)
+
+
+def _keep(x: jax.Array, low: int, high: int) -> jax.Array:
+    """x with zeros in all lanes outside low to high."""
+    if low <= 0 and high >= x.shape[1]:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where((lane >= low) & (lane < high), x, jnp.zeros_like(x))
+
+
+class _Writer:
+    """Gathers the heads' shares of a result and stores each tile once its last head is in."""
+
+    def __init__(self, ref: Any, width: int):
+        self.ref, self.width, self.open = ref, width, dict[int, jax.Array]()
+
+    def add(self, head: int, x: jax.Array, scale: float = 1.0) -> None:
+        """x: float32, the head's tiles; lanes of other heads are ignored."""
+        low, high = head * self.width, (head + 1) * self.width
+        start, stop = _tiles(head, self.width, self.ref.shape[2])
+        for tile in range(start, stop, LANES):
+            end = min(tile + LANES, stop)
+            piece = _keep(x[:, tile - start : end - start], low - tile, high - tile)
+            if tile in self.open:
+                piece = self.open.pop(tile) + piece
+            if high >= end:
+                self.ref[0, :, tile:end] = (piece * scale).astype(self.ref.dtype)
+            else:
+                self.open[tile] = piece
+
+
+def _weights(query: jax.Array, key: jax.Array, bias: Any, scale: float) -> tuple:
+    """(exp(score - maximum) float32 [N, M], one over its sums [N, 1])."""
+    scores = _dot(query, key, 1, 1)
+    if bias is not None:
+        scores = scores + bias[0]
+    exps = jnp.exp((scores - scores.max(1, keepdims=True)) * scale)
+    return exps, 1 / exps.sum(1, keepdims=True)
+
+
+def _forward(query, key, value, *rest, heads, masked):
+    bias, out = rest if masked else (None, *rest)
+    total = query.shape[2]
+    width = total // heads
+    writer = _Writer(out, width)
+    for head in range(heads):
+        start, stop = _tiles(head, width, total)
+        low, high = head * width - start, (head + 1) * width - start
+        q = _keep(query[0, :, start:stop], low, high)
+        exps, inverse = _weights(q, key[0, :, start:stop], bias, width**-0.5)
+        v = value[0, :, start:stop]
+        writer.add(head, _dot(exps.astype(v.dtype), v, 1, 0) * inverse)
+
+
+def _backward(query, key, value, out, gradient, *rest, heads, masked):
+    bias, d_query, d_key, d_value = rest if masked else (None, *rest)
+    total = query.shape[2]
+    width = total // heads
+    scale = width**-0.5
+    to_query, to_key, to_value = (_Writer(x, width) for x in (d_query, d_key, d_value))
+    for head in range(heads):
+        start, stop = _tiles(head, width, total)
+        low, high = head * width - start, (head + 1) * width - start
+        q = _keep(query[0, :, start:stop], low, high)
+        k, v = key[0, :, start:stop], value[0, :, start:stop]
+        exps, inverse = _weights(q, k, bias, scale)
+        # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
+        g = _keep(gradient[0, :, start:stop], low, high).astype(jnp.float32) * inverse
+        inner = (out[0, :, start:stop].astype(jnp.float32) * g).sum(1, keepdims=True)
+        g = g.astype(q.dtype)
+        to_value.add(head, _dot(exps.astype(q.dtype), g, 0, 0))
+        d_scores = (exps * (_dot(g, v, 1, 1) - inner)).astype(q.dtype)
+        to_query.add(head, _dot(d_scores, k, 1, 0), scale)
+        to_key.add(head, _dot(d_scores, q, 0, 0), scale)
