@@ -60,19 +60,26 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     return _norm_forward(x, scale, bias, epsilon)[0]
 
 
-def _norm_forward(x, scale, bias, epsilon):
+def statistics(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """(mean, one over the standard deviation) over the last axis, float32 [..., 1]."""
     width = x.shape[-1]
     mean = row_sum(x) / width
     centred = x.astype(jnp.float32) - mean
     variance = row_sum(jnp.square(centred)) / width
-    mean = checkpoint_name(mean, "statistics")
-    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), "statistics")
-    y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
-    return y.astype(x.dtype), (x, mean, inverse, scale)
+    return mean, jax.lax.rsqrt(variance + epsilon)
 
 
-def _norm_backward(epsilon, saved, g):
-    x, mean, inverse, scale = saved
+def normalised(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """x with these statistics normalised, times scale plus bias, in x's dtype."""
+    return ((x.astype(jnp.float32) - mean) * inverse * scale + bias).astype(x.dtype)
+
+
+def norm_gradients(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, scale and bias from that of `normalised`."""
     width = x.shape[-1]
     normal = (x.astype(jnp.float32) - mean) * inverse
     scaled = g.astype(jnp.float32) * scale
@@ -81,6 +88,17 @@ def _norm_backward(epsilon, saved, g):
     second = row_sum((scaled * normal).astype(jnp.bfloat16)) / width
     dx = inverse * (scaled - first - normal * second)
     return dx.astype(x.dtype), column_sum(g.astype(jnp.float32) * normal), column_sum(g)
+
+
+def _norm_forward(x, scale, bias, epsilon):
+    mean, inverse = statistics(x, epsilon)
+    mean = checkpoint_name(mean, "statistics")
+    inverse = checkpoint_name(inverse, "statistics")
+    return normalised(x, mean, inverse, scale, bias), (x, mean, inverse, scale)
+
+
+def _norm_backward(epsilon, saved, g):
+    return norm_gradients(*saved, g)
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
@@ -104,10 +122,22 @@ def _attend_forward(query, key, value, mask, heads):
     return out, (query, key, value, mask, out)
 
 
-def _attend_backward(heads, saved, g):
-    query, key, value, mask, out = saved
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    out: jax.Array,
+    g: jax.Array,
+    heads: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value from attend's result and its gradient."""
     inputs = (query, key, value, out, g)
-    return *_on_device(_kernel_backward, _plain_backward, inputs, mask, heads), None
+    return _on_device(_kernel_backward, _plain_backward, inputs, mask, heads)
+
+
+def _attend_backward(heads, saved, g):
+    return *attend_backward(*saved, g, heads), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -210,15 +240,15 @@ def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     return _gelu_forward(x, bias)[0]
 
 
-def _gelu_forward(x, bias):
-    hidden = checkpoint_name(x + bias, "mlp")
+def gelu(hidden: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, computed in float32, in the dtype of `hidden`."""
     wide = hidden.astype(jnp.float32)
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
-    return (0.5 * wide * (1 + tanh)).astype(x.dtype), (hidden, bias)
+    return (0.5 * wide * (1 + tanh)).astype(hidden.dtype)
 
 
-def _gelu_backward(saved, g):
-    hidden, bias = saved
+def gelu_gradients(hidden: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradient of `hidden` [..., F] and, float32 [F], of a bias in it."""
     wide = hidden.astype(jnp.float32)
     square = wide * wide
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
@@ -228,7 +258,17 @@ def _gelu_backward(saved, g):
     dx = g.astype(jnp.float32) * slope
     # Two products read the result: the barrier has it made once, and its sum with it.
     d_bias = dx.sum(tuple(range(dx.ndim - 1)))
-    dx, d_bias = jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))
+    return jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))
+
+
+def _gelu_forward(x, bias):
+    hidden = checkpoint_name(x + bias, "mlp")
+    return gelu(hidden), (hidden, bias)
+
+
+def _gelu_backward(saved, g):
+    hidden, bias = saved
+    dx, d_bias = gelu_gradients(hidden, g)
     return dx, d_bias.astype(bias.dtype)
 
 

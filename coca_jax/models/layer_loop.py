@@ -1,0 +1,251 @@
+"""A tower's layers on an accelerator: one loop forward and one backward, written out by hand.
+
+It computes what layers.Block computes, and keeps what the remat policy 'named' keeps. Written out,
+three things are possible that differentiating a scan does not give:
+* what a layer keeps is written to a stack over layers by the product that makes it, the layer's
+  result included, so that no layer's input is copied;
+* the attention kernels read their operands from the stacks, and write to one, in place;
+* query, key and value kernels are [D, D] matrices, not [D, H, K], from the loop's beginning to the
+  sum of their gradients.
+
+Shape letters: L layers, B batch, N queries, M keys, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from coca_jax.models import accelerated
+from coca_jax.partitioning import constrain, local_map
+
+Weights = dict[str, jax.Array]
+
+
+class Options(NamedTuple):
+    """heads: of attention. epsilon: of the norms. cross: whether layers attend to a context."""
+
+    heads: int
+    epsilon: float
+    cross: bool
+
+
+def run(
+    params: dict, x: jax.Array, mask: jax.Array | None, context: jax.Array | None, heads: int,
+    epsilon: float,
+) -> jax.Array:
+    """x bfloat16 [B, N, D] through L layers.
+
+    params: of layers.Block, each stacked over layers, float32 or bfloat16. mask: bool,
+    broadcastable to [B, 1, N, N], for self-attention. context: bfloat16 [B, M, D] or None.
+    """
+    options = Options(heads, epsilon, context is not None)
+    if context is None:
+        context = jnp.zeros((x.shape[0], 0, x.shape[2]), x.dtype)
+    return _run(flatten(params, x.dtype), x, mask, context, options)
+
+
+def flatten(params: dict, dtype: Any) -> Weights:
+    """Stacked parameters of layers.Block -> {'attention/query/kernel': [L, D, D], ...}: kernels in
+    `dtype`, and the axes [H, K] merged."""
+    weights = {}
+    for part, modules in params.items():
+        for name, value in modules.items():
+            leaves = value if isinstance(value, dict) else {"": value}
+            for leaf, array in leaves.items():
+                path = f"{part}/{name}/{leaf}".rstrip("/")
+                if leaf == "kernel":
+                    inputs = 2 if name == "out" and array.ndim == 4 else 1
+                    rows = functools.reduce(lambda a, b: a * b, array.shape[1 : 1 + inputs])
+                    array = array.astype(dtype).reshape(array.shape[0], rows, -1)
+                elif leaf == "bias":
+                    array = array.reshape(array.shape[0], -1)
+                weights[path] = array
+    return weights
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _run(weights, x, mask, context, options):
+    def body(x, layer):
+        return _forward(layer, x, mask, context, options, {}, 0)[0], None
+
+    return jax.lax.scan(body, x, weights)[0]
+
+
+def _run_forward(weights, x, mask, context, options):
+    depth = next(iter(weights.values())).shape[0]
+    shapes = jax.eval_shape(
+        lambda w, x: _forward(jax.tree.map(lambda a: a[0], w), x, mask, context, options, {}, 0)[1],
+        weights,
+        x,
+    )
+    stacks = {name: _stack(depth, a.shape, a.dtype) for name, a in shapes.items()}
+    inputs = _stack(depth + 1, x.shape, x.dtype)
+    inputs = jax.lax.dynamic_update_index_in_dim(inputs, x, 0, 0)
+
+    def body(carry, layer):
+        x, inputs, stacks, index = carry
+        y, stacks = _forward(layer, x, mask, context, options, stacks, index)
+        inputs = jax.lax.dynamic_update_index_in_dim(inputs, y, index + 1, 0)
+        return (y, inputs, stacks, index + 1), None
+
+    start = (x, inputs, stacks, jnp.zeros((), jnp.int32))
+    (y, inputs, stacks, _), _ = jax.lax.scan(body, start, weights)
+    return y, (weights, inputs, stacks, mask, context)
+
+
+def _run_backward(options, saved, g):
+    weights, inputs, stacks, mask, context = saved
+    depth = inputs.shape[0] - 1
+
+    def body(carry, scanned):
+        layer, index = scanned
+        gradients, g, d_context = _backward(
+            layer, inputs[index], mask, context, options, stacks, index, *carry
+        )
+        return (g, d_context), gradients
+
+    indices = jnp.arange(depth, dtype=jnp.int32)
+    start = (g, jnp.zeros_like(context))
+    (g, d_context), gradients = jax.lax.scan(body, start, (weights, indices), reverse=True)
+    return gradients, g, None, d_context
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _stack(depth: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """[depth, B, ...] whose contents are not set, each device's rows on it."""
+    names = (None, "batch") + (None,) * (len(shape) - 2) + ("act_mlp" if shape[-1] > 1 else None,)
+    return local_map(lambda s: jax.lax.empty(s, dtype), (depth,) + shape, names)
+
+
+class _Keeper:
+    """Puts named tensors of one layer in their stacks; with no stacks, into a dict of them."""
+
+    def __init__(self, stacks: dict[str, jax.Array], index: Any):
+        self.found: dict[str, jax.Array] = dict(stacks)
+        self.stacked, self.index = bool(stacks), index
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        if self.stacked:
+            x_stack = self.found[name]
+            self.found[name] = jax.lax.dynamic_update_index_in_dim(x_stack, x, self.index, 0)
+        else:
+            self.found[name] = x
+        return x
+
+
+def _dense(layer: Weights, name: str, x: jax.Array) -> jax.Array:
+    y = jax.lax.dot_general(x, layer[f"{name}/kernel"], (((2,), (0,)), ((), ())))
+    return y + layer[f"{name}/bias"].astype(y.dtype)
+
+
+def _dense_backward(gradients: Weights, layer: Weights, name: str, x: jax.Array, g: jax.Array,
+                    bias: bool = True) -> jax.Array:
+    """Gradient of x; those of kernel and bias go to `gradients`."""
+    gradients[f"{name}/kernel"] = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
+    zero = jnp.zeros(g.shape[-1:], jnp.float32)
+    gradients[f"{name}/bias"] = accelerated.column_sum(g) if bias else zero
+    return jax.lax.dot_general(g, layer[f"{name}/kernel"], (((2,), (1,)), ((), ())))
+
+
+def _norm(layer: Weights, name: str, x: jax.Array, epsilon: float, keep: _Keeper) -> jax.Array:
+    mean, inverse = accelerated.statistics(x, epsilon)
+    mean, inverse = keep(f"{name}/mean", mean), keep(f"{name}/inverse", inverse)
+    return accelerated.normalised(x, mean, inverse, layer[f"{name}/scale"], layer[f"{name}/bias"])
+
+
+def _attention(layer, name, x, context, mask, options, keep):
+    query = keep(f"{name}/query", _heads(_dense(layer, f"{name}/query", x)))
+    key = keep(f"{name}/key", _heads(_dense(layer, f"{name}/key", context)))
+    value = keep(f"{name}/value", _heads(_dense(layer, f"{name}/value", context)))
+    out = accelerated.attend(query, key, value, mask, options.heads)
+    return _dense(layer, f"{name}/out", keep(f"{name}/attended", out))
+
+
+def _heads(x):
+    return constrain(x, "batch", "length", "act_heads")
+
+
+def _stream(x):
+    return constrain(x, "batch", "length", "act_embed")
+
+
+def _forward(layer, x, mask, context, options, stacks, index):
+    """One layer: (result, what it keeps)."""
+    keep = _Keeper(stacks, index)
+    normal = _norm(layer, "attention_norm", x, options.epsilon, keep)
+    x = _stream(x + _attention(layer, "attention", normal, normal, mask, options, keep))
+    if options.cross:
+        x = keep("crossing", x)
+        normal = _norm(layer, "cross_norm", x, options.epsilon, keep)
+        x = _stream(x + _attention(layer, "cross_attention", normal, context, None, options, keep))
+    x = keep("middle", x)
+    normal = _norm(layer, "mlp_norm", x, options.epsilon, keep)
+    hidden = keep("hidden", constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp"))
+    x = _stream(x + _dense(layer, "mlp/out", accelerated.gelu(hidden)))
+    return x, keep.found
+
+
+def _norm_backward(gradients, layer, name, x, kept, g):
+    scale = layer[f"{name}/scale"]
+    dx, gradients[f"{name}/scale"], gradients[f"{name}/bias"] = accelerated.norm_gradients(
+        x, kept(f"{name}/mean"), kept(f"{name}/inverse"), scale, g
+    )
+    return dx
+
+
+def _attention_backward(gradients, layer, name, x, context, mask, options, kept, stacks, index, g):
+    """Gradients of x and of context (None where context is x: both are in the first)."""
+    del stacks, index
+    out = kept(f"{name}/attended")
+    g = _heads(_dense_backward(gradients, layer, f"{name}/out", out, g))
+    parts = [kept(f"{name}/{part}") for part in ("query", "key", "value")]
+    d_query, d_key, d_value = accelerated.attend_backward(*parts, mask, out, g, options.heads)
+    source = x if context is None else context
+    dx = _dense_backward(gradients, layer, f"{name}/query", x, d_query)
+    # The key's bias has no gradient but rounding errors (see layers.Attention).
+    d_source = _dense_backward(gradients, layer, f"{name}/key", source, d_key, bias=False)
+    d_source += _dense_backward(gradients, layer, f"{name}/value", source, d_value)
+    return (dx + d_source, None) if context is None else (dx, d_source)
+
+
+def _backward(layer, x, mask, context, options, stacks, index, g, d_context):
+    """Gradients of one layer's weights, of its input and, added up, of the context."""
+    gradients: Weights = {}
+
+    def kept(name):
+        return stacks[name][index]
+
+    def normalised(name, x):
+        return accelerated.normalised(
+            x, kept(f"{name}/mean"), kept(f"{name}/inverse"),
+            layer[f"{name}/scale"], layer[f"{name}/bias"],
+        )
+
+    middle, hidden = kept("middle"), kept("hidden")
+    d_gelu = _dense_backward(gradients, layer, "mlp/out", accelerated.gelu(hidden), g)
+    d_hidden, d_bias = accelerated.gelu_gradients(hidden, d_gelu)
+    normal = normalised("mlp_norm", middle)
+    d_normal = _dense_backward(gradients, layer, "mlp/in", normal, d_hidden, bias=False)
+    gradients["mlp/in/bias"] = d_bias
+    g = _stream(g + _norm_backward(gradients, layer, "mlp_norm", middle, kept, d_normal))
+    if options.cross:
+        crossing = kept("crossing")
+        normal = normalised("cross_norm", crossing)
+        d_normal, more = _attention_backward(
+            gradients, layer, "cross_attention", normal, context, None, options, kept, stacks,
+            index, g,
+        )
+        d_context = _stream(d_context + more)
+        g = _stream(g + _norm_backward(gradients, layer, "cross_norm", crossing, kept, d_normal))
+    normal = normalised("attention_norm", x)
+    d_normal, _ = _attention_backward(
+        gradients, layer, "attention", normal, None, mask, options, kept, stacks, index, g
+    )
+    g = _stream(g + _norm_backward(gradients, layer, "attention_norm", x, kept, d_normal))
+    return gradients, g, d_context
