@@ -117,9 +117,38 @@ def attend(
 
 
 def _attend_forward(query, key, value, mask, heads):
-    out = _on_device(_kernel_forward, _plain_forward, (query, key, value), mask, heads)
+    arrays = dict(query=query, key=key, value=value)
+    out = _on_device(attention_kernel.forward, _plain_forward, arrays, mask, heads)
     out = checkpoint_name(out, "attended")
     return out, (query, key, value, mask, out)
+
+
+def _attend_backward(heads, saved, g):
+    query, key, value, mask, out = saved
+    arrays = dict(query=query, key=key, value=value, out=out, gradient=g)
+    return *_on_device(attention_kernel.backward, _plain_backward, arrays, mask, heads), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_into(
+    stack: jax.Array,
+    index: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    heads: int,
+) -> jax.Array:
+    """`attend` whose result goes to stack [L, B, N, D][index], in place; returns the stack."""
+
+    def plain(stack, index, query, key, value, mask, heads):
+        out = _plain_forward(query, key, value, mask, heads)
+        return jax.lax.dynamic_update_index_in_dim(stack, out, index, 0)
+
+    arrays = dict(query=query, key=key, value=value, stack=stack, index=index)
+    return _on_device(attention_kernel.forward, plain, arrays, mask, heads)
 
 
 def attend_backward(
@@ -128,23 +157,23 @@ def attend_backward(
     value: jax.Array,
     mask: jax.Array | None,
     out: jax.Array,
-    g: jax.Array,
+    gradient: jax.Array,
+    index: jax.Array,
     heads: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value from attend's result and its gradient."""
-    inputs = (query, key, value, out, g)
-    return _on_device(_kernel_backward, _plain_backward, inputs, mask, heads)
+    """Gradients of query, key and value, [B, N, D], from attend's result and its gradient; all but
+    the last are stacks [L, B, N, D], of which `index` is meant."""
 
+    def plain(query, key, value, out, gradient, index, mask, heads):
+        parts = (x[index] for x in (query, key, value, out))
+        return _plain_backward(*parts, gradient, mask, heads)
 
-def _attend_backward(heads, saved, g):
-    return *attend_backward(*saved, g, heads), None
-
-
-attend.defvjp(_attend_forward, _attend_backward)
+    arrays = dict(query=query, key=key, value=value, out=out, gradient=gradient, index=index)
+    return _on_device(attention_kernel.backward, plain, arrays, mask, heads)
 
 
 def _on_device(kernel, plain, arrays, mask, heads):
-    """kernel(*arrays, bias, heads=heads) on TPUs where it fits, else plain(*arrays, mask, heads).
+    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads).
 
     The kernel runs on each device's rows and heads: the compiler cannot split it by itself.
     """
@@ -153,37 +182,34 @@ def _on_device(kernel, plain, arrays, mask, heads):
     parts, tensor = 1, 1
     if split:
         parts, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    even = arrays[0].shape[0] % parts == 0 and heads % tensor == 0
-    if not (even and attention_kernel.fits(arrays[0], arrays[1])):
-        return plain(*arrays, mask, heads)
-    local_heads = heads // tensor
+    query, key = arrays["query"], arrays["key"]
+    even = query.shape[-3] % parts == 0 and heads % tensor == 0
+    if not (even and attention_kernel.fits(query, key)):
+        return plain(**arrays, mask=mask, heads=heads)
 
     def on_tpu(arrays, mask):
         bias = None
         if mask is not None:
-            shape = (mask.shape[0], arrays[0].shape[1], arrays[1].shape[1])
-            seen = jnp.broadcast_to(mask[:, 0], shape)
+            seen = jnp.broadcast_to(mask[:, 0], (mask.shape[0], query.shape[-2], key.shape[-2]))
             bias = jnp.where(seen, 0.0, attention_kernel.NEGATIVE)
-        run = functools.partial(kernel, heads=local_heads)
+
+        def run(arrays, bias):
+            return kernel(**arrays, bias=bias, heads=heads // tensor)
+
         if not split:
             return run(arrays, bias)
         rows = P(("data", "fsdp"), None, "tensor")
-        shared = P() if bias is None or bias.shape[0] == 1 else P(("data", "fsdp"))
-        return jax.shard_map(run, mesh=mesh, in_specs=(rows, shared), out_specs=rows,
-                             check_vma=False)(arrays, bias)
+        specs = {k: (P(), rows, P(None, *rows))[max(0, x.ndim - 2)] for k, x in arrays.items()}
+        of_bias = P() if bias is None or bias.shape[0] == 1 else P(rows[0])
+        out = P(None, *rows) if "stack" in arrays else rows
+        return jax.shard_map(
+            run, mesh=mesh, in_specs=(specs, of_bias), out_specs=out, check_vma=False
+        )(arrays, bias)
 
     def elsewhere(arrays, mask):
-        return plain(*arrays, mask, heads)
+        return plain(**arrays, mask=mask, heads=heads)
 
     return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
-
-
-def _kernel_forward(arrays, bias, heads):
-    return attention_kernel.forward(*arrays, bias, heads)
-
-
-def _kernel_backward(arrays, bias, heads):
-    return attention_kernel.backward(*arrays[:3], bias, *arrays[3:], heads)
 
 
 def _split(x, heads):
@@ -211,9 +237,10 @@ def _plain_forward(query, key, value, mask, heads):
     return out.astype(value.dtype).reshape(out.shape[:2] + (-1,))
 
 
-def _plain_backward(query, key, value, out, g, mask, heads):
+def _plain_backward(query, key, value, out, gradient, mask, heads):
     width = query.shape[-1]
-    query, key, value, out, g = (_split(x, heads) for x in (query, key, value, out, g))
+    arrays = (query, key, value, out, gradient)
+    query, key, value, out, g = (_split(x, heads) for x in arrays)
     exps, inverse = _exponentials(query, key, mask, value.dtype)
     # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
     g = g * inverse.transpose(0, 2, 1)[..., None].astype(g.dtype)

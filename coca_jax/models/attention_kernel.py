@@ -26,7 +26,7 @@ NEGATIVE = -1e30
 
 def fits(query: jax.Array, key: jax.Array) -> bool:
     """Whether attention of query [B, N, D] over key [B, M, D] can run as these kernels."""
-    (_, n, width), m = query.shape, key.shape[1]
+    (n, width), m = query.shape[-2:], key.shape[-2]
     blocks = 2 * 2 * 4 * (n + m) * width  # bfloat16, two of each; backward: 4 by N and 4 by M
     return (
         query.dtype == key.dtype == jnp.bfloat16
@@ -42,14 +42,20 @@ def forward(
     value: jax.Array,
     bias: jax.Array | None,
     heads: int,
+    *,
+    stack: jax.Array | None = None,
+    index: jax.Array | int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(query key' / sqrt(K) + bias) value, bfloat16 [B, N, D], [B, M, D] -> [B, N, D].
 
     bias: float32 [B or 1, N, M] or None, the same for all heads; NEGATIVE hides a key.
+    stack, index: the result is put at stack [L, B, N, D][index], in place; returns the stack.
     """
-    outputs = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
-    return _call(_forward, "attention", (query, key, value), bias, outputs, heads, interpret)[0]
+    inputs = (query, key, value) if bias is None else (query, key, value, bias)
+    kernel = functools.partial(_forward, heads=heads, masked=bias is not None)
+    name = f"attention_{heads}_heads"
+    return _call(kernel, name, inputs, [query], stack, index, interpret)[0]
 
 
 def backward(
@@ -60,13 +66,21 @@ def backward(
     out: jax.Array,
     gradient: jax.Array,
     heads: int,
+    *,
+    index: jax.Array | int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value from the output and the output's gradient [B, N, D]."""
-    inputs = (query, key, value, out, gradient)
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3]]
-    name = "attention_gradient"
-    d_query, d_key, d_value = _call(_backward, name, inputs, bias, outputs, heads, interpret)
+    """Gradients of query, key and value from the output and the output's gradient [B, N, D].
+
+    Each of query, key, value and out may be a stack [L, B, N, D], of which `index` is meant.
+    """
+    inputs: tuple[jax.Array, ...] = (query, key, value, out, gradient)
+    if bias is not None:
+        inputs += (bias,)
+    kernel = functools.partial(_backward, heads=heads, masked=bias is not None)
+    name = f"attention_gradient_{heads}_heads"
+    outputs = [query, key, value]
+    d_query, d_key, d_value = _call(kernel, name, inputs, outputs, None, index, interpret)
     return d_query, d_key, d_value
 
 
@@ -74,26 +88,44 @@ def _call(
     kernel: Any,
     name: str,
     inputs: tuple[jax.Array, ...],
-    bias: jax.Array | None,
-    outputs: list[jax.ShapeDtypeStruct],
-    heads: int,
+    outputs: list[jax.Array],
+    stack: jax.Array | None,
+    index: jax.Array | int,
     interpret: bool,
 ) -> list[jax.Array]:
-    def row(x: Any) -> pl.BlockSpec:
-        shared = x.shape[0] == 1
-        return pl.BlockSpec((1,) + x.shape[1:], lambda b: (0 if shared else b, 0, 0))
+    """Runs a kernel for each row of the batch; results are like `outputs`, less a leading L."""
 
-    operands = inputs if bias is None else inputs + (bias,)
+    def row(x: Any) -> pl.BlockSpec:
+        shared = x.shape[-3] == 1
+        if x.ndim == 3:
+            return pl.BlockSpec((None, *x.shape[1:]), lambda b, i: (0 if shared else b, 0, 0))
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, i: (i[0], b, 0, 0))
+
+    shapes = [jax.ShapeDtypeStruct(x.shape[-3:], x.dtype) for x in outputs]
+    specs, aliases, body = [row(x) for x in inputs], {}, kernel
+    if stack is not None:
+        shapes = [jax.ShapeDtypeStruct(stack.shape, stack.dtype)]
+        aliases = {1 + len(inputs): 0}  # after the index and the inputs
+        specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        inputs += (stack,)
+
+        def body(*refs: Any) -> None:
+            kernel(*refs[:-2], refs[-1])
+
     return pl.pallas_call(
-        functools.partial(kernel, heads=heads, masked=bias is not None),
-        grid=(inputs[0].shape[0],),
-        in_specs=[row(x) for x in operands],
-        out_specs=[row(x) for x in outputs],
-        out_shape=outputs,
+        lambda index, *refs: body(*refs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(inputs[0].shape[-3],),
+            in_specs=specs,
+            out_specs=[row(x) for x in shapes],
+        ),
+        out_shape=shapes,
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        name=f"{name}_{heads}_heads",
+        name=name,
         interpret=interpret,
-    )(*operands)
+    )(jnp.asarray(index, jnp.int32).reshape(1), *inputs)
 
 
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -123,14 +155,14 @@ class _Writer:
     def add(self, head: int, x: jax.Array, scale: float = 1.0) -> None:
         """x: float32, the head's tiles; lanes of other heads are ignored."""
         low, high = head * self.width, (head + 1) * self.width
-        start, stop = _tiles(head, self.width, self.ref.shape[2])
+        start, stop = _tiles(head, self.width, self.ref.shape[1])
         for tile in range(start, stop, LANES):
             end = min(tile + LANES, stop)
             piece = _keep(x[:, tile - start : end - start], low - tile, high - tile)
             if tile in self.open:
                 piece = self.open.pop(tile) + piece
             if high >= end:
-                self.ref[0, :, tile:end] = (piece * scale).astype(self.ref.dtype)
+                self.ref[:, tile:end] = (piece * scale).astype(self.ref.dtype)
             else:
                 self.open[tile] = piece
 
@@ -139,40 +171,40 @@ def _weights(query: jax.Array, key: jax.Array, bias: Any, scale: float) -> tuple
     """(exp(score - maximum) float32 [N, M], one over its sums [N, 1])."""
     scores = _dot(query, key, 1, 1)
     if bias is not None:
-        scores = scores + bias[0]
+        scores = scores + bias[:]
     exps = jnp.exp((scores - scores.max(1, keepdims=True)) * scale)
     return exps, 1 / exps.sum(1, keepdims=True)
 
 
 def _forward(query, key, value, *rest, heads, masked):
     bias, out = rest if masked else (None, *rest)
-    total = query.shape[2]
+    total = query.shape[1]
     width = total // heads
     writer = _Writer(out, width)
     for head in range(heads):
         start, stop = _tiles(head, width, total)
         low, high = head * width - start, (head + 1) * width - start
-        q = _keep(query[0, :, start:stop], low, high)
-        exps, inverse = _weights(q, key[0, :, start:stop], bias, width**-0.5)
-        v = value[0, :, start:stop]
+        q = _keep(query[:, start:stop], low, high)
+        exps, inverse = _weights(q, key[:, start:stop], bias, width**-0.5)
+        v = value[:, start:stop]
         writer.add(head, _dot(exps.astype(v.dtype), v, 1, 0) * inverse)
 
 
 def _backward(query, key, value, out, gradient, *rest, heads, masked):
     bias, d_query, d_key, d_value = rest if masked else (None, *rest)
-    total = query.shape[2]
+    total = query.shape[1]
     width = total // heads
     scale = width**-0.5
     to_query, to_key, to_value = (_Writer(x, width) for x in (d_query, d_key, d_value))
     for head in range(heads):
         start, stop = _tiles(head, width, total)
         low, high = head * width - start, (head + 1) * width - start
-        q = _keep(query[0, :, start:stop], low, high)
-        k, v = key[0, :, start:stop], value[0, :, start:stop]
+        q = _keep(query[:, start:stop], low, high)
+        k, v = key[:, start:stop], value[:, start:stop]
         exps, inverse = _weights(q, k, bias, scale)
         # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
-        g = _keep(gradient[0, :, start:stop], low, high).astype(jnp.float32) * inverse
-        inner = (out[0, :, start:stop].astype(jnp.float32) * g).sum(1, keepdims=True)
+        g = _keep(gradient[:, start:stop], low, high).astype(jnp.float32) * inverse
+        inner = (out[:, start:stop].astype(jnp.float32) * g).sum(1, keepdims=True)
         g = g.astype(q.dtype)
         to_value.add(head, _dot(exps.astype(q.dtype), g, 0, 0))
         d_scores = (exps * (_dot(g, v, 1, 1) - inner)).astype(q.dtype)

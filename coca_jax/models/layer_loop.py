@@ -163,8 +163,13 @@ def _attention(layer, name, x, context, mask, options, keep):
     query = keep(f"{name}/query", _heads(_dense(layer, f"{name}/query", x)))
     key = keep(f"{name}/key", _heads(_dense(layer, f"{name}/key", context)))
     value = keep(f"{name}/value", _heads(_dense(layer, f"{name}/value", context)))
-    out = accelerated.attend(query, key, value, mask, options.heads)
-    return _dense(layer, f"{name}/out", keep(f"{name}/attended", out))
+    if keep.stacked:
+        stack = keep.found[f"{name}/attended"]
+        stack = accelerated.attend_into(stack, keep.index, query, key, value, mask, options.heads)
+        keep.found[f"{name}/attended"], out = stack, stack[keep.index]
+    else:
+        out = keep(f"{name}/attended", accelerated.attend(query, key, value, mask, options.heads))
+    return _dense(layer, f"{name}/out", out)
 
 
 def _heads(x):
@@ -201,11 +206,13 @@ def _norm_backward(gradients, layer, name, x, kept, g):
 
 def _attention_backward(gradients, layer, name, x, context, mask, options, kept, stacks, index, g):
     """Gradients of x and of context (None where context is x: both are in the first)."""
-    del stacks, index
-    out = kept(f"{name}/attended")
-    g = _heads(_dense_backward(gradients, layer, f"{name}/out", out, g))
-    parts = [kept(f"{name}/{part}") for part in ("query", "key", "value")]
-    d_query, d_key, d_value = accelerated.attend_backward(*parts, mask, out, g, options.heads)
+    g = _heads(_dense_backward(gradients, layer, f"{name}/out", kept(f"{name}/attended"), g))
+    query, key, value, out = (
+        stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
+    )
+    d_query, d_key, d_value = accelerated.attend_backward(
+        query, key, value, mask, out, g, index, options.heads
+    )
     source = x if context is None else context
     dx = _dense_backward(gradients, layer, f"{name}/query", x, d_query)
     # The key's bias has no gradient but rounding errors (see layers.Attention).
