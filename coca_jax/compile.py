@@ -27,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from coca_jax import cli, hlo_cost, partitioning, run_config, train_step
+from coca_jax import cli, hlo_cost, kernel_cost, partitioning, run_config, train_step
 from coca_jax.data import pipeline
 from coca_jax.models import coca
 
@@ -38,9 +38,10 @@ GIB = 2**30
 class Chip:
     """One TPU generation: memory, peak, clock, one-way bandwidth of one inter-chip link.
 
-    Clocks other than v4's and link bandwidths are not checked against a source.
+    Clocks other than v4's and bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
+    stream: bytes/s of the memory. cores: that one device's program runs on. least: a small slice.
     """
 
     name: str
@@ -48,14 +49,18 @@ class Chip:
     peak: float
     hbm: float
     link: float
+    stream: float
+    cores: int
+    least: str
     options: tuple[tuple[str, Any], ...] = ()
 
 
+MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
-    "v4": Chip("v4", 1.05e9, 275e12, 32 * GIB, 4.5e10, (("chip_config_name", "megacore"),)),
-    "v5e": Chip("v5e", 1.5e9, 197e12, 16 * GIB, 4.5e10),
-    "v5p": Chip("v5", 1.75e9, 459e12, 95 * GIB, 9e10, (("chip_config_name", "megacore"),)),
-    "v6e": Chip("v6e", 1.75e9, 918e12, 32 * GIB, 9e10),
+    "v4": Chip("v4", 1.05e9, 275e12, 32 * GIB, 4.5e10, 1.2e12, 2, "2x2x1", MEGACORE),
+    "v5e": Chip("v5e", 1.5e9, 197e12, 16 * GIB, 4.5e10, 8.1e11, 1, "2x2"),
+    "v5p": Chip("v5", 1.75e9, 459e12, 95 * GIB, 9e10, 2.7e12, 2, "2x2x1", MEGACORE),
+    "v6e": Chip("v6e", 1.75e9, 918e12, 32 * GIB, 9e10, 1.6e12, 1, "2x2"),
 }
 
 
@@ -264,11 +269,14 @@ def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> di
     chip = slice_.chip
     if chip is None:
         return result | {"fits": True}
-    compute = cost.cycles / chip.hertz
+    by_kernel = kernel_cycles(cost, chip)
+    compute = (cost.cycles + sum(by_kernel.values())) / chip.hertz
     links = sum(collective_seconds(c, slice_.shape, chip.link) * c.runs for c in cost.collectives)
     ideal = per_device / chip.peak
     result |= {
         "estimated_cycles": cost.cycles,
+        "kernel_cycles": sum(by_kernel.values()),
+        "cycles_by_kernel": by_kernel,
         "estimated_compute_seconds": compute,
         "collective_bound_seconds": links,
         "estimated_step_seconds": max(compute, links),
@@ -281,6 +289,28 @@ def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> di
     }
     result["costliest"] = costliest(cost, flags.FLAGS.top if flags.FLAGS.is_parsed() else 25)
     return result
+
+
+def kernel_cycles(cost: hlo_cost.Cost, chip: Chip) -> dict[str, int]:
+    """Cycles a step of each kernel: its scheduled instructions for every row of the batch, shared
+    by the cores, or the time to stream its operands and results, whichever is more."""
+    distinct = sorted({(name, types) for name, types, _ in cost.kernels})
+    counts = kernel_cost.bundles(
+        f"{chip.name}:{chip.least}", dict(chip.options), [(n, list(t)) for n, t in distinct]
+    )
+    bundles = dict(zip(distinct, counts))
+    total: dict[str, int] = {}
+    for name, types, runs in cost.kernels:
+        shapes = [kernel_cost.parse(t)[1] for t in types if t.startswith("bf16")]
+        rows, queries, width = shapes[0][-3:]
+        keys = shapes[1][-2]
+        # bfloat16; forward: 2 arrays by queries and 2 by keys, backward: 4 and 4.
+        moved = 2 * rows * width * (queries + keys) * (4 if "gradient" in name else 2)
+        cycles = bundles[name, types] * -(-rows // chip.cores)
+        cycles = max(cycles, round(moved / chip.stream * chip.hertz))
+        label = f"{name} {queries} x {keys}"
+        total[label] = total.get(label, 0) + cycles * runs
+    return total
 
 
 def costliest(cost: hlo_cost.Cost, rows: int) -> list[tuple[str, float]]:
@@ -309,7 +339,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"share of HBM {result['hbm_share']:.1%}; {'fits' if result['fits'] else 'DOES NOT FIT'}")
     print("The compiler's estimate, not a measurement:")
     print(
-        f"  {result['estimated_cycles'] / 1e6:.1f}M cycles = "
+        f"  {result['estimated_cycles'] / 1e6:.1f}M cycles, and "
+        f"{result['kernel_cycles'] / 1e6:.1f}M of scheduled instructions of kernels = "
         f"{result['estimated_compute_seconds']:.4f} s compute, "
         f"MFU {result['estimated_mfu_compute_only']:.1%} compute only"
     )
@@ -318,7 +349,9 @@ def show(result: dict[str, Any]) -> None:
         f"step {result['estimated_step_seconds']:.4f} s if they overlap, "
         f"MFU {result['estimated_mfu']:.1%} ({result['estimated_mfu_no_overlap']:.1%} if not)"
     )
-    print("costliest places:")
+    for kernel, cycles in sorted(result["cycles_by_kernel"].items(), key=lambda x: -x[1]):
+        print(f"    {cycles / 1e6:6.2f}M  {kernel}")
+    print("costliest places outside kernels:")
     for where, share in result["costliest"]:
         print(f"  {share:6.1%}  {where}")
 

@@ -11,6 +11,7 @@ Shape letters: B batch, N queries, M keys, D width, H heads, K head width (D = H
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ LANES = 128
 MOST_WEIGHTS = 256 * 256  # of one head; scores and gradients of more do not fit beside the blocks
 MOST_BYTES = 13 * 2**20  # of blocks in a core's memory, two of each; of 16 MiB on v4
 NEGATIVE = -1e30
+AHEAD = 2
 
 
 def fits(query: jax.Array, key: jax.Array) -> bool:
@@ -176,18 +178,35 @@ def _weights(query: jax.Array, key: jax.Array, bias: Any, scale: float) -> tuple
     return exps, 1 / exps.sum(1, keepdims=True)
 
 
+def _staggered(heads: int, start: Callable[[int], Any], finish: Callable[..., None]) -> None:
+    """finish(head, *start(head)) for each head, AHEAD starts before a finish: the core's units wait
+    less for results, since loads are not moved before the stores of another head."""
+    started = []
+    for head in range(heads):
+        started.append((head, *start(head)))
+        if len(started) > AHEAD:
+            finish(*started.pop(0))
+    for left in started:
+        finish(*left)
+
+
 def _forward(query, key, value, *rest, heads, masked):
     bias, out = rest if masked else (None, *rest)
     total = query.shape[1]
     width = total // heads
     writer = _Writer(out, width)
-    for head in range(heads):
-        start, stop = _tiles(head, width, total)
-        low, high = head * width - start, (head + 1) * width - start
-        q = _keep(query[:, start:stop], low, high)
-        exps, inverse = _weights(q, key[:, start:stop], bias, width**-0.5)
-        v = value[:, start:stop]
-        writer.add(head, _dot(exps.astype(v.dtype), v, 1, 0) * inverse)
+
+    def start(head):
+        first, last = _tiles(head, width, total)
+        low, high = head * width - first, (head + 1) * width - first
+        q = _keep(query[:, first:last], low, high)
+        exps, inverse = _weights(q, key[:, first:last], bias, width**-0.5)
+        return exps.astype(q.dtype), inverse, value[:, first:last]
+
+    def finish(head, exps, inverse, v):
+        writer.add(head, _dot(exps, v, 1, 0) * inverse)
+
+    _staggered(heads, start, finish)
 
 
 def _backward(query, key, value, out, gradient, *rest, heads, masked):
@@ -196,17 +215,37 @@ def _backward(query, key, value, out, gradient, *rest, heads, masked):
     width = total // heads
     scale = width**-0.5
     to_query, to_key, to_value = (_Writer(x, width) for x in (d_query, d_key, d_value))
-    for head in range(heads):
-        start, stop = _tiles(head, width, total)
-        low, high = head * width - start, (head + 1) * width - start
-        q = _keep(query[:, start:stop], low, high)
-        k, v = key[:, start:stop], value[:, start:stop]
+
+    def start(head):
+        first, last = _tiles(head, width, total)
+        low, high = head * width - first, (head + 1) * width - first
+        q = _keep(query[:, first:last], low, high)
+        k, v = key[:, first:last], value[:, first:last]
         exps, inverse = _weights(q, k, bias, scale)
         # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
-        g = _keep(gradient[:, start:stop], low, high).astype(jnp.float32) * inverse
-        inner = (out[:, start:stop].astype(jnp.float32) * g).sum(1, keepdims=True)
+        g = _keep(gradient[:, first:last], low, high).astype(jnp.float32) * inverse
+        inner = (out[:, first:last].astype(jnp.float32) * g).sum(1, keepdims=True)
         g = g.astype(q.dtype)
-        to_value.add(head, _dot(exps.astype(q.dtype), g, 0, 0))
         d_scores = (exps * (_dot(g, v, 1, 1) - inner)).astype(q.dtype)
+        return q, k, g, exps.astype(q.dtype), d_scores
+
+    def finish(head, q, k, g, exps, d_scores):
+        to_value.add(head, _dot(exps, g, 0, 0))
         to_query.add(head, _dot(d_scores, k, 1, 0), scale)
         to_key.add(head, _dot(d_scores, q, 0, 0), scale)
+
+    _staggered(heads, start, finish)
+
+
+def replay(heads: int, gradient: bool) -> Callable[..., Any]:
+    """A function of a call's operands, in their order in HLO, that makes the same call."""
+
+    def run(index: jax.Array, *arrays: jax.Array) -> Any:
+        bias = next((x for x in arrays if x.dtype == jnp.float32), None)
+        rest = [x for x in arrays if x.dtype != jnp.float32]
+        if gradient:
+            return backward(*rest[:3], bias, *rest[3:], heads, index=index)
+        stack = rest[3] if len(rest) == 4 else None
+        return forward(*rest[:3], bias, heads, stack=stack, index=index)
+
+    return run
