@@ -80,7 +80,9 @@ def measure(request: dict) -> list[int]:
         step = attention_kernel.replay(heads, gradient)
         jax.jit(step).lower(*arrays).compile()
         file = max(folder.glob(f"*-{name}*{SCHEDULE}.txt"), key=lambda f: f.stat().st_mtime)
-        rows = [line for line in file.read_text().splitlines() if re.fullmatch(r"(\d+ )+\d+ ?", line)]
+        rows = [
+            line for line in file.read_text().splitlines() if re.fullmatch(r"(\d+ )+\d+ ?", line)
+        ]
         found.append(len(rows) - 1)  # the first row is the capacity of each unit
         for other in folder.iterdir():
             other.unlink()

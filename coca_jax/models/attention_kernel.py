@@ -243,9 +243,11 @@ def replay(heads: int, gradient: bool) -> Callable[..., Any]:
     def run(index: jax.Array, *arrays: jax.Array) -> Any:
         bias = next((x for x in arrays if x.dtype == jnp.float32), None)
         rest = [x for x in arrays if x.dtype != jnp.float32]
+        query, key, value, *others = rest
         if gradient:
-            return backward(*rest[:3], bias, *rest[3:], heads, index=index)
-        stack = rest[3] if len(rest) == 4 else None
-        return forward(*rest[:3], bias, heads, stack=stack, index=index)
+            out, g = others
+            return backward(query, key, value, bias, out, g, heads, index=index)
+        stack = others[0] if others else None
+        return forward(query, key, value, bias, heads, stack=stack, index=index)
 
     return run

@@ -34,7 +34,11 @@ class Options(NamedTuple):
 
 
 def run(
-    params: dict, x: jax.Array, mask: jax.Array | None, context: jax.Array | None, heads: int,
+    params: dict,
+    x: jax.Array,
+    mask: jax.Array | None,
+    context: jax.Array | None,
+    heads: int,
     epsilon: float,
 ) -> jax.Array:
     """x bfloat16 [B, N, D] through L layers.
@@ -144,8 +148,9 @@ def _dense(layer: Weights, name: str, x: jax.Array) -> jax.Array:
     return y + layer[f"{name}/bias"].astype(y.dtype)
 
 
-def _dense_backward(gradients: Weights, layer: Weights, name: str, x: jax.Array, g: jax.Array,
-                    bias: bool = True) -> jax.Array:
+def _dense_backward(
+    gradients: Weights, layer: Weights, name: str, x: jax.Array, g: jax.Array, bias: bool = True
+) -> jax.Array:
     """Gradient of x; those of kernel and bias go to `gradients`."""
     gradients[f"{name}/kernel"] = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
     zero = jnp.zeros(g.shape[-1:], jnp.float32)
@@ -191,7 +196,9 @@ def _forward(layer, x, mask, context, options, stacks, index):
         x = _stream(x + _attention(layer, "cross_attention", normal, context, None, options, keep))
     x = keep("middle", x)
     normal = _norm(layer, "mlp_norm", x, options.epsilon, keep)
-    hidden = keep("hidden", constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp"))
+    hidden = keep(
+        "hidden", constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp")
+    )
     x = _stream(x + _dense(layer, "mlp/out", accelerated.gelu(hidden)))
     return x, keep.found
 
@@ -230,8 +237,11 @@ def _backward(layer, x, mask, context, options, stacks, index, g, d_context):
 
     def normalised(name, x):
         return accelerated.normalised(
-            x, kept(f"{name}/mean"), kept(f"{name}/inverse"),
-            layer[f"{name}/scale"], layer[f"{name}/bias"],
+            x,
+            kept(f"{name}/mean"),
+            kept(f"{name}/inverse"),
+            layer[f"{name}/scale"],
+            layer[f"{name}/bias"],
         )
 
     middle, hidden = kept("middle"), kept("hidden")
@@ -245,8 +255,17 @@ def _backward(layer, x, mask, context, options, stacks, index, g, d_context):
         crossing = kept("crossing")
         normal = normalised("cross_norm", crossing)
         d_normal, more = _attention_backward(
-            gradients, layer, "cross_attention", normal, context, None, options, kept, stacks,
-            index, g,
+            gradients,
+            layer,
+            "cross_attention",
+            normal,
+            context,
+            None,
+            options,
+            kept,
+            stacks,
+            index,
+            g,
         )
         d_context = _stream(d_context + more)
         g = _stream(g + _norm_backward(gradients, layer, "cross_norm", crossing, kept, d_normal))

@@ -100,9 +100,7 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
-) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
 
     mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
