@@ -301,14 +301,11 @@ def kernel_cycles(cost: hlo_cost.Cost, chip: Chip) -> dict[str, int]:
     bundles = dict(zip(distinct, counts))
     total: dict[str, int] = {}
     for name, types, runs in cost.kernels:
-        shapes = [kernel_cost.parse(t)[1] for t in types if t.startswith("bf16")]
-        rows, queries, width = shapes[0][-3:]
-        keys = shapes[1][-2]
-        # bfloat16; forward: 2 arrays by queries and 2 by keys, backward: 4 and 4.
-        moved = 2 * rows * width * (queries + keys) * (4 if "gradient" in name else 2)
-        cycles = bundles[name, types] * -(-rows // chip.cores)
+        steps, moved = kernel_cost.work(name, list(types))
+        cycles = bundles[name, types] * -(-steps // chip.cores)
         cycles = max(cycles, round(moved / chip.stream * chip.hertz))
-        label = f"{name} {queries} x {keys}"
+        sizes = [kernel_cost.parse(t)[1][-2] for t in types if t.startswith("bf16")]
+        label = f"{name} {sizes[0]} x {sizes[1]}"
         total[label] = total.get(label, 0) + cycles * runs
     return total
 

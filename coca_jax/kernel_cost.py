@@ -15,6 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from coca_jax.models import attention_kernel, norm_kernel
 
 SCHEDULE = "pre-delay_hlo-static-per-bundle-utilization"  # a line a bundle, idle ones included
 
@@ -47,6 +51,17 @@ def bundles(topology: str, options: dict, calls: list[tuple[str, list[str]]]) ->
         return json.loads(done.stdout.splitlines()[-1])
 
 
+def work(name: str, types: list[str]) -> tuple[int, int]:
+    """(steps, bytes of operands and results that are moved) of one call."""
+    arrays = [shape for dtype, shape in map(parse, types) if dtype == "bfloat16"]
+    batch, n, width = arrays[0][-3:]
+    if name.startswith("norm_gradient"):
+        return batch // norm_kernel.rows_per_step(batch, n), 4 * 2 * batch * n * width
+    m = arrays[1][-2]
+    each = 4 if "gradient" in name else 2  # arrays by queries, and as many by keys
+    return batch, each * 2 * batch * (n + m) * width
+
+
 def parse(type_: str) -> tuple[str, tuple[int, ...]]:
     """'bf16[32,256,1408]' -> ('bfloat16', (32, 256, 1408))."""
     match = re.fullmatch(r"(\w+)\[([\d,]*)\]", type_)
@@ -61,8 +76,6 @@ def measure(request: dict) -> list[int]:
     import jax
     from jax.experimental import topologies
 
-    from coca_jax.models import attention_kernel
-
     jax.config.update("jax_platforms", "cpu")
     folder = pathlib.Path(request["folder"])
     topology = topologies.get_topology_desc(
@@ -75,10 +88,7 @@ def measure(request: dict) -> list[int]:
             jax.ShapeDtypeStruct(shape, dtype, sharding=device)
             for dtype, shape in (parse(type_) for type_ in types)
         ]
-        heads = int(re.search(r"_(\d+)_heads", name)[1])
-        gradient = name.startswith("attention_gradient")
-        step = attention_kernel.replay(heads, gradient)
-        jax.jit(step).lower(*arrays).compile()
+        jax.jit(_call(name)).lower(*arrays).compile()
         file = max(folder.glob(f"*-{name}*{SCHEDULE}.txt"), key=lambda f: f.stat().st_mtime)
         rows = [
             line for line in file.read_text().splitlines() if re.fullmatch(r"(\d+ )+\d+ ?", line)
@@ -87,6 +97,18 @@ def measure(request: dict) -> list[int]:
         for other in folder.iterdir():
             other.unlink()
     return found
+
+
+def _call(name: str) -> Callable[..., Any]:
+    """A function of a kernel's operands, in their order in HLO, that makes the same call."""
+    if name.startswith("norm_gradient"):
+        return lambda index, x, scale, gradient, beside: norm_kernel.backward(
+            x, scale[0], gradient, beside, epsilon=1e-5, index=index
+        )
+    heads = re.search(r"_(\d+)_heads", name)
+    if heads is None:
+        raise ValueError(f"no kernel of this name: {name!r}")
+    return attention_kernel.replay(int(heads[1]), name.startswith("attention_gradient"))
 
 
 if __name__ == "__main__":

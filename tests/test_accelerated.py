@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coca_jax import partitioning
-from coca_jax.models import accelerated, attention_kernel, layers
+from coca_jax.models import accelerated, attention_kernel, layers, norm_kernel
 from coca_jax.models.text_decoder import causal_mask
 
 
@@ -109,6 +109,35 @@ def test_kernels_take_no_more_than_fits_a_core():
     assert fits(256, 256, 1408) and fits(65, 65, 768) and fits(64, 256, 1408)
     assert not fits(1024, 1024, 1408) and not fits(1, 256, 768)
     assert not fits(64, 64, 768, jnp.float32)
+
+
+@pytest.mark.parametrize("n", [16, 65])
+def test_norm_kernel_equals_the_plain_gradients(n):
+    rng = np.random.default_rng(0)
+    x, gradient, beside = (
+        jnp.asarray(rng.normal(size=(4, n, 96)) + shift, jnp.bfloat16) for shift in (3, 0, 0)
+    )
+    scale = jnp.asarray(rng.normal(size=96), jnp.float32)
+    mean, inverse = accelerated.statistics(x, 1e-5)
+    wanted = accelerated.norm_gradients(x, mean, inverse, scale, gradient)
+    stack = jnp.stack([x - 1, x])
+    dx, sums = norm_kernel.backward(
+        stack, scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
+    )
+    for got, want in (
+        (dx, beside + wanted[0]),
+        (sums[:, 0].sum(0), wanted[1]),
+        (sums[:, 1].sum(0), wanted[2]),
+        (sums[:, 2].sum(0), dx.astype(jnp.float32).sum((0, 1))),
+    ):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        assert jnp.abs(got - want).max() <= 1e-2 * jnp.abs(want).max()
+
+
+def test_few_queries_equal_many():
+    query, key, value = arrays(2, 20, 24, count=3)
+    few = accelerated.attend_few(query[:, :1], key, value, 3)
+    np.testing.assert_allclose(few, plain_attention(query, key, value, None, 3)[:, :1], atol=1e-5)
 
 
 @pytest.mark.parametrize("cross", [None, "paper"])

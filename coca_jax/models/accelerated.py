@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from coca_jax.models import attention_kernel
+from coca_jax.models import attention_kernel, norm_kernel
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -90,6 +90,46 @@ def norm_gradients(
     return dx.astype(x.dtype), column_sum(g.astype(jnp.float32) * normal), column_sum(g)
 
 
+def norm_backward(
+    stack: jax.Array,
+    index: jax.Array,
+    mean: jax.Array,
+    inverse: jax.Array,
+    scale: jax.Array,
+    gradient: jax.Array,
+    beside: jax.Array,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradient of x = stack[index], of which `normalised` has `gradient` and which itself goes
+    on with the gradient `beside`; those of scale and bias; the first's sum over all but D.
+
+    One kernel on a TPU where it fits (norm_kernel.py).
+    """
+    mesh = _mesh()
+
+    def on_tpu(stack, index, gradient, beside, scale):
+        def run(stack, index, gradient, beside, scale):
+            return norm_kernel.backward(
+                stack, scale, gradient, beside, epsilon=epsilon, index=index
+            )
+
+        rows = P(("data", "fsdp"))
+        specs = (P(None, *rows), P(), rows, rows, P())
+        run = _per_device(run, mesh, specs, (rows, rows))
+        dx, sums = run(stack, index, gradient, beside, scale)
+        return dx, *sums.sum(0)
+
+    def elsewhere(stack, index, gradient, beside, scale):
+        parts = norm_gradients(stack[index], mean, inverse, scale, gradient)
+        dx = beside + parts[0]
+        return dx, *parts[1:], column_sum(dx)
+
+    arrays = (stack, index, gradient, beside, scale)
+    if stack.shape[1] % _parts(mesh)[0] or not norm_kernel.fits(stack):
+        return elsewhere(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
+
+
 def _norm_forward(x, scale, bias, epsilon):
     mean, inverse = statistics(x, epsilon)
     mean = checkpoint_name(mean, "statistics")
@@ -114,6 +154,13 @@ def attend(
     mask: bool, broadcastable to [B, 1, N, M]; True where a query may look.
     """
     return _attend_forward(query, key, value, mask, heads)[0]
+
+
+def attend_few(query: jax.Array, key: jax.Array, value: jax.Array, heads: int) -> jax.Array:
+    """`attend` of fewer queries than the kernel takes, without a mask: padded to that many."""
+    count = query.shape[1]
+    padding = ((0, 0), (0, attention_kernel.FEWEST - count), (0, 0))
+    return attend(jnp.pad(query, padding), key, value, None, heads)[:, :count]
 
 
 def _attend_forward(query, key, value, mask, heads):
@@ -173,15 +220,9 @@ def attend_backward(
 
 
 def _on_device(kernel, plain, arrays, mask, heads):
-    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads).
-
-    The kernel runs on each device's rows and heads: the compiler cannot split it by itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = not mesh.empty and {"data", "fsdp", "tensor"} <= set(mesh.axis_names)
-    parts, tensor = 1, 1
-    if split:
-        parts, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads)."""
+    mesh = _mesh()
+    parts, tensor = _parts(mesh)
     query, key = arrays["query"], arrays["key"]
     even = query.shape[-3] % parts == 0 and heads % tensor == 0
     if not (even and attention_kernel.fits(query, key)):
@@ -196,20 +237,37 @@ def _on_device(kernel, plain, arrays, mask, heads):
         def run(arrays, bias):
             return kernel(**arrays, bias=bias, heads=heads // tensor)
 
-        if not split:
-            return run(arrays, bias)
         rows = P(("data", "fsdp"), None, "tensor")
         specs = {k: (P(), rows, P(None, *rows))[max(0, x.ndim - 2)] for k, x in arrays.items()}
         of_bias = P() if bias is None or bias.shape[0] == 1 else P(rows[0])
         out = P(None, *rows) if "stack" in arrays else rows
-        return jax.shard_map(
-            run, mesh=mesh, in_specs=(specs, of_bias), out_specs=out, check_vma=False
-        )(arrays, bias)
+        return _per_device(run, mesh, (specs, of_bias), out)(arrays, bias)
 
     def elsewhere(arrays, mask):
         return plain(**arrays, mask=mask, heads=heads)
 
     return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
+
+
+def _mesh():
+    """The mesh that batches are split over, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and {"data", "fsdp", "tensor"} <= set(mesh.axis_names)
+    return mesh if split else None
+
+
+def _parts(mesh):
+    """(parts that a batch is split in, parts that a width is)."""
+    return (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh else (1, 1)
+
+
+def _per_device(function, mesh, in_specs, out_specs):
+    """`function` on each device's share: the compiler cannot split a kernel by itself."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def _split(x, heads):

@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 MOST_WEIGHTS = 256 * 256  # of one head; scores and gradients of more do not fit beside the blocks
 MOST_BYTES = 13 * 2**20  # of blocks in a core's memory, two of each; of 16 MiB on v4
+FEWEST = 16  # queries or keys: a tile of bfloat16
 NEGATIVE = -1e30
-AHEAD = 2
 
 
 def fits(query: jax.Array, key: jax.Array) -> bool:
@@ -32,7 +32,7 @@ def fits(query: jax.Array, key: jax.Array) -> bool:
     blocks = 2 * 2 * 4 * (n + m) * width  # bfloat16, two of each; backward: 4 by N and 4 by M
     return (
         query.dtype == key.dtype == jnp.bfloat16
-        and min(n, m) >= 16
+        and min(n, m) >= FEWEST
         and n * m <= MOST_WEIGHTS
         and blocks <= MOST_BYTES
     )
@@ -135,9 +135,40 @@ def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
-def _tiles(head: int, width: int, total: int) -> tuple[int, int]:
-    """First and last lane of the tiles that a head has a part in."""
-    return head * width // LANES * LANES, min(-(-(head + 1) * width // LANES) * LANES, total)
+class _Group:
+    """Heads that go through the products together, one below the other: lanes low to high of the
+    width, in tiles that span lanes start to stop."""
+
+    def __init__(self, heads: range, width: int, total: int):
+        self.heads, self.width = heads, width
+        self.low, self.high = heads[0] * width, (heads[-1] + 1) * width
+        self.start = self.low // LANES * LANES
+        self.stop = min(-(-self.high // LANES) * LANES, total)
+
+    def of(self, ref: Any) -> jax.Array:
+        return ref[:, self.start : self.stop]
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[N, lanes] -> [heads N, lanes]: below one another, each head's lanes alone."""
+        return jnp.concatenate([self._alone(x, head) for head in self.heads])
+
+    def repeat(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x] * len(self.heads))
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        """The inverse of `spread`: of each head's rows its own lanes."""
+        parts = jnp.split(x, len(self.heads))
+        alone = [self._alone(part, head) for part, head in zip(parts, self.heads)]
+        return functools.reduce(jnp.add, alone)
+
+    def _alone(self, x: jax.Array, head: int) -> jax.Array:
+        first = head * self.width - self.start
+        return _keep(x, first, first + self.width)
+
+
+def _groups(heads: int, width: int, total: int, queries: int) -> list[_Group]:
+    size = 2 if heads % 2 == 0 and queries <= 64 else 1  # few queries leave the units waiting
+    return [_Group(range(h, h + size), width, total) for h in range(0, heads, size)]
 
 
 def _keep(x: jax.Array, low: int, high: int) -> jax.Array:
@@ -149,21 +180,19 @@ def _keep(x: jax.Array, low: int, high: int) -> jax.Array:
 
 
 class _Writer:
-    """Gathers the heads' shares of a result and stores each tile once its last head is in."""
+    """Gathers the groups' shares of a result and stores each tile once its last head is in."""
 
-    def __init__(self, ref: Any, width: int):
-        self.ref, self.width, self.open = ref, width, dict[int, jax.Array]()
+    def __init__(self, ref: Any):
+        self.ref, self.open = ref, dict[int, jax.Array]()
 
-    def add(self, head: int, x: jax.Array, scale: float = 1.0) -> None:
-        """x: float32, the head's tiles; lanes of other heads are ignored."""
-        low, high = head * self.width, (head + 1) * self.width
-        start, stop = _tiles(head, self.width, self.ref.shape[1])
-        for tile in range(start, stop, LANES):
-            end = min(tile + LANES, stop)
-            piece = _keep(x[:, tile - start : end - start], low - tile, high - tile)
+    def add(self, group: _Group, x: jax.Array, scale: float = 1.0) -> None:
+        """x: float32, the group's tiles, zeros in lanes of other groups."""
+        for tile in range(group.start, group.stop, LANES):
+            end = min(tile + LANES, group.stop)
+            piece = x[:, tile - group.start : end - group.start]
             if tile in self.open:
                 piece = self.open.pop(tile) + piece
-            if high >= end:
+            if group.high >= end:
                 self.ref[:, tile:end] = (piece * scale).astype(self.ref.dtype)
             else:
                 self.open[tile] = piece
@@ -173,18 +202,21 @@ def _weights(query: jax.Array, key: jax.Array, bias: Any, scale: float) -> tuple
     """(exp(score - maximum) float32 [N, M], one over its sums [N, 1])."""
     scores = _dot(query, key, 1, 1)
     if bias is not None:
-        scores = scores + bias[:]
+        scores = scores + bias
     exps = jnp.exp((scores - scores.max(1, keepdims=True)) * scale)
     return exps, 1 / exps.sum(1, keepdims=True)
 
 
-def _staggered(heads: int, start: Callable[[int], Any], finish: Callable[..., None]) -> None:
-    """finish(head, *start(head)) for each head, AHEAD starts before a finish: the core's units wait
-    less for results, since loads are not moved before the stores of another head."""
-    started = []
-    for head in range(heads):
-        started.append((head, *start(head)))
-        if len(started) > AHEAD:
+def _staggered(
+    groups: list[_Group], start: Callable[[_Group], Any], finish: Callable[..., None]
+) -> None:
+    """finish(group, *start(group)) for each, a finish two heads behind the starts: the core's units
+    wait less for results, since loads are not moved before the stores of another group."""
+    started: list[Any] = []
+    ahead = 2 // len(groups[0].heads)
+    for group in groups:
+        started.append((group, *start(group)))
+        if len(started) > ahead:
             finish(*started.pop(0))
     for left in started:
         finish(*left)
@@ -194,19 +226,18 @@ def _forward(query, key, value, *rest, heads, masked):
     bias, out = rest if masked else (None, *rest)
     total = query.shape[1]
     width = total // heads
-    writer = _Writer(out, width)
+    writer = _Writer(out)
 
-    def start(head):
-        first, last = _tiles(head, width, total)
-        low, high = head * width - first, (head + 1) * width - first
-        q = _keep(query[:, first:last], low, high)
-        exps, inverse = _weights(q, key[:, first:last], bias, width**-0.5)
-        return exps.astype(q.dtype), inverse, value[:, first:last]
+    def start(group):
+        q = group.spread(group.of(query))
+        seen = group.repeat(bias[:]) if masked else None
+        exps, inverse = _weights(q, group.of(key), seen, width**-0.5)
+        return exps.astype(q.dtype), inverse, group.of(value)
 
-    def finish(head, exps, inverse, v):
-        writer.add(head, _dot(exps, v, 1, 0) * inverse)
+    def finish(group, exps, inverse, v):
+        writer.add(group, group.merge(_dot(exps, v, 1, 0) * inverse))
 
-    _staggered(heads, start, finish)
+    _staggered(_groups(heads, width, total, query.shape[0]), start, finish)
 
 
 def _backward(query, key, value, out, gradient, *rest, heads, masked):
@@ -214,27 +245,26 @@ def _backward(query, key, value, out, gradient, *rest, heads, masked):
     total = query.shape[1]
     width = total // heads
     scale = width**-0.5
-    to_query, to_key, to_value = (_Writer(x, width) for x in (d_query, d_key, d_value))
+    to_query, to_key, to_value = _Writer(d_query), _Writer(d_key), _Writer(d_value)
 
-    def start(head):
-        first, last = _tiles(head, width, total)
-        low, high = head * width - first, (head + 1) * width - first
-        q = _keep(query[:, first:last], low, high)
-        k, v = key[:, first:last], value[:, first:last]
-        exps, inverse = _weights(q, k, bias, scale)
+    def start(group):
+        q, k, v = group.spread(group.of(query)), group.of(key), group.of(value)
+        seen = group.repeat(bias[:]) if masked else None
+        exps, inverse = _weights(q, k, seen, scale)
         # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
-        g = _keep(gradient[:, first:last], low, high).astype(jnp.float32) * inverse
-        inner = (out[:, first:last].astype(jnp.float32) * g).sum(1, keepdims=True)
+        g = group.spread(group.of(gradient)).astype(jnp.float32) * inverse
+        o = group.repeat(group.of(out)).astype(jnp.float32)
+        inner = (o * g).sum(1, keepdims=True)
         g = g.astype(q.dtype)
         d_scores = (exps * (_dot(g, v, 1, 1) - inner)).astype(q.dtype)
         return q, k, g, exps.astype(q.dtype), d_scores
 
-    def finish(head, q, k, g, exps, d_scores):
-        to_value.add(head, _dot(exps, g, 0, 0))
-        to_query.add(head, _dot(d_scores, k, 1, 0), scale)
-        to_key.add(head, _dot(d_scores, q, 0, 0), scale)
+    def finish(group, q, k, g, exps, d_scores):
+        to_value.add(group, _dot(exps, g, 0, 0))
+        to_query.add(group, group.merge(_dot(d_scores, k, 1, 0)), scale)
+        to_key.add(group, _dot(d_scores, q, 0, 0), scale)
 
-    _staggered(heads, start, finish)
+    _staggered(_groups(heads, width, total, query.shape[0]), start, finish)
 
 
 def replay(heads: int, gradient: bool) -> Callable[..., Any]:

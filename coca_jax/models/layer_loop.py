@@ -107,14 +107,14 @@ def _run_backward(options, saved, g):
 
     def body(carry, scanned):
         layer, index = scanned
-        gradients, g, d_context = _backward(
-            layer, inputs[index], mask, context, options, stacks, index, *carry
+        gradients, *carry = _backward(
+            layer, {**stacks, "input": inputs}, index, mask, context, options, *carry
         )
-        return (g, d_context), gradients
+        return tuple(carry), gradients
 
     indices = jnp.arange(depth, dtype=jnp.int32)
-    start = (g, jnp.zeros_like(context))
-    (g, d_context), gradients = jax.lax.scan(body, start, (weights, indices), reverse=True)
+    start = (g, accelerated.column_sum(g), jnp.zeros_like(context))
+    (g, _, d_context), gradients = jax.lax.scan(body, start, (weights, indices), reverse=True)
     return gradients, g, None, d_context
 
 
@@ -149,12 +149,17 @@ def _dense(layer: Weights, name: str, x: jax.Array) -> jax.Array:
 
 
 def _dense_backward(
-    gradients: Weights, layer: Weights, name: str, x: jax.Array, g: jax.Array, bias: bool = True
+    gradients: Weights,
+    layer: Weights,
+    name: str,
+    x: jax.Array,
+    g: jax.Array,
+    d_bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Gradient of x; those of kernel and bias go to `gradients`."""
+    """Gradient of x; those of kernel and bias go to `gradients`. d_bias: that of the bias, where it
+    is known already."""
     gradients[f"{name}/kernel"] = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
-    zero = jnp.zeros(g.shape[-1:], jnp.float32)
-    gradients[f"{name}/bias"] = accelerated.column_sum(g) if bias else zero
+    gradients[f"{name}/bias"] = accelerated.column_sum(g) if d_bias is None else d_bias
     return jax.lax.dot_general(g, layer[f"{name}/kernel"], (((2,), (1,)), ((), ())))
 
 
@@ -203,75 +208,85 @@ def _forward(layer, x, mask, context, options, stacks, index):
     return x, keep.found
 
 
-def _norm_backward(gradients, layer, name, x, kept, g):
-    scale = layer[f"{name}/scale"]
-    dx, gradients[f"{name}/scale"], gradients[f"{name}/bias"] = accelerated.norm_gradients(
-        x, kept(f"{name}/mean"), kept(f"{name}/inverse"), scale, g
+class _Kept:
+    """What one layer has kept in the stacks."""
+
+    def __init__(self, stacks: dict[str, jax.Array], index: jax.Array):
+        self.stacks, self.index = stacks, index
+
+    def __call__(self, name: str) -> jax.Array:
+        return self.stacks[name][self.index]
+
+
+def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
+    return accelerated.normalised(
+        kept(x),
+        kept(f"{name}/mean"),
+        kept(f"{name}/inverse"),
+        layer[f"{name}/scale"],
+        layer[f"{name}/bias"],
     )
-    return dx
 
 
-def _attention_backward(gradients, layer, name, x, context, mask, options, kept, stacks, index, g):
-    """Gradients of x and of context (None where context is x: both are in the first)."""
-    g = _heads(_dense_backward(gradients, layer, f"{name}/out", kept(f"{name}/attended"), g))
+def _norm_backward(gradients, layer, name, kept, x, d_normal, g, epsilon):
+    """(gradient of the stream before the norm, its sum over all but the width)."""
+    g, gradients[f"{name}/scale"], gradients[f"{name}/bias"], total = accelerated.norm_backward(
+        kept.stacks[x],
+        kept.index,
+        kept(f"{name}/mean"),
+        kept(f"{name}/inverse"),
+        layer[f"{name}/scale"],
+        d_normal,
+        g,
+        epsilon,
+    )
+    return _stream(g), total
+
+
+def _attention_backward(gradients, layer, name, kept, x, context, mask, heads, g, total):
+    """Gradients of x and of context (None where that is x: both are in the first)."""
+    g = _heads(_dense_backward(gradients, layer, f"{name}/out", kept(f"{name}/attended"), g, total))
     query, key, value, out = (
-        stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
+        kept.stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
     )
     d_query, d_key, d_value = accelerated.attend_backward(
-        query, key, value, mask, out, g, index, options.heads
+        query, key, value, mask, out, g, kept.index, heads
     )
     source = x if context is None else context
     dx = _dense_backward(gradients, layer, f"{name}/query", x, d_query)
     # The key's bias has no gradient but rounding errors (see layers.Attention).
-    d_source = _dense_backward(gradients, layer, f"{name}/key", source, d_key, bias=False)
+    zero = jnp.zeros(d_key.shape[-1:], jnp.float32)
+    d_source = _dense_backward(gradients, layer, f"{name}/key", source, d_key, zero)
     d_source += _dense_backward(gradients, layer, f"{name}/value", source, d_value)
     return (dx + d_source, None) if context is None else (dx, d_source)
 
 
-def _backward(layer, x, mask, context, options, stacks, index, g, d_context):
-    """Gradients of one layer's weights, of its input and, added up, of the context."""
+def _backward(layer, stacks, index, mask, context, options, g, total, d_context):
+    """One layer backward: (gradients of its weights, of its input, that one's sum over all but the
+    width, of the context with what was in d_context). total: the sum of g likewise."""
     gradients: Weights = {}
-
-    def kept(name):
-        return stacks[name][index]
-
-    def normalised(name, x):
-        return accelerated.normalised(
-            x,
-            kept(f"{name}/mean"),
-            kept(f"{name}/inverse"),
-            layer[f"{name}/scale"],
-            layer[f"{name}/bias"],
-        )
-
-    middle, hidden = kept("middle"), kept("hidden")
-    d_gelu = _dense_backward(gradients, layer, "mlp/out", accelerated.gelu(hidden), g)
+    heads, epsilon, cross = options
+    kept = _Kept(stacks, index)
+    hidden = kept("hidden")
+    d_gelu = _dense_backward(gradients, layer, "mlp/out", accelerated.gelu(hidden), g, total)
     d_hidden, d_bias = accelerated.gelu_gradients(hidden, d_gelu)
-    normal = normalised("mlp_norm", middle)
-    d_normal = _dense_backward(gradients, layer, "mlp/in", normal, d_hidden, bias=False)
-    gradients["mlp/in/bias"] = d_bias
-    g = _stream(g + _norm_backward(gradients, layer, "mlp_norm", middle, kept, d_normal))
-    if options.cross:
-        crossing = kept("crossing")
-        normal = normalised("cross_norm", crossing)
+    normal = _normalised(layer, "mlp_norm", kept, "middle")
+    d_normal = _dense_backward(gradients, layer, "mlp/in", normal, d_hidden, d_bias)
+    g, total = _norm_backward(gradients, layer, "mlp_norm", kept, "middle", d_normal, g, epsilon)
+    if cross:
+        normal = _normalised(layer, "cross_norm", kept, "crossing")
         d_normal, more = _attention_backward(
-            gradients,
-            layer,
-            "cross_attention",
-            normal,
-            context,
-            None,
-            options,
-            kept,
-            stacks,
-            index,
-            g,
+            gradients, layer, "cross_attention", kept, normal, context, None, heads, g, total
         )
         d_context = _stream(d_context + more)
-        g = _stream(g + _norm_backward(gradients, layer, "cross_norm", crossing, kept, d_normal))
-    normal = normalised("attention_norm", x)
+        g, total = _norm_backward(
+            gradients, layer, "cross_norm", kept, "crossing", d_normal, g, epsilon
+        )
+    normal = _normalised(layer, "attention_norm", kept, "input")
     d_normal, _ = _attention_backward(
-        gradients, layer, "attention", normal, None, mask, options, kept, stacks, index, g
+        gradients, layer, "attention", kept, normal, None, mask, heads, g, total
     )
-    g = _stream(g + _norm_backward(gradients, layer, "attention_norm", x, kept, d_normal))
-    return gradients, g, d_context
+    g, total = _norm_backward(
+        gradients, layer, "attention_norm", kept, "input", d_normal, g, epsilon
+    )
+    return gradients, g, total, d_context
