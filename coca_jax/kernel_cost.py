@@ -43,6 +43,8 @@ def bundles(topology: str, options: dict, calls: list[tuple[str, list[str]]]) ->
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # the process that asks has one too
+                "TPU_SKIP_MDS_QUERY": "1",
                 "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}",
             },
         )

@@ -22,9 +22,10 @@ MOST_BYTES = 13 * 2**20  # of blocks in a core's memory, two of each; of 16 MiB 
 
 
 def fits(x: jax.Array) -> bool:
-    """Whether x [..., B, N, D] can run as this kernel."""
+    """Whether x [..., B, N, D] can run as this kernel: N in whole tiles, since XLA lays other
+    lengths out with the batch inside, and would copy."""
     n, width = x.shape[-2:]
-    return x.dtype == jnp.bfloat16 and n >= 16 and 2 * 2 * 4 * n * width <= MOST_BYTES
+    return x.dtype == jnp.bfloat16 and n % 16 == 0 and 2 * 2 * 4 * n * width <= MOST_BYTES
 
 
 def rows_per_step(batch: int, n: int) -> int:
