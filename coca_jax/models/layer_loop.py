@@ -14,6 +14,7 @@ Shape letters: L layers, B batch, N queries, M keys, D width, H heads, K head wi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,11 +144,25 @@ class _Keeper:
         return x
 
 
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks what a helper (..., layer, name, ...) does with the name, for reports by layer."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        name = next(x for x in arguments if isinstance(x, str))
+        with jax.named_scope(name):
+            return function(*arguments)
+
+    return run
+
+
+@_named
 def _dense(layer: Weights, name: str, x: jax.Array) -> jax.Array:
     y = jax.lax.dot_general(x, layer[f"{name}/kernel"], (((2,), (0,)), ((), ())))
     return y + layer[f"{name}/bias"].astype(y.dtype)
 
 
+@_named
 def _dense_backward(
     gradients: Weights,
     layer: Weights,
@@ -163,6 +178,7 @@ def _dense_backward(
     return jax.lax.dot_general(g, layer[f"{name}/kernel"], (((2,), (1,)), ((), ())))
 
 
+@_named
 def _norm(layer: Weights, name: str, x: jax.Array, epsilon: float, keep: _Keeper) -> jax.Array:
     mean, inverse = accelerated.statistics(x, epsilon)
     mean, inverse = keep(f"{name}/mean", mean), keep(f"{name}/inverse", inverse)
@@ -218,6 +234,7 @@ class _Kept:
         return self.stacks[name][self.index]
 
 
+@_named
 def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
     return accelerated.normalised(
         kept(x),
@@ -228,6 +245,7 @@ def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
     )
 
 
+@_named
 def _norm_backward(gradients, layer, name, kept, x, d_normal, g, epsilon):
     """(gradient of the stream before the norm, its sum over all but the width)."""
     g, gradients[f"{name}/scale"], gradients[f"{name}/bias"], total = accelerated.norm_backward(
