@@ -188,10 +188,11 @@ def attend_into(
     mask: jax.Array | None,
     heads: int,
 ) -> jax.Array:
-    """`attend` whose result goes to stack [L, B, N, D][index], in place; returns the stack."""
+    """`attend` of query[index], key[index] and value[index], all stacks [L, B, N, D], whose result
+    goes to stack[index] in place; returns the stack."""
 
     def plain(stack, index, query, key, value, mask, heads):
-        out = _plain_forward(query, key, value, mask, heads)
+        out = _plain_forward(query[index], key[index], value[index], mask, heads)
         return jax.lax.dynamic_update_index_in_dim(stack, out, index, 0)
 
     arrays = dict(query=query, key=key, value=value, stack=stack, index=index)

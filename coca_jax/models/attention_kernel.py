@@ -52,7 +52,8 @@ def forward(
     """softmax(query key' / sqrt(K) + bias) value, bfloat16 [B, N, D], [B, M, D] -> [B, N, D].
 
     bias: float32 [B or 1, N, M] or None, the same for all heads; NEGATIVE hides a key.
-    stack, index: the result is put at stack [L, B, N, D][index], in place; returns the stack.
+    stack, index: the result is put at stack [L, B, N, D][index], in place; returns the stack. Each
+    of query, key and value may be a stack [L, B, N, D] too, of which `index` is meant.
     """
     inputs = (query, key, value) if bias is None else (query, key, value, bias)
     kernel = functools.partial(_forward, heads=heads, masked=bias is not None)

@@ -189,10 +189,11 @@ def _attention(layer, name, x, context, mask, options, keep):
     query = keep(f"{name}/query", _heads(_dense(layer, f"{name}/query", x)))
     key = keep(f"{name}/key", _heads(_dense(layer, f"{name}/key", context)))
     value = keep(f"{name}/value", _heads(_dense(layer, f"{name}/value", context)))
-    if keep.stacked:
-        stack = keep.found[f"{name}/attended"]
-        stack = accelerated.attend_into(stack, keep.index, query, key, value, mask, options.heads)
-        keep.found[f"{name}/attended"], out = stack, stack[keep.index]
+    if keep.stacked:  # from and to the stacks, so that nothing is written twice
+        names = [f"{name}/{part}" for part in ("attended", "query", "key", "value")]
+        stack, *operands = (keep.found[n] for n in names)
+        stack = accelerated.attend_into(stack, keep.index, *operands, mask, options.heads)
+        keep.found[names[0]], out = stack, stack[keep.index]
     else:
         out = keep(f"{name}/attended", accelerated.attend(query, key, value, mask, options.heads))
     return _dense(layer, f"{name}/out", out)
