@@ -135,10 +135,13 @@ class _Keeper:
         self.found: dict[str, jax.Array] = dict(stacks)
         self.stacked, self.index = bool(stacks), index
 
-    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+    def __call__(self, name: str, x: jax.Array, reread: bool = False) -> jax.Array:
         if self.stacked:
-            x_stack = self.found[name]
-            self.found[name] = jax.lax.dynamic_update_index_in_dim(x_stack, x, self.index, 0)
+            stack = jax.lax.dynamic_update_index_in_dim(self.found[name], x, self.index, 0)
+            if reread:  # what follows reads the stack, so that x is not written a second time
+                stack = jax.lax.optimization_barrier(stack)
+                x = stack[self.index]
+            self.found[name] = stack
         else:
             self.found[name] = x
         return x
@@ -218,9 +221,8 @@ def _forward(layer, x, mask, context, options, stacks, index):
         x = _stream(x + _attention(layer, "cross_attention", normal, context, None, options, keep))
     x = keep("middle", x)
     normal = _norm(layer, "mlp_norm", x, options.epsilon, keep)
-    hidden = keep(
-        "hidden", constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp")
-    )
+    hidden = constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp")
+    hidden = keep("hidden", hidden, reread=True)
     x = _stream(x + _dense(layer, "mlp/out", accelerated.gelu(hidden)))
     return x, keep.found
 
