@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -234,15 +235,17 @@ def place(op_name: str) -> str:
     return f"{kind:9s} {'/'.join(parts[:-1]) or (parts[-1] if parts else 'other')}"
 
 
-def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> dict[str, Any]:
-    """The numbers of the report from a compiled step."""
+def analyse(
+    config: ConfigDict, slice_: Slice, compiled: Any, text: str, params: int
+) -> dict[str, Any]:
+    """The numbers of the report from a compiled step and its optimised HLO."""
     devices = len(slice_.devices)
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     total = arguments + temporaries + outputs + code
-    cost = hlo_cost.summarise(compiled.as_text(), devices)
+    cost = hlo_cost.summarise(text, devices)
     counted = compiled.cost_analysis() or {}
     forward = model_flops(config.model)
     per_device = 3 * forward * config.batch_size / devices
@@ -372,11 +375,26 @@ def quiet_plugin() -> Iterator[None]:
                 os.environ.pop(key, None)
 
 
+def optimised_text(compiled: Any, folder: str) -> str:
+    """The optimised HLO with the compiler's estimates.
+
+    folder: what the compiler has dumped there is read where jaxlib cannot parse the program that
+    it gets back: on chips with a SparseCore, gathers that are moved to it.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        files = list(pathlib.Path(folder).glob("*jit_train_step*after_codegen.txt"))
+        if len(files) != 1:
+            raise
+        return files[0].read_text()
+
+
 def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[str, Any]:
     """Compiles and analyses; see the module's docstring. Raises ValueError for bad input."""
     config = config.copy_and_resolve_references()
     run_config.check(config)
-    with quiet_plugin():
+    with quiet_plugin(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
         mesh = partitioning.make_mesh(**config.mesh, devices=slice_.devices)
         run_config.check_batch(config, partitioning.batch_parts(mesh), 1)
@@ -385,23 +403,27 @@ def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[
             params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
             start = time.perf_counter()
             lowered = step.lower(state, batch)
+            options: dict[str, Any] = {}
+            if slice_.chip is not None:
+                options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             try:
-                compiled = lowered.compile()
+                compiled = lowered.compile(compiler_options=options)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 needs = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
                 print(f"does not fit: {needs[0] if needs else str(error).splitlines()[0]}")
                 return {"topology": topology, "devices": mesh.size, "params": params, "fits": False}
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        text = optimised_text(compiled, folder)
     if dump_hlo:
-        pathlib.Path(dump_hlo).write_text(compiled.as_text())
+        pathlib.Path(dump_hlo).write_text(text)
     mesh_shape = dict(mesh.shape)
     return {
         "topology": topology,
         "mesh": mesh_shape,
         "compile_seconds": round(seconds, 1),
-    } | analyse(config, slice_, compiled, params)
+    } | analyse(config, slice_, compiled, text, params)
 
 
 def define_flags() -> None:

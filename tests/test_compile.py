@@ -45,7 +45,7 @@ ENTRY %main (a: s32[1], q: bf16[8,64,256]) -> bf16[8,64,256] {
   %q = bf16[8,64,256]{2,1,0} parameter(1)
   ROOT %attention_4_heads.2 = bf16[8,64,256]{2,1,0:T(8,128)(2,1)} custom-call(%a, %q, %q, %q), \
 custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, \
-bf16[8,64,256]{2,1,0}, bf16[8,32,256]{2,1,0}, bf16[8,32,256]{2,1,0}}, metadata={op_name="jit(f)/attention"}
+bf16[8,64,256]{2,1,0}, bf16[8,32,256]{2,1,0}, bf16[8,32,256]{2,1,0}}, metadata={op_name="a"}
 }
 """
 
