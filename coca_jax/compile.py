@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from coca_jax import cli, hlo_cost, partitioning, run_config, train_step
+from coca_jax import cli, hlo_cost, kernel_cost, partitioning, run_config, train_step
 from coca_jax.data import pipeline
 from coca_jax.models import coca
 
@@ -38,9 +39,10 @@ GIB = 2**30
 class Chip:
     """One TPU generation: memory, peak, clock, one-way bandwidth of one inter-chip link.
 
-    Clocks other than v4's and link bandwidths are not checked against a source.
+    Clocks other than v4's and bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
+    stream: bytes/s of the memory. cores: that one device's program runs on. least: a small slice.
     """
 
     name: str
@@ -48,14 +50,18 @@ class Chip:
     peak: float
     hbm: float
     link: float
+    stream: float
+    cores: int
+    least: str
     options: tuple[tuple[str, Any], ...] = ()
 
 
+MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
-    "v4": Chip("v4", 1.05e9, 275e12, 32 * GIB, 4.5e10, (("chip_config_name", "megacore"),)),
-    "v5e": Chip("v5e", 1.5e9, 197e12, 16 * GIB, 4.5e10),
-    "v5p": Chip("v5", 1.75e9, 459e12, 95 * GIB, 9e10, (("chip_config_name", "megacore"),)),
-    "v6e": Chip("v6e", 1.75e9, 918e12, 32 * GIB, 9e10),
+    "v4": Chip("v4", 1.05e9, 275e12, 32 * GIB, 4.5e10, 1.2e12, 2, "2x2x1", MEGACORE),
+    "v5e": Chip("v5e", 1.5e9, 197e12, 16 * GIB, 4.5e10, 8.1e11, 1, "2x2"),
+    "v5p": Chip("v5", 1.75e9, 459e12, 95 * GIB, 9e10, 2.7e12, 2, "2x2x1", MEGACORE),
+    "v6e": Chip("v6e", 1.75e9, 918e12, 32 * GIB, 9e10, 1.6e12, 1, "2x2"),
 }
 
 
@@ -229,15 +235,17 @@ def place(op_name: str) -> str:
     return f"{kind:9s} {'/'.join(parts[:-1]) or (parts[-1] if parts else 'other')}"
 
 
-def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> dict[str, Any]:
-    """The numbers of the report from a compiled step."""
+def analyse(
+    config: ConfigDict, slice_: Slice, compiled: Any, text: str, params: int
+) -> dict[str, Any]:
+    """The numbers of the report from a compiled step and its optimised HLO."""
     devices = len(slice_.devices)
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     total = arguments + temporaries + outputs + code
-    cost = hlo_cost.summarise(compiled.as_text(), devices)
+    cost = hlo_cost.summarise(text, devices)
     counted = compiled.cost_analysis() or {}
     forward = model_flops(config.model)
     per_device = 3 * forward * config.batch_size / devices
@@ -264,11 +272,14 @@ def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> di
     chip = slice_.chip
     if chip is None:
         return result | {"fits": True}
-    compute = cost.cycles / chip.hertz
+    by_kernel = kernel_cycles(cost, chip)
+    compute = (cost.cycles + sum(by_kernel.values())) / chip.hertz
     links = sum(collective_seconds(c, slice_.shape, chip.link) * c.runs for c in cost.collectives)
     ideal = per_device / chip.peak
     result |= {
         "estimated_cycles": cost.cycles,
+        "kernel_cycles": sum(by_kernel.values()),
+        "cycles_by_kernel": by_kernel,
         "estimated_compute_seconds": compute,
         "collective_bound_seconds": links,
         "estimated_step_seconds": max(compute, links),
@@ -281,6 +292,25 @@ def analyse(config: ConfigDict, slice_: Slice, compiled: Any, params: int) -> di
     }
     result["costliest"] = costliest(cost, flags.FLAGS.top if flags.FLAGS.is_parsed() else 25)
     return result
+
+
+def kernel_cycles(cost: hlo_cost.Cost, chip: Chip) -> dict[str, int]:
+    """Cycles a step of each kernel: its scheduled instructions for every row of the batch, shared
+    by the cores, or the time to stream its operands and results, whichever is more."""
+    distinct = sorted({(name, types) for name, types, _ in cost.kernels})
+    counts = kernel_cost.bundles(
+        f"{chip.name}:{chip.least}", dict(chip.options), [(n, list(t)) for n, t in distinct]
+    )
+    bundles = dict(zip(distinct, counts))
+    total: dict[str, int] = {}
+    for name, types, runs in cost.kernels:
+        steps, moved = kernel_cost.work(name, list(types))
+        cycles = bundles[name, types] * -(-steps // chip.cores)
+        cycles = max(cycles, round(moved / chip.stream * chip.hertz))
+        sizes = [kernel_cost.parse(t)[1][-2] for t in types if t.startswith("bf16")]
+        label = f"{name} {sizes[0]} x {sizes[1]}"
+        total[label] = total.get(label, 0) + cycles * runs
+    return total
 
 
 def costliest(cost: hlo_cost.Cost, rows: int) -> list[tuple[str, float]]:
@@ -309,7 +339,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"share of HBM {result['hbm_share']:.1%}; {'fits' if result['fits'] else 'DOES NOT FIT'}")
     print("The compiler's estimate, not a measurement:")
     print(
-        f"  {result['estimated_cycles'] / 1e6:.1f}M cycles = "
+        f"  {result['estimated_cycles'] / 1e6:.1f}M cycles, and "
+        f"{result['kernel_cycles'] / 1e6:.1f}M of scheduled instructions of kernels = "
         f"{result['estimated_compute_seconds']:.4f} s compute, "
         f"MFU {result['estimated_mfu_compute_only']:.1%} compute only"
     )
@@ -318,7 +349,9 @@ def show(result: dict[str, Any]) -> None:
         f"step {result['estimated_step_seconds']:.4f} s if they overlap, "
         f"MFU {result['estimated_mfu']:.1%} ({result['estimated_mfu_no_overlap']:.1%} if not)"
     )
-    print("costliest places:")
+    for kernel, cycles in sorted(result["cycles_by_kernel"].items(), key=lambda x: -x[1]):
+        print(f"    {cycles / 1e6:6.2f}M  {kernel}")
+    print("costliest places outside kernels:")
     for where, share in result["costliest"]:
         print(f"  {share:6.1%}  {where}")
 
@@ -342,11 +375,26 @@ def quiet_plugin() -> Iterator[None]:
                 os.environ.pop(key, None)
 
 
+def optimised_text(compiled: Any, folder: str) -> str:
+    """The optimised HLO with the compiler's estimates.
+
+    folder: what the compiler has dumped there is read where jaxlib cannot parse the program that
+    it gets back: on chips with a SparseCore, gathers that are moved to it.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        files = list(pathlib.Path(folder).glob("*jit_train_step*after_codegen.txt"))
+        if len(files) != 1:
+            raise
+        return files[0].read_text()
+
+
 def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[str, Any]:
     """Compiles and analyses; see the module's docstring. Raises ValueError for bad input."""
     config = config.copy_and_resolve_references()
     run_config.check(config)
-    with quiet_plugin():
+    with quiet_plugin(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
         mesh = partitioning.make_mesh(**config.mesh, devices=slice_.devices)
         run_config.check_batch(config, partitioning.batch_parts(mesh), 1)
@@ -355,23 +403,27 @@ def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[
             params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
             start = time.perf_counter()
             lowered = step.lower(state, batch)
+            options: dict[str, Any] = {}
+            if slice_.chip is not None:
+                options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             try:
-                compiled = lowered.compile()
+                compiled = lowered.compile(compiler_options=options)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 needs = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
                 print(f"does not fit: {needs[0] if needs else str(error).splitlines()[0]}")
                 return {"topology": topology, "devices": mesh.size, "params": params, "fits": False}
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        text = optimised_text(compiled, folder)
     if dump_hlo:
-        pathlib.Path(dump_hlo).write_text(compiled.as_text())
+        pathlib.Path(dump_hlo).write_text(text)
     mesh_shape = dict(mesh.shape)
     return {
         "topology": topology,
         "mesh": mesh_shape,
         "compile_seconds": round(seconds, 1),
-    } | analyse(config, slice_, compiled, params)
+    } | analyse(config, slice_, compiled, text, params)
 
 
 def define_flags() -> None:

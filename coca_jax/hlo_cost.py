@@ -35,6 +35,7 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTRAINTS = re.compile(r"operand_layout_constraints=\{(.*?\})\}, ")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = (
     re.compile(r"replica_groups=\{\{([\d,]*)\}"),  # {{0,1},{2,3}}: the first group's members
@@ -72,6 +73,8 @@ class Cost:
     """What a module costs: cycles in all, by operation name, its collectives, loops found.
 
     unknown_loops: loops whose trip count is not in the text; their bodies count once.
+    kernels: (name, types of its operands, runs) of each call of a kernel of our own, whose cycles
+    are not in the text.
     """
 
     cycles: int
@@ -80,6 +83,7 @@ class Cost:
     collectives: list[Collective]
     loops: dict[str, int]
     unknown_loops: list[str]
+    kernels: list[tuple[str, tuple[str, ...], int]] = dataclasses.field(default_factory=list)
 
 
 class Module:
@@ -233,6 +237,10 @@ def summarise(text: str, devices: int = 1) -> Cost:
             group = 2 if kind == "collective-permute" else group_size(instruction.line, devices)
             if group > 1:
                 cost.collectives.append(Collective(kind, size, group, runs, instruction.op_name))
+        elif 'custom_call_target="tpu_custom_call"' in instruction.line:
+            types = _CONSTRAINTS.search(instruction.line)
+            operands = tuple(f"{k}[{n}]" for k, n in _ARRAY.findall(types[1])) if types else ()
+            cost.kernels.append((instruction.name.split(".")[0], operands, runs))
         elif not fused and instruction.cycles:
             total = instruction.cycles * runs
             cost.cycles += total

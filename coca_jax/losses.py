@@ -315,7 +315,7 @@ def weighted_captioning_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """As `captioning_loss`, with a float32 weight for each target [B, L] instead of the mean."""
     bias_or_zero = jnp.zeros((kernel.shape[1],), kernel.dtype) if bias is None else bias
-    options = (chunk, z_loss, label_smoothing)
+    options = (chunk, z_loss, label_smoothing, bias is not None)
     if chunk <= 0:
         loss, nll = _token_losses(states, kernel, bias_or_zero, targets, options)
         return (loss * weights).sum(), jax.lax.stop_gradient(jnp.where(weights > 0, nll, 0.0))
@@ -324,7 +324,7 @@ def weighted_captioning_loss(
 
 def _token_losses(states, kernel, bias, targets, options):
     """(loss, negative log-likelihood) of each token, float32 [...], from states [..., D]."""
-    _, z_loss, smoothing = options
+    _, z_loss, smoothing, _ = options
     logits = jnp.einsum(
         "...d,dv->...v",
         states,
@@ -403,12 +403,12 @@ def _caption_rows(
     targets: jax.Array,
     weights: jax.Array,
     *,
-    options: tuple[int, float, float],
+    options: tuple[int, float, float, bool],
     with_gradients: bool,
     scatter_axis: int | None = None,
 ) -> tuple[Any, ...]:
     """Loss and gradients over one device's rows and its share of the vocabulary."""
-    chunk, z_loss, smoothing = options
+    chunk, z_loss, smoothing, biased = options
     dtype = wide(states.dtype)
     shape, width = targets.shape, states.shape[-1]
     count, local_vocab = targets.size, kernel.shape[1]
@@ -426,7 +426,7 @@ def _caption_rows(
     vocabulary = jnp.arange(local_vocab)
 
     def body(i, carry):
-        loss, nll, d_x, d_kernel, d_bias = carry
+        loss, nll, d_x, d_kernel = carry
         start = i * chunk
         rows = jax.lax.dynamic_slice_in_dim(x, start, chunk)
         target = jax.lax.dynamic_slice_in_dim(y, start, chunk)
@@ -480,28 +480,22 @@ def _caption_rows(
                 exp = jax.lax.optimization_barrier(exp)
                 d_logits = gradient(exp)
             d_kernel = d_kernel + jax.lax.dot_general(
-                rows,
+                jnp.pad(rows, ((0, 0), (0, extra)), constant_values=1) if extra else rows,
                 d_logits.astype(states.dtype),
                 (((0,), (0,)), ((), ())),
                 preferred_element_type=dtype,
             )
-            if states.dtype == jnp.bfloat16:
-                d_logits = gradient(jax.lax.optimization_barrier(exp))
-            d_bias = d_bias + d_logits.sum(0)
-        return loss, nll, d_x, d_kernel, d_bias
+        return loss, nll, d_x, d_kernel
 
     zero = jnp.zeros((), dtype)
-    start = (zero, jnp.zeros_like(w), zero, zero, zero)
+    start = (zero, jnp.zeros_like(w), zero, zero)
+    # The bias's gradient is a further row of the kernel's, of states that are 1 (a tile of eight).
+    extra = 8 if biased else 0
     if with_gradients:
-        start = (
-            zero,
-            jnp.zeros_like(w),
-            jnp.zeros_like(x),
-            jnp.zeros(kernel.shape, dtype),
-            jnp.zeros(bias.shape, dtype),
-        )
+        d_kernel = jnp.zeros((width + extra, local_vocab), dtype)
+        start = (zero, jnp.zeros_like(w), jnp.zeros_like(x), d_kernel)
     if count <= chunk:
-        loss, nll, d_x, d_kernel, d_bias = body(0, start)
+        loss, nll, d_x, d_kernel = body(0, start)
     else:
         # A loop of known length, so that its cost can be told before it runs; chunks that hold
         # padding only are skipped.
@@ -509,12 +503,15 @@ def _caption_rows(
             return jax.lax.cond(i * chunk < real, lambda c: body(i, c), lambda c: c, carry)
 
         trips = (count + padding) // chunk
-        loss, nll, d_x, d_kernel, d_bias = jax.lax.fori_loop(0, trips, chunk_or_nothing, start)
+        loss, nll, d_x, d_kernel = jax.lax.fori_loop(0, trips, chunk_or_nothing, start)
     back = jnp.argsort(order)
     loss, nll = batch_axes.sum(loss), nll[:count][back].reshape(shape)
     if not with_gradients:
         return loss, nll
     d_states = d_x[:count][back].reshape(states.shape)
+    d_bias = d_kernel[width] if biased else jnp.zeros(bias.shape, dtype)
+    if scatter_axis == 0:
+        d_kernel = d_kernel[:width]
     if scatter_axis is not None:
         d_kernel = jax.lax.psum_scatter(
             d_kernel, "fsdp", scatter_dimension=scatter_axis, tiled=True
@@ -522,4 +519,4 @@ def _caption_rows(
         d_kernel = jax.lax.psum(d_kernel, "data")
     else:
         d_kernel = batch_axes.sum(d_kernel)
-    return loss, nll, d_states, d_kernel, batch_axes.sum(d_bias)
+    return loss, nll, d_states, d_kernel[:width], batch_axes.sum(d_bias)

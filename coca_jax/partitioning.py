@@ -66,6 +66,25 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
+def local_map(
+    function: Callable[[tuple[int, ...]], jax.Array], shape: tuple[int, ...], names: tuple
+) -> jax.Array:
+    """An array of `shape` split by logical names, each device's part made by function(its shape)
+    on that device; function(shape) without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or _manual(mesh):
+        return function(shape)
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec(*names)]
+    parts = [int(np.prod([mesh.shape[a] for a in axes])) for axes in entries]
+    if any(n % p for n, p in zip(shape, parts)):
+        return function(shape)
+    local = tuple(n // p for n, p in zip(shape, parts))
+    make = jax.shard_map(
+        lambda: function(local), mesh=mesh, in_specs=(), out_specs=spec(*names), check_vma=False
+    )
+    return make()
+
+
 def _manual(mesh: Any) -> bool:
     return any(kind == AxisType.Manual for kind in mesh.axis_types)
 
@@ -104,15 +123,16 @@ def unbox(tree: Any) -> Any:
 def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """PartitionSpec of one parameter: RULES, and one axis over fsdp.
 
-    That axis is 'heads' or 'vocab', else the first of 'mlp' and 'embed', where fsdp divides it:
-    the outermost axis in the layouts that the TPU compiler picks for the products, so that gathered
-    weights and the gradients that are scattered need no copy. Vectors are replicated over fsdp.
+    That axis is 'vocab', else the first that fsdp divides: the outermost axis in the layouts that
+    the TPU compiler picks for the products, so that gathered weights and the gradients that are
+    scattered need no copy. Vectors are replicated over fsdp.
     """
     entries = [None if name is None else RULES[name] for name in names]
     if "embed" not in names:
         return spec(*names)
-    outer = [i for i, name in enumerate(names) if name in ("heads", "vocab")]
-    choices = outer + [i for i, name in enumerate(names) if name in ("mlp", "embed")]
+    splittable = ("heads", "mlp", "embed")
+    choices = [i for i, name in enumerate(names) if name == "vocab"]
+    choices += [i for i, name in enumerate(names) if name in splittable]
 
     def parts(i: int) -> int:
         own = entries[i]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax.models import accelerated, layers
+from coca_jax import partitioning
+from coca_jax.models import accelerated, attention_kernel, layers, norm_kernel
 from coca_jax.models.text_decoder import causal_mask
 
 
@@ -31,28 +32,140 @@ def compare(ours, plain, inputs, tolerance):
         assert jnp.abs(got - want).max() <= tolerance * jnp.abs(want).max()
 
 
+def plain_attention(q, k, v, mask, heads):
+    q, k, v = (x.reshape(x.shape[:2] + (heads, -1)) for x in (q, k, v))
+    return layers.attend(q, k, v, mask).reshape(q.shape[:2] + (-1,))
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_the_plain_form(dtype, tolerance, masked):
-    inputs = arrays(2, 9, 3, 8, count=3, dtype=dtype)
+    inputs = arrays(2, 9, 24, count=3, dtype=dtype)
     mask = causal_mask(9) if masked else None
     compare(
-        lambda q, k, v: accelerated.attend(q, k, v, mask),
-        lambda q, k, v: layers.attend(q, k, v, mask, True),
+        lambda q, k, v: accelerated.attend(q, k, v, mask, 3),
+        lambda q, k, v: plain_attention(q, k, v, mask, 3),
         inputs,
         tolerance,
     )
 
 
 def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
-    query, key, value = arrays(1, 4, 1, 8, count=3)
+    query, key, value = arrays(1, 4, 8, count=3)
     mask = jnp.zeros((1, 1, 4, 4), bool).at[..., 1:, :].set(True)
 
     def total(q, k, v):
-        return accelerated.attend(q * 1e4, k, v, mask).sum()
+        return accelerated.attend(q * 1e4, k, v, mask, 1).sum()
 
     for x in jax.tree.leaves(jax.value_and_grad(total, (0, 1, 2))(query, key, value)):
         assert jnp.isfinite(x).all()
+
+
+# Heads 64 and 88 wide share tiles of 128 lanes; three of 88 leave the last tile half full.
+@pytest.mark.parametrize(
+    "n,m,heads,width,mask",
+    [(32, 32, 4, 64, None), (17, 17, 3, 88, "rows"), (16, 40, 3, 88, None), (24, 24, 2, 64, "all")],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
+    rng = np.random.default_rng(0)
+
+    def array(length):
+        return jnp.asarray(rng.normal(size=(2, length, heads * width)) * 2, jnp.bfloat16)
+
+    query, key, value, gradient = array(n), array(m), array(m), array(n)
+    seen = None
+    if mask:
+        seen = causal_mask(n)
+        if mask == "rows":
+            seen &= jnp.asarray(rng.random((2, 1, 1, m)) > 0.3).at[..., 0].set(True)
+    bias = None if seen is None else jnp.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE)
+    out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
+    kept, options = [query, key, value, out], {}
+    if stacked:  # the middle one of three layers; what stands beside it must stay
+        kept = [jnp.stack([x + 1, x, x - 1]) for x in kept]
+        stack = jnp.full((3,) + out.shape, 7, out.dtype)
+        options = {"index": 1}
+        got = attention_kernel.forward(
+            query, key, value, bias, heads, stack=stack, index=1, interpret=True
+        )
+        assert (got[0] == 7).all() and (got[2] == 7).all()
+        got = got[1]
+    else:
+        got = attention_kernel.forward(query, key, value, bias, heads, interpret=True)
+    gradients = attention_kernel.backward(
+        *kept[:3], bias, kept[3], gradient, heads, **options, interpret=True
+    )
+    for ours, wanted in zip((got, *gradients), (out, *pull(gradient))):
+        ours, wanted = ours.astype(jnp.float32), wanted.astype(jnp.float32)
+        assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
+
+
+def test_kernels_take_no_more_than_fits_a_core():
+    def fits(n, m, width, dtype=jnp.bfloat16):
+        shape = jax.ShapeDtypeStruct
+        return attention_kernel.fits(shape((2, n, width), dtype), shape((2, m, width), dtype))
+
+    assert fits(256, 256, 1408) and fits(65, 65, 768) and fits(64, 256, 1408)
+    assert not fits(1024, 1024, 1408) and not fits(1, 256, 768)
+    assert not fits(64, 64, 768, jnp.float32)
+
+
+@pytest.mark.parametrize("n", [16, 65])
+def test_norm_kernel_equals_the_plain_gradients(n):
+    rng = np.random.default_rng(0)
+    x, gradient, beside = (
+        jnp.asarray(rng.normal(size=(4, n, 96)) + shift, jnp.bfloat16) for shift in (3, 0, 0)
+    )
+    scale = jnp.asarray(rng.normal(size=96), jnp.float32)
+    mean, inverse = accelerated.statistics(x, 1e-5)
+    wanted = accelerated.norm_gradients(x, mean, inverse, scale, gradient)
+    stack = jnp.stack([x - 1, x])
+    dx, sums = norm_kernel.backward(
+        stack, scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
+    )
+    for got, want in (
+        (dx, beside + wanted[0]),
+        (sums[:, 0].sum(0), wanted[1]),
+        (sums[:, 1].sum(0), wanted[2]),
+        (sums[:, 2].sum(0), dx.astype(jnp.float32).sum((0, 1))),
+    ):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        assert jnp.abs(got - want).max() <= 1e-2 * jnp.abs(want).max()
+
+
+def test_few_queries_equal_many():
+    query, key, value = arrays(2, 20, 24, count=3)
+    few = accelerated.attend_few(query[:, :1], key, value, 3)
+    np.testing.assert_allclose(few, plain_attention(query, key, value, None, 3)[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("cross", [None, "paper"])
+def test_layers_written_out_equal_a_scan_of_blocks(cross):
+    """Gradients included, against the same arithmetic differentiated by JAX."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 10, 32)), jnp.bfloat16)
+    context = jnp.asarray(rng.normal(size=(2, 7, 32)), jnp.bfloat16) if cross else None
+    mask = causal_mask(10) & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
+    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross, dtype=jnp.bfloat16, flat=False)
+    written, scanned = (layers.Stack(remat=remat, **options) for remat in ("named", "none"))
+    params = partitioning.unbox(scanned.init(jax.random.key(0), x, mask, context))
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
+    weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def run(stack):
+        def scalar(params, x, context):
+            return (stack.apply(params, x, mask, context).astype(jnp.float32) * weight).sum()
+
+        arguments = (0, 1, 2) if cross else (0, 1)
+        return jax.jit(jax.value_and_grad(scalar, arguments))(params, x, context)
+
+    (ours, our_gradients), (value, gradients) = run(written), run(scanned)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
+    for got, want in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients)):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        assert jnp.abs(got - want).max() <= 2e-2 * jnp.abs(want).max() + 1e-6
 
 
 def test_norm_equals_the_plain_form_with_a_large_mean():

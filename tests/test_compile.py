@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from coca_jax import compile as compile_command
-from coca_jax import hlo_cost
+from coca_jax import hlo_cost, kernel_cost
 from configs import coca_2b, coca_base, coca_large
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -36,6 +36,38 @@ def test_collectives_are_listed_with_bytes_groups_and_runs():
         ("all-reduce", 4 * 128, 2, 1),
         ("reduce-scatter", 4 * 16 * 8 / 8, 8, 1),
     }
+
+
+KERNEL = """HloModule m
+
+ENTRY %main (a: s32[1], q: bf16[8,64,256]) -> bf16[8,64,256] {
+  %a = s32[1]{0} parameter(0)
+  %q = bf16[8,64,256]{2,1,0} parameter(1)
+  ROOT %attention_4_heads.2 = bf16[8,64,256]{2,1,0:T(8,128)(2,1)} custom-call(%a, %q, %q, %q), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, \
+bf16[8,64,256]{2,1,0}, bf16[8,32,256]{2,1,0}, bf16[8,32,256]{2,1,0}}, metadata={op_name="a"}
+}
+"""
+
+
+def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
+    (name, types, runs), *others = hlo_cost.summarise(KERNEL).kernels
+    assert (name, runs, others) == ("attention_4_heads", 1, [])
+    assert types == ("s32[1]", "bf16[8,64,256]", "bf16[8,32,256]", "bf16[8,32,256]")
+    moved = 2 * 8 * 256 * (64 + 32) * 2  # query and result, key and value; bfloat16
+    assert kernel_cost.work(name, list(types)) == (8, moved)
+    stack = ["s32[1]", "bf16[40,32,64,1408]", "f32[1,1408]", *["bf16[32,64,1408]"] * 2]
+    assert kernel_cost.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_compiler_s_schedule_of_a_kernel_is_counted():
+    short, long = (["s32[1]", *[f"bf16[8,{n},256]"] * 3] for n in (64, 256))
+    calls = [("attention_4_heads", short), ("attention_4_heads", long)]
+    few, many = kernel_cost.bundles("v5e:2x2", {}, calls)
+    # The weights of 4 heads of 256 x 256 are 256 registers' worth; each is exponentiated, at least.
+    assert 256 < many < 10_000 and 0 < few < many / 2
 
 
 def test_text_without_a_module_is_refused():

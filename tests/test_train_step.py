@@ -154,8 +154,9 @@ def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
 @pytest.mark.parametrize(
     "names, shape, axis",
     [
-        (("layers", "embed", "heads", "head_width"), (3, 64, 8, 16), 2),
-        (("layers", "embed", "heads", "head_width"), (3, 64, 6, 16), 1),  # 6 heads: not by 4
+        (("layers", "embed", "heads", "head_width"), (3, 64, 8, 16), 1),
+        (("layers", "heads", "head_width", "embed"), (3, 8, 16, 64), 1),
+        (("layers", "heads", "head_width", "embed"), (3, 6, 16, 64), 3),  # 6 heads: not by 4
         (("layers", "mlp", "embed"), (3, 256, 64), 1),
         (("layers", "embed", "mlp"), (3, 64, 256), 1),
         (("vocab", "embed"), (1000, 64), 0),

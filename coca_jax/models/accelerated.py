@@ -17,6 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from coca_jax.models import attention_kernel, norm_kernel
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -57,19 +60,26 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     return _norm_forward(x, scale, bias, epsilon)[0]
 
 
-def _norm_forward(x, scale, bias, epsilon):
+def statistics(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """(mean, one over the standard deviation) over the last axis, float32 [..., 1]."""
     width = x.shape[-1]
     mean = row_sum(x) / width
     centred = x.astype(jnp.float32) - mean
     variance = row_sum(jnp.square(centred)) / width
-    mean = checkpoint_name(mean, "statistics")
-    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), "statistics")
-    y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
-    return y.astype(x.dtype), (x, mean, inverse, scale)
+    return mean, jax.lax.rsqrt(variance + epsilon)
 
 
-def _norm_backward(epsilon, saved, g):
-    x, mean, inverse, scale = saved
+def normalised(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """x with these statistics normalised, times scale plus bias, in x's dtype."""
+    return ((x.astype(jnp.float32) - mean) * inverse * scale + bias).astype(x.dtype)
+
+
+def norm_gradients(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, scale and bias from that of `normalised`."""
     width = x.shape[-1]
     normal = (x.astype(jnp.float32) - mean) * inverse
     scaled = g.astype(jnp.float32) * scale
@@ -80,16 +90,190 @@ def _norm_backward(epsilon, saved, g):
     return dx.astype(x.dtype), column_sum(g.astype(jnp.float32) * normal), column_sum(g)
 
 
+def norm_backward(
+    stack: jax.Array,
+    index: jax.Array,
+    mean: jax.Array,
+    inverse: jax.Array,
+    scale: jax.Array,
+    gradient: jax.Array,
+    beside: jax.Array,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradient of x = stack[index], of which `normalised` has `gradient` and which itself goes
+    on with the gradient `beside`; those of scale and bias; the first's sum over all but D.
+
+    One kernel on a TPU where it fits (norm_kernel.py).
+    """
+    mesh = _mesh()
+
+    def on_tpu(stack, index, gradient, beside, scale):
+        def run(stack, index, gradient, beside, scale):
+            return norm_kernel.backward(
+                stack, scale, gradient, beside, epsilon=epsilon, index=index
+            )
+
+        rows = P(("data", "fsdp"))
+        specs = (P(None, *rows), P(), rows, rows, P())
+        run = _per_device(run, mesh, specs, (rows, rows))
+        dx, sums = run(stack, index, gradient, beside, scale)
+        return dx, *sums.sum(0)
+
+    def elsewhere(stack, index, gradient, beside, scale):
+        parts = norm_gradients(stack[index], mean, inverse, scale, gradient)
+        dx = beside + parts[0]
+        return dx, *parts[1:], column_sum(dx)
+
+    arrays = (stack, index, gradient, beside, scale)
+    if stack.shape[1] % _parts(mesh)[0] or not norm_kernel.fits(stack):
+        return elsewhere(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
+
+
+def _norm_forward(x, scale, bias, epsilon):
+    mean, inverse = statistics(x, epsilon)
+    mean = checkpoint_name(mean, "statistics")
+    inverse = checkpoint_name(inverse, "statistics")
+    return normalised(x, mean, inverse, scale, bias), (x, mean, inverse, scale)
+
+
+def _norm_backward(epsilon, saved, g):
+    return norm_gradients(*saved, g)
+
+
 layer_norm.defvjp(_norm_forward, _norm_backward)
 
 
-@jax.custom_vjp
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, heads: int
+) -> jax.Array:
+    """Softmax attention [B, N, D] x [B, M, D] -> [B, N, D], heads side by side along D; softmax in
+    float32. One kernel on a TPU where it fits (attention_kernel.py).
 
-    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    mask: bool, broadcastable to [B, 1, N, M]; True where a query may look.
     """
-    return _attend_forward(query, key, value, mask)[0]
+    return _attend_forward(query, key, value, mask, heads)[0]
+
+
+def attend_few(query: jax.Array, key: jax.Array, value: jax.Array, heads: int) -> jax.Array:
+    """`attend` of fewer queries than the kernel takes, without a mask: padded to that many."""
+    count = query.shape[1]
+    padding = ((0, 0), (0, attention_kernel.FEWEST - count), (0, 0))
+    return attend(jnp.pad(query, padding), key, value, None, heads)[:, :count]
+
+
+def _attend_forward(query, key, value, mask, heads):
+    arrays = dict(query=query, key=key, value=value)
+    out = _on_device(attention_kernel.forward, _plain_forward, arrays, mask, heads)
+    out = checkpoint_name(out, "attended")
+    return out, (query, key, value, mask, out)
+
+
+def _attend_backward(heads, saved, g):
+    query, key, value, mask, out = saved
+    arrays = dict(query=query, key=key, value=value, out=out, gradient=g)
+    return *_on_device(attention_kernel.backward, _plain_backward, arrays, mask, heads), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_into(
+    stack: jax.Array,
+    index: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    heads: int,
+) -> jax.Array:
+    """`attend` of query[index], key[index] and value[index], all stacks [L, B, N, D], whose result
+    goes to stack[index] in place; returns the stack."""
+
+    def plain(stack, index, query, key, value, mask, heads):
+        out = _plain_forward(query[index], key[index], value[index], mask, heads)
+        return jax.lax.dynamic_update_index_in_dim(stack, out, index, 0)
+
+    arrays = dict(query=query, key=key, value=value, stack=stack, index=index)
+    return _on_device(attention_kernel.forward, plain, arrays, mask, heads)
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    out: jax.Array,
+    gradient: jax.Array,
+    index: jax.Array,
+    heads: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, [B, N, D], from attend's result and its gradient; all but
+    the last are stacks [L, B, N, D], of which `index` is meant."""
+
+    def plain(query, key, value, out, gradient, index, mask, heads):
+        parts = (x[index] for x in (query, key, value, out))
+        return _plain_backward(*parts, gradient, mask, heads)
+
+    arrays = dict(query=query, key=key, value=value, out=out, gradient=gradient, index=index)
+    return _on_device(attention_kernel.backward, plain, arrays, mask, heads)
+
+
+def _on_device(kernel, plain, arrays, mask, heads):
+    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads)."""
+    mesh = _mesh()
+    parts, tensor = _parts(mesh)
+    query, key = arrays["query"], arrays["key"]
+    even = query.shape[-3] % parts == 0 and heads % tensor == 0
+    if not (even and attention_kernel.fits(query, key)):
+        return plain(**arrays, mask=mask, heads=heads)
+
+    def on_tpu(arrays, mask):
+        bias = None
+        if mask is not None:
+            seen = jnp.broadcast_to(mask[:, 0], (mask.shape[0], query.shape[-2], key.shape[-2]))
+            bias = jnp.where(seen, 0.0, attention_kernel.NEGATIVE)
+
+        def run(arrays, bias):
+            return kernel(**arrays, bias=bias, heads=heads // tensor)
+
+        rows = P(("data", "fsdp"), None, "tensor")
+        specs = {k: (P(), rows, P(None, *rows))[max(0, x.ndim - 2)] for k, x in arrays.items()}
+        of_bias = P() if bias is None or bias.shape[0] == 1 else P(rows[0])
+        out = P(None, *rows) if "stack" in arrays else rows
+        return _per_device(run, mesh, (specs, of_bias), out)(arrays, bias)
+
+    def elsewhere(arrays, mask):
+        return plain(**arrays, mask=mask, heads=heads)
+
+    return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
+
+
+def _mesh():
+    """The mesh that batches are split over, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and {"data", "fsdp", "tensor"} <= set(mesh.axis_names)
+    return mesh if split else None
+
+
+def _parts(mesh):
+    """(parts that a batch is split in, parts that a width is)."""
+    return (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh else (1, 1)
+
+
+def _per_device(function, mesh, in_specs, out_specs):
+    """`function` on each device's share: the compiler cannot split a kernel by itself."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _split(x, heads):
+    """[B, N, D] -> [B, N, H, K]."""
+    return x.reshape(x.shape[:2] + (heads, -1))
 
 
 def _exponentials(query, key, mask, dtype):
@@ -105,15 +289,17 @@ def _exponentials(query, key, mask, dtype):
     return exps, 1 / sums
 
 
-def _attend_forward(query, key, value, mask):
+def _plain_forward(query, key, value, mask, heads):
+    query, key, value = (_split(x, heads) for x in (query, key, value))
     exps, inverse = _exponentials(query, key, mask, value.dtype)
     out = einsum("bhmn,bmhk->bnhk", exps, value) * inverse.transpose(0, 2, 1)[..., None]
-    out = checkpoint_name(out.astype(value.dtype), "attended")
-    return out, (query, key, value, mask, out)
+    return out.astype(value.dtype).reshape(out.shape[:2] + (-1,))
 
 
-def _attend_backward(saved, g):
-    query, key, value, mask, out = saved
+def _plain_backward(query, key, value, out, gradient, mask, heads):
+    width = query.shape[-1]
+    arrays = (query, key, value, out, gradient)
+    query, key, value, out, g = (_split(x, heads) for x in arrays)
     exps, inverse = _exponentials(query, key, mask, value.dtype)
     # Weights are exps * inverse; the factor goes to the gradient, which is smaller.
     g = g * inverse.transpose(0, 2, 1)[..., None].astype(g.dtype)
@@ -124,11 +310,9 @@ def _attend_backward(saved, g):
     scale = 1 / math.sqrt(query.shape[-1])
     d_query = einsum("bhmn,bmhk->bnhk", d_scores, key) * scale
     d_key = einsum("bhmn,bnhk->bmhk", d_scores, query) * scale
-    dtype = query.dtype
-    return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), None
+    gradients = (d_query, d_key, d_value)
+    return tuple(x.astype(query.dtype).reshape(x.shape[:2] + (width,)) for x in gradients)
 
-
-attend.defvjp(_attend_forward, _attend_backward)
 
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715
 
@@ -142,15 +326,15 @@ def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     return _gelu_forward(x, bias)[0]
 
 
-def _gelu_forward(x, bias):
-    hidden = checkpoint_name(x + bias, "mlp")
+def gelu(hidden: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, computed in float32, in the dtype of `hidden`."""
     wide = hidden.astype(jnp.float32)
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
-    return (0.5 * wide * (1 + tanh)).astype(x.dtype), (hidden, bias)
+    return (0.5 * wide * (1 + tanh)).astype(hidden.dtype)
 
 
-def _gelu_backward(saved, g):
-    hidden, bias = saved
+def gelu_gradients(hidden: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradient of `hidden` [..., F] and, float32 [F], of a bias in it."""
     wide = hidden.astype(jnp.float32)
     square = wide * wide
     tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
@@ -160,7 +344,17 @@ def _gelu_backward(saved, g):
     dx = g.astype(jnp.float32) * slope
     # Two products read the result: the barrier has it made once, and its sum with it.
     d_bias = dx.sum(tuple(range(dx.ndim - 1)))
-    dx, d_bias = jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))
+    return jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))
+
+
+def _gelu_forward(x, bias):
+    hidden = checkpoint_name(x + bias, "mlp")
+    return gelu(hidden), (hidden, bias)
+
+
+def _gelu_backward(saved, g):
+    hidden, bias = saved
+    dx, d_bias = gelu_gradients(hidden, g)
     return dx, d_bias.astype(bias.dtype)
 
 

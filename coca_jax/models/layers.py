@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.models import accelerated
+from coca_jax.models import accelerated, layer_loop
 from coca_jax.partitioning import constrain, with_axes
 
 NORM_EPSILON = 1e-5
@@ -100,15 +100,11 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, flat: bool
-) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
 
     mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
     """
-    if not flat:
-        return accelerated.attend(query, key, value, mask)
     head_width = query.shape[-1]
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
     precision = wide(query.dtype)
@@ -149,6 +145,7 @@ class Attention(nn.Module):
             dense = Projection(
                 shape,
                 axes=("embed", "heads", "head_width"),
+                merged_heads=0 if self.flat else heads,
                 # Softmax does not see a constant in all scores of a query, so the key bias has no
                 # gradient but rounding errors, and Adam would make full-sized steps of those.
                 train_bias=name != "key",
@@ -165,14 +162,18 @@ class Attention(nn.Module):
             # with weights that cancel; image tokens are much alike, and what the rounding of the
             # weights leaves of their common part was most of the float32 error of small gradients.
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
-        query = constrain(query, "batch", "length", "act_heads", "head_width")
-        key = constrain(key, "batch", "length", "act_heads", "head_width")
-        value = constrain(value, "batch", "length", "act_heads", "head_width")
-        out = attend(query, key, value, mask, self.flat)
-        out = checkpoint_name(out, "attended") if self.flat else out  # the other form names its own
+        names = ("act_heads", "head_width") if self.flat else ("act_heads",)
+        query, key, value = (constrain(x, "batch", "length", *names) for x in (query, key, value))
+        if self.flat:
+            out = checkpoint_name(attend(query, key, value, mask), "attended")
+        elif query.shape[1] < 8 and mask is None and key.shape[1] > 8:
+            out = accelerated.attend_few(query, key, value, heads)  # a pooler's
+        else:
+            out = accelerated.attend(query, key, value, mask, heads)
         return Projection(
             (width,),
             num_in=2,
+            merged_heads=0 if self.flat else heads,
             axes=("heads", "head_width", "embed"),
             init_scale=self.out_scale,
             dtype=self.dtype,
@@ -186,6 +187,7 @@ class Projection(nn.Module):
 
     axes: logical names of the kernel's dimensions (see partitioning.RULES).
     gelu: GELU behind the bias, in the form of accelerated.bias_gelu.
+    merged_heads: not 0: the kernel's axes [H, K] are one axis of x or of the result, of H heads.
     """
 
     features: tuple[int, ...]
@@ -195,25 +197,31 @@ class Projection(nn.Module):
     train_bias: bool = True
     init_scale: float = 1.0
     gelu: bool = False
+    merged_heads: int = 0
     dtype: Any = jnp.float32
     flat: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in = x.shape[-self.num_in :]
+        merged, num_in = self.merged_heads, self.num_in
+        fan_in = x.shape[-num_in:]
+        if merged and num_in == 2:
+            fan_in = (merged, x.shape[-1] // merged)
         std = self.init_scale * _size(fan_in) ** -0.5
         kernel = self.param(
             "kernel",
             with_axes(nn.initializers.truncated_normal(std), *self.axes),
             fan_in + self.features,
         )
-        y = project(x, kernel, self.num_in, self.dtype, self.flat)
+        if merged:
+            kernel, num_in = kernel.reshape((_size(fan_in), _size(self.features))), 1
+        y = project(x, kernel, num_in, self.dtype, self.flat)
         if self.use_bias:
             names = self.axes[self.num_in :]
             names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
             bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
             bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
-            bias = bias.astype(y.dtype)
+            bias = bias.astype(y.dtype).reshape(-1) if merged else bias.astype(y.dtype)
             if self.gelu:
                 return accelerated.bias_gelu(y, bias)
             y = y + bias if self.flat else accelerated.add_bias(y, bias)
@@ -411,6 +419,11 @@ class Stack(nn.Module):
         self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
     ) -> jax.Array:
         block: Any = Block
+        written_out = self.remat == "named" and not self.flat and self.activation == "gelu"
+        written_out &= self.dtype == x.dtype == jnp.bfloat16 and self.cross in (None, "paper")
+        if written_out and not self.is_initializing():
+            params = self.variables["params"]["layers"]
+            return layer_loop.run(params, x, mask, context, self.num_heads, NORM_EPSILON)
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
