@@ -1,47 +1,30 @@
-"""easy-VQA: 38,575 questions about 4,000 drawings of a shape, answered by head and decoder.
+"""easy-VQA: 38,575 questions about 4,000 drawings of a shape, from an emoji run.
 
 python -m coca_jax.prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=train
 python -m coca_jax.prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=test
-python -m coca_jax.train --config=configs/easy_vqa.py --workdir=runs/easy_vqa
+python -m coca_jax.train --config=configs/easy_vqa.py:runs/emoji --workdir=runs/easy_vqa
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import adapt, emoji
 
 
-def get_config() -> ConfigDict:
-    """A small model from scratch: 64 px, a convolutional stem, one loss for each way to answer."""
-    config = base.get_config()
-    config.batch_size, config.steps = 64, 3000
-    config.model.update(
-        image_size=64, patch_size=8, embed_dim=96, dtype="float32", activation="relu"
-    )
-    config.model.image.update(
-        width=96,
-        depth=1,
-        mlp_dim=384,
-        num_heads=3,
-        conv_widths=(16, 32, 64),
-        conv_depths=(0, 1, 1),
-    )
-    config.model.text.update(
-        width=96,
-        unimodal_depth=1,
-        multimodal_depth=2,
-        mlp_dim=384,
-        num_heads=3,
-        vocab_size=320,
-        max_len=20,
-    )
-    config.model.pooler.update(num_queries=8, num_heads=3)
+def get_config(weights: str = "") -> ConfigDict:
+    """weights: the run or export to start from."""
+    config = adapt.get_config(weights)
+    if not weights:
+        config.model = emoji.get_config().model
+    config.model.text.max_len = 24  # of question and answer; emoji names have 16
+    config.batch_size, config.steps = 32, 2000
+    config.text_lengths = (16, 20, 24)
     config.head.kind = "answer"
-    config.loss.update(contrastive_weight=0.0, captioning_weight=1.0, caption_chunk=512)
+    config.loss.update(captioning_weight=0.5, caption_chunk=512)
     config.optimizer.update(
         name="adamw",
-        learning_rate=1.5e-3,
-        warmup_steps=100,
-        schedule="cosine",
+        learning_rate=1e-3,
+        encoder_learning_rate=1e-3,
+        warmup_steps=50,
         weight_decay=0.05,
         beta2=0.98,
     )
