@@ -19,7 +19,8 @@ FRESH = ("head", "logit_bias")  # top-level parts that may be missing: they star
 def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> TrainState:
     """`state` with its parameters (and their average) replaced by those at `path`.
 
-    Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576).
+    Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576);
+    of texts, those beyond the weights' max_len start untrained, and those beyond the model's go.
     Parts named in FRESH that the weights lack stay as they are. A task head of the weights is used
     where it has the classes `class_names` of this run's head, in their order, and left out else.
     Raises ValueError naming the first parameter that does not fit, FileNotFoundError without any.
@@ -43,6 +44,8 @@ def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> Trai
         array = np.asarray(given[name], np.float32)
         if name == "image_encoder/positions/value" and array.shape != leaf.shape:
             array = resize_positions(array, leaf.shape[0])
+        if name == "text_decoder/positions/value":
+            array = fit_text_positions(array, leaf.shape[0])
         if array.shape != leaf.shape:
             raise ValueError(
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
@@ -74,6 +77,16 @@ def read(path: str) -> tuple[dict[str, Any], list[str]]:
         )
     params, config = checkpointing.load_params(path)
     return params, list(config.get("class_names", ()))
+
+
+def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
+    """[M, D] -> [length, D] for texts of another length, row by row; the last row is [CLS]'s.
+
+    Rows that are missing are drawn as a new model's, the same ones on every process.
+    """
+    kept = min(len(positions), length) - 1
+    fresh = np.random.default_rng(0).normal(0, 0.02, (length - 1 - kept, positions.shape[1]))
+    return np.concatenate([positions[:kept], fresh.astype(positions.dtype), positions[-1:]])
 
 
 def resize_positions(positions: np.ndarray, length: int) -> np.ndarray:

@@ -83,6 +83,17 @@ def test_each_question_is_an_example(asked):
         sources.open_source(dict(path=asked, kind="question", questions="other"))
 
 
+def test_questions_are_chosen_by_their_answers(asked):
+    entry = dict(path=asked, kind="question", questions="qa")
+    source = sources.open_source(dict(entry, answers=("yes", "no")))
+    assert len(source) == 8 and {r.labels[0] for r in source} == {"yes", "no"}
+    assert [r.texts[0] for r in source.read([0, 1])] == ["is it red?", "is it not red?"]
+    colours = sources.open_source(dict(entry, answers=tuple(COLOURS)))
+    assert [r.labels for r in colours] == [(name,) for name in COLOURS]
+    with pytest.raises(ValueError, match="no record has .* one of .'pink'."):
+        sources.open_source(dict(entry, answers=("pink",)))
+
+
 def test_question_and_answer_share_a_row(asked, tmp_path):
     words = vocabulary.train(
         ["is it not red?", "what color is it? green"] * 9, 310, str(tmp_path / "v")

@@ -21,6 +21,38 @@ def test_positions_of_the_same_grid_stay_and_others_interpolate():
         warm_start.resize_positions(grid, 60)
 
 
+@pytest.mark.parametrize("length", [5, 9, 12])
+def test_text_positions_keep_their_places_and_cls_stays_last(length):
+    positions = np.arange(9 * 64, dtype=np.float32).reshape(9, 64)
+    found = warm_start.fit_text_positions(positions, length)
+    kept = min(9, length) - 1
+    assert found.shape == (length, 64) and found.dtype == np.float32
+    np.testing.assert_array_equal(found[:kept], positions[:kept])
+    np.testing.assert_array_equal(found[-1], positions[-1])
+    if length > 9:
+        assert 0.015 < found[8:-1].std() < 0.025  # as in a new model
+
+
+def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh):
+    short, longer = tiny_config(), tiny_config()
+    longer.model.text.max_len = short.model.text.max_len + 4
+    source = train_step.init_state(coca.build(short.model), short, one_device_mesh)
+    (tmp_path / "vocabulary.model").write_bytes(b"-")
+    host = jax.device_get(source.params)
+    vocabulary = tmp_path / "vocabulary.model"
+    export_format.write_export(tmp_path / "export", host, {"model": {}}, vocabulary)
+    model = coca.build(longer.model)
+    state = train_step.init_state(model, longer, one_device_mesh)
+    state = warm_start.apply(state, str(tmp_path / "export"))
+    tokens = np.arange(12).reshape(2, 6) + 5
+    valid = np.ones((2, 6), bool)
+    embeddings = [
+        coca.build(config.model).apply({"params": params}, tokens, valid, method="encode_text")
+        for config, params in ((short, host), (longer, state.params))
+    ]
+    np.testing.assert_array_equal(*embeddings)
+
+
 def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
     small, large = tiny_config(), tiny_config(image_size=32)
     source = train_step.init_state(coca.build(small.model), small, one_device_mesh)
@@ -35,9 +67,9 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
         jax.tree.map(np.testing.assert_array_equal, state.params[part], host[part])
 
     other = tiny_config()
-    other.model.text.max_len = 9
+    other.model.text.width = 48
     state = train_step.init_state(coca.build(other.model), other, one_device_mesh)
-    with pytest.raises(ValueError, match="text_decoder/positions/value has shape"):
+    with pytest.raises(ValueError, match="has shape"):
         warm_start.apply(state, str(tmp_path / "export"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
         warm_start.apply(state, str(tmp_path / "nothing"))

@@ -308,6 +308,7 @@ def _matches(extra: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
 _KEYS = {
     "path", "tfds", "builtin", "split", "kind", "weight", "where", "text_field", "label_field",
     "captions", "prompts", "data_dir", "image_field", "limit", "objects", "questions",
+    "answers",
 }  # fmt: skip
 
 
@@ -385,7 +386,8 @@ def narrow(source: Source, entry: Mapping[str, Any], *, refield: bool = True) ->
     if captions not in ("sampled", "all"):
         raise ValueError(f"data source captions={captions!r}: use 'sampled' or 'all'")
     if kind == "question":
-        source, complete = _one_question_each(source, entry.get("questions", "")), True
+        wanted = frozenset(entry.get("answers") or ())
+        source, complete = _one_question_each(source, entry.get("questions", ""), wanted), True
     if captions == "all" and kind == "caption":
         source = _one_caption_each(source)
     if not len(source):
@@ -430,8 +432,11 @@ def _one_caption_each(source: Source) -> Source:
     return Source(source.name, len(which), read)
 
 
-def _one_question_each(source: Source, field: str) -> Source:
-    """The source in which each question about each image is an example of its own."""
+def _one_question_each(source: Source, field: str, answers: frozenset[str]) -> Source:
+    """The source in which each question about each image is an example of its own.
+
+    answers: only questions with one of these; empty: all.
+    """
 
     def asked(record: Record) -> list[tuple[str, tuple[str, ...]]]:
         if not field:
@@ -447,13 +452,17 @@ def _one_question_each(source: Source, field: str) -> Source:
         listed = [(q, a if isinstance(a, list) else [a]) for q, a in pairs]
         return [(str(q), tuple(str(one) for one in a)) for q, a in listed if q and a]
 
-    every = [asked(record) for record in source]
+    every = [
+        [(q, a) for q, a in asked(record) if not answers or answers.intersection(a)]
+        for record in source
+    ]
     questions = [question for found in every for question in found]
     which = np.repeat(np.arange(len(every)), [len(found) for found in every])
     if not questions:
         raise ValueError(
             f"data source {source.name}: kind='question' but no record has a question and an "
-            f"answer ({f'in its field {field!r}' if field else 'as text and label'})"
+            f"answer ({f'in its field {field!r}' if field else 'as text and label'}"
+            f"{f', one of {sorted(answers)}' if answers else ''})"
         )
 
     def with_question(records: list[Record], wanted: np.ndarray) -> list[Record]:

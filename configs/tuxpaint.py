@@ -1,0 +1,27 @@
+"""Tux Paint stamps: photos and drawings, each with captions in up to 18 languages.
+
+for split in train test; do
+  python -m coca_jax.prepare --format=webdataset --input=TUXPAINT --text_field=captions \\
+    --out=data/tuxpaint --split=$split
+done
+python -m coca_jax.train --config=configs/tuxpaint.py --workdir=runs/tuxpaint
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji
+
+
+def get_config() -> ConfigDict:
+    """The model of the emoji recipe; one of an image's captions is drawn at each visit."""
+    config = emoji.get_config()
+    config.batch_size, config.steps = 64, 1500
+    config.image_sizes = ((0.5, 32),)
+    config.text_lengths = (16, 24, 40)
+    config.model.text.update(vocab_size=3000, max_len=40)
+    path = "data/tuxpaint"
+    config.data.sources = (dict(path=path, split="train", kind="caption"),)
+    config.data.augment = "drawing"
+    task = dict(name="tuxpaint", data=dict(path=path, split="test"))
+    config.eval.tasks = (dict(task, kind="retrieval"), dict(task, kind="captioning"))
+    return config
