@@ -155,13 +155,17 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross):
 
     def run(stack):
         def scalar(params, x, context):
-            return (stack.apply(params, x, mask, context).astype(jnp.float32) * weight).sum()
+            out = stack.apply(params, x, mask, context).astype(jnp.float32)
+            return (out * weight).sum(), out
 
         arguments = (0, 1, 2) if cross else (0, 1)
-        return jax.jit(jax.value_and_grad(scalar, arguments))(params, x, context)
+        run = jax.jit(jax.value_and_grad(scalar, arguments, has_aux=True))
+        (_, out), gradients = run(params, x, context)
+        return out, gradients
 
-    (ours, our_gradients), (value, gradients) = run(written), run(scanned)
-    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    (ours, our_gradients), (out, gradients) = run(written), run(scanned)
+    # Written out, the hidden layer is rounded to bfloat16 where the scan may keep it in float32.
+    assert jnp.abs(ours - out).max() <= 1e-2 * jnp.abs(out).max()
     assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
     for got, want in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients)):
         got, want = got.astype(jnp.float32), want.astype(jnp.float32)
