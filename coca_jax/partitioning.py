@@ -58,10 +58,17 @@ def with_axes(init: Callable[..., jax.Array], *names: str) -> Callable[..., Any]
     return nn.with_logical_partitioning(init, names, rules=tuple(RULES.items()))
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the sharding of an activation; a no-op without a mesh (jax.set_mesh)."""
+def active_mesh() -> Any:
+    """The mesh that arrays are split over here (jax.set_mesh), or None: without one, and inside
+    shard_map, where each device already holds its part."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or _manual(mesh):
+    manual = any(kind == AxisType.Manual for kind in mesh.axis_types)
+    return None if manual or not set(MESH_AXES) <= set(mesh.axis_names) else mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the sharding of an activation; a no-op without an active mesh."""
+    if active_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
@@ -71,8 +78,8 @@ def local_map(
 ) -> jax.Array:
     """An array of `shape` split by logical names, each device's part made by function(its shape)
     on that device; function(shape) without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or _manual(mesh):
+    mesh = active_mesh()
+    if mesh is None:
         return function(shape)
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec(*names)]
     parts = [int(np.prod([mesh.shape[a] for a in axes])) for axes in entries]
@@ -83,10 +90,6 @@ def local_map(
         lambda: function(local), mesh=mesh, in_specs=(), out_specs=spec(*names), check_vma=False
     )
     return make()
-
-
-def _manual(mesh: Any) -> bool:
-    return any(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:

@@ -15,7 +15,7 @@ def arrays(*shape, count=1, dtype=jnp.float32, seed=0):
     return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count)]
 
 
-def compare(ours, plain, inputs, tolerance):
+def assert_close_with_gradients(ours, plain, inputs, tolerance):
     """Value and every gradient, relative to the largest entry."""
     (weight,) = arrays(*jax.eval_shape(plain, *inputs).shape, seed=9)
     argnums = tuple(range(len(inputs)))
@@ -42,7 +42,7 @@ def plain_attention(q, k, v, mask, heads):
 def test_attention_equals_the_plain_form(dtype, tolerance, masked):
     inputs = arrays(2, 9, 24, count=3, dtype=dtype)
     mask = causal_mask(9) if masked else None
-    compare(
+    assert_close_with_gradients(
         lambda q, k, v: accelerated.attend(q, k, v, mask, 3),
         lambda q, k, v: plain_attention(q, k, v, mask, 3),
         inputs,
@@ -134,10 +134,16 @@ def test_norm_kernel_equals_the_plain_gradients(n):
         assert jnp.abs(got - want).max() <= 1e-2 * jnp.abs(want).max()
 
 
-def test_few_queries_equal_many():
-    query, key, value = arrays(2, 20, 24, count=3)
-    few = accelerated.attend_few(query[:, :1], key, value, 3)
-    np.testing.assert_allclose(few, plain_attention(query, key, value, None, 3)[:, :1], atol=1e-5)
+def test_a_single_query_is_padded_to_what_the_kernel_takes():
+    query, key, value = arrays(2, 256, 256, count=3, dtype=jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda q: accelerated.attend(q, key, value, None, 4))(query[:, :1]))
+    assert "name=attention_4_heads" in text and "bf16[2,16,256]" in text
+    assert_close_with_gradients(
+        lambda q, k, v: accelerated.attend(q, k, v, None, 4),
+        lambda q, k, v: plain_attention(q, k, v, None, 4),
+        (query[:, :1], key, value),
+        2e-2,
+    )
 
 
 @pytest.mark.parametrize("cross", [None, "paper"])
@@ -155,21 +161,22 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross):
 
     def run(stack):
         def scalar(params, x, context):
-            out = stack.apply(params, x, mask, context).astype(jnp.float32)
-            return (out * weight).sum(), out
+            return (stack.apply(params, x, mask, context).astype(jnp.float32) * weight).sum()
 
         arguments = (0, 1, 2) if cross else (0, 1)
-        run = jax.jit(jax.value_and_grad(scalar, arguments, has_aux=True))
-        (_, out), gradients = run(params, x, context)
-        return out, gradients
+        # Else the compiler keeps some bfloat16 values in float32, and others in the other form.
+        exact = jax.jit(
+            jax.value_and_grad(scalar, arguments),
+            compiler_options={"xla_allow_excess_precision": False},
+        )
+        return exact(params, x, context)
 
-    (ours, our_gradients), (out, gradients) = run(written), run(scanned)
-    # Written out, the hidden layer is rounded to bfloat16 where the scan may keep it in float32.
-    assert jnp.abs(ours - out).max() <= 1e-2 * jnp.abs(out).max()
+    (ours, our_gradients), (value, gradients) = run(written), run(scanned)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
     assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
     for got, want in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients)):
         got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-        assert jnp.abs(got - want).max() <= 2e-2 * jnp.abs(want).max() + 1e-6
+        assert jnp.abs(got - want).max() <= 1.5e-2 * jnp.abs(want).max() + 1e-6
 
 
 def test_norm_equals_the_plain_form_with_a_large_mean():
@@ -183,7 +190,9 @@ def test_norm_equals_the_plain_form_with_a_large_mean():
         inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
         return (centred * inverse * scale + bias).astype(jnp.bfloat16)
 
-    compare(lambda *a: accelerated.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2)
+    assert_close_with_gradients(
+        lambda *a: accelerated.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
@@ -194,8 +203,8 @@ def test_gelu_and_bias_equal_the_plain_forms(dtype, tolerance):
     def plain(x, bias):
         return jax.nn.gelu(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
 
-    compare(accelerated.bias_gelu, plain, (x * 3, bias), tolerance)
-    compare(accelerated.add_bias, lambda x, b: x + b, (x, bias), tolerance)
+    assert_close_with_gradients(accelerated.bias_gelu, plain, (x * 3, bias), tolerance)
+    assert_close_with_gradients(accelerated.add_bias, lambda x, b: x + b, (x, bias), tolerance)
 
 
 def test_sums_on_the_matrix_unit_keep_float32_accuracy():

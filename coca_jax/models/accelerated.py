@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from coca_jax.models import attention_kernel, norm_kernel
+from coca_jax.partitioning import active_mesh
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -105,7 +106,7 @@ def norm_backward(
 
     One kernel on a TPU where it fits (norm_kernel.py).
     """
-    mesh = _mesh()
+    mesh = active_mesh()
 
     def on_tpu(stack, index, gradient, beside, scale):
         def run(stack, index, gradient, beside, scale):
@@ -144,23 +145,26 @@ def _norm_backward(epsilon, saved, g):
 layer_norm.defvjp(_norm_forward, _norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, heads: int
 ) -> jax.Array:
     """Softmax attention [B, N, D] x [B, M, D] -> [B, N, D], heads side by side along D; softmax in
-    float32. One kernel on a TPU where it fits (attention_kernel.py).
+    float32. One kernel on a TPU where it fits (attention_kernel.py), a pooler's single query
+    padded to the fewest that it takes.
 
     mask: bool, broadcastable to [B, 1, N, M]; True where a query may look.
     """
-    return _attend_forward(query, key, value, mask, heads)[0]
-
-
-def attend_few(query: jax.Array, key: jax.Array, value: jax.Array, heads: int) -> jax.Array:
-    """`attend` of fewer queries than the kernel takes, without a mask: padded to that many."""
     count = query.shape[1]
-    padding = ((0, 0), (0, attention_kernel.FEWEST - count), (0, 0))
-    return attend(jnp.pad(query, padding), key, value, None, heads)[:, :count]
+    if mask is None and count < attention_kernel.FEWEST:
+        padded = jnp.pad(query, ((0, 0), (0, attention_kernel.FEWEST - count), (0, 0)))
+        if attention_kernel.fits(padded, key):
+            return _attend(padded, key, value, None, heads)[:, :count]
+    return _attend(query, key, value, mask, heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, mask, heads):
+    return _attend_forward(query, key, value, mask, heads)[0]
 
 
 def _attend_forward(query, key, value, mask, heads):
@@ -176,7 +180,7 @@ def _attend_backward(heads, saved, g):
     return *_on_device(attention_kernel.backward, _plain_backward, arrays, mask, heads), None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_into(
@@ -222,7 +226,7 @@ def attend_backward(
 
 def _on_device(kernel, plain, arrays, mask, heads):
     """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads)."""
-    mesh = _mesh()
+    mesh = active_mesh()
     parts, tensor = _parts(mesh)
     query, key = arrays["query"], arrays["key"]
     even = query.shape[-3] % parts == 0 and heads % tensor == 0
@@ -248,13 +252,6 @@ def _on_device(kernel, plain, arrays, mask, heads):
         return plain(**arrays, mask=mask, heads=heads)
 
     return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
-
-
-def _mesh():
-    """The mesh that batches are split over, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    split = not mesh.empty and {"data", "fsdp", "tensor"} <= set(mesh.axis_names)
-    return mesh if split else None
 
 
 def _parts(mesh):

@@ -14,6 +14,7 @@ Shape letters: L layers, B batch, N queries, M keys, D width, H heads, K head wi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def flatten(params: dict, dtype: Any) -> Weights:
                 path = f"{part}/{name}/{leaf}".rstrip("/")
                 if leaf == "kernel":
                     inputs = 2 if name == "out" and array.ndim == 4 else 1
-                    rows = functools.reduce(lambda a, b: a * b, array.shape[1 : 1 + inputs])
+                    rows = math.prod(array.shape[1 : 1 + inputs])
                     array = array.astype(dtype).reshape(array.shape[0], rows, -1)
                 elif leaf == "bias":
                     array = array.reshape(array.shape[0], -1)

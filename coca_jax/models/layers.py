@@ -166,8 +166,6 @@ class Attention(nn.Module):
         query, key, value = (constrain(x, "batch", "length", *names) for x in (query, key, value))
         if self.flat:
             out = checkpoint_name(attend(query, key, value, mask), "attended")
-        elif query.shape[1] < 8 and mask is None and key.shape[1] > 8:
-            out = accelerated.attend_few(query, key, value, heads)  # a pooler's
         else:
             out = accelerated.attend(query, key, value, mask, heads)
         return Projection(
