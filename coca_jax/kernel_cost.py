@@ -1,4 +1,4 @@
-"""What the attention kernels cost on a TPU, from the compiler's own schedule of their instructions.
+"""What our own kernels cost on a TPU, from the compiler's own schedule of their instructions.
 
 A kernel is a custom call to XLA, which gives it no `estimated_cycles`. But its code is scheduled
 statically: libtpu can write out the instruction bundles, and without a branch each takes a cycle.
@@ -24,7 +24,7 @@ SCHEDULE = "pre-delay_hlo-static-per-bundle-utilization"  # a line a bundle, idl
 
 
 def bundles(topology: str, options: dict, calls: list[tuple[str, list[str]]]) -> list[int]:
-    """Instruction bundles of one step (one row of the batch) of each call on one core.
+    """Instruction bundles of one step of each call on one core (see `work` for the steps).
 
     topology: libtpu's name and shape of a slice, with its options. calls: (kernel's name, types of
     its operands in HLO, 'bf16[32,256,1408]').

@@ -81,7 +81,10 @@ def test_noisy_captions_are_true_and_mostly_complete():
     scores = [scenes.score_caption(r["text"], r["scene"]) for r in coloured]
     assert np.mean([f1 for _, f1 in scores]) > 0.93
     one = [s for s, r in zip(scores, coloured) if len(r["scene"]["objects"]) == 1]
-    assert np.mean([exact for exact, _ in one]) > 0.75  # so the likeliest caption is complete
+    assert np.mean([exact for exact, _ in one]) > 0.75
+    every = [r for r in records if len(r["scene"]["objects"]) == 1]
+    exact = [scenes.score_caption(r["text"], r["scene"])[0] for r in every]
+    assert np.mean(exact) > 0.55  # so the likeliest caption is complete
 
 
 def test_labels_always_name_the_shape_and_in_evaluation_the_pair():

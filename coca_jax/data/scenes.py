@@ -533,11 +533,11 @@ def label_names(scene: dict[str, Any], draws: _Draws | None) -> list[str]:
     Without draws the first two.
     """
     o = scene["objects"][0]
-    names = [o["shape"]]
-    if draws is None or draws.chance(0.7):
-        names.append(f"{o['colour']} {o['shape']}")
+    names, pair = [o["shape"]], f"{o['colour']} {o['shape']}"
     if draws is None:
-        return names
+        return [*names, pair]
+    if draws.chance(0.7):
+        names.append(pair)
     if o["texture"] != "solid" and draws.chance(0.7):
         names.append(f"{o['texture']} {o['shape']}")
     if draws.chance(0.2):
