@@ -1,4 +1,4 @@
-"""Schedules and optimizers: Adafactor as the paper runs it, AdamW, clipping, per-part rates."""
+"""Schedules and optimizers: Adafactor as the paper runs it, AdamW, Muon, clipping, part rates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
+MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
 
 
 def make_schedule(optimizer: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -45,6 +49,8 @@ def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
 
     Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
     bfloat16, update clipping 1.0, decoupled weight decay (paper Section 4.1).
+    Muon (Jordan et al. 2024): the momentum of each kernel made orthogonal, with updates of AdamW's
+    size (Liu et al. 2025); AdamW for the vocabulary's matrices and all that is no kernel.
     Raises ValueError for an unknown name.
     """
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_matrix)
@@ -63,7 +69,56 @@ def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
     if optimizer.name == "adamw":
         adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(adam, decay)
-    raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor' or 'adamw'")
+    if optimizer.name == "muon":
+        kernels = optax.chain(
+            scale_by_muon(
+                ns_steps=MUON_ITERATIONS,
+                beta=MUON_MOMENTUM,
+                weight_dimension_numbers=kernel_axes,
+            ),
+            optax.stateless(_equal_rms),
+        )
+        rest = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
+        return optax.chain(optax.partition(dict(kernel=kernels, rest=rest), _parts), decay)
+    raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor', 'adamw' or 'muon'")
+
+
+def kernel_axes(params: Any) -> Any:
+    """Muon's view of each leaf as a matrix: the axes that a kernel sums over, and those of its
+    outputs; layers are apart. None for what is no kernel, and for the softmax over the vocabulary.
+    """
+
+    def one(path: Any, leaf: Any) -> Any:
+        names = [k.key for k in path]
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        if names[-1] != "kernel" or names[:2] == ["text_decoder", "head"]:
+            return None
+        first, last = int("layers" in names), leaf.ndim - 1
+        split = last  # the last axis holds the outputs ...
+        if names[-2] in ("query", "key", "value"):  # ... but of these, heads and their width do
+            split = last - 1
+        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, last + 1)))
+
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+
+
+def _parts(params: Any) -> Any:
+    axes = kernel_axes(params)
+    return jax.tree.map(lambda _, a: "rest" if a is None else "kernel", params, axes)
+
+
+def _equal_rms(updates: Any, params: Any) -> Any:
+    """An orthogonal matrix has RMS 1 / sqrt(its longer side)."""
+    del params
+
+    def one(update: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+        sides = [np.prod([update.shape[i] for i in side]) for side in axes]
+        return MUON_RMS * np.sqrt(max(sides)) * update
+
+    return jax.tree.map(one, updates, kernel_axes(updates))
 
 
 def rate_factors(params: Any, optimizer: ConfigDict, has_head: bool) -> Any:

@@ -38,14 +38,14 @@ def get_config() -> ConfigDict:
                 duplicate_texts="negatives",  # 'negatives' (paper) | 'ignore' | 'positives'
             ),
             optimizer=dict(
-                name="adafactor",  # 'adafactor' | 'adamw'
+                name="adafactor",  # 'adafactor' | 'adamw' | 'muon'
                 learning_rate=8e-4,  # with a head: that of the head
                 encoder_learning_rate=-1.0,  # of all else; 0: frozen, -1: as learning_rate
                 layer_decay=1.0,  # factor on the rate for each layer below the top
                 warmup_steps=0,
                 schedule="linear",  # after warm-up: 'linear' | 'cosine' to zero | 'constant'
                 weight_decay=0.01,  # decoupled, on matrices only
-                beta1=0.9,
+                beta1=0.9,  # these two also of what Muon leaves to AdamW
                 beta2=0.999,
                 clip_norm=1.0,  # global gradient norm; 0: no clipping
                 ema=0.0,  # decay of the averaged parameters used in evaluation; 0: none

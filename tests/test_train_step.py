@@ -136,7 +136,8 @@ def run(config, mesh, start, steps=5):
 
 
 @pytest.mark.parametrize(
-    "optimizer, meshes", [("adamw", [(8, 1, 1)]), ("adafactor", [(1, 8, 1), (2, 2, 2)])]
+    "optimizer, meshes",
+    [("adamw", [(8, 1, 1)]), ("adafactor", [(1, 8, 1), (2, 2, 2)]), ("muon", [(2, 2, 2)])],
 )
 def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
     config.optimizer.name = optimizer
@@ -172,7 +173,7 @@ def test_fsdp_splits_the_outermost_axis_that_it_divides(names, shape, axis):
     assert split == ([] if axis is None else [axis])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_little_of_the_state_is_replicated(optimizer):
     from configs import coca_large
 
@@ -208,7 +209,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
     jax.tree.map(np.testing.assert_array_equal, after.params, params)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
     config.batch_size = 8
     config.optimizer.update(
