@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     # Many small steps: at this size a run learns more from its steps than from its negatives.
     config.batch_size = 32
-    config.steps = 3400
+    config.steps = 2600
     config.text_lengths, config.text_parts = (20,), 2  # labels are short, half the alt-text too
     config.model.update(
         image_size=64, patch_size=8, embed_dim=128, dtype="float32", activation="relu"
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     # losses end lower.
     config.loss.update(duplicate_texts="positives", caption_chunk=512, captioning_weight=10.0)
     config.optimizer.update(
-        name="adamw",
+        name="muon",
         learning_rate=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
