@@ -42,7 +42,7 @@ class Chip:
     Clocks other than v4's and bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
-    stream: bytes/s of the memory. cores: that one device's program runs on. least: a small slice.
+    stream: bytes/s of the memory. cores: that one device's program runs on. smallest: a slice.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Chip:
     link: float
     stream: float
     cores: int
-    least: str
+    smallest: str
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -299,7 +299,7 @@ def kernel_cycles(cost: hlo_cost.Cost, chip: Chip) -> dict[str, int]:
     by the cores, or the time to stream its operands and results, whichever is more."""
     distinct = sorted({(name, types) for name, types, _ in cost.kernels})
     counts = kernel_cost.bundles(
-        f"{chip.name}:{chip.least}", dict(chip.options), [(n, list(t)) for n, t in distinct]
+        f"{chip.name}:{chip.smallest}", dict(chip.options), [(n, list(t)) for n, t in distinct]
     )
     bundles = dict(zip(distinct, counts))
     total: dict[str, int] = {}

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
                 caption_chunk=0,  # tokens per chunk of the softmax projection; 0: all at once
                 z_loss=0.0,  # weight of log-sum-exp squared in the captioning loss
                 label_smoothing=0.0,  # of the captioning loss
+                question_tokens=True,  # of questions, predict these too and not only the answers
                 duplicate_texts="negatives",  # 'negatives' (paper) | 'ignore' | 'positives'
             ),
             optimizer=dict(

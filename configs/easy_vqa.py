@@ -23,7 +23,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config.batch_size, config.steps = 32, 3000
     config.model.text.max_len = 24
     config.head.kind = "answer"
-    config.loss.captioning_weight = 0.5
+    config.loss.update(captioning_weight=1.0, question_tokens=False)
     config.optimizer.update(
         name="muon", learning_rate=3e-3, warmup_steps=100, weight_decay=0.05, beta2=0.98
     )

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """Names are alt-text, groups are labels; a ConvNet stem, as there are only 5,674 drawings."""
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 2600
+    config.steps = 2700
     config.image_sizes = ((0.3, 32),)
     config.text_lengths = (8, 16)  # names are short
     config.model.update(
@@ -46,8 +46,8 @@ def get_config() -> ConfigDict:
         caption_chunk=512,
     )
     config.optimizer.update(
-        name="adamw",
-        learning_rate=1e-3,
+        name="muon",
+        learning_rate=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
         weight_decay=0.1,

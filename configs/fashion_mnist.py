@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.pooler.update(num_queries=8, num_heads=3)
     config.loss.update(duplicate_texts="positives", caption_chunk=512, captioning_weight=4.0)
     config.optimizer.update(
-        name="adamw",
+        name="muon",
         learning_rate=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
