@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """Names are alt-text, groups are labels; a ConvNet stem, as there are only 5,674 drawings."""
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 2700
+    config.steps = 2500
     config.image_sizes = ((0.3, 32),)
     config.text_lengths = (8, 16)  # names are short
     config.model.update(
