@@ -20,8 +20,8 @@ def get_config(weights: str = "") -> ConfigDict:
     config = adapt.get_config(weights)
     if not weights:
         config.model = demo.get_config().model
-    config.batch_size, config.steps = 32, 3000
-    config.model.text.max_len = 24
+    config.batch_size, config.steps = 32, 2400
+    config.model.text.max_len = 32  # the longest question and answer take 31
     config.head.kind = "answer"
     config.loss.update(captioning_weight=1.0, question_tokens=False)
     config.optimizer.update(

@@ -94,7 +94,7 @@ def test_questions_are_chosen_by_their_answers(asked):
         sources.open_source(dict(entry, answers=("pink",)))
 
 
-def test_question_and_answer_share_a_row(asked, tmp_path):
+def test_question_and_answer_share_a_row(asked, tmp_path, monkeypatch):
     words = vocabulary.train(
         ["is it not red?", "what color is it? green"] * 9, 310, str(tmp_path / "v")
     )
@@ -104,6 +104,14 @@ def test_question_and_answer_share_a_row(asked, tmp_path):
     assert words.decode(tokens[0, prompt[0] :]) == "yes"
     assert prompt[1] == 28 and words.decode(tokens[1, 28:]) == "no"  # cut, with room to answer
     assert valid.sum(1)[0] == len(question) + len(words.encode("yes")) + 1
+    said = []
+    monkeypatch.setattr(
+        vocabulary.logging,
+        "log_first_n",
+        lambda level, text, n, *values: said.append(text % values),
+    )
+    words.encode_answers(["is it red?", "is it?"], ["zzzzzzzz" * 4, "no"], 32)
+    assert len(said) == 1 and "model.text.max_len=32 cuts the answer 'zzzz" in said[0]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import fsspec
 import numpy as np
 import sentencepiece
+from absl import logging
 
 LABEL_SYMBOL = "<label>"
 
@@ -98,7 +99,14 @@ class Vocabulary(abc.ABC):
         lengths, prompts = (np.zeros(len(questions), np.int32) for _ in range(2))
         for row, answer in enumerate(self.encode_many(answers)):
             prompt = self.encode_question(questions[row], max_len)
-            full = (prompt + answer)[: max_len - 1] + [self.eos_id]
+            full = prompt + answer + [self.eos_id]
+            if len(full) > max_len:
+                logging.log_first_n(
+                    logging.WARNING,
+                    "model.text.max_len=%d cuts the answer %r to %r: %d tokens are wanted",
+                    *(3, max_len, answers[row], questions[row], len(full)),
+                )
+                full = full[: max_len - 1] + [self.eos_id]
             tokens[row, : len(full)] = full
             lengths[row], prompts[row] = len(full), len(prompt)
         return tokens, np.arange(max_len)[None, :] < lengths[:, None], prompts
