@@ -12,9 +12,14 @@ def get_config(weights: str = "") -> ConfigDict:
     """weights: the run or export to start from."""
     config = adapt.get_config(weights)
     config.batch_size, config.steps = 128, 2000
-    config.head.kind = "classification"
+    config.head.update(kind="classification", label_smoothing=0.1)
     config.optimizer.update(
-        name="adamw", learning_rate=3e-3, encoder_learning_rate=0.0, warmup_steps=50, ema=0.99
+        name="muon",
+        learning_rate=1e-3,
+        encoder_learning_rate=0.0,
+        warmup_steps=50,
+        weight_decay=0.1,
+        ema=0.99,
     )
     path = "data/fashion_mnist"
     config.data.sources = (dict(path=path, split="train", kind="label"),)
