@@ -42,7 +42,7 @@ class Chip:
     Clocks other than v4's and bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
-    stream: bytes/s of the memory. cores: that one device's program runs on. smallest: a slice.
+    stream: bytes/s of the memory. cores: that one device's program runs on. smallest: slice.
     """
 
     name: str

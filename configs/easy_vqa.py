@@ -21,7 +21,8 @@ def get_config(weights: str = "") -> ConfigDict:
     if not weights:
         config.model = demo.get_config().model
     config.batch_size, config.steps = 32, 2400
-    config.model.text.max_len = 32  # the longest question and answer take 31
+    # In the demo's vocabulary the longest question and answer take 31.
+    config.model.text.max_len = 32
     config.head.kind = "answer"
     config.loss.update(captioning_weight=1.0, question_tokens=False)
     config.optimizer.update(

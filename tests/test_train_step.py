@@ -160,7 +160,7 @@ def run(config, mesh, start, steps=5):
 
 @pytest.mark.parametrize(
     "optimizer, meshes",
-    [("adafactor", [(1, 8, 1), (2, 2, 2)]), ("muon", [(2, 2, 2)])],
+    [("adafactor", [(1, 8, 1), (2, 2, 2)]), ("muon", [(8, 1, 1), (2, 2, 2)])],
 )
 def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
     config.optimizer.name = optimizer
