@@ -161,17 +161,6 @@ def caption_targets(tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array
     return targets, jnp.pad(text_valid[:, 1:], ((0, 0), (0, 1)))
 
 
-def counted_targets(batch: Batch, loss: ConfigDict) -> jax.Array:
-    """bool [B, L]: the positions that the captioning loss counts; of a question and its answer
-    with `loss.question_tokens` off only those that predict the answer."""
-    _, mask = caption_targets(batch["tokens"], batch["text_valid"])
-    if loss.question_tokens:
-        return mask
-    before = batch["prompt_len"][:, None]
-    answered = before < batch["text_valid"].sum(1, keepdims=True)
-    return mask & (~answered | (jnp.arange(mask.shape[1]) >= before - 1))
-
-
 def contrastive(outputs: Any, batch: Batch, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """The contrastive loss of (image_embedding, text_embedding, scale, logit_bias) by config."""
     return losses.contrastive_loss(
@@ -193,8 +182,7 @@ def captioning(
     """The captioning loss over `num_targets` tokens; (loss, negative log-likelihoods [B, L])."""
     if isinstance(outputs.states, tuple):
         return captioning_by_length(outputs, batch, loss, num_targets)
-    targets, _ = caption_targets(batch["tokens"], batch["text_valid"])
-    mask = counted_targets(batch, loss)
+    targets, mask = caption_targets(batch["tokens"], batch["text_valid"])
     return losses.weighted_captioning_loss(
         outputs.states,
         outputs.kernel,
@@ -213,21 +201,19 @@ def captioning_by_length(
     """`captioning` of the outputs of text_lengths.Split."""
     rows, length = batch["tokens"].shape
     parts = rows // outputs.states[1].shape[0]
-    names = ("tokens", "text_valid", "prompt_len")
-    texts = zip(*(text_lengths.split(batch.get(name), parts) for name in names))
+    texts = zip(*(text_lengths.split(batch[name], parts) for name in ("tokens", "text_valid")))
     total, nlls = jnp.zeros((), jnp.float32), []
-    for states, (tokens, valid, before) in zip(outputs.states, texts):
+    for states, (tokens, valid) in zip(outputs.states, texts):
         cut = dict(tokens=tokens[:, : states.shape[1]], text_valid=valid[:, : states.shape[1]])
-        cut["prompt_len"] = before
         value, nll = captioning(outputs.replace(states=states), cut, loss, num_targets)
         total += value
         nlls.append(jnp.pad(nll, ((0, 0), (0, length - states.shape[1]))))
     return total, text_lengths.join(*nlls)
 
 
-def count_targets(batch: Batch, loss: ConfigDict) -> jax.Array:
+def count_targets(batch: Batch) -> jax.Array:
     """Target tokens in the batch, float32, at least 1."""
-    return jnp.maximum(counted_targets(batch, loss).sum(), 1).astype(jnp.float32)
+    return jnp.maximum(batch["text_valid"][:, 1:].sum(), 1).astype(jnp.float32)
 
 
 def forward(
@@ -328,15 +314,15 @@ def loss_fn(
         loss += config.loss.contrastive_weight * value
         metrics |= {"contrastive_loss": value} | by_source("contrastive_loss", rows, 1.0, batch)
     if config.loss.captioning_weight:
-        value, nll = captioning(outputs, batch, config.loss, count_targets(batch, config.loss))
+        value, nll = captioning(outputs, batch, config.loss, count_targets(batch))
         loss += config.loss.captioning_weight * value
-        metrics |= {"captioning_loss": value} | caption_metrics(nll, batch, config.loss)
+        metrics |= {"captioning_loss": value} | caption_metrics(nll, batch)
     return loss, metrics | {"loss": loss}
 
 
-def caption_metrics(nll: jax.Array, batch: Batch, loss: ConfigDict) -> Metrics:
+def caption_metrics(nll: jax.Array, batch: Batch) -> Metrics:
     """Mean negative log-likelihood per token of each source."""
-    tokens = counted_targets(batch, loss).sum(1).astype(jnp.float32)
+    tokens = batch["text_valid"][:, 1:].sum(1).astype(jnp.float32)
     return by_source("captioning_loss", nll.sum(1), tokens, batch)
 
 
@@ -376,7 +362,7 @@ def accumulated_gradients(
     micro = jax.tree.map(lambda x: split_rows(x, num), batch)
     rngs = jax.random.split(rng, num)
     weights = config.loss
-    num_targets = count_targets(batch, config.loss)
+    num_targets = count_targets(batch)
 
     def embed(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, Any]:
         outputs = forward(model, config, params, *inputs)
@@ -451,7 +437,7 @@ def accumulated_gradients(
         metrics |= {"head_loss": of_head, "head_accuracy": right / num_known}
     if weights.captioning_weight:
         loss += weights.captioning_weight * value
-        metrics |= {"captioning_loss": value} | caption_metrics(merge_rows(nll), batch, weights)
+        metrics |= {"captioning_loss": value} | caption_metrics(merge_rows(nll), batch)
     return gradients, metrics | {"loss": loss}
 
 

@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
             head=dict(
                 kind="",  # '' | 'classification' (of images) | 'answer' (to questions) | 'pair'
                 num_queries=1,  # of the head's attentional pooler
+                width=0,  # of that pooler; 0: that of the decoder
+                num_heads=0,  # of its attention; 0: as model.pooler
                 classes="",  # a text file, one class a line; '': the class names of the data
                 unknown="refuse",  # 'refuse' | 'skip': examples with no label among the classes
                 weight=1.0,  # of the head's loss, beside the weights of `loss`
@@ -35,7 +37,6 @@ def get_config() -> ConfigDict:
                 caption_chunk=0,  # tokens per chunk of the softmax projection; 0: all at once
                 z_loss=0.0,  # weight of log-sum-exp squared in the captioning loss
                 label_smoothing=0.0,  # of the captioning loss
-                question_tokens=True,  # of questions, predict these too and not only the answers
                 duplicate_texts="negatives",  # 'negatives' (paper) | 'ignore' | 'positives'
             ),
             optimizer=dict(

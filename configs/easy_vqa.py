@@ -24,7 +24,7 @@ def get_config(weights: str = "") -> ConfigDict:
     # In the demo's vocabulary the longest question and answer take 31.
     config.model.text.max_len = 32
     config.head.kind = "answer"
-    config.loss.update(captioning_weight=1.0, question_tokens=False)
+    config.loss.captioning_weight = 1.0
     config.optimizer.update(
         name="muon", learning_rate=3e-3, warmup_steps=100, weight_decay=0.05, beta2=0.98
     )

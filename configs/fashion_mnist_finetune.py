@@ -12,6 +12,8 @@ def get_config(weights: str = "") -> ConfigDict:
     """weights: the run or export to start from."""
     config = fashion_mnist_frozen.get_config(weights)
     config.batch_size, config.steps = 64, 4000
-    config.optimizer.update(encoder_learning_rate=5e-4, layer_decay=0.8, weight_decay=0.05)
+    config.optimizer.update(
+        learning_rate=1e-3, encoder_learning_rate=5e-4, layer_decay=0.8, weight_decay=0.05
+    )
     config.eval.tasks = config.eval.tasks[:1]
     return config

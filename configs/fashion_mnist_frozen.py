@@ -11,11 +11,12 @@ from configs import adapt
 def get_config(weights: str = "") -> ConfigDict:
     """weights: the run or export to start from."""
     config = adapt.get_config(weights)
-    config.batch_size, config.steps = 128, 2000
-    config.head.update(kind="classification", label_smoothing=0.1)
+    config.batch_size, config.steps = 128, 4000
+    # One query, wider than the small encoder and with more heads: it looks in more places.
+    config.head.update(kind="classification", width=192, num_heads=12, label_smoothing=0.1)
     config.optimizer.update(
         name="muon",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         encoder_learning_rate=0.0,
         warmup_steps=50,
         weight_decay=0.1,

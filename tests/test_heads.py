@@ -162,6 +162,18 @@ def test_rate_factors_of_both_towers():
     assert factors["head"]["classifier"]["kernel"] == 1.0
 
 
+def test_a_head_may_be_wider_than_the_model():
+    config = head_config()
+    config.head.update(num_queries=2, width=48, num_heads=6)
+    config.model.image.width = 32
+    head = abstract_params(build(config))["head"]
+    attention = head["pooler"]["attention"]
+    assert head["pooler"]["query"]["value"].shape == (2, 48)
+    assert attention["query"]["kernel"].shape == (48, 6, 8)
+    assert attention["value"]["kernel"].shape == (32, 6, 8)
+    assert head["classifier"]["kernel"].shape == (2 * 48, CLASSES)
+
+
 def test_a_head_and_its_optimizer_state_split_over_the_mesh():
     config = head_config(encoder_learning_rate=0.0, ema=0.9)
     mesh = partitioning.make_mesh(1, 8, 1)
@@ -414,6 +426,7 @@ def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
         ("head", dict(kind="detection"), "head.kind='detection'; choose from"),
         ("head", dict(unknown="maybe"), "head.unknown='maybe'"),
         ("head", dict(num_queries=0), "head.num_queries=0"),
+        ("head", dict(width=30, num_heads=4), "head.width=30 and head.num_heads=4"),
         ("head", dict(label_smoothing=1.0), "head.label_smoothing=1.0"),
         ("head", dict(kind=""), "needs a task head"),
         ("optimizer", dict(layer_decay=1.5), "optimizer.layer_decay=1.5"),
