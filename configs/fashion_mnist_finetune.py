@@ -12,6 +12,7 @@ def get_config(weights: str = "") -> ConfigDict:
     """weights: the run or export to start from."""
     config = fashion_mnist_frozen.get_config(weights)
     config.batch_size, config.steps = 64, 4000
+    config.head.update(width=0, num_heads=0)
     config.optimizer.update(
         learning_rate=1e-3, encoder_learning_rate=5e-4, layer_decay=0.8, weight_decay=0.05
     )
