@@ -188,3 +188,19 @@ def test_local_restarts_a_run_that_was_asked_to_stop(tmp_path):
     assert local(script, "1", "--", f"--workdir={mark}", RESTARTS="2").returncode == 0
     assert mark.read_text() == "xx"
     assert local(script, "1", "--", f"--workdir={tmp_path}/other").returncode == 75
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config.seed=1"], ["runs/other", "--config.seed=1"]])
+def test_the_demo_installs_the_package_alone_and_passes_its_flags_on(tmp_path, arguments):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    env = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    done = launch("demo.sh", *arguments, **env)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert f"-m pip install --quiet --editable {ROOT}" in calls
+    workdir = arguments[0] if len(arguments) == 2 else "runs/demo"
+    flags = f"--config=configs/demo.py --workdir={workdir}" + " --config.seed=1" * bool(arguments)
+    assert f"-m coca_jax.train {flags}" in calls
