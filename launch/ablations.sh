@@ -30,7 +30,9 @@ import sys
 columns = {
     "zero-shot": "zeroshot/scenes_heldout/top1",
     "R@1 image to text": "retrieval/scenes_heldout/image_to_text_r1",
-    "exact captions": "captioning/scenes_heldout/exact_match",
+    "R@1 text to image": "retrieval/scenes_heldout/text_to_image_r1",
+    "exact captions": "captioning/scenes_test/exact_match",
+    "the same, held out": "captioning/scenes_heldout/exact_match",
     "F1, 2 to 4 objects": "captioning/scenes_heldout_many/attribute_f1",
     "perplexity, 2 to 4": "captioning/scenes_heldout_many/perplexity",
 }
