@@ -426,7 +426,7 @@ def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
         ("head", dict(kind="detection"), "head.kind='detection'; choose from"),
         ("head", dict(unknown="maybe"), "head.unknown='maybe'"),
         ("head", dict(num_queries=0), "head.num_queries=0"),
-        ("head", dict(width=30, num_heads=4), "head.width=30 and head.num_heads=4"),
+        ("head", dict(width=30, num_heads=4), "head.num_heads=4 does not divide head.width=30"),
         ("head", dict(label_smoothing=1.0), "head.label_smoothing=1.0"),
         ("head", dict(kind=""), "needs a task head"),
         ("optimizer", dict(layer_decay=1.5), "optimizer.layer_decay=1.5"),

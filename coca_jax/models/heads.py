@@ -62,15 +62,16 @@ def build(head: ConfigDict, model: ConfigDict, num_classes: int, flat: bool) -> 
     Raises ValueError for an unknown kind, no query, heads that do not divide the pooler's width, or
     fewer than two classes.
     """
-    width, num_heads = head.width or model.text.width, head.num_heads or model.pooler.num_heads
+    width = head.get("width", 0) or model.text.width
+    num_heads = head.get("num_heads", 0) or model.pooler.num_heads
     if head.kind not in KINDS:
         raise ValueError(f"head.kind={head.kind!r}; choose from {', '.join(KINDS)}, or '' for none")
     if head.num_queries < 1:
         raise ValueError(f"head.num_queries={head.num_queries}; the pooler needs at least 1")
     if width < 1 or num_heads < 1 or width % num_heads:
         raise ValueError(
-            f"head.width={head.width} and head.num_heads={head.num_heads} are a pooler of width "
-            f"{width} with {num_heads} heads, which must divide it; choose a divisor"
+            f"head.num_heads={num_heads} does not divide head.width={width} (0 in the config takes "
+            "the model's); choose a divisor"
         )
     if num_classes < 2:
         raise ValueError(
