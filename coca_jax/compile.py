@@ -42,7 +42,8 @@ class Chip:
     Clocks other than v4's and bandwidths are not checked against a source.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
-    stream: bytes/s of the memory. cores: that one device's program runs on. smallest: slice.
+    stream: bytes/s of the memory. cores: that one device's program runs on. smallest: the topology
+    of its smallest slice, such as 2x2x1.
     """
 
     name: str

@@ -8,7 +8,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
   folder=$1
   shift
 fi
-source launch/env.sh "" # not the arguments of this script
+source launch/env.sh ""
 
 run() {
   local name=$1

@@ -9,7 +9,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
   shift
 fi
 echo "demo: setting up the environment" >&2
-source launch/env.sh "" # not the arguments of this script
+source launch/env.sh ""
 "$VENV/bin/python" -m coca_jax.train --config=configs/demo.py --workdir="$workdir" "$@"
 "$VENV/bin/python" -c "from coca_jax.data import scenes; scenes.write_folder('$workdir/images', 12)"
 "$VENV/bin/python" -m coca_jax.caption --checkpoint="$workdir" --out="$workdir/captions.jsonl" \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes (once) the virtual environment VENV with coca_jax and the given extras in it.
-# usage: source launch/env.sh [EXTRAS]     PYTHON picks the interpreter (3.11 to 3.13).
+# usage: source launch/env.sh EXTRAS     '' for none: left out, bash gives the caller's own arguments.
+# PYTHON picks the interpreter (3.11 to 3.13).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$root/.venv}"

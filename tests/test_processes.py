@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import COMPILE_FAST
 
 from coca_jax import checkpointing
 from coca_jax.metrics import read_metrics
@@ -20,9 +21,8 @@ def launch(workdir, processes, devices, *flags):
     """Trains configs/tiny.py by launch/local.sh."""
     command = ["bash", "launch/local.sh", str(processes), f"--devices={devices}", "--"]
     command += ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
-    compile_fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    env |= {"PYTHON": sys.executable, "XLA_FLAGS": compile_fast}
+    env |= {"PYTHON": sys.executable, "XLA_FLAGS": COMPILE_FAST}
     done = subprocess.run(
         command,
         cwd=ROOT,
