@@ -135,7 +135,7 @@ def caption(
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
     # As inference.CoCaModel does.
-    weights = decoding.prepare(params, config.model.dtype, decoding.wants_transposed())
+    weights = decoding.prepare(params, config.model.dtype, decoding.best_layout(spec, params))
     pixels = random_batch(config, batch)["image"]
     prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
 

@@ -15,16 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from coca_jax import cpu_kernels
 from coca_jax.models import layers
 
 NEVER = -1e30  # score of what must not be chosen; a sum of many of them is still finite
+STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
+
+# How `prepare` lays out the matrices of the layers.
+# 'plain': [D, F].
+# 'transposed': [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
+# each call, which then is the few rows of a step and not the matrix.
+# 'panels': blocks of 16 columns, the softmax layer's too, for the kernels of `cpu_kernels`, which
+# then run attention as well.
+Layout = Literal["plain", "transposed", "panels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +84,15 @@ def decoder(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transposed"))
-def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
+@functools.partial(jax.jit, static_argnames=("dtype", "layout"))
+def prepare(params: dict, dtype: str, layout: Layout = "plain") -> dict:
     """The text decoder's weights as decoding wants them: a copy, made once per model.
 
     params: the model's parameters. Layers are taken apart (a loop over stacked weights would copy
     each slice at every token), query, key and value become one matrix with the score's 1 / sqrt(K)
     in it, and all matrices are two-dimensional in `dtype`. Norms and biases stay float32.
 
-    transposed: matrices as [F, D], which `_dense` multiplies from the left: see wants_transposed.
+    layout: how matrices lie, see Layout; best_layout says which is fastest here.
     """
     text = params["text_decoder"]
 
@@ -91,7 +101,9 @@ def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
         return kernel.reshape(rows, -1).astype(dtype)
 
     def stored(kernel: jax.Array) -> dict:
-        return dict(transposed=kernel.T) if transposed else dict(kernel=kernel)
+        if layout == "panels":
+            return dict(panels=cpu_kernels.panels(kernel))
+        return dict(transposed=kernel.T) if layout == "transposed" else dict(kernel=kernel)
 
     def join(part: dict, names: tuple[str, ...]) -> dict:
         scale = part["query"]["kernel"].shape[-1] ** -0.5
@@ -99,8 +111,7 @@ def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
         biases = [part[n]["bias"] * (scale if n == "query" else 1.0) for n in names]
         joined = jnp.concatenate([matrix(k) for k in kernels], axis=1)
         bias = jnp.concatenate([b.reshape(-1) for b in biases])
-        # Image keys are computed once, from many rows: there the plain product is best, as it is
-        # for the softmax layer, whose output would cost more to transpose.
+        # Image keys are computed once, from many rows: there the plain product is best.
         return (stored(joined) if "query" in names else dict(kernel=joined)) | dict(bias=bias)
 
     def dense(part: dict, num_in: int = 1) -> dict:
@@ -125,12 +136,11 @@ def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
         return [block(part) for part in layer]
 
     embedding = text["token_embedding"]["value"]
-    if "head" in text:
-        head = dict(kernel=text["head"]["kernel"]["value"].astype(dtype))
-        if "bias" in text["head"]:
-            head["bias"] = text["head"]["bias"]["value"]
-    else:
-        head = dict(kernel=embedding.T.astype(dtype))
+    kernel = text["head"]["kernel"]["value"] if "head" in text else embedding.T
+    # As `transposed` the softmax layer's output would cost more to transpose than the layout gives.
+    head = stored(kernel) if layout == "panels" else dict(kernel=kernel.astype(dtype))
+    if "bias" in text.get("head", {}):
+        head["bias"] = text["head"]["bias"]["value"]
     return dict(
         embedding=embedding.astype(dtype),
         positions=text["positions"]["value"].astype(dtype),
@@ -141,13 +151,24 @@ def prepare(params: dict, dtype: str, transposed: bool = False) -> dict:
     )
 
 
-def wants_transposed() -> bool:
-    """Whether `prepare(transposed=True)` is the faster layout here: on the CPU.
+def best_layout(spec: Decoder, params: dict) -> Layout:
+    """The layout in which decoding is fastest on this machine; see Layout.
 
-    Its product packs the right operand at each call. With the weights on the left that is the few
-    rows of a step and not the matrix: docs/performance.md, "Captions beside open_clip".
+    'panels' is for weights that no cache holds. A small model's are in cache, where the kernels
+    gain nothing, and compiling them would delay its first caption by seconds.
     """
-    return jax.default_backend() == "cpu"
+    if jax.default_backend() != "cpu":
+        return "plain"
+    text = params["text_decoder"]
+    size = sum(x.size for x in jax.tree.leaves(text))
+    width = text["positions"]["value"].shape[1]
+    heads = {width // spec.num_heads, width // spec.multimodal_heads}
+    fits = all(k % cpu_kernels.LANES == 0 and k <= cpu_kernels.WIDEST_HEAD for k in heads)
+    # XLA cannot split the kernels' calls over several devices.
+    alone = jax.device_count() == 1 and spec.dtype == "float32" and fits
+    if alone and size >= STREAMED and cpu_kernels.available():
+        return "panels"
+    return "transposed"
 
 
 def _norm(weights: dict, x: jax.Array) -> jax.Array:
@@ -160,8 +181,13 @@ def _norm(weights: dict, x: jax.Array) -> jax.Array:
 
 
 def _dense(weights: dict, x: jax.Array) -> jax.Array:
-    """x [..., D] -> float32 [..., F], one product."""
-    if "transposed" in weights:
+    """x [..., D] -> float32 [..., F], one product; F is whole panels where there is no bias."""
+    if "panels" in weights:
+        rows = x.reshape(-1, x.shape[-1])
+        full = weights["panels"].shape[0] * cpu_kernels.LANES
+        width = weights["bias"].shape[0] if "bias" in weights else full
+        y = cpu_kernels.product(rows, weights["panels"], width)
+    elif "transposed" in weights:
         kernel = weights["transposed"]
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         count = rows.shape[0]
@@ -253,6 +279,7 @@ def run_tokens(
     """
     lower_mask = mask if shown is None else mask & shown[:, None]
     activation = layers.ACTIVATIONS[spec.activation]
+    attend = cpu_kernels.attend if "panels" in weights["head"] else _attend
     x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
     written = []
 
@@ -272,12 +299,12 @@ def run_tokens(
         )
         written.append(cache)
         visible = lower_mask if cross < 0 else mask
-        x = x + _dense(block["out"], _attend(query, cache.key, cache.value, visible))
+        x = x + _dense(block["out"], attend(query, cache.key, cache.value, visible))
         if cross >= 0:
             if spec.cross == "open_clip":
                 x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
             query = _split(_dense(block["cross_q"], _norm(block["cross_norm"], x)), 1, heads)[0]
-            x = x + _dense(block["cross_out"], _attend(query, *image[cross], None))
+            x = x + _dense(block["cross_out"], attend(query, *image[cross], None))
         if cross >= 0 and spec.cross == "open_clip":
             x = x + mlp(block["cross_mlp"], _norm(block["cross_mlp_norm"], x))
         else:
@@ -312,7 +339,7 @@ def _prefill(
 
 def logits_of(weights: dict, states: jax.Array) -> jax.Array:
     """States [..., D] -> float32 [..., V]."""
-    return _dense(weights["head"], states)
+    return _dense(weights["head"], states)[..., : weights["embedding"].shape[0]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,8 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
         return out
 
     def decode_weights(flat: dict) -> dict:
-        transposed = list(platforms) == ["cpu"]
-        return decoding.prepare(export_format.unflatten(flat), spec.dtype, transposed)
+        layout: decoding.Layout = "transposed" if list(platforms) == ["cpu"] else "plain"
+        return decoding.prepare(export_format.unflatten(flat), spec.dtype, layout)
 
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import decoding, export_format, partitioning
+from coca_jax import cpu_kernels, decoding, export_format, partitioning
 from coca_jax.data import images as image_files
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import videos, vocabulary
@@ -564,8 +564,9 @@ class CoCaModel:
 
     @functools.cached_property
     def _decoder_weights(self) -> dict:
+        layout = decoding.best_layout(self._spec, self.params)
         with self._context():
-            return decoding.prepare(self.params, self._spec.dtype, decoding.wants_transposed())
+            return decoding.prepare(self.params, self._spec.dtype, layout)
 
     def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
         """A program whose results are whole on every device, and so on every process, unless
@@ -762,8 +763,7 @@ def use_compile_cache() -> None:
     """Keeps compiled programs between starts, in JAX_COMPILATION_CACHE_DIR or ~/.cache/coca_jax;
     off where the user set jax_enable_compilation_cache to false."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "coca_jax", "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cpu_kernels.folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

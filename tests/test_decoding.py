@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,19 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from coca_jax import decoding, partitioning
+from coca_jax import cpu_kernels, decoding, partitioning
 from coca_jax.decoding import Settings
 from coca_jax.models import coca
 
 EOS, VOCAB = 1, 7
 
 
-@pytest.fixture(scope="module", params=["paper", "open_clip"])
+KERNELS = pytest.param(
+    "panels", marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+)
+
+
+@pytest.fixture(scope="module", params=["paper", "open_clip", KERNELS])
 def each_model(request):
     return make(request.param)
 
@@ -39,7 +45,10 @@ def wide():
 def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
     options = dict(
-        paper={}, open_clip=dict(cross="open_clip", head_bias=False), tied=dict(tie_embeddings=True)
+        paper={},
+        open_clip=dict(cross="open_clip", head_bias=False),
+        tied=dict(tie_embeddings=True),
+        panels=dict(num_heads=1),  # a head of 16
     )[kind]
     config = tiny_config().model
     config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
@@ -61,7 +70,9 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
         return jax.nn.log_softmax(out.logits)
 
     spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
-    return spec, decoding.prepare(params, "float32"), image_tokens, log_probs
+    layout = "panels" if kind == "panels" and cpu_kernels.available() else "plain"
+    assert (layout == "panels") == (kind == "panels")
+    return spec, decoding.prepare(params, "float32", layout), image_tokens, log_probs
 
 
 PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned
@@ -170,10 +181,11 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
         token = new[:, :, step]
 
 
-def test_transposed_weights_give_the_same_captions():
+@pytest.mark.parametrize("layout", ["transposed", KERNELS])
+def test_layouts_of_the_weights_give_the_same_captions(layout):
     """Also where rows are padded to eight (6 of them), which is never seen."""
     config = tiny_config().model
-    config.text.update(width=72, num_heads=2, mlp_dim=160, vocab_size=130)
+    config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130)
     config.pooler.num_heads = 2
     module = coca.build(config)
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
@@ -181,15 +193,17 @@ def test_transposed_weights_give_the_same_captions():
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
     params = jax.tree.unflatten(tree, leaves)
-    image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 72))
+    image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 96))
     spec = decoding.decoder(config, num_ids=130, eos_id=EOS)
-    plain, transposed = (decoding.prepare(params, "float32", t) for t in (False, True))
-    assert transposed["unimodal"][0]["qkv"]["transposed"].shape == (216, 72)
+    assert layout == "transposed" or cpu_kernels.available()
+    plain, other = (decoding.prepare(params, "float32", name) for name in ("plain", layout))
+    shape = dict(transposed=(288, 96), panels=(18, 96, 16))[layout]
+    assert other["unimodal"][0]["qkv"][layout].shape == shape
     for beams in (1, 2):
         settings = Settings(num_beams=beams, max_tokens=8)
         ours, want = (
             decoding.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
-            for weights in (transposed, plain)
+            for weights in (other, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)
         np.testing.assert_allclose(ours.log_prob, want.log_prob, atol=2e-5)
