@@ -220,7 +220,8 @@ def token_times(
     late_over_early.
     """
     batch, span = len(image_tokens), min(SPAN, tokens)
-    image = jax.jit(functools.partial(decoding.image_caches, spec))(weights, image_tokens)
+    look = functools.partial(decoding.image_caches, spec, width=width)
+    image = jax.jit(look)(weights, image_tokens)
     caches = decoding.empty_caches(spec, weights, batch, tokens * width)
 
     @jax.jit

@@ -1,4 +1,4 @@
-// The two kernels of a decoding step on a CPU, float32; see cpu_kernels.py.
+// The kernels of a decoding step on a CPU, float32; see cpu_kernels.py.
 //
 // A step has a few rows and hundreds of megabytes of weights and keys, so what counts is to read
 // those once, in order, while computing. Vectors are of 16 floats whatever the processor has; the
@@ -65,18 +65,18 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// Rows x [R, depth] as [depth, R].
+// Rows x [R, depth], `stride` apart, as [depth, R].
 template <int R>
-void Transpose(const float* x, int64_t depth, float* out) {
+void Transpose(const float* x, int64_t stride, int64_t depth, float* out) {
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
     float tile[R][kLanes];  // rows lie 2^n apart, in the same lines of the cache: copy them first
-    for (int r = 0; r < R; ++r) std::memcpy(tile[r], x + r * depth + k, sizeof(tile[r]));
+    for (int r = 0; r < R; ++r) std::memcpy(tile[r], x + r * stride + k, sizeof(tile[r]));
     for (int j = 0; j < kLanes; ++j)
       for (int r = 0; r < R; ++r) out[(k + j) * R + r] = tile[r][j];
   }
   for (; k < depth; ++k)
-    for (int r = 0; r < R; ++r) out[k * R + r] = x[r * depth + k];
+    for (int r = 0; r < R; ++r) out[k * R + r] = x[r * stride + k];
 }
 
 // y [R, columns <= 16], rows `stride` apart = x [depth, R]^T @ panel [depth, 16].
@@ -92,47 +92,60 @@ void Panel(const float* panel, const float* x, int64_t depth, float* y, int64_t 
   for (int r = 0; r < R; ++r) std::memcpy(y + r * stride, &sum[r], 4 * columns);
 }
 
-using PanelOf = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t);
-using TransposeOf = void (*)(const float*, int64_t, float*);
-
+// Both for 1 to kRows rows.
 template <int... R>
-PanelOf PanelFor(int rows, std::integer_sequence<int, R...>) {
-  static constexpr PanelOf all[] = {Panel<R + 1>...};
-  return all[rows - 1];
+void Transpose(int rows, std::integer_sequence<int, R...>, const float* x, int64_t stride,
+               int64_t depth, float* out) {
+  using Of = void (*)(const float*, int64_t, int64_t, float*);
+  static constexpr Of all[] = {Transpose<R + 1>...};
+  all[rows - 1](x, stride, depth, out);
 }
 
 template <int... R>
-TransposeOf TransposeFor(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TransposeOf all[] = {Transpose<R + 1>...};
-  return all[rows - 1];
+void Panel(int rows, std::integer_sequence<int, R...>, const float* panel, const float* x,
+           int64_t depth, float* y, int64_t stride, int64_t columns) {
+  using Of = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t);
+  static constexpr Of all[] = {Panel<R + 1>...};
+  all[rows - 1](panel, x, depth, y, stride, columns);
 }
 
-// x [rows, depth], panels [ceil(width / 16), depth, 16] -> y [rows, width].
+constexpr auto kCounts = std::make_integer_sequence<int, kRows>();
+
+// At least `size` floats of this thread's own, one buffer for each `use`.
+template <int use>
+float* Scratch(int64_t size) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+// x [rows, G, depth], panels [G, ceil(width / 16), depth, 16] -> y [rows, G, width].
 ffi::Error Product(ffi::ThreadPool pool, Floats x, Floats panels, ffi::Result<Floats> y) {
-  constexpr auto counts = std::make_integer_sequence<int, kRows>();
-  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1];
-  const int64_t count = panels.dimensions()[0], width = y->dimensions()[1];
-  if (panels.dimensions()[1] != depth || panels.dimensions()[2] != kLanes ||
+  const int64_t rows = x.dimensions()[0], groups = x.dimensions()[1], depth = x.dimensions()[2];
+  const int64_t count = panels.dimensions()[1], width = y->dimensions()[2];
+  if (panels.dimensions()[0] != groups || panels.dimensions()[2] != depth ||
       count != (width + kLanes - 1) / kLanes)
     return ffi::Error::InvalidArgument("product: x and panels do not fit");
-  static thread_local std::vector<float> buffer;
-  if (static_cast<int64_t>(buffer.size()) < rows * depth) buffer.resize(rows * depth);
   const float* from = x.typed_data();
   const float* weights = panels.typed_data();
-  float* turned = buffer.data();
+  float* turned = Scratch<0>(rows * groups * depth);
   float* out = y->typed_data();
-  const auto group = [rows](int64_t first) {
+  const auto few = [rows](int64_t first) {
     return static_cast<int>(std::min<int64_t>(kRows, rows - first));
   };
-  for (int64_t r = 0; r < rows; r += kRows)
-    TransposeFor(group(r), counts)(from + r * depth, depth, turned + r * depth);
-  const int64_t parts = std::min<int64_t>(count, 4 * pool.num_threads());
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t r = 0; r < rows; r += kRows)
+      Transpose(few(r), kCounts, from + (r * groups + g) * depth, groups * depth, depth,
+                turned + (g * rows + r) * depth);
+  const int64_t all = groups * count, parts = std::min<int64_t>(all, 4 * pool.num_threads());
   Parallel(pool, parts, [&](int64_t part) {
-    for (int64_t p = part * count / parts; p < (part + 1) * count / parts; ++p)
+    for (int64_t i = part * all / parts; i < (part + 1) * all / parts; ++i) {
+      const int64_t g = i / count, p = i % count;
       for (int64_t r = 0; r < rows; r += kRows)
-        PanelFor(group(r), counts)(weights + p * depth * kLanes, turned + r * depth, depth,
-                                   out + r * width + p * kLanes, width,
-                                   std::min<int64_t>(kLanes, width - p * kLanes));
+        Panel(few(r), kCounts, weights + i * depth * kLanes, turned + (g * rows + r) * depth,
+              depth, out + (r * groups + g) * width + p * kLanes, groups * width,
+              std::min<int64_t>(kLanes, width - p * kLanes));
+    }
   });
   return ffi::Error::Success();
 }
@@ -196,6 +209,50 @@ void Attend(const float* query, const float* keys, const float* values, const bo
   }
 }
 
+// Rows [N, D] of queries over image tokens that all heads and layers share.
+// query [B, N, D], tokens [B, ceil(Q / 16), D, 16], channels [B, ceil(D / 16), Q, 16] -> [B, N, D].
+ffi::Error ImageAttention(ffi::ThreadPool pool, Floats query, Floats tokens, Floats channels,
+                          ffi::Result<Floats> out) {
+  const int64_t batch = query.dimensions()[0], rows = query.dimensions()[1];
+  const int64_t width = query.dimensions()[2], count = channels.dimensions()[2];
+  const int64_t token_panels = tokens.dimensions()[1], channel_panels = channels.dimensions()[1];
+  if (tokens.dimensions()[2] != width || token_panels != (count + kLanes - 1) / kLanes ||
+      channel_panels != (width + kLanes - 1) / kLanes)
+    return ffi::Error::InvalidArgument("image attention: query and tokens do not fit");
+  // An image's rows stay together, to share its tokens, unless there are more threads than images.
+  const int64_t splits = std::max((rows + kRows - 1) / kRows,
+                                  std::min((pool.num_threads() + batch - 1) / batch, rows));
+  const float* q = query.typed_data();
+  const float* by_token = tokens.typed_data();
+  const float* by_channel = channels.typed_data();
+  float* to = out->typed_data();
+  Parallel(pool, batch * splits, [&](int64_t part) {
+    const int64_t b = part / splits, split = part % splits;
+    const int64_t first = split * rows / splits;
+    const int few = static_cast<int>((split + 1) * rows / splits - first);
+    const int64_t padded = token_panels * kLanes, row = (b * rows + first) * width;
+    float* turned = Scratch<1>(few * std::max(width, count));
+    float* scores = Scratch<2>(few * padded);
+    Transpose(few, kCounts, q + row, width, width, turned);
+    for (int64_t p = 0; p < token_panels; ++p)
+      Panel(few, kCounts, by_token + (b * token_panels + p) * width * kLanes, turned, width,
+            scores + p * kLanes, padded, kLanes);
+    for (int r = 0; r < few; ++r) {
+      float* score = scores + r * padded;
+      const float highest = *std::max_element(score, score + count);
+      float total = 0.0f;
+      for (int64_t m = 0; m < count; ++m) score[m] = Exp(score[m] - highest);
+      for (int64_t m = 0; m < count; ++m) total += score[m];
+      for (int64_t m = 0; m < count; ++m) score[m] /= total;
+    }
+    Transpose(few, kCounts, scores, padded, count, turned);
+    for (int64_t p = 0; p < channel_panels; ++p)
+      Panel(few, kCounts, by_channel + (b * channel_panels + p) * count * kLanes, turned, count,
+            to + row + p * kLanes, width, std::min<int64_t>(kLanes, width - p * kLanes));
+  });
+  return ffi::Error::Success();
+}
+
 using AttendOf = void (*)(const float*, const float*, const float*, const bool*, int64_t, float*,
                           float*);
 constexpr AttendOf kAttend[] = {Attend<1>, Attend<2>, Attend<3>, Attend<4>,
@@ -214,12 +271,11 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats query, Floats key, Floats valu
   const bool* shown = mask.typed_data();
   float* to = out->typed_data();
   Parallel(pool, batch * heads, [&](int64_t part) {
-    static thread_local std::vector<float> scores;
-    if (static_cast<int64_t>(scores.size()) < slots) scores.resize(slots);
+    float* scores = Scratch<2>(slots);
     const int64_t b = part / heads, h = part % heads;
     for (int64_t n = 0; n < queries; ++n)
       attend(q + (part * queries + n) * width, k + part * slots * width, v + part * slots * width,
-             shown + (b * queries + n) * slots, slots, scores.data(),
+             shown + (b * queries + n) * slots, slots, scores,
              to + ((b * queries + n) * heads + h) * width);
   });
   return ffi::Error::Success();
@@ -241,4 +297,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_attention, Attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_image_attention, ImageAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Ret<Floats>());

@@ -1,4 +1,4 @@
-"""Two kernels for decoding on a CPU: a product with weights in panels, and attention over a cache.
+"""Kernels for decoding on a CPU: products with weights in panels, attention over caches and images.
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
 step of decoding has. The source, `cpu_kernels.cc`, is compiled at first use by the machine's C++
@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def available() -> bool:
             error,
         )
         return False
-    for name in ("coca_jax_product", "coca_jax_attention"):
+    for name in ("coca_jax_product", "coca_jax_attention", "coca_jax_image_attention"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -103,8 +104,32 @@ def panels(kernel: jax.Array) -> jax.Array:
 
 def product(x: jax.Array, panels: jax.Array, width: int) -> jax.Array:
     """x [R, D] @ the kernel [D, F] of which `panels` were made, F = width: float32 [R, F]."""
-    out = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
+    return grouped_product(x[:, None], panels[None], width)[:, 0]
+
+
+def grouped_product(x: jax.Array, panels: jax.Array, width: int) -> jax.Array:
+    """A kernel for each group: x [R, G, D], panels [G, ceil(F / 16), D, 16] -> [R, G, F]."""
+    out = jax.ShapeDtypeStruct((*x.shape[:2], width), jnp.float32)
     return jax.ffi.ffi_call("coca_jax_product", out)(x.astype(jnp.float32), panels)
+
+
+class ImagePanels(NamedTuple):
+    """Image tokens [B, Q, D] as attend_image() reads them."""
+
+    tokens: jax.Array  # [B, ceil(Q / 16), D, 16]
+    channels: jax.Array  # [B, ceil(D / 16), Q, 16]
+
+
+def image_panels(image_tokens: jax.Array) -> ImagePanels:
+    """Image tokens [B, Q, D] in both orders."""
+    turned = image_tokens.transpose(0, 2, 1)
+    return ImagePanels(jax.vmap(panels)(turned), jax.vmap(panels)(image_tokens))
+
+
+def attend_image(query: jax.Array, image: ImagePanels) -> jax.Array:
+    """[B, N, D] over image tokens as keys and as values: float32 [B, N, D]; no scale."""
+    out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    return jax.ffi.ffi_call("coca_jax_image_attention", out)(query, *image)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:

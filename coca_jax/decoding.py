@@ -128,7 +128,25 @@ def prepare(params: dict, dtype: str, layout: Layout = "plain") -> dict:
             out["cross_q"] = join(part["cross_attention"], ("query",))
             out["cross_kv"] = join(part["cross_attention"], ("key", "value"))
             out["cross_out"] = dense(part["cross_attention"]["out"], 2)
+            if layout == "panels":
+                out["cross_shared"] = shared(part["cross_attention"], part.get("context_norm"))
         return out
+
+    def shared(part: dict, norm: dict | None) -> dict:
+        """Keys and values moved to the query's side, see _attend_shared: panels for each head.
+
+        What the bias of the keys adds is the same at every token, and so nothing to the softmax.
+        """
+        key, value = part["key"]["kernel"], part["value"]["kernel"]  # [D, H, K]
+        bias = part["value"]["bias"].reshape(-1)
+        if norm is not None:
+            bias = bias + jnp.einsum("d,dhk->hk", norm["bias"], value).reshape(-1)
+            key, value = (norm["scale"][:, None, None] * x for x in (key, value))
+        return dict(
+            query=jax.vmap(cpu_kernels.panels)(key.transpose(1, 2, 0)),
+            out=jax.vmap(cpu_kernels.panels)(value.transpose(1, 0, 2)),
+            bias=bias,
+        )
 
     def blocks(stack: dict) -> list[dict]:
         depth = jax.tree.leaves(stack)[0].shape[0]
@@ -171,13 +189,15 @@ def best_layout(spec: Decoder, params: dict) -> Layout:
     return "transposed"
 
 
-def _norm(weights: dict, x: jax.Array) -> jax.Array:
+def _standardise(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (
-        centred * jax.lax.rsqrt(variance + layers.NORM_EPSILON) * weights["scale"] + weights["bias"]
-    )
+    return centred * jax.lax.rsqrt(variance + layers.NORM_EPSILON)
+
+
+def _norm(weights: dict, x: jax.Array) -> jax.Array:
+    return _standardise(x) * weights["scale"] + weights["bias"]
 
 
 def _dense(weights: dict, x: jax.Array) -> jax.Array:
@@ -238,8 +258,36 @@ class Cache(NamedTuple):
     value: jax.Array
 
 
-def image_caches(spec: Decoder, weights: dict, image_tokens: jax.Array) -> list[Cache]:
-    """Cross-attention keys and values of image tokens [B, Q, D], one Cache [B, H, Q, K] a block."""
+def _attend_shared(weights: dict, query: jax.Array, image: cpu_kernels.ImagePanels) -> jax.Array:
+    """Attention over image tokens that no layer projects: [B, N, H K] -> [B, N, H K].
+
+    q (x Wk)^T = (q Wk^T) x^T, and the weights times (x Wv) are (the weights times x) Wv. That is
+    more arithmetic for a row, but all layers read the same tokens, which stay in cache, where keys
+    and values of every layer come from memory at every step.
+    """
+    batch, count, width = query.shape
+    heads, _, head_width, _ = weights["query"].shape
+    depth = weights["out"].shape[2]
+    rows = query.reshape(batch * count, heads, head_width)
+    rows = cpu_kernels.grouped_product(rows, weights["query"], depth)
+    rows = cpu_kernels.attend_image(rows.reshape(batch, count * heads, depth), image)
+    rows = rows.reshape(batch * count, heads, depth)
+    out = cpu_kernels.grouped_product(rows, weights["out"], head_width)
+    return out.reshape(batch, count, width) + weights["bias"]
+
+
+def image_caches(
+    spec: Decoder, weights: dict, image_tokens: jax.Array, width: int = 1
+) -> list[Cache] | cpu_kernels.ImagePanels:
+    """What cross-attention reads of image tokens [B, Q, D], for `width` captions an image.
+
+    Keys and values, one Cache [B, H, Q, K] a block; in panels with one caption an image the tokens
+    themselves (_attend_shared; more captions share the reading of keys, so those are less work).
+    """
+    if width == 1 and "panels" in weights["head"]:
+        if spec.cross == "open_clip":
+            image_tokens = _standardise(image_tokens)
+        return cpu_kernels.image_panels(image_tokens.astype(jnp.float32))
     caches = []
     for block in weights["multimodal"]:
         context = image_tokens
@@ -267,7 +315,7 @@ def run_tokens(
     mask: jax.Array,
     slot: jax.Array | int,
     caches: list[Cache],
-    image: list[Cache],
+    image: list[Cache] | cpu_kernels.ImagePanels,
     shown: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Cache]]:
     """Runs N tokens per image through both halves and writes their keys at slots slot..slot + N.
@@ -303,8 +351,12 @@ def run_tokens(
         if cross >= 0:
             if spec.cross == "open_clip":
                 x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
-            query = _split(_dense(block["cross_q"], _norm(block["cross_norm"], x)), 1, heads)[0]
-            x = x + _dense(block["cross_out"], attend(query, *image[cross], None))
+            query = _dense(block["cross_q"], _norm(block["cross_norm"], x))
+            if isinstance(image, cpu_kernels.ImagePanels):
+                seen = _attend_shared(block["cross_shared"], query, image)
+            else:
+                seen = attend(_split(query, 1, heads)[0], *image[cross], None)
+            x = x + _dense(block["cross_out"], seen)
         if cross >= 0 and spec.cross == "open_clip":
             x = x + mlp(block["cross_mlp"], _norm(block["cross_mlp_norm"], x))
         else:
@@ -318,7 +370,7 @@ def _prefill(
     prompt: jax.Array,
     prompt_len: jax.Array,
     caches: list[Cache],
-    image: list[Cache],
+    image: list[Cache] | cpu_kernels.ImagePanels,
     shown: jax.Array | None = None,
 ) -> list[Cache]:
     """Writes the keys of all prompt tokens but the last. prompt int32 [B, P], right-aligned; shown:
@@ -524,7 +576,7 @@ def _generate(
 ) -> Captions:
     batch, slots = prompt.shape
     width, steps = plan.width, plan.steps
-    image = image_caches(spec, weights, image_tokens)
+    image = image_caches(spec, weights, image_tokens, width)
     caches = empty_caches(spec, weights, batch, slots - 1 + steps * width)
     first = slots - prompt_len
     prompt_mask = jnp.arange(slots - 1)[None] >= first[:, None]
