@@ -26,7 +26,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config.head.kind = "answer"
     config.loss.captioning_weight = 1.0
     config.optimizer.update(
-        name="muon", learning_rate=3e-3, warmup_steps=100, weight_decay=0.05, beta2=0.98
+        name="muon", learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.05, beta2=0.98
     )
     asked = dict(path="data/easy_vqa", kind="question", questions="qa")
     train = dict(asked, split="train")

@@ -171,7 +171,7 @@ def test_a_probe_learns_from_its_training_records(kind):
         ("coco_captions", "", (1e-5, -1.0)),
         ("fashion_mnist_frozen", "classification", (2e-3, 0.0)),
         ("fashion_mnist_finetune", "classification", (1e-3, 5e-4)),
-        ("easy_vqa", "answer", (3e-3, -1.0)),
+        ("easy_vqa", "answer", (1.5e-3, -1.0)),
     ],
 )
 def test_recipes_are_sound(recipe, head, rates):
