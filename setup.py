@@ -16,7 +16,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
-    package_data={"coca_jax": ["cpu_kernels.cc", "data/*.txt"]},
+    package_data={"coca_jax": ["cpu_kernels.cc"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
