@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, set before JAX starts; the smallest configuration there is."""
 
 import os
+import shutil
 
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}")
@@ -12,6 +13,8 @@ import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import base  # noqa: E402
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
 def tiny_config(**model) -> ConfigDict:

@@ -1,19 +1,17 @@
 """The kernels of decoding on a CPU against float64 NumPy, and what happens without a compiler."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import needs_compiler
 
 from coca_jax import cpu_kernels, decoding, partitioning
 from coca_jax.models import coca
 from configs import coca_base, demo, finetune_open_clip
-
-needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
 @pytest.fixture(scope="module")

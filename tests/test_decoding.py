@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import needs_compiler, tiny_config
 
 from coca_jax import cpu_kernels, decoding, partitioning
 from coca_jax.decoding import Settings
@@ -17,7 +16,6 @@ from coca_jax.models import coca
 EOS, VOCAB = 1, 7
 
 
-needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 PANELS, OPEN_CLIP_PANELS = (
     pytest.param(kind, marks=needs_compiler) for kind in ("panels", "open_clip_panels")
 )
