@@ -236,7 +236,7 @@ def token_times(
             states, caches = decoding.run_tokens(
                 spec, weights, token, place, mask, slot, caches, image
             )
-            return decoding.logits_of(weights, states).argmax(-1).astype(jnp.int32), caches
+            return decoding.log_probs_of(weights, states).argmax(-1).astype(jnp.int32), caches
 
         return jax.lax.fori_loop(0, span, step, (jnp.zeros((batch, width), jnp.int32), caches))[0]
 

@@ -1,8 +1,9 @@
 // The kernels of a decoding step on a CPU, float32; see cpu_kernels.py.
 //
-// A step has a few rows and hundreds of megabytes of weights and keys, so what counts is to read
-// those once, in order, while computing. Vectors are of 16 floats whatever the processor has; the
-// compiler splits them.
+// A step has a few rows and hundreds of megabytes of weights, so what counts is to read those once,
+// in order, while computing. Each kernel is a residual part of a decoder block: one call from XLA,
+// inside which threads go through its phases together. Vectors are of 16 floats whatever the
+// processor has; the compiler splits them.
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -19,20 +21,28 @@
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
+// Lets handlers take the pool as a plain argument.
+template <>
+struct ffi::CtxBinding<ffi::ThreadPool> {
+  using Ctx = ffi::ThreadPool;
+};
+
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanel = 2 * kLanes;  // columns of a panel
+constexpr int kDepth = 128;         // of a panel, multiplied at a time: 16 KiB
+constexpr int kTile = 32;           // rows for which a panel's sums are kept
+constexpr float kNormEpsilon = 1e-5f;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef float Eight __attribute__((vector_size(32)));
 
-// Rows whose sums stay in registers.
+// Rows whose sums, of a panel each, stay in registers.
 #ifdef __AVX512F__
-constexpr int kRows = 16;
+constexpr int kRows = 8;
 #else
-constexpr int kRows = 6;
+constexpr int kRows = 3;
 #endif
-
-// Vectors ahead of use that are asked for: memory's latency at its full rate, several times over.
-constexpr int kAhead = 256;
 
 inline Vector Load(const float* from) {
   Vector v;
@@ -40,117 +50,208 @@ inline Vector Load(const float* from) {
   return v;
 }
 
-// Calls work(0) ... work(count - 1), each once, on this thread and on idle ones of the pool. Parts
-// are claimed one by one and this thread claims too, so a pool that is busy (with callers of this
-// function, even) costs speed but cannot block.
-template <typename Work>
-void Parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  // A helper that starts late finds no part left, and must touch nothing but `shared`.
-  auto claim = [shared, count, &work] {
-    for (int64_t part; (part = shared->next.fetch_add(1)) < count;) {
-      work(part);
-      shared->done.fetch_add(1, std::memory_order_release);
+inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
+
+// What threads of one kernel share. `phase` numbers count up in each of them alike.
+struct Shared {
+  static constexpr int kPhases = 8;
+  std::atomic<int64_t> next[kPhases] = {}, done[kPhases] = {};
+};
+
+// One thread's way through a kernel.
+class Member {
+ public:
+  explicit Member(Shared& shared) : shared_(shared) {}
+
+  // Calls work(part, following) for the parts that this thread claims of 0 ... count - 1, and
+  // returns when all threads' are done. `following` is the part that it will do next; `count` or
+  // more: none.
+  template <typename Work>
+  void Each(int64_t count, const Work& work) {
+    auto& next = shared_.next[phase_];
+    auto& done = shared_.done[phase_++];
+    int64_t part = next.fetch_add(1);
+    while (part < count) {
+      const int64_t following = next.fetch_add(1);
+      work(part, following);
+      part = following;
+      done.fetch_add(1, std::memory_order_release);
     }
+    for (int tries = 0; done.load(std::memory_order_acquire) < count;)
+      if (++tries > 1000) std::this_thread::yield();
+  }
+
+ private:
+  Shared& shared_;
+  int phase_ = 0;
+};
+
+// Runs body(member) on this thread and on idle ones of the pool, all of which must go through the
+// same phases. This thread claims parts too, so a pool that is busy (with callers of this function,
+// even) costs speed but cannot block. `body` must hold what it needs by value: a helper that starts
+// after the end goes through it once more, claims nothing, and finds only what it holds.
+template <typename Body>
+void Together(ffi::ThreadPool& pool, int64_t most, const Body& body) {
+  struct State : Shared {
+    explicit State(const Body& body) : body(body) {}
+    Body body;
   };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) {
-    auto helper = claim;
-    pool.Schedule(std::move(helper));
-  }
-  claim();
-  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  auto state = std::make_shared<State>(body);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), most) - 1;
+  for (int64_t i = 0; i < helpers; ++i)
+    pool.Schedule([state] {
+      Member member(*state);
+      state->body(member);
+    });
+  Member member(*state);
+  state->body(member);
 }
 
-// Rows x [R, depth], `stride` apart, as [depth, R].
-template <int R>
-void Transpose(const float* x, int64_t stride, int64_t depth, float* out) {
-  int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
-    float tile[R][kLanes];  // rows lie 2^n apart, in the same lines of the cache: copy them first
-    for (int r = 0; r < R; ++r) std::memcpy(tile[r], x + r * stride + k, sizeof(tile[r]));
-    for (int j = 0; j < kLanes; ++j)
-      for (int r = 0; r < R; ++r) out[(k + j) * R + r] = tile[r][j];
-  }
-  for (; k < depth; ++k)
-    for (int r = 0; r < R; ++r) out[k * R + r] = x[r * stride + k];
+// At least `size` floats of this thread's own, whole lines of the cache; one buffer for each `use`.
+template <int use>
+float* Scratch(int64_t size) {
+  static thread_local std::vector<Vector> buffer;
+  const size_t vectors = (size + kLanes - 1) / kLanes;
+  if (buffer.size() < vectors) buffer.resize(vectors);
+  return reinterpret_cast<float*>(buffer.data());
 }
 
-// y [R, columns <= 16], rows `stride` apart = x [depth, R]^T @ panel [depth, 16].
-template <int R>
-void Panel(const float* panel, const float* x, int64_t depth, float* y, int64_t stride,
-           int64_t columns) {
-  Vector sum[R] = {};
+// Rows of floats. `stride` is never a multiple of 4 KiB in ours: such rows share lines of the cache.
+struct Rows {
+  float* data;
+  int64_t stride;
+  float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+constexpr int64_t Panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
+constexpr int64_t Stride(int64_t width) { return Panels(width) * kPanel + kLanes; }
+
+// Scratch of the calling thread for all that take part.
+template <int use>
+Rows ScratchRows(int64_t rows, int64_t width) {
+  return {Scratch<use>(rows * Stride(width)), Stride(width)};
+}
+
+// sums [R, 32] += x [R, depth] @ weights [depth, 32]; rows `stride`, `x_stride` and `step` apart.
+// Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
+template <int R, bool both>
+void Multiply(const float* weights, int64_t step, const float* x, int64_t x_stride, int64_t depth,
+              float* sums, int64_t stride, const float* ahead) {
+  Vector left[R], right[R];
+  for (int r = 0; r < R; ++r) left[r] = Load(sums + r * stride);
+  for (int r = 0; r < R; ++r) right[r] = Load(sums + r * stride + kLanes);
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(panel + (k + kAhead) * kLanes, 0, 2);
-    const Vector weights = Load(panel + k * kLanes);
-    for (int r = 0; r < R; ++r) sum[r] += weights * x[k * R + r];
+    __builtin_prefetch(ahead + k * kPanel, 0, 2);
+    if (both) __builtin_prefetch(ahead + k * kPanel + kLanes, 0, 2);
+    const Vector first = Load(weights + k * step), second = Load(weights + k * step + kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vector factor = x[r * x_stride + k] - Vector{};
+      left[r] += first * factor;
+      right[r] += second * factor;
+    }
   }
-  for (int r = 0; r < R; ++r) std::memcpy(y + r * stride, &sum[r], 4 * columns);
+  for (int r = 0; r < R; ++r) Store(sums + r * stride, left[r]);
+  for (int r = 0; r < R; ++r) Store(sums + r * stride + kLanes, right[r]);
 }
 
-// Both for 1 to kRows rows.
+// The same for any number of rows, in passes of 1 to kRows.
 template <int... R>
-void Transpose(int rows, std::integer_sequence<int, R...>, const float* x, int64_t stride,
-               int64_t depth, float* out) {
-  using Of = void (*)(const float*, int64_t, int64_t, float*);
-  static constexpr Of all[] = {Transpose<R + 1>...};
-  all[rows - 1](x, stride, depth, out);
-}
-
-template <int... R>
-void Panel(int rows, std::integer_sequence<int, R...>, const float* panel, const float* x,
-           int64_t depth, float* y, int64_t stride, int64_t columns) {
-  using Of = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t);
-  static constexpr Of all[] = {Panel<R + 1>...};
-  all[rows - 1](panel, x, depth, y, stride, columns);
+void MultiplyRows(std::integer_sequence<int, R...>, int64_t rows, const float* weights,
+                  int64_t step, const float* x, int64_t x_stride, int64_t depth, float* sums,
+                  int64_t stride, const float* ahead) {
+  using Of = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                      const float*);
+  static constexpr Of once[] = {Multiply<R + 1, true>...}, again[] = {Multiply<R + 1, false>...};
+  const int64_t passes = (rows + kRows - 1) / kRows;
+  for (int64_t p = 0; p < passes; ++p) {
+    const int64_t first = p * rows / passes, few = (p + 1) * rows / passes - first;
+    // Half of the lines ahead in one pass and half in the next.
+    (passes == 1 ? once : again)[few - 1](weights, step, x + first * x_stride, x_stride, depth,
+                                          sums + first * stride, stride,
+                                          ahead + (p % 2) * kLanes);
+  }
 }
 
 constexpr auto kCounts = std::make_integer_sequence<int, kRows>();
 
-// At least `size` floats of this thread's own, one buffer for each `use`.
-template <int use>
-float* Scratch(int64_t size) {
-  static thread_local std::vector<float> buffer;
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
+// A product of a phase: x [rows, depth] @ panels [ceil(width / 32), depth, 32], for each group.
+struct Product {
+  Rows x;
+  int64_t rows, depth, width;
+  const float* panels;
+  int64_t groups = 1, group_offset = 0;  // of x, from group to group
+};
 
-// x [rows, G, depth], panels [G, ceil(width / 16), depth, 16] -> y [rows, G, width].
-ffi::Error Product(ffi::ThreadPool pool, Floats x, Floats panels, ffi::Result<Floats> y) {
-  const int64_t rows = x.dimensions()[0], groups = x.dimensions()[1], depth = x.dimensions()[2];
-  const int64_t count = panels.dimensions()[1], width = y->dimensions()[2];
-  if (panels.dimensions()[0] != groups || panels.dimensions()[2] != depth ||
-      count != (width + kLanes - 1) / kLanes)
-    return ffi::Error::InvalidArgument("product: x and panels do not fit");
-  const float* from = x.typed_data();
-  const float* weights = panels.typed_data();
-  float* turned = Scratch<0>(rows * groups * depth);
-  float* out = y->typed_data();
-  const auto few = [rows](int64_t first) {
-    return static_cast<int>(std::min<int64_t>(kRows, rows - first));
-  };
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t r = 0; r < rows; r += kRows)
-      Transpose(few(r), kCounts, from + (r * groups + g) * depth, groups * depth, depth,
-                turned + (g * rows + r) * depth);
-  const int64_t all = groups * count, parts = std::min<int64_t>(all, 4 * pool.num_threads());
-  Parallel(pool, parts, [&](int64_t part) {
-    for (int64_t i = part * all / parts; i < (part + 1) * all / parts; ++i) {
-      const int64_t g = i / count, p = i % count;
-      for (int64_t r = 0; r < rows; r += kRows)
-        Panel(few(r), kCounts, weights + i * depth * kLanes, turned + (g * rows + r) * depth,
-              depth, out + (r * groups + g) * width + p * kLanes, groups * width,
-              std::min<int64_t>(kLanes, width - p * kLanes));
+// One phase: finish(row, group, column, sums, columns) gets up to 32 columns of a row at a time.
+template <typename Finish>
+void Multiply(Member& member, const Product& product, const Finish& finish) {
+  const int64_t count = Panels(product.width), size = product.depth * kPanel;
+  const int64_t all = product.groups * count;
+  // Panels claimed at once: 64 KiB of them.
+  const int64_t chunk = std::max<int64_t>(1, 4 * kDepth / product.depth);
+  member.Each((all + chunk - 1) / chunk, [&](int64_t part, int64_t following) {
+    float* sums = Scratch<0>(kTile * kPanel);
+    const int64_t end = std::min(all, (part + 1) * chunk);
+    for (int64_t i = part * chunk; i < end; ++i) {
+      const int64_t group = i / count, column = i % count * kPanel;
+      const int64_t next = std::min(i + 1 < end ? i + 1 : following * chunk, all - 1);
+      const float* panel = product.panels + i * size;
+      const float* x = product.x.data + group * product.group_offset;
+      const int64_t columns = std::min<int64_t>(kPanel, product.width - column);
+      for (int64_t first = 0; first < product.rows; first += kTile) {
+        const int64_t rows = std::min<int64_t>(kTile, product.rows - first);
+        std::fill_n(sums, rows * kPanel, 0.0f);
+        for (int64_t k = 0; k < product.depth; k += kDepth)
+          MultiplyRows(kCounts, rows, panel + k * kPanel, kPanel, x + first * product.x.stride + k,
+                       product.x.stride, std::min<int64_t>(kDepth, product.depth - k), sums, kPanel,
+                       k + kDepth < product.depth ? panel + (k + kDepth) * kPanel
+                                                  : product.panels + next * size);
+        for (int64_t r = 0; r < rows; ++r)
+          finish(first + r, group, column, sums + r * kPanel, columns);
+      }
     }
   });
-  return ffi::Error::Success();
 }
 
-// exp(x) for x <= 0 to a few units in the last place; below -87, exp(-87).
+inline float Sum(Vector v) {
+  float part[kLanes];
+  std::memcpy(part, &v, sizeof(part));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// Sum of term(0) ... term(count - 1), vectors, in four sums that need not wait for each other.
+template <typename Term>
+float Total(int64_t count, const Term& term) {
+  Vector sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int s = 0; s < 4; ++s) sums[s] += term(i + s);
+  for (; i < count; ++i) sums[0] += term(i);
+  return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// One phase: rows x [rows, width], standardised, times `scale` plus `shift`; whole vectors.
+void Norm(Member& member, const float* x, int64_t rows, int64_t width, const float* scale,
+          const float* shift, Rows out) {
+  constexpr int64_t kTogether = 16;
+  member.Each((rows + kTogether - 1) / kTogether, [&](int64_t part, int64_t) {
+    for (int64_t r = part * kTogether; r < std::min(rows, (part + 1) * kTogether); ++r) {
+      const auto at = [from = x + r * width](int64_t i) { return Load(from + i * kLanes); };
+      const int64_t count = width / kLanes;
+      const float mean = Total(count, at) / width;
+      const float squares =
+          Total(count, [&](int64_t i) { return (at(i) - mean) * (at(i) - mean); });
+      const float factor = 1.0f / std::sqrt(squares / width + kNormEpsilon);
+      for (int64_t i = 0; i < count; ++i)
+        Store(out[r] + i * kLanes, (at(i) - mean) * factor * Load(scale + i * kLanes) +
+                                       Load(shift + i * kLanes));
+    }
+  });
+}
+
+// exp(x) for x <= 88, to a few units in the last place; below -87, exp(-87).
 inline float Exp(float x) {
   x = std::max(x, -87.0f);
   const float n = std::floor(x * 1.44269504f + 0.5f);
@@ -165,29 +266,47 @@ inline float Exp(float x) {
   return series * power;
 }
 
-inline float Sum(Vector v) {
-  float part[kLanes];
-  std::memcpy(part, &v, sizeof(part));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+// layers.ACTIVATIONS, by name.
+enum class Activation { kGelu, kGeluExact, kRelu, kQuickGelu };
+
+inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(std::min(-x, 80.0f))); }
+
+// Half of erfc(x / sqrt 2) for x >= 0, to 8e-8: Abramowitz and Stegun 7.1.26.
+inline float UpperTail(float x) {
+  const float z = x * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+  float series = 1.061405429f;
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+    series = series * t + c;
+  return 0.5f * t * series * Exp(-z * z);
 }
 
-// One query [16 C] over the keys and values [.., 16 C] of the slots that `mask` shows.
+template <Activation kind>
+inline float Activate(float x) {
+  if (kind == Activation::kRelu) return std::max(x, 0.0f);
+  if (kind == Activation::kQuickGelu) return x * Sigmoid(1.702f * x);
+  // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+  if (kind == Activation::kGelu)
+    return x * Sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  const float tail = UpperTail(std::fabs(x));
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// One query [16 C] over the keys and values [.., 16 C] of the slots that `mask` shows (null: all).
+// Asks for the same slots at `ahead` floats from there on its way.
 template <int C>
 void Attend(const float* query, const float* keys, const float* values, const bool* mask,
-            int64_t slots, float* scores, float* out) {
+            int64_t slots, int64_t ahead, float* scores, float* out) {
   constexpr int kWidth = C * kLanes;
   Vector q[C], sum[C] = {};
   for (int c = 0; c < C; ++c) q[c] = Load(query + c * kLanes);
   float highest = -INFINITY, total = 0.0f;
   for (int64_t m = 0; m < slots; ++m) {
     scores[m] = -INFINITY;
-    if (!mask[m]) continue;
+    if (mask && !mask[m]) continue;
     const float* key = keys + m * kWidth;
     Vector dot = {};
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(key + 8 * kWidth + c * kLanes, 0, 2);
+      __builtin_prefetch(key + ahead + c * kLanes, 0, 2);
       dot += q[c] * Load(key + c * kLanes);
     }
     scores[m] = Sum(dot);
@@ -195,114 +314,330 @@ void Attend(const float* query, const float* keys, const float* values, const bo
   }
   for (int64_t m = 0; m < slots; ++m) scores[m] = Exp(scores[m] - highest);
   for (int64_t m = 0; m < slots; ++m) {
-    if (!mask[m]) continue;
+    if (mask && !mask[m]) continue;
     total += scores[m];
     const float* value = values + m * kWidth;
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(value + 8 * kWidth + c * kLanes, 0, 2);
+      __builtin_prefetch(value + ahead + c * kLanes, 0, 2);
       sum[c] += scores[m] * Load(value + c * kLanes);
     }
   }
-  for (int c = 0; c < C; ++c) {
-    sum[c] /= total;
-    std::memcpy(out + c * kLanes, &sum[c], sizeof(sum[c]));
-  }
+  for (int c = 0; c < C; ++c) Store(out + c * kLanes, sum[c] / total);
 }
 
-// Rows [N, D] of queries over image tokens that all heads and layers share.
-// query [B, N, D], tokens [B, ceil(Q / 16), D, 16], channels [B, ceil(D / 16), Q, 16] -> [B, N, D].
-ffi::Error ImageAttention(ffi::ThreadPool pool, Floats query, Floats tokens, Floats channels,
-                          ffi::Result<Floats> out) {
-  const int64_t batch = query.dimensions()[0], rows = query.dimensions()[1];
-  const int64_t width = query.dimensions()[2], count = channels.dimensions()[2];
-  const int64_t token_panels = tokens.dimensions()[1], channel_panels = channels.dimensions()[1];
-  if (tokens.dimensions()[2] != width || token_panels != (count + kLanes - 1) / kLanes ||
-      channel_panels != (width + kLanes - 1) / kLanes)
-    return ffi::Error::InvalidArgument("image attention: query and tokens do not fit");
-  // An image's rows stay together, to share its tokens, unless there are more threads than images.
-  const int64_t splits = std::max((rows + kRows - 1) / kRows,
-                                  std::min((pool.num_threads() + batch - 1) / batch, rows));
-  const float* q = query.typed_data();
-  const float* by_token = tokens.typed_data();
-  const float* by_channel = channels.typed_data();
-  float* to = out->typed_data();
-  Parallel(pool, batch * splits, [&](int64_t part) {
-    const int64_t b = part / splits, split = part % splits;
-    const int64_t first = split * rows / splits;
-    const int few = static_cast<int>((split + 1) * rows / splits - first);
-    const int64_t padded = token_panels * kLanes, row = (b * rows + first) * width;
-    float* turned = Scratch<1>(few * std::max(width, count));
-    float* scores = Scratch<2>(few * padded);
-    Transpose(few, kCounts, q + row, width, width, turned);
-    for (int64_t p = 0; p < token_panels; ++p)
-      Panel(few, kCounts, by_token + (b * token_panels + p) * width * kLanes, turned, width,
-            scores + p * kLanes, padded, kLanes);
-    for (int r = 0; r < few; ++r) {
-      float* score = scores + r * padded;
-      const float highest = *std::max_element(score, score + count);
-      float total = 0.0f;
-      for (int64_t m = 0; m < count; ++m) score[m] = Exp(score[m] - highest);
-      for (int64_t m = 0; m < count; ++m) total += score[m];
-      for (int64_t m = 0; m < count; ++m) score[m] /= total;
-    }
-    Transpose(few, kCounts, scores, padded, count, turned);
-    for (int64_t p = 0; p < channel_panels; ++p)
-      Panel(few, kCounts, by_channel + (b * channel_panels + p) * count * kLanes, turned, count,
-            to + row + p * kLanes, width, std::min<int64_t>(kLanes, width - p * kLanes));
+using AttendOf = void (*)(const float*, const float*, const float*, const bool*, int64_t, int64_t,
+                          float*, float*);
+constexpr AttendOf kAttend[] = {Attend<1>, Attend<2>, Attend<3>, Attend<4>,
+                                Attend<5>, Attend<6>, Attend<7>, Attend<8>};
+
+// x [B, N, D] and what all kernels do with it at first.
+struct Input {
+  const float *x, *scale, *shift;
+  int64_t batch, queries, rows, width;
+  Input(Floats& x, Floats& scale, Floats& shift)
+      : x(x.typed_data()), scale(scale.typed_data()), shift(shift.typed_data()) {
+    const auto dims = x.dimensions();
+    batch = dims[0], queries = dims[1], width = dims[2], rows = batch * queries;
+  }
+};
+
+// Writes sums + bias to rows.
+auto Biased(Rows out, const float* bias) {
+  return [=](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
+    for (int64_t i = 0; i < columns; ++i) out[row][column + i] = sums[i] + bias[column + i];
+  };
+}
+
+// Writes x + sums + bias to y, both [rows, width].
+auto Residual(const Input& in, const float* bias, float* y) {
+  return [x = in.x, width = in.width, bias, y](int64_t row, int64_t, int64_t column,
+                                               const float* sums, int64_t columns) {
+    const int64_t at = row * width + column;
+    for (int64_t i = 0; i < columns; ++i) y[at + i] = x[at + i] + (sums[i] + bias[column + i]);
+  };
+}
+
+bool Fits(Floats& panels, int64_t depth, int64_t width) {
+  const auto dims = panels.dimensions();
+  const auto n = dims.size();
+  return dims[n - 3] == Panels(width) && dims[n - 2] == depth && dims[n - 1] == kPanel;
+}
+
+// x + attention over the past. N new tokens an image, whose keys and values go to slots slot ...
+// slot + N - 1. key, value [B, H, M, K], in place; mask [B, N, M].
+ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats qkv,
+                         Floats qkv_bias, Floats out, Floats out_bias,
+                         ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> slot, Floats key,
+                         Floats value, ffi::Result<Floats> y, ffi::Result<Floats> new_key,
+                         ffi::Result<Floats> new_value) {
+  const Input in(x, scale, shift);
+  const int64_t heads = key.dimensions()[1], slots = key.dimensions()[2];
+  const int64_t width = key.dimensions()[3], first = slot.typed_data()[0];
+  if (width % kLanes || width / kLanes > static_cast<int64_t>(std::size(kAttend)) ||
+      heads * width != in.width || !Fits(qkv, in.width, 3 * in.width) ||
+      !Fits(out, in.width, in.width))
+    return ffi::Error::InvalidArgument("self attention: shapes do not fit");
+  if (new_key->typed_data() != key.typed_data() || new_value->typed_data() != value.typed_data())
+    return ffi::Error::InvalidArgument("self attention: the caches must be in place");
+  if (first < 0 || first + in.queries > slots)
+    return ffi::Error::InvalidArgument("self attention: no such slot");
+  const AttendOf attend = kAttend[width / kLanes - 1];
+  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Rows joint = ScratchRows<2>(in.rows, 3 * in.width);
+  float *keys = key.typed_data(), *values = value.typed_data(), *to = y->typed_data();
+  const bool* shown = mask.typed_data();
+  const float *qkv_panels = qkv.typed_data(), *qkv_shift = qkv_bias.typed_data();
+  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
+  Together(pool, in.batch * heads, [=](Member& member) {
+    Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
+    Multiply(member, {normed, in.rows, in.width, 3 * in.width, qkv_panels},
+             Biased(joint, qkv_shift));
+    member.Each(in.batch * heads, [&](int64_t part, int64_t following) {
+      const int64_t b = part / heads, h = part % heads, cache = part * slots * width;
+      const int64_t next = std::min(following, in.batch * heads - 1);
+      const int64_t ahead = (next - part) * slots * width;
+      float* scores = Scratch<0>(slots);
+      // Half of it lies in other threads' caches.
+      const float* soon = joint[next / heads * in.queries] + next % heads * width;
+      for (int64_t i = 0; i < 3 * in.width; i += in.width)
+        for (int64_t k = 0; k < width; k += kLanes) __builtin_prefetch(soon + i + k, 0, 3);
+      for (int64_t n = 0; n < in.queries; ++n) {
+        const float* row = joint[b * in.queries + n] + h * width;
+        const int64_t at = cache + (first + n) * width;
+        std::copy_n(row + in.width, width, keys + at);
+        std::copy_n(row + 2 * in.width, width, values + at);
+      }
+      for (int64_t n = 0; n < in.queries; ++n) {
+        const int64_t row = b * in.queries + n;
+        attend(joint[row] + h * width, keys + cache, values + cache, shown + row * slots, slots,
+               ahead, scores, normed[row] + h * width);
+      }
+    });
+    Multiply(member, {normed, in.rows, in.width, in.width, out_panels},
+             Residual(in, out_shift, to));
   });
   return ffi::Error::Success();
 }
 
-using AttendOf = void (*)(const float*, const float*, const float*, const bool*, int64_t, float*,
-                          float*);
-constexpr AttendOf kAttend[] = {Attend<1>, Attend<2>, Attend<3>, Attend<4>,
-                                Attend<5>, Attend<6>, Attend<7>, Attend<8>};
-
-// query [B, H, N, K], key and value [B, H, M, K], mask [B, N, M] -> [B, N, H, K].
-ffi::Error Attention(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                     ffi::Buffer<ffi::PRED> mask, ffi::Result<Floats> out) {
-  const auto dims = query.dimensions();
-  const int64_t batch = dims[0], heads = dims[1], queries = dims[2], width = dims[3];
-  const int64_t slots = key.dimensions()[2];
-  if (width % kLanes || width / kLanes > static_cast<int64_t>(std::size(kAttend)))
-    return ffi::Error::InvalidArgument("attention: head width");
+// x + attention over keys and values [B, H, M, K] of images.
+ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift,
+                                Floats query, Floats query_bias, Floats out, Floats out_bias,
+                                Floats key, Floats value, ffi::Result<Floats> y) {
+  const Input in(x, scale, shift);
+  const int64_t heads = key.dimensions()[1], slots = key.dimensions()[2];
+  const int64_t width = key.dimensions()[3];
+  if (width % kLanes || width / kLanes > static_cast<int64_t>(std::size(kAttend)) ||
+      heads * width != in.width || !Fits(query, in.width, in.width) ||
+      !Fits(out, in.width, in.width))
+    return ffi::Error::InvalidArgument("cached image attention: shapes do not fit");
   const AttendOf attend = kAttend[width / kLanes - 1];
-  const float *q = query.typed_data(), *k = key.typed_data(), *v = value.typed_data();
-  const bool* shown = mask.typed_data();
-  float* to = out->typed_data();
-  Parallel(pool, batch * heads, [&](int64_t part) {
-    float* scores = Scratch<2>(slots);
-    const int64_t b = part / heads, h = part % heads;
-    for (int64_t n = 0; n < queries; ++n)
-      attend(q + (part * queries + n) * width, k + part * slots * width, v + part * slots * width,
-             shown + (b * queries + n) * slots, slots, scores,
-             to + ((b * queries + n) * heads + h) * width);
+  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Rows asked = ScratchRows<2>(in.rows, in.width);
+  const float *keys = key.typed_data(), *values = value.typed_data();
+  const float *query_panels = query.typed_data(), *query_shift = query_bias.typed_data();
+  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
+  float* to = y->typed_data();
+  Together(pool, in.batch * heads, [=](Member& member) {
+    Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
+    Multiply(member, {normed, in.rows, in.width, in.width, query_panels},
+             Biased(asked, query_shift));
+    member.Each(in.batch * heads, [&](int64_t part, int64_t following) {
+      const int64_t b = part / heads, h = part % heads, cache = part * slots * width;
+      const int64_t ahead = (std::min(following, in.batch * heads - 1) - part) * slots * width;
+      for (int64_t n = 0; n < in.queries; ++n) {
+        const int64_t row = b * in.queries + n;
+        attend(asked[row] + h * width, keys + cache, values + cache, nullptr, slots, ahead,
+               Scratch<0>(slots), normed[row] + h * width);
+      }
+    });
+    Multiply(member, {normed, in.rows, in.width, in.width, out_panels},
+             Residual(in, out_shift, to));
+  });
+  return ffi::Error::Success();
+}
+
+constexpr int kQueries = 8;  // rows that look at an image's tokens together
+constexpr int kTokens = 8;   // image tokens whose scores stay in registers
+
+// scores [T, 8] of the queries turned [width, 8] and tokens [T, width]. Asks for half as many
+// numbers at `ahead` on its way.
+template <int T>
+void Scores(const float* turned, const float* tokens, int64_t width, float* scores,
+            const float* ahead) {
+  Eight sum[T] = {};
+  for (int64_t k = 0; k < width; ++k) {
+    if (k % kLanes == 0)
+      for (int t = 0; t < T / 2; ++t) __builtin_prefetch(ahead + t * width + k, 0, 2);
+    Eight query;
+    std::memcpy(&query, turned + k * kQueries, sizeof(query));
+    for (int t = 0; t < T; ++t) sum[t] += query * tokens[t * width + k];
+  }
+  std::memcpy(scores, sum, sizeof(sum));
+}
+
+// `few` <= 8 queries over tokens [count, width] as keys and values; the result takes their place.
+// Asks for as many numbers at `ahead` on its way.
+void AttendTokens(const float* tokens, int64_t count, int64_t width, Rows queries, int few,
+                  const float* ahead) {
+  const int64_t padded = Stride(count);
+  float* turned = Scratch<3>(width * kQueries);
+  float* scores = Scratch<4>(count * kQueries);
+  float* weights = Scratch<5>(kQueries * padded);
+  std::fill_n(turned, width * kQueries, 0.0f);
+  for (int r = 0; r < few; ++r)
+    for (int64_t k = 0; k < width; ++k) turned[k * kQueries + r] = queries[r][k];
+  int64_t m = 0;
+  for (; m + kTokens <= count; m += kTokens)
+    Scores<kTokens>(turned, tokens + m * width, width, scores + m * kQueries,
+                    ahead + m / 2 * width);
+  for (; m < count; ++m)
+    Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+  float highest[kQueries], total[kQueries] = {};
+  std::fill_n(highest, kQueries, -INFINITY);
+  for (m = 0; m < count; ++m)
+    for (int r = 0; r < kQueries; ++r)
+      highest[r] = std::max(highest[r], scores[m * kQueries + r]);
+  for (m = 0; m < count; ++m)
+    for (int r = 0; r < kQueries; ++r) {
+      float& score = scores[m * kQueries + r];
+      score = Exp(score - highest[r]);
+      total[r] += score;
+    }
+  for (int r = 0; r < few; ++r)
+    for (m = 0; m < count; ++m) weights[r * padded + m] = scores[m * kQueries + r] / total[r];
+  for (int r = 0; r < few; ++r) std::fill_n(queries[r], width, 0.0f);
+  for (m = 0; m < count; m += kDepth) {
+    const int64_t depth = std::min<int64_t>(kDepth, count - m);
+    for (int64_t k = 0; k < width; k += kPanel)
+      MultiplyRows(kCounts, few, tokens + m * width + k, width, weights + m, padded, depth,
+                   queries[0] + k, queries.stride, ahead + (count * width + m * width + k * depth) / 2);
+  }
+}
+
+// x + attention over image tokens [B, Q, D'] that all heads and layers share, D' = D in whole
+// panels. in_keys [H, D' / 32, K, 32] takes a query to the tokens' space, from_values
+// [H, ceil(K / 32), D', 32] takes what it finds back.
+ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats query,
+                          Floats query_bias, Floats out, Floats out_bias, Floats in_keys,
+                          Floats from_values, Floats value_bias, Floats tokens,
+                          ffi::Result<Floats> y) {
+  const Input in(x, scale, shift);
+  const int64_t heads = in_keys.dimensions()[0], width = in.width / heads;
+  const int64_t count = tokens.dimensions()[1], wide = tokens.dimensions()[2];
+  if (wide != Panels(in.width) * kPanel || !Fits(query, in.width, in.width) ||
+      !Fits(in_keys, width, wide) || !Fits(from_values, wide, width) ||
+      !Fits(out, in.width, in.width))
+    return ffi::Error::InvalidArgument("image attention: shapes do not fit");
+  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Rows asked = ScratchRows<2>(in.rows, in.width);
+  const Rows looking = ScratchRows<6>(in.rows * heads, wide);
+  const float *query_panels = query.typed_data(), *query_shift = query_bias.typed_data();
+  const float *key_panels = in_keys.typed_data(), *value_panels = from_values.typed_data();
+  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
+  const float *image = tokens.typed_data(), *value_shift = value_bias.typed_data();
+  float* to = y->typed_data();
+  // An image's rows stay together, to share its tokens, unless there are more threads than images.
+  const int64_t each = in.queries * heads;
+  const int64_t splits = std::max((each + kQueries - 1) / kQueries,
+                                  std::min((pool.num_threads() + in.batch - 1) / in.batch, each));
+  Together(pool, in.batch * splits, [=](Member& member) {
+    Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
+    Multiply(member, {normed, in.rows, in.width, in.width, query_panels},
+             Biased(asked, query_shift));
+    Multiply(member, {asked, in.rows, width, wide, key_panels, heads, width},
+             [&](int64_t row, int64_t head, int64_t column, const float* sums, int64_t columns) {
+               std::copy_n(sums, columns, looking[row * heads + head] + column);
+             });
+    member.Each(in.batch * splits, [&](int64_t part, int64_t following) {
+      const int64_t b = part / splits, split = part % splits, first = split * each / splits;
+      const int64_t next = following / splits;
+      AttendTokens(image + b * count * wide, count, wide,
+                   {looking[b * each + first], looking.stride},
+                   static_cast<int>((split + 1) * each / splits - first),
+                   next < in.batch ? image + next * count * wide : value_panels);
+    });
+    const Rows found{looking.data, heads * looking.stride};
+    Multiply(member, {found, in.rows, wide, width, value_panels, heads, looking.stride},
+             [&](int64_t row, int64_t head, int64_t column, const float* sums, int64_t columns) {
+               const int64_t at = head * width + column;
+               for (int64_t i = 0; i < columns; ++i)
+                 asked[row][at + i] = sums[i] + value_shift[at + i];
+             });
+    Multiply(member, {asked, in.rows, in.width, in.width, out_panels},
+             Residual(in, out_shift, to));
+  });
+  return ffi::Error::Success();
+}
+
+template <Activation kind>
+void Mlp(ffi::ThreadPool& pool, const Input& in, int64_t hidden, const float* up,
+         const float* up_bias, const float* down, const float* down_bias, float* y) {
+  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Rows inner = ScratchRows<2>(in.rows, hidden);
+  Together(pool, Panels(in.width), [=](Member& member) {
+    Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
+    Multiply(member, {normed, in.rows, in.width, hidden, up},
+             [&](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
+               for (int64_t i = 0; i < columns; ++i)
+                 inner[row][column + i] = Activate<kind>(sums[i] + up_bias[column + i]);
+             });
+    Multiply(member, {inner, in.rows, hidden, in.width, down}, Residual(in, down_bias, y));
+  });
+}
+
+constexpr char kActivation[] = "activation";
+
+// x + the MLP of width up_bias.size.
+ffi::Error ResidualMlp(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats up,
+                       Floats up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y,
+                       ffi::Attr<std::string_view, kActivation> activation) {
+  const Input in(x, scale, shift);
+  const int64_t hidden = up_bias.dimensions()[0];
+  if (!Fits(up, in.width, hidden) || !Fits(down, hidden, in.width))
+    return ffi::Error::InvalidArgument("mlp: shapes do not fit");
+  const auto run = [&](auto kind) {
+    Mlp<kind()>(pool, in, hidden, up.typed_data(), up_bias.typed_data(), down.typed_data(),
+                down_bias.typed_data(), y->typed_data());
+    return ffi::Error::Success();
+  };
+  if (*activation == "gelu") return run(std::integral_constant<Activation, Activation::kGelu>());
+  if (*activation == "gelu_exact")
+    return run(std::integral_constant<Activation, Activation::kGeluExact>());
+  if (*activation == "relu") return run(std::integral_constant<Activation, Activation::kRelu>());
+  if (*activation == "quick_gelu")
+    return run(std::integral_constant<Activation, Activation::kQuickGelu>());
+  return ffi::Error::InvalidArgument("mlp: no such activation");
+}
+
+// Logits [B, N, V] of states x before the last norm, and their log-sum-exp [B, N].
+ffi::Error Logits(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats panels,
+                  Floats bias, ffi::Result<Floats> y, ffi::Result<Floats> log_sum_exp) {
+  const Input in(x, scale, shift);
+  const int64_t vocabulary = bias.dimensions()[0];
+  if (!Fits(panels, in.width, vocabulary))
+    return ffi::Error::InvalidArgument("logits: shapes do not fit");
+  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Rows out{y->typed_data(), vocabulary};
+  const float *weights = panels.typed_data(), *add = bias.typed_data();
+  float* sums = log_sum_exp->typed_data();
+  Together(pool, Panels(vocabulary), [=](Member& member) {
+    Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
+    Multiply(member, {normed, in.rows, in.width, vocabulary, weights}, Biased(out, add));
+    member.Each(in.rows, [&](int64_t row, int64_t) {
+      const float* logits = out[row];
+      float highest = -INFINITY, total = 0.0f;
+      for (int64_t i = 0; i < vocabulary; ++i) highest = std::max(highest, logits[i]);
+      for (int64_t i = 0; i < vocabulary; ++i) total += Exp(logits[i] - highest);
+      sums[row] = highest + std::log(total);
+    });
   });
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_product, Product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<ffi::Buffer<ffi::PRED>>()
-                                  .Ret<Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_image_attention, ImageAttention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_self_attention, SelfAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_image_attention, ImageAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_cached_image_attention, CachedImageAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_mlp, ResidualMlp);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_logits, Logits);

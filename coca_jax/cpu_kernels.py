@@ -1,4 +1,4 @@
-"""Kernels for decoding on a CPU: products with weights in panels, attention over caches and images.
+"""Kernels for decoding on a CPU: the residual parts of a block, with weights in panels.
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
 step of decoding has. The source, `cpu_kernels.cc`, is compiled at first use by the machine's C++
@@ -18,13 +18,13 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LANES = 16  # columns of a panel
-WIDEST_HEAD = 128
+PANEL = 32  # columns of a panel
+KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
+HEAD, WIDEST_HEAD = 16, 128
 SOURCE = pathlib.Path(__file__).with_name("cpu_kernels.cc")
 # No -ffast-math: the library would switch off denormal numbers in the whole process.
 FLAGS = (
@@ -56,7 +56,8 @@ def available() -> bool:
             error,
         )
         return False
-    for name in ("coca_jax_product", "coca_jax_attention", "coca_jax_image_attention"):
+    for name in KERNELS:
+        name = f"coca_jax_{name}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -96,51 +97,88 @@ def _processor() -> str:
 
 
 def panels(kernel: jax.Array) -> jax.Array:
-    """[D, F] as product() reads it, float32 [ceil(F / 16), D, 16], padded with zeros."""
+    """[D, F] as the kernels read it, float32 [ceil(F / 32), D, 32], padded with zeros."""
     depth, width = kernel.shape
-    kernel = jnp.pad(kernel.astype(jnp.float32), ((0, 0), (0, -width % LANES)))
-    return kernel.reshape(depth, -1, LANES).transpose(1, 0, 2)
+    kernel = jnp.pad(kernel.astype(jnp.float32), ((0, 0), (0, -width % PANEL)))
+    return kernel.reshape(depth, -1, PANEL).transpose(1, 0, 2)
 
 
-def product(x: jax.Array, panels: jax.Array, width: int) -> jax.Array:
-    """x [R, D] @ the kernel [D, F] of which `panels` were made, F = width: float32 [R, F]."""
-    return grouped_product(x[:, None], panels[None], width)[:, 0]
+# Below, x is float32 [B, N, D], N rows of each of B images, and what comes back is x plus what is
+# added to it. A norm is dict(scale=[D], bias=[D]), a dense layer dict(panels=, bias=[F]) of a
+# kernel [D, F]. K, the width of a head, must be a multiple of HEAD, up to WIDEST_HEAD.
 
 
-def grouped_product(x: jax.Array, panels: jax.Array, width: int) -> jax.Array:
-    """A kernel for each group: x [R, G, D], panels [G, ceil(F / 16), D, 16] -> [R, G, F]."""
-    out = jax.ShapeDtypeStruct((*x.shape[:2], width), jnp.float32)
-    return jax.ffi.ffi_call("coca_jax_product", out)(x.astype(jnp.float32), panels)
+def self_attention(
+    x: jax.Array,
+    norm: dict,
+    qkv: dict,
+    out: dict,
+    mask: jax.Array,
+    slot: jax.Array | int,
+    key: jax.Array,
+    value: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention to the past: (x, key, value) with the rows' own at slots slot ... slot + N - 1.
 
-
-class ImagePanels(NamedTuple):
-    """Image tokens [B, Q, D] as attend_image() reads them."""
-
-    tokens: jax.Array  # [B, ceil(Q / 16), D, 16]
-    channels: jax.Array  # [B, ceil(D / 16), Q, 16]
-
-
-def image_panels(image_tokens: jax.Array) -> ImagePanels:
-    """Image tokens [B, Q, D] in both orders."""
-    turned = image_tokens.transpose(0, 2, 1)
-    return ImagePanels(jax.vmap(panels)(turned), jax.vmap(panels)(image_tokens))
-
-
-def attend_image(query: jax.Array, image: ImagePanels) -> jax.Array:
-    """[B, N, D] over image tokens as keys and as values: float32 [B, N, D]; no scale."""
-    out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
-    return jax.ffi.ffi_call("coca_jax_image_attention", out)(query, *image)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """[B, H, N, K] x [B, H, M, K] -> [B, N, H K], float32; scores are not scaled.
-
-    mask: bool [B, N, M], at least one true in each row; None: all. What it hides is not read.
-    K must be a multiple of 16, up to WIDEST_HEAD.
+    qkv: [D, 3 D], the score's scale in it. key, value: float32 [B, H, M, K]. mask: bool [B, N, M],
+    at least one true in each row; what it hides is not read.
     """
-    batch, heads, count, width = query.shape
-    if mask is None:
-        mask = jnp.ones((batch, count, key.shape[2]), bool)
-    out = jax.ShapeDtypeStruct((batch, count, heads, width), jnp.float32)
-    call = jax.ffi.ffi_call("coca_jax_attention", out)
-    return call(query, key, value, mask).reshape(batch, count, heads * width)
+    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, key, value)]
+    call = jax.ffi.ffi_call("coca_jax_self_attention", shapes, input_output_aliases={9: 1, 10: 2})
+    slot = jnp.asarray(slot, jnp.int32)
+    y, key, value = call(x, *_norm(norm), *_dense(qkv), *_dense(out), mask, slot, key, value)
+    return y, key, value
+
+
+def image_attention(
+    x: jax.Array, norm: dict, query: dict, out: dict, shared: dict, tokens: jax.Array
+) -> jax.Array:
+    """Attention to image tokens [B, Q, D'] that all layers share, D' = D padded to whole panels.
+
+    q (x Wk)^T = (q Wk^T) x^T, and the weights times (x Wv) are (the weights times x) Wv. That is
+    more arithmetic for a row, but all layers read the same tokens, which stay in cache, where keys
+    and values of every layer come from memory at every step.
+
+    shared: dict(query=, value=), panels [H, ...] of Wk^T [K, D'] and of Wv [D', K] for each head,
+    and bias=[D], the values'.
+    """
+    weights = (shared["query"], shared["value"], shared["bias"])
+    call = jax.ffi.ffi_call("coca_jax_image_attention", _like(x))
+    return call(x, *_norm(norm), *_dense(query), *_dense(out), *weights, tokens)
+
+
+def cached_image_attention(
+    x: jax.Array, norm: dict, query: dict, out: dict, key: jax.Array, value: jax.Array
+) -> jax.Array:
+    """Attention to keys and values of images, float32 [B, H, Q, K]."""
+    call = jax.ffi.ffi_call("coca_jax_cached_image_attention", _like(x))
+    return call(x, *_norm(norm), *_dense(query), *_dense(out), key, value)
+
+
+def mlp(x: jax.Array, norm: dict, weights: dict, activation: str) -> jax.Array:
+    """The MLP with weights["in"] and weights["out"]; activation: a key of layers.ACTIVATIONS."""
+    call = jax.ffi.ffi_call("coca_jax_mlp", _like(x))
+    parts = (*_dense(weights["in"]), *_dense(weights["out"]))
+    return call(x, *_norm(norm), *parts, activation=activation)
+
+
+def log_probs(x: jax.Array, norm: dict, head: dict) -> jax.Array:
+    """The log-softmax of the head of the normed x, nothing added: float32 [B, N, F]."""
+    shapes = ((*x.shape[:2], head["bias"].shape[0]), x.shape[:2])
+    call = jax.ffi.ffi_call(
+        "coca_jax_logits", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    )
+    logits, log_sum_exp = call(x, *_norm(norm), *_dense(head))
+    return logits - log_sum_exp[..., None]
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def _norm(norm: dict) -> tuple[jax.Array, jax.Array]:
+    return norm["scale"], norm["bias"]
+
+
+def _dense(layer: dict) -> tuple[jax.Array, jax.Array]:
+    return layer["panels"], layer["bias"]

@@ -32,7 +32,7 @@ STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of 
 # 'plain': [D, F].
 # 'transposed': [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
 # each call, which then is the few rows of a step and not the matrix.
-# 'panels': blocks of 16 columns, the softmax layer's too, for the kernels of `cpu_kernels`, which
+# 'panels': blocks of 32 columns, the softmax layer's too, for the kernels of `cpu_kernels`, which
 # then run attention as well.
 Layout = Literal["plain", "transposed", "panels"]
 
@@ -133,7 +133,7 @@ def prepare(params: dict, dtype: str, layout: Layout = "plain") -> dict:
         return out
 
     def shared(part: dict, norm: dict | None) -> dict:
-        """Keys and values moved to the query's side, see _attend_shared: panels for each head.
+        """Keys and values moved to the query's side, see cpu_kernels.image_attention.
 
         What the bias of the keys adds is the same at every token, and so nothing to the softmax.
         """
@@ -142,9 +142,10 @@ def prepare(params: dict, dtype: str, layout: Layout = "plain") -> dict:
         if norm is not None:
             bias = bias + jnp.einsum("d,dhk->hk", norm["bias"], value).reshape(-1)
             key, value = (norm["scale"][:, None, None] * x for x in (key, value))
+        padded = jnp.pad(value, ((0, -value.shape[0] % cpu_kernels.PANEL), (0, 0), (0, 0)))
         return dict(
             query=jax.vmap(cpu_kernels.panels)(key.transpose(1, 2, 0)),
-            out=jax.vmap(cpu_kernels.panels)(value.transpose(1, 0, 2)),
+            value=jax.vmap(cpu_kernels.panels)(padded.transpose(1, 0, 2)),
             bias=bias,
         )
 
@@ -159,6 +160,8 @@ def prepare(params: dict, dtype: str, layout: Layout = "plain") -> dict:
     head = stored(kernel) if layout == "panels" else dict(kernel=kernel.astype(dtype))
     if "bias" in text.get("head", {}):
         head["bias"] = text["head"]["bias"]["value"]
+    elif layout == "panels":
+        head["bias"] = jnp.zeros(kernel.shape[1])
     return dict(
         embedding=embedding.astype(dtype),
         positions=text["positions"]["value"].astype(dtype),
@@ -181,7 +184,7 @@ def best_layout(spec: Decoder, params: dict) -> Layout:
     size = sum(x.size for x in jax.tree.leaves(text))
     width = text["positions"]["value"].shape[1]
     heads = {width // spec.num_heads, width // spec.multimodal_heads}
-    fits = all(k % cpu_kernels.LANES == 0 and k <= cpu_kernels.WIDEST_HEAD for k in heads)
+    fits = all(k % cpu_kernels.HEAD == 0 and k <= cpu_kernels.WIDEST_HEAD for k in heads)
     # XLA cannot split the kernels' calls over several devices.
     alone = jax.device_count() == 1 and spec.dtype == "float32" and fits
     if alone and size >= STREAMED and cpu_kernels.available():
@@ -201,13 +204,8 @@ def _norm(weights: dict, x: jax.Array) -> jax.Array:
 
 
 def _dense(weights: dict, x: jax.Array) -> jax.Array:
-    """x [..., D] -> float32 [..., F], one product; F is whole panels where there is no bias."""
-    if "panels" in weights:
-        rows = x.reshape(-1, x.shape[-1])
-        full = weights["panels"].shape[0] * cpu_kernels.LANES
-        width = weights["bias"].shape[0] if "bias" in weights else full
-        y = cpu_kernels.product(rows, weights["panels"], width)
-    elif "transposed" in weights:
+    """x [..., D] -> float32 [..., F], one product."""
+    if "transposed" in weights:
         kernel = weights["transposed"]
         rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
         count = rows.shape[0]
@@ -251,6 +249,39 @@ def _attend(
     return out.transpose(0, 2, 1, 3).reshape(query.shape[0], query.shape[2], -1)
 
 
+# The residual parts of a block by XLA, with the signatures of those in `cpu_kernels`.
+
+
+def _self_attention(
+    x: jax.Array,
+    norm: dict,
+    qkv: dict,
+    out: dict,
+    mask: jax.Array,
+    slot: jax.Array | int,
+    key: jax.Array,
+    value: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, *new = _split(_dense(qkv, _norm(norm, x)), 3, key.shape[1])
+    key, value = (
+        jax.lax.dynamic_update_slice(old, rows.astype(old.dtype), (0, 0, slot, 0))
+        for old, rows in zip((key, value), new)
+    )
+    return x + _dense(out, _attend(query, key, value, mask)), key, value
+
+
+def _cached_image_attention(
+    x: jax.Array, norm: dict, query: dict, out: dict, key: jax.Array, value: jax.Array
+) -> jax.Array:
+    (rows,) = _split(_dense(query, _norm(norm, x)), 1, key.shape[1])
+    return x + _dense(out, _attend(rows, key, value, None))
+
+
+def _mlp(x: jax.Array, norm: dict, weights: dict, activation: str) -> jax.Array:
+    hidden = layers.ACTIVATIONS[activation](_dense(weights["in"], _norm(norm, x)))
+    return x + _dense(weights["out"], hidden)
+
+
 class Cache(NamedTuple):
     """Keys and values of one block, [B, H, M, K]."""
 
@@ -258,36 +289,20 @@ class Cache(NamedTuple):
     value: jax.Array
 
 
-def _attend_shared(weights: dict, query: jax.Array, image: cpu_kernels.ImagePanels) -> jax.Array:
-    """Attention over image tokens that no layer projects: [B, N, H K] -> [B, N, H K].
-
-    q (x Wk)^T = (q Wk^T) x^T, and the weights times (x Wv) are (the weights times x) Wv. That is
-    more arithmetic for a row, but all layers read the same tokens, which stay in cache, where keys
-    and values of every layer come from memory at every step.
-    """
-    batch, count, width = query.shape
-    heads, _, head_width, _ = weights["query"].shape
-    depth = weights["out"].shape[2]
-    rows = query.reshape(batch * count, heads, head_width)
-    rows = cpu_kernels.grouped_product(rows, weights["query"], depth)
-    rows = cpu_kernels.attend_image(rows.reshape(batch, count * heads, depth), image)
-    rows = rows.reshape(batch * count, heads, depth)
-    out = cpu_kernels.grouped_product(rows, weights["out"], head_width)
-    return out.reshape(batch, count, width) + weights["bias"]
-
-
 def image_caches(
     spec: Decoder, weights: dict, image_tokens: jax.Array, width: int = 1
-) -> list[Cache] | cpu_kernels.ImagePanels:
+) -> list[Cache] | jax.Array:
     """What cross-attention reads of image tokens [B, Q, D], for `width` captions an image.
 
     Keys and values, one Cache [B, H, Q, K] a block; in panels with one caption an image the tokens
-    themselves (_attend_shared; more captions share the reading of keys, so those are less work).
+    themselves (cpu_kernels.image_attention; more captions share the reading of keys, so those are
+    less work).
     """
     if width == 1 and "panels" in weights["head"]:
         if spec.cross == "open_clip":
             image_tokens = _standardise(image_tokens)
-        return cpu_kernels.image_panels(image_tokens.astype(jnp.float32))
+        pad = -image_tokens.shape[2] % cpu_kernels.PANEL
+        return jnp.pad(image_tokens.astype(jnp.float32), ((0, 0), (0, 0), (0, pad)))
     caches = []
     for block in weights["multimodal"]:
         context = image_tokens
@@ -315,53 +330,39 @@ def run_tokens(
     mask: jax.Array,
     slot: jax.Array | int,
     caches: list[Cache],
-    image: list[Cache] | cpu_kernels.ImagePanels,
+    image: list[Cache] | jax.Array,
     shown: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Cache]]:
     """Runs N tokens per image through both halves and writes their keys at slots slot..slot + N.
 
     tokens, positions: int32 [B, N]. mask: bool [B, N, M], which slots each token may look at, its
     own included. shown: bool [B, M], slots that the lower half does not hide (see
-    Decoder.hidden_id); None: all. Returns the states before the softmax layer, float32 [B, N, D],
-    and the caches.
+    Decoder.hidden_id); None: all. Returns the last block's output, float32 [B, N, D], and the
+    caches.
     """
+    kernels = "panels" in weights["head"]
+    attend = cpu_kernels.self_attention if kernels else _self_attention
+    look = cpu_kernels.cached_image_attention if kernels else _cached_image_attention
+    mlp = cpu_kernels.mlp if kernels else _mlp
     lower_mask = mask if shown is None else mask & shown[:, None]
-    activation = layers.ACTIVATIONS[spec.activation]
-    attend = cpu_kernels.attend if "panels" in weights["head"] else _attend
     x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
     written = []
-
-    def mlp(part: dict, x: jax.Array) -> jax.Array:
-        return _dense(part["out"], activation(_dense(part["in"], x)))
-
     for index, block in enumerate(weights["unimodal"] + weights["multimodal"]):
         cross = index - len(weights["unimodal"])
-        heads = spec.num_heads if cross < 0 else spec.multimodal_heads
-        query, key, value = _split(
-            _dense(block["qkv"], _norm(block["attention_norm"], x)), 3, heads
-        )
-        old = caches[index]
-        cache = Cache(
-            jax.lax.dynamic_update_slice(old.key, key.astype(old.key.dtype), (0, 0, slot, 0)),
-            jax.lax.dynamic_update_slice(old.value, value.astype(old.value.dtype), (0, 0, slot, 0)),
-        )
-        written.append(cache)
-        visible = lower_mask if cross < 0 else mask
-        x = x + _dense(block["out"], attend(query, cache.key, cache.value, visible))
+        own = block["attention_norm"], block["qkv"], block["out"]
+        x, *cache = attend(x, *own, lower_mask if cross < 0 else mask, slot, *caches[index])
+        written.append(Cache(*cache))
         if cross >= 0:
             if spec.cross == "open_clip":
-                x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
-            query = _dense(block["cross_q"], _norm(block["cross_norm"], x))
-            if isinstance(image, cpu_kernels.ImagePanels):
-                seen = _attend_shared(block["cross_shared"], query, image)
+                x = mlp(x, block["mlp_norm"], block["mlp"], spec.activation)
+            other = block["cross_norm"], block["cross_q"], block["cross_out"]
+            if isinstance(image, list):
+                x = look(x, *other, *image[cross])
             else:
-                seen = attend(_split(query, 1, heads)[0], *image[cross], None)
-            x = x + _dense(block["cross_out"], seen)
-        if cross >= 0 and spec.cross == "open_clip":
-            x = x + mlp(block["cross_mlp"], _norm(block["cross_mlp_norm"], x))
-        else:
-            x = x + mlp(block["mlp"], _norm(block["mlp_norm"], x))
-    return _norm(weights["norm"], x), written
+                x = cpu_kernels.image_attention(x, *other, block["cross_shared"], image)
+        name = "cross_mlp" if cross >= 0 and spec.cross == "open_clip" else "mlp"
+        x = mlp(x, block[f"{name}_norm"], block[name], spec.activation)
+    return x, written
 
 
 def _prefill(
@@ -370,7 +371,7 @@ def _prefill(
     prompt: jax.Array,
     prompt_len: jax.Array,
     caches: list[Cache],
-    image: list[Cache] | cpu_kernels.ImagePanels,
+    image: list[Cache] | jax.Array,
     shown: jax.Array | None = None,
 ) -> list[Cache]:
     """Writes the keys of all prompt tokens but the last. prompt int32 [B, P], right-aligned; shown:
@@ -389,9 +390,11 @@ def _prefill(
     return run_tokens(spec, weights, prompt[:, :-1], positions, mask, 0, caches, image, shown)[1]
 
 
-def logits_of(weights: dict, states: jax.Array) -> jax.Array:
-    """States [..., D] -> float32 [..., V]."""
-    return _dense(weights["head"], states)[..., : weights["embedding"].shape[0]]
+def log_probs_of(weights: dict, states: jax.Array) -> jax.Array:
+    """The next token's, float32 [B, N, V], from what run_tokens returns, [B, N, D]."""
+    if "panels" in weights["head"]:
+        return cpu_kernels.log_probs(states, weights["norm"], weights["head"])
+    return jax.nn.log_softmax(_dense(weights["head"], _norm(weights["norm"], states)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -635,8 +638,7 @@ def _generate(
             image,
             whole,
         )
-        logits = logits_of(weights, states)
-        log_probs = jax.nn.log_softmax(logits)
+        log_probs = log_probs_of(weights, states)
         allowed = _rules(spec, plan, numbers, log_probs, loop.history, slots + now, now)
         loop = loop._replace(caches=caches, past=past, shown=shown)
         choose = _beam_step if plan.beams else _single_step

@@ -105,7 +105,7 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
             [decoding.Cache(*c) for c in state["image"]],
             shown,
         )
-        log_probs = jax.nn.log_softmax(decoding.logits_of(weights, states)[:, 0])
+        log_probs = decoding.log_probs_of(weights, states)[:, 0]
         state = dict(state, caches=[tuple(c) for c in caches])
         if shown is not None:
             if spec.hides_next:  # past the end: dropped
