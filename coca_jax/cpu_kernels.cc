@@ -2,8 +2,7 @@
 //
 // A step has a few rows and hundreds of megabytes of weights, so what counts is to read those once,
 // in order, while computing. Each kernel is a residual part of a decoder block: one call from XLA,
-// inside which threads go through its phases together. Vectors are of 16 floats whatever the
-// processor has; the compiler splits them.
+// inside which threads go through its phases together.
 
 #include <algorithm>
 #include <atomic>
@@ -29,20 +28,21 @@ struct ffi::CtxBinding<ffi::ThreadPool> {
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kPanel = 2 * kLanes;  // columns of a panel
-constexpr int kDepth = 128;         // of a panel, multiplied at a time: 16 KiB
-constexpr int kTile = 32;           // rows for which a panel's sums are kept
+constexpr int kLine = 16;    // floats of a line of the cache; heads are whole lines wide
+constexpr int kPanel = 32;   // columns of a panel
+constexpr int kDepth = 128;  // of a panel, multiplied at a time: 16 KiB
+constexpr int kTile = 32;    // rows for which a panel's sums are kept
 constexpr float kNormEpsilon = 1e-5f;
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Eight __attribute__((vector_size(32)));
 
-// Rows whose sums, of a panel each, stay in registers.
-#ifdef __AVX512F__
-constexpr int kRows = 8;
+// Floats of a vector register; rows and columns whose sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8, kColumns = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 6, kColumns = 16;
 #else
-constexpr int kRows = 3;
+constexpr int kLanes = 4, kRows = 6, kColumns = 16;
 #endif
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
 inline Vector Load(const float* from) {
   Vector v;
@@ -61,20 +61,17 @@ struct Shared {
 // One thread's way through a kernel.
 class Member {
  public:
-  explicit Member(Shared& shared) : shared_(shared) {}
+  Member(Shared& shared, int64_t members) : shared_(shared), members_(members) {}
 
   // Calls work(part, following) for the parts that this thread claims of 0 ... count - 1, and
-  // returns when all threads' are done. `following` is the part that it will do next; `count` or
-  // more: none.
+  // returns when all threads' are done. `following` is the part that it will most likely do next;
+  // `count` or more: none.
   template <typename Work>
   void Each(int64_t count, const Work& work) {
     auto& next = shared_.next[phase_];
     auto& done = shared_.done[phase_++];
-    int64_t part = next.fetch_add(1);
-    while (part < count) {
-      const int64_t following = next.fetch_add(1);
-      work(part, following);
-      part = following;
+    for (int64_t part; (part = next.fetch_add(1)) < count;) {
+      work(part, part + members_);
       done.fetch_add(1, std::memory_order_release);
     }
     for (int tries = 0; done.load(std::memory_order_acquire) < count;)
@@ -83,6 +80,7 @@ class Member {
 
  private:
   Shared& shared_;
+  const int64_t members_;
   int phase_ = 0;
 };
 
@@ -97,23 +95,26 @@ void Together(ffi::ThreadPool& pool, int64_t most, const Body& body) {
     Body body;
   };
   auto state = std::make_shared<State>(body);
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), most) - 1;
-  for (int64_t i = 0; i < helpers; ++i)
-    pool.Schedule([state] {
-      Member member(*state);
+  const int64_t members = std::min<int64_t>(pool.num_threads(), most);
+  for (int64_t i = 1; i < members; ++i)
+    pool.Schedule([state, members] {
+      Member member(*state, members);
       state->body(member);
     });
-  Member member(*state);
+  Member member(*state, members);
   state->body(member);
 }
 
 // At least `size` floats of this thread's own, whole lines of the cache; one buffer for each `use`.
 template <int use>
 float* Scratch(int64_t size) {
-  static thread_local std::vector<Vector> buffer;
-  const size_t vectors = (size + kLanes - 1) / kLanes;
-  if (buffer.size() < vectors) buffer.resize(vectors);
-  return reinterpret_cast<float*>(buffer.data());
+  struct alignas(4 * kLine) Line {
+    float values[kLine];
+  };
+  static thread_local std::vector<Line> buffer;
+  const size_t lines = (size + kLine - 1) / kLine;
+  if (buffer.size() < lines) buffer.resize(lines);
+  return buffer.data()->values;
 }
 
 // Rows of floats. `stride` is never a multiple of 4 KiB in ours: such rows share lines of the cache.
@@ -124,7 +125,7 @@ struct Rows {
 };
 
 constexpr int64_t Panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
-constexpr int64_t Stride(int64_t width) { return Panels(width) * kPanel + kLanes; }
+constexpr int64_t Stride(int64_t width) { return Panels(width) * kPanel + kLine; }
 
 // Scratch of the calling thread for all that take part.
 template <int use>
@@ -132,29 +133,30 @@ Rows ScratchRows(int64_t rows, int64_t width) {
   return {Scratch<use>(rows * Stride(width)), Stride(width)};
 }
 
-// sums [R, 32] += x [R, depth] @ weights [depth, 32]; rows `stride`, `x_stride` and `step` apart.
-// Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
+// sums [R, kColumns] += x [R, depth] @ weights [depth, kColumns]; rows `stride`, `x_stride` and
+// `step` apart. Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
 template <int R, bool both>
 void Multiply(const float* weights, int64_t step, const float* x, int64_t x_stride, int64_t depth,
               float* sums, int64_t stride, const float* ahead) {
-  Vector left[R], right[R];
-  for (int r = 0; r < R; ++r) left[r] = Load(sums + r * stride);
-  for (int r = 0; r < R; ++r) right[r] = Load(sums + r * stride + kLanes);
+  constexpr int kVectors = kColumns / kLanes;
+  Vector sum[R][kVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * stride + v * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
     __builtin_prefetch(ahead + k * kPanel, 0, 2);
-    if (both) __builtin_prefetch(ahead + k * kPanel + kLanes, 0, 2);
-    const Vector first = Load(weights + k * step), second = Load(weights + k * step + kLanes);
+    if (both) __builtin_prefetch(ahead + k * kPanel + kLine, 0, 2);
+    Vector weight[kVectors];
+    for (int v = 0; v < kVectors; ++v) weight[v] = Load(weights + k * step + v * kLanes);
     for (int r = 0; r < R; ++r) {
       const Vector factor = x[r * x_stride + k] - Vector{};
-      left[r] += first * factor;
-      right[r] += second * factor;
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += weight[v] * factor;
     }
   }
-  for (int r = 0; r < R; ++r) Store(sums + r * stride, left[r]);
-  for (int r = 0; r < R; ++r) Store(sums + r * stride + kLanes, right[r]);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) Store(sums + r * stride + v * kLanes, sum[r][v]);
 }
 
-// The same for any number of rows, in passes of 1 to kRows.
+// The same for any number of rows and a whole panel, in passes.
 template <int... R>
 void MultiplyRows(std::integer_sequence<int, R...>, int64_t rows, const float* weights,
                   int64_t step, const float* x, int64_t x_stride, int64_t depth, float* sums,
@@ -162,13 +164,14 @@ void MultiplyRows(std::integer_sequence<int, R...>, int64_t rows, const float* w
   using Of = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
                       const float*);
   static constexpr Of once[] = {Multiply<R + 1, true>...}, again[] = {Multiply<R + 1, false>...};
-  const int64_t passes = (rows + kRows - 1) / kRows;
+  const int64_t splits = (rows + kRows - 1) / kRows, passes = splits * (kPanel / kColumns);
   for (int64_t p = 0; p < passes; ++p) {
-    const int64_t first = p * rows / passes, few = (p + 1) * rows / passes - first;
+    const int64_t split = p % splits, column = p / splits * kColumns;
+    const int64_t first = split * rows / splits, few = (split + 1) * rows / splits - first;
     // Half of the lines ahead in one pass and half in the next.
-    (passes == 1 ? once : again)[few - 1](weights, step, x + first * x_stride, x_stride, depth,
-                                          sums + first * stride, stride,
-                                          ahead + (p % 2) * kLanes);
+    (passes == 1 ? once : again)[few - 1](weights + column, step, x + first * x_stride, x_stride,
+                                          depth, sums + first * stride + column, stride,
+                                          ahead + (p % 2) * kLine);
   }
 }
 
@@ -296,19 +299,17 @@ inline float Activate(float x) {
 template <int C>
 void Attend(const float* query, const float* keys, const float* values, const bool* mask,
             int64_t slots, int64_t ahead, float* scores, float* out) {
-  constexpr int kWidth = C * kLanes;
-  Vector q[C], sum[C] = {};
-  for (int c = 0; c < C; ++c) q[c] = Load(query + c * kLanes);
+  constexpr int kWidth = C * kLine, kVectors = kWidth / kLanes;
+  Vector q[kVectors], sum[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) q[v] = Load(query + v * kLanes);
   float highest = -INFINITY, total = 0.0f;
   for (int64_t m = 0; m < slots; ++m) {
     scores[m] = -INFINITY;
     if (mask && !mask[m]) continue;
     const float* key = keys + m * kWidth;
+    for (int c = 0; c < C; ++c) __builtin_prefetch(key + ahead + c * kLine, 0, 2);
     Vector dot = {};
-    for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(key + ahead + c * kLanes, 0, 2);
-      dot += q[c] * Load(key + c * kLanes);
-    }
+    for (int v = 0; v < kVectors; ++v) dot += q[v] * Load(key + v * kLanes);
     scores[m] = Sum(dot);
     highest = std::max(highest, scores[m]);
   }
@@ -317,12 +318,10 @@ void Attend(const float* query, const float* keys, const float* values, const bo
     if (mask && !mask[m]) continue;
     total += scores[m];
     const float* value = values + m * kWidth;
-    for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(value + ahead + c * kLanes, 0, 2);
-      sum[c] += scores[m] * Load(value + c * kLanes);
-    }
+    for (int c = 0; c < C; ++c) __builtin_prefetch(value + ahead + c * kLine, 0, 2);
+    for (int v = 0; v < kVectors; ++v) sum[v] += scores[m] * Load(value + v * kLanes);
   }
-  for (int c = 0; c < C; ++c) Store(out + c * kLanes, sum[c] / total);
+  for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, sum[v] / total);
 }
 
 using AttendOf = void (*)(const float*, const float*, const float*, const bool*, int64_t, int64_t,
@@ -373,7 +372,7 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
   const Input in(x, scale, shift);
   const int64_t heads = key.dimensions()[1], slots = key.dimensions()[2];
   const int64_t width = key.dimensions()[3], first = slot.typed_data()[0];
-  if (width % kLanes || width / kLanes > static_cast<int64_t>(std::size(kAttend)) ||
+  if (width % kLine || width / kLine > static_cast<int64_t>(std::size(kAttend)) ||
       heads * width != in.width || !Fits(qkv, in.width, 3 * in.width) ||
       !Fits(out, in.width, in.width))
     return ffi::Error::InvalidArgument("self attention: shapes do not fit");
@@ -381,7 +380,7 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
     return ffi::Error::InvalidArgument("self attention: the caches must be in place");
   if (first < 0 || first + in.queries > slots)
     return ffi::Error::InvalidArgument("self attention: no such slot");
-  const AttendOf attend = kAttend[width / kLanes - 1];
+  const AttendOf attend = kAttend[width / kLine - 1];
   const Rows normed = ScratchRows<1>(in.rows, in.width);
   const Rows joint = ScratchRows<2>(in.rows, 3 * in.width);
   float *keys = key.typed_data(), *values = value.typed_data(), *to = y->typed_data();
@@ -400,7 +399,7 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
       // Half of it lies in other threads' caches.
       const float* soon = joint[next / heads * in.queries] + next % heads * width;
       for (int64_t i = 0; i < 3 * in.width; i += in.width)
-        for (int64_t k = 0; k < width; k += kLanes) __builtin_prefetch(soon + i + k, 0, 3);
+        for (int64_t k = 0; k < width; k += kLine) __builtin_prefetch(soon + i + k, 0, 3);
       for (int64_t n = 0; n < in.queries; ++n) {
         const float* row = joint[b * in.queries + n] + h * width;
         const int64_t at = cache + (first + n) * width;
@@ -426,11 +425,11 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
   const Input in(x, scale, shift);
   const int64_t heads = key.dimensions()[1], slots = key.dimensions()[2];
   const int64_t width = key.dimensions()[3];
-  if (width % kLanes || width / kLanes > static_cast<int64_t>(std::size(kAttend)) ||
+  if (width % kLine || width / kLine > static_cast<int64_t>(std::size(kAttend)) ||
       heads * width != in.width || !Fits(query, in.width, in.width) ||
       !Fits(out, in.width, in.width))
     return ffi::Error::InvalidArgument("cached image attention: shapes do not fit");
-  const AttendOf attend = kAttend[width / kLanes - 1];
+  const AttendOf attend = kAttend[width / kLine - 1];
   const Rows normed = ScratchRows<1>(in.rows, in.width);
   const Rows asked = ScratchRows<2>(in.rows, in.width);
   const float *keys = key.typed_data(), *values = value.typed_data();
@@ -464,13 +463,16 @@ constexpr int kTokens = 8;   // image tokens whose scores stay in registers
 template <int T>
 void Scores(const float* turned, const float* tokens, int64_t width, float* scores,
             const float* ahead) {
-  Eight sum[T] = {};
+  constexpr int kFew = std::min(kQueries, kLanes), kVectors = kQueries / kFew;
+  typedef float Few __attribute__((vector_size(4 * kFew)));
+  Few sum[T][kVectors] = {};
   for (int64_t k = 0; k < width; ++k) {
-    if (k % kLanes == 0)
+    if (k % kLine == 0)
       for (int t = 0; t < T / 2; ++t) __builtin_prefetch(ahead + t * width + k, 0, 2);
-    Eight query;
-    std::memcpy(&query, turned + k * kQueries, sizeof(query));
-    for (int t = 0; t < T; ++t) sum[t] += query * tokens[t * width + k];
+    Few query[kVectors];
+    std::memcpy(query, turned + k * kQueries, sizeof(query));
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < kVectors; ++v) sum[t][v] += query[v] * tokens[t * width + k];
   }
   std::memcpy(scores, sum, sizeof(sum));
 }
