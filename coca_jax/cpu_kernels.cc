@@ -84,10 +84,11 @@ class Member {
   int phase_ = 0;
 };
 
-// Runs body(member) on this thread and on idle ones of the pool, all of which must go through the
-// same phases. This thread claims parts too, so a pool that is busy (with callers of this function,
-// even) costs speed but cannot block. `body` must hold what it needs by value: a helper that starts
-// after the end goes through it once more, claims nothing, and finds only what it holds.
+// Runs body(member) on this thread and on idle ones of the pool, `most` in all, which must all go
+// through the same phases. This thread claims parts too, so a pool that is busy (with callers of
+// this function, even) costs speed but cannot block. `body` must hold what it needs by value: a
+// helper that starts after the end goes through it once more, claims nothing, and finds only what
+// it holds.
 template <typename Body>
 void Together(ffi::ThreadPool& pool, int64_t most, const Body& body) {
   struct State : Shared {
@@ -117,7 +118,8 @@ float* Scratch(int64_t size) {
   return buffer.data()->values;
 }
 
-// Rows of floats. `stride` is never a multiple of 4 KiB in ours: such rows share lines of the cache.
+// Rows of floats. Scratch has them an odd number of lines apart: rows 2^n apart fall into the same
+// sets of the cache.
 struct Rows {
   float* data;
   int64_t stride;
@@ -288,8 +290,7 @@ inline float Activate(float x) {
   if (kind == Activation::kRelu) return std::max(x, 0.0f);
   if (kind == Activation::kQuickGelu) return x * Sigmoid(1.702f * x);
   // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-  if (kind == Activation::kGelu)
-    return x * Sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  if (kind == Activation::kGelu) return x * Sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
   const float tail = UpperTail(std::fabs(x));
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
@@ -387,7 +388,7 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
   const bool* shown = mask.typed_data();
   const float *qkv_panels = qkv.typed_data(), *qkv_shift = qkv_bias.typed_data();
   const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
-  Together(pool, in.batch * heads, [=](Member& member) {
+  Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
     Multiply(member, {normed, in.rows, in.width, 3 * in.width, qkv_panels},
              Biased(joint, qkv_shift));
@@ -436,7 +437,7 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
   const float *query_panels = query.typed_data(), *query_shift = query_bias.typed_data();
   const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
   float* to = y->typed_data();
-  Together(pool, in.batch * heads, [=](Member& member) {
+  Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
     Multiply(member, {normed, in.rows, in.width, in.width, query_panels},
              Biased(asked, query_shift));
@@ -510,9 +511,11 @@ void AttendTokens(const float* tokens, int64_t count, int64_t width, Rows querie
   for (int r = 0; r < few; ++r) std::fill_n(queries[r], width, 0.0f);
   for (m = 0; m < count; m += kDepth) {
     const int64_t depth = std::min<int64_t>(kDepth, count - m);
-    for (int64_t k = 0; k < width; k += kPanel)
+    for (int64_t k = 0; k < width; k += kPanel) {
+      const int64_t done = count * width + m * width + k * depth;  // of twice as many
       MultiplyRows(kCounts, few, tokens + m * width + k, width, weights + m, padded, depth,
-                   queries[0] + k, queries.stride, ahead + (count * width + m * width + k * depth) / 2);
+                   queries[0] + k, queries.stride, ahead + done / 2);
+    }
   }
 }
 
@@ -542,7 +545,7 @@ ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats s
   const int64_t each = in.queries * heads;
   const int64_t splits = std::max((each + kQueries - 1) / kQueries,
                                   std::min((pool.num_threads() + in.batch - 1) / in.batch, each));
-  Together(pool, in.batch * splits, [=](Member& member) {
+  Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
     Multiply(member, {normed, in.rows, in.width, in.width, query_panels},
              Biased(asked, query_shift));

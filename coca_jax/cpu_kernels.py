@@ -51,7 +51,7 @@ def available() -> bool:
         library = ctypes.CDLL(str(_build()))
     except (OSError, ValueError) as error:
         logging.getLogger("coca_jax").warning(
-            "Captions on this CPU will take about 1.4 times as long as they need: %s. Install g++ "
+            "Captions on this CPU will take 1.2 to 1.8 times as long as they need: %s. Install g++ "
             "or clang++, or name a C++ compiler in CXX; COCA_JAX_CPU_KERNELS=0 says no to it.",
             error,
         )
