@@ -108,15 +108,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     head_width = query.shape[-1]
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
     precision = wide(query.dtype)
-    # Heads first, so that each product's matrices lie in one piece: on the CPU twice as fast.
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    scores = jnp.einsum("bhnk,bhmk->bhnm", query, key, preferred_element_type=precision)
+    scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
     scores = scores * head_width**-0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(precision).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bhnm,bhmk->bhnk", weights, value, preferred_element_type=precision)
-    return out.astype(value.dtype).transpose(0, 2, 1, 3)
+    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
+    return out.astype(value.dtype)
 
 
 class Attention(nn.Module):
