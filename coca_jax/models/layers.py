@@ -108,6 +108,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     head_width = query.shape[-1]
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
     precision = wide(query.dtype)
+    # Heads first would be faster on one CPU device, but several on few cores then wait for each
+    # other in collectives until XLA aborts.
     scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
     scores = scores * head_width**-0.5
     if mask is not None:
