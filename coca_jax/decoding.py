@@ -33,7 +33,7 @@ STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of 
 # 'transposed': [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
 # each call, which then is the few rows of a step and not the matrix.
 # 'panels': blocks of 32 columns, the softmax layer's too, for the kernels of `cpu_kernels`, which
-# then run attention as well.
+# then run all of a block.
 Layout = Literal["plain", "transposed", "panels"]
 
 

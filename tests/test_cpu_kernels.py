@@ -61,7 +61,7 @@ def attention(query, key, value, mask):
     scores = np.where(mask[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("bhnm,bmhk->bnhk", weights, np.where(np.isnan(value), 0, value), dtype=float)
+    out = np.einsum("bhnm,bmhk->bnhk", weights, value, dtype=float)
     return out.reshape(*out.shape[:2], -1)
 
 
