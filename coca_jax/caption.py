@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import flags
-from PIL import Image
 
 from coca_jax import cli, inference
-from coca_jax.data import videos
+from coca_jax.data import images, videos
 from coca_jax.decoding import Settings
 
 NOTES = dict(
@@ -73,7 +72,7 @@ def find_images(paths: Sequence[str], video: bool = False) -> list[str]:
 
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
     """
-    extensions = set(Image.registered_extensions())
+    extensions = set(images.extensions())
     if video:
         extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}

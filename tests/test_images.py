@@ -1,12 +1,13 @@
 """Any format of image comes out as upright RGB."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax.data import images
+from coca_jax.data import images, videos
 
 
 def _scene(mode="RGB", size=(24, 16)):
@@ -148,3 +149,34 @@ def test_bmp_round_trip():
     assert np.array_equal(images.read_bmp(data), pixels)
     with pytest.raises(ValueError, match="cut short"):
         images.read_bmp(data[:-1])
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+
+
+def test_no_image_starts_a_process(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {started}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for read in (images.decode, images.sniff, images.open_image):
+        with pytest.raises(ValueError, match="not an image .*%!PS-Ado"):
+            read(POSTSCRIPT)
+    with pytest.raises(ValueError, match="not an image"):
+        videos.decode(POSTSCRIPT, 2)
+    assert not started.exists()
+    with pytest.raises(Exception):  # noqa: B017  what PIL itself does with these bytes
+        Image.open(io.BytesIO(POSTSCRIPT)).load()
+    assert started.exists()
+
+
+def test_formats_that_are_not_opened():
+    for format in ("EPS", "TGA", "PCX", "ICO", "SGI"):
+        with pytest.raises(ValueError, match="none of JPEG, PNG"):
+            images.decode(_encode(_scene(), format))
+    with pytest.raises(ValueError, match="none of JPEG, PNG"):
+        images.decode(b"P3 1 1 255 7 8 9\n")  # as text: PIL reads it at a megabyte a second
+    assert images.decode(b"P6 1 1 255\n\x07\x08\x09").tolist() == [[[7, 8, 9]]]
+    assert {".jpg", ".png", ".webp", ".tiff"} < images.extensions()
+    assert not {".eps", ".ps", ".pdf", ".ico"} & images.extensions()

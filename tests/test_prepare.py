@@ -169,6 +169,7 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "bomb": (bomb.getvalue(), b"400 megapixels"),
         "longtext": (good, b"word " * 100_000),
         "html": (b"<html>not found</html>", b"wrong extension"),
+        "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n", b"a program, not a picture"),
         "utf8": (good, b"caf\xe9"),
         "notext": (good, None),
         "emptytext": (good, b"  \n"),
@@ -203,6 +204,7 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "bomb": ["too_many_pixels"],
         "longtext": ["text_too_long"],
         "html": ["unreadable_image"],
+        "postscript": ["unreadable_image"],
         "utf8": ["bad_utf8"],
         "notext": ["missing_text"],
         "emptytext": ["missing_text"],
@@ -212,8 +214,8 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "good": ["duplicate_key"],
         "lost": ["damaged_archive"],
     }
-    assert (result["read"], result["written"]) == (21, 8)
-    assert sum(result["quarantined"].values()) == 13
+    assert (result["read"], result["written"]) == (22, 8)
+    assert sum(result["quarantined"].values()) == 14
     left = {"a good one", *(f"a fine one {i}" for i in range(7))}
     assert {r.texts[0] for r in sources.open_source(str(tmp_path / "out"))} == left
     config = base.get_config()  # and training on what is left works

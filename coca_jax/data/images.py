@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
+# The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
+# more, some of which are not to be opened for a stranger: EPS starts Ghostscript. HEIF is a plugin
+# that a caller may have registered.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "HEIF")
 WHITE = (255, 255, 255)
+_PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text, which PIL reads at a megabyte a second
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -20,15 +26,40 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in _ALPHA_MODES or "transparency" in image.info
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this installation of PIL can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Extensions of files of these formats, as '.jpg'."""
+    readable = {*formats(), "MPO"}  # MPO, of phones and stereo cameras, is opened as JPEG
+    return frozenset(e for e, name in Image.registered_extensions().items() if name in readable)
+
+
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an encoded image. Raises ValueError: not an image, or too many pixels."""
+    """Reads the header of an encoded image, of one of FORMATS: nothing else is even tried.
+
+    Raises:
+        ValueError: not an image of these formats, or too many pixels.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        if data[:2] in _PLAIN_PPM:
+            raise UnidentifiedImageError
+        image = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError as error:
         raise ValueError(f"too many pixels: {error}") from None
-    except Exception as error:  # PIL's plugins raise all sorts on damaged files
+    except UnidentifiedImageError:
         if is_video_file(data):
             raise ValueError("a video file, not an image: read it with num_frames set") from None
+        raise ValueError(
+            f"not an image that can be read ({len(data)} bytes, beginning with {data[:8]!r}): "
+            f"none of {', '.join(formats())}"
+        ) from None
+    except Exception as error:  # PIL's plugins raise all sorts on damaged files
         raise ValueError(f"not an image that can be read ({len(data)} bytes): {error}") from None
     if image.width * image.height > max_pixels:
         raise ValueError(f"too many pixels: {image.width} x {image.height}, limit {max_pixels}")
@@ -62,7 +93,7 @@ def over(rgba: np.ndarray, background: Sequence[float] | np.ndarray = WHITE) -> 
 
 
 def decode_rgba(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Encoded bytes (any format of PIL; the first frame) to uint8 [h, w, 3 or 4].
+    """Encoded bytes (any of FORMATS; the first frame) to uint8 [h, w, 3 or 4].
 
     Raises:
         ValueError: the bytes are not an image, are damaged or cut short, or too large.

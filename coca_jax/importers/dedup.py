@@ -56,8 +56,7 @@ def evaluation_images(path: str) -> Iterator[bytes]:
             found: Source = open_source({"path": path, "split": split})
             yield from (record.image for record in found)
         return
-    suffixes = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-    for file in files.find(path, tuple(f"*.{suffix}" for suffix in suffixes)):
+    for file in files.find(path, tuple(f"*{suffix}" for suffix in sorted(images.extensions()))):
         yield files.read(file)
 
 
