@@ -1,0 +1,257 @@
+"""Writes one split of a data set as ArrayRecord shards with a manifest, whatever it comes from.
+
+Shards are written in parallel and appear whole or not at all; after a kill the same call goes on,
+and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tqdm
+
+from coca_jax.data import files, vocabulary
+from coca_jax.importers import dedup, metadata, shards
+from coca_jax.importers.items import Options, Unit
+
+_ROWS_PER_SHARD = 16_384
+
+
+def prepare(
+    format: str,
+    input: str,
+    out: str,
+    *,
+    split: str = "train",
+    options: Options | None = None,
+    processes: int = 0,
+    shard_count: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Imports one split; see the module's text.
+
+    Returns:
+        split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
+        images with texts and with labels, bytes, out.
+
+    Raises:
+        FileNotFoundError: no input.
+        ValueError: the format cannot be read, or nothing of the input can be used; or `out` holds
+            this split, or an unfinished import of it, made with other options.
+    """
+    options = options or Options()
+    module = shards.importer(format)
+    manifest = metadata.read_manifest(out)
+    request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
+    request = json.loads(json.dumps(request))
+    if split in manifest["splits"] and not overwrite:
+        if manifest["splits"][split]["request"] == request:
+            return _summary(out, split, manifest)
+        raise ValueError(
+            f"--out={out} already holds a split {split!r} made with other options; give "
+            "--overwrite, or another --out or --split"
+        )
+    work = files.join(out, f".unfinished-{split}")
+    jobs = _plan(module, format, str(input), split, options, work, shard_count, request)
+    declared = getattr(module, "declared_classes", None)
+    classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
+    processes = processes or len(os.sched_getaffinity(0))
+    if options.dedup != "none" or options.exclude:
+        jobs = _deduplicate(jobs, options, processes, progress)
+    accounts = _run(jobs, processes, progress)
+    return _finish(out, split, work, jobs, accounts, request, classes)
+
+
+def _plan(
+    module: Any,
+    format: str,
+    input: str,
+    split: str,
+    options: Options,
+    work: str,
+    shard_count: int,
+    request: dict[str, Any],
+) -> list[shards.Job]:
+    """The shards to write; the same as before when an earlier run was cut short."""
+    path = files.join(work, "plan.json")
+    if files.exists(path):
+        plan = json.loads(files.read(path))
+        if plan["request"] != request:
+            raise ValueError(f"{work} is an unfinished import with other options; remove it")
+        groups = [[Unit(**unit) for unit in group] for group in plan["groups"]]
+    else:
+        units = module.plan(input, split, options)
+        if not units:
+            raise ValueError(f"--input={input}: it is empty")
+        groups = _group(units, shard_count)
+        plan = {"request": request}
+        plan["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
+        vocabulary.write_bytes(path, json.dumps(plan).encode())
+    return [
+        shards.Job(number, tuple(group), format, options, work)
+        for number, group in enumerate(groups)
+    ]
+
+
+def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
+    """Units that follow one another, in groups of about equal size."""
+    if not shard_count:
+        rows = sum(unit.rows for unit in units)
+        shard_count = -(-rows // _ROWS_PER_SHARD) if all(u.rows for u in units) else len(units)
+    shard_count = max(1, min(shard_count, len(units)))
+    edges = [len(units) * i // shard_count for i in range(shard_count + 1)]
+    return [list(units[a:b]) for a, b in zip(edges, edges[1:])]
+
+
+def _deduplicate(
+    jobs: list[shards.Job], options: Options, processes: int, progress: bool
+) -> list[shards.Job]:
+    """Reads everything once for its fingerprints, and tells each job what to leave out."""
+    scanned = _parallel(shards.scan, jobs, processes, progress, "fingerprints")
+    found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
+    exclude = []
+    for path in options.exclude:
+        for data in dedup.evaluation_images(path):
+            try:
+                exclude.append(dedup.fingerprint(data))
+            except ValueError:
+                continue  # what cannot be decoded cannot be evaluated on
+    drop = dedup.decide(found, options.dedup, options.distance, exclude)
+    return [
+        dataclasses.replace(
+            job, drop={number: why for (shard, number), why in drop.items() if shard == job.number}
+        )
+        for job in jobs
+    ]
+
+
+def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[str, Any]]:
+    """Writes the shards that an earlier run has not finished."""
+    accounts = {job.number: shards.finished(job) for job in jobs}
+    todo = [job for job in jobs if not accounts[job.number]]
+    for job, account in zip(todo, _parallel(shards.write, todo, processes, progress, "prepare")):
+        accounts[job.number] = account
+    return [account for job in jobs if (account := accounts[job.number])]
+
+
+_queue: Any = None  # in a worker: where it reports what it has read
+
+
+def _start_worker(queue: Any) -> None:
+    global _queue
+    _queue = queue
+
+
+def _work(function: Callable, job: shards.Job) -> Any:
+    return function(job, _queue.put)
+
+
+def _parallel(
+    function: Callable, jobs: list[shards.Job], processes: int, progress: bool, what: str
+) -> list[Any]:
+    """function(job, report) for each job, in parallel, showing how far it is."""
+    known = all(unit.rows for job in jobs for unit in job.units)
+    total = sum(unit.rows for job in jobs for unit in job.units) if known else None
+    with tqdm.tqdm(
+        total=total, desc=what, unit=" examples", file=sys.stderr, disable=not progress
+    ) as bar:
+        # In-memory files exist in this process only.
+        here = any("memory://" in path for j in jobs for path in (j.work, j.units[0].path))
+        if min(processes, len(jobs)) <= 1 or here:
+            return [function(job, bar.update) for job in jobs]
+        context = multiprocessing.get_context("spawn")
+        queue = context.SimpleQueue()
+        with concurrent.futures.ProcessPoolExecutor(
+            min(processes, len(jobs)), context, _start_worker, (queue,)
+        ) as pool:
+            futures = [pool.submit(_work, function, job) for job in jobs]
+            waiting = set(futures)
+            while waiting:
+                _, waiting = concurrent.futures.wait(waiting, timeout=0.2)
+                while not queue.empty():
+                    bar.update(queue.get())
+            return [future.result() for future in futures]
+
+
+def _finish(
+    out: str,
+    split: str,
+    work: str,
+    jobs: list[shards.Job],
+    accounts: list[dict[str, Any]],
+    request: dict[str, Any],
+    classes: list[str],
+) -> dict[str, Any]:
+    """Gives the shards their names and writes the manifest; can itself be cut short and rerun."""
+    read = sum(account["read"] for account in accounts)
+    written = sum(account["count"] for account in accounts)
+    listed = [entry for account in accounts for entry in account["quarantined"]]
+    reasons = Counter(entry["reason"] for entry in listed)
+    filtered: Counter[str] = Counter()
+    for account in accounts:
+        filtered.update(account["filtered"])
+    if read != written + len(listed) + sum(filtered.values()):
+        raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
+    if not written:
+        raise ValueError(
+            f"--input={request['input']}: none of {read} examples can be used: "
+            f"quarantined {dict(reasons)}, filtered {dict(filtered)}"
+        )
+    system, plain_out = files.filesystem(out)
+    plain_work = files.filesystem(work)[1]
+    kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
+    entries = []
+    for number, (job, account) in enumerate(kept):
+        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+        part = f"{plain_work}/part-{job.number:05d}.array_record"
+        if system.exists(part):
+            system.mv(part, f"{plain_out}/{name}")
+        entries.append(
+            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
+        )
+    lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
+    vocabulary.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
+    manifest = metadata.read_manifest(out)
+    seen = {label for account in accounts for label in account["classes"]}
+    if not classes:
+        classes = sorted(seen | set(manifest["class_names"]))
+    manifest["class_names"] = classes
+    manifest["splits"][split] = dict(
+        count=written,
+        with_text=sum(account["with_text"] for account in accounts),
+        with_label=sum(account["with_label"] for account in accounts),
+        read=read,
+        quarantined=dict(reasons),
+        filtered=dict(filtered),
+        shards=entries,
+        request=request,
+    )
+    metadata.write(out, manifest)
+    system.rm(plain_work, recursive=True)
+    return _summary(out, split, manifest)
+
+
+def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    found = manifest["splits"][split]
+    return dict(
+        split=split,
+        read=found["read"],
+        written=found["count"],
+        quarantined=found["quarantined"],
+        filtered=found["filtered"],
+        with_text=found["with_text"],
+        with_label=found["with_label"],
+        shards=len(found["shards"]),
+        bytes=sum(shard["bytes"] for shard in found["shards"]),
+        classes=len(manifest["class_names"]),
+        out=str(out),
+    )
