@@ -1,21 +1,16 @@
-"""Checkpoints of a run: asynchronous saves, restore on any mesh, parameters alone, preemption."""
+"""Checkpoints of a run: asynchronous saves, restore on any mesh, parameters alone."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-import signal
-import threading
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from coca_jax.train_step import TrainState, merge
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the launchers start the run again
 
 
 class Checkpoints:
@@ -152,23 +147,3 @@ def _part_of(tree: Any, like: Any) -> Any:
     if not isinstance(like, dict):
         return tree
     return {key: _part_of(tree[key], value) for key, value in like.items()}
-
-
-class Preemption:
-    """Tells, once a step, whether the platform asks this run to stop (SIGTERM)."""
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
-
-    def reached(self, step: int) -> bool:
-        """The same answer on every process for the same step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked.is_set()
-
-    def close(self) -> None:
-        """Gives the signal back to its former handler."""
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)

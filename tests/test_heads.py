@@ -15,7 +15,9 @@ from coca_jax import checkpointing, export_format, optimizer, partitioning, run_
 from coca_jax.data import vocabulary
 from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.models import coca
-from coca_jax.train import Preempted, train, train_on
+from coca_jax.training import stopping
+from coca_jax.training.run import train, train_on
+from coca_jax.training.stopping import Preempted
 
 CLASSES = 5
 
@@ -372,11 +374,11 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
 
 def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeypatch):
     workdir, config, _ = tuned
-    reached = checkpointing.Preemption.reached
-    monkeypatch.setattr(checkpointing.Preemption, "reached", lambda self, step: step == 3)
+    reached = stopping.Stop.reached
+    monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
     with pytest.raises(Preempted, match="saved step 3"):
         train_alone(config, tmp_path)
-    monkeypatch.setattr(checkpointing.Preemption, "reached", reached)
+    monkeypatch.setattr(stopping.Stop, "reached", reached)
     train_alone(config, tmp_path)
     for a, b in zip(read_metrics(workdir), read_metrics(tmp_path), strict=True):
         for name in ("loss", "head_loss", "head_accuracy", "gradient_norm"):

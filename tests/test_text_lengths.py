@@ -10,7 +10,7 @@ from conftest import random_batch, tiny_config
 
 from coca_jax import partitioning, run_config, text_lengths, train_step
 from coca_jax.models import coca
-from coca_jax.train import measured
+from coca_jax.training.feed import measured
 
 
 def _batch(config, lengths):

@@ -13,7 +13,9 @@ from conftest import tiny_config
 
 from coca_jax import checkpointing, run_config
 from coca_jax.metrics import read_metrics
-from coca_jax.train import Preempted, train
+from coca_jax.train import train
+from coca_jax.training import stopping
+from coca_jax.training.stopping import Preempted
 
 
 def tiny_run(steps=4, **changes):
@@ -60,11 +62,11 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    reached = checkpointing.Preemption.reached
-    monkeypatch.setattr(checkpointing.Preemption, "reached", lambda self, step: step == 3)
+    reached = stopping.Stop.reached
+    monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
     with pytest.raises(Preempted, match="saved step 3"):
         train(tiny_run(), str(tmp_path))
-    monkeypatch.setattr(checkpointing.Preemption, "reached", reached)
+    monkeypatch.setattr(stopping.Stop, "reached", reached)
     train(tiny_run(), str(tmp_path))
     for a, b in zip(read_metrics(whole[0]), read_metrics(tmp_path), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
@@ -77,11 +79,11 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from test_train import tiny_run\n"
-        "from coca_jax import train, checkpointing\n"
+        "from coca_jax import train\nfrom coca_jax.training import stopping\n"
         "try:\n"
         f"  train.train(tiny_run(steps=100_000), {str(tmp_path)!r})\n"
-        "except train.Preempted:\n"
-        "  sys.exit(checkpointing.EXIT_PREEMPTED)\n"
+        "except stopping.Preempted:\n"
+        "  sys.exit(stopping.EXIT_PREEMPTED)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -90,7 +92,7 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
             break
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert process.returncode == checkpointing.EXIT_PREEMPTED == 75
+    assert process.returncode == stopping.EXIT_PREEMPTED == 75
     _, step = checkpointing.find_step(str(tmp_path))
     assert step == read_metrics(tmp_path)[-1]["step"] > 0
 
