@@ -16,7 +16,9 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
-    package_data={"coca_jax": ["cpu_kernels.cc"]},
+    package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
+    package_data={"coca_jax": ["cpu_kernels.cc", "py.typed"]},
+    entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from coca_jax import (
     benchmark_losses,
@@ -28,6 +28,7 @@ from coca_jax import (
     cli,
     decoding,
     partitioning,
+    recipes,
     run_config,
     train_step,
 )
@@ -268,7 +269,7 @@ def make_params(config: ConfigDict) -> Any:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    recipes.define_flag()
     flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.")
     flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
@@ -284,12 +285,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
     kinds = ("train", "encode", "caption", "input", "losses")
     if len(argv) != 2 or argv[1] not in kinds:
-        raise ValueError(f"give one of {', '.join(kinds)}, and --config=configs/X.py")
+        raise ValueError(f"give one of {', '.join(kinds)}, and --config=NAME")
     kind, repeats, batch = argv[1], flags.FLAGS.repeats, flags.FLAGS.batch_size or 16
     if kind == "losses":
         return benchmark_losses.run(repeats)
     if flags.FLAGS.config is None:
-        raise ValueError(f"benchmark {kind} needs --config=configs/X.py")
+        raise ValueError(f"benchmark {kind} needs --config=NAME")
     config, compare = flags.FLAGS.config, flags.FLAGS.peer
     if compare and kind == "train":
         raise ValueError("--peer compares `encode`, `caption` and `input`, not `train`")
@@ -309,5 +310,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.command("benchmark")

@@ -1,42 +1,155 @@
-"""How every command starts and ends: absl flags, one-line errors, exit status 2 for bad input."""
+"""The command `coca-jax`, and how every sub-command starts and ends.
+
+`coca-jax NAME ...`, `python -m coca_jax NAME ...` and `python -m coca_jax.NAME ...` are the same.
+A command is a module with `define_flags()` and `main(argv)`, and a line in `COMMANDS`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+import coca_jax
+from coca_jax import recipes
 
-def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
-    """Runs `main(argv)`; prints its result as the last line of standard output, as one JSON object.
+COMMANDS = {
+    "train": "train a recipe in a workdir; go on from what is there",
+    "evaluate": "score a model: zero-shot, retrieval, captions, probes",
+    "caption": "caption image files and folders, one JSON line an image",
+    "prepare": "turn a folder, tar, parquet or CSV of images into training data",
+    "convert": "read open_clip weights, or write them",
+    "compile": "compile a train step for devices that are not here, and say what it needs",
+    "export": "write a folder of weights and programs that run without this package",
+    "report": "write the HTML report of a run",
+    "benchmark": "time training, encoding, captioning, input or losses",
+}
+HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
+
+
+def main() -> None:
+    """`coca-jax`: hands over to a sub-command, or lists them."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in HELP_FLAGS:
+        print(usage())
+    elif arguments[0] in ("--version", "-version"):
+        print(f"coca_jax {coca_jax.__version__}")
+    elif arguments[0] in COMMANDS:
+        command(arguments[0], arguments[1:])
+    else:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        guess = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        fail(f"coca-jax {arguments[0]}: no such command; {guess}")
+
+
+def usage() -> str:
+    """The commands, one line each."""
+    lines = [f"  {name:10s} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "coca-jax COMMAND ...: contrastive captioners (CoCa) in JAX.",
+            "",
+            *lines,
+            "",
+            "coca-jax COMMAND --help says more; coca-jax --version prints the version.",
+        ]
+    )
+
+
+def command(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a sub-command; prints its result as the last line of standard output, as JSON.
 
     A ValueError or OSError is bad input: it becomes one line on standard error and exit
-    status 2. Anything else is a defect and keeps its traceback.
+    status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before = given[: given.index("--")] if "--" in given else given
+    wants_help = any(argument in HELP_FLAGS for argument in before)
+    # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
+    sys.argv = [f"coca-jax {name}", *([] if wants_help else given)]
+    if not wants_help:
+        print(f"coca_jax {coca_jax.__version__} {name}: starting", file=sys.stderr, flush=True)
+    module = importlib.import_module(f"coca_jax.{name}")
+    try:
+        module.define_flags()
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if wants_help:
+        print(help_text(name, module))
+        return
 
-    def wrapped(argv: Sequence[str]) -> None:
+    def run(argv: Sequence[str]) -> None:
         # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            result = main(argv)
+            result = module.main(argv)
         except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
+            fail(str(error))
         if result is not None:
             print(json.dumps(result), flush=True)
 
-    app.run(wrapped, flags_parser=_parse)
+    app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def fail(text: str) -> NoReturn:
+    """Bad input: one line on standard error, exit status 2."""
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def help_text(name: str, module: Any) -> str:
+    """What a command does, its flags and, where it takes one, the recipes."""
+    lines = [f"coca-jax {name}: {COMMANDS[name]}", "", (module.__doc__ or "").strip(), "", "Flags:"]
+    for flag in _own_flags(module):
+        default = flag.default_as_str if flag.value not in (None, "", []) else ""
+        lines.append(f"  --{flag.name}{'=' if default else ''}{default}")
+        lines.append(f"      {flag.help}")
+    if "config" in flags.FLAGS:
+        lines += ["", "Recipes for --config:"]
+        lines += [f"  {recipe:24s}{text}" for recipe, text in recipes.names().items()]
+    return "\n".join(lines)
+
+
+def _own_flags(module: Any) -> list[flags.Flag]:
+    """The flags that the command defines, none of the libraries'."""
+    found = flags.FLAGS.get_flags_for_module(module.__name__)
+    return found + flags.FLAGS.get_flags_for_module(recipes.__name__)
+
+
+def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
     """Parses flags; an unknown flag or key, or a value of the wrong type, is a line and exit 2."""
     try:
+        if "config" in flags.FLAGS:
+            argv = recipes.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))[1]
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        fail(_unknown_flag(error.flagname, argv, module))
+    except flags.IllegalFlagValueError as error:
+        fail(recipes.explain(str(error)))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
-        print(f"error: {text}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error).replace("\\'", "'").replace("\\n", " "))
+
+
+def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
+    """The line for a flag that there is not: the key of the recipe or the flag it may mean."""
+    pattern = rf"--?(no)?{re.escape(name)}(=|$)"
+    given = next((a for a in argv if re.match(pattern, a)), f"--{name}")
+    text = f"{given}: no such flag"
+    if "config" in flags.FLAGS:
+        if name.startswith("config."):
+            return f"{given} needs a recipe to change: give --config=NAME too"
+        paths = recipes.paths_of(name)
+        if paths:
+            value = given.partition("=")[2]
+            forms = [f"--config.{path}" + (f"={value}" if value else "") for path in paths[:4]]
+            return f"{text}; the key of the recipe is {' or '.join(forms)}"
+    names = [flag.name for flag in _own_flags(module)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"{text}; " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")

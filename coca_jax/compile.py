@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from coca_jax import cli, hlo_cost, kernel_cost, partitioning, run_config, train_step
+from coca_jax import cli, hlo_cost, kernel_cost, partitioning, recipes, run_config, train_step
 from coca_jax.data import pipeline
 from coca_jax.models import coca
 
@@ -429,7 +429,7 @@ def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    recipes.define_flag()
     flags.DEFINE_string(
         "topology", None, "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, or cpu:8."
     )
@@ -442,7 +442,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --topology")
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
-        raise ValueError("give --config=configs/X.py and --topology=v4:8x16x16 (or cpu:8)")
+        raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
+    prepare_platform(flags.FLAGS.topology)
     result = compile_step(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.dump_hlo)
     if "bytes_per_device" in result:
         show(result)
@@ -452,19 +453,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def prepare_platform(arguments: Sequence[str]) -> None:
-    """Compiling needs no accelerator: keeps jax on the CPU, with enough devices for cpu:N."""
+def prepare_platform(topology: str) -> None:
+    """Compiling needs no accelerator: keeps jax on the CPU, with enough devices for cpu:N.
+
+    jax reads both settings when it looks for devices, which is later than this.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for argument in arguments:
-        match = re.search(r"topology[= ]cpu:(\d+(?:x\d+)*)$", argument)
-        if match:
-            count = int(np.prod([int(n) for n in match[1].split("x")]))
-            flag = f"--xla_force_host_platform_device_count={count}"
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    match = re.fullmatch(r"cpu:(\d+(?:x\d+)*)", topology)
+    if match:
+        count = int(np.prod([int(n) for n in match[1].split("x")]))
+        flag = f"--xla_force_host_platform_device_count={count}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":
-    define_flags()
-    prepare_platform(sys.argv[1:])
-    cli.run(main)
+    cli.command("compile")

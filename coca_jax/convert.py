@@ -194,5 +194,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.command("convert")

@@ -435,5 +435,4 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.command("evaluate")

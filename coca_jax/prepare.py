@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from coca_jax import cli
+from coca_jax import cli, recipes
 from coca_jax.data import files, order, pipeline, sources, vocabulary
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
@@ -144,7 +143,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
     flags.DEFINE_integer("step", 0, "inspect: which step.")
-    config_flags.DEFINE_config_file("config", None, "inspect: the recipe.")
+    recipes.define_flag("inspect: ")
     flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
 
 
@@ -157,7 +156,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return train_vocabulary(paths, flags.FLAGS.size, flags.FLAGS.out, flags.FLAGS.sentences)
     if argv[1:] == ["inspect"]:
         if flags.FLAGS.config is None:
-            raise ValueError("prepare inspect needs --config=configs/X.py")
+            raise ValueError("prepare inspect needs --config=NAME")
         return inspect(flags.FLAGS.config, flags.FLAGS.step)
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; use 'vocabulary', 'inspect' or flags")
@@ -179,5 +178,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.command("prepare")

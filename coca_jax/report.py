@@ -589,6 +589,11 @@ for (const figure of document.querySelectorAll('.chart')) {
 """
 
 
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("workdir", None, "The run to report on; report.html goes there.")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
     workdir = flags.FLAGS.workdir
@@ -600,5 +605,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run to report on; report.html goes there.")
-    cli.run(main)
+    cli.command("report")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from coca_jax import cli
+from coca_jax import cli, recipes
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, a file with get_config().")
+    recipes.define_flag()
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --workdir")
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
-        raise ValueError("give --config=configs/X.py and --workdir=DIR")
+        raise ValueError("give --config=NAME and --workdir=DIR")
     import jax
 
     from coca_jax import partitioning
@@ -56,5 +56,4 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.command("train")

@@ -8,7 +8,7 @@ python -m coca_jax.train --config=configs/imagenet_frozen.py:runs/coca --workdir
 from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, export_format
-from configs import base
+from coca_jax.configs import base
 
 
 def get_config(weights: str = "") -> ConfigDict:

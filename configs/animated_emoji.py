@@ -12,7 +12,7 @@ fine-tunes the encoder.
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from coca_jax.configs import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

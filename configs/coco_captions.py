@@ -9,7 +9,7 @@ python -m coca_jax.train --config=configs/coco_captions.py:runs/coca --workdir=r
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from coca_jax.configs import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

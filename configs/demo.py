@@ -6,7 +6,7 @@ combinations of colour and shape never occur in training; the evaluation asks fo
 
 from ml_collections import ConfigDict
 
-from configs import base
+from coca_jax.configs import base
 
 
 def get_config() -> ConfigDict:

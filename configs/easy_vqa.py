@@ -7,7 +7,7 @@ python -m coca_jax.train --config=configs/easy_vqa.py:runs/demo --workdir=runs/e
 
 from ml_collections import ConfigDict
 
-from configs import adapt, demo
+from coca_jax.configs import adapt, demo
 
 NAMES = (
     *("circle", "rectangle", "triangle"),

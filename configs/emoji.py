@@ -5,7 +5,7 @@ python -m coca_jax.prepare --format=imagefolder --input=EMOJI_FOLDER --out=data/
 
 from ml_collections import ConfigDict
 
-from configs import base
+from coca_jax.configs import base
 
 VENDORS = ["google", "twitter", "fluent"]
 UNSEEN = "openmoji"

@@ -6,7 +6,7 @@ python -m coca_jax.prepare --format=parquet --input=FASHION_MNIST --out=data/fas
 
 from ml_collections import ConfigDict
 
-from configs import base
+from coca_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -7,8 +7,8 @@ python -m coca_jax.train --config=configs/finetune_open_clip.py:weights --workdi
 from ml_collections import ConfigDict
 
 from coca_jax import export_format
+from coca_jax.configs import base
 from coca_jax.interop import open_clip_config
-from configs import base
 
 
 def get_config(weights: str = "") -> ConfigDict:

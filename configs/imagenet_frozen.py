@@ -7,7 +7,7 @@ python -m coca_jax.train --config=configs/imagenet_frozen.py:runs/coca --workdir
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from coca_jax.configs import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -8,7 +8,7 @@ python -m coca_jax.train --config=configs/snli_ve.py:runs/coca --workdir=runs/sn
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from coca_jax.configs import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

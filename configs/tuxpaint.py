@@ -9,7 +9,7 @@ python -m coca_jax.train --config=configs/tuxpaint.py --workdir=runs/tuxpaint
 
 from ml_collections import ConfigDict
 
-from configs import emoji
+from coca_jax.configs import emoji
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ python -m coca_jax.train --config=configs/vqa.py:runs/coca --workdir=runs/vqa
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from coca_jax.configs import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -175,7 +175,7 @@ def test_a_probe_learns_from_its_training_records(kind):
     ],
 )
 def test_recipes_are_sound(recipe, head, rates):
-    config = importlib.import_module(f"configs.{recipe}").get_config()
+    config = importlib.import_module(f"coca_jax.configs.{recipe}").get_config()
     run_config.check(config)
     assert config.head.kind == head and config.optimizer.schedule == "cosine"
     found = config.optimizer.learning_rate, config.optimizer.encoder_learning_rate

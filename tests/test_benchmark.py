@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from coca_jax import benchmark, benchmark_peer, prepare
+from coca_jax.configs import base
 from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
-from configs import base
 
 
 def test_rates_are_work_over_time():

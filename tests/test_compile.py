@@ -10,7 +10,7 @@ import pytest
 
 from coca_jax import compile as compile_command
 from coca_jax import hlo_cost, kernel_cost
-from configs import coca_2b, coca_base, coca_large
+from coca_jax.configs import coca_2b, coca_base, coca_large
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")

@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 import coca_jax
 from coca_jax import convert, export_format, losses, partitioning, train_step, warm_start
 from coca_jax import export as programs
+from coca_jax.configs import finetune_open_clip
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.interop.safetensors_file import Blocks
 from coca_jax.models import coca
-from configs import finetune_open_clip
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 SMALL = ConfigDict(open_clip_config.to_model(cases.SMALL))

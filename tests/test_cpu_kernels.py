@@ -11,8 +11,8 @@ import pytest
 from conftest import needs_compiler
 
 from coca_jax import cpu_kernels, decoding, partitioning
+from coca_jax.configs import coca_base, demo, finetune_open_clip
 from coca_jax.models import coca, layers
-from configs import coca_base, demo, finetune_open_clip
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from conftest import random_batch, tiny_config
 
 from coca_jax import decoding, partitioning
+from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
 from coca_jax.models import coca, image_encoder, layers
-from configs import coca_2b, coca_224, coca_base, coca_large
 
 
 def initialise(model, seed=0):

@@ -250,8 +250,8 @@ def test_a_tuned_run_goes_back(pair, tmp_path):
     if pair.model_config.text.vocab_size != 530:
         pytest.skip("the small model shows it")
     from coca_jax import prepare, train
+    from coca_jax.configs import finetune_open_clip
     from coca_jax.importers.items import Options
-    from configs import finetune_open_clip
 
     folder = tmp_path / "images"
     folder.mkdir()

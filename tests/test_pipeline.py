@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from coca_jax import evaluate, prepare
+from coca_jax.configs import base
 from coca_jax.data import images, pipeline, prompts, sources, texts
 from coca_jax.importers import items
-from configs import base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

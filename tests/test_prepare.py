@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 from coca_jax import prepare
+from coca_jax.configs import base
 from coca_jax.data import pipeline, records, sources
 from coca_jax.importers import dedup
 from coca_jax.importers.items import Options
-from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -407,7 +407,7 @@ def test_commands(tmp_path):
     )
     assert code == 0 and json.loads(lines[-1])["sentences"] == 12
     (tmp_path / "recipe.py").write_text(
-        "from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+        "from coca_jax.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
         f"    config.batch_size = 4\n    config.data.sources = (dict(path='{tmp_path}/out'),)\n"
         "    return config\n"
     )

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from coca_jax import prepare
+from coca_jax.configs import base
 from coca_jax.data import files, pipeline, sources
-from configs import base
 
 
 def _image(index):

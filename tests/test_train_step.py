@@ -175,7 +175,7 @@ def test_fsdp_splits_the_outermost_axis_that_it_divides(names, shape, axis):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_little_of_the_state_is_replicated(optimizer):
-    from configs import coca_large
+    from coca_jax.configs import coca_large
 
     config = coca_large.get_config()
     config.optimizer.name = optimizer

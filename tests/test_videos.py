@@ -10,9 +10,9 @@ from conftest import random_batch, tiny_config
 from PIL import Image
 
 from coca_jax import caption, evaluate, inference, partitioning, prepare, train_step
+from coca_jax.configs import base
 from coca_jax.data import images, pipeline, videos
 from coca_jax.models import coca
-from configs import base
 
 RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)
 

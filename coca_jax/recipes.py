@@ -1,0 +1,237 @@
+"""Recipes: what `--config=` may name, and the one flag through which every command reads it.
+
+A value is the name of a recipe (`coca_large`), the path of one (`configs/coca_large.py`) or any
+file of one's own that has `get_config()`. What follows a colon is handed to `get_config`:
+`configs/finetune_open_clip.py:weights`. `--config.key=value` then replaces single values.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import coca_jax.configs
+
+FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
+PARTS = ("__init__", "base", "adapt")  # what recipes are made of
+HELP = "Recipe: a name, configs/NAME.py or a file of your own; then :ARGUMENT if it takes one."
+
+
+def names() -> dict[str, str]:
+    """The recipes of the package, each with the first sentence of its docstring."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if path.stem not in PARTS:
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            found[path.stem] = re.split(r"\.\s|\n\n", " ".join(text.split()) + " ")[0].rstrip(". ")
+    return found
+
+
+def find(name: str) -> pathlib.Path:
+    """The file of a recipe, `name` without the argument after the colon.
+
+    A bare name is always the package's recipe. Raises ValueError with the nearest names when there
+    is no such recipe and no such file.
+    """
+    path = pathlib.Path(name)
+    packaged = FOLDER / f"{path.stem}.py"
+    if name == path.stem and packaged.is_file():
+        return packaged
+    if path.is_file():
+        return path
+    if path.parts == ("configs", packaged.name) and packaged.is_file():
+        return packaged
+    if path.is_dir():
+        raise ValueError(f"--config={name} is a folder; give a recipe, a Python file in it perhaps")
+    known = names()
+    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.6)
+    if path.with_suffix(".py").is_file():
+        near.insert(0, str(path.with_suffix(".py")))
+    guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"--config={name}: no such recipe and no such file{guess} Recipes: {', '.join(known)}"
+    )
+
+
+def load(value: str) -> ConfigDict:
+    """The config of a `--config=` value, unlocked.
+
+    Raises ValueError, in one line with file, line and cause, for a recipe that cannot be had.
+    """
+    name, colon, argument = value.partition(":")
+    path = find(name)
+    given = (argument,) if colon else ()
+    with _one_line(value, path), _importable(path):
+        spec = importlib.util.spec_from_file_location("__recipe__", path)
+        if spec is None or spec.loader is None:
+            raise ValueError("a recipe is a Python file; its name ends in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise ValueError("it has no function get_config()")
+        try:
+            inspect.signature(get_config).bind(*given)
+        except TypeError:
+            remedy = f"takes no argument: leave out :{argument}" if colon else "needs an argument"
+            form = "" if colon else f": --config={name}:ARGUMENT"
+            raise ValueError(f"its get_config() {remedy}{form}") from None
+        config = get_config(*given)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config={value}: get_config() gives {type(config).__name__}, not a ConfigDict; "
+            "begin from coca_jax.configs.base.get_config()"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _importable(path: pathlib.Path) -> Iterator[None]:
+    """A recipe may import its neighbours, and what lies in the current folder."""
+    places = [str(path.resolve().parent), str(pathlib.Path.cwd())]
+    sys.path += places
+    try:
+        yield
+    finally:
+        for place in places:
+            sys.path.remove(place)
+
+
+@contextlib.contextmanager
+def _one_line(value: str, path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever a recipe raises into a ValueError that names its file, the line and why."""
+    try:
+        yield
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}"
+        raise ValueError(f"--config={value}: {where}: {error.msg}") from None
+    except Exception as error:
+        own = {path.parent.resolve(), FOLDER.resolve()}
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f for f in frames if pathlib.Path(f.filename).resolve().parent in own]
+        where = f" {lines[-1].filename}, line {lines[-1].lineno}:" if lines else ""
+        cause = str(error)
+        if not isinstance(error, (ValueError, OSError)):
+            cause = f"{type(error).__name__}: {cause}"
+        if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "configs":
+            cause += "; import recipes as `from coca_jax.configs import base`"
+        raise ValueError(f"--config={value}:{where} {cause}") from None
+
+
+def define_flag(note: str = "") -> None:
+    """Defines `--config` and, from the command line, `--config.key=value` for all of its keys.
+
+    `note` goes before the flag's help. Raises ValueError for a recipe that cannot be loaded and
+    for a key that it does not have.
+    """
+    value, rest = split(flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+    if value is None:
+        flags.DEFINE_string("config", None, note + HELP)
+        return
+    config = load(value)
+    for key, text in _overrides(rest):
+        check_key(config, key, text)
+    config_flags.DEFINE_config_dict("config", config, note + HELP, sys_argv=rest)
+
+
+def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last value of `--config`, and the command line without it.
+
+    config_flags takes the loaded config as a default; its flag accepts no text.
+    """
+    value: str | None = None
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            return value, [*rest, argument, *arguments]
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        given = match[1] if match[1] is not None else next(arguments, "")
+        if not given or given.startswith("--"):
+            raise ValueError("--config needs a value: the name of a recipe, or its file")
+        value = given
+    return value, rest
+
+
+def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and text of every `--config.key=text` (the text is empty where it follows apart)."""
+    for argument in argv:
+        if argument == "--":
+            return
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            yield match[1], match[2] or ""
+
+
+def check_key(config: ConfigDict, key: str, text: str = "") -> None:
+    """Raises ValueError when `config` has no value named `key`, as `optimizer.learning_rate`.
+
+    Keys with an index, as `data.sources[0].path`, are left to config_flags.
+    """
+    group: Any = config
+    done = "--config"
+    for part in key.split("."):
+        if isinstance(group, (tuple, list)):
+            raise ValueError(
+                f"--config.{key}={text}: {done[9:]} is a tuple of {len(group)}; an element of it "
+                f"is {done}[0], all of it {done}=\"({{'name': 'value'}},)\""
+            )
+        if "[" in part:  # an element, whose keys config_flags knows
+            return
+        if not isinstance(group, ConfigDict):
+            raise ValueError(f"--config.{key}={text}: {done} is a value and has no keys")
+        if part not in group:
+            near = difflib.get_close_matches(part, group.keys(), n=1, cutoff=0.6)
+            elsewhere = [f"--config.{k}" for k in keys(config) if k.split(".")[-1] == part]
+            guess = [f"{done}.{near[0]}"] if near else elsewhere[:3]
+            remedy = f"did you mean {' or '.join(guess)}?" if guess else f"{done} has: "
+            raise ValueError(
+                f"--config.{key}={text}: no key {part!r}; {remedy}"
+                + ("" if guess else ", ".join(sorted(group)))
+            )
+        group, done = group[part], f"{done}.{part}"
+
+
+def keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all single values of `config`."""
+    found: list[str] = []
+    for name, value in config.items():
+        inner = isinstance(value, ConfigDict)
+        found += keys(value, f"{prefix}{name}.") if inner else [prefix + name]
+    return found
+
+
+def paths_of(name: str) -> list[str]:
+    """The keys of the recipe whose last part is `name`: `learning_rate` gives
+    `optimizer.learning_rate`. Without a recipe on the command line, those of `base`."""
+    config = flags.FLAGS["config"].value
+    known = keys(config if isinstance(config, ConfigDict) else load("base"))
+    return [key for key in known if key.split(".")[-1] == name]
+
+
+def explain(text: str) -> str:
+    """absl's line for a value of the wrong type, with the type that a key of the recipe has."""
+    match = re.match(r"flag --(config\.(\S+?))=(.*?): ", text, re.DOTALL)
+    if not match:
+        return text
+    value = config_flags.config_flags.GetValue(match[2], flags.FLAGS["config"].value)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(value))
+    if isinstance(value, ConfigDict):
+        return f"--{match[1]}={match[3]}: a group of keys; set one: {', '.join(sorted(value))}"
+    return f"--{match[1]}={match[3]}: give {wanted}, as {value} in the recipe" if wanted else text

@@ -1,0 +1,150 @@
+"""What `--config=` takes: names, paths, own files, arguments, and the lines for what it cannot."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from coca_jax import cli, recipes
+
+OWN = "from coca_jax.configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses a command line of the flag `--config` alone; gives the config."""
+
+    def run(*arguments: str) -> ConfigDict:
+        clear()
+        monkeypatch.setattr(sys, "argv", ["coca-jax train", *arguments])
+        recipes.define_flag()
+        cli.parse_flags(sys.argv, recipes)
+        return flags.FLAGS.config
+
+    def clear() -> None:
+        for name in list(flags.FLAGS):
+            if name.split(".")[0] == "config":
+                delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
+    yield run
+    clear()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_is_had_by_name_by_path_and_from_an_own_file(elsewhere):
+    (elsewhere / "mine.py").write_text(OWN + "    config.batch_size = 24\n    return config\n")
+    by_name = recipes.load("tiny")
+    assert by_name == recipes.load("configs/tiny.py") == recipes.load(str(recipes.find("tiny")))
+    assert recipes.load("mine.py").batch_size == 24
+    assert by_name.batch_size == 16
+
+
+def test_a_file_that_is_there_wins_over_the_package_s_path(elsewhere):
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "configs/tiny.py").write_text(OWN + "    config.steps = 9\n    return config\n")
+    assert recipes.load("configs/tiny.py").steps == 9
+    assert recipes.load("tiny").steps == 5
+
+
+def test_an_own_recipe_may_import_its_neighbours_and_the_current_folder(elsewhere):
+    (elsewhere / "far").mkdir()
+    (elsewhere / "far/neighbour.py").write_text("SIZE = 32\n")
+    (elsewhere / "at_hand.py").write_text("STEPS = 7\n")
+    body = (
+        "    config.batch_size, config.steps = neighbour.SIZE, at_hand.STEPS\n    return config\n"
+    )
+    (elsewhere / "far/mine.py").write_text("import at_hand, neighbour\n" + OWN + body)
+    before = list(sys.path)
+    config = recipes.load("far/mine.py")
+    assert (config.batch_size, config.steps) == (32, 7)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_of_the_package_loads_from_any_folder(name, elsewhere):
+    assert recipes.load(name).data.sources
+    assert recipes.names()[name]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("coca_lagre", "no such recipe and no such file; did you mean coca_large.* Recipes: ani"),
+        ("own", "did you mean own.py"),
+        (
+            "nowhere/x.py",
+            "--config=nowhere/x.py: no such recipe.* Recipes: .*, tiny, tuxpaint, vqa",
+        ),
+        (".", "is a folder"),
+        ("own.py", "own.py, line 3: expected ':'"),
+        ("needs.py", r"needs an argument: --config=needs.py:ARGUMENT"),
+        ("tiny:weights", "takes no argument: leave out :weights"),
+        ("old.py", "old.py, line 1: ModuleNotFoundError: .*`from coca_jax.configs import base`"),
+        ("fails.py", "fails.py, line 2: ZeroDivisionError: division by zero"),
+        ("empty.py", r"it has no function get_config\(\)"),
+        ("none.py", "gives NoneType, not a ConfigDict"),
+        ("finetune_open_clip:nowhere", "nowhere"),
+    ],
+)
+def test_a_recipe_that_cannot_be_had_is_one_line(value, message, elsewhere):
+    (elsewhere / "own.py").write_text("x = 1\n\ndef get_config()\n    return 1\n")
+    (elsewhere / "needs.py").write_text("def get_config(weights):\n    return weights\n")
+    (elsewhere / "old.py").write_text("from configs.gone import base\n")
+    (elsewhere / "fails.py").write_text("def get_config():\n    return 1 / 0\n")
+    (elsewhere / "empty.py").write_text("")
+    (elsewhere / "none.py").write_text("def get_config():\n    pass\n")
+    with pytest.raises(ValueError, match=message) as error:
+        recipes.load(value)
+    assert f"--config={value}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_values_are_replaced_from_the_command_line(parse):
+    config = parse(
+        *("--config.batch_size=8", "--config", "tiny", "--config.optimizer.learning_rate", "0.5"),
+        *("--config.data.flip", "--config.data.sources[1].kind=caption"),
+    )
+    assert (config.batch_size, config.optimizer.learning_rate, config.data.flip) == (8, 0.5, True)
+    assert [source["kind"] for source in config.data.sources] == ["caption", "caption"]
+    config = parse("--config=tiny", "--config.data.sources=({'path': 'x', 'weight': 0.5},)")
+    assert config.data.sources == ({"path": "x", "weight": 0.5},)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.learning_rte=1"], "did you mean --config.optimizer.learning_rate?"),
+        (["--config.learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+        (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: beta1, beta2"),
+        (["--config.batch_size.x=1"], "--config.batch_size is a value and has no keys"),
+        (["--config.data.sources.0.path=x"], "data.sources is a tuple of 2"),
+        (["--learning_rate=1e-4"], "no such flag; .* is --config.optimizer.learning_rate=1e-4"),
+        (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
+        (["--config.optimizer.learning_rate=x"], "give a number, as 0.001 in the recipe"),
+        (["--config.optimizer=adam"], "a group of keys; set one: beta1, beta2"),
+    ],
+)
+def test_a_wrong_key_or_value_names_the_right_one(arguments, message, parse, capsys):
+    try:
+        parse("--config=tiny", *arguments)
+    except ValueError as error:
+        cause = f"error: {error}"
+    except SystemExit as end:
+        assert end.code == 2
+        cause = capsys.readouterr().err
+    assert re.search(message.replace("?", r"\?"), cause), cause
+
+
+def test_without_a_recipe_a_key_asks_for_one(parse, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--config.steps=3")
+    assert "--config.steps=3 needs a recipe to change" in capsys.readouterr().err
