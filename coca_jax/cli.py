@@ -73,8 +73,6 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
     sys.argv = [f"coca-jax {name}", *([] if wants_help else given)]
-    if not wants_help:
-        print(f"coca_jax {coca_jax.__version__} {name}: starting", file=sys.stderr, flush=True)
     module = importlib.import_module(f"coca_jax.{name}")
     try:
         module.define_flags()
@@ -128,7 +126,11 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
     try:
         if "config" in flags.FLAGS:
             argv = recipes.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))[1]
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            for line in recipes.settle():
+                print(line, file=sys.stderr)
+        return rest
     except flags.UnrecognizedFlagError as error:
         fail(_unknown_flag(error.flagname, argv, module))
     except flags.IllegalFlagValueError as error:

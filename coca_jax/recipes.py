@@ -206,6 +206,14 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
                 + ("" if guess else ", ".join(sorted(group)))
             )
         group, done = group[part], f"{done}.{part}"
+    if isinstance(group, (tuple, list)) and re.match(r"[(\[{]", text):
+        try:
+            ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"--config.{key}={text}: not a Python value; write text in quotes and dicts in "
+                f"braces, as {done}=\"({{'path': 'data/mine', 'kind': 'caption'}},)\""
+            ) from None
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -215,6 +223,32 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
         inner = isinstance(value, ConfigDict)
         found += keys(value, f"{prefix}{name}.") if inner else [prefix + name]
     return found
+
+
+def settle() -> list[str]:
+    """Makes the length of the run follow from what was given on the command line, once it is
+    parsed; gives what else it changed, a line each.
+
+    A length given there replaces that of the recipe: steps clear epochs and epochs clear steps. A
+    warm-up of the recipe that such a run never ends becomes a tenth of it.
+    """
+    if not isinstance(flags.FLAGS["config"].value, ConfigDict):
+        return []
+    config, lines = flags.FLAGS["config"].value, []
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    for this, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given.get(this) and not given.get(other) and config.get(other):
+            lines.append(f"--config.{this}={given[this]} replaces {other}={config[other]}")
+            config[other] = type(config[other])(0)
+    optimizer = config.get("optimizer", {})
+    warmup = optimizer.get("warmup_steps", 0)
+    if given.get("steps") and "optimizer.warmup_steps" not in given and warmup >= config.steps:
+        optimizer.warmup_steps = config.steps // 10
+        lines.append(
+            f"--config.steps={config.steps} is no longer than optimizer.warmup_steps={warmup}; "
+            f"warms up for {optimizer.warmup_steps}"
+        )
+    return lines
 
 
 def paths_of(name: str) -> list[str]:

@@ -127,6 +127,8 @@ def test_values_are_replaced_from_the_command_line(parse):
         (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: beta1, beta2"),
         (["--config.batch_size.x=1"], "--config.batch_size is a value and has no keys"),
         (["--config.data.sources.0.path=x"], "data.sources is a tuple of 2"),
+        (["--config.data.sources=(dict(path='x'),)"], "braces, as --config.data.sources="),
+        (["--config.image_sizes=((0.5, 32)"], "not a Python value"),
         (["--learning_rate=1e-4"], "no such flag; .* is --config.optimizer.learning_rate=1e-4"),
         (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
         (["--config.optimizer.learning_rate=x"], "give a number, as 0.001 in the recipe"),
@@ -148,3 +150,25 @@ def test_without_a_recipe_a_key_asks_for_one(parse, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("--config.steps=3")
     assert "--config.steps=3 needs a recipe to change" in capsys.readouterr().err
+
+
+def test_a_length_given_on_the_command_line_replaces_the_recipe_s(parse, capsys):
+    long = "finetune_open_clip"  # one epoch, 500 steps of warm-up
+    config = parse(f"--config={long}", "--config.steps=30")
+    assert (config.steps, config.epochs, config.optimizer.warmup_steps) == (30, 0, 3)
+    said = capsys.readouterr().err
+    assert "--config.steps=30 replaces epochs=1.0" in said
+    assert "no longer than optimizer.warmup_steps=500; warms up for 3" in said
+    config = parse(f"--config={long}", "--config.steps=900")
+    assert (config.steps, config.epochs, config.optimizer.warmup_steps) == (900, 0, 500)
+    config = parse("--config=tiny", "--config.epochs=2")
+    assert (config.steps, config.epochs) == (0, 2)
+
+
+def test_lengths_that_are_all_given_are_left_to_the_check(parse, capsys):
+    config = parse("--config=tiny", "--config.steps=3", "--config.epochs=2")
+    assert (config.steps, config.epochs) == (3, 2)
+    config = parse("--config=tiny", "--config.steps=3", "--config.optimizer.warmup_steps=9")
+    assert (config.steps, config.optimizer.warmup_steps) == (3, 9)
+    assert parse("--config=tiny").optimizer.warmup_steps == 1
+    assert not capsys.readouterr().err
