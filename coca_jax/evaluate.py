@@ -10,16 +10,15 @@ the same command again after a kill: finished tasks and captions so far are kept
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
 from coca_jax import cli, partitioning
 from coca_jax.data import prompts
@@ -32,12 +31,14 @@ from coca_jax.evaluators import (
     task_head,
     zeroshot,
 )
+from coca_jax.evaluators.records import Records, missing, needed, suited
 from coca_jax.importers import unprepared
 
 KINDS = (
     *("zeroshot", "generative", "retrieval", "captioning"),
     *("classification", "answers", "linear_probe", "knn"),
 )
+USUAL = ("zeroshot", "retrieval", "captioning")
 
 
 class Model(Predictor, Protocol):
@@ -49,65 +50,6 @@ class Model(Predictor, Protocol):
 
     def checksum(self) -> str:
         """Tells these weights from others."""
-
-
-class Records:
-    """The records of a data entry in their stored order, read as one goes through them.
-
-    Args:
-      data: an entry as in config.data.sources with `split`; `path` may be a plain imagefolder, and
-        `tfds` any set that the user has.
-      limit: at most so many; 0: all.
-      known: only records one of whose texts is among these; None: all.
-
-    A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), second (the other image
-    of a pair), text, labels, key and extra; drawn scenes have `scene`. Raises ValueError or
-    FileNotFoundError for bad data.
-    """
-
-    def __init__(self, data: Mapping[str, Any], limit: int = 0, known: set[str] | None = None):
-        self.scenes = data.get("builtin") == "scenes"
-        if self.scenes:
-            from coca_jax.data.scenes import Scenes
-
-            split, kind = data.get("split", "test"), data.get("kind", "caption")
-            source: Any = Scenes(split, kind, data.get("objects", (1, 2, 3, 4)))
-        else:
-            source = unprepared.open_source(data, "test")
-        self._source = source
-        self._indices = np.arange(min(limit or len(source), len(source)))
-        if known is not None:
-            kept = [
-                np.asarray([not known.isdisjoint(texts) for texts in self._texts(part)], bool)
-                for part in self._parts()
-            ]
-            self._indices = self._indices[np.concatenate(kept)]
-
-    def _texts(self, indices: np.ndarray) -> list[Sequence[str]]:
-        found = self._source.read_texts(indices)
-        return [[r["text"]] for r in found] if self.scenes else [r.texts for r in found]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def _parts(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self._indices), 256):
-            yield self._indices[start : start + 256]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for part in self._parts():
-            if self.scenes:
-                yield from self._source.read(part)
-                continue
-            for record in self._source.read(part):
-                yield dict(
-                    image=record.image,
-                    text=list(record.texts),
-                    labels=list(record.labels),
-                    key=record.key,
-                    extra=record.extra,
-                    second=record.second,
-                )
 
 
 def make_evaluator(task: Mapping[str, Any], records: Any = (), **common: Any) -> Any:
@@ -199,49 +141,6 @@ def _texts(record: Mapping[str, Any]) -> list[str]:
     return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())
 
 
-class Unfinished:
-    """What an evaluation has finished, in workdir/eval_progress.json until all of it is.
-
-    Args:
-      workdir: made when missing.
-      request: what the scores depend on besides the task; a file of another request is dropped.
-      main_process: the one that writes.
-    """
-
-    def __init__(self, workdir: str, request: Mapping[str, Any], *, main_process: bool):
-        self._path = pathlib.Path(workdir) / "eval_progress.json"
-        self._main = main_process
-        if main_process:
-            found = json.loads(self._path.read_text()) if self._path.exists() else {}
-            if found.get("request") != request:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("coca_jax evaluate")
-        self._state = json.loads(self._path.read_text())
-        self.started: int = self._state["started"]
-
-    def scores(self, task: str) -> dict[str, float] | None:
-        """The scores of a task that is finished, else None."""
-        return self._state["tasks"].get(task)
-
-    def add(self, task: str, scores: Mapping[str, float]) -> None:
-        """Notes that a task is finished."""
-        self._state["tasks"][task] = dict(scores)
-        if self._main:
-            self._write(self._state)
-
-    def close(self) -> None:
-        """All is finished: the next start begins anew."""
-        if self._main:
-            self._path.unlink()
-
-    def _write(self, state: Mapping[str, Any]) -> None:
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps(state), encoding="utf-8")
-        new.replace(self._path)
-
-
 def run_tasks(
     model: Model, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
 ) -> dict[str, float]:
@@ -255,7 +154,7 @@ def run_tasks(
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)
-    unfinished = Unfinished(workdir, request, main_process=main_process)
+    unfinished = results.Unfinished(workdir, request, main_process=main_process)
     features: dict[str, dict[str, np.ndarray]] = {}  # of probes, by their data
     for task in tasks:
         task = _plain(task)
@@ -302,7 +201,13 @@ def _run_task(
         task["kind"] == "classification" and model.head_kind in ("answer", "pair")
     ):
         task = dict(task, data=dict(task["data"], kind="question"))
-    records = Records(task["data"], task.get("limit", 0), known)
+    records = Records(task["data"], task.get("limit", 0), known, needed(task["kind"]))
+    if records.left_out and main_process:
+        print(
+            f"{task['kind']}/{task['name']}: {records.left_out} examples have no "
+            f"{needed(task['kind'])} and are left out",
+            file=sys.stderr,
+        )
     common: dict[str, Any] = dict(progress=main_process, batch_size=model.batch_size)
     if task["kind"] == "captioning":
         path = pathlib.Path(workdir) / "eval_captions" / f"{task['name'].replace('/', '_')}.jsonl"
@@ -327,14 +232,25 @@ def _run_task(
     return new
 
 
+def trained_on(config: Any, data: Mapping[str, Any]) -> bool:
+    """Whether a run's config has the data, at this split, among its sources."""
+
+    def place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        path = entry.get("path")
+        return (path and os.path.realpath(path), entry.get("tfds"), entry.get("split") or "train")
+
+    sources = config.get("data", {}).get("sources", ())
+    return place(data) in [place(entry) for entry in sources if not entry.get("builtin")]
+
+
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("checkpoint", None, "A run, checkpoint, export or open_clip weights.")
     flags.DEFINE_string(
         "data", None, "A folder that `prepare` wrote, an imagefolder, 'tfds:NAME', or 'scenes'."
     )
-    flags.DEFINE_list("tasks", ["zeroshot", "retrieval", "captioning"], ", ".join(KINDS))
-    flags.DEFINE_string("split", "test", "Split of the data.")
+    flags.DEFINE_list("tasks", None, f"{', '.join(KINDS)}; default: {', '.join(USUAL)}.")
+    flags.DEFINE_string("split", "", "Split of the data; default: test, else what there is.")
     flags.DEFINE_string("name", "", "Data set name in the scores; default: folder and split.")
     flags.DEFINE_multi_string("where", [], "field=value[,value...]: only these records.")
     for field in ("text", "label", "image"):
@@ -357,10 +273,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
 
 
-def tasks_of_flags() -> list[dict[str, Any]]:
-    """The tasks that the command's flags ask for. Raises ValueError for an unknown one."""
+def data_of_flags() -> dict[str, Any]:
+    """The data that the command's flags name, an entry as in config.data.sources. Where --split
+    is not given the data tell it, and a line on standard error says which it is.
+
+    Raises ValueError or FileNotFoundError for data that are not there or have no such split.
+    """
     args = flags.FLAGS
-    data: dict[str, Any] = dict(split=args.split)
+    data: dict[str, Any] = {}
     place, _, rest = args.data.partition(":")
     if args.data == "scenes":
         data["builtin"] = "scenes"
@@ -374,12 +294,40 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     for field in ("text_field", "label_field", "image_field"):
         if args[field].value:
             data[field] = args[field].value
-    folder = rest.replace("/", "_") if place == "tfds" else pathlib.Path(args.data).name
-    tasks = []
-    for kind in args.tasks:
+    if args.split or "builtin" in data:
+        return dict(data, split=args.split or "test")
+    data["split"] = unprepared.choose_split(data)
+    if data["split"] != "test":
+        print(f"{args.data} has no split 'test': '{data['split']}' is used", file=sys.stderr)
+    return data
+
+
+def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
+    """The kinds of tasks asked for, or the usual ones that the data have labels or captions for.
+
+    Raises ValueError for an unknown one, or one asked for that the data are not for.
+    """
+    args = flags.FLAGS
+    for kind in args.tasks or ():
         if kind not in KINDS:
             raise ValueError(f"--tasks={kind}: choose from {', '.join(KINDS)}")
-        task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{args.split}")
+    found = suited(args.tasks or USUAL, data)
+    for kind in set(args.tasks or ()).difference(found):
+        raise ValueError(missing(f"{args.data} [{data['split']}]", needed(kind)))
+    left = [kind for kind in USUAL if kind not in found]
+    if not args.tasks and left:
+        print(f"{args.data} has nothing for {', '.join(left)}: left out", file=sys.stderr)
+    return found
+
+
+def tasks_of_flags() -> list[dict[str, Any]]:
+    """The tasks that the command's flags ask for. Raises ValueError for an unknown one."""
+    args, data = flags.FLAGS, data_of_flags()
+    place, _, rest = args.data.partition(":")
+    folder = rest.replace("/", "_") if place == "tfds" else pathlib.Path(args.data).name
+    tasks = []
+    for kind in kinds_of_flags(data):
+        task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
         task |= dict(data=dict(data), limit=args.limit)
         if kind == "captioning":
             task["java_metrics"] = args.java_metrics
@@ -417,6 +365,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         devices=devices,
         num_frames=args.num_frames,
     )
+    if trained_on(model.config, tasks[0]["data"]):
+        print(
+            f"{args.data}: the model trained on these very examples; the scores say how well it "
+            "remembers them, not how well it does on new ones",
+            file=sys.stderr,
+        )
     out = args.out or args.checkpoint
     if not args.out and not pathlib.Path(out).is_dir():
         raise ValueError(f"--checkpoint={out} is a file; give --out=DIR for eval.json")

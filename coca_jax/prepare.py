@@ -1,8 +1,9 @@
 """Imports any image-text data into the training format.
 
-    python -m coca_jax.prepare --format=imagefolder --input=FOLDER --out=DIR [--split=train]
+    python -m coca_jax.prepare --input=FOLDER --out=DIR [--format=...] [--holdout=0.1]
 
-Formats: imagefolder, webdataset, csv, parquet, tfrecord, tfds. The result is ArrayRecord shards
+Formats: imagefolder, webdataset, csv, parquet, tfrecord, tfds; without --format the files tell.
+--holdout keeps a share of the images apart as a split 'test'. The result is ArrayRecord shards
 with a manifest, which tensorflow-datasets reads as well. Run the same command again after a kill:
 finished shards stay, and the result is the same to the byte. What cannot be used is listed, with
 the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
@@ -15,6 +16,7 @@ train a SentencePiece vocabulary on prepared data, and print which examples a st
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +24,10 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, recipes
-from coca_jax.data import files, order, pipeline, sources, vocabulary
+from coca_jax.data import files, formats, order, pipeline, sources, vocabulary
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare
+from coca_jax.importers.splits import prepare, prepare_with_holdout
 
 
 def _options() -> Options:
@@ -103,10 +105,12 @@ def inspect(config: Any, step: int) -> dict[str, Any]:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_enum("format", None, list(shards.MODULES), "Format of the input.")
+    names = list(shards.MODULES)
+    flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
     flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
     flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
     flags.DEFINE_string("split", "train", "Name of the split that is written.")
+    flags.DEFINE_float("holdout", 0.0, "Share of the images to write as split 'test' instead.")
     flags.DEFINE_multi_string(
         "where",
         [],
@@ -160,21 +164,31 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return inspect(flags.FLAGS.config, flags.FLAGS.step)
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; use 'vocabulary', 'inspect' or flags")
-    for name in ("format", "input", "out"):
+    for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
-    result = prepare(
-        flags.FLAGS.format,
-        flags.FLAGS.input,
-        flags.FLAGS.out,
+    format = flags.FLAGS.format
+    if not format:
+        format = formats.guess(flags.FLAGS.input)
+        print(f"{flags.FLAGS.input}: read as --format={format}", file=sys.stderr)
+    keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,
         options=_options(),
         processes=flags.FLAGS.processes,
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
     )
-    print(f"{result['written']} of {result['read']} examples -> {result['out']}")
-    return result
+    where = (format, flags.FLAGS.input, flags.FLAGS.out)
+    if not flags.FLAGS.holdout:
+        result = prepare(*where, **keywords)
+        print(f"{result['written']} of {result['read']} examples -> {result['out']}")
+        return result
+    result, held = prepare_with_holdout(*where, flags.FLAGS.holdout, **keywords)
+    print(
+        f"{result['written']} of {result['read']} examples -> {result['out']} "
+        f"[{result['split']}], {held['written']} -> [{held['split']}]"
+    )
+    return result | {"held_out": held}
 
 
 if __name__ == "__main__":

@@ -28,9 +28,30 @@ def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     recipes.define_flag()
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
+    flags.DEFINE_multi_string(
+        "data",
+        [],
+        "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
+        "caption, label or question. Repeatable. Prepared on the way where it is not.",
+    )
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+
+
+def use_data(config: ConfigDict, named: Sequence[str], workdir: str) -> None:
+    """Puts the data of --data in place of the recipe's, prepared where they are not.
+
+    Raises ValueError or OSError for bad data, or for a bad config before anything is prepared.
+    """
+    import jax
+
+    from coca_jax import run_config
+    from coca_jax.importers import own_data
+
+    config.data.sources = tuple(dict(path=own_data.parse(text).path) for text in named)
+    run_config.check(config)
+    own_data.apply(config, named, workdir, main_process=jax.process_index() == 0)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -47,6 +68,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
     )
+    if flags.FLAGS.data:
+        use_data(flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS.workdir)
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except stopping.Preempted as stop:

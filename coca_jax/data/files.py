@@ -9,6 +9,9 @@ from typing import Any
 
 import fsspec
 
+VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
+SPLITS = ("train", "test", *VALIDATION)
+
 
 def filesystem(path: str) -> tuple[Any, str]:
     """The file system of a path or URL, and the path in it.
@@ -76,14 +79,12 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     elif system.isfile(plain):
         return [path]
     elif system.isdir(plain):
-        found = system.find(plain)
-        names = {f: posixpath.relpath(f, plain) for f in found}
-        found = [f for f in found if any(fnmatch.fnmatch(names[f], p) for p in patterns)]
-        split_names = ("train", "test", "validation", "valid", "val", "dev")
-        told = {f: next((s for s in split_names if _words(names[f]) & {s}), "") for f in found}
+        names = _matching(system, plain, patterns)
+        told = {file: _told_split(name) for file, name in names.items()}
+        found = list(names)
         if split and any(told.values()):
-            aliases = {"valid", "val", "dev", "validation"} if split.startswith("val") else {split}
-            found = [f for f in found if told[f] in aliases]
+            wanted = "validation" if split in VALIDATION else split
+            found = [file for file in found if told[file] == wanted]
     else:
         raise FileNotFoundError(f"--input={path}: no such file or folder")
     if not found:
@@ -93,6 +94,28 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
+
+
+def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:
+    """The splits that the names of a folder's matching files tell, as `find` understands them:
+    'train', 'test', 'validation' (also said valid, val, dev), sorted; [] where they tell none."""
+    system, plain = filesystem(path)
+    if not system.isdir(plain):
+        return []
+    names = _matching(system, plain, patterns).values()
+    return sorted({told for name in names if (told := _told_split(name))})
+
+
+def _matching(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Matching files of a folder and below -> their names within it."""
+    names = {file: posixpath.relpath(file, plain) for file in system.find(plain)}
+    return {f: n for f, n in names.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
+
+
+def _told_split(name: str) -> str:
+    """The split that a file's name tells, '' for none; of several the first of SPLITS."""
+    found = next((split for split in SPLITS if split in _words(name)), "")
+    return "validation" if found in VALIDATION else found
 
 
 def _words(name: str) -> set[str]:

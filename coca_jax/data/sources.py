@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ import numpy as np
 from absl import logging
 from array_record.python import array_record_module
 
-from coca_jax.data import files, images, records
+from coca_jax.data import files, formats, images, records
 from coca_jax.data.records import Record
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
@@ -152,16 +151,9 @@ def read_manifest(path: str) -> dict[str, Any]:
         return json.loads(files.read(file))
     if files.is_remote(path) or not os.path.exists(path):
         raise FileNotFoundError(f"data source {path}: no such folder, or no {MANIFEST} in it")
-    kind = "imagefolder"
-    if glob.glob(os.path.join(path, "*.parquet")):
-        kind = "parquet"
-    elif glob.glob(os.path.join(path, "*.tar")):
-        kind = "webdataset"
-    elif glob.glob(os.path.join(path, "*.csv")) or glob.glob(os.path.join(path, "*.tsv")):
-        kind = "csv"
     raise ValueError(
         f"data source {path}: not prepared data (no {MANIFEST}); run `python -m coca_jax.prepare "
-        f"--format={kind} --input={path} --out=DIR` and give path=DIR"
+        f"--format={formats.guess(path)} --input={path} --out=DIR` and give path=DIR"
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import fsspec
@@ -246,7 +247,8 @@ def train(
     pieces gives fewer.
 
     Raises:
-        ValueError: `size` leaves no room for the bytes and symbols, or there is no text.
+        ValueError: `size` leaves no room for the bytes and symbols or for the characters of the
+            texts, or there is no text.
     """
     if size < 300:
         raise ValueError(f"vocabulary size {size}: 256 bytes and the symbols need at least 300")
@@ -256,23 +258,32 @@ def train(
         raise ValueError("vocabulary: no text to train on; does the data have captions or labels?")
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=size,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        max_sentence_length=100_000,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=3,
-        control_symbols=[LABEL_SYMBOL],
-        num_threads=1,  # more of them change the result
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            max_sentence_length=100_000,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=3,
+            control_symbols=[LABEL_SYMBOL],
+            num_threads=1,  # more of them change the result
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # its one exception for all that goes wrong
+        asked = re.search(r"required_chars. (\d+) vs (\d+)", str(error))
+        if asked:
+            raise ValueError(
+                f"vocabulary size {size} is too small for the characters of these texts; set "
+                f"model.text.vocab_size={asked[2]} or more"
+            ) from None
+        raise ValueError(f"vocabulary of {size} pieces cannot be trained: {error}") from None
     vocabulary = SentencePiece(model.getvalue())
     vocabulary.save(path)
     return vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,19 @@ from coca_jax.data import images, order, videos
 from coca_jax.data.records import Record
 from coca_jax.importers.items import Item, Options, plain_json
 
-FILTERED = ("where", "sample")  # left out on purpose, not quarantined
-
 
 def wanted(item: Item, options: Options) -> str:
-    """'' for an item that the selection keeps, else what leaves it out."""
+    """'' for an item that the selection keeps, else what leaves it out: 'where', 'sample', or the
+    side of a holdout on which it is, 'held_out' or 'not_held_out'.
+
+    An item with a problem is kept, to be listed once: on the side that is not held out.
+    """
+    if options.holdout:
+        held = not item.problem and is_held_out(item.image, options.holdout)
+        if held != options.held_out:
+            return "held_out" if held else "not_held_out"
+    if item.problem:
+        return ""
     for field, allowed in options.where:
         value = item.extra.get(field)
         values = value if isinstance(value, list) else [value]
@@ -27,6 +36,17 @@ def wanted(item: Item, options: Options) -> str:
         if order.uniform(order.key(options.seed, digest & (2**63 - 1)), 1)[0, 0] >= options.sample:
             return "sample"
     return ""
+
+
+def is_held_out(image: bytes, share: float) -> bool:
+    """Whether an encoded image is among the share that is held out: a function of its bytes."""
+    return place(image) < share
+
+
+def place(image: bytes) -> float:
+    """Where the bytes of an image put it, uniformly in [0, 1)."""
+    digest = hashlib.blake2b(image, digest_size=8, person=b"holdout").digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def record(item: Item, options: Options) -> tuple[Record | None, str, str]:

@@ -12,6 +12,7 @@ from coca_jax.importers.imagefolder import from_fields
 from coca_jax.importers.items import Item, Options, Unit, split_units
 
 ROWS_PER_UNIT = 2048
+PATTERNS = ("*.csv", "*.tsv")  # of its files
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -22,7 +23,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         ValueError: a list has no such column.
     """
     units = []
-    for file in files.find(path, ("*.csv", "*.tsv"), split):
+    for file in files.find(path, PATTERNS, split):
         rows, columns = 0, None
         for fields in _rows(file):
             columns = columns or list(fields)

@@ -8,7 +8,8 @@ import json
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import files, videos
+from coca_jax.data import files
+from coca_jax.data.formats import IMAGE_COLUMNS, MEDIA, METADATA
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -21,8 +22,6 @@ from coca_jax.importers.items import (
 )
 
 ROWS_PER_UNIT = 2048
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".apng")
-MEDIA = IMAGES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -33,14 +32,10 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """
     if not files.is_remote(path) and not files.exists(path):
         raise FileNotFoundError(f"--input={path}: no such folder")
-    inner = files.join(path, split)
-    root = inner if files.exists(inner) else path
-    found = []
-    for name in ("metadata.jsonl", "metadata.csv"):
-        try:
-            found += files.find(root, (name, f"*/{name}"))
-        except FileNotFoundError:
-            continue
+    root, inner = path, files.join(path, split)
+    if split in splits(path) or (split not in files.SPLITS and files.exists(inner)):
+        root = inner
+    found = _metadata(root)
     units = []
     for metadata in found:
         if metadata.endswith(".jsonl"):
@@ -58,6 +53,45 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         Unit(root, start, start + ROWS_PER_UNIT, min(ROWS_PER_UNIT, len(listed) - start))
         for start in range(0, len(listed), ROWS_PER_UNIT)
     ]
+
+
+def splits(path: str) -> list[str]:
+    """The splits of an imagefolder that has a folder for each, under their own names, else [].
+
+    A folder is a split by its name, unless other folders of images stand beside it: then it is a
+    class, such as "train" among vehicles. Metadata that stands above the folders alone names the
+    images of them all and leaves them one split.
+    """
+    system, plain = files.filesystem(path)
+    if not system.isdir(plain):
+        return []
+    inside = (
+        entry["name"] for entry in system.ls(plain, detail=True) if entry["type"] == "directory"
+    )
+    names = sorted(posixpath.basename(name.rstrip("/")) for name in inside)
+    found = [name for name in names if name in files.SPLITS]
+    rest = [name for name in names if name not in files.SPLITS and not name.startswith(".")]
+    if not found or any(_has_media(files.join(path, name)) for name in rest):
+        return []
+    if any(files.exists(files.join(path, name)) for name in METADATA):
+        return found if any(_metadata(files.join(path, name)) for name in found) else []
+    return found
+
+
+def _has_media(folder: str) -> bool:
+    system, plain = files.filesystem(folder)
+    return any(name.lower().endswith(MEDIA) for _, _, names in system.walk(plain) for name in names)
+
+
+def _metadata(root: str) -> list[str]:
+    """The metadata files of a folder, at its top or below."""
+    found = []
+    for name in METADATA:
+        try:
+            found += files.find(root, (name, f"*/{name}"))
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def _images(root: str) -> list[str]:
@@ -140,7 +174,7 @@ def from_fields(folder: str, fields: dict, options: Options) -> Item:
 
 def _located(folder: str, fields: dict, options: Options) -> tuple[Item, str]:
     first = options.image_field.partition(",")[0]
-    name = take(fields, first, ("file_name", "filepath", "image", "path"))
+    name = take(fields, first, IMAGE_COLUMNS)
     if not isinstance(name, str) or not name:
         return Item(str(name), problem="missing_image", detail="the row names no image file"), ""
     path = files.join(folder, name)

@@ -25,6 +25,9 @@ class Options:
         require: 'any', 'text' or 'label': what an example must have besides its image.
         max_side: images larger than this are shrunk and encoded again; 0: bytes are copied.
         sample: share of the examples to keep, chosen by their keys.
+        holdout: share of the images that is kept apart, chosen by their bytes: equal images are on
+            the same side.
+        held_out: take those that are kept apart, not the others.
         seed: of the sample.
         dedup: 'none', 'content' (images of equal bytes) or 'perceptual' (that look the same too).
         distance: bits of 256 in which images that look the same may differ.
@@ -46,6 +49,8 @@ class Options:
     require: str = "any"
     max_side: int = 0
     sample: float = 1.0
+    holdout: float = 0.0
+    held_out: bool = False
     seed: int = 0
     dedup: str = "none"
     distance: int = 6

@@ -26,6 +26,7 @@ from coca_jax.importers.items import (
 
 ROWS_PER_UNIT = 4096
 IMAGE_FIELDS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path")
+PATTERNS = ("*.parquet",)  # of its files
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -36,7 +37,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         ValueError: one that cannot be read, or has no such column.
     """
     units = []
-    for file in files.find(path, ("*.parquet",), split):
+    for file in files.find(path, PATTERNS, split):
         with files.open_binary(file) as handle:
             try:
                 table = pq.ParquetFile(handle)

@@ -103,7 +103,7 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
             read += 1
             if read % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY)
-            left_out = checks.wanted(item, job.options) if not item.problem else ""
+            left_out = checks.wanted(item, job.options)
             if left_out:
                 filtered[left_out] += 1
                 continue

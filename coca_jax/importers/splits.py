@@ -25,12 +25,54 @@ from coca_jax.importers.items import Options, Unit
 _ROWS_PER_SHARD = 16_384
 
 
+def splits_of(format: str, input: str) -> list[str]:
+    """The splits that an input tells by the names of its files or folders; [] when it tells none.
+
+    Raises ValueError for an unknown format or data that it cannot open.
+    """
+    module = shards.importer(format)
+    if hasattr(module, "splits"):
+        return module.splits(input)
+    return files.splits_told(input, module.PATTERNS)
+
+
+def prepare_with_holdout(
+    format: str, input: str, out: str, share: float, *, held_split: str = "test", **keywords: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Imports one split as two: about a `share` of its images apart, chosen by their bytes.
+
+    Images of equal bytes go to the same side, on every machine and in every order.
+
+    Args:
+        share: above 0, below 1.
+        held_split: the split of those that are kept apart.
+        keywords: of `prepare`.
+
+    Returns:
+        What `prepare` returns, of the others and of those kept apart.
+
+    Raises:
+        FileNotFoundError, ValueError: as `prepare`; no image falls to one of the sides.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
+    split = keywords.pop("split", "train")
+    if split == held_split:
+        raise ValueError(f"--split={split} is what --holdout writes; give another --split")
+    options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
+    keywords.setdefault("read_split", split)
+    apart = dataclasses.replace(options, held_out=True)
+    held = prepare(format, input, out, split=held_split, options=apart, **keywords)
+    return prepare(format, input, out, split=split, options=options, **keywords), held
+
+
 def prepare(
     format: str,
     input: str,
     out: str,
     *,
     split: str = "train",
+    read_split: str = "",
     options: Options | None = None,
     processes: int = 0,
     shard_count: int = 0,
@@ -38,6 +80,10 @@ def prepare(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Imports one split; see the module's text.
+
+    Args:
+        split: the name that it gets.
+        read_split: the one that is read, where the input tells several; '': `split`.
 
     Returns:
         split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
@@ -54,14 +100,15 @@ def prepare(
     request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
     request = json.loads(json.dumps(request))
     if split in manifest["splits"] and not overwrite:
-        if manifest["splits"][split]["request"] == request:
+        if _whole(manifest["splits"][split]["request"]) == request:
             return _summary(out, split, manifest)
         raise ValueError(
             f"--out={out} already holds a split {split!r} made with other options; give "
             "--overwrite, or another --out or --split"
         )
     work = files.join(out, f".unfinished-{split}")
-    jobs = _plan(module, format, str(input), split, options, work, shard_count, request)
+    wanted = read_split or split
+    jobs = _plan(module, format, str(input), wanted, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
     processes = processes or len(os.sched_getaffinity(0))
@@ -85,7 +132,7 @@ def _plan(
     path = files.join(work, "plan.json")
     if files.exists(path):
         plan = json.loads(files.read(path))
-        if plan["request"] != request:
+        if _whole(plan["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in plan["groups"]]
     else:
@@ -100,6 +147,12 @@ def _plan(
         shards.Job(number, tuple(group), format, options, work)
         for number, group in enumerate(groups)
     ]
+
+
+def _whole(request: dict[str, Any]) -> dict[str, Any]:
+    """A request with the options that were not there when it was written."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(Options())))
+    return request | {"options": defaults | request["options"]}
 
 
 def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
@@ -202,6 +255,13 @@ def _finish(
     if read != written + len(listed) + sum(filtered.values()):
         raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
     if not written:
+        system, plain_work = files.filesystem(work)
+        system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
+        if set(filtered) & {"held_out", "not_held_out"} and not listed:
+            raise ValueError(
+                f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
+                f"leaves none of {read} images for the split {split!r}; give another share"
+            )
         raise ValueError(
             f"--input={request['input']}: none of {read} examples can be used: "
             f"quarantined {dict(reasons)}, filtered {dict(filtered)}"

@@ -45,6 +45,11 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return [Unit(f"{path}@{split}", unit.start, unit.stop, unit.rows) for unit in units]
 
 
+def splits(path: str) -> list[str]:
+    """The splits of a data set, by their names there."""
+    return sorted(_builder(path).info.splits)
+
+
 def _field(features: Any, wanted: str, usual: tuple[str, ...]) -> str:
     return wanted or next((name for name in usual if name in features), "")
 

@@ -23,6 +23,7 @@ IMAGE_FIELDS = ("jpg", "png", "webp", "image", "image/encoded", "image_raw")
 _TEXTS = (*TEXT_FIELDS, "image/caption")
 _LABELS = (*LABEL_FIELDS, "image/class/text", "image/class/label")
 _MAX_RECORD = 1 << 31  # a length above this is damage, not a record
+PATTERNS = ("*.tfrecord", "*.tfrecord-*")  # of its files
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -31,7 +32,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     Raises:
         FileNotFoundError: no .tfrecord file.
     """
-    return [Unit(file) for file in files.find(path, ("*.tfrecord", "*.tfrecord-*"), split)]
+    return [Unit(file) for file in files.find(path, PATTERNS, split)]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:

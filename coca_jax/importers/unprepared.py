@@ -50,6 +50,47 @@ def class_names(entry: Mapping[str, Any], split: str) -> list[str]:
     return sorted({label for record in found for label in record.labels})
 
 
+def splits(entry: Mapping[str, Any]) -> list[str]:
+    """The splits of a data set; [] for a plain folder without folders of such names."""
+    if entry.get("tfds"):
+        return tfds_name.splits(_tfds_path(entry))
+    if _is_plain_folder(entry):
+        return imagefolder.splits(str(entry["path"]))
+    return sorted(sources.read_manifest(str(entry["path"]))["splits"])
+
+
+def choose_split(entry: Mapping[str, Any]) -> str:
+    """The split to evaluate on where nobody names one: 'test', else validation, else the only one.
+
+    Raises ValueError where the data have several and none of these.
+    """
+    found = splits(entry)
+    usual = [split for split in ("test", *files.VALIDATION) if split in found]
+    if not found or usual:
+        return usual[0] if usual else "test"
+    if len(found) > 1:
+        where = entry.get("path") or entry.get("tfds")
+        raise ValueError(f"data {where}: give --split, one of {', '.join(found)}")
+    return found[0]
+
+
+def counts(entry: Mapping[str, Any]) -> dict[str, int]:
+    """{'caption': examples that have one, 'label': examples that have one} of `entry`'s split; {}
+    where that is not known without going through the images, or not at once."""
+    if entry.get("tfds") or entry.get("builtin") or entry.get("where"):
+        return {}
+    if _is_plain_folder(entry):
+        found = open_source(dict(entry, kind="caption"), "test")
+        texts = found.read_texts(range(len(found)))
+        return dict(
+            caption=sum(bool(r.texts) for r in texts), label=sum(bool(r.labels) for r in texts)
+        )
+    if entry.get("text_field") or entry.get("label_field"):
+        return {}
+    there = sources.read_manifest(str(entry["path"]))["splits"].get(entry.get("split", "test"))
+    return dict(caption=there["with_text"], label=there["with_label"]) if there else {}
+
+
 def _options(entry: Mapping[str, Any]) -> Options:
     return Options(
         text_field=str(entry.get("text_field") or ""),

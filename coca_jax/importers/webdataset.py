@@ -21,6 +21,7 @@ from coca_jax.importers.items import (
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "image")
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
+PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")  # of its files
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -29,7 +30,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     Raises:
         FileNotFoundError: no tar file.
     """
-    return [Unit(file) for file in files.find(path, ("*.tar", "*.tar.gz", "*.tgz"), split)]
+    return [Unit(file) for file in files.find(path, PATTERNS, split)]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:

@@ -1,0 +1,284 @@
+"""Data that a user names in one go, PATH[:KIND[:WEIGHT]]: prepared on the way where it is not,
+with a held-out split, a kind told from what it holds, and evaluations that suit it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import posixpath
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from coca_jax.data import files, formats
+from coca_jax.importers import metadata, shards, splits
+from coca_jax.importers.items import Options
+
+KINDS = ("caption", "label", "question")
+HOLDOUT = 0.1  # of data that come as one split
+_AT_MOST = 5000  # examples of an evaluation that is set up here
+_SPLIT_FIELD = "split"  # of data that name the split of each example beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What one flag says. kind '': as the data tell."""
+
+    path: str
+    kind: str = ""
+    weight: float = 1.0
+
+
+def parse(text: str) -> Named:
+    """PATH, PATH:KIND or PATH:KIND:WEIGHT; read from the right, as URLs and paths have colons.
+
+    Raises ValueError for an unknown kind behind a path that is there, or a weight of 0 or below.
+    """
+    path, kind, weight = text, "", 1.0
+    before, _, last = text.rpartition(":")
+    earlier, _, middle = before.rpartition(":")
+    if middle in KINDS and _is_number(last):
+        path, kind, weight = earlier, middle, float(last)
+    elif last in KINDS:
+        path, kind = before, last
+    elif before and files.exists(before) and not files.exists(text):
+        raise ValueError(
+            f"--data={text}: {last!r} is none of {', '.join(KINDS)}; write PATH, PATH:KIND or "
+            "PATH:KIND:WEIGHT"
+        )
+    if not path:
+        raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
+    if not weight > 0:
+        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0")
+    return Named(path, kind, weight)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def apply(config: Any, texts: Sequence[str], workdir: str, *, main_process: bool = True) -> None:
+    """Puts the named data in place of a recipe's sources, and evaluations on what is held out in
+    place of those on other data; says on standard error what it found.
+
+    Data that are not prepared are imported into workdir/data/NAME, by the main process; the others
+    wait for it. A second call finds them there.
+
+    Raises ValueError or OSError for data that cannot be used, in one line.
+    """
+    found = [parse(text) for text in texts]
+    for one in found:  # before the first of them is imported
+        if one.path != "scenes" and not is_prepared(one.path):
+            formats.guess(one.path)
+    names = _folder_names([one.path for one in found])
+    sources, tasks, kept = [], [], []
+    for one, name in zip(found, names):
+        if one.path == "scenes":
+            place: dict[str, Any] = {"builtin": "scenes"}
+            kind, train, held = one.kind or "caption", "train", "test"
+        else:
+            path = prepared(one.path, files.join(workdir, f"data/{name}"), wait=not main_process)
+            place = {"path": path}
+            train, held = choose_splits(path)
+            kind = one.kind or guess_kind(path, train)
+            if main_process:
+                print(_described(one, path, kind, train, held), file=sys.stderr)
+        sources.append(dict(place, split=train, kind=kind, weight=one.weight))
+        kept += [t for t in config.eval.tasks if _plain(t)["data"].items() >= place.items()]
+        if held:
+            tasks += evaluations(config, dict(place, split=held, kind=kind), f"{name}_{held}")
+    for source, rows in zip(sources, shares([s["weight"] for s in sources], config.batch_size)):
+        source["weight"] = float(rows)
+    config.data.sources = tuple(sources)
+    config.eval.tasks = tuple(kept or tasks)
+
+
+def _plain(task: Any) -> dict[str, Any]:
+    return task.to_dict() if hasattr(task, "to_dict") else dict(task)
+
+
+def _folder_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each path: its last part, numbered where two share it."""
+    names: list[str] = []
+    for path in paths:
+        last = posixpath.basename(path.rstrip("/")).split("*")[0] or "data"
+        name = last.partition(".")[0].removeprefix("tfds:") or "data"
+        count = Counter(names)[name]
+        names.append(f"{name}-{count + 1}" if count else name)
+    return names
+
+
+def is_prepared(path: str) -> bool:
+    """Whether `prepare` wrote the folder."""
+    return files.exists(files.join(path, metadata.MANIFEST))
+
+
+def prepared(path: str, out: str, *, holdout: float = HOLDOUT, wait: bool = False) -> str:
+    """The prepared folder of some data: `path` itself where it is one, else `out`, written now.
+
+    Splits that the data tell are kept, `train` and the first of test and validation; data of one
+    split get a held-out one, `test`, chosen by the images' bytes.
+
+    Args:
+        path: a prepared folder, whatever `formats.guess` knows, or 'tfds:NAME'.
+        out: where the import goes; an import that was cut short goes on.
+        holdout: share of the images that is held out.
+        wait: another process writes; wait until it has.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or nothing that can be used; `out` holds
+            other data.
+    """
+    if is_prepared(path):
+        return path
+    if wait:
+        return _await(out)
+    format = formats.guess(path)
+    input = path.removeprefix("tfds:") if format == "tfds" else path
+    if format != "tfds" and not files.is_remote(path):
+        input = os.path.abspath(path)
+    there = metadata.read_manifest(out)["splits"]
+    for split in there.values():
+        if split["request"]["input"] != input:
+            raise ValueError(
+                f"{out} holds data of {split['request']['input']}, not of {input}; use another "
+                "--workdir, or give data of another name"
+            )
+    if "train" in there and len(there) > 1:
+        return out
+    print(f"{path} is not prepared: importing it as {format} into {out}", file=sys.stderr)
+    told = splits.splits_of(format, input)
+    train, held = _of_names(told)
+    if held:
+        splits.prepare(format, input, out, split="test", read_split=held)
+        splits.prepare(format, input, out, split="train", read_split=train)
+        return out
+    by_field = {} if told else _told_by_field(format, input)
+    if by_field:
+        for split, value in by_field.items():
+            options = Options(where=((_SPLIT_FIELD, (value,)),))
+            splits.prepare(format, input, out, split=split, options=options)
+        return out
+    splits.prepare_with_holdout(format, input, out, holdout, read_split=train)
+    return out
+
+
+def _await(out: str) -> str:
+    """Waits until another process has written both splits of `out`."""
+    while "train" not in metadata.read_manifest(out)["splits"]:
+        time.sleep(1)
+    return out
+
+
+def _told_by_field(format: str, input: str) -> dict[str, str]:
+    """{'test': value, 'train': value} of the field `split`, where the examples have it."""
+    module, options = shards.importer(format), Options()
+    items = itertools.chain.from_iterable(
+        module.read(unit, options) for unit in module.plan(input, "", options)
+    )
+    values = {str(item.extra.get(_SPLIT_FIELD, "")) for item in itertools.islice(items, 1000)}
+    if "" in values:
+        return {}
+    train, held = _of_names(sorted(values))
+    return {"test": held, "train": train} if held and train == "train" else {}
+
+
+def _of_names(names: Sequence[str]) -> tuple[str, str]:
+    """(split to train on, held-out split or '') of those that some data have.
+
+    Raises ValueError where none of several is for training.
+    """
+    train = "train" if "train" in names or not names else names[0]
+    others = [name for name in names if name != train]
+    if others and train != "train":
+        raise ValueError(f"the data have the splits {', '.join(names)} and none called 'train'")
+    held = next((name for name in ("test", *files.VALIDATION) if name in others), "")
+    return train, held
+
+
+def choose_splits(path: str) -> tuple[str, str]:
+    """(split to train on, held-out split or '') of a prepared folder.
+
+    Raises ValueError where it has several splits and none is for training.
+    """
+    found = sorted(metadata.read_manifest(path)["splits"])
+    try:
+        return _of_names(found)
+    except ValueError as error:
+        raise ValueError(f"--data={path}: {error}; name one in config.data.sources") from None
+
+
+def guess_kind(path: str, split: str) -> str:
+    """'caption' where at least as many examples of a prepared split have a text as a label."""
+    entry = metadata.read_manifest(path)["splits"][split]
+    return "caption" if entry["with_text"] >= entry["with_label"] else "label"
+
+
+def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
+    """A line for people: what trains, as what, and what is held out."""
+    entries = metadata.read_manifest(path)["splits"]
+    entry, texts = entries[train], {"caption": "with_text", "label": "with_label"}.get(kind, "")
+    line = f"{one.path}: {entry['count']} examples of split '{train}' train"
+    if texts:
+        line += f" as {kind}s ({entry[texts]} have one)"
+    other = "label" if kind == "caption" else "caption"
+    if not one.kind and entry[f"with_{'label' if other == 'label' else 'text'}"]:
+        line += f"; --data={one.path}:{other} trains on its {other}s"
+    if held:
+        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
+    else:
+        line += (
+            "; nothing is held out, so the run ends without scores: "
+            "`prepare --holdout=0.1` writes a split 'test' as well"
+        )
+    bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
+    if bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+        line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
+    return line
+
+
+def shares(weights: Sequence[float], batch_size: int) -> list[int]:
+    """Rows of a batch for each weight, whole numbers that add up, each at least 1.
+
+    Raises ValueError for more weights than rows.
+    """
+    if len(weights) > batch_size:
+        raise ValueError(f"--data: {len(weights)} data sets for a batch of {batch_size} rows")
+    exact = [weight / sum(weights) * batch_size for weight in weights]
+    rows = [max(1, int(share)) for share in exact]
+    while sum(rows) > batch_size:  # a row for each of many small shares is taken from the largest
+        rows[rows.index(max(rows))] -= 1
+    nearest = sorted(range(len(rows)), key=lambda i: rows[i] - exact[i])
+    for i in nearest[: batch_size - sum(rows)]:
+        rows[i] += 1
+    return rows
+
+
+def evaluations(config: Any, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Tasks for `config.eval.tasks` on held-out data: what this run's losses teach.
+
+    data: an entry of path, split and kind; name: of the data set in the scores.
+    """
+    head, loss = config.head.kind, config.loss
+    if head:
+        return [dict(kind="classification", name=name, data=data, limit=_AT_MOST)]
+    task = dict(name=name, data=data, limit=_AT_MOST)
+    if data["kind"] == "question":
+        return [dict(task, kind="answers")] if loss.captioning_weight else []
+    if data["kind"] == "label":
+        templates = "photo" if config.data.prompts == "varied" else config.data.prompts
+        kind = "zeroshot" if loss.contrastive_weight else "generative"
+        return [dict(task, kind=kind, templates=templates)]
+    found = []
+    if loss.contrastive_weight:
+        found.append(dict(task, kind="retrieval"))
+    if loss.captioning_weight:
+        found.append(dict(task, kind="captioning"))
+    return found

@@ -1,0 +1,285 @@
+"""Data named by --data: what a flag says, what a folder is, what is held out, what is evaluated."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_jax import evaluate, prepare
+from coca_jax.configs import base
+from coca_jax.data import formats, pipeline, sources
+from coca_jax.evaluators import records
+from coca_jax.importers import own_data, splits, unprepared
+
+
+def picture(seed):
+    rng = np.random.default_rng(seed)
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def captioned(folder, count, first=0, **fields):
+    """An imagefolder of `count` pictures with a caption each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(first, first + count):
+        (folder / f"{i:03d}.png").write_bytes(picture(i))
+        row = dict(file_name=f"{i:03d}.png", text=f"picture {i}")
+        lines.append(json.dumps(row | {k: v(i) for k, v in fields.items()}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def by_class(folder, count, names=("cat", "train")):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.png").write_bytes(picture(1000 * number + i))
+    return folder
+
+
+def tar(path, count):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in reversed(range(count)):
+            for suffix, data in (("png", picture(i)), ("txt", b"picture %d" % i)):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    "text, path, kind, weight",
+    [
+        ("data/mine", "data/mine", "", 1.0),
+        ("data/mine:label", "data/mine", "label", 1.0),
+        ("data/mine:caption:0.5", "data/mine", "caption", 0.5),
+        ("s3://bucket/a:b:question:2", "s3://bucket/a:b", "question", 2.0),
+        ("s3://bucket/a", "s3://bucket/a", "", 1.0),
+        ("tfds:mnist:label", "tfds:mnist", "label", 1.0),
+        ("C:/pictures:3", "C:/pictures:3", "", 1.0),
+        ("label:label", "label", "label", 1.0),
+    ],
+)
+def test_a_flag_is_read_from_the_right(text, path, kind, weight):
+    assert own_data.parse(text) == own_data.Named(path, kind, weight)
+
+
+def test_flags_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="'labels' is none of caption, label, question"):
+        own_data.parse(f"{tmp_path}:labels")
+    with pytest.raises(ValueError, match="the weight is a share of the batch, above 0"):
+        own_data.parse("x:label:0")
+    with pytest.raises(ValueError, match="names no path"):
+        own_data.parse(":label")
+
+
+def test_a_folder_tells_its_format_and_splits(tmp_path):
+    def told(path):
+        return formats.guess(str(path)), splits.splits_of(formats.guess(str(path)), str(path))
+
+    captioned(tmp_path / "a" / "train", 1)
+    captioned(tmp_path / "a" / "val", 1)
+    assert told(tmp_path / "a") == ("imagefolder", ["train", "val"])
+    # 'train' among other classes is a class, and all of them are read.
+    by_class(tmp_path / "b", 2)
+    assert told(tmp_path / "b") == ("imagefolder", [])
+    result = prepare.prepare("imagefolder", str(tmp_path / "b"), str(tmp_path / "pb"))
+    assert (result["written"], result["classes"]) == (4, 2)
+    # Metadata above folders of such names: one split, and the captions are found.
+    by_class(tmp_path / "c", 2, ("train", "test"))
+    rows = [dict(file_name=f"{n}/{i}.png", text=n) for n in ("train", "test") for i in range(2)]
+    (tmp_path / "c/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert told(tmp_path / "c") == ("imagefolder", [])
+    result = prepare.prepare("imagefolder", str(tmp_path / "c"), str(tmp_path / "pc"))
+    assert result["with_text"] == 4
+    tar(tmp_path / "d/mine-train-0.tar", 1)
+    tar(tmp_path / "d/mine-dev-0.tar", 1)
+    (tmp_path / "d/mine-train-0.parquet").write_bytes(b"as img2dataset leaves it")
+    assert told(tmp_path / "d") == ("webdataset", ["train", "validation"])
+    assert told(tmp_path / "d/mine-dev-0.tar") == ("webdataset", [])
+    # A table of something else does not hide the folders of images beside it.
+    by_class(tmp_path / "e", 1)
+    (tmp_path / "e/sizes.csv").write_text("width,height\n1,2\n")
+    assert told(tmp_path / "e") == ("imagefolder", [])
+    (tmp_path / "e/list.csv").write_text("filepath,title\ncat/0.png,a cat\n")
+    assert told(tmp_path / "e") == ("csv", [])
+
+
+def test_a_folder_of_nothing_says_what_it_has(tmp_path):
+    with pytest.raises(ValueError, match="the folder is empty"):
+        formats.guess(str(tmp_path))
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(ValueError, match=r"no images in it, only 1 other files \(a.doc\)"):
+        formats.guess(str(tmp_path))
+    with pytest.raises(ValueError, match="is one file, and no list or archive"):
+        formats.guess(str(tmp_path / "a.doc"))
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        formats.guess(str(tmp_path / "absent"))
+
+
+def test_a_holdout_is_a_function_of_the_pictures(tmp_path):
+    """The same pictures are held out whatever the format and order, twins on the same side, bad
+    ones listed once."""
+    folder = captioned(tmp_path / "a", 80)
+    for i in range(40):  # the same bytes under other names
+        (folder / f"twin{i}.png").write_bytes(picture(i))
+    with open(folder / "metadata.jsonl", "a") as file:
+        for i in range(40):
+            file.write(json.dumps(dict(file_name=f"twin{i}.png", text=f"picture {i}")) + "\n")
+        file.write(json.dumps(dict(file_name="missing.png", text="none")) + "\n")
+    keywords = dict(progress=False, processes=1)
+    out = str(tmp_path / "out")
+    rest, held = splits.prepare_with_holdout("imagefolder", str(folder), out, 0.25, **keywords)
+    assert rest["written"] + held["written"] == 120 and 15 <= held["written"] <= 45
+    assert rest["quarantined"] == {"missing_image": 1} and held["quarantined"] == {}
+    assert rest["read"] == held["read"] == 121
+    texts = {
+        split: [r.texts[0] for r in sources.open_source(out, split)] for split in ("train", "test")
+    }
+    assert not set(texts["train"]) & set(texts["test"])
+    tar(tmp_path / "w/a.tar", 80)
+    other = str(tmp_path / "other")
+    splits.prepare_with_holdout("webdataset", str(tmp_path / "w"), other, 0.25, **keywords)
+    assert {r.texts[0] for r in sources.open_source(other, "test")} == set(texts["test"])
+    # The same command again finds it done; another share is another request.
+    assert splits.prepare_with_holdout("imagefolder", str(folder), out, 0.25, **keywords)[1] == held
+    with pytest.raises(ValueError, match="made with other options"):
+        splits.prepare_with_holdout("imagefolder", str(folder), out, 0.5, **keywords)
+    few = captioned(tmp_path / "few", 3)
+    with pytest.raises(ValueError, match="holdout of 1e-06 leaves none of 3 images for the split"):
+        splits.prepare_with_holdout("imagefolder", str(few), str(tmp_path / "f"), 1e-6, **keywords)
+    assert not (tmp_path / "f").exists() or not list((tmp_path / "f").iterdir())
+
+
+def recipe(**changes):
+    config = base.get_config()
+    config.batch_size = 16
+    config.data.sources = (dict(path="data/of_the_recipe"),)
+    config.eval.tasks = (dict(kind="retrieval", name="x", data=dict(path="data/of_the_recipe")),)
+    config.update(changes)
+    return config
+
+
+def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
+    captioned(tmp_path / "mine", 60, label=lambda i: f"class {i % 3}")
+    by_class(tmp_path / "classes", 30)
+    workdir = str(tmp_path / "run")
+    flags = [str(tmp_path / "mine"), f"{tmp_path / 'classes'}:label:0.5"]
+    config = recipe()
+    own_data.apply(config, flags, workdir)
+    mine, classes = f"{workdir}/data/mine", f"{workdir}/data/classes"
+    assert [dict(s) for s in config.data.sources] == [
+        dict(path=mine, split="train", kind="caption", weight=11.0),
+        dict(path=classes, split="train", kind="label", weight=5.0),
+    ]
+    assert pipeline.shares(config) == [11, 5]
+    assert [(t["kind"], t["data"]["path"], t["data"]["split"]) for t in config.eval.tasks] == [
+        ("retrieval", mine, "test"),
+        ("captioning", mine, "test"),
+        ("zeroshot", classes, "test"),
+    ]
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'mine'} is not prepared: importing it as imagefolder" in said
+    assert f"--data={tmp_path / 'mine'}:label trains on its labels" in said
+    # Again, as a run that goes on does: nothing is imported and all is the same.
+    again = recipe()
+    own_data.apply(again, flags, workdir)
+    assert again.data.sources == config.data.sources and again.eval.tasks == config.eval.tasks
+    assert "importing" not in capsys.readouterr().err
+    # Another folder of the same name does not pass for the first one.
+    captioned(tmp_path / "other" / "mine", 60)
+    with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):
+        own_data.apply(recipe(), [str(tmp_path / "other" / "mine")], workdir)
+
+
+def test_evaluations_suit_the_losses_and_the_head(tmp_path):
+    place = dict(path="x", split="test")
+
+    def kinds(kind, **changes):
+        config = recipe(**changes)
+        return [t["kind"] for t in own_data.evaluations(config, dict(place, kind=kind), "x")]
+
+    only = dict(loss=dict(contrastive_weight=0.0))
+    assert kinds("caption") == ["retrieval", "captioning"]
+    assert kinds("caption", **only) == ["captioning"]
+    assert kinds("label") == ["zeroshot"] and kinds("label", **only) == ["generative"]
+    assert kinds("question") == ["answers"]
+    assert kinds("label", head=dict(kind="classification")) == ["classification"]
+
+
+def test_splits_that_are_there_are_used(tmp_path, capsys):
+    captioned(tmp_path / "a" / "train", 4)
+    captioned(tmp_path / "a" / "validation", 2, 50)
+    path = own_data.prepared(str(tmp_path / "a"), str(tmp_path / "out" / "a"))
+    assert own_data.choose_splits(path) == ("train", "test")
+    assert [r.texts[0] for r in sources.open_source(path, "test")] == ["picture 50", "picture 51"]
+    captioned(tmp_path / "b", 6, split=lambda i: "test" if i < 2 else "train")
+    path = own_data.prepared(str(tmp_path / "b"), str(tmp_path / "out" / "b"))
+    assert [len(sources.open_source(path, split)) for split in ("train", "test")] == [4, 2]
+    # A prepared folder stays as it is; where nothing is held out, that is said.
+    captioned(tmp_path / "c", 5)
+    prepare.prepare("imagefolder", str(tmp_path / "c"), str(tmp_path / "p"), progress=False)
+    config = recipe()
+    own_data.apply(config, [str(tmp_path / "p")], str(tmp_path / "run"))
+    assert config.eval.tasks == () and config.data.sources[0]["split"] == "train"
+    assert "nothing is held out, so the run ends without scores" in capsys.readouterr().err
+    # Evaluations that the recipe has on these very data stay.
+    task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path / "out" / "a"), split="test"))
+    config = recipe(eval=dict(tasks=(task,)))
+    own_data.apply(config, [str(tmp_path / "out" / "a")], str(tmp_path / "run"))
+    assert [t["kind"] for t in config.eval.tasks] == ["knn"]
+
+
+@pytest.mark.parametrize(
+    "weights, batch", [([1.0], 8), ([1, 1, 1], 8), ([7, 1], 128), ([1, 99], 8)]
+)
+def test_shares_are_whole_rows(weights, batch):
+    rows = own_data.shares(weights, batch)
+    assert sum(rows) == batch and min(rows) >= 1
+    exact = [weight / sum(weights) * batch for weight in weights]
+    assert all(abs(a - b) < 1 for a, b in zip(rows, exact))
+
+
+def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
+    captioned(tmp_path / "raw", 6)
+    out = str(tmp_path / "p")
+    prepare.prepare("imagefolder", str(tmp_path / "raw"), out, progress=False)
+    assert unprepared.choose_split(dict(path=out)) == "train"
+    assert unprepared.choose_split(dict(path=str(tmp_path / "raw"))) == "test"
+    prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="web", progress=False)
+    with pytest.raises(ValueError, match="give --split, one of train, web"):
+        unprepared.choose_split(dict(path=out))
+    prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="val", progress=False)
+    assert unprepared.choose_split(dict(path=out)) == "val"
+    config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
+    assert evaluate.trained_on(config, dict(path=f"{out}/../p", split="train"))
+    assert not evaluate.trained_on(config, dict(path=out, split="val"))
+
+
+def test_tasks_need_captions_or_labels(tmp_path):
+    captioned(tmp_path / "texts", 4)
+    by_class(tmp_path / "labels", 2)
+    texts, labels = (dict(path=str(tmp_path / name)) for name in ("texts", "labels"))
+    usual = ("zeroshot", "retrieval", "captioning")
+    assert records.suited(usual, texts) == ["retrieval", "captioning"]
+    assert records.suited(usual, labels) == ["zeroshot"]
+    with pytest.raises(
+        ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
+    ):
+        records.Records(texts, need="label")
+    with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zeroshot"):
+        records.Records(labels, need="caption")
+    # Where some have what is needed, the others are left out and counted.
+    mixed = captioned(tmp_path / "mixed", 4, label=lambda i: "even" if i % 2 == 0 else None)
+    prepare.prepare("imagefolder", str(mixed), str(tmp_path / "p"), progress=False)
+    for path in (str(mixed), str(tmp_path / "p")):
+        entry = dict(path=path, split="train")
+        found = records.Records(entry, need="label")
+        assert (len(found), found.left_out) == (2, 2)
+        assert len(records.Records(entry, need="caption")) == 4
