@@ -96,6 +96,11 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
 
 
+def say(text: str) -> None:
+    """What the command does now, on standard error: before whatever takes more than a second."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def fail(text: str) -> NoReturn:
     """Bad input: one line on standard error, exit status 2."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
@@ -129,7 +134,7 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
             for line in recipes.settle():
-                print(line, file=sys.stderr)
+                say(line)
         return rest
     except flags.UnrecognizedFlagError as error:
         fail(_unknown_flag(error.flagname, argv, module))

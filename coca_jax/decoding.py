@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from coca_jax import cpu_kernels
+from coca_jax.decode_settings import Settings
 from coca_jax.models import layers
 
 NEVER = -1e30  # score of what must not be chosen; a sum of many of them is still finite
@@ -395,71 +396,6 @@ def log_probs_of(weights: dict, states: jax.Array) -> jax.Array:
     if "panels" in weights["head"]:
         return cpu_kernels.log_probs(states, weights["norm"], weights["head"])
     return jax.nn.log_softmax(_dense(weights["head"], _norm(weights["norm"], states)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to write a caption.
-
-    max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
-    min_tokens: new tokens that must come before the end symbol.
-    num_captions: captions per image, best first; more than one needs beams or a temperature.
-    num_beams: beams of beam search; 1: none.
-    temperature: 0 takes the most probable token, more samples.
-    top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
-        ones that together have probability p (Holtzman et al. 2020).
-    length_penalty: beams are ranked by log probability / tokens^length_penalty.
-    early_stop: an image's beam search ends when no unfinished beam ranks above its finished
-        captions as it stands; False: only when none could any more, however it went on.
-    repetition_penalty: multiplies the log probability of tokens already there, prompt included;
-        above 1 discourages them (Keskar et al. 2019, on log probabilities).
-    no_repeat_ngram: n-grams of this size appear at most once, prompt included; 0: no rule.
-    seed: of sampling.
-    """
-
-    max_tokens: int = 64
-    min_tokens: int = 0
-    num_captions: int = 1
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    length_penalty: float = 1.0
-    early_stop: bool = True
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        def need(name: str, good: bool, remedy: str) -> None:
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
-
-        need("max_tokens", self.max_tokens >= 1, "must be at least 1")
-        need("min_tokens", 0 <= self.min_tokens, "must not be negative")
-        need("num_beams", self.num_beams >= 1, "must be at least 1")
-        need("num_captions", self.num_captions >= 1, "must be at least 1")
-        need("temperature", self.temperature >= 0, "must not be negative")
-        need("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
-        need("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
-        need("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral")
-        need("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative")
-        if self.num_beams > 1:
-            need("temperature", self.temperature == 0, "beam search does not sample; set it to 0")
-            need(
-                "num_captions",
-                self.num_captions <= self.num_beams,
-                f"at most num_beams={self.num_beams}; raise num_beams",
-            )
-        elif self.num_captions > 1:
-            need(
-                "num_captions",
-                self.temperature > 0,
-                "greedy decoding has one caption per image; set num_beams or temperature",
-            )
-        if self.temperature == 0:
-            need("top_k", self.top_k == 0, "only sampling uses it; set temperature above 0")
-            need("top_p", self.top_p == 1, "only sampling uses it; set temperature above 0")
 
 
 class Captions(NamedTuple):

@@ -30,9 +30,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from coca_jax import cpu_kernels, decoding, export_format, partitioning
-from coca_jax.data import images as image_files
+from coca_jax.data import image_files, videos, vocabulary
+from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
-from coca_jax.data import videos, vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.decoding import Settings
 from coca_jax.models import coca
@@ -693,12 +693,12 @@ class CoCaModel:
         frames = num_frames or self.num_frames
         if frames:
             return np.stack([self._fit(frame) for frame in videos.decode(image, frames)])
-        return self._fit(image_files.decode(image))
+        return self._fit(image_data.decode(image))
 
     def _fit(self, pixels: np.ndarray) -> np.ndarray:
         if pixels.shape[:2] == (self.image_size, self.image_size):
             return pixels
-        return image_files.preprocess_eval(pixels, self.image_size, self.resize)
+        return image_data.preprocess_eval(pixels, self.image_size, self.resize)
 
 
 def check_frames(num_frames: int) -> int:
@@ -710,11 +710,15 @@ def check_frames(num_frames: int) -> int:
 
 def as_list(images: Any, clips: bool = False) -> Sequence:
     """Images as a sequence: one path, PIL image, encoded image or array [h, w(, c)] becomes a list
-    of one; arrays [N, h, w, c] and lists stay. Raises ValueError for anything else.
+    of one, a folder the images in it and below; arrays [N, h, w, c] and lists stay.
+
+    Raises ValueError for anything else, FileNotFoundError for a path that does not exist.
 
     clips: they are videos, whose arrays have one axis more.
     """
-    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+    if isinstance(images, (str, os.PathLike)):
+        return image_files.find([os.fspath(images)], video=clips)
+    if isinstance(images, (bytes, bytearray, memoryview, Image.Image)):
         return [images]
     if hasattr(images, "ndim"):
         if not 2 <= images.ndim <= 4 + clips:

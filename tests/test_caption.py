@@ -1,14 +1,22 @@
 """The caption command: folders, resuming, broken files."""
 
+import functools
+import http.server
 import json
+import pathlib
+import shutil
 import subprocess
 import sys
+import threading
 
+import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import caption, export
+from coca_jax import caption_files, export
+from coca_jax.data import image_files
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +31,15 @@ def folder(images, tmp_path_factory):  # noqa: F811
 
 
 def test_find_images_is_recursive_and_sorted(folder):
-    found = [path[len(str(folder)) + 1 :] for path in caption.find_images([str(folder)])]
+    found = [path[len(str(folder)) + 1 :] for path in image_files.find([str(folder)])]
     assert found == ["a.jpg", "b.png", "deep/broken.png", "deep/c.png", "deep/er/d.webp"]
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        caption.find_images([str(folder / "none")])
+        image_files.find([str(folder / "none")])
 
 
 def test_caption_files(model, folder):  # noqa: F811
-    paths = caption.find_images([str(folder)])
-    found = list(caption.caption_files(model, paths, batch_size=2, max_tokens=4))
+    paths = image_files.find([str(folder)])
+    found = list(caption_files.caption_files(model, paths, batch_size=2, max_tokens=4))
     assert [item["image"] for item in found] == paths
     assert [path for path, item in zip(paths, found) if "error" in item] == [paths[2]]
     expected = model.captions([paths[0], paths[1]], max_tokens=4)
@@ -40,21 +48,53 @@ def test_caption_files(model, folder):  # noqa: F811
 
 
 def test_samples_depend_on_the_path_alone(model, folder):  # noqa: F811
-    paths = caption.find_images([str(folder)])
+    paths = image_files.find([str(folder)])
     how = dict(temperature=1.0, num_captions=2, max_tokens=4)
-    whole = {r["image"]: r for r in caption.caption_files(model, paths, batch_size=4, **how)}
-    part = list(caption.caption_files(model, paths[3:], batch_size=4, **how))
+    whole = {r["image"]: r for r in caption_files.caption_files(model, paths, batch_size=4, **how)}
+    part = list(caption_files.caption_files(model, paths[3:], batch_size=4, **how))
     assert part == [whole[path] for path in paths[3:]]
+
+
+def test_a_folder_and_a_url_are_images_too(model, folder, images, tmp_path):  # noqa: F811
+    pair = [str(folder / "deep/c.png"), str(folder / "deep/er/d.webp")]
+    (tmp_path / "below").mkdir()
+    shutil.copy(pair[0], tmp_path / "a.png")
+    shutil.copy(pair[1], tmp_path / "below/b.webp")
+    (tmp_path / "notes.txt").write_text("no image")
+    wanted = model.encode_image(pair)
+    np.testing.assert_array_equal(model.encode_image(str(tmp_path)), wanted)
+    quiet = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("localhost", 0), quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://localhost:{server.server_address[1]}"
+        np.testing.assert_array_equal(model.encode_image(f"{url}/a.png"), wanted[:1])
+        with pytest.raises(FileNotFoundError, match="none.png"):
+            model.encode_image(f"{url}/none.png")
+        server.shutdown()
+    fsspec.filesystem("memory").pipe_file("/pictures/c.png", pathlib.Path(pair[0]).read_bytes())
+    np.testing.assert_array_equal(model.encode_image("memory://pictures"), wanted[:1])
+
+
+def test_what_is_no_image_is_named_once(model, folder):  # noqa: F811
+    empty, page = folder.parent / "empty.jpg", folder.parent / "page.jpg"
+    empty.write_bytes(b"")
+    page.write_text("<!DOCTYPE html>")
+    for found in caption_files.caption_files(model, [str(empty), str(page)]):
+        assert found["error"].count(found["image"]) == 1 and " at 0x" not in found["error"]
+    with pytest.raises(ValueError, match="is a folder; give it alone"):
+        model.caption([str(folder)])
+    with pytest.raises(FileNotFoundError, match="none.jpg does not exist; give an image"):
+        model.caption([str(folder / "none.jpg")])
 
 
 def test_read_done_drops_a_line_cut_short(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text('{"image": "a"}\n{"image": "b"}\n{"ima')
-    assert caption.read_done(str(path)) == {"a", "b"}
+    assert caption_files.read_done(str(path)) == {"a", "b"}
     assert path.read_text() == '{"image": "a"}\n{"image": "b"}\n'
     path.write_text("hello\n")
     with pytest.raises(ValueError, match="line 1"):
-        caption.read_done(str(path))
+        caption_files.read_done(str(path))
 
 
 def test_command_resumes_and_reports(model, folder, tmp_path):  # noqa: F811

@@ -9,6 +9,8 @@ from typing import Any
 
 import fsspec
 
+from coca_jax import extras
+
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
 
@@ -21,7 +23,11 @@ def filesystem(path: str) -> tuple[Any, str]:
     """
     try:
         return fsspec.url_to_fs(os.fspath(path))
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        scheme = os.fspath(path).split("://", 1)[0]
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(scheme)
+        raise ValueError(f"{path}: {extras.remedy(extra) if extra else error}") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -50,6 +56,20 @@ def read(path: str) -> bytes:
             return file.read()
     system, plain = filesystem(path)
     return system.cat_file(plain)
+
+
+def read_image(path: str) -> bytes:
+    """The whole of a file that somebody named as an image.
+
+    Raises FileNotFoundError, or ValueError for a folder, each saying what to give.
+    """
+    if is_remote(path):
+        return read(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist; give an image file, folder or URL")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; give it alone for all of its images, or name them")
+    return read(path)
 
 
 def open_binary(path: str) -> Any:

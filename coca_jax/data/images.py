@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from coca_jax.data import files
+
 MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
 # The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
 # more, some of which are not to be opened for a stranger: EPS starts Ghostscript. HEIF is a plugin
@@ -111,16 +113,15 @@ def decode(image: Any) -> np.ndarray:
     """Any image to uint8 RGB [h, w, 3], upright, transparency over white.
 
     Args:
-        image: encoded bytes, a path, a PIL image, or an array [h, w], [h, w, 1 | 3 | 4] of uint8,
-            uint16 or floats in [0, 1].
+        image: encoded bytes, a path or URL, a PIL image, or an array [h, w], [h, w, 1 | 3 | 4] of
+            uint8, uint16 or floats in [0, 1].
 
     Raises:
         ValueError: naming the image, when it cannot be decoded.
         FileNotFoundError: a path that does not exist.
     """
     if isinstance(image, (str, os.PathLike)):
-        with open(image, "rb") as file:
-            data = file.read()
+        data = files.read_image(os.fspath(image))
         try:
             return decode(data)
         except ValueError as error:

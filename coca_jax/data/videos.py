@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import images
+from coca_jax import extras
+from coca_jax.data import files, images
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "ogv")
@@ -83,8 +84,8 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
     """Any clip or image to `num_frames` frames of RGB, transparency over white: uint8 [T, h, w, 3].
 
     Args:
-        video: encoded bytes, a path, a PIL image, an array [t, h, w, 3] of uint8, or a still as
-            `images.decode` takes it.
+        video: encoded bytes, a path or URL, a PIL image, an array [t, h, w, 3] of uint8, or a still
+            as `images.decode` takes it.
         num_frames: T, sampled by `sample` with `middles`.
 
     Raises:
@@ -92,8 +93,7 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
         FileNotFoundError: a path that does not exist.
     """
     if isinstance(video, (str, os.PathLike)):
-        with open(video, "rb") as file:
-            data = file.read()
+        data = files.read_image(os.fspath(video))
         try:
             return decode(data, num_frames)
         except ValueError as error:
@@ -180,7 +180,7 @@ def _open(data: bytes) -> tuple[Any, Any]:
     try:
         import av
     except ImportError:
-        raise ValueError("a video file needs PyAV: pip install 'coca_jax[video]'") from None
+        raise ValueError(f"a video file needs PyAV: {extras.remedy('video')}") from None
     try:
         container = av.open(io.BytesIO(data))
         return container, container.streams.video[0]

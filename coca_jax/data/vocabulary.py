@@ -15,6 +15,8 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
+from coca_jax import extras
+
 LABEL_SYMBOL = "<label>"
 
 
@@ -166,9 +168,7 @@ class HfTokenizer(Vocabulary):
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(
-                "a tokenizer.json needs the package tokenizers: pip install tokenizers"
-            ) from None
+            raise ValueError(f"a tokenizer.json needs tokenizers: {extras.remedy('hf')}") from None
         self.data = data
         self.checksum = hashlib.sha256(data).hexdigest()
         try:

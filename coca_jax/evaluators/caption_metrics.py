@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coca_jax import extras
+
 Tokens = Sequence[str]
 
 # Where words of these scripts end is not written: Han, Hiragana, Katakana, Thai, Lao, Khmer.
@@ -182,7 +184,7 @@ def why_not(metric: str) -> str:
     """Why 'meteor' or 'spice' cannot be computed here; '' when it can."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
-        return "the package pycocoevalcap is missing (pip install 'coca_jax[eval]')"
+        return f"the package pycocoevalcap is missing: {extras.remedy('eval')}"
     if shutil.which("java") is None:
         return "java is not installed"
     if metric == "spice":

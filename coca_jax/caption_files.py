@@ -1,0 +1,94 @@
+"""Captions of image files, read ahead in batches, and what a JSONL file already has."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from coca_jax import inference
+
+
+def read_done(path: str) -> set[str]:
+    """Images that a JSONL file already holds. A last line cut short by a stop is removed.
+
+    Raises ValueError for any other line that is not one of ours.
+    """
+    if not os.path.exists(path):
+        return set()
+    done = set()
+    with open(path, "rb+") as file:
+        whole = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["image"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"--out={path}: line {number} is not a caption; give another file"
+                ) from None
+            whole += len(line)
+        file.truncate(whole)
+    return done
+
+
+def read_batches(
+    model: inference.CoCaModel, paths: Sequence[str], size: int
+) -> Iterator[list[tuple[str, np.ndarray | ValueError | OSError]]]:
+    """Yields lists of (path, uint8 [S, S, 3], of videos [T, S, S, 3], or why it cannot be read),
+    two batches read ahead."""
+
+    def read(path: str) -> np.ndarray | ValueError | OSError:
+        try:
+            return model.preprocess(path)
+        except (ValueError, OSError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead: collections.deque = collections.deque()
+        for start in range(0, len(paths) + 2 * size, size):
+            batch = paths[start : start + size]
+            ahead.append([(path, pool.submit(read, path)) for path in batch])
+            if len(ahead) > 2:
+                items = ahead.popleft()
+                if items:
+                    yield [(path, item.result()) for path, item in items]
+
+
+def caption_files(
+    model: inference.CoCaModel,
+    paths: Sequence[str],
+    *,
+    batch_size: int = 32,
+    prompt: str = "",
+    **how: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yields {"image", "caption", "score"} or {"image", "error"} for each path, in order; an error
+    names the image.
+
+    With several captions per image also "captions": all of them, as {"caption", "score"}. An
+    image's random numbers come from its path: what else is captioned does not change its captions.
+    """
+    for batch in read_batches(model, paths, batch_size):
+        good = [(path, pixels) for path, pixels in batch if isinstance(pixels, np.ndarray)]
+        captions: list[list[inference.Caption]] = []
+        if good:
+            seeds = [zlib.crc32(os.fsencode(path)) for path, _ in good]
+            pixels = np.stack([pixels for _, pixels in good])
+            captions = model.captions(pixels, prompt, seeds=seeds, **how)
+        by_path = dict(zip((path for path, _ in good), captions))
+        for path, found in batch:
+            if path not in by_path:
+                text = " ".join(str(found).split())
+                yield dict(image=path, error=text if path in text else f"{path}: {text}")
+                continue
+            texts = [dict(caption=c.text, score=round(c.log_prob, 4)) for c in by_path[path]]
+            yield dict(image=path, **texts[0]) | (dict(captions=texts) if len(texts) > 1 else {})

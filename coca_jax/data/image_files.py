@@ -1,0 +1,53 @@
+"""Image and video files by path, folder or URL."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Sequence
+
+from coca_jax.data import files, images, videos
+
+
+def find(paths: Sequence[str], video: bool = False) -> list[str]:
+    """Image files: those named, and those in folders and below, sorted, by their extensions.
+
+    Paths and URLs (gs://, s3://, https://); an https URL is always taken for one image.
+    video: video files as well.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
+    """
+    extensions = set(images.extensions())
+    if video:
+        extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
+    found: dict[str, None] = {}
+    for path in paths:
+        for name in _below(path):
+            if name == path or posixpath.splitext(name)[1].lower() in extensions:
+                found[name] = None
+    if not found:
+        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; give images or folders")
+    return list(found)
+
+
+def _below(path: str) -> list[str]:
+    """The file itself, or all files of a folder and below, each folder's own first."""
+    if path.startswith(("http://", "https://")):
+        return [path]
+    if files.is_remote(path):
+        system, plain = files.filesystem(path)
+        scheme = path.split("://", 1)[0]
+        if system.isdir(plain):
+            return [f"{scheme}://{name.lstrip('/')}" for name in sorted(system.find(plain))]
+        if not system.exists(plain):
+            raise FileNotFoundError(f"{path} does not exist; give images or folders of them")
+        return [path]
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist; give images or folders of them")
+    if not os.path.isdir(path):
+        return [path]
+    found = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders.sort()
+        found += [os.path.join(folder, name) for name in sorted(names)]
+    return found
