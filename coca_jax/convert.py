@@ -179,12 +179,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
-    print(f"reading {source}")
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"--input={source}: no such file or folder")
+    cli.say(f"reading {source}")
     if flags.FLAGS.to == "open_clip":
         _, layout = to_open_clip(source, out)
     else:
         _, layout = from_open_clip(source, out, flags.FLAGS.model, flags.FLAGS.bpe)
-    print(f"wrote {out}")
+    cli.say(f"wrote {out}")
     return dict(
         out=out,
         format=flags.FLAGS.to,

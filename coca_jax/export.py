@@ -17,192 +17,21 @@ step 0 on, each time with the token that was chosen.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.export
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from coca_jax import cli, decoding, export_format, inference
-from coca_jax.models import coca
-from coca_jax.train_step import normalise_pixels
-
-PROGRAMS = "programs"
-PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+import coca_jax
+from coca_jax import cli, export_format
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
     flags.DEFINE_string("out", None, "Folder to write.")
-    flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {', '.join(PLATFORMS)}.")
-
-
-def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
-    """The five programs by name, serialised. Raises ValueError for an unknown platform."""
-    for platform in platforms:
-        if platform not in PLATFORMS:
-            raise ValueError(f"--platforms={platform}: choose from {', '.join(PLATFORMS)}")
-    sizes = model.config.model
-    module = coca.build(sizes, sigmoid="logit_bias" in model.params, platform=platforms[0])
-    vocabulary = model.vocabulary
-    spec = decoding.decoder(
-        sizes,
-        num_ids=vocabulary.size,
-        eos_id=vocabulary.eos_id,
-        hidden_id=vocabulary.hidden_id,
-    )
-    batch = jax.export.symbolic_shape("b")[0]
-    length, side = model.max_len, model.image_size
-
-    def array(shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def encode_image(flat: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params = {"params": export_format.unflatten(flat)}
-        out: Any = module.apply(params, normalise_pixels(image, sizes), method="encode_image")
-        return out
-
-    def encode_text(flat: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        params = {"params": export_format.unflatten(flat)}
-        out: Any = module.apply(params, tokens, valid, method="encode_text")
-        return out
-
-    def decode_weights(flat: dict) -> dict:
-        layout: decoding.Layout = "transposed" if list(platforms) == ["cpu"] else "plain"
-        return decoding.prepare(export_format.unflatten(flat), spec.dtype, layout)
-
-    def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
-        image = decoding.image_caches(spec, weights, image_tokens)
-        caches = decoding.empty_caches(spec, weights, image_tokens.shape[0], length)
-        state: dict[str, Any] = dict(
-            image=[tuple(c) for c in image], caches=[tuple(c) for c in caches]
-        )
-        if spec.hidden_id is not None:
-            state["shown"] = jnp.ones((image_tokens.shape[0], length), bool)
-        return state
-
-    def decode_step(
-        weights: dict, state: dict, token: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, dict]:
-        rows = (token.shape[0], 1)
-        shown = state.get("shown")
-        if shown is not None and not spec.hides_next:
-            shown = shown.at[:, step].set(token != spec.hidden_id)
-        states, caches = decoding.run_tokens(
-            spec,
-            weights,
-            token[:, None],
-            jnp.broadcast_to(step, rows),
-            jnp.broadcast_to(jnp.arange(length) <= step, rows + (length,)),
-            step,
-            [decoding.Cache(*c) for c in state["caches"]],
-            [decoding.Cache(*c) for c in state["image"]],
-            shown,
-        )
-        log_probs = decoding.log_probs_of(weights, states)[:, 0]
-        state = dict(state, caches=[tuple(c) for c in caches])
-        if shown is not None:
-            if spec.hides_next:  # past the end: dropped
-                shown = shown.at[:, step + 1].set(token != spec.hidden_id)
-            state["shown"] = shown
-        return log_probs, state
-
-    flat = {k: array(v.shape, np.float32) for k, v in export_format.flatten(model.params).items()}
-    programs: dict[str, bytes] = {}
-
-    def save(name: str, function: Callable, *arguments: Any) -> Any:
-        exported = jax.export.export(jax.jit(function), platforms=platforms)(*arguments)
-        programs[name] = bytes(exported.serialize())
-        return jax.tree.unflatten(
-            exported.out_tree, [array(a.shape, a.dtype) for a in exported.out_avals]
-        )
-
-    tokens = save("encode_image", encode_image, flat, array((batch, side, side, 3), np.uint8))[1]
-    text = array((batch, length), np.int32), array((batch, length), bool)
-    save("encode_text", encode_text, flat, *text)
-    weights = save("decode_weights", decode_weights, flat)
-    state = save("decode_start", decode_start, weights, tokens)
-    step = array((batch,), np.int32), array((), np.int32)
-    save("decode_step", decode_step, weights, state, *step)
-    return programs
-
-
-def export(model: inference.CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> dict:
-    """Writes the folder `out`; returns its files and their sizes in bytes.
-
-    Raises ValueError for an unknown platform, before anything is written.
-    """
-    programs = make_programs(model, platforms)
-    sizes = model.config.model
-    config: dict[str, Any] = dict(
-        model=sizes.to_dict(),
-        preprocess=dict(
-            resize=model.resize, mean=list(sizes.image_mean), std=list(sizes.image_std)
-        ),
-    )
-    if model.class_names:  # the task head's weights are exported too; the programs leave it out
-        config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
-    os.makedirs(os.path.join(out, PROGRAMS), exist_ok=True)
-    for name, data in programs.items():
-        with open(os.path.join(out, PROGRAMS, f"{name}.jax_export"), "wb") as file:
-            file.write(data)
-    with tempfile.TemporaryDirectory() as scratch:
-        kinds = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
-        suffix = kinds.get(model.vocabulary.data[:1], ".model")
-        path = os.path.join(scratch, f"vocabulary{suffix}")
-        model.vocabulary.save(path)
-        export_format.write_export(out, model.params, config, path)
-    files = sorted(
-        os.path.join(folder, name) for folder, _, names in os.walk(out) for name in names
-    )
-    return {os.path.relpath(path, out): os.path.getsize(path) for path in files}
-
-
-def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
-    """Runs the written programs on the written weights beside the model: the largest absolute
-    difference of each output. Raises ValueError when one is above 1e-4 (bfloat16: 0.1)."""
-    flat = export_format.flatten(export_format.read_export(out)[0])
-    flat = {name: jnp.asarray(value) for name, value in flat.items()}
-    calls = {}
-    for name in ("encode_image", "encode_text", "decode_weights", "decode_start", "decode_step"):
-        with open(os.path.join(out, PROGRAMS, f"{name}.jax_export"), "rb") as file:
-            calls[name] = jax.export.deserialize(bytearray(file.read())).call
-    rng = np.random.default_rng(0)
-    count, length, size = 3, model.max_len, model.image_size
-    image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
-    tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
-    if model.vocabulary.hidden_id is not None:
-        tokens[0, length // 2] = model.vocabulary.hidden_id
-    pixels = np.asarray(normalise_pixels(jnp.asarray(image), model.config.model))
-    wanted = model.forward(pixels, tokens)
-    valid = np.ones(tokens.shape, bool)
-    if model.vocabulary.hidden_id is not None:
-        valid = tokens != model.vocabulary.hidden_id
-    embedding, image_tokens = calls["encode_image"](flat, image)
-    found = dict(
-        encode_image=np.abs(embedding - wanted.image_embedding).max(),
-        encode_text=np.abs(calls["encode_text"](flat, tokens, valid) - wanted.text_embedding).max(),
-    )
-    weights = calls["decode_weights"](flat)
-    state = calls["decode_start"](weights, image_tokens)
-    expected = jax.nn.log_softmax(wanted.logits)
-    worst = 0.0
-    for step in range(length):
-        log_probs, state = calls["decode_step"](weights, state, tokens[:, step], np.int32(step))
-        worst = max(worst, float(np.abs(log_probs - expected[:, step]).max()))
-    found["decode_step"] = worst
-    limit = 1e-4 if model.config.model.dtype == "float32" else 0.1
-    for name, difference in found.items():
-        if not difference <= limit:
-            raise ValueError(f"{out}: {name} differs from the model by {difference}; do not use it")
-    return {name: float(value) for name, value in found.items()}
+    known = ", ".join(export_format.PLATFORMS)
+    flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {known}.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -210,13 +39,21 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = flags.FLAGS
     if len(argv) > 1 or not args.checkpoint or not args.out:
         raise ValueError("give --checkpoint=DIR --out=DIR2 [--platforms=cpu,tpu,cuda]")
-    model = inference.load(args.checkpoint)
-    files = export(model, args.out, args.platforms)
+    export_format.check_platforms(args.platforms)
+    cli.say(f"loading {args.checkpoint}")
+    model = coca_jax.load(args.checkpoint)
+    import jax
+
+    from coca_jax import export_programs
+
+    cli.say("compiling the programs")
+    files = export_programs.export(model, args.out, args.platforms)
     for name, size in files.items():
         print(f"{name:40s} {size:>14,} bytes")
     summary: dict[str, Any] = dict(out=args.out, bytes=sum(files.values()))
     if jax.default_backend() in args.platforms:
-        summary["differences"] = check(model, args.out)
+        cli.say("running the written programs beside the model")
+        summary["differences"] = export_programs.check(model, args.out)
     return summary
 
 

@@ -13,16 +13,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 
+if TYPE_CHECKING:
+    import jax
+
 CONFIG, PARAMS = "config.json", "params.safetensors"
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
+
+
+def check_platforms(platforms: Iterable[str]) -> None:
+    """Raises ValueError for a platform that programs cannot be exported for."""
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise ValueError(f"--platforms={platform}: choose from {', '.join(PLATFORMS)}")
 
 
 def is_export(directory: str | os.PathLike[str]) -> bool:
@@ -104,6 +114,7 @@ def place(params: Any, shardings: Any) -> Any:
         params: nested dict of arrays (as `read_export` gives).
         shardings: the same tree of jax.sharding.NamedSharding.
     """
+    import jax  # only here: commands read a folder's configuration without it
 
     def one(array: np.ndarray, sharding: Any) -> jax.Array:
         return jax.make_array_from_callback(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import caption_files, export
+from coca_jax import caption_files, export_programs
 from coca_jax.data import image_files
 
 
@@ -98,7 +98,7 @@ def test_read_done_drops_a_line_cut_short(tmp_path):
 
 
 def test_command_resumes_and_reports(model, folder, tmp_path):  # noqa: F811
-    export.export(model, str(tmp_path / "model"))
+    export_programs.export(model, str(tmp_path / "model"))
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "coca_jax.caption", f"--checkpoint={tmp_path}/model"]
     command += ["--max_tokens=4", f"--out={out}"]

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import coca_jax
 from coca_jax import convert, export_format, losses, partitioning, train_step, warm_start
-from coca_jax import export as programs
+from coca_jax import export_programs as programs
 from coca_jax.configs import finetune_open_clip
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import export
+from coca_jax import export_programs
 
 # What a user without this package runs: jax, NumPy and the files.
 WITHOUT_PACKAGE = """
@@ -41,9 +41,9 @@ np.savez(f"{folder}/found.npz", embedding=embedding, caption=np.stack(caption, 1
 
 
 def test_programs_equal_the_model_without_its_code(model, words, images, tmp_path):  # noqa: F811
-    files = export.export(model, str(tmp_path))
+    files = export_programs.export(model, str(tmp_path))
     assert {"config.json", "params.safetensors", "vocabulary.model"} < set(files)
-    assert max(export.check(model, str(tmp_path)).values()) < 1e-5
+    assert max(export_programs.check(model, str(tmp_path)).values()) < 1e-5
     np.save(tmp_path / "images.npy", images)
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)], check=True, cwd=tmp_path)
     found = np.load(tmp_path / "found.npz")
@@ -55,7 +55,7 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
 
 
 def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
-    export.export(model, str(tmp_path))
+    export_programs.export(model, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["text"]["vocab_size"] == 320
     assert config["preprocess"]["resize"] == "squash"

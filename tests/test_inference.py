@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from coca_jax import export, inference, partitioning
+from coca_jax import export_programs, inference, partitioning
 from coca_jax.data import vocabulary
 from coca_jax.models import coca
 
@@ -117,7 +117,7 @@ def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
 
 
 def test_an_export_loads_as_the_same_model(model, images, tmp_path):
-    export.export(model, str(tmp_path / "out"))
+    export_programs.export(model, str(tmp_path / "out"))
     loaded = inference.load(tmp_path / "out")
     np.testing.assert_allclose(loaded.encode_image(images), model.encode_image(images), atol=1e-6)
     narrow = inference.load(tmp_path / "out", dtype="bfloat16")
