@@ -179,8 +179,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"--input={source}: no such file or folder")
+    if flags.FLAGS.to == "coca_jax":
+        source = _find_weights(source)
     cli.say(f"reading {source}")
     if flags.FLAGS.to == "open_clip":
         _, layout = to_open_clip(source, out)

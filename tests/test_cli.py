@@ -1,7 +1,6 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -58,3 +57,21 @@ def run_all(folder, arguments):
     status = json.loads((folder / "status.json").read_text())
     read = lambda name, kind: (folder / f"{name}.{kind}").read_text()  # noqa: E731
     return {name: (status[name], read(name, "out"), read(name, "err")) for name in arguments}
+
+
+def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coca-jax", "trian"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert (
+        capsys.readouterr().err == "error: coca-jax trian: no such command; did you mean train?\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_alone_it_lists_every_command_in_a_line(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coca-jax", *arguments])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert named == list(cli.COMMANDS) == list(STARTS)
