@@ -9,9 +9,7 @@ or give --peer: `caption` and `encode` then also run open_clip, call by call in 
 from __future__ import annotations
 
 import functools
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from coca_jax import (
+    benchmark_input,
     benchmark_losses,
     benchmark_peer,
     cli,
@@ -32,11 +31,11 @@ from coca_jax import (
     run_config,
     train_step,
 )
-from coca_jax.data import pipeline
+from coca_jax.data import batches
+from coca_jax.data.mixture import head_classes
 from coca_jax.models import coca
 
 Call = Callable[[], Any]
-PEER_EXAMPLES = 2000  # that `input --peer` reads again and again
 
 
 def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
@@ -64,21 +63,18 @@ def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, f
 
 
 def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
-    """`size` rows as the pipeline gives them: random pixels, captions of 3 to max_len tokens."""
+    """`size` rows of a batch: random pixels, captions of 3 to max_len tokens."""
     rng = np.random.default_rng(config.seed)
-    side, text = config.model.image_size, config.model.text
+    text = config.model.text
     lengths = rng.integers(3, text.max_len + 1, size)
-    count = 2 if config.head.kind == "pair" else config.data.num_frames
-    images = (count,) if count else ()
-    return dict(
-        image=rng.integers(0, 256, (size, *images, side, side, 3), dtype=np.uint8),
-        tokens=rng.integers(5, text.vocab_size, (size, text.max_len)).astype(np.int32),
-        text_valid=np.arange(text.max_len)[None] < lengths[:, None],
-        is_label=np.arange(size) % 2 == 0,
-        text_id=rng.integers(0, 2**31 - 1, (size, 2)).astype(np.int32),
-        prompt_len=lengths.astype(np.int32),
-        class_id=np.zeros(size, np.int32),
-    )
+    batch = batches.empty(config, size)
+    batch["image"][:] = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
+    batch["tokens"][:] = rng.integers(5, text.vocab_size, (size, text.max_len))
+    batch["text_valid"][:] = np.arange(text.max_len)[None] < lengths[:, None]
+    batch["is_label"][:] = np.arange(size) % 2 == 0
+    batch["text_id"][:] = rng.integers(0, 2**31 - 1, (size, 2))
+    batch["prompt_len"][:] = lengths
+    return batch
 
 
 def train(config: ConfigDict, repeats: int) -> dict[str, float]:
@@ -161,47 +157,6 @@ def caption(
     return result | {"tokens_per_second": batch * tokens / result["seconds"]}
 
 
-def read_input(
-    config: ConfigDict, seconds: float, every: float, repeats: int, compare: bool = False
-) -> dict[str, Any]:
-    """The input pipeline without a model, for `seconds`: what `pipeline.measure_input` returns.
-
-    With `compare`, `repeats` times in turn with open_clip's pipeline over the first
-    PEER_EXAMPLES records of the first source, all pinned to one core. The rates are then medians
-    of images per second of processor time, with their extremes: {images_per_second_per_core,
-    ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
-    """
-    if not compare:
-        return pipeline.measure_input(config, seconds, every)
-    config = config.copy_and_resolve_references()
-    config.data.num_threads = 1
-    source = pipeline.open_sources(config)[0]
-    count = min(len(source), PEER_EXAMPLES)
-    rates: dict[str, list[float]] = {"": [], "peer_": []}
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            benchmark_peer.write_tar(source.read(range(count)), f"{folder}/0.tar")
-            peer = benchmark_peer.input_batches(
-                f"{folder}/0.tar", count, config.batch_size, config.model.image_size
-            )
-            next(peer)
-            for _ in range(repeats):
-                result = pipeline.measure_input(config, seconds)
-                rates[""].append(result["images_per_second_per_core"])
-                rate, cores_busy, _ = pipeline.rate_of(peer, seconds)
-                rates["peer_"].append(rate / cores_busy)
-    finally:
-        os.sched_setaffinity(0, cores)
-    quotient = statistics.median(rates[""]) / statistics.median(rates["peer_"])
-    for name, found in rates.items():
-        name += "images_per_second_per_core"
-        result[name] = statistics.median(found)
-        result |= {f"{name}_low": min(found), f"{name}_high": max(found)}
-    return result | {"times_peer": quotient}
-
-
 SPAN = 8  # tokens timed together, so that a call is long beside its start
 
 
@@ -257,7 +212,7 @@ def build(config: ConfigDict) -> coca.CoCa:
         remat=config.remat,
         sigmoid=sigmoid,
         head=config.head,
-        num_classes=len(pipeline.head_classes(config)),
+        num_classes=len(head_classes(config)),
     )
 
 
@@ -295,7 +250,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if compare and kind == "train":
         raise ValueError("--peer compares `encode`, `caption` and `input`, not `train`")
     if kind == "input":
-        result = read_input(config, flags.FLAGS.seconds, flags.FLAGS.memory_every, repeats, compare)
+        result = benchmark_input.read_input(
+            config, flags.FLAGS.seconds, flags.FLAGS.memory_every, repeats, compare
+        )
     elif kind == "train":
         result = train(config, repeats)
     elif kind == "encode":

@@ -22,14 +22,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from coca_jax import cli, hlo_cost, kernel_cost, partitioning, recipes, run_config, train_step
-from coca_jax.data import pipeline
+from coca_jax.data import batches
+from coca_jax.data.mixture import head_classes
 from coca_jax.models import coca
 
 GIB = 2**30
@@ -163,7 +163,7 @@ def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
         sigmoid=config.loss.contrastive == "sigmoid",
         platform=mesh.devices.flat[0].platform,
         head=config.head,
-        num_classes=len(pipeline.head_classes(config)),
+        num_classes=len(head_classes(config)),
     )
     abstract, shardings = train_step.state_shardings(model, config, mesh)
     state = jax.tree.map(
@@ -177,21 +177,12 @@ def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of one global batch, split over data x fsdp."""
     sharding = NamedSharding(mesh, partitioning.spec("batch"))
-    rows, size, length = config.batch_size, config.model.image_size, config.model.text.max_len
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows,) + shape, dtype, sharding=sharding)
-
-    count = 2 if config.head.kind == "pair" else config.data.num_frames
-    images = (count,) if count else ()
     return {
-        "image": array(images + (size, size, 3), jnp.uint8),
-        "tokens": array((length,), jnp.int32),
-        "text_valid": array((length,), jnp.bool_),
-        "is_label": array((), jnp.bool_),
-        "text_id": array((2,), jnp.int32),
-        "prompt_len": array((), jnp.int32),
-        "class_id": array((), jnp.int32),
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *field.shape), np.dtype(field.dtype), sharding=sharding
+        )
+        for name, field in batches.fields(config).items()
+        if field.trains
     }
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, recipes
-from coca_jax.data import files, formats, order, pipeline, sources, vocabulary
+from coca_jax.data import files, formats, order, sources, vocabulary
+from coca_jax.data.mixture import Mixture
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
@@ -97,7 +98,7 @@ def inspect(config: Any, step: int) -> dict[str, Any]:
     """
     if step < 0:
         raise ValueError(f"--step={step}: steps count from 0")
-    examples = pipeline.step_examples(config, step)
+    examples = Mixture(config).step_examples(step)
     for example in examples:
         print("{row:6d}  {source}  epoch {epoch}  index {index}  {key}  {text!r}".format(**example))
     return dict(step=step, examples=examples)

@@ -39,7 +39,7 @@ def tiny_config(**model) -> ConfigDict:
 
 
 def random_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch as the pipeline gives it, of random pixels and tokens."""
+    """A batch of random pixels and tokens, as training takes it."""
     rng = np.random.default_rng(seed)
     size, length = config.batch_size, config.model.text.max_len
     side = config.model.image_size

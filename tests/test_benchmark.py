@@ -8,7 +8,7 @@ from conftest import tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import benchmark, benchmark_peer, prepare
+from coca_jax import benchmark, benchmark_input, benchmark_peer, prepare
 from coca_jax.configs import base
 from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
@@ -76,12 +76,12 @@ def test_the_peer_reads_the_same_records(tmp_path):
     images, tokens = zip(*(next(batches) for _ in range(3)))
     assert np.concatenate(images).shape == (12, 3, 16, 16)
     assert len(np.unique(np.concatenate(tokens), axis=0)) == 12
-    result = benchmark.read_input(config, 0.3, 0.0, repeats=2, compare=True)
+    result = benchmark_input.read_input(config, 0.3, 0.0, repeats=2, compare=True)
     ours, theirs = (result[f"{who}images_per_second_per_core"] for who in ("", "peer_"))
     assert result["times_peer"] == ours / theirs
     low, high = (result[f"images_per_second_per_core_{end}"] for end in ("low", "high"))
     assert low <= ours <= high
-    found = benchmark.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
+    found = benchmark_input.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
     assert 3 <= len(found) <= 5 and min(found) > 50
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from coca_jax import evaluate, prepare
 from coca_jax.configs import base
-from coca_jax.data import formats, pipeline, sources
+from coca_jax.data import formats, sources
+from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import records
 from coca_jax.importers import own_data, splits, unprepared
 
@@ -178,7 +179,7 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
         dict(path=mine, split="train", kind="caption", weight=11.0),
         dict(path=classes, split="train", kind="label", weight=5.0),
     ]
-    assert pipeline.shares(config) == [11, 5]
+    assert Mixture(config).shares == [11, 5]
     assert [(t["kind"], t["data"]["path"], t["data"]["split"]) for t in config.eval.tasks] == [
         ("retrieval", mine, "test"),
         ("captioning", mine, "test"),

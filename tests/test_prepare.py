@@ -23,7 +23,8 @@ from PIL import Image
 
 from coca_jax import prepare
 from coca_jax.configs import base
-from coca_jax.data import pipeline, records, sources
+from coca_jax.data import records, run_vocabulary, sources
+from coca_jax.data.batches import open_stream
 from coca_jax.importers import dedup
 from coca_jax.importers.items import Options
 
@@ -223,8 +224,8 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
     config.model.text.update(vocab_size=400, max_len=24)
     config.data.max_bad_fraction = 0.0
     config.data.sources = (dict(path=str(tmp_path / "out")),)
-    found = pipeline.load_vocabulary_or_train(config, str(tmp_path / "run"))
-    batches = pipeline.train_batches(config, found)
+    found = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
+    batches = open_stream(config, found)
     for _ in range(2):
         batch = next(batches)
         assert {found.decode(tokens) for tokens in batch["tokens"]} == left

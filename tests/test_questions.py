@@ -12,7 +12,8 @@ from test_heads import train_alone as train
 
 import coca_jax
 from coca_jax import evaluate
-from coca_jax.data import pipeline, sources, vocabulary
+from coca_jax.data import mixture, run_vocabulary, sources, vocabulary
+from coca_jax.data.batches import open_stream
 from coca_jax.prepare import prepare
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "black": (9, 9, 9)}
@@ -78,7 +79,7 @@ def test_each_question_is_an_example(asked):
     assert records[0].image == png("red") and len({r.key for r in records}) == 3
     assert source.read_texts([4])[0].texts == ("is it red?",)
     entry = dict(path=asked, kind="question", questions="qa")
-    assert pipeline.class_names(entry, "train") == sorted([*COLOURS, "yes", "no"])
+    assert mixture.class_names(entry, "train") == sorted([*COLOURS, "yes", "no"])
     with pytest.raises(ValueError, match="no record has a question and an answer"):
         sources.open_source(dict(path=asked, kind="question", questions="other"))
 
@@ -145,7 +146,7 @@ def test_an_answer_outside_the_classes_is_named_or_skipped(asked, tmp_path):
     with pytest.raises(ValueError, match="'train.tar/00.*not among the 2 classes"):
         train(config, str(tmp_path / "run"))
     config.head.unknown = "skip"
-    batches = pipeline.train_batches(
+    batches = open_stream(
         config, vocabulary.load(_words(config, tmp_path)), class_names=["yes", "no"]
     )
     class_id = next(batches)["class_id"]
@@ -153,8 +154,8 @@ def test_an_answer_outside_the_classes_is_named_or_skipped(asked, tmp_path):
 
 
 def _words(config, folder):
-    pipeline.load_vocabulary_or_train(config, str(folder))
-    return str(folder / pipeline.VOCABULARY_FILE)
+    run_vocabulary.load_or_train(config, str(folder))
+    return str(folder / run_vocabulary.VOCABULARY_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_pairs_reach_the_model_in_order_and_are_evaluated(pairs, tmp_path):
     model = coca_jax.load(str(tmp_path / "run"))
     assert model.class_names == ["False", "True"]
     words = vocabulary.load(str(tmp_path / "run" / "vocabulary.model"))
-    batch = next(pipeline.train_batches(config, words, class_names=model.class_names))
+    batch = next(open_stream(config, words, class_names=model.class_names))
     assert batch["image"].shape == (16, 2, 16, 16, 3)
     same = (batch["image"][:, 0] == batch["image"][:, 1]).all((1, 2, 3))
     np.testing.assert_array_equal(batch["class_id"], same)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from coca_jax import prepare
 from coca_jax.configs import base
-from coca_jax.data import files, pipeline, sources
+from coca_jax.data import files, prepared, run_vocabulary, sources
+from coca_jax.data.batches import open_stream
 
 
 def _image(index):
@@ -68,7 +69,7 @@ def test_prepare_and_train_by_url(bucket, tmp_path, monkeypatch):
     assert (result["read"], result["written"], result["shards"]) == (24, 24, 3)
     local = str(tmp_path / "local")
     _prepare("webdataset", str(tmp_path / "tars"), local)
-    here, there = (sources.read_manifest(path)["splits"]["train"] for path in (local, out))
+    here, there = (prepared.read_manifest(path)["splits"]["train"] for path in (local, out))
     assert here["shards"] == there["shards"]  # names, counts and checksums
     assert not [name for name in system.find("bucket/prepared") if "unfinished" in name]
     before = system.checksum("bucket/prepared/tars/train-00000-of-00003.array_record")
@@ -83,8 +84,8 @@ def test_prepare_and_train_by_url(bucket, tmp_path, monkeypatch):
         config.model.image_size = 16
         config.model.text.update(vocab_size=400, max_len=16)
         config.data.sources = (dict(path=path, kind="caption"),)
-        vocabulary = pipeline.load_vocabulary_or_train(config, str(tmp_path / "run"))
-        batches.append(next(pipeline.train_batches(config, vocabulary)))
+        vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
+        batches.append(next(open_stream(config, vocabulary)))
     for batch in batches[1:]:
         assert all(np.array_equal(batch[name], batches[0][name]) for name in batch)
     assert len(list((tmp_path / "cache/coca_jax").iterdir())) == 3  # each shard came once

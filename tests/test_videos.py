@@ -11,7 +11,8 @@ from PIL import Image
 
 from coca_jax import caption, evaluate, inference, partitioning, prepare, train_step
 from coca_jax.configs import base
-from coca_jax.data import images, pipeline, videos
+from coca_jax.data import images, run_vocabulary, videos
+from coca_jax.data.batches import open_stream
 from coca_jax.models import coca
 
 RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)
@@ -308,8 +309,8 @@ def _config(data, num_frames, batch=4, **data_keys):
 
 
 def _batches(config, data, count, **where):
-    words = pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
-    batches = pipeline.train_batches(config, words, **where)
+    words = run_vocabulary.load_or_train(config, str(data / "workdir"))
+    batches = open_stream(config, words, **where)
     found = [next(batches) for _ in range(count)]
     batches.close()
     return found
@@ -384,7 +385,7 @@ def model(data):
     config = tiny_config()
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=16, unimodal_depth=1, multimodal_depth=1)
-    words = pipeline.load_vocabulary_or_train(_config(data, 4), str(data / "workdir"))
+    words = run_vocabulary.load_or_train(_config(data, 4), str(data / "workdir"))
     module = coca.build(config.model)
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
     rng = np.random.default_rng(1)

@@ -1,9 +1,11 @@
-"""Which text an example trains on: draws by (seed, source, position), without TensorFlow."""
+"""Which text an example trains on, drawn by (seed, source, position), and its tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,37 +15,48 @@ from coca_jax.data import order
 CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES = range(1, 7)
 # Between a question and its answer in one text: the head sees what is before it.
 ANSWER = "\x1f"
+_CACHED_TEXTS = 50_000  # about 1 KB each
 
 
-def draw_keys(seed: int, source: int, positions: np.ndarray, purpose: int) -> np.ndarray:
-    """uint64 [n]: a key for each position of a source's stream and each purpose."""
-    return order.key(seed, source, positions, purpose)
+class Draw(NamedTuple):
+    """The random choices of n examples: functions of where they stand, and of nothing else.
+
+    Attributes:
+        seed: of the run.
+        source: number of the source in config.data.sources.
+        positions: int64 [n], places in the source's endless stream.
+    """
+
+    seed: int
+    source: int
+    positions: np.ndarray
+
+    def keys(self, purpose: int) -> np.ndarray:
+        """uint64 [n]: a key for each position and each purpose (CAPTION, PROMPT, ...)."""
+        return order.key(self.seed, self.source, self.positions, purpose)
+
+    def uniform(self, purpose: int, count: int = 1) -> np.ndarray:
+        """float64 [n, count] in [0, 1)."""
+        return order.uniform(self.keys(purpose), count)
 
 
-def choose_captions(
-    texts: Sequence[Sequence[str]], seed: int, source: int, positions: np.ndarray
-) -> list[str]:
+def choose_captions(captions: Sequence[Sequence[str]], draw: Draw) -> list[str]:
     """One caption of each image, another one at each visit."""
-    draw = order.uniform(draw_keys(seed, source, positions, CAPTION), 1)[:, 0]
-    return [choice[int(u * len(choice))] for choice, u in zip(texts, draw)]
+    place = draw.uniform(CAPTION)[:, 0]
+    return [choice[int(u * len(choice))] for choice, u in zip(captions, place)]
 
 
 def label_texts(
-    labels: Sequence[Sequence[str]],
-    prompts: Sequence[str],
-    seed: int,
-    source: int,
-    positions: np.ndarray,
+    labels: Sequence[Sequence[str]], prompts: Sequence[str], draw: Draw
 ) -> tuple[list[str], list[str]]:
     """Labels as text, as in the paper: all names, shuffled and joined, behind a sampled prompt.
 
     Returns:
         The texts ("a photo of the cat, animal"), and what tells equal labels: the sorted names.
     """
-    draw = order.uniform(draw_keys(seed, source, positions, PROMPT), 1)[:, 0]
-    chosen = (draw * len(prompts)).astype(int)
+    chosen = (draw.uniform(PROMPT)[:, 0] * len(prompts)).astype(int)
     most = max(map(len, labels), default=0)
-    shuffle = order.uniform(draw_keys(seed, source, positions, LABELS), max(most, 1)).tolist()
+    shuffle = draw.uniform(LABELS, max(most, 1)).tolist()
     texts, canonical = [], []
     for names, prompt, ranks in zip(labels, chosen, shuffle):
         shuffled = [name for _, name in sorted(zip(ranks, names))]
@@ -53,20 +66,52 @@ def label_texts(
 
 
 def choose_labels(
-    labels: Sequence[Sequence[str]],
-    classes: Mapping[str, int],
-    seed: int,
-    source: int,
-    positions: np.ndarray,
+    labels: Sequence[Sequence[str]], classes: Mapping[str, int], draw: Draw
 ) -> list[str]:
     """One label of each record, another one at each visit: of those that are classes if any are.
     '' for a record without labels."""
-    draw = order.uniform(draw_keys(seed, source, positions, CLASS), 1)[:, 0]
+    place = draw.uniform(CLASS)[:, 0]
     known = [[name for name in names if name in classes] or names for names in labels]
-    return [names[int(u * len(names))] if names else "" for names, u in zip(known, draw)]
+    return [names[int(u * len(names))] if names else "" for names, u in zip(known, place)]
 
 
 def text_hash(text: str) -> int:
     """64 bits that tell texts apart, as a signed integer."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+class Tokenizer:
+    """Tokenises each text once: rows of equal texts come from memory. Thread-safe.
+
+    encode: texts -> tokens int32 [n, L], text_valid bool [n, L], prompt_len int32 [n].
+    """
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    ):
+        self._encode = encode
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray, np.integer]] = {}
+        self._hashes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str], canonical: Sequence[str]) -> dict[str, np.ndarray]:
+        """Texts, and what tells equal ones, -> tokens int32 [n, L], text_valid bool [n, L],
+        text_id int32 [n, 2], prompt_len int32 [n]."""
+        with self._lock:
+            new = list(dict.fromkeys(text for text in texts if text not in self._rows))
+            if len(self._rows) + len(new) > _CACHED_TEXTS:
+                self._rows.clear()
+                new = list(dict.fromkeys(texts))
+            if new:
+                self._rows.update(zip(new, zip(*self._encode(new))))
+            if len(self._hashes) > _CACHED_TEXTS:
+                self._hashes.clear()
+            for text in canonical:
+                if text not in self._hashes:
+                    self._hashes[text] = text_hash(text)
+            found = [self._rows[text] for text in texts]
+            hashes = np.array([self._hashes[text] for text in canonical], np.int64)
+        tokens, valid, prompt_len = (np.stack(rows) for rows in zip(*found))
+        text_id = hashes.view(np.int32).reshape(-1, 2)
+        return dict(tokens=tokens, text_valid=valid, text_id=text_id, prompt_len=prompt_len)

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.data import files, images, videos
-from coca_jax.data.sources import Source, open_source
+from coca_jax.data.random_access import Source
+from coca_jax.data.sources import open_source
 
 SIDE = 16  # of the difference hash: SIDE x SIDE bits
 BITS = SIDE * SIDE

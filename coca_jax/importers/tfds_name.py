@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.data import tfds_source
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -22,8 +23,7 @@ ROWS_PER_UNIT = 4096
 
 
 def _builder(name: str) -> Any:
-    import tensorflow_datasets as tfds  # seconds to import, and only this format needs it
-
+    tfds = tfds_source.package()
     try:
         if "/" in name and name.startswith((".", "/")) or "://" in name:
             return tfds.builder_from_directory(name)
@@ -68,8 +68,7 @@ def declared_classes(unit: Unit, options: Options) -> list[str]:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of a split."""
-    import tensorflow_datasets as tfds
-
+    tfds = tfds_source.package()
     name, _, split = unit.path.rpartition("@")
     builder = _builder(name)
     features = builder.info.features

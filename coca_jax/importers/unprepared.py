@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.data import files, pipeline, sources
+from coca_jax.data import files, mixture, prepared, sources, tfds_source, views
+from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
-from coca_jax.data.sources import Indices, Source
 from coca_jax.importers import imagefolder, items, tfds_name
 from coca_jax.importers.items import Item, Options, Unit
 
@@ -30,9 +30,9 @@ def open_source(entry: Mapping[str, Any], split: str) -> Source:
     """
     split = entry.get("split") or split
     if entry.get("tfds"):
-        return sources.narrow(_tfds(entry, split), entry, refield=False)
+        return views.narrow(_tfds(entry, split), entry)
     if _is_plain_folder(entry):
-        return sources.narrow(_folder(entry, split), entry, refield=False)
+        return views.narrow(_folder(entry, split), entry)
     return sources.open_source(entry, split)
 
 
@@ -45,7 +45,7 @@ def class_names(entry: Mapping[str, Any], split: str) -> list[str]:
         if declared:
             return declared
     elif not _is_plain_folder(entry):
-        return pipeline.class_names(entry, split)
+        return mixture.class_names(entry, split)
     found = open_source(entry, split)
     return sorted({label for record in found for label in record.labels})
 
@@ -56,7 +56,7 @@ def splits(entry: Mapping[str, Any]) -> list[str]:
         return tfds_name.splits(_tfds_path(entry))
     if _is_plain_folder(entry):
         return imagefolder.splits(str(entry["path"]))
-    return sorted(sources.read_manifest(str(entry["path"]))["splits"])
+    return sorted(prepared.read_manifest(str(entry["path"]))["splits"])
 
 
 def choose_split(entry: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ def counts(entry: Mapping[str, Any]) -> dict[str, int]:
         )
     if entry.get("text_field") or entry.get("label_field"):
         return {}
-    there = sources.read_manifest(str(entry["path"]))["splits"].get(entry.get("split", "test"))
+    there = prepared.read_manifest(str(entry["path"]))["splits"].get(entry.get("split", "test"))
     return dict(caption=there["with_text"], label=there["with_label"]) if there else {}
 
 
@@ -101,7 +101,7 @@ def _options(entry: Mapping[str, Any]) -> Options:
 
 def _is_plain_folder(entry: Mapping[str, Any]) -> bool:
     path = str(entry.get("path") or "")
-    if not os.path.isdir(path) or files.exists(files.join(path, sources.MANIFEST)):
+    if not os.path.isdir(path) or files.exists(files.join(path, prepared.MANIFEST)):
         return False
     try:
         return bool(imagefolder.plan(path, "", Options()))
@@ -131,14 +131,14 @@ def _folder(entry: Mapping[str, Any], split: str) -> Source:
         len(found),
         read,
         lambda indices: [_record(found[int(i)][0], path) for i in indices],
+        applied_fields=True,
     )
 
 
 def _tfds_path(entry: Mapping[str, Any]) -> str:
     if not entry.get("data_dir"):
         return str(entry["tfds"])
-    import tensorflow_datasets as tfds  # seconds to import, and only here
-
+    tfds = tfds_source.package()
     try:
         return str(tfds.builder(entry["tfds"], data_dir=entry["data_dir"]).data_path)
     except Exception as error:  # TFDS has a type for each way to be absent
@@ -164,7 +164,7 @@ def _tfds(entry: Mapping[str, Any], split: str) -> Source:
         places = [divmod(int(i), _ROWS_PER_UNIT) for i in indices]
         return [unit_records(number)[row] for number, row in places]
 
-    return Source(f"tfds {entry['tfds']} [{split}]", rows, read)
+    return Source(f"tfds {entry['tfds']} [{split}]", rows, read, applied_fields=True)
 
 
 def _record(item: Item, path: str) -> Record:

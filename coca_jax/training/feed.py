@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from coca_jax import partitioning, text_lengths
+from coca_jax.data.batches import trained
 from coca_jax.metrics import TimeBuckets
 
 Measured = tuple[dict[str, jax.Array], text_lengths.Lengths]
@@ -34,7 +35,8 @@ class Feed:
         mesh: Mesh,
         buckets: TimeBuckets,
     ):
-        arranged = (text_lengths.arrange(batch, config) for batch in batches)
+        rows = (trained(batch, config) for batch in batches)
+        arranged = (text_lengths.arrange(batch, config) for batch in rows)
         self._prefetched = prefetch(arranged, mesh)
         self._measured = measured(self._prefetched, config)
         self._buckets = buckets
@@ -71,8 +73,7 @@ class prefetch:  # noqa: N801 (used like a function)
     def _work(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh) -> None:
         try:
             for batch in batches:
-                rows = {k: v for k, v in batch.items() if k not in ("source", "index")}
-                self._put(partitioning.place_batch(mesh, rows))
+                self._put(partitioning.place_batch(mesh, batch))
                 if self._stop.is_set():
                     return
             self._put(self._END)

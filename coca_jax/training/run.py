@@ -16,6 +16,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, metrics, partitioning, run_config, train_step
+from coca_jax.data import run_vocabulary
+from coca_jax.data.batches import open_stream
+from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.models import coca
 from coca_jax.training import hooks, loop
 from coca_jax.training.feed import Feed
@@ -44,33 +47,27 @@ def train_on(
 ) -> dict[str, Any]:
     """`train` once the config is checked and the mesh is set."""
     with buckets("init"):
-        # TensorFlow takes seconds to import, so not before the checks.
-        from coca_jax.data import pipeline
-
         os.makedirs(workdir, exist_ok=True)
-        class_names = pipeline.head_classes(config)
+        process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        mixture = Mixture(config, workdir, **process)
+        class_names = head_classes(config, mixture)
         run_config.check_resumable(config, workdir, class_names)
-        vocabulary = pipeline.load_vocabulary_or_train(
-            config, workdir, process_index=jax.process_index()
+        vocabulary = run_vocabulary.load_or_train(
+            config, workdir, mixture, process_index=jax.process_index()
         )
         run_config.check_vocabulary(config, vocabulary)
-        steps = run_config.num_steps(config, pipeline.num_examples(config))
+        steps = run_config.num_steps(config, mixture.num_examples)
         model = build_model(config, mesh, len(class_names))
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep)
         state, start = restore_or_begin(model, config, mesh, checkpoints, class_names)
         if jax.process_index() == 0:  # only now: a config that fails must not claim the workdir
             run_config.write(config, workdir, vocabulary, class_names)
             announce(config, mesh, state, steps, start)
-        batches = pipeline.train_batches(
-            config,
-            vocabulary,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            class_names=class_names,
+        batches = open_stream(
+            config, vocabulary, mixture, start_step=start, class_names=class_names, **process
         )
         if jax.process_index() == 0:
-            print(batches.describe(), file=sys.stderr)
+            print(mixture.describe(), file=sys.stderr)
 
     feed = Feed(batches, config, mesh, buckets)
     log = hooks.Log(config, workdir, steps, start, feed, batches, buckets)
@@ -95,6 +92,7 @@ def train_on(
         preempted = asked
     finally:
         feed.close()
+        batches.close()
         stop.close()
     log.close()
     save.close()

@@ -9,7 +9,9 @@ from PIL import Image
 
 from coca_jax import evaluate, prepare
 from coca_jax.configs import base
-from coca_jax.data import images, pipeline, prompts, sources, texts
+from coca_jax.data import images, prompts, run_vocabulary, sources, texts
+from coca_jax.data.batches import open_stream
+from coca_jax.data.mixture import Mixture, class_names
 from coca_jax.importers import items
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -62,7 +64,7 @@ def mixture(data):
         dict(path=str(data / "c"), kind="caption", captions="all"),
         augment="drawing",
     )
-    return config, pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+    return config, run_vocabulary.load_or_train(config, str(data / "workdir"))
 
 
 def _take(batches, count):
@@ -75,7 +77,7 @@ def _equal(a, b):
 
 def test_batches_are_as_the_contract_says(mixture):
     config, vocabulary = mixture
-    batch = next(pipeline.train_batches(config, vocabulary))
+    batch = next(open_stream(config, vocabulary))
     shapes = {key: (value.dtype.name, value.shape) for key, value in batch.items()}
     assert shapes == dict(
         image=("uint8", (8, 16, 16, 3)),
@@ -97,12 +99,12 @@ def test_batches_are_as_the_contract_says(mixture):
 def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
     config, vocabulary = mixture
     steps = 120  # examples of each source: 480, 240, 240
-    batches = pipeline.train_batches(config, vocabulary)
+    batches = open_stream(config, vocabulary)
     whole = _take(batches, steps)
     for processes, start in ((2, 0), (4, 0), (2, 97), (4, 97)):
         parts = [
             _take(
-                pipeline.train_batches(
+                open_stream(
                     config,
                     vocabulary,
                     start_step=start,
@@ -117,14 +119,14 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
             joined = {k: np.concatenate([h[k] for h in hosts]) for k in hosts[0]}
             assert _equal(joined, whole[step])
     for step in (0, 50, 119):  # `prepare inspect` tells the same
-        told = pipeline.step_examples(config, step)
+        told = Mixture(config).step_examples(step)
         assert [row["index"] for row in told] == whole[step]["index"].tolist()
         assert [row["text"] for row in told] == [
             vocabulary.decode(t) for t in whole[step]["tokens"]
         ]
     epochs = [batches.progress(steps)[f"epoch/{number}"] for number in range(3)]
     assert epochs == [480 / 23, 240 / 17, 3.0]
-    resumed = pipeline.train_batches(config, vocabulary, start_step=37)
+    resumed = open_stream(config, vocabulary, start_step=37)
     assert all(_equal(a, b) for a, b in zip(_take(resumed, 5), whole[37:]))
     for number, size in enumerate((23, 17, 80)):
         seen = np.concatenate([b["index"][b["source"] == number] for b in whole])
@@ -136,7 +138,7 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
 def test_texts_belong_to_their_images(mixture):
     config, vocabulary = mixture
     captions = set()
-    for batch in _take(pipeline.train_batches(config, vocabulary), 30):
+    for batch in _take(open_stream(config, vocabulary), 30):
         for tokens, source, index in zip(batch["tokens"], batch["source"], batch["index"]):
             text = vocabulary.decode(tokens)
             if source == 1:
@@ -151,7 +153,7 @@ def test_texts_belong_to_their_images(mixture):
 def test_equal_labels_share_their_id_whatever_the_prompt(mixture):
     config, vocabulary = mixture
     ids: dict = {}
-    for batch in _take(pipeline.train_batches(config, vocabulary), 10):
+    for batch in _take(open_stream(config, vocabulary), 10):
         for label, index, text_id in zip(batch["is_label"], batch["index"], batch["text_id"]):
             if label:
                 ids.setdefault(index % 3, set()).add(tuple(text_id))
@@ -163,14 +165,14 @@ def test_label_token_stands_after_begin(mixture):
     config, vocabulary = mixture
     config = config.copy_and_resolve_references()
     config.data.label_token = True
-    batch = next(pipeline.train_batches(config, vocabulary))
+    batch = next(open_stream(config, vocabulary))
     assert np.array_equal(batch["tokens"][:, 1] == vocabulary.label_id, batch["is_label"])
 
 
 def test_pixels_equal_those_of_evaluation(data):
     config = _config(dict(path=str(data / "c")), prompts="plain")
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
-    batch = next(pipeline.train_batches(config, vocabulary))
+    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
         wanted = images.preprocess_eval(_image(int(index)), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 1
@@ -179,8 +181,8 @@ def test_pixels_equal_those_of_evaluation(data):
 @pytest.mark.parametrize("mode", ["crop", "inception", "drawing", "randaugment"])
 def test_augmentations_change_pixels_and_repeat(data, mode):
     config = _config(dict(path=str(data / "c")), augment=mode, flip=True)
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
-    first, second = (next(pipeline.train_batches(config, vocabulary)) for _ in range(2))
+    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    first, second = (next(open_stream(config, vocabulary)) for _ in range(2))
     assert _equal(first, second)
     plain = np.stack([images.preprocess_eval(_image(int(i)), 16) for i in first["index"]])
     changed = np.abs(first["image"].astype(int) - plain).mean((1, 2, 3))
@@ -208,8 +210,8 @@ def test_every_format_and_transparency_give_right_pixels(tmp_path):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
     config = _config(dict(path=str(tmp_path / "out")))
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(tmp_path / "workdir"))
-    batch = next(pipeline.train_batches(config, vocabulary))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
+    batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
         wanted = images.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 6, rows[index]
@@ -231,10 +233,10 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
     config = _config(dict(path=str(tmp_path / "out")), batch=4)
     with config.unlocked():
         config.data.fast_resize = fast
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(tmp_path / "workdir"))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
     for mode in ("none", "drawing", "crop"):
         config.data.augment = mode
-        batch = next(pipeline.train_batches(config, vocabulary))
+        batch = next(open_stream(config, vocabulary))
         if mode == "none":
             for pixels, index in zip(batch["image"], batch["index"]):
                 wanted = images.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
@@ -258,19 +260,19 @@ def test_undecodable_images_are_stepped_over(data, tmp_path):
         "imagefolder", str(folder), out, options=items.Options(verify=False), progress=False
     )
     config = _config(dict(path=out), max_bad_fraction=0.2)
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
-    batches = pipeline.train_batches(config, vocabulary)
+    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    batches = open_stream(config, vocabulary)
     whole = _take(batches, 15)
     seen = np.concatenate([b["index"] for b in whole])
     assert set(seen.tolist()) == set(range(30)) - {3, 4, 20}
     epoch = seen[:30].tolist()
     assert epoch.count(5) == 3 and epoch.count(21) == 2  # they stand in for what is before them
     assert batches.skipped() == [3] and batches.progress(15)["bad_images"] == 3
-    resumed = pipeline.train_batches(config, vocabulary, start_step=7)
+    resumed = open_stream(config, vocabulary, start_step=7)
     assert all(_equal(a, b) for a, b in zip(_take(resumed, 3), whole[7:]))
     config.data.max_bad_fraction = 0.05
     with pytest.raises(ValueError, match="max_bad_fraction"):
-        _take(pipeline.train_batches(config, vocabulary), 15)
+        _take(open_stream(config, vocabulary), 15)
 
 
 def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
@@ -282,8 +284,8 @@ def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
     content[place : place + 4] = bytes(4)
     shard.write_bytes(content)
     config = _config(dict(path=str(tmp_path / "out")), max_bad_fraction=0.2)
-    vocabulary = pipeline.load_vocabulary_or_train(config, str(data / "workdir2"))
-    batches = pipeline.train_batches(config, vocabulary)
+    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    batches = open_stream(config, vocabulary)
     seen = np.concatenate([b["index"] for b in _take(batches, 15)])
     assert set(seen.tolist()) == set(range(30)) - {9}
 
@@ -295,8 +297,8 @@ def test_where_text_field_and_limit(data):
     found = sources.open_source(dict(path=path, text_field="group", limit=4))
     assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
     assert len(list(evaluate.Records(dict(path=path, split="train"), limit=5))) == 5
-    assert pipeline.class_names(path) == ["blue", "green", "red", "square"]
-    assert pipeline.num_examples(_config(dict(path=path), dict(path=path, captions="all"))) == 69
+    assert class_names(path) == ["blue", "green", "red", "square"]
+    assert Mixture(_config(dict(path=path), dict(path=path, captions="all"))).num_examples == 69
 
 
 def test_errors_come_before_the_work(data, tmp_path):
@@ -313,36 +315,37 @@ def test_errors_come_before_the_work(data, tmp_path):
         "kind='x'": _config(dict(path=path, kind="x")),
         "data.augment": _config(dict(path=path), augment="mosaic"),
     }
-    vocabulary = pipeline.load_vocabulary_or_train(_config(dict(path=path)), str(data / "workdir3"))
+    vocabulary = run_vocabulary.load_or_train(_config(dict(path=path)), str(data / "workdir3"))
     for message, config in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            pipeline.train_batches(config, vocabulary)
+            open_stream(config, vocabulary)
     with pytest.raises(ValueError, match="3 processes"):
-        pipeline.train_batches(_config(dict(path=path)), vocabulary, process_count=3)
+        open_stream(_config(dict(path=path)), vocabulary, process_count=3)
 
 
 def test_vocabulary_of_a_run(mixture, data, tmp_path):
     config, vocabulary = mixture
-    again = pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+    again = run_vocabulary.load_or_train(config, str(data / "workdir"))
     assert again.checksum == vocabulary.checksum
     config = config.copy_and_resolve_references()
     config.model.text.vocab_size = 300
     with pytest.raises(ValueError, match="vocab_size=300 is less"):
-        pipeline.load_vocabulary_or_train(config, str(data / "workdir"))
+        run_vocabulary.load_or_train(config, str(data / "workdir"))
     config.model.text.vocab_size = 400
     vocabulary.save(tmp_path / "given.model")
     config.data.vocabulary = str(tmp_path / "given.model")
-    given = pipeline.load_vocabulary_or_train(config, str(tmp_path / "run"))
+    given = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     assert given.checksum == vocabulary.checksum and (tmp_path / "run/vocabulary.model").exists()
 
 
 def test_label_texts_shuffle_names_and_prompts():
     labels = [["cat", "animal"]] * 400
-    found, same = texts.label_texts(labels, prompts.PLAIN, 0, 0, np.arange(400))
+    draw = texts.Draw(0, 0, np.arange(400))
+    found, same = texts.label_texts(labels, prompts.PLAIN, draw)
     assert set(found) == {"a photo of the cat, animal", "a photo of the animal, cat"}
     assert 150 < found.count("a photo of the cat, animal") < 250
     assert len(set(same)) == 1
-    assert len(set(texts.label_texts(labels, prompts.VARIED, 0, 0, np.arange(400))[0])) > 60
+    assert len(set(texts.label_texts(labels, prompts.VARIED, draw)[0])) > 60
 
 
 def test_prompt_sets(tmp_path):

@@ -1,0 +1,254 @@
+"""Batches: what is in one, the batch of a step as a function of the step, and a stream of them.
+
+The batch of a step follows from (config, vocabulary, step) alone: process p of P has the rows
+[p * b, (p + 1) * b) of it, b = batch_size / P, and the whole is the same for any P.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coca_jax.data import pixels as pixel_work
+from coca_jax.data.examples import Examples, Tally
+from coca_jax.data.mixture import Mixture
+from coca_jax.data.vocabulary import Vocabulary
+
+AHEAD = 2  # batches that are made at the same time, while the one before them is used
+
+
+class Field(NamedTuple):
+    """One array of a batch.
+
+    Attributes:
+        dtype: of it.
+        shape: of one row of it.
+        meaning: what it says.
+        trains: whether the train step takes it; else it tells people what was trained on.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    meaning: str
+    trains: bool = True
+
+
+def fields(config: Any) -> dict[str, Field]:
+    """What a batch of `config` consists of: the one statement of it, by name.
+
+    Every array has the rows of the batch as its first axis.
+    """
+    length = (config.model.text.max_len,)
+    return dict(
+        image=Field("uint8", pixel_work.example_shape(config), "RGB pixels of image, clip or pair"),
+        tokens=Field("int32", length, "text from begin to end symbol, then padding"),
+        text_valid=Field("bool", length, "which tokens are text"),
+        is_label=Field("bool", (), "the text is made of class names"),
+        text_id=Field("int32", (2,), "equal for equal captions and for equal sets of labels"),
+        prompt_len=Field("int32", (), "tokens before an answer; all of the text without one"),
+        class_id=Field("int32", (), "place among the classes of the task head; -1: none"),
+        source=Field("int32", (), "number in data.sources", trains=False),
+        index=Field("int64", (), "of the record in its source", trains=False),
+    )
+
+
+def empty(config: Any, rows: int) -> dict[str, np.ndarray]:
+    """So many rows of zeros, of the fields that train."""
+    return {
+        name: np.zeros((rows, *field.shape), field.dtype)
+        for name, field in fields(config).items()
+        if field.trains
+    }
+
+
+def trained(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """The fields of a batch that the train step takes."""
+    return {name: batch[name] for name, field in fields(config).items() if field.trains}
+
+
+class Made(NamedTuple):
+    """A batch, and what was bad in it: {index: why} of each source that has rows in it."""
+
+    arrays: dict[str, np.ndarray]
+    bad: dict[int, dict[int, str]]
+
+
+class Batches:
+    """The batches of one process of a run, any of them at any time. Thread-safe.
+
+    Args:
+        config: of the run.
+        vocabulary: of the run.
+        mixture: its data, where they are open already.
+        process_index, process_count: which rows of each batch.
+        class_names: of the task head, in the order of its outputs; () without one.
+
+    Attributes:
+        mixture: the data.
+        rows: b, of each batch.
+
+    Raises:
+        ValueError: missing or empty data, shares or processes that do not divide the batch, values
+            of config.data that cannot be.
+        FileNotFoundError: data that are not there.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        vocabulary: Vocabulary,
+        mixture: Mixture | None = None,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        class_names: Sequence[str] = (),
+    ):
+        if config.batch_size % process_count:
+            raise ValueError(
+                f"batch_size={config.batch_size} is not divisible by {process_count} processes"
+            )
+        self.mixture = mixture or Mixture(config)
+        self.rows = config.batch_size // process_count
+        self.pixels = pixel_work.Pixels(config)
+        self._names = tuple(fields(config))
+        start = process_index * self.rows
+        before, here = np.split(self.mixture.pattern[: start + self.rows], [start])
+        self._shares = self.mixture.shares
+        # Of each source: rows of the batch in processes before this one, and in this one.
+        self._before = np.bincount(before, minlength=len(self._shares)).tolist()
+        self._here = np.bincount(here, minlength=len(self._shares)).tolist()
+        self.examples = [
+            Examples(self.mixture, number, config, vocabulary, self.pixels, class_names)
+            for number in range(len(self._shares))
+        ]
+        # Row r of the batch is row _place[r] of the parts one after another.
+        self._place = np.argsort(np.argsort(here, kind="stable"), kind="stable")
+
+    def positions(self, number: int, step: int) -> np.ndarray:
+        """Where in its endless stream source `number` stands in this process's rows of a step:
+        int64 [its rows]."""
+        first = step * self._shares[number] + self._before[number]
+        return first + np.arange(self._here[number], dtype=np.int64)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, by `fields`.
+
+        Raises:
+            ValueError: a record that the task head cannot learn from; no good record is left in
+                the place of bad ones.
+        """
+        return self.make(step).arrays
+
+    def make(self, step: int) -> Made:
+        """The batch of a step, and what was bad in it."""
+        parts = {
+            number: self.examples[number].at(self.positions(number, step))
+            for number, rows in enumerate(self._here)
+            if rows
+        }
+        rows = [(part, row) for part in parts.values() for row in range(len(part.records))]
+        rows = [rows[place] for place in self._place]
+        plans = [part.plan for part in parts.values()]
+        plan = {name: np.concatenate([p[name] for p in plans])[self._place] for name in plans[0]}
+        image, failed = self.pixels.render([part.records[row] for part, row in rows], plan)
+        for row in sorted(failed):
+            part, place = rows[row]
+            image[row] = part.replace(place, failed[row])
+        found = [part.fields() for part in parts.values()]
+        arrays = {
+            name: np.concatenate([f[name] for f in found])[self._place] for name in found[0]
+        } | {"image": image}
+        bad = {number: part.bad for number, part in parts.items()}
+        return Made({name: arrays[name] for name in self._names}, bad)
+
+    def tallies(self) -> list[Tally]:
+        """A fresh count of bad images for each source."""
+        return [Tally(e.source, e.max_bad_fraction) for e in self.examples]
+
+    def close(self) -> None:
+        """Ends the decoding threads."""
+        self.pixels.close()
+
+
+class Stream:
+    """An endless iterator of batches from a step on, made ahead by threads, in order.
+
+    What goes wrong in a batch is raised when that batch is asked for, again each time.
+
+    Args:
+        batches: of this process. The stream closes them.
+        start_step: of the first batch.
+        ahead: threads that make batches; at most one more than so many wait.
+
+    Attributes:
+        step: of the batch that comes next.
+    """
+
+    def __init__(self, batches: Batches, start_step: int = 0, ahead: int = AHEAD):
+        self._batches, self.step = batches, start_step
+        self._pool = ThreadPoolExecutor(ahead, "batch")
+        self._depth = ahead + 1
+        self._futures: collections.deque[Future[Made]] = collections.deque()
+        self._tallies = batches.tallies()
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while len(self._futures) < self._depth:
+            step = self.step + len(self._futures)
+            self._futures.append(self._pool.submit(self._batches.make, step))
+        made = self._futures[0].result()
+        for number, bad in made.bad.items():
+            self._tallies[number].add(int((made.arrays["source"] == number).sum()), bad)
+        self._futures.popleft()
+        self.step += 1
+        return made.arrays
+
+    def skipped(self) -> list[int]:
+        """How many undecodable images each source has shown so far."""
+        return [len(tally.bad) for tally in self._tallies]
+
+    def progress(self, step: int) -> dict[str, float]:
+        """{epoch/0, epoch/1, ...: how often `step` batches have gone through each source of
+        config.data.sources; bad_images: undecodable ones seen so far by this process}."""
+        seen = self._batches.mixture.epochs(step)
+        found = {f"epoch/{number}": value for number, value in enumerate(seen)}
+        return found | {"bad_images": float(sum(self.skipped()))}
+
+    def close(self) -> None:
+        """Ends the threads; waits for the batches that they are making."""
+        self._pool.shutdown(cancel_futures=True)
+        self._batches.close()
+
+
+def open_stream(
+    config: Any,
+    vocabulary: Vocabulary,
+    mixture: Mixture | None = None,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    class_names: Sequence[str] = (),
+) -> Stream:
+    """The batches of this process, from step `start_step` on, without end; see `Batches`.
+
+    Raises:
+        ValueError, FileNotFoundError: what `Batches` raises; later, with the batch that it
+            concerns, what `Batches.batch` raises, or more undecodable images than
+            `config.data.max_bad_fraction`.
+    """
+    batches = Batches(
+        config,
+        vocabulary,
+        mixture,
+        process_index=process_index,
+        process_count=process_count,
+        class_names=class_names,
+    )
+    return Stream(batches, start_step)

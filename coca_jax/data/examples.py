@@ -1,0 +1,239 @@
+"""The rows that one source gives to a batch, and what stands in for those that cannot be read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from coca_jax.data.mixture import Mixture
+from coca_jax.data.pixels import Pixels
+from coca_jax.data.random_access import Source
+from coca_jax.data.records import Record
+from coca_jax.data.texts import Draw, Tokenizer
+from coca_jax.data.vocabulary import Vocabulary
+
+_UNREAD = Record(b"", (), (), "")  # in the place of a record that cannot be read
+
+
+class Examples:
+    """What source `number` of a mixture gives, by the place in its endless stream.
+
+    Args:
+        mixture: the training data.
+        number: of the source.
+        config: of the run.
+        vocabulary: of the run.
+        pixels: decodes its images.
+        class_names: of the task head, in the order of its outputs; () without one.
+
+    Attributes:
+        source: the source.
+        number: of it.
+        max_bad_fraction: of undecodable images that are tolerated.
+
+    Raises:
+        ValueError: data.label_token is set and the vocabulary has no such symbol.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        number: int,
+        config: Any,
+        vocabulary: Vocabulary,
+        pixels: Pixels,
+        class_names: Sequence[str],
+    ):
+        if config.data.label_token and vocabulary.label_id is None:
+            raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+        self.source, self.number = mixture.sources[number], number
+        self._mixture, self._pixels = mixture, pixels
+        self._kind = self.source.kind
+        self._classes = {name: place for place, name in enumerate(class_names)}
+        self._skip_unknown = config.head.unknown == "skip"
+        self.max_bad_fraction = config.data.max_bad_fraction
+        self._tokenize = Tokenizer(
+            functools.partial(
+                self._kind.encode,
+                vocabulary,
+                max_len=config.model.text.max_len,
+                label_token=config.data.label_token,
+            )
+        )
+
+    def at(self, positions: np.ndarray) -> Part:
+        """The examples at these positions, int64 [n], of the source's stream."""
+        indices = self._mixture.indices(self.number, positions)
+        records, unread = self._read(indices)
+        return Part(self, self._mixture.draw(self.number, positions), indices, records, unread)
+
+    def _read(self, indices: np.ndarray) -> tuple[list[Record], dict[int, str]]:
+        """Records, and {row: why} of those that cannot be read."""
+        try:
+            return self.source.read(indices), {}
+        except Exception:  # array_record raises RuntimeError for the whole of a read
+            records, unread = [], {}
+            for row, index in enumerate(indices.tolist()):
+                record, why = self.read_one(index)
+                records.append(record)
+                if why:
+                    unread[row] = why
+            return records, unread
+
+    def read_one(self, index: int) -> tuple[Record, str]:
+        """A record, or one without an image and why it cannot be read."""
+        try:
+            return self.source.read([index])[0], ""
+        except Exception as error:  # of a damaged shard, or of whatever the data lie on
+            return _UNREAD, f"cannot be read: {error}"
+
+    def check_pairs(self, records: Sequence[Record]) -> None:
+        """Raises ValueError naming the first record that is no pair where pairs are wanted."""
+        if self._pixels.pairs:
+            for record in records:
+                if not record.second and record is not _UNREAD:
+                    raise ValueError(
+                        f"data source {self.source.name}: {record.key!r} has one image and "
+                        "head.kind='pair' takes two; prepare the data with "
+                        "--image_field=FIRST,SECOND"
+                    )
+
+    def fields(self, part: Part) -> dict[str, np.ndarray]:
+        """All fields of a batch but the pixels, for the rows of `part`.
+
+        Raises:
+            ValueError: the first record that has no label among the classes of the head.
+        """
+        chosen, same = self._kind.choose(part.records, self._classes, part.draw)
+        class_id = self._kind.classes_of(part.records, self._classes, part.draw)
+        if self._classes and self._kind.has_classes and not self._skip_unknown:
+            for record, number in zip(part.records, class_id.tolist()):
+                if number < 0:
+                    raise ValueError(
+                        f"data source {self.source.name}: {record.key!r} has "
+                        f"{list(record.labels)}, not among the {len(self._classes)} classes of the "
+                        "head; name it in head.classes, leave the record out, or set "
+                        "head.unknown='skip'"
+                    )
+        count = len(part.records)
+        return self._tokenize(chosen, same) | dict(
+            is_label=np.full(count, self._kind.is_label),
+            class_id=class_id,
+            source=np.full(count, self.number, np.int32),
+            index=part.indices.copy(),
+        )
+
+    def stand_in(self, part: Part, row: int) -> np.ndarray:
+        """Replaces a row of `part` that cannot be read or decoded by the next good record of the
+        source, by index, and says so in `part.bad`: a function of the data and the row's place,
+        the same on all hosts and after each resume.
+
+        Returns:
+            The pixels of the row.
+
+        Raises:
+            ValueError: so many follow one another that the source cannot be meant to be used.
+        """
+        place = Draw(part.draw.seed, part.draw.source, part.draw.positions[row : row + 1])
+        size, first = len(self.source), int(part.indices[row])
+        limit = self.max_bad_fraction * min(size, 10_000)
+        for step in range(1, size):
+            index = (first + step) % size
+            record, why = self.read_one(index)
+            if not why:
+                self.check_pairs([record])
+                pixels, failed = self._pixels.render([record], self._pixels.plan([record], place))
+                if not failed:
+                    part.records[row], part.indices[row] = record, index
+                    return pixels[0]
+                why = failed[0]
+            part.bad[index] = _named(record, index, why)
+            if step > limit:
+                raise too_many(self.source, part.bad, step + 1, self.max_bad_fraction)
+        raise ValueError(f"data source {self.source.name}: no image in it can be decoded")
+
+
+class Part:
+    """Rows of one source in a batch, before their images are decoded.
+
+    Attributes:
+        draw: their random choices.
+        indices: int64 [n], which record each is.
+        records: n of them.
+        plan: how each image is decoded (Pixels.plan).
+        bad: {index: name and why} of the records that could not be used so far.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        draw: Draw,
+        indices: np.ndarray,
+        records: list[Record],
+        unread: Mapping[int, str],
+    ):
+        self._examples = examples
+        self.draw, self.indices, self.records = draw, indices, records
+        examples.check_pairs(records)
+        self.plan = examples._pixels.plan(records, draw)
+        self._unread = unread
+        self.bad: dict[int, str] = {}
+
+    def replace(self, row: int, why: str) -> np.ndarray:
+        """Puts the next good record in the place of one that does not decode; its pixels."""
+        index = int(self.indices[row])
+        self.bad[index] = _named(self.records[row], index, self._unread.get(row, why))
+        return self._examples.stand_in(self, row)
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """All fields of a batch but the pixels."""
+        return self._examples.fields(self)
+
+
+def _named(record: Record, index: int, why: str) -> str:
+    which = f"index {index}" if record is _UNREAD else f"{record.key!r} (index {index})"
+    return f"{which}: {why}"
+
+
+def too_many(source: Source, bad: Mapping[int, str], seen: int, fraction: float) -> ValueError:
+    """The error of a source with more bad images than a run tolerates."""
+    return ValueError(
+        f"data source {source.name}: {len(bad)} undecodable images among {seen} seen, more than "
+        f"data.max_bad_fraction={fraction:g} allows; first: {next(iter(bad.values()))}"
+    )
+
+
+class Tally:
+    """Counts the undecodable images that a source has shown, batch after batch.
+
+    Attributes:
+        bad: {index: name and why}.
+    """
+
+    def __init__(self, source: Source, max_fraction: float):
+        self._source, self._max_fraction = source, max_fraction
+        self._seen = 0  # since the first bad one
+        self.bad: dict[int, str] = {}
+
+    def add(self, rows: int, bad: Mapping[int, str]) -> None:
+        """Counts a batch's rows of the source, and names its new bad ones in the log.
+
+        Raises:
+            ValueError: more than the tolerated share of the images seen are bad.
+        """
+        for index, what in bad.items():
+            if index not in self.bad:
+                self.bad[index] = what
+                logging.warning("%s: skipping image %s", self._source.name, what)
+        if not self.bad:
+            return
+        self._seen += rows + len(bad)
+        size = len(self._source)
+        allowed = self._max_fraction * min(size, max(self._seen, 10_000))
+        if len(self.bad) > allowed:
+            seen = min(self._seen, size)
+            raise too_many(self._source, self.bad, seen, self._max_fraction)

@@ -1,0 +1,162 @@
+"""What of a record trains: its captions, its labels, or the questions about it.
+
+A source has one kind (`kind=` of its entry in config.data.sources). This file alone parses that
+name; all else calls the methods.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from coca_jax.data import texts
+from coca_jax.data.records import Record
+from coca_jax.data.texts import Draw
+from coca_jax.data.vocabulary import Vocabulary
+
+NO_CLASS = -1
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, text_valid, prompt_len
+
+
+class Kind(abc.ABC):
+    """A kind of source.
+
+    Attributes:
+        name: in config.data.sources.
+        wanted: the field that a record must have to train, as messages call it.
+        has_classes: whether a record's labels are classes that a task head can learn.
+        is_label: whether its texts are made of class names.
+    """
+
+    name: ClassVar[str]
+    wanted: ClassVar[str] = "label"
+    has_classes: ClassVar[bool] = True
+    is_label: ClassVar[bool] = False
+
+    def trains(self, record: Record) -> bool:
+        """Whether a record has what trains."""
+        return bool(record.labels)
+
+    @abc.abstractmethod
+    def choose(
+        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
+    ) -> tuple[list[str], list[str]]:
+        """The text that each record trains on at its visit, and what tells equal texts: two
+        records whose second string is the same count as equal in the contrastive loss."""
+
+    def shown(self, records: Sequence[Record], draw: Draw) -> list[str]:
+        """The texts of `choose` for people to read; where only a head's classes say which answer
+        is drawn, all answers."""
+        return self.choose(records, {}, draw)[0]
+
+    @abc.abstractmethod
+    def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
+        """The texts of the record of this number that a vocabulary learns from."""
+
+    def encode(
+        self, vocabulary: Vocabulary, chosen: Sequence[str], max_len: int, label_token: bool
+    ) -> Encoded:
+        """What `choose` gave, as tokens int32 [n, L], text_valid bool [n, L], prompt_len int32 [n]
+        (all of a text's tokens where there is no answer)."""
+        marked = [True] * len(chosen) if self.is_label and label_token else None
+        tokens, valid = vocabulary.encode_batch(chosen, max_len, marked)
+        return tokens, valid, valid.sum(1, dtype=np.int32)
+
+    def classes_of(
+        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
+    ) -> np.ndarray:
+        """The class of each record at its visit, int32 [n]; NO_CLASS: none of its labels is one."""
+        if not classes or not self.has_classes:
+            return np.full(len(records), NO_CLASS, np.int32)
+        chosen = texts.choose_labels([record.labels for record in records], classes, draw)
+        return np.array([classes.get(name, NO_CLASS) for name in chosen], np.int32)
+
+
+class Caption(Kind):
+    """Each image trains on one of its texts, another one at each visit."""
+
+    name, wanted, has_classes = "caption", "text", False
+
+    def trains(self, record: Record) -> bool:
+        """Whether a record has a text."""
+        return bool(record.texts)
+
+    def choose(
+        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
+    ) -> tuple[list[str], list[str]]:
+        """One of the captions; equal captions are equal texts."""
+        chosen = texts.choose_captions([record.texts for record in records], draw)
+        return chosen, chosen
+
+    def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
+        """All captions."""
+        yield from record.texts
+
+
+class Label(Kind):
+    """Class names as text: all of them, shuffled and joined behind a prompt, as in the paper."""
+
+    name, is_label = "label", True
+
+    def __init__(self, prompts: Sequence[str] = ("{}",)):
+        self.prompts = prompts
+
+    def choose(
+        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
+    ) -> tuple[list[str], list[str]]:
+        """Names behind a prompt; equal sets of names are equal texts, whatever their prompts."""
+        return texts.label_texts([record.labels for record in records], self.prompts, draw)
+
+    def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
+        """The names behind one of the prompts, which take turns."""
+        prompt = self.prompts[number % len(self.prompts)]
+        yield prompt.replace("{}", ", ".join(record.labels))
+
+
+class Question(Kind):
+    """A record's text is a question about its image, and its labels are the answers."""
+
+    name = "question"
+
+    def choose(
+        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
+    ) -> tuple[list[str], list[str]]:
+        """The question and one of its answers, in one string with texts.ANSWER between."""
+        answers = texts.choose_labels([record.labels for record in records], classes, draw)
+        chosen = [
+            f"{record.texts[0]}{texts.ANSWER}{answer}" for record, answer in zip(records, answers)
+        ]
+        return chosen, chosen
+
+    def shown(self, records: Sequence[Record], draw: Draw) -> list[str]:
+        """Each question with all its answers."""
+        return [f"{record.texts[0]} {'|'.join(record.labels)}" for record in records]
+
+    def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
+        """The question and the answers."""
+        yield from (*record.texts, *record.labels)
+
+    def encode(
+        self, vocabulary: Vocabulary, chosen: Sequence[str], max_len: int, label_token: bool
+    ) -> Encoded:
+        """Question and answer in one row, each encoded by itself (Vocabulary.encode_answers)."""
+        questions, _, answers = zip(*(text.partition(texts.ANSWER) for text in chosen))
+        return vocabulary.encode_answers(questions, answers, max_len)
+
+
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Question)}
+
+
+def of(entry: Mapping[str, Any]) -> Kind:
+    """The kind of an entry of config.data.sources ('caption' where it names none).
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    name = entry.get("kind", "caption")
+    if name not in KINDS:
+        raise ValueError(f"data source kind={name!r}: use 'caption', 'label' or 'question'")
+    return KINDS[name]()

@@ -1,0 +1,208 @@
+"""The training data of a run: its sources, opened once, and the share of each in a batch."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from coca_jax.data import kinds, order, prepared, sources
+from coca_jax.data import prompts as prompt_sets
+from coca_jax.data.random_access import Source
+from coca_jax.data.texts import Draw
+from coca_jax.data.view_index import Indexes
+
+
+class Mixture:
+    """What `config.data.sources` names.
+
+    Nothing is opened before it is asked for, and then once: pass one Mixture to all that needs
+    the training data of a process.
+
+    Args:
+        config: of a run.
+        workdir: of the run, for the index files of views whose data cannot be written beside;
+            '': none.
+        process_index, process_count: of this process, and how many there are.
+
+    Attributes:
+        entries: of `config.data.sources`, as dicts.
+        shares: rows of each source in a batch.
+        pattern: int32 [batch], the source of each row.
+
+    Raises:
+        ValueError: there is no source, or the weights do not give whole numbers of rows.
+    """
+
+    def __init__(
+        self, config: Any, workdir: str = "", process_index: int = 0, process_count: int = 1
+    ):
+        self._config = config
+        self._indexes = Indexes(os.fspath(workdir), process_index, process_count)
+        self.entries = [plain(entry) for entry in config.data.sources]
+        self.shares = shares(self.entries, config.batch_size)
+        self.pattern = order.rows(self.shares)
+
+    @functools.cached_property
+    def sources(self) -> list[Source]:
+        """The sources, each with what its kind trains on in every record.
+
+        Raises:
+            ValueError, FileNotFoundError: missing, empty or unsuitable data, in one line.
+        """
+        found = [
+            sources.open_source(entry, "train", training=True, indexes=self._indexes)
+            for entry in self.entries
+        ]
+        for source, entry in zip(found, self.entries):
+            if isinstance(source.kind, kinds.Label):
+                prompts = entry.get("prompts") or self._config.data.prompts
+                source.kind = kinds.Label(prompt_sets.load(prompts))
+        return found
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each source."""
+        return [len(source) for source in self.sources]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in one pass over all sources together."""
+        return sum(self.sizes)
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been gone through after `step` batches."""
+        return [step * share / size for share, size in zip(self.shares, self.sizes)]
+
+    def indices(self, number: int, positions: np.ndarray) -> np.ndarray:
+        """Which example of source `number` stands at each position of its endless stream."""
+        size = len(self.sources[number])
+        return order.indices(positions, size, self._config.seed, number)
+
+    def draw(self, number: int, positions: np.ndarray) -> Draw:
+        """The random choices of source `number` at these positions."""
+        return Draw(self._config.seed, number, positions)
+
+    def describe(self) -> str:
+        """A line for each source: its examples, and its rows of a batch."""
+        return "\n".join(
+            f"source {number}: {source.name}, {source.kind.name}, {len(source)} examples, {share} "
+            f"rows of {self._config.batch_size}"
+            for number, (source, share) in enumerate(zip(self.sources, self.shares))
+        )
+
+    def sample_texts(self, limit: int) -> Iterator[str]:
+        """Texts as training will see them: a sample of `limit`, spread evenly over the sources."""
+        for number, source in enumerate(self.sources):
+            count = min(len(source), -(-limit // len(self.sources)))
+            picked = self.indices(number, np.arange(count))
+            for start in range(0, count, 1024):
+                for row, record in enumerate(source.read_texts(picked[start : start + 1024])):
+                    yield from source.kind.vocabulary_texts(record, start + row)
+
+    def step_examples(self, step: int) -> list[dict[str, Any]]:
+        """Which examples the batch of a step holds, row by row, without decoding an image.
+
+        Returns:
+            dicts of row, source (its name), epoch, index, key, text (as trained on).
+        """
+        result: list[dict[str, Any]] = [{} for _ in self.pattern]
+        for number, (source, share) in enumerate(zip(self.sources, self.shares)):
+            positions = step * share + np.arange(share, dtype=np.int64)
+            picked = self.indices(number, positions)
+            records = source.read(picked)
+            shown = source.kind.shown(records, self.draw(number, positions))
+            rows = np.flatnonzero(self.pattern == number)
+            for row, at, index, record, text in zip(rows, positions, picked, records, shown):
+                result[row] = dict(
+                    row=int(row),
+                    source=source.name,
+                    epoch=int(at) // len(source),
+                    index=int(index),
+                    key=record.key,
+                    text=text,
+                )
+        return result
+
+
+def plain(entry: Any) -> dict[str, Any]:
+    """An entry of config.data.sources as a dict."""
+    return entry.to_dict() if hasattr(entry, "to_dict") else dict(entry)
+
+
+def shares(entries: list[dict[str, Any]], batch_size: int) -> list[int]:
+    """How many rows of each batch come from each source.
+
+    Raises:
+        ValueError: there is no source, or the weights do not give whole numbers.
+    """
+    if not entries:
+        raise ValueError("data.sources is empty: give at least one dict(path=...|builtin='scenes')")
+    weights = [float(entry.get("weight", 1.0)) for entry in entries]
+    if min(weights) <= 0:
+        raise ValueError(f"data.sources weights {weights}: they must be positive")
+    exact = [batch_size * weight / sum(weights) for weight in weights]
+    rounded = [round(share) for share in exact]
+    if any(abs(a - b) > 1e-6 * batch_size for a, b in zip(exact, rounded)) or 0 in rounded:
+        raise ValueError(
+            f"batch_size={batch_size} with source weights {weights} gives shares "
+            f"{[round(share, 3) for share in exact]}, not whole numbers; change one of them"
+        )
+    return rounded
+
+
+def declared_classes(entry: Mapping[str, Any]) -> list[str]:
+    """The class names that a data set declares, in its order; [] where only its records tell."""
+    if isinstance(kinds.of(entry), kinds.Question):
+        return []
+    if entry.get("path") and not entry.get("label_field"):
+        return prepared.read_manifest(str(entry["path"])).get("class_names") or []
+    if entry.get("builtin"):
+        from coca_jax.data import scenes
+
+        return scenes.class_names()
+    return []
+
+
+def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[str]:
+    """The class names of a data set: those it declares, else those its records have; of
+    questions, the answers."""
+    entry = {"path": source} if isinstance(source, str) else plain(source)
+    return declared_classes(entry) or sources.open_source(entry, split).labels()
+
+
+def head_classes(config: Any, mixture: Mixture | None = None) -> tuple[str, ...]:
+    """The classes of the run's task head, in the order of its outputs; () without a head.
+
+    They are the lines of `config.head.classes`, or else the class names of the training sources
+    that have labels or answers: as declared, or sorted. `mixture` is that of `config`, where it
+    is open already.
+
+    Raises:
+        ValueError: no source has labels; names that repeat, or fewer than two.
+        FileNotFoundError: no such file or data.
+    """
+    head = config.head
+    if not head.kind:
+        return ()
+    mixture = mixture or Mixture(config)
+    numbers = [n for n, entry in enumerate(mixture.entries) if kinds.of(entry).has_classes]
+    if not numbers:
+        raise ValueError(f"head.kind={head.kind!r} needs a source of kind 'label' or 'question'")
+    if not head.classes:
+        found = [
+            declared_classes(mixture.entries[n]) or mixture.sources[n].labels() for n in numbers
+        ]
+        return tuple(dict.fromkeys(name for names in found for name in names))
+    with fsspec.open(os.fspath(head.classes), "r", encoding="utf-8") as file:
+        names = tuple(line.strip() for line in file if line.strip())
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(
+            f"head.classes={head.classes} has {len(names)} names, {len(set(names))} "
+            "distinct; give two or more, each once"
+        )
+    return names

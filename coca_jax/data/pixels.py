@@ -1,0 +1,143 @@
+"""From the encoded images of records to the pixels of a batch, by a pool of threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from coca_jax.data import augment, images, order, render, texts, videos
+from coca_jax.data.records import Record
+from coca_jax.data.texts import Draw
+
+Plan = dict[str, np.ndarray]
+_UNKNOWN = (images.OTHER, 1, 1)  # stands in for what a header does not tell: it will not decode
+
+
+class Pixels:
+    """How the images of a run are decoded, resized and augmented.
+
+    An example is an image, with data.num_frames a clip, and with head.kind='pair' two images,
+    which are resized as in evaluation and not augmented.
+
+    Args:
+        config: of a run.
+
+    Attributes:
+        shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3).
+        threads: images decoded at the same time.
+
+    Raises:
+        ValueError: data.augment or data.randaugment has a value that it cannot have.
+    """
+
+    def __init__(self, config: Any):
+        data = config.data
+        if data.augment not in augment.MODES:
+            raise ValueError(
+                f"data.augment={data.augment!r}: use one of {', '.join(augment.MODES)}"
+            )
+        layers, magnitude = data.randaugment
+        if layers < 1 or not 0 <= magnitude <= 30:
+            raise ValueError(
+                f"data.randaugment={tuple(data.randaugment)}: give the operations, 1 or more, and "
+                "their magnitude, 0 to 30"
+            )
+        self._size, self._mode, self._fast = config.model.image_size, data.augment, data.fast_resize
+        self._resize, self._jitter = data.resize, data.frame_jitter
+        self._frames, self.pairs = data.num_frames, config.head.kind == "pair"
+        self._draw_plan = functools.partial(
+            augment.plan,
+            data.augment,
+            size=self._size,
+            flip=data.flip,
+            resize=data.resize,
+            fast=data.fast_resize,
+            randaugment=(layers, magnitude),
+        )
+        self.shape = example_shape(config)
+        self.threads = data.num_threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self.threads, "decode")
+
+    def plan(self, records: Sequence[Record], draw: Draw) -> Plan:
+        """How each image is decoded and augmented: a function of its header and its place.
+
+        Returns:
+            render.PLAN's arrays of n rows, and of clips `offsets`, float64 [n, T]: which frames
+            are taken (videos.sample).
+        """
+        if self.pairs:
+            return {}
+        found = np.array([self._sniff(record.image) for record in records], np.int64).reshape(-1, 3)
+        how, height, width = found.T
+        plan = self._draw_plan(how, height, width, draw.keys(texts.AUGMENT))
+        plan["how"] = how.astype(np.int32)
+        if self._frames:
+            plan["offsets"] = np.tile(videos.middles(self._frames), (len(records), 1))
+            if self._jitter:
+                plan["offsets"] = order.uniform(draw.keys(texts.FRAMES), self._frames)
+        return plan
+
+    def _sniff(self, encoded: bytes) -> tuple[int, int, int]:
+        try:
+            return videos.sniff(encoded) if self._frames else images.sniff(encoded)
+        except ValueError:
+            return _UNKNOWN
+
+    def render(self, records: Sequence[Record], plan: Plan) -> tuple[np.ndarray, dict[int, str]]:
+        """Decodes and augments, in the pool.
+
+        Returns:
+            uint8 [n, ...] of `shape`; {row: why} of the records that do not decode, whose rows
+            hold nothing of use.
+        """
+        out = np.empty((len(records), *self.shape), np.uint8)
+        rows = iter(range(len(records)))  # shared: the next thread that is free takes the next row
+        failed: dict[int, str] = {}
+        one = self._pair if self.pairs else self._planned(plan)
+
+        def work() -> None:
+            for row in rows:
+                try:
+                    out[row] = one(records[row], row)
+                except ValueError as error:
+                    failed[row] = str(error)
+
+        tasks = [self._pool.submit(work) for _ in range(min(self.threads, len(records)))]
+        for task in tasks:
+            task.result()
+        return out, failed
+
+    def _planned(self, plan: Plan) -> Callable[[Record, int], np.ndarray]:
+        lists = {name: plan[name].tolist() for name in ("how", "box", "ratio", "shrink")}
+        arrays = {name: values for name, values in plan.items() if name not in lists}
+
+        def render_row(record: Record, row: int) -> np.ndarray:
+            step: dict[str, Any] = {name: values[row] for name, values in lists.items()}
+            step |= {name: values[row] for name, values in arrays.items()}
+            how = (step, self._mode, self._size, self._fast)
+            if self._frames:
+                return render.render_clip(record.image, step["offsets"], *how)
+            return render.render(record.image, *how)
+
+        return render_row
+
+    def _pair(self, record: Record, row: int) -> np.ndarray:
+        """Both images as in evaluation."""
+        pixels = (images.decode(data) for data in (record.image, record.second))
+        return np.stack([images.preprocess_eval(p, self._size, self._resize) for p in pixels])
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def example_shape(config: Any) -> tuple[int, ...]:
+    """The shape of one example's pixels; see `Pixels`."""
+    size = config.model.image_size
+    count = 2 if config.head.kind == "pair" else config.data.num_frames
+    return (*((count,) if count else ()), size, size, 3)

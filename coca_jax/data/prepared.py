@@ -1,0 +1,153 @@
+"""Prepared data: the manifest of a folder, and random access to its ArrayRecord shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from coca_jax.data import files, formats, records
+from coca_jax.data.random_access import Indices, Reader, Source
+from coca_jax.data.records import Record
+
+HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
+MANIFEST = "manifest.json"
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a folder that `prepare` has not written, with the command that would.
+    """
+    file = files.join(path, MANIFEST)
+    if files.exists(file):
+        return json.loads(files.read(file))
+    if files.is_remote(path) or not os.path.exists(path):
+        raise FileNotFoundError(f"data source {path}: no such folder, or no {MANIFEST} in it")
+    raise ValueError(
+        f"data source {path}: not prepared data (no {MANIFEST}); run `python -m coca_jax.prepare "
+        f"--format={formats.guess(path)} --input={path} --out=DIR` and give path=DIR"
+    )
+
+
+def open_entry(entry: Mapping[str, Any], split: str) -> Source:
+    """An entry dict(path=...) of config.data.sources; see `open_split`."""
+    return open_split(str(entry["path"]), split)
+
+
+def open_split(path: str, split: str) -> Source:
+    """A split of a folder that `python -m coca_jax.prepare` wrote.
+
+    Raises:
+        FileNotFoundError: the folder or one of its shards is missing.
+        ValueError: no such split, or a shard has another size than the manifest says.
+    """
+    splits = read_manifest(path)["splits"]
+    if split not in splits:
+        raise ValueError(f"data source {path}: no split {split!r}; it has {sorted(splits)}")
+    shards = splits[split]["shards"]
+    paths = [files.join(path, shard["file"]) for shard in shards]
+    for shard, file in zip(shards, paths):
+        if not files.exists(file):
+            raise FileNotFoundError(f"data source {path}: shard {shard['file']} is missing")
+        if files.size(file) != shard["bytes"]:
+            raise ValueError(
+                f"data source {path}: {shard['file']} has {files.size(file)} bytes, the "
+                f"manifest says {shard['bytes']}; prepare it again"
+            )
+    counts = [shard["count"] for shard in shards]
+    read: Reader = ArrayRecordFiles(paths, counts)
+    if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:
+        read = Held(read, sum(counts), HOLD_BYTES)
+    return Source(
+        f"{path} [{split}]",
+        sum(counts),
+        read,
+        every_text=splits[split]["with_text"] == sum(counts),
+        every_label=splits[split]["with_label"] == sum(counts),
+        folder=path,
+        fingerprint=" ".join([split, *(shard["sha256"] for shard in shards)]),
+    )
+
+
+class Held:
+    """Keeps what was read in memory, up to `limit` bytes. Thread-safe."""
+
+    def __init__(self, read: Reader, size: int, limit: int):
+        self._read, self._room = read, limit
+        self._kept: list[Record | None] = [None] * size
+
+    def __call__(self, indices: Indices) -> list[Record]:
+        """The records at `indices`, in their order."""
+        kept = self._kept
+        missing = sorted({int(i) for i in indices if kept[i] is None})
+        fresh: dict[int, Record] = {}
+        if missing:
+            for index, record in zip(missing, self._read(missing)):
+                fresh[index] = record
+                if self._room > 0:
+                    self._room -= len(record.image) + len(record.second) + 512
+                    kept[index] = record
+        return [kept[i] or fresh[int(i)] for i in indices]
+
+
+class ArrayRecordFiles:
+    """Reads records at indices into a list of ArrayRecord files. Thread-safe."""
+
+    def __init__(self, paths: list[str], counts: list[int]):
+        self._paths = paths
+        self._ends = np.cumsum(counts)
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    local_copy(self._paths[shard]),
+                    options="readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=32768,
+                )
+            return self._readers[shard]
+
+    def __call__(self, indices: Indices) -> list[Record]:
+        """The records at `indices`, in their order; RuntimeError where a shard is damaged."""
+        wanted = np.asarray(indices, np.int64)
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        result: list[Record | None] = [None] * len(wanted)
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            start = self._ends[shard - 1] if shard else 0
+            data = self._reader(int(shard)).read([int(i - start) for i in wanted[rows]])
+            for row, serialized in zip(rows, data):
+                result[row] = records.parse(serialized)
+        return result  # type: ignore[return-value]
+
+
+def local_copy(path: str) -> str:
+    """The file itself, or a local copy of a remote one, made when it is first read.
+
+    array_record reads local files only. The copy is in $XDG_CACHE_HOME/coca_jax (~/.cache) and
+    serves later runs; for data larger than the disk, mount the bucket and give its local path.
+    """
+    if not files.is_remote(path):
+        return path
+    system, plain = files.filesystem(path)
+    mark = f"{path} {system.size(plain)} {system.checksum(plain)}"
+    name = hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    copy = os.path.join(root, "coca_jax", name)
+    if not os.path.exists(copy):
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        temporary = f"{copy}.{os.getpid()}"
+        system.get_file(plain, temporary)
+        os.replace(temporary, copy)
+    return copy

@@ -1,0 +1,76 @@
+"""Random access to records: what a source of data is, whatever the place it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from coca_jax.data import kinds
+from coca_jax.data.records import Record
+
+Indices = Sequence[int] | np.ndarray
+Reader = Callable[[Indices], list[Record]]
+
+
+class Source:
+    """Random access to records, some of which may turn out not to decode.
+
+    Attributes:
+        name: for messages.
+        kind: which of its texts train.
+        every_text, every_label: whether each record is known to have a text, a label.
+        folder: where an index of it may be kept, '' where there is no such place.
+        fingerprint: tells these records, in this order, from all others; '': unknown.
+        applied_fields: whether text_field and label_field of its entry were taken when it was
+            opened, and are no fields of `extra`.
+        class_names: the labels that its records have, sorted, where they are known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        read: Reader,
+        read_texts: Reader | None = None,
+        *,
+        every_text: bool = False,
+        every_label: bool = False,
+        folder: str = "",
+        fingerprint: str = "",
+        applied_fields: bool = False,
+    ):
+        self.name = name
+        self.kind: kinds.Kind = kinds.Caption()
+        self.every_text, self.every_label = every_text, every_label
+        self.folder, self.fingerprint = folder, fingerprint
+        self.applied_fields = applied_fields
+        self.class_names: tuple[str, ...] | None = None
+        self._size = size
+        self._read = read
+        self._read_texts = read_texts or read
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, indices: Indices) -> list[Record]:
+        """The records at `indices`, in their order."""
+        return self._read(indices)
+
+    def read_texts(self, indices: Indices) -> list[Record]:
+        """The same, where the image may be left out because only texts are wanted."""
+        return self._read_texts(indices)
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), 256):
+            yield from self.read(range(start, min(start + 256, len(self))))
+
+    def labels(self) -> list[str]:
+        """The distinct labels of all records, sorted; reads them all where they are not known."""
+        if self.class_names is None:
+            found: set[str] = set()
+            for start in range(0, len(self), 1024):
+                for record in self.read_texts(range(start, min(start + 1024, len(self)))):
+                    found.update(record.labels)
+            self.class_names = tuple(sorted(found))
+        return list(self.class_names)

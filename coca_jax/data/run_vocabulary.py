@@ -1,0 +1,88 @@
+"""The vocabulary of a run: kept in its workdir, given, inherited or trained on its own texts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from typing import Any
+
+import fsspec
+from absl import logging
+
+from coca_jax.data import vocabulary as vocabularies
+from coca_jax.data.mixture import Mixture
+from coca_jax.data.vocabulary import Vocabulary
+
+VOCABULARY_FILE = "vocabulary.model"
+_SENTENCES_PER_PIECE = 50  # enough for stable unigram probabilities, and quick for small sizes
+
+
+def load_or_train(
+    config: Any, workdir: str, mixture: Mixture | None = None, *, process_index: int = 0
+) -> Vocabulary:
+    """The vocabulary of a run: the one in `workdir`, else a given one, else that of the run or
+    weights it starts from, else a trained one.
+
+    It is kept as `workdir/vocabulary.model`. With several processes the first one makes it and
+    the others wait for the file. `mixture` is that of `config`, where it is open already.
+
+    Raises:
+        ValueError: more ids than `config.model.text.vocab_size`, no label symbol where the
+            configuration wants it, another vocabulary than the run began with, or nothing to
+            train on.
+        FileNotFoundError: `config.data.vocabulary` does not exist.
+    """
+    path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
+    place = config.data.vocabulary or _vocabulary_beside(config.init_from)
+    given = vocabularies.load(place) if place else None
+    if _exists(path):
+        vocabulary = vocabularies.load(path)
+        if given is not None and given.checksum != vocabulary.checksum:
+            raise ValueError(
+                f"data.vocabulary={place} (sha256 {given.checksum[:12]}) is not "
+                f"what {path} holds ({vocabulary.checksum[:12]}); use a new workdir"
+            )
+    elif process_index:
+        deadline = time.time() + 3600
+        while not _exists(path):
+            if time.time() > deadline:
+                raise ValueError(f"{path}: process 0 has not written it within an hour")
+            time.sleep(1)
+        vocabulary = vocabularies.load(path)
+    elif given is not None:
+        given.save(path)
+        vocabulary = given
+    else:
+        size = config.model.text.vocab_size
+        started = time.time()
+        mixture = mixture or Mixture(config, workdir, process_index)
+        sample = mixture.sample_texts(size * _SENTENCES_PER_PIECE)
+        vocabulary = vocabularies.train(sample, size, path, config.seed)
+        logging.info(
+            "vocabulary: %d pieces trained in %.1f s -> %s",
+            *(vocabulary.size, time.time() - started, path),
+        )
+    if vocabulary.size > config.model.text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size={config.model.text.vocab_size} is less than the "
+            f"{vocabulary.size} ids of the vocabulary; set it to {vocabulary.size} or more"
+        )
+    if config.data.label_token and vocabulary.label_id is None:
+        raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+    return vocabulary
+
+
+def _vocabulary_beside(init_from: str) -> str:
+    """The tokenizer of a run or an export that `config.init_from` names, '' where there is none."""
+    place = pathlib.Path(init_from)
+    if not init_from or not place.is_dir():
+        return ""
+    folders = (place, place.parent, place.parent.parent)  # a step, its folder, the run
+    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
+    return str(next(found, ""))
+
+
+def _exists(path: str) -> bool:
+    file_system, plain = fsspec.url_to_fs(path)
+    return file_system.exists(plain)

@@ -1,0 +1,89 @@
+"""TFDS data sets as sources. The one file that imports tensorflow-datasets, the extra 'tfds'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax.data.random_access import Indices, Source
+from coca_jax.data.records import Record
+
+
+def package() -> Any:
+    """The module tensorflow_datasets.
+
+    Raises:
+        ValueError: it is not installed; the text names the extra.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ValueError(
+            f"data of tensorflow-datasets needs the extra 'tfds' ({error}): "
+            "pip install 'coca_jax[tfds]'"
+        ) from None
+    return tensorflow_datasets
+
+
+def open_entry(entry: Mapping[str, Any], split: str) -> Source:
+    """An entry dict(tfds=...) of config.data.sources: a TFDS data set that is already prepared in
+    the random-access format `array_record`.
+
+    Raises:
+        ValueError: not prepared, prepared in another format, without such fields, or
+            tensorflow-datasets is not installed.
+    """
+    tfds = package()
+    name, image_field = entry["tfds"], entry.get("image_field", "image")
+    text_field, label_field = entry.get("text_field", ""), entry.get("label_field", "label")
+    hint = "use `python -m coca_jax.prepare --format=tfds --input=NAME --out=DIR` and path=DIR"
+    try:
+        builder = tfds.builder(name, data_dir=entry.get("data_dir"))
+        data = builder.as_data_source(
+            split=split, decoders={image_field: tfds.decode.SkipDecoding()}
+        )
+    except Exception as error:  # TFDS raises its own kinds for each way to be absent
+        raise ValueError(f"data source tfds={name!r} [{split}]: {error}; {hint}") from None
+    features = builder.info.features
+    for field in (image_field, text_field, label_field):
+        if field and field not in features and field != "label":
+            raise ValueError(
+                f"data source tfds={name!r}: no field {field!r}; it has {list(features)}"
+            )
+    names = getattr(features[label_field], "names", None) if label_field in features else None
+
+    def read(indices: Indices) -> list[Record]:
+        found = data.__getitems__([int(i) for i in indices])
+        return [
+            _record(e, i, image_field, text_field, label_field, names)
+            for i, e in zip(indices, found)
+        ]
+
+    return Source(f"tfds {name} [{split}]", len(data), read, applied_fields=True)
+
+
+def _record(
+    example: Mapping[str, Any],
+    index: int,
+    image_field: str,
+    text_field: str,
+    label_field: str,
+    names: Sequence[str] | None,
+) -> Record:
+    labels: tuple[str, ...] = ()
+    if label_field in example:
+        value = example[label_field]
+        if names is not None:
+            labels = tuple(names[i] for i in np.asarray(value).reshape(-1))
+        else:
+            labels = strings(value)
+    texts = strings(example[text_field]) if text_field else ()
+    return Record(bytes(example[image_field]), texts, labels, str(index))
+
+
+def strings(value: Any) -> tuple[str, ...]:
+    """A feature's value, one or an array of bytes, numbers or text, as texts."""
+    values = np.asarray(value).reshape(-1).tolist()
+    return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)

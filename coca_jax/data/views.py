@@ -1,0 +1,250 @@
+"""Which records of a source are examples: `where`, `limit`, each caption or question by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from coca_jax.data import kinds
+from coca_jax.data.random_access import Indices, Source
+from coca_jax.data.records import Record
+from coca_jax.data.view_index import Index, Indexes
+
+# What of an entry decides which examples there are.
+_VIEW_KEYS = (
+    *("kind", "where", "limit", "captions", "questions", "answers"),
+    *("text_field", "label_field"),
+)
+
+
+def narrow(
+    source: Source,
+    entry: Mapping[str, Any],
+    *,
+    training: bool = False,
+    indexes: Indexes | None = None,
+) -> Source:
+    """What an entry of `config.data.sources` leaves of an opened source.
+
+    Args:
+        training, indexes: see `sources.open_source`.
+
+    Raises:
+        ValueError: nothing is left, or a key of the entry has a value that it cannot have.
+    """
+    kind = kinds.of(entry)
+    if entry.get("captions", "sampled") not in ("sampled", "all"):
+        raise ValueError(f"data source captions={entry['captions']!r}: use 'sampled' or 'all'")
+    if not source.applied_fields:
+        source = _refield(source, entry.get("text_field", ""), entry.get("label_field", ""))
+    view = View(source, entry, kind, training)
+    found = source if view.whole else view.select(_index(view, indexes or Indexes()))
+    if not len(found):
+        raise ValueError(f"data source {source.name}: it is empty")
+    found.kind = kind
+    return found
+
+
+def _index(view: View, indexes: Indexes) -> Index:
+    source = view.source
+    if not view.scans:
+        return Index(np.arange(min(len(source), view.limit), dtype=np.int64))
+    if not source.fingerprint:  # nothing says whether a file would be of the same data
+        return view.scan()
+    return indexes.get(source.folder, view.mark(), len(source), view.scan)
+
+
+class View:
+    """Which records of `source` an entry takes, and as what.
+
+    Attributes:
+        source: whose texts and labels are already those of the entry.
+        limit: at most so many of its records.
+        whole: each record is one example.
+        scans: records must be read to know which are.
+    """
+
+    def __init__(self, source: Source, entry: Mapping[str, Any], kind: kinds.Kind, training: bool):
+        self.source, self._kind, self._training = source, kind, training
+        self._where = dict(entry.get("where") or {})
+        self.limit = int(entry.get("limit") or len(source))
+        self._split_captions = isinstance(kind, kinds.Caption) and entry.get("captions") == "all"
+        self._asks = isinstance(kind, kinds.Question)
+        self._field = entry.get("questions", "")
+        self._answers = frozenset(entry.get("answers") or ())
+        self._given = {key: entry[key] for key in _VIEW_KEYS if entry.get(key)}
+        known = source.every_text if kind.wanted == "text" else source.every_label
+        self._useful_only = training and not known
+        self.scans = bool(self._where or self._split_captions or self._asks or self._useful_only)
+        self.whole = not self.scans and self.limit >= len(source)
+
+    def mark(self) -> str:
+        """All that the index depends on, as text."""
+        given = dict(self._given, training=self._training, of=self.source.fingerprint)
+        return json.dumps(given, sort_keys=True, default=list)
+
+    def scan(self) -> Index:
+        """Reads every record. Raises ValueError, with the cause, where nothing is left."""
+        logging.info("reading the %d records of %s", len(self.source), self.source.name)
+        rows: list[int] = []
+        parts: list[int] = []
+        names: set[str] = set()
+        taken = 0
+        for row, record in self._records():
+            if taken >= self.limit:
+                break
+            if self._where and not _matches(json.loads(record.extra), self._where):
+                continue
+            taken += 1
+            for part, labels in self._examples(record):
+                rows.append(row)
+                parts.append(part)
+                names.update(labels)
+        if not rows:
+            raise ValueError(f"data source {self.source.name}: {self._nothing(taken)}")
+        if self._useful_only and len(rows) < taken:
+            logging.info(
+                "%s: %d of %d records have a %s",
+                *(self.source.name, len(rows), taken, self._kind.wanted),
+            )
+        has_parts = self._split_captions or self._asks
+        return Index(
+            np.array(rows, np.int64),
+            np.array(parts, np.int64) if has_parts else None,
+            tuple(sorted(names)) if self._kind.has_classes else None,
+        )
+
+    def _records(self) -> Iterator[tuple[int, Record]]:
+        row = 0
+        try:
+            for row, record in enumerate(self.source):
+                yield row, record
+        except RuntimeError as error:  # array_record's own, of a damaged shard
+            raise ValueError(
+                f"data source {self.source.name}: a record after number {row} cannot be read "
+                f"({error}), and {self._given or 'the kind'} needs all of them; prepare it again"
+            ) from None
+
+    def _examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
+        """(part, labels) of each example that a record is."""
+        if self._asks:
+            asked = _questions(record, self._field, self.source.name)
+            return [
+                (part, answers)
+                for part, (_, answers) in enumerate(asked)
+                if not self._answers or self._answers.intersection(answers)
+            ]
+        if self._split_captions:
+            return [(part, record.labels) for part in range(len(record.texts))]
+        if self._training and not self._kind.trains(record):
+            return []
+        return [(0, record.labels)]
+
+    def _nothing(self, taken: int) -> str:
+        """Why no example is left."""
+        if self._where and not taken:
+            return f"no record has {self._where}"
+        if self._asks:
+            place = f"in its field {self._field!r}" if self._field else "as text and label"
+            among = f", one of {sorted(self._answers)}" if self._answers else ""
+            return f"kind='question' but no record has a question and an answer ({place}{among})"
+        if self._split_captions or not self._training:
+            return "it is empty"
+        return (
+            f"kind={self._kind.name!r} but no record has a {self._kind.wanted}; give the other "
+            "kind, or prepare it with --text_field or --label_field"
+        )
+
+    def select(self, index: Index) -> Source:
+        """The source that has the examples of an index."""
+        source, rows, parts = self.source, index.rows, index.parts
+
+        def taken(records: list[Record], wanted: np.ndarray) -> list[Record]:
+            if parts is None:
+                return records
+            which = parts[wanted].tolist()
+            if not self._asks:
+                return [r._replace(texts=(r.texts[part],)) for r, part in zip(records, which)]
+            result = []
+            for record, part, number in zip(records, which, wanted.tolist()):
+                question, answers = _questions(record, self._field, source.name)[part]
+                key = f"{record.key}?{number}"
+                result.append(record._replace(texts=(question,), labels=answers, key=key))
+            return result
+
+        def read(indices: Indices) -> list[Record]:
+            wanted = np.asarray(indices, np.int64)
+            return taken(source.read(rows[wanted]), wanted)
+
+        def read_texts(indices: Indices) -> list[Record]:
+            wanted = np.asarray(indices, np.int64)
+            return taken(source.read_texts(rows[wanted]), wanted)
+
+        found = Source(source.name, len(rows), read, read_texts)
+        found.class_names = index.class_names
+        return found
+
+
+def _matches(extra: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    for field, wanted in where.items():
+        allowed = [wanted] if isinstance(wanted, (str, int, float, bool)) else list(wanted)
+        value = extra.get(field)
+        values = value if isinstance(value, list) else [value]
+        if not any(v in allowed or str(v) in allowed for v in values):
+            return False
+    return True
+
+
+def _text(value: Any) -> str:
+    """A value of JSON as text; half a surrogate pair, which JSON may hold, becomes '?'."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _refield(source: Source, text_field: str, label_field: str) -> Source:
+    """The source whose texts or labels come from fields of `extra`."""
+    if not text_field and not label_field:
+        return source
+
+    def strings(value: Any) -> tuple[str, ...]:
+        if isinstance(value, Mapping):  # texts by language
+            value = list(value.values())
+        values = value if isinstance(value, list) else [value]
+        return tuple(_text(v) for v in values if v not in (None, ""))
+
+    def change(record: Record) -> Record:
+        extra = json.loads(record.extra)
+        if text_field:
+            record = record._replace(texts=strings(extra.get(text_field)))
+        if label_field:
+            record = record._replace(labels=strings(extra.get(label_field)))
+        return record
+
+    return Source(
+        source.name,
+        len(source),
+        lambda indices: [change(r) for r in source.read(indices)],
+        folder=source.folder,
+        fingerprint=source.fingerprint,
+    )
+
+
+def _questions(record: Record, field: str, name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The questions of a record with their answers; without a field, its texts and labels."""
+    if not field:
+        return [(text, record.labels) for text in record.texts if record.labels]
+    found = json.loads(record.extra).get(field) or []
+    try:
+        pairs = [(item["question"], item["answer"]) for item in found]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"data source {name}: field {field!r} of {record.key!r} must list "
+            "{question, answer} objects"
+        ) from None
+    listed: list[tuple[Any, Sequence[Any]]] = [
+        (q, a if isinstance(a, list) else [a]) for q, a in pairs
+    ]
+    return [(_text(q), tuple(_text(one) for one in a)) for q, a in listed if q and a]
