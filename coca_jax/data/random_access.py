@@ -53,6 +53,11 @@ class Source:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def complete(self) -> bool:
+        """Whether each record is known to have what its kind trains on."""
+        return self.every_text if self.kind.wanted == "text" else self.every_label
+
     def read(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order."""
         return self._read(indices)

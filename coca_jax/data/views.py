@@ -184,7 +184,17 @@ class View:
             wanted = np.asarray(indices, np.int64)
             return taken(source.read_texts(rows[wanted]), wanted)
 
-        found = Source(source.name, len(rows), read, read_texts)
+        have = {self._kind.wanted} if self._useful_only else set()
+        have |= {"text", "label"} if self._asks else set()
+        have |= {"text"} if self._split_captions else set()
+        found = Source(
+            source.name,
+            len(rows),
+            read,
+            read_texts,
+            every_text=source.every_text or "text" in have,
+            every_label=source.every_label or "label" in have,
+        )
         found.class_names = index.class_names
         return found
 
