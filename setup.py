@@ -23,6 +23,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
+        "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "fsspec[http]>=2024.6",
         "ftfy>=6.1",
@@ -48,6 +49,8 @@ setuptools.setup(
         "test": [
             "flask>=3",  # these two: moto's server
             "flask-cors>=5",
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2024.6",
             "moto[s3]>=5",
             "mypy==2.4.1",
             "pytest>=8",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import posixpath
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from coca_jax import caption_files, cli
+from coca_jax import caption_files, cli, storage
 from coca_jax.data import image_files
 from coca_jax.decode_settings import Settings
 
@@ -68,7 +69,9 @@ def main(argv: Sequence[str]) -> None:
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     paths = image_files.find(argv[1:], video=bool(args.num_frames))
-    done = caption_files.read_done(args.out) if args.out else set()
+    if storage.is_remote(args.out):
+        storage.check_writable(posixpath.dirname(args.out))
+    done, size = caption_files.read_done(args.out) if args.out else (set(), 0)
     left = [path for path in paths if path not in done]
     failed = 0
     with contextlib.ExitStack() as stack:
@@ -86,7 +89,10 @@ def main(argv: Sequence[str]) -> None:
             results = caption_files.caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
             )
-        out = stack.enter_context(open(args.out, "a", encoding="utf-8")) if args.out else None
+        out = None
+        if args.out:
+            growing = storage.Growing(args.out, keep=size)
+            out = stack.enter_context(contextlib.closing(growing))
         bar = stack.enter_context(
             tqdm.tqdm(total=len(left), unit="image", disable=not sys.stderr.isatty())
         )
@@ -99,8 +105,7 @@ def main(argv: Sequence[str]) -> None:
             line = json.dumps(result, ensure_ascii=False)
             print(line, flush=True)
             if out:
-                out.write(line + "\n")
-                out.flush()
+                out.write(f"{line}\n".encode())
     seconds = time.time() - start
     summary = dict(
         captioned=len(left) - failed,

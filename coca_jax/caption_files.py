@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coca_jax import storage
+
 if TYPE_CHECKING:
     from coca_jax import inference
 
 
-def read_done(path: str) -> set[str]:
-    """Images that a JSONL file already holds. A last line cut short by a stop is removed.
+def read_done(path: str) -> tuple[set[str], int]:
+    """Images that a JSONL file already holds, and its bytes without a last line cut short by a
+    stop; path: a file that may be missing, in a local folder or a bucket.
 
     Raises ValueError for any other line that is not one of ours.
     """
-    if not os.path.exists(path):
-        return set()
-    done = set()
-    with open(path, "rb+") as file:
-        whole = 0
+    done: set[str] = set()
+    whole = 0
+    place = storage.place(path)
+    if not place.exists():
+        return done, whole
+    with place.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
@@ -36,8 +40,7 @@ def read_done(path: str) -> set[str]:
                     f"--out={path}: line {number} is not a caption; give another file"
                 ) from None
             whole += len(line)
-        file.truncate(whole)
-    return done
+    return done, whole
 
 
 def read_batches(

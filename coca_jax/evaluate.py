@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
+import posixpath
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from coca_jax import cli, partitioning
+from coca_jax import cli, partitioning, storage
 from coca_jax.data import prompts
 from coca_jax.evaluators import (
     Predictor,
@@ -210,7 +210,8 @@ def _run_task(
         )
     common: dict[str, Any] = dict(progress=main_process, batch_size=model.batch_size)
     if task["kind"] == "captioning":
-        path = pathlib.Path(workdir) / "eval_captions" / f"{task['name'].replace('/', '_')}.jsonl"
+        name = f"{task['name'].replace('/', '_')}.jsonl"
+        path = storage.place(workdir) / "eval_captions" / name
         made_for = dict(request, task=dict(task))
         common["outputs"] = captioning.Outputs(path, made_for, write=main_process)
     elif task["kind"] != "generative":
@@ -222,6 +223,8 @@ def _run_task(
         common["cache"] = features.setdefault(of_data, {})
     evaluator = make_evaluator(task, records, **common)
     new = dict(evaluator.run(model, records))
+    if "outputs" in common:
+        common["outputs"].close()
     new[f"{evaluator.name}/num_examples"] = float(len(records))
     if main_process:
         results.save_examples(workdir, evaluator.name, evaluator.examples)
@@ -324,7 +327,8 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     """The tasks that the command's flags ask for. Raises ValueError for an unknown one."""
     args, data = flags.FLAGS, data_of_flags()
     place, _, rest = args.data.partition(":")
-    folder = rest.replace("/", "_") if place == "tfds" else pathlib.Path(args.data).name
+    path = args.data.rstrip("/")
+    folder = rest.replace("/", "_") if place == "tfds" else posixpath.basename(path)
     tasks = []
     for kind in kinds_of_flags(data):
         task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
@@ -356,6 +360,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from coca_jax import inference
 
+    out = args.out or args.checkpoint
+    if storage.is_remote(out):
+        storage.check_writable(out)
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
     model = inference.load(
@@ -371,8 +378,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "remembers them, not how well it does on new ones",
             file=sys.stderr,
         )
-    out = args.out or args.checkpoint
-    if not args.out and not pathlib.Path(out).is_dir():
+    if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is a file; give --out=DIR for eval.json")
     scores = run_tasks(model, tasks, out)
     if jax.process_index():

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, export_format
+from coca_jax import cli, export_format, storage
 
 
 def define_flags() -> None:
@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if len(argv) > 1 or not args.checkpoint or not args.out:
         raise ValueError("give --checkpoint=DIR --out=DIR2 [--platforms=cpu,tpu,cuda]")
     export_format.check_platforms(args.platforms)
+    if storage.is_remote(args.out):
+        storage.check_writable(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
     import jax

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from coca_jax import storage
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 
@@ -36,8 +37,8 @@ def check_platforms(platforms: Iterable[str]) -> None:
 
 
 def is_export(directory: str | os.PathLike[str]) -> bool:
-    """Whether the folder is a complete export."""
-    return all(os.path.isfile(os.path.join(directory, name)) for name in (CONFIG, PARAMS))
+    """Whether the folder, which may be in a bucket, is a complete export."""
+    return all((storage.place(directory) / name).exists() for name in (CONFIG, PARAMS))
 
 
 def write_export(
@@ -74,15 +75,15 @@ def write_export(
 
 def read_export(directory: str | os.PathLike[str]) -> tuple[dict, ConfigDict]:
     """(params, config) of an export folder; params is a nested dict of float32 arrays mapped from
-    the file, so nothing is read before it is used.
+    the file, so nothing is read before it is used. From a bucket a temporary copy is mapped.
 
     Raises:
         FileNotFoundError: the folder is not an export.
         ValueError: a file in it is damaged.
     """
     config = read_config(directory)
-    params = safetensors_file.read(os.path.join(directory, PARAMS))
-    return unflatten(params), config
+    with storage.local_copy(storage.place(directory) / PARAMS) as file:
+        return unflatten(safetensors_file.read(file)), config
 
 
 def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
@@ -92,12 +93,11 @@ def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
         FileNotFoundError: the folder is not an export.
         ValueError: its configuration is damaged.
     """
-    path = os.path.join(directory, CONFIG)
+    path = storage.place(directory) / CONFIG
     if not is_export(directory):
         raise FileNotFoundError(f"{os.fspath(directory)}: no {CONFIG} and {PARAMS}: not an export")
     try:
-        with open(path) as file:
-            return ConfigDict(json.load(file))
+        return ConfigDict(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

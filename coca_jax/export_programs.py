@@ -13,8 +13,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from coca_jax import decoding, export_format, inference
+from coca_jax import decoding, export_format, inference, storage
 from coca_jax.models import coca
 from coca_jax.train_step import normalise_pixels
 
@@ -124,20 +125,20 @@ def export(model: inference.CoCaModel, out: str, platforms: Sequence[str] = ("cp
     )
     if model.class_names:  # the task head's weights are exported too; the programs leave it out
         config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
-    os.makedirs(os.path.join(out, PROGRAMS), exist_ok=True)
-    for name, data in programs.items():
-        with open(os.path.join(out, PROGRAMS, f"{name}.jax_export"), "wb") as file:
-            file.write(data)
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.local_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+        for name, data in programs.items():
+            storage.write_bytes(_program(folder, name), data)
         kinds = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
         suffix = kinds.get(model.vocabulary.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")
         model.vocabulary.save(path)
-        export_format.write_export(out, model.params, config, path)
-    files = sorted(
-        os.path.join(folder, name) for folder, _, names in os.walk(out) for name in names
-    )
-    return {os.path.relpath(path, out): os.path.getsize(path) for path in files}
+        export_format.write_export(folder, model.params, config, path)
+        files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        return {os.path.relpath(path, folder): os.path.getsize(path) for path in files}
+
+
+def _program(out: str, name: str) -> epath.Path:
+    return storage.place(out) / PROGRAMS / f"{name}.jax_export"
 
 
 def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
@@ -147,8 +148,7 @@ def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
     flat = {name: jnp.asarray(value) for name, value in flat.items()}
     calls = {}
     for name in ("encode_image", "encode_text", "decode_weights", "decode_start", "decode_step"):
-        with open(os.path.join(out, PROGRAMS, f"{name}.jax_export"), "rb") as file:
-            calls[name] = jax.export.deserialize(bytearray(file.read())).call
+        calls[name] = jax.export.deserialize(bytearray(_program(out, name).read_bytes())).call
     rng = np.random.default_rng(0)
     count, length, size = 3, model.max_len, model.image_size
     image = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)

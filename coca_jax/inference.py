@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import cpu_kernels, decoding, export_format, partitioning
+from coca_jax import cpu_kernels, decoding, export_format, partitioning, storage
 from coca_jax.data import image_files, videos, vocabulary
 from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
@@ -736,7 +736,8 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
     Args:
         path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
             where the run kept them); an export or converted folder; or open_clip's own weights
-            (.bin, .pt, .safetensors, or their folder), converted on the way.
+            (.bin, .pt, .safetensors, or their folder), converted on the way. Local, or in a bucket
+            (gs://, s3://).
         dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
         options: of `CoCaModel`.
 
@@ -746,15 +747,17 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
     """
     path = os.fspath(path)
     use_compile_cache()
-    if not os.path.exists(path):
+    place = storage.place(path)
+    if not storage.reach(place):
         raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
-    if os.path.isdir(path) and export_format.is_export(path):
+    if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
         words = vocabulary.load(export_format.vocabulary_path(path))
-    elif os.path.isdir(path) and not _has_open_clip_weights(path):
+    elif place.is_dir() and not any((place / name).exists() for name in OPEN_CLIP_FILES):
         params, config, words = _read_run(path)
     else:
-        params, config, words = _read_open_clip(path)
+        with storage.local_copy(path) as copy:
+            params, config, words = _read_open_clip(copy)
     if dtype is not None:
         config.model.dtype = dtype
         coca.validate(config.model)
@@ -796,10 +799,6 @@ def _read_open_clip(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
 
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-
-
-def _has_open_clip_weights(path: str) -> bool:
-    return any(os.path.isfile(os.path.join(path, name)) for name in OPEN_CLIP_FILES)
 
 
 def _narrow(params: dict) -> dict:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import socket
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any, TextIO
 
 import tqdm
 from absl import logging
+
+from coca_jax import storage
 
 BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
 
@@ -81,22 +82,25 @@ class MetricWriter:
     def __init__(
         self, workdir: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True
     ):
-        self._workdir = pathlib.Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / "metrics.jsonl"
-        if path.exists():
-            _drop_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _EventFile.open(self._workdir / "tensorboard") if tensorboard else None
+        folder = storage.place(workdir)
+        path = folder / "metrics.jsonl"
+        self._file = storage.Growing(path, keep=_bytes_until(path, start_step))
+        self._events = _EventFile.open(folder / "tensorboard") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; values are numbers. NaN and infinity, which JSON lacks, become null."""
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps({"step": int(step), **row}) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps({"step": int(step), **row}) + "\n").encode())
         if self._events is not None:
             self._events.write(int(step), numbers)
+
+    def flush(self) -> None:
+        """Returns when all lines are in the files: in a bucket, `write` alone may hold some back
+        for a minute. Call it before a checkpoint of the same step."""
+        self._file.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -106,11 +110,11 @@ class MetricWriter:
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, or []; skips a line cut off in writing."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = storage.place(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
@@ -118,11 +122,17 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
-    new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(new, path)
+def _bytes_until(path: Any, step: int) -> int:
+    """Length of the file up to the first line of a later step, or that was cut off in writing."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        length += len(line)
+    return length
 
 
 class _EventFile:
@@ -131,17 +141,16 @@ class _EventFile:
     Its EventFileWriter would import TensorFlow, which costs seconds and memory.
     """
 
-    def __init__(self, folder: pathlib.Path, record_writer: Any, event: Any, summary: Any):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Any, record_writer: Any, event: Any, summary: Any):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._event, self._summary = event, summary
-        self._file = (folder / name).open("wb")
+        self._file = storage.Growing(folder / name)
         self._records = record_writer(self._file)
         first = event(wall_time=time.time(), file_version="brain.Event:2")
         self._records.write(first.SerializeToString())
 
     @classmethod
-    def open(cls, folder: pathlib.Path) -> _EventFile | None:
+    def open(cls, folder: Any) -> _EventFile | None:
         try:
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -155,6 +164,8 @@ class _EventFile:
         values = [self._summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
         event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
         self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:

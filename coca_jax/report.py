@@ -11,13 +11,13 @@ import html
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 
-from coca_jax import cli
+from coca_jax import cli, storage
 from coca_jax.metrics import read_metrics
 
 Row = Mapping[str, Any]
@@ -63,13 +63,13 @@ _COUNTS = ("num_examples", "num_images", "num_texts", "num_classes")
 _POINTS = 300  # of a curve; more would only weigh
 
 
-def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
     """Writes `workdir`/report.html and returns its path.
 
     Raises FileNotFoundError when there is no such folder, ValueError when it holds neither metrics
     nor evaluations.
     """
-    folder = pathlib.Path(workdir)
+    folder = storage.place(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"workdir {str(folder)!r} is not a folder; give that of a run")
     rows = read_metrics(folder)
@@ -79,23 +79,21 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
     config = _read_json(folder / "config.json")
     body = [
-        f"<header><h1>{_text(folder.resolve().name)}</h1>{_summary(config, rows, scores)}</header>",
+        f"<header><h1>{_text(folder.name)}</h1>{_summary(config, rows, scores)}</header>",
         _headlines(scores),
         _section("Training", _charts(rows) + _time_bar(rows)),
         _section("Scores", _score_tables(scores)),
         *(_example_section(name, found) for name, found in examples.items()),
         _section("Configuration", _configuration(config)),
     ]
-    page = _PAGE.format(title=_text(folder.resolve().name), style=_STYLE, script=_SCRIPT)
+    page = _PAGE.format(title=_text(folder.name), style=_STYLE, script=_SCRIPT)
     path = folder / "report.html"
-    new = path.with_suffix(".html.new")
-    new.write_text(page.replace("<!--body-->", "\n".join(body)), encoding="utf-8")
-    os.replace(new, path)
+    storage.write_text(path, page.replace("<!--body-->", "\n".join(body)))
     return path
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _text(value: Any) -> str:
@@ -600,7 +598,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if len(argv) > 1 or not workdir:
         raise ValueError("give --workdir=DIR, the folder of a run, and nothing else")
     path = write_report(workdir)
-    print(f"wrote {path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    print(f"wrote {path} ({path.stat().length / 1024:,.0f} KiB)")
     return {"report": str(path)}
 
 

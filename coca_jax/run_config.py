@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from coca_jax import storage
 from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
@@ -156,15 +156,13 @@ def write(
     data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
-    path = pathlib.Path(workdir) / "config.json"
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(data, indent=1, default=list) + "\n")
-    new.replace(path)
+    text = json.dumps(data, indent=1, default=list) + "\n"
+    storage.write_text(storage.place(workdir) / "config.json", text)
 
 
 def check_resumable(config: ConfigDict, workdir: str, class_names: Sequence[str] = ()) -> None:
     """Raises ValueError naming what differs from the run that `workdir` already holds."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = storage.place(workdir) / "config.json"
     if not path.exists():
         return
     old = _flatten(json.loads(path.read_text()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from coca_jax import checkpointing, export_format
+from coca_jax import checkpointing, export_format, storage
 from coca_jax.train_step import TrainState
 
 FRESH = ("head", "logit_bias")  # top-level parts that may be missing: they start untrained
@@ -67,10 +66,11 @@ def _averages(ema: Any, params: Any) -> Any:
 def read(path: str) -> tuple[dict[str, Any], list[str]]:
     """The parameters at `path`, a nested dict of arrays on the host or the first device, and the
     classes of its task head."""
-    if os.path.isdir(path) and export_format.is_export(path):
+    place = storage.place(path)
+    if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
         return params, list(config.get("class_names", ()))
-    if os.path.isfile(path):
+    if place.exists() and not place.is_dir():
         raise ValueError(
             f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
             f"--input={path} --out=DIR"

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import socket
+import uuid
 
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import fsspec  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -68,3 +71,50 @@ def one_device_mesh():
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An empty bucket of an S3 server, which programs find by the environment: 's3://bucket'."""
+    server_module = pytest.importorskip("moto.server", reason="needs the extra 'test'")
+    pytest.importorskip("s3fs", reason="needs the extra 's3'")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def gs():
+    """An empty bucket of a server that stands for Google Cloud Storage: 'gs://bucket'."""
+    server_module = pytest.importorskip("gcp_storage_emulator.server", reason="extra 'test'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+        # The emulator has no answer to what kind of bucket it is; gcsfs would ask Google's own.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        pytest.importorskip("gcsfs", reason="needs the extra 'gcs'")
+        server = server_module.create_server("127.0.0.1", port, in_memory=True)
+        server.start()
+        fsspec.filesystem("gs", skip_instance_cache=True).mkdir("bucket")
+        yield "gs://bucket"
+        server.stop()
+
+
+@pytest.fixture(params=["local", "s3", "gs"])
+def folder(request, tmp_path):
+    """A new folder in each of the places where a run may live."""
+    if request.param == "local":
+        return str(tmp_path / "new")
+    return f"{request.getfixturevalue(request.param)}/{uuid.uuid4().hex}"

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import caption_files, export_programs
+from coca_jax import caption_files, export_programs, storage
 from coca_jax.data import image_files
 
 
@@ -90,8 +90,10 @@ def test_what_is_no_image_is_named_once(model, folder):  # noqa: F811
 def test_read_done_drops_a_line_cut_short(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text('{"image": "a"}\n{"image": "b"}\n{"ima')
-    assert caption_files.read_done(str(path)) == {"a", "b"}
-    assert path.read_text() == '{"image": "a"}\n{"image": "b"}\n'
+    assert caption_files.read_done(str(path)) == ({"a", "b"}, 30)
+    growing = storage.Growing(path, keep=30)
+    growing.write(b"{}\n")
+    assert path.read_text() == '{"image": "a"}\n{"image": "b"}\n{}\n'
     path.write_text("hello\n")
     with pytest.raises(ValueError, match="line 1"):
         caption_files.read_done(str(path))

@@ -35,22 +35,9 @@ def _tar(start, count):
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """An empty bucket of an S3 server, which s3fs and child processes find by the environment."""
-    server_module = pytest.importorskip("moto.server", reason="needs the extra 'test'")
-    pytest.importorskip("s3fs", reason="needs the extra 's3'")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
+@pytest.fixture
+def bucket(s3):
+    return s3
 
 
 def _prepare(format, input, out, processes=1):

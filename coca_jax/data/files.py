@@ -7,33 +7,10 @@ import os
 import posixpath
 from typing import Any
 
-import fsspec
-
-from coca_jax import extras
+from coca_jax.storage import filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
-
-
-def filesystem(path: str) -> tuple[Any, str]:
-    """The file system of a path or URL, and the path in it.
-
-    Raises:
-        ValueError: the URL's kind is unknown, or needs a package that is not installed.
-    """
-    try:
-        return fsspec.url_to_fs(os.fspath(path))
-    except ImportError as error:
-        scheme = os.fspath(path).split("://", 1)[0]
-        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(scheme)
-        raise ValueError(f"{path}: {extras.remedy(extra) if extra else error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
-    return "://" in path and not path.startswith("file://")
 
 
 def join(folder: str, name: str) -> str:

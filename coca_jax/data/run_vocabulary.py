@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from typing import Any
 
-import fsspec
 from absl import logging
 
+from coca_jax import storage
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
@@ -36,7 +35,7 @@ def load_or_train(
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_beside(config.init_from)
     given = vocabularies.load(place) if place else None
-    if _exists(path):
+    if storage.place(path).exists():
         vocabulary = vocabularies.load(path)
         if given is not None and given.checksum != vocabulary.checksum:
             raise ValueError(
@@ -45,7 +44,7 @@ def load_or_train(
             )
     elif process_index:
         deadline = time.time() + 3600
-        while not _exists(path):
+        while not storage.place(path).exists():
             if time.time() > deadline:
                 raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(1)
@@ -75,14 +74,12 @@ def load_or_train(
 
 def _vocabulary_beside(init_from: str) -> str:
     """The tokenizer of a run or an export that `config.init_from` names, '' where there is none."""
-    place = pathlib.Path(init_from)
-    if not init_from or not place.is_dir():
+    if not init_from or not storage.reach(place := storage.place(init_from)):
         return ""
-    folders = (place, place.parent, place.parent.parent)  # a step, its folder, the run
+    if not place.is_dir():
+        return ""
+    folders = [place]
+    while folders[-1].name.isdigit() or folders[-1].name == "checkpoints":  # a step, its folder
+        folders.append(folders[-1].parent)
     found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
     return str(next(found, ""))
-
-
-def _exists(path: str) -> bool:
-    file_system, plain = fsspec.url_to_fs(path)
-    return file_system.exists(plain)

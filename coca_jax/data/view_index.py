@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from coca_jax.data import files
-from coca_jax.data.vocabulary import write_bytes
+from coca_jax.storage import write_bytes
 
 FOLDER = "views"  # of index files, beside the shards or in a workdir
 _FORMAT = 1  # of index files; a file of another is made anew

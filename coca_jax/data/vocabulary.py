@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from coca_jax import extras
+from coca_jax import extras, storage
 
 LABEL_SYMBOL = "<label>"
 
@@ -116,7 +116,7 @@ class Vocabulary(abc.ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file that it was loaded from, byte for byte, at once or not at all."""
-        write_bytes(path, self.data)
+        storage.write_bytes(path, self.data)
 
 
 class SentencePiece(Vocabulary):
@@ -226,16 +226,6 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
             f"vocabulary {os.fspath(path)}: neither a SentencePiece model, a tokenizer.json nor "
             "CLIP's merges (.txt.gz)"
         ) from None
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file under a temporary name first, so that nobody sees half of it."""
-    file_system, plain = fsspec.url_to_fs(os.fspath(path))
-    file_system.makedirs(os.path.dirname(plain) or ".", exist_ok=True)
-    temporary = f"{plain}.{os.getpid()}.tmp"
-    with file_system.open(temporary, "wb") as file:
-        file.write(data)
-    file_system.mv(temporary, plain)
 
 
 def train(

@@ -6,13 +6,13 @@ import functools
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from coca_jax import storage
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -72,16 +72,17 @@ class Outputs:
     """
 
     def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: bool):
-        self._path, self._write = pathlib.Path(path), write
+        self._path, self._write = storage.place(path), write
         self._first = json.dumps(dict(request=request), sort_keys=True, default=list) + "\n"
         self._found: list[dict[str, Any]] = []
-        lines = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        lines = self._path.read_text() if self._path.exists() else ""
         if lines.startswith(self._first):
             for line in lines[len(self._first) :].splitlines(keepends=True):
                 if not line.endswith("\n"):
                     break
                 self._found.append(json.loads(line))
-        self._taken, self._begun = 0, False
+        self._taken = 0
+        self._file: storage.Growing | None = None
 
     def take(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Returns what the file holds of the records that come next: of all, the first, or none."""
@@ -98,14 +99,16 @@ class Outputs:
         """Appends the outputs of the records that `take` did not have."""
         if not self._write:
             return
-        if not self._begun:
-            self._begun = True
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            new = self._path.with_suffix(".new")
-            new.write_text(self._first + _lines(self._found[: self._taken]), encoding="utf-8")
-            os.replace(new, self._path)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_lines(outputs))
+        if self._file is None:
+            begin = (self._first + _lines(self._found[: self._taken])).encode()
+            storage.write_bytes(self._path, begin)
+            self._file = storage.Growing(self._path, keep=len(begin))
+        self._file.write(_lines(outputs).encode())
+
+    def close(self) -> None:
+        """Returns when the file holds all of it."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _lines(outputs: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from coca_jax import storage
 from coca_jax.data import videos
 
 _THUMBNAIL = 96
@@ -26,17 +26,17 @@ _THUMBNAIL = 96
 def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -> None:
     """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-    _merge(pathlib.Path(workdir) / "eval.json", clean, sort=True)
+    _merge(storage.place(workdir) / "eval.json", clean, sort=True)
 
 
 def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[str, Any]) -> None:
     """Merges an evaluator's `examples` into `workdir`/eval_examples.json under its name."""
-    _merge(pathlib.Path(workdir) / "eval_examples.json", {name: examples}, sort=False)
+    _merge(storage.place(workdir) / "eval_examples.json", {name: examples}, sort=False)
 
 
 def save_classes(workdir: str | os.PathLike[str], name: str, classes: Mapping[str, Any]) -> None:
     """Merges accuracy by class and confusion into `workdir`/eval_classes.json under a name."""
-    _merge(pathlib.Path(workdir) / "eval_classes.json", {name: classes}, sort=False)
+    _merge(storage.place(workdir) / "eval_classes.json", {name: classes}, sort=False)
 
 
 class Spread:
@@ -71,12 +71,11 @@ class Unfinished:
     """
 
     def __init__(self, workdir: str, request: Mapping[str, Any], *, main_process: bool):
-        self._path = pathlib.Path(workdir) / "eval_progress.json"
+        self._path = storage.place(workdir) / "eval_progress.json"
         self._main = main_process
         if main_process:
             found = json.loads(self._path.read_text()) if self._path.exists() else {}
             if found.get("request") != request:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("coca_jax evaluate")
@@ -99,9 +98,7 @@ class Unfinished:
             self._path.unlink()
 
     def _write(self, state: Mapping[str, Any]) -> None:
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps(state), encoding="utf-8")
-        new.replace(self._path)
+        storage.write_text(self._path, json.dumps(state))
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -126,11 +123,8 @@ def encode_png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _merge(path: pathlib.Path, values: Mapping[str, Any], *, sort: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _merge(path: Any, values: Mapping[str, Any], *, sort: bool) -> None:
+    merged = json.loads(path.read_text()) if path.exists() else {}
     merged.update(values)
-    new = path.with_suffix(".json.new")
     text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, path)
+    storage.write_text(path, text + "\n")

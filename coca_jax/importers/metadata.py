@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from coca_jax.data import files
-from coca_jax.data.vocabulary import write_bytes
+from coca_jax.storage import write_bytes
 
 MANIFEST = "manifest.json"
 _FEATURE = "tensorflow_datasets.core.features."

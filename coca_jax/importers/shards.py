@@ -15,7 +15,8 @@ from typing import Any
 
 from array_record.python import array_record_module
 
-from coca_jax.data import files, records, vocabulary
+from coca_jax import storage
+from coca_jax.data import files, records
 from coca_jax.importers import checks, dedup
 from coca_jax.importers.items import Item, Options, Unit
 
@@ -140,7 +141,7 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         classes=sorted(classes),
     )
     text = json.dumps(account, ensure_ascii=False, sort_keys=True)
-    vocabulary.write_bytes(f"{job.part}.json", text.encode())
+    storage.write_bytes(f"{job.part}.json", text.encode())
     return account
 
 
@@ -156,7 +157,7 @@ def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, s
             record, _, _ = checks.record(item, job.options)
             if record:
                 found.append((number, item.key, *dedup.fingerprint(item.image)))
-    vocabulary.write_bytes(path, json.dumps(found).encode())
+    storage.write_bytes(path, json.dumps(found).encode())
     return found
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import tqdm
 
-from coca_jax.data import files, vocabulary
+from coca_jax import storage
+from coca_jax.data import files
 from coca_jax.importers import dedup, metadata, shards
 from coca_jax.importers.items import Options, Unit
 
@@ -142,7 +143,7 @@ def _plan(
         groups = _group(units, shard_count)
         plan = {"request": request}
         plan["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
-        vocabulary.write_bytes(path, json.dumps(plan).encode())
+        storage.write_bytes(path, json.dumps(plan).encode())
     return [
         shards.Job(number, tuple(group), format, options, work)
         for number, group in enumerate(groups)
@@ -279,7 +280,7 @@ def _finish(
             {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
         )
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
-    vocabulary.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
+    storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
     if not classes:

@@ -1,0 +1,288 @@
+"""Files of a run by their path: in a local folder, or in a bucket by gs://bucket/... or s3://...
+
+`place` gives paths of etils.epath, which Orbax uses as well: the interface of pathlib, in a bucket
+over fsspec (gcsfs, s3fs). In a bucket a file appears whole or not at all, cannot grow, and a folder
+is there when a file is in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import posixpath
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+from absl import logging as absl_logging
+from etils import epath
+
+from coca_jax import extras
+
+# Where TensorFlow is installed, etils would reach buckets through it: another way of finding
+# credentials than that of the data's files, seconds to import, and no s3://.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+# What a listing showed once may be old a moment later: other processes and TensorStore write too.
+for _protocol in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+# gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
+# kind of the bucket.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_MAKE = {
+    "gs": "gcloud storage buckets create gs://{}",
+    "s3": "aws s3 mb s3://{}",
+}
+_CREDENTIALS = {
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS or run `gcloud auth application-default login`",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run `aws configure`",
+}
+_RIGHTS = {
+    "gs": "the role Storage Object User (roles/storage.objectUser) on the bucket",
+    "s3": "s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject on the bucket",
+}
+ANSWER_SECONDS = 90  # that a bucket is waited for at the start of a command
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL of something other than a local file."""
+    text = os.fspath(path)
+    return "://" in text and not text.startswith("file://")
+
+
+def filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL of any kind, and the path in it.
+
+    Raises:
+        ValueError: the URL's kind is unknown, or needs a package that is not installed.
+    """
+    try:
+        return fsspec.url_to_fs(os.fspath(path))
+    except ImportError as error:
+        extra = EXTRAS.get(os.fspath(path).split("://", 1)[0])
+        raise ValueError(f"{path}: {extras.remedy(extra) if extra else error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def place(path: str | os.PathLike[str]) -> epath.Path:
+    """The path of a run, or of a file in it: absolute where it is local.
+
+    Raises:
+        ValueError: a URL of another kind than gs:// and s3://, or the package for it is missing.
+    """
+    text = os.fspath(path)
+    if not is_remote(text):
+        return epath.Path(os.path.abspath(text.removeprefix("file://")))
+    scheme = text.split("://", 1)[0]
+    if scheme not in PACKAGES:
+        raise ValueError(
+            f"{text}: a run lives in a local folder or in a bucket, gs:// or s3://; mount other "
+            "storage and give the folder"
+        )
+    if importlib.util.find_spec(PACKAGES[scheme]) is None:
+        raise ValueError(f"{text}: {extras.remedy(EXTRAS[scheme])}")
+    return epath.Path(text)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file at once or not at all; its folder is made when missing.
+
+    Raises ValueError for a URL that `filesystem` does not know.
+    """
+    if is_remote(path):
+        system, plain = filesystem(path)
+        if os.fspath(path).split("://", 1)[0] in PACKAGES:  # objects are seen when they are whole
+            system.pipe_file(plain, data)
+            return
+        system.makedirs(posixpath.dirname(plain), exist_ok=True)
+        new = f"{plain}.{os.getpid()}.new"
+        system.pipe_file(new, data)
+        system.mv(new, plain)
+        return
+    target = place(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.parent / f"{target.name}.{os.getpid()}.new"
+    new.write_bytes(data)
+    new.replace(target)
+
+
+class Growing:
+    """A file that is written piece by piece, such as metrics.jsonl.
+
+    A local one is appended to at once. An object in a bucket cannot grow: pieces gather in memory
+    and `flush` writes the whole object again; `write` does so when the last time is long ago.
+
+    Args:
+        path: of the file; its folder is made when missing.
+        keep: bytes of what is there that stay; the rest is cut off.
+        seconds: how often `write` brings an object in a bucket up to date.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0, seconds: float = 60.0):
+        self._path, self._seconds = place(path), seconds
+        self._parts: list[bytes] = []
+        self._file: Any = None
+        self._changed, self._written_at = False, time.monotonic()
+        if is_remote(self._path):
+            found = self._path.read_bytes() if self._path.exists() else b""
+            self._parts, self._changed = [found[:keep]], len(found) > keep
+            self.flush()
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "ab")
+            self._file.truncate(keep)
+
+    def write(self, data: bytes) -> None:
+        """Adds `data` at the end."""
+        if self._file is not None:
+            self._file.write(data)
+            self._file.flush()
+            return
+        self._parts.append(data)
+        self._changed = True
+        if time.monotonic() - self._written_at > self._seconds:
+            try:
+                self.flush()
+            except OSError as error:  # nothing is lost: the next one writes all of it
+                self._written_at = time.monotonic()
+                absl_logging.warning("%s could not be written, trying again: %s", self._path, error)
+
+    def flush(self) -> None:
+        """Returns when all that was written is in the file. Raises OSError when it cannot be."""
+        if self._file is None and self._changed:
+            self._parts = [b"".join(self._parts)]
+            self._path.write_bytes(self._parts[0])
+            self._changed, self._written_at = False, time.monotonic()
+
+    def close(self) -> None:
+        """Flushes; nothing may be written afterwards."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def check_writable(workdir: str | os.PathLike[str]) -> None:
+    """Makes the folder when it is missing and writes, reads and removes a small file in it.
+
+    Raises:
+        ValueError: the place cannot be written; of a bucket, why, and what to do.
+    """
+    folder = place(workdir)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+
+    def work() -> None:
+        probe.write_bytes(b"coca_jax")
+        if probe.read_bytes() != b"coca_jax":
+            raise OSError("a file that was written does not read the same")
+        probe.unlink()
+
+    if is_remote(folder):
+        answer(folder, work)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error}); give another folder") from None
+
+
+def reach(path: epath.Path) -> bool:
+    """Whether a file or folder is there. Raises ValueError when a bucket cannot be asked."""
+    return answer(path, path.exists) if is_remote(path) else path.exists()
+
+
+def answer(path: epath.Path, work: Callable[[], Any]) -> Any:
+    """`work()`, a first call to the bucket of `path`; what goes wrong becomes one clear line.
+
+    Raises:
+        ValueError: the bucket is not there, credentials are missing or lack a right, or no answer
+            came within ANSWER_SECONDS.
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except Exception as error:  # the bucket's libraries have types of their own
+            outcome.append((None, error))
+
+    # A daemon: a call that hangs must not keep the program from ending.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5)
+    if not outcome:
+        print(f"waiting for {path} to answer", file=sys.stderr)
+        thread.join(ANSWER_SECONDS)
+    if not outcome:
+        raise ValueError(
+            f"{path}: no answer in {ANSWER_SECONDS} s; is the network there, is the endpoint right?"
+        )
+    value, error = outcome[0]
+    if error is not None:
+        raise ValueError(f"{path}: {_why(path, error)}") from error
+    return value
+
+
+def _why(path: epath.Path, error: Exception) -> str:
+    scheme, rest = os.fspath(path).split("://", 1)
+    bucket = rest.split("/", 1)[0]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    low = text.lower()
+    if any(word in low for word in ("credential", "anonymous", "401", "unauthorized")):
+        return f"no credentials that the bucket takes; {_CREDENTIALS[scheme]} ({text})"
+    if isinstance(error, PermissionError) or any(w in low for w in ("denied", "forbidden", "403")):
+        return f"these credentials are not enough there; they need {_RIGHTS[scheme]} ({text})"
+    if isinstance(error, FileNotFoundError) or "404" in low or "no such bucket" in low:
+        return f"there is no bucket {bucket!r}; make it ({_MAKE[scheme].format(bucket)}) or name it"
+    if "connect" in low or "timeout" in low:
+        return f"the bucket cannot be reached; is the network there, the endpoint right? ({text})"
+    return f"the bucket cannot be used ({text})"
+
+
+@contextmanager
+def local_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A local folder to write files in that belong in `path`: `path` itself, or for a bucket a
+    temporary one, whose files are put there at the end."""
+    target = place(path)
+    if not is_remote(target):
+        yield str(target)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+        system, plain = filesystem(target)
+        system.put(f"{folder}/", f"{plain}/", recursive=True)
+
+
+@contextmanager
+def local_copy(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A file or folder as a local one: `path` itself, or for a bucket a copy that is removed at
+    the end (what is mapped from it stays readable). Raises FileNotFoundError."""
+    source = place(path)
+    if not is_remote(source):
+        yield str(source)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        system, plain = filesystem(source)
+        copy = os.path.join(folder, source.name)
+        if system.isfile(plain):
+            system.get_file(plain, copy)
+        else:
+            system.get(f"{plain}/", f"{copy}/", recursive=True)
+        yield copy

@@ -1,0 +1,160 @@
+"""Files of a run in a local folder, on an S3 server and on a server that stands for GCS."""
+
+import json
+import pathlib
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+
+from coca_jax import report, storage
+from coca_jax.evaluators import captioning, results
+from coca_jax.metrics import MetricWriter, read_metrics
+
+
+def names(folder):
+    """Files below a folder, by their paths in it."""
+    system, plain = fsspec.url_to_fs(folder)
+    return sorted(name[len(plain.lstrip("/")) :].lstrip("/") for name in _find(system, plain))
+
+
+def _find(system, plain):
+    return [name.lstrip("/") for name in system.find(plain)]
+
+
+def test_files_are_written_whole_or_not_at_all(folder):
+    path = storage.place(folder) / "a" / "b.json"
+    for text in ("first", "zweite, länger", ""):
+        storage.write_text(path, text)
+        assert path.read_text() == text
+    assert names(folder) == ["a/b.json"]  # nothing temporary stays
+    assert storage.reach(path) and storage.reach(path.parent) and not storage.reach(path / "c")
+
+
+def test_a_growing_file_keeps_its_begin_and_loses_nothing(folder):
+    path = storage.place(folder) / "rows.jsonl"
+    rows = storage.Growing(path)
+    for number in range(3):
+        rows.write(f"row {number}\n".encode())
+    rows.flush()
+    assert path.read_text() == "row 0\nrow 1\nrow 2\n"  # before it is closed
+    rows.write(b"after the last save")  # and then the program is killed
+    again = storage.Growing(path, keep=12)
+    assert path.read_text() == "row 0\nrow 1\n"
+    again.write(b"row 2 again\n")
+    again.close()
+    assert path.read_text() == "row 0\nrow 1\nrow 2 again\n"
+
+
+def test_a_growing_object_is_brought_up_to_date_now_and_then(s3):
+    path = storage.place(f"{s3}/often.txt")
+    often = storage.Growing(path, seconds=0)
+    often.write(b"one\n")
+    assert path.read_bytes() == b"one\n"
+
+
+def test_metrics_go_on_after_the_step_of_the_checkpoint(folder):
+    writer = MetricWriter(folder)
+    for step in range(1, 6):
+        writer.write(step, dict(loss=1 / step, bad=float("nan")))
+        if step == 3:
+            writer.flush()  # as before a checkpoint
+            assert [row["step"] for row in read_metrics(folder)][:3] == [1, 2, 3]
+    del writer  # killed
+    writer = MetricWriter(folder, start_step=3)
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]
+    writer.write(4, dict(loss=0.5))
+    writer.close()
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[2] == dict(step=3, loss=1 / 3, bad=None) and rows[3]["loss"] == 0.5
+
+
+def test_tensorboard_reads_what_was_written(folder):
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    writer = MetricWriter(folder)
+    for step in (1, 2):
+        writer.write(step, dict(loss=0.5 * step))
+    writer.flush()
+    with storage.local_copy(storage.place(folder) / "tensorboard") as local:
+        (file,) = pathlib.Path(local).iterdir()
+        events = list(EventFileLoader(str(file)).Load())
+    assert [event.step for event in events] == [0, 1, 2]
+
+
+def test_evaluations_and_their_report(folder):
+    state = results.Unfinished(folder, dict(weights="w"), main_process=True)
+    state.add("task", dict(score=1.0))
+    again = results.Unfinished(folder, dict(weights="w"), main_process=True)
+    assert again.scores("task") == dict(score=1.0)
+    assert results.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
+    results.save_results(folder, {"zeroshot/data/top1": 0.75})
+    results.save_results(folder, {"zeroshot/data/top5": 1.0})
+    image = results.encode_png(np.zeros((8, 8, 3), np.uint8))
+    items = [dict(image=image, caption="it", references=["it"], exact=True, f1=1.0)]
+    results.save_examples(folder, "captioning/data", dict(kind="captioning", items=items))
+    again.close()
+    made = report.write_report(folder)
+    page = made.read_text()
+    assert "75.0%" in page and image in page
+    assert names(folder) == ["eval.json", "eval_examples.json", "report.html"]
+    assert json.loads((storage.place(folder) / "eval.json").read_text()) == {
+        "zeroshot/data/top1": 0.75,
+        "zeroshot/data/top5": 1.0,
+    }
+
+
+def test_captions_of_a_killed_evaluation_are_taken_over(folder):
+    path = storage.place(folder) / "eval_captions" / "data.jsonl"
+    records = [dict(key=str(number)) for number in range(4)]
+    outputs = captioning.Outputs(path, dict(step=1), write=True)
+    outputs.add([dict(key="0", caption="a"), dict(key="1", caption="b")])
+    outputs.close()
+    again = captioning.Outputs(path, dict(step=1), write=True)
+    assert [one["caption"] for one in again.take(records)] == ["a", "b"]
+    again.add([dict(key="2", caption="c")])
+    again.close()
+    whole = captioning.Outputs(path, dict(step=1), write=False)
+    assert [one["caption"] for one in whole.take(records)] == ["a", "b", "c"]
+    assert captioning.Outputs(path, dict(step=2), write=False).take(records) == []
+
+
+def test_folders_and_their_copies(folder, tmp_path):
+    with storage.local_folder(folder) as local:
+        pathlib.Path(local, "sub").mkdir(parents=True)
+        pathlib.Path(local, "sub", "large").write_bytes(bytes(3 << 20))
+        pathlib.Path(local, "small").write_text("s")
+    assert names(folder) == ["small", "sub/large"]
+    with storage.local_copy(folder) as local:
+        assert pathlib.Path(local, "sub", "large").stat().st_size == 3 << 20
+        assert pathlib.Path(local, "small").read_text() == "s"
+    with storage.local_copy(storage.place(folder) / "small") as local:
+        assert pathlib.Path(local).read_text() == "s"
+
+
+def test_a_place_that_can_be_written_keeps_no_trace(folder):
+    storage.check_writable(folder)
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_bucket_that_is_not_there(scheme, request):
+    request.getfixturevalue(scheme)
+    with pytest.raises(ValueError, match=f"{scheme}://nowhere/run: there is no bucket 'nowhere'"):
+        storage.check_writable(f"{scheme}://nowhere/run")
+
+
+def test_places_where_no_run_can_live(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="hdfs://a/b: a run lives in a local folder or"):
+        storage.place("hdfs://a/b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be written"):
+        storage.check_writable(tmp_path / "file" / "run")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    with pytest.raises(ValueError, match="s3://bucket/run: .*pip install.*s3"):
+        monkeypatch.delitem(sys.modules, "s3fs", raising=False)
+        storage.place("s3://bucket/run")
