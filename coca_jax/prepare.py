@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, recipes
-from coca_jax.data import files, formats, order, sources, vocabulary
+from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
@@ -63,6 +63,7 @@ def _options() -> Options:
         dedup=flags.FLAGS.dedup,
         distance=flags.FLAGS.distance,
         exclude=tuple(flags.FLAGS.exclude),
+        allow_paths=tuple(flags.FLAGS.allow_paths),
     )
 
 
@@ -126,7 +127,13 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
     flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
     flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.")
-    flags.DEFINE_integer("max_pixels", 178_956_970, "Quarantine larger images.")
+    flags.DEFINE_integer(
+        "max_pixels",
+        images.MAX_PIXELS,
+        "Quarantine larger images.",
+        lower_bound=1,
+        upper_bound=images.MAX_PIXELS,
+    )
     flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.")
     flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.")
     flags.DEFINE_enum(
@@ -144,6 +151,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.")
     flags.DEFINE_multi_string(
         "exclude", [], "Prepared folder or image files of evaluation data to keep out. Repeatable."
+    )
+    flags.DEFINE_multi_string(
+        "allow_paths",
+        [],
+        "Folder or URL from which rows may name image files, besides the input's own. Repeatable.",
     )
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import fnmatch
 import os
 import posixpath
+import stat
 from typing import Any
 
 from coca_jax.storage import filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
+MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
 
 
 def join(folder: str, name: str) -> str:
     """A file in a folder, or `name` itself where it is absolute or a URL."""
-    if is_remote(name) or posixpath.isabs(name):
+    if "://" in name or posixpath.isabs(name):
         return name
     return posixpath.join(folder, name)
 
@@ -35,18 +37,49 @@ def read(path: str) -> bytes:
     return system.cat_file(plain)
 
 
+class TooLarge(ValueError):
+    """A file that has more bytes than are read."""
+
+
+def read_bounded(path: str, most: int = MAX_IMAGE_FILE) -> bytes:
+    """The whole of a regular file: neither a pipe nor a device, however it is named.
+
+    Raises:
+        TooLarge: it has more than `most` bytes.
+        OSError: it is absent, not a regular file or cannot be read.
+        ValueError: the path cannot be one.
+    """
+    if is_remote(path):
+        with open_binary(path) as file:
+            data = file.read(most + 1)
+    else:
+        path = path.removeprefix("file://")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(f"{path}: not a regular file")
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):  # exchanged since
+                raise OSError(f"{path}: not a regular file")
+            data = file.read(min(found.st_size, most) + 1)
+    if len(data) > most:
+        raise TooLarge(f"{path}: more than {most} bytes")
+    return data
+
+
 def read_image(path: str) -> bytes:
     """The whole of a file that somebody named as an image.
 
-    Raises FileNotFoundError, or ValueError for a folder, each saying what to give.
+    Raises FileNotFoundError, ValueError for a folder, each saying what to give, or what
+    `read_bounded` raises.
     """
     if is_remote(path):
-        return read(path)
+        return read_bounded(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; give an image file, folder or URL")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder; give it alone for all of its images, or name them")
-    return read(path)
+    return read_bounded(path)
 
 
 def open_binary(path: str) -> Any:

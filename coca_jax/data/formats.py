@@ -7,10 +7,9 @@ import io
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import files, videos
+from coca_jax.data import files, images, videos
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".apng")
-MEDIA = IMAGES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
+MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = ("metadata.jsonl", "metadata.csv")  # of an imagefolder
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 

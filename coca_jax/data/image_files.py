@@ -17,7 +17,7 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
 
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
     """
-    extensions = set(images.extensions())
+    extensions = set(images.SUFFIXES)
     if video:
         extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}

@@ -13,13 +13,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from coca_jax.data import files
 
-MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
+MAX_PIXELS = 120_000_000  # of an image or frame; decoding takes about 7 bytes for each
 # The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
 # more, some of which are not to be opened for a stranger: EPS starts Ghostscript. HEIF is a plugin
 # that a caller may have registered.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "HEIF")
+SUFFIXES = (  # of their files
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 WHITE = (255, 255, 255)
 _PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text, which PIL reads at a megabyte a second
+_STRIP = 1 << 22  # pixels that are converted at a time
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -33,13 +38,6 @@ def formats() -> tuple[str, ...]:
     """Those of FORMATS that this installation of PIL can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-@functools.cache
-def extensions() -> frozenset[str]:
-    """Extensions of files of these formats, as '.jpg'."""
-    readable = {*formats(), "MPO"}  # MPO, of phones and stereo cameras, is opened as JPEG
-    return frozenset(e for e, name in Image.registered_extensions().items() if name in readable)
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -70,12 +68,17 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    if values.dtype.kind == "f":
-        values = values * 255.0 if values.max(initial=0) <= 1.0 else values
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-        values = values.astype(np.int64) >> 8
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    highest = values.max(initial=0)
+    pixels = np.empty(values.shape, np.uint8)
+    rows = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = values[top : top + rows]
+        if values.dtype.kind == "f":
+            strip = np.rint(strip * 255.0 if highest <= 1.0 else strip)
+        elif image.mode.startswith("I;16") or highest > 255:
+            strip = strip >> 8
+        pixels[top : top + rows] = np.clip(strip, 0, 255)
+    return Image.fromarray(pixels)
 
 
 def to_rgba(image: Image.Image) -> np.ndarray:
@@ -84,14 +87,28 @@ def to_rgba(image: Image.Image) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _sixteen_to_eight(image)
-    return np.asarray(image.convert("RGBA" if has_alpha(image) else "RGB"))
+    mode = "RGBA" if has_alpha(image) else "RGB"
+    image.load()
+    pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+    rows = max(_STRIP // image.width, 1)  # converted in strips: copies of the whole would add up
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom)) if rows < image.height else image
+        pixels[top:bottom] = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+    return pixels
 
 
 def over(rgba: np.ndarray, background: Sequence[float] | np.ndarray = WHITE) -> np.ndarray:
-    """Puts uint8 [h, w, 4] over a colour (whole numbers in [0, 255]): uint8 [h, w, 3]."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    blend = rgba[..., :3] * alpha + np.asarray(background, np.uint16) * (255 - alpha)
-    return ((blend + 127) // 255).astype(np.uint8)
+    """Puts uint8 [..., h, w, 4] over a colour (whole numbers in [0, 255]): uint8 [..., h, w, 3]."""
+    colour = np.asarray(background, np.uint16)
+    flat = rgba.reshape(-1, 4)
+    pixels = np.empty((len(flat), 3), np.uint8)
+    for start in range(0, len(flat), _STRIP):
+        strip = flat[start : start + _STRIP]
+        alpha = strip[:, 3:].astype(np.uint16)
+        blend = strip[:, :3] * alpha + colour * (255 - alpha)
+        pixels[start : start + _STRIP] = (blend + 127) // 255
+    return pixels.reshape(*rgba.shape[:-1], 3)
 
 
 def decode_rgba(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

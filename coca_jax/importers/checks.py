@@ -60,6 +60,10 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, "text_too_long", f"{max(map(len, texts))} characters"
     if any("\ufffd" in text for text in texts):
         return None, "bad_utf8", "a text has bytes that are not UTF-8"
+    try:
+        "".join((*texts, *item.labels)).encode()
+    except UnicodeEncodeError:
+        return None, "bad_utf8", "a text or label has half a surrogate pair"
     texts = [text for text in texts if len(text) >= max(options.min_text, 1)]
     labels = [" ".join(label.split()) for label in item.labels]
     labels = list(dict.fromkeys(label for label in labels if label))

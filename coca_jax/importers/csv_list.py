@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
-import posixpath
 from collections.abc import Iterator
+from typing import Any
 
-from coca_jax.data import files
-from coca_jax.importers.imagefolder import from_fields
-from coca_jax.importers.items import Item, Options, Unit, split_units
+from coca_jax.data import files, named_files
+from coca_jax.importers import imagefolder, lines
+from coca_jax.importers.items import Item, Options, Unit, load_image, split_units
 
 ROWS_PER_UNIT = 2048
 PATTERNS = ("*.csv", "*.tsv")  # of its files
@@ -22,32 +21,40 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         FileNotFoundError: no .csv, .tsv or .txt file.
         ValueError: a list has no such column.
     """
-    units = []
+    units, root = [], named_files.root_of(path)
     for file in files.find(path, PATTERNS, split):
         rows, columns = 0, None
-        for fields in _rows(file):
-            columns = columns or list(fields)
+        for fields in lines.csv_rows(file):
+            if not columns and not isinstance(fields, csv.Error):
+                columns = list(fields)
             rows += 1
-        for field in (options.image_field, options.text_field, options.label_field):
+        wanted = (*options.image_field.split(","), options.text_field, options.label_field)
+        for field in wanted:
             if field and columns and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
-        units += split_units(file, rows, ROWS_PER_UNIT)
+        units += split_units(file, rows, ROWS_PER_UNIT, root)
     return units
-
-
-def _rows(path: str) -> Iterator[dict]:
-    """Rows as dicts; tabs separate where the header has one, else commas."""
-    text = files.read(path).decode("utf-8", "replace").removeprefix("\ufeff")
-    tabs = "\t" in text.split("\n", 1)[0]
-    # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers keep it
-    # only where it does not open the field, so quotes count here as pandas counts them.
-    yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows; paths are relative to the list."""
-    folder = posixpath.dirname(unit.path)
-    for number, fields in enumerate(_rows(unit.path)):
-        if unit.start <= number < unit.stop:
-            fields.pop(None, None)  # more cells than columns
-            yield from_fields(folder, fields, options)
+    for number, fields in enumerate(lines.csv_rows(unit.path)):
+        if number >= unit.stop:
+            return
+        if number >= unit.start:
+            yield _item(unit, number, fields, options)
+
+
+def _item(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Options) -> Item:
+    found = imagefolder.row(unit, number, fields, options)
+    second = options.image_field.partition(",")[2]
+    if not second or isinstance(fields, csv.Error) or found.item.problem:
+        return found.load(unit, options)
+    item, name = found.item, fields.pop(second, None)
+    if not name:
+        item.problem, item.detail = "missing_image", f"the row names no {second!r}"
+        return item
+    other = load_image(Item(name), found.folder, name, unit, options)
+    item.second, item.problem, item.detail = other.image, other.problem, other.detail
+    item.key = f"{item.key}+{name}#{item.texts[0] if item.texts else ''}"
+    return found.load(unit, options)

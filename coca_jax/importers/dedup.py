@@ -57,8 +57,11 @@ def evaluation_images(path: str) -> Iterator[bytes]:
             found: Source = open_source({"path": path, "split": split})
             yield from (record.image for record in found)
         return
-    for file in files.find(path, tuple(f"*{suffix}" for suffix in sorted(images.extensions()))):
-        yield files.read(file)
+    for file in files.find(path, tuple(f"*{suffix}" for suffix in images.SUFFIXES)):
+        try:
+            yield files.read_bounded(file)
+        except (OSError, ValueError):
+            continue  # what cannot be read cannot be evaluated on
 
 
 def decide(

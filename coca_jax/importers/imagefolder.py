@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
+import dataclasses
 import posixpath
 from collections.abc import Iterator
+from typing import Any
 
-from coca_jax.data import files
+from coca_jax.data import files, named_files
 from coca_jax.data.formats import IMAGE_COLUMNS, MEDIA, METADATA
+from coca_jax.importers import lines
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
     Options,
     Unit,
+    guarded,
+    load_image,
     names,
+    split_units,
     strings,
     take,
 )
 
 ROWS_PER_UNIT = 2048
+BYTES_PER_UNIT = 64 << 20
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -36,23 +41,14 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if split in splits(path) or (split not in files.SPLITS and files.exists(inner)):
         root = inner
     found = _metadata(root)
-    units = []
+    units, below = [], named_files.root_of(path)
     for metadata in found:
         if metadata.endswith(".jsonl"):
-            units += _line_units(metadata)
+            units += _line_units(metadata, below)
         else:
-            rows = sum(1 for _ in _csv_rows(metadata))
-            units += [
-                Unit(metadata, start, min(start + ROWS_PER_UNIT, rows), min(ROWS_PER_UNIT, rows))
-                for start in range(0, rows, ROWS_PER_UNIT)
-            ]
-    if found:
-        return units
-    listed = _images(root)
-    return [
-        Unit(root, start, start + ROWS_PER_UNIT, min(ROWS_PER_UNIT, len(listed) - start))
-        for start in range(0, len(listed), ROWS_PER_UNIT)
-    ]
+            rows = sum(1 for _ in lines.csv_rows(metadata))
+            units += split_units(metadata, rows, ROWS_PER_UNIT, below)
+    return units if found else split_units(root, len(_images(root)), ROWS_PER_UNIT, below)
 
 
 def splits(path: str) -> list[str]:
@@ -98,101 +94,107 @@ def _images(root: str) -> list[str]:
     return files.find(root, tuple(f"*{s}" for s in MEDIA) + tuple(f"*{s.upper()}" for s in MEDIA))
 
 
-def _line_units(path: str) -> list[Unit]:
+def _line_units(path: str, root: str) -> list[Unit]:
     """Byte ranges of a file of lines."""
     units, start, position, rows = [], 0, 0, 0
     with files.open_binary(path) as file:
-        for line in file:
-            position += len(line)
-            rows += bool(line.strip())
-            if rows == ROWS_PER_UNIT:
-                units.append(Unit(path, start, position, rows))
+        for line, size in lines.lines(file):
+            position += size
+            rows += line is None or bool(line.strip())
+            if rows == ROWS_PER_UNIT or position - start >= BYTES_PER_UNIT:
+                units.append(Unit(path, start, position, rows, root))
                 start, rows = position, 0
     if rows:
-        units.append(Unit(path, start, position, rows))
+        units.append(Unit(path, start, position, rows, root))
     return units
 
 
-def _csv_rows(path: str) -> Iterator[dict]:
-    text = files.read(path).decode("utf-8", "replace")
-    return csv.DictReader(io.StringIO(text, newline=""))  # type: ignore[return-value]
+class Located:
+    """An item without its image, and the name of its image's file, relative to a folder."""
+
+    def __init__(self, item: Item, folder: str = "", name: Any = ""):
+        self.item, self.folder, self.name = item, folder, name
+
+    def load(self, unit: Unit, options: Options) -> Item:
+        """The item with its image, unless it has a problem already."""
+        item = dataclasses.replace(self.item)
+        return item if item.problem else load_image(item, self.folder, self.name, unit, options)
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a unit, in the order of the metadata."""
-    for item, path in located(unit, options):
-        yield item if item.problem else load_image(item, path)
+    for found in located(unit, options):
+        yield found.load(unit, options)
 
 
-def located(unit: Unit, options: Options) -> Iterator[tuple[Item, str]]:
-    """The items of a unit without their images, each with the path of its image."""
+def located(unit: Unit, options: Options) -> Iterator[Located]:
+    """The items of a unit without their images."""
     if unit.path.endswith(".jsonl"):
-        with files.open_binary(unit.path) as file:
-            file.seek(unit.start)
-            lines = file.read(unit.stop - unit.start).split(b"\n")
-        folder = posixpath.dirname(unit.path)
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode())
-                if not isinstance(fields, dict):
-                    raise ValueError("not a JSON object")
-            except ValueError as error:  # UnicodeDecodeError is one as well
-                bad = isinstance(error, UnicodeDecodeError)
-                where = f"{posixpath.basename(unit.path)}@{unit.start}+{number}"
-                yield Item(where, problem="bad_utf8" if bad else "bad_json", detail=str(error)), ""
-                continue
-            yield _located(folder, fields, options)
+        yield from _json_rows(unit, options)
     elif unit.path.endswith(".csv"):
-        folder = posixpath.dirname(unit.path)
-        for number, fields in enumerate(_csv_rows(unit.path)):
-            if unit.start <= number < unit.stop:
-                yield _located(folder, dict(fields), options)
+        for number, fields in enumerate(lines.csv_rows(unit.path)):
+            if number >= unit.stop:
+                return
+            if number >= unit.start:
+                yield row(unit, number, fields, options)
     else:
         plain = files.filesystem(unit.path)[1]
         for path in _images(unit.path)[unit.start : unit.stop]:
             name = posixpath.relpath(files.filesystem(path)[1], plain)
             label = posixpath.dirname(name).replace("_", " ").replace("/", ", ")
-            yield Item(name, labels=strings(label)), path
+            yield Located(Item(name, labels=strings(label)), unit.path, path)
 
 
-def from_fields(folder: str, fields: dict, options: Options) -> Item:
-    """An item of one row: a file name, and a text or label."""
-    item, path = _located(folder, fields, options)
-    second = options.image_field.partition(",")[2]
-    if second and not item.problem:
-        other = fields.pop(second, None)
-        if not isinstance(other, str) or not other:
-            item.problem, item.detail = "missing_image", f"the row names no {second!r}"
-            return item
-        found = load_image(Item(other), files.join(folder, other))
-        item.second, item.problem, item.detail = found.image, found.problem, found.detail
-        item.key = f"{item.key}+{other}#{item.texts[0] if item.texts else ''}"
-    return item if item.problem else load_image(item, path)
+def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
+    base, position = posixpath.basename(unit.path), unit.start
+    with files.open_binary(unit.path) as file:
+        file.seek(unit.start)
+        for number, (line, size) in enumerate(lines.lines(file)):
+            position += size
+            where = f"{base}@{unit.start}+{number}"
+            if line is None:
+                detail = f"a line of more than {lines.MAX_ROW_BYTES} bytes"
+                yield Located(Item(where, problem="bad_json", detail=detail))
+            elif line.strip():
+                yield _json_row(unit, where, line, options)
+            if position >= unit.stop:
+                return
 
 
-def _located(folder: str, fields: dict, options: Options) -> tuple[Item, str]:
+def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
+    try:
+        fields = lines.parse_object(line)
+    except ValueError as error:
+        reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
+        return Located(Item(where, problem=reason, detail=str(error)))
+    return _located(where, unit, fields, options)
+
+
+def row(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Options) -> Located:
+    """One row of a list: its item, and the name of its image."""
+    where = f"{posixpath.basename(unit.path)}#{number}"
+    if isinstance(fields, csv.Error):
+        return Located(Item(where, problem="bad_record", detail=str(fields)))
+    return _located(where, unit, fields, options)
+
+
+def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -> Located:
+    folder = posixpath.dirname(unit.path)
     first = options.image_field.partition(",")[0]
     name = take(fields, first, IMAGE_COLUMNS)
     if not isinstance(name, str) or not name:
-        return Item(str(name), problem="missing_image", detail="the row names no image file"), ""
-    path = files.join(folder, name)
-    item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
-    try:
-        labels = take(fields, options.label_field, LABEL_FIELDS)
-        item.labels = names(labels, options.class_names)
-    except ValueError as error:
-        item.problem, item.detail = "bad_label", str(error)
-        return item, path
-    item.extra = fields
-    return item, path
+        detail = f"the row names no image file; it has {sorted(map(str, fields))}"
+        return Located(Item(where, problem="missing_image", detail=detail))
 
+    def make() -> Item:
+        item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+        try:
+            labels = take(fields, options.label_field, LABEL_FIELDS)
+            item.labels = names(labels, options.class_names)
+        except ValueError as error:
+            item.problem, item.detail = "bad_label", str(error)
+            return item
+        item.extra = fields
+        return item
 
-def load_image(item: Item, path: str) -> Item:
-    """Reads the item's image file into it."""
-    try:
-        item.image = files.read(path)
-    except OSError as error:
-        item.problem, item.detail = "missing_image", str(error)
-    return item
+    return Located(guarded(name, make), folder, name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from coca_jax.data import files, images, named_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Options:
         dedup: 'none', 'content' (images of equal bytes) or 'perceptual' (that look the same too).
         distance: bits of 256 in which images that look the same may differ.
         exclude: paths of evaluation images, none of which is to be trained on.
+        allow_paths: folders and URLs from which rows may name image files, besides the input's own.
     """
 
     text_field: str = ""
@@ -42,7 +45,7 @@ class Options:
     verify: bool = True
     min_side: int = 1
     max_aspect: float = 0.0
-    max_pixels: int = 178_956_970
+    max_pixels: int = images.MAX_PIXELS
     max_image_bytes: int = 64 << 20
     min_text: int = 1
     max_text: int = 10_000
@@ -55,6 +58,7 @@ class Options:
     dedup: str = "none"
     distance: int = 6
     exclude: tuple[str, ...] = ()
+    allow_paths: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +69,14 @@ class Unit:
         path: a file.
         start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
         rows: how many items to expect; 0: not known.
+        root: the folder below which its rows may name files; '': the file's own.
     """
 
     path: str
     start: int = 0
     stop: int = 0
     rows: int = 0
+    root: str = ""
 
 
 @dataclasses.dataclass
@@ -87,12 +93,41 @@ class Item:
     second: bytes = b""  # the other image of a pair
 
 
-def split_units(path: str, rows: int, rows_per_unit: int) -> list[Unit]:
+def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> list[Unit]:
     """Cuts rows of a file into units."""
     return [
-        Unit(path, start, min(start + rows_per_unit, rows), min(rows_per_unit, rows - start))
+        Unit(path, start, min(start + rows_per_unit, rows), min(rows_per_unit, rows - start), root)
         for start in range(0, rows, rows_per_unit)
     ]
+
+
+def guarded(key: str, make: Callable[[], Item]) -> Item:
+    """The item that `make` gives. Whatever a stranger's row makes it raise is that row's problem:
+    one bad row never ends an import."""
+    try:
+        return make()
+    except Exception as error:
+        return Item(key, problem="bad_record", detail=f"{type(error).__name__}: {error}")
+
+
+def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options) -> Item:
+    """Reads the file that a row names into its item, or says in the item why it may not."""
+    roots = (unit.root or folder, *options.allow_paths)
+    try:
+        path = named_files.resolve(folder, name, roots)
+        item.image = files.read_bounded(path, options.max_image_bytes)
+    except named_files.Outside as error:
+        item.problem, item.detail = "outside_input", str(error)
+    except files.TooLarge as error:
+        item.problem, item.detail = "image_too_big", str(error)
+    except Exception as error:  # file systems have types of their own
+        item.problem, item.detail = "missing_image", f"{type(error).__name__}: {error}"
+    return item
+
+
+def printable(text: str) -> str:
+    """Text that is UTF-8: half a surrogate pair, or a byte of a file name, becomes its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def strings(value: Any) -> list[str]:
@@ -137,7 +172,8 @@ def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
 
 def plain_json(value: Any) -> str:
     """Fields as JSON, with what JSON lacks turned into text."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return text.encode("utf-8", "replace").decode()
 
 
 TEXT_FIELDS = ("text", "caption", "title")

@@ -9,15 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 
-from coca_jax.data import files
-from coca_jax.importers.imagefolder import load_image
+from coca_jax.data import files, named_files
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
     Options,
     Unit,
+    guarded,
+    load_image,
     names,
     split_units,
     strings,
@@ -27,86 +29,139 @@ from coca_jax.importers.items import (
 ROWS_PER_UNIT = 4096
 IMAGE_FIELDS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path")
 PATTERNS = ("*.parquet",)  # of its files
+_BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
+_MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100  # of a column that is more of a bomb than a picture
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of parquet files: ranges of rows.
+    """Units of parquet files: ranges of rows. A file that cannot be read is one of them.
 
     Raises:
         FileNotFoundError: no parquet file.
-        ValueError: one that cannot be read, or has no such column.
+        ValueError: one that has no such column.
     """
-    units = []
+    units, root = [], named_files.root_of(path)
     for file in files.find(path, PATTERNS, split):
-        with files.open_binary(file) as handle:
-            try:
-                table = pq.ParquetFile(handle)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{file}: not a parquet file: {error}") from None
-            columns = table.schema_arrow.names
-            images = options.image_field.split(",")
-            for field in (*images, options.text_field, options.label_field):
-                if field and field not in columns:
-                    raise ValueError(f"{file}: no column {field!r}; it has {columns}")
-            if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
-                raise ValueError(f"{file}: which column holds images? --image_field of {columns}")
-            units += split_units(file, table.metadata.num_rows, ROWS_PER_UNIT)
+        try:
+            with files.open_binary(file) as handle:
+                table = _open(handle)
+                columns, rows = table.schema_arrow.names, table.metadata.num_rows
+        except ValueError:
+            units.append(Unit(file, rows=1))  # `read` says what is wrong with it
+            continue
+        images = options.image_field.split(",")
+        for field in (*images, options.text_field, options.label_field):
+            if field and field not in columns:
+                raise ValueError(f"{file}: no column {field!r}; it has {columns}")
+        if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
+            raise ValueError(f"{file}: which column holds images? --image_field of {columns}")
+        units += split_units(file, rows, ROWS_PER_UNIT, root)
     return units
 
 
+def _open(handle: Any) -> pq.ParquetFile:
+    """Raises ValueError: not a parquet file, or a damaged one."""
+    try:
+        return pq.ParquetFile(
+            handle, thrift_string_size_limit=100 << 20, thrift_container_size_limit=1 << 20
+        )
+    except Exception as error:  # several of pyarrow's, which have no common base
+        raise ValueError(f"not a parquet file: {error}") from None
+
+
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of the ClassLabel columns, from the schema metadata that HF datasets write."""
+    """Names of the ClassLabel columns, from the schema metadata that HF datasets write. Metadata
+    of another shape say nothing, which a warning tells."""
     metadata = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(metadata)["info"]["features"] if metadata else {}
-    found = {}
-    for column, feature in features.items():
-        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
-            feature = feature["feature"]  # a sequence of labels
-        if isinstance(feature, list) and feature:
-            feature = feature[0]
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            if feature.get("names"):
-                found[column] = list(feature["names"])
+    found: dict[str, list[str]] = {}
+    try:
+        features = json.loads(metadata)["info"]["features"] if metadata else {}
+        for column, feature in features.items():
+            while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+                feature = feature["feature"]  # a sequence of labels
+            if isinstance(feature, list) and feature:
+                feature = feature[0]
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                listed = feature.get("names")
+                if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+                    found[column] = list(listed)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logging.warning("the metadata 'huggingface' of a parquet file are damaged: %r", error)
     return found
 
 
 def declared_classes(unit: Unit, options: Options) -> list[str]:
     """The class names that the first file declares for the label column, in order."""
-    with files.open_binary(unit.path) as handle:
-        found = class_names(pq.ParquetFile(handle).schema_arrow)
+    try:
+        with files.open_binary(unit.path) as handle:
+            found = class_names(_open(handle).schema_arrow)
+    except ValueError:
+        found = {}
     wanted = (options.label_field,) if options.label_field else LABEL_FIELDS
     return next((found[name] for name in wanted if name in found), list(options.class_names))
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
-    """The items of a range of rows."""
-    folder, base = posixpath.split(unit.path)
+    """The items of a range of rows. A damaged row group ends with one problem item."""
+    base = posixpath.basename(unit.path)
     with files.open_binary(unit.path) as handle:
-        table = pq.ParquetFile(handle)
-        classes = class_names(table.schema_arrow)
-        for number, fields in _rows(table, unit.start, unit.stop):
-            key = f"{base}#{number}"
-            yield _item(key, folder, fields, options, classes)
-
-
-def _rows(table: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    first = 0
-    for group in range(table.num_row_groups):
-        rows = table.metadata.row_group(group).num_rows
-        if first < stop and first + rows > start:
-            number = first
-            for batch in table.iter_batches(256, row_groups=[group]):
-                if number < stop and number + batch.num_rows > start:
-                    for row, fields in enumerate(batch.to_pylist(), number):
-                        if start <= row < stop:
-                            yield row, fields
+        try:
+            table = _open(handle)
+            classes = class_names(table.schema_arrow)
+        except ValueError as error:
+            yield Item(base, problem="damaged_archive", detail=str(error))
+            return
+        first = 0
+        for group in range(table.num_row_groups):
+            number, rows = first, table.metadata.row_group(group).num_rows
+            first += rows
+            if number >= unit.stop or first <= unit.start:
+                continue
+            batches = _batches(table, group)
+            while number < first:
+                try:
+                    batch = next(batches, None)
+                except Exception as error:  # several of pyarrow's
+                    detail = f"row group {group}: {type(error).__name__}: {error}"
+                    where = f"{base}#{max(number, unit.start)}"
+                    yield Item(where, problem="damaged_archive", detail=detail)
+                    break
+                if batch is None:
+                    if number < unit.stop:
+                        detail = f"row group {group} ends {first - number} rows early"
+                        yield Item(f"{base}#{number}", problem="damaged_archive", detail=detail)
+                    break
+                for row in range(max(unit.start - number, 0), batch.num_rows):
+                    if number + row < unit.stop:
+                        key, one = f"{base}#{number + row}", batch.slice(row, 1)
+                        yield guarded(key, lambda: _row(key, one, unit, options, classes))  # noqa: B023
                 number += batch.num_rows
-        first += rows
 
 
-def _item(
-    key: str, folder: str, fields: dict, options: Options, classes: dict[str, list[str]]
+def _batches(table: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a group, few at a time: a value that stands once in a file can be in each row.
+
+    Raises:
+        ValueError: the group unpacks to far more than it is.
+    """
+    about = table.metadata.row_group(group)
+    columns = [about.column(number) for number in range(about.num_columns)]
+    largest = max((column.total_uncompressed_size for column in columns), default=0)
+    for column in columns:
+        size, packed = column.total_uncompressed_size, max(column.total_compressed_size, 1)
+        if size > _MAX_UNPACKED and size > _MAX_RATIO * packed:
+            raise ValueError(f"{column.path_in_schema} unpacks from {packed} bytes to {size}")
+    rows = max(1, min(16, _BATCH_BYTES // max(largest, 1)))
+    yield from table.iter_batches(rows, row_groups=[group], use_threads=False)
+
+
+def _row(
+    key: str, one: pa.RecordBatch, unit: Unit, options: Options, classes: dict[str, list[str]]
 ) -> Item:
+    try:
+        fields = one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
     image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
     item = Item(key, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
@@ -118,22 +173,22 @@ def _item(
         item.problem, item.detail = "bad_label", str(error)
         return item
     item.extra = {k: v for k, v in fields.items() if not isinstance(v, bytes)}
-    _load(item, image, folder)
+    _load(item, image, unit, options)
     if second and not item.problem:
-        found = _load(Item(key), other, folder)
+        found = _load(Item(key), other, unit, options)
         item.second, item.problem, item.detail = found.image, found.problem, found.detail
     return item
 
 
-def _load(item: Item, image: Any, folder: str) -> Item:
+def _load(item: Item, image: Any, unit: Unit, options: Options) -> Item:
     """Puts an image into the item: HF's struct, bytes, or the path of a file."""
     if isinstance(image, dict):
-        path = image.get("path")
-        image = image.get("bytes") or (path and files.join(folder, path))
+        image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
         item.image = image
-    elif isinstance(image, str):
-        load_image(item, files.join(folder, image))
+    elif isinstance(image, str) and image:
+        load_image(item, posixpath.dirname(unit.path), image, unit, options)
     else:
-        item.problem, item.detail = "missing_image", "the row has no image"
+        item.problem = "missing_image"
+        item.detail = f"the image of the row is {type(image).__name__}: neither bytes nor a path"
     return item

@@ -17,8 +17,9 @@ from array_record.python import array_record_module
 
 from coca_jax import storage
 from coca_jax.data import files, records
+from coca_jax.data.records import Record
 from coca_jax.importers import checks, dedup
-from coca_jax.importers.items import Item, Options, Unit
+from coca_jax.importers.items import Item, Options, Unit, printable
 
 MODULES = {
     "imagefolder": "imagefolder",
@@ -68,10 +69,27 @@ def importer(name: str) -> Any:
 
 
 def read_items(job: Job) -> Iterator[Item]:
-    """The items of a job's units, in order."""
+    """The items of a job's units, in order. A file that cannot be opened is one problem item."""
     module = importer(job.format)
     for unit in job.units:
-        yield from module.read(unit, job.options)
+        try:
+            for item in module.read(unit, job.options):
+                item.key = printable(item.key)
+                yield item
+        except OSError as error:  # it was there when the import was planned
+            yield Item(printable(unit.path), problem="damaged_archive", detail=str(error))
+
+
+def _judged(number: int, item: Item, job: Job) -> tuple[bytes, Record | None, str, str]:
+    """(serialized, record, '', '') of an item that is kept, (b'', None, reason, detail) of one that
+    cannot be used; b'' and no reason of one that is left out on purpose, by `detail`."""
+    left_out = checks.wanted(item, job.options)
+    if left_out:
+        return b"", None, "", left_out
+    record, reason, detail = checks.record(item, job.options)
+    if record and number in job.drop:
+        record, reason, detail = None, *job.drop[number].split(": ", 1)
+    return records.serialize(record) if record else b"", record, reason, detail
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -104,17 +122,18 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
             read += 1
             if read % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY)
-            left_out = checks.wanted(item, job.options)
-            if left_out:
-                filtered[left_out] += 1
+            try:
+                kept, record, reason, detail = _judged(number, item, job)
+            except Exception as error:  # one bad row never ends an import
+                record, reason, detail = None, "bad_record", f"{type(error).__name__}: {error}"
+            if record is None and not reason:
+                filtered[detail] += 1
                 continue
-            record, reason, detail = checks.record(item, job.options)
-            if record and number in job.drop:
-                record, reason, detail = None, *job.drop[number].split(": ", 1)
             if record is None:
-                quarantined.append({"key": item.key, "reason": reason, "detail": detail[:300]})
+                detail = printable(detail[:300])
+                quarantined.append({"key": item.key, "reason": reason, "detail": detail})
                 continue
-            writer.write(records.serialize(record))
+            writer.write(kept)
             count += 1
             with_text += bool(record.texts)
             with_label += bool(record.labels)
@@ -153,10 +172,12 @@ def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, s
     found = []
     for number, item in enumerate(read_items(job)):
         report(1)
-        if not item.problem and not checks.wanted(item, job.options):
-            record, _, _ = checks.record(item, job.options)
+        try:
+            _, record, _, _ = _judged(number, item, job)
             if record:
                 found.append((number, item.key, *dedup.fingerprint(item.image)))
+        except Exception:  # `write` says what is wrong with it
+            continue
     storage.write_bytes(path, json.dumps(found).encode())
     return found
 

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from coca_jax.data import tfds_source
+from coca_jax.data import files, tfds_source
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
     Options,
     Unit,
+    guarded,
+    names,
     split_units,
     strings,
     take,
 )
 
 ROWS_PER_UNIT = 4096
+_OWN = "tensorflow_datasets.core.features."
 
 
 def _builder(name: str) -> Any:
     tfds = tfds_source.package()
+    folder = "/" in name and name.startswith((".", "/")) or "://" in name
+    if folder:
+        _check_features(name)
     try:
-        if "/" in name and name.startswith((".", "/")) or "://" in name:
+        if folder:
             return tfds.builder_from_directory(name)
         return tfds.builder(name)
     except Exception as error:  # TFDS has a type for each way to be absent
         raise ValueError(f"--input={name}: tensorflow-datasets has no such data: {error}") from None
+
+
+def _check_features(folder: str) -> None:
+    """Raises ValueError for a folder whose features would import modules that are not TFDS's own:
+    importing a module runs it."""
+    path = files.join(folder, "features.json")
+    try:
+        left = [json.loads(files.read(path))] if files.exists(path) else []
+        while left:
+            node = left.pop()
+            name = node.get("pythonClassName", "") if isinstance(node, dict) else ""
+            if not isinstance(name, str) or (name and not name.startswith(_OWN)):
+                raise ValueError(f"a feature of class {name!r}; only {_OWN}* are read")
+            values = node.values() if isinstance(node, dict) else node
+            left += [value for value in values if isinstance(value, (dict, list))]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -86,18 +108,34 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         examples = builder.as_data_source(part, decoders=decoders)
     else:
         examples = tfds.as_numpy(builder.as_dataset(part, decoders=decoders, shuffle_files=False))
-    for number, example in enumerate(examples, unit.start):
-        values = {key: _plain(value) for key, value in example.items() if key != image}
-        texts = values.pop(text, None)
-        if isinstance(texts, dict):  # COCO's captions are a sequence of {id, text}
-            texts = take(texts, "", TEXT_FIELDS)
-        item = Item(f"{split}#{number}", bytes(example[image]), strings(texts))
-        labels = values.pop(label, None)
-        if classes and labels is not None:
-            labels = [classes[i] for i in np.asarray(labels).reshape(-1)]
-        item.labels = strings(labels)
-        item.extra = values
-        yield item
+    number, left = unit.start, iter(examples)
+    while number < unit.stop:
+        key = f"{split}#{number}"
+        try:
+            example = next(left)
+        except Exception as error:  # TensorFlow and array_record have types of their own
+            detail = f"{type(error).__name__}: {error}"
+            yield Item(key, problem="damaged_archive", detail=detail)
+            return
+        yield guarded(key, lambda: _item(key, example, (image, text, label), classes))  # noqa: B023
+        number += 1
+
+
+def _item(
+    key: str, example: dict[str, Any], fields: tuple[str, str, str], classes: Sequence[str]
+) -> Item:
+    image, text, label = fields
+    values = {name: _plain(value) for name, value in example.items() if name != image}
+    texts = values.pop(text, None)
+    if isinstance(texts, dict):  # COCO's captions are a sequence of {id, text}
+        texts = take(texts, "", TEXT_FIELDS)
+    item = Item(key, bytes(example[image]), strings(texts))
+    try:
+        item.labels = names(values.pop(label, None), classes)
+    except ValueError as error:
+        item.problem, item.detail = "bad_label", str(error)
+    item.extra = values
+    return item
 
 
 def _plain(value: Any) -> Any:

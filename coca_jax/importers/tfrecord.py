@@ -14,6 +14,7 @@ from coca_jax.importers.items import (
     Item,
     Options,
     Unit,
+    guarded,
     names,
     strings,
     take,
@@ -24,6 +25,7 @@ _TEXTS = (*TEXT_FIELDS, "image/caption")
 _LABELS = (*LABEL_FIELDS, "image/class/text", "image/class/label")
 _MAX_RECORD = 1 << 31  # a length above this is damage, not a record
 PATTERNS = ("*.tfrecord", "*.tfrecord-*")  # of its files
+_MAX_FIELDS = 16 << 20  # bytes of a record besides its image
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -41,12 +43,20 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     number = 0
     with files.open_binary(unit.path) as file:
         while head := file.read(12):
+            key = f"{base}#{number}"
             size = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else _MAX_RECORD
-            data = file.read(size) if size < _MAX_RECORD else b""
-            if size >= _MAX_RECORD or len(data) < size or len(file.read(4)) < 4:
-                yield Item(f"{base}#{number}", problem="damaged_archive", detail="cut short")
+            large = options.max_image_bytes + _MAX_FIELDS < size < _MAX_RECORD
+            if large:
+                file.seek(size, 1)
+            data = file.read(size) if size < _MAX_RECORD and not large else b""
+            short = len(data) < size and not large
+            if size >= _MAX_RECORD or short or len(file.read(4)) < 4:
+                yield Item(key, problem="damaged_archive", detail="cut short")
                 return
-            yield _item(f"{base}#{number}", data, options)
+            if large:
+                yield Item(key, problem="image_too_big", detail=f"a record of {size} bytes")
+            else:
+                yield guarded(key, lambda: _item(key, data, options))  # noqa: B023
             number += 1
 
 

@@ -112,11 +112,11 @@ def _is_plain_folder(entry: Mapping[str, Any]) -> bool:
 def _folder(entry: Mapping[str, Any], split: str) -> Source:
     path, options = str(entry["path"]), _options(entry)
     found = [
-        item
+        (one, unit)
         for unit in imagefolder.plan(path, split, options)
-        for item in imagefolder.located(unit, options)
+        for one in imagefolder.located(unit, options)
     ]
-    bad = [item for item, _ in found if item.problem]
+    bad = [one.item for one, _ in found if one.item.problem]
     if bad:
         raise ValueError(
             f"data {path}: {len(bad)} of {len(found)} rows cannot be used, the first {bad[0].key} "
@@ -124,13 +124,14 @@ def _folder(entry: Mapping[str, Any], split: str) -> Source:
         )
 
     def read(indices: Indices) -> list[Record]:
-        return [_record(imagefolder.load_image(*found[int(i)]), path) for i in indices]
+        wanted = (found[int(i)] for i in indices)
+        return [_record(one.load(unit, options), path) for one, unit in wanted]
 
     return Source(
         f"{path} [{split}]",
         len(found),
         read,
-        lambda indices: [_record(found[int(i)][0], path) for i in indices],
+        lambda indices: [_record(found[int(i)][0].item, path) for i in indices],
         applied_fields=True,
     )
 

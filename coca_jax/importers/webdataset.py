@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
-import tarfile
 from collections.abc import Iterator
 
-from coca_jax.data import files, videos
+from coca_jax.data import files, images, videos
+from coca_jax.importers import lines, tar_members
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
     Options,
     Unit,
+    guarded,
     names,
     strings,
     take,
 )
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "image")
+IMAGE_SUFFIXES = (*(suffix[1:] for suffix in images.SUFFIXES), "img", "image")
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
 PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")  # of its files
+TEXT_SUFFIXES = ("txt", "cls", "json")
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -33,45 +34,70 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return [Unit(file) for file in files.find(path, PATTERNS, split)]
 
 
+class _Group:
+    """The members of one example, as far as they are of use."""
+
+    def __init__(self, key: str, options: Options):
+        self.key, self.data = key, {}  # type: str, dict[str, bytes]
+        self._wanted = (*MEDIA_SUFFIXES, *TEXT_SUFFIXES, *options.image_field.split(","))
+        self._room = 2 * options.max_image_bytes
+        self.problem = self.detail = ""
+
+    def add(self, suffix: str, member: tar_members.Member) -> None:
+        if suffix not in self._wanted:
+            self.data[suffix] = b""
+            return
+        most = lines.MAX_ROW_BYTES if suffix in TEXT_SUFFIXES else self._room
+        if member.size > most:
+            text = suffix in TEXT_SUFFIXES
+            self.problem = "text_too_long" if text else "image_too_big"
+            self.detail = f".{suffix} of {member.size} bytes"
+            self.data[suffix] = b""
+            return
+        self.data[suffix] = member.read()
+        self._room -= member.size
+
+
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a tar file, in its order. A damaged archive ends with one problem item."""
     base = posixpath.basename(unit.path)
     seen: set[str] = set()
-    group, members = "", {}  # type: str, dict[str, bytes]
+    group = _Group("", options)
 
     def finish() -> Iterator[Item]:
-        if members:
-            item = _item(f"{base}/{group}", members, options)
-            if group in seen:
+        if group.data:
+            key = f"{base}/{group.key}"
+            if group.problem:
+                item = Item(key, problem=group.problem, detail=group.detail)
+            else:
+                item = guarded(key, lambda: _item(key, group.data, options))
+            if group.key in seen:
                 item.problem, item.detail = "duplicate_key", "a second example with this key"
-            seen.add(group)
+            seen.add(group.key)
             yield item
 
     try:
         with files.open_binary(unit.path) as handle:
-            with tarfile.open(fileobj=handle, mode="r|*") as archive:
-                for member in archive:
-                    name = member.name.removeprefix("./")
-                    folder, last = posixpath.split(name)
-                    stem, dot, suffix = last.partition(".")
-                    if not member.isfile() or not dot or not stem:
-                        continue
-                    key = posixpath.join(folder, stem)
-                    suffix = suffix.lower()
-                    if key != group or suffix in members:
-                        yield from finish()
-                        group, members = key, {}
-                    file = archive.extractfile(member)
-                    data = file.read() if file else b""
-                    if len(data) < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    members[suffix] = data
-    except (tarfile.TarError, OSError, EOFError) as error:
+            for member in tar_members.members(handle):
+                folder, last = posixpath.split(member.name.removeprefix("./"))
+                stem, dot, suffix = last.partition(".")
+                if not dot or not stem:
+                    continue
+                key, suffix = posixpath.join(folder, stem), suffix.lower()
+                if key != group.key or suffix in group.data:
+                    yield from finish()
+                    group = _Group(key, options)
+                group.add(suffix, member)
+            yield from finish()
+            group = _Group("", options)
+    except Exception as error:  # damage makes tarfile and zlib raise all sorts
         # What came before is whole; the example that was being read is not.
-        key = f"{base}/{group}" if group else base
-        yield Item(key, problem="damaged_archive", detail=str(error))
-        return
-    yield from finish()
+        if isinstance(error, tar_members.BadEnd):
+            yield from finish()
+            group = _Group("", options)
+        key = f"{base}/{group.key}" if group.key else base
+        detail = f"{type(error).__name__}: {error}"
+        yield Item(key, problem="damaged_archive", detail=detail)
 
 
 def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
@@ -83,9 +109,7 @@ def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
         return item
     item.image, item.second = members[suffix], members[second] if second else b""
     try:
-        fields = json.loads(members["json"].decode()) if "json" in members else {}
-        if not isinstance(fields, dict):
-            raise ValueError("the .json member is not an object")
+        fields = lines.parse_object(members["json"]) if "json" in members else {}
         text = members["txt"].decode() if "txt" in members and not options.text_field else None
         label = members["cls"].decode() if "cls" in members and not options.label_field else None
     except UnicodeDecodeError as error:

@@ -1,0 +1,72 @@
+"""Files that data name: a stranger's row may point only into the folders that the user gave.
+
+Without that, a row of somebody else's list makes a command read /home/you/.ssh, call an address of
+the inner network or wait at a pipe for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+from coca_jax.data import files
+
+
+class Outside(ValueError):
+    """A name that leads out of the folders that are allowed."""
+
+
+def root_of(path: str) -> str:
+    """The folder below which an input's rows may name files: the input where it is a folder, else
+    the folder that it lies in, of a glob the part before the first wildcard."""
+    system, plain = files.filesystem(path)
+    if any(mark in path for mark in "*?["):
+        parts = path.split("/")
+        wild = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+        return "/".join(parts[:wild]) or ("/" if path.startswith("/") else ".")
+    return path if system.isdir(plain) else posixpath.dirname(path) or "."
+
+
+def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
+    """The path of a file that a row names, relative to `folder`, with symbolic links followed.
+
+    Args:
+        folder: of the file that has the row.
+        roots: folders or URLs; the file must lie below one of them.
+
+    Raises:
+        Outside: it does not.
+        ValueError: the name cannot be a path.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{name!r} is no name of a file")
+    path = files.join(folder, name)
+    if "::" in path and files.is_remote(path):  # fsspec would chain file systems
+        raise Outside(f"{name[:200]!r} chains file systems")
+    found = _canonical(path)
+    if not any(found.startswith(_prefix(root)) for root in roots):
+        raise Outside(
+            f"{name[:200]!r} leads to {found[:200]}, outside the input; "
+            "--allow_paths=FOLDER_OR_URL allows more"
+        )
+    return found
+
+
+def _canonical(path: str) -> str:
+    if not files.is_remote(path):
+        return os.path.realpath(path.removeprefix("file://"))
+    scheme, rest = path.split("://", 1)
+    if ".." in rest.split("/"):  # else left alone: 'a//b' is a key of its own in a bucket
+        rest = posixpath.normpath(rest)
+    return f"{scheme}://{rest}"
+
+
+@functools.lru_cache(maxsize=64)
+def _prefix(root: str) -> str:
+    """What paths below a folder begin with."""
+    found = _canonical(root)
+    separator = "/" if files.is_remote(found) else os.sep
+    return found.rstrip(separator) + separator

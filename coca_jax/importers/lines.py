@@ -1,0 +1,136 @@
+"""Lines and rows of text files, each bounded: one that is damaged does not end the file."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from coca_jax.data import files
+
+MAX_ROW_BYTES = 4 << 20  # of a row, a caption's file or a JSON object; more is damage
+_BLOCK = 1 << 20
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+        ValueError: not a JSON object, too large or too deep.
+    """
+    if len(data) > MAX_ROW_BYTES:
+        raise ValueError(f"JSON of {len(data)} bytes, limit {MAX_ROW_BYTES}")
+    try:
+        found = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def lines(file: BinaryIO, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
+    """(a line with its end, its bytes in the file); None for a line of more than `most` bytes."""
+    kept: list[bytes] = []
+    size = 0
+    while block := file.read(_BLOCK):
+        *ended, rest = block.split(b"\n")
+        for piece in ended:
+            size += len(piece) + 1
+            yield (b"".join([*kept, piece, b"\n"]) if size <= most + 1 else None), size
+            kept, size = [], 0
+        size += len(rest)
+        kept = [*kept, rest] if size <= most else []
+    if size:
+        yield (b"".join(kept) if size <= most else None), size
+
+
+class _CsvLines:
+    """What csv.reader reads. Unlike a generator it goes on after it has raised, and it takes lines
+    back.
+
+    Attributes:
+        taken: the lines that have been given since the list was last cleared.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._lines = lines(file)
+        self._queue: collections.deque[str] = collections.deque()
+        self.taken: list[str] = []
+        self._error: csv.Error | None = None
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+        while not self._queue:
+            line, _ = next(self._lines)
+            if line is None:
+                raise csv.Error(f"a line of more than {MAX_ROW_BYTES} bytes")
+            # bytes end lines at \r, \n and \r\n alone, as the format does.
+            parts = line.decode("utf-8", "replace").encode().splitlines(keepends=True)
+            self._queue.extend(part.decode() for part in parts)
+        self.taken.append(self._queue.popleft())
+        return self.taken[-1]
+
+    def take_back(self, start: int) -> None:
+        """The lines taken from `start` on will come again."""
+        self._queue.extendleft(reversed(self.taken[start:]))
+        self.taken = []
+
+    def at_end(self) -> bool:
+        """Whether there is no further line."""
+        taken, self.taken = self.taken, []
+        try:
+            next(self)
+            self.take_back(0)
+            return False
+        except csv.Error as error:
+            self._error = error
+            return False
+        except StopIteration:
+            return True
+        finally:
+            self.taken = taken
+
+
+def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
+    """Rows of a CSV file as dicts; tabs separate where the header has one, else commas. A row that
+    the format does not allow comes as its error.
+
+    Raises:
+        ValueError: the file has no header that can be read.
+    """
+    with files.open_binary(path) as file:
+        source = _CsvLines(file)
+        try:
+            head = next(source, "").removeprefix("\ufeff")
+            source.taken = [head]
+            source.take_back(0)
+            # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers
+            # keep it only where it does not open the field, so quotes count as pandas counts them.
+            rows = csv.DictReader(source, delimiter="\t" if "\t" in head else ",")
+            columns = rows.fieldnames
+        except csv.Error as error:
+            raise ValueError(f"{path}: its first line names no columns: {error}") from None
+        while columns:
+            source.taken = []
+            try:
+                row = next(rows)
+                several = len(source.taken) > 1
+                if several and "".join(source.taken).count('"') % 2 and source.at_end():
+                    raise csv.Error("a quotation mark that is never closed")
+            except StopIteration:
+                return
+            except csv.Error as error:
+                source.take_back(1)  # an open quotation mark has swallowed rows that are whole
+                yield error
+                continue
+            row.pop(None, None)  # type: ignore[call-overload]  # more cells than columns
+            yield row

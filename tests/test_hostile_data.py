@@ -1,0 +1,330 @@
+"""Data of strangers: no bad row ends an import, no path leads out, nothing unpacks unbounded."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import pathlib
+import struct
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from coca_jax.data import files, images, records, sources
+from coca_jax.importers import lines, splits, tar_members, tfds_name
+from coca_jax.importers.items import Options
+
+
+def _image(seed=1):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _prepare(format, input, out, **options):
+    """(result, [(reason, detail)]) of an import."""
+    result = splits.prepare(
+        format, str(input), str(out), options=Options(**options), processes=1, progress=False
+    )
+    text = (pathlib.Path(out) / "train-quarantine.jsonl").read_text()
+    entries = [json.loads(line) for line in text.splitlines()]
+    return result, [(entry["reason"], entry["detail"]) for entry in entries]
+
+
+def _tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+DEEP = "[" * 3000 + "]" * 3000
+ROWS = [  # a line of metadata.jsonl, why it cannot be used
+    ('{"file_name": "a.png", "text": "half a pair \\ud83d"}', "bad_utf8"),
+    ('{"file_name": "a.png", "label": "half a pair \\ud83d"}', "bad_utf8"),
+    ('{"file_name": "half a pair \\ud83d.png", "text": "x"}', "missing_image"),
+    ('{"file_name": "a.png", "text": "x", "deep": ' + DEEP + "}", "bad_json"),
+    ("null", "bad_json"),
+    ("{", "bad_json"),
+    ('{"text": "x"}', "missing_image"),
+    ('{"file_name": 7, "text": "x"}', "missing_image"),
+    ('{"file_name": "a\\u0000.png", "text": "x"}', "missing_image"),
+    ('{"file_name": "%s.png", "text": "x"}' % ("a" * 5000), "missing_image"),
+    ('{"file_name": "absent.png", "text": "x"}', "missing_image"),
+    ('{"file_name": ".", "text": "x"}', "outside_input"),
+    ('{"file_name": "sub", "text": "x"}', "missing_image"),
+    ('{"file_name": "pipe.png", "text": "x"}', "missing_image"),
+    ('{"file_name": "/dev/zero", "text": "x"}', "outside_input"),
+    ('{"file_name": "/etc/passwd", "text": "x"}', "outside_input"),
+    ('{"file_name": "file:///etc/passwd", "text": "x"}', "outside_input"),
+    ('{"file_name": "../private.png", "text": "x"}', "outside_input"),
+    ('{"file_name": "sub/../../private.png", "text": "x"}', "outside_input"),
+    ('{"file_name": "link.png", "text": "x"}', "outside_input"),
+    ('{"file_name": "linked/private.png", "text": "x"}', "outside_input"),
+    ('{"file_name": "http://169.254.169.254/latest", "text": "x"}', "outside_input"),
+    ('{"file_name": "s3://bucket/key", "text": "x"}', "outside_input"),
+    ('{"file_name": "nonsense://x", "text": "x"}', "outside_input"),
+    ('{"file_name": "simplecache::http://10.0.0.1/x", "text": "x"}', "outside_input"),
+    ('{"file_name": "big.png", "text": "x"}', "image_too_big"),
+    ('{"file_name": "a.png", "text": {"en": [[1e999, null], {"x": NaN}]}}', None),
+    ('{"file_name": "a.png", "text": "fine", "odd": "\\ud83d"}', None),
+    ('{"file_name": "%s/a.png", "text": "absolute, but inside"}', None),
+    ('{"file_name": "sub/../a.png", "text": "roundabout"}', None),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An input with good, odd and hostile files, and private ones beside it."""
+    inner = tmp_path / "input"
+    (inner / "sub").mkdir(parents=True)
+    (inner / "a.png").write_bytes(_image())
+    (inner / "big.png").write_bytes(_image() + bytes(100_000))
+    (tmp_path / "private.png").write_bytes(_image(2))
+    (inner / "link.png").symlink_to(tmp_path / "private.png")
+    (inner / "linked").symlink_to(tmp_path)
+    os.mkfifo(inner / "pipe.png")
+    return inner
+
+
+def _lines(folder):
+    return [(line.replace("%s/a", f"{folder}/a"), reason) for line, reason in ROWS]
+
+
+def test_rows_of_jsonl(folder, tmp_path):
+    rows = _lines(folder)
+    text = (
+        "\n".join(line for line, _ in rows).encode() + b'\n{"file_name": "a.png", "text": "\xff"}'
+    )
+    text += b'\n{"file_name": "a.png", "text": "' + b"x" * lines.MAX_ROW_BYTES + b'"}\n'
+    (folder / "metadata.jsonl").write_bytes(text)
+    result, found = _prepare("imagefolder", folder, tmp_path / "out", max_image_bytes=50_000)
+    wanted = [reason for _, reason in rows if reason] + ["bad_utf8", "bad_json"]
+    assert [reason for reason, _ in found] == wanted
+    assert (result["read"], result["written"]) == (len(rows) + 2, 4)
+    assert all("--allow_paths" in detail or "chains" in detail for reason, detail in found
+               if reason == "outside_input")  # fmt: skip
+    # With the flag, that place and no other.
+    result, found = _prepare(
+        *("imagefolder", folder, tmp_path / "out2"),
+        allow_paths=(str(tmp_path), "http://nowhere.invalid/images"),
+        max_image_bytes=50_000,
+    )
+    assert result["written"] == 4 + 4
+    assert (
+        sum(reason == "outside_input" for reason, _ in found) == wanted.count("outside_input") - 5
+    )
+
+
+def test_rows_of_csv(folder, tmp_path):
+    rows = [line for line, _ in _lines(folder) if line.startswith('{"file_name": "')]
+    rows = [json.loads(line) for line in rows if "deep" not in line]
+    rows = [row for row in rows if row["file_name"].isascii()]
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["filepath", "title"])
+    writer.writerows([row["file_name"], "a caption"] for row in rows)
+    text = out.getvalue().encode()
+    text += b'a.png,"' + b"x" * 200_000 + b'"\n'  # above the format's limit of a field
+    text += b"a.png,one,cell,too many\n" + b"a.png\n" + b"a.png,caf\xe9\n"
+    text += b"a.png," + b"x" * lines.MAX_ROW_BYTES + b"\n" + b'a.png,"two\nlines"\n'
+    (folder / "list.csv").write_bytes(text)
+    result, found = _prepare("csv", folder, tmp_path / "out", max_image_bytes=50_000)
+    reasons = [reason for reason, _ in found]
+    assert reasons[-4:] == ["bad_record", "missing_text", "bad_utf8", "bad_record"]
+    assert reasons.count("outside_input") == sum(r == "outside_input" for _, r in ROWS)
+    texts = [record.texts[0] for record in sources.open_source(str(tmp_path / "out"))]
+    assert texts[-2:] == ["one", "two lines"] and result["read"] == result["written"] + len(found)
+
+
+def test_a_quotation_mark_that_is_never_closed_costs_one_row(tmp_path):
+    (tmp_path / "a.png").write_bytes(_image())
+    row = "a.png,a later one\n"
+    text = 'filepath,title\na.png,5" of a pipe\na.png,"lost\n' + row * 10
+    (tmp_path / "list.csv").write_text(text)
+    result, found = _prepare("csv", tmp_path, tmp_path / "out")
+    assert result["written"] == 11 and [reason for reason, _ in found] == ["bad_record"]
+    (tmp_path / "list.csv").write_text(text + row * 10_000)  # above the limit of a field
+    rows = list(lines.csv_rows(str(tmp_path / "list.csv")))
+    assert len(rows) == 1 + 1 + 10 + 10_000
+    assert [number for number, one in enumerate(rows) if isinstance(one, csv.Error)] == [1]
+
+
+def test_members_of_tars(tmp_path):
+    good = [("0.png", _image()), ("0.txt", b"good")]
+    bad = [
+        ("1.png", _image(), "1.json", DEEP.encode(), "bad_json"),
+        ("2.png", _image(), "2.json", b'{"text": "\\ud83d"}', "bad_utf8"),
+        ("3.png", _image(), "3.txt", b"x" * (lines.MAX_ROW_BYTES + 1), "text_too_long"),
+        ("4.png", bytes(300_000), "4.txt", b"large", "image_too_big"),
+        ("../../5.png", b"%!PS", "../../5.txt", b"climbs", "unreadable_image"),
+    ]
+    members = good + [pair for one in bad for pair in (one[:2], one[2:4])]
+    _tar(tmp_path / "a.tar", members)
+    (tmp_path / "b.tar").write_bytes(b"")
+    (tmp_path / "c.tar").write_bytes(b"neither a tar nor anything else" * 40)
+    _tar(tmp_path / "d.tar", good)
+    whole = (tmp_path / "d.tar").read_bytes()
+    (tmp_path / "e.tar").write_bytes(whole[: 4 * 512])  # at the end of a member
+    (tmp_path / "f.tar").write_bytes(whole + whole)
+    _tar(tmp_path / "g.tar", good)
+    flipped = bytearray(whole)
+    flipped[1024 + 150] ^= 1  # the checksum of the second header
+    (tmp_path / "g.tar").write_bytes(flipped)
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 500 << 20
+    with gzip.open(tmp_path / "h.tar.gz", "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(8):
+            file.write(bytes(1 << 20))
+    big = tarfile.TarInfo("x.png")
+    big.size = tar_members.MAX_SKIPPED + (1 << 20)
+    with gzip.open(tmp_path / "i.tar.gz", "wb", compresslevel=1) as file:
+        file.write(whole[:2048])
+        file.write(big.tobuf(tarfile.GNU_FORMAT))
+        file.write(bytes(1 << 20))
+    result, found = _prepare("webdataset", tmp_path, tmp_path / "out", max_image_bytes=100_000)
+    assert [reason for reason, _ in found[:5]] == [one[4] for one in bad]
+    expected = [
+        ("damaged_archive", "empty"),
+        ("damaged_archive", "invalid header"),
+        ("damaged_archive", "no end mark"),
+        ("damaged_archive", "behind the archive"),
+        ("missing_text", "neither"),  # its caption is behind the damaged header
+        ("damaged_archive", "no header at byte 1024"),
+        ("damaged_archive", "headers of more than"),
+        ("damaged_archive", "a member of"),
+    ]
+    assert len(found) == 5 + len(expected), found
+    for (reason, detail), (wanted, part) in zip(found[5:], expected):
+        assert reason == wanted and part in detail, found
+    # The good example of a, d, e, f, i; of g there is no caption.
+    assert result["written"] == 5
+
+
+def test_a_tar_that_makes_tarfile_raise_anything(tmp_path):
+    example = [("0.png", _image()), ("0.txt", b"good")]
+    _tar(tmp_path / "a.tar", example + [("1.png", _image()), ("1.txt", b"not known to be whole")])
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    info = tarfile.TarInfo("1.png")
+    info.type, info.size = tarfile.XHDTYPE, 512
+    attributes = b"30 GNU.sparse.map=1,2,3,x,\n".ljust(512, b"\0")
+    pax = info.tobuf(tarfile.USTAR_FORMAT) + attributes + data[:1024]
+    (tmp_path / "a.tar").write_bytes(data[: 8 * 512] + pax + bytes(10240))
+    result, found = _prepare("webdataset", tmp_path, tmp_path / "out")
+    assert result["written"] == 1 and [reason for reason, _ in found] == ["damaged_archive"]
+
+
+METADATA = [b"{", b"[]", b"null", b'{"info": 1}', b'{"info": {"features": [1]}}',
+            b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}',
+            b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}',
+            b"\xff", DEEP.encode()]  # fmt: skip
+
+
+def test_parquet(folder, tmp_path):
+    table = pa.table({"image": [_image()], "caption": ["good"], "label": [1]})
+    for number, metadata in enumerate(METADATA):
+        path = folder / f"{number}.parquet"
+        pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    struct_type = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    pq.write_table(
+        pa.table({"image": pa.array([dict(bytes=None, path=3)], struct_type), "caption": ["int"]}),
+        folder / "a.parquet",
+    )
+    names = ["a.png", "../private.png", "/etc/passwd", "s3://b/k", "", None]
+    pq.write_table(pa.table({"image": names, "caption": ["path"] * 6}), folder / "b.parquet")
+    strings = pa.array([b"caf\xe9", b"good"]).view(pa.string())
+    pq.write_table(pa.table({"image": [_image()] * 2, "caption": strings}), folder / "c.parquet")
+    (folder / "d.parquet").write_bytes(b"PAR1 but no more than that PAR1")
+    pq.write_table(
+        pa.table({"image": [_image(i) for i in range(40)], "caption": ["x"] * 40}),
+        folder / "e.parquet", row_group_size=20, compression="none",
+    )  # fmt: skip
+    data = bytearray((folder / "e.parquet").read_bytes())
+    data[4:60] = bytes(56)  # the first page's header
+    (folder / "e.parquet").write_bytes(data)
+    result, found = _prepare("parquet", folder, tmp_path / "out")
+    assert [reason for reason, _ in found] == [
+        *("missing_image", "outside_input", "outside_input", "outside_input"),
+        *("missing_image", "missing_image", "bad_utf8", "damaged_archive", "damaged_archive"),
+    ]
+    assert result["written"] == len(METADATA) + 1 + 1 + 20
+
+
+def test_a_value_that_stands_once_and_is_used_often_is_unpacked_once_at_a_time(tmp_path):
+    big = bytes(30 << 20)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 40), pa.array([big]))
+    table = pa.table({"image": column, "caption": ["x"] * 40})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    pq.write_table(pa.table({"image": [_image()], "caption": ["x"]}), tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    before = pa.default_memory_pool().max_memory()
+    result, found = _prepare("parquet", tmp_path, tmp_path / "out", max_image_bytes=1 << 20)
+    assert result["quarantined"] == {"image_too_big": 40}
+    assert pa.default_memory_pool().max_memory() - before < 20 * len(big)
+
+
+def test_tfrecords(tmp_path):
+    def record(data):
+        return struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)
+
+    example = records._Example()
+    example.features.feature["jpg"].bytes_list.value.append(_image())
+    example.features.feature["caption"].bytes_list.value.append(b"good")
+    good = example.SerializeToString()
+    example.features.feature["jpg"].bytes_list.value[:] = [bytes(20 << 20)]
+    large = example.SerializeToString()
+    (tmp_path / "a.tfrecord").write_bytes(record(large) + record(b"\xff\xff") + record(good))
+    (tmp_path / "b.tfrecord").write_bytes(record(good) + struct.pack("<Q", 1 << 62) + bytes(9))
+    (tmp_path / "c.tfrecord").write_bytes(record(large)[:-8])
+    result, found = _prepare("tfrecord", tmp_path, tmp_path / "out", max_image_bytes=1 << 20)
+    assert [reason for reason, _ in found] == [
+        "image_too_big", "bad_record", "damaged_archive", "damaged_archive"
+    ]  # fmt: skip
+    assert result["written"] == 2
+
+
+def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path):
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    features = {"pythonClassName": "evil.Feature", "content": {}}
+    inner = {"featuresDict": {"features": {"image": features}}}
+    (tmp_path / "features.json").write_text(json.dumps({"pythonClassName": "", **inner}))
+    with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
+        tfds_name._check_features(str(tmp_path))
+
+
+def test_classes_by_folder_follow_no_link_out(folder, tmp_path):
+    (folder / "sub" / "b.png").write_bytes(_image())
+    (folder / "sub" / "caf\udce9.png").write_bytes(_image())  # a name that is not UTF-8
+    (folder / "sub" / "c.png").symlink_to(tmp_path / "private.png")
+    for name in ("link.png", "linked", "pipe.png", "big.png", "a.png"):
+        (folder / name).unlink()
+    result, found = _prepare("imagefolder", folder, tmp_path / "out")
+    assert result["written"] == 2 and [reason for reason, _ in found] == ["outside_input"]
+    keys = {record.key for record in sources.open_source(str(tmp_path / "out"))}
+    assert keys == {"sub/b.png", "sub/caf\\udce9.png"}
+
+
+def test_reading_neither_waits_at_a_pipe_nor_reads_a_device(folder):
+    for path in (folder / "pipe.png", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            images.decode(path)
+    with pytest.raises(files.TooLarge):
+        files.read_bounded(str(folder / "big.png"), 1000)
+
+
+def test_an_import_made_before_an_option_existed_is_the_same_import(folder, tmp_path):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    first, _ = _prepare("imagefolder", folder, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["splits"]["train"]["request"]["options"]["allow_paths"]
+    path.write_text(json.dumps(manifest))
+    assert _prepare("imagefolder", folder, tmp_path / "out")[0] == first
