@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -116,10 +117,12 @@ def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
     directory, step = find_step(path)
     config = read_config(str(directory.parent))
     folder = directory / str(step)
-    with ocp.StandardCheckpointer() as checkpointer:
+    # The handler alone: a Checkpointer looks for its own metadata beside each item and warns that
+    # there is none, since it stands beside the whole step.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
 
         def shapes(item: str) -> dict:
-            metadata = checkpointer.metadata(folder / item).item_metadata
+            metadata = handler.metadata(folder / item)
             return getattr(metadata, "tree", metadata)
 
         def read(item: str, tree: dict) -> dict:
@@ -131,7 +134,7 @@ def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
             target = jax.tree.map(
                 lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
             )
-            return checkpointer.restore(folder / item, target)
+            return handler.restore(folder / item, args=ocp.args.StandardRestore(target))
 
         tree = shapes("params")
         if not (folder / "ema").is_dir():

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import recipes
+from coca_jax import compile_cache, quiet, recipes
 
 COMMANDS = {
     "train": "train a recipe in a workdir; go on from what is there",
@@ -73,6 +73,9 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
     sys.argv = [f"coca-jax {name}", *([] if wants_help else given)]
+    quiet.environment()
+    if name != "compile":  # it says how long the compiler took
+        compile_cache.use()
     module = importlib.import_module(f"coca_jax.{name}")
     try:
         module.define_flags()
@@ -86,6 +89,8 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
         # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+        if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 1:
+            quiet.standard_output()
         try:
             result = module.main(argv)
         except (ValueError, OSError) as error:

@@ -14,13 +14,14 @@ import hashlib
 import logging
 import os
 import pathlib
-import platform
 import shlex
 import subprocess
 import tempfile
 
 import jax
 import jax.numpy as jnp
+
+from coca_jax import compile_cache
 
 PANEL = 32  # columns of a panel
 KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
@@ -31,12 +32,6 @@ FLAGS = (
     "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
     " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 )
-
-
-def folder() -> pathlib.Path:
-    """Where compiled things are kept between starts: ~/.cache/coca_jax, or below XDG_CACHE_HOME."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(home) / "coca_jax"
 
 
 @functools.cache
@@ -66,9 +61,9 @@ def _build() -> pathlib.Path:
     """The compiled library. Raises ValueError with the compiler's words, or OSError."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
     command += ["-isystem", jax.ffi.include_dir()]
-    made_for = (SOURCE.read_text(), command, jax.__version__, _processor())
+    made_for = (SOURCE.read_text(), command, jax.__version__, compile_cache.processor())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-    library = folder() / f"cpu_kernels-{key}.so"
+    library = compile_cache.folder() / f"cpu_kernels-{key}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -85,15 +80,6 @@ def _build() -> pathlib.Path:
             raise ValueError(f"{command[0]} cannot compile {SOURCE.name} ({first})")
         made.replace(library)
     return library
-
-
-def _processor() -> str:
-    """What the processor can do: a home folder may be shared by machines that differ."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def panels(kernel: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import cpu_kernels, decoding, export_format, partitioning, storage
+from coca_jax import compile_cache, decoding, export_format, partitioning, storage
 from coca_jax.data import image_files, videos, vocabulary
 from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
@@ -279,7 +279,7 @@ class CoCaModel:
     def caption(
         self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
     ) -> list[str]:
-        """The best caption of each image. how: fields of `decoding.Settings`, such as num_beams.
+        """The best caption of each image. how: fields of `decode_settings.Settings`, such as num_beams.
 
         prompt: how captions begin, one text for all images or one each. Raises ValueError for
         settings that exclude each other, a prompt without room, or a wrong number of prompts.
@@ -746,7 +746,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
         ValueError: damaged or mismatched files, or an unknown dtype.
     """
     path = os.fspath(path)
-    use_compile_cache()
+    compile_cache.use()
     place = storage.place(path)
     if not storage.reach(place):
         raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
@@ -764,14 +764,6 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
     return CoCaModel(config, params, words, **options)
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs between starts, in JAX_COMPILATION_CACHE_DIR or ~/.cache/coca_jax;
-    off where the user set jax_enable_compilation_cache to false."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cpu_kernels.folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _read_run(path: str) -> tuple[dict, ConfigDict, Vocabulary]:

@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --workdir")
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
         raise ValueError("give --config=NAME and --workdir=DIR")
-    cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
+    if flags.FLAGS.process_id <= 0:
+        cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
     from coca_jax import partitioning

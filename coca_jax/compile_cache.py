@@ -1,0 +1,49 @@
+"""Where compiled programs are kept between starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import sys
+
+MOST_BYTES = 4 << 30  # kept; beyond it the programs used least recently go
+
+
+def folder() -> pathlib.Path:
+    """Where compiled things are kept between starts: ~/.cache/coca_jax, or below XDG_CACHE_HOME."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(home) / "coca_jax"
+
+
+def processor() -> str:
+    """What the processor can do: a home folder may be shared by machines that differ."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def use() -> None:
+    """Has JAX keep its compiled programs, before or after it is imported.
+
+    They go to JAX_COMPILATION_CACHE_DIR, or else below `folder`. Off where the user has set
+    jax_enable_compilation_cache to false.
+    """
+    kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
+    settings = dict(
+        jax_compilation_cache_dir=str(folder() / f"compiled-{kind}"),
+        jax_compilation_cache_max_size=MOST_BYTES,
+        jax_persistent_cache_min_compile_time_secs=0.2,
+    )
+    if "jax" not in sys.modules:
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+        return
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        for name, value in settings.items():
+            jax.config.update(name, value)

@@ -1,0 +1,69 @@
+"""Keeps what libraries print of their own accord off the screen of a normal run.
+
+Commands call `environment` before anything heavy is imported. What a user set already stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator
+
+GOOGLE, ACCELERATORS = "0x1ae0", ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
+
+
+def environment() -> None:
+    """Settings that libraries read when they are imported."""
+    # TensorFlow reads records and texts here, on the CPU; it reports every GPU that it misses.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if importlib.util.find_spec("libtpu") and not has_accelerator():
+        # There for `compile` alone. JAX would start it, and it complains of the missing TPU.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine seems to have a TPU or a GPU, by its devices."""
+    if "JAX_FORCE_TPU_INIT" in os.environ or any(glob.glob(name) for name in ACCELERATORS):
+        return True
+    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
+    return any(pathlib.Path(path).read_text().strip() == GOOGLE for path in vendors)
+
+
+def standard_output() -> None:
+    """Sends what is not Python's own from standard output to nowhere, for the rest of the process.
+
+    Gloo, through which CPU processes speak, prints a line for every connection there.
+    """
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Keeps back what a library prints on standard error while it is imported, Python's warnings
+    included; an import that fails shows all of it.
+
+    TensorFlow's first lines come before it has read any setting.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(before, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
