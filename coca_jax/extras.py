@@ -17,7 +17,7 @@ def remedy(extra: str) -> str:
     try:
         wanted = [Requirement(text) for text in importlib.metadata.requires("coca_jax") or ()]
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return f"in a clone of coca_jax, pip install '.[{extra}]'"
+        wanted = []
     names = [
         f"{need.name}[{','.join(need.extras)}]{need.specifier}"
         if need.extras
@@ -25,4 +25,6 @@ def remedy(extra: str) -> str:
         for need in wanted
         if need.marker is not None and need.marker.evaluate({"extra": extra})
     ]
+    if not names:
+        return f"in a clone of coca_jax, pip install '.[{extra}]'"
     return f"pip install {shlex.join(sorted(names))} (coca_jax's extra '{extra}')"

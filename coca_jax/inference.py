@@ -279,7 +279,7 @@ class CoCaModel:
     def caption(
         self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
     ) -> list[str]:
-        """The best caption of each image. how: fields of `decode_settings.Settings`, such as num_beams.
+        """The best caption of each image. how: fields of `decode_settings.Settings`.
 
         prompt: how captions begin, one text for all images or one each. Raises ValueError for
         settings that exclude each other, a prompt without room, or a wrong number of prompts.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax import extras, quiet
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 
@@ -18,11 +19,11 @@ def package() -> Any:
         ValueError: it is not installed; the text names the extra.
     """
     try:
-        import tensorflow_datasets
+        with quiet.importing():
+            import tensorflow_datasets
     except ImportError as error:
         raise ValueError(
-            f"data of tensorflow-datasets needs the extra 'tfds' ({error}): "
-            "pip install 'coca_jax[tfds]'"
+            f"data of tensorflow-datasets needs that package ({error}): {extras.remedy('tfds')}"
         ) from None
     return tensorflow_datasets
 
