@@ -32,7 +32,7 @@ constexpr int kLine = 16;    // floats of a line of the cache; heads are whole l
 constexpr int kPanel = 32;   // columns of a panel
 constexpr int kDepth = 128;  // of a panel, multiplied at a time: 16 KiB
 constexpr int kTile = 32;    // rows for which a panel's sums are kept
-constexpr float kNormEpsilon = 1e-5f;  // layers.NORM_EPSILON
+constexpr float kNormEpsilon = 1e-5f;  // ops.reference.NORM_EPSILON
 
 // Floats of a vector register; rows and columns whose sums stay in registers.
 #if defined(__AVX512F__)
@@ -271,7 +271,7 @@ inline float Exp(float x) {
   return series * power;
 }
 
-// layers.ACTIVATIONS, by name.
+// ops.reference.ACTIVATIONS, by name.
 enum class Activation { kGelu, kGeluExact, kRelu, kQuickGelu };
 
 inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(std::min(-x, 80.0f))); }

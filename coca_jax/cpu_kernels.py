@@ -142,7 +142,7 @@ def cached_image_attention(
 
 
 def mlp(x: jax.Array, norm: dict, weights: dict, activation: str) -> jax.Array:
-    """The MLP with weights["in"] and weights["out"]; activation: a key of layers.ACTIVATIONS."""
+    """The MLP with weights["in"] and weights["out"]; activation: of ACTIVATIONS."""
     call = jax.ffi.ffi_call("coca_jax_mlp", _like(x))
     parts = (*_dense(weights["in"]), *_dense(weights["out"]))
     return call(x, *_norm(norm), *parts, activation=activation)

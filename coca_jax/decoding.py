@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import cpu_kernels
 from coca_jax.decode_settings import Settings
-from coca_jax.models import layers
+from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON
 
 NEVER = -1e30  # score of what must not be chosen; a sum of many of them is still finite
 STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
@@ -197,7 +197,7 @@ def _standardise(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + layers.NORM_EPSILON)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
 def _norm(weights: dict, x: jax.Array) -> jax.Array:
@@ -279,7 +279,7 @@ def _cached_image_attention(
 
 
 def _mlp(x: jax.Array, norm: dict, weights: dict, activation: str) -> jax.Array:
-    hidden = layers.ACTIVATIONS[activation](_dense(weights["in"], _norm(norm, x)))
+    hidden = ACTIVATIONS[activation](_dense(weights["in"], _norm(norm, x)))
     return x + _dense(weights["out"], hidden)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import partitioning
-from coca_jax.models.layers import wide
+from coca_jax.ops.reference import wide
 
 BATCH_AXES = ("data", "fsdp")
 HIGHEST = jax.lax.Precision.HIGHEST

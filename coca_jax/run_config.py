@@ -13,7 +13,10 @@ from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
-FREE = ("mesh", "checkpoint", "eval", "log", "remat", "accumulate_steps", "data.num_threads")
+FREE = (
+    *("mesh", "checkpoint", "eval", "log", "remat", "accumulate_steps", "data.num_threads"),
+    "model.implementation",
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -72,7 +75,7 @@ def check_head(config: ConfigDict) -> None:
                 "head (head.kind); without one set optimizer.learning_rate"
             )
         return
-    heads.build(head, config.model, 2, True)
+    heads.build(head, config.model, 2)
     if head.unknown not in ("refuse", "skip"):
         raise ValueError(f"head.unknown={head.unknown!r}; choose 'refuse' or 'skip'")
     if not 0 <= head.label_smoothing < 1:

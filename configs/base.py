@@ -86,6 +86,7 @@ def model() -> dict:
         image_mean=(0.5, 0.5, 0.5),  # pixels in [0, 1] minus this ...
         image_std=(0.5, 0.5, 0.5),  # ... over this
         temperature=0.07,  # initial; learned
+        implementation="auto",  # 'auto' | 'xla' (no kernels of others) | 'reference' (plain JAX)
         activation="gelu",  # 'gelu' | 'gelu_exact' | 'quick_gelu' | 'relu'
         image=dict(
             width=768,

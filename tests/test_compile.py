@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from coca_jax import compile as compile_command
-from coca_jax import hlo_cost, kernel_cost
 from coca_jax.configs import coca_2b, coca_base, coca_large
+from coca_jax.estimate import flops, hlo, kernels, tpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
@@ -18,7 +17,7 @@ HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
 
 def test_cycles_are_summed_over_loops_and_not_inside_fusions():
     with open(HLO) as file:
-        cost = hlo_cost.summarise(file.read(), devices=8)
+        cost = hlo.summarise(file.read(), devices=8)
     # 100 at the top, 40 loops of (10 + 7 of the inner loop's 3 runs), 5 in an asynchronous call,
     # and the dearer branch of the conditional.
     assert cost.cycles == 100 + 40 * (10 + 3 * 7) + 5 + 60
@@ -29,7 +28,7 @@ def test_cycles_are_summed_over_loops_and_not_inside_fusions():
 
 def test_collectives_are_listed_with_bytes_groups_and_runs():
     with open(HLO) as file:
-        cost = hlo_cost.summarise(file.read(), devices=8)
+        cost = hlo.summarise(file.read(), devices=8)
     found = {(c.kind, c.bytes, c.group, c.runs) for c in cost.collectives}
     assert found == {
         ("all-gather", 2 * 64 * 32, 4, 40),
@@ -51,13 +50,13 @@ bf16[8,64,256]{2,1,0}, bf16[8,32,256]{2,1,0}, bf16[8,32,256]{2,1,0}}, metadata={
 
 
 def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
-    (name, types, runs), *others = hlo_cost.summarise(KERNEL).kernels
+    (name, types, runs), *others = hlo.summarise(KERNEL).kernels
     assert (name, runs, others) == ("attention_4_heads", 1, [])
     assert types == ("s32[1]", "bf16[8,64,256]", "bf16[8,32,256]", "bf16[8,32,256]")
     moved = 2 * 8 * 256 * (64 + 32) * 2  # query and result, key and value; bfloat16
-    assert kernel_cost.work(name, list(types)) == (8, moved)
+    assert kernels.work(name, list(types)) == (8, moved)
     stack = ["s32[1]", "bf16[40,32,64,1408]", "f32[1,1408]", *["bf16[32,64,1408]"] * 2]
-    assert kernel_cost.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
+    assert kernels.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
 
 
 @pytest.mark.tpu_backend
@@ -65,26 +64,24 @@ def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
 def test_the_compiler_s_schedule_of_a_kernel_is_counted():
     short, long = (["s32[1]", *[f"bf16[8,{n},256]"] * 3] for n in (64, 256))
     calls = [("attention_4_heads", short), ("attention_4_heads", long)]
-    few, many = kernel_cost.bundles("v5e:2x2", {}, calls)
+    few, many = kernels.bundles("v5e:2x2", {}, calls)
     # The weights of 4 heads of 256 x 256 are 256 registers' worth; each is exponentiated, at least.
     assert 256 < many < 10_000 and 0 < few < many / 2
 
 
 def test_text_without_a_module_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo_cost.summarise("nothing")
+        hlo.summarise("nothing")
 
 
 @pytest.mark.parametrize("recipe,gflop", [(coca_base, 86.5), (coca_large, 229.7), (coca_2b, 708.9)])
 def test_forward_flops_are_those_of_the_paper_s_models(recipe, gflop):
-    assert abs(compile_command.model_flops(recipe.get_config().model) / 1e9 - gflop) < 0.05
+    assert abs(flops.model_flops(recipe.get_config().model) / 1e9 - gflop) < 0.05
 
 
 def test_collectives_are_bounded_by_their_links():
     def seconds(kind, group):
-        return compile_command.collective_seconds(
-            hlo_cost.Collective(kind, 1e9, group, 1, ""), (8, 16, 16), 5e10
-        )
+        return tpu.collective_seconds(hlo.Collective(kind, 1e9, group, 1, ""), (8, 16, 16), 5e10)
 
     assert seconds("all-gather", 16) == pytest.approx(1e9 * 15 / 16 / 1e11)
     assert seconds("all-reduce", 16) == pytest.approx(2 * seconds("all-gather", 16))
@@ -105,7 +102,7 @@ def test_collectives_are_bounded_by_their_links():
     ],
 )
 def test_operations_are_named_by_layer_and_direction(name, where):
-    assert compile_command.place(name) == where
+    assert hlo.place(name) == where
 
 
 def command(*arguments, **env):

@@ -12,7 +12,8 @@ from conftest import needs_compiler
 
 from coca_jax import cpu_kernels, decoding, partitioning
 from coca_jax.configs import coca_base, demo, finetune_open_clip
-from coca_jax.models import coca, layers
+from coca_jax.models import coca
+from coca_jax.ops.reference import ACTIVATIONS
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_log_probs_of_any_size(kernels):
 
 
 @needs_compiler
-@pytest.mark.parametrize("activation", layers.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @each_shape
 def test_mlp_equals_numpy(kernels, batch, queries, width, heads, activation):
     numbers = Numbers(width)
@@ -104,7 +105,7 @@ def test_mlp_equals_numpy(kernels, batch, queries, width, heads, activation):
     weights = {"in": packed(up), "out": packed(down)}
     found = kernels.mlp(x, norm, weights, activation)
     with jax.enable_x64():
-        hidden = layers.ACTIVATIONS[activation](dense(up, normed(norm, x)))
+        hidden = ACTIVATIONS[activation](dense(up, normed(norm, x)))
     want = x + dense(down, np.asarray(hidden))
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
@@ -206,7 +207,7 @@ def test_nan_in_gives_nan_out(kernels):
     found = np.asarray(kernels.log_probs(x, norm, packed(head)))
     assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
     weights = {"in": packed(numbers.dense(16, 64)), "out": packed(numbers.dense(64, 16))}
-    for activation in layers.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         found = np.asarray(kernels.mlp(x, norm, weights, activation))
         assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
 

@@ -9,6 +9,7 @@ from conftest import random_batch, tiny_config
 from coca_jax import decoding, partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
 from coca_jax.models import coca, image_encoder, layers
+from coca_jax.ops.reference import ACTIVATIONS
 
 
 def initialise(model, seed=0):
@@ -254,7 +255,7 @@ def test_convolution_standardises_its_kernel(channels, stride):
     np.testing.assert_allclose(layer.apply({"params": params}, x), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", list(layers.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
     stem = image_encoder.ConvStem((64, 64), (1, 2), activation, jnp.float32)
     pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))

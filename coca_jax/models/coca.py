@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from coca_jax import ops as operations
 from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
+from coca_jax.ops.reference import ACTIVATIONS, Reference, wide
 
 
 @flax.struct.dataclass
@@ -45,7 +47,7 @@ class Outputs:
             "bld,dv->blv",
             self.states,
             self.kernel.astype(self.states.dtype),
-            preferred_element_type=layers.wide(self.states.dtype),
+            preferred_element_type=wide(self.states.dtype),
         )
         return logits if self.bias is None else logits + self.bias
 
@@ -67,7 +69,7 @@ class CoCa(nn.Module):
     sigmoid: bool = False
     task_head: heads.TaskHead | None = None
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     def setup(self) -> None:
         width = self.decoder.width
@@ -76,17 +78,17 @@ class CoCa(nn.Module):
             num_heads=self.pooler_heads,
             query_std=self.query_std,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
         )
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.decoder.copy(name="text_decoder")
         self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
         if self.pooler_kind == "open_clip":
-            self.pooled_norm = layers.LayerNorm(self.dtype, self.flat)
+            self.pooled_norm = layers.LayerNorm(self.dtype, self.ops)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(
-            axes=("embed", "joint"), use_bias=False, dtype=layers.wide(self.dtype), flat=self.flat
+            axes=("embed", "joint"), use_bias=False, dtype=wide(self.dtype), ops=self.ops
         )
         if self.image_projection:
             self.image_to_joint = layers.Projection((self.embed_dim,), **projection)
@@ -133,7 +135,7 @@ class CoCa(nn.Module):
             source = tokens if self.pooler_kind == "cascade" else encoded
             pooled = self.contrastive_pooler(source)[:, 0]
         # The projections to the joint space are tiny and decide the loss: float32.
-        pooled = pooled.astype(layers.wide(self.dtype))
+        pooled = pooled.astype(wide(self.dtype))
         if self.image_projection:
             pooled = self.image_to_joint(pooled)
         return normalise(pooled), tokens
@@ -141,7 +143,7 @@ class CoCa(nn.Module):
     def encode_text(self, tokens: jax.Array, text_valid: jax.Array) -> jax.Array:
         """tokens int [B, L], text_valid bool [B, L] -> embedding float32 [B, E], L2-normalised."""
         cls = self.text_decoder.encode(tokens, text_valid)[1]
-        return normalise(self.text_to_joint(cls.astype(layers.wide(self.dtype))))
+        return normalise(self.text_to_joint(cls.astype(wide(self.dtype))))
 
     def similarity(self) -> tuple[jax.Array, jax.Array | None]:
         """(inverse temperature, bias of the sigmoid loss or None), float32."""
@@ -205,7 +207,7 @@ class CoCa(nn.Module):
         scale, logit_bias = self.similarity()
         return Outputs(
             image_embedding=image_embedding,
-            text_embedding=normalise(self.text_to_joint(cls.astype(layers.wide(self.dtype)))),
+            text_embedding=normalise(self.text_to_joint(cls.astype(wide(self.dtype)))),
             image_tokens=image_tokens,
             states=states,
             kernel=kernel,
@@ -223,7 +225,7 @@ def all_tokens(encoded: jax.Array) -> jax.Array:
 
 def normalise(x: jax.Array) -> jax.Array:
     """x over its L2 norm along the last axis, float32 at least."""
-    x = x.astype(layers.wide(x.dtype))
+    x = x.astype(wide(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
@@ -239,20 +241,23 @@ def build(
     """Makes the module that `config.model` describes.
 
     sigmoid: whether it has the learned bias of the sigmoid loss.
-    platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); it decides how products are
-    laid out, not what they compute.
+    platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
+    decides how operations run (see `coca_jax.ops`), not what they compute.
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
     Raises ValueError for sizes that cannot be (see `validate`).
     """
     validate(model)
-    flat = (platform or jax.default_backend()) == "cpu"
-    if model.dtype == "float64" and not (flat and jnp.result_type(float) == jnp.float64):
+    platform = platform or jax.default_backend()
+    ops = operations.choose(platform, model.get("implementation", "auto"))
+    if model.dtype == "float64" and not (
+        platform == "cpu" and jnp.result_type(float) == jnp.float64
+    ):
         raise ValueError(
             "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
         )
     dtype = jnp.dtype(model.dtype)
-    shared = dict(activation=model.get("activation", "gelu"), remat=remat, dtype=dtype, flat=flat)
+    shared = dict(activation=model.get("activation", "gelu"), remat=remat, dtype=dtype, ops=ops)
     image, text, pooler = dict(model.image), dict(model.text), dict(model.pooler)
     for name in ("conv_widths", "conv_depths"):
         image[name] = tuple(image.get(name, ()))
@@ -269,9 +274,9 @@ def build(
         embed_dim=model.embed_dim,
         temperature=model.temperature,
         sigmoid=sigmoid,
-        task_head=heads.build(head, model, num_classes, flat) if head and head.kind else None,
+        task_head=heads.build(head, model, num_classes, ops) if head and head.kind else None,
         dtype=dtype,
-        flat=flat,
+        ops=ops,
     )
 
 
@@ -312,8 +317,8 @@ def validate(model: ConfigDict) -> None:
             f"model.pooler.num_queries={pooler.num_queries}; {pooler.kind} needs at least {least}"
         )
     activation = model.get("activation", "gelu")
-    if activation not in layers.ACTIVATIONS:
-        raise ValueError(f"model.activation={activation!r}; choose from {list(layers.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"model.activation={activation!r}; choose from {list(ACTIVATIONS)}")
     if model.dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"model.dtype={model.dtype!r}; choose 'float32' or 'bfloat16'")
     if model.text.max_len < 3:

@@ -11,10 +11,14 @@ from ml_collections import ConfigDict
 
 from coca_jax.models import layers
 from coca_jax.models.pooler import AttentionalPooler
+from coca_jax.ops.reference import Reference
 
 # What a head pools: the tokens of the image encoder, the decoder's outputs over a question about
 # one image, or those over one text beside each of two images.
 KINDS = ("classification", "answer", "pair")
+
+
+REFERENCE = Reference()
 
 
 class TaskHead(nn.Module):
@@ -31,7 +35,7 @@ class TaskHead(nn.Module):
     width: int
     num_heads: int
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -42,7 +46,7 @@ class TaskHead(nn.Module):
             width=self.width,
             num_heads=self.num_heads,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
             name="pooler",
         )(tokens, mask)
         parts = self.num_queries * (2 if self.kind == "pair" else 1)
@@ -50,13 +54,15 @@ class TaskHead(nn.Module):
             (self.num_classes,),
             axes=("embed", "joint"),
             init_scale=0.0,
-            flat=self.flat,
+            ops=self.ops,
             name="classifier",
         )(pooled.reshape((-1, parts * self.width)).astype(jnp.float32))
         return logits.astype(jnp.float32)
 
 
-def build(head: ConfigDict, model: ConfigDict, num_classes: int, flat: bool) -> TaskHead:
+def build(
+    head: ConfigDict, model: ConfigDict, num_classes: int, ops: Reference = REFERENCE
+) -> TaskHead:
     """The module that `config.head` describes, for a model of `config.model`.
 
     Raises ValueError for an unknown kind, no query, heads that do not divide the pooler's width, or
@@ -85,5 +91,5 @@ def build(head: ConfigDict, model: ConfigDict, num_classes: int, flat: bool) -> 
         width=width,
         num_heads=num_heads,
         dtype=jnp.dtype(model.dtype),
-        flat=flat,
+        ops=ops,
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
+from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain
 
 
@@ -45,7 +46,7 @@ class ImageEncoder(nn.Module):
     activation: str = "gelu"
     remat: str = "none"
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -67,7 +68,7 @@ class ImageEncoder(nn.Module):
             axes=("patch", "embed"),
             use_bias=self.patch_bias,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
             name="patch_embedding",
         )(x)
         grid = self.image_size // self.patch_size
@@ -94,7 +95,7 @@ class ImageEncoder(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
-            x = layers.LayerNorm(self.dtype, self.flat, name="pre_norm")(x)
+            x = layers.LayerNorm(self.dtype, self.ops, name="pre_norm")(x)
         x = layers.Stack(
             depth=self.depth,
             num_heads=self.num_heads,
@@ -102,11 +103,11 @@ class ImageEncoder(nn.Module):
             activation=self.activation,
             remat=self.remat,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
             name="blocks",
         )(x)
         if self.final_norm:
-            x = layers.LayerNorm(self.dtype, self.flat, name="final_norm")(x)
+            x = layers.LayerNorm(self.dtype, self.ops, name="final_norm")(x)
         return x
 
 

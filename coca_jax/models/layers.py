@@ -1,14 +1,15 @@
 """The transformer parts every tower is built of: the only place with parameters, scan and remat.
 
 Shape letters: B batch, N queries, M keys, D width, F MLP width, H heads, K head width, W key width.
-Parameters are float32; products run in `dtype`; norm statistics and softmax run in float32 (in
-float64 where `dtype` is, for checks; see `wide`).
+Parameters are float32; products run in `dtype`. How an operation runs on a platform is the business
+of `coca_jax.ops`: every module carries the form that was chosen for its devices as `ops`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,107 +17,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.models import accelerated, layer_loop
+from coca_jax.ops.reference import ACTIVATIONS, Reference
 from coca_jax.partitioning import constrain, with_axes
-
-NORM_EPSILON = 1e-5
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of sums, norms and softmax beside products in `dtype`: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-@jax.custom_vjp
-def _matmul_wide_out(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[N, D] x [D, F] in the inputs' dtype with wide output, forward and backward.
-
-    The CPU backend runs bfloat16 products twice as fast with float32 output as without.
-    """
-    return jnp.dot(x, w, preferred_element_type=wide(x.dtype))
-
-
-def _matmul_forward(x, w):
-    return _matmul_wide_out(x, w), (x, w)
-
-
-def _matmul_backward(residuals, g):
-    x, w = residuals
-    g = g.astype(x.dtype)
-    dtype = wide(x.dtype)
-    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-_matmul_wide_out.defvjp(_matmul_forward, _matmul_backward)
-
-
-def project(x: jax.Array, kernel: jax.Array, num_in: int, dtype: Any, flat: bool) -> jax.Array:
-    """Contracts the last `num_in` axes of x with the first `num_in` axes of kernel.
-
-    `flat` runs it as one two-dimensional product: what the CPU backend wants (it repacks batched
-    ones); the TPU compiler prefers the shapes as they are.
-    """
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if not flat:
-        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        return jax.lax.dot_general(x, kernel, (contract, ((), ())))
-    batch, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
-    rows = x.reshape((-1, kernel.size // max(1, _size(out))))
-    product = _matmul_wide_out(rows, kernel.reshape((rows.shape[1], -1)))
-    return product.astype(dtype).reshape(batch + out)
-
-
-def _size(shape: Sequence[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
 
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (width,))
         bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (width,))
-        if not self.flat and x.dtype == self.dtype == jnp.bfloat16:
-            return accelerated.layer_norm(x, scale, bias, NORM_EPSILON)
-        x = x.astype(wide(x.dtype))
-        mean = x.mean(-1, keepdims=True)
-        centred = x - mean
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
-        return y.astype(self.dtype)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
-
-    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
-    """
-    head_width = query.shape[-1]
-    # float32 scores in any case: bfloat16 outputs are slow on the CPU.
-    precision = wide(query.dtype)
-    # Heads first would be faster on one CPU device, but several on few cores then wait for each
-    # other in collectives until XLA aborts.
-    scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
-    scores = scores * head_width**-0.5
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(precision).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
-    return out.astype(value.dtype)
+        return self.ops.layer_norm(x, scale, bias, self.dtype)
 
 
 class Attention(nn.Module):
@@ -128,12 +44,18 @@ class Attention(nn.Module):
     num_heads: int
     out_scale: float = 1.0
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        causal: bool = False,
     ) -> jax.Array:
+        """mask: bool, broadcastable to [B, 1, N, M], True where a query may look; causal: it sees
+        its own place and before."""
         width, heads = x.shape[-1], self.num_heads
         if width % heads:
             raise ValueError(
@@ -141,91 +63,80 @@ class Attention(nn.Module):
             )
         crosses = context is not None
         context = x if context is None else context
-        shape = (heads, width // heads)
 
         def head_projection(name: str, source: jax.Array) -> jax.Array:
             dense = Projection(
-                shape,
+                (heads, width // heads),
                 axes=("embed", "heads", "head_width"),
-                merged_heads=0 if self.flat else heads,
                 # Softmax does not see a constant in all scores of a query, so the key bias has no
                 # gradient but rounding errors, and Adam would make full-sized steps of those.
                 train_bias=name != "key",
                 dtype=self.dtype,
-                flat=self.flat,
+                ops=self.ops,
             )
             return checkpoint_name(dense.copy(name=name)(source), "qkv")
 
         query = head_projection("query", x)
         key = head_projection("key", context)
         value = head_projection("value", context)
-        if crosses and mask is None and self.flat and key.dtype != jnp.bfloat16:
+        if crosses and mask is None and key.dtype != jnp.bfloat16:
             # Softmax does not see a constant in all keys. The query's gradient is a sum over keys
             # with weights that cancel; image tokens are much alike, and what the rounding of the
             # weights leaves of their common part was most of the float32 error of small gradients.
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
-        names = ("act_heads", "head_width") if self.flat else ("act_heads",)
-        query, key, value = (constrain(x, "batch", "length", *names) for x in (query, key, value))
-        if self.flat:
-            out = checkpoint_name(attend(query, key, value, mask), "attended")
-        else:
-            out = accelerated.attend(query, key, value, mask, heads)
+        query, key, value = (
+            constrain(x, "batch", "length", "act_heads") for x in (query, key, value)
+        )
+        out = self.ops.attend(query, key, value, mask, heads, causal)
         return Projection(
             (width,),
-            num_in=2,
-            merged_heads=0 if self.flat else heads,
+            in_shape=(heads, width // heads),
             axes=("heads", "head_width", "embed"),
             init_scale=self.out_scale,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
             name="out",
         )(out)
 
 
 class Projection(nn.Module):
-    """Linear map of the last `num_in` axes to the axes `features`, with bias.
+    """Linear map of the last axis of x to the axes `features`, side by side in one, with bias.
 
+    The kernel has the shape in_shape + features; in_shape: () is the last axis of x as it is.
     axes: logical names of the kernel's dimensions (see partitioning.RULES).
-    gelu: GELU behind the bias, in the form of accelerated.bias_gelu.
-    merged_heads: not 0: the kernel's axes [H, K] are one axis of x or of the result, of H heads.
+    activation: of ACTIVATIONS, behind the bias; '': none.
     """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
-    num_in: int = 1
+    in_shape: tuple[int, ...] = ()
     use_bias: bool = True
     train_bias: bool = True
     init_scale: float = 1.0
-    gelu: bool = False
-    merged_heads: int = 0
+    activation: str = ""
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        merged, num_in = self.merged_heads, self.num_in
-        fan_in = x.shape[-num_in:]
-        if merged and num_in == 2:
-            fan_in = (merged, x.shape[-1] // merged)
-        std = self.init_scale * _size(fan_in) ** -0.5
+        width = x.shape[-1]
+        in_shape = self.in_shape or (width,)
         kernel = self.param(
             "kernel",
-            with_axes(nn.initializers.truncated_normal(std), *self.axes),
-            fan_in + self.features,
+            with_axes(nn.initializers.truncated_normal(self.init_scale * width**-0.5), *self.axes),
+            in_shape + self.features,
         )
-        if merged:
-            kernel, num_in = kernel.reshape((_size(fan_in), _size(self.features))), 1
-        y = project(x, kernel, num_in, self.dtype, self.flat)
-        if self.use_bias:
-            names = self.axes[self.num_in :]
-            names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
-            bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
-            bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
-            bias = bias.astype(y.dtype).reshape(-1) if merged else bias.astype(y.dtype)
-            if self.gelu:
-                return accelerated.bias_gelu(y, bias)
-            y = y + bias if self.flat else accelerated.add_bias(y, bias)
-        return y
+        y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
+        if not self.use_bias:
+            return y
+        names = self.axes[len(in_shape) :]
+        names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
+        bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
+        bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
+        bias = bias.astype(y.dtype).reshape(-1)
+        if self.activation:
+            return self.ops.bias_activation(y, bias, self.activation)
+        return self.ops.add_bias(y, bias)
 
 
 class Mlp(nn.Module):
@@ -235,18 +146,19 @@ class Mlp(nn.Module):
     out_scale: float = 1.0
     activation: str = "gelu"
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        options = dict(dtype=self.dtype, flat=self.flat)
-        one_pass = self.activation == "gelu" and not self.flat
+        options: dict[str, Any] = dict(dtype=self.dtype, ops=self.ops)
         hidden = Projection(
-            (self.mlp_dim,), axes=("embed", "mlp"), gelu=one_pass, name="in", **options
+            (self.mlp_dim,),
+            axes=("embed", "mlp"),
+            activation=self.activation,
+            name="in",
+            **options,
         )(x)
         hidden = constrain(hidden, "batch", "length", "act_mlp")
-        if not one_pass:
-            hidden = ACTIVATIONS[self.activation](checkpoint_name(hidden, "mlp"))
         return Projection(
             x.shape[-1:], axes=("mlp", "embed"), init_scale=self.out_scale, name="out", **options
         )(hidden)
@@ -258,34 +170,37 @@ class Block(nn.Module):
     cross: None, 'paper' (self-attention, cross-attention, one MLP: the layout that reproduces the
     paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
     context with an MLP of its own).
+    causal: whether self-attention sees only a token's own place and before.
     """
 
     num_heads: int
     mlp_dim: int
     depth: int
     cross: str | None = None
+    causal: bool = False
     activation: str = "gelu"
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, context: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        options = dict(
+        options: dict[str, Any] = dict(
             out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
         )
-        norm = functools.partial(LayerNorm, dtype=self.dtype, flat=self.flat)
+        norm = functools.partial(LayerNorm, dtype=self.dtype, ops=self.ops)
         attention = functools.partial(Attention, self.num_heads, **options)
         mlp = functools.partial(Mlp, self.mlp_dim, activation=self.activation, **options)
 
         def add(x: jax.Array, update: jax.Array) -> jax.Array:
             x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
-            return checkpoint_name(x, "residual")
+            return checkpoint_name(self.ops.residual_stream(x), "residual")
 
-        x = add(x, attention(name="attention")(norm(name="attention_norm")(x), mask=mask))
+        normal = norm(name="attention_norm")(x)
+        x = add(x, attention(name="attention")(normal, mask=mask, causal=self.causal))
         if self.cross == "open_clip":
             x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
             context = norm(name="context_norm")(context)
@@ -402,28 +317,38 @@ class Stack(nn.Module):
     """`depth` blocks with parameters stacked on a leading axis, run by one scan.
 
     remat: 'none' | 'dots' (save the products) | 'named' (save the tensors that are dear to make
-    again) | 'full' (save only each block's input).
+    again) | 'full' (save only each block's input). causal: of self-attention.
     """
 
     depth: int
     num_heads: int
     mlp_dim: int
     cross: str | None = None
+    causal: bool = False
     activation: str = "gelu"
     remat: str = "none"
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
     ) -> jax.Array:
+        mask, causal = self.ops.prepare_mask(mask, self.causal, x.shape[1])
+        fields: dict[str, Any] = dict(
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            depth=self.depth,
+            cross=self.cross,
+            causal=causal,
+            activation=self.activation,
+            dtype=self.dtype,
+            ops=self.ops,
+        )
+        loop = self.ops.layer_loop(fields, self.remat)
+        if loop is not None and not self.is_initializing():
+            return loop(self.variables["params"]["layers"], x, mask, context)
         block: Any = Block
-        written_out = self.remat == "named" and not self.flat and self.activation == "gelu"
-        written_out &= self.dtype == x.dtype == jnp.bfloat16 and self.cross in (None, "paper")
-        if written_out and not self.is_initializing():
-            params = self.variables["params"]["layers"]
-            return layer_loop.run(params, x, mask, context, self.num_heads, NORM_EPSILON)
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
@@ -432,17 +357,9 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.depth,
+            unroll=self.ops.unroll(self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            depth=self.depth,
-            cross=self.cross,
-            activation=self.activation,
-            dtype=self.dtype,
-            flat=self.flat,
-            name="layers",
-        )
+        )(name="layers", **fields)
         return layers(x, mask, context)[0]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
+from coca_jax.ops.reference import Reference
 
 
 class AttentionalPooler(nn.Module):
@@ -22,7 +23,7 @@ class AttentionalPooler(nn.Module):
     num_heads: int
     query_std: float = 0.02
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -35,7 +36,7 @@ class AttentionalPooler(nn.Module):
         )()
         query = layers.LayerNorm(self.dtype, name="query_norm")(query)
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
-        tokens = layers.LayerNorm(self.dtype, self.flat, name="token_norm")(tokens)
-        return layers.Attention(self.num_heads, dtype=self.dtype, flat=self.flat, name="attention")(
+        tokens = layers.LayerNorm(self.dtype, self.ops, name="token_norm")(tokens)
+        return layers.Attention(self.num_heads, dtype=self.dtype, ops=self.ops, name="attention")(
             query, tokens, mask
         )

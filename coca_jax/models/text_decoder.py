@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
+from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain
 
 
@@ -37,26 +38,27 @@ class TextDecoder(nn.Module):
     activation: str = "gelu"
     remat: str = "none"
     dtype: Any = jnp.float32
-    flat: bool = True
+    ops: Reference = Reference()
 
     def setup(self) -> None:
         stack = dict(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
+            causal=True,
             activation=self.activation,
             remat=self.remat,
             dtype=self.dtype,
-            flat=self.flat,
+            ops=self.ops,
         )
         self.token_embedding = layers.Table((self.vocab_size, self.width), axes=("vocab", "embed"))
         self.positions = layers.Table((self.max_len + 1, self.width), axes=("position", "embed"))
         self.cls = layers.Table((self.width,), axes=("norm",))
         self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
-        self.unimodal_norm = layers.LayerNorm(self.dtype, self.flat)
+        self.unimodal_norm = layers.LayerNorm(self.dtype, self.ops)
         stack["num_heads"] = self.multimodal_heads or self.num_heads
         stack["mlp_dim"] = self.multimodal_mlp_dim or self.mlp_dim
         self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
-        self.multimodal_norm = layers.LayerNorm(self.dtype, self.flat)
+        self.multimodal_norm = layers.LayerNorm(self.dtype, self.ops)
         if not self.tie_embeddings:
             self.head = Head(self.vocab_size, self.width, self.head_bias)
 
@@ -81,8 +83,7 @@ class TextDecoder(nn.Module):
         always = jnp.ones((batch, 1), bool)
         order = (text_valid, always) if self.cls_mask == "exact" else (always, text_valid)
         keys = jnp.concatenate(order, axis=1)
-        mask = keys[:, None, None, :] & causal_mask(length + 1)
-        x = self.unimodal(x, mask)
+        x = self.unimodal(x, keys[:, None, None, :])
         states = constrain(x[:, :-1], "batch", "length", "act_embed")
         return states, self.unimodal_norm(constrain(x[:, -1], "batch", "act_embed"))
 
@@ -91,8 +92,7 @@ class TextDecoder(nn.Module):
 
         Captions are padded on the right, so the causal mask already hides padding from tokens.
         """
-        mask = causal_mask(text_states.shape[1])
-        x = self.multimodal(text_states, mask, image_tokens.astype(self.dtype))
+        x = self.multimodal(text_states, None, image_tokens.astype(self.dtype))
         return self.multimodal_norm(x)
 
     def output_layer(self) -> tuple[jax.Array, jax.Array | None]:
@@ -126,8 +126,3 @@ class Head(nn.Module):
         if not self.use_bias:
             return kernel, None
         return kernel, layers.Table((self.vocab_size,), ("vocab",), init_std=0.0, name="bias")()
-
-
-def causal_mask(length: int) -> jax.Array:
-    """bool [1, 1, L, L], True where a query may look: at itself and before."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]

@@ -1,7 +1,7 @@
 """Attention, norm, GELU and bias as the TPU compiler runs them best, with gradients of their own.
 
-They compute what the plain forms in layers.py compute. What differs is where the work lands, found
-by the compiler's cycle estimates (docs/performance.md): sums over rows and columns run on the
+They compute what the plain forms in ops/reference.py compute. What differs is where the work lands,
+found by the compiler's cycle estimates (docs/performance.md): sums over rows and columns run on the
 matrix unit as products with ones (exact: the partial sums are float32), softmax normalises its
 output instead of the weights, and queries lie along the vector lanes, so that sums and maxima over
 keys never cross lanes.
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from coca_jax.models import attention_kernel, norm_kernel
+from coca_jax.ops.reference import gelu, gelu_slope
+from coca_jax.ops.tpu import attention_kernel, norm_kernel
 from coca_jax.partitioning import active_mesh
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -146,38 +147,46 @@ layer_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, heads: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    heads: int,
+    kernels: bool = True,
 ) -> jax.Array:
     """Softmax attention [B, N, D] x [B, M, D] -> [B, N, D], heads side by side along D; softmax in
     float32. One kernel on a TPU where it fits (attention_kernel.py), a pooler's single query
     padded to the fewest that it takes.
 
-    mask: bool, broadcastable to [B, 1, N, M]; True where a query may look.
+    mask: bool, broadcastable to [B, 1, N, M]; True where a query may look. kernels: False leaves
+    it to XLA.
     """
     count = query.shape[1]
-    if mask is None and count < attention_kernel.FEWEST:
+    if kernels and mask is None and count < attention_kernel.FEWEST:
         padded = jnp.pad(query, ((0, 0), (0, attention_kernel.FEWEST - count), (0, 0)))
         if attention_kernel.fits(padded, key):
-            return _attend(padded, key, value, None, heads)[:, :count]
-    return _attend(query, key, value, mask, heads)
+            return _attend(padded, key, value, None, heads, kernels)[:, :count]
+    return _attend(query, key, value, mask, heads, kernels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query, key, value, mask, heads):
-    return _attend_forward(query, key, value, mask, heads)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(query, key, value, mask, heads, kernels):
+    return _attend_forward(query, key, value, mask, heads, kernels)[0]
 
 
-def _attend_forward(query, key, value, mask, heads):
+def _attend_forward(query, key, value, mask, heads, kernels):
     arrays = dict(query=query, key=key, value=value)
-    out = _on_device(attention_kernel.forward, _plain_forward, arrays, mask, heads)
+    kernel = attention_kernel.forward if kernels else None
+    out = _on_device(kernel, _plain_forward, arrays, mask, heads)
     out = checkpoint_name(out, "attended")
     return out, (query, key, value, mask, out)
 
 
-def _attend_backward(heads, saved, g):
+def _attend_backward(heads, kernels, saved, g):
     query, key, value, mask, out = saved
     arrays = dict(query=query, key=key, value=value, out=out, gradient=g)
-    return *_on_device(attention_kernel.backward, _plain_backward, arrays, mask, heads), None
+    kernel = attention_kernel.backward if kernels else None
+    return *_on_device(kernel, _plain_backward, arrays, mask, heads), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -225,12 +234,13 @@ def attend_backward(
 
 
 def _on_device(kernel, plain, arrays, mask, heads):
-    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads)."""
+    """kernel(**arrays, bias, heads) on TPUs where it fits, else plain(**arrays, mask, heads);
+    kernel: None for plain in any case."""
     mesh = active_mesh()
     parts, tensor = _parts(mesh)
     query, key = arrays["query"], arrays["key"]
     even = query.shape[-3] % parts == 0 and heads % tensor == 0
-    if not (even and attention_kernel.fits(query, key)):
+    if kernel is None or not (even and attention_kernel.fits(query, key)):
         return plain(**arrays, mask=mask, heads=heads)
 
     def on_tpu(arrays, mask):
@@ -311,9 +321,6 @@ def _plain_backward(query, key, value, out, gradient, mask, heads):
     return tuple(x.astype(query.dtype).reshape(x.shape[:2] + (width,)) for x in gradients)
 
 
-SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715
-
-
 @jax.custom_vjp
 def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     """GELU of x [..., F] + bias [F] by its tanh approximation, computed in float32, in x's dtype.
@@ -323,22 +330,9 @@ def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     return _gelu_forward(x, bias)[0]
 
 
-def gelu(hidden: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation, computed in float32, in the dtype of `hidden`."""
-    wide = hidden.astype(jnp.float32)
-    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
-    return (0.5 * wide * (1 + tanh)).astype(hidden.dtype)
-
-
 def gelu_gradients(hidden: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradient of `hidden` [..., F] and, float32 [F], of a bias in it."""
-    wide = hidden.astype(jnp.float32)
-    square = wide * wide
-    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
-    steep = wide * (2 * SLOPE + (6 * SLOPE * CUBE) * square)
-    sigmoid = 0.5 + 0.5 * tanh
-    slope = sigmoid * (1 + (0.5 - 0.5 * tanh) * steep)
-    dx = g.astype(jnp.float32) * slope
+    dx = g.astype(jnp.float32) * gelu_slope(hidden)
     # Two products read the result: the barrier has it made once, and its sum with it.
     d_bias = dx.sum(tuple(range(dx.ndim - 1)))
     return jax.lax.optimization_barrier((dx.astype(hidden.dtype), d_bias))

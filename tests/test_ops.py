@@ -1,13 +1,14 @@
-"""The TPU forms of attention, norm, GELU and bias against their plain definitions."""
+"""Every form of the operations against the reference, values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax import partitioning
-from coca_jax.models import accelerated, attention_kernel, layers, norm_kernel
-from coca_jax.models.text_decoder import causal_mask
+from coca_jax import ops, partitioning
+from coca_jax.models import layers
+from coca_jax.ops import gpu, reference
+from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
 
 
 def arrays(*shape, count=1, dtype=jnp.float32, seed=0):
@@ -34,16 +35,16 @@ def assert_close_with_gradients(ours, plain, inputs, tolerance):
 
 def plain_attention(q, k, v, mask, heads):
     q, k, v = (x.reshape(x.shape[:2] + (heads, -1)) for x in (q, k, v))
-    return layers.attend(q, k, v, mask).reshape(q.shape[:2] + (-1,))
+    return reference.attend(q, k, v, mask).reshape(q.shape[:2] + (-1,))
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_the_plain_form(dtype, tolerance, masked):
     inputs = arrays(2, 9, 24, count=3, dtype=dtype)
-    mask = causal_mask(9) if masked else None
+    mask = reference.causal_mask(9, 9) if masked else None
     assert_close_with_gradients(
-        lambda q, k, v: accelerated.attend(q, k, v, mask, 3),
+        lambda q, k, v: forms.attend(q, k, v, mask, 3),
         lambda q, k, v: plain_attention(q, k, v, mask, 3),
         inputs,
         tolerance,
@@ -55,7 +56,7 @@ def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
     mask = jnp.zeros((1, 1, 4, 4), bool).at[..., 1:, :].set(True)
 
     def total(q, k, v):
-        return accelerated.attend(q * 1e4, k, v, mask, 1).sum()
+        return forms.attend(q * 1e4, k, v, mask, 1).sum()
 
     for x in jax.tree.leaves(jax.value_and_grad(total, (0, 1, 2))(query, key, value)):
         assert jnp.isfinite(x).all()
@@ -76,7 +77,7 @@ def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
     query, key, value, gradient = array(n), array(m), array(m), array(n)
     seen = None
     if mask:
-        seen = causal_mask(n)
+        seen = reference.causal_mask(n, n)
         if mask == "rows":
             seen &= jnp.asarray(rng.random((2, 1, 1, m)) > 0.3).at[..., 0].set(True)
     bias = None if seen is None else jnp.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE)
@@ -118,8 +119,8 @@ def test_norm_kernel_equals_the_plain_gradients(n):
         jnp.asarray(rng.normal(size=(4, n, 96)) + shift, jnp.bfloat16) for shift in (3, 0, 0)
     )
     scale = jnp.asarray(rng.normal(size=96), jnp.float32)
-    mean, inverse = accelerated.statistics(x, 1e-5)
-    wanted = accelerated.norm_gradients(x, mean, inverse, scale, gradient)
+    mean, inverse = forms.statistics(x, 1e-5)
+    wanted = forms.norm_gradients(x, mean, inverse, scale, gradient)
     stack = jnp.stack([x - 1, x])
     dx, sums = norm_kernel.backward(
         stack, scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
@@ -136,10 +137,10 @@ def test_norm_kernel_equals_the_plain_gradients(n):
 
 def test_a_single_query_is_padded_to_what_the_kernel_takes():
     query, key, value = arrays(2, 256, 256, count=3, dtype=jnp.bfloat16)
-    text = str(jax.make_jaxpr(lambda q: accelerated.attend(q, key, value, None, 4))(query[:, :1]))
+    text = str(jax.make_jaxpr(lambda q: forms.attend(q, key, value, None, 4))(query[:, :1]))
     assert "name=attention_4_heads" in text and "bf16[2,16,256]" in text
     assert_close_with_gradients(
-        lambda q, k, v: accelerated.attend(q, k, v, None, 4),
+        lambda q, k, v: forms.attend(q, k, v, None, 4),
         lambda q, k, v: plain_attention(q, k, v, None, 4),
         (query[:, :1], key, value),
         2e-2,
@@ -152,8 +153,11 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 10, 32)), jnp.bfloat16)
     context = jnp.asarray(rng.normal(size=(2, 7, 32)), jnp.bfloat16) if cross else None
-    mask = causal_mask(10) & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
-    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross, dtype=jnp.bfloat16, flat=False)
+    mask = (
+        reference.causal_mask(10, 10)
+        & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
+    )
+    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross, dtype=jnp.bfloat16, ops=ops.Tpu())
     written, scanned = (layers.Stack(remat=remat, **options) for remat in ("named", "none"))
     params = partitioning.unbox(scanned.init(jax.random.key(0), x, mask, context))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
@@ -191,7 +195,7 @@ def test_norm_equals_the_plain_form_with_a_large_mean():
         return (centred * inverse * scale + bias).astype(jnp.bfloat16)
 
     assert_close_with_gradients(
-        lambda *a: accelerated.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
+        lambda *a: forms.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
     )
 
 
@@ -203,14 +207,91 @@ def test_gelu_and_bias_equal_the_plain_forms(dtype, tolerance):
     def plain(x, bias):
         return jax.nn.gelu(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
 
-    assert_close_with_gradients(accelerated.bias_gelu, plain, (x * 3, bias), tolerance)
-    assert_close_with_gradients(accelerated.add_bias, lambda x, b: x + b, (x, bias), tolerance)
+    assert_close_with_gradients(forms.bias_gelu, plain, (x * 3, bias), tolerance)
+    assert_close_with_gradients(forms.add_bias, lambda x, b: x + b, (x, bias), tolerance)
 
 
 def test_sums_on_the_matrix_unit_keep_float32_accuracy():
     (x,) = arrays(8, 1408)
     np.testing.assert_allclose(
-        accelerated.row_sum(jnp.square(x))[:, 0], np.square(np.asarray(x)).sum(-1), rtol=1e-5
+        forms.row_sum(jnp.square(x))[:, 0], np.square(np.asarray(x)).sum(-1), rtol=1e-5
     )
     whole = jnp.round(x * 8)  # exact in bfloat16
-    np.testing.assert_allclose(accelerated.column_sum(whole), whole.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(forms.column_sum(whole), whole.sum(0), rtol=1e-6)
+
+
+FORMS = [ops.Cpu(), ops.Gpu(cudnn=False), ops.Tpu(), ops.Tpu(kernels=False)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.description)
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_every_operation_of_every_form_equals_the_reference(form, dtype, tolerance):
+    """dense, add_bias, bias_activation, layer_norm and attend (masked, causal, across)."""
+    plain = ops.Reference()
+    x, y, z = arrays(2, 9, 24, count=3, dtype=dtype)
+    (kernel,) = arrays(24, 40)
+    scale, bias = arrays(24, count=2)
+    wide_bias = arrays(40, dtype=dtype, seed=1)[0]
+    hidden = arrays(2, 9, 40, dtype=dtype, seed=2)[0]
+    valid = jnp.asarray([[True] * 9, [True] * 6 + [False] * 3])[:, None, None]
+
+    def check(call, *inputs):
+        assert_close_with_gradients(
+            lambda *a: call(form, *a), lambda *a: call(plain, *a), inputs, tolerance
+        )
+
+    check(lambda f, x, k: f.dense(x, k, dtype), x, kernel)
+    check(lambda f, h, b: f.add_bias(h, b), hidden, wide_bias)
+    for activation in reference.ACTIVATIONS:
+        check(lambda f, h, b: f.bias_activation(h, b, activation), hidden, wide_bias)  # noqa: B023
+    check(lambda f, x, s, b: f.layer_norm(x, s, b, dtype), x * 3 + 1, scale, bias)
+    for mask, causal in ((None, False), (None, True), (valid, True)):
+        mask, causal = plain.prepare_mask(mask, causal, 9)
+        check(lambda f, *a: f.attend(*a, mask, 3, causal), x, y, z)  # noqa: B023
+    check(lambda f, *a: f.attend(*a, None, 3), x[:, :1], y, z)
+
+
+@pytest.mark.parametrize("queries,keys", [(1, 9), (9, 9), (8, 8), (8, 5)])
+@pytest.mark.parametrize("masked,causal", [(False, False), (True, False), (True, True)])
+def test_attention_padded_for_cudnn_equals_the_plain_form(queries, keys, masked, causal):
+    """Odd lengths and a single query, through the same code with XLA in cuDNN's place."""
+    (query,), (key, value) = arrays(2, queries, 3, 8), arrays(2, keys, 3, 8, count=2, seed=1)
+    mask = jnp.arange(keys)[None, None, None] < jnp.asarray([keys, keys - 2])[:, None, None, None]
+    mask = mask if masked else None
+    if causal and queries != keys:
+        pytest.skip("causal order is that of a text over itself")
+    order = reference.causal_mask(queries, keys) if causal else jnp.ones((1, 1, 1, 1), bool)
+    seen = order if mask is None else order & mask
+    assert_close_with_gradients(
+        lambda *a: gpu.library_attention(*a, mask, causal, implementation="xla"),
+        lambda *a: reference.attend(*a, jnp.broadcast_to(seen, (2, 1, queries, keys))),
+        (query, key, value),
+        1e-5,
+    )
+
+
+def test_the_form_follows_the_platform_and_the_request():
+    assert ops.choose("cpu") == ops.Cpu() and ops.choose("tpu") == ops.Tpu()
+    assert ops.choose("gpu") == ops.choose("cuda") == ops.Gpu(cudnn=True)
+    assert ops.choose("gpu", "xla") == ops.choose("rocm") == ops.Gpu(cudnn=False)
+    assert ops.choose("tpu", "xla") == ops.Tpu(kernels=False)
+    for platform in ("cpu", "gpu", "tpu"):
+        assert type(ops.choose(platform, "reference")) is ops.Reference
+    with pytest.raises(ValueError, match="model.implementation='fast'; choose from auto, xla"):
+        ops.choose("cpu", "fast")
+
+
+def test_forms_step_aside_for_what_they_do_not_know_and_say_so(caplog):
+    fields = dict(
+        num_heads=2, mlp_dim=8, depth=1, cross=None, activation="gelu", dtype=jnp.bfloat16
+    )
+    assert ops.Tpu().layer_loop(fields, "named") is not None
+    for change in (dict(activation="relu"), dict(cross="open_clip"), dict(some_new_option=True)):
+        caplog.clear()
+        assert ops.Tpu().layer_loop({**fields, **change}, "named") is None
+        assert str(list(change)[0]) in caplog.text
+    assert ops.Tpu().layer_loop(fields, "none") is None
+    assert ops.Tpu(kernels=False).layer_loop(fields, "named") is None
+    (query,) = arrays(1, 4, 12)
+    ops.Gpu().attend(query, query, query, None, 3)
+    assert "without cuDNN: it takes bfloat16 and not float32" in caplog.text

@@ -2,8 +2,8 @@
 
 A kernel is a custom call to XLA, which gives it no `estimated_cycles`. But its code is scheduled
 statically: libtpu can write out the instruction bundles, and without a branch each takes a cycle.
-This runs as a process of its own (`python -m coca_jax.kernel_cost`, requests and answers in JSON),
-since libtpu reads the option that makes it write them only once, when it is loaded.
+This runs as a process of its own (`python -m coca_jax.estimate.kernels`, requests and answers in
+JSON), since libtpu reads the option that makes it write them only once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax.models import attention_kernel, norm_kernel
+from coca_jax.ops.tpu import attention_kernel, norm_kernel
 
 SCHEDULE = "pre-delay_hlo-static-per-bundle-utilization"  # a line a bundle, idle ones included
 
@@ -36,7 +36,7 @@ def bundles(topology: str, options: dict, calls: list[tuple[str, list[str]]]) ->
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         request = json.dumps(dict(topology=topology, options=options, calls=calls, folder=folder))
         done = subprocess.run(
-            [sys.executable, "-m", "coca_jax.kernel_cost"],
+            [sys.executable, "-m", "coca_jax.estimate.kernels"],
             input=request,
             capture_output=True,
             text=True,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import accelerated
+from coca_jax.ops.tpu import forms
 from coca_jax.partitioning import constrain, local_map
 
 Weights = dict[str, jax.Array]
@@ -115,7 +115,7 @@ def _run_backward(options, saved, g):
         return tuple(carry), gradients
 
     indices = jnp.arange(depth, dtype=jnp.int32)
-    start = (g, accelerated.column_sum(g), jnp.zeros_like(context))
+    start = (g, forms.column_sum(g), jnp.zeros_like(context))
     (g, _, d_context), gradients = jax.lax.scan(body, start, (weights, indices), reverse=True)
     return gradients, g, None, d_context
 
@@ -178,15 +178,15 @@ def _dense_backward(
     """Gradient of x; those of kernel and bias go to `gradients`. d_bias: that of the bias, where it
     is known already."""
     gradients[f"{name}/kernel"] = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
-    gradients[f"{name}/bias"] = accelerated.column_sum(g) if d_bias is None else d_bias
+    gradients[f"{name}/bias"] = forms.column_sum(g) if d_bias is None else d_bias
     return jax.lax.dot_general(g, layer[f"{name}/kernel"], (((2,), (1,)), ((), ())))
 
 
 @_named
 def _norm(layer: Weights, name: str, x: jax.Array, epsilon: float, keep: _Keeper) -> jax.Array:
-    mean, inverse = accelerated.statistics(x, epsilon)
+    mean, inverse = forms.statistics(x, epsilon)
     mean, inverse = keep(f"{name}/mean", mean), keep(f"{name}/inverse", inverse)
-    return accelerated.normalised(x, mean, inverse, layer[f"{name}/scale"], layer[f"{name}/bias"])
+    return forms.normalised(x, mean, inverse, layer[f"{name}/scale"], layer[f"{name}/bias"])
 
 
 def _attention(layer, name, x, context, mask, options, keep):
@@ -196,10 +196,10 @@ def _attention(layer, name, x, context, mask, options, keep):
     if keep.stacked:  # from and to the stacks, so that nothing is written twice
         names = [f"{name}/{part}" for part in ("attended", "query", "key", "value")]
         stack, *operands = (keep.found[n] for n in names)
-        stack = accelerated.attend_into(stack, keep.index, *operands, mask, options.heads)
+        stack = forms.attend_into(stack, keep.index, *operands, mask, options.heads)
         keep.found[names[0]], out = stack, stack[keep.index]
     else:
-        out = keep(f"{name}/attended", accelerated.attend(query, key, value, mask, options.heads))
+        out = keep(f"{name}/attended", forms.attend(query, key, value, mask, options.heads))
     return _dense(layer, f"{name}/out", out)
 
 
@@ -224,7 +224,7 @@ def _forward(layer, x, mask, context, options, stacks, index):
     normal = _norm(layer, "mlp_norm", x, options.epsilon, keep)
     hidden = constrain(_dense(layer, "mlp/in", normal), "batch", "length", "act_mlp")
     hidden = keep("hidden", hidden, reread=True)
-    x = _stream(x + _dense(layer, "mlp/out", accelerated.gelu(hidden)))
+    x = _stream(x + _dense(layer, "mlp/out", forms.gelu(hidden)))
     return x, keep.found
 
 
@@ -240,7 +240,7 @@ class _Kept:
 
 @_named
 def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
-    return accelerated.normalised(
+    return forms.normalised(
         kept(x),
         kept(f"{name}/mean"),
         kept(f"{name}/inverse"),
@@ -252,7 +252,7 @@ def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
 @_named
 def _norm_backward(gradients, layer, name, kept, x, d_normal, g, epsilon):
     """(gradient of the stream before the norm, its sum over all but the width)."""
-    g, gradients[f"{name}/scale"], gradients[f"{name}/bias"], total = accelerated.norm_backward(
+    g, gradients[f"{name}/scale"], gradients[f"{name}/bias"], total = forms.norm_backward(
         kept.stacks[x],
         kept.index,
         kept(f"{name}/mean"),
@@ -271,7 +271,7 @@ def _attention_backward(gradients, layer, name, kept, x, context, mask, heads, g
     query, key, value, out = (
         kept.stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
     )
-    d_query, d_key, d_value = accelerated.attend_backward(
+    d_query, d_key, d_value = forms.attend_backward(
         query, key, value, mask, out, g, kept.index, heads
     )
     source = x if context is None else context
@@ -290,8 +290,8 @@ def _backward(layer, stacks, index, mask, context, options, g, total, d_context)
     heads, epsilon, cross = options
     kept = _Kept(stacks, index)
     hidden = kept("hidden")
-    d_gelu = _dense_backward(gradients, layer, "mlp/out", accelerated.gelu(hidden), g, total)
-    d_hidden, d_bias = accelerated.gelu_gradients(hidden, d_gelu)
+    d_gelu = _dense_backward(gradients, layer, "mlp/out", forms.gelu(hidden), g, total)
+    d_hidden, d_bias = forms.gelu_gradients(hidden, d_gelu)
     normal = _normalised(layer, "mlp_norm", kept, "middle")
     d_normal = _dense_backward(gradients, layer, "mlp/in", normal, d_hidden, d_bias)
     g, total = _norm_backward(gradients, layer, "mlp_norm", kept, "middle", d_normal, g, epsilon)

@@ -59,13 +59,15 @@ class Instruction:
 
 @dataclasses.dataclass
 class Collective:
-    """One collective: bytes of its result on one device, members of a group, runs per step."""
+    """One collective: bytes of its result on one device, members of a group, runs per step;
+    asynchronous: whether other work may run between its start and its end."""
 
     kind: str
     bytes: float
     group: int
     runs: int
     op_name: str
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass
@@ -236,7 +238,9 @@ def summarise(text: str, devices: int = 1) -> Cost:
                 size /= group_size(instruction.line, devices)
             group = 2 if kind == "collective-permute" else group_size(instruction.line, devices)
             if group > 1:
-                cost.collectives.append(Collective(kind, size, group, runs, instruction.op_name))
+                parts = (kind, size, group, runs, instruction.op_name)
+                started = instruction.opcode.endswith("-start")
+                cost.collectives.append(Collective(*parts, asynchronous=started))
         elif 'custom_call_target="tpu_custom_call"' in instruction.line:
             types = _CONSTRAINTS.search(instruction.line)
             operands = tuple(f"{k}[{n}]" for k, n in _ARRAY.findall(types[1])) if types else ()
@@ -248,6 +252,19 @@ def summarise(text: str, devices: int = 1) -> Cost:
             cost.by_instruction.append((total, runs, instruction))
     cost.by_instruction.sort(key=lambda x: -x[0])
     return cost
+
+
+def called(instruction: Instruction) -> dict[str, str]:
+    """{'calls' | 'body' | 'condition' | 'to_apply': computation} of an instruction."""
+    return dict(_CALLED.findall(instruction.line))
+
+
+def branches(instruction: Instruction) -> list[str]:
+    """The computations that a conditional chooses from."""
+    names = _TRUE_FALSE.findall(instruction.line)
+    for group in _BRANCHES.findall(instruction.line):
+        names += [x.strip().lstrip("%") for x in group.split(",")]
+    return names
 
 
 def _start_bytes(instruction: Instruction, kind: str) -> float:
@@ -282,9 +299,7 @@ def _walk(
             if target:
                 yield from _walk(module, target, runs, cost, fused)
         elif instruction.opcode == "conditional":
-            names = _TRUE_FALSE.findall(instruction.line)
-            for group in _BRANCHES.findall(instruction.line):
-                names += [x.strip().lstrip("%") for x in group.split(",")]
+            names = branches(instruction)
             # One branch runs: the costliest stands for it.
             yield from _walk(
                 module, max(names, key=lambda n: _cycles(module, n)), runs, cost, fused
@@ -293,3 +308,23 @@ def _walk(
 
 def _cycles(module: Module, name: str) -> int:
     return sum(x.cycles for x in module.computations.get(name, {}).values())
+
+
+def place(op_name: str) -> str:
+    """'jit(train_step)/transpose(jvp(CoCa))/.../mlp/in/dot_general' -> 'backward  ...mlp/in'."""
+    if "rematted_computation" in op_name:
+        kind = "recompute"
+    elif "transpose(" in op_name:
+        kind = "backward"
+    elif "jvp(" in op_name:
+        kind = "forward"
+    else:
+        kind = "update"
+    parts = [
+        p
+        for p in op_name.split("/")
+        if p
+        not in ("while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map")
+        and not p.startswith(("jit(", "jvp(", "transpose(", "CoCa.", "text_decoder."))
+    ]
+    return f"{kind:9s} {'/'.join(parts[:-1]) or (parts[-1] if parts else 'other')}"

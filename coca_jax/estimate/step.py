@@ -1,0 +1,46 @@
+"""The train step of a config as abstract arrays, for compiling without data or devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from coca_jax import partitioning, train_step
+from coca_jax.data import batches
+from coca_jax.data.mixture import head_classes
+from coca_jax.models import coca
+
+
+def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
+    """(jitted train step, its abstract arguments) exactly as `train` makes them."""
+    model = coca.build(
+        config.model,
+        remat=config.remat,
+        sigmoid=config.loss.contrastive == "sigmoid",
+        platform=mesh.devices.flat[0].platform,
+        head=config.head,
+        num_classes=len(head_classes(config)),
+    )
+    abstract, shardings = train_step.state_shardings(model, config, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    step = train_step.make_train_step(model, config, config.steps or 1_000_000)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted, (state, abstract_batch(config, mesh))
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one global batch, split over data x fsdp."""
+    sharding = NamedSharding(mesh, partitioning.spec("batch"))
+    return {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *field.shape), np.dtype(field.dtype), sharding=sharding
+        )
+        for name, field in batches.fields(config).items()
+        if field.trains
+    }

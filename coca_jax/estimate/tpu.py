@@ -1,0 +1,102 @@
+"""What a compiled step costs on a TPU: the compiler's cycles, our kernels' schedules, the links."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from coca_jax.estimate import hlo, kernels
+from coca_jax.estimate.chips import Tpu
+
+
+def collective_seconds(collective: hlo.Collective, shape: tuple[int, ...], link: float) -> float:
+    """A lower bound for one run of a collective: a ring both ways along as many axes of the torus
+    as its group needs, each link at full speed."""
+    axes, reach = 1, max(shape)
+    for size in sorted(shape, reverse=True)[1:]:
+        if reach >= collective.group:
+            break
+        axes, reach = axes + 1, reach * size
+    share = (collective.group - 1) / collective.group
+    speed = 2 * axes * link
+    if collective.kind == "all-reduce":
+        return 2 * collective.bytes * share / speed
+    if collective.kind == "reduce-scatter":
+        return collective.bytes * (collective.group - 1) / speed
+    if collective.kind == "collective-permute":
+        return collective.bytes / link
+    return collective.bytes * share / speed
+
+
+def analyse(
+    text: str, chip: Tpu, shape: tuple[int, ...], devices: int, flops_per_device: float
+) -> dict[str, Any]:
+    """The report's numbers of an optimised module; flops_per_device are the model's, of a step."""
+    cost = hlo.summarise(text, devices)
+    by_kernel = kernel_cycles(cost, chip)
+    compute = (cost.cycles + sum(by_kernel.values())) / chip.hertz
+    links = sum(collective_seconds(c, shape, chip.link) * c.runs for c in cost.collectives)
+    ideal = flops_per_device / chip.peak
+    return {
+        "estimated_cycles": cost.cycles,
+        "kernel_cycles": sum(by_kernel.values()),
+        "cycles_by_kernel": by_kernel,
+        "estimated_compute_seconds": compute,
+        "collective_bound_seconds": links,
+        "estimated_step_seconds": max(compute, links),
+        "estimated_mfu_compute_only": ideal / compute if compute else 0.0,
+        "estimated_mfu": ideal / max(compute, links) if compute else 0.0,
+        "estimated_mfu_no_overlap": ideal / (compute + links) if compute else 0.0,
+        "loops_of_unknown_length": len(cost.unknown_loops),
+        "costliest": costliest(cost),
+    }
+
+
+def kernel_cycles(cost: hlo.Cost, chip: Tpu) -> dict[str, int]:
+    """Cycles a step of each kernel: its scheduled instructions for every row of the batch, shared
+    by the cores, or the time to stream its operands and results, whichever is more."""
+    distinct = sorted({(name, types) for name, types, _ in cost.kernels})
+    counts = kernels.bundles(
+        f"{chip.name}:{chip.smallest}", dict(chip.options), [(n, list(t)) for n, t in distinct]
+    )
+    bundles = dict(zip(distinct, counts))
+    total: dict[str, int] = {}
+    for name, types, runs in cost.kernels:
+        steps, moved = kernels.work(name, list(types))
+        cycles = bundles[name, types] * -(-steps // chip.cores)
+        cycles = max(cycles, round(moved / chip.stream * chip.hertz))
+        sizes = [kernels.parse(t)[1][-2] for t in types if t.startswith("bf16")]
+        label = f"{name} {sizes[0]} x {sizes[1]}"
+        total[label] = total.get(label, 0) + cycles * runs
+    return total
+
+
+def costliest(cost: hlo.Cost) -> list[tuple[str, float]]:
+    """(where, share of all cycles), the costliest first, the same places added up."""
+    places: dict[str, int] = {}
+    for name, cycles in cost.by_op.items():
+        where = hlo.place(name)
+        places[where] = places.get(where, 0) + cycles
+    ranked = sorted(places.items(), key=lambda x: -x[1])
+    return [(where, cycles / max(1, cost.cycles)) for where, cycles in ranked]
+
+
+@contextlib.contextmanager
+def quiet_plugin() -> Iterator[None]:
+    """Settings for libtpu on a machine without a TPU; they must stand before it is loaded."""
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    old = {k: os.environ.get(k) for k in settings}
+    os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            if value is None:
+                os.environ.pop(key, None)

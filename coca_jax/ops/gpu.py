@@ -1,0 +1,197 @@
+"""Operations as an NVIDIA GPU runs them best: cuDNN's attention, GELU with its bias in one pass.
+
+Products keep bfloat16 results, as cuBLAS makes them, norms are left to XLA's fusions, and layers
+are not looped over: by the roofline of the compiled step (docs/performance.md) a loop costs more in
+slices of stacked tensors than it saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from coca_jax.ops.reference import (
+    NORM_EPSILON,
+    Reference,
+    gelu,
+    gelu_slope,
+    merge_heads,
+    split_heads,
+)
+
+WIDEST_HEAD = 128  # of cuDNN's attention on every architecture that has it; in multiples of 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Reference):
+    """cudnn: whether attention is cuDNN's; False leaves it to XLA."""
+
+    cudnn: bool = True
+
+    @property
+    def description(self) -> str:
+        attention = "cuDNN attention" if self.cudnn else "XLA's attention"
+        return f"GPU: {attention}, fused bias and GELU, layers unrolled"
+
+    def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+        # Of three-dimensional products XLA transposes operands for the gradient of the kernel.
+        rows = x.astype(dtype).reshape((-1, x.shape[-1]))
+        return jnp.dot(rows, kernel.astype(dtype)).reshape(x.shape[:-1] + kernel.shape[1:])
+
+    def bias_activation(self, x: jax.Array, bias: jax.Array, activation: str) -> jax.Array:
+        if activation != "gelu":
+            return super().bias_activation(x, bias, activation)
+        return bias_gelu(x, bias)
+
+    def prepare_mask(
+        self, mask: jax.Array | None, causal: bool, length: int
+    ) -> tuple[jax.Array | None, bool]:
+        return (mask, causal) if self.cudnn else super().prepare_mask(mask, causal, length)
+
+    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+        if x.dtype == dtype == jnp.bfloat16:
+            return layer_norm(x, scale, bias)
+        return super().layer_norm(x, scale, bias, dtype)
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        heads: int,
+        causal: bool = False,
+    ) -> jax.Array:
+        width = query.shape[2] // heads
+        why = _refusal(query.dtype, width) if self.cudnn else "switched off"
+        if why:
+            if self.cudnn:
+                _say(f"attention of {heads} heads of {width} runs without cuDNN: {why}")
+            return super().attend(query, key, value, mask, heads, causal)
+        query, key, value = (split_heads(x, heads) for x in (query, key, value))
+        return checkpoint_name(
+            merge_heads(library_attention(query, key, value, mask, causal)), "attended"
+        )
+
+    def residual_stream(self, x: jax.Array) -> jax.Array:
+        # Left to itself XLA lays the stream out with the batch inside, and transposes it for every
+        # product.
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def unroll(self, depth: int) -> int:
+        return depth
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once a process for each text."""
+    logging.getLogger("coca_jax").warning("%s", text)
+
+
+def _refusal(dtype: jnp.dtype, head_width: int) -> str:
+    """Why cuDNN's attention does not take such heads; '' where it does."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and not {jnp.dtype(dtype).name}"
+    if head_width % 8 or head_width > WIDEST_HEAD:
+        return f"it takes heads as wide as a multiple of 8 up to {WIDEST_HEAD}"
+    return ""
+
+
+def library_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    causal: bool,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """jax.nn's attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K], for shapes cuDNN takes.
+
+    cuDNN takes no odd lengths with a mask in training, and no single query: queries are padded to
+    an even number, keys too where a mask (or the causal order) hides what is padded.
+    """
+    count, keys = query.shape[1], key.shape[1]
+    if count % 2 and (mask is not None or causal or count == 1):
+        query = _pad(query, 1)
+    if keys % 2 and (mask is not None or causal):
+        key, value = _pad(key, 1), _pad(value, 1)
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0),) * 3 + ((0, 1),))  # padded keys are hidden
+    if mask is not None:
+        if mask.shape[2] == 1:  # cuDNN takes it by query
+            mask = jnp.broadcast_to(mask, mask.shape[:2] + (query.shape[1], mask.shape[3]))
+        elif mask.shape[2] < query.shape[1]:
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=True)
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=causal, implementation=implementation
+    )
+    return out[:, :count]
+
+
+def _pad(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0)))
+
+
+@jax.custom_vjp
+def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """GELU of x [..., F] plus bias [F] by its tanh approximation, in float32, in x's dtype."""
+    return gelu(x + bias)
+
+
+def _forward(x, bias):
+    hidden = checkpoint_name(x + bias, "mlp")
+    return gelu(hidden), (hidden, bias)
+
+
+def _backward(saved, g):
+    # Without the barrier the forward pass would save tanh in float32 for this one, four bytes a
+    # number to write and to read, where making it again costs nothing beside the memory.
+    hidden, bias = jax.lax.optimization_barrier(saved)
+    dx = (g.astype(jnp.float32) * gelu_slope(hidden)).astype(hidden.dtype)
+    # The sum is that of the rounded numbers, or the compiler would store them in float32 for it.
+    dx = jax.lax.optimization_barrier(dx)
+    d_bias = dx.astype(jnp.float32).sum(tuple(range(dx.ndim - 1)))
+    return dx, d_bias.astype(bias.dtype)
+
+
+bias_gelu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """[..., D] normalised over D, times scale plus bias (float32 [D]), in x's dtype; statistics in
+    float32. They are kept for the gradient, so that its sums over rows are one pass each."""
+    return _norm_forward(x, scale, bias)[0]
+
+
+def _norm_forward(x, scale, bias):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
+    mean, inverse = (checkpoint_name(s, "statistics") for s in (mean, inverse))
+    y = (wide - mean) * inverse * scale + bias
+    return y.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _norm_backward(saved, g):
+    # Without the barrier the statistics are made again for every sum, and x minus its mean stored.
+    x, mean, inverse, scale = jax.lax.optimization_barrier(saved)
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    g = g.astype(jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    d_scale, d_bias = (g * normal).sum(rows), g.sum(rows)
+    scaled = g * scale
+    along = (scaled * normal).mean(-1, keepdims=True)
+    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - normal * along)
+    return dx.astype(x.dtype), d_scale, d_bias
+
+
+layer_norm.defvjp(_norm_forward, _norm_backward)

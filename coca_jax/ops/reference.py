@@ -1,0 +1,170 @@
+"""The operations of the model in plain JAX: the definition that every other form is tested against.
+
+A form is a class with these methods; the modules of `models/` hold one and call nothing else. Forms
+of a platform derive from this one and replace what runs better in another way there.
+
+Shape letters: B batch, N queries, M keys, D width, F MLP width, H heads, K head width (D = H K).
+Products run in the dtype that is asked for; norm statistics and softmax run in float32 (in float64
+where the inputs are, for checks; see `wide`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+NORM_EPSILON = 1e-5
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of sums, norms and softmax beside products in `dtype`: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, N, H K] -> [B, N, H, K]."""
+    return x.reshape(x.shape[:2] + (heads, x.shape[2] // heads))
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, N, H, K] -> [B, N, H K]."""
+    return x.reshape(x.shape[:2] + (x.shape[2] * x.shape[3],))
+
+
+def causal_mask(queries: int, keys: int) -> jax.Array:
+    """bool [1, 1, N, M], True where a query may look: at its own place and before."""
+    return jnp.tril(jnp.ones((queries, keys), bool))[None, None]
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
+
+    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    """
+    # float32 scores in any case: bfloat16 outputs are slow on the CPU.
+    precision = wide(query.dtype)
+    # Heads first would be faster on one CPU device, but several on few cores then wait for each
+    # other in collectives until XLA aborts.
+    scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=precision)
+    scores = scores * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(precision).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
+    return out.astype(value.dtype)
+
+
+SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU by tanh (Hendrycks and Gimpel 2016)
+
+
+def gelu(hidden: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, computed in float32, in the dtype of `hidden`."""
+    wide = hidden.astype(jnp.float32)
+    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * (wide * wide)))
+    return (0.5 * wide * (1 + tanh)).astype(hidden.dtype)
+
+
+def gelu_slope(hidden: jax.Array) -> jax.Array:
+    """The derivative of `gelu` at `hidden` [..., F], float32."""
+    wide = hidden.astype(jnp.float32)
+    square = wide * wide
+    tanh = jnp.tanh(wide * (SLOPE + (SLOPE * CUBE) * square))
+    steep = wide * (2 * SLOPE + (6 * SLOPE * CUBE) * square)
+    sigmoid = 0.5 + 0.5 * tanh
+    return sigmoid * (1 + (0.5 - 0.5 * tanh) * steep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Plain JAX on any platform. Frozen and hashable: modules carry it as a field."""
+
+    @property
+    def description(self) -> str:
+        """What runs, for people."""
+        return "plain JAX"
+
+    def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+        """x [..., I] times kernel [I, O] -> [..., O], product and result in `dtype`."""
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract)
+
+    def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """x [..., O] plus bias [O], both of one dtype."""
+        return x + bias
+
+    def bias_activation(self, x: jax.Array, bias: jax.Array, activation: str) -> jax.Array:
+        """An activation of ACTIVATIONS of x [..., F] plus bias [F], in x's dtype."""
+        return ACTIVATIONS[activation](checkpoint_name(self.add_bias(x, bias), "mlp"))
+
+    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+        """x [..., D] normalised over D, times scale plus bias (float32 [D]), in `dtype`."""
+        x = x.astype(wide(x.dtype))
+        mean = x.mean(-1, keepdims=True)
+        centred = x - mean
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
+        return y.astype(dtype)
+
+    def prepare_mask(
+        self, mask: jax.Array | None, causal: bool, length: int
+    ) -> tuple[jax.Array | None, bool]:
+        """The mask of self-attention over `length` tokens as `attend` takes it, made once a stack.
+
+        mask: bool, broadcastable to [B, 1, N, M], or None. Returns (mask, causal): a form whose
+        attention knows causal order by itself leaves both apart.
+        """
+        if not causal:
+            return mask, False
+        order = causal_mask(length, length)
+        return order if mask is None else mask & order, False
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        heads: int,
+        causal: bool = False,
+    ) -> jax.Array:
+        """Softmax attention [B, N, D] x [B, M, D] -> [B, N, D], heads side by side along D.
+
+        mask: bool, broadcastable to [B, 1, N, M]; True where a query may look. causal: besides, a
+        query sees its own place and before. Softmax in float32; the result in value's dtype.
+        """
+        mask, _ = self.prepare_mask(mask, causal, query.shape[1])
+        query, key, value = (split_heads(x, heads) for x in (query, key, value))
+        return checkpoint_name(merge_heads(attend(query, key, value, mask)), "attended")
+
+    def residual_stream(self, x: jax.Array) -> jax.Array:
+        """x [B, N, D] between the parts of a block, as it shall lie in memory."""
+        return x
+
+    def unroll(self, depth: int) -> int:
+        """How many layers of a stack are one body of its loop."""
+        del depth
+        return 1
+
+    def layer_loop(self, block: dict[str, Any], remat: str) -> Callable[..., jax.Array] | None:
+        """A loop over a stack's layers written out for a platform, or None: a scan of Block.
+
+        block: the fields of layers.Block. The loop takes (parameters stacked over layers, x, mask,
+        context) and returns x.
+        """
+        del block, remat
+        return None
