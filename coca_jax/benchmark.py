@@ -26,6 +26,7 @@ from coca_jax import (
     benchmark_peer,
     cli,
     decoding,
+    generation,
     partitioning,
     recipes,
     run_config,
@@ -132,7 +133,7 @@ def caption(
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
     # As inference.CoCaModel does.
-    weights = decoding.prepare(params, config.model.dtype, decoding.best_layout(spec, params))
+    weights = decoding.pack(spec, params, decoding.best_layout(spec, params))
     pixels = random_batch(config, batch)["image"]
     prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
 
@@ -142,9 +143,9 @@ def caption(
         return model.apply({"params": params}, normal, method="encode_image")[1]
 
     def write(count: int) -> Any:
-        settings = decoding.Settings(max_tokens=count, min_tokens=count, num_beams=beams)
+        settings = generation.Settings(max_tokens=count, min_tokens=count, num_beams=beams)
         image_tokens = look(params, pixels)
-        return decoding.generate(spec, weights, image_tokens, prompt, lengths, settings)
+        return generation.generate(spec, weights, image_tokens, prompt, lengths, settings)
 
     result = timed(
         lambda: write(tokens),

@@ -17,6 +17,7 @@ from etils import epath
 
 from coca_jax import decoding, export_format, inference, storage
 from coca_jax.models import coca
+from coca_jax.ops.packed import Layout
 from coca_jax.train_step import normalise_pixels
 
 PROGRAMS = "programs"
@@ -33,6 +34,7 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
         num_ids=vocabulary.size,
         eos_id=vocabulary.eos_id,
         hidden_id=vocabulary.hidden_id,
+        platform=platforms[0],
     )
     batch = jax.export.symbolic_shape("b")[0]
     length, side = model.max_len, model.image_size
@@ -51,8 +53,8 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
         return out
 
     def decode_weights(flat: dict) -> dict:
-        layout: decoding.Layout = "transposed" if list(platforms) == ["cpu"] else "plain"
-        return decoding.prepare(export_format.unflatten(flat), spec.dtype, layout)
+        layout: Layout = "transposed" if list(platforms) == ["cpu"] else "kernel"
+        return decoding.pack(spec, export_format.unflatten(flat), layout)
 
     def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
         image = decoding.image_caches(spec, weights, image_tokens)

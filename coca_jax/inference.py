@@ -29,12 +29,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import compile_cache, decoding, export_format, partitioning, storage
+from coca_jax import compile_cache, decoding, export_format, generation, partitioning, storage
 from coca_jax.data import image_files, videos, vocabulary
 from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
-from coca_jax.decoding import Settings
 from coca_jax.models import coca
 from coca_jax.train_step import caption_targets, normalise_pixels
 
@@ -338,7 +337,7 @@ class CoCaModel:
         rows = np.pad(rows.astype(np.uint32), (0, size - count))
         with self._context():
             image_tokens = self._encode_image(self.params, self._put(_pad(pixels, size)))[1]
-            out = decoding.generate(
+            out = generation.generate(
                 self._spec,
                 self._decoder_weights,
                 image_tokens,
@@ -566,7 +565,7 @@ class CoCaModel:
     def _decoder_weights(self) -> dict:
         layout = decoding.best_layout(self._spec, self.params)
         with self._context():
-            return decoding.prepare(self.params, self._spec.dtype, layout)
+            return decoding.pack(self._spec, self.params, layout)
 
     def _jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
         """A program whose results are whole on every device, and so on every process, unless

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import needs_compiler, tiny_config
 
-from coca_jax import cpu_kernels, decoding, partitioning
-from coca_jax.decoding import Settings
+from coca_jax import cpu_kernels, decoding, generation, partitioning
+from coca_jax.generation import Settings, choice
 from coca_jax.models import coca
 
 EOS, VOCAB = 1, 7
@@ -21,7 +21,10 @@ PANELS, OPEN_CLIP_PANELS = (
 )
 
 
-@pytest.fixture(scope="module", params=["paper", "open_clip", PANELS, OPEN_CLIP_PANELS])
+@pytest.fixture(
+    scope="module",
+    params=["paper", "open_clip", "reference", "open_clip_reference", PANELS, OPEN_CLIP_PANELS],
+)
 def each_model(request):
     return make(request.param)
 
@@ -47,6 +50,8 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
         paper={},
         open_clip=dict(cross="open_clip", head_bias=False),
         tied=dict(tie_embeddings=True),
+        reference={},
+        open_clip_reference=dict(cross="open_clip", head_bias=False),
         panels=dict(num_heads=1),  # a head of 16
         open_clip_panels=dict(cross="open_clip", head_bias=False, num_heads=1),
     )[kind]
@@ -70,9 +75,9 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
         return jax.nn.log_softmax(out.logits)
 
     spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
-    layout = "panels" if kind.endswith("panels") else "plain"
-    assert layout == "plain" or cpu_kernels.available()
-    return spec, decoding.prepare(params, "float32", layout), image_tokens, log_probs
+    layout = next((name for name in ("panels", "reference") if kind.endswith(name)), "kernel")
+    assert layout != "panels" or cpu_kernels.available()
+    return spec, decoding.pack(spec, params, layout), image_tokens, log_probs
 
 
 PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned
@@ -81,7 +86,7 @@ LENGTH = np.array([1, 2, 3], np.int32)
 
 def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
     spec, weights, image_tokens, _ = model
-    out = decoding.generate(
+    out = generation.generate(
         spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
     )
     return jax.tree.map(np.asarray, out)
@@ -148,7 +153,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
     slots, steps, width = PROMPT.shape[1], 4, 2
     image = decoding.image_caches(spec, weights, image_tokens)
     caches = decoding.empty_caches(spec, weights, 3, slots - 1 + steps * width)
-    caches = decoding._prefill(spec, weights, PROMPT, LENGTH, caches, image)
+    caches = decoding.prefill(spec, weights, PROMPT, LENGTH, caches, image)
     new = np.random.default_rng(0).integers(0, VOCAB, (3, width, steps)).astype(np.int32)
     parents = np.array([[0, 1], [1, 0], [0, 0], [0, 1]])  # beams cross and die
     past = np.zeros((width, steps, width), bool)
@@ -196,13 +201,13 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 96))
     spec = decoding.decoder(config, num_ids=130, eos_id=EOS)
     assert layout == "transposed" or cpu_kernels.available()
-    plain, other = (decoding.prepare(params, "float32", name) for name in ("plain", layout))
+    plain, other = (decoding.pack(spec, params, name) for name in ("kernel", layout))
     shape = dict(transposed=(288, 96), panels=(9, 96, 32))[layout]
-    assert other["unimodal"][0]["qkv"][layout].shape == shape
+    assert other["unimodal"][0]["packed"]["attention"]["qkv"][layout].shape == shape
     for beams in (1, 2):
         settings = Settings(num_beams=beams, max_tokens=8)
         ours, want = (
-            decoding.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
+            generation.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
             for weights in (other, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)
@@ -224,14 +229,14 @@ def test_greedy_takes_the_most_probable_token(model):
 def test_one_beam_is_greedy(model):
     spec, weights, image_tokens, _ = model
     greedy = run(model)
-    plan = decoding.Plan(1, 1, 7, True, False, False, False, 0, True)
+    plan = generation.Plan(1, 1, 7, True, False, False, False, 0, True)
     numbers = dict(
         limit=(8 - LENGTH).astype(np.int32),
         min_tokens=np.int32(0),
         length_penalty=np.float32(1),
         active=np.ones(3, bool),
     )
-    beam = decoding._generate(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
+    beam = generation._generate(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
     np.testing.assert_array_equal(beam.tokens, greedy.tokens)
     np.testing.assert_allclose(beam.log_prob, greedy.log_prob, atol=1e-5)
 
@@ -286,7 +291,7 @@ def test_samples_follow_the_filtered_distribution():
     probs = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
     draws = 4000
     allowed = np.broadcast_to(np.log(probs), (draws, 1, 5))
-    plan = decoding.Plan(1, 1, 1, False, True, True, False, 0, True)
+    plan = generation.Plan(1, 1, 1, False, True, True, False, 0, True)
 
     def shares(top_k, top_p, temperature=1.0):
         numbers = dict(
@@ -296,7 +301,7 @@ def test_samples_follow_the_filtered_distribution():
             seed=np.uint32(0),
             rows=np.arange(draws, dtype=np.uint32),
         )
-        token = decoding._sample(plan, numbers, jnp.asarray(allowed), jnp.int32(0))
+        token = choice._sample(plan, numbers, jnp.asarray(allowed), jnp.int32(0))
         return np.bincount(np.asarray(token)[:, 0], minlength=5) / draws
 
     np.testing.assert_allclose(shares(5, 1.0), probs, atol=0.03)
@@ -339,12 +344,12 @@ def test_ids_beyond_the_vocabulary_are_never_chosen(wide):
 def test_one_program_serves_all_lengths_and_numbers(model):
     run(model)
     run(model, temperature=2.0)
-    before = decoding._generate._cache_size()
+    before = generation._generate._cache_size()
     run(model, max_tokens=3, min_tokens=1)
     run(model, prompt=PROMPT[::-1].copy(), length=LENGTH[::-1].copy())
     run(model, temperature=1.0)
     run(model, temperature=0.5, seed=3)
-    assert decoding._generate._cache_size() == before
+    assert generation._generate._cache_size() == before
 
 
 @pytest.mark.parametrize(

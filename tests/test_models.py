@@ -8,7 +8,7 @@ from conftest import random_batch, tiny_config
 
 from coca_jax import decoding, partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, image_encoder, layers
+from coca_jax.models import coca, stem
 from coca_jax.ops.reference import ACTIVATIONS
 
 
@@ -239,7 +239,7 @@ def test_float64_is_refused_where_it_would_not_be_float64(config):
 @pytest.mark.parametrize("channels,stride", [(3, 2), (8, 1)])
 def test_convolution_standardises_its_kernel(channels, stride):
     """Also of images, whose few channels take another way through unfolded pixels."""
-    layer = layers.Convolution(16, stride=stride)
+    layer = stem.Convolution(16, stride=stride)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, channels))
     params = partitioning.unbox(layer.init(jax.random.key(1), x)["params"])
     kernel = params["kernel"] * 5 + 0.3  # neither scale nor mean of a kernel matters
@@ -257,8 +257,8 @@ def test_convolution_standardises_its_kernel(channels, stride):
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
-    stem = image_encoder.ConvStem((64, 64), (1, 2), activation, jnp.float32)
+    module = stem.ConvStem((64, 64), (1, 2), activation, jnp.float32)
     pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-    features = stem.apply(stem.init(jax.random.key(1), pixels), pixels)
+    features = module.apply(module.init(jax.random.key(1), pixels), pixels)
     assert features.shape == (8, 8, 8, 64)
     assert 0.6 < features.std((0, 1, 2)).mean() < 1.4

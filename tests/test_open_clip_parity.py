@@ -25,7 +25,7 @@ from test_convert import (
 )
 
 import coca_jax
-from coca_jax import convert, decoding, export_format
+from coca_jax import convert, decoding, export_format, generation
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.clip_bpe import ClipBpe
@@ -182,13 +182,13 @@ def cached(pair, params, pixels, length, prompt):
         hidden_id=ClipBpe.hidden_id,
     )
     embed = jax.jit(lambda p, x: pair.ours.apply({"params": p}, x, method="encode_image"))
-    captions = decoding.generate(
+    captions = generation.generate(
         spec,
-        decoding.prepare(params, "float32"),
+        decoding.pack(spec, params),
         embed(params, pixels)[1],
         np.tile(np.int32(prompt), (count, 1)),
         np.full(count, len(prompt), np.int32),
-        decoding.Settings(max_tokens=length - len(prompt)),
+        generation.Settings(max_tokens=length - len(prompt)),
     )
     found = np.zeros((count, length), np.int32)
     found[:, : len(prompt)] = prompt

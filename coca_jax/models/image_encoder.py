@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
+from coca_jax.models.stem import ConvStem
 from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain
 
@@ -109,33 +110,6 @@ class ImageEncoder(nn.Module):
         if self.final_norm:
             x = layers.LayerNorm(self.dtype, self.ops, name="final_norm")(x)
         return x
-
-
-class ConvStem(nn.Module):
-    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C].
-
-    Kernels are standardised instead of activations normalised: on few images it learns faster than
-    with layer norms, and costs less.
-    """
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    activation: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        variance = 1.0
-        for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
-            if stage:
-                x = layers.unit_activation(x, self.activation, variance)
-            x = layers.Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
-            variance = 1.0
-            for block in range(depth):
-                name = f"block{stage}_{block}"
-                x = layers.ConvBlock(variance, self.activation, self.dtype, name=name)(x)
-                variance += layers.RESIDUAL_GAIN**2
-        return layers.unit_activation(x, self.activation, variance)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.ops.reference import ACTIVATIONS, Reference
+from coca_jax.ops import packed
+from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain, with_axes
 
 
@@ -36,17 +37,47 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, D] over context [B, M, W] (self-attention when None).
+    """Multi-head attention over a text's past, a whole sequence, or another one.
 
     Raises ValueError when the heads do not divide the width.
     """
 
+    width: int
     num_heads: int
     out_scale: float = 1.0
     dtype: Any = jnp.float32
     ops: Reference = Reference()
 
-    @nn.compact
+    def setup(self) -> None:
+        width, heads = self.width, self.num_heads
+        if width % heads:
+            raise ValueError(
+                f"num_heads={heads} does not divide the width {width}; choose a divisor"
+            )
+        shape, options = (heads, width // heads), dict(dtype=self.dtype, ops=self.ops)
+        inward: dict[str, Any] = dict(axes=("embed", "heads", "head_width"), **options)
+        self.query = Projection(shape, **inward)
+        # Softmax does not see a constant in all scores of a query, so the key bias has no gradient
+        # but rounding errors, and Adam would make full-sized steps of those.
+        self.key = Projection(shape, train_bias=False, **inward)
+        self.value = Projection(shape, **inward)
+        self.out = Projection(
+            (width,),
+            in_shape=shape,
+            axes=("heads", "head_width", "embed"),
+            init_scale=self.out_scale,
+            **options,
+        )
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """x [B, N, D] -> [B, N, H K]."""
+        return checkpoint_name(self.query(x), "qkv")
+
+    def keys_and_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """context [B, M, W] -> two of [B, M, H K]."""
+        key, value = self.key(context), self.value(context)
+        return checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
+
     def __call__(
         self,
         x: jax.Array,
@@ -54,49 +85,34 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         causal: bool = False,
     ) -> jax.Array:
-        """mask: bool, broadcastable to [B, 1, N, M], True where a query may look; causal: it sees
-        its own place and before."""
-        width, heads = x.shape[-1], self.num_heads
-        if width % heads:
-            raise ValueError(
-                f"num_heads={heads} does not divide the width {width}; choose a divisor"
-            )
-        crosses = context is not None
-        context = x if context is None else context
+        """x [B, N, D] attends to context [B, M, W], or to itself when that is None: [B, N, D].
 
-        def head_projection(name: str, source: jax.Array) -> jax.Array:
-            dense = Projection(
-                (heads, width // heads),
-                axes=("embed", "heads", "head_width"),
-                # Softmax does not see a constant in all scores of a query, so the key bias has no
-                # gradient but rounding errors, and Adam would make full-sized steps of those.
-                train_bias=name != "key",
-                dtype=self.dtype,
-                ops=self.ops,
-            )
-            return checkpoint_name(dense.copy(name=name)(source), "qkv")
-
-        query = head_projection("query", x)
-        key = head_projection("key", context)
-        value = head_projection("value", context)
-        if crosses and mask is None and key.dtype != jnp.bfloat16:
+        mask: bool, broadcastable to [B, 1, N, M], True where a query may look; causal: it sees its
+        own place and before.
+        """
+        query = self.queries(x)
+        key, value = self.keys_and_values(x if context is None else context)
+        if context is not None and mask is None and key.dtype != jnp.bfloat16:
             # Softmax does not see a constant in all keys. The query's gradient is a sum over keys
             # with weights that cancel; image tokens are much alike, and what the rounding of the
             # weights leaves of their common part was most of the float32 error of small gradients.
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
-        query, key, value = (
-            constrain(x, "batch", "length", "act_heads") for x in (query, key, value)
-        )
-        out = self.ops.attend(query, key, value, mask, heads, causal)
-        return Projection(
-            (width,),
-            in_shape=(heads, width // heads),
-            axes=("heads", "head_width", "embed"),
-            init_scale=self.out_scale,
-            dtype=self.dtype,
-            ops=self.ops,
-            name="out",
-        )(out)
+        arrays = (query, key, value)
+        query, key, value = (constrain(x, "batch", "length", "act_heads") for x in arrays)
+        return self.out(self.ops.attend(query, key, value, mask, self.num_heads, causal))
+
+    def attend_cached(
+        self, x: jax.Array, cache: packed.Cache, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, N, D] attends to keys and values that are there already; mask: bool [B, N, M]."""
+        (query,) = packed.split(self.queries(x), 1, self.num_heads)
+        query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
+        return self.out(packed.attend(query, cache, mask))
+
+    def cache(self, context: jax.Array) -> packed.Cache:
+        """Keys and values of context [B, M, W] as `attend_cached` takes them, [B, H, M, K]."""
+        joined = jnp.concatenate(self.keys_and_values(context), axis=-1)
+        return packed.Cache(*packed.split(joined, 2, self.num_heads))
 
 
 class Projection(nn.Module):
@@ -164,8 +180,24 @@ class Mlp(nn.Module):
         )(hidden)
 
 
+class Step(NamedTuple):
+    """What a block needs to run rows of text behind those of a cache.
+
+    cache: of its self-attention. slot: where the rows' own keys and values go. mask: bool
+    [B, N, M], which slots each row may look at, its own included.
+    """
+
+    cache: packed.Cache
+    slot: jax.Array | int
+    mask: jax.Array
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, cross-attention when `cross`, MLP.
+
+    One description for training, prefill and cached decoding: with a `Step` in place of the mask,
+    self-attention reads and writes a cache. Decoding may give packed weights for some parts, as the
+    variables 'packed' (see ops/packed.py); those parts then run as one piece each.
 
     cross: None, 'paper' (self-attention, cross-attention, one MLP: the layout that reproduces the
     paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
@@ -173,6 +205,7 @@ class Block(nn.Module):
     causal: whether self-attention sees only a token's own place and before.
     """
 
+    width: int
     num_heads: int
     mlp_dim: int
     depth: int
@@ -182,125 +215,88 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     ops: Reference = Reference()
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None, context: jax.Array | None
-    ) -> tuple[jax.Array, None]:
+    def setup(self) -> None:
         options: dict[str, Any] = dict(
             out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
             dtype=self.dtype,
             ops=self.ops,
         )
         norm = functools.partial(LayerNorm, dtype=self.dtype, ops=self.ops)
-        attention = functools.partial(Attention, self.num_heads, **options)
+        attention = functools.partial(Attention, self.width, self.num_heads, **options)
         mlp = functools.partial(Mlp, self.mlp_dim, activation=self.activation, **options)
-
-        def add(x: jax.Array, update: jax.Array) -> jax.Array:
-            x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
-            return checkpoint_name(self.ops.residual_stream(x), "residual")
-
-        normal = norm(name="attention_norm")(x)
-        x = add(x, attention(name="attention")(normal, mask=mask, causal=self.causal))
-        if self.cross == "open_clip":
-            x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
-            context = norm(name="context_norm")(context)
+        self.attention_norm, self.attention = norm(), attention()
+        self.mlp_norm, self.mlp = norm(), mlp()
         if self.cross is not None:
-            query = norm(name="cross_norm")(x)
-            x = add(x, attention(name="cross_attention")(query, context))
+            self.cross_norm, self.cross_attention = norm(), attention()
         if self.cross == "open_clip":
-            x = add(x, mlp(name="cross_mlp")(norm(name="cross_mlp_norm")(x)))
-        else:
-            x = add(x, mlp(name="mlp")(norm(name="mlp_norm")(x)))
-        return x, None
+            self.context_norm = norm()
+            self.cross_mlp_norm, self.cross_mlp = norm(), mlp()
 
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | Step | None, context: Any
+    ) -> tuple[jax.Array, packed.Cache | None]:
+        """x [B, N, D] -> the same, and the cache that a Step brought, written to.
 
-class Convolution(nn.Module):
-    """3 x 3 convolution of [B, H, W, C] with zero padding, gain and bias; stride 1 or 2.
+        mask: bool, broadcastable to [B, 1, N, N], of self-attention, or None; a Step in decoding.
+        context: [B, M, W]; in decoding what `image_cache` gives, or in panels image tokens.
+        """
+        x, cache = self.attend_to_text(x, mask)
+        if self.cross == "open_clip":
+            x = self.feed_forward(x, "mlp")
+        if self.cross is not None:
+            x = self.attend_to_image(x, context)
+        x = self.feed_forward(x, "cross_mlp" if self.cross == "open_clip" else "mlp")
+        return x, cache
 
-    The kernel is standardised: zero mean and unit norm over its inputs for each output, times a
-    learned gain (Qiao et al. 2019). What goes in with unit variance comes out with about the gain's
-    square, so no norm of the activations is needed, which costs a pass over them.
-    """
+    def _packed(self, part: str) -> Any:
+        return self.variables.get("packed", {}).get(part)
 
-    features: int
-    stride: int = 1
-    gain: float = 1.0
-    dtype: Any = jnp.float32
+    def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
+        return checkpoint_name(self.ops.residual_stream(x), "residual")
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        kernel = self.param(
-            "kernel",
-            with_axes(
-                nn.initializers.truncated_normal((9 * channels) ** -0.5),
-                *("kernel_row", "kernel_column", "channel", "embed"),
-            ),
-            (3, 3, channels, self.features),
-        )
-        gain_init = nn.initializers.constant(self.gain)
-        gain = self.param("gain", with_axes(gain_init, "norm"), (self.features,))
-        bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (self.features,))
-        kernel = kernel - kernel.mean((0, 1, 2))
-        kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if channels <= 4:  # of an image: convolutions of so few channels are slow on every device
-            y = unfold(x, self.stride) @ kernel.reshape(-1, self.features)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        return y + bias.astype(y.dtype)
+    def attend_to_text(
+        self, x: jax.Array, mask: jax.Array | Step | None
+    ) -> tuple[jax.Array, packed.Cache | None]:
+        """The residual part of self-attention."""
+        if not isinstance(mask, Step):
+            out = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
+            return self._add(x, out), None
+        weights = self._packed("attention")
+        if weights is not None:
+            return packed.self_attention(x, weights, mask.mask, mask.slot, mask.cache)
+        normal = self.attention_norm(x)
+        cache = packed.write(mask.cache, *self.attention.cache(normal), mask.slot)
+        return self._add(x, self.attention.attend_cached(normal, cache, mask.mask)), cache
 
+    def attend_to_image(self, x: jax.Array, context: Any) -> jax.Array:
+        """The residual part of cross-attention."""
+        weights = self._packed("cross_attention")
+        if weights is not None:
+            return packed.cross_attention(x, weights, context)
+        normal = self.cross_norm(x)
+        if isinstance(context, packed.Cache):
+            return self._add(x, self.cross_attention.attend_cached(normal, context))
+        if self.cross == "open_clip":
+            context = self.context_norm(context)
+        return self._add(x, self.cross_attention(normal, context))
 
-def unfold(x: jax.Array, stride: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H / stride, W / stride, 9 C]: what a 3 x 3 kernel sees of zero-padded x,
-    in the order (row, column, channel)."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [
-        padded[:, row : row + height : stride, column : column + width : stride]
-        for row in range(3)
-        for column in range(3)
-    ]
-    return jnp.concatenate(shifted, -1)
+    def feed_forward(self, x: jax.Array, part: str) -> jax.Array:
+        """The residual part of an MLP: 'mlp' or 'cross_mlp'."""
+        weights = self._packed(part)
+        if weights is not None:
+            return packed.mlp(x, weights, self.activation)
+        mlp, norm = getattr(self, part), getattr(self, f"{part}_norm")
+        return self._add(x, mlp(norm(x)))
 
-
-RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
-
-
-class ConvBlock(nn.Module):
-    """Residual block of two 3 x 3 convolutions without norms (Brock et al. 2021).
-
-    variance: of x at initialisation; that of the result is variance + RESIDUAL_GAIN^2. The input is
-    scaled to unit variance before each convolution's activation.
-    """
-
-    variance: float
-    activation: str = "gelu"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        y = unit_activation(x, self.activation, self.variance)
-        y = Convolution(width, dtype=self.dtype, name="in")(y)
-        y = unit_activation(y, self.activation, 1.0)
-        y = Convolution(width, gain=RESIDUAL_GAIN, dtype=self.dtype, name="out")(y)
-        return x + y.astype(x.dtype)
-
-
-# One over the standard deviation of the activation of a standard normal number.
-ACTIVATION_GAIN = {"gelu": 1.7012, "gelu_exact": 1.7012, "relu": 1.7131, "quick_gelu": 1.7096}
-
-
-def unit_activation(x: jax.Array, activation: str, variance: float) -> jax.Array:
-    """The activation of x, whose variance is given, scaled to unit variance about its mean."""
-    return ACTIVATIONS[activation](x * variance**-0.5) * ACTIVATION_GAIN[activation]
+    def image_cache(self, tokens: jax.Array) -> packed.Cache:
+        """What cross-attention reads of image tokens [B, Q, D], for a whole caption."""
+        weights = self._packed("cross_attention")
+        if weights is not None:
+            return packed.image_cache(weights, tokens, self.num_heads, self.dtype)
+        if self.cross == "open_clip":
+            tokens = self.context_norm(tokens)
+        return self.cross_attention.cache(tokens.astype(self.dtype))
 
 
 REMAT_POLICIES = {
@@ -336,6 +332,7 @@ class Stack(nn.Module):
     ) -> jax.Array:
         mask, causal = self.ops.prepare_mask(mask, self.causal, x.shape[1])
         fields: dict[str, Any] = dict(
+            width=x.shape[-1],
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             depth=self.depth,

@@ -37,6 +37,7 @@ class AttentionalPooler(nn.Module):
         query = layers.LayerNorm(self.dtype, name="query_norm")(query)
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
         tokens = layers.LayerNorm(self.dtype, self.ops, name="token_norm")(tokens)
-        return layers.Attention(self.num_heads, dtype=self.dtype, ops=self.ops, name="attention")(
-            query, tokens, mask
+        attention = layers.Attention(
+            self.width, self.num_heads, dtype=self.dtype, ops=self.ops, name="attention"
         )
+        return attention(query, tokens, mask)

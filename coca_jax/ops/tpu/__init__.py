@@ -73,7 +73,17 @@ class Tpu(Reference):
 
 # Fields of layers.Block that layer_loop computes; one that is not here and set is an option that it
 # does not know.
-KNOWN_FIELDS = ("num_heads", "mlp_dim", "depth", "cross", "activation", "dtype", "ops")
+KNOWN_FIELDS = (
+    "width",
+    "causal",
+    "num_heads",
+    "mlp_dim",
+    "depth",
+    "cross",
+    "activation",
+    "dtype",
+    "ops",
+)
 
 
 @functools.cache

@@ -1,0 +1,184 @@
+"""Captions from image tokens: greedy decoding, sampling and beam search, one compiled program.
+
+Shape letters: B images, W captions or beams of an image, P prompt slots, S new tokens, V
+vocabulary.
+
+Layout of one decode. Prompts stand right-aligned in P slots, so that in every row the last prompt
+token is in slot P - 1 and new tokens follow without a gap. `decoding.prefill` runs all but the last
+prompt token; every step of the loop then runs one token per row, the last prompt token first. The
+W captions of an image share its image keys, its prompt keys and one cache: step s writes its W
+keys side by side, and a mask says which of them are a caption's own past. Beam search therefore
+reorders a small mask and never the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coca_jax import decoding
+from coca_jax.decode_settings import Settings
+from coca_jax.decoding import Decoder
+from coca_jax.generation.beams import beam_step
+from coca_jax.generation.choice import rules, single_step
+from coca_jax.generation.state import Finished, Loop, Plan
+from coca_jax.ops.packed import NEVER
+
+__all__ = ["Captions", "Settings", "generate"]
+
+
+class Captions(NamedTuple):
+    """tokens int32 [B, n, S], new tokens alone, end symbols after the end; length int32 [B, n],
+    tokens with the end symbol if it came; log_prob float32 [B, n], the model's log probability of
+    these tokens, in nats, whatever rules chose them."""
+
+    tokens: jax.Array
+    length: jax.Array
+    log_prob: jax.Array
+
+
+def generate(
+    spec: Decoder,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: np.ndarray,
+    prompt_len: np.ndarray,
+    settings: Settings,
+    *,
+    rows: np.ndarray | None = None,
+    active: np.ndarray | None = None,
+) -> Captions:
+    """Captions for image tokens [B, Q, D].
+
+    prompt: int32 [B, P], each row's prompt right-aligned, begin symbol first; prompt_len: int32
+    [B], at least 1. rows: int32 [B], what makes an image's random numbers its own (default: its
+    place); active: bool [B], False for rows that pad the batch. One program is compiled per (B, P,
+    steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no room.
+    """
+    batch = prompt.shape[0]
+    longest = int(prompt_len.max())
+    if longest >= spec.max_len:
+        raise ValueError(
+            f"a prompt has {longest} tokens and the model writes {spec.max_len} in all "
+            "(model.text.max_len); shorten it"
+        )
+    steps = min(settings.max_tokens, spec.max_len - int(prompt_len.min()))
+    plan = Plan(
+        width=settings.num_beams if settings.num_beams > 1 else settings.num_captions,
+        num_captions=settings.num_captions,
+        steps=min(-(-steps // 16) * 16, spec.max_len - 1),
+        beams=settings.num_beams > 1,
+        sample=settings.temperature > 0,
+        filter=settings.top_k > 0 or settings.top_p < 1,
+        penalise=settings.repetition_penalty != 1,
+        ngram=settings.no_repeat_ngram,
+        early_stop=settings.early_stop,
+    )
+    rows = np.arange(batch) if rows is None else rows
+    active = np.ones(batch, bool) if active is None else active
+    numbers = dict(
+        limit=np.minimum(steps, spec.max_len - prompt_len).astype(np.int32),
+        min_tokens=np.int32(settings.min_tokens),
+        temperature=np.float32(settings.temperature or 1.0),
+        top_k=np.int32(settings.top_k or spec.vocab_size),
+        top_p=np.float32(settings.top_p),
+        length_penalty=np.float32(settings.length_penalty),
+        repetition_penalty=np.float32(settings.repetition_penalty),
+        seed=np.uint32(settings.seed),
+        rows=rows.astype(np.uint32),
+        active=active,
+    )
+    return _generate(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def _generate(
+    spec: Decoder,
+    plan: Plan,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: jax.Array,
+    prompt_len: jax.Array,
+    numbers: dict,
+) -> Captions:
+    batch, slots = prompt.shape
+    width, steps = plan.width, plan.steps
+    image = decoding.image_caches(spec, weights, image_tokens, width)
+    caches = decoding.empty_caches(spec, weights, batch, slots - 1 + steps * width)
+    first = slots - prompt_len
+    prompt_mask = jnp.arange(slots - 1)[None] >= first[:, None]
+    prompt_mask = jnp.broadcast_to(prompt_mask[:, None], (batch, width, slots - 1))
+    known = jnp.where(jnp.arange(slots)[None] >= first[:, None], prompt, -1)
+    hides, back = spec.hidden_id is not None, int(spec.hides_next)
+    prompt_visible = None
+    if hides:
+        before = jnp.pad(known, ((0, 0), (back, 0)), constant_values=-1)
+        prompt_visible = before[:, : slots - 1] != spec.hidden_id
+    caches = decoding.prefill(spec, weights, prompt, prompt_len, caches, image, prompt_visible)
+    history = jnp.concatenate([known, jnp.full((batch, steps), -1, jnp.int32)], axis=1)
+    zeros = jnp.zeros((batch, width), jnp.float32)
+    each = jnp.broadcast_to
+    history = each(history[:, None], (batch, width, slots + steps))
+    start = Loop(
+        step=jnp.int32(0),
+        token=each(prompt[:, -1:], (batch, width)),
+        caches=caches,
+        past=jnp.zeros((batch, width, steps, width), bool),
+        visible=jnp.ones((batch, steps, width), bool) if hides else None,
+        history=history,
+        log_prob=zeros,
+        # All beams start alike: only the first may go on, or they would stay alike.
+        score=zeros.at[:, 1:].set(NEVER) if plan.beams else zeros,
+        done=each(~numbers["active"][:, None], (batch, width)),
+        length=jnp.zeros((batch, width), jnp.int32),
+        finished=Finished(zeros + NEVER, zeros, jnp.zeros((batch, width), jnp.int32), history)
+        if plan.beams
+        else None,
+    )
+
+    def unfinished(loop: Loop) -> jax.Array:
+        return ~loop.done.all()
+
+    def step(loop: Loop) -> Loop:
+        now = loop.step
+        past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
+        mask = jnp.concatenate([prompt_mask, past.reshape(batch, width, -1)], axis=2)
+        visible = whole = None
+        if hides:
+            # A begin symbol alone has nothing before it: there the index is clamped to itself.
+            place = slots - 1 + now - back
+            decides = jax.lax.dynamic_index_in_dim(loop.history, place, 2, keepdims=False)
+            visible = loop.visible.at[:, now].set(decides != spec.hidden_id)
+            whole = jnp.concatenate([prompt_visible, visible.reshape(batch, -1)], axis=1)
+        positions = jnp.minimum(prompt_len - 1 + now, spec.max_len - 1)
+        states, caches = decoding.run_tokens(
+            spec,
+            weights,
+            loop.token,
+            each(positions[:, None], (batch, width)),
+            mask,
+            slots - 1 + now * width,
+            loop.caches,
+            image,
+            whole,
+        )
+        log_probs = decoding.log_probs_of(weights, states)
+        allowed = rules(spec, plan, numbers, log_probs, loop.history, slots + now, now)
+        loop = loop._replace(caches=caches, past=past, visible=visible)
+        choose = beam_step if plan.beams else single_step
+        return choose(spec, plan, numbers, loop, log_probs, allowed, slots)
+
+    loop = jax.lax.while_loop(unfinished, step, start)
+    if plan.beams:
+        best = loop.finished
+        tokens, length, log_prob = best.history[:, :, slots:], best.length, best.log_prob
+    else:
+        tokens, length, log_prob = loop.history[:, :, slots:], loop.length, loop.log_prob
+    keep = plan.num_captions
+    inside = jnp.arange(steps)[None, None] < length[..., None]
+    tokens = jnp.where(inside, tokens, spec.eos_id)
+    return Captions(tokens[:, :keep], length[:, :keep], log_prob[:, :keep])

@@ -1,0 +1,129 @@
+"""A small ConvNet in place of patches: the early convolutions with which transformers learn from
+little data (Xiao et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from coca_jax.ops.reference import ACTIVATIONS
+from coca_jax.partitioning import with_axes
+
+
+class Convolution(nn.Module):
+    """3 x 3 convolution of [B, H, W, C] with zero padding, gain and bias; stride 1 or 2.
+
+    The kernel is standardised: zero mean and unit norm over its inputs for each output, times a
+    learned gain (Qiao et al. 2019). What goes in with unit variance comes out with about the gain's
+    square, so no norm of the activations is needed, which costs a pass over them.
+    """
+
+    features: int
+    stride: int = 1
+    gain: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            with_axes(
+                nn.initializers.truncated_normal((9 * channels) ** -0.5),
+                *("kernel_row", "kernel_column", "channel", "embed"),
+            ),
+            (3, 3, channels, self.features),
+        )
+        gain_init = nn.initializers.constant(self.gain)
+        gain = self.param("gain", with_axes(gain_init, "norm"), (self.features,))
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (self.features,))
+        kernel = kernel - kernel.mean((0, 1, 2))
+        kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if channels <= 4:  # of an image: convolutions of so few channels are slow on every device
+            y = unfold(x, self.stride) @ kernel.reshape(-1, self.features)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=((1, 1), (1, 1)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + bias.astype(y.dtype)
+
+
+def unfold(x: jax.Array, stride: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, 9 C]: what a 3 x 3 kernel sees of zero-padded x,
+    in the order (row, column, channel)."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [
+        padded[:, row : row + height : stride, column : column + width : stride]
+        for row in range(3)
+        for column in range(3)
+    ]
+    return jnp.concatenate(shifted, -1)
+
+
+RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3 x 3 convolutions without norms (Brock et al. 2021).
+
+    variance: of x at initialisation; that of the result is variance + RESIDUAL_GAIN^2. The input is
+    scaled to unit variance before each convolution's activation.
+    """
+
+    variance: float
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = unit_activation(x, self.activation, self.variance)
+        y = Convolution(width, dtype=self.dtype, name="in")(y)
+        y = unit_activation(y, self.activation, 1.0)
+        y = Convolution(width, gain=RESIDUAL_GAIN, dtype=self.dtype, name="out")(y)
+        return x + y.astype(x.dtype)
+
+
+# One over the standard deviation of the activation of a standard normal number.
+ACTIVATION_GAIN = {"gelu": 1.7012, "gelu_exact": 1.7012, "relu": 1.7131, "quick_gelu": 1.7096}
+
+
+def unit_activation(x: jax.Array, activation: str, variance: float) -> jax.Array:
+    """The activation of x, whose variance is given, scaled to unit variance about its mean."""
+    return ACTIVATIONS[activation](x * variance**-0.5) * ACTIVATION_GAIN[activation]
+
+
+class ConvStem(nn.Module):
+    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C].
+
+    Kernels are standardised instead of activations normalised: on few images it learns faster than
+    with layer norms, and costs less.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        variance = 1.0
+        for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
+            if stage:
+                x = unit_activation(x, self.activation, variance)
+            x = Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
+            variance = 1.0
+            for block in range(depth):
+                name = f"block{stage}_{block}"
+                x = ConvBlock(variance, self.activation, self.dtype, name=name)(x)
+                variance += RESIDUAL_GAIN**2
+        return unit_activation(x, self.activation, variance)

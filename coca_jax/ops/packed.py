@@ -1,0 +1,289 @@
+"""Cached decoding with packed weights: the residual parts of a block, each as few products.
+
+A step of decoding runs a few rows through every weight, so it is the reading of weights that takes
+the time. Packed, they lie in the form in which they are read best: query, key and value are one
+matrix with the score's 1 / sqrt(K) in it, and a matrix is a dict whose key names its form:
+
+  kernel      [D, F], as XLA multiplies on an accelerator.
+  transposed  [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
+              each call, which then is the few rows of a step and not the matrix.
+  panels      blocks of 32 columns for the kernels of `cpu_kernels`, which run a part in one call.
+
+Every dict may have a bias too. `layers.Block` says in which order the parts run; it asks `knows`
+which of its parts were packed, and runs the others by its own modules.
+
+Shape letters: B images, N rows of an image, M cache slots, D width, F outputs, H heads, K head
+width, Q image tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coca_jax import cpu_kernels
+from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON
+
+NEVER = -1e30  # score of what must not be seen or chosen; a sum of many of them is still finite
+STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
+
+# How matrices are packed; 'reference' packs none, and Block's own modules decode.
+Layout = Literal["reference", "kernel", "transposed", "panels"]
+LAYOUTS = ("reference", "kernel", "transposed", "panels")
+
+
+class Cache(NamedTuple):
+    """Keys and values of one attention, [B, H, M, K]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def choose_layout(
+    platform: str, implementation: str, *, num_weights: int, head_widths: set[int], dtype: str
+) -> Layout:
+    """The layout in which decoding is fastest.
+
+    platform: of the devices; implementation: model.implementation. num_weights: of the text
+    decoder. 'panels' is for weights that no cache holds: a small model's are in cache, where the
+    kernels gain nothing, and compiling them would delay its first caption by seconds.
+    """
+    if implementation == "reference":
+        return "reference"
+    if platform != "cpu":
+        return "kernel"
+    fits = all(k % cpu_kernels.HEAD == 0 and k <= cpu_kernels.WIDEST_HEAD for k in head_widths)
+    # XLA cannot split the kernels' calls over several devices.
+    alone = jax.device_count() == 1 and dtype == "float32" and fits
+    if implementation == "auto" and alone and num_weights >= STREAMED:
+        if cpu_kernels.available():
+            return "panels"
+    return "transposed"
+
+
+def pack_matrix(kernel: jax.Array, bias: jax.Array | None, dtype: Any, layout: Layout) -> dict:
+    """One matrix [D, F] with its bias [F] in the form of a layout, in `dtype`; panels in float32.
+
+    A bias stays float32.
+    """
+    kernel = kernel.astype(dtype)
+    if layout == "panels":
+        packed = dict(panels=cpu_kernels.panels(kernel))
+    else:
+        packed = dict(transposed=kernel.T) if layout == "transposed" else dict(kernel=kernel)
+    return packed if bias is None else packed | dict(bias=bias.reshape(-1))
+
+
+def pack_block(params: dict, dtype: Any, layout: Layout, options: dict[str, Any]) -> dict:
+    """The parts of one layer's parameters that packing knows: {part: its packed weights}.
+
+    params: of layers.Block. options: fields of the block that change what a part computes and are
+    not the paper's; attention is not packed where one of them is set, for its modules alone know
+    it.
+    """
+    if layout == "reference":
+        return {}
+    packed: dict[str, Any] = {}
+    if not any(options.values()):
+        packed["attention"] = _pack_attention(params["attention"], dtype, layout)
+        if "cross_attention" in params:
+            norm = params.get("context_norm")
+            packed["cross_attention"] = _pack_cross(params["cross_attention"], norm, dtype, layout)
+    for name in ("mlp", "cross_mlp"):
+        if name in params:
+            packed[name] = {
+                k: pack_matrix(v["kernel"], v["bias"], dtype, layout)
+                for k, v in params[name].items()
+            }
+    for name, part in packed.items():
+        part["norm"] = params["cross_norm" if name == "cross_attention" else f"{name}_norm"]
+    return packed
+
+
+def _matrix(kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """A kernel whose first num_in axes are inputs, as a matrix."""
+    return kernel.reshape(int(np.prod(kernel.shape[:num_in])), -1)
+
+
+def _join(part: dict, names: tuple[str, ...], dtype: Any, layout: Layout) -> dict:
+    """Several projections as one; the query's with the scale of the scores in it."""
+    scale = part["query"]["kernel"].shape[-1] ** -0.5
+    kernels = [part[n]["kernel"] * (scale if n == "query" else 1.0) for n in names]
+    biases = [part[n]["bias"].reshape(-1) * (scale if n == "query" else 1.0) for n in names]
+    kernel = jnp.concatenate([_matrix(k).astype(dtype) for k in kernels], axis=1)
+    return pack_matrix(kernel, jnp.concatenate(biases), dtype, layout)
+
+
+def _out(part: dict, dtype: Any, layout: Layout) -> dict:
+    return pack_matrix(_matrix(part["out"]["kernel"], 2), part["out"]["bias"], dtype, layout)
+
+
+def _pack_attention(part: dict, dtype: Any, layout: Layout) -> dict:
+    qkv = _join(part, ("query", "key", "value"), dtype, layout)
+    return dict(qkv=qkv, out=_out(part, dtype, layout))
+
+
+def _pack_cross(part: dict, norm: dict | None, dtype: Any, layout: Layout) -> dict:
+    packed: dict[str, Any] = dict(
+        query=_join(part, ("query",), dtype, layout),
+        # Image keys are computed once, from many rows: there the plain product is best.
+        kv=_join(part, ("key", "value"), dtype, "kernel"),
+        out=_out(part, dtype, layout),
+    )
+    if norm is not None:
+        packed["context_norm"] = norm
+    if layout == "panels":
+        packed["shared"] = _shared(part, norm)
+    return packed
+
+
+def _shared(part: dict, norm: dict | None) -> dict:
+    """Keys and values moved to the query's side, see cpu_kernels.image_attention.
+
+    What the bias of the keys adds is the same at every token, and so nothing to the softmax.
+    """
+    key, value = part["key"]["kernel"], part["value"]["kernel"]  # [D, H, K]
+    bias = part["value"]["bias"].reshape(-1)
+    if norm is not None:
+        bias = bias + jnp.einsum("d,dhk->hk", norm["bias"], value).reshape(-1)
+        key, value = (norm["scale"][:, None, None] * x for x in (key, value))
+    padded = jnp.pad(value, ((0, -value.shape[0] % cpu_kernels.PANEL), (0, 0), (0, 0)))
+    return dict(
+        query=jax.vmap(cpu_kernels.panels)(key.transpose(1, 2, 0)),
+        value=jax.vmap(cpu_kernels.panels)(padded.transpose(1, 0, 2)),
+        bias=bias,
+    )
+
+
+def standardise(x: jax.Array) -> jax.Array:
+    """x [..., D] less its mean over its standard deviation, float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
+
+
+def norm(weights: dict, x: jax.Array) -> jax.Array:
+    """Layer norm with dict(scale=, bias=), float32."""
+    return standardise(x) * weights["scale"] + weights["bias"]
+
+
+def dense(weights: dict, x: jax.Array) -> jax.Array:
+    """x [..., D] -> float32 [..., F], one product with a matrix that is not in panels."""
+    if "transposed" in weights:
+        kernel = weights["transposed"]
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+        count = rows.shape[0]
+        if isinstance(count, int) and count > 4:  # vectors of 8: 6 rows take longer than 8
+            rows = jnp.pad(rows, ((0, -count % 8), (0, 0)))
+        y = jax.lax.dot_general(
+            kernel, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        # Without the barrier the compiler turns the transposed product back into rows @ kernel.
+        y = jax.lax.optimization_barrier(y)[:, :count].T
+    else:
+        kernel = weights["kernel"]
+        rows = x.reshape(-1, x.shape[-1]).astype(kernel.dtype)
+        y = jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
+    y = y.reshape(x.shape[:-1] + y.shape[-1:])
+    return y + weights["bias"] if "bias" in weights else y
+
+
+def split(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
+    """[B, N, parts D] -> parts x [B, H, N, K]."""
+    batch, length, width = x.shape
+    x = x.reshape(batch, length, parts, heads, width // parts // heads)
+    return [x[:, :, i].transpose(0, 2, 1, 3) for i in range(parts)]
+
+
+def write(cache: Cache, key: jax.Array, value: jax.Array, slot: jax.Array | int) -> Cache:
+    """The cache with keys and values [B, H, N, K] at slots slot ... slot + N - 1."""
+    start = (0, 0, slot, 0)
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start),
+        jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start),
+    )
+
+
+def attend(query: jax.Array, cache: Cache, mask: jax.Array | None) -> jax.Array:
+    """[B, H, N, K] over a cache [B, H, M, K] -> [B, N, H K], float32; the query has the scale in
+    it. mask: bool [B, N, M]."""
+    key, value = cache
+    scores = jnp.einsum(
+        "bhnk,bhmk->bhnm", query.astype(key.dtype), key, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, NEVER)
+    # Divided after the product: at many rows a pass over the weights costs a third of attention.
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    out = jnp.einsum(
+        "bhnm,bhmk->bhnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    out = out / weights.sum(-1, keepdims=True)
+    return out.transpose(0, 2, 1, 3).reshape(query.shape[0], query.shape[2], -1)
+
+
+# The residual parts of a block. x: float32 [B, N, D]; what comes back is x plus what is added.
+
+
+def self_attention(
+    x: jax.Array, weights: dict, mask: jax.Array, slot: jax.Array | int, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Attention to a text's past: x, and the cache with the rows' own at `slot`. mask: bool
+    [B, N, M], which slots each row may look at, its own included."""
+    if "panels" in weights["qkv"]:
+        parts = weights["norm"], weights["qkv"], weights["out"]
+        x, *cache_ = cpu_kernels.self_attention(x, *parts, mask, slot, *cache)
+        return x, Cache(*cache_)
+    heads = cache.key.shape[1]
+    query, key, value = split(dense(weights["qkv"], norm(weights["norm"], x)), 3, heads)
+    cache = write(cache, key, value, slot)
+    return x + dense(weights["out"], attend(query, cache, mask)), cache
+
+
+def cross_attention(x: jax.Array, weights: dict, image: Cache | jax.Array) -> jax.Array:
+    """Attention to an image: its keys and values, or in panels its tokens, see `image_cache`."""
+    if "panels" in weights["query"]:
+        parts = weights["norm"], weights["query"], weights["out"]
+        if isinstance(image, Cache):
+            return cpu_kernels.cached_image_attention(x, *parts, *image)
+        return cpu_kernels.image_attention(x, *parts, weights["shared"], image)
+    assert isinstance(image, Cache)
+    heads = image.key.shape[1]
+    (query,) = split(dense(weights["query"], norm(weights["norm"], x)), 1, heads)
+    return x + dense(weights["out"], attend(query, image, None))
+
+
+def image_cache(weights: dict, tokens: jax.Array, heads: int, dtype: Any) -> Cache:
+    """Keys and values of image tokens [B, Q, D], by a block's packed cross-attention."""
+    if "context_norm" in weights:
+        tokens = norm(weights["context_norm"], tokens)
+    key, value = split(dense(weights["kv"], tokens), 2, heads)
+    return Cache(key.astype(dtype), value.astype(dtype))
+
+
+def shared_tokens(tokens: jax.Array, standard: bool) -> jax.Array:
+    """Image tokens [B, Q, D] as all blocks in panels read them: float32, D padded to whole panels;
+    standard: standardised first, where blocks have a norm of their own over them."""
+    if standard:
+        tokens = standardise(tokens)
+    pad = -tokens.shape[2] % cpu_kernels.PANEL
+    return jnp.pad(tokens.astype(jnp.float32), ((0, 0), (0, 0), (0, pad)))
+
+
+def mlp(x: jax.Array, weights: dict, activation: str) -> jax.Array:
+    """The MLP; activation: a key of ACTIVATIONS."""
+    if "panels" in weights["in"]:
+        return cpu_kernels.mlp(x, weights["norm"], weights, activation)
+    hidden = ACTIVATIONS[activation](dense(weights["in"], norm(weights["norm"], x)))
+    return x + dense(weights["out"], hidden)
+
+
+def log_probs(x: jax.Array, norm_weights: dict, head: dict) -> jax.Array:
+    """The log-softmax of the softmax layer of the normed x: float32 [B, N, V]."""
+    if "panels" in head:
+        return cpu_kernels.log_probs(x, norm_weights, head)
+    return jax.nn.log_softmax(dense(head, norm(norm_weights, x)))
