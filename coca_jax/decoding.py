@@ -21,8 +21,6 @@ from coca_jax.models import layers
 from coca_jax.ops import packed
 from coca_jax.ops.packed import LAYOUTS, Cache, Layout
 
-BLOCK_OPTIONS: tuple[str, ...] = ()  # fields of layers.Block that are not the paper's
-
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
@@ -65,9 +63,9 @@ def decoder(
     implementation = model.get("implementation", "auto")
     common: dict[str, Any] = dict(
         width=text.width,
-        activation=model.get("activation", "gelu"),
-        dtype=jnp.dtype(model.dtype),
-        ops=operations.choose(platform or jax.default_backend(), implementation),
+        options=layers.BlockOptions.from_config(
+            model, operations.choose(platform or jax.default_backend(), implementation)
+        ),
     )
     heads = text.get("multimodal_heads", None) or text.num_heads
     mlp_dim = text.get("multimodal_mlp_dim", None) or text.mlp_dim
@@ -106,12 +104,12 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     text = params["text_decoder"]
 
     def blocks(stack: dict, block: layers.Block) -> list[dict]:
-        options = {name: getattr(block, name) for name in BLOCK_OPTIONS}
+        unknown = block.options.beyond(packed.KNOWN_OPTIONS)
         depth = jax.tree.leaves(stack)[0].shape[0]
         split = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
         found = []
         for layer in split:
-            parts = packed.pack_block(layer, spec.dtype, layout, options)
+            parts = packed.pack_block(layer, spec.dtype, layout, unknown)
             used = {name for part in parts for name in (part, *NORMS[part])}
             found.append(
                 dict(packed=parts, params={k: v for k, v in layer.items() if k not in used})

@@ -34,6 +34,7 @@ from coca_jax.data import image_files, videos, vocabulary
 from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.decode_settings import Settings
 from coca_jax.models import coca
 from coca_jax.train_step import caption_targets, normalise_pixels
 

@@ -87,6 +87,7 @@ def model() -> dict:
         image_std=(0.5, 0.5, 0.5),  # ... over this
         temperature=0.07,  # initial; learned
         implementation="auto",  # 'auto' | 'xla' (no kernels of others) | 'reference' (plain JAX)
+        qk_norm=False,  # RMS norm of queries and keys in each head, in all towers
         activation="gelu",  # 'gelu' | 'gelu_exact' | 'quick_gelu' | 'relu'
         image=dict(
             width=768,

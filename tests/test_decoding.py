@@ -51,6 +51,7 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
         open_clip=dict(cross="open_clip", head_bias=False),
         tied=dict(tie_embeddings=True),
         reference={},
+        qk_norm={},  # nothing of it is packed
         open_clip_reference=dict(cross="open_clip", head_bias=False),
         panels=dict(num_heads=1),  # a head of 16
         open_clip_panels=dict(cross="open_clip", head_bias=False, num_heads=1),
@@ -59,6 +60,7 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
     config.text.update(text)
     config.image.depth = 1
+    config.qk_norm = kind == "qk_norm"
     module = coca.build(config)
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)

@@ -8,7 +8,7 @@ from conftest import random_batch, tiny_config
 
 from coca_jax import decoding, partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, stem
+from coca_jax.models import coca, layers, stem
 from coca_jax.ops.reference import ACTIVATIONS
 
 
@@ -161,18 +161,49 @@ def test_poolers_of_both_kinds_have_equal_sizes():
     assert sizes[0] == sizes[1]
 
 
-def test_product_layouts_agree():
-    config = tiny_config()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_forms_of_all_platforms_agree(qk_norm):
+    config = tiny_config(qk_norm=qk_norm)
     batch = random_batch(config)
     pixels = jnp.asarray(batch["image"], jnp.float32) / 255
     outputs = []
-    for platform in ("cpu", "tpu"):
+    for platform in ("cpu", "tpu", "gpu"):
         model = coca.build(config.model, platform=platform)
         params = initialise(model)
         outputs.append(
             model.apply({"params": params}, pixels, batch["tokens"], batch["text_valid"]).logits
         )
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
+    np.testing.assert_allclose(outputs[0], outputs[2], atol=1e-5)
+
+
+def test_queries_and_keys_are_normed_in_each_head():
+    """Against the formula in NumPy; their size no longer matters, and the key's bias does."""
+    options = layers.BlockOptions(qk_norm=True)
+    attention = layers.Attention(8, 2, options=options)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = partitioning.unbox(attention.init(jax.random.key(1), x)["params"])
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+
+    def project(name):
+        return np.einsum("bnd,dhk->bnhk", x, params[name]["kernel"]) + params[name]["bias"]
+
+    def normed(name):
+        y = project(name)
+        inverse = 1 / np.sqrt(np.square(y).mean(-1, keepdims=True) + 1e-5)
+        return y * inverse * params[f"{name}_norm"]["scale"]
+
+    scores = np.einsum("bnhk,bmhk->bhnm", normed("query"), normed("key")) / 2
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("bhnm,bmhk->bnhk", weights, project("value"))
+    want = np.einsum("bnhk,hkd->bnd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+    np.testing.assert_allclose(attention.apply({"params": params}, x), want, atol=2e-6)
+    larger = jax.tree.map(lambda p: 50.0 * p, params["query"])
+    got = attention.apply({"params": params | {"query": larger}}, x)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    bias = jax.grad(lambda p: attention.apply({"params": p}, x)[0, 0, 0])(params)["key"]["bias"]
+    assert jnp.abs(bias).max() > 1e-4
 
 
 def test_conv_stem_gives_the_same_number_of_tokens():

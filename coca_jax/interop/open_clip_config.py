@@ -201,6 +201,12 @@ def from_model(model: Any) -> dict[str, Any]:
     ):
         if value != want:
             raise ValueError(f"model.{name}={value!r}: {only} {want!r}; it cannot go back there")
+    from coca_jax.models.layers import BlockOptions  # heavy, and only needed to go back
+    from coca_jax.ops.reference import Reference
+
+    options = BlockOptions.from_config(model, Reference())
+    for name, value in options.beyond(("activation", "dtype", "ops")).items():
+        raise ValueError(f"model.{name}={value!r}: open_clip's CoCa has no such option")
     activation = model.get("activation", "gelu")
     if activation == "gelu":
         raise ValueError(f"model.activation='gelu': {only} 'gelu_exact' and 'quick_gelu'")

@@ -16,7 +16,7 @@ from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
-from coca_jax.ops.reference import ACTIVATIONS, Reference, wide
+from coca_jax.ops.reference import ACTIVATIONS, wide
 
 
 @flax.struct.dataclass
@@ -68,8 +68,12 @@ class CoCa(nn.Module):
     query_std: float = 0.02
     sigmoid: bool = False
     task_head: heads.TaskHead | None = None
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: layers.BlockOptions = layers.BlockOptions()
+
+    @property
+    def dtype(self) -> Any:
+        """Of products."""
+        return self.options.dtype
 
     def setup(self) -> None:
         width = self.decoder.width
@@ -77,18 +81,17 @@ class CoCa(nn.Module):
             width=width,
             num_heads=self.pooler_heads,
             query_std=self.query_std,
-            dtype=self.dtype,
-            ops=self.ops,
+            options=self.options,
         )
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.decoder.copy(name="text_decoder")
         self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
         if self.pooler_kind == "open_clip":
-            self.pooled_norm = layers.LayerNorm(self.dtype, self.ops)
+            self.pooled_norm = layers.LayerNorm(self.dtype, self.options.ops)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(
-            axes=("embed", "joint"), use_bias=False, dtype=wide(self.dtype), ops=self.ops
+            axes=("embed", "joint"), use_bias=False, dtype=wide(self.dtype), ops=self.options.ops
         )
         if self.image_projection:
             self.image_to_joint = layers.Projection((self.embed_dim,), **projection)
@@ -256,8 +259,7 @@ def build(
             "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
         )
-    dtype = jnp.dtype(model.dtype)
-    shared = dict(activation=model.get("activation", "gelu"), remat=remat, dtype=dtype, ops=ops)
+    shared: dict[str, Any] = dict(remat=remat, options=layers.BlockOptions.from_config(model, ops))
     image, text, pooler = dict(model.image), dict(model.text), dict(model.pooler)
     for name in ("conv_widths", "conv_depths"):
         image[name] = tuple(image.get(name, ()))
@@ -275,8 +277,7 @@ def build(
         temperature=model.temperature,
         sigmoid=sigmoid,
         task_head=heads.build(head, model, num_classes, ops) if head and head.kind else None,
-        dtype=dtype,
-        ops=ops,
+        options=shared["options"],
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,8 +32,7 @@ class TaskHead(nn.Module):
     num_queries: int
     width: int
     num_heads: int
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: layers.BlockOptions = layers.BlockOptions()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -45,8 +42,7 @@ class TaskHead(nn.Module):
             self.num_queries,
             width=self.width,
             num_heads=self.num_heads,
-            dtype=self.dtype,
-            ops=self.ops,
+            options=self.options,
             name="pooler",
         )(tokens, mask)
         parts = self.num_queries * (2 if self.kind == "pair" else 1)
@@ -54,7 +50,7 @@ class TaskHead(nn.Module):
             (self.num_classes,),
             axes=("embed", "joint"),
             init_scale=0.0,
-            ops=self.ops,
+            ops=self.options.ops,
             name="classifier",
         )(pooled.reshape((-1, parts * self.width)).astype(jnp.float32))
         return logits.astype(jnp.float32)
@@ -90,6 +86,5 @@ def build(
         num_queries=head.num_queries,
         width=width,
         num_heads=num_heads,
-        dtype=jnp.dtype(model.dtype),
-        ops=ops,
+        options=layers.BlockOptions.from_config(model, ops),
     )

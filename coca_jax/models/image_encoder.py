@@ -7,15 +7,12 @@ image encoder.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
 from coca_jax.models.stem import ConvStem
-from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain
 
 
@@ -44,14 +41,12 @@ class ImageEncoder(nn.Module):
     conv_widths: tuple[int, ...] = ()
     conv_depths: tuple[int, ...] = ()
     patch_dropout: float = 0.0
-    activation: str = "gelu"
     remat: str = "none"
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: layers.BlockOptions = layers.BlockOptions()
 
     @nn.compact
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        side = pixels.shape[1]
+        side, options = pixels.shape[1], self.options
         if pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images with a side "
@@ -59,7 +54,7 @@ class ImageEncoder(nn.Module):
             )
         if self.conv_widths:
             x = ConvStem(
-                self.conv_widths, self.conv_depths, self.activation, self.dtype, name="stem"
+                self.conv_widths, self.conv_depths, options.activation, options.dtype, name="stem"
             )(pixels)
             x = x.reshape(x.shape[0], -1, x.shape[-1])
         else:
@@ -68,8 +63,8 @@ class ImageEncoder(nn.Module):
             (self.width,),
             axes=("patch", "embed"),
             use_bias=self.patch_bias,
-            dtype=self.dtype,
-            ops=self.ops,
+            dtype=options.dtype,
+            ops=options.ops,
             name="patch_embedding",
         )(x)
         grid = self.image_size // self.patch_size
@@ -96,19 +91,17 @@ class ImageEncoder(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
-            x = layers.LayerNorm(self.dtype, self.ops, name="pre_norm")(x)
+            x = layers.LayerNorm(options.dtype, options.ops, name="pre_norm")(x)
         x = layers.Stack(
             depth=self.depth,
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
-            activation=self.activation,
             remat=self.remat,
-            dtype=self.dtype,
-            ops=self.ops,
+            options=options,
             name="blocks",
         )(x)
         if self.final_norm:
-            x = layers.LayerNorm(self.dtype, self.ops, name="final_norm")(x)
+            x = layers.LayerNorm(options.dtype, options.ops, name="final_norm")(x)
         return x
 
 

@@ -7,9 +7,10 @@ of `coca_jax.ops`: every module carries the form that was chosen for its devices
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,8 +19,40 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.ops import packed
-from coca_jax.ops.reference import Reference
+from coca_jax.ops.reference import NORM_EPSILON, Reference, merge_heads, split_heads, wide
 from coca_jax.partitioning import constrain, with_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+    """What the blocks and poolers of all towers share. A key of `config.model` with the name of a
+    field sets it; forms written for the paper's block step aside for an option they do not know.
+
+    activation: of the MLP, a key of ops.reference.ACTIVATIONS.
+    qk_norm: RMS norm of queries and keys in each head, with a learned scale (Henry et al. 2020;
+        Dehghani et al. 2023, Section 3.1).
+    dtype: of products. ops: the form of the operations.
+    """
+
+    activation: str = "gelu"
+    qk_norm: bool = False
+    dtype: Any = jnp.float32
+    ops: Reference = Reference()
+
+    @classmethod
+    def from_config(cls, model: Any, ops: Reference) -> BlockOptions:
+        """The options that `config.model` sets; keys that are not there keep their defaults."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in ("dtype", "ops")]
+        given = {name: model[name] for name in names if name in model}
+        return cls(**given, dtype=jnp.dtype(model.dtype), ops=ops)
+
+    def fields(self) -> dict[str, Any]:
+        """{name: value}."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def beyond(self, known: Collection[str]) -> dict[str, Any]:
+        """The options that are set and are not among `known`."""
+        return {k: v for k, v in self.fields().items() if v and k not in known}
 
 
 class LayerNorm(nn.Module):
@@ -45,8 +78,7 @@ class Attention(nn.Module):
     width: int
     num_heads: int
     out_scale: float = 1.0
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: BlockOptions = BlockOptions()
 
     def setup(self) -> None:
         width, heads = self.width, self.num_heads
@@ -54,12 +86,13 @@ class Attention(nn.Module):
             raise ValueError(
                 f"num_heads={heads} does not divide the width {width}; choose a divisor"
             )
-        shape, options = (heads, width // heads), dict(dtype=self.dtype, ops=self.ops)
+        shape = (heads, width // heads)
+        options: dict[str, Any] = dict(dtype=self.options.dtype, ops=self.options.ops)
         inward: dict[str, Any] = dict(axes=("embed", "heads", "head_width"), **options)
         self.query = Projection(shape, **inward)
-        # Softmax does not see a constant in all scores of a query, so the key bias has no gradient
-        # but rounding errors, and Adam would make full-sized steps of those.
-        self.key = Projection(shape, train_bias=False, **inward)
+        # Softmax does not see a constant in all scores of a query, so the bias of keys that are not
+        # normed has no gradient but rounding errors, and Adam would make full-sized steps of those.
+        self.key = Projection(shape, train_bias=self.options.qk_norm, **inward)
         self.value = Projection(shape, **inward)
         self.out = Projection(
             (width,),
@@ -68,14 +101,22 @@ class Attention(nn.Module):
             init_scale=self.out_scale,
             **options,
         )
+        if self.options.qk_norm:
+            self.query_norm = HeadNorm(heads)
+            self.key_norm = HeadNorm(heads)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """x [B, N, D] -> [B, N, H K]."""
-        return checkpoint_name(self.query(x), "qkv")
+        query = self.query(x)
+        if self.options.qk_norm:
+            query = self.query_norm(query)
+        return checkpoint_name(query, "qkv")
 
     def keys_and_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """context [B, M, W] -> two of [B, M, H K]."""
         key, value = self.key(context), self.value(context)
+        if self.options.qk_norm:
+            key = self.key_norm(key)
         return checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
 
     def __call__(
@@ -99,7 +140,7 @@ class Attention(nn.Module):
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
         arrays = (query, key, value)
         query, key, value = (constrain(x, "batch", "length", "act_heads") for x in arrays)
-        return self.out(self.ops.attend(query, key, value, mask, self.num_heads, causal))
+        return self.out(self.options.ops.attend(query, key, value, mask, self.num_heads, causal))
 
     def attend_cached(
         self, x: jax.Array, cache: packed.Cache, mask: jax.Array | None = None
@@ -113,6 +154,20 @@ class Attention(nn.Module):
         """Keys and values of context [B, M, W] as `attend_cached` takes them, [B, H, M, K]."""
         joined = jnp.concatenate(self.keys_and_values(context), axis=-1)
         return packed.Cache(*packed.split(joined, 2, self.num_heads))
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head of [B, N, H K] over K, times a scale [K]; statistics in float32."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = split_heads(x, self.num_heads)
+        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), heads.shape[-1:])
+        exact = heads.astype(wide(x.dtype))
+        inverse = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + NORM_EPSILON)
+        return merge_heads((exact * inverse * scale).astype(x.dtype))
 
 
 class Projection(nn.Module):
@@ -160,17 +215,15 @@ class Mlp(nn.Module):
 
     mlp_dim: int
     out_scale: float = 1.0
-    activation: str = "gelu"
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: BlockOptions = BlockOptions()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        options: dict[str, Any] = dict(dtype=self.dtype, ops=self.ops)
+        options: dict[str, Any] = dict(dtype=self.options.dtype, ops=self.options.ops)
         hidden = Projection(
             (self.mlp_dim,),
             axes=("embed", "mlp"),
-            activation=self.activation,
+            activation=self.options.activation,
             name="in",
             **options,
         )(x)
@@ -211,19 +264,16 @@ class Block(nn.Module):
     depth: int
     cross: str | None = None
     causal: bool = False
-    activation: str = "gelu"
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: BlockOptions = BlockOptions()
 
     def setup(self) -> None:
-        options: dict[str, Any] = dict(
+        shared: dict[str, Any] = dict(
             out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
-            dtype=self.dtype,
-            ops=self.ops,
+            options=self.options,
         )
-        norm = functools.partial(LayerNorm, dtype=self.dtype, ops=self.ops)
-        attention = functools.partial(Attention, self.width, self.num_heads, **options)
-        mlp = functools.partial(Mlp, self.mlp_dim, activation=self.activation, **options)
+        norm = functools.partial(LayerNorm, dtype=self.options.dtype, ops=self.options.ops)
+        attention = functools.partial(Attention, self.width, self.num_heads, **shared)
+        mlp = functools.partial(Mlp, self.mlp_dim, **shared)
         self.attention_norm, self.attention = norm(), attention()
         self.mlp_norm, self.mlp = norm(), mlp()
         if self.cross is not None:
@@ -253,7 +303,7 @@ class Block(nn.Module):
 
     def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
         x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
-        return checkpoint_name(self.ops.residual_stream(x), "residual")
+        return checkpoint_name(self.options.ops.residual_stream(x), "residual")
 
     def attend_to_text(
         self, x: jax.Array, mask: jax.Array | Step | None
@@ -285,7 +335,7 @@ class Block(nn.Module):
         """The residual part of an MLP: 'mlp' or 'cross_mlp'."""
         weights = self._packed(part)
         if weights is not None:
-            return packed.mlp(x, weights, self.activation)
+            return packed.mlp(x, weights, self.options.activation)
         mlp, norm = getattr(self, part), getattr(self, f"{part}_norm")
         return self._add(x, mlp(norm(x)))
 
@@ -293,10 +343,10 @@ class Block(nn.Module):
         """What cross-attention reads of image tokens [B, Q, D], for a whole caption."""
         weights = self._packed("cross_attention")
         if weights is not None:
-            return packed.image_cache(weights, tokens, self.num_heads, self.dtype)
+            return packed.image_cache(weights, tokens, self.num_heads, self.options.dtype)
         if self.cross == "open_clip":
             tokens = self.context_norm(tokens)
-        return self.cross_attention.cache(tokens.astype(self.dtype))
+        return self.cross_attention.cache(tokens.astype(self.options.dtype))
 
 
 REMAT_POLICIES = {
@@ -321,16 +371,15 @@ class Stack(nn.Module):
     mlp_dim: int
     cross: str | None = None
     causal: bool = False
-    activation: str = "gelu"
     remat: str = "none"
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: BlockOptions = BlockOptions()
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
     ) -> jax.Array:
-        mask, causal = self.ops.prepare_mask(mask, self.causal, x.shape[1])
+        ops = self.options.ops
+        mask, causal = ops.prepare_mask(mask, self.causal, x.shape[1])
         fields: dict[str, Any] = dict(
             width=x.shape[-1],
             num_heads=self.num_heads,
@@ -338,11 +387,8 @@ class Stack(nn.Module):
             depth=self.depth,
             cross=self.cross,
             causal=causal,
-            activation=self.activation,
-            dtype=self.dtype,
-            ops=self.ops,
         )
-        loop = self.ops.layer_loop(fields, self.remat)
+        loop = ops.layer_loop(fields | self.options.fields(), self.remat)
         if loop is not None and not self.is_initializing():
             return loop(self.variables["params"]["layers"], x, mask, context)
         block: Any = Block
@@ -354,9 +400,9 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.depth,
-            unroll=self.ops.unroll(self.depth),
+            unroll=ops.unroll(self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(name="layers", **fields)
+        )(name="layers", options=self.options, **fields)
         return layers(x, mask, context)[0]
 
 

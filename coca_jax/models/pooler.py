@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
-from coca_jax.ops.reference import Reference
 
 
 class AttentionalPooler(nn.Module):
@@ -22,8 +19,7 @@ class AttentionalPooler(nn.Module):
     width: int
     num_heads: int
     query_std: float = 0.02
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: layers.BlockOptions = layers.BlockOptions()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -34,10 +30,10 @@ class AttentionalPooler(nn.Module):
             init_std=self.query_std,
             name="query",
         )()
-        query = layers.LayerNorm(self.dtype, name="query_norm")(query)
+        query = layers.LayerNorm(self.options.dtype, name="query_norm")(query)
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
-        tokens = layers.LayerNorm(self.dtype, self.ops, name="token_norm")(tokens)
+        tokens = layers.LayerNorm(self.options.dtype, self.options.ops, name="token_norm")(tokens)
         attention = layers.Attention(
-            self.width, self.num_heads, dtype=self.dtype, ops=self.ops, name="attention"
+            self.width, self.num_heads, options=self.options, name="attention"
         )
         return attention(query, tokens, mask)

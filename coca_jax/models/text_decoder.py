@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
-from coca_jax.ops.reference import Reference
 from coca_jax.partitioning import constrain
 
 
@@ -35,30 +34,26 @@ class TextDecoder(nn.Module):
     cross: str = "paper"
     multimodal_heads: int | None = None
     multimodal_mlp_dim: int | None = None
-    activation: str = "gelu"
     remat: str = "none"
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: layers.BlockOptions = layers.BlockOptions()
 
     def setup(self) -> None:
-        stack = dict(
+        stack: dict[str, Any] = dict(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             causal=True,
-            activation=self.activation,
             remat=self.remat,
-            dtype=self.dtype,
-            ops=self.ops,
+            options=self.options,
         )
         self.token_embedding = layers.Table((self.vocab_size, self.width), axes=("vocab", "embed"))
         self.positions = layers.Table((self.max_len + 1, self.width), axes=("position", "embed"))
         self.cls = layers.Table((self.width,), axes=("norm",))
         self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
-        self.unimodal_norm = layers.LayerNorm(self.dtype, self.ops)
+        self.unimodal_norm = layers.LayerNorm(self.options.dtype, self.options.ops)
         stack["num_heads"] = self.multimodal_heads or self.num_heads
         stack["mlp_dim"] = self.multimodal_mlp_dim or self.mlp_dim
         self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
-        self.multimodal_norm = layers.LayerNorm(self.dtype, self.ops)
+        self.multimodal_norm = layers.LayerNorm(self.options.dtype, self.options.ops)
         if not self.tie_embeddings:
             self.head = Head(self.vocab_size, self.width, self.head_bias)
 
@@ -75,9 +70,11 @@ class TextDecoder(nn.Module):
                 "truncate them"
             )
         embedding, positions = self.token_embedding(), self.positions()
-        x = embedding.astype(self.dtype)[tokens] + positions[:length].astype(self.dtype)
+        x = embedding.astype(self.options.dtype)[tokens] + positions[:length].astype(
+            self.options.dtype
+        )
         x = constrain(x, "batch", "length", "act_embed")
-        cls = (self.cls() + positions[self.max_len]).astype(self.dtype)
+        cls = (self.cls() + positions[self.max_len]).astype(dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(cls, (batch, 1, self.width))], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
         always = jnp.ones((batch, 1), bool)
@@ -92,7 +89,7 @@ class TextDecoder(nn.Module):
 
         Captions are padded on the right, so the causal mask already hides padding from tokens.
         """
-        x = self.multimodal(text_states, None, image_tokens.astype(self.dtype))
+        x = self.multimodal(text_states, None, image_tokens.astype(self.options.dtype))
         return self.multimodal_norm(x)
 
     def output_layer(self) -> tuple[jax.Array, jax.Array | None]:

@@ -8,8 +8,6 @@ slices of stacked tensors than it saves.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from typing import Any, Literal
 
 import jax
@@ -23,6 +21,7 @@ from coca_jax.ops.reference import (
     gelu,
     gelu_slope,
     merge_heads,
+    say_once,
     split_heads,
 )
 
@@ -73,7 +72,7 @@ class Gpu(Reference):
         why = _refusal(query.dtype, width) if self.cudnn else "switched off"
         if why:
             if self.cudnn:
-                _say(f"attention of {heads} heads of {width} runs without cuDNN: {why}")
+                say_once(f"attention of {heads} heads of {width} runs without cuDNN: {why}")
             return super().attend(query, key, value, mask, heads, causal)
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         return checkpoint_name(
@@ -87,12 +86,6 @@ class Gpu(Reference):
 
     def unroll(self, depth: int) -> int:
         return depth
-
-
-@functools.cache
-def _say(text: str) -> None:
-    """Once a process for each text."""
-    logging.getLogger("coca_jax").warning("%s", text)
 
 
 def _refusal(dtype: jnp.dtype, head_width: int) -> str:

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import cpu_kernels
-from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON
+from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON, say_once
 
 NEVER = -1e30  # score of what must not be seen or chosen; a sum of many of them is still finite
 STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
 
 # How matrices are packed; 'reference' packs none, and Block's own modules decode.
 Layout = Literal["reference", "kernel", "transposed", "panels"]
+KNOWN_OPTIONS = ("activation", "dtype", "ops")  # of layers.BlockOptions
 LAYOUTS = ("reference", "kernel", "transposed", "panels")
 
 
@@ -77,21 +78,20 @@ def pack_matrix(kernel: jax.Array, bias: jax.Array | None, dtype: Any, layout: L
     return packed if bias is None else packed | dict(bias=bias.reshape(-1))
 
 
-def pack_block(params: dict, dtype: Any, layout: Layout, options: dict[str, Any]) -> dict:
-    """The parts of one layer's parameters that packing knows: {part: its packed weights}.
+def pack_block(params: dict, dtype: Any, layout: Layout, unknown: dict[str, Any]) -> dict:
+    """The parts of one layer's parameters, packed: {part: its weights}, {} where nothing is.
 
-    params: of layers.Block. options: fields of the block that change what a part computes and are
-    not the paper's; attention is not packed where one of them is set, for its modules alone know
-    it.
+    params: of layers.Block. unknown: options of the block beyond KNOWN_OPTIONS that are set; its
+    modules alone know what they mean, so that nothing is packed.
     """
-    if layout == "reference":
+    if unknown:
+        say_once(f"decoding runs the block's own modules: packing does not know {unknown}")
+    if layout == "reference" or unknown:
         return {}
-    packed: dict[str, Any] = {}
-    if not any(options.values()):
-        packed["attention"] = _pack_attention(params["attention"], dtype, layout)
-        if "cross_attention" in params:
-            norm = params.get("context_norm")
-            packed["cross_attention"] = _pack_cross(params["cross_attention"], norm, dtype, layout)
+    packed: dict[str, Any] = {"attention": _pack_attention(params["attention"], dtype, layout)}
+    if "cross_attention" in params:
+        norm = params.get("context_norm")
+        packed["cross_attention"] = _pack_cross(params["cross_attention"], norm, dtype, layout)
     for name in ("mlp", "cross_mlp"):
         if name in params:
             packed[name] = {

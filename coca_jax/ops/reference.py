@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A warning in the log, once a process for each text."""
+    logging.getLogger("coca_jax").warning("%s", text)
 
 
 def wide(dtype: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import NORM_EPSILON, Reference
+from coca_jax.ops.reference import NORM_EPSILON, Reference, say_once
 from coca_jax.ops.tpu import forms, layer_loop
 
 
@@ -62,11 +61,13 @@ class Tpu(Reference):
             return None
         known = dict(activation="gelu", dtype=jnp.bfloat16)
         other = {k: v for k, v in block.items() if k in known and v != known[k]}
-        other |= {k: v for k, v in block.items() if k not in KNOWN_FIELDS and v}
+        other |= {k: v for k, v in block.items() if v and k not in KNOWN_FIELDS}
         if block["cross"] not in (None, "paper"):
             other["cross"] = block["cross"]
         if other:
-            _say("the layers run by XLA's loop: the one written out does not know " + str(other))
+            say_once(
+                "the layers run by XLA's loop: the one written out does not know " + str(other)
+            )
             return None
         return functools.partial(layer_loop.run, heads=block["num_heads"], epsilon=NORM_EPSILON)
 
@@ -84,9 +85,3 @@ KNOWN_FIELDS = (
     "dtype",
     "ops",
 )
-
-
-@functools.cache
-def _say(text: str) -> None:
-    """Once a process for each text."""
-    logging.getLogger("coca_jax").warning("%s", text)
