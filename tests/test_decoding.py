@@ -21,10 +21,11 @@ PANELS, OPEN_CLIP_PANELS = (
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=["paper", "open_clip", "reference", "open_clip_reference", PANELS, OPEN_CLIP_PANELS],
-)
+KINDS = ["paper", "open_clip", "reference", "open_clip_reference", "qk_norm"]
+KINDS += [PANELS, OPEN_CLIP_PANELS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def each_model(request):
     return make(request.param)
 

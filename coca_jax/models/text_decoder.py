@@ -70,9 +70,8 @@ class TextDecoder(nn.Module):
                 "truncate them"
             )
         embedding, positions = self.token_embedding(), self.positions()
-        x = embedding.astype(self.options.dtype)[tokens] + positions[:length].astype(
-            self.options.dtype
-        )
+        dtype = self.options.dtype
+        x = embedding.astype(dtype)[tokens] + positions[:length].astype(dtype)
         x = constrain(x, "batch", "length", "act_embed")
         cls = (self.cls() + positions[self.max_len]).astype(dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(cls, (batch, 1, self.width))], axis=1)

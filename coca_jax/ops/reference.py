@@ -58,6 +58,14 @@ def causal_mask(queries: int, keys: int) -> jax.Array:
     return jnp.tril(jnp.ones((queries, keys), bool))[None, None]
 
 
+def whole_mask(mask: jax.Array | None, causal: bool, length: int) -> jax.Array | None:
+    """A mask [B, 1, N, M] and, when `causal`, the order of `length` tokens in one."""
+    if not causal:
+        return mask
+    order = causal_mask(length, length)
+    return order if mask is None else mask & order
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
 
@@ -135,10 +143,7 @@ class Reference:
         mask: bool, broadcastable to [B, 1, N, M], or None. Returns (mask, causal): a form whose
         attention knows causal order by itself leaves both apart.
         """
-        if not causal:
-            return mask, False
-        order = causal_mask(length, length)
-        return order if mask is None else mask & order, False
+        return whole_mask(mask, causal, length), False
 
     def attend(
         self,
@@ -154,7 +159,7 @@ class Reference:
         mask: bool, broadcastable to [B, 1, N, M]; True where a query may look. causal: besides, a
         query sees its own place and before. Softmax in float32; the result in value's dtype.
         """
-        mask, _ = self.prepare_mask(mask, causal, query.shape[1])
+        mask = whole_mask(mask, causal, query.shape[1])
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         return checkpoint_name(merge_heads(attend(query, key, value, mask)), "attended")
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import NORM_EPSILON, Reference, say_once
+from coca_jax.ops.reference import NORM_EPSILON, Reference, say_once, whole_mask
 from coca_jax.ops.tpu import forms, layer_loop
 
 
@@ -51,7 +51,7 @@ class Tpu(Reference):
         heads: int,
         causal: bool = False,
     ) -> jax.Array:
-        mask, _ = self.prepare_mask(mask, causal, query.shape[1])
+        mask = whole_mask(mask, causal, query.shape[1])
         return forms.attend(query, key, value, mask, heads, kernels=self.kernels)
 
     def layer_loop(self, block: dict[str, Any], remat: str) -> Callable[..., jax.Array] | None:
