@@ -157,8 +157,11 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross):
         reference.causal_mask(10, 10)
         & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
     )
-    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross, dtype=jnp.bfloat16, ops=ops.Tpu())
-    written, scanned = (layers.Stack(remat=remat, **options) for remat in ("named", "none"))
+    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
+    shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
+    written, scanned = (
+        layers.Stack(remat=remat, options=shared, **options) for remat in ("named", "none")
+    )
     params = partitioning.unbox(scanned.init(jax.random.key(0), x, mask, context))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
     weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
