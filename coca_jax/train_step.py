@@ -462,30 +462,21 @@ def merge_rows(x: jax.Array) -> jax.Array:
     return partitioning.constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
-def make_train_step(
-    model: CoCa,
-    config: ConfigDict,
-    steps: int,
-    image_size: int | None = None,
-    lengths: text_lengths.Lengths | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics); jit it with the state donated.
+def make_update(
+    config: ConfigDict, steps: int
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """(state, gradients of what is trained) -> (the next state, metrics of the update).
 
-    image_size: of a stage of the size curriculum; default: the model's.
-    lengths: of captions, from text_lengths.choose; default: the model's max_len.
+    params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
+    the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
+    with its weight decay; ema <- ema x decay + params x (1 - decay), of the new parameters.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
     schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
     decay = config.optimizer.ema
-    image_size = image_size or config.model.image_size
-    short, long = lengths or (config.model.text.max_len,) * 2
-    runner: Any = model if short == long else text_lengths.Split(model, config.text_parts, short)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = text_lengths.trim(batch, long) | {"image": shrink(batch["image"], image_size)}
-        gradients, metrics = value_and_gradients(state.params, runner, config, batch, rng)
+    def update(state: TrainState, gradients: Any) -> tuple[TrainState, Metrics]:
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)
         gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)
@@ -511,10 +502,33 @@ def make_train_step(
             opt_state=keep_finite(opt_state, state.opt_state),
             ema=keep_finite(ema, state.ema),
         )
-        return state, metrics | {
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "skipped_steps": skipped,
-        }
+        return state, {"learning_rate": rate, "gradient_norm": norm, "skipped_steps": skipped}
+
+    return update
+
+
+def make_train_step(
+    model: CoCa,
+    config: ConfigDict,
+    steps: int,
+    image_size: int | None = None,
+    lengths: text_lengths.Lengths | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics); jit it with the state donated.
+
+    image_size: of a stage of the size curriculum; default: the model's.
+    lengths: of captions, from text_lengths.choose; default: the model's max_len.
+    """
+    update = make_update(config, steps)
+    image_size = image_size or config.model.image_size
+    short, long = lengths or (config.model.text.max_len,) * 2
+    runner: Any = model if short == long else text_lengths.Split(model, config.text_parts, short)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = text_lengths.trim(batch, long) | {"image": shrink(batch["image"], image_size)}
+        gradients, metrics = value_and_gradients(state.params, runner, config, batch, rng)
+        state, of_update = update(state, gradients)
+        return state, metrics | of_update
 
     return train_step
