@@ -57,7 +57,8 @@ def contrastive_loss(
 
     Returns:
       (loss, row losses [B] without gradient). 'positives' spreads a row's target evenly over the
-      pairs with its text. The sigmoid loss is the sum over pairs divided by B.
+      pairs with its text; these share the losses of their columns. The sigmoid loss is the sum over
+      pairs divided by B.
 
     Raises ValueError for an unknown option, or without text_id where it is needed.
     """

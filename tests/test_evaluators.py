@@ -413,6 +413,8 @@ def test_intervals_of_other_figures_agree_with_theory():
         low, high = intervals.median_limits(rng.exponential(size=101))
         covered += low <= math.log(2) <= high
     assert 180 <= covered <= 199
+    assert intervals.median_limits(np.asarray([2.0, 1.0])) == (1, 2)  # few values: all of them
+    assert intervals.median_limits(np.asarray([5.0])) == (5, 5)
     sums = intervals.resampled_sums(np.ones((7, 2)), resamples=130)
     assert sums.shape == (130, 2) and (sums == 7).all()
 
@@ -427,10 +429,16 @@ def test_bootstrap_agrees_with_theory_and_is_deterministic():
         assert high - mean == pytest.approx(half, rel=0.15)
         assert mean - low == pytest.approx(half, rel=0.15)
         assert intervals.bootstrap(hits) == (mean, low, high)
+    _, low, high = intervals.bootstrap(np.sort(hits))  # neighbours alike: blocks are drawn
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
     assert intervals.bootstrap(np.ones(5)) == (1, 1, 1)
     assert intervals.bootstrap(np.asarray([1.0, 6.0]), np.asarray([1.0, 2.0]))[0] == 7 / 3
     with pytest.raises(ValueError, match="0 examples"):
         intervals.bootstrap(np.zeros(0))
+    with pytest.raises(ValueError, match="3 examples with weights of sum 0.0"):
+        intervals.bootstrap(np.ones(3), np.zeros(3))
+    samples = np.append(np.linspace(0, 1, 1001), [np.nan] * 50)  # resamples of no example
+    assert intervals.limits(samples) == pytest.approx((0.025, 0.975))
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 8, 9, 1000])

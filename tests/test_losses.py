@@ -1,11 +1,14 @@
-"""Both losses against their plain definitions: values and gradients, every option."""
+"""Both losses against their definitions in float64: values and gradients, every option."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import loss_definitions
 import numpy as np
 import pytest
 
-from coca_jax import losses
+from coca_jax import losses, partitioning
 
 B, E = 24, 16
 
@@ -18,81 +21,23 @@ def embeddings(seed=0):
     return jnp.asarray(x[0]), jnp.asarray(x[1]), jnp.asarray(ids)
 
 
-def naive_softmax(image, text, scale, ids, duplicates):
-    scores = scale * image @ text.T
-    same = (ids[:, None] == ids[None]).all(-1)
-    own = jnp.eye(B, dtype=bool)
-    target = jnp.where(same, 1.0, 0.0) if duplicates == "positives" else jnp.where(own, 1.0, 0.0)
-    target = target / target.sum(1, keepdims=True)
-    if duplicates == "ignore":
-        scores = jnp.where(own | ~same, scores, -1e30)
-    rows = -(target * jnp.where(target > 0, jax.nn.log_softmax(scores, 1), 0)).sum(1)
-    columns = -(target.T * jnp.where(target.T > 0, jax.nn.log_softmax(scores, 0), 0)).sum(0)
-    return rows.mean() + columns.mean()
-
-
-def naive_sigmoid(image, text, scale, bias, ids, duplicates):
-    scores = scale * image @ text.T + bias
-    same = (ids[:, None] == ids[None]).all(-1)
-    own = jnp.eye(B, dtype=bool)
-    positive = same if duplicates == "positives" else own
-    loss = -jax.nn.log_sigmoid(jnp.where(positive, scores, -scores))
-    if duplicates == "ignore":
-        loss = jnp.where(own | ~same, loss, 0)
-    return loss.sum() / B
-
-
-@pytest.mark.parametrize("chunk", [0, 6, 8])
-@pytest.mark.parametrize("duplicates", ["negatives", "ignore", "positives"])
-def test_softmax_contrastive_equals_its_definition(duplicates, chunk):
-    image, text, ids = embeddings()
-    scale = jnp.float32(9.0)
-
-    def ours(image, text, scale):
-        return losses.contrastive_loss(
-            image, text, scale, text_id=ids, duplicates=duplicates, chunk=chunk
-        )[0]
-
-    got = jax.value_and_grad(ours, (0, 1, 2))(image, text, scale)
-    want = jax.value_and_grad(naive_softmax, (0, 1, 2))(image, text, scale, ids, duplicates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-    half = losses.contrastive_loss(
-        image, text, scale, text_id=ids, duplicates=duplicates, chunk=chunk, reduction="mean"
-    )[0]
-    np.testing.assert_allclose(half * 2, got[0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [0, 8])
-@pytest.mark.parametrize("duplicates", ["negatives", "ignore", "positives"])
-def test_sigmoid_contrastive_equals_its_definition(duplicates, chunk):
-    image, text, ids = embeddings(1)
-    scale, bias = jnp.float32(10.0), jnp.float32(-3.0)
-
-    def ours(image, text, scale, bias):
-        return losses.contrastive_loss(
-            image,
-            text,
-            scale,
-            logit_bias=bias,
-            text_id=ids,
-            kind="sigmoid",
-            duplicates=duplicates,
-            chunk=chunk,
-        )[0]
-
-    got = jax.value_and_grad(ours, (0, 1, 2, 3))(image, text, scale, bias)
-    want = jax.value_and_grad(naive_sigmoid, (0, 1, 2, 3))(
-        image, text, scale, bias, ids, duplicates
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-
-
 def test_row_losses_average_to_the_loss():
     image, text, ids = embeddings(2)
     loss, rows = losses.contrastive_loss(
         image, text, jnp.float32(20.0), text_id=ids, duplicates="positives", chunk=8
     )
     np.testing.assert_allclose(rows.mean(), loss, rtol=1e-6)
+
+
+def test_the_mean_of_both_directions_is_half_their_sum():
+    """Of the softmax loss; the sigmoid loss has no directions."""
+    image, text, _ = embeddings(2)
+    for kind, share in (("softmax", 0.5), ("sigmoid", 1.0)):
+        whole, half = (
+            losses.contrastive_loss(image, text, jnp.float32(20.0), kind=kind, reduction=reduction)
+            for reduction in ("sum", "mean")
+        )
+        assert_equal(half, [share * x for x in whole], 1e-6)
 
 
 def test_large_scale_stays_finite():
@@ -120,32 +65,6 @@ def caption_inputs(seed=0, batch=5, length=7, width=12, vocab=33):
     return states, kernel, bias, targets, mask
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16, 1000])
-@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}])
-def test_chunked_captioning_equals_naive(chunk, options):
-    states, kernel, bias, targets, mask = caption_inputs()
-
-    def loss(states, kernel, bias, chunk):
-        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk, **options)
-
-    got, got_grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(states, kernel, bias, chunk)
-    want, want_grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(states, kernel, bias, 0)
-    for a, b in ((got, want), (got_grad, want_grad)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
-
-
-def test_bfloat16_captioning_with_stored_exponentials_keeps_its_gradients():
-    states, kernel, bias, targets, mask = caption_inputs(batch=16, width=32, vocab=300)
-
-    def loss(states, kernel, bias, chunk):
-        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk)[0]
-
-    got = jax.value_and_grad(loss, (0, 1, 2))(states.astype(jnp.bfloat16), kernel, bias, 64)
-    want = jax.value_and_grad(loss, (0, 1, 2))(states, kernel, bias, 0)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        assert jnp.abs(a.astype(jnp.float32) - b).max() <= 1e-2 * jnp.abs(b).max()
-
-
 def test_captioning_is_the_mean_over_real_targets():
     states, kernel, bias, targets, mask = caption_inputs(1)
     loss, nll = losses.captioning_loss(states, kernel, bias, targets, mask)
@@ -155,15 +74,158 @@ def test_captioning_is_the_mean_over_real_targets():
     assert (np.asarray(nll)[~np.asarray(mask)] == 0).all()
 
 
-def test_without_targets_the_loss_is_zero():
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_without_targets_nothing_moves(chunk):
     states, kernel, bias, targets, _ = caption_inputs(2)
     none = jnp.zeros(targets.shape, bool)
-    for chunk in (0, 4):
-        assert losses.captioning_loss(states, kernel, bias, targets, none, chunk=chunk)[0] == 0
+
+    @jax.jit
+    def loss(*arguments):
+        return losses.captioning_loss(*arguments, targets, none, chunk=chunk, z_loss=0.1)[0]
+
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(states, kernel, bias)
+    assert value == 0 and not any(np.any(g) for g in gradients)  # a NaN would be something
 
 
-def test_tied_layer_without_bias():
-    states, kernel, _, targets, mask = caption_inputs(3)
-    a = losses.captioning_loss(states, kernel, None, targets, mask)[0]
-    b = losses.captioning_loss(states, kernel, None, targets, mask, chunk=4)[0]
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+def test_a_tied_layer_has_no_bias():
+    states, kernel, bias, targets, mask = caption_inputs(3)
+
+    def loss(chunk, bias, states, kernel):
+        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk)[0]
+
+    found = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, chunk, bias), (0, 1)))(states, kernel)
+        for chunk, bias in ((0, 0 * bias), (0, None), (4, None))
+    ]
+    for other in found[1:]:
+        assert_equal(other, found[0], 2e-6)
+
+
+def assert_equal(got, want, tolerance):
+    """Differences over the largest value of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-3))
+
+
+MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
+
+
+def on_mesh(sizes, function, *arguments):
+    """The function compiled for a mesh, with its arguments as host arrays."""
+    if sizes is None:
+        return jax.device_get(jax.jit(function)(*arguments))
+    with jax.set_mesh(partitioning.make_mesh(*sizes)):
+        return jax.device_get(jax.jit(function)(*arguments))
+
+
+@pytest.mark.parametrize("sizes, chunk", [(None, 0), (None, 8), *((sizes, 7) for sizes in MESHES)])
+@pytest.mark.parametrize("duplicates", ["negatives", "ignore", "positives"])
+def test_contrastive_losses_on_every_mesh_are_those_in_float64(duplicates, sizes, chunk):
+    """Values, row losses and gradients, times a weight; a chunk of 7 becomes one of 6,
+    which divides 24 pairs. Some ids differ in their second half alone."""
+    image, text, ids = embeddings(4)
+    ids = ids.at[:, 0].set(ids[:, 0] // 3)
+    texts = np.unique(ids, axis=0, return_inverse=True)[1].ravel()
+    scale, bias, weight = jnp.float32(9.0), jnp.float32(-3.0), 0.7
+
+    def ours(kind, image, text, scale, bias):
+        loss, rows = losses.contrastive_loss(
+            image,
+            text,
+            scale,
+            logit_bias=bias,
+            text_id=ids,
+            kind=kind,
+            duplicates=duplicates,
+            chunk=chunk,
+        )
+        return weight * loss, rows
+
+    def both(*arguments):
+        return [
+            jax.value_and_grad(functools.partial(ours, kind), (0, 1, 2, 3), has_aux=True)(
+                *arguments
+            )
+            for kind in ("softmax", "sigmoid")
+        ]
+
+    found = on_mesh(sizes, both, image, text, scale, bias)
+    arrays = [np.asarray(x, np.float64) for x in (image, text)]
+    options = np.asarray(ids), duplicates
+    softmax = loss_definitions.contrastive_softmax(*arrays, 9.0, *options)
+    sigmoid = loss_definitions.contrastive_sigmoid(*arrays, 9.0, -3.0, *options)
+    for ((loss, rows), gradients), wanted in zip(found, (softmax, sigmoid)):
+        assert_equal(loss, weight * wanted[0], 1e-5)
+        if duplicates == "positives":  # what equal texts share is split evenly among them
+            rows, wanted[1][:] = (
+                np.bincount(texts, rows)[texts],
+                np.bincount(texts, wanted[1])[texts],
+            )
+        assert_equal(rows, wanted[1], 1e-5)
+        # The softmax loss has no bias.
+        assert_equal(gradients[: len(wanted[2])], [weight * g for g in wanted[2]], 2e-5)
+        assert len(wanted[2]) == 4 or abs(gradients[3]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "sizes, width, vocab, options",
+    [
+        (None, 12, 33, {}),
+        (None, 12, 33, dict(z_loss=1e-2, label_smoothing=0.1)),
+        ((8, 1, 1), 12, 33, dict(z_loss=1e-2, label_smoothing=0.1)),
+        # The softmax layer's gradient is split along its vocabulary, its width, or not at all.
+        ((4, 2, 1), 12, 32, {}),
+        ((2, 2, 2), 12, 32, dict(z_loss=1e-2, label_smoothing=0.1)),
+        ((2, 2, 2), 12, 34, dict(z_loss=1e-2, label_smoothing=0.1)),
+        ((2, 2, 2), 13, 34, dict(z_loss=1e-2, label_smoothing=0.1)),
+    ],
+)
+def test_captioning_on_every_mesh_is_that_in_float64(sizes, width, vocab, options):
+    """With chunks of several sizes and without, all targets and some."""
+    states, kernel, bias, targets, mask = caption_inputs(5, 8, 6, width, vocab)
+    weights = mask / 17.0 * jnp.linspace(0.5, 1.5, 6)
+
+    def ours(chunk, states, kernel, bias):
+        loss, nll = losses.weighted_captioning_loss(
+            states, kernel, bias, targets, weights, chunk=chunk, **options
+        )
+        return 0.7 * loss, nll
+
+    def each(*arguments):
+        return [
+            jax.value_and_grad(functools.partial(ours, chunk), (0, 1, 2), has_aux=True)(*arguments)
+            for chunk in ((0, 1, 4, 1000) if sizes is None else (0, 4))
+        ]
+
+    flat = [np.asarray(x, np.float64) for x in (states.reshape(-1, width), kernel, bias)]
+    loss, nll, wanted = loss_definitions.captioning(
+        *flat, np.asarray(targets).ravel(), np.asarray(weights).ravel(), *options.values()
+    )
+    real = np.asarray(mask).ravel()
+    for (found, likelihoods), gradients in on_mesh(sizes, each, states, kernel, bias):
+        assert_equal(found, 0.7 * loss, 2e-6)
+        assert_equal(likelihoods.ravel(), np.where(real, nll, 0.0), 2e-6)
+        gradients = (gradients[0].reshape(-1, width), *gradients[1:])
+        assert_equal(gradients, [0.7 * g for g in wanted], 5e-6)
+
+
+def test_bfloat16_captioning_points_where_float64_does():
+    states, kernel, bias, targets, mask = caption_inputs(6, batch=16, width=32, vocab=300)
+    weights = mask / mask.sum()
+
+    def ours(states, kernel):
+        return losses.weighted_captioning_loss(
+            states.astype(jnp.bfloat16), kernel, bias, targets, weights, chunk=16
+        )[0]
+
+    kernel = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    states = states.astype(jnp.bfloat16).astype(jnp.float32)
+    found = jax.jit(jax.grad(ours, (0, 1)))(states, kernel)
+    flat = [np.asarray(x, np.float64) for x in (states.reshape(-1, 32), kernel, bias)]
+    _, _, wanted = loss_definitions.captioning(
+        *flat, np.asarray(targets).ravel(), np.asarray(weights).ravel()
+    )
+    for a, b in zip(found, wanted):
+        a, b = np.asarray(a, np.float64).ravel(), b.ravel()
+        assert np.abs(a - b).max() < 1e-2 * np.abs(b).max()
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99998

@@ -36,6 +36,7 @@ SHAPES = {
     "text_decoder/token_embedding/value": (50, 31),
     "text_decoder/unimodal/layers/mlp/out/kernel": (2, 34, 32),
     DECODER + "mlp/out/kernel": (2, 34, 32),
+    "text_decoder/unimodal_norm/scale": (32,),
     "text_decoder/multimodal_norm/scale": (32,),
     "text_decoder/head/kernel/value": (32, 50),
     "text_decoder/head/bias/value": (50,),

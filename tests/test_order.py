@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coca_jax.data import order
+from coca_jax.data import order, texts
 
 GOLDEN = [17, 6, 77, 88, 32, 66]
 
@@ -37,6 +37,22 @@ def test_indices_visit_each_example_once_an_epoch():
 def test_the_order_is_what_it_was():
     """A change of these numbers breaks the resume of every run: it must be on purpose."""
     assert order.indices(np.arange(6), 100, seed=0, source=0).tolist() == GOLDEN
+    found = order.indices(np.array([0, 99, 100, 250]), 100, seed=3, source=2)
+    assert found.tolist() == [4, 78, 48, 54]
+    assert order.key(0, np.arange(2), -1).tolist() == [13186015209599246682, 10842310226424321898]
+    draws = order.uniform(order.key(1, np.arange(2)), 3)
+    wanted = [[0.97176684, 0.42656881, 0.80620731], [0.60937517, 0.93813538, 0.74327508]]
+    np.testing.assert_allclose(draws, wanted, atol=1e-8)
+    for shares, rows in (([4, 4], "01010101"), ([6, 2], "00100010"), ([3, 2, 1], "010210")):
+        assert "".join(map(str, order.rows(shares))) == rows
+
+
+def test_seeds_sources_and_epochs_have_orders_of_their_own():
+    def first(seed, source, epoch=0):
+        return tuple(order.indices(np.arange(20) + 1000 * epoch, 1000, seed, source).tolist())
+
+    found = {first(*parts) for parts in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, 0, 1))}
+    assert len(found) == 6
 
 
 def test_uniform_draws_are_independent():
@@ -53,3 +69,20 @@ def test_rows_hold_exact_shares_everywhere(shares):
         seen = np.cumsum(rows == source)
         even = share * np.arange(1, len(rows) + 1) / len(rows)
         assert np.abs(seen - even).max() <= 1
+
+
+def test_captions_of_an_image_take_turns_by_chance_and_evenly():
+    """Four captions over 8,000 visits: chi-square of three degrees of freedom below its 99.9%
+    quantile, also of pairs of visits one after another (15 degrees)."""
+    visits = np.arange(8_000)
+    found = texts.choose_captions([list("abcd")] * len(visits), 3, 1, visits)
+    numbers = np.array(["abcd".index(text) for text in found])
+    for seen, cells, quantile in (
+        (numbers, 4, 16.27),
+        (numbers[::2] * 4 + numbers[1::2], 16, 37.70),
+    ):
+        even = len(seen) / cells
+        assert ((np.bincount(seen, minlength=cells) - even) ** 2 / even).sum() < quantile
+    assert found != texts.choose_captions([list("abcd")] * len(visits), 4, 1, visits)
+    assert found != texts.choose_captions([list("abcd")] * len(visits), 3, 2, visits)
+    assert texts.choose_captions([["one"]] * 3, 3, 1, visits[:3]) == ["one"] * 3
