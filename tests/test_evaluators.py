@@ -24,6 +24,7 @@ class Fake:
     def __init__(self, image=None, text=None, captions=None):
         self.image, self.text, self.captions = image, text, captions
         self.largest = 0
+        self.asked = set()  # whether texts were class names in prompts
 
     def encode_image(self, images):
         assert images.dtype == np.uint8 and images.ndim == 4
@@ -31,16 +32,19 @@ class Fake:
         return self.image[images[:, 0, 0].astype(int) @ [1, 256, 0]]
 
     def encode_text(self, texts, *, labels=False):
+        self.asked.add(labels)
         return np.stack([self.text(t) for t in texts]).astype(np.float32)
 
     def caption(self, images, **how):
         return [self.captions[i] for i in images[:, 0, 0, 0]]
 
     def score(self, images, texts, *, labels=False):
+        self.asked.add(labels)
         numbers = images[:, 0, 0].astype(int) @ [1, 256, 0]
         return np.asarray([[self.text(t)[i] for t in texts] for i in numbers], np.float32)
 
     def num_tokens(self, texts, *, labels=False):
+        self.asked.add(labels)
         return np.asarray([len(t) + 1 for t in texts])
 
     def caption_log_likelihood(self, images, texts):
@@ -74,6 +78,7 @@ def test_class_embedding_is_the_renormalised_mean_of_prompts():
     mean = mean + table["dog"] / np.linalg.norm(table["dog"])
     np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(zeroshot.normalise(np.zeros((1, 3))), np.zeros((1, 3)))
 
 
 def test_zeroshot_equals_numpy_ranking():
@@ -86,7 +91,10 @@ def test_zeroshot_equals_numpy_ranking():
     evaluator = zeroshot.ZeroShot("toy", names, ("{}",), batch_size=64)
     model = Fake(images, lambda t: table[t])
     got = dict(evaluator.run(model, records))
-    assert model.largest == 64
+    assert model.largest == 64 and model.asked == {True}
+    for size in (1e-7, 30):  # the length of an embedding does not count
+        other = Fake(np.float32(size) * images, lambda t: table[t])
+        assert dict(evaluator.run(other, records)) == got
     order = np.argsort(-(images @ np.stack([table[n] for n in names]).T), axis=1)
     top1 = (order[:, 0] == truth).mean()
     assert got["zeroshot/toy/top1"] == pytest.approx(top1)
@@ -151,24 +159,39 @@ def test_classification_equals_scikit_learn(present):
     json.dumps(classes)
 
 
-def test_generative_classification_is_the_likelihood_of_the_prompts():
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+def test_generative_classification_is_the_likelihood_of_the_prompts(offset):
+    """Also of likelihoods that no float64 holds."""
     rng = np.random.default_rng(6)
-    names, prompts = ["a", "bb", "cccc"], ("the {}", "one {} here")
-    table = {p.replace("{}", n): -20 * rng.random(50) for n in names for p in prompts}
-    truth = rng.integers(0, 3, 50)
-    records = [dict(image=picture(i), labels=[names[truth[i]]]) for i in range(50)]
-    evaluator = zeroshot.Generative("toy", names, prompts, batch_size=16)
-    got = dict(evaluator.run(Fake(text=lambda t: table[t]), records))
-    logs = np.asarray([[table[p.replace("{}", n)] for p in prompts] for n in names])
-    guess = np.exp(logs).mean(1).argmax(0)
-    assert got["generative/toy/top1"] == pytest.approx((guess == truth).mean())
-    lengths = np.asarray([[len(p.replace("{}", n)) + 1 for p in prompts] for n in names])
-    guess = (logs / lengths[..., None]).mean(1).argmax(0)
+    names, prompts = ["a", "bb", "cccc"], ("{}", "one {} in a long prompt")
+    texts = [[p.replace("{}", n) for p in prompts] for n in names]
+    table = {t: -20 * rng.random(400) for several in texts for t in several}
+    logs = np.asarray([[table[t] for t in several] for several in texts])
+    best = np.exp(logs).mean(1).argmax(0)
+    truth = np.where(rng.random(400) < 0.7, best, rng.integers(0, 3, 400))
+    records = [dict(image=picture(i), labels=[names[truth[i]]]) for i in range(400)]
+    evaluator = zeroshot.Generative("toy", names, prompts, batch_size=128)
+    model = Fake(text=lambda t: table[t] + offset)
+    got = dict(evaluator.run(model, records))
+    assert model.asked == {True}  # class names, in prompts
+    assert got["generative/toy/top1"] == pytest.approx((best == truth).mean())
+    lengths = np.asarray([[len(t) + 1 for t in several] for several in texts])
+    guess = ((logs + offset) / lengths[..., None]).mean(1).argmax(0)
     assert got["generative/toy/top1_per_token"] == pytest.approx((guess == truth).mean())
-    assert got["generative/toy/top1"] != got["generative/toy/top1_per_token"]
-    assert got["generative/toy/top1_count"] == 50 and len(evaluator.examples["items"]) == 16
-    constant = Fake(text=lambda t: np.full(50, -7.0))
-    assert dict(evaluator.run(constant, records))["generative/toy/top1"] == 0
+    assert got["generative/toy/top1_per_token"] < got["generative/toy/top1"] - 0.05
+    assert got["generative/toy/top1_count"] == 400 and len(evaluator.examples["items"]) == 16
+
+
+def test_generative_ties_are_wrong_and_infinite_likelihoods_refused():
+    """Likelihoods of one text in two batches differ by about 1e-5: that is no difference."""
+    names = ["a", "b"]
+    records = [dict(image=picture(i), labels=[names[i % 2]]) for i in range(10)]
+    right = {name: -7 + 1e-5 * (np.arange(10) % 2 == number) for number, name in enumerate(names)}
+    evaluator = zeroshot.Generative("toy", names, ("{}",))
+    assert dict(evaluator.run(Fake(text=lambda t: right[t]), records))["generative/toy/top1"] == 0
+    right["b"][3] = -np.inf
+    with pytest.raises(ValueError, match="caption likelihoods of generative/toy are not finite"):
+        dict(evaluator.run(Fake(text=lambda t: right[t]), records))
 
 
 def test_zeroshot_errors_name_what_is_wrong():
@@ -265,6 +288,10 @@ def test_retrieval_end_to_end_with_repeated_and_several_captions():
     assert 0 < np.mean(hits) < 1
     items = evaluator.examples["items"]
     assert len(items) == 8 and items[0]["texts"][0]["text"] == texts[order[0, 0]]
+    found = [text for item in items for text in item["texts"]]
+    truths = [item["truth"] for item in items for _ in item["texts"]]
+    assert [text["correct"] for text in found] == [t["text"] in s for t, s in zip(found, truths)]
+    assert 0 < sum(text["correct"] for text in found) < len(found)
     twice = evaluator.examples["text_items"][-1]
     assert twice["text"] == "twice" and len(twice["images"]) == 5
     json.dumps(evaluator.examples)
@@ -287,6 +314,18 @@ def test_equal_images_are_one_candidate():
     got = dict(retrieval.Retrieval("toy").run(model, records))
     assert got["retrieval/toy/text_to_image_r1"] == pytest.approx(1 / 3)
     assert got["retrieval/toy/text_to_image_r5"] == 1
+    # Each record is a query: three of one image that finds another text, one that is right.
+    eye = np.eye(4, dtype=np.float32)
+    table = {"a": eye[1], "also a": eye[1], "too": eye[1], "b": eye[2], "x": eye[0]}
+    model = Fake(eye[[0, 2]], lambda t: table[t])
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 0, 0, 1), table)]
+    got = dict(retrieval.Retrieval("toy", extra_texts=["x"]).run(model, records))
+    assert got["retrieval/toy/image_to_text_r1"] == 1 / 4
+    # Behind x, and behind b, which is no nearer than the right ones: rank 3 of a's, 1 of b's.
+    assert got["retrieval/toy/image_to_text_median_rank"] == 3
+    model.image = np.full((2, 4), np.nan, np.float32)
+    with pytest.raises(ValueError, match="image embeddings: 2 of 2 are not finite"):
+        dict(retrieval.Retrieval("toy").run(model, records))
 
 
 def test_retrieval_intervals_draw_records_with_all_their_captions():

@@ -75,7 +75,11 @@ def test_captions_of_an_image_take_turns_by_chance_and_evenly():
     """Four captions over 8,000 visits: chi-square of three degrees of freedom below its 99.9%
     quantile, also of pairs of visits one after another (15 degrees)."""
     visits = np.arange(8_000)
-    found = texts.choose_captions([list("abcd")] * len(visits), 3, 1, visits)
+
+    def draw(seed, source):
+        return texts.choose_captions([list("abcd")] * 8_000, texts.Draw(seed, source, visits))
+
+    found = draw(3, 1)
     numbers = np.array(["abcd".index(text) for text in found])
     for seen, cells, quantile in (
         (numbers, 4, 16.27),
@@ -83,6 +87,5 @@ def test_captions_of_an_image_take_turns_by_chance_and_evenly():
     ):
         even = len(seen) / cells
         assert ((np.bincount(seen, minlength=cells) - even) ** 2 / even).sum() < quantile
-    assert found != texts.choose_captions([list("abcd")] * len(visits), 4, 1, visits)
-    assert found != texts.choose_captions([list("abcd")] * len(visits), 3, 2, visits)
-    assert texts.choose_captions([["one"]] * 3, 3, 1, visits[:3]) == ["one"] * 3
+    assert found != draw(4, 1) and found != draw(3, 2)
+    assert texts.choose_captions([["one"]] * 3, texts.Draw(3, 1, visits[:3])) == ["one"] * 3
