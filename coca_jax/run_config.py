@@ -15,7 +15,7 @@ from coca_jax.optimizer import make_optimizer, make_schedule
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
 FREE = (
     *("mesh", "checkpoint", "eval", "log", "remat", "accumulate_steps", "data.num_threads"),
-    "model.implementation",
+    *("data.loader", "model.implementation"),
 )
 
 

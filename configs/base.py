@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
                 frame_jitter=False,  # sample anywhere in each segment of a clip, not its middle
                 max_bad_fraction=0.01,  # undecodable images tolerated before the run stops
                 num_threads=0,  # decoding threads; 0: one per core
+                loader="direct",  # 'direct' | 'seqio' (needs the extra 'seqio'); equal batches
             ),
             checkpoint=dict(every_steps=1000, keep=3),
             eval=dict(every_steps=0, tasks=()),  # tasks also run once at the end of training

@@ -6,6 +6,7 @@ The batch of a step follows from (config, vocabulary, step) alone: process p of 
 
 from __future__ import annotations
 
+import abc
 import collections
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from coca_jax.data.examples import Examples, Tally
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
 
+LOADERS = ("direct", "seqio")  # of config.data.loader
 AHEAD = 2  # batches that are made at the same time, while the one before them is used
 
 
@@ -89,7 +91,9 @@ class Batches:
 
     Attributes:
         mixture: the data.
-        rows: b, of each batch.
+        rows: which rows of the global batch these are.
+        pixels: decodes the images.
+        examples: of each source.
 
     Raises:
         ValueError: missing or empty data, shares or processes that do not divide the batch, values
@@ -107,32 +111,14 @@ class Batches:
         process_count: int = 1,
         class_names: Sequence[str] = (),
     ):
-        if config.batch_size % process_count:
-            raise ValueError(
-                f"batch_size={config.batch_size} is not divisible by {process_count} processes"
-            )
         self.mixture = mixture or Mixture(config)
-        self.rows = config.batch_size // process_count
+        self.rows = self.mixture.rows(process_index, process_count)
         self.pixels = pixel_work.Pixels(config)
         self._names = tuple(fields(config))
-        start = process_index * self.rows
-        before, here = np.split(self.mixture.pattern[: start + self.rows], [start])
-        self._shares = self.mixture.shares
-        # Of each source: rows of the batch in processes before this one, and in this one.
-        self._before = np.bincount(before, minlength=len(self._shares)).tolist()
-        self._here = np.bincount(here, minlength=len(self._shares)).tolist()
         self.examples = [
             Examples(self.mixture, number, config, vocabulary, self.pixels, class_names)
-            for number in range(len(self._shares))
+            for number in range(len(self.mixture.shares))
         ]
-        # Row r of the batch is row _place[r] of the parts one after another.
-        self._place = np.argsort(np.argsort(here, kind="stable"), kind="stable")
-
-    def positions(self, number: int, step: int) -> np.ndarray:
-        """Where in its endless stream source `number` stands in this process's rows of a step:
-        int64 [its rows]."""
-        first = step * self._shares[number] + self._before[number]
-        return first + np.arange(self._here[number], dtype=np.int64)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step, by `fields`.
@@ -146,66 +132,61 @@ class Batches:
     def make(self, step: int) -> Made:
         """The batch of a step, and what was bad in it."""
         parts = {
-            number: self.examples[number].at(self.positions(number, step))
-            for number, rows in enumerate(self._here)
-            if rows
+            number: self.examples[number].at(self.rows.positions(number, step))
+            for number, count in enumerate(self.rows.here)
+            if count
         }
+        place = self.rows.place
         rows = [(part, row) for part in parts.values() for row in range(len(part.records))]
-        rows = [rows[place] for place in self._place]
+        rows = [rows[at] for at in place]
         plans = [part.plan for part in parts.values()]
-        plan = {name: np.concatenate([p[name] for p in plans])[self._place] for name in plans[0]}
+        plan = {name: np.concatenate([p[name] for p in plans])[place] for name in plans[0]}
         image, failed = self.pixels.render([part.records[row] for part, row in rows], plan)
         for row in sorted(failed):
-            part, place = rows[row]
-            image[row] = part.replace(place, failed[row])
+            part, at = rows[row]
+            image[row] = part.replace(at, failed[row])
         found = [part.fields() for part in parts.values()]
-        arrays = {
-            name: np.concatenate([f[name] for f in found])[self._place] for name in found[0]
-        } | {"image": image}
+        arrays = {name: np.concatenate([f[name] for f in found])[place] for name in found[0]} | {
+            "image": image
+        }
         bad = {number: part.bad for number, part in parts.items()}
         return Made({name: arrays[name] for name in self._names}, bad)
-
-    def tallies(self) -> list[Tally]:
-        """A fresh count of bad images for each source."""
-        return [Tally(e.source, e.max_bad_fraction) for e in self.examples]
 
     def close(self) -> None:
         """Ends the decoding threads."""
         self.pixels.close()
 
 
-class Stream:
-    """An endless iterator of batches from a step on, made ahead by threads, in order.
+class Stream(abc.ABC):
+    """An endless iterator of batches from a step on, made ahead of their use.
 
     What goes wrong in a batch is raised when that batch is asked for, again each time.
 
     Args:
         batches: of this process. The stream closes them.
         start_step: of the first batch.
-        ahead: threads that make batches; at most one more than so many wait.
 
     Attributes:
         step: of the batch that comes next.
     """
 
-    def __init__(self, batches: Batches, start_step: int = 0, ahead: int = AHEAD):
+    def __init__(self, batches: Batches, start_step: int = 0):
         self._batches, self.step = batches, start_step
-        self._pool = ThreadPoolExecutor(ahead, "batch")
-        self._depth = ahead + 1
-        self._futures: collections.deque[Future[Made]] = collections.deque()
-        self._tallies = batches.tallies()
+        self._made: Made | None = None
+        self._tallies = [Tally(e.source, e.max_bad_fraction) for e in batches.examples]
+
+    @abc.abstractmethod
+    def _make(self) -> Made:
+        """The batch of `step`; called once for each."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        while len(self._futures) < self._depth:
-            step = self.step + len(self._futures)
-            self._futures.append(self._pool.submit(self._batches.make, step))
-        made = self._futures[0].result()
+        made = self._made = self._made or self._make()
         for number, bad in made.bad.items():
-            self._tallies[number].add(int((made.arrays["source"] == number).sum()), bad)
-        self._futures.popleft()
+            self._tallies[number].add(self._batches.rows.here[number], bad)
+        self._made = None
         self.step += 1
         return made.arrays
 
@@ -221,9 +202,35 @@ class Stream:
         return found | {"bad_images": float(sum(self.skipped()))}
 
     def close(self) -> None:
+        """Ends the threads; waits for what they are doing."""
+        self._batches.close()
+
+
+class DirectStream(Stream):
+    """Batches that threads make ahead, in order.
+
+    Args:
+        ahead: threads that make batches; at most one batch more than these waits.
+    """
+
+    def __init__(self, batches: Batches, start_step: int = 0, ahead: int = AHEAD):
+        super().__init__(batches, start_step)
+        self._pool = ThreadPoolExecutor(ahead, "batch")
+        self._depth = ahead + 1
+        self._futures: collections.deque[Future[Made]] = collections.deque()
+
+    def _make(self) -> Made:
+        while len(self._futures) < self._depth:
+            step = self.step + len(self._futures)
+            self._futures.append(self._pool.submit(self._batches.make, step))
+        made = self._futures[0].result()
+        self._futures.popleft()
+        return made
+
+    def close(self) -> None:
         """Ends the threads; waits for the batches that they are making."""
         self._pool.shutdown(cancel_futures=True)
-        self._batches.close()
+        super().close()
 
 
 def open_stream(
@@ -238,11 +245,17 @@ def open_stream(
 ) -> Stream:
     """The batches of this process, from step `start_step` on, without end; see `Batches`.
 
+    They are made by `Batches` itself, or with `config.data.loader='seqio'` by seqio's Tasks and
+    mixture (seqio_tasks.py); they are the same.
+
     Raises:
-        ValueError, FileNotFoundError: what `Batches` raises; later, with the batch that it
-            concerns, what `Batches.batch` raises, or more undecodable images than
-            `config.data.max_bad_fraction`.
+        ValueError, FileNotFoundError: what `Batches` raises; an unknown loader, or one that is not
+            installed; later, with the batch that it concerns, what `Batches.batch` raises, or more
+            undecodable images than `config.data.max_bad_fraction`.
     """
+    loader = config.data.loader
+    if loader not in LOADERS:
+        raise ValueError(f"data.loader={loader!r}: use one of {', '.join(LOADERS)}")
     batches = Batches(
         config,
         vocabulary,
@@ -251,4 +264,8 @@ def open_stream(
         process_count=process_count,
         class_names=class_names,
     )
-    return Stream(batches, start_step)
+    if loader == "direct":
+        return DirectStream(batches, start_step)
+    from coca_jax.data.seqio_tasks import SeqioStream  # imports TensorFlow
+
+    return SeqioStream(config, vocabulary, batches, start_step)

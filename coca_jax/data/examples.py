@@ -16,7 +16,7 @@ from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw, Tokenizer
 from coca_jax.data.vocabulary import Vocabulary
 
-_UNREAD = Record(b"", (), (), "")  # in the place of a record that cannot be read
+UNREAD = Record(b"", ("",), ("",), "")  # in the place of a record that cannot be read
 
 
 class Examples:
@@ -33,6 +33,7 @@ class Examples:
     Attributes:
         source: the source.
         number: of it.
+        pixels: decodes its images.
         max_bad_fraction: of undecodable images that are tolerated.
 
     Raises:
@@ -51,7 +52,7 @@ class Examples:
         if config.data.label_token and vocabulary.label_id is None:
             raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
         self.source, self.number = mixture.sources[number], number
-        self._mixture, self._pixels = mixture, pixels
+        self._mixture, self.pixels = mixture, pixels
         self._kind = self.source.kind
         self._classes = {name: place for place, name in enumerate(class_names)}
         self._skip_unknown = config.head.unknown == "skip"
@@ -89,30 +90,37 @@ class Examples:
         try:
             return self.source.read([index])[0], ""
         except Exception as error:  # of a damaged shard, or of whatever the data lie on
-            return _UNREAD, f"cannot be read: {error}"
+            return UNREAD, f"cannot be read: {error}"
 
     def check_pairs(self, records: Sequence[Record]) -> None:
         """Raises ValueError naming the first record that is no pair where pairs are wanted."""
-        if self._pixels.pairs:
+        if self.pixels.pairs:
             for record in records:
-                if not record.second and record is not _UNREAD:
+                if not record.second and record is not UNREAD:
                     raise ValueError(
                         f"data source {self.source.name}: {record.key!r} has one image and "
                         "head.kind='pair' takes two; prepare the data with "
                         "--image_field=FIRST,SECOND"
                     )
 
-    def fields(self, part: Part) -> dict[str, np.ndarray]:
-        """All fields of a batch but the pixels, for the rows of `part`.
+    def texts(self, part: Part) -> tuple[list[str], list[str]]:
+        """The text that each row trains on, and what tells equal ones."""
+        return self._kind.choose(part.records, self._classes, part.draw)
+
+    def tokens(self, chosen: Sequence[str], same: Sequence[str]) -> dict[str, np.ndarray]:
+        """The fields of a batch that are made of what `texts` gave."""
+        return self._tokenize(chosen, same)
+
+    def marks(self, part: Part) -> dict[str, np.ndarray]:
+        """The fields of a batch that are made of neither text nor pixels.
 
         Raises:
             ValueError: the first record that has no label among the classes of the head.
         """
-        chosen, same = self._kind.choose(part.records, self._classes, part.draw)
         class_id = self._kind.classes_of(part.records, self._classes, part.draw)
         if self._classes and self._kind.has_classes and not self._skip_unknown:
             for record, number in zip(part.records, class_id.tolist()):
-                if number < 0:
+                if number < 0 and record is not UNREAD:
                     raise ValueError(
                         f"data source {self.source.name}: {record.key!r} has "
                         f"{list(record.labels)}, not among the {len(self._classes)} classes of the "
@@ -120,7 +128,7 @@ class Examples:
                         "head.unknown='skip'"
                     )
         count = len(part.records)
-        return self._tokenize(chosen, same) | dict(
+        return dict(
             is_label=np.full(count, self._kind.is_label),
             class_id=class_id,
             source=np.full(count, self.number, np.int32),
@@ -146,7 +154,7 @@ class Examples:
             record, why = self.read_one(index)
             if not why:
                 self.check_pairs([record])
-                pixels, failed = self._pixels.render([record], self._pixels.plan([record], place))
+                pixels, failed = self.pixels.render([record], self.pixels.plan([record], place))
                 if not failed:
                     part.records[row], part.indices[row] = record, index
                     return pixels[0]
@@ -179,7 +187,7 @@ class Part:
         self._examples = examples
         self.draw, self.indices, self.records = draw, indices, records
         examples.check_pairs(records)
-        self.plan = examples._pixels.plan(records, draw)
+        self.plan = examples.pixels.plan(records, draw)
         self._unread = unread
         self.bad: dict[int, str] = {}
 
@@ -190,12 +198,13 @@ class Part:
         return self._examples.stand_in(self, row)
 
     def fields(self) -> dict[str, np.ndarray]:
-        """All fields of a batch but the pixels."""
-        return self._examples.fields(self)
+        """All fields of a batch but the pixels. Raises ValueError as `Examples.marks` does."""
+        examples = self._examples
+        return examples.tokens(*examples.texts(self)) | examples.marks(self)
 
 
 def _named(record: Record, index: int, why: str) -> str:
-    which = f"index {index}" if record is _UNREAD else f"{record.key!r} (index {index})"
+    which = f"index {index}" if record is UNREAD else f"{record.key!r} (index {index})"
     return f"{which}: {why}"
 
 

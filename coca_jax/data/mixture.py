@@ -47,6 +47,17 @@ class Mixture:
         self.shares = shares(self.entries, config.batch_size)
         self.pattern = order.rows(self.shares)
 
+    def rows(self, process_index: int, process_count: int) -> Rows:
+        """The rows of one process.
+
+        Raises:
+            ValueError: the batch does not split over so many processes.
+        """
+        size = len(self.pattern)
+        if size % process_count:
+            raise ValueError(f"batch_size={size} is not divisible by {process_count} processes")
+        return Rows(self.shares, self.pattern, process_index, process_count)
+
     @functools.cached_property
     def sources(self) -> list[Source]:
         """The sources, each with what its kind trains on in every record.
@@ -127,6 +138,35 @@ class Mixture:
                     text=text,
                 )
         return result
+
+
+class Rows:
+    """The rows of the global batch that process p of P has: [p * count, (p + 1) * count).
+
+    Attributes:
+        process_index, process_count: p and P.
+        count: of the rows.
+        sources: int32 [count], the number of the source of each.
+        here: how many of them each source has.
+        place: int64 [count], where each stands when the sources' rows follow one another.
+    """
+
+    def __init__(
+        self, shares: list[int], pattern: np.ndarray, process_index: int, process_count: int
+    ):
+        self.process_index, self.process_count = process_index, process_count
+        self.count = len(pattern) // process_count
+        first = process_index * self.count
+        self._shares = shares
+        self._before = np.bincount(pattern[:first], minlength=len(shares)).tolist()
+        self.sources = pattern[first : first + self.count]
+        self.here: list[int] = np.bincount(self.sources, minlength=len(shares)).tolist()
+        self.place = np.argsort(np.argsort(self.sources, kind="stable"), kind="stable")
+
+    def positions(self, number: int, step: int) -> np.ndarray:
+        """Where in its endless stream source `number` stands in these rows of a step: int64."""
+        first = step * self._shares[number] + self._before[number]
+        return first + np.arange(self.here[number], dtype=np.int64)
 
 
 def plain(entry: Any) -> dict[str, Any]:

@@ -23,12 +23,12 @@ class Draw(NamedTuple):
 
     Attributes:
         seed: of the run.
-        source: number of the source in config.data.sources.
+        source: number of the source in config.data.sources, one or int [n].
         positions: int64 [n], places in the source's endless stream.
     """
 
     seed: int
-    source: int
+    source: int | np.ndarray
     positions: np.ndarray
 
     def keys(self, purpose: int) -> np.ndarray:
