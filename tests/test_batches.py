@@ -5,74 +5,30 @@ import json
 
 import numpy as np
 import pytest
+from data_cases import COLOURS, damage, data_config, equal, picture, take, write_data, write_folder
 from PIL import Image
 
 from coca_jax import evaluate, prepare
-from coca_jax.configs import base
 from coca_jax.data import images, prompts, run_vocabulary, sources, texts
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture, class_names
 from coca_jax.importers import items
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-
-
-def _image(index, side=20):
-    """A picture that says which one it is: its index in the brightness of a corner."""
-    pixels = np.full((side, side, 3), list(COLOURS.values())[index % 3], np.uint8)
-    pixels[: side // 2, : side // 2] = index % 256
-    return pixels
-
-
-def _folder(path, count):
-    path.mkdir(parents=True)
-    lines = []
-    for index in range(count):
-        name = f"{index:04d}.png"
-        Image.fromarray(_image(index)).save(path / name)
-        colour = list(COLOURS)[index % 3]
-        row = dict(file_name=name, text=[f"picture {index}", f"number {index}"])
-        lines.append(row | dict(label=[colour, "square"], group=index % 2))
-    (path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for name, count in (("a", 23), ("b", 17), ("c", 40)):
-        _folder(root / "raw" / name, count)
-        prepare.prepare("imagefolder", str(root / "raw" / name), str(root / name), progress=False)
-    return root
-
-
-def _config(*entries, batch=8, **data_keys):
-    config = base.get_config()
-    config.batch_size = batch
-    config.model.image_size = 16
-    config.model.text.vocab_size, config.model.text.max_len = 400, 32
-    config.data.update(data_keys)
-    config.data.sources = entries
-    return config
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def mixture(data):
-    config = _config(
+    config = data_config(
         dict(path=str(data / "a"), kind="caption", weight=2.0),
         dict(path=str(data / "b"), kind="label"),
         dict(path=str(data / "c"), kind="caption", captions="all"),
         augment="drawing",
     )
     return config, run_vocabulary.load_or_train(config, str(data / "workdir"))
-
-
-def _take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
-def _equal(a, b):
-    return all(np.array_equal(a[key], b[key]) for key in a)
 
 
 def test_batches_are_as_the_contract_says(mixture):
@@ -100,10 +56,10 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
     config, vocabulary = mixture
     steps = 120  # examples of each source: 480, 240, 240
     batches = open_stream(config, vocabulary)
-    whole = _take(batches, steps)
+    whole = take(batches, steps)
     for processes, start in ((2, 0), (4, 0), (2, 97), (4, 97)):
         parts = [
-            _take(
+            take(
                 open_stream(
                     config,
                     vocabulary,
@@ -117,7 +73,7 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
         ]
         for step, hosts in enumerate(zip(*parts), start):
             joined = {k: np.concatenate([h[k] for h in hosts]) for k in hosts[0]}
-            assert _equal(joined, whole[step])
+            assert equal(joined, whole[step])
     for step in (0, 50, 119):  # `prepare inspect` tells the same
         told = Mixture(config).step_examples(step)
         assert [row["index"] for row in told] == whole[step]["index"].tolist()
@@ -127,7 +83,7 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
     epochs = [batches.progress(steps)[f"epoch/{number}"] for number in range(3)]
     assert epochs == [480 / 23, 240 / 17, 3.0]
     resumed = open_stream(config, vocabulary, start_step=37)
-    assert all(_equal(a, b) for a, b in zip(_take(resumed, 5), whole[37:]))
+    assert all(equal(a, b) for a, b in zip(take(resumed, 5), whole[37:]))
     for number, size in enumerate((23, 17, 80)):
         seen = np.concatenate([b["index"][b["source"] == number] for b in whole])
         assert len(seen) >= 3 * size
@@ -138,7 +94,7 @@ def test_order_is_independent_of_hosts_and_resume_over_three_epochs(mixture):
 def test_texts_belong_to_their_images(mixture):
     config, vocabulary = mixture
     captions = set()
-    for batch in _take(open_stream(config, vocabulary), 30):
+    for batch in take(open_stream(config, vocabulary), 30):
         for tokens, source, index in zip(batch["tokens"], batch["source"], batch["index"]):
             text = vocabulary.decode(tokens)
             if source == 1:
@@ -153,7 +109,7 @@ def test_texts_belong_to_their_images(mixture):
 def test_equal_labels_share_their_id_whatever_the_prompt(mixture):
     config, vocabulary = mixture
     ids: dict = {}
-    for batch in _take(open_stream(config, vocabulary), 10):
+    for batch in take(open_stream(config, vocabulary), 10):
         for label, index, text_id in zip(batch["is_label"], batch["index"], batch["text_id"]):
             if label:
                 ids.setdefault(index % 3, set()).add(tuple(text_id))
@@ -170,21 +126,21 @@ def test_label_token_stands_after_begin(mixture):
 
 
 def test_pixels_equal_those_of_evaluation(data):
-    config = _config(dict(path=str(data / "c")), prompts="plain")
+    config = data_config(dict(path=str(data / "c")), prompts="plain")
     vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
-        wanted = images.preprocess_eval(_image(int(index)), 16)
+        wanted = images.preprocess_eval(picture(int(index)), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["crop", "inception", "drawing", "randaugment"])
 def test_augmentations_change_pixels_and_repeat(data, mode):
-    config = _config(dict(path=str(data / "c")), augment=mode, flip=True)
+    config = data_config(dict(path=str(data / "c")), augment=mode, flip=True)
     vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
     first, second = (next(open_stream(config, vocabulary)) for _ in range(2))
-    assert _equal(first, second)
-    plain = np.stack([images.preprocess_eval(_image(int(i)), 16) for i in first["index"]])
+    assert equal(first, second)
+    plain = np.stack([images.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
     changed = np.abs(first["image"].astype(int) - plain).mean((1, 2, 3))
     assert (changed > 0.5).mean() > 0.5
 
@@ -209,7 +165,7 @@ def test_every_format_and_transparency_give_right_pixels(tmp_path):
     rows = [dict(file_name=p.name, text=p.name) for p in sorted(folder.iterdir())]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
-    config = _config(dict(path=str(tmp_path / "out")))
+    config = data_config(dict(path=str(tmp_path / "out")))
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
@@ -230,7 +186,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
     rows = [dict(file_name=p.name, text=p.name) for p in sorted(folder.iterdir())]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
-    config = _config(dict(path=str(tmp_path / "out")), batch=4)
+    config = data_config(dict(path=str(tmp_path / "out")), batch=4)
     with config.unlocked():
         config.data.fast_resize = fast
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
@@ -243,50 +199,42 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
                 assert np.abs(pixels.astype(int) - wanted).mean() <= (6 if fast else 4)
 
 
-def _damage(path):
-    """A PNG whose header is right and whose pixels are not."""
-    content = bytearray(path.read_bytes())
-    middle = content.index(b"IDAT") + 8
-    content[middle : middle + 12] = bytes(12)
-    path.write_bytes(content)
-
-
 def test_undecodable_images_are_stepped_over(data, tmp_path):
-    folder = _folder(tmp_path / "raw", 30)
+    folder = write_folder(tmp_path / "raw", 30)
     for index in (3, 4, 20):
-        _damage(folder / f"{index:04d}.png")
+        damage(folder / f"{index:04d}.png")
     out = str(tmp_path / "out")
     prepare.prepare(
         "imagefolder", str(folder), out, options=items.Options(verify=False), progress=False
     )
-    config = _config(dict(path=out), max_bad_fraction=0.2)
+    config = data_config(dict(path=out), max_bad_fraction=0.2)
     vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
     batches = open_stream(config, vocabulary)
-    whole = _take(batches, 15)
+    whole = take(batches, 15)
     seen = np.concatenate([b["index"] for b in whole])
     assert set(seen.tolist()) == set(range(30)) - {3, 4, 20}
     epoch = seen[:30].tolist()
     assert epoch.count(5) == 3 and epoch.count(21) == 2  # they stand in for what is before them
     assert batches.skipped() == [3] and batches.progress(15)["bad_images"] == 3
     resumed = open_stream(config, vocabulary, start_step=7)
-    assert all(_equal(a, b) for a, b in zip(_take(resumed, 3), whole[7:]))
+    assert all(equal(a, b) for a, b in zip(take(resumed, 3), whole[7:]))
     config.data.max_bad_fraction = 0.05
     with pytest.raises(ValueError, match="max_bad_fraction"):
-        _take(open_stream(config, vocabulary), 15)
+        take(open_stream(config, vocabulary), 15)
 
 
 def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
-    folder = _folder(tmp_path / "raw", 30)
+    folder = write_folder(tmp_path / "raw", 30)
     prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
     shard = tmp_path / "out" / "train-00000-of-00001.array_record"
     content = bytearray(shard.read_bytes())
     place = content.index((folder / "0009.png").read_bytes()) + 20
     content[place : place + 4] = bytes(4)
     shard.write_bytes(content)
-    config = _config(dict(path=str(tmp_path / "out")), max_bad_fraction=0.2)
+    config = data_config(dict(path=str(tmp_path / "out")), max_bad_fraction=0.2)
     vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
     batches = open_stream(config, vocabulary)
-    seen = np.concatenate([b["index"] for b in _take(batches, 15)])
+    seen = np.concatenate([b["index"] for b in take(batches, 15)])
     assert set(seen.tolist()) == set(range(30)) - {9}
 
 
@@ -298,29 +246,29 @@ def test_where_text_field_and_limit(data):
     assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
     assert len(list(evaluate.Records(dict(path=path, split="train"), limit=5))) == 5
     assert class_names(path) == ["blue", "green", "red", "square"]
-    assert Mixture(_config(dict(path=path), dict(path=path, captions="all"))).num_examples == 69
+    assert Mixture(data_config(dict(path=path), dict(path=path, captions="all"))).num_examples == 69
 
 
 def test_errors_come_before_the_work(data, tmp_path):
     path = str(data / "a")
     cases = {
-        "not whole numbers": _config(dict(path=path), dict(path=path), dict(path=path)),
-        "no such folder": _config(dict(path=str(data / "absent"))),
-        "coca_jax.prepare --format=imagefolder": _config(dict(path=str(data / "raw" / "a"))),
-        "no split 'test'": _config(dict(path=path, split="test")),
-        "unknown keys": _config(dict(path=path, knd="label")),
-        "exactly one of": _config(dict(kind="label")),
-        "no record has": _config(dict(path=path, where={"group": 9})),
-        "data.sources is empty": _config(),
-        "kind='x'": _config(dict(path=path, kind="x")),
-        "data.augment": _config(dict(path=path), augment="mosaic"),
+        "not whole numbers": data_config(dict(path=path), dict(path=path), dict(path=path)),
+        "no such folder": data_config(dict(path=str(data / "absent"))),
+        "coca_jax.prepare --format=imagefolder": data_config(dict(path=str(data / "raw" / "a"))),
+        "no split 'test'": data_config(dict(path=path, split="test")),
+        "unknown keys": data_config(dict(path=path, knd="label")),
+        "exactly one of": data_config(dict(kind="label")),
+        "no record has": data_config(dict(path=path, where={"group": 9})),
+        "data.sources is empty": data_config(),
+        "kind='x'": data_config(dict(path=path, kind="x")),
+        "data.augment": data_config(dict(path=path), augment="mosaic"),
     }
-    vocabulary = run_vocabulary.load_or_train(_config(dict(path=path)), str(data / "workdir3"))
+    vocabulary = run_vocabulary.load_or_train(data_config(dict(path=path)), str(data / "workdir3"))
     for message, config in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             open_stream(config, vocabulary)
     with pytest.raises(ValueError, match="3 processes"):
-        open_stream(_config(dict(path=path)), vocabulary, process_count=3)
+        open_stream(data_config(dict(path=path)), vocabulary, process_count=3)
 
 
 def test_vocabulary_of_a_run(mixture, data, tmp_path):
@@ -375,6 +323,6 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
 
 def test_damaged_png_header_counts_as_bad():
     data = io.BytesIO()
-    Image.fromarray(_image(0)).save(data, "PNG")
+    Image.fromarray(picture(0)).save(data, "PNG")
     with pytest.raises(ValueError):
         images.sniff(b"GIF?" + data.getvalue())

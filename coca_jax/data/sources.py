@@ -12,7 +12,7 @@ from coca_jax.data.view_index import Indexes
 
 # The key of an entry that names its place, and the module of coca_jax.data whose
 # `open_entry(entry, split)` opens it. Only that module is imported.
-PLACES = {"path": "prepared", "builtin": "drawn", "tfds": "tfds_source", "seqio": "seqio_tasks"}
+PLACES = {"path": "prepared", "builtin": "drawn", "tfds": "tfds_source", "seqio": "seqio_source"}
 _KEYS = {
     *PLACES, "split", "kind", "weight", "where", "text_field", "label_field", "captions", "prompts",
     "data_dir", "image_field", "limit", "objects", "questions", "answers", "module",
