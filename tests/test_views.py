@@ -1,0 +1,163 @@
+"""Views of data: which records are examples, and the file that remembers it."""
+
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from data_cases import write_data
+
+from coca_jax.data import sources, view_index, views
+from coca_jax.data.view_index import Indexes
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path)
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Counts how often all records are read for an index."""
+    found, scan = [], views.View.scan
+
+    def counted(self):
+        found.append(self.source.name)
+        return scan(self)
+
+    monkeypatch.setattr(views.View, "scan", counted)
+    return found
+
+
+def keys(source):
+    return [(r.key, r.texts) for r in source]
+
+
+def test_an_index_is_made_once_and_lies_beside_the_data(data, scans):
+    entries = [
+        dict(path=str(data / "a"), where={"group": 1}),
+        dict(path=str(data / "a"), captions="all"),
+        dict(path=str(data / "a"), kind="question"),
+    ]
+    first = [keys(sources.open_source(entry)) for entry in entries]
+    assert len(scans) == 3 and len(list((data / "a" / "views").iterdir())) == 3
+    assert [keys(sources.open_source(entry)) for entry in entries] == first
+    assert len(scans) == 3
+    assert [len(found) for found in first] == [11, 46, 46]
+    sources.open_source(dict(entries[0], where={"group": 0}))  # another view
+    assert len(scans) == 4
+    sources.open_source(dict(path=str(data / "a"), limit=3))  # this one needs no look
+    assert len(scans) == 4
+
+
+def test_answers_are_kept_with_the_index(data, scans):
+    entry = dict(path=str(data / "a"), kind="question")
+    for _ in range(2):
+        assert sources.open_source(entry).labels() == ["blue", "green", "red", "square"]
+    assert len(scans) == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "rows"])
+def test_a_damaged_index_is_made_anew(data, scans, harm):
+    entry = dict(path=str(data / "a"), where={"group": 1})
+    want = keys(sources.open_source(entry))
+    (file,) = (data / "a" / "views").iterdir()
+    content = bytearray(file.read_bytes())
+    if harm == "cut":
+        content = content[: len(content) // 2]
+    elif harm == "empty":
+        content = b""
+    else:
+        with np.load(file) as arrays:
+            kept = dict(arrays)
+        kept["rows"] = kept["rows"] + 20
+        np.savez(file, **kept)
+        content = file.read_bytes()
+    file.write_bytes(content)
+    assert keys(sources.open_source(entry)) == want
+    assert len(scans) == 2
+    assert keys(sources.open_source(entry)) == want and len(scans) == 2
+
+
+def test_no_flipped_byte_of_an_index_goes_unseen(data):
+    entry = dict(path=str(data / "a"), where={"group": 1})
+    source = sources.open_source(str(data / "a"))
+    want = keys(sources.open_source(entry))
+    (file,) = (data / "a" / "views").iterdir()
+    content = file.read_bytes()
+    view = views.View(source, entry, source.kind, False)
+    for place in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[place] ^= 0x55
+        try:
+            found = view_index._decode(bytes(flipped), view.mark(), len(source))
+        except ValueError:
+            continue
+        assert found is None or keys(view.select(found)) == want, place
+
+
+def test_other_data_of_the_same_name_get_an_index_of_their_own(data, scans):
+    entry = dict(path=str(data / "a"), where={"group": 1})
+    sources.open_source(entry)
+    manifest = json.loads((data / "b" / "manifest.json").read_text())
+    os.rename(data / "a" / "views", data / "b" / "views")
+    found = sources.open_source(dict(entry, path=str(data / "b")))
+    assert len(scans) == 2 and len(found) == manifest["splits"]["train"]["count"] // 2
+
+
+def test_data_that_cannot_be_written_are_remembered_in_the_workdir(data, scans, monkeypatch):
+    write = view_index._write
+    monkeypatch.setattr(
+        view_index, "_write", lambda folder, *rest: "run" in folder and write(folder, *rest)
+    )
+    entry = dict(path=str(data / "a"), where={"group": 1})
+    for _ in range(2):
+        sources.open_source(entry, indexes=Indexes(str(data / "run")))
+    assert len(scans) == 1 and len(list((data / "run" / "views").iterdir())) == 1
+    for _ in range(2):  # nowhere: made each time
+        sources.open_source(entry)
+    assert len(scans) == 3
+
+
+def test_other_processes_wait_for_the_first(data, scans):
+    """Their data may lie on disks of their own: the workdir is what they share."""
+    entry, workdir = dict(path=str(data / "a"), where={"group": 1}), str(data / "run")
+    found = []
+    second = threading.Thread(
+        target=lambda: found.append(
+            keys(sources.open_source(entry, indexes=Indexes(workdir, 1, 2)))
+        )
+    )
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and not scans
+    want = keys(sources.open_source(entry, indexes=Indexes(workdir, 0, 2)))
+    second.join(60)
+    assert found == [want] and len(scans) == 1
+    (file,) = (data / "a" / "views").iterdir()
+    (copy,) = (data / "run" / "views").iterdir()
+    assert file.read_bytes() == copy.read_bytes()
+    copy.unlink()  # a later run has another workdir, and the file beside the data
+    sources.open_source(entry, indexes=Indexes(workdir, 0, 2))
+    assert copy.exists() and len(scans) == 1
+
+
+def test_a_damaged_record_is_named_where_all_must_be_read(data):
+    shard = data / "a" / "train-00000-of-00001.array_record"
+    content = bytearray(shard.read_bytes())
+    place = content.index((data / "raw" / "a" / "0009.png").read_bytes()) + 20
+    content[place : place + 4] = bytes(4)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read .* prepare it again"):
+        sources.open_source(dict(path=str(data / "a"), where={"group": 1}))
+
+
+def test_texts_of_fields_hold_no_half_characters(tmp_path):
+    from coca_jax.data.random_access import Source
+    from coca_jax.data.records import Record
+
+    record = Record(b"", (), (), "k", json.dumps(dict(alt="caf\ud83d", qa=[])))
+    source = Source("odd", 1, lambda indices: [record] * len(indices))
+    found = views.narrow(source, dict(text_field="alt"))
+    assert found.read([0])[0].texts == ("caf?",)

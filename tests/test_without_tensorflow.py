@@ -1,0 +1,128 @@
+"""What the base install does without TensorFlow and seqio, in a process that cannot import them."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import COMPILE_FAST
+from data_cases import write_data
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "coca_jax"
+BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio")
+
+# Import of what is not installed fails as it does there.
+START = f"""
+import importlib.abc, os, sys
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="{COMPILE_FAST}")
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import importlib.util
+finds = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {BLOCKED} else finds(name, *rest)
+"""
+
+
+def run(code, timeout=300):
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_train_evaluate_load_caption(tmp_path):
+    write_data(tmp_path)
+    out = run(f"""
+import pathlib
+from conftest import tiny_config
+import coca_jax
+from coca_jax import caption, train
+root = pathlib.Path({str(tmp_path)!r})
+config = tiny_config()
+config.steps, config.batch_size = 2, 8
+config.model.image.depth = 1
+config.model.text.update(vocab_size=400, max_len=16, unimodal_depth=1, multimodal_depth=1)
+sources = (dict(path=str(root / "a")), dict(path=str(root / "b"), kind="label"),
+           dict(builtin="scenes"), dict(path=str(root / "c"), captions="all", where=dict(group=1)))
+config.data.sources = sources
+config.eval.tasks = (dict(kind="retrieval", name="a", data=dict(sources[0], split="train")),)
+summary = train.train(config, str(root / "run"))
+assert summary["retrieval/a/num_images"] == 23, summary
+model = coca_jax.load(str(root / "run"))
+pictures = sorted(map(str, (root / "raw" / "a").glob("*.png")))[:3]
+assert len(model.caption(pictures, max_tokens=3)) == 3
+assert model.encode_image(pictures).shape == (3, 16)
+print("done", sorted(set({BLOCKED}) & set(sys.modules)))
+""")
+    assert out.splitlines()[-1] == "done []"
+
+
+def test_what_needs_them_names_the_extra(tmp_path):
+    write_data(tmp_path)
+    out = run(f"""
+import pathlib
+from conftest import tiny_config
+from coca_jax import train
+from coca_jax.configs import coca_2b, coca_base, coca_large
+from coca_jax.data import batches, run_vocabulary, sources
+from coca_jax.importers import unprepared
+from coca_jax.importers.splits import prepare
+root = pathlib.Path({str(tmp_path)!r})
+config = tiny_config()
+config.data.sources, config.data.loader = (dict(path=str(root / "a")),), "seqio"
+config.model.text.vocab_size = 400
+for call in (
+    lambda: train.train(config, str(root / "run")),
+    lambda: batches.open_stream(config, run_vocabulary.load_or_train(config, root)),
+    lambda: sources.open_source(dict(seqio="mine")),
+    lambda: sources.open_source(dict(tfds="mnist")),
+    lambda: unprepared.open_source(dict(tfds="mnist"), "test"),
+    lambda: prepare("tfds", "mnist", str(root / "out"), progress=False),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+assert not (root / "run").exists() and not (root / "out").exists()
+assert {{m.get_config().data.loader for m in (coca_base, coca_large, coca_2b)}} == {{"seqio"}}
+""")
+    lines = out.splitlines()
+    assert len(lines) == 6
+    for line, extra in zip(lines, ["seqio"] * 3 + ["tfds"] * 3):
+        assert "pip install" in line and f"{extra}" in line.partition("pip install")[2]
+
+
+def test_nothing_else_imports_them():
+    """TensorFlow and seqio in data/seqio_tasks.py, tensorflow-datasets in data/tfds_source.py."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in names:
+                if name.partition(".")[0] in BLOCKED:
+                    found.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
+    assert found == {
+        "tensorflow": {"data/seqio_tasks.py"},
+        "seqio": {"data/seqio_tasks.py"},
+        "tensorflow_datasets": {"data/tfds_source.py"},
+    }
+
+
+@pytest.mark.parametrize("recipe", ["demo", "emoji", "coca_224", "tiny"])
+def test_other_recipes_train_without(recipe):
+    import importlib
+
+    config = importlib.import_module(f"coca_jax.configs.{recipe}").get_config()
+    assert config.data.loader == "direct"
