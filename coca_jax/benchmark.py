@@ -1,4 +1,4 @@
-"""`python -m coca_jax.benchmark train|encode|caption|input|losses --config=configs/X.py`.
+"""`python -m coca_jax.benchmark train|encode|caption|input|losses --config=NAME`.
 
 Medians and spread over --repeats after one warm-up; random weights and inputs at the config's
 sizes. `losses` needs no config. A time alone means little: compare two lines of the same session,
@@ -8,219 +8,14 @@ or give --peer: `caption` and `encode` then also run open_clip, call by call in 
 
 from __future__ import annotations
 
-import functools
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from coca_jax import (
-    benchmark_input,
-    benchmark_losses,
-    benchmark_peer,
-    cli,
-    decoding,
-    generation,
-    partitioning,
-    recipes,
-    run_config,
-    train_step,
-)
-from coca_jax.data import batches
-from coca_jax.data.mixture import head_classes
-from coca_jax.models import coca
+from coca_jax import cli, recipes
 
-Call = Callable[[], Any]
-
-
-def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
-    """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there.
-
-    With `peer`, its calls alternate with ours: also {peer_seconds..., times_peer: the quotient of
-    the medians}.
-    """
-    calls = {"": function} if peer is None else {"": function, "peer_": peer}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    result = {}
-    for name, taken in times.items():
-        result[f"{name}seconds"] = statistics.median(taken)
-        result |= {f"{name}seconds_low": min(taken), f"{name}seconds_high": max(taken)}
-    if peer is not None:
-        result["times_peer"] = result["peer_seconds"] / result["seconds"]
-    return result
-
-
-def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
-    """`size` rows of a batch: random pixels, captions of 3 to max_len tokens."""
-    rng = np.random.default_rng(config.seed)
-    text = config.model.text
-    lengths = rng.integers(3, text.max_len + 1, size)
-    batch = batches.empty(config, size)
-    batch["image"][:] = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
-    batch["tokens"][:] = rng.integers(5, text.vocab_size, (size, text.max_len))
-    batch["text_valid"][:] = np.arange(text.max_len)[None] < lengths[:, None]
-    batch["is_label"][:] = np.arange(size) % 2 == 0
-    batch["text_id"][:] = rng.integers(0, 2**31 - 1, (size, 2))
-    batch["prompt_len"][:] = lengths
-    return batch
-
-
-def train(config: ConfigDict, repeats: int) -> dict[str, float]:
-    """The whole train step at config.batch_size: pairs_per_second and its inputs."""
-    mesh = partitioning.make_mesh(**config.mesh)
-    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-    with jax.set_mesh(mesh):
-        model = build(config)
-        state = train_step.init_state(model, config, mesh)
-        _, shardings = train_step.state_shardings(model, config, mesh)
-        steps = config.steps or 1000
-        step = jax.jit(
-            train_step.make_train_step(model, config, steps),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        batch = partitioning.place_batch(mesh, random_batch(config, config.batch_size))
-
-        def once() -> Any:
-            nonlocal state
-            state, metrics = step(state, batch)
-            return metrics
-
-        result = timed(once, repeats)
-    return result | {"pairs_per_second": config.batch_size / result["seconds"]}
-
-
-def encode(config: ConfigDict, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:
-    """Image embeddings of a batch: images_per_second."""
-    peer = benchmark_peer.build(config.model) if compare else None
-    model, params = build(config), make_params(config)
-    pixels = random_batch(config, batch)["image"]
-
-    @jax.jit
-    def embed(params: Any, image: jax.Array) -> jax.Array:
-        normal = train_step.normalise_pixels(image, config.model)
-        return model.apply({"params": params}, normal, method="encode_image")[0]
-
-    result = timed(
-        lambda: embed(params, pixels),
-        repeats,
-        (lambda: benchmark_peer.encode(peer, pixels)) if compare else None,
-    )
-    return result | {"images_per_second": batch / result["seconds"]}
-
-
-def caption(
-    config: ConfigDict, batch: int, tokens: int, beams: int, repeats: int, compare: bool = False
-) -> dict[str, float]:
-    """Captions of `tokens` tokens from a batch of pixels: tokens_per_second (of what is returned),
-    encode_seconds, and the step's time by position, see `token_times`.
-    """
-    text = config.model.text
-    peer = benchmark_peer.build(config.model) if compare else None
-    model, params = build(config), make_params(config)
-    spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
-    # As inference.CoCaModel does.
-    weights = decoding.pack(spec, params, decoding.best_layout(spec, params))
-    pixels = random_batch(config, batch)["image"]
-    prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
-
-    @jax.jit
-    def look(params: Any, image: jax.Array) -> Any:
-        normal = train_step.normalise_pixels(image, config.model)
-        return model.apply({"params": params}, normal, method="encode_image")[1]
-
-    def write(count: int) -> Any:
-        settings = generation.Settings(max_tokens=count, min_tokens=count, num_beams=beams)
-        image_tokens = look(params, pixels)
-        return generation.generate(spec, weights, image_tokens, prompt, lengths, settings)
-
-    result = timed(
-        lambda: write(tokens),
-        repeats,
-        (lambda: benchmark_peer.caption(peer, pixels, tokens, beams)) if compare else None,
-    )
-    result["encode_seconds"] = timed(lambda: look(params, pixels), repeats)["seconds"]
-    image_tokens = jax.block_until_ready(look(params, pixels))
-    result |= token_times(spec, weights, image_tokens, beams, tokens, repeats)
-    return result | {"tokens_per_second": batch * tokens / result["seconds"]}
-
-
-SPAN = 8  # tokens timed together, so that a call is long beside its start
-
-
-def token_times(
-    spec: decoding.Decoder,
-    weights: dict,
-    image_tokens: jax.Array,
-    width: int,
-    tokens: int,
-    repeats: int,
-) -> dict[str, float]:
-    """Seconds of one token of a batch around token 5 and at the end of captions of `tokens` tokens.
-
-    One program, with the cache of the whole caption, runs SPAN steps of the decoder and takes the
-    most probable token of each; the two places are timed in turn, call by call. image_tokens:
-    float32 [B, Q, D]. Returns medians early_token_seconds, late_token_seconds and
-    late_over_early.
-    """
-    batch, span = len(image_tokens), min(SPAN, tokens)
-    look = functools.partial(decoding.image_caches, spec, width=width)
-    image = jax.jit(look)(weights, image_tokens)
-    caches = decoding.empty_caches(spec, weights, batch, tokens * width)
-
-    @jax.jit
-    def steps(weights: dict, image: Any, caches: Any, start: jax.Array) -> Any:
-        def step(i: jax.Array, state: Any) -> Any:
-            token, caches = state
-            slot = (start + i) * width
-            mask = jnp.broadcast_to(
-                jnp.arange(tokens * width) < slot + width, (batch, width, tokens * width)
-            )
-            place = jnp.broadcast_to(start + i, (batch, width))
-            states, caches = decoding.run_tokens(
-                spec, weights, token, place, mask, slot, caches, image
-            )
-            return decoding.log_probs_of(weights, states).argmax(-1).astype(jnp.int32), caches
-
-        return jax.lax.fori_loop(0, span, step, (jnp.zeros((batch, width), jnp.int32), caches))[0]
-
-    def at(start: int) -> Call:
-        return lambda: steps(weights, image, caches, np.int32(start))
-
-    found = timed(at(min(1, tokens - span)), repeats, at(tokens - span))
-    early, late = found["seconds"] / span, found["peer_seconds"] / span
-    return dict(early_token_seconds=early, late_token_seconds=late, late_over_early=late / early)
-
-
-def build(config: ConfigDict) -> coca.CoCa:
-    """The config's model for this machine's devices."""
-    sigmoid = config.loss.contrastive == "sigmoid"
-    return coca.build(
-        config.model,
-        remat=config.remat,
-        sigmoid=sigmoid,
-        head=config.head,
-        num_classes=len(head_classes(config)),
-    )
-
-
-def make_params(config: ConfigDict) -> Any:
-    """Fresh parameters from config.seed."""
-    model = build(config)
-    return jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(config.seed))
+KINDS = ("train", "encode", "caption", "input", "losses")
 
 
 def define_flags() -> None:
@@ -237,33 +32,46 @@ def define_flags() -> None:
     flags.DEFINE_boolean("peer", False, "Run open_clip beside `encode`, `caption` or `input`.")
 
 
+def measure(kind: str) -> dict[str, Any]:
+    """The numbers of one kind of benchmark but `losses`, by the command's flags."""
+    from coca_jax import benchmark_input, benchmark_model
+
+    args = flags.FLAGS
+    batch = args.batch_size or 16
+    if kind == "input":
+        return benchmark_input.read_input(
+            args.config, args.seconds, args.memory_every, args.repeats, args.peer
+        )
+    if kind == "train":
+        return benchmark_model.train(args.config, args.repeats)
+    if kind == "encode":
+        return benchmark_model.encode(args.config, batch, args.repeats, args.peer)
+    return benchmark_model.caption(
+        args.config, batch, args.tokens, args.beams, args.repeats, args.peer
+    )
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
-    kinds = ("train", "encode", "caption", "input", "losses")
-    if len(argv) != 2 or argv[1] not in kinds:
-        raise ValueError(f"give one of {', '.join(kinds)}, and --config=NAME")
-    kind, repeats, batch = argv[1], flags.FLAGS.repeats, flags.FLAGS.batch_size or 16
-    if kind == "losses":
-        return benchmark_losses.run(repeats)
-    if flags.FLAGS.config is None:
+    if len(argv) != 2 or argv[1] not in KINDS:
+        raise ValueError(f"give one of {', '.join(KINDS)}, and --config=NAME")
+    kind = argv[1]
+    if kind != "losses" and flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=NAME")
-    config, compare = flags.FLAGS.config, flags.FLAGS.peer
-    if compare and kind == "train":
-        raise ValueError("--peer compares `encode`, `caption` and `input`, not `train`")
-    if kind == "input":
-        result = benchmark_input.read_input(
-            config, flags.FLAGS.seconds, flags.FLAGS.memory_every, repeats, compare
-        )
-    elif kind == "train":
-        result = train(config, repeats)
-    elif kind == "encode":
-        result = encode(config, batch, repeats, compare)
-    else:
-        result = caption(config, batch, flags.FLAGS.tokens, flags.FLAGS.beams, repeats, compare)
-    device = jax.devices()[0]
+    if flags.FLAGS.peer and kind in ("train", "losses"):
+        raise ValueError(f"--peer compares `encode`, `caption` and `input`, not `{kind}`")
+    cli.say(f"benchmark {kind}: starting JAX")
+    import jax
+
+    if kind == "losses":
+        from coca_jax import benchmark_losses
+
+        return benchmark_losses.run(flags.FLAGS.repeats)
+    result = measure(kind)
     for name, value in result.items():
         many = value if isinstance(value, list) else [value]
         print(f"{name:28s}", *(f"{v:12.4f}" for v in many))
+    device = jax.devices()[0]
     return {"benchmark": kind, "device": device.device_kind, "devices": jax.device_count()} | result
 
 

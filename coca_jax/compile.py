@@ -10,70 +10,19 @@ simulated CPU devices, which have no estimates.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
-import pathlib
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from coca_jax import cli, partitioning, recipes, run_config
-from coca_jax.estimate import flops, gpu, hlo, tpu
-from coca_jax.estimate.chips import GIB, Gpu, Slice, get_slice
-from coca_jax.estimate.step import build_step
+from coca_jax import cli, recipes
 
-
-def analyse(
-    config: ConfigDict, slice_: Slice, compiled: Any, text: str, params: int
-) -> dict[str, Any]:
-    """The numbers of the report from a compiled step and its optimised HLO."""
-    devices = len(slice_.devices)
-    memory = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    total = arguments + temporaries + outputs + code
-    forward = flops.model_flops(config.model)
-    per_device = 3 * forward * config.batch_size / devices
-    cost = hlo.summarise(text, devices)
-    collective_bytes: dict[str, float] = {}
-    for c in cost.collectives:
-        collective_bytes[c.kind] = collective_bytes.get(c.kind, 0) + c.bytes * c.runs
-    result: dict[str, Any] = {
-        "devices": devices,
-        "params": params,
-        "batch_size": config.batch_size,
-        "bytes_per_device": {
-            "arguments": arguments,
-            "temporaries": temporaries,
-            "outputs": outputs,
-            "code": code,
-            "total": total,
-        },
-        "model_flops_per_pair": 3 * forward,
-        "model_flops_per_device": per_device,
-        "compiled_flops_loops_once": (compiled.cost_analysis() or {}).get("flops"),
-        "collective_bytes": collective_bytes,
-        "loops_of_unknown_length": len(cost.unknown_loops),
-        "fits": True,
-    }
-    chip = slice_.chip
-    if chip is None:
-        return result
-    result |= {"hbm_bytes": chip.hbm, "hbm_share": total / chip.hbm, "fits": total <= chip.hbm}
-    if isinstance(chip, Gpu):
-        return result | gpu.analyse(text, chip, devices, per_device)
-    return result | tpu.analyse(text, chip, slice_.shape, devices, per_device)
-
+GIB = 2**30
 
 def show(result: dict[str, Any], rows: int) -> None:
     """Prints the table for people, with so many rows of costliest places."""
@@ -135,60 +84,6 @@ def show_gpu(result: dict[str, Any]) -> None:
     print("costliest places:")
 
 
-def optimised_text(compiled: Any, folder: str) -> str:
-    """The optimised HLO with the compiler's estimates.
-
-    folder: what the compiler has dumped there is read where jaxlib cannot parse the program that
-    it gets back: on chips with a SparseCore, gathers that are moved to it.
-    """
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        files = list(pathlib.Path(folder).glob("*jit_train_step*after_codegen.txt"))
-        if len(files) != 1:
-            raise
-        return files[0].read_text()
-
-
-def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[str, Any]:
-    """Compiles and analyses; see the module's docstring. Raises ValueError for bad input."""
-    config = config.copy_and_resolve_references()
-    run_config.check(config)
-    with tpu.quiet_plugin(), tempfile.TemporaryDirectory() as folder:
-        slice_ = get_slice(topology)
-        mesh = partitioning.make_mesh(**config.mesh, devices=slice_.devices)
-        run_config.check_batch(config, partitioning.batch_parts(mesh), 1)
-        options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        answers: Any = contextlib.nullcontext()
-        if slice_.chip is None:
-            options = {}
-        elif isinstance(slice_.chip, Gpu):
-            options, answers = gpu.OPTIONS, gpu.answering_for(slice_.chip)
-        with jax.set_mesh(mesh), answers:
-            step, (state, batch) = build_step(config, mesh)
-            params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
-            start = time.perf_counter()
-            lowered = step.lower(state, batch)
-            try:
-                compiled = lowered.compile(compiler_options=options)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                needs = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-                print(f"does not fit: {needs[0] if needs else str(error).splitlines()[0]}")
-                return {"topology": topology, "devices": mesh.size, "params": params, "fits": False}
-        seconds = time.perf_counter() - start
-        text = optimised_text(compiled, folder)
-    if dump_hlo:
-        pathlib.Path(dump_hlo).write_text(text)
-    mesh_shape = dict(mesh.shape)
-    return {
-        "topology": topology,
-        "mesh": mesh_shape,
-        "compile_seconds": round(seconds, 1),
-    } | analyse(config, slice_, compiled, text, params)
-
-
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     recipes.define_flag()
@@ -208,7 +103,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
     prepare_platform(flags.FLAGS.topology)
-    result = compile_step(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.dump_hlo)
+    cli.say(f"compiling for {flags.FLAGS.topology}: minutes for a large model on many chips")
+    from coca_jax.estimate import compiled
+
+    result = compiled.compile_step(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.dump_hlo)
     if "bytes_per_device" in result:
         show(result, flags.FLAGS.top)
     if not result["fits"]:
@@ -218,17 +116,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def prepare_platform(topology: str) -> None:
-    """Compiling needs no accelerator: keeps jax on the CPU, with enough devices for cpu:N.
-
-    jax reads both settings when it looks for devices, which is later than this.
-    """
+    """Compiling needs no accelerator: keeps jax, which is not imported yet, on the CPU, with enough
+    devices for cpu:N."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     match = re.fullmatch(r"cpu:(\d+(?:x\d+)*)", topology)
     if match:
-        count = int(np.prod([int(n) for n in match[1].split("x")]))
+        count = math.prod(int(n) for n in match[1].split("x"))
         flag = f"--xla_force_host_platform_device_count={count}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

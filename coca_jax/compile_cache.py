@@ -38,7 +38,7 @@ def use() -> None:
         jax_compilation_cache_max_size=MOST_BYTES,
         jax_persistent_cache_min_compile_time_secs=0.2,
     )
-    if "jax" not in sys.modules:
+    if sys.modules.get("jax") is None:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             os.environ.update({name.upper(): str(value) for name, value in settings.items()})
         return

@@ -8,10 +8,12 @@ import pytest
 from data_cases import COLOURS, damage, data_config, equal, picture, take, write_data, write_folder
 from PIL import Image
 
-from coca_jax import evaluate, prepare
+from coca_jax import prepare
 from coca_jax.data import images, prompts, run_vocabulary, sources, texts
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture, class_names
+from coca_jax.evaluators import tasks
+from coca_jax.evaluators.records import Records
 from coca_jax.importers import items
 
 
@@ -244,7 +246,7 @@ def test_where_text_field_and_limit(data):
     assert len(found) == 11 and all(json.loads(r.extra)["group"] == 1 for r in found)
     found = sources.open_source(dict(path=path, text_field="group", limit=4))
     assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
-    assert len(list(evaluate.Records(dict(path=path, split="train"), limit=5))) == 5
+    assert len(list(Records(dict(path=path, split="train"), limit=5))) == 5
     assert class_names(path) == ["blue", "green", "red", "square"]
     assert Mixture(data_config(dict(path=path), dict(path=path, captions="all"))).num_examples == 69
 
@@ -318,7 +320,7 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
         task = dict(kind="zeroshot", name="x", data={}, class_names=["cat", "dog"], templates=name)
-        assert evaluate.make_evaluator(task, []).prompts == prompts.load(name)
+        assert tasks.make_evaluator(task, []).prompts == prompts.load(name)
 
 
 def test_damaged_png_header_counts_as_bad():

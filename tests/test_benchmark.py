@@ -8,7 +8,7 @@ from conftest import tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import benchmark, benchmark_input, benchmark_peer, prepare
+from coca_jax import benchmark, benchmark_input, benchmark_model, benchmark_peer, prepare
 from coca_jax.configs import base
 from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
@@ -17,12 +17,12 @@ from coca_jax.interop import open_clip_config
 def test_rates_are_work_over_time():
     config = tiny_config()
     config.mesh.update(data=8)
-    result = benchmark.train(config, repeats=2)
+    result = benchmark_model.train(config, repeats=2)
     np.testing.assert_allclose(result["pairs_per_second"] * result["seconds"], config.batch_size)
     assert result["seconds_low"] <= result["seconds"] <= result["seconds_high"]
-    result = benchmark.encode(config, batch=4, repeats=2)
+    result = benchmark_model.encode(config, batch=4, repeats=2)
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
-    result = benchmark.caption(config, batch=2, tokens=5, beams=2, repeats=2)
+    result = benchmark_model.caption(config, batch=2, tokens=5, beams=2, repeats=2)
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
     quotient = result["late_token_seconds"] / result["early_token_seconds"]
     np.testing.assert_allclose(result["late_over_early"], quotient)
@@ -38,13 +38,13 @@ def test_the_peer_runs_at_the_same_sizes():
     config.model.text.update(width=32, unimodal_depth=1, multimodal_depth=1, vocab_size=300)
     config.model.text.update(mlp_dim=128, num_heads=2, multimodal_heads=2, multimodal_mlp_dim=128)
     config.model.pooler.update(num_queries=9)
-    pixels = benchmark.random_batch(config, 2)["image"]
+    pixels = benchmark_model.random_batch(config, 2)["image"]
     peer = benchmark_peer.build(config.model)
     for beams in (1, 3):
         ids = benchmark_peer.caption(peer, pixels, tokens=7, beams=beams)
         assert ids.shape == (2, 8)
         assert benchmark_peer.END not in ids[:, 1:-1]
-        result = benchmark.caption(config, 2, 7, beams, repeats=1, compare=True)
+        result = benchmark_model.caption(config, 2, 7, beams, repeats=1, compare=True)
         assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
     embeddings = benchmark_peer.encode(peer, pixels)
     assert embeddings.shape == (2, 32)

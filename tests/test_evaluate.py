@@ -13,8 +13,10 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from coca_jax import evaluate, export_format, inference, partitioning, prepare
+from coca_jax import export_format, inference, partitioning, prepare
 from coca_jax.data import vocabulary
+from coca_jax.evaluators import tasks
+from coca_jax.evaluators.records import Records
 from coca_jax.importers import unprepared
 from coca_jax.importers.items import Options
 from coca_jax.models import coca
@@ -79,7 +81,7 @@ def on_one(parts, folder, tmp_path_factory):
     """Scores on one device."""
     model = inference.CoCaModel(*parts, batch_size=8, devices=jax.devices()[:1])
     out = tmp_path_factory.mktemp("one")
-    return evaluate.run_tasks(model, tasks_for(folder), str(out)), out, model
+    return tasks.run_tasks(model, tasks_for(folder), str(out)), out, model
 
 
 def assert_same(got, want):
@@ -125,7 +127,7 @@ def test_eight_devices_score_as_one(on_one, parts, folder, tmp_path):
     """13 images in batches of 16 rows over 8 devices: none is lost and none counted twice."""
     model = inference.CoCaModel(*parts, batch_size=16, devices=jax.devices())
     assert model.checksum() == on_one[2].checksum()
-    assert_same(evaluate.run_tasks(model, tasks_for(folder), str(tmp_path)), on_one[0])
+    assert_same(tasks.run_tasks(model, tasks_for(folder), str(tmp_path)), on_one[0])
 
 
 class Stopping:
@@ -149,27 +151,27 @@ class Stopping:
 def test_a_killed_evaluation_goes_on(on_one, parts, folder, tmp_path):
     scores, _, model = on_one
     with pytest.raises(KeyboardInterrupt):  # 13 images are two calls of 8 and 5
-        evaluate.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+        tasks.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
     partial = json.loads((tmp_path / "eval.json").read_text())
     assert "retrieval/c/mean_recall" in partial and "captioning/c/bleu4" not in partial
     again = Stopping(model)
-    assert evaluate.run_tasks(again, tasks_for(folder), str(tmp_path)) == scores
+    assert tasks.run_tasks(again, tasks_for(folder), str(tmp_path)) == scores
     assert set(again.calls) == {"caption", "caption_log_likelihood"}
     assert again.calls.count("caption") == 1
     # All is finished now: the same call begins anew.
     fresh = Stopping(model)
-    evaluate.run_tasks(fresh, tasks_for(folder)[2:3], str(tmp_path))
+    tasks.run_tasks(fresh, tasks_for(folder)[2:3], str(tmp_path))
     assert "encode_image" in fresh.calls
     # Other weights take over nothing.
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+        tasks.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
     config, params, words = parts
     other = jax.tree.map(lambda x: x * 1.01, params)
     changed = inference.CoCaModel(config, other, words, devices=jax.devices()[:1])
     watched = Stopping(model)
     watched.checksum = changed.checksum
     assert watched.checksum() != model.checksum()
-    evaluate.run_tasks(watched, tasks_for(folder), str(tmp_path))
+    tasks.run_tasks(watched, tasks_for(folder), str(tmp_path))
     assert watched.calls.count("caption") == 2 and "score" in watched.calls
 
 
@@ -178,7 +180,7 @@ def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
     model = on_one[2]
     few = dict(path=str(folder), split="test", limit=2)
     task = tasks_for(folder, candidates=few, known_only=True)[2]
-    scores = evaluate.run_tasks(model, [task], str(tmp_path))
+    scores = tasks.run_tasks(model, [task], str(tmp_path))
     # The first two are red and green, so all red and green ones share a text with them.
     assert scores["retrieval/c/num_examples"] == 9
 
@@ -187,20 +189,20 @@ def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
 
 
 def test_folders_and_prepared_data_give_the_same_records(folder, tmp_path):
-    plain = list(evaluate.Records(dict(path=str(folder), split="test")))
+    plain = list(Records(dict(path=str(folder), split="test")))
     assert len(plain) == COUNT and plain[4]["labels"] == ["red" if 4 % 3 == 0 else "green", "dark"]
     prepare.prepare(
         "imagefolder", str(folder), str(tmp_path / "p"), split="test", options=Options(),
         progress=False,
     )  # fmt: skip
-    prepared = list(evaluate.Records(dict(path=str(tmp_path / "p"), split="test")))
+    prepared = list(Records(dict(path=str(tmp_path / "p"), split="test")))
     for a, b in zip(plain, prepared, strict=True):
         assert (a["image"], a["text"], a["labels"]) == (b["image"], b["text"], b["labels"])
     entry = dict(path=str(folder), kind="label")
     assert unprepared.class_names(entry, "test") == ["blue", "dark", "green", "red"]
-    assert len(evaluate.Records(dict(path=str(folder), split="test"), limit=5)) == 5
+    assert len(Records(dict(path=str(folder), split="test"), limit=5)) == 5
     # The same through tensorflow-datasets, which names no classes here.
-    tfds = list(evaluate.Records(dict(tfds=str(tmp_path / "p"), split="test")))
+    tfds = list(Records(dict(tfds=str(tmp_path / "p"), split="test")))
     assert [r["text"] for r in tfds] == [r["text"] for r in plain]
     assert tfds[7]["image"] == plain[7]["image"]
 
@@ -211,11 +213,11 @@ def test_one_folder_a_class(tmp_path):
         for i in range(2):
             Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "val" / name / f"{i}.jpg")
     entry = dict(path=str(tmp_path), split="val", kind="label")
-    assert [r["labels"] for r in evaluate.Records(entry)] == [["big cat"]] * 2 + [["dog"]] * 2
+    assert [r["labels"] for r in Records(entry)] == [["big cat"]] * 2 + [["dog"]] * 2
     assert unprepared.class_names(entry, "test") == ["big cat", "dog"]
     (tmp_path / "val" / "metadata.jsonl").write_text('{"file_name": "none.png"}\nno json\n')
     with pytest.raises(ValueError, match="1 of 2 rows cannot be used, the first metadata.jsonl"):
-        evaluate.Records(entry)
+        Records(entry)
 
 
 def test_captions_by_language_are_several_captions(tmp_path):
@@ -223,10 +225,10 @@ def test_captions_by_language_are_several_captions(tmp_path):
     row = dict(file_name="a.png", text="A frog.", captions=dict(de="Ein Frosch.", es="Una rana."))
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     entry = dict(path=str(tmp_path), text_field="captions")
-    assert next(iter(evaluate.Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
+    assert next(iter(Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
     prepare.prepare("imagefolder", str(tmp_path), str(tmp_path / "p"), progress=False)
     entry = dict(path=str(tmp_path / "p"), split="train", text_field="captions")
-    assert next(iter(evaluate.Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
+    assert next(iter(Records(entry)))["text"] == ["Ein Frosch.", "Una rana."]
 
 
 def test_class_names_from_files(tmp_path):
@@ -235,7 +237,7 @@ def test_class_names_from_files(tmp_path):
 
     def read(text):
         path.write_text(text)
-        return evaluate.read_class_names(str(path), declared)
+        return tasks.read_class_names(str(path), declared)
 
     assert read("n03\tcat\nn01\tdog\n") == (["cat", "dog"], ["n03", "n01"])
     assert read("n02\n\nn01\n") == (["n02", "n01"], ["n02", "n01"])

@@ -11,9 +11,9 @@ from PIL import Image
 from test_heads import train_alone as train
 
 import coca_jax
-from coca_jax import evaluate
 from coca_jax.data import mixture, run_vocabulary, sources, vocabulary
 from coca_jax.data.batches import open_stream
+from coca_jax.evaluators.records import Records
 from coca_jax.prepare import prepare
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "black": (9, 9, 9)}
@@ -205,7 +205,7 @@ def test_pairs_reach_the_model_in_order_and_are_evaluated(pairs, tmp_path):
     assert batch["image"].shape == (16, 2, 16, 16, 3)
     same = (batch["image"][:, 0] == batch["image"][:, 1]).all((1, 2, 3))
     np.testing.assert_array_equal(batch["class_id"], same)
-    records = list(evaluate.Records(source))
+    records = list(Records(source))
     assert (records[1]["image"], records[1]["second"]) == (png("red"), png("green"))
     texts = ["both have the same color"] * 2
     found = model.classify([[png("red"), png("blue")], [png("red"), png("red")]], texts)

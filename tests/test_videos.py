@@ -9,10 +9,12 @@ import pytest
 from conftest import random_batch, tiny_config
 from PIL import Image
 
-from coca_jax import caption, evaluate, inference, partitioning, prepare, train_step
+from coca_jax import caption, inference, partitioning, prepare, train_step
 from coca_jax.configs import base
 from coca_jax.data import images, run_vocabulary, videos
 from coca_jax.data.batches import open_stream
+from coca_jax.evaluators import tasks
+from coca_jax.evaluators.records import Records
 from coca_jax.models import coca
 
 RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)
@@ -322,7 +324,7 @@ def test_animations_are_prepared_as_they_are(data):
     assert manifest["splits"]["train"]["quarantined"] == {"damaged_image": 1}
     quarantine = (data / "out" / "train-quarantine.jsonl").read_text()
     assert json.loads(quarantine)["key"] == "bad.png"
-    for record in evaluate.Records(dict(path=str(data / "out"), split="train")):
+    for record in Records(dict(path=str(data / "out"), split="train")):
         assert record["image"] == (data / "raw" / record["key"]).read_bytes()
 
 
@@ -521,11 +523,11 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
 
 def test_zero_shot_and_retrieval_of_videos(video_model, data, tmp_path):
     entry = dict(path=str(data / "out"), split="test")
-    tasks = [
+    asked = [
         dict(kind="zeroshot", name="clips", data=dict(entry, kind="label"), templates="bare"),
         dict(kind="retrieval", name="clips", data=entry),
     ]
-    scores = evaluate.run_tasks(video_model, tasks, str(tmp_path))
+    scores = tasks.run_tasks(video_model, asked, str(tmp_path))
     paths = [str(data / "raw" / name) for name in ("09.webp", "10.gif", "11.png")]
     found = video_model.zero_shot(paths, ["even", "odd"], ["{}"]).argmax(1)
     assert scores["zeroshot/clips/top1"] == pytest.approx(np.mean(found == [1, 0, 1]))

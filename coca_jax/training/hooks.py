@@ -133,7 +133,8 @@ class Evaluation:
         if not self._config.eval.tasks:
             return {}
         with self._buckets("eval"):
-            from coca_jax import evaluate, inference
+            from coca_jax import inference
+            from coca_jax.evaluators import tasks
 
             params = state.params
             if state.ema is not None:
@@ -145,7 +146,7 @@ class Evaluation:
                 batch_size=max(64, 16 * jax.device_count()),
                 class_names=self._class_names,
             )
-            return evaluate.run_tasks(model, self._config.eval.tasks, self._workdir, step=step)
+            return tasks.run_tasks(model, self._config.eval.tasks, self._workdir, step=step)
 
 
 def trace(config: ConfigDict, step: int, workdir: str) -> None:
