@@ -1,9 +1,16 @@
-"""`python -m coca_jax.benchmark train|encode|caption|input|losses --config=NAME`.
+"""Times a train step, image encoding, captions, the input pipeline or the losses.
 
 Medians and spread over --repeats after one warm-up; random weights and inputs at the config's
 sizes. `losses` needs no config. A time alone means little: compare two lines of the same session,
 or give --peer: `caption` and `encode` then also run open_clip, call by call in turn with ours, and
 `input` its webdataset pipeline over the same records, both in one thread on one core.
+
+Examples:
+  coca-jax benchmark train --config=demo
+  coca-jax benchmark encode --config=coca_base --batch_size=8 --repeats=3
+  coca-jax benchmark caption --config=finetune_open_clip --beams=6 --peer
+  coca-jax benchmark input --config=coca_224 --seconds=30
+  coca-jax benchmark losses
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """Captions image files and folders.
 
-python -m coca_jax.caption --checkpoint=DIR [--out=captions.jsonl] IMAGE_OR_FOLDER ...
-
 Prints {"image", "caption", "score"} for each image, score being the caption's log probability in
 nats, then one line that sums up. With --out the lines also go to that file, and images that it
 already holds are not done again: a run that was stopped goes on where it was. Images that cannot
 be read are named on standard error and skipped; the exit status is then 1.
+
+Examples:
+  coca-jax caption --checkpoint=runs/demo cat.jpg dog.jpg
+  coca-jax caption --checkpoint=runs/demo --out=captions.jsonl --num_beams=4 photos/
+  coca-jax caption --checkpoint=weights --prompt="a drawing of" https://example.com/cat.jpg
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def help_text(name: str, module: Any) -> str:
     """What a command does, its flags and, where it takes one, the recipes."""
     lines = [f"coca-jax {name}: {COMMANDS[name]}", "", (module.__doc__ or "").strip(), "", "Flags:"]
     for flag in _own_flags(module):
-        default = flag.default_as_str if flag.value not in (None, "", []) else ""
+        default = flag.default_as_str.strip("'") if flag.value not in (None, "", []) else ""
         lines.append(f"  --{flag.name}{'=' if default else ''}{default}")
         lines.append(f"      {flag.help}")
     if "config" in flags.FLAGS:

@@ -1,11 +1,16 @@
 """Compiles a config's train step for chips that are not here, and says what it would cost.
 
-`python -m coca_jax.compile --config=coca_2b --topology=v4:8x16x16` runs the real TPU
-compiler (the package `libtpu`) on this machine's CPU for the very step that `train` runs, and
-`--topology=h100:8` XLA's compiler for NVIDIA GPUs (jax-cuda12-plugin). All times are estimates: of
-a TPU the compiler's own `estimated_cycles`, summed over the optimised program, of a GPU a roofline
-of its kernels, and a bound for collectives from link bandwidth. `--topology=cpu:8` compiles for
-simulated CPU devices, which have no estimates.
+For a TPU this runs the real TPU compiler (the package `libtpu`) on this machine's CPU for the very
+step that `train` runs, for NVIDIA GPUs XLA's compiler (jax-cuda12-plugin). All times are estimates:
+of a TPU the compiler's own `estimated_cycles`, summed over the optimised program, of a GPU a
+roofline of its kernels, and a bound for collectives from link bandwidth. `--topology=cpu:8`
+compiles for simulated CPU devices, which have no estimates. The exit status is 1 where the step
+does not fit in memory.
+
+Examples:
+  coca-jax compile --config=coca_2b --topology=v4:8x16x16
+  coca-jax compile --config=coca_base --topology=h100:8 --config.batch_size=512
+  coca-jax compile --config=coca_base --topology=cpu:8 --config.batch_size=64
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from absl import flags
 from coca_jax import cli, recipes
 
 GIB = 2**30
+
 
 def show(result: dict[str, Any], rows: int) -> None:
     """Prints the table for people, with so many rows of costliest places."""

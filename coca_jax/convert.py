@@ -1,7 +1,8 @@
 """Converts open_clip's CoCa weights to an export folder, and an export or a run back.
 
-python -m coca_jax.convert --input=open_clip_pytorch_model.bin --out=DIR
-python -m coca_jax.convert --input=DIR --out=DIR2 --to=open_clip
+Examples:
+  coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
+  coca-jax convert --input=runs/tuned --out=for_open_clip --to=open_clip
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Scores a model: zero-shot and generative classification, retrieval, captioning, task heads,
 written answers, linear probe and nearest neighbours.
 
-    python -m coca_jax.evaluate --checkpoint=DIR --data=PATH --tasks=zeroshot,retrieval,captioning
-
 Scores go to eval.json in the checkpoint's workdir (or --out), named <task>/<data set>/<metric>. Run
 the same command again after a kill: finished tasks and captions so far are kept.
+
+Examples:
+  coca-jax evaluate --checkpoint=runs/mine --data=data/mine
+  coca-jax evaluate --checkpoint=runs/mine --data=data/mine --tasks=retrieval,captioning
+  coca-jax evaluate --checkpoint=weights --data=photos/ --tasks=zeroshot --out=scores
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Writes a run as one folder to use elsewhere, with programs that need none of this package.
 
-python -m coca_jax.export --checkpoint=DIR --out=DIR2 [--platforms=cpu,tpu,cuda]
-
 The folder is an export (see export_format.py) that `coca_jax.load` reads, and holds under programs/
 what `jax.export` made (StableHLO, any batch size):
 
@@ -13,6 +11,10 @@ what `jax.export` made (StableHLO, any batch size):
 
 params is the flat dict of params.safetensors. A caption is decode_step from the begin symbol at
 step 0 on, each time with the token that was chosen.
+
+Examples:
+  coca-jax export --checkpoint=runs/demo --out=exported
+  coca-jax export --checkpoint=runs/demo --out=exported --platforms=cpu,tpu,cuda
 """
 
 from __future__ import annotations

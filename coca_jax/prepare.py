@@ -1,22 +1,23 @@
 """Imports any image-text data into the training format.
 
-    python -m coca_jax.prepare --input=FOLDER --out=DIR [--format=...] [--holdout=0.1]
-
 Formats: imagefolder, webdataset, csv, parquet, tfrecord, tfds; without --format the files tell.
 --holdout keeps a share of the images apart as a split 'test'. The result is ArrayRecord shards
 with a manifest, which tensorflow-datasets reads as well. Run the same command again after a kill:
 finished shards stay, and the result is the same to the byte. What cannot be used is listed, with
 the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
 
-    python -m coca_jax.prepare vocabulary --input=DIR,DIR --size=64000 --out=FILE
-    python -m coca_jax.prepare inspect --config=configs/X.py --step=N
+Examples:
+  coca-jax prepare --input=photos/ --out=data/mine --holdout=0.1
+  coca-jax prepare --format=csv --input=list.csv --text_field=description --out=data/mine
+  coca-jax prepare vocabulary --input=data/a,data/b --size=64000 --out=words.model
+  coca-jax prepare inspect --config=coca_224 --step=1000
 
-train a SentencePiece vocabulary on prepared data, and print which examples a step trains on.
+The last two train a SentencePiece vocabulary on prepared data, and print which examples a step
+trains on.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -183,7 +184,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     format = flags.FLAGS.format
     if not format:
         format = formats.guess(flags.FLAGS.input)
-        print(f"{flags.FLAGS.input}: read as --format={format}", file=sys.stderr)
+        cli.say(f"{flags.FLAGS.input}: read as --format={format}")
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,
         options=_options(),
@@ -191,6 +192,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
     )
+    cli.say(f"reading {flags.FLAGS.input}")
     where = (format, flags.FLAGS.input, flags.FLAGS.out)
     if not flags.FLAGS.holdout:
         result = prepare(*where, **keywords)

@@ -1,8 +1,12 @@
-"""`python -m coca_jax.report --workdir=DIR`: one page, report.html, of a run and its evaluations.
+"""Writes one page, report.html, of a run and its evaluations into its workdir.
 
 The page is a single file without links to anything: charts are inline SVG, pictures base64 PNG.
 It reads what the run left behind: config.json, metrics.jsonl, eval.json, eval_examples.json; a part
-whose file is missing is left out.
+whose file is missing is left out. `train` writes it at its end; this command writes it anew, after
+an evaluation for instance.
+
+Examples:
+  coca-jax report --workdir=runs/mine
 """
 
 from __future__ import annotations

@@ -1,8 +1,20 @@
-"""The main job: `python -m coca_jax.train --config=configs/X.py --workdir=DIR`.
+"""Trains a recipe in a workdir: `coca-jax train --config=NAME --workdir=DIR`.
 
 Runs the acts in order: processes, mesh, data, model, state, restore, loop, evaluation (see
 training/run.py). Running the same command again resumes where the last whole checkpoint stands,
-bit for bit.
+bit for bit. DIR then holds config.json, metrics.jsonl, checkpoints/, eval.json, report.html and
+the vocabulary.
+
+Examples:
+  coca-jax train --config=demo --workdir=runs/demo
+  coca-jax train --config=coca_224 --data=data/mine --workdir=runs/mine --config.batch_size=32
+  coca-jax train --config=finetune_open_clip:weights --data=data/mine --workdir=runs/tuned
+  coca-jax train --config=my/recipe.py --workdir=runs/mine
+
+Every value of a recipe can be set, nested keys with dots, tuples in quotes as Python has them:
+  --config.steps=10000 --config.optimizer.learning_rate=1e-4 --config.mesh.fsdp=8
+  --config.data.flip=true --config.image_sizes="((0.5, 128),)" --config.data.augment=crop
+configs/base.py says what each key means; an unknown key is refused with the nearest name.
 """
 
 from __future__ import annotations

@@ -75,3 +75,48 @@ def test_alone_it_lists_every_command_in_a_line(arguments, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
     assert named == list(cli.COMMANDS) == list(STARTS)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """What each command says and does where neither JAX nor TensorFlow can be imported."""
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "image.png").write_bytes(b"no image")
+    (folder / "weights.bin").write_bytes(b"no weights")
+    (folder / "list.csv").write_text("path,text\nimage.png,a cat\n")
+    (folder / "run").mkdir()
+    return run_all(folder, STARTS)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
+    status, _, errors = started[name]
+    first, *others = errors.splitlines()
+    words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
+    words |= dict.fromkeys(("evaluate", "caption", "export"), "loading weights")
+    words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
+    words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}
+    assert first.startswith(words[name])
+    if name in ("prepare", "convert", "report"):  # these need no JAX at all
+        assert status == 2 and errors.splitlines()[-1].startswith("error: ")
+    else:
+        assert status == 1 and "import of jax halted" in others[-1]
+
+
+HELP = {name: ["--help"] for name in STARTS}
+
+
+@pytest.fixture(scope="module")
+def helped(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("helped"), HELP)
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_is_quick_complete_and_no_failure(name, helped):
+    status, text, errors = helped[name]
+    assert status == 0 and not errors
+    assert text.startswith(f"coca-jax {name}")
+    assert "Examples:" in text and f"  coca-jax {name} " in text
+    flags = {argument.split("=")[0] for argument in STARTS[name] if argument.startswith("--")}
+    assert all(f"\n  {flag}" in text for flag in flags)
+    assert ("coca_large" in text) == (name in ("train", "compile", "benchmark", "prepare"))
