@@ -6,12 +6,15 @@ A command is a module with `define_flags()` and `main(argv)`, and a line in `COM
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -82,7 +85,8 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(str(error))
     if wants_help:
-        print(help_text(name, module))
+        with _pipe_may_close():
+            print(help_text(name, module), flush=True)
         return
 
     def run(argv: Sequence[str]) -> None:
@@ -92,13 +96,24 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
         if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 1:
             quiet.standard_output()
         try:
-            result = module.main(argv)
+            with _pipe_may_close():
+                result = module.main(argv)
+                if result is not None:
+                    print(json.dumps(result), flush=True)
         except (ValueError, OSError) as error:
             fail(str(error))
-        if result is not None:
-            print(json.dumps(result), flush=True)
 
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
+
+
+@contextlib.contextmanager
+def _pipe_may_close() -> Iterator[None]:
+    """Ends the command quietly, as the shell's own do, where `| head` has read enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None  # SIGPIPE
 
 
 def say(text: str) -> None:
@@ -118,10 +133,12 @@ def help_text(name: str, module: Any) -> str:
     for flag in _own_flags(module):
         default = flag.default_as_str.strip("'") if flag.value not in (None, "", []) else ""
         lines.append(f"  --{flag.name}{'=' if default else ''}{default}")
-        lines.append(f"      {flag.help}")
+        note = flag.help.split(";\n")[0]  # absl adds that a flag may be repeated
+        lines += textwrap.wrap(note, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if "config" in flags.FLAGS:
         lines += ["", "Recipes for --config:"]
-        lines += [f"  {recipe:24s}{text}" for recipe, text in recipes.names().items()]
+        for recipe, text in recipes.names().items():
+            lines += textwrap.wrap(f"  {recipe:24s}{text}", 98, subsequent_indent=" " * 26)
     return "\n".join(lines)
 
 
