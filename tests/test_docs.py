@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tarfile
 import docs_walk
 import numpy as np
 import pytest
+import test_convert
 from conftest import COMPILE_FAST
 from docs_walk import ROOT, Step
 from PIL import Image
@@ -83,6 +85,19 @@ def tars(folder: pathlib.Path, count: int) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+
+
+def clips(folder: pathlib.Path, count: int) -> None:
+    """Animations with a caption and a class each."""
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        first, *rest = [picture(10 * i + frame, 24) for frame in range(4)]
+        first.save(folder / f"{i}.gif", save_all=True, append_images=rest)
+        name = NAMES[i % len(NAMES)]
+        text = f"a {name} that turns, {i}"
+        rows.append(dict(file_name=f"{i}.gif", text=text, label=name, split="train"))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +217,7 @@ def small(text: str) -> str:
     words = re.sub(r"python3? -m coca_jax\.?", "coca-jax ", text)
     for pattern, flags in ADDED:
         if re.search(rf"coca-jax +{pattern}", words):
-            return " ".join([text, *flags])
+            return " ".join([text, *map(shlex.quote, flags)])
     return text
 
 
@@ -217,7 +232,12 @@ def walk(tmp_path_factory, site):
     for number, name in enumerate(("cat.jpg", "dog.jpg", "shapes.png", "more/cat.jpg")):
         picture(100 + number).save(folder / name)
     (folder / "launch").symlink_to(ROOT / "launch")
+    test_convert.write_source(folder / "DIR", test_convert.small_weights())
+    clips(folder / "CLIPS", 6)
+    for name in ("a.mp4", "b.gif"):  # content decides, not the name
+        shutil.copy(folder / "CLIPS/0.gif", folder / name)
     found = Walk(folder, site)
+    found.shell("coca-jax train --config=demo --workdir=runs/demo")  # what launch/demo.sh trains
     yield found
     found.python.stdin.close()
     found.python.wait(timeout=60)

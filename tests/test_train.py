@@ -102,6 +102,17 @@ def test_a_workdir_refuses_another_config(whole):
         train(tiny_run(seed=1), whole[0])
 
 
+def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default(tmp_path):
+    config = tiny_run()
+    old = config.to_dict()
+    del old["model"]["qk_norm"], old["model"]["implementation"]
+    (tmp_path / "config.json").write_text(json.dumps(old, default=list))
+    run_config.check_resumable(config, str(tmp_path))
+    config.model.qk_norm = True
+    with pytest.raises(ValueError, match="model.qk_norm: False there, True here"):
+        run_config.check_resumable(config, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
