@@ -40,10 +40,10 @@ SHORT = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup
 ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"train .*--config=\S*:", SHORT),  # the model is that of the weights
     (r"train .*--config=(demo|emoji|tiny)", [*SHORT, "--config.eval.tasks=()"]),
-    (r"train .*--config=runs/\S+recipe.py", []),
+    (r"train .*--config=\S+recipe.py", SHORT),
     (r"train ", [*SMALL, *SHORT]),
     (r"fit .*--dry_run", []),
-    (r"fit ", ["--config.steps=3"]),
+    (r"fit ", ["--minutes=0.1", "--config.steps=3"]),
     (r"benchmark input", ["--seconds=1"]),
     (r"benchmark ", [*SMALL, "--repeats=1", "--batch_size=2"]),
     (r"compile .*cpu:", SMALL),

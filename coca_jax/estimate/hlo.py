@@ -325,6 +325,7 @@ def place(op_name: str) -> str:
         for p in op_name.split("/")
         if p
         not in ("while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map")
-        and not p.startswith(("jit(", "jvp(", "transpose(", "CoCa.", "text_decoder."))
+        and not p.startswith(("jit(", "jvp(", "transpose("))
+        and "." not in p  # a method of a module
     ]
     return f"{kind:9s} {'/'.join(parts[:-1]) or (parts[-1] if parts else 'other')}"
