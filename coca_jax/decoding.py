@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from coca_jax import ops as operations
-from coca_jax.models import layers
+from coca_jax.models import block, layers
 from coca_jax.ops import packed
 from coca_jax.ops.packed import LAYOUTS, Cache, Layout
 
@@ -32,8 +32,8 @@ class Decoder:
     unimodal, multimodal: the blocks of both halves.
     """
 
-    unimodal: layers.Block
-    multimodal: layers.Block
+    unimodal: block.Block
+    multimodal: block.Block
     vocab_size: int
     num_ids: int
     max_len: int
@@ -70,10 +70,10 @@ def decoder(
     heads = text.get("multimodal_heads", None) or text.num_heads
     mlp_dim = text.get("multimodal_mlp_dim", None) or text.mlp_dim
     return Decoder(
-        unimodal=layers.Block(
+        unimodal=block.Block(
             num_heads=text.num_heads, mlp_dim=text.mlp_dim, depth=text.unimodal_depth, **common
         ),
-        multimodal=layers.Block(
+        multimodal=block.Block(
             num_heads=heads,
             mlp_dim=mlp_dim,
             depth=text.multimodal_depth,
@@ -103,8 +103,8 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
         raise ValueError(f"layout={layout!r}; choose from {', '.join(LAYOUTS)}")
     text = params["text_decoder"]
 
-    def blocks(stack: dict, block: layers.Block) -> list[dict]:
-        unknown = block.options.beyond(packed.KNOWN_OPTIONS)
+    def blocks(stack: dict, module: block.Block) -> list[dict]:
+        unknown = module.options.beyond(packed.KNOWN_OPTIONS)
         depth = jax.tree.leaves(stack)[0].shape[0]
         split = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
         found = []
@@ -169,14 +169,14 @@ def image_caches(
     if width == 1 and "shared" in weights["multimodal"][0]["packed"].get("cross_attention", {}):
         return packed.shared_tokens(image_tokens, spec.multimodal.cross == "open_clip")
     return [
-        _apply(spec.multimodal, block, image_tokens, method="image_cache")
-        for block in weights["multimodal"]
+        _apply(spec.multimodal, layer, image_tokens, method="image_cache")
+        for layer in weights["multimodal"]
     ]
 
 
-def _apply(block: layers.Block, weights: dict, *inputs: Any, method: Any = None) -> Any:
+def _apply(module: block.Block, weights: dict, *inputs: Any, method: Any = None) -> Any:
     """A block with its own weights: {'params': ..., 'packed': ...}."""
-    return block.apply(weights, *inputs, method=method)
+    return module.apply(weights, *inputs, method=method)
 
 
 def empty_caches(spec: Decoder, weights: dict, batch: int, slots: int) -> list[Cache]:
@@ -210,12 +210,12 @@ def run_tokens(
     x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
     depth = len(weights["unimodal"])
     written = []
-    for block, cache in zip(weights["unimodal"], caches):
-        x, new = _apply(spec.unimodal, block, x, layers.Step(cache, slot, own), None)
+    for layer, cache in zip(weights["unimodal"], caches):
+        x, new = _apply(spec.unimodal, layer, x, block.Step(cache, slot, own), None)
         written.append(new)
-    for number, (block, cache) in enumerate(zip(weights["multimodal"], caches[depth:])):
+    for number, (layer, cache) in enumerate(zip(weights["multimodal"], caches[depth:])):
         context = image[number] if isinstance(image, list) else image
-        x, new = _apply(spec.multimodal, block, x, layers.Step(cache, slot, mask), context)
+        x, new = _apply(spec.multimodal, layer, x, block.Step(cache, slot, mask), context)
         written.append(new)
     return x, written
 

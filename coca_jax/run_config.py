@@ -8,8 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from coca_jax import storage
-from coca_jax.configs import base
+from coca_jax import recipes, storage
 from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
@@ -173,7 +172,7 @@ def check_resumable(config: ConfigDict, workdir: str, class_names: Sequence[str]
     classes = old.pop("class_names", [])
     new = _flatten(json.loads(json.dumps(config.to_dict(), default=list)))
     # A run from before a key was there has its default.
-    defaults = _flatten(json.loads(json.dumps(base.get_config().to_dict(), default=list)))
+    defaults = _flatten(json.loads(json.dumps(recipes.load("base").to_dict(), default=list)))
     old = {key: value for key, value in defaults.items() if key in new} | old
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coca_jax import ops, partitioning
-from coca_jax.models import layers
+from coca_jax.models import block, layers
 from coca_jax.ops import gpu, reference
 from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
 
@@ -160,7 +160,7 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross):
     options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
     shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
     written, scanned = (
-        layers.Stack(remat=remat, options=shared, **options) for remat in ("named", "none")
+        block.Stack(remat=remat, options=shared, **options) for remat in ("named", "none")
     )
     params = partitioning.unbox(scanned.init(jax.random.key(0), x, mask, context))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import layers
+from coca_jax.models import block, layers
 from coca_jax.models.stem import ConvStem
 from coca_jax.partitioning import constrain
 
@@ -92,7 +92,7 @@ class ImageEncoder(nn.Module):
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
             x = layers.LayerNorm(options.dtype, options.ops, name="pre_norm")(x)
-        x = layers.Stack(
+        x = block.Stack(
             depth=self.depth,
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import layers
+from coca_jax.models import block, layers
 from coca_jax.partitioning import constrain
 
 
@@ -17,7 +17,7 @@ class TextDecoder(nn.Module):
 
     cls_mask: 'exact' ([CLS] sees every valid token and itself) or 'shifted' (open_clip's released
     models: the validity mask stands one place too far right).
-    cross: the layout of the upper half's blocks, see layers.Block.
+    cross: the layout of the upper half's blocks, see block.Block.
     multimodal_heads, multimodal_mlp_dim: of the upper half; None: as in the lower half.
     """
 
@@ -48,11 +48,11 @@ class TextDecoder(nn.Module):
         self.token_embedding = layers.Table((self.vocab_size, self.width), axes=("vocab", "embed"))
         self.positions = layers.Table((self.max_len + 1, self.width), axes=("position", "embed"))
         self.cls = layers.Table((self.width,), axes=("norm",))
-        self.unimodal = layers.Stack(depth=self.unimodal_depth, **stack)
+        self.unimodal = block.Stack(depth=self.unimodal_depth, **stack)
         self.unimodal_norm = layers.LayerNorm(self.options.dtype, self.options.ops)
         stack["num_heads"] = self.multimodal_heads or self.num_heads
         stack["mlp_dim"] = self.multimodal_mlp_dim or self.mlp_dim
-        self.multimodal = layers.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
+        self.multimodal = block.Stack(depth=self.multimodal_depth, cross=self.cross, **stack)
         self.multimodal_norm = layers.LayerNorm(self.options.dtype, self.options.ops)
         if not self.tie_embeddings:
             self.head = Head(self.vocab_size, self.width, self.head_bias)

@@ -9,7 +9,7 @@ matrix with the score's 1 / sqrt(K) in it, and a matrix is a dict whose key name
               each call, which then is the few rows of a step and not the matrix.
   panels      blocks of 32 columns for the kernels of `cpu_kernels`, which run a part in one call.
 
-Every dict may have a bias too. `layers.Block` says in which order the parts run; it asks `knows`
+Every dict may have a bias too. `block.Block` says in which order the parts run; it asks `knows`
 which of its parts were packed, and runs the others by its own modules.
 
 Shape letters: B images, N rows of an image, M cache slots, D width, F outputs, H heads, K head
@@ -81,7 +81,7 @@ def pack_matrix(kernel: jax.Array, bias: jax.Array | None, dtype: Any, layout: L
 def pack_block(params: dict, dtype: Any, layout: Layout, unknown: dict[str, Any]) -> dict:
     """The parts of one layer's parameters, packed: {part: its weights}, {} where nothing is.
 
-    params: of layers.Block. unknown: options of the block beyond KNOWN_OPTIONS that are set; its
+    params: of block.Block. unknown: options of the block beyond KNOWN_OPTIONS that are set; its
     modules alone know what they mean, so that nothing is packed.
     """
     if unknown:

@@ -175,7 +175,7 @@ class Reference:
     def layer_loop(self, block: dict[str, Any], remat: str) -> Callable[..., jax.Array] | None:
         """A loop over a stack's layers written out for a platform, or None: a scan of Block.
 
-        block: the fields of layers.Block. The loop takes (parameters stacked over layers, x, mask,
+        block: the fields of block.Block. The loop takes (parameters stacked over layers, x, mask,
         context) and returns x.
         """
         del block, remat

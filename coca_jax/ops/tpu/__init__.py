@@ -72,7 +72,7 @@ class Tpu(Reference):
         return functools.partial(layer_loop.run, heads=block["num_heads"], epsilon=NORM_EPSILON)
 
 
-# Fields of layers.Block that layer_loop computes; one that is not here and set is an option that it
+# Fields of block.Block that layer_loop computes; one that is not here and set is an option that it
 # does not know.
 KNOWN_FIELDS = (
     "width",

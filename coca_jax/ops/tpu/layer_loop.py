@@ -1,6 +1,6 @@
 """A tower's layers on an accelerator: one loop forward and one backward, written out by hand.
 
-It computes what layers.Block computes, and keeps what the remat policy 'named' keeps. Written out,
+It computes what block.Block computes, and keeps what the remat policy 'named' keeps. Written out,
 three things are possible that differentiating a scan does not give:
 * what a layer keeps is written to a stack over layers by the product that makes it, the layer's
   result included, so that no layer's input is copied;
@@ -45,7 +45,7 @@ def run(
 ) -> jax.Array:
     """x bfloat16 [B, N, D] through L layers.
 
-    params: of layers.Block, each stacked over layers, float32 or bfloat16. mask: bool,
+    params: of block.Block, each stacked over layers, float32 or bfloat16. mask: bool,
     broadcastable to [B, 1, N, N], for self-attention. context: bfloat16 [B, M, D] or None.
     """
     options = Options(heads, epsilon, context is not None)
@@ -55,7 +55,7 @@ def run(
 
 
 def flatten(params: dict, dtype: Any) -> Weights:
-    """Stacked parameters of layers.Block -> {'attention/query/kernel': [L, D, D], ...}: kernels in
+    """Stacked parameters of block.Block -> {'attention/query/kernel': [L, D, D], ...}: kernels in
     `dtype`, and the axes [H, K] merged."""
     weights = {}
     for part, modules in params.items():

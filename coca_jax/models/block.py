@@ -1,0 +1,190 @@
+"""The transformer block of every tower, and stacks of it: the only place with scan and remat.
+
+Shape letters: B batch, N queries, M keys or cache slots, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from coca_jax.models.layers import Attention, BlockOptions, LayerNorm, Mlp
+from coca_jax.ops import packed
+from coca_jax.partitioning import constrain
+
+
+class Step(NamedTuple):
+    """What a block needs to run rows of text behind those of a cache.
+
+    cache: of its self-attention. slot: where the rows' own keys and values go. mask: bool
+    [B, N, M], which slots each row may look at, its own included.
+    """
+
+    cache: packed.Cache
+    slot: jax.Array | int
+    mask: jax.Array
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention when `cross`, MLP.
+
+    One description for training, prefill and cached decoding: with a `Step` in place of the mask,
+    self-attention reads and writes a cache. Decoding may give packed weights for some parts, as the
+    variables 'packed' (see ops/packed.py); those parts then run as one piece each.
+
+    cross: None, 'paper' (self-attention, cross-attention, one MLP: the layout that reproduces the
+    paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
+    context with an MLP of its own).
+    causal: whether self-attention sees only a token's own place and before.
+    """
+
+    width: int
+    num_heads: int
+    mlp_dim: int
+    depth: int
+    cross: str | None = None
+    causal: bool = False
+    options: BlockOptions = BlockOptions()
+
+    def setup(self) -> None:
+        shared: dict[str, Any] = dict(
+            out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
+            options=self.options,
+        )
+        norm = functools.partial(LayerNorm, dtype=self.options.dtype, ops=self.options.ops)
+        attention = functools.partial(Attention, self.width, self.num_heads, **shared)
+        mlp = functools.partial(Mlp, self.mlp_dim, **shared)
+        self.attention_norm, self.attention = norm(), attention()
+        self.mlp_norm, self.mlp = norm(), mlp()
+        if self.cross is not None:
+            self.cross_norm, self.cross_attention = norm(), attention()
+        if self.cross == "open_clip":
+            self.context_norm = norm()
+            self.cross_mlp_norm, self.cross_mlp = norm(), mlp()
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | Step | None, context: Any
+    ) -> tuple[jax.Array, packed.Cache | None]:
+        """x [B, N, D] -> the same, and the cache that a Step brought, written to.
+
+        mask: bool, broadcastable to [B, 1, N, N], of self-attention, or None; a Step in decoding.
+        context: [B, M, W]; in decoding what `image_cache` gives, or in panels image tokens.
+        """
+        x, cache = self.attend_to_text(x, mask)
+        if self.cross == "open_clip":
+            x = self.feed_forward(x, "mlp")
+        if self.cross is not None:
+            x = self.attend_to_image(x, context)
+        x = self.feed_forward(x, "cross_mlp" if self.cross == "open_clip" else "mlp")
+        return x, cache
+
+    def _packed(self, part: str) -> Any:
+        return self.variables.get("packed", {}).get(part)
+
+    def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
+        return checkpoint_name(self.options.ops.residual_stream(x), "residual")
+
+    def attend_to_text(
+        self, x: jax.Array, mask: jax.Array | Step | None
+    ) -> tuple[jax.Array, packed.Cache | None]:
+        """The residual part of self-attention."""
+        if not isinstance(mask, Step):
+            out = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
+            return self._add(x, out), None
+        weights = self._packed("attention")
+        if weights is not None:
+            return packed.self_attention(x, weights, mask.mask, mask.slot, mask.cache)
+        normal = self.attention_norm(x)
+        cache = packed.write(mask.cache, *self.attention.cache(normal), mask.slot)
+        return self._add(x, self.attention.attend_cached(normal, cache, mask.mask)), cache
+
+    def attend_to_image(self, x: jax.Array, context: Any) -> jax.Array:
+        """The residual part of cross-attention."""
+        weights = self._packed("cross_attention")
+        if weights is not None:
+            return packed.cross_attention(x, weights, context)
+        normal = self.cross_norm(x)
+        if isinstance(context, packed.Cache):
+            return self._add(x, self.cross_attention.attend_cached(normal, context))
+        if self.cross == "open_clip":
+            context = self.context_norm(context)
+        return self._add(x, self.cross_attention(normal, context))
+
+    def feed_forward(self, x: jax.Array, part: str) -> jax.Array:
+        """The residual part of an MLP: 'mlp' or 'cross_mlp'."""
+        weights = self._packed(part)
+        if weights is not None:
+            return packed.mlp(x, weights, self.options.activation)
+        mlp, norm = getattr(self, part), getattr(self, f"{part}_norm")
+        return self._add(x, mlp(norm(x)))
+
+    def image_cache(self, tokens: jax.Array) -> packed.Cache:
+        """What cross-attention reads of image tokens [B, Q, D], for a whole caption."""
+        weights = self._packed("cross_attention")
+        if weights is not None:
+            return packed.image_cache(weights, tokens, self.num_heads, self.options.dtype)
+        if self.cross == "open_clip":
+            tokens = self.context_norm(tokens)
+        return self.cross_attention.cache(tokens.astype(self.options.dtype))
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What costs products or reductions to make again; norms, softmax and GELU are recomputed.
+    "named": jax.checkpoint_policies.save_only_these_names(
+        "qkv", "attended", "mlp", "residual", "statistics"
+    ),
+    "full": None,  # save nothing but each block's input
+}
+
+
+class Stack(nn.Module):
+    """`depth` blocks with parameters stacked on a leading axis, run by one scan.
+
+    remat: 'none' | 'dots' (save the products) | 'named' (save the tensors that are dear to make
+    again) | 'full' (save only each block's input). causal: of self-attention.
+    """
+
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    cross: str | None = None
+    causal: bool = False
+    remat: str = "none"
+    options: BlockOptions = BlockOptions()
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
+    ) -> jax.Array:
+        ops = self.options.ops
+        mask, causal = ops.prepare_mask(mask, self.causal, x.shape[1])
+        fields: dict[str, Any] = dict(
+            width=x.shape[-1],
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            depth=self.depth,
+            cross=self.cross,
+            causal=causal,
+        )
+        loop = ops.layer_loop(fields | self.options.fields(), self.remat)
+        if loop is not None and not self.is_initializing():
+            return loop(self.variables["params"]["layers"], x, mask, context)
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.depth,
+            unroll=ops.unroll(self.depth),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(name="layers", options=self.options, **fields)
+        return layers(x, mask, context)[0]
