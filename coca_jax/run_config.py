@@ -126,6 +126,16 @@ def check_batch(config: ConfigDict, parts: int, processes: int) -> None:
         raise ValueError(f"config.batch_size={size} is not a multiple of {processes} processes")
 
 
+def remark_batch(config: ConfigDict, num_examples: int) -> str:
+    """A warning where a batch has more rows than the data have examples, else ''."""
+    if config.batch_size <= num_examples:
+        return ""
+    return (
+        f"warning: config.batch_size={config.batch_size} is more than all {num_examples} examples: "
+        "each is in a batch several times, as a negative of itself; lower it"
+    )
+
+
 def check_vocabulary(config: ConfigDict, vocabulary: Any) -> None:
     """Raises ValueError when the tokenizer has ids that the model has no row for."""
     rows = config.model.text.vocab_size

@@ -8,7 +8,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from coca_jax import cli, recipes
+from coca_jax import cli, recipes, run_config
+from coca_jax.data import run_vocabulary
 
 OWN = "from coca_jax.configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
 
@@ -172,3 +173,18 @@ def test_lengths_that_are_all_given_are_left_to_the_check(parse, capsys):
     assert (config.steps, config.optimizer.warmup_steps) == (3, 9)
     assert parse("--config=tiny").optimizer.warmup_steps == 1
     assert not capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_not_there_names_its_key(tmp_path):
+    config = recipes.load("tiny")
+    config.data.vocabulary = str(tmp_path / "none.model")
+    with pytest.raises(FileNotFoundError, match="^data.vocabulary=.*none.model: no such"):
+        run_vocabulary.load_or_train(config, str(tmp_path))
+
+
+def test_a_batch_larger_than_the_data_is_remarked_on():
+    config = recipes.load("tiny")  # a batch of 16
+    assert not run_config.remark_batch(config, 16)
+    assert "config.batch_size=16 is more than all 15 examples" in run_config.remark_batch(
+        config, 15
+    )

@@ -34,7 +34,7 @@ def load_or_train(
     """
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_beside(config.init_from)
-    given = vocabularies.load(place) if place else None
+    given = _load_given(place, bool(config.data.vocabulary)) if place else None
     if storage.place(path).exists():
         vocabulary = vocabularies.load(path)
         if given is not None and given.checksum != vocabulary.checksum:
@@ -70,6 +70,17 @@ def load_or_train(
     if config.data.label_token and vocabulary.label_id is None:
         raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
     return vocabulary
+
+
+def _load_given(place: str, named: bool) -> Vocabulary:
+    try:
+        return vocabularies.load(place)
+    except FileNotFoundError:
+        key = "data.vocabulary" if named else "init_from has its vocabulary at"
+        raise FileNotFoundError(
+            f"{key}={place}: no such file; give a tokenizer's (.model, .bpe.gz or .json), or '' to "
+            "train one on the run's own text"
+        ) from None
 
 
 def _vocabulary_beside(init_from: str) -> str:

@@ -69,6 +69,8 @@ def train_on(
         )
         if jax.process_index() == 0:
             print(mixture.describe(), file=sys.stderr)
+            if remark := run_config.remark_batch(config, mixture.num_examples):
+                print(remark, file=sys.stderr)
 
     feed = Feed(batches, config, mesh, buckets)
     log = hooks.Log(config, workdir, steps, start, feed, batches, buckets)
