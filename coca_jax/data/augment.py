@@ -57,29 +57,9 @@ def plan(
     """
     if mode not in MODES:
         raise ValueError(f"data.augment={mode!r}: use one of {', '.join(MODES)}")
-    n = len(keys)
     draw = order.uniform(keys, 32)
-    box = _region(height, width, resize)
-    if mode == "crop":
-        box = _cut(box, draw, np.full(n, 1 / CROP_SCALE), np.full(n, 1 / CROP_SCALE))
-    elif mode == "inception":
-        low, high = INCEPTION_AREA
-        area = low + (high - low) * draw[:, 2]
-        log_aspect = np.log(INCEPTION_ASPECT)
-        aspect = np.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * draw[:, 3])
-        pixels = area * box[:, 2] * box[:, 3]
-        share_w = np.minimum(np.sqrt(pixels * aspect) / box[:, 3], 1.0)
-        share_h = np.minimum(np.sqrt(pixels / aspect) / box[:, 2], 1.0)
-        box = _cut(box, draw, share_h, share_w)
-    affine = np.tile(np.eye(2, 3), (n, 1, 1))  # centred output -> centred input, unit square
-    colour = np.tile(np.eye(3, 4), (n, 1, 1))
-    background = np.full((n, 3), 255.0)
-    operation, strength = np.zeros((n, 1), np.int32), np.zeros((n, 1))
-    if mode == "drawing":
-        affine, colour, background, strength = _drawing(draw)
-        operation = np.where(strength > 0, OUTLINE, KEEP)
-    elif mode == "randaugment":
-        affine, colour, operation, strength = _randaugment(keys, n, *randaugment)
+    box = _cuts(mode, _region(height, width, resize), draw)
+    affine, colour, background, operation, strength = _maps(mode, keys, draw, randaugment)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
     # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
@@ -98,6 +78,41 @@ def plan(
         op=operation.astype(np.int32),
         strength=strength.astype(np.float32),
     )
+
+
+def _cuts(mode: str, box: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """What `mode` cuts from boxes int64 [n, 4], by the draws [n, 32]."""
+    n = len(box)
+    if mode == "crop":
+        return _cut(box, draw, np.full(n, 1 / CROP_SCALE), np.full(n, 1 / CROP_SCALE))
+    if mode != "inception":
+        return box
+    low, high = INCEPTION_AREA
+    area = low + (high - low) * draw[:, 2]
+    log_aspect = np.log(INCEPTION_ASPECT)
+    aspect = np.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * draw[:, 3])
+    pixels = area * box[:, 2] * box[:, 3]
+    share_w = np.minimum(np.sqrt(pixels * aspect) / box[:, 3], 1.0)
+    share_h = np.minimum(np.sqrt(pixels / aspect) / box[:, 2], 1.0)
+    return _cut(box, draw, share_h, share_w)
+
+
+def _maps(
+    mode: str, keys: np.ndarray, draw: np.ndarray, randaugment: tuple[int, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `mode` does besides: maps of place [n, 2, 3] and colour [n, 3, 4], backgrounds [n, 3],
+    operations and their strength [n, layers]."""
+    n = len(keys)
+    affine = np.tile(np.eye(2, 3), (n, 1, 1))  # centred output -> centred input, unit square
+    colour = np.tile(np.eye(3, 4), (n, 1, 1))
+    background = np.full((n, 3), 255.0)
+    operation, strength = np.zeros((n, 1), np.int32), np.zeros((n, 1))
+    if mode == "drawing":
+        affine, colour, background, strength = _drawing(draw)
+        operation = np.where(strength > 0, OUTLINE, KEEP)
+    elif mode == "randaugment":
+        affine, colour, operation, strength = _randaugment(keys, n, *randaugment)
+    return affine, colour, background, operation, strength
 
 
 def _region(height: np.ndarray, width: np.ndarray, resize: str) -> np.ndarray:

@@ -1,0 +1,97 @@
+"""Random access to the records of a split, and pictures of it as files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coca_jax.data.scenes.drawing import render
+from coca_jax.data.scenes.language import full_caption, label_names, noisy_caption
+from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
+
+
+class Scenes:
+    """Random access to one split; see the module for what the splits hold.
+
+    Args:
+      split: 'train', 'test' (like training) or 'heldout' (compositions that training never shows).
+      kind: 'caption' (one to four objects and an alt-text) or 'label' (one object and its names).
+      objects: how many objects a caption scene may have; all four counts by default.
+
+    A record is a dict: `image` uint8 [64, 64, 3]; `text`, one noisy alt-text (in the evaluation
+    splits the full caption), None for labels; `labels`, names or None; `key`; `scene`, the
+    attributes. Raises ValueError for an unknown split, kind or count, and IndexError by index.
+    """
+
+    def __init__(
+        self, split: str = "train", kind: str = "caption", objects: Iterable[int] = (1, 2, 3, 4)
+    ):
+        if split not in SPLIT_SIZES:
+            raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_SIZES)}")
+        if kind not in ("caption", "label"):
+            raise ValueError(f"kind is {kind!r}; use 'caption' or 'label'")
+        objects = tuple(sorted(set(objects)))
+        if not objects or not set(objects) <= {1, 2, 3, 4}:
+            raise ValueError(f"objects is {objects}; use counts from 1 to 4")
+        self.split, self.kind = split, kind
+        shares = {1: 0.4, 2: 0.25, 3: 0.2, 4: 0.15}
+        counts = (1,) if kind == "label" else objects
+        self._counts = tuple((shares[n], n) for n in counts)
+        name = f"{kind}-{''.join(map(str, counts))}"
+        self._name = f"scenes/{split}/{name}"
+        self._streams = [stream("scenes-2", split, name, part) for part in ("scene", "ink", "text")]
+
+    def __len__(self) -> int:
+        return SPLIT_SIZES[self.split]
+
+    def _draws(self, indices: np.ndarray, part: int, count: int) -> list[Draws]:
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"index outside 0 to {len(self) - 1} of {self._name}")
+        blocks = hash_uniform(self._streams[part], indices, 0, count).tolist()
+        return [Draws(self._streams[part], int(i), b) for i, b in zip(indices, blocks)]
+
+    def _scenes(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        heldout = self.split == "heldout"
+        return [draw_scene(d, heldout, self._counts) for d in self._draws(indices, 0, 24)]
+
+    def read(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the records at `indices`, int [N]."""
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        scenes = self._scenes(indices)
+        images = [render(s, d) for s, d in zip(scenes, self._draws(indices, 1, 24))]
+        texts = self._texts(indices, scenes)
+        return [
+            dict(image=image, **text, key=f"{self._name}/{index}", scene=scene)
+            for index, scene, image, text in zip(indices, scenes, images, texts)
+        ]
+
+    def read_texts(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
+        """Returns only {text, labels} at `indices`: no picture is drawn (vocabulary training)."""
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        return self._texts(indices, self._scenes(indices))
+
+    def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
+        draws = self._draws(indices, 2, 48)
+        if self.kind == "label":
+            noise = draws if self.split == "train" else [None] * len(draws)
+            return [dict(text=None, labels=label_names(s, d)) for s, d in zip(scenes, noise)]
+        if self.split != "train":
+            return [dict(text=full_caption(s), labels=None) for s in scenes]
+        return [dict(text=noisy_caption(s, d), labels=None) for s, d in zip(scenes, draws)]
+
+
+def write_folder(out: str, count: int, split: str = "heldout") -> None:
+    """Writes `count` pictures with metadata.jsonl, as an imagefolder that `prepare` reads."""
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, record in enumerate(Scenes(split).read(np.arange(count))):
+        name = f"{number:05d}.png"
+        Image.fromarray(record["image"]).save(folder / name)
+        lines.append(json.dumps(dict(file_name=name, text=record["text"])))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
