@@ -182,7 +182,7 @@ def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def check_key(config: ConfigDict, key: str, text: str = "") -> None:
     """Raises ValueError when `config` has no value named `key`, as `optimizer.learning_rate`.
 
-    Keys with an index, as `data.sources[0].path`, are left to config_flags.
+    An element of a tuple has its index, as `data.sources[0].path`.
     """
     group: Any = config
     done = "--config"
@@ -190,9 +190,16 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
         if isinstance(group, (tuple, list)):
             raise ValueError(
                 f"--config.{key}={text}: {done[9:]} is a tuple of {len(group)}; an element of it "
-                f"is {done}[0], all of it {done}=\"({{'name': 'value'}},)\""
+                f"is {done}[0]; {_whole(done)}"
             )
-        if "[" in part:  # an element, whose keys config_flags knows
+        if "[" in part:
+            try:
+                config_flags.config_flags.GetType(key, config)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                name = f"{done}.{part.split('[')[0]}"
+                raise ValueError(
+                    f"--config.{key}={text}: no such element, or it has no such key; {_whole(name)}"
+                ) from None
             return
         if not isinstance(group, ConfigDict):
             raise ValueError(f"--config.{key}={text}: {done} is a value and has no keys")
@@ -211,9 +218,17 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
             ast.literal_eval(text)
         except (ValueError, SyntaxError):
             raise ValueError(
-                f"--config.{key}={text}: not a Python value; write text in quotes and dicts in "
-                f"braces, as {done}=\"({{'path': 'data/mine', 'kind': 'caption'}},)\""
+                f"--config.{key}={text}: not a Python value, with text in quotes and dicts in "
+                f"braces; {_whole(done)}"
             ) from None
+
+
+def _whole(name: str) -> str:
+    """How to give a tuple of the recipe on the command line."""
+    if name == "--config.data.sources":
+        easy = "--data=PATH does that for own data, or " if "data" in flags.FLAGS else ""
+        return f"{easy}give all of it: {name}=\"({{'path': 'data/mine', 'kind': 'caption'}},)\""
+    return f'give all of it in quotes: {name}="(...)"'
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:

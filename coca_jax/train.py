@@ -38,7 +38,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    recipes.define_flag()
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
     flags.DEFINE_multi_string(
         "data",
@@ -46,6 +45,7 @@ def define_flags() -> None:
         "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
         "caption, label or question. Repeatable. Prepared on the way where it is not.",
     )
+    recipes.define_flag()  # after --data, which its messages name
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
@@ -71,7 +71,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --workdir")
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
-        raise ValueError("give --config=NAME and --workdir=DIR")
+        raise ValueError(
+            "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"
+        )
     if flags.FLAGS.process_id <= 0:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax

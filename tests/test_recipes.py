@@ -128,7 +128,12 @@ def test_values_are_replaced_from_the_command_line(parse):
         (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: beta1, beta2"),
         (["--config.batch_size.x=1"], "--config.batch_size is a value and has no keys"),
         (["--config.data.sources.0.path=x"], "data.sources is a tuple of 2"),
-        (["--config.data.sources=(dict(path='x'),)"], "braces, as --config.data.sources="),
+        (
+            ["--config.data.sources=(dict(path='x'),)"],
+            "in braces; give all of it: --config.data",
+        ),
+        (["--config.data.sources[0].path=x"], "no such key; give all of it"),
+        (["--config.data.sources[7].kind=x"], "no such element"),
         (["--config.image_sizes=((0.5, 32)"], "not a Python value"),
         (["--learning_rate=1e-4"], "no such flag; .* is --config.optimizer.learning_rate=1e-4"),
         (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
