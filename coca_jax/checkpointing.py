@@ -1,76 +1,166 @@
-"""Checkpoints of a run: asynchronous saves, restore on any mesh, parameters alone."""
+"""Checkpoints of a run: asynchronous saves, restore on any mesh, parameters alone.
+
+Contents are checked when they are read (see checkpoint_record.py). Where the newest checkpoint is
+damaged, the one before it is used and a line says so.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from coca_jax import checkpoint_record, checksums, sealed_json
+from coca_jax.checkpoint_record import Damaged
 from coca_jax.train_step import TrainState, merge
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 class Checkpoints:
     """Steps under `workdir/checkpoints`, each with params, ema, optimizer state and counters apart.
 
-    keep: how many steps stay. Saves are asynchronous; a step appears only when it is whole.
+    keep: how many steps stay. run: the contents of config.json, kept in each. Saves are
+    asynchronous; a step appears only when it is whole. What a killed save left is removed.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 3) -> None:
+    def __init__(self, workdir: str, *, keep: int = 3, run: dict[str, Any] | None = None) -> None:
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._keep, self._run, self._opened = keep, run or {}, 0
+        self._open()
+
+    def _open(self) -> None:
+        self._opened += 1
+        if jax.process_index() == 0:  # what a killed or failed save left
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
+        # Processes that went on from a failed save must not meet at barriers of before.
+        several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open{self._opened}")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=True,
+            multiprocessing_options=several,
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def latest_step(self) -> int | None:
-        """The newest whole step, None when there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The whole steps, oldest first."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts writing `state` as `step`; returns when the device arrays may change again."""
+        """Starts writing `state` as `step`; returns when the device arrays may change again.
+
+        Call `wait` first: it says how the save before ended. Raises SaveFailed.
+        """
         if step in self._manager.all_steps():
             return
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "opt_state": ocp.args.StandardSave(state.opt_state),
-            "counters": ocp.args.StandardSave({"step": state.step, "skipped": state.skipped}),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        trees = _items(state)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
+        record = checkpoint_record.make(trees, self._run)
+        items[checkpoint_record.ITEM] = ocp.args.JsonSave(record)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            if jax.process_count() > 1:  # the others wait inside it: only an end helps them
+                raise
+            self._reopen()
+            raise SaveFailed(f"could not save step {step}: {_first_line(error)}") from error
 
-    def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
-        """Reads `step` straight into the given shardings, whatever mesh wrote it.
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager.is_saving_in_progress()
 
-        Raises ValueError when the checkpoint's arrays do not match the model.
+    def wait(self) -> None:
+        """Returns once the save under way, if any, is whole on all processes, else raises
+        SaveFailed on all of them."""
+        problem = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            problem = error
+        if _agree(problem is None):
+            return
+        self._reopen()
+        why = "on another process" if problem is None else _first_line(problem)
+        raise SaveFailed(f"could not finish a save: {why}") from problem
+
+    def wait_for(self, step: int) -> None:
+        """`wait`, and SaveFailed unless `step` is then among the whole ones."""
+        self.wait()
+        if step not in self._manager.all_steps():
+            raise SaveFailed(f"could not save step {step}")
+
+    def _reopen(self) -> None:
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._open()
+
+    def restore_newest(
+        self, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, int, list[str]] | None:
+        """(state, step, what was wrong with newer ones), whatever mesh wrote it; None without any.
+
+        The state is read straight into the given shardings. Damaged steps are set aside under
+        other names. Raises Misfit when a whole checkpoint's arrays do not match the model,
+        Damaged when no whole one is left.
         """
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        items = {
-            "params": ocp.args.StandardRestore(target.params),
-            "opt_state": ocp.args.StandardRestore(target.opt_state),
-            "counters": ocp.args.StandardRestore({"step": target.step, "skipped": target.skipped}),
-        }
-        if target.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(target.ema)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {self.directory}/{step} does not fit the model of this config "
-                f"({str(error).splitlines()[0]}); use the config that made it, or a new workdir"
-            ) from error
-        return TrainState(
-            step=restored["counters"]["step"],
-            skipped=restored["counters"]["skipped"],
-            params=restored["params"],
-            opt_state=restored["opt_state"],
-            ema=restored["ema"] if target.ema is not None else None,
+        steps = self.steps()[::-1]
+        problems: dict[int, str] = {}
+        for step in steps:
+            state, problem = self._try(step, target)
+            if _agree(problem is None):
+                return state, step, self._set_aside(problems, step)
+            problems[step] = problem or "damaged where another process reads it"
+        if not problems:
+            return None
+        raise Damaged(
+            f"every checkpoint of {self.directory} is damaged ({problems[steps[0]]}); put a copy "
+            "of one in its place, or move the folder away to begin at step 0"
         )
+
+    def _try(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+        """(state, None), or (None, what is wrong with its contents)."""
+        folder = self.directory / str(step)
+        try:
+            read = {name: read_item(folder, name, tree) for name, tree in _items(target).items()}
+        except Damaged as error:
+            return None, str(error)
+        counters = read.pop("counters")
+        return TrainState(**counters, **({"ema": None} | read)), None
+
+    def _set_aside(self, problems: dict[int, str], used: int) -> list[str]:
+        """Renames damaged steps; returns the lines that say so."""
+        lines = []
+        for step, problem in problems.items():
+            folder = self.directory / str(step)
+            name = f"{step}.damaged"
+            for number in range(2, 100):
+                if not (self.directory / name).exists():
+                    break
+                name = f"{step}.damaged{number}"
+            if jax.process_index() == 0:
+                folder.rename(self.directory / name)
+            lines.append(
+                f"checkpoint {step} is damaged ({problem}): set aside as {self.directory / name}; "
+                f"going on from step {used}, {step - used} steps are trained again"
+            )
+        if lines:
+            _meet("damaged checkpoints are set aside")
+            self._manager.reload()
+        return lines
 
     def close(self) -> None:
         """Waits for writes under way on every process."""
@@ -78,20 +168,97 @@ class Checkpoints:
         self._manager.close()
 
 
-def find_step(path: str) -> tuple[pathlib.Path, int]:
-    """(checkpoints directory, step) of a workdir, a checkpoints directory or one step in it.
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state, or of an abstract one, as they are stored."""
+    items = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "counters": {"step": state.step, "skipped": state.skipped},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def read_item(folder: pathlib.Path, item: str, target: Any) -> Any:
+    """One part of the checkpoint `folder`, into the shapes and shardings of `target`, checked.
+
+    No process waits for another one in it. Raises Misfit for another tree or other shapes, Damaged
+    for contents that are not what was written, OSError where storage does not answer.
+    """
+    record = checkpoint_record.read(folder)
+    if record is not None and item not in record["items"]:
+        stored: dict[str, str] = {}
+    elif record is not None:
+        stored = {name: shape for name, (shape, _) in record["items"][item].items()}
+    else:
+        stored = checksums.shapes(_metadata(folder, item))
+    checkpoint_record.check_fits(folder, item, stored, target)
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
+        jax.block_until_ready(tree)
+    except Exception as error:
+        if not checkpoint_record.is_damage(error):
+            raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
+        raise Damaged(f"{folder / item} cannot be read: {_first_line(error)}") from error
+    finally:
+        handler.close()
+    if record is not None:
+        checkpoint_record.check_contents(folder, item, record, tree)
+    return tree
+
+
+def _metadata(folder: pathlib.Path, item: str) -> Any:
+    """The abstract arrays that an item holds, as Orbax noted them."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        found = handler.metadata(folder / item)
+        return getattr(found, "tree", found)
+    except Exception as error:
+        if not checkpoint_record.is_damage(error):
+            raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
+        raise Damaged(f"{folder / item} cannot be read: {_first_line(error)}") from error
+    finally:
+        handler.close()
+
+
+def _agree(fine: bool) -> bool:
+    """Whether all processes say so."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+
+
+def find_steps(path: str) -> tuple[pathlib.Path, list[int]]:
+    """(checkpoints directory, its steps, newest first) of a workdir or a checkpoints directory;
+    the one step that `path` itself is.
 
     Raises FileNotFoundError when there is no whole checkpoint.
     """
     place = pathlib.Path(path).absolute()
     if place.name.isdigit() and (place / "params").is_dir():
-        return place.parent, int(place.name)
+        return place.parent, [int(place.name)]
     for directory in (place / "checkpoints", place):
         if directory.is_dir():
             steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
             if steps:
-                return directory, max(steps)
+                return directory, sorted(steps, reverse=True)
     raise FileNotFoundError(f"no checkpoint under {path}; give a run's workdir or one of its steps")
+
+
+def find_step(path: str) -> tuple[pathlib.Path, int]:
+    """(checkpoints directory, newest step); see `find_steps`."""
+    directory, steps = find_steps(path)
+    return directory, steps[0]
 
 
 def load_config(path: str) -> ConfigDict:
@@ -101,48 +268,74 @@ def load_config(path: str) -> ConfigDict:
 
 
 def read_config(workdir: str) -> ConfigDict:
-    """`workdir/config.json`. Raises FileNotFoundError when it is not there."""
+    """`workdir/config.json`; where it is damaged, what the newest checkpoint says it was.
+
+    Raises FileNotFoundError when it is not there, ValueError when neither is whole.
+    """
     file = pathlib.Path(workdir) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; a checkpoint is read with its run's config")
-    return ConfigDict(json.loads(file.read_text()), convert_dict=True)
+    return ConfigDict(read_run(workdir), convert_dict=True)
+
+
+def read_run(workdir: str) -> dict[str, Any]:
+    """The contents of config.json: the config, the vocabulary's checksum, the head's classes."""
+    file = pathlib.Path(workdir) / "config.json"
+    try:
+        return sealed_json.read(file)
+    except ValueError as error:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            directory, step = find_step(workdir)
+            record = checkpoint_record.read(directory / str(step))
+            if record is not None and record["config"]:
+                logging.warning("%s; the config kept with step %d is used", error, step)
+                return record["config"]
+        raise
 
 
 def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
     """Parameters alone (their average when the run keeps one) and the run's config.
 
+    Of a workdir, those of the newest step that is not damaged; a warning names the damaged ones.
+    Raises Damaged when the step that `path` names, or every step, is.
+
     shardings: a tree of shardings like the parameters, to read each array straight into its place;
     None: onto the first local device.
     """
-    directory, step = find_step(path)
+    directory, steps = find_steps(path)
     config = read_config(str(directory.parent))
-    folder = directory / str(step)
-    # The handler alone: a Checkpointer looks for its own metadata beside each item and warns that
-    # there is none, since it stands beside the whole step.
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+    for step in steps:
+        try:
+            return _params(directory / str(step), shardings), config
+        except Damaged as error:
+            if step == steps[-1]:
+                raise
+            logging.warning("checkpoint %d is damaged (%s); the one before it is read", step, error)
+    raise AssertionError("find_steps gives at least one step")
 
-        def shapes(item: str) -> dict:
-            metadata = handler.metadata(folder / item)
-            return getattr(metadata, "tree", metadata)
 
-        def read(item: str, tree: dict) -> dict:
-            if shardings is None:
-                device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                places = jax.tree.map(lambda _: device, tree)
-            else:
-                places = _part_of(shardings, tree)
-            target = jax.tree.map(
-                lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
-            )
-            return handler.restore(folder / item, args=ocp.args.StandardRestore(target))
+def _params(folder: pathlib.Path, shardings: Any) -> Any:
+    """The parameters of one checkpoint, checked."""
 
-        tree = shapes("params")
-        if not (folder / "ema").is_dir():
-            return read("params", tree), config
-        averaged = shapes("ema")  # of what the run trains: all, or the head alone
-        if len(jax.tree.leaves(averaged)) == len(jax.tree.leaves(tree)):
-            return read("ema", averaged), config
-        return merge(read("params", tree), read("ema", averaged)), config
+    def read(item: str) -> Any:
+        tree = _metadata(folder, item)
+        if shardings is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = jax.tree.map(lambda _: device, tree)
+        else:
+            places = _part_of(shardings, tree)
+        target = jax.tree.map(
+            lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
+        )
+        return read_item(folder, item, target)
+
+    record = checkpoint_record.read(folder)
+    averaged = (folder / "ema").is_dir() if record is None else "ema" in record["items"]
+    if not averaged:
+        return read("params")
+    ema = read("ema")  # of what the run trains: all, or the head alone
+    count = len(jax.tree.leaves(_metadata(folder, "params")))
+    return ema if len(jax.tree.leaves(ema)) == count else merge(read("params"), ema)
 
 
 def _part_of(tree: Any, like: Any) -> Any:

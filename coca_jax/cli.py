@@ -21,6 +21,7 @@ from absl import app, flags, logging
 
 import coca_jax
 from coca_jax import compile_cache, quiet, recipes
+from coca_jax.training import stopping
 
 COMMANDS = {
     "train": "train a recipe in a workdir; go on from what is there",
@@ -33,6 +34,7 @@ COMMANDS = {
     "report": "write the HTML report of a run",
     "benchmark": "time training, encoding, captioning, input or losses",
 }
+SAVED = ("train",)  # commands that save what they did when they are asked to stop
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 
 
@@ -69,8 +71,20 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     """Runs a sub-command; prints its result as the last line of standard output, as JSON.
 
     A ValueError or OSError is bad input: it becomes one line on standard error and exit
-    status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0.
+    status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
+    Ctrl-C with 130, or as training/stopping.py says where the command saves.
     """
+    if name in SAVED:
+        stopping.install()
+    else:
+        stopping.end_on_interrupt()
+    try:
+        _start(name, arguments)
+    except KeyboardInterrupt:
+        stopping.leave(f"coca-jax {name}: ended by Ctrl-C", stopping.EXIT_AT_ONCE)
+
+
+def _start(name: str, arguments: Sequence[str] | None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     before = given[: given.index("--")] if "--" in given else given
     wants_help = any(argument in HELP_FLAGS for argument in before)

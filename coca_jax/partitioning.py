@@ -245,6 +245,8 @@ def start_processes(coordinator: str = "", num_processes: int = 0, process_id: i
             "--coordinator, --num_processes and --process_id go together: "
             f"got {coordinator!r}, {num_processes}, {process_id}"
         )
+    # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
+    jax.config.update("jax_enable_preemption_service", False)
     if all(given):
         jax.distributed.initialize(coordinator, num_processes, process_id)
     elif _environment_has_processes():

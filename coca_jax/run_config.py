@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from coca_jax import recipes, storage
+from coca_jax import recipes, sealed_json, storage
 from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
@@ -17,6 +17,9 @@ FREE = (
     *("mesh", "checkpoint", "eval", "log", "remat", "accumulate_steps", "data.num_threads"),
     *("data.loader", "model.implementation"),
 )
+
+# The updates of all optimizers here have the size of about 1 before this factor.
+MAX_LEARNING_RATE = 1.0
 
 
 def check(config: ConfigDict) -> None:
@@ -28,6 +31,12 @@ def check(config: ConfigDict) -> None:
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
         )
     make_schedule(config.optimizer, config.steps)
+    rate = config.optimizer.learning_rate
+    if not 0 <= rate <= MAX_LEARNING_RATE:  # nan is neither
+        raise ValueError(
+            f"optimizer.learning_rate={rate}; give a number from 0 to {MAX_LEARNING_RATE}, such as "
+            "1e-3: the size of a step of a parameter"
+        )
     if config.remat not in ("none", "dots", "named", "full"):
         raise ValueError(f"config.remat={config.remat!r}; choose 'none', 'dots', 'named' or 'full'")
     patch = config.model.patch_size
@@ -54,8 +63,13 @@ def check(config: ConfigDict) -> None:
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:
         if not config.head.kind:
             raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
+    if not isinstance(config.checkpoint.max_skipped, int) or config.checkpoint.max_skipped < 0:
+        raise ValueError(
+            f"config.checkpoint.max_skipped={config.checkpoint.max_skipped!r}; give a number of "
+            "steps, 0 for no limit"
+        )
     whole = ("batch_size", "accumulate_steps", "text_parts")
-    for name in (*whole, "log.every_steps", "checkpoint.every_steps"):
+    for name in (*whole, "log.every_steps", "checkpoint.every_steps", "checkpoint.keep"):
         value = config
         for part in name.split("."):
             value = value[part]
@@ -161,24 +175,30 @@ def num_steps(config: ConfigDict, num_examples: int) -> int:
     return steps
 
 
-def write(
-    config: ConfigDict, workdir: str, vocabulary: Any, class_names: Sequence[str] = ()
-) -> None:
-    """Writes workdir/config.json with the vocabulary's checksum and the head's classes, in the
+def contents(
+    config: ConfigDict, vocabulary: Any, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What config.json holds: the config, the vocabulary's checksum and the head's classes, in the
     order of its outputs."""
     data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
-    text = json.dumps(data, indent=1, default=list) + "\n"
-    storage.write_text(storage.place(workdir) / "config.json", text)
+    return json.loads(json.dumps(data, default=list))
 
 
-def check_resumable(config: ConfigDict, workdir: str, class_names: Sequence[str] = ()) -> None:
-    """Raises ValueError naming what differs from the run that `workdir` already holds."""
-    path = storage.place(workdir) / "config.json"
-    if not path.exists():
-        return
-    old = _flatten(json.loads(path.read_text()))
+def write(run: dict[str, Any], workdir: str) -> None:
+    """Writes workdir/config.json. run: from `contents`."""
+    sealed_json.write(storage.place(workdir) / "config.json", run)
+
+
+def check_resumable(
+    config: ConfigDict, old: dict[str, Any], workdir: str, class_names: Sequence[str] = ()
+) -> None:
+    """Raises ValueError naming what differs from the run that `workdir` already holds.
+
+    old: the contents of its config.json.
+    """
+    old = _flatten(old)
     classes = old.pop("class_names", [])
     new = _flatten(json.loads(json.dumps(config.to_dict(), default=list)))
     # A run from before a key was there has its default.

@@ -19,7 +19,6 @@ configs/base.py says what each key means; an unknown key is refused with the nea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,8 +88,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except stopping.Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stopping.EXIT_PREEMPTED)
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()  # together: the first to go would take the others down
+        stopping.leave(str(stop), stopping.EXIT_AGAIN)
     return summary if jax.process_index() == 0 else None
 
 

@@ -69,7 +69,11 @@ def get_config() -> ConfigDict:
                 num_threads=0,  # decoding threads; 0: one per core
                 loader="direct",  # 'direct' | 'seqio' (needs the extra 'seqio'); equal batches
             ),
-            checkpoint=dict(every_steps=1000, keep=3),
+            checkpoint=dict(
+                every_steps=1000,
+                keep=3,  # the newest ones
+                max_skipped=50,  # steps in a row without finite gradients that end the run; 0: none
+            ),
             eval=dict(every_steps=0, tasks=()),  # tasks also run once at the end of training
             log=dict(every_steps=10, profile_steps=()),
         ),

@@ -376,7 +376,7 @@ def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeyp
     workdir, config, _ = tuned
     reached = stopping.Stop.reached
     monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
-    with pytest.raises(Preempted, match="saved step 3"):
+    with pytest.raises(Preempted, match="step 3 is saved"):
         train_alone(config, tmp_path)
     monkeypatch.setattr(stopping.Stop, "reached", reached)
     train_alone(config, tmp_path)

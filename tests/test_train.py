@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
 
-from coca_jax import checkpointing, run_config
-from coca_jax.metrics import read_metrics
+from coca_jax import checkpointing, partitioning, run_config
+from coca_jax.data import vocabulary
+from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train import train
-from coca_jax.training import stopping
+from coca_jax.training import run, stopping
 from coca_jax.training.stopping import Preempted
 
 
@@ -64,7 +67,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     reached = stopping.Stop.reached
     monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
-    with pytest.raises(Preempted, match="saved step 3"):
+    with pytest.raises(Preempted, match="step 3 is saved"):
         train(tiny_run(), str(tmp_path))
     monkeypatch.setattr(stopping.Stop, "reached", reached)
     train(tiny_run(), str(tmp_path))
@@ -83,7 +86,7 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
         "try:\n"
         f"  train.train(tiny_run(steps=100_000), {str(tmp_path)!r})\n"
         "except stopping.Preempted:\n"
-        "  sys.exit(stopping.EXIT_PREEMPTED)\n"
+        "  sys.exit(stopping.EXIT_AGAIN)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -92,9 +95,77 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
             break
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert process.returncode == stopping.EXIT_PREEMPTED == 75
+    assert process.returncode == stopping.EXIT_AGAIN == 75
     _, step = checkpointing.find_step(str(tmp_path))
     assert step == read_metrics(tmp_path)[-1]["step"] > 0
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path):
+    """tests/golden/run_0_1.tar.xz: step 2 of 4, written by version 0.1, and all its metrics."""
+    with tarfile.open("tests/golden/run_0_1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    want = read_metrics(tmp_path)
+    params, old = checkpointing.load_params(str(tmp_path))
+    assert sum(x.size for x in jax.tree.leaves(params)) == 4_449
+    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
+    config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
+    half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
+    config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)
+    config.model.pooler.update(num_queries=1, num_heads=1)
+    config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
+    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.log.every_steps, config.checkpoint.every_steps = 1, 2
+    one = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        run.train_on(one, config, str(tmp_path), TimeBuckets())
+    for a, b in zip(read_metrics(tmp_path), want, strict=True):
+        for name in COMPARED:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+    assert old.vocabulary_checksum == checkpointing.read_config(str(tmp_path)).vocabulary_checksum
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    whole, tmp_path, capfd
+):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    for path in (workdir / "checkpoints/4/opt_state").rglob("d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 16
+        path.write_bytes(data)
+    train(tiny_run(), str(workdir))
+    told = capfd.readouterr().err
+    assert "checkpoint 4 is damaged" in told and "2 steps are trained again" in told
+    for a, b in zip(read_metrics(whole[0]), read_metrics(workdir), strict=True):
+        assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
+    want, got = (checkpointing.load_params(str(place))[0] for place in (whole[0], workdir))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_run_keeps_its_vocabulary(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    config = (workdir / "config.json").read_bytes()
+    words = ["a red circle", "two blue squares"] * 9
+    vocabulary.train(words, 310, str(workdir / "vocabulary.model"))
+    with pytest.raises(ValueError, match="vocabulary.model .* is not the vocabulary that the run"):
+        train(tiny_run(), str(workdir))
+    (workdir / "vocabulary.model").unlink()
+    with pytest.raises(ValueError, match="vocabulary.model is missing"):
+        train(tiny_run(), str(workdir))
+    assert not (workdir / "vocabulary.model").exists()
+    assert (workdir / "config.json").read_bytes() == config
+
+
+def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path):
+    config = tiny_run(steps=100)
+    config.loss.captioning_weight = 1e38  # its gradients are infinite
+    config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
+    with pytest.raises(ValueError, match=r"of 5 steps in a row \(1 to 5\) are not finite") as error:
+        train(config, str(tmp_path))
+    assert "optimizer.learning_rate=0.001" in str(error.value)
+    assert "scenes" in str(error.value)
+    rows = json.loads((tmp_path / "skipped_step_1.json").read_text())
+    assert len(rows) == 16 and {"source", "index", "key", "text"} <= set(rows[0])
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 def test_a_workdir_refuses_another_config(whole):
@@ -120,6 +191,9 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default(tmp_path
         (dict(steps=0), "set exactly one"),
         (dict(epochs=1e-9, steps=0), "is no step of batch_size=16"),
         (dict(remat="some"), "config.remat='some'"),
+        (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan"),
+        (dict(optimizer=dict(learning_rate=1e6)), "optimizer.learning_rate=1000000.0"),
+        (dict(checkpoint=dict(max_skipped=-1)), "checkpoint.max_skipped=-1"),
     ],
 )
 def test_bad_configs_are_refused_before_any_work(tmp_path, changes, message):

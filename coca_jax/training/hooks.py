@@ -1,9 +1,9 @@
-"""What happens beside the steps of the loop: logging, saving, evaluation, a profiler's trace."""
+"""What happens beside the steps of the loop: logging, evaluation, a profiler's trace."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from coca_jax import train_step
 from coca_jax.checkpointing import Checkpoints
-from coca_jax.metrics import MetricWriter, Progress, TimeBuckets
+from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training.feed import Feed
+from coca_jax.training.setup import Run
 
 SHOWN = (
     *("loss", "contrastive_loss", "captioning_loss"),
@@ -26,23 +27,17 @@ class Log:
     Only process 0 shows and writes; the others read the same values.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: str,
-        steps: int,
-        start: int,
-        feed: Feed,
-        batches: Any,
-        buckets: TimeBuckets,
-    ):
-        main_process = jax.process_index() == 0
-        self._writer = MetricWriter(workdir, start_step=start) if main_process else None
+    def __init__(self, run: Run, start: int, feed: Feed, batches: Any):
+        config = run.config
+        self._writer = MetricWriter(run.workdir, start_step=start) if run.main_process else None
         self._progress = Progress(
-            steps, start_step=start, pairs_per_step=config.batch_size, enabled=main_process
+            run.steps,
+            start_step=start,
+            pairs_per_step=config.batch_size,
+            enabled=run.main_process,
         )
-        self._every, self._steps = config.log.every_steps, steps
-        self._feed, self._batches, self._buckets = feed, batches, buckets
+        self._every, self._steps, self._buckets = config.log.every_steps, run.steps, run.buckets
+        self._feed, self._batches = feed, batches
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._previous: jax.Array | None = None
 
@@ -84,55 +79,27 @@ class Log:
             self._writer.close()
 
 
-class Save:
-    """Saves the state each config.checkpoint.every_steps steps and at the end."""
-
-    def __init__(
-        self, config: ConfigDict, checkpoints: Checkpoints, steps: int, buckets: TimeBuckets
-    ):
-        self._every, self._steps = config.checkpoint.every_steps, steps
-        self._checkpoints, self._buckets = checkpoints, buckets
-
-    def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be kept."""
-        return step % self._every == 0 or step == self._steps
-
-    def __call__(self, step: int, state: train_step.TrainState) -> None:
-        """Starts the save; it goes on behind the next steps."""
-        with self._buckets("save"):
-            self._checkpoints.save(step, state)
-
-    def close(self) -> None:
-        """Waits for the save under way."""
-        with self._buckets("save"):
-            self._checkpoints.close()
-
-
 class Evaluation:
-    """Scores of config.eval.tasks each config.eval.every_steps steps, and when it is asked."""
+    """Scores of config.eval.tasks each config.eval.every_steps steps, and when it is asked.
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        vocabulary: Any,
-        class_names: Sequence[str],
-        workdir: str,
-        steps: int,
-        buckets: TimeBuckets,
-    ):
-        self._config, self._vocabulary, self._class_names = config, vocabulary, class_names
-        self._workdir, self._steps, self._buckets = workdir, steps, buckets
+    The state that it is given is saved, or its save is under way.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints):
+        self._run, self._checkpoints = run, checkpoints
 
     def due(self, step: int) -> bool:
         """Whether the loop evaluates after `step`. The last evaluation comes after the loop."""
-        every = self._config.eval.every_steps
-        return bool(every) and step % every == 0 and step < self._steps
+        return evaluation_due(self._run, step)
 
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
         """Scores by name, also written to workdir/eval.json."""
-        if not self._config.eval.tasks:
+        run = self._run
+        if not run.config.eval.tasks:
             return {}
-        with self._buckets("eval"):
+        kept = functools.partial(self._checkpoints.wait_for, step)
+        run.say(f"evaluating step {step} ...")
+        with run.buckets("eval"), run.stop.saved("evaluating", kept):
             from coca_jax import inference
             from coca_jax.evaluators import tasks
 
@@ -140,13 +107,19 @@ class Evaluation:
             if state.ema is not None:
                 params = train_step.merge(params, state.ema)
             model = inference.CoCaModel(
-                self._config,
+                run.config,
                 params,
-                self._vocabulary,
+                run.vocabulary,
                 batch_size=max(64, 16 * jax.device_count()),
-                class_names=self._class_names,
+                class_names=run.class_names,
             )
-            return tasks.run_tasks(model, self._config.eval.tasks, self._workdir, step=step)
+            return tasks.run_tasks(model, run.config.eval.tasks, run.workdir, step=step)
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether there is something to evaluate after `step`, inside the loop."""
+    every = run.config.eval.every_steps if run.config.eval.tasks else 0
+    return bool(every) and step % every == 0 and step < run.steps
 
 
 def trace(config: ConfigDict, step: int, workdir: str) -> None:

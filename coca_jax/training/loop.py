@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from coca_jax.train_step import TrainState
 from coca_jax.training.feed import Feed
-from coca_jax.training.hooks import Evaluation, Log, Save
+from coca_jax.training.hooks import Evaluation, Log
 from coca_jax.training.programs import Programs
+from coca_jax.training.saving import Save
+from coca_jax.training.skipping import Skipping
 from coca_jax.training.stopping import Preempted, Stop
 
 
@@ -20,6 +23,7 @@ def run(
     feed: Feed,
     step_fn: Programs,
     log: Log,
+    check: Skipping,
     save: Save,
     evaluate: Evaluation,
     stop: Stop,
@@ -27,25 +31,28 @@ def run(
 ) -> TrainState:
     """The state after `steps` steps, from that after `start`.
 
-    Raises Preempted after a save, when the run is asked to stop.
+    Raises Preempted after a save, when the run is asked to stop; Diverged when it learns nothing.
     """
     for step in range(start + 1, steps + 1):
         trace(step)
         batch = next(feed)
         state, values = step_fn(step, state, batch)
         log(step, values)  # reads the step before last: the device stays busy
+        check(step, values)
         stopping = stop.reached(step)
         if stopping or save.due(step):
-            apart(log, functools.partial(save, step, state))
+            last = stopping or step == steps
+            saved = apart(log, functools.partial(save, step, state, last=last))
         if stopping:
-            raise Preempted(step)
+            raise Preempted(saved)
         if evaluate.due(step):
             apart(log, functools.partial(evaluate, step, state))
     return state
 
 
-def apart(log: Log, work: Callable[[], object]) -> None:
+def apart(log: Log, work: Callable[[], Any]) -> Any:
     """Does what trains nothing: the log is brought up to date before and its clock starts anew."""
     log.flush()
-    work()
+    found = work()
     log.pause()
+    return found

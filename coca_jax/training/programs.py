@@ -6,13 +6,10 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from coca_jax import text_lengths, train_step
-from coca_jax.metrics import TimeBuckets
-from coca_jax.models import coca
 from coca_jax.training.feed import Measured
+from coca_jax.training.setup import Run
 
 Shape = tuple[int, text_lengths.Lengths]  # image size, lengths of captions
 
@@ -24,10 +21,10 @@ class Programs:
     The state is donated. A program's first run is awaited and counted as 'compile'.
     """
 
-    def __init__(
-        self, model: coca.CoCa, config: ConfigDict, mesh: Mesh, steps: int, buckets: TimeBuckets
-    ):
-        self._config, self._steps, self._buckets = config, steps, buckets
+    def __init__(self, run: Run):
+        self._run = run
+        model, config, mesh, steps = run.model, run.config, run.mesh, run.steps
+        self._config, self._steps, self._buckets = config, steps, run.buckets
         _, shardings = train_step.state_shardings(model, config, mesh)
 
         @functools.cache
@@ -44,10 +41,19 @@ class Programs:
         arrays, lengths = batch
         shape = (train_step.size_at(self._config, step - 1, self._steps), lengths)
         first = shape not in self._compiled
-        self._compiled.add(shape)
+        if first:
+            self._say(shape)
+            self._compiled.add(shape)
         with self._buckets("compile" if first else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = self._program(*shape)(state, arrays)
             if first:
                 jax.block_until_ready(values)
         return state, values
+
+    def _say(self, shape: Shape) -> None:
+        if not self._compiled:
+            self._run.begin("compiling the train step")
+            return
+        size, lengths = shape
+        self._run.say(f"compiling the step for {size} px and captions of {lengths} tokens ...")

@@ -1,0 +1,131 @@
+"""What a run is before it has a state: its config, mesh, vocabulary, classes, steps and model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from coca_jax import checkpointing, metrics, partitioning, run_config, storage
+from coca_jax.data import run_vocabulary, vocabulary
+from coca_jax.data.batches import check_loader
+from coca_jax.data.mixture import Mixture, head_classes
+from coca_jax.models import coca
+from coca_jax.training.stopping import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all acts of a run share.
+
+    mixture: the data, opened. class_names: of the task head, () without one. steps: where the run
+    ends. buckets: where the time goes. stop: whether it was asked to stop.
+    """
+
+    config: ConfigDict
+    workdir: str
+    mesh: Mesh
+    mixture: Mixture
+    vocabulary: vocabulary.Vocabulary
+    class_names: Sequence[str]
+    steps: int
+    model: coca.CoCa
+    buckets: metrics.TimeBuckets
+    stop: Stop
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process writes and speaks for the run."""
+        return jax.process_index() == 0
+
+    def begin(self, work: str) -> None:
+        """Says on standard error what takes the time that follows ('reading data'). It can be left
+        at any moment."""
+        begin(self.stop, work)
+
+    def say(self, line: str) -> None:
+        """A line on standard error, on the main process."""
+        if self.main_process:
+            print(line, file=sys.stderr, flush=True)
+
+
+def check(config: ConfigDict, workdir: str) -> Mesh:
+    """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
+    run_config.check(config)
+    if "://" in str(workdir):
+        raise ValueError(f"workdir={workdir} is a URL; mount it and give the folder")
+    mesh = partitioning.make_mesh(**config.mesh)
+    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    return mesh
+
+
+def prepare(
+    mesh: Mesh, config: ConfigDict, workdir: str, buckets: metrics.TimeBuckets, stop: Stop
+) -> Run:
+    """Reads the data's sizes and classes, and the vocabulary, which is trained where there is none.
+
+    Raises ValueError when the data or what `workdir` holds does not fit the config.
+    """
+    begin(stop, "reading data")
+    check_loader(config.data.loader)
+    process = jax.process_index()
+    os.makedirs(workdir, exist_ok=True)
+    mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
+    class_names = head_classes(config, mixture)
+    if (storage.place(workdir) / "config.json").exists():
+        old = checkpointing.read_run(workdir)
+        run_config.check_resumable(config, old, workdir, class_names)
+        check_vocabulary(config, old, workdir)
+    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
+    run_config.check_vocabulary(config, words)
+    steps = run_config.num_steps(config, mixture.num_examples)
+    model = build_model(config, mesh, len(class_names))
+    return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
+
+
+def check_vocabulary(config: ConfigDict, old: dict[str, Any], workdir: str) -> None:
+    """Raises ValueError where a run that goes on would read other tokens than it began with.
+
+    old: the contents of the run's config.json.
+    """
+    bound = old.get("vocabulary_checksum")
+    if bound is None:
+        return
+    kept = storage.place(workdir) / run_vocabulary.VOCABULARY_FILE
+    place = kept if kept.exists() else config.data.vocabulary
+    if not place:
+        raise ValueError(
+            f"{kept} is missing, and the run of {workdir} was trained with it (sha256 "
+            f"{bound[:12]}); put it back"
+        )
+    found = vocabulary.load(place).checksum
+    if found != bound:
+        raise ValueError(
+            f"{place} (sha256 {found[:12]}) is not the vocabulary that the run of {workdir} was "
+            f"trained with ({bound[:12]}); put that one back, or use a new --workdir"
+        )
+
+
+def begin(stop: Stop, work: str) -> None:
+    """See `Run.begin`."""
+    stop.stage(work)
+    if jax.process_index() == 0:
+        print(f"{work} ...", file=sys.stderr, flush=True)
+
+
+def build_model(config: ConfigDict, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
+    """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
+    return coca.build(
+        config.model,
+        remat=config.remat,
+        sigmoid=config.loss.contrastive == "sigmoid",
+        platform=mesh.devices.flat[0].platform,
+        head=config.head,
+        num_classes=num_classes,
+    )

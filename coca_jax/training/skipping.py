@@ -1,0 +1,54 @@
+"""A run whose steps change nothing is stopped: its gradients are not finite, step after step."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from coca_jax import storage
+from coca_jax.train_step import Metrics, TrainState
+from coca_jax.training.setup import Run
+
+
+class Diverged(ValueError):
+    """Too many steps in a row had gradients that are not finite."""
+
+
+class Skipping:
+    """`skipping(step, metrics)` after each step: raises Diverged, one step late, after
+    config.checkpoint.max_skipped skipped steps in a row (0: never). All processes do at one step.
+    """
+
+    def __init__(self, run: Run, state: TrainState):
+        self._run, self._limit = run, run.config.checkpoint.max_skipped
+        self._skipped, self._in_a_row = int(state.skipped), 0
+        self._previous: tuple[int, Metrics] | None = None
+
+    def __call__(self, step: int, values: Metrics) -> None:
+        previous, self._previous = self._previous, (step, values)
+        if previous is None or not self._limit:
+            return
+        step, values = previous
+        skipped = int(np.asarray(values["skipped_steps"]))
+        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._in_a_row >= self._limit:
+            raise Diverged(self._explain(step, float(np.asarray(values["loss"]))))
+
+    def _explain(self, step: int, loss: float) -> str:
+        first = step - self._in_a_row + 1
+        text = (
+            f"the gradients of {self._in_a_row} steps in a row ({first} to {step}) are not finite"
+        )
+        if self._run.main_process:
+            rows = self._run.mixture.step_examples(first - 1)
+            file = storage.place(self._run.workdir) / f"skipped_step_{first}.json"
+            storage.write_text(file, json.dumps(rows, indent=1, default=str) + "\n")
+            names = ", ".join(f"{row['source']} {row['key']}" for row in rows[:3])
+            text += f"; step {first} was made of {names}, ... (all in {file})"
+        rate = self._run.config.optimizer.learning_rate
+        return (
+            f"{text}; the loss is {loss:.4g}. The run stops and its last checkpoint stays: lower "
+            f"optimizer.learning_rate={rate}, or look at these examples"
+        )

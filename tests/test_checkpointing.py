@@ -1,0 +1,222 @@
+"""Checkpoints keep what was saved, notice every damage, go back one, and outlive failing saves."""
+
+import json
+import pathlib
+import random
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from coca_jax import checkpoint_record, checkpointing, checksums, sealed_json
+from coca_jax.checkpoint_record import Damaged, Misfit
+from coca_jax.train_step import TrainState
+
+RUN = {"seed": 0, "vocabulary_checksum": "abc"}
+
+
+def state_of(step, width=8, ema=True):
+    rng = np.random.default_rng(step)
+    params = {
+        "tower": {"kernel": jnp.asarray(rng.normal(size=(16, width)), jnp.float32)},
+        "bias": jnp.asarray(rng.normal(size=width), jnp.bfloat16),
+    }
+    return TrainState(
+        step=jnp.int32(step),
+        skipped=jnp.int32(1),
+        params=params,
+        opt_state=({"mu": jax.tree.map(lambda x: x * 2, params)}, jnp.int32(step)),
+        ema=jax.tree.map(lambda x: x + 1, params) if ema else None,
+    )
+
+
+def restore(workdir, state=None):
+    """(state, step, lines) of the newest step of a run with this state's shapes."""
+    state = state_of(0) if state is None else state
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: device, state)
+    checkpoints = checkpointing.Checkpoints(workdir, run=RUN)
+    found = checkpoints.restore_newest(state, places)
+    checkpoints.close()
+    return found
+
+
+def assert_equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the steps 3 and 5."""
+    workdir = tmp_path_factory.mktemp("run")
+    checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
+    for step in (3, 5):
+        checkpoints.save(step, state_of(step))
+        checkpoints.wait_for(step)
+    checkpoints.close()
+    sealed_json.write(workdir / "config.json", RUN)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def test_a_state_comes_back_as_it_was(saved):
+    state, step, lines = restore(saved)
+    assert step == 5 and lines == []
+    assert_equal(state, state_of(5))
+    params, config = checkpointing.load_params(str(saved))
+    assert_equal(params, state_of(5).ema)
+    assert config.seed == 0
+
+
+def test_checksums_do_not_depend_on_the_mesh_and_see_every_bit():
+    x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+    split = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
+    one = checksums.of_tree({"x": x})
+    assert one == checksums.of_tree({"x": split})
+    compiled = {"x": int(jax.jit(lambda x: checksums._sum(x, jnp))(split))}
+    assert compiled == one
+    seen = {one["x"]}
+    for bit in range(0, x.nbytes * 8, 61):
+        flipped = np.frombuffer(x.tobytes(), np.uint8).copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        seen.add(checksums.of_tree({"x": flipped.view(np.float32).reshape(x.shape)})["x"])
+    assert len(seen) == 1 + len(range(0, x.nbytes * 8, 61))
+    assert checksums.of_tree({"x": x.T})["x"] not in seen
+    assert checksums.of_tree({"x": np.roll(x, 1)})["x"] not in seen
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "bfloat16", "int32", "float64"])
+def test_checksums_of_every_type_agree_with_the_compiled_ones(dtype):
+    x = np.random.default_rng(0).integers(0, 2, (5, 3)).astype(jnp.dtype(dtype))
+    with jax.enable_x64(True):
+        compiled = int(jax.jit(lambda x: checksums._sum(x, jnp))(jnp.asarray(x)))
+    assert checksums.of_tree({"x": x}) == {"x": compiled}
+
+
+def damage(path, how, rng):
+    data = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncate":
+        path.write_bytes(data[: rng.randrange(len(data))])
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+
+
+def attack(saved, place, rng):
+    """Restores after one random damage: 'as it was' or 'went back'; anything else fails."""
+    workdir = pathlib.Path(shutil.copytree(saved, place))
+    files = sorted(p for p in (workdir / "checkpoints/5").rglob("*") if p.is_file())
+    path, how = rng.choice(files), rng.choice(["flip", "flip", "truncate", "delete", "empty"])
+    if not path.stat().st_size:
+        return "as it was"
+    damage(path, how, rng)
+    state, step, lines = restore(workdir)
+    assert_equal(state, state_of(step))
+    if step == 5:
+        assert lines == []
+        return "as it was"
+    assert step == 3, (path, how)
+    assert len(lines) == 1 and "checkpoint 5 is damaged" in lines[0]
+    assert "going on from step 3, 2 steps are trained again" in lines[0]
+    assert (workdir / "checkpoints/5.damaged").is_dir()
+    assert checkpointing.find_step(str(workdir))[1] == 3
+    return "went back"
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_no_damage_is_silent_and_none_ends_the_run(saved, tmp_path, count):
+    rng = random.Random(count)
+    seen = [attack(saved, tmp_path / str(number), rng) for number in range(count)]
+    assert seen.count("went back") > count / 4
+
+
+def test_load_goes_back_too_but_never_from_a_step_that_was_named(workdir, caplog):
+    largest = max((workdir / "checkpoints/5/ema").rglob("*"), key=lambda p: p.stat().st_size)
+    for path in (workdir / "checkpoints/5/ema").rglob("d/*"):
+        path.write_bytes(b"")
+    assert largest.exists()
+    params, _ = checkpointing.load_params(str(workdir))
+    assert_equal(params, state_of(3).ema)
+    assert "checkpoint 5 is damaged" in caplog.text
+    assert (workdir / "checkpoints/5").is_dir()  # who only reads renames nothing
+    with pytest.raises(Damaged, match="checkpoints/5/ema"):
+        checkpointing.load_params(str(workdir / "checkpoints/5"))
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(workdir):
+    for step in (3, 5):
+        shutil.rmtree(workdir / f"checkpoints/{step}/params")
+    with pytest.raises(Damaged, match="every checkpoint of .* is damaged") as error:
+        restore(workdir)
+    assert "new workdir" not in str(error.value)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "5"]
+
+
+def test_another_model_is_told_apart_from_damage(workdir):
+    with pytest.raises(Misfit, match=r"params/bias: bfloat16\[8\] there, bfloat16\[9\] here"):
+        restore(workdir, state_of(0, width=9))
+    with pytest.raises(Misfit, match="ema/bias: missing there"):
+        checkpoints = checkpointing.Checkpoints(str(workdir / "other"), run=RUN)
+        checkpoints.save(1, state_of(1, ema=False))
+        checkpoints.wait_for(1)
+        restore(workdir / "other")
+    assert (workdir / "checkpoints/5").is_dir()
+
+
+def test_a_newer_format_asks_for_an_update(workdir):
+    file = workdir / "checkpoints/5/record/metadata"
+    record = sealed_json.read(file)
+    file.write_text(json.dumps(sealed_json.seal(record | {"format": checkpoint_record.FORMAT + 1})))
+    with pytest.raises(Misfit, match="update coca_jax"):
+        restore(workdir)
+
+
+def test_a_damaged_config_is_read_from_the_newest_checkpoint(workdir, caplog):
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
+    assert checkpointing.read_config(str(workdir)).seed == 0
+    assert "is damaged, or was changed by hand" in caplog.text
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        checkpointing.read_config(str(workdir))
+
+
+def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_succeeds(workdir):
+    checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a disk with 100 bytes left
+    try:
+        with pytest.raises(checkpointing.SaveFailed):
+            checkpoints.save(7, state_of(7))
+            checkpoints.wait_for(7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps() == [3, 5]
+    checkpoints.save(8, state_of(8))
+    checkpoints.wait_for(8)
+    checkpoints.close()
+    state, step, _ = restore(workdir)
+    assert step == 8
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "5", "8"]
+    assert_equal(state, state_of(8))
+
+
+def test_what_a_killed_save_left_is_removed(workdir):
+    left = workdir / "checkpoints/7.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints/5", left)
+    assert restore(workdir)[1] == 5
+    assert not left.exists()
