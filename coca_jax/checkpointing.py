@@ -7,8 +7,10 @@ damaged, the one before it is used and a line says so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -192,6 +194,7 @@ def read_item(folder: pathlib.Path, item: str, target: Any) -> Any:
     else:
         stored = checksums.shapes(_metadata(folder, item))
     checkpoint_record.check_fits(folder, item, stored, target)
+    _ignore_late_answers()
     handler = ocp.StandardCheckpointHandler()
     try:
         tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
@@ -205,6 +208,20 @@ def read_item(folder: pathlib.Path, item: str, target: Any) -> Any:
     if record is not None:
         checkpoint_record.check_contents(folder, item, record, tree)
     return tree
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+    """When one array of many cannot be read, Orbax leaves; what the others then find is printed by
+    the interpreter as tracebacks that it ignores. From now on these alone are not printed."""
+    former = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        late = isinstance(found.exc_value, RuntimeError)
+        if not (late and "Event loop is closed" in str(found.exc_value)):
+            former(found)
+
+    sys.unraisablehook = hook
 
 
 def _metadata(folder: pathlib.Path, item: str) -> Any:
