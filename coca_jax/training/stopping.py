@@ -202,11 +202,13 @@ class Stop:
 
 
 _current: Stop | None = None
+_standard_error = 2
 
 
 def install() -> Stop:
     """For a command that trains, before its imports: watches the signals of this process."""
-    global _current
+    global _current, _standard_error
+    _standard_error = os.dup(2)  # file 2 is held back while noisy libraries are imported
     _current = Stop()
     _current.install()
     return _current
@@ -240,7 +242,7 @@ def current() -> Stop:
 def say(line: str) -> None:
     """Writes a line to standard error from any thread, whatever the others are writing."""
     with contextlib.suppress(OSError):  # closed, or nobody reads it
-        os.write(2, f"{line}\n".encode())
+        os.write(_standard_error, f"{line}\n".encode())
 
 
 def leave(line: str, status: int) -> NoReturn:
