@@ -216,7 +216,7 @@ class Progress:
         self._step, self._time = step, now
         if not self._enabled:
             return rate
-        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        shown = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
         shown += f" | {rate:,.0f} pairs/s | waiting for data {data_wait_seconds / seconds:.0%}"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)

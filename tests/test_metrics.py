@@ -86,10 +86,12 @@ def test_progress_prints_rate_losses_and_waiting_share():
     file = io.StringIO()
     progress = metrics.Progress(100, start_step=50, pairs_per_step=8, file=file)
     time.sleep(0.05)
-    rate = progress.update(60, {"loss": 1.25}, data_wait_seconds=0.0)
+    rate = progress.update(60, {"loss": 1.25, "learning_rate": 1e-5}, data_wait_seconds=0.0)
     assert 10 * 8 / 0.5 < rate <= 10 * 8 / 0.05
     line = file.getvalue()
-    assert line.startswith("step 60/100 (60%) loss 1.250 | ") and "pairs/s" in line
+    assert (
+        line.startswith("step 60/100 (60%) loss 1.25 learning_rate 1e-05 | ") and "pairs/s" in line
+    )
     assert "waiting for data 0%" in line and "left" in line
     quiet = io.StringIO()
     silent = metrics.Progress(100, pairs_per_step=8, enabled=False, file=quiet)
