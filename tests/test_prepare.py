@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -358,9 +359,7 @@ def test_in_memory_file_system_in_and_out(tmp_path, monkeypatch):
         assert [r.key for r in again] == [r.key for r in found]
 
 
-def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(
-    tmp_path, monkeypatch
-):
+def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(tmp_path, monkeypatch):
     _tar(tmp_path / "a.tar", 5)
     _prepare("webdataset", tmp_path / "a.tar", tmp_path / "out")
     tfds = pytest.importorskip("tensorflow_datasets")
