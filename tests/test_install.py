@@ -100,7 +100,8 @@ def test_the_archive_is_the_product_and_nothing_of_the_user_s(tmp_path):
         names[kind] = tree(tmp_path / "cloud/0/coca_jax.tar.gz")
         launch("tpu_vm.sh", "delete", **env)
         shutil.rmtree(checkout / ".git", ignore_errors=True)
-    assert {"coca_jax/data/pipeline.py", "configs/mine.py", "setup.py"} <= names["git"]
+    code = {str(p.relative_to(ROOT)) for p in ROOT.glob("coca_jax/**/*.py")}
+    assert code | {"configs/mine.py", "configs/tiny.py", "setup.py"} <= names["git"]
     assert names["git"] <= names["plain"] and "README.md" in names["plain"]
     for name in names["git"] | names["plain"]:
         assert not name.startswith(("data/", "runs/", ".venv/", "pictures/")), name
