@@ -7,7 +7,7 @@
 # --dry_run prints the manifest and sends nothing. Settings come from the environment:
 #   NAME         of the JobSet (required)
 #   IMAGE        the container image (required); build and push it with
-#                docker build -f launch/Dockerfile --build-arg EXTRAS=tpu,gcs -t IMAGE .
+#                docker build -f launch/Dockerfile --build-arg EXTRAS=tpu,gcs,seqio -t IMAGE .
 #   ACCELERATOR  node label, tpu-v5-lite-podslice, tpu-v4-podslice, tpu-v5p-slice, tpu-v6e-slice, or
 #                nvidia-h100-80gb, ... (required)
 #   TOPOLOGY     of a TPU slice: 16x16, 8x16x16, ... (required with a TPU)

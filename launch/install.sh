@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the code that this script lies in, in a virtual environment, as an ordinary user.
 #
-#   launch/install.sh [EXTRAS]     tpu, cuda, cuda13, or several: tpu,gcs; none for a CPU
+#   launch/install.sh [EXTRAS]     tpu, cuda, cuda13, or several: tpu,gcs,seqio; none for a CPU
 #
 # Settings come from the environment:
 #   VENV            the environment (default: .venv beside the code)

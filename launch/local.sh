@@ -112,7 +112,7 @@ start() {
       printf '%q ' "${line[@]}"
       printf '\n'
     else
-      "$python" -ISc "$own_session" "${line[@]}" >&"$output" &
+      "$python" -ISc "$own_session" "${line[@]}" &
       pids+=($!)
     fi
   done
@@ -158,9 +158,6 @@ if ((dry_run)); then
   start "$@"
   exit 0
 fi
-# Gloo, which carries the collectives of CPU processes, greets on standard output.
-exec {output}> >(grep --line-buffered -v '^\[Gloo\]')
-filter=$!
 status=0
 while true; do
   start "$@"
@@ -169,8 +166,6 @@ while true; do
   starts_again "$status" || break
   ((asked == 0)) || break
 done
-exec {output}>&-
-wait "$filter" || true
 if ((asked == 1 && status == 143)); then
   status=75 # our SIGTERM came before train could answer it: nothing was lost
 elif ((asked > 1 && status != 0 && status != 75)); then

@@ -12,7 +12,7 @@
 #   PROJECT   Google Cloud project (default: gcloud's)
 #   SPOT=1    spot capacity: cheaper, may be taken away
 #   QUEUED=0  create at once instead of queueing for capacity
-#   EXTRAS    of the package (default tpu,gcs)     POLL      seconds between looks (default 30)
+#   EXTRAS    of the package (default tpu,gcs,seqio)     POLL      seconds between looks (default 30)
 #   RESTARTS  of a run that failed (default 3)     PAUSE     seconds before each (default 10)
 #
 # The workdir must be in Cloud Storage, as gs://, or mounted on every worker: each writes its part of
@@ -159,7 +159,7 @@ install() { # JOIN: what a worker does where train runs already: 'exit 0' or 'ex
   # Only the product's own folders are replaced: a run may lie beside them.
   on_all_workers "set -e; mkdir -p coca_jax; cd coca_jax; \
 [ ! -e launch/worker.sh ] || bash launch/worker.sh idle || $1; rm -rf coca_jax configs launch; \
-tar -xzf ../coca_jax.tar.gz; bash launch/install.sh $(printf '%q' "${EXTRAS-tpu,gcs}")"
+tar -xzf ../coca_jax.tar.gz; bash launch/install.sh $(printf '%q' "${EXTRAS-tpu,gcs,seqio}")"
 }
 
 train() {

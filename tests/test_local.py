@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 total = multihost_utils.process_allgather(jnp.asarray(mine + 1)).sum()
 (workdir / str(mine)).write_text(f"{jax.device_count()} {jax.local_device_count()} {int(total)}")
-print("{}" if mine == 0 else "")
 """
 
 # Counts what it is asked; TERM and INT end it as they end train.
@@ -77,13 +76,12 @@ def local(script, *arguments, **env):
     )
 
 
-def test_two_processes_of_two_devices_with_nothing_of_gloo_on_standard_output(tmp_path):
+def test_two_processes_of_two_devices(tmp_path):
     script = stand_in(tmp_path, JOINED)
     done = local(script, "2", "--devices=2", "--", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     for process in "01":
         assert (tmp_path / process).read_text() == "4 2 3"
-    assert done.stdout.split() == ["{}"]
 
 
 def test_a_process_killed_in_start_up_ends_the_other_and_both_start_again(tmp_path):

@@ -26,14 +26,15 @@ def package() -> Any:
         raise ValueError(
             f"data of tensorflow-datasets needs that package ({error}): {extras.remedy('tfds')}"
         ) from None
-    keep_tensorflow_off_gpus()
+    _keep_tensorflow_off_gpus()
     return tensorflow_datasets
 
 
-def keep_tensorflow_off_gpus() -> None:
+def _keep_tensorflow_off_gpus() -> None:
     """TensorFlow would take nearly all memory of every GPU at its first operation; JAX needs it."""
     try:
-        import tensorflow
+        with quiet.importing():
+            import tensorflow
     except ImportError:  # prepared data sets are read without it
         return
     try:
