@@ -21,7 +21,7 @@
 # docs/scaling.md: 75 and disruptions always, 2 and 130 never, others RESTARTS times.
 set -euo pipefail
 
-usage() { sed -n '2,23p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 fail() { echo "gke.sh: $*" >&2; exit 2; }
 
 dry_run=0

@@ -13,7 +13,7 @@
 # is needed and is not, pip brings it, into VENV-uv.
 set -euo pipefail
 
-usage() { sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 say() { echo "install.sh: $*" >&2; }
 fail() { say "$@"; exit 2; }
 

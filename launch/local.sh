@@ -14,7 +14,7 @@
 #   PORT      of process 0 (default: a free one)           PYTHON  default python3
 set -euo pipefail
 
-usage() { sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 fail() { echo "local.sh: $*" >&2; exit 2; }
 
 [[ $# -gt 0 ]] || { usage; exit 2; }

@@ -18,7 +18,7 @@
 # has, by the table in docs/scaling.md. The workdir must be on a disk that all nodes share, or gs://.
 set -euo pipefail
 
-usage() { sed -n '2,21p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 fail() { echo "slurm.sh: $*" >&2; exit 2; }
 
 dry_run=0

@@ -12,8 +12,9 @@
 #   PROJECT   Google Cloud project (default: gcloud's)
 #   SPOT=1    spot capacity: cheaper, may be taken away
 #   QUEUED=0  create at once instead of queueing for capacity
-#   EXTRAS    of the package (default tpu,gcs,seqio)     POLL      seconds between looks (default 30)
+#   EXTRAS    of the package (default tpu,gcs,seqio)
 #   RESTARTS  of a run that failed (default 3)     PAUSE     seconds before each (default 10)
+#   POLL      seconds between looks at the slice's state (default 30)
 #
 # The workdir must be in Cloud Storage, as gs://, or mounted on every worker: each writes its part of
 # a checkpoint there, and the run goes on from it on the next slice. train outlives the connection:
@@ -21,7 +22,7 @@
 # `all` starts it again by the table of exit statuses in docs/scaling.md, and after each preemption.
 set -euo pipefail
 
-usage() { sed -n '2,23p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 fail() { echo "tpu_vm.sh: $*" >&2; exit 2; }
 
 [[ $# -gt 0 ]] || { usage; exit 2; }

@@ -70,5 +70,5 @@ case $command in
   stop) stop ;;
   idle) ! running || fail "train runs here; stop it first" ;;
   keep) keep "$@" ;;
-  *) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

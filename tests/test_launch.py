@@ -255,3 +255,11 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
         partitioning.start_processes()
         assert len(started) == want
     server.shutdown()
+
+
+@pytest.mark.parametrize("script", ["gke.sh", "slurm.sh", "local.sh", "tpu_vm.sh", "install.sh"])
+def test_help_is_the_head_of_the_script(script):
+    done = launch(script, "--help")
+    head = (LAUNCH / script).read_text().split("\nset -euo")[0].splitlines()[1:]
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [re.sub("^# ?", "", line) for line in head]
