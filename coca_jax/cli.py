@@ -24,6 +24,7 @@ from coca_jax import compile_cache, quiet, recipes
 from coca_jax.training import stopping
 
 COMMANDS = {
+    "fit": "from a folder of pictures to a trained model: looks, chooses, says why, trains",
     "train": "train a recipe in a workdir; go on from what is there",
     "evaluate": "score a model: zero-shot, retrieval, captions, probes",
     "caption": "caption image files and folders, one JSON line an image",
@@ -34,7 +35,7 @@ COMMANDS = {
     "report": "write the HTML report of a run",
     "benchmark": "time training, encoding, captioning, input or losses",
 }
-SAVED = ("train",)  # commands that save what they did when they are asked to stop
+SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 
 

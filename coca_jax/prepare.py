@@ -68,7 +68,9 @@ def _options() -> Options:
     )
 
 
-def train_vocabulary(paths: Sequence[str], size: int, out: str, sentences: int) -> dict[str, Any]:
+def train_vocabulary(
+    paths: Sequence[str], size: int, out: str, sentences: int, kind: str = "unigram"
+) -> dict[str, Any]:
     """Trains a vocabulary on captions and label names of prepared folders (split 'train').
 
     Returns:
@@ -85,7 +87,7 @@ def train_vocabulary(paths: Sequence[str], size: int, out: str, sentences: int) 
         for start in range(0, count, 1024):
             for record in source.read_texts(picked[start : start + 1024]):
                 texts.extend(record.texts or [", ".join(record.labels)])
-    trained = vocabulary.train(texts, size, out)
+    trained = vocabulary.train(texts, size, out, kind=kind)
     print(f"{trained.size} pieces from {len(texts)} texts -> {out}")
     return dict(pieces=trained.size, sentences=len(texts), sha256=trained.checksum, out=out)
 
@@ -160,6 +162,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
+    flags.DEFINE_enum(
+        "vocabulary_kind", "unigram", vocabulary.KINDS, "vocabulary: 'bpe' suits few texts better."
+    )
     flags.DEFINE_integer("step", 0, "inspect: which step.")
     recipes.define_flag("inspect: ")
     flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
@@ -171,7 +176,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if not flags.FLAGS.input or not flags.FLAGS.out:
             raise ValueError("prepare vocabulary needs --input and --out")
         paths = flags.FLAGS.input.split(",")
-        return train_vocabulary(paths, flags.FLAGS.size, flags.FLAGS.out, flags.FLAGS.sentences)
+        return train_vocabulary(
+            paths,
+            flags.FLAGS.size,
+            flags.FLAGS.out,
+            flags.FLAGS.sentences,
+            flags.FLAGS.vocabulary_kind,
+        )
     if argv[1:] == ["inspect"]:
         if flags.FLAGS.config is None:
             raise ValueError("prepare inspect needs --config=NAME")

@@ -147,6 +147,45 @@ def define_flag(note: str = "") -> None:
     config_flags.DEFINE_config_dict("config", config, note + HELP, sys_argv=rest)
 
 
+def define_overrides(refusal: str) -> None:
+    """Defines `--config.key=value` for the keys of `base`, for a command that chooses the recipe
+    itself: `changes` and `change` then give what the user wants otherwise.
+
+    Raises ValueError, with `refusal` as the remedy, for a recipe on the command line, and for a
+    key that there is not.
+    """
+    value, rest = split(flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+    if value is not None:
+        raise ValueError(f"--config={value}: {refusal}")
+    config = load("base")
+    for key, text in _overrides(rest):
+        check_key(config, key, text)
+    note = "Values of the recipe, as --config.optimizer.learning_rate=1e-3."
+    config_flags.DEFINE_config_dict("config", config, note, sys_argv=rest)
+
+
+def changes() -> dict[str, Any]:
+    """The values that `--config.key=value` gives on the command line, by key."""
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def change(config: ConfigDict) -> None:
+    """Puts `changes()` into a config; a length given there is the run's, as in `settle`."""
+    given = changes()
+    for key, value in given.items():
+        group: Any = config
+        *groups, last = key.split(".")
+        for part in groups:
+            group = group[part]
+        group[last] = value
+    for this, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given.get(this) and not given.get(other):
+            config[other] = type(config[other])(0)
+    warmup = config.optimizer.warmup_steps
+    if config.steps and "optimizer.warmup_steps" not in given and warmup >= config.steps:
+        config.optimizer.warmup_steps = config.steps // 10
+
+
 def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The last value of `--config`, and the command line without it.
 

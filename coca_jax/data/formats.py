@@ -45,6 +45,8 @@ def guess(path: str) -> str:
         raise FileNotFoundError(f"{path}: no such file or folder")
     names = list(_names(path))
     tops = {name for name in names if "/" not in name}
+    if {"features.json", "manifest.json"} <= tops:
+        return "prepared"
     if {"features.json", "dataset_info.json"} <= tops:
         return "tfds"
     if any(name.count("/") <= 1 and posixpath.basename(name) in METADATA for name in names):

@@ -18,6 +18,7 @@ from absl import logging
 from coca_jax import extras, storage
 
 LABEL_SYMBOL = "<label>"
+KINDS = ("unigram", "bpe")  # of SentencePiece, which `train` makes
 
 
 class Vocabulary(abc.ABC):
@@ -229,17 +230,26 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def train(
-    texts: Iterable[str], size: int, path: str | os.PathLike[str], seed: int = 0
+    texts: Iterable[str],
+    size: int,
+    path: str | os.PathLike[str],
+    seed: int = 0,
+    kind: str = "unigram",
 ) -> Vocabulary:
-    """Trains a SentencePiece unigram vocabulary with byte fallback and writes it.
+    """Trains a SentencePiece vocabulary with byte fallback and writes it.
 
     Ids 0 to 4 are padding, end, unknown, begin and the label symbol. Text too small for `size`
     pieces gives fewer.
 
+    kind: 'unigram' (Kudo 2018), or 'bpe' (Sennrich et al. 2016), which also makes pieces of words
+        that occur once or twice: of few texts it leaves fewer tokens.
+
     Raises:
         ValueError: `size` leaves no room for the bytes and symbols or for the characters of the
-            texts, or there is no text.
+            texts, or there is no text; an unknown kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"vocabulary of kind {kind!r}: choose {' or '.join(KINDS)}")
     if size < 300:
         raise ValueError(f"vocabulary size {size}: 256 bytes and the symbols need at least 300")
     sentences = [" ".join(text.split()) for text in texts]
@@ -252,7 +262,7 @@ def train(
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            model_type="unigram",
+            model_type=kind,
             vocab_size=size,
             hard_vocab_limit=False,
             byte_fallback=True,

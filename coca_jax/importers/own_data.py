@@ -10,12 +10,12 @@ import posixpath
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coca_jax.data import files, formats
-from coca_jax.importers import metadata, shards, splits
-from coca_jax.importers.items import Options
+from coca_jax.importers import checks, metadata, shards, splits
+from coca_jax.importers.items import Item, Options
 
 KINDS = ("caption", "label", "question")
 HOLDOUT = 0.1  # of data that come as one split
@@ -76,7 +76,7 @@ def apply(config: Any, texts: Sequence[str], workdir: str, *, main_process: bool
     for one in found:  # before the first of them is imported
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
-    names = _folder_names([one.path for one in found])
+    names = folder_names([one.path for one in found])
     sources, tasks, kept = [], [], []
     for one, name in zip(found, names):
         if one.path == "scenes":
@@ -103,7 +103,7 @@ def _plain(task: Any) -> dict[str, Any]:
     return task.to_dict() if hasattr(task, "to_dict") else dict(task)
 
 
-def _folder_names(paths: Sequence[str]) -> list[str]:
+def folder_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path: its last part, numbered where two share it."""
     names: list[str] = []
     for path in paths:
@@ -119,74 +119,126 @@ def is_prepared(path: str) -> bool:
     return files.exists(files.join(path, metadata.MANIFEST))
 
 
-def prepared(path: str, out: str, *, holdout: float = HOLDOUT, wait: bool = False) -> str:
-    """The prepared folder of some data: `path` itself where it is one, else `out`, written now.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How some data lie there.
 
-    Splits that the data tell are kept, `train` and the first of test and validation; data of one
-    split get a held-out one, `test`, chosen by the images' bytes.
+    Attributes:
+        format: a name that `prepare --format` takes.
+        input: what it reads, absolute where it is a path here.
+        train, held: the splits to train on and to hold out; '' where the data tell none.
+        by_field: the splits are values of the field `split`, not names of files or folders.
+    """
 
-    Args:
-        path: a prepared folder, whatever `formats.guess` knows, or 'tfds:NAME'.
-        out: where the import goes; an import that was cut short goes on.
-        holdout: share of the images that is held out.
-        wait: another process writes; wait until it has.
+    format: str
+    input: str
+    train: str = ""
+    held: str = ""
+    by_field: bool = False
+
+    def options(self, split: str, options: Options) -> Options:
+        """The options with which one of the two splits is read."""
+        if not self.by_field:
+            return options
+        clause = (_SPLIT_FIELD, (split,))
+        return dataclasses.replace(options, where=(*options.where, clause))
+
+    def items(self, options: Options) -> Iterator[Item]:
+        """The examples of the split to train on, as they are found."""
+        module = shards.importer(self.format)
+        options = self.options(self.train, options)
+        read_split = "" if self.by_field else self.train
+        for unit in module.plan(self.input, read_split, options):
+            for item in module.read(unit, options):
+                if item.problem or not checks.wanted(item, options):
+                    yield item
+
+
+def layout(path: str, options: Options | None = None) -> Layout:
+    """How the data at `path` lie: a folder, glob, archive or list, or 'tfds:NAME'.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that can be used; `out` holds
-            other data.
+        FileNotFoundError, ValueError: nothing there, or nothing that can be read.
     """
-    if is_prepared(path):
-        return path
-    if wait:
-        return _await(out)
     format = formats.guess(path)
     input = path.removeprefix("tfds:") if format == "tfds" else path
     if format != "tfds" and not files.is_remote(path):
         input = os.path.abspath(path)
+    told = splits.splits_of(format, input)
+    if told:
+        return Layout(format, input, *_of_names(told))
+    train, held = _told_by_field(format, input, options or Options())
+    return Layout(format, input, train, held, by_field=bool(held))
+
+
+def prepared(path: str, out: str, *, wait: bool = False) -> str:
+    """The prepared folder of some data: `path` itself where it is one, else `out`, written now.
+
+    wait: another process writes; wait until it has. Raises as `layout` and `bring_in`.
+    """
+    if is_prepared(path):
+        return path
+    if wait:
+        while "train" not in metadata.read_manifest(out)["splits"]:
+            time.sleep(1)
+        return out
+    found = layout(path)
+    if not _is_there(found, out):
+        print(f"{path} is not prepared: importing it as {found.format} into {out}", file=sys.stderr)
+        bring_in(found, out)
+    return out
+
+
+def bring_in(
+    found: Layout, out: str, *, holdout: float = HOLDOUT, options: Options | None = None
+) -> None:
+    """Imports data as the splits 'train' and 'test'; what an earlier call finished stays.
+
+    Splits that the data tell are kept; data of one split get a held-out one, chosen by the images'
+    bytes.
+
+    Args:
+        holdout: share of the images that is held out of data of one split.
+        options: how to read and what to keep.
+
+    Raises ValueError where nothing can be used, or `out` holds other data.
+    """
+    options = options or Options()
+    _is_there(found, out)
+    where = (found.format, found.input, out)
+    if not found.held:
+        keywords: dict[str, Any] = dict(read_split=found.train, options=options)
+        splits.prepare_with_holdout(*where, holdout, **keywords)
+        return
+    for name, split in (("test", found.held), ("train", found.train)):
+        read_split = "" if found.by_field else split
+        options_here = found.options(split, options)
+        splits.prepare(*where, split=name, read_split=read_split, options=options_here)
+
+
+def _is_there(found: Layout, out: str) -> bool:
+    """Whether `out` holds these data, both splits. Raises ValueError where it holds others."""
     there = metadata.read_manifest(out)["splits"]
     for split in there.values():
-        if split["request"]["input"] != input:
+        if split["request"]["input"] != found.input:
             raise ValueError(
-                f"{out} holds data of {split['request']['input']}, not of {input}; use another "
-                "--workdir, or give data of another name"
+                f"{out} holds data of {split['request']['input']}, not of {found.input}; use "
+                "another --workdir, or give data of another name"
             )
-    if "train" in there and len(there) > 1:
-        return out
-    print(f"{path} is not prepared: importing it as {format} into {out}", file=sys.stderr)
-    told = splits.splits_of(format, input)
-    train, held = _of_names(told)
-    if held:
-        splits.prepare(format, input, out, split="test", read_split=held)
-        splits.prepare(format, input, out, split="train", read_split=train)
-        return out
-    by_field = {} if told else _told_by_field(format, input)
-    if by_field:
-        for split, value in by_field.items():
-            options = Options(where=((_SPLIT_FIELD, (value,)),))
-            splits.prepare(format, input, out, split=split, options=options)
-        return out
-    splits.prepare_with_holdout(format, input, out, holdout, read_split=train)
-    return out
+    return {"train", "test"} <= set(there)
 
 
-def _await(out: str) -> str:
-    """Waits until another process has written both splits of `out`."""
-    while "train" not in metadata.read_manifest(out)["splits"]:
-        time.sleep(1)
-    return out
-
-
-def _told_by_field(format: str, input: str) -> dict[str, str]:
-    """{'test': value, 'train': value} of the field `split`, where the examples have it."""
-    module, options = shards.importer(format), Options()
+def _told_by_field(format: str, input: str, options: Options) -> tuple[str, str]:
+    """The values of the field `split` to train on and to hold out, where the examples have it."""
+    module = shards.importer(format)
     items = itertools.chain.from_iterable(
         module.read(unit, options) for unit in module.plan(input, "", options)
     )
     values = {str(item.extra.get(_SPLIT_FIELD, "")) for item in itertools.islice(items, 1000)}
-    if "" in values:
-        return {}
+    if "train" not in values or "" in values:
+        return "", ""
     train, held = _of_names(sorted(values))
-    return {"test": held, "train": train} if held and train == "train" else {}
+    return (train, held) if held else ("", "")
 
 
 def _of_names(names: Sequence[str]) -> tuple[str, str]:

@@ -28,6 +28,7 @@ MODULES = {
     "parquet": "parquet",
     "tfrecord": "tfrecord",
     "tfds": "tfds_name",
+    "prepared": "prepared",
 }
 _REPORT_EVERY = 64
 _MAX_CLASSES = 100_000

@@ -1,0 +1,433 @@
+"""From facts to a recipe: a pure function of what the data, the machine and the time are.
+
+What the choices rest on was measured on drawings, photographs and clothes in equal minutes on two
+cores (docs/own_data.md): a light convolutional stem, Muon, equal texts as positives, captions
+without label rows where only captions count, a byte-pair vocabulary for few texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from coca_jax import recipes
+from coca_jax.fitting.look import Facts
+from coca_jax.fitting.machine import Machine
+
+FEW = 2000  # pictures to train on; below, a model from scratch remembers more than it learns
+LEAST = 20  # pictures in all, with which there is anything to hold out and to tell apart
+PASSES = 200  # over the data, at most; beyond, small data are learned by heart
+EFFICIENCY = 0.3  # of the machine's matrix products, that a train step of a small model reaches
+ENOUGH_STEPS = 150  # of a model from scratch; a size that takes fewer in the time is too large
+_USUAL_STEPS = 400  # that a run should have, before its batch is made larger
+_LABEL_SHARE = 8  # where there are captions, one row in so many is a label
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A size of model, and what it takes to be worth its cost.
+
+    Attributes:
+        name: for people.
+        image_size, patch_size: in pixels.
+        stem: channels and residual blocks of the convolutional stem's stages; (): plain patches.
+        width, depth, unimodal, multimodal, heads, queries: as in config.model, for both towers.
+        pieces: of the vocabulary at most.
+        pictures, pairs: to train on, and seen in all, from which on this size is chosen.
+    """
+
+    name: str
+    image_size: int
+    patch_size: int
+    stem: tuple[tuple[int, int], ...]
+    width: int
+    depth: int
+    unimodal: int
+    multimodal: int
+    heads: int
+    queries: int
+    pieces: int
+    pictures: int = 0
+    pairs: int = 0
+
+
+_STEM = ((32, 0), (64, 1), (128, 0))
+SIZES = (
+    Size("tiny pictures", 28, 4, ((32, 0), (64, 1)), 96, 1, 1, 1, 3, 8, 2048),
+    Size("small", 48, 8, _STEM, 160, 1, 2, 1, 4, 16, 4096),
+    Size("medium", 96, 16, (*_STEM, (256, 0)), 256, 2, 3, 2, 4, 32, 8192, 5_000, 400_000),
+    Size("large", 160, 16, (*_STEM, (256, 1)), 512, 6, 4, 4, 8, 64, 16_384, 100_000, 3_000_000),
+    Size("base", 224, 16, (), 768, 12, 6, 6, 12, 256, 32_768, 1_000_000, 20_000_000),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights to start from: the place, config.model as a dict, the number of parameters, how
+    images were resized, and the vocabulary's file and ids."""
+
+    path: str
+    model: dict[str, Any]
+    parameters: int
+    resize: str
+    label_token: bool = False
+    vocabulary: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A recipe but for its steps, and why it is so, a sentence a line."""
+
+    config: ConfigDict
+    why: tuple[str, ...]
+    size: str
+
+
+def sizes_for(facts: Facts, machine: Machine, minutes: float) -> list[Size]:
+    """The sizes that suit the pictures, and of which the machine sees enough pairs in the time;
+    the largest first, never empty."""
+    side = min(facts.width, facts.height) or 224
+    if side <= 32:
+        fitted = 4 * max(4, -(-side // 4))
+        return [dataclasses.replace(SIZES[0], image_size=fitted)]
+    found = [SIZES[1]]
+    for size in SIZES[2:]:
+        enough = facts.train >= size.pictures and side >= size.image_size // 2
+        if enough and affordable(size, facts, machine, minutes) >= size.pairs:
+            found.append(size)
+    return found[::-1]
+
+
+def affordable(size: Size, facts: Facts, machine: Machine, minutes: float) -> float:
+    """About how many pairs the machine sees in the time, by arithmetic alone."""
+    length = facts.tokens[1] or 16
+    return 60 * minutes * machine.flops * EFFICIENCY / flops_a_pair(size, length)
+
+
+def flops_a_pair(size: Size, length: int) -> float:
+    """Operations of a train step for one picture and one text of `length` tokens: twice the
+    multiplications of the forward pass, and again twice that for the gradient."""
+    side, channels, total = size.image_size, 3, 0.0
+    for width, blocks in size.stem:
+        side //= 2
+        total += side**2 * 9 * (channels * width + 2 * blocks * width**2)
+        channels = width
+    tokens, width = (size.image_size // size.patch_size) ** 2, size.width
+    if not size.stem:
+        total += tokens * size.patch_size**2 * 3 * width
+    total += size.depth * tokens * (12 * width**2 + 2 * tokens * width)
+    total += (size.unimodal * 12 + size.multimodal * 14) * length * width**2
+    total += (size.multimodal + 1) * 2 * size.queries * width**2
+    total += length * size.pieces * width
+    return 3 * 2 * total
+
+
+def vocabulary_size(facts: Facts, size: Size) -> int:
+    """Ids of a byte-pair vocabulary for the texts: a piece for most of the words that occur.
+
+    256 bytes, the symbols, twice the characters and one and a half times the words; the trainer
+    stops by itself where nothing is left to join.
+    """
+    wanted = 300 + 2 * facts.characters + int(1.5 * facts.distinct_words)
+    return max(320, min(-(-wanted // 32) * 32, size.pieces))
+
+
+def kinds(facts: Facts) -> tuple[str, ...]:
+    """Which texts train: ('caption', 'label'), or one of them, the first being the main one."""
+    found = {"caption": facts.captions, "label": facts.labels if len(facts.classes) > 1 else 0}
+    most = max(found.values())
+    return tuple(kind for kind, count in found.items() if count > max(LEAST // 4, most // 4))
+
+
+def choose(
+    facts: Facts,
+    machine: Machine,
+    minutes: float,
+    size: Size,
+    *,
+    path: str,
+    splits: tuple[str, str] = ("train", "test"),
+    name: str = "data",
+    vocabulary: str = "",
+    weights: Weights | None = None,
+    bytes_needed: Callable[[ConfigDict], float] | None = None,
+) -> Choice:
+    """The recipe for some data on a machine, but for its length, which `with_steps` sets.
+
+    Args:
+        facts: of the data, with the lengths of their texts in tokens.
+        size: one of `sizes_for`; not used with weights.
+        path, splits, name: the prepared folder, its split to train on and the held-out one ('' for
+            none), and what to call it.
+        vocabulary: its file.
+        weights: to start from.
+        bytes_needed: of a config's step on one device; the batch is computed in as many parts as
+            it takes to fit. None: nothing is known, and one part is taken.
+
+    Raises ValueError for data that cannot train: too few, or without captions and labels.
+    """
+    check(facts)
+    config = recipes.load("base")
+    why = []
+    if weights:
+        why += _from_weights(config, machine, weights)
+    else:
+        why += _from_scratch(config, facts, machine, size)
+    why.append(_batch(config, facts, machine, minutes, size, weights))
+    why.append(_texts(config, facts, machine))
+    why.append(_pictures(config, facts, weights))
+    why.append(_data(config, facts, path, splits, name))
+    why.append(_fit_memory(config, machine, bytes_needed))
+    config.data.vocabulary = (weights.vocabulary if weights else "") or vocabulary
+    config.steps = provisional = 1000
+    config.optimizer.warmup_steps = provisional // 10
+    return Choice(config, tuple(line for line in why if line), size.name)
+
+
+def check(facts: Facts) -> None:
+    """Raises ValueError for data that cannot train, with what would help."""
+    total = facts.train + facts.test
+    if not kinds(facts):
+        if facts.labels and len(facts.classes) == 1:
+            raise ValueError(
+                f"all labels are {facts.classes[0]!r}: with one class there is nothing to tell "
+                "apart; give pictures of two classes or more, or captions"
+            )
+        without = dict(facts.left_out).get("missing_text", 0)
+        fields = f"; its other fields are {', '.join(facts.fields)}" if facts.fields else ""
+        raise ValueError(
+            f"{facts.captions} of {total + without} pictures have a caption and {facts.labels} a "
+            f"label{fields}. Name the field that holds them with --text_field or --label_field, or "
+            "put the pictures into one folder a class, or write metadata.jsonl with lines "
+            '{"file_name": ..., "text": ...}'
+        )
+    if total < LEAST:
+        raise ValueError(
+            f"{total} pictures are too few to learn from and to test on; give {LEAST} at the very "
+            "least, and some thousands for a model from scratch"
+        )
+
+
+def _from_scratch(config: ConfigDict, facts: Facts, machine: Machine, size: Size) -> list[str]:
+    accelerated = machine.platform != "cpu"
+    large = size.width >= 512
+    config.model.update(
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+        embed_dim=size.width,
+        dtype="bfloat16" if accelerated else "float32",
+        activation="gelu" if large else "relu",
+    )
+    config.model.image.update(
+        width=size.width,
+        depth=size.depth,
+        mlp_dim=4 * size.width,
+        num_heads=size.heads,
+        conv_widths=tuple(width for width, _ in size.stem),
+        conv_depths=tuple(blocks for _, blocks in size.stem),
+    )
+    config.model.text.update(
+        width=size.width,
+        unimodal_depth=size.unimodal,
+        multimodal_depth=size.multimodal,
+        mlp_dim=4 * size.width,
+        num_heads=size.heads,
+        vocab_size=vocabulary_size(facts, size),
+    )
+    config.model.pooler.update(num_queries=size.queries, num_heads=size.heads)
+    config.loss.update(caption_chunk=2048 if large else 512, captioning_weight=2.0)
+    config.optimizer.update(
+        name="muon",
+        learning_rate=1e-3 if large else 1.5e-3,
+        schedule="cosine",
+        weight_decay=0.1,
+        beta2=0.98,
+    )
+    stem = "a light convolutional stem" if size.stem else "plain patches"
+    return [
+        f"model: {size.name}, {size.image_size} px, {stem}, width {size.width}, "
+        f"{size.depth} + {size.unimodal} + {size.multimodal} layers, from scratch"
+    ]
+
+
+def _from_weights(config: ConfigDict, machine: Machine, weights: Weights) -> list[str]:
+    config.model = ConfigDict(weights.model, convert_dict=True)
+    config.model.dtype = "bfloat16" if machine.platform != "cpu" else "float32"
+    config.init_from = weights.path
+    config.data.resize = weights.resize
+    config.data.label_token = weights.label_token
+    config.loss.update(caption_chunk=2048, captioning_weight=2.0)
+    small = weights.parameters < 30e6
+    config.optimizer.update(
+        name="muon" if small else "adamw",
+        learning_rate=5e-4 if small else 1e-5,
+        schedule="cosine",
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.98,
+    )
+    if not small:
+        config.loss.reduction = "mean"  # as open_clip's weights were trained
+    rate = config.optimizer.learning_rate
+    return [
+        f"model: that of {weights.path}, {weights.parameters / 1e6:.1f}M parameters, "
+        f"{config.model.image_size} px, fine-tuned at a rate of {rate:g}"
+    ]
+
+
+def _batch(
+    config: ConfigDict,
+    facts: Facts,
+    machine: Machine,
+    minutes: float,
+    size: Size,
+    weights: Weights | None,
+) -> str:
+    """The largest usual batch that leaves enough steps, and no picture twice in most batches."""
+    most = 128 if size.width < 256 else 256 if size.width < 512 else 1024
+    pairs = affordable(size, facts, machine, minutes)
+    if weights:  # six operations a parameter and token, the parameters seen once a token
+        tokens = (config.model.image_size // config.model.patch_size) ** 2 + 32
+        pairs = 60 * minutes * machine.flops * EFFICIENCY / (6 * weights.parameters * tokens)
+        most = 128
+    steps = _USUAL_STEPS / (4 if weights else 1)
+    batch = machine.devices  # times a power of two, so that it splits
+    while batch < 16 or (2 * batch <= min(most, facts.train / 4) and pairs / (2 * batch) >= steps):
+        batch *= 2
+    config.batch_size = batch
+    config.loss.duplicate_texts = "positives"
+    return (
+        f"batch: {config.batch_size} pairs, in which every picture finds its text among all of "
+        "them; equal texts are all right answers"
+    )
+
+
+def _texts(config: ConfigDict, facts: Facts, machine: Machine) -> str:
+    """How long texts are: whole ones but for the last percent, short ones cheaper."""
+    usual, nearly_all, _ = facts.tokens
+    longest = config.model.text.max_len if config.init_from else 64
+    length = min(max(8, 2 * -(-nearly_all // 2)), longest)
+    if not config.init_from:
+        config.model.text.max_len = length
+    short = 4 * -(-usual // 4)
+    if short <= 0.7 * length and config.batch_size % (4 * machine.devices) == 0:
+        config.text_lengths, config.text_parts = (short,), 4
+    pieces = f"{config.model.text.vocab_size:,} word pieces at most, learned from them"
+    if config.init_from:
+        pieces = "in the word pieces of the weights"
+    cut = f"; {short} are room for most, which saves time" if config.text_lengths else ""
+    return f"texts: {pieces}; at most {length} a text{cut}"
+
+
+def _pictures(config: ConfigDict, facts: Facts, weights: Weights | None) -> str:
+    """How pictures vary in training, so that the model does not learn them by heart."""
+    tiny = config.model.image_size <= 32
+    mode = "none" if tiny else "drawing" if facts.drawn or not weights else "crop"
+    config.data.augment = mode
+    letters = all(len(name) <= 2 or name.isdigit() for name in facts.classes) and facts.classes
+    config.data.flip = not (facts.sides or facts.drawn or letters or tiny)
+    how = {
+        "none": "as they are, so small that cutting would lose them",
+        "drawing": "turned, scaled, recoloured and drawn as outlines at random",
+        "crop": "cut at random",
+    }[mode]
+    mirrored = ", half of them mirrored" if config.data.flip else ", never mirrored"
+    return f"pictures: {how}{mirrored}"
+
+
+def _data(config: ConfigDict, facts: Facts, path: str, splits: tuple[str, str], name: str) -> str:
+    """What trains and what is scored."""
+    found = kinds(facts)
+    train, held = splits
+    weights = {"caption": 1.0, "label": 1.0}
+    if len(found) == 2:
+        share = config.batch_size // _LABEL_SHARE
+        weights = {"caption": float(config.batch_size - share), "label": float(share)}
+    config.data.sources = tuple(
+        dict(path=path, split=train, kind=kind, weight=weights[kind]) for kind in found
+    )
+    config.data.prompts = "photo"
+    tasks: list[dict[str, Any]] = []
+    if held and "caption" in found and facts.test_captions:
+        task = dict(name=name, data=dict(path=path, split=held))
+        tasks += [
+            dict(task, kind="retrieval", limit=2000),
+            dict(task, kind="captioning", limit=500),
+        ]
+    if held and "label" in found and facts.test_labels:
+        data = dict(path=path, split=held, kind="label")
+        tasks.append(dict(kind="zeroshot", name=name, data=data, templates="photo", limit=5000))
+    config.eval.tasks = tuple(tasks)
+    if len(found) == 2:
+        return (
+            f"trains on captions, and one row in {_LABEL_SHARE} on labels ('a photo of the "
+            f"{facts.classes[0]}')"
+        )
+    if found == ("caption",):
+        return "trains on captions"
+    return f"trains on labels as texts ('a photo of the {facts.classes[0]}')"
+
+
+def _fit_memory(
+    config: ConfigDict, machine: Machine, bytes_needed: Callable[[ConfigDict], float] | None
+) -> str:
+    """Splits the batch until a step fits: the contrastive loss stays that of the whole batch.
+
+    Raises ValueError where even the smallest part does not fit.
+    """
+    if bytes_needed is None:
+        return ""
+    room = 0.8 * machine.memory
+    whole = need = bytes_needed(config)
+    smallest = machine.devices * config.text_parts
+    while need > room:
+        if config.batch_size // (2 * config.accumulate_steps) < smallest:
+            raise ValueError(
+                f"a step needs {need / 2**30:.1f} GiB even for {smallest} pictures at a time, and "
+                f"{machine.platform} has {machine.memory / 2**30:.1f} GiB free; start from smaller "
+                "weights, or use a larger machine"
+            )
+        config.accumulate_steps *= 2
+        config.remat = "named"
+        need = bytes_needed(config)
+    if config.accumulate_steps == 1:
+        return f"memory: {whole / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    return (
+        f"memory: {need / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB, the batch in "
+        f"{config.accumulate_steps} parts"
+    )
+
+
+def with_steps(
+    choice: Choice, facts: Facts, minutes: float, seconds_a_step: float, seconds_before: float
+) -> Choice:
+    """The recipe with the steps that the time allows.
+
+    Args:
+        seconds_a_step: as measured.
+        seconds_before: of the time, that go to compiling.
+    """
+    config = choice.config.copy_and_resolve_references()
+    left = max(60 * minutes - seconds_before, 30 * minutes)
+    by_time = max(int(left / seconds_a_step), 10)
+    by_data = max(math.ceil(PASSES * facts.train / config.batch_size), 10)
+    config.steps = min(by_time, by_data)
+    config.optimizer.warmup_steps = min(100, max(1, config.steps // 10))
+    config.checkpoint.every_steps = max(1, min(1000, int(60 / seconds_a_step)))
+    config.log.every_steps = max(1, min(50, int(5 / seconds_a_step)))
+    passes = config.steps * config.batch_size / max(facts.train, 1)
+    line = (
+        f"steps: {config.steps:,} of {seconds_a_step:.3g} s as measured, {passes:.3g} passes over "
+        f"{facts.train:,} pictures"
+    )
+    if by_data < by_time:
+        minutes_needed = by_data * seconds_a_step / 60
+        line += (
+            f"; more than {PASSES} only learns them by heart, so it takes "
+            f"{minutes_needed:.1f} of the {minutes:g} minutes"
+        )
+    return Choice(config, (*choice.why, line), choice.size)

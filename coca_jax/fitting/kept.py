@@ -1,0 +1,105 @@
+"""What a fit keeps in its workdir, so that the same command goes on after a kill: fit.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+FILE = "fit.json"
+RECIPE = "recipe.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a fit was asked for.
+
+    Attributes:
+        folder: the data, absolute where it is a path here.
+        kind: 'caption' or 'label' where only these shall train, '' for what there is.
+        minutes: of training.
+        init_from: weights to start from, '' for none.
+        fields: text_field, label_field, image_field and class_names as they were given.
+        overrides: 'key=value' of the config.
+    """
+
+    folder: str
+    kind: str = ""
+    minutes: float = 30.0
+    init_from: str = ""
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+
+class Kept:
+    """The state of a fit: the request, and facts that were found on the way.
+
+    It is written with the first fact, when the data have been found good: a mistake claims no
+    workdir. Until there is a recipe the same data may be asked for otherwise, and what was imported
+    is imported again.
+
+    Raises ValueError for a workdir that holds a fit of other data or with a recipe made otherwise,
+    or a run that no fit began, or that cannot be written.
+    """
+
+    def __init__(self, workdir: str, request: Request):
+        self._path = pathlib.Path(workdir) / FILE
+        wanted = json.loads(json.dumps(dataclasses.asdict(request)))
+        self._state: dict[str, Any] = {"request": wanted}
+        if not self._path.exists():
+            if (self._path.parent / "config.json").exists():
+                raise ValueError(
+                    f"--workdir={workdir} holds a run that fit did not begin; give another, or go "
+                    "on with coca-jax train"
+                )
+            _try_to_write(workdir)
+            return
+        state = json.loads(self._path.read_text())
+        there = state["request"]
+        if there["folder"] != wanted["folder"]:
+            raise ValueError(
+                f"--workdir={workdir} holds a fit of {there['folder']}, and this one is of "
+                f"{wanted['folder']}; give another --workdir"
+            )
+        other = [key for key in wanted if there.get(key) != wanted[key]]
+        if other and (self._path.parent / RECIPE).exists():
+            told = "; ".join(
+                f"{key} {there.get(key)!r} there, {wanted[key]!r} here" for key in other
+            )
+            raise ValueError(
+                f"--workdir={workdir} holds a fit of the same data that was asked otherwise "
+                f"({told}); give the same flags to go on, or another --workdir"
+            )
+        if other:
+            shutil.rmtree(self._path.parent / "data", ignore_errors=True)
+        else:
+            self._state = state
+
+    def get(self, key: str) -> Any:
+        """What was kept under a name, else None."""
+        return self._state.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keeps a value that JSON can hold, on disk when this returns."""
+        self._state[key] = value
+        self._write()
+
+    def _write(self) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(self._state, indent=1) + "\n")
+        os.replace(new, self._path)
+
+
+def _try_to_write(workdir: str) -> None:
+    """Makes the workdir. Raises ValueError where nothing can be written in it."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"--workdir={workdir} cannot be written ({why}); give another") from None

@@ -1,0 +1,71 @@
+"""What this machine is: its devices, their memory, and how fast they multiply."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    devices: how many of them.
+    memory: bytes that a step may take on one of them.
+    flops: floating-point operations a second of matrix products, over all of them.
+    cores: processors that this process may use.
+    """
+
+    platform: str
+    devices: int
+    memory: float
+    flops: float
+    cores: int
+
+
+def look() -> Machine:
+    """This machine, measured for about half a second."""
+    devices = jax.local_devices()
+    alone = devices[0].platform == "cpu"  # one of them has all cores
+    return Machine(
+        platform=devices[0].platform,
+        devices=len(devices),
+        memory=device_memory(),
+        flops=matrix_flops() * (1 if alone else len(devices)),
+        cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def device_memory() -> float:
+    """Bytes that are free on a device; of a CPU, this device's share of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    free = 1024.0 * int(lines["MemAvailable"].split()[0])
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:  # of a container, where one is set
+            free = min(free, float(file.read()))
+    except (OSError, ValueError):
+        pass
+    return free / len(jax.local_devices())
+
+
+def matrix_flops(seconds: float = 0.4) -> float:
+    """Operations a second of products of 1,024 x 1,024 matrices on one device, in the type in
+    which models compute there."""
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    side = 1024 if on_cpu else 8192
+    x = jnp.ones((side, side), jnp.float32 if on_cpu else jnp.bfloat16)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    count, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < seconds:
+        product(x).block_until_ready()
+        count += 1
+    return 2 * side**3 * count / taken

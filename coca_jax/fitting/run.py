@@ -1,0 +1,233 @@
+"""The acts of a fit: look, hold out, choose, measure, write the recipe, train, show, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from coca_jax import compile_cache, export_programs, inference, recipes
+from coca_jax.data import files, vocabulary
+from coca_jax.data.mixture import Mixture
+from coca_jax.data.prepared import read_manifest
+from coca_jax.evaluators.records import Records
+from coca_jax.fitting import choose, look, measure, recipe, tell, weights
+from coca_jax.fitting.kept import RECIPE, Kept, Request
+from coca_jax.fitting.machine import look as look_at_machine
+from coca_jax.importers import own_data
+from coca_jax.importers.items import Options
+from coca_jax.training import run as training
+from coca_jax.training import stopping
+
+Say = Callable[[str], None]
+Change = Callable[[ConfigDict], None]
+_SAMPLE = 20_000  # texts that the vocabulary and the lengths are taken from, at most
+
+
+def fit(
+    request: Request,
+    workdir: str,
+    *,
+    change: Change = lambda config: None,
+    dry_run: bool = False,
+    say: Say = print,
+) -> dict[str, Any]:
+    """From data to a trained model in `workdir`, or goes on with what is there.
+
+    Args:
+        request: what is asked for.
+        change: puts the user's own values into the config that is chosen.
+        dry_run: ends with the recipe.
+        say: takes lines for people.
+
+    Returns workdir and recipe, and unless it is a dry run export and what `training.run.train`
+    returns. Raises ValueError or OSError for data that cannot be read or cannot train, and for a
+    workdir that holds something else; Preempted when it was asked to stop and saved.
+    """
+    kept = Kept(workdir, request)
+    compile_cache.use()  # measuring, training and captions share programs
+    path = pathlib.Path(workdir) / RECIPE
+    if path.exists():
+        say(f"{path} holds the choice that was made before")
+    else:
+        write_recipe(path, request, workdir, kept, change, say)
+    result = dict(workdir=str(workdir), recipe=str(path))
+    if dry_run:
+        return result
+    scores = training.train(recipes.load(str(path)), workdir)
+    return result | scores | finish(workdir, kept, scores, say)
+
+
+def write_recipe(
+    path: pathlib.Path, request: Request, workdir: str, kept: Kept, change: Change, say: Say
+) -> None:
+    """Looks, holds out, chooses and measures; the recipe is there when all of it is done."""
+    start = weights.read(request.init_from) if request.init_from else None
+    facts, place, splits, name = bring_in(request, workdir, kept, say)
+    for line in tell.warnings(facts, bool(start)):
+        say(line)
+    kept.put("facts", dataclasses.asdict(facts))
+    kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
+    config, why = decide(request, facts, (place, splits, name), start, workdir, change, say)
+    title = f"{name}: the choice of `coca-jax fit {request.folder} --minutes={request.minutes:g}`."
+    new = path.with_suffix(".py.new")
+    new.write_text(recipe.source(config, title, why))
+    os.replace(new, path)
+
+
+def bring_in(
+    request: Request, workdir: str, kept: Kept, say: Say
+) -> tuple[look.Facts, str, tuple[str, str], str]:
+    """Looks at the data and prepares them: (facts, prepared folder, its splits to train on and
+    held out, a name)."""
+    options = options_of(request)
+    name = own_data.folder_names([request.folder])[0]
+    layout = own_data.layout(request.folder, options)
+    stopping.current().stage("looking at the data")
+    say(f"{request.folder}: looking at it, as {layout.format}")
+    scan = look.Scan(layout.items(options), show="looking")
+    facts = only(scan.facts, request.kind)
+    choose.check(facts)
+    in_place = own_data.is_prepared(request.folder) and layout.held and not request.fields
+    if in_place:
+        place, splits = request.folder, (layout.train, layout.held)
+    else:
+        place, splits = files.join(os.path.abspath(workdir), f"data/{name}"), ("train", "test")
+        share = kept.get("holdout")
+        if share is None and not layout.held:
+            share = look.holdout(scan.places)
+            kept.put("holdout", share)
+        own_data.bring_in(layout, place, holdout=share or own_data.HOLDOUT, options=options)
+    there = read_manifest(place)["splits"]
+    facts = look.with_counts(facts, there[splits[0]], there[splits[1]])
+    facts = only(facts, request.kind)
+    choose.check(facts)
+    for line in tell.facts_in_words(facts, request.folder):
+        say(line)
+    return facts, place, splits, f"{name}_{splits[1]}"
+
+
+def only(facts: look.Facts, kind: str) -> look.Facts:
+    """The facts as if there were texts of one kind alone; '': as they are."""
+    if kind == "caption":
+        return dataclasses.replace(facts, labels=0, test_labels=0, classes=())
+    if kind == "label":
+        return dataclasses.replace(facts, captions=0, test_captions=0)
+    return facts
+
+
+def options_of(request: Request) -> Options:
+    """How the data are read."""
+    given: dict[str, Any] = dict(request.fields)
+    names = given.pop("class_names", "")
+    lines = files.read(names).decode().splitlines() if names else []
+    return Options(**given, class_names=tuple(line.strip() for line in lines if line.strip()))
+
+
+def decide(
+    request: Request,
+    facts: look.Facts,
+    data: tuple[str, tuple[str, str], str],
+    start: choose.Weights | None,
+    workdir: str,
+    change: Change,
+    say: Say,
+) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The recipe and its reasons: the largest size whose measured steps suffice."""
+    place, splits, name = data
+    machine = look_at_machine()
+    say(
+        f"this machine: {machine.devices} {machine.platform} device(s), {machine.cores} cores, "
+        f"{machine.flops / 1e9:,.0f} GFLOP/s, {machine.memory / 2**30:.1f} GiB free"
+    )
+    sizes = choose.sizes_for(facts, machine, request.minutes)
+    for number, size in enumerate(sizes):
+        words = f"{workdir}/data/vocabulary-{size.pieces}.model"
+        keywords: dict[str, Any] = dict(
+            path=place, splits=splits, name=name, vocabulary=os.path.abspath(words), weights=start
+        )
+        draft = choose.choose(facts, machine, request.minutes, size, **keywords)
+        tokens = token_lengths(draft.config, facts, size, workdir, say)
+        measured_facts = dataclasses.replace(facts, tokens=tokens)
+        choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
+        change(choice.config)
+        speed = measure.measure(choice.config)
+        last = number == len(sizes) - 1 or start is not None
+        if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:
+            break
+        say(f"{size.name}: {speed.step:.2f} s a step are too slow; trying a smaller model")
+    choice = choose.with_steps(choice, facts, request.minutes, speed.step, speed.compile)
+    config = choice.config.copy_and_resolve_references()
+    change(config)
+    why = (*choice.why, *tell.changed(choice.config, config))
+    say("the choice:")
+    for line in why:
+        say(f"  {line}")
+    return config, why
+
+
+def token_lengths(
+    config: ConfigDict, facts: look.Facts, size: choose.Size, workdir: str, say: Say
+) -> tuple[int, int, int]:
+    """Tokens of a text with begin and end, (75%, 99%, most), by the config's vocabulary, which is
+    learned from the data first where it is not there."""
+    texts = list(Mixture(config).sample_texts(_SAMPLE))
+    if not os.path.exists(config.data.vocabulary):
+        say("learning the vocabulary from the texts")
+        wanted = choose.vocabulary_size(facts, size)
+        words = vocabulary.train(texts, wanted, config.data.vocabulary, config.seed, kind="bpe")
+    else:
+        words = vocabulary.load(config.data.vocabulary)
+    counts = [len(ids) + 2 + config.data.label_token for ids in words.encode_many(texts)]
+    return tuple(int(x) for x in np.quantile(counts, (0.75, 0.99, 1.0)))  # type: ignore
+
+
+def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Shows captions and scores, writes the export, says what comes next; returns a summary."""
+    facts = facts_of(kept)
+    data = kept.get("data")
+    model = inference.load(workdir)
+    stopping.current().stage("captioning and exporting")
+    say("the first pictures that were held out, and what the model writes of them:")
+    for line in tell.shown_captions(list(captions(model, data))):
+        say(line)
+    say("writing the export: weights and programs that need none of this package")
+    place = os.path.join(workdir, "export")
+    export_programs.export(model, place)
+    constant = (0.0, 0.0)
+    if facts.test_captions and "caption" in choose.kinds(facts):
+        entry = dict(path=data["path"], kind="caption")
+        constant = tell.constant_caption(
+            dict(entry, split=data["train"]), dict(entry, split=data["held"])
+        )
+    for line in tell.score_table(scores, facts, data["name"], constant):
+        say(line)
+    say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
+    say("next:")
+    say(f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER")
+    say(f"  coca-jax evaluate --checkpoint={workdir} --data={data['path']}")
+    say(f"  python -c \"import coca_jax; print(coca_jax.load('{workdir}').caption(['a.jpg']))\"")
+    return dict(export=place)
+
+
+def facts_of(kept: Kept) -> look.Facts:
+    """The facts that an earlier act kept."""
+    found: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in kept.get("facts").items()
+    }
+    return look.Facts(**found)
+
+
+def captions(model: Any, data: dict[str, Any], count: int = 8) -> Iterator[tuple[str, str, list]]:
+    """(key, what the model writes, its own captions or labels) of the first held-out pictures."""
+    if not data["held"]:
+        return
+    records = list(Records(dict(path=data["path"], split=data["held"]), limit=count))
+    written = model.caption([record["image"] for record in records])
+    for record, text in zip(records, written):
+        yield record["key"], text, record["text"] or record["labels"]

@@ -1,0 +1,129 @@
+"""What `fit` says to people: the data in a line or two, the scores beside chance."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from coca_jax.evaluators.captioning import score_references
+from coca_jax.evaluators.records import Records
+from coca_jax.fitting.choose import FEW, kinds
+from coca_jax.fitting.look import Facts
+
+
+def facts_in_words(facts: Facts, where: str) -> list[str]:
+    """What was found, a sentence a line."""
+    total = facts.train + facts.test
+    lines = [
+        f"{where}: {total:,} pictures, {facts.width} x {facts.height} px, "
+        + ("drawings or screens" if facts.drawn else "photographs")
+        + (f", {facts.repeated:,} of them twice" if facts.repeated else "")
+    ]
+    if facts.captions:
+        median, _, most = facts.words
+        letters = " and ".join(facts.scripts) or "no"
+        lines.append(
+            f"captions: {facts.captions + facts.test_captions:,} pictures have one, "
+            f"{facts.distinct_captions:,} different ones of {median} words as a rule and {most} at "
+            f"most, {facts.distinct_words:,} different words, {letters} letters"
+        )
+    if facts.labels:
+        shown = ", ".join(facts.classes[:4]) + (", ..." if len(facts.classes) > 4 else "")
+        lines.append(
+            f"labels: {facts.labels + facts.test_labels:,}, of {len(facts.classes):,} classes "
+            f"({shown}), the largest {facts.largest_class:.0%}"
+        )
+    if facts.left_out:
+        bad = ", ".join(f"{count} {reason}" for reason, count in facts.left_out)
+        lines.append(f"left out: {bad}")
+    lines.append(f"held out for the scores: {facts.test:,}; to train on: {facts.train:,}")
+    return lines
+
+
+def warnings(facts: Facts, from_weights: bool) -> list[str]:
+    """What to expect of such data, and what would help; a paragraph a line."""
+    lines = []
+    if facts.train < FEW and not from_weights:
+        lines.append(
+            f"Few pictures: {facts.train:,}. A model that begins from nothing learns such a set by "
+            "heart and does little better than chance on new pictures: 795 photographs and "
+            "drawings of Tux Paint gave the right caption first of 156 for 3.8% of new pictures "
+            "(chance 0.6%). Give --init_from= (a run, an export or converted open_clip weights: "
+            "docs/open_clip.md), or some thousands of pictures."
+        )
+    if facts.classes and all(name.isdigit() for name in facts.classes) and "label" in kinds(facts):
+        lines.append(
+            f"The classes are numbers ({', '.join(facts.classes[:3])}, ...), and become texts such "
+            f"as 'a photo of the {facts.classes[0]}': --class_names=FILE, one name a line in the "
+            "order of the numbers, would say more."
+        )
+    return lines
+
+
+def constant_caption(train: Mapping[str, Any], test: Mapping[str, Any]) -> tuple[float, float]:
+    """(exact, word F1) on `test` of always saying the commonest caption of `train`: what captions
+    are worth that do not look. Both are data entries."""
+    seen: collections.Counter[str] = collections.Counter()
+    for record in Records(train, limit=20_000, need="caption"):
+        seen.update(record["text"])
+    said = seen.most_common(1)[0][0]
+    found = [score_references(said, record) for record in Records(test, limit=500, need="caption")]
+    return (
+        sum(exact for exact, _ in found) / len(found),
+        sum(f1 for _, f1 in found) / len(found),
+    )
+
+
+def score_table(
+    scores: Mapping[str, float], facts: Facts, name: str, constant: tuple[float, float] = (0.0, 0.0)
+) -> list[str]:
+    """The main scores, each beside what chance, or not looking, would give."""
+    rows: list[tuple[str, str, str]] = []
+
+    def add(key: str, what: str, chance: float, note: str = "") -> None:
+        if key in scores:
+            low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
+            between = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
+            rows.append((what, f"{scores[key]:.1%}{between}", f"{chance:.1%}{note}"))
+
+    texts = scores.get(f"retrieval/{name}/num_texts", 1)
+    images = scores.get(f"retrieval/{name}/num_images", 1)
+    for rank, words in ((1, "first"), (5, "among the first five")):
+        key = f"retrieval/{name}/image_to_text_r{rank}"
+        add(key, f"of {texts:,.0f} captions, a picture's own comes {words}", min(rank / texts, 1))
+        key = f"retrieval/{name}/text_to_image_r{rank}"
+        add(key, f"of {images:,.0f} pictures, a caption's own comes {words}", min(rank / images, 1))
+    same = " by the commonest caption"
+    add(f"captioning/{name}/exact_match", "captions written word for word", constant[0], same)
+    add(f"captioning/{name}/word_f1", "words of written captions (F1)", constant[1], same)
+    classes = scores.get(f"zeroshot/{name}/num_classes", 1)
+    key = f"zeroshot/{name}/top1"
+    add(key, f"of {classes:,.0f} classes, the right one by its name", facts.largest_class,
+        " by the largest class")  # fmt: skip
+    if not rows:
+        return ["nothing was held out, so there are no scores"]
+    header = ("on pictures held out", "score (95% interval)", "chance")
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(3)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows)]
+
+
+def changed(chosen: ConfigDict, wanted: ConfigDict, name: str = "") -> list[str]:
+    """What the user wants otherwise than it was chosen, a value a line."""
+    lines = []
+    for key, value in wanted.items():
+        if isinstance(value, ConfigDict):
+            lines += changed(chosen[key], value, f"{name}{key}.")
+        elif value != chosen[key]:
+            lines.append(f"as you wish: {name}{key} {value!r} in place of {chosen[key]!r}")
+    return lines
+
+
+def shown_captions(pairs: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:
+    """(picture, written, references) as lines."""
+    return [
+        f"  {picture}: {written!r}" + (f" (its own: {own[0]!r})" if own else "")
+        for picture, written, own in pairs
+    ]

@@ -1,0 +1,46 @@
+"""Weights to start from, as far as a choice needs to know them: no array is read."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from coca_jax import checkpointing, export_format
+from coca_jax.fitting.choose import Weights
+from coca_jax.models import coca
+
+
+def read(path: str) -> Weights:
+    """What `path`, a run, a checkpoint or an export, holds.
+
+    Raises:
+        FileNotFoundError: no run and no export there.
+        ValueError: a file, which needs converting first.
+    """
+    if os.path.isfile(path):
+        raise ValueError(
+            f"--init_from={path} is a file: convert it first with coca-jax convert --input={path} "
+            "--out=DIR, and give DIR"
+        )
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"--init_from={path}: no such folder; give a run or an export")
+    data: Any
+    if export_format.is_export(path):
+        config = export_format.read_config(path)
+        data, words = config.preprocess, export_format.vocabulary_path(path)
+    else:
+        config = checkpointing.load_config(path)
+        run = checkpointing.find_step(path)[0].parent
+        data, words = config.data, str(run / "vocabulary.model")
+    shapes = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
+    return Weights(
+        path=os.path.abspath(path),
+        model=config.model.to_dict(),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        resize=data.resize,
+        label_token=bool(data.get("label_token", False)),
+        vocabulary=str(pathlib.Path(words).absolute()),
+    )

@@ -1,0 +1,59 @@
+"""Prepared data as input: to be split, narrowed, shrunk or freed of duplicates once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from coca_jax.data import prepared
+from coca_jax.importers.items import Item, Options, Unit, names, split_units, strings
+
+ROWS_PER_UNIT = 4096
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of a split: ranges of its records; of the only split where `split` is ''.
+
+    Raises:
+        FileNotFoundError, ValueError: not prepared data, or no such split.
+    """
+    found = splits(path)
+    if not split and len(found) == 1:
+        split = found[0]
+    rows = len(prepared.open_split(path, split))
+    return [
+        Unit(f"{path}@{split}", unit.start, unit.stop, unit.rows)
+        for unit in split_units(path, rows, ROWS_PER_UNIT)
+    ]
+
+
+def splits(path: str) -> list[str]:
+    """The splits that were prepared."""
+    return sorted(prepared.read_manifest(path)["splits"])
+
+
+def declared_classes(unit: Unit, options: Options) -> list[str]:
+    """The class names of the data, unless other labels are taken."""
+    if options.label_field:
+        return list(options.class_names)
+    return list(prepared.read_manifest(unit.path.rpartition("@")[0])["class_names"])
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The records of a range, in their order."""
+    path, _, split = unit.path.rpartition("@")
+    source = prepared.open_split(path, split)
+    for start in range(unit.start, unit.stop, 256):
+        for record in source.read(range(start, min(start + 256, unit.stop))):
+            extra = json.loads(record.extra) if record.extra else {}
+            item = Item(record.key, record.image, record.texts, record.labels, second=record.second)
+            if options.text_field:
+                item.texts = strings(extra.pop(options.text_field, None))
+            if options.label_field:
+                try:
+                    found = extra.pop(options.label_field, None)
+                    item.labels = names(found, options.class_names)
+                except ValueError as error:
+                    item.problem, item.detail = "bad_label", str(error)
+            item.extra = extra
+            yield item

@@ -1,0 +1,226 @@
+"""What fit chooses: a pure function, asked about many data sets and machines."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from coca_jax import run_config
+from coca_jax.data.mixture import shares
+from coca_jax.fitting import choose, look, tell
+from coca_jax.fitting.look import Facts
+from coca_jax.fitting.machine import Machine
+
+LAPTOP = Machine("cpu", 1, 16e9, 1e11, 2)
+TINY = Machine("cpu", 1, 2e9, 2e10, 1)
+EIGHT = Machine("gpu", 8, 80e9, 8 * 4e14, 64)
+CAPTIONS = Facts(
+    train=5000,
+    test=500,
+    captions=5000,
+    test_captions=500,
+    distinct_captions=4000,
+    words=(6, 12, 30),
+    distinct_words=3000,
+    characters=60,
+    scripts=("Latin",),
+    width=640,
+    height=480,
+    tokens=(12, 24, 40),
+)
+LABELS = Facts(
+    train=5000,
+    test=500,
+    labels=5000,
+    test_labels=500,
+    classes=("cat", "dog", "horse"),
+    largest_class=0.5,
+    distinct_words=3,
+    characters=9,
+    width=640,
+    height=480,
+    tokens=(8, 9, 9),
+)
+BOTH = dataclasses.replace(
+    CAPTIONS, labels=5000, test_labels=500, classes=("cat", "dog"), largest_class=0.7
+)
+PLACE = dict(path="data/mine", name="mine_test", vocabulary="data/v.model")
+
+
+def chosen(facts, machine=LAPTOP, minutes=30.0, seconds=0.5, **keywords):
+    size = choose.sizes_for(facts, machine, minutes)[0]
+    found = choose.choose(facts, machine, minutes, size, **PLACE, **keywords)
+    return choose.with_steps(found, facts, minutes, seconds, 20.0)
+
+
+def sized(facts, count, **changes):
+    fields = ("train", "captions", "labels", "distinct_captions")
+    counts = {field: count if getattr(facts, field) else 0 for field in fields}
+    return dataclasses.replace(facts, **counts, **changes)
+
+
+MANY = [
+    sized(facts, count, width=side, height=side)
+    for facts, count, side in itertools.product(
+        (CAPTIONS, LABELS, BOTH), (20, 500, 50_000, 3_000_000), (28, 64, 1024)
+    )
+]
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, TINY, EIGHT], ids=["laptop", "tiny", "eight"])
+@pytest.mark.parametrize("minutes", [0.5, 30.0, 3000.0])
+def test_every_choice_is_a_run_that_can_be(machine, minutes):
+    for facts in MANY:
+        for seconds in (0.01, 3.0):
+            found = chosen(facts, machine, minutes, seconds)
+            config = found.config
+            run_config.check(config)  # among others: warm-up below the steps, sizes that divide
+            run_config.check_batch(config, machine.devices, 1)
+            assert sum(shares(list(config.data.sources), config.batch_size)) == config.batch_size
+            assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
+            assert config.steps * seconds <= max(60 * minutes, 10 * seconds)
+            passes = (config.steps - 10) * config.batch_size / facts.train
+            assert passes <= choose.PASSES + 1
+            assert config.model.text.vocab_size >= 320
+            assert config.checkpoint.every_steps >= 1 <= config.log.every_steps
+            assert len(found.why) <= 10 and all(len(line) < 160 for line in found.why)
+
+
+def test_models_grow_with_data_and_time_and_machine():
+    def width(facts, machine, minutes):
+        return choose.sizes_for(facts, machine, minutes)[0].width
+
+    many = sized(CAPTIONS, 2_000_000)
+    assert width(CAPTIONS, TINY, 5) == width(CAPTIONS, LAPTOP, 30) == 160
+    assert width(many, LAPTOP, 30) == 160
+    assert width(many, LAPTOP, 6000) > 160  # days
+    assert width(many, EIGHT, 300) > width(CAPTIONS, EIGHT, 300) > width(LABELS, TINY, 5) - 1
+    assert width(dataclasses.replace(many, width=28, height=28), EIGHT, 300) == 96
+    for minutes in (1, 10, 100, 1000, 10_000):
+        names = [s.name for s in choose.sizes_for(many, EIGHT, minutes)]
+        order = [s.name for s in choose.SIZES]
+        assert names == sorted(names, key=order.index, reverse=True) and names[-1] == "small"
+
+
+def test_pictures_are_not_made_larger_than_they_are():
+    for side in (16, 20, 28, 30, 32):
+        small = dataclasses.replace(LABELS, width=side, height=side)
+        found = chosen(small).config.model
+        assert side <= found.image_size < side + 4 and found.image_size % found.patch_size == 0
+
+
+def test_what_trains_follows_from_what_there_is():
+    def kinds(facts):
+        config = chosen(facts).config
+        return [s["kind"] for s in config.data.sources], [t["kind"] for t in config.eval.tasks]
+
+    assert kinds(CAPTIONS) == (["caption"], ["retrieval", "captioning"])
+    assert kinds(LABELS) == (["label"], ["zeroshot"])
+    assert kinds(BOTH) == (["caption", "label"], ["retrieval", "captioning", "zeroshot"])
+    # A few stray labels do not make a task, nor does one class.
+    assert kinds(dataclasses.replace(BOTH, labels=9))[0] == ["caption"]
+    assert kinds(dataclasses.replace(BOTH, classes=("cat",)))[0] == ["caption"]
+    # With both, captions are most of the batch.
+    weights = [s["weight"] for s in chosen(BOTH).config.data.sources]
+    assert weights[0] == 7 * weights[1]
+
+
+def test_the_batch_is_no_larger_than_data_and_time_give():
+    def batch(train, minutes=300, machine=LAPTOP):
+        return chosen(
+            dataclasses.replace(CAPTIONS, train=train), machine, minutes
+        ).config.batch_size
+
+    assert [batch(n) for n in (20, 100, 300, 5000)] == [16, 16, 64, 128]
+    assert batch(5000, minutes=0.1) == 16
+    assert batch(3_000_000, 30, EIGHT) > 128 and batch(20, 30, EIGHT) % 8 == 0
+
+
+def test_mirrors_only_where_left_may_be_right():
+    def flip(facts):
+        return chosen(facts).config.data.flip
+
+    assert flip(CAPTIONS) and flip(LABELS)
+    assert not flip(dataclasses.replace(CAPTIONS, sides=True))
+    assert not flip(dataclasses.replace(CAPTIONS, drawn=True))
+    assert not flip(dataclasses.replace(LABELS, classes=("b", "d", "p", "q")))
+
+
+def test_short_texts_do_not_pay_for_long_ones():
+    config = chosen(CAPTIONS).config
+    assert config.model.text.max_len == 24 and config.text_lengths == (12,)
+    assert config.text_parts == 4 and config.batch_size % 4 == 0
+    assert chosen(LABELS).config.text_lengths == ()
+    long = dataclasses.replace(CAPTIONS, tokens=(100, 400, 900))
+    assert chosen(long).config.model.text.max_len == 64
+
+
+def test_a_step_fits_the_memory_or_says_what_would():
+    def bytes_needed(config):
+        return 1e9 + 1e8 * config.batch_size / config.accumulate_steps
+
+    config = chosen(CAPTIONS, bytes_needed=bytes_needed).config
+    assert (config.accumulate_steps, config.batch_size) == (2, 128)
+    assert bytes_needed(config) <= 0.8 * LAPTOP.memory
+    assert chosen(CAPTIONS, bytes_needed=lambda c: 1e9).config.accumulate_steps == 1
+    with pytest.raises(ValueError, match="GiB even for 4 pictures at a time, and cpu has 14.9 GiB"):
+        chosen(CAPTIONS, bytes_needed=lambda config: 1e12)
+
+
+def test_weights_bring_their_model_and_gentle_rates():
+    model = chosen(CAPTIONS).config.model.to_dict()
+    model["image_size"] = 64
+    small = choose.Weights("runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model")
+    config = chosen(CAPTIONS, weights=small).config
+    assert config.init_from == "runs/demo" and config.model.image_size == 64
+    assert config.data.vocabulary == "runs/demo/v.model" and config.data.resize == "crop"
+    assert config.optimizer.learning_rate == 5e-4
+    large = dataclasses.replace(small, parameters=150_000_000)
+    config = chosen(CAPTIONS, weights=large, seconds=8.0).config
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)
+    run_config.check(config)
+
+
+def test_data_that_cannot_train_say_what_would():
+    for facts, message in (
+        (
+            Facts(train=100, fields=("description", "id")),
+            "its other fields are description, id. Name the",
+        ),
+        (Facts(train=9, captions=9), "9 pictures are too few .* give 20 at the very least"),
+        (Facts(train=99, labels=99, classes=("cat",)), "all labels are 'cat': with one class"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose.check(facts)
+    few = sized(CAPTIONS, 795)
+    assert "for 3.8% of new pictures" in tell.warnings(few, from_weights=False)[0]
+    assert tell.warnings(few, from_weights=True) == tell.warnings(CAPTIONS, False) == []
+    numbers = dataclasses.replace(LABELS, classes=("0", "1", "2"))
+    assert "--class_names=FILE" in tell.warnings(numbers, False)[0]
+
+
+@pytest.mark.parametrize("count, held", [(20, 8), (100, 10), (9000, 900), (30_000, 1500)])
+def test_a_twentieth_to_a_tenth_is_held_out(count, held):
+    places = np.random.default_rng(0).random(count)
+    assert (places < look.holdout(places)).sum() == held
+    twins = np.concatenate([places, places[: count // 2]])
+    assert (np.unique(twins) < look.holdout(twins)).sum() == held
+
+
+def test_scores_stand_beside_chance():
+    scores = {
+        "retrieval/mine_test/image_to_text_r1": 0.25,
+        "retrieval/mine_test/image_to_text_r1_low": 0.2,
+        "retrieval/mine_test/image_to_text_r1_high": 0.3,
+        "retrieval/mine_test/num_texts": 200.0,
+        "zeroshot/mine_test/top1": 0.9,
+        "zeroshot/mine_test/num_classes": 2.0,
+    }
+    lines = tell.score_table(scores, BOTH, "mine_test")
+    assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]
+    assert lines[1].rstrip().endswith("0.5%")
+    assert "of 2 classes" in lines[2] and "70.0% by the largest class" in lines[2]
+    assert tell.score_table({}, BOTH, "mine_test") == [
+        "nothing was held out, so there are no scores"
+    ]

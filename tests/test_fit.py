@@ -1,0 +1,255 @@
+"""A fit from a folder to a caption, its resuming, its recipe, and the mistakes people make."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import coca_jax
+from coca_jax import recipes
+from coca_jax.data import sources
+from coca_jax.fitting import look, recipe, run
+from coca_jax.fitting.kept import Kept, Request
+from coca_jax.importers import splits
+from coca_jax.importers.items import Item
+from coca_jax.training import stopping
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
+SHAPES = ("circle", "square")
+
+
+def drawing(seed):
+    """A shape on a ground of its own, and what it is: encoded bytes, colour, shape."""
+    rng = np.random.default_rng(seed)
+    colour, shape = list(COLOURS)[seed % 3], SHAPES[seed // 3 % 2]
+    image = Image.new("RGB", (28, 28), tuple(int(x) for x in rng.integers(200, 256, 3)))
+    x, y = rng.integers(2, 10, 2).tolist()
+    draw = getattr(ImageDraw.Draw(image), "ellipse" if shape == "circle" else "rectangle")
+    draw((x, y, x + 15, y + 15), fill=COLOURS[colour])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue(), colour, shape
+
+
+def drawn_folder(folder, count, **fields):
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        data, colour, shape = drawing(i)
+        (folder / f"{i:02d}.png").write_bytes(data)
+        row = dict(file_name=f"{i:02d}.png", text=f"a {colour} {shape}", label=colour)
+        lines.append(json.dumps({k: fields.get(k, v) for k, v in row.items()}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def few_steps(config):
+    """What a user would give as --config.steps=6 --config.batch_size=16 ..."""
+    config.steps, config.batch_size, config.optimizer.warmup_steps = 6, 16, 1
+    config.data.sources = tuple(dict(s, weight=1.0) for s in config.data.sources)
+    config.text_lengths, config.text_parts = (), 1
+    config.log.every_steps = config.checkpoint.every_steps = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = drawn_folder(tmp_path_factory.mktemp("data") / "shapes", 60)
+    (path / "cut.png").write_bytes(drawing(0)[0][:60])
+    with open(path / "metadata.jsonl", "a") as file:
+        file.write(json.dumps(dict(file_name="cut.png", text="a broken one", label="red")) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    """A fit that was stopped after three steps and went on: its workdir, summary and lines."""
+    workdir, said = str(tmp_path_factory.mktemp("run") / "fit"), []
+    request = Request(folder=str(folder), minutes=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
+        with pytest.raises(stopping.Preempted, match="step 3 is saved"):
+            run.fit(request, workdir, change=few_steps, say=said.append)
+    first = pathlib.Path(workdir, "recipe.py").read_text()
+    said.append("again")
+    summary = run.fit(request, workdir, change=lambda config: 1 / 0, say=said.append)
+    assert pathlib.Path(workdir, "recipe.py").read_text() == first
+    return workdir, summary, said
+
+
+def test_a_fit_leaves_a_model_that_captions(done, folder):
+    workdir, summary, said = done
+    assert set(os.listdir(workdir)) >= {
+        *("recipe.py", "report.html", "export", "data", "fit.json", "checkpoints", "eval.json"),
+        *("config.json", "metrics.jsonl", "vocabulary.model"),
+    }
+    assert summary["steps"] == 6 and summary["export"] == f"{workdir}/export"
+    scores = json.loads(pathlib.Path(workdir, "eval.json").read_text())
+    for name in ("retrieval", "captioning", "zeroshot"):
+        assert scores[f"{name}/shapes_test/num_examples"] == 8
+    model = coca_jax.load(workdir)
+    assert len(model.caption([str(folder / "00.png")])) == 1
+    for text in model.caption([str(folder / "00.png")]):
+        assert coca_jax.load(f"{workdir}/export").caption([str(folder / "00.png")]) == [text]
+
+
+def test_what_is_said(done, folder):
+    workdir, _, said = done
+    text = "\n".join(said)
+    assert "61 pictures" not in text and "60 pictures, 28 x 28 px, drawings or screens" in text
+    assert "left out: 1 damaged_image" in text or "left out: 1 unreadable_image" in text
+    assert "held out for the scores: 8; to train on: 52" in text
+    assert "Few pictures: 52." in text and "--init_from=" in text
+    choice = said[said.index("the choice:") + 1 : said.index("again")]
+    assert len([line for line in choice if line.startswith("  ")]) >= 6
+    after = said[said.index("again") + 1 :]
+    assert after[0] == f"{workdir}/recipe.py holds the choice that was made before"
+    assert any("a picture's own comes first" in line and "chance" not in line for line in after)
+    assert f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER" in after
+
+
+def test_held_out_pictures_are_apart(done):
+    place = f"{done[0]}/data/shapes"
+    train, test = (
+        {record.image for record in sources.open_source(dict(path=place, split=split))}
+        for split in ("train", "test")
+    )
+    assert len(train) + len(test) == 60 and not train & test
+
+
+def test_the_recipe_is_the_run(done):
+    """recipe.py gives the config that trained, and begins from the base alone."""
+    workdir = done[0]
+    config = recipes.load(f"{workdir}/recipe.py")
+    trained = json.loads(pathlib.Path(workdir, "config.json").read_text())
+    chosen = json.loads(json.dumps(config.to_dict(), default=list))
+    assert chosen == {key: trained[key] for key in chosen}
+    again = pathlib.Path(workdir, "again.py")
+    again.write_text(recipe.source(config, 'A "title" \\ of """quotes"""', ["why"]))
+    assert recipe.plain(recipes.load(str(again))) == recipe.plain(config)
+    again.unlink()
+
+
+def test_a_workdir_belongs_to_one_fit(done, folder, tmp_path):
+    workdir = done[0]
+    with pytest.raises(ValueError, match="holds a fit of .*shapes, and this one is of /elsewhere"):
+        Kept(workdir, Request(folder="/elsewhere"))
+    with pytest.raises(ValueError, match=r"asked otherwise \(minutes 0.2 there, 5.0 here\)"):
+        Kept(workdir, Request(folder=str(folder), minutes=5.0))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run that fit did not begin"):
+        Kept(str(tmp_path), Request(folder=str(folder)))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        Kept(str(tmp_path / "file" / "run"), Request(folder=str(folder)))
+
+
+def test_a_mistake_claims_no_workdir(folder, tmp_path):
+    """Without captions the fields are named; with the right flag the same workdir goes on."""
+    workdir = str(tmp_path / "run")
+    other = tmp_path / "described"
+    other.mkdir()
+    rows = []
+    for i in range(30):
+        data, colour, shape = drawing(i)
+        (other / f"{i}.png").write_bytes(data)
+        rows.append(json.dumps(dict(file_name=f"{i}.png", description=f"a {colour} {shape}")))
+    (other / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match="its other fields are description. Name the field"):
+        run.fit(Request(folder=str(other)), workdir, say=str)
+    assert os.listdir(workdir) == []
+    request = Request(folder=str(other), fields={"text_field": "description"})
+    kept = Kept(workdir, request)
+    facts, place, _, _ = run.bring_in(request, workdir, kept, str)
+    assert (facts.train + facts.test, facts.captions + facts.test_captions) == (30, 30)
+    # And what is asked for otherwise, before there is a recipe, is imported anew.
+    Kept(workdir, Request(folder=str(other), kind="label"))
+    assert not os.path.exists(place)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (dict(text=None, label="cat"), "all labels are 'cat': with one class"),
+        (dict(text=None, label=None), "0 of 24 pictures have a caption and 0 a label"),
+    ],
+)
+def test_folders_that_cannot_train(tmp_path, rows, message):
+    drawn_folder(tmp_path / "data", 24, **rows)
+    with pytest.raises(ValueError, match=message):
+        run.fit(Request(folder=str(tmp_path / "data")), str(tmp_path / "run"), say=str)
+
+
+def test_prepared_data_are_split_again(tmp_path):
+    """Data that `prepare` wrote as one split are copied with a held-out one; with two, used."""
+    drawn_folder(tmp_path / "raw", 40)
+    splits.prepare("imagefolder", str(tmp_path / "raw"), str(tmp_path / "p"), progress=False)
+    request = Request(folder=str(tmp_path / "p"))
+    workdir = str(tmp_path / "run")
+    facts, place, names, _ = run.bring_in(request, workdir, Kept(workdir, request), str)
+    assert place == f"{workdir}/data/p" and (facts.train, facts.test) == (32, 8)
+    again = Request(folder=place)
+    other = str(tmp_path / "other")
+    facts, where, names, _ = run.bring_in(again, other, Kept(other, again), str)
+    assert where == place and names == ("train", "test") and (facts.train, facts.test) == (32, 8)
+
+
+def test_looking_counts_what_is_there():
+    items = [Item(str(i), drawing(i)[0], [f"left {i}"], ["a", "b"]) for i in range(10)]
+    items += [Item("twin", drawing(0)[0], ["Привет мир"]), Item("html", b"<html>", ["x"])]
+    items += [Item("none", problem="missing_image"), Item("bare", drawing(99)[0])]
+    scan = look.Scan(items)
+    facts = scan.facts
+    assert (facts.train, facts.captions, facts.labels, facts.repeated) == (11, 11, 10, 1)
+    assert dict(facts.left_out) == {
+        "unreadable_image": 1,
+        "missing_image": 1,
+        "missing_text": 1,
+    }
+    assert (facts.width, facts.height, facts.drawn, facts.sides) == (28, 28, True, True)
+    assert facts.scripts == ("Latin", "Cyrillic") and set(facts.classes) == {"a", "b"}
+    assert facts.words == (2, 2, 2) and len(scan.places) == 11
+    rng = np.random.default_rng(0)
+    noise = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(noise, "PNG")
+    assert not look.drawn([noise.getvalue()] * 3)
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "coca_jax.fit", *arguments], capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr.strip().splitlines()
+
+
+def test_the_command_says_mistakes_in_a_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    workdir = f"--workdir={tmp_path / 'run'}"
+    for arguments, message in (
+        ([str(tmp_path / "empty"), workdir], "the folder is empty; give images, tars, parquet"),
+        ([str(tmp_path / "nowhere"), workdir], "nowhere: no such file or folder"),
+    ):
+        code, _, lines = command(*arguments)
+        assert code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+        assert lines[0].startswith("fitting ") and len(lines) <= 3
+    assert not os.path.exists(tmp_path / "run" / "fit.json")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give one FOLDER of pictures and --workdir=DIR"),
+        (["x", "--workdir=y", "--minutes=0"], "--minutes=0: give the minutes of training, above 0"),
+        (["x", "--workdir=y", "--config=tiny"], "--config=tiny: fit chooses the recipe"),
+        (["x", "--workdir=s3://b/y"], "fit works in a local folder"),
+        (["x", "--workdir=y", "--config.batch_sise=8"], "no key 'batch_sise'; did you mean"),
+    ],
+)
+def test_flags_that_cannot_be(arguments, message):
+    code, _, lines = command(*arguments)
+    assert code == 2 and message in lines[-1], lines
