@@ -43,6 +43,7 @@ setuptools.setup(
         "pillow>=10.3",
         "protobuf>=5",
         "pyarrow>=17",
+        "safetensors>=0.5",
         "sentencepiece>=0.2.1",
         "simplejpeg>=1.8",
         "tqdm>=4.66",

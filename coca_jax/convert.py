@@ -18,6 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from coca_jax import cli, export_format
+from coca_jax.data import bounded_json, files
 from coca_jax.interop import clip_bpe, open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout, count
 
@@ -45,15 +46,12 @@ def from_open_clip(
     """
     weights = _find_weights(weights)
     tensors = read_weights(weights)
-    model_cfg, preprocess_cfg = _model_config(weights, model, tensors)
-    preprocess = open_clip_config.check_preprocess(preprocess_cfg)
-    config = dict(
-        model=open_clip_config.to_model(model_cfg, preprocess_cfg),
-        preprocess=dict(resize="crop", mean=list(preprocess["mean"]), std=list(preprocess["std"])),
-        tokenizer=dict(kind="clip_bpe"),
-    )
+    config = _config(*_model_config(weights, model, tensors))
     layout = Layout(ConfigDict(config["model"]), logit_bias="logit_bias" in tensors)
-    layout.check(tensors)
+    try:
+        layout.check(tensors)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
     merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
     vocabulary = clip_bpe.ClipBpe(merges)
     if vocabulary.size > config["model"]["text"]["vocab_size"]:
@@ -64,8 +62,26 @@ def from_open_clip(
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "vocabulary.bpe.gz")
         vocabulary.save(path)
-        export_format.write_export(out, layout.read(tensors), config, path)
+        try:
+            export_format.write_export(out, layout.read(tensors), config, path)
+        except ValueError as error:  # numbers that are none
+            raise ValueError(f"{weights}: {error}") from None
     return config, layout
+
+
+def _config(model_cfg: Any, preprocess_cfg: Any, place: str) -> dict[str, Any]:
+    """The configuration of the export; errors name `place`, where open_clip's comes from."""
+    try:
+        preprocess = open_clip_config.check_preprocess(preprocess_cfg)
+        model = open_clip_config.to_model(model_cfg, preprocess_cfg)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    numbers = {name: list(preprocess[name]) for name in ("mean", "std")}
+    return dict(
+        model=model,
+        preprocess=dict(resize="crop", **numbers),
+        tokenizer=dict(kind="clip_bpe"),
+    )
 
 
 def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
@@ -131,9 +147,10 @@ def _find_weights(path: str) -> str:
 
 def _model_config(
     weights: str, model: str, tensors: dict[str, np.ndarray]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """open_clip's `model_cfg` and `preprocess_cfg`, not checked, and where they come from."""
     if model in open_clip_config.RELEASED:
-        return open_clip_config.RELEASED[model], {}
+        return open_clip_config.RELEASED[model], {}, model
     path = model or os.path.join(os.path.dirname(weights), CONFIG_NAME)
     if model or os.path.isfile(path):
         if not os.path.isfile(path):
@@ -141,18 +158,18 @@ def _model_config(
                 f"--model={model}: no such file, and not one of "
                 f"{', '.join(open_clip_config.RELEASED)}"
             )
-        with open(path) as file:
-            try:
-                config = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        return config.get("model_cfg", config), config.get("preprocess_cfg", {})
+        try:
+            config = bounded_json.parse(files.read_bounded(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        preprocess = config.get("preprocess_cfg")
+        return config.get("model_cfg", config), {} if preprocess is None else preprocess, path
     positions = tensors.get("visual.positional_embedding")
-    for config in open_clip_config.RELEASED.values():
+    for name, config in open_clip_config.RELEASED.items():
         shapes = Layout(ConfigDict(open_clip_config.to_model(config))).tensors()
         wanted = shapes["visual.positional_embedding"]
         if positions is not None and tuple(positions.shape) == wanted:
-            return config, {}
+            return config, {}, name
     raise ValueError(f"{weights}: not a released model; give its JSON configuration as --model")
 
 

@@ -19,12 +19,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from coca_jax import storage
+from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 
 if TYPE_CHECKING:
     import jax
 
+_DEEPEST = 32  # levels of a tree of parameters
 CONFIG, PARAMS = "config.json", "params.safetensors"
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
@@ -59,12 +61,12 @@ def write_export(
         FileNotFoundError: no such vocabulary.
     """
     os.makedirs(directory, exist_ok=True)
+    tensors = {path: _blocks(array) for path, array in flatten(params).items()}
+    safetensors_file.write(os.path.join(directory, PARAMS), tensors)
     name = "vocabulary" + _suffixes(vocabulary_path)
     target = os.path.join(directory, name)
     if os.path.abspath(target) != os.path.abspath(vocabulary_path):
         shutil.copyfile(vocabulary_path, target)
-    tensors = {path: _blocks(array) for path, array in flatten(params).items()}
-    safetensors_file.write(os.path.join(directory, PARAMS), tensors)
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
     temporary = os.path.join(directory, f"{CONFIG}.tmp")
@@ -83,7 +85,11 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, ConfigDict]:
     """
     config = read_config(directory)
     with storage.local_copy(storage.place(directory) / PARAMS) as file:
-        return unflatten(safetensors_file.read(file)), config
+        arrays = safetensors_file.read(file)
+    try:
+        return unflatten(arrays), config
+    except ValueError as error:
+        raise ValueError(f"{os.path.join(directory, PARAMS)}: {error}") from None
 
 
 def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
@@ -97,14 +103,25 @@ def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
     if not is_export(directory):
         raise FileNotFoundError(f"{os.fspath(directory)}: no {CONFIG} and {PARAMS}: not an export")
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except ValueError as error:
+        config = ConfigDict(bounded_json.parse(path.read_bytes()))
+        for section in ("model", "tokenizer"):
+            if not isinstance(config.get(section), ConfigDict):
+                raise ValueError(f"it has no {section!r}; it is not the configuration of an export")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    return config
 
 
 def vocabulary_path(directory: str | os.PathLike[str]) -> str:
-    """The tokenizer's file in an export folder."""
-    return os.path.join(directory, read_config(directory).tokenizer.file)
+    """The tokenizer's file in an export folder.
+
+    Raises ValueError where the configuration names anything but a file in it.
+    """
+    name = read_config(directory).tokenizer.get("file")
+    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
+        place = os.path.join(directory, CONFIG)
+        raise ValueError(f"{place}: tokenizer.file={name!r} is not the name of a file beside it")
+    return os.path.join(directory, name)
 
 
 def place(params: Any, shardings: Any) -> Any:
@@ -136,13 +153,20 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    Raises ValueError for a path that is another one's parent, or deeper than any model's.
+    """
     nested: dict = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
         inner = nested
-        for parent in parents:
+        for parent in parents[:_DEEPEST]:
             inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                break
+        if len(parents) > _DEEPEST or not isinstance(inner, dict) or name in inner:
+            raise ValueError(f"the array {path[:200]!r} fits no tree of parameters")
         inner[name] = value
     return nested
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import pathlib
 import random
@@ -74,6 +75,39 @@ def test_finding_the_merges(tmp_path, vocabulary):
     (beside / clip_bpe.FILE_NAME).write_bytes(b"not gzip")
     with pytest.raises(ValueError, match="not a gzip file"):
         clip_bpe.find_merges(beside)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("header\na b\nth \u4e2d\n", "'\u4e2d' is no symbol of bytes"),
+        ("header\na b c\n", "two symbols a line"),
+        ("header\n", "two symbols a line"),
+        ("x" * (clip_bpe.MAX_BYTES + 1), "more than"),
+    ],
+)
+def test_merges_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        clip_bpe.parse_merges(gzip.compress(text.encode(), compresslevel=1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "[]",
+        '{"model": 1}',
+        '{"model": {"merges": [1], "vocab": {}}}',
+        '{"model": {"merges": [["a"]], "vocab": {}}}',
+        '{"model": {"merges": [["a", 1]], "vocab": {}}}',
+        '{"model": {"merges": [["a", "b"]], "vocab": [1]}}',
+        '{"model": {"merges": [["a", "\\ud800"]], "vocab": {}}}',
+    ],
+)
+def test_a_tokenizer_json_that_is_none(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json: not a|two symbols a line"):
+        clip_bpe.find_merges(tmp_path)
 
 
 def test_no_merges_anywhere(tmp_path, monkeypatch):

@@ -389,7 +389,7 @@ def test_export_folders(export, tmp_path):
 def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
     shape = (50, 768)
     positions = {"visual.positional_embedding": np.broadcast_to(np.float32(0), shape)}
-    found, _ = convert._model_config(str(tmp_path / "x.bin"), "", positions)
+    found, *_ = convert._model_config(str(tmp_path / "x.bin"), "", positions)
     assert found is open_clip_config.RELEASED["coca_ViT-B-32"]
     with pytest.raises(ValueError, match="give its JSON configuration as --model"):
         convert._model_config(str(tmp_path / "x.bin"), "", {})
@@ -401,6 +401,95 @@ def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
 def test_other_preprocessing_is_refused(key):
     with pytest.raises(ValueError, match=f"preprocess_cfg.{key}='other'"):
         open_clip_config.check_preprocess({key: "other"})
+
+
+ODD = [  # keys of open_clip_config.json, what is said of them
+    (dict(model_cfg=[1]), "the configuration is a list"),
+    (dict(model_cfg=None), "the configuration is a NoneType"),
+    (dict(vision_cfg=[1]), "has no vision_cfg"),
+    (dict(vision_cfg=dict(width=None)), "vision_cfg.width=None: give a whole number"),
+    (dict(vision_cfg=dict(layers=[3, 4, 6, 3])), r"vision_cfg.layers=\[3, 4, 6, 3\]: give a whole"),
+    (dict(vision_cfg=dict(layers=10**9)), "vision_cfg.layers=1000000000: .* 1 to 1024"),
+    (dict(vision_cfg=dict(width=True)), "vision_cfg.width=True"),
+    (dict(vision_cfg=dict(head_width=0)), "vision_cfg.head_width=0"),
+    (dict(vision_cfg=dict(head_width=7)), "vision_cfg.head_width=7 does not divide"),
+    (dict(vision_cfg=dict(patch_size=[])), r"vision_cfg.patch_size=\[\]: only squares"),
+    (dict(vision_cfg=dict(image_size=-32)), "vision_cfg.image_size=-32"),
+    (dict(vision_cfg=dict(mlp_ratio=float("nan"))), "vision_cfg.mlp_ratio=nan"),
+    (dict(vision_cfg=dict(patch_dropout="x")), "vision_cfg.patch_dropout='x'"),
+    (dict(vision_cfg=dict(attentional_pool={})), "vision_cfg.attentional_pool={}"),
+    (dict(text_cfg=dict(heads=0)), "text_cfg.heads=0"),
+    (dict(text_cfg=dict(vocab_size="many")), "text_cfg.vocab_size='many'"),
+    (dict(text_cfg=dict(act_kwargs="x" * 10_000)), "text_cfg.act_kwargs='x{70,76}\\.\\.\\. is not"),
+    (dict(multimodal_cfg=dict(layers=1.5)), "multimodal_cfg.layers=1.5"),
+    (dict(quick_gelu="no"), "quick_gelu='no': give true or false"),
+    (dict(embed_dim=[48]), r"embed_dim=\[48\]"),
+    (dict(preprocess_cfg=[1]), r"preprocess_cfg=\[1\]: not a JSON object"),
+    (dict(preprocess_cfg=dict(mean=0.5)), "preprocess_cfg.mean=0.5: give three numbers"),
+    (dict(preprocess_cfg=dict(mean=[0.5, 0.5])), r"preprocess_cfg.mean=\[0.5, 0.5\]: give three"),
+    (dict(preprocess_cfg=dict(std=[0.5, 0, 0.5])), "preprocess_cfg.std=.*, above 0"),
+    (dict(preprocess_cfg=dict(std=[0.5, float("inf"), 0.5])), "preprocess_cfg.std="),
+]
+
+
+@pytest.mark.parametrize("changes, message", ODD)
+def test_odd_configurations_are_named(tmp_path, changes, message):
+    config = cases.SMALL
+    for key, value in changes.items():
+        if key in config:
+            value = config[key] | value if isinstance(value, dict) else value
+            config = config | {key: value}
+    text = dict(model_cfg=config) | {k: v for k, v in changes.items() if k not in cases.SMALL}
+    (tmp_path / convert.CONFIG_NAME).write_text(json.dumps(text))
+    found = convert._model_config(str(tmp_path / "x.bin"), "", {})
+    with pytest.raises(ValueError, match=f"{convert.CONFIG_NAME}: .*{message}"):
+        convert._config(*found)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "[" * 5000, "{", "\xff", '{"a": ' + "1" * (5 << 20)]
+)
+def test_a_configuration_that_is_no_json_object(tmp_path, text):
+    (tmp_path / convert.CONFIG_NAME).write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=f"{convert.CONFIG_NAME}: "):
+        convert._model_config(str(tmp_path / "x.bin"), "", {})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers(tmp_path, value):
+    tensors = small_weights()
+    tensors["visual.proj"] = tensors["visual.proj"].copy()
+    tensors["visual.proj"][3, :2] = value
+    source = write_source(tmp_path / "in", tensors)
+    with pytest.raises(ValueError, match=f"{convert.WEIGHTS_NAME}: visual.proj has 2 values"):
+        convert.from_open_clip(str(source), str(tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["tokenizer"].update(file="../../etc/passwd"), "tokenizer.file='../../etc/pas"),
+        (lambda c: c["tokenizer"].update(file="/etc/passwd"), "tokenizer.file='/etc/passwd'"),
+        (lambda c: c["tokenizer"].update(file="s3://bucket/key"), "tokenizer.file='s3:"),
+        (lambda c: c["tokenizer"].update(file=["a"]), r"tokenizer.file=\['a'\]"),
+        (lambda c: c.update(tokenizer=[]), "no 'tokenizer'"),
+        (lambda c: c.pop("model"), "no 'model'"),
+    ],
+)
+def test_exports_that_name_files_elsewhere_or_are_none(export, tmp_path, change, message):
+    config = json.loads((export / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "params.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        export_format.vocabulary_path(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("/".join("a" * 100),)])
+def test_arrays_that_fit_no_tree(names):
+    with pytest.raises(ValueError, match="fits no tree"):
+        export_format.unflatten({name: np.zeros(1) for name in names})
 
 
 def test_the_command(source, tmp_path):

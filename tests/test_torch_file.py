@@ -132,6 +132,54 @@ def test_files_that_are_something_else(tmp_path):
         torch_file.read(tmp_path / "none.pt")
 
 
+def test_a_dict_that_holds_itself(tmp_path):
+    pickled = b"}p0\nVmodel\ng0\ns."
+    with pytest.raises(ValueError, match="a.pt: entry 'model' of the state dict is not a tensor"):
+        torch_file.read(archive(tmp_path / "a.pt", pickled))
+
+
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (b"\x80\x02r\xff\xff\xff\x7f.", "damaged pickle"),  # C's machine reserves 32 GiB here
+        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "damaged pickle"),  # a bytearray of 2^63
+        (b"ctorch._utils\n_rebuild_tensor_v2\n}Varray\nVx\nsb.", "sets attributes"),
+        (b"ctorch\nFloatStorage\n}Vdtype\nI1\nsb.", "sets attributes"),
+        (b"(V%b\nI1\nd." % (b"a" * 5000), r"entry 'aaa.{76}a*' of the state dict"),
+        (b"(I5\nI1\nd.", "a int for a name"),
+        (state(a=tensor((1,) * 70, (1,) * 70)), "impossible sizes"),
+        (state(a=tensor((1 << 80, 1 << 80), (0, 0))), "impossible sizes"),
+    ],
+)
+def test_pickles_that_ask_for_too_much(tmp_path, pickled, message):
+    path = archive(tmp_path / "a.pt", pickled, [("0", BASE.tobytes())])
+    with pytest.raises(ValueError, match=f"a.pt: .*{message}"):
+        torch_file.read(path)
+
+
+def test_archives_that_unpack_to_too_much_or_are_damaged(tmp_path):
+    pickled = state(a=tensor((2,), (1,)))
+    deflated = zipfile.ZIP_DEFLATED
+    path = archive(tmp_path / "a.pt", bytes(torch_file.MAX_PICKLE + 1), compression=deflated)
+    with pytest.raises(ValueError, match="data.pkl has more than"):
+        torch_file.read(path)
+    zeros = bytes(torch_file.MAX_PICKLE + 1)
+    path = archive(tmp_path / "b.pt", pickled, [("0", zeros)], deflated)
+    with pytest.raises(ValueError, match="storage 0 unpacks from"):
+        torch_file.read(path)
+    path = archive(tmp_path / "c.pt", pickled, [("0", np.arange(9.0).tobytes())], deflated)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        for flip in (0xFF, 0x01):
+            data = bytearray(whole)
+            data[place] ^= flip  # the methods, sizes and flags of all entries among them
+            path.write_bytes(data)
+            try:
+                torch_file.read(path)
+            except ValueError as error:
+                assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
 def test_prefixes_are_stripped_only_when_all_have_them():
     strip = torch_file.strip_prefixes
     assert strip(["module.a", "module.b"]) == {"module.a": "a", "module.b": "b"}

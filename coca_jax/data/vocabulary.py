@@ -19,6 +19,7 @@ from coca_jax import extras, storage
 
 LABEL_SYMBOL = "<label>"
 KINDS = ("unigram", "bpe")  # of SentencePiece, which `train` makes
+MAX_BYTES = 256 << 20  # of a vocabulary's file
 
 
 class Vocabulary(abc.ABC):
@@ -174,11 +175,14 @@ class HfTokenizer(Vocabulary):
         self.checksum = hashlib.sha256(data).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # its own type, without a common base
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            self._tokenizer.encode("a word", add_special_tokens=False)
+        except BaseException as error:  # its own type; a panic of its library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(f"tokenizer.json: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.size = max(ids, default=-1) + 1  # the ids of some files have gaps
         end = self._find(self._END)
         if end is None:
@@ -213,7 +217,9 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
         ValueError: not a vocabulary that is known.
     """
     with fsspec.open(os.fspath(path), "rb") as file:
-        data = file.read()
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"vocabulary {os.fspath(path)}: more than {MAX_BYTES} bytes")
     if data[:2] == b"\x1f\x8b":
         from coca_jax.interop.clip_bpe import ClipBpe
 

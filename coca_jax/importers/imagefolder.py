@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.data import files, named_files
+from coca_jax.data import bounded_json, files, named_files
 from coca_jax.data.formats import IMAGE_COLUMNS, MEDIA, METADATA
 from coca_jax.importers import lines
 from coca_jax.importers.items import (
@@ -163,7 +163,7 @@ def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
 
 def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
     try:
-        fields = lines.parse_object(line)
+        fields = bounded_json.parse(line)
     except ValueError as error:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
         return Located(Item(where, problem=reason, detail=str(error)))

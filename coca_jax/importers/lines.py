@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import collections
 import csv
-import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from coca_jax.data import files
+from coca_jax.data import bounded_json, files
 
-MAX_ROW_BYTES = 4 << 20  # of a row, a caption's file or a JSON object; more is damage
+MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row or a caption's file too; more is damage
 _BLOCK = 1 << 20
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UnicodeDecodeError: not UTF-8.
-        ValueError: not a JSON object, too large or too deep.
-    """
-    if len(data) > MAX_ROW_BYTES:
-        raise ValueError(f"JSON of {len(data)} bytes, limit {MAX_ROW_BYTES}")
-    try:
-        found = json.loads(data.decode())
-    except RecursionError:
-        raise ValueError("JSON that is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return found
 
 
 def lines(file: BinaryIO, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:

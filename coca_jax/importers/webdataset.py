@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import files, images, videos
+from coca_jax.data import bounded_json, files, images, videos
 from coca_jax.importers import lines, tar_members
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -109,7 +109,7 @@ def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
         return item
     item.image, item.second = members[suffix], members[second] if second else b""
     try:
-        fields = lines.parse_object(members["json"]) if "json" in members else {}
+        fields = bounded_json.parse(members["json"]) if "json" in members else {}
         text = members["txt"].decode() if "txt" in members and not options.text_field else None
         label = members["cls"].decode() if "cls" in members and not options.label_field else None
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import html
 import importlib.util
+import io
 import json
 import os
 import unicodedata
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from coca_jax.data import files
 from coca_jax.data.vocabulary import Vocabulary
 
 FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"  # as the packages clip and open_clip ship it
@@ -23,6 +25,7 @@ CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 MAX_MERGES = 49152 - 256 - 2  # the file holds more; CLIP uses these
 HEADER = "bpe_simple_vocab"
 WORD_END = "</w>"
+MAX_BYTES = 64 << 20  # of merges; CLIP's file has 3 million, a large tokenizer.json 30
 
 
 class ClipBpe(Vocabulary):
@@ -99,12 +102,20 @@ def parse_merges(data: bytes) -> list[tuple[str, str]]:
         ValueError: not a gzip file of merges.
     """
     try:
-        lines = gzip.decompress(data).decode("utf-8").split("\n")[1 : MAX_MERGES + 1]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            unpacked = file.read(MAX_BYTES + 1)
+        if len(unpacked) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes of merges")
+        lines = unpacked.decode("utf-8").split("\n")[1 : MAX_MERGES + 1]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"vocabulary: not a gzip file of byte-pair merges ({error})") from None
     merges = [tuple(line.split()) for line in lines if line]
     if not merges or any(len(merge) != 2 for merge in merges):
         raise ValueError("vocabulary: not byte-pair merges, two symbols a line")
+    known = set(_byte_symbols().values())
+    for symbol in (symbol for merge in merges for symbol in merge):
+        if not known.issuperset(symbol):
+            raise ValueError(f"vocabulary: {symbol[:40]!r} is no symbol of bytes, as merges join")
     return merges  # type: ignore[return-value]
 
 
@@ -117,8 +128,7 @@ def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
         ValueError: the file found is not one.
     """
     if given:
-        with open(given, "rb") as file:
-            data = file.read()
+        data = files.read_bounded(given, MAX_BYTES)
         return _from_tokenizer_json(data, given) if given.endswith(".json") else _checked(data)
     for name in (FILE_NAME, "vocabulary.bpe.gz", "tokenizer.json"):
         path = os.path.join(beside, name)
@@ -226,12 +236,14 @@ def _from_tokenizer_json(data: bytes, path: str) -> bytes:
     try:
         model = json.loads(data)["model"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        ids = model["vocab"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a tokenizer.json of byte-pair merges") from None
-    lines = [f'"{HEADER}"'] + [" ".join(merge) for merge in merges]
-    # mtime=0: the same merges always give the same bytes.
-    packed = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
+        ids = dict(model["vocab"])
+        lines = [f'"{HEADER}"'] + [" ".join(merge) for merge in merges]
+        # mtime=0: the same merges always give the same bytes.
+        packed = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a tokenizer.json of byte-pair merges: {type(error).__name__}: {error}"
+        ) from None
     symbols = ClipBpe(packed)._symbols[: -len(SPECIAL)]
     differ = [symbol for index, symbol in enumerate(symbols) if ids.get(symbol) != index]
     if differ:

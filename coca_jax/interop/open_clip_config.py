@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -109,8 +110,12 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     Raises:
         ValueError: naming the first key that is unknown, or whose value has no counterpart here.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"the configuration is a {type(config).__name__}, not a JSON object")
     for part in ("", "vision_cfg", "text_cfg", "multimodal_cfg"):
-        _check_keys(config if part == "" else _section(config, part), part)
+        section = config if part == "" else _section(config, part)
+        _check_keys(section, part)
+        _check_numbers(section, part)
     image, text, fusion = (config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg"))
     embed_dim = config["embed_dim"]
     for name, width in (("text_cfg.width", text), ("multimodal_cfg.width", fusion)):
@@ -124,13 +129,21 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         )
     kind = image.get("attentional_pool", False)
     kinds = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
-    if kind not in kinds:
+    if not isinstance(kind, (bool, str)) or kind not in kinds:
         raise ValueError(
-            f"vision_cfg.attentional_pool={kind!r}; only models with poolers (true, 'cascade', "
-            "'parallel') are supported"
+            f"vision_cfg.attentional_pool={_short(kind)}; only models with poolers (true, "
+            "'cascade', 'parallel') are supported"
         )
     legacy = kind is True
     width = image.get("width", 768)
+    for name, wide, heads in (
+        ("vision_cfg.head_width", width, image.get("head_width", 64)),
+        ("text_cfg.heads", embed_dim, text.get("heads", 8)),
+        ("multimodal_cfg.heads", embed_dim, fusion.get("heads", 8)),
+        ("vision_cfg.attn_pooler_heads", embed_dim, image.get("attn_pooler_heads", 8)),
+    ):
+        if wide % heads:
+            raise ValueError(f"{name}={heads} does not divide the width {wide}")
     preprocess = check_preprocess(preprocess or {})
     return dict(
         image_size=_square(image.get("image_size", 224), "vision_cfg.image_size"),
@@ -260,11 +273,75 @@ def check_preprocess(preprocess: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: another resizing than the shortest side, bicubic, and the centre.
     """
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"preprocess_cfg={_short(preprocess)}: not a JSON object")
     filled = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest") | preprocess
+    for key, least in (("mean", -math.inf), ("std", 0.0)):
+        values: Any = filled[key]
+        whole = isinstance(values, (list, tuple)) and len(values) == 3
+        if not whole or not all(_is_number(value) and value > least for value in values):
+            above = "" if least else ", above 0"
+            raise ValueError(
+                f"preprocess_cfg.{key}={_short(values)}: give three numbers{above}, of red, green "
+                "and blue"
+            )
     for key, want in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if filled[key] not in (want, None):
-            raise ValueError(f"preprocess_cfg.{key}={filled[key]!r}; only {want!r} is supported")
+            raise ValueError(
+                f"preprocess_cfg.{key}={_short(filled[key])}; only {want!r} is supported"
+            )
     return filled
+
+
+# Whole numbers from 1 up to these; above 0 and up to these; true or false.
+_MOST = dict(
+    embed_dim=65_536,
+    layers=1024,
+    width=65_536,
+    head_width=65_536,
+    heads=4096,
+    attn_pooler_queries=65_536,
+    attn_pooler_heads=4096,
+    context_length=65_536,
+    vocab_size=16_777_216,
+    image_size=16_384,
+)
+_RATIOS = dict(mlp_ratio=64.0)
+_SHARES = ("patch_dropout",)
+_FLAGS = ("quick_gelu", "no_ln_pre", "correct_cls_mask")
+
+
+def _check_numbers(section: dict[str, Any], part: str) -> None:
+    """Raises ValueError for a key that is read and whose value can be no such thing."""
+    for key in _READ[part] & section.keys():
+        value, name = section[key], f"{part}.{key}" if part else key
+        if key in _MOST and key != "image_size":
+            if not _is_whole(value) or not 1 <= value <= _MOST[key]:
+                raise ValueError(f"{name}={_short(value)}: give a whole number, 1 to {_MOST[key]}")
+        elif key in _RATIOS:
+            if not _is_number(value) or not 0 < value <= _RATIOS[key]:
+                raise ValueError(
+                    f"{name}={_short(value)}: give a number above 0, to {_RATIOS[key]}"
+                )
+        elif key in _SHARES:
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name}={_short(value)}: give a share, 0 to below 1")
+        elif key in _FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{name}={_short(value)}: give true or false")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _short(value: Any) -> str:
+    """A value of a stranger's file for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _section(config: dict[str, Any], part: str) -> dict[str, Any]:
@@ -281,16 +358,20 @@ def _check_keys(section: dict[str, Any], part: str) -> None:
         allowed = _REQUIRED[part].get(key)
         if allowed is not None and value not in allowed:
             raise ValueError(
-                f"{name}={value!r} is not supported; only {' or '.join(map(repr, allowed))}"
+                f"{name}={_short(value)} is not supported; only {' or '.join(map(repr, allowed))}"
             )
         if allowed is None and key not in _READ[part] | _WITHOUT_EFFECT[part]:
-            raise ValueError(f"{name}={value!r}: an unknown key; this layout is not supported")
+            raise ValueError(
+                f"{name}={_short(value)}: an unknown key; this layout is not supported"
+            )
     if part == "text_cfg" and not section.get("embed_cls", False):
         raise ValueError("text_cfg.embed_cls=False is not supported; only True")
 
 
 def _square(size: Any, name: str) -> int:
-    sizes = set(size) if isinstance(size, (list, tuple)) else {size}
-    if len(sizes) != 1 or not isinstance(next(iter(sizes)), int):
-        raise ValueError(f"{name}={size!r}: only squares are supported")
-    return sizes.pop()
+    sizes = list(size) if isinstance(size, (list, tuple)) else [size]
+    if not sizes or any(not _is_whole(one) or one != sizes[0] for one in sizes):
+        raise ValueError(f"{name}={_short(size)}: only squares are supported")
+    if not 1 <= sizes[0] <= _MOST["image_size"]:
+        raise ValueError(f"{name}={_short(size)}: give 1 to {_MOST['image_size']} pixels")
+    return sizes[0]

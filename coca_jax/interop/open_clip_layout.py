@@ -151,11 +151,21 @@ class Layout:
             raise ValueError(f"the tensors do not fit the model: {'; '.join(problems)}")
 
     def read(self, source: Mapping[str, np.ndarray]) -> dict[str, Blocks]:
-        """Parameters here from (checked) open_clip tensors, a layer at a time, float32."""
+        """Parameters here from (checked) open_clip tensors, a layer at a time, float32.
+
+        Raises, as the blocks are read:
+            ValueError: naming a tensor that has values that are not finite.
+        """
 
         def blocks(path: str) -> Iterable[np.ndarray]:
             for part in self.by_path[path]:
-                yield part.here(source[part.key]).astype(np.float32)
+                block = part.here(source[part.key]).astype(np.float32)
+                if not np.isfinite(block).all():
+                    bad = block.size - np.count_nonzero(np.isfinite(block))
+                    raise ValueError(
+                        f"{part.key} has {bad} values that are not finite (NaN or infinite)"
+                    )
+                yield block
 
         return {
             path: Blocks(shape, functools.partial(blocks, path))

@@ -1,8 +1,8 @@
 """The safetensors format: arrays mapped from a file, and written one block at a time.
 
-A file is a little-endian uint64 (length of the header), the header as JSON (name -> dtype, shape,
-offsets of its bytes) and the bytes. Reading maps the file, so only what is used is read; writing
-takes an iterable of blocks for each array, so no more than one block need be in memory.
+The package `safetensors` reads and checks the header (its size, that the arrays lie one behind the
+other without a gap or an overlap). What it does not do is done here: arrays that stay on the disk
+until they are used, and a file that is written with no more than one block in memory.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -46,31 +47,32 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: the file is not safetensors, is cut short, or its header is inconsistent.
     """
     path = os.fspath(path)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path}: not a safetensors file, or cut short")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{path}: not a safetensors file (no JSON header)") from None
-    bytes_ = np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
-    header.pop("__metadata__", None)
-    return {name: _view(path, bytes_[8 + length :], name, entry) for name, entry in header.items()}
+    arrays = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file, open(path, "rb") as raw:
+            (position,) = struct.unpack("<Q", raw.read(8))
+            position += 8
+            data = np.memmap(path, np.uint8, mode="r")
+            for name in file.offset_keys():  # in the order of their bytes, which leave no gap
+                array = _view(path, data[position:], name, file.get_slice(name))
+                position += array.nbytes
+                arrays[name] = array
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    return arrays
 
 
-def _view(path: str, data: np.ndarray, name: str, entry: dict) -> np.ndarray:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{path}: {name} has dtype {entry['dtype']}; save it as one of {', '.join(DTYPES)}"
-        )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path}: {name} of shape {shape} has no such bytes; the file is damaged")
-    return data[begin:end].view(dtype).reshape(shape)
+def _view(path: str, data: np.ndarray, name: str, entry: Any) -> np.ndarray:
+    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} has dtype {dtype}; save it as one of {', '.join(DTYPES)}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    try:
+        return data[:size].view(DTYPES[dtype]).reshape(shape)
+    except ValueError as error:  # more axes than numpy knows
+        raise ValueError(f"{path}: {name} of {len(shape)} axes: {error}") from None
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Blocks]) -> None:
@@ -87,12 +89,18 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Blocks]) -> None:
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the arrays start aligned
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, blocks in tensors.items():
-            before = file.tell()
-            for block in blocks.parts():
-                file.write(np.ascontiguousarray(block, "<f4").data)
-            if file.tell() - before != 4 * math.prod(blocks.shape):
-                raise ValueError(f"{name}: its blocks do not add up to its shape {blocks.shape}")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, blocks in tensors.items():
+                before = file.tell()
+                for block in blocks.parts():
+                    file.write(np.ascontiguousarray(block, "<f4").data)
+                if file.tell() - before != 4 * math.prod(blocks.shape):
+                    raise ValueError(
+                        f"{name}: its blocks do not add up to its shape {blocks.shape}"
+                    )
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
