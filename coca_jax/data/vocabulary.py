@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-import fsspec
 import numpy as np
 import sentencepiece
 from absl import logging
 
 from coca_jax import extras, storage
+from coca_jax.data import files
 
 LABEL_SYMBOL = "<label>"
 KINDS = ("unigram", "bpe")  # of SentencePiece, which `train` makes
@@ -216,10 +216,7 @@ def load(path: str | os.PathLike[str]) -> Vocabulary:
         FileNotFoundError: no such file.
         ValueError: not a vocabulary that is known.
     """
-    with fsspec.open(os.fspath(path), "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"vocabulary {os.fspath(path)}: more than {MAX_BYTES} bytes")
+    data = files.read_bounded(os.fspath(path), MAX_BYTES)
     if data[:2] == b"\x1f\x8b":
         from coca_jax.interop.clip_bpe import ClipBpe
 

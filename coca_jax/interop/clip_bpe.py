@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import html
 import importlib.util
-import io
 import json
 import os
 import unicodedata
@@ -102,12 +101,12 @@ def parse_merges(data: bytes) -> list[tuple[str, str]]:
         ValueError: not a gzip file of merges.
     """
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            unpacked = file.read(MAX_BYTES + 1)
-        if len(unpacked) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes of merges")
+        unpacker = zlib.decompressobj(wbits=31)  # of gzip
+        unpacked = unpacker.decompress(data, MAX_BYTES + 1)
+        if len(unpacked) > MAX_BYTES or not unpacker.eof:
+            raise ValueError(f"cut short, or more than {MAX_BYTES} bytes of merges")
         lines = unpacked.decode("utf-8").split("\n")[1 : MAX_MERGES + 1]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (ValueError, zlib.error) as error:
         raise ValueError(f"vocabulary: not a gzip file of byte-pair merges ({error})") from None
     merges = [tuple(line.split()) for line in lines if line]
     if not merges or any(len(merge) != 2 for merge in merges):
