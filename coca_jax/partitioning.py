@@ -7,6 +7,7 @@ split over fsdp (ZeRO-3) along one axis and over tensor along heads, MLP width a
 from __future__ import annotations
 
 import os
+import urllib.request
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -257,6 +258,28 @@ def _environment_has_processes() -> bool:
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         return True
-    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1:
         return True
-    return len([h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1
+    if "TPU_WORKER_HOSTNAMES" in env:
+        return len([h for h in env["TPU_WORKER_HOSTNAMES"].split(",") if h]) > 1
+    return _tpu_vm_workers() > 1
+
+
+def _tpu_vm_workers() -> int:
+    """Hosts of the Cloud TPU VM slice that this machine is in, by its metadata server; 0 elsewhere.
+
+    JAX sets TPU_ML_PLATFORM when it is imported on a machine with TPU chips.
+    """
+    env = os.environ
+    if env.get("TPU_ML_PLATFORM") != "JAX" or "TPU_SKIP_MDS_QUERY" in env:
+        return 0
+    server = env.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return len(answer.read().decode().split(","))
+    except OSError:  # a TPU that is not in Google's cloud, or not of a slice
+        return 0

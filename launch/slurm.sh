@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # A training run on GPU nodes under SLURM: one process a GPU, requeued when preempted.
 #
-#   launch/slurm.sh [--dry_run] -- --config=configs/coca_large.py --workdir=/shared/run
+#   launch/slurm.sh [--dry_run] -- --config=coca_large --workdir=/shared/run
 #
 # --dry_run prints the batch script and submits nothing. Settings come from the environment:
 #   NODES      number of nodes (default 1)       GPUS       per node (default 8)
 #   CPUS       cores per GPU (default 8)         TIME       limit, default 24:00:00
 #   PARTITION  default: the cluster's            ACCOUNT    default: yours
-#   SETUP      a line that activates the environment, as 'source ~/venv/bin/activate'
+#   VENV       the environment (default: .venv beside this code), made once on a disk that all nodes
+#              share, by `VENV=/shared/venv launch/install.sh cuda`
+#   SETUP      in its place, a line that makes python3 the right one, as 'module load coca'
+#   RESTARTS   of a run that failed (default 3)  PAUSE      seconds before each (default 10)
+#   GRACE      seconds that the other processes have when the first has ended (default 300)
 #
 # SLURM sends SIGTERM five minutes before the limit and on preemption; train then saves and exits
-# with 75, and the job is put back in the queue. The workdir must be on a shared file system.
+# with 75, and the job is put back in the queue. A run that failed starts again in the job that it
+# has, by the table in docs/scaling.md. The workdir must be on a disk that all nodes share, or gs://.
 set -euo pipefail
 
-usage() { sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 fail() { echo "slurm.sh: $*" >&2; exit 2; }
 
 dry_run=0
@@ -32,7 +37,19 @@ gpus=${GPUS:-8}
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NODES=$nodes; it must be a whole number above 0"
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$gpus; it must be a whole number above 0"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-printf -v flags '%q ' "$@"
+source "$root/launch/restarts.sh"
+if [[ -n ${SETUP:-} ]]; then
+  python=python3
+else
+  python=${VENV:-$root/.venv}/bin/python
+  [[ $python == /* ]] || python=$PWD/$python
+  ((dry_run)) || [[ -x $python ]] ||
+    fail "no $python: make it with \`VENV=... launch/install.sh cuda\`, or set SETUP"
+fi
+if ((!dry_run)) && ! command -v sbatch >/dev/null; then
+  fail "sbatch is not installed here; --dry_run shows the batch script"
+fi
+printf -v train '%q ' "$python" -m coca_jax.train "$@"
 
 script() {
   cat <<SBATCH
@@ -51,16 +68,22 @@ SBATCH
   [[ -z ${ACCOUNT:-} ]] || echo "#SBATCH --account=${ACCOUNT}"
   cat <<SBATCH
 set -uo pipefail
-cd $(printf '%q' "$root")
+trap : TERM # preemption reaches this script too, which must live to see train's status
+cd $(printf '%q' "$PWD")
 ${SETUP:-}
-# jax.distributed reads the SLURM_* variables of every task by itself.
-srun --kill-on-bad-exit=0 python3 -m coca_jax.train ${flags% }
-status=\$?
-if [[ \$status == 75 ]]; then
-  scontrol requeue "\$SLURM_JOB_ID"
-  exit 0
-fi
-exit "\$status"
+export PYTHONPATH=$(printf '%q' "$root")\${PYTHONPATH:+:\$PYTHONPATH}
+RESTARTS=$RESTARTS PAUSE=$PAUSE
+source $(printf '%q' "$root/launch/restarts.sh")
+while true; do
+  # jax.distributed reads the SLURM_* variables of every task by itself.
+  srun --cpus-per-task=${CPUS:-8} --kill-on-bad-exit=0 --wait=${GRACE:-300} ${train% }
+  status=\$?
+  starts_again "\$status" || exit "\$status"
+  if [[ \$status == 75 ]]; then
+    scontrol requeue "\$SLURM_JOB_ID" || exit 75
+    exit 0
+  fi
+done
 SBATCH
 }
 

@@ -1,25 +1,21 @@
-"""The launchers: shellcheck, what they would do (dry run), and a real run of two processes."""
+"""The launchers: shellcheck, one table of exit statuses, the quoting of flags, manifests."""
 
 import os
-import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
+import launch_stand_ins
 import pytest
+from launch_stand_ins import LAUNCH, launch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-LAUNCH = ROOT / "launch"
+ROOT = LAUNCH.parent
 FLAGS = ["--", "--config=configs/coca_2b.py", "--workdir=gs://bucket/a run"]
-
-
-def launch(script, *arguments, **env):
-    return subprocess.run(
-        ["bash", str(LAUNCH / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), **env},
-    )
+TPU = {"NAME": "coca", "ZONE": "us-central2-b", "TYPE": "v4-4096"}
+GKE = {"NAME": "coca", "IMAGE": "gcr.io/p/coca:1"}
+SLICE = GKE | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "16x16"}
+GPUS = GKE | {"ACCELERATOR": "nvidia-h100-80gb", "NODES": "2"}
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -31,66 +27,159 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_tpu_pod_creates_installs_runs_and_deletes():
-    env = {"NAME": "coca", "ZONE": "us-central2-b", "TYPE": "v4-4096", "SPOT": "1"}
-    done = launch("tpu_vm.sh", "all", "--dry_run", *FLAGS, **env)
+# What train ends with, life by life, where one restart after a failure is allowed: the last is what
+# the launcher ends with.
+TABLE = {
+    "done": [0],
+    "bad input": [2],
+    "a second Ctrl-C": [130],
+    "asked to stop, as often as it comes": [75, 75, 75, 75, 0],
+    "failures, to a bound": [1, 137],
+    "a failure, then a stop": [134, 75, 0],
+    "bad input after a failure": [1, 2],
+}
+
+
+@pytest.fixture(params=["local.sh", "tpu_vm.sh", "slurm.sh"])
+def launcher(request, tmp_path):
+    """(environment, command line before train's flags)"""
+    if request.param == "local.sh":
+        return {"PATH": os.environ["PATH"], "PORT": "1", "PAUSE": "0"}, ["local.sh", "1"]
+    if request.param == "tpu_vm.sh":
+        return launch_stand_ins.cloud(tmp_path) | {"EXTRAS": ""}, ["tpu_vm.sh", "all"]
+    return launch_stand_ins.slurm(tmp_path), ["slurm.sh"]
+
+
+@pytest.mark.parametrize("statuses", TABLE.values(), ids=TABLE)
+def test_a_launcher_starts_a_run_again_by_the_table(launcher, statuses, tmp_path):
+    env, command = launcher
+    python, calls = launch_stand_ins.train_with(tmp_path, statuses)
+    done = launch(*command, *FLAGS, **env, **python, RESTARTS="1")
+    assert len(calls()) == len(statuses), done.stderr
+    assert done.returncode == statuses[-1], done.stderr
+    assert all(call.endswith(" ".join(FLAGS[1:])) for call in calls())
+
+
+def manifest(env, *flags):
+    yaml = pytest.importorskip("yaml")
+    done = launch("gke.sh", "--dry_run", *(flags or FLAGS), **env)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("gcloud", "tar"))]
-    assert "queued-resources create coca" in lines[0]
-    assert "--accelerator-type=v4-4096" in lines[0] and "--spot" in lines[0]
-    assert lines[1].startswith("tar ") and "scp" in lines[2]
-    assert "--worker=all" in lines[4] and "coca_jax.train" in lines[4]
-    assert "queued-resources delete coca" in lines[-1]
+    return yaml.safe_load(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("status", "action"),
+    [
+        (2, "FailJobSet"),
+        (130, "FailJobSet"),
+        (75, "RestartJobSetAndIgnoreMaxRestarts"),
+        (1, "RestartJobSet"),
+        (137, "RestartJobSet"),
+    ],
+)
+def test_gke_starts_a_run_again_by_the_table(status, action):
+    spec = manifest(SLICE | {"RESTARTS": "5"})["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 5
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert (codes["operator"], codes["containerName"]) == ("In", "train")
+    assert job["template"]["spec"]["containers"][0]["name"] == "train"
+    # As Kubernetes and JobSet do: the job's reason and message, then the first rule that fits.
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    if status in codes["values"]:
+        reason = "PodFailurePolicy"
+        message = f"Container train for pod d/p failed with exit code {status} matching FailJob"
+        message += " rule at index 0"
+    assert action == next(
+        (
+            rule["action"]
+            for rule in spec["failurePolicy"]["rules"]
+            if reason in rule["onJobFailureReasons"]
+            and any(re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", [""]))
+        ),
+        "RestartJobSet",
+    )
+
+
+@pytest.mark.parametrize("env", [SLICE, GPUS], ids=["TPU", "GPU"])
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "/mnt/bucket/run"])
+def test_gke_s_job_is_one_that_kubernetes_knows(env, workdir):
+    validate = pytest.importorskip("kubernetes_validate")
+    job = manifest(env, "--", f"--workdir={workdir}")
+    template = job["spec"]["replicatedJobs"][0]["template"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, **template}
+    validate.validate(job, "1.34", strict=True)
+    pod = template["spec"]["template"]
+    mounts = [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"]]
+    volumes = {v["name"]: v for v in pod["spec"]["volumes"]}
+    assert ("/mnt/bucket" in mounts) == ("bucket" in volumes) == workdir.startswith("/mnt")
+    if "bucket" in volumes:
+        assert volumes["bucket"]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+        assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+
+
+def test_gke_gives_a_slice_one_pod_a_host_and_gpu_nodes_each_other():
+    job = manifest(SLICE)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 64
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
+    assert pod["containers"][0]["command"] == ["python3", "-m", "coca_jax.train", *FLAGS[1:]]
+    job = manifest(GPUS)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert job["parallelism"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert container["command"][3:6] == [
+        "--coordinator=coca-workers-0-0.coca:8476",
+        "--num_processes=2",
+        "--process_id=$(JOB_COMPLETION_INDEX)",
+    ]
+
+
+def test_gke_quotes_whatever_it_is_given():
+    odd = 'a "b" \\ $(HOME)\n: {'
+    job = manifest(SLICE | {"IMAGE": 'i: "x"'}, "--", "--workdir=gs://b/r", f"--x={odd}")
+    (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert container["image"] == 'i: "x"'
+    assert container["command"][-1] == "--x=" + odd.replace("$(", "$$(")  # Kubernetes' own quoting
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "named"),
+    [
+        (SLICE | {"TOPOLOGY": "3x3"}, FLAGS, "does not divide"),
+        (SLICE | {"NAME": "Coca 1"}, FLAGS, "NAME=Coca 1"),
+        (SLICE, ["--", "--workdir=runs/a"], "--workdir=runs/a"),
+        (SLICE | {"RESTARTS": "many"}, FLAGS, "RESTARTS=many"),
+        (SLICE, [], "after --"),
+    ],
+)
+def test_gke_names_what_is_wrong(env, flags, named):
+    done = launch("gke.sh", "--dry_run", *flags, **env)
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_tpu_pod_quotes_train_s_flags_for_the_workers():
-    env = {"NAME": "coca", "ZONE": "z", "TYPE": "v5litepod-256"}
-    done = launch("tpu_vm.sh", "run", "--dry_run", *FLAGS, **env)
+    done = launch("tpu_vm.sh", "run", "--dry_run", *FLAGS, **TPU)
     # Undo this machine's quoting, then the worker's shell: the flag must be whole.
     (line,) = done.stdout.splitlines()
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True
-    ).stdout.splitlines()
-    (command,) = [w for w in words if w.startswith("--command=")]
-    inner = subprocess.run(
-        ["bash", "-c", "printf '%s\\n' " + command.split("coca_jax.train ")[1]],
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    assert inner == FLAGS[1:]
+    (command,) = [w for w in words(line) if w.startswith("--command=")]
+    assert words(command.split("worker.sh run ")[1]) == FLAGS[1:]
 
 
-@pytest.mark.parametrize("missing", ["NAME", "ZONE"])
+def words(line):
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("missing", ["NAME", "ZONE", "TYPE"])
 def test_tpu_pod_names_the_missing_setting(missing):
-    env = {"NAME": "coca", "ZONE": "z", "TYPE": "v4-8"}
-    done = launch(
-        "tpu_vm.sh", "create", "--dry_run", **{k: v for k, v in env.items() if k != missing}
-    )
+    env = {k: v for k, v in TPU.items() if k != missing}
+    done = launch("tpu_vm.sh", "create", "--dry_run", **env)
     assert done.returncode == 2 and f"set {missing}" in done.stderr
 
 
-def test_gke_makes_a_jobset_with_one_pod_a_host():
-    yaml = pytest.importorskip("yaml")
-    env = {
-        "NAME": "coca",
-        "IMAGE": "gcr.io/p/coca:1",
-        "ACCELERATOR": "tpu-v5-lite-podslice",
-        "TOPOLOGY": "16x16",
-    }
-    done = launch("gke.sh", "--dry_run", *FLAGS, **env)
-    assert done.returncode == 0, done.stderr
-    job = yaml.safe_load(done.stdout)
-    assert job["kind"] == "JobSet" and job["spec"]["failurePolicy"]["maxRestarts"] == 100
-    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert spec["parallelism"] == spec["completions"] == 64
-    pod = spec["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
-    assert pod["containers"][0]["command"] == ["python3", "-m", "coca_jax.train", *FLAGS[1:]]
-    bad = launch("gke.sh", "--dry_run", *FLAGS, **(env | {"TOPOLOGY": "3x3"}))
-    assert bad.returncode == 2 and "does not divide" in bad.stderr
-
-
-def test_slurm_script_runs_one_task_a_gpu_and_requeues():
+def test_slurm_script_runs_one_task_a_gpu():
     done = launch("slurm.sh", "--dry_run", *FLAGS, NODES="4", GPUS="8", PARTITION="h100")
     assert done.returncode == 0, done.stderr
     for line in (
@@ -100,103 +189,28 @@ def test_slurm_script_runs_one_task_a_gpu_and_requeues():
         "#SBATCH --signal=TERM@300",
     ):
         assert line in done.stdout.splitlines()
-    assert "scontrol requeue" in done.stdout and "a\\ run" in done.stdout
     check = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True)
     assert check.returncode == 0, check.stderr
 
 
-@pytest.mark.parametrize("script", ["gke.sh", "slurm.sh"])
+def test_slurm_names_the_environment_that_is_not_there(tmp_path):
+    env = launch_stand_ins.slurm(tmp_path) | {"VENV": str(tmp_path / "none")}
+    done = launch("slurm.sh", *FLAGS, **env)
+    assert done.returncode == 2 and f"{tmp_path}/none/bin/python" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["gke.sh", "slurm.sh", "local.sh", "tpu_vm.sh"])
 def test_train_flags_are_required(script):
-    env = {"NAME": "a", "IMAGE": "b", "ACCELERATOR": "c", "TOPOLOGY": "2x2"}
-    done = launch(script, "--dry_run", **env)
+    before = {"local.sh": ["2"], "tpu_vm.sh": ["all"]}.get(script, [])
+    done = launch(script, *before, "--dry_run", **SLICE, **{"ZONE": "z"})
     assert done.returncode == 2 and "after --" in done.stderr
-
-
-def test_local_dry_run_prints_one_command_a_process():
-    done = launch("local.sh", "3", "--dry_run", *FLAGS, PORT="4321")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 3
-    for process, line in enumerate(lines):
-        assert f"--process_id={process}" in line and "--coordinator=localhost:4321" in line
-
-
-STAND_IN = """
-import argparse, sys
-parser = argparse.ArgumentParser()
-for name in ("coordinator", "num_processes", "process_id", "config", "workdir"):
-    parser.add_argument("--" + name)
-args = parser.parse_args()
-import jax
-jax.distributed.initialize(args.coordinator, int(args.num_processes), int(args.process_id))
-import jax.numpy as jnp
-from jax.experimental import multihost_utils
-total = multihost_utils.process_allgather(jnp.asarray(jax.process_index() + 1)).sum()
-with open(f"{args.workdir}/{jax.process_index()}", "w") as file:
-    file.write(f"{jax.device_count()} {jax.local_device_count()} {int(total)}")
-"""
-
-
-def stand_in(tmp_path, text):
-    """A coca_jax.train of our own, ahead of the real one on the path."""
-    package = tmp_path / "root" / "coca_jax"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "train.py").write_text(text)
-    launchers = tmp_path / "root" / "launch"
-    launchers.mkdir()
-    shutil.copy(LAUNCH / "local.sh", launchers)
-    return launchers / "local.sh"
-
-
-def local(script, *arguments, **env):
-    return subprocess.run(
-        ["bash", str(script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=script.parent.parent,
-        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **env},
-        timeout=120,
-    )
-
-
-def test_local_really_runs_two_processes_of_two_devices(tmp_path):
-    script = stand_in(tmp_path, STAND_IN)
-    done = local(script, "2", "--devices=2", "--", f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for process in "01":
-        assert (tmp_path / process).read_text() == "4 2 3"
-
-
-def test_local_stops_the_rest_when_one_process_fails(tmp_path):
-    script = stand_in(
-        tmp_path,
-        "import sys, time\nif '--process_id=1' in sys.argv: sys.exit(3)\ntime.sleep(60)\n",
-    )
-    assert local(script, "2", "--", "--workdir=x").returncode == 3
-
-
-def test_local_restarts_a_run_that_was_asked_to_stop(tmp_path):
-    script = stand_in(
-        tmp_path,
-        "import pathlib, sys\n"
-        "mark = pathlib.Path(sys.argv[-1].split('=')[1])\n"
-        "if '--process_id=0' in sys.argv:\n"
-        "    mark.write_text(mark.read_text() + 'x' if mark.exists() else 'x')\n"
-        "    sys.exit(75 if mark.read_text() == 'x' else 0)\n",
-    )
-    mark = tmp_path / "mark"
-    assert local(script, "1", "--", f"--workdir={mark}", RESTARTS="2").returncode == 0
-    assert mark.read_text() == "xx"
-    assert local(script, "1", "--", f"--workdir={tmp_path}/other").returncode == 75
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config.seed=1"], ["runs/other", "--config.seed=1"]])
 def test_the_demo_installs_the_package_alone_and_passes_its_flags_on(tmp_path, arguments):
     python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n')
-    python.chmod(0o755)
-    env = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    launch_stand_ins.program(python, f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n')
+    env = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     done = launch("demo.sh", *arguments, **env)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -204,3 +218,48 @@ def test_the_demo_installs_the_package_alone_and_passes_its_flags_on(tmp_path, a
     workdir = arguments[0] if len(arguments) == 2 else "runs/demo"
     flags = f"--config=configs/demo.py --workdir={workdir}" + " --config.seed=1" * bool(arguments)
     assert f"-m coca_jax.train {flags}" in calls
+
+
+def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
+    """A Cloud TPU VM learns from its metadata server how many processes the run has."""
+    import http.server
+    import threading
+
+    from coca_jax import partitioning
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            assert self.headers["Metadata-Flavor"] == "Google"
+            found = self.path.endswith("/worker-network-endpoints")
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(self.server.workers.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = []
+    monkeypatch.setattr(partitioning.jax.distributed, "initialize", lambda *a: started.append(a))
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for workers, platform, want in (
+        ("a:b:10.0.0.1,a:b:10.0.0.2", "JAX", 1),
+        ("a:b:10.0.0.1", "JAX", 0),
+        ("a:b:10.0.0.1,a:b:10.0.0.2", "", 0),
+    ):
+        server.workers = workers
+        monkeypatch.setenv("TPU_ML_PLATFORM", platform)
+        started.clear()
+        partitioning.start_processes()
+        assert len(started) == want
+    server.shutdown()
+
+
+@pytest.mark.parametrize("script", ["gke.sh", "slurm.sh", "local.sh", "tpu_vm.sh", "install.sh"])
+def test_help_is_the_head_of_the_script(script):
+    done = launch(script, "--help")
+    head = (LAUNCH / script).read_text().split("\nset -euo")[0].splitlines()[1:]
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [re.sub("^# ?", "", line) for line in head]

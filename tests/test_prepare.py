@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -358,7 +359,7 @@ def test_in_memory_file_system_in_and_out(tmp_path, monkeypatch):
         assert [r.key for r in again] == [r.key for r in found]
 
 
-def test_tensorflow_datasets_reads_the_result(tmp_path):
+def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(tmp_path, monkeypatch):
     _tar(tmp_path / "a.tar", 5)
     _prepare("webdataset", tmp_path / "a.tar", tmp_path / "out")
     tfds = pytest.importorskip("tensorflow_datasets")
@@ -368,11 +369,23 @@ def test_tensorflow_datasets_reads_the_result(tmp_path):
     assert [bytes(t).decode() for t in data[3]["text"]] == ["caption 3"]
     assert data[3]["image"].shape == (30, 40, 3)
     # And back: a TFDS data set as an input, and as a source without importing it.
+    hidden = []
+    tensorflow = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(tensorflow.config, "set_visible_devices", lambda *a: hidden.append(a))
     result = _prepare("tfds", tmp_path / "out", tmp_path / "again")
     assert result["written"] == 5
+    assert ([], "GPU") in hidden
     found = list(sources.open_source(str(tmp_path / "again")))
     assert [r.texts for r in found] == [(f"caption {i}",) for i in range(5)]
     assert found[2].image == _bytes(2)
+
+
+def test_whatever_imports_tensorflow_keeps_it_off_gpus():
+    package = pathlib.Path(__file__).parent.parent / "coca_jax"
+    imports = re.compile(r"^\s*(import|from) (tensorflow|seqio)", re.M)
+    found = [p for p in package.rglob("*.py") if imports.search(p.read_text())]
+    off = 'set_visible_devices([], "GPU")'
+    assert found and [p for p in found if off not in p.read_text()] == []
 
 
 def test_errors_name_the_remedy(tmp_path):

@@ -1,5 +1,6 @@
 """One device and the devices of two processes train alike and take over from each other."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -32,6 +33,7 @@ def launch(workdir, processes, devices, *flags):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == 5  # process 0's result and nothing else
     return [row["loss"] for row in read_metrics(workdir)], checkpointing.load_params(workdir)[0]
 
 

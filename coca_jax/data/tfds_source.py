@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from coca_jax import extras, quiet
 from coca_jax.data.random_access import Indices, Source
@@ -13,7 +14,7 @@ from coca_jax.data.records import Record
 
 
 def package() -> Any:
-    """The module tensorflow_datasets.
+    """The module tensorflow_datasets, its TensorFlow kept off GPUs.
 
     Raises:
         ValueError: it is not installed; the text names the extra.
@@ -25,7 +26,21 @@ def package() -> Any:
         raise ValueError(
             f"data of tensorflow-datasets needs that package ({error}): {extras.remedy('tfds')}"
         ) from None
+    _keep_tensorflow_off_gpus()
     return tensorflow_datasets
+
+
+def _keep_tensorflow_off_gpus() -> None:
+    """TensorFlow would take nearly all memory of every GPU at its first operation; JAX needs it."""
+    try:
+        with quiet.importing():
+            import tensorflow
+    except ImportError:  # prepared data sets are read without it
+        return
+    try:
+        tensorflow.config.set_visible_devices([], "GPU")
+    except RuntimeError as error:  # somebody has used TensorFlow in this process before
+        logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
 
 
 def open_entry(entry: Mapping[str, Any], split: str) -> Source:

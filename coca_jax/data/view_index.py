@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,13 +92,12 @@ class Indexes:
         return None
 
     def _wait(self, name: str, mark: str, rows: int) -> Index:
-        logging.info("waiting for process 0 to write %s in %s", name, self._workdir)
+        path = f"{self._workdir}/{FOLDER}/{name}"
+        print(f"waiting for process 0 to write {path}", file=sys.stderr, flush=True)
         deadline = time.monotonic() + _WAIT_SECONDS
         while (found := self._find("", name, mark, rows)) is None:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{self._workdir}/{FOLDER}/{name}: process 0 has not written it within an hour"
-                )
+                raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(0.5)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.data.view_index import Index, Indexes
 
+_LONG = 50_000  # records; to look at more takes long enough to say so
 # What of an entry decides which examples there are.
 _VIEW_KEYS = (
     *("kind", "where", "limit", "captions", "questions", "answers"),
@@ -89,7 +91,12 @@ class View:
 
     def scan(self) -> Index:
         """Reads every record. Raises ValueError, with the cause, where nothing is left."""
-        logging.info("reading the %d records of %s", len(self.source), self.source.name)
+        if len(self.source) > _LONG:
+            print(
+                f"looking once at all {len(self.source):,} records of {self.source.name}",
+                file=sys.stderr,
+                flush=True,
+            )
         rows: list[int] = []
         parts: list[int] = []
         names: set[str] = set()

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What a launcher does when train has ended, by its exit status: the table in docs/scaling.md.
+# usage: source launch/restarts.sh; starts_again STATUS && ...
+#
+# Settings come from the environment:
+#   RESTARTS  how often a run that failed is started again, in all (default 3)
+#   PAUSE     seconds to wait before that (default 10)
+RESTARTS=${RESTARTS:-3}
+PAUSE=${PAUSE:-10}
+failures=0
+for setting in RESTARTS PAUSE; do
+  [[ ${!setting} =~ ^[0-9]+$ ]] || {
+    echo "$setting=${!setting}; it must be a whole number, 0 or more" >&2
+    exit 2
+  }
+done
+
+# Succeeds when a run that ended with STATUS is to be started again, and says why on standard error.
+starts_again() {
+  case $1 in
+    0) return 1 ;; # done
+    2) # bad input: it would fail again
+      echo "train found bad input (status 2): not started again" >&2
+      return 1
+      ;;
+    130) return 1 ;; # a second Ctrl-C
+    75) # the platform asked it to stop, and it has saved
+      echo "train was asked to stop and has saved (status 75): starting it again" >&2
+      return 0
+      ;;
+  esac
+  failures=$((failures + 1))
+  if ((failures > RESTARTS)); then
+    echo "train failed (status $1), $failures time(s) with this one: giving up (RESTARTS=$RESTARTS)" >&2
+    return 1
+  fi
+  echo "train failed (status $1): starting it again in $PAUSE s ($failures of $RESTARTS)" >&2
+  sleep "$PAUSE" & # waited for in this way, a signal to the launcher is answered at once
+  wait "$!" || true
+}

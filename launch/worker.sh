@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Runs train on one worker of a slice, for tpu_vm.sh: in a session of its own, so that it outlives
+# the connection that started it.
+#
+#   launch/worker.sh run FLAGS   starts train, or joins one that runs with the same flags; shows its
+#                                log until it ends, and ends with its status
+#   launch/worker.sh stop        asks it to save and stop, and waits for it
+#   launch/worker.sh idle        fails while train runs
+#
+# Its log, flags, process number and status lie in .worker beside the code. VENV: as in install.sh.
+set -euo pipefail
+
+fail() { echo "worker.sh: $*" >&2; exit 2; }
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=$root/.worker
+python=${VENV:-$root/.venv}/bin/python
+mkdir -p "$here"
+
+running() { # is the process of that number still ours?
+  [[ -s $here/pid ]] && kill -0 "$(cat "$here/pid")" 2>/dev/null &&
+    tr '\0' ' ' <"/proc/$(cat "$here/pid")/cmdline" | grep -q coca_jax.train
+}
+
+# Becomes the parent of train, which leaves its status behind.
+keep() {
+  local status=0
+  "$python" -m coca_jax.train "$@" >"$here/log" 2>&1 </dev/null &
+  echo "$!" >"$here/pid"
+  wait "$!" || status=$?
+  echo "$status" >"$here/status.new"
+  mv "$here/status.new" "$here/status"
+}
+
+run() {
+  local flags lines=20
+  printf -v flags '%q ' "$@"
+  if running; then
+    [[ $(cat "$here/flags") == "$flags" ]] ||
+      fail "train runs here with other flags: $(cat "$here/flags"); stop it first"
+  else
+    [[ -x $python ]] || fail "no $python; install first"
+    lines=+1
+    rm -f "$here/pid" "$here/status"
+    echo "$flags" >"$here/flags"
+    : >"$here/log"
+    cd "$root" # recipes are named by configs/NAME.py
+    setsid bash "${BASH_SOURCE[0]}" keep "$@" >/dev/null 2>&1 </dev/null &
+    until [[ -s $here/pid ]]; do sleep 0.1; done
+  fi
+  tail -n "$lines" --pid="$(cat "$here/pid")" -f "$here/log"
+  for _ in {1..50}; do
+    [[ ! -e $here/status ]] || exit "$(cat "$here/status")"
+    sleep 0.1
+  done
+  exit 137 # its parent was killed with it
+}
+
+stop() {
+  running || { echo "train is not running"; return; }
+  kill -TERM "$(cat "$here/pid")"
+  while running; do sleep 0.2; done
+  echo "train has stopped with status $(cat "$here/status" 2>/dev/null || echo unknown)"
+}
+
+command=${1:-}
+[[ $# -eq 0 ]] || shift
+case $command in
+  run) run "$@" ;;
+  stop) stop ;;
+  idle) ! running || fail "train runs here; stop it first" ;;
+  keep) keep "$@" ;;
+  *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
