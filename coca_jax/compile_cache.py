@@ -8,13 +8,9 @@ import pathlib
 import platform
 import sys
 
+from coca_jax import cache_folder
+
 MOST_BYTES = 4 << 30  # kept; beyond it the programs used least recently go
-
-
-def folder() -> pathlib.Path:
-    """Where compiled things are kept between starts: ~/.cache/coca_jax, or below XDG_CACHE_HOME."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(home) / "coca_jax"
 
 
 def processor() -> str:
@@ -29,12 +25,12 @@ def processor() -> str:
 def use() -> None:
     """Has JAX keep its compiled programs, before or after it is imported.
 
-    They go to JAX_COMPILATION_CACHE_DIR, or else below `folder`. Off where the user has set
-    jax_enable_compilation_cache to false.
+    They go to JAX_COMPILATION_CACHE_DIR, or else below `cache_folder.folder`. Off where the user
+    has set jax_enable_compilation_cache to false.
     """
     kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
     settings = dict(
-        jax_compilation_cache_dir=str(folder() / f"compiled-{kind}"),
+        jax_compilation_cache_dir=str(cache_folder.folder() / f"compiled-{kind}"),
         jax_compilation_cache_max_size=MOST_BYTES,
         jax_persistent_cache_min_compile_time_secs=0.2,
     )

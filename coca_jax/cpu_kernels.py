@@ -15,13 +15,14 @@ import logging
 import os
 import pathlib
 import shlex
+import stat
 import subprocess
 import tempfile
 
 import jax
 import jax.numpy as jnp
 
-from coca_jax import compile_cache
+from coca_jax import cache_folder, compile_cache
 
 PANEL = 32  # columns of a panel
 KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
@@ -63,12 +64,12 @@ def _build() -> pathlib.Path:
     command += ["-isystem", jax.ffi.include_dir()]
     made_for = (SOURCE.read_text(), command, jax.__version__, compile_cache.processor())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-    library = compile_cache.folder() / f"cpu_kernels-{key}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = pathlib.Path(scratch) / library.name
+    folder = cache_folder.folder()
+    for library in folder.glob(f"cpu_kernels-{key}-*.so"):
+        if _is_whole(library):
+            return library
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = pathlib.Path(scratch) / "kernels.so"
         try:
             done = subprocess.run(
                 [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True
@@ -78,8 +79,22 @@ def _build() -> pathlib.Path:
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "failed")
             raise ValueError(f"{command[0]} cannot compile {SOURCE.name} ({first})")
+        made.chmod(0o700)
+        library = folder / f"cpu_kernels-{key}-{_digest(made)}.so"
         made.replace(library)
     return library
+
+
+def _is_whole(library: pathlib.Path) -> bool:
+    """Whether a kept library is a file of this user's alone and has the contents that its name
+    tells: it will be run."""
+    found = library.lstat()
+    mine = stat.S_ISREG(found.st_mode) and not cache_folder.others_may_write(found)
+    return mine and library.stem.endswith(f"-{_digest(library)}")
+
+
+def _digest(library: pathlib.Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def panels(kernel: jax.Array) -> jax.Array:

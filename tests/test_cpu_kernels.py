@@ -260,6 +260,20 @@ def test_it_is_compiled_once(tmp_path):
     assert library.stat().st_mtime_ns == made and len(list(library.parent.iterdir())) == 1
 
 
+@needs_compiler
+def test_a_library_that_others_may_have_changed_is_not_loaded(tmp_path):
+    assert without("c++", tmp_path) == (True, "")
+    (library,) = tmp_path.rglob("*.so")
+    whole = library.read_bytes()
+    library.write_bytes(whole[:-1] + b"\xff")  # other contents than its name tells
+    assert without("c++", tmp_path) == (True, "")
+    assert library.read_bytes() == whole  # compiled again in its place
+    library.chmod(0o777)
+    before = library.stat().st_ino
+    assert without("c++", tmp_path) == (True, "")
+    assert library.stat().st_ino != before and library.stat().st_mode & 0o777 == 0o700
+
+
 def test_where_the_kernels_are_used(monkeypatch):
     """Large float32 models on a single CPU device, with heads that the kernels take."""
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)

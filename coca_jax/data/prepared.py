@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from coca_jax import cache_folder
 from coca_jax.data import files, formats, records
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
@@ -143,10 +144,8 @@ def local_copy(path: str) -> str:
     system, plain = files.filesystem(path)
     mark = f"{path} {system.size(plain)} {system.checksum(plain)}"
     name = hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    copy = os.path.join(root, "coca_jax", name)
+    copy = str(cache_folder.folder() / name)
     if not os.path.exists(copy):
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
         temporary = f"{copy}.{os.getpid()}"
         system.get_file(plain, temporary)
         os.replace(temporary, copy)

@@ -1,0 +1,77 @@
+"""The folder of compiled things: this user's alone, or another one."""
+
+import os
+import stat
+
+import pytest
+
+from coca_jax import cache_folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """cache_folder.folder with a home and a temporary folder of this test's."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cache_folder._first_private.cache_clear()
+    yield cache_folder.folder
+    cache_folder._first_private.cache_clear()
+
+
+def _mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_it_is_made_for_this_user_alone(folder, tmp_path, monkeypatch):
+    old = os.umask(0)
+    try:
+        found = folder()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        other = folder()
+    finally:
+        os.umask(old)
+    assert found == tmp_path / "home/.cache/coca_jax" and _mode(found) == 0o700
+    assert other == tmp_path / "other/coca_jax" and _mode(other) == 0o700
+
+
+def test_one_that_others_may_read_is_closed(folder, tmp_path):
+    there = tmp_path / "home/.cache/coca_jax"
+    there.mkdir(parents=True, mode=0o755)
+    there.chmod(0o755)
+    assert folder() == there and _mode(there) == 0o700
+
+
+def test_one_that_others_may_write_is_not_used(folder, tmp_path, caplog):
+    there = tmp_path / "home/.cache/coca_jax"
+    there.mkdir(parents=True)
+    there.chmod(0o775)
+    assert folder() == tmp_path / f"tmp/coca_jax-{os.geteuid()}"
+    assert f"{there} is not used for compiled programs: others may write it" in caplog.text
+
+
+def test_a_link_of_one_s_own_is_followed_and_what_it_leads_to_is_looked_at(folder, tmp_path):
+    (tmp_path / "home/.cache").mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir(mode=0o700)
+    (tmp_path / "home/.cache/coca_jax").symlink_to(disk)
+    assert os.path.samefile(folder(), disk)
+    cache_folder._first_private.cache_clear()
+    disk.chmod(0o777)
+    assert folder() == tmp_path / f"tmp/coca_jax-{os.geteuid()}"
+
+
+def test_without_a_home_nothing_is_made_in_the_current_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, no entry of the user
+    found = folder()
+    assert found == tmp_path / f"tmp/coca_jax-{os.geteuid()}" and _mode(found) == 0o700
+    assert not list((tmp_path / "home").iterdir())
+    found.rmdir()
+    found.write_text("somebody's")  # nor is a file in the way an error
+    cache_folder._first_private.cache_clear()
+    other = folder()
+    assert other.parent == tmp_path / "tmp" and other != found and _mode(other) == 0o700
+    other.rmdir()
