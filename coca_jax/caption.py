@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
                 failed += 1
                 bar.write(f"skipped {result['error']}", file=sys.stderr)
                 continue
-            line = json.dumps(result, ensure_ascii=False)
+            line = caption_files.json_line(result)
             print(line, flush=True)
             if out:
                 out.write(f"{line}\n".encode())

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from coca_jax import inference
 
 
+def json_line(result: dict[str, Any]) -> str:
+    """A result as one line. A name of a file that is not UTF-8 is escaped, as JSON can, so that
+    `read_done` gives it back."""
+    text = json.dumps(result, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(result)
+    return text
+
+
 def read_done(path: str) -> tuple[set[str], int]:
     """Images that a JSONL file already holds, and its bytes without a last line cut short by a
     stop; path: a file that may be missing, in a local folder or a bucket.

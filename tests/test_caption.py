@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -122,3 +123,11 @@ def test_command_resumes_and_reports(model, folder, tmp_path):  # noqa: F811
     assert len(out.read_text().splitlines()) == 4
     status, lines, errors = run("--num_captions=2", str(folder))
     assert status == 2 and not lines and errors.startswith("error: num_captions=2")
+
+
+def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):
+    names = ["caf\u00e9.png", os.fsdecode(b"caf\xe9.png")]
+    lines = [caption_files.json_line(dict(image=name, caption="x")) for name in names]
+    (tmp_path / "out.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    assert "\u00e9" in lines[0]
+    assert caption_files.read_done(str(tmp_path / "out.jsonl"))[0] == set(names)
