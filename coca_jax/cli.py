@@ -108,7 +108,8 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
         # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
-        if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 1:
+        # One process that was given a coordinator speaks through Gloo too.
+        if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 0:
             quiet.standard_output()
         try:
             with _pipe_may_close():
