@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from coca_jax import recipes, sealed_json, storage
+from coca_jax import config_ranges, recipes, sealed_json, storage
 from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
@@ -18,12 +18,10 @@ FREE = (
     *("data.loader", "model.implementation"),
 )
 
-# The updates of all optimizers here have the size of about 1 before this factor.
-MAX_LEARNING_RATE = 1.0
-
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for the first impossible value: its name, the value, the remedy."""
+    config_ranges.check(config)
     coca.validate(config.model)
     make_optimizer(config.optimizer)
     if bool(config.steps) == bool(config.epochs):
@@ -31,14 +29,6 @@ def check(config: ConfigDict) -> None:
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
         )
     make_schedule(config.optimizer, config.steps)
-    rate = config.optimizer.learning_rate
-    if not 0 <= rate <= MAX_LEARNING_RATE:  # nan is neither
-        raise ValueError(
-            f"optimizer.learning_rate={rate}; give a number from 0 to {MAX_LEARNING_RATE}, such as "
-            "1e-3: the size of a step of a parameter"
-        )
-    if config.remat not in ("none", "dots", "named", "full"):
-        raise ValueError(f"config.remat={config.remat!r}; choose 'none', 'dots', 'named' or 'full'")
     patch = config.model.patch_size
     if any(size % patch or size < patch for _, size in config.image_sizes):
         raise ValueError(
@@ -53,35 +43,17 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
         )
-    if not isinstance(config.data.num_frames, int) or config.data.num_frames < 0:
-        raise ValueError(
-            f"config.data.num_frames={config.data.num_frames!r}; give a number, 0 for images"
-        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     check_head(config)
     if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:
         if not config.head.kind:
             raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
-    if not isinstance(config.checkpoint.max_skipped, int) or config.checkpoint.max_skipped < 0:
-        raise ValueError(
-            f"config.checkpoint.max_skipped={config.checkpoint.max_skipped!r}; give a number of "
-            "steps, 0 for no limit"
-        )
-    whole = ("batch_size", "accumulate_steps", "text_parts")
-    for name in (*whole, "log.every_steps", "checkpoint.every_steps", "checkpoint.keep"):
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.{name}={value!r}; it must be a whole number above 0")
 
 
 def check_head(config: ConfigDict) -> None:
     """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
     head, optimizer = config.head, config.optimizer
-    if optimizer.layer_decay <= 0 or optimizer.layer_decay > 1:
-        raise ValueError(f"optimizer.layer_decay={optimizer.layer_decay}; give 1 (none) or less")
     if not head.kind:
         if optimizer.encoder_learning_rate >= 0:
             raise ValueError(
@@ -90,10 +62,6 @@ def check_head(config: ConfigDict) -> None:
             )
         return
     heads.build(head, config.model, 2)
-    if head.unknown not in ("refuse", "skip"):
-        raise ValueError(f"head.unknown={head.unknown!r}; choose 'refuse' or 'skip'")
-    if not 0 <= head.label_smoothing < 1:
-        raise ValueError(f"head.label_smoothing={head.label_smoothing}; give 0 (none) to below 1")
     if head.weight <= 0 or optimizer.learning_rate <= 0:
         raise ValueError(
             f"head.weight={head.weight} and optimizer.learning_rate={optimizer.learning_rate} must "
