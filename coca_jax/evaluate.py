@@ -107,8 +107,9 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
         if kind not in KINDS:
             raise ValueError(f"--tasks={kind}: choose from {', '.join(KINDS)}")
     found = suited(args.tasks or USUAL, data)
-    for kind in set(args.tasks or ()).difference(found):
-        raise ValueError(missing(f"{args.data} [{data['split']}]", needed(kind)))
+    for kind in args.tasks or ():
+        if kind not in found:
+            raise ValueError(missing(f"{args.data} [{data['split']}]", needed(kind), kind))
     left = [kind for kind in USUAL if kind not in found]
     if not args.tasks and left:
         cli.say(f"{args.data} has nothing for {', '.join(left)}: left out")

@@ -258,6 +258,8 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
         unprepared.choose_split(dict(path=out))
     prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="val", progress=False)
     assert unprepared.choose_split(dict(path=out)) == "val"
+    with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
+        records.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
     assert evaluate.trained_on(config, dict(path=f"{out}/../p", split="train"))
     assert not evaluate.trained_on(config, dict(path=out, split="val"))
@@ -276,6 +278,11 @@ def test_tasks_need_captions_or_labels(tmp_path):
         records.Records(texts, need="label")
     with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zeroshot"):
         records.Records(labels, need="caption")
+    # A run says so before it trains.
+    task = dict(kind="zeroshot", name="x", data=texts)
+    with pytest.raises(ValueError, match="eval.tasks: .*no example has a label, and zeroshot"):
+        records.check([task])
+    records.check([dict(task, kind="retrieval"), dict(task, data=dict(labels, kind="label"))])
     # Where some have what is needed, the others are left out and counted.
     mixed = captioned(tmp_path / "mixed", 4, label=lambda i: "even" if i % 2 == 0 else None)
     prepare.prepare("imagefolder", str(mixed), str(tmp_path / "p"), progress=False)

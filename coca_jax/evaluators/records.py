@@ -115,10 +115,29 @@ def suited(tasks: Sequence[str], data: Mapping[str, Any]) -> list[str]:
     return [task for task in tasks if not counts or counts.get(needed(task), 1)]
 
 
-def missing(name: str, need: str) -> str:
+def check(tasks: Sequence[Any]) -> None:
+    """Raises ValueError or FileNotFoundError for the first of a run's evaluations whose data are
+    not there, or hold nothing that it needs, as far as that can be told without reading images."""
+    for task in tasks:
+        task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
+        data, kind = dict(task.get("data") or {}), task.get("kind", "")
+        if not data.get("path"):
+            continue
+        data.setdefault("split", "test")
+        found, name = unprepared.splits(data), f"{data['path']} [{data['split']}]"
+        if found and data["split"] not in found:
+            raise ValueError(
+                f"eval.tasks, {kind} of {task.get('name')}: data {data['path']} have no split "
+                f"{data['split']!r}; they have {', '.join(found)}"
+            )
+        if not suited([kind], data):
+            raise ValueError(f"eval.tasks: {missing(name, needed(kind), kind)}")
+
+
+def missing(name: str, need: str, task: str = "this task") -> str:
     """Why data without any caption or label cannot be scored, and what to do."""
     other = "zeroshot" if need == "caption" else "retrieval,captioning"
     return (
-        f"data {name}: no example has a {need}, which {' and '.join(NEEDS[need])} need; give "
-        f"--tasks={other}, or --{FIELDS[need]}=NAME where a field of another name holds it"
+        f"data {name}: no example has a {need}, and {task} needs one; give --tasks={other}, or "
+        f"--{FIELDS[need]}=NAME where a field of another name holds it"
     )

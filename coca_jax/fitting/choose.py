@@ -24,6 +24,7 @@ PASSES = 200  # over the data, at most; beyond, small data are learned by heart
 EFFICIENCY = 0.3  # of the machine's matrix products, that a train step of a small model reaches
 ENOUGH_STEPS = 150  # of a model from scratch; a size that takes fewer in the time is too large
 _USUAL_STEPS = 400  # that a run should have, before its batch is made larger
+_GROWING_MINUTES = 15  # from which on compiling a second image size pays
 _LABEL_SHARE = 8  # where there are captions, one row in so many is a label
 
 
@@ -176,7 +177,7 @@ def choose(
     if weights:
         why += _from_weights(config, machine, weights)
     else:
-        why += _from_scratch(config, facts, machine, size)
+        why += _from_scratch(config, facts, machine, size, minutes)
     why.append(_batch(config, facts, machine, minutes, size, weights))
     why.append(_texts(config, facts, machine))
     why.append(_pictures(config, facts, weights))
@@ -212,7 +213,9 @@ def check(facts: Facts) -> None:
         )
 
 
-def _from_scratch(config: ConfigDict, facts: Facts, machine: Machine, size: Size) -> list[str]:
+def _from_scratch(
+    config: ConfigDict, facts: Facts, machine: Machine, size: Size, minutes: float
+) -> list[str]:
     accelerated = machine.platform != "cpu"
     large = size.width >= 512
     config.model.update(
@@ -248,8 +251,13 @@ def _from_scratch(config: ConfigDict, facts: Facts, machine: Machine, size: Size
         beta2=0.98,
     )
     stem = "a light convolutional stem" if size.stem else "plain patches"
+    side = f"{size.image_size} px"
+    if minutes >= _GROWING_MINUTES and size.image_size >= 48:
+        first = size.patch_size * round(size.image_size / size.patch_size * 2 / 3)
+        config.image_sizes = ((0.3, first),)
+        side = f"{first}, later {size.image_size} px"
     return [
-        f"model: {size.name}, {size.image_size} px, {stem}, width {size.width}, "
+        f"model: {size.name}, {side}, {stem}, width {size.width}, "
         f"{size.depth} + {size.unimodal} + {size.multimodal} layers, from scratch"
     ]
 

@@ -30,10 +30,11 @@ class Speed:
     start: float
 
 
-def measure(config: ConfigDict, *, least_seconds: float = 4.0, most_steps: int = 30) -> Speed:
-    """Takes steps by `config` until `least_seconds` have passed, 4 at least; nothing is kept.
+def measure(config: ConfigDict, *, least_seconds: float = 4.0) -> Speed:
+    """Takes steps by `config`, nothing of which is kept; the run begins anew.
 
-    Steps that compile do not count. The state is dropped: the run begins anew.
+    At each size of images that the run has, 4 steps at least and until `least_seconds` have passed.
+    Steps that compile do not count.
     """
     buckets = metrics.TimeBuckets()
     begun = time.perf_counter()
@@ -46,7 +47,7 @@ def measure(config: ConfigDict, *, least_seconds: float = 4.0, most_steps: int =
             mixture=Mixture(config),
             vocabulary=load(config.data.vocabulary),
             class_names=(),
-            steps=10 * (config.optimizer.warmup_steps + most_steps),  # longer than any warm-up
+            steps=100 * (config.optimizer.warmup_steps + 10),  # longer than any warm-up
             model=setup.build_model(config, mesh),
             buckets=buckets,
             stop=stopping.current(),
@@ -56,25 +57,36 @@ def measure(config: ConfigDict, *, least_seconds: float = 4.0, most_steps: int =
         batches = open_stream(config, run.vocabulary, run.mixture)
         feed = Feed(batches, config, mesh, buckets)
         step_fn = Programs(run)
-        times: list[float] = []
-        compiled = 0.0
+        total = 0.0
         try:
-            first = next(feed)
+            batch = next(feed)
             start = time.perf_counter() - begun
-            for step in range(1, most_steps + 1):
-                batch = first if step == 1 else None
-                tick = time.perf_counter()
-                state, values = step_fn(step, state, batch or next(feed))
-                jax.block_until_ready(values)
-                taken = time.perf_counter() - tick
-                now = buckets.total()["compile_seconds"]
-                if now > compiled:
-                    compiled = now
-                else:
-                    times.append(taken)
-                if len(times) >= 4 and sum(times) >= least_seconds:
-                    break
+            for share, step in stages(config, run.steps):
+                times: list[float] = []
+                compiled = buckets.total()["compile_seconds"]
+                while len(times) < 4 or sum(times) < least_seconds:
+                    tick = time.perf_counter()
+                    state, values = step_fn(step, state, batch)
+                    jax.block_until_ready(values)
+                    batch = next(feed)
+                    taken = time.perf_counter() - tick
+                    now = buckets.total()["compile_seconds"]
+                    if now > compiled:
+                        compiled = now
+                    else:
+                        times.append(taken)
+                total += share * sum(times) / len(times)
         finally:
             feed.close()
             batches.close()
-    return Speed(sum(times) / len(times), compiled, start)
+    return Speed(total, compiled, start)
+
+
+def stages(config: ConfigDict, steps: int) -> list[tuple[float, int]]:
+    """(share of the run, a step in it) of each size of images that the run goes through."""
+    shares = [share for share, _ in config.image_sizes]
+    begins = [sum(shares[:i]) for i in range(len(shares) + 1)]
+    return [
+        (share, round(begin * steps) + 1)
+        for share, begin in zip([*shares, 1 - sum(shares)], begins)
+    ]

@@ -48,11 +48,11 @@ def warnings(facts: Facts, from_weights: bool) -> list[str]:
     lines = []
     if facts.train < FEW and not from_weights:
         lines.append(
-            f"Few pictures: {facts.train:,}. A model that begins from nothing learns such a set by "
-            "heart and does little better than chance on new pictures: 795 photographs and "
-            "drawings of Tux Paint gave the right caption first of 156 for 3.8% of new pictures "
-            "(chance 0.6%). Give --init_from= (a run, an export or converted open_clip weights: "
-            "docs/open_clip.md), or some thousands of pictures."
+            f"Few pictures: {facts.train:,}. A model that begins from nothing learns most of such a "
+            "set by heart: after 795 photographs and drawings of Tux Paint it put the right caption "
+            "first of 156 for 3.8% of new pictures (chance 0.6%). Give --init_from= (a run, an "
+            "export or converted open_clip weights: docs/open_clip.md), or some thousands of "
+            "pictures."
         )
     if facts.classes and all(name.isdigit() for name in facts.classes) and "label" in kinds(facts):
         lines.append(

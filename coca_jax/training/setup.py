@@ -16,6 +16,7 @@ from coca_jax import checkpointing, metrics, partitioning, run_config, storage
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.batches import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
+from coca_jax.evaluators import records
 from coca_jax.models import coca
 from coca_jax.training.stopping import Stop
 
@@ -74,6 +75,7 @@ def prepare(
     """
     begin(stop, "reading data")
     check_loader(config.data.loader)
+    records.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
     os.makedirs(workdir, exist_ok=True)
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
