@@ -141,9 +141,8 @@ def test_mirrors_only_where_left_may_be_right():
     def flip(facts):
         return chosen(facts).config.data.flip
 
-    assert flip(CAPTIONS) and flip(LABELS)
-    assert not flip(dataclasses.replace(CAPTIONS, sides=True))
-    assert not flip(dataclasses.replace(CAPTIONS, drawn=True))
+    assert flip(LABELS) and not flip(CAPTIONS) and not flip(BOTH)
+    assert not flip(dataclasses.replace(LABELS, drawn=True))
     assert not flip(dataclasses.replace(LABELS, classes=("b", "d", "p", "q")))
 
 

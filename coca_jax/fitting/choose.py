@@ -336,8 +336,10 @@ def _pictures(config: ConfigDict, facts: Facts, weights: Weights | None) -> str:
     tiny = config.model.image_size <= 32
     mode = "none" if tiny else "drawing" if facts.drawn or not weights else "crop"
     config.data.augment = mode
-    letters = all(len(name) <= 2 or name.isdigit() for name in facts.classes) and facts.classes
-    config.data.flip = not (facts.sides or facts.drawn or letters or tiny)
+    # A mirrored picture is another one where captions say left, or name things in their order,
+    # and where the classes are letters or numbers.
+    letters = all(len(name) <= 2 or name.isdigit() for name in facts.classes)
+    config.data.flip = not (facts.captions or letters or facts.drawn or tiny)
     how = {
         "none": "as they are, so small that cutting would lose them",
         "drawing": "turned, scaled, recoloured and drawn as outlines at random",

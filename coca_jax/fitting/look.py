@@ -22,11 +22,6 @@ from coca_jax.importers.items import Item
 
 _DECODED = 96  # pictures whose pixels are looked at
 _TEXTS = 200_000  # captions that are kept to measure
-# Words that a mirrored picture would make false, in the languages that are most likely.
-_SIDES = frozenset(
-    "left right leftmost rightmost links rechts gauche droite izquierda derecha esquerda direita "
-    "sinistra destra".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +42,6 @@ class Facts:
         width, height: medians, in pixels; 0 where no picture could be read.
         aspect: of the long side to the short one, median and 95%.
         drawn: whether the pictures are drawings, icons or screens more than photographs.
-        sides: whether captions say left or right.
         repeated: pictures whose bytes occur before.
         left_out: reason -> number of examples that cannot be used.
         fields: names of other fields of the data.
@@ -71,7 +65,6 @@ class Facts:
     height: int = 0
     aspect: tuple[float, float] = (1.0, 1.0)
     drawn: bool = False
-    sides: bool = False
     repeated: int = 0
     left_out: tuple[tuple[str, int], ...] = ()
     fields: tuple[str, ...] = ()
@@ -156,7 +149,6 @@ class Scan:
             height=int(np.median(sides[:, 1])),
             aspect=(float(np.median(aspect)), float(np.quantile(aspect, 0.95))),
             drawn=drawn([data for _, data in self._sample]),
-            sides=sum(known[word] for word in _SIDES) > len(self._texts) / 200,
             repeated=self._repeated,
             left_out=tuple(self._problems.most_common()),
             fields=tuple(name for name, _ in self._fields.most_common(12)),

@@ -168,6 +168,8 @@ def decide(
     say("the choice:")
     for line in why:
         say(f"  {line}")
+    left = (config.steps * speed.step + speed.compile) / 60
+    say(f"about {left:.1f} minutes of training follow, then the scores, captions and the export")
     return config, why
 
 
