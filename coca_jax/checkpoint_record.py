@@ -7,10 +7,11 @@ Those of version 0.1 have none: they are read as they are.
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import Any
 
-from coca_jax import checksums, sealed_json
+from etils import epath
+
+from coca_jax import checksums, sealed_json, storage
 
 FORMAT = 1
 ITEM = "record"
@@ -40,7 +41,7 @@ def make(items: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     return sealed_json.seal({"format": FORMAT, "config": run, "items": trees})
 
 
-def read(folder: pathlib.Path) -> dict[str, Any] | None:
+def read(folder: epath.Path) -> dict[str, Any] | None:
     """The record of a checkpoint, None for one of version 0.1.
 
     Raises Damaged when it is not whole, Misfit for a format that this version does not know.
@@ -67,7 +68,7 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
     return record
 
 
-def _promised(folder: pathlib.Path) -> bool:
+def _promised(folder: epath.Path) -> bool:
     """Whether Orbax's list of what the checkpoint holds names a record."""
     try:
         listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
@@ -76,7 +77,7 @@ def _promised(folder: pathlib.Path) -> bool:
         return False
 
 
-def check_fits(folder: pathlib.Path, item: str, stored: dict[str, str], wanted: Any) -> None:
+def check_fits(folder: epath.Path, item: str, stored: dict[str, str], wanted: Any) -> None:
     """Raises Misfit naming the first array that the model and the checkpoint do not share.
 
     stored: {path: shape}, from the record or Orbax's metadata. wanted: a tree of abstract arrays.
@@ -91,7 +92,7 @@ def check_fits(folder: pathlib.Path, item: str, stored: dict[str, str], wanted: 
             )
 
 
-def check_contents(folder: pathlib.Path, item: str, record: dict[str, Any], tree: Any) -> None:
+def check_contents(folder: epath.Path, item: str, record: dict[str, Any], tree: Any) -> None:
     """Raises Damaged naming the first array whose contents are not those that were saved."""
     found = checksums.of_tree(tree)
     for name, (_, checksum) in record["items"][item].items():
@@ -103,6 +104,6 @@ def is_damage(error: Exception) -> bool:
     """Whether an error in reading says something of the contents, and not of the way to them."""
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return True
-    if isinstance(error, (OSError, MemoryError)):
+    if isinstance(error, (OSError, MemoryError)) or storage.is_of_network(error):
         return False
     return not any(word in str(error) for word in UNREACHABLE)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -17,10 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from coca_jax import checkpoint_record, checksums, sealed_json
+from coca_jax import checkpoint_places, checkpoint_record, checksums, sealed_json, storage
 from coca_jax.checkpoint_record import Damaged
 from coca_jax.train_step import TrainState, merge
 
@@ -37,21 +36,25 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int = 3, run: dict[str, Any] | None = None) -> None:
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.directory = checkpoint_places.place(workdir) / "checkpoints"
         self._keep, self._run, self._opened = keep, run or {}, 0
         self._open()
 
     def _open(self) -> None:
         self._opened += 1
-        if jax.process_index() == 0:  # what a killed or failed save left
-            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(folder, ignore_errors=True)
+        if jax.process_index() == 0:
+            for folder in checkpoint_places.unfinished(
+                self.directory
+            ):  # what a killed or failed save left
+                with contextlib.suppress(OSError):
+                    folder.rmtree()
         # Processes that went on from a failed save must not meet at barriers of before.
         several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open{self._opened}")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             create=True,
             multiprocessing_options=several,
+            **checkpoint_places.atomicity(self.directory),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -147,14 +150,13 @@ class Checkpoints:
         """Renames damaged steps; returns the lines that say so."""
         lines = []
         for step, problem in problems.items():
-            folder = self.directory / str(step)
             name = f"{step}.damaged"
             for number in range(2, 100):
                 if not (self.directory / name).exists():
                     break
                 name = f"{step}.damaged{number}"
             if jax.process_index() == 0:
-                folder.rename(self.directory / name)
+                checkpoint_places.rename(self.directory / str(step), self.directory / name)
             lines.append(
                 f"checkpoint {step} is damaged ({problem}): set aside as {self.directory / name}; "
                 f"going on from step {used}, {step - used} steps are trained again"
@@ -180,7 +182,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def read_item(folder: pathlib.Path, item: str, target: Any) -> Any:
+def read_item(folder: epath.Path, item: str, target: Any) -> Any:
     """One part of the checkpoint `folder`, into the shapes and shardings of `target`, checked.
 
     No process waits for another one in it. Raises Misfit for another tree or other shapes, Damaged
@@ -224,7 +226,7 @@ def _ignore_late_answers() -> None:
     sys.unraisablehook = hook
 
 
-def _metadata(folder: pathlib.Path, item: str) -> Any:
+def _metadata(folder: epath.Path, item: str) -> Any:
     """The abstract arrays that an item holds, as Orbax noted them."""
     handler = ocp.StandardCheckpointHandler()
     try:
@@ -255,24 +257,28 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
-def find_steps(path: str) -> tuple[pathlib.Path, list[int]]:
+def find_steps(path: str) -> tuple[epath.Path, list[int]]:
     """(checkpoints directory, its steps, newest first) of a workdir or a checkpoints directory;
     the one step that `path` itself is.
 
     Raises FileNotFoundError when there is no whole checkpoint.
     """
-    place = pathlib.Path(path).absolute()
-    if place.name.isdigit() and (place / "params").is_dir():
-        return place.parent, [int(place.name)]
-    for directory in (place / "checkpoints", place):
+    found = checkpoint_places.place(path)
+    if found.name.isdigit() and (found / "params").is_dir() and checkpoint_places.is_whole(found):
+        return found.parent, [int(found.name)]
+    for directory in (found / "checkpoints", found):
         if directory.is_dir():
-            steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+            steps = [
+                int(p.name)
+                for p in directory.iterdir()
+                if p.name.isdigit() and checkpoint_places.is_whole(p)
+            ]
             if steps:
                 return directory, sorted(steps, reverse=True)
     raise FileNotFoundError(f"no checkpoint under {path}; give a run's workdir or one of its steps")
 
 
-def find_step(path: str) -> tuple[pathlib.Path, int]:
+def find_step(path: str) -> tuple[epath.Path, int]:
     """(checkpoints directory, newest step); see `find_steps`."""
     directory, steps = find_steps(path)
     return directory, steps[0]
@@ -289,7 +295,7 @@ def read_config(workdir: str) -> ConfigDict:
 
     Raises FileNotFoundError when it is not there, ValueError when neither is whole.
     """
-    file = pathlib.Path(workdir) / "config.json"
+    file = storage.place(workdir) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; a checkpoint is read with its run's config")
     return ConfigDict(read_run(workdir), convert_dict=True)
@@ -297,7 +303,7 @@ def read_config(workdir: str) -> ConfigDict:
 
 def read_run(workdir: str) -> dict[str, Any]:
     """The contents of config.json: the config, the vocabulary's checksum, the head's classes."""
-    file = pathlib.Path(workdir) / "config.json"
+    file = storage.place(workdir) / "config.json"
     try:
         return sealed_json.read(file)
     except ValueError as error:
@@ -331,7 +337,7 @@ def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
     raise AssertionError("find_steps gives at least one step")
 
 
-def _params(folder: pathlib.Path, shardings: Any) -> Any:
+def _params(folder: epath.Path, shardings: Any) -> Any:
     """The parameters of one checkpoint, checked."""
 
     def read(item: str) -> Any:

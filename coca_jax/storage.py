@@ -104,12 +104,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file at once or not at all; its folder is made when missing.
 
-    Raises ValueError for a URL that `filesystem` does not know.
+    Raises ValueError for a URL that `filesystem` does not know, OSError when it cannot be.
     """
     if is_remote(path):
         system, plain = filesystem(path)
         if os.fspath(path).split("://", 1)[0] in PACKAGES:  # objects are seen when they are whole
-            system.pipe_file(plain, data)
+            with _as_os_error(path):
+                system.pipe_file(plain, data)
             return
         system.makedirs(posixpath.dirname(plain), exist_ok=True)
         new = f"{plain}.{os.getpid()}.new"
@@ -168,7 +169,8 @@ class Growing:
         """Returns when all that was written is in the file. Raises OSError when it cannot be."""
         if self._file is None and self._changed:
             self._parts = [b"".join(self._parts)]
-            self._path.write_bytes(self._parts[0])
+            with _as_os_error(self._path):
+                self._path.write_bytes(self._parts[0])
             self._changed, self._written_at = False, time.monotonic()
 
     def close(self) -> None:
@@ -254,6 +256,35 @@ def _why(path: epath.Path, error: Exception) -> str:
     if "connect" in low or "timeout" in low:
         return f"the bucket cannot be reached; is the network there, the endpoint right? ({text})"
     return f"the bucket cannot be used ({text})"
+
+
+@contextmanager
+def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_of_network(error):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"{os.fspath(path)} cannot be written: {text}") from error
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether an error comes from the libraries that speak with buckets: it says nothing of what
+    is there, and another try may do."""
+    names = {type(error).__module__.split(".", 1)[0]}
+    return bool(names & {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests"})
+
+
+def move_folder(path: epath.Path, target: epath.Path) -> None:
+    """Gives a folder another name; in a bucket the server copies each file."""
+    if not is_remote(path):
+        path.rename(target)
+        return
+    system, plain = filesystem(path)
+    names = [name.removeprefix(plain) for name in system.find(plain)]
+    system.copy([plain + name for name in names], [filesystem(target)[1] + n for n in names])
+    path.rmtree()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from coca_jax import cli, recipes
+from coca_jax import cli, recipes, storage
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError(
             "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"
         )
+    if storage.is_remote(flags.FLAGS.workdir):
+        storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from coca_jax import train_step
+from coca_jax import storage, train_step
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training.feed import Feed
@@ -28,7 +27,7 @@ class Log:
     """
 
     def __init__(self, run: Run, start: int, feed: Feed, batches: Any):
-        config = run.config
+        config, self._say = run.config, run.say
         self._writer = MetricWriter(run.workdir, start_step=start) if run.main_process else None
         self._progress = Progress(
             run.steps,
@@ -44,7 +43,7 @@ class Log:
     def __call__(self, step: int, values: train_step.Metrics) -> None:
         """Keeps the metrics of `step`, which may still run, and shows those kept before."""
         with self._buckets("step"):
-            self.flush()
+            self._show()
             if step % self._every == 0 or step == self._steps:
                 self._pending = (step, values)
             if self._previous is not None:
@@ -52,7 +51,15 @@ class Log:
             self._previous = values["loss"]
 
     def flush(self) -> None:
-        """Shows and writes what is kept."""
+        """Shows and writes what is kept: afterwards the files hold all rows so far."""
+        self._show()
+        if self._writer is not None:
+            try:
+                self._writer.flush()
+            except OSError as error:  # nothing is lost: the next flush writes all of it
+                self._say(f"warning: metrics are not written ({error}); they are tried again")
+
+    def _show(self) -> None:
         if self._pending is None:
             return
         step, values = self._pending
@@ -122,12 +129,23 @@ def evaluation_due(run: Run, step: int) -> bool:
     return bool(every) and step % every == 0 and step < run.steps
 
 
-def trace(config: ConfigDict, step: int, workdir: str) -> None:
+class Trace:
     """Traces the steps [first, last] of config.log.profile_steps into workdir/profile."""
-    if not config.log.profile_steps or jax.process_index():
-        return
-    first, last = config.log.profile_steps
-    if step == first:
-        jax.profiler.start_trace(os.path.join(workdir, "profile"))
-    elif step == last + 1:
-        jax.profiler.stop_trace()
+
+    def __init__(self, run: Run):
+        first, last = run.config.log.profile_steps or (0, 0)
+        self._first, self._last, self._main = int(first), int(last), run.main_process
+        self._folder = storage.place(run.workdir) / "profile"
+        self._open = contextlib.ExitStack()
+
+    def __call__(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._first and self._main:
+            jax.profiler.start_trace(self._open.enter_context(storage.local_folder(self._folder)))
+            self._open.callback(jax.profiler.stop_trace)  # before what is there goes to a bucket
+        elif step == self._last + 1:
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace under way."""
+        self._open.close()

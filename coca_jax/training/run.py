@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
@@ -67,6 +66,7 @@ def steps(
         feed = Feed(batches, run.config, run.mesh, run.buckets)
     log = hooks.Log(run, start, feed, batches)
     save = saving.Save(run, checkpoints, state, start)
+    trace = hooks.Trace(run)
     preempted = None
     run.stop.listen()
     try:
@@ -81,11 +81,12 @@ def steps(
             save=save,
             evaluate=evaluate,
             stop=run.stop,
-            trace=functools.partial(hooks.trace, run.config, workdir=run.workdir),
+            trace=trace,
         )
     except stopping.Preempted as asked:
         preempted = asked
     finally:
+        trace.close()
         feed.close()
         batches.close()
         run.stop.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from coca_jax import checkpointing, metrics, partitioning, run_config, storage
+from coca_jax import checkpoint_places, checkpointing, metrics, partitioning, run_config, storage
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.batches import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
@@ -59,10 +58,9 @@ class Run:
 def check(config: ConfigDict, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
-    if "://" in str(workdir):
-        raise ValueError(f"workdir={workdir} is a URL; mount it and give the folder")
     mesh = partitioning.make_mesh(**config.mesh)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    checkpoint_places.check_writable(workdir)
     return mesh
 
 
@@ -77,7 +75,6 @@ def prepare(
     check_loader(config.data.loader)
     records.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
-    os.makedirs(workdir, exist_ok=True)
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():

@@ -1,0 +1,96 @@
+"""Arrays of checkpoints in buckets, which Orbax writes by TensorStore, not by the path library.
+
+Orbax tells TensorStore where an array lies by one function, `build_kvstore_tspec(directory, ...)`.
+That knows local folders and gs:// alone, though TensorStore has a driver for S3. `enable` lets it
+take s3:// as well: it answers as for the same path on gs://, with the driver exchanged, and with
+the server and the kind of credentials that s3fs found (AWS_ENDPOINT_URL, AWS_PROFILE,
+~/.aws/config ...).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import urllib.parse
+import uuid
+from typing import Any
+
+import fsspec
+import fsspec.asyn
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from coca_jax import storage
+
+# Where botocore found the credentials -> TensorStore's name for it. For all else TensorStore looks
+# in the same places as botocore, but logs an error for each file that it does not find.
+_CREDENTIALS = {"env": "environment", "iam-role": "imds", "container-role": "ecs"}
+
+
+@functools.cache
+def enable() -> None:
+    """Lets Orbax keep arrays on s3://, in this process.
+
+    Raises:
+        ValueError: a version of Orbax that cannot.
+    """
+    build = tensorstore_utils.build_kvstore_tspec
+    if not hasattr(ocp.options, "AtomicityOptions"):  # before it, parts of a step were renamed
+        raise ValueError(
+            f"s3:// needs orbax-checkpoint 0.12.3 or later, this is {ocp.__version__}: "
+            "pip install 'orbax-checkpoint>=0.12.3,<0.13'"
+        )
+
+    @functools.wraps(build)
+    def build_kvstore_tspec(directory: str, *args: Any, **options: Any) -> dict[str, Any]:
+        scheme, _, rest = os.fspath(directory).partition(":")
+        if scheme != "s3":
+            return build(directory, *args, **options)
+        return _on_s3(build(f"gs://{rest.lstrip('/')}", *args, **options))
+
+    tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Writes and removes a small value in a bucket's folder as Orbax writes arrays: TensorStore has
+    ways of its own to a server and to credentials.
+
+    Raises:
+        ValueError: it cannot be; why, and what to do.
+    """
+
+    def work() -> None:
+        path = f"{folder}/.probe-{uuid.uuid4().hex}"
+        spec = tensorstore_utils.build_kvstore_tspec(path, use_ocdbt=False)
+        store = tensorstore.KvStore.open(spec).result()
+        store.write("", b"coca_jax").result()
+        store.write("", None).result()
+
+    storage.answer(folder, work)
+
+
+def _on_s3(spec: Any) -> Any:
+    """A specification of TensorStore with its gs:// stores on S3."""
+    if isinstance(spec, str) and spec.startswith("gs://"):
+        bucket, _, path = spec.removeprefix("gs://").partition("/")
+        return {"bucket": bucket, "path": path, **_server()}
+    if not isinstance(spec, dict):
+        return spec
+    inner = {key: _on_s3(value) for key, value in spec.items()}
+    return inner | _server() if inner.get("driver") in ("gcs", "gcs_grpc") else inner
+
+
+@functools.cache
+def _server() -> dict[str, Any]:
+    """The driver, the server and the credentials that s3fs uses, as TensorStore wants them."""
+    system = fsspec.filesystem("s3")
+    meta = system.s3.meta
+    spec: dict[str, Any] = {"driver": "s3"}
+    host = urllib.parse.urlsplit(meta.endpoint_url).hostname or ""
+    if not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        spec |= {"endpoint": meta.endpoint_url, "aws_region": meta.region_name or "us-east-1"}
+    found = fsspec.asyn.sync(system.loop, system.session.get_credentials)
+    kind = _CREDENTIALS.get(getattr(found, "method", ""))
+    return spec | ({"aws_credentials": {"type": kind}} if kind else {})
