@@ -79,7 +79,7 @@ setuptools.setup(
         "compile": ["libtpu"],
         "tensorboard": ["tensorboard"],
         "gcs": ["gcsfs>=2024.6"],
-        "s3": ["s3fs>=2024.6"],
+        "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["tokenizers"],
         "video": ["av>=18.1"],
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java

@@ -38,9 +38,9 @@ def atomicity(directory: epath.Path) -> dict[str, Any]:
     """Options of Orbax's CheckpointManager: how a step appears at once.
 
     On a disk it gets its name when it is whole. In a bucket nothing can be renamed: a file that is
-    written last says that a step is whole.
+    written last says that a step is whole. Orbax does so by itself on gs:// alone.
     """
-    if not storage.is_remote(directory):
+    if not str(directory).startswith("s3://"):
         return {}
     options = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
     return {"atomicity_options": options}

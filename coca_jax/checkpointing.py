@@ -275,7 +275,11 @@ def find_steps(path: str) -> tuple[epath.Path, list[int]]:
             ]
             if steps:
                 return directory, sorted(steps, reverse=True)
-    raise FileNotFoundError(f"no checkpoint under {path}; give a run's workdir or one of its steps")
+    cut = checkpoint_places.unfinished(found / "checkpoints")
+    note = f" ({len(cut)} there were not written to their end)" if cut else ""
+    raise FileNotFoundError(
+        f"no checkpoint under {path}{note}; give a run's workdir or one of its steps"
+    )
 
 
 def find_step(path: str) -> tuple[epath.Path, int]:

@@ -10,16 +10,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import COMPARED, tiny_run, whole  # noqa: F401
+from conftest import tiny_config
+from test_train import COMPARED
 
 import coca_jax
-from coca_jax import checkpoint_places, checkpointing, evaluate, report, storage
-from coca_jax.metrics import read_metrics
-from coca_jax.train import train
+from coca_jax import (
+    checkpoint_places,
+    checkpointing,
+    evaluate,
+    partitioning,
+    report,
+    storage,
+)
+from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train_step import TrainState
+from coca_jax.training import run
 from coca_jax.training.stopping import Preempted, Stop
 
 TESTS = str(pathlib.Path(__file__).parent)
+
+
+def small_run(workdir):
+    """Trains four steps on one device."""
+    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
+    config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
+    half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
+    config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)
+    config.model.pooler.update(num_queries=1, num_heads=1)
+    config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
+    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.log.every_steps, config.checkpoint.every_steps = 1, 2
+    one = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        return run.train_on(one, config, workdir, TimeBuckets())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted local run."""
+    workdir = str(tmp_path_factory.mktemp("whole"))
+    small_run(workdir)
+    return workdir
 
 
 def _equal(place, run):
@@ -30,7 +61,7 @@ def _equal(place, run):
             *(b[name] for name in COMPARED),
         ]
     want, got = (_arrays(where) for where in (run, place))
-    assert len(want) > 100
+    assert len(want) > 50
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -47,13 +78,12 @@ def _arrays(place):
     return jax.tree.leaves(found)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, s3):  # noqa: F811
+def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     workdir = f"{s3}/killed"
     code = (
         f"import os, signal, sys, time; sys.path.insert(0, {TESTS!r})\n"
-        "import conftest\n"
-        "from test_train import tiny_run\n"
-        "from coca_jax import storage, train\n"
+        "from test_buckets import small_run\n"
+        "from coca_jax import storage\n"
         "from coca_jax.training import stopping\n"
         f"saved = storage.place({workdir!r}) / 'checkpoints/2/commit_success.txt'\n"
         "def reached(self, step):\n"
@@ -61,14 +91,14 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):  # noqa: F811
         "    if saved.exists(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    time.sleep(0.1)\n"
         "stopping.Stop.reached = reached\n"
-        f"train.train(tiny_run(), {workdir!r})\n"
+        f"small_run({workdir!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]  # those of the checkpoint
     assert checkpointing.find_step(workdir)[1] == 2
-    train(tiny_run(), workdir)
-    _equal(workdir, whole[0])
+    small_run(workdir)
+    _equal(workdir, whole)
     files = fsspec.filesystem("s3").find("bucket/killed")
     names = {name.removeprefix("bucket/killed/").split("/")[0] for name in files}
     assert names == {
@@ -77,24 +107,24 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):  # noqa: F811
     }
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_on_gcs(whole, gs, monkeypatch):  # noqa: F811
+def test_a_stopped_run_goes_on_bit_for_bit_on_gcs(whole, gs, monkeypatch):
     workdir = f"{gs}/stopped"
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "reached", lambda self, step: step == 3)
-        with pytest.raises(Preempted, match="saved step 3"):
-            train(tiny_run(), workdir)
+        with pytest.raises(Preempted, match="step 3 is saved"):
+            small_run(workdir)
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2, 3]
-    train(tiny_run(), workdir)
-    _equal(workdir, whole[0])
+    small_run(workdir)
+    _equal(workdir, whole)
 
 
-def test_a_model_is_loaded_and_scored_in_its_bucket(whole, s3):  # noqa: F811
+def test_a_model_is_loaded_and_scored_in_its_bucket(whole, s3):
     with storage.local_folder(f"{s3}/scored") as folder:
-        fsspec.filesystem("file").put(f"{whole[0]}/", f"{folder}/", recursive=True)
+        fsspec.filesystem("file").put(f"{whole}/", f"{folder}/", recursive=True)
     workdir = f"{s3}/scored/"
     model = coca_jax.load(workdir)
-    local = coca_jax.load(whole[0])
-    image = np.zeros((1, 32, 32, 3), np.uint8)
+    local = coca_jax.load(whole)
+    image = np.zeros((1, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(model.encode_image(image), local.encode_image(image))
     data = dict(builtin="scenes", split="test", objects=(1,))
     task = dict(kind="captioning", name="scenes", data=data, limit=8, java_metrics=False)
@@ -121,29 +151,59 @@ def _state(step):
     )
 
 
+def _restored(folder):
+    """(state, step, lines) of the newest step."""
+    state = _state(0)
+    checkpoints = checkpointing.Checkpoints(folder, keep=2)
+    found = checkpoints.restore_newest(state, jax.tree.map(lambda x: x.sharding, state))
+    checkpoints.close()
+    return found
+
+
 def test_only_whole_steps_count(folder):
     checkpoints = checkpointing.Checkpoints(folder, keep=2)
-    assert checkpoints.latest_step() is None
+    assert checkpoints.steps() == []
     for step in (1, 2, 3):
         checkpoints.save(step, _state(step))
+        checkpoints.wait_for(step)
     checkpoints.close()
     directory, step = checkpointing.find_step(folder)
     assert step == 3 and sorted(p.name for p in directory.iterdir()) == ["2", "3"]
+    state, step, lines = _restored(folder)
+    assert (step, lines) == (3, [])
+    jax.tree.map(np.testing.assert_array_equal, state, _state(3))
+    assert state.params["a"].sharding == _state(0).params["a"].sharding
     if not storage.is_remote(folder):
         return
     (directory / "3" / "commit_success.txt").unlink()  # as a kill within the save leaves it
     assert checkpointing.find_step(folder)[1] == 2
+    with pytest.raises(FileNotFoundError, match="no checkpoint under"):
+        checkpointing.find_step(f"{folder}/checkpoints/3")
     again = checkpointing.Checkpoints(folder, keep=2)
-    assert again.latest_step() == 2
+    assert again.steps() == [2] and not (directory / "3").exists()
     again.save(3, _state(30))
+    again.wait_for(3)
     again.close()
-    state = _state(0)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    last = checkpointing.Checkpoints(folder, keep=2)
-    got = last.restore(3, state, shardings)
-    last.close()
-    jax.tree.map(np.testing.assert_array_equal, got, _state(30))
-    assert got.params["a"].sharding == state.params["a"].sharding
+    jax.tree.map(np.testing.assert_array_equal, _restored(folder)[0], _state(30))
+
+
+def test_a_damaged_step_is_set_aside(folder):
+    checkpoints = checkpointing.Checkpoints(folder)
+    for step in (1, 2):
+        checkpoints.save(step, _state(step))
+        checkpoints.wait_for(step)
+    checkpoints.close()
+    system, plain = storage.filesystem(f"{folder}/checkpoints/2/params")
+    largest = max(system.find(plain), key=system.size)
+    data = bytearray(system.cat_file(largest))
+    data[len(data) // 2] ^= 1
+    system.pipe_file(largest, bytes(data))
+    state, step, lines = _restored(folder)
+    jax.tree.map(np.testing.assert_array_equal, state, _state(1))
+    assert step == 1 and len(lines) == 1 and "checkpoint 2 is damaged" in lines[0]
+    assert checkpointing.find_step(folder)[1] == 1
+    place = storage.place(folder) / "checkpoints"
+    assert (place / "2.damaged/params").is_dir() and not (place / "2").exists()
 
 
 def test_arrays_are_tried_before_any_work(folder):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -66,3 +67,15 @@ def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, t
     assert_same(split, one_device[1])
     forget_the_end(workdir)
     assert_same(launch(workdir, 1, 1), one_device[1])
+
+
+def test_two_processes_go_on_in_a_bucket(one_device, s3):
+    workdir = f"{s3}/processes"
+    system = fsspec.filesystem("s3")
+    system.put(f"{one_device[0]}/", "bucket/processes/", recursive=True)
+    system.rm("bucket/processes/checkpoints/5", recursive=True)
+    assert_same(launch(workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
+    written = system.find("bucket/processes/checkpoints/5/params")
+    assert {part for name in written for part in name.split("/") if part.startswith("ocdbt.")} == {
+        *("ocdbt.process_0", "ocdbt.process_1")
+    }
