@@ -20,7 +20,6 @@ import fsspec.asyn
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from coca_jax import storage
 
@@ -36,10 +35,12 @@ def enable() -> None:
     Raises:
         ValueError: a version of Orbax that cannot.
     """
-    build = tensorstore_utils.build_kvstore_tspec
-    if not hasattr(ocp.options, "AtomicityOptions"):  # before it, parts of a step were renamed
+    utils = _tensorstore_utils()
+    build = getattr(utils, "build_kvstore_tspec", None)
+    # Before the options of atomicity, parts of a step were renamed.
+    if build is None or not hasattr(ocp.options, "AtomicityOptions"):
         raise ValueError(
-            f"s3:// needs orbax-checkpoint 0.12.3 or later, this is {ocp.__version__}: "
+            f"s3:// works with orbax-checkpoint 0.12.3 to 0.12.8, this is {ocp.__version__}: "
             "pip install 'orbax-checkpoint>=0.12.3,<0.13'"
         )
 
@@ -50,7 +51,17 @@ def enable() -> None:
             return build(directory, *args, **options)
         return _on_s3(build(f"gs://{rest.lstrip('/')}", *args, **options))
 
-    tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
+    utils.build_kvstore_tspec = build_kvstore_tspec
+
+
+def _tensorstore_utils() -> Any:
+    """Orbax's module that describes arrays to TensorStore; not of its public interface, so runs on
+    a disk go without it."""
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+    except ImportError:
+        return None
+    return tensorstore_utils
 
 
 def check_writable(folder: epath.Path) -> None:
@@ -63,7 +74,7 @@ def check_writable(folder: epath.Path) -> None:
 
     def work() -> None:
         path = f"{folder}/.probe-{uuid.uuid4().hex}"
-        spec = tensorstore_utils.build_kvstore_tspec(path, use_ocdbt=False)
+        spec = _tensorstore_utils().build_kvstore_tspec(path, use_ocdbt=False)
         store = tensorstore.KvStore.open(spec).result()
         store.write("", b"coca_jax").result()
         store.write("", None).result()
