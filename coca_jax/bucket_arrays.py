@@ -23,9 +23,13 @@ from etils import epath
 
 from coca_jax import storage
 
-# Where botocore found the credentials -> TensorStore's name for it. For all else TensorStore looks
-# in the same places as botocore, but logs an error for each file that it does not find.
-_CREDENTIALS = {"env": "environment", "iam-role": "imds", "container-role": "ecs"}
+# Where botocore found the credentials -> what TensorStore calls it.
+_CREDENTIALS = {
+    "env": "environment",
+    "iam-role": "imds",
+    "container-role": "ecs",
+    "assume-role-with-web-identity": "default",
+}
 
 
 @functools.cache
@@ -103,5 +107,21 @@ def _server() -> dict[str, Any]:
     if not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         spec |= {"endpoint": meta.endpoint_url, "aws_region": meta.region_name or "us-east-1"}
     found = fsspec.asyn.sync(system.loop, system.session.get_credentials)
-    kind = _CREDENTIALS.get(getattr(found, "method", ""))
-    return spec | ({"aws_credentials": {"type": kind}} if kind else {})
+    return spec | {"aws_credentials": _credentials(system.session, found)}
+
+
+def _credentials(session: Any, found: Any) -> dict[str, str]:
+    """Where TensorStore finds what botocore found. TensorStore does not look at AWS_PROFILE itself,
+    and logs an error for each file that is not there."""
+    if found is None:
+        return {"type": "anonymous"}
+    if found.method in _CREDENTIALS:
+        return {"type": _CREDENTIALS[found.method]}
+    profile = session.profile or "default"
+    if found.method not in ("config-file", "shared-credentials-file"):
+        return {"type": "default", "profile": profile}  # a role, SSO, a process ...
+    files = {}
+    for name in ("config_file", "credentials_file"):
+        path = os.path.expanduser(session.get_config_variable(name))
+        files[name] = path if os.path.exists(path) else os.devnull
+    return {"type": "profile", "profile": profile, **files}
