@@ -9,6 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from coca_jax.training import memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -34,26 +36,10 @@ def look() -> Machine:
     return Machine(
         platform=devices[0].platform,
         devices=len(devices),
-        memory=device_memory(),
+        memory=float(memory.available()),
         flops=matrix_flops() * (1 if alone else len(devices)),
         cores=len(os.sched_getaffinity(0)),
     )
-
-
-def device_memory() -> float:
-    """Bytes that are free on a device; of a CPU, this device's share of the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    free = 1024.0 * int(lines["MemAvailable"].split()[0])
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:  # of a container, where one is set
-            free = min(free, float(file.read()))
-    except (OSError, ValueError):
-        pass
-    return free / len(jax.local_devices())
 
 
 def matrix_flops(seconds: float = 0.4) -> float:

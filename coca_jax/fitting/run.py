@@ -21,8 +21,8 @@ from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import own_data
 from coca_jax.importers.items import Options
+from coca_jax.training import memory, stopping
 from coca_jax.training import run as training
-from coca_jax.training import stopping
 
 Say = Callable[[str], None]
 Change = Callable[[ConfigDict], None]
@@ -149,7 +149,12 @@ def decide(
     for number, size in enumerate(sizes):
         words = f"{workdir}/data/vocabulary-{size.pieces}.model"
         keywords: dict[str, Any] = dict(
-            path=place, splits=splits, name=name, vocabulary=os.path.abspath(words), weights=start
+            path=place,
+            splits=splits,
+            name=name,
+            vocabulary=os.path.abspath(words),
+            weights=start,
+            bytes_needed=memory.needed,
         )
         draft = choose.choose(facts, machine, request.minutes, size, **keywords)
         tokens = token_lengths(draft.config, facts, size, workdir, say)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, metrics, run_config, storage, train_step
 from coca_jax.data.batches import Stream, open_stream
-from coca_jax.training import hooks, loop, saving, setup, skipping, stopping
+from coca_jax.training import hooks, loop, memory, saving, setup, skipping, stopping
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
 from coca_jax.training.setup import Run
@@ -36,6 +36,7 @@ def train_on(
     stop.joined(jax.process_count())
     with buckets("init"):
         run = setup.prepare(mesh, config, workdir, buckets, stop)
+        memory.check(config, mesh, run.say)
         contents = run_config.contents(config, run.vocabulary, run.class_names)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)
         state, start = restore_or_begin(run, checkpoints)
@@ -43,7 +44,16 @@ def train_on(
             run_config.write(contents, workdir)
         announce(run, state, start)
     evaluate = hooks.Evaluation(run, checkpoints)
-    state = steps(run, state, start, checkpoints, evaluate)
+    try:
+        state = steps(run, state, start, checkpoints, evaluate)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory in a step of batch_size={config.batch_size} "
+            f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
+            f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
+        ) from None
     stop.end("evaluating")
     scores = evaluate(run.steps, state)
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}

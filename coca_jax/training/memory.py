@@ -1,0 +1,177 @@
+"""Whether a train step fits the memory, asked of the compiler before anything large is made.
+
+A compiled program knows its bytes: arguments (parameters, optimizer, batch), temporaries, outputs.
+The compiler finds them out early and then spends its time on fast code, so that the question costs
+a fraction of a compilation; it is asked only where a bound from above does not fit by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from coca_jax import partitioning
+from coca_jax.estimate.step import build_step
+
+# On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+GIB = 2**30
+
+
+def available() -> int:
+    """Bytes that are free on a device; of a CPU, this device's share of the machine's (or of the
+    container's, where it has a limit)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    try:
+        with (
+            open("/sys/fs/cgroup/memory.max") as file,
+            open("/sys/fs/cgroup/memory.current") as now,
+        ):
+            free = min(free, int(file.read()) - int(now.read()))
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return free // jax.local_device_count()
+
+
+def step_bytes(config: ConfigDict, mesh: Mesh) -> int:
+    """Bytes that the train step of `config` takes on one device, as the compiler counts them.
+
+    Raises jax.errors.JaxRuntimeError where the compiler refuses it.
+    """
+    with jax.set_mesh(mesh):
+        step, arguments = build_step(config, mesh)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        compiled = step.lower(*arguments).compile(compiler_options=QUICK if on_cpu else None)
+    found = compiled.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + outputs
+
+
+def bounds(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+    """(what a step needs at least, at most) of one device in bytes, without compiling.
+
+    At least: the state and the gradients of what is trained, spread evenly. At most: besides, every
+    array that the traced step ever makes, a loop's as often as it runs.
+    """
+    with jax.set_mesh(mesh):
+        step, (state, batch) = build_step(config, mesh)
+        kept = sum(_bytes(x) for x in jax.tree.leaves((state, batch)))
+        gradients = sum(_bytes(x) for x in jax.tree.leaves(state.ema or state.params))
+        made = _made(jax.make_jaxpr(step)(state, batch).jaxpr)
+    return (kept + gradients) // mesh.size, kept + made
+
+
+def _bytes(x: Any) -> int:
+    return int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+
+
+def _made(jaxpr: Any) -> int:
+    """Bytes of all that a program makes."""
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * _made(inner)
+        for out in equation.outvars:
+            if hasattr(out.aval, "shape") and hasattr(out.aval.dtype, "itemsize"):
+                total += int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize
+    return total
+
+
+def check(config: ConfigDict, mesh: Mesh, say: Callable[[str], None]) -> None:
+    """Raises ValueError where a step does not fit, with the settings that do.
+
+    say: takes a line before what lasts.
+    """
+    room = available()
+    least, most = bounds(config, mesh)
+    if most <= room:
+        return
+    need = least
+    if least <= room:
+        say("asking the compiler whether a step fits the memory ...")
+        need = _bytes_or_all(config, mesh)
+        if need <= room:
+            return
+    say("it does not; looking for settings that do ...")
+    raise ValueError(refusal(config, mesh, need, room))
+
+
+def refusal(config: ConfigDict, mesh: Mesh, need: int, room: int) -> str:
+    """The line for a step that needs `need` bytes of a device's `room`."""
+    text = (
+        f"a step of batch_size={config.batch_size} needs {need / GIB:.1f} GiB and "
+        f"{mesh.devices.flat[0].platform} has {room / GIB:.1f} GiB free on a device"
+    )
+    parts = [f"--config.{k}={v}" for k, v in fitting(config, mesh, room).items()]
+    if not parts:
+        return f"{text}; not even the smallest batch fits: take a smaller model or more devices"
+    return f"{text}; what fits: {' '.join(parts)}"
+
+
+def fitting(config: ConfigDict, mesh: Mesh, room: int) -> dict[str, Any]:
+    """Settings by which a step fits `room` bytes, checked by the compiler: remat='named' and the
+    fewest accumulate_steps, which compute the same; else the largest batch_size; {} for nothing."""
+    unit = partitioning.batch_parts(mesh) * config.text_parts
+    rows = config.batch_size // unit
+    tried = config.copy_and_resolve_references()
+    tried.remat = "named"
+    # Memory grows with the rows that are computed at a time: two points give the line.
+    few = max(1, rows // 16)
+    tried.batch_size, tried.accumulate_steps = few * unit, 1
+    base = _bytes_or_all(tried, mesh)
+    if base > room:
+        few, tried.batch_size = 1, unit
+        base = _bytes_or_all(tried, mesh)
+        if base > room:
+            return {}
+    with_state = bounds(tried, mesh)[0]
+    each = max(1, (base - with_state) // few)
+    at_a_time = max(1, min(rows, int(0.9 * (room - with_state) / each)))
+    while at_a_time:
+        whole = config.copy_and_resolve_references()
+        whole.remat = "named"
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= at_a_time]
+        whole.accumulate_steps = divisors[0]
+        if divisors[0] < rows or rows == 1:
+            if _bytes_or_all(whole, mesh) <= room:
+                return dict(remat="named", accumulate_steps=divisors[0])
+        tried.batch_size = at_a_time * unit
+        if _bytes_or_all(tried, mesh) <= room:
+            return dict(remat="named", batch_size=at_a_time * unit)
+        at_a_time //= 2
+    return {}
+
+
+def _bytes_or_all(config: ConfigDict, mesh: Mesh) -> int:
+    """`step_bytes`, or more than there is where the compiler itself runs out of the device's."""
+    try:
+        return step_bytes(config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return 2**62
+
+
+def needed(config: ConfigDict) -> int:
+    """Bytes that a step takes on one of this machine's devices: the bound from above where that
+    fits, for it costs no compilation, else what the compiler counts."""
+    mesh = partitioning.make_mesh(**config.mesh)
+    most = bounds(config, mesh)[1]
+    return most if most <= available() // 2 else _bytes_or_all(config, mesh)

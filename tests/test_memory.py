@@ -1,0 +1,59 @@
+"""Memory of a step, asked before it is taken: what the compiler counts, refusals, what fits."""
+
+import jax
+import pytest
+from test_train import tiny_run
+
+from coca_jax import partitioning
+from coca_jax.training import memory
+from coca_jax.training.run import train
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def counted(mesh):
+    config = tiny_run()
+    return memory.step_bytes(config, mesh), memory.bounds(config, mesh)
+
+
+def test_the_compiler_s_count_lies_between_the_bounds(counted):
+    found, (least, most) = counted
+    assert least < found < most
+    assert found > 3 * 4 * 20_000  # parameters and the optimizer's two moments, at least
+
+
+def test_a_step_that_fits_is_not_compiled_for_the_question(mesh, monkeypatch):
+    monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
+    memory.check(tiny_run(), mesh, say=pytest.fail)
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):
+    """The settings are the compiler's word: the same step in parts, within the room."""
+    config, found = tiny_run(batch_size=64), counted[0]
+    whole = memory.step_bytes(config, mesh)
+    room = (whole + found) // 2
+    monkeypatch.setattr(memory, "available", lambda: room)
+    said = []
+    with pytest.raises(ValueError, match="a step of batch_size=64 needs .* GiB") as error:
+        memory.check(config, mesh, said.append)
+    assert len(said) == 2
+    settings = dict(
+        part.removeprefix("--config.").split("=")
+        for part in str(error.value).split("what fits: ")[1].split()
+    )
+    config.remat = settings["remat"]
+    config.accumulate_steps = int(settings.get("accumulate_steps", 1))
+    config.batch_size = int(settings.get("batch_size", 64))
+    assert memory.step_bytes(config, mesh) <= room
+
+
+def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(ValueError, match="not even the smallest batch fits"):
+        train(tiny_run(), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
