@@ -173,7 +173,7 @@ class Walk:
                 text = text.replace(" -- ", " --dry_run -- ", 1)
                 self.shell(text)
             else:
-                script = re.search(r"launch/\w+\.sh", text)
+                script = re.search(r"launch/[\w.]+", text)
                 assert script and (ROOT / script[0]).exists(), text
             return
         words = re.sub(r"^python3? -m coca_jax\.?", "coca-jax ", text).split()

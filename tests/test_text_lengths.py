@@ -16,7 +16,8 @@ from coca_jax.training.feed import measured
 def _batch(config, lengths):
     batch = random_batch(config)
     batch["text_valid"] = np.arange(config.model.text.max_len)[None] < np.array(lengths)[:, None]
-    batch["tokens"] = np.where(batch["text_valid"], batch["tokens"] + 1, 0)
+    tokens = np.random.default_rng(1).integers(5, config.model.text.vocab_size, (16, 8))
+    batch["tokens"] = np.where(batch["text_valid"], tokens, 0)
     return batch
 
 
