@@ -274,6 +274,92 @@ def test_beam_search_with_enough_beams_is_brute_force(small, penalty):
         np.testing.assert_allclose(out.log_prob[row], [captions[c] for c in found], atol=2e-5)
 
 
+def beam_search(next_logs, width, count, limit, penalty=1.0, early_stop=True):
+    """[(tokens, log probability)], best first, as `Settings` says it; next_logs: lists of tokens ->
+    [lists, V], -inf where a rule forbids."""
+
+    def rank(score, length):
+        return score / length**penalty
+
+    alive, finished = [(0.0, [])], []
+    for step in range(1, limit + 1):
+        logs = next_logs([tokens for _, tokens in alive])
+        grown = [
+            (score + logs[beam, token], tokens + [token])
+            for beam, (score, tokens) in enumerate(alive)
+            for token in range(logs.shape[1])
+        ]
+        grown = sorted((g for g in grown if np.isfinite(g[0])), key=lambda g: -g[0])[: 2 * width]
+        finished += [g for g in grown[:width] if g[1][-1] == EOS]
+        alive = [g for g in grown if g[1][-1] != EOS][:width]
+        if step == limit:
+            finished += alive
+        finished = sorted(finished, key=lambda g: -rank(g[0], len(g[1])))[:width]
+        reach = max((rank(score, step) for score, _ in alive), default=-np.inf)
+        if not early_stop:  # a score only falls: the best that a beam may become, next or last
+            ends = [rank(score, n) for score, _ in alive for n in (step + 1, limit)]
+            reach = max(ends, default=-np.inf)
+        if (
+            len(finished) >= count
+            and rank(finished[count - 1][0], len(finished[count - 1][1])) >= reach
+        ):
+            break
+    return finished[:count]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(num_beams=2, num_captions=2),
+        dict(num_beams=3, num_captions=1, length_penalty=0.0),
+        dict(num_beams=3, num_captions=2, length_penalty=2.0, early_stop=False),
+        dict(num_beams=6, num_captions=3, length_penalty=0.5, min_tokens=3),
+        dict(num_beams=4, num_captions=4, no_repeat_ngram=1, length_penalty=1.5),
+        dict(num_beams=5, num_captions=2, max_tokens=3, early_stop=False),
+        dict(num_beams=3, num_captions=3, repetition_penalty=1.7),
+    ],
+)
+def test_beam_search_is_that_of_its_definition(model, how):
+    """With few beams: what they drop matters, and when they stop."""
+    out = run(model, **how)
+    for row in range(3):
+        prompt = own(PROMPT[row], LENGTH[row], [], 0).tolist()
+        said = {}
+
+        def next_logs(rows, prompt=prompt, row=row, said=said):
+            padded = np.zeros((how["num_beams"], 8), np.int32)  # one shape to compile
+            for number, tokens in enumerate(rows):
+                padded[number, : len(prompt) + len(tokens)] = prompt + tokens
+            logs = np.asarray(model[3](np.full(len(padded), row), padded), np.float64)
+            logs = logs[: len(rows), len(prompt) + len(rows[0]) - 1]
+            said.update({tuple(t + [v]): x for t, xs in zip(rows, logs) for v, x in enumerate(xs)})
+            ruled = logs.copy()
+            for number, tokens in enumerate(rows):
+                seen = list(set(prompt + tokens))
+                ruled[number, seen] *= how.get("repetition_penalty", 1.0)
+                if how.get("no_repeat_ngram"):
+                    ruled[number, seen] = -np.inf
+                if len(tokens) < how.get("min_tokens", 0):
+                    ruled[number, EOS] = -np.inf
+            return ruled
+
+        options = {k: how[k] for k in ("early_stop",) if k in how}
+        limit = min(how.get("max_tokens", 64), 8 - len(prompt))
+        wanted = beam_search(
+            next_logs,
+            how["num_beams"],
+            how["num_captions"],
+            limit,
+            how.get("length_penalty", 1.0),
+            **options,
+        )
+        found = [t[:n].tolist() for t, n in zip(out.tokens[row], out.length[row])]
+        assert found == [tokens for _, tokens in wanted]
+        for tokens, log_prob in zip(found, out.log_prob[row]):  # the model's, whatever the rules
+            total = sum(said[tuple(tokens[: n + 1])] for n in range(len(tokens)))
+            assert log_prob == pytest.approx(total, abs=2e-5)
+
+
 @pytest.mark.parametrize("how", [{}, dict(num_beams=3), dict(temperature=1.0, top_p=0.9)])
 def test_a_caption_does_not_depend_on_the_others_in_the_batch(model, how):
     together = run(model, **how)
@@ -290,32 +376,76 @@ def test_sampling_is_reproducible_by_seed(model):
     assert not np.array_equal(first[0], first[1])
 
 
-def test_samples_follow_the_filtered_distribution():
-    probs = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
-    draws = 4000
-    allowed = np.broadcast_to(np.log(probs), (draws, 1, 5))
-    plan = generation.Plan(1, 1, 1, False, True, True, False, 0, True)
+def draws_of(logs, count, steps=1, width=1, seed=0, **how):
+    """Tokens [count, width] of each step: `count` images with the same next token's logs [V]."""
+    plan = generation.Plan(width, width, 1, False, True, len(how) > 1, False, 0, True)
+    numbers = dict(
+        temperature=np.float32(how["temperature"]),
+        top_k=np.int32(how.get("top_k", len(logs))),
+        top_p=np.float32(how.get("top_p", 1.0)),
+        seed=np.uint32(seed),
+        rows=np.arange(count, dtype=np.uint32),
+    )
+    allowed = jnp.broadcast_to(jnp.asarray(logs, jnp.float32), (count, width, len(logs)))
+    draw = jax.jit(lambda step: choice._sample(plan, numbers, allowed, step))
+    return [np.asarray(draw(jnp.int32(step))) for step in range(steps)]
 
-    def shares(top_k, top_p, temperature=1.0):
-        numbers = dict(
-            temperature=np.float32(temperature),
-            top_k=np.int32(top_k),
-            top_p=np.float32(top_p),
-            seed=np.uint32(0),
-            rows=np.arange(draws, dtype=np.uint32),
-        )
-        token = choice._sample(plan, numbers, jnp.asarray(allowed), jnp.int32(0))
-        return np.bincount(np.asarray(token)[:, 0], minlength=5) / draws
 
-    np.testing.assert_allclose(shares(5, 1.0), probs, atol=0.03)
-    np.testing.assert_allclose(shares(2, 1.0), [4 / 7, 3 / 7, 0, 0, 0], atol=0.03)
-    np.testing.assert_allclose(shares(5, 0.8), np.append(probs[:3], [0, 0]) / 0.85, atol=0.03)
-    sharp = probs**2 / (probs**2).sum()
-    np.testing.assert_allclose(shares(5, 1.0, 0.5), sharp, atol=0.03)
+def filtered(logs, temperature, top_k=0, top_p=1.0):
+    """The distribution to sample from, float64 [V]: temperature, then top-k, then top-p of that."""
+    probs = np.exp(logs / temperature - np.max(logs / temperature))
+    order = np.argsort(-probs)
+    probs[order[top_k or len(probs) :]] = 0
+    probs /= probs.sum()
+    enough = np.searchsorted(np.cumsum(probs[order]), top_p) + 1
+    probs[order[enough:]] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.5),
+        dict(temperature=1.0, top_k=20),
+        dict(temperature=2.0, top_p=0.7),
+        dict(temperature=1.3, top_k=40, top_p=0.8),
+    ],
+)
+@pytest.mark.parametrize("vocab", [5, 600])
+def test_samples_follow_the_filtered_distribution(vocab, how):
+    """Chi-square of 8,000 draws within 3.3 standard deviations (Wilson and Hilferty 1931), no token
+    outside the set; also of more tokens than one block of the running sum holds."""
+    logs = 1.5 * np.random.default_rng(vocab).normal(size=vocab)
+    how = how | (dict(top_k=3) if vocab == 5 and "top_k" in how else {})
+    found = np.bincount(draws_of(logs, 8_000, **how)[0][:, 0], minlength=vocab)
+    even = 8_000 * filtered(logs, **how)
+    assert (found[even == 0] == 0).all()
+    few = even < 5
+    cells = [(found[~few], even[~few]), (found[few].sum(), even[few].sum())]
+    found, even = (np.concatenate([a, [b]]) for a, b in zip(*cells))
+    free = (even > 0).sum() - 1
+    ratio = ((found - even) ** 2 / np.maximum(even, 1e-9)).sum() / free
+    assert abs(ratio ** (1 / 3) - 1 + 2 / (9 * free)) / np.sqrt(2 / (9 * free)) < 3.3
+
+
+def test_images_captions_steps_and_seeds_draw_apart():
+    """Of two equally probable tokens, half of the pairs agree."""
+    a, b = draws_of(np.zeros(2), 2_000, steps=2, width=2, temperature=1.0)
+    (other,) = draws_of(np.zeros(2), 2_000, width=2, seed=1, temperature=1.0)
+    for one, two in ((a[1:], a[:-1]), (a[:, 0], a[:, 1]), (a, b), (a, other)):
+        assert 0.45 < (one == two).mean() < 0.55
 
 
 def test_minimum_and_maximum_length(model):
     assert (run(model, min_tokens=4).length[:, 0] > 4).all()
+    # Where the end is all but certain it comes as soon as it may.
+    spec, weights, image_tokens, log_probs = model
+    bias = jnp.zeros(VOCAB).at[EOS].set(100.0)
+    sure = (spec, weights | dict(head=weights["head"] | dict(bias=bias)), image_tokens, log_probs)
+    for least in (0, 3):
+        out = run(sure, min_tokens=least)
+        assert (out.length == least + 1).all() and (out.tokens[:, :, least:] == EOS).all()
     assert (run(model, max_tokens=2).length <= 2).all()
     assert (run(model, max_tokens=2, num_beams=2).length <= 2).all()
 
@@ -369,6 +499,19 @@ def test_one_program_serves_all_lengths_and_numbers(model):
 def test_impossible_settings_are_named(how, name):
     with pytest.raises(ValueError, match=f"^{name}="):
         Settings(**how)
+
+
+def test_rows_that_pad_a_batch_write_nothing(model):
+    spec, weights, image_tokens, _ = model
+    active = np.array([True, False, True])
+    for how in ({}, dict(num_beams=2)):
+        out = generation.generate(
+            spec, weights, image_tokens, PROMPT, LENGTH, Settings(**how), active=active
+        )
+        assert (np.asarray(out.length)[:, 0] > 0).tolist() == active.tolist()
+        np.testing.assert_array_equal(
+            np.asarray(out.tokens)[active], run(model, **how).tokens[active]
+        )
 
 
 def test_a_prompt_that_fills_the_model_is_refused(model):

@@ -6,7 +6,7 @@
 
 A module's faults are data, `tests/mutation/MODULE.toml`:
 
-    file = "coca_jax/optimizer.py"
+    file = "coca_jax/optimizer.py"          # or wherever in the package the text has moved to
     tests = ["tests/test_optimizer.py"]     # pytest's arguments: what should see every fault here
 
     [[fault]]
@@ -56,15 +56,23 @@ def run_tests(copy: pathlib.Path, tests: list[str], python: str) -> subprocess.C
         return subprocess.CompletedProcess(command, 124, "took too long", "")
 
 
+def find(copy: pathlib.Path, file: str, old: str) -> list[pathlib.Path]:
+    """Where the text stands, once for each time: in the file, else (code moves) in the package."""
+    for paths in ([copy / file], sorted(copy.glob("coca_jax/**/*.py"))):
+        found = [p for p in paths if p.exists() for _ in range(p.read_text().count(old))]
+        if found:
+            return found
+    return []
+
+
 def run_fault(copy: pathlib.Path, module: dict, fault: dict, python: str) -> tuple[str, str]:
     """(what became of one fault, the first failure or '')."""
     if "equivalent" in fault:
         return "equivalent", fault["equivalent"]
-    path = copy / fault.get("file", module["file"])
-    text = path.read_text() if path.exists() else ""
-    count = text.count(fault["old"])
-    if count != 1:
-        return "gone", f"its old text stands {count} times in {path.relative_to(copy)}"
+    places = find(copy, fault.get("file", module["file"]), fault["old"])
+    if len(places) != 1:
+        return "gone", f"its old text stands {len(places)} times in the package"
+    path, text = places[0], places[0].read_text()
     path.write_text(text.replace(fault["old"], fault["new"]))
     try:
         result = run_tests(copy, fault.get("tests", module["tests"]), python)
