@@ -148,10 +148,13 @@ def help_text(name: str, module: Any) -> str:
     lines = [f"coca-jax {name}: {COMMANDS[name]}", "", (module.__doc__ or "").strip(), "", "Flags:"]
     for flag in _own_flags(module):
         default = flag.default_as_str.strip("'") if flag.value not in (None, "", []) else ""
-        lines.append(f"  --{flag.name}{'=' if default else ''}{default}")
+        if flag.name == "config" and default:  # a command that takes values, but no recipe
+            lines.append("  --config.KEY=VALUE")
+        else:
+            lines.append(f"  --{flag.name}{'=' if default else ''}{default}")
         note = flag.help.split(";\n")[0]  # absl adds that a flag may be repeated
         lines += textwrap.wrap(note, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    if "config" in flags.FLAGS:
+    if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
         lines += ["", "Recipes for --config:"]
         for recipe, text in recipes.names().items():
             lines += textwrap.wrap(f"  {recipe:24s}{text}", 98, subsequent_indent=" " * 26)

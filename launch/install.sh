@@ -82,6 +82,8 @@ if uv=$(command -v uv) || { uv=$venv-uv/bin/uv && [[ -x $uv ]]; }; then
   "$uv" pip install --quiet --python "$venv/bin/python" ${pip_flags[@]+"${pip_flags[@]}"} \
     --editable "$target"
 else
+  # setuptools warns of every editable install that keeps other folders of the code out of sys.path.
+  export PYTHONWARNINGS="ignore:Editable installation${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
   "$venv/bin/python" -m pip install --quiet ${pip_flags[@]+"${pip_flags[@]}"} --editable "$target"
 fi

@@ -10,6 +10,7 @@ from coca_jax import cli
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
 STARTS = {
+    "fit": ["photos", "--workdir=run"],
     "train": ["--config=tiny", "--workdir=run"],
     "evaluate": ["--checkpoint=weights", "--data=scenes"],
     "caption": ["--checkpoint=weights", "image.png"],
@@ -94,6 +95,7 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     first, *others = errors.splitlines()
     words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
     words |= dict.fromkeys(("evaluate", "caption", "export"), "loading weights")
+    words |= {"fit": "fitting photos in run: starting JAX"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
     words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}
     assert first.startswith(words[name])
