@@ -298,4 +298,4 @@ def test_where_the_kernels_are_used(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "available", lambda: False)
     assert layout(coca_base) == "transposed"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert layout(coca_base) == "plain"
+    assert layout(coca_base) == "kernel"
