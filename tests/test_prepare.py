@@ -431,3 +431,35 @@ def test_commands(tmp_path):
     assert all(e["text"] == f"caption {e['index']}" for e in examples)
     code, _, error = run("--format=webdataset", f"--input={tmp_path}/none", f"--out={tmp_path}/x")
     assert code == 2 and error.strip().splitlines()[-1].startswith("error: --input=")
+
+
+def _folder(folder, rows, **fields):
+    folder.mkdir()
+    for i in range(rows):
+        (folder / f"{i}.jpg").write_bytes(_bytes(i))
+    lines = [
+        json.dumps({"file_name": f"{i}.jpg"} | {k: v(i) for k, v in fields.items()})
+        for i in range(rows)
+    ]
+    if fields:
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_data_without_texts_are_told_apart_with_what_would_give_them(tmp_path, capsys):
+    odd = _folder(tmp_path / "odd", 3, description=lambda i: f"thing {i}", id=lambda i: i)
+    message = "fields are description, id: name one with --text_field or --label_field"
+    with pytest.raises(ValueError, match=f"none of 3 .* {message}"):
+        _prepare("imagefolder", odd, tmp_path / "o1")
+    empty = _folder(tmp_path / "empty", 3, text=lambda i: "  ")
+    with pytest.raises(ValueError, match="none has a caption or a class name"):
+        _prepare("imagefolder", empty, tmp_path / "o2")
+    assert not (tmp_path / "o1").exists() or not list((tmp_path / "o1").glob("*.array_record"))
+    capsys.readouterr()
+    numbers = _folder(tmp_path / "numbers", 4, label=lambda i: i % 2)
+    _prepare("imagefolder", numbers, tmp_path / "o3")
+    assert "class names are numbers (0, 1, ...)" in capsys.readouterr().err
+    half = _folder(tmp_path / "half", 4, text=lambda i: "a thing" if i % 2 else "")
+    _prepare("imagefolder", half, tmp_path / "o4")
+    said = capsys.readouterr().err
+    assert "2 of 4 examples left out (2 missing_text)" in said and "train-quarantine.jsonl" in said

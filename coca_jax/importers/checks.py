@@ -72,7 +72,9 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     if options.require == "label" and not labels:
         return None, "missing_label", "no class name"
     if not texts and not labels and not _asks(item.extra):
-        return None, "missing_text", "neither a caption nor a class name"
+        other = ", ".join(sorted(item.extra)[:8])
+        other = f"; its other fields: {other}" if other else ""
+        return None, "missing_text", f"neither a caption nor a class name{other}"
     data, reason, detail = _checked(item.image, options)
     if not reason and item.second:
         second, reason, detail = _checked(item.second, options)

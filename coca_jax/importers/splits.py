@@ -20,7 +20,7 @@ import tqdm
 
 from coca_jax import storage
 from coca_jax.data import files
-from coca_jax.importers import dedup, metadata, shards
+from coca_jax.importers import dedup, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit
 
 _ROWS_PER_SHARD = 16_384
@@ -263,10 +263,7 @@ def _finish(
                 f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
                 f"leaves none of {read} images for the split {split!r}; give another share"
             )
-        raise ValueError(
-            f"--input={request['input']}: none of {read} examples can be used: "
-            f"quarantined {dict(reasons)}, filtered {dict(filtered)}"
-        )
+        raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
     system, plain_out = files.filesystem(out)
     plain_work = files.filesystem(work)[1]
     kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
@@ -298,6 +295,8 @@ def _finish(
     )
     metadata.write(out, manifest)
     system.rm(plain_work, recursive=True)
+    for line in remarks.of_split(out, split, manifest):
+        print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
 

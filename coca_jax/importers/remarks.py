@@ -1,0 +1,52 @@
+"""What people are told about data that were read: why none is of use, what to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coca_jax.data import files
+
+HOW_TO_CAPTION = (
+    "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
+    "from .txt members or from columns text, caption or title; class names from label or from one "
+    "folder a class"
+)
+
+
+def nothing_usable(
+    input: str, read: int, listed: Sequence[Mapping[str, str]], filtered: Mapping[str, int]
+) -> str:
+    """The line for an input of which nothing can be used.
+
+    listed: the quarantined examples, {reason, detail}.
+    """
+    reasons = Counter(entry["reason"] for entry in listed)
+    text = f"--input={input}: none of {read} examples can be used: "
+    if set(reasons) != {"missing_text"} or filtered:
+        return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}"
+    fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
+    there = fields.most_common(1)[0][0]
+    text += "none has a caption or a class name; "
+    if there:
+        return f"{text}their fields are {there}: name one with --text_field or --label_field"
+    return f"{text}{HOW_TO_CAPTION}"
+
+
+def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Lines on a split that was written: what was left out, class names that are numbers."""
+    found = manifest["splits"][split]
+    lines = []
+    left_out = sum(found["quarantined"].values())
+    if left_out:
+        why = ", ".join(f"{count} {reason}" for reason, count in found["quarantined"].items())
+        place = files.join(out, f"{split}-quarantine.jsonl")
+        lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
+    classes = manifest["class_names"]
+    if classes and all(name.lstrip("-").isdigit() for name in classes):
+        lines.append(
+            f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "
+            "'a photo of the 0'; --class_names=FILE gives their names, one a line"
+        )
+    return lines
