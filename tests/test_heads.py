@@ -425,7 +425,7 @@ def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
 @pytest.mark.parametrize(
     "section, changes, message",
     [
-        ("head", dict(kind="detection"), "head.kind='detection'; choose from"),
+        ("head", dict(kind="detection"), "head.kind='detection': give one of '', 'classification'"),
         ("head", dict(unknown="maybe"), "head.unknown='maybe'"),
         ("head", dict(num_queries=0), "head.num_queries=0"),
         ("head", dict(width=30, num_heads=4), "head.num_heads=4 does not divide head.width=30"),
