@@ -17,11 +17,11 @@ import coca_jax
 from coca_jax import (
     checkpoint_places,
     checkpointing,
-    evaluate,
     partitioning,
     report,
     storage,
 )
+from coca_jax.evaluators import tasks
 from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train_step import TrainState
 from coca_jax.training import run
@@ -128,7 +128,7 @@ def test_a_model_is_loaded_and_scored_in_its_bucket(whole, s3):
     np.testing.assert_array_equal(model.encode_image(image), local.encode_image(image))
     data = dict(builtin="scenes", split="test", objects=(1,))
     task = dict(kind="captioning", name="scenes", data=data, limit=8, java_metrics=False)
-    scores = evaluate.run_tasks(model, [task], workdir)
+    scores = tasks.run_tasks(model, [task], workdir)
     assert scores["captioning/scenes/num_examples"] == 8
     place = storage.place(workdir)
     assert len((place / "eval_captions/scenes.jsonl").read_text().splitlines()) == 9

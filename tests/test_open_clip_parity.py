@@ -85,7 +85,7 @@ def test_open_clip_s_json_files_are_read_or_refused_by_name():
     folder = pathlib.Path(open_clip.__file__).parent / "model_configs"
     said = {}
     for path in sorted(folder.glob("coca*.json")):
-        config, _ = convert._model_config("weights.bin", str(path), {})
+        config, *_ = convert._model_config("weights.bin", str(path), {})
         try:
             said[path.stem] = len(
                 Layout(convert.ConfigDict(open_clip_config.to_model(config))).tensors()
