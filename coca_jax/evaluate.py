@@ -154,6 +154,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     import jax
 
     from coca_jax import inference, partitioning
+    from coca_jax.evaluators import results
     from coca_jax.evaluators import tasks as evaluation
 
     partitioning.start_processes(args.coordinator, args.num_processes, args.process_id)
@@ -179,13 +180,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None
-    for key, value in scores.items():
-        if key.endswith(("_low", "_high", "_count")):
-            continue
-        line = f"{key:60s} {value:10.4f}"
-        if f"{key}_count" in scores:
-            low, high = scores[f"{key}_low"], scores[f"{key}_high"]
-            line += f"  [{low:.4f}, {high:.4f}] of {scores[f'{key}_count']:,.0f}"
+    for line in results.table(scores):
         print(line)
     return scores
 

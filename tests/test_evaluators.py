@@ -504,3 +504,12 @@ def test_results_are_merged(tmp_path):
     ]
     big = np.zeros((300, 200, 3), np.uint8)
     assert results.thumbnail(big).shape == (96, 64, 3)
+
+
+def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
+    scores = {"a/b/r1": 0.5, "a/b/r1_low": 0.4, "a/b/r1_high": 0.6, "a/b/r1_count": 1200.0}
+    lines = results.table(scores | {"a/b/num_examples": 1200.0})
+    assert [line.split() for line in lines] == [
+        ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
+        ["a/b/num_examples", "1200.0000"],
+    ]

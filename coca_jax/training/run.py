@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, metrics, run_config, storage, train_step
 from coca_jax.data.batches import Stream, open_stream
+from coca_jax.evaluators import results
 from coca_jax.training import hooks, loop, memory, saving, setup, skipping, stopping
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
@@ -56,6 +57,8 @@ def train_on(
         ) from None
     stop.end("evaluating")
     scores = evaluate(run.steps, state)
+    for line in results.table({k: v for k, v in scores.items() if "/" in k}):
+        run.say(line)
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
     return summary | scores | report(run)
 
