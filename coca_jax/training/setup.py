@@ -58,6 +58,7 @@ class Run:
 def check(config: ConfigDict, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
+    check_loader(config.data.loader)
     mesh = partitioning.make_mesh(**config.mesh)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     checkpoint_places.check_writable(workdir)
@@ -72,7 +73,6 @@ def prepare(
     Raises ValueError when the data or what `workdir` holds does not fit the config.
     """
     begin(stop, "reading data")
-    check_loader(config.data.loader)
     records.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
