@@ -101,8 +101,8 @@ assert {{m.get_config().data.loader for m in (coca_base, coca_large, coca_2b)}} 
 
 
 def test_nothing_else_imports_them():
-    """TensorFlow and seqio in data/seqio_tasks.py; tensorflow-datasets, and what it brings to be kept
-    off GPUs, in data/tfds_source.py."""
+    """TensorFlow and seqio in data/seqio_tasks.py; what TFDS brings, to keep it off GPUs, in
+    data/tfds_source.py."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
