@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import posixpath
+import re
 import sys
 import tempfile
 import threading
@@ -247,9 +248,11 @@ def _why(path: epath.Path, error: Exception) -> str:
     bucket = rest.split("/", 1)[0]
     text = " ".join(f"{type(error).__name__}: {error}".split())
     low = text.lower()
-    if any(word in low for word in ("credential", "anonymous", "401", "unauthorized")):
+    missing = isinstance(error, FileNotFoundError)  # its text has a name that may hold any digits
+    if not missing and re.search(r"credential|anonymous|\b401\b|unauthorized", low):
         return f"no credentials that the bucket takes; {_CREDENTIALS[scheme]} ({text})"
-    if isinstance(error, PermissionError) or any(w in low for w in ("denied", "forbidden", "403")):
+    refused = isinstance(error, PermissionError) or re.search(r"denied|forbidden|\b403\b", low)
+    if not missing and refused:
         return f"these credentials are not enough there; they need {_RIGHTS[scheme]} ({text})"
     if isinstance(error, FileNotFoundError) or "404" in low or "no such bucket" in low:
         return f"there is no bucket {bucket!r}; make it ({_MAKE[scheme].format(bucket)}) or name it"
