@@ -1,8 +1,8 @@
 """Operations as an NVIDIA GPU runs them best: cuDNN's attention, GELU with its bias in one pass.
 
-Products keep bfloat16 results, as cuBLAS makes them, norms are left to XLA's fusions, and layers
-are not looped over: by the roofline of the compiled step (docs/performance.md) a loop costs more in
-slices of stacked tensors than it saves.
+Products keep bfloat16 results, as cuBLAS makes them, norms keep their statistics for the gradient,
+and layers are not looped over: by the roofline of the compiled step (docs/performance.md) a loop
+costs more in slices of stacked tensors than it saves.
 """
 
 from __future__ import annotations
