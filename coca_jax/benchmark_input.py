@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from coca_jax import benchmark_peer
+from coca_jax.config import Recipe, typed
 from coca_jax.data import run_vocabulary
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
@@ -21,7 +20,7 @@ PEER_EXAMPLES = 2000  # that a comparison reads again and again
 
 
 def read_input(
-    config: ConfigDict, seconds: float, every: float, repeats: int, compare: bool = False
+    config: Recipe, seconds: float, every: float, repeats: int, compare: bool = False
 ) -> dict[str, Any]:
     """Batches without a model, for `seconds`: what `measure` returns.
 
@@ -32,8 +31,7 @@ def read_input(
     """
     if not compare:
         return measure(config, seconds, every)
-    config = config.copy_and_resolve_references()
-    config.data.num_threads = 1
+    config = typed(config).change({"data.num_threads": 1})
     source = Mixture(config).sources[0]
     count = min(len(source), PEER_EXAMPLES)
     rates: dict[str, list[float]] = {"": [], "peer_": []}
@@ -61,7 +59,7 @@ def read_input(
     return result | {"times_peer": quotient}
 
 
-def measure(config: Any, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:
+def measure(config: Recipe, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:
     """How fast batches come.
 
     Args:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from coca_jax import config_ranges, recipes, sealed_json, storage
+from coca_jax import sealed_json, storage
+from coca_jax.config import Config, read
 from coca_jax.models import coca, heads
 from coca_jax.optimizer import make_optimizer, make_schedule
 
@@ -19,9 +18,9 @@ FREE = (
 )
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Raises ValueError for the first impossible value: its name, the value, the remedy."""
-    config_ranges.check(config)
+    config = read(Config, config.to_dict())
     coca.validate(config.model)
     make_optimizer(config.optimizer)
     if bool(config.steps) == bool(config.epochs):
@@ -51,7 +50,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
 
 
-def check_head(config: ConfigDict) -> None:
+def check_head(config: Config) -> None:
     """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
     head, optimizer = config.head, config.optimizer
     if not head.kind:
@@ -90,7 +89,7 @@ def check_head(config: ConfigDict) -> None:
         )
 
 
-def check_batch(config: ConfigDict, parts: int, processes: int) -> None:
+def check_batch(config: Config, parts: int, processes: int) -> None:
     """Raises ValueError when the batch does not split over devices, processes and micro-batches."""
     size, micro = config.batch_size, config.accumulate_steps
     if size % (parts * micro):
@@ -108,7 +107,7 @@ def check_batch(config: ConfigDict, parts: int, processes: int) -> None:
         raise ValueError(f"config.batch_size={size} is not a multiple of {processes} processes")
 
 
-def remark_batch(config: ConfigDict, num_examples: int) -> str:
+def remark_batch(config: Config, num_examples: int) -> str:
     """A warning where a batch has more rows than the data have examples, else ''."""
     if config.batch_size <= num_examples:
         return ""
@@ -118,7 +117,7 @@ def remark_batch(config: ConfigDict, num_examples: int) -> str:
     )
 
 
-def check_vocabulary(config: ConfigDict, vocabulary: Any) -> None:
+def check_vocabulary(config: Config, vocabulary: Any) -> None:
     """Raises ValueError when the tokenizer has ids that the model has no row for."""
     rows = config.model.text.vocab_size
     if vocabulary.size > rows:
@@ -128,7 +127,7 @@ def check_vocabulary(config: ConfigDict, vocabulary: Any) -> None:
         )
 
 
-def num_steps(config: ConfigDict, num_examples: int) -> int:
+def num_steps(config: Config, num_examples: int) -> int:
     """Optimizer steps of the run: config.steps, or config.epochs passes over the data.
 
     Raises ValueError when the epochs amount to no step or the warm-up outlasts them.
@@ -143,15 +142,13 @@ def num_steps(config: ConfigDict, num_examples: int) -> int:
     return steps
 
 
-def contents(
-    config: ConfigDict, vocabulary: Any, class_names: Sequence[str] = ()
-) -> dict[str, Any]:
+def contents(config: Config, vocabulary: Any, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """What config.json holds: the config, the vocabulary's checksum and the head's classes, in the
     order of its outputs."""
     data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
-    return json.loads(json.dumps(data, default=list))
+    return _json(data)
 
 
 def write(run: dict[str, Any], workdir: str) -> None:
@@ -160,18 +157,18 @@ def write(run: dict[str, Any], workdir: str) -> None:
 
 
 def check_resumable(
-    config: ConfigDict, old: dict[str, Any], workdir: str, class_names: Sequence[str] = ()
+    config: Config, old: dict[str, Any], workdir: str, class_names: Sequence[str] = ()
 ) -> None:
     """Raises ValueError naming what differs from the run that `workdir` already holds.
 
     old: the contents of its config.json.
     """
-    old = _flatten(old)
+    new = _flatten(_json(read(Config, config.to_dict()).to_dict()))
+    # A run from before a key was there has its default; keys of today as they are written today.
+    old = _flatten(old) | _flatten(
+        _json(read(Config, old, f"{workdir}/config.json", True).to_dict())
+    )
     classes = old.pop("class_names", [])
-    new = _flatten(json.loads(json.dumps(config.to_dict(), default=list)))
-    # A run from before a key was there has its default.
-    defaults = _flatten(json.loads(json.dumps(recipes.load("base").to_dict(), default=list)))
-    old = {key: value for key, value in defaults.items() if key in new} | old
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
@@ -190,6 +187,10 @@ def check_resumable(
             f"the data now give {len(class_names)} ({', '.join(class_names[:3])}, ...); use a new "
             "--workdir or the same classes"
         )
+
+
+def _json(tree: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(tree, default=list))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,8 @@ import pkgutil
 
 import pytest
 
-from coca_jax import config_ranges, configs
+from coca_jax import configs
+from coca_jax.config import Config, keys, read
 from coca_jax.configs import base
 
 ABSURD = {
@@ -51,11 +52,12 @@ def _values(config, prefix=""):
 
 
 def test_every_key_has_a_range_and_every_recipe_is_in_it():
-    assert not [key for key in _values(base.get_config()) if key not in config_ranges.RULES]
+    rules = {key: field.metadata["rule"] for key, field in keys(Config)}
+    assert not [key for key in _values(base.get_config()) if key not in rules]
     for module in pkgutil.iter_modules(configs.__path__):
         if module.name != "__init__":
             recipe = importlib.import_module(f"coca_jax.configs.{module.name}")
-            config_ranges.check(recipe.get_config())
+            read(Config, recipe.get_config())
 
 
 @pytest.mark.parametrize("key", ABSURD)
@@ -68,4 +70,4 @@ def test_absurd_values_are_refused_by_name(key):
             section = section[parent]
         section[last] = value
         with pytest.raises(ValueError, match=rf"^config\.{key}=.*: give "):
-            config_ranges.check(config)
+            read(Config, config)

@@ -5,6 +5,7 @@ import pytest
 from test_train import tiny_run
 
 from coca_jax import partitioning
+from coca_jax.config import typed
 from coca_jax.training import memory
 from coca_jax.training.run import train
 
@@ -39,7 +40,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
     monkeypatch.setattr(memory, "available", lambda: room)
     said = []
     with pytest.raises(ValueError, match="a step of batch_size=64 needs .* GiB") as error:
-        memory.check(config, mesh, said.append)
+        memory.check(typed(config), mesh, said.append)
     assert len(said) == 2
     settings = dict(
         part.removeprefix("--config.").split("=")

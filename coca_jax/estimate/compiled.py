@@ -11,17 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import partitioning, run_config
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.estimate import flops, gpu, hlo, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
 from coca_jax.estimate.step import build_step
 
 
-def analyse(
-    config: ConfigDict, slice_: Slice, compiled: Any, text: str, params: int
-) -> dict[str, Any]:
+def analyse(config: Config, slice_: Slice, compiled: Any, text: str, params: int) -> dict[str, Any]:
     """The numbers of the report from a compiled step and its optimised HLO."""
     devices = len(slice_.devices)
     memory = compiled.memory_analysis()
@@ -77,12 +75,12 @@ def optimised_text(compiled: Any, folder: str) -> str:
         return files[0].read_text()
 
 
-def compile_step(config: ConfigDict, topology: str, dump_hlo: str = "") -> dict[str, Any]:
+def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str, Any]:
     """Compiles the step of `config` for a topology and analyses it; dump_hlo: a file for its HLO.
 
     Raises ValueError for bad input. `fits` is False where the compiler runs out of memory.
     """
-    config = config.copy_and_resolve_references()
+    config = typed(config)
     run_config.check(config)
     with tpu.quiet_plugin(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from coca_jax import partitioning
+from coca_jax.config import Config
 from coca_jax.estimate.step import build_step
 
 # On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.
@@ -46,7 +46,7 @@ def available() -> int:
     return free // jax.local_device_count()
 
 
-def step_bytes(config: ConfigDict, mesh: Mesh) -> int:
+def step_bytes(config: Config, mesh: Mesh) -> int:
     """Bytes that the train step of `config` takes on one device, as the compiler counts them.
 
     Raises jax.errors.JaxRuntimeError where the compiler refuses it.
@@ -60,7 +60,7 @@ def step_bytes(config: ConfigDict, mesh: Mesh) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes + outputs
 
 
-def bounds(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+def bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     """(what a step needs at least, at most) of one device in bytes, without compiling.
 
     At least: the state and the gradients of what is trained, spread evenly. At most: besides, every
@@ -94,7 +94,7 @@ def _made(jaxpr: Any) -> int:
     return total
 
 
-def check(config: ConfigDict, mesh: Mesh, say: Callable[[str], None]) -> None:
+def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     """Raises ValueError where a step does not fit, with the settings that do.
 
     say: takes a line before what lasts.
@@ -113,7 +113,7 @@ def check(config: ConfigDict, mesh: Mesh, say: Callable[[str], None]) -> None:
     raise ValueError(refusal(config, mesh, need, room))
 
 
-def refusal(config: ConfigDict, mesh: Mesh, need: int, room: int) -> str:
+def refusal(config: Config, mesh: Mesh, need: int, room: int) -> str:
     """The line for a step that needs `need` bytes of a device's `room`."""
     text = (
         f"a step of batch_size={config.batch_size} needs {need / GIB:.1f} GiB and "
@@ -125,19 +125,17 @@ def refusal(config: ConfigDict, mesh: Mesh, need: int, room: int) -> str:
     return f"{text}; what fits: {' '.join(parts)}"
 
 
-def fitting(config: ConfigDict, mesh: Mesh, room: int) -> dict[str, Any]:
+def fitting(config: Config, mesh: Mesh, room: int) -> dict[str, Any]:
     """Settings by which a step fits `room` bytes, checked by the compiler: remat='named' and the
     fewest accumulate_steps, which compute the same; else the largest batch_size; {} for nothing."""
     unit = partitioning.batch_parts(mesh) * config.text_parts
     rows = config.batch_size // unit
-    tried = config.copy_and_resolve_references()
-    tried.remat = "named"
     # Memory grows with the rows that are computed at a time: two points give the line.
     few = max(1, rows // 16)
-    tried.batch_size, tried.accumulate_steps = few * unit, 1
+    tried = config.change(dict(remat="named", batch_size=few * unit, accumulate_steps=1))
     base = _bytes_or_all(tried, mesh)
     if base > room:
-        few, tried.batch_size = 1, unit
+        few, tried = 1, tried.change(dict(batch_size=unit))
         base = _bytes_or_all(tried, mesh)
         if base > room:
             return {}
@@ -145,21 +143,19 @@ def fitting(config: ConfigDict, mesh: Mesh, room: int) -> dict[str, Any]:
     each = max(1, (base - with_state) // few)
     at_a_time = max(1, min(rows, int(0.9 * (room - with_state) / each)))
     while at_a_time:
-        whole = config.copy_and_resolve_references()
-        whole.remat = "named"
         divisors = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= at_a_time]
-        whole.accumulate_steps = divisors[0]
+        whole = config.change(dict(remat="named", accumulate_steps=divisors[0]))
         if divisors[0] < rows or rows == 1:
             if _bytes_or_all(whole, mesh) <= room:
                 return dict(remat="named", accumulate_steps=divisors[0])
-        tried.batch_size = at_a_time * unit
+        tried = tried.change(dict(batch_size=at_a_time * unit))
         if _bytes_or_all(tried, mesh) <= room:
             return dict(remat="named", batch_size=at_a_time * unit)
         at_a_time //= 2
     return {}
 
 
-def _bytes_or_all(config: ConfigDict, mesh: Mesh) -> int:
+def _bytes_or_all(config: Config, mesh: Mesh) -> int:
     """`step_bytes`, or more than there is where the compiler itself runs out of the device's."""
     try:
         return step_bytes(config, mesh)
@@ -169,7 +165,7 @@ def _bytes_or_all(config: ConfigDict, mesh: Mesh) -> int:
         return 2**62
 
 
-def needed(config: ConfigDict) -> int:
+def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
     mesh = partitioning.make_mesh(**config.mesh)

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from coca_jax import checkpointing, metrics, run_config, storage, train_step
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.data.batches import Stream, open_stream
 from coca_jax.evaluators import results
 from coca_jax.training import hooks, loop, memory, saving, setup, skipping, stopping
@@ -17,20 +17,21 @@ from coca_jax.training.programs import Programs
 from coca_jax.training.setup import Run
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: Recipe, workdir: str) -> dict[str, Any]:
     """Trains by `config` in `workdir`, resuming what is there; returns the summary that it prints.
 
     Raises ValueError for bad configuration or data before any long work, Preempted after a save.
     """
     buckets = metrics.TimeBuckets()
     with buckets("init"):
+        config = typed(config)
         mesh = setup.check(config, workdir)
     with jax.set_mesh(mesh):
         return train_on(mesh, config, workdir, buckets)
 
 
 def train_on(
-    mesh: jax.sharding.Mesh, config: ConfigDict, workdir: str, buckets: metrics.TimeBuckets
+    mesh: jax.sharding.Mesh, config: Config, workdir: str, buckets: metrics.TimeBuckets
 ) -> dict[str, Any]:
     """`train` once the config is checked and the mesh is set."""
     stop = stopping.current()

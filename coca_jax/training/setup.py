@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from coca_jax import checkpoint_places, checkpointing, metrics, partitioning, run_config, storage
+from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.batches import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
@@ -28,7 +28,7 @@ class Run:
     ends. buckets: where the time goes. stop: whether it was asked to stop.
     """
 
-    config: ConfigDict
+    config: Config
     workdir: str
     mesh: Mesh
     mixture: Mixture
@@ -55,7 +55,7 @@ class Run:
             print(line, file=sys.stderr, flush=True)
 
 
-def check(config: ConfigDict, workdir: str) -> Mesh:
+def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
     check_loader(config.data.loader)
@@ -66,7 +66,7 @@ def check(config: ConfigDict, workdir: str) -> Mesh:
 
 
 def prepare(
-    mesh: Mesh, config: ConfigDict, workdir: str, buckets: metrics.TimeBuckets, stop: Stop
+    mesh: Mesh, config: Config, workdir: str, buckets: metrics.TimeBuckets, stop: Stop
 ) -> Run:
     """Reads the data's sizes and classes, and the vocabulary, which is trained where there is none.
 
@@ -88,7 +88,7 @@ def prepare(
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
 
 
-def check_vocabulary(config: ConfigDict, old: dict[str, Any], workdir: str) -> None:
+def check_vocabulary(config: Config, old: dict[str, Any], workdir: str) -> None:
     """Raises ValueError where a run that goes on would read other tokens than it began with.
 
     old: the contents of the run's config.json.
@@ -118,7 +118,7 @@ def begin(stop: Stop, work: str) -> None:
         print(f"{work} ...", file=sys.stderr, flush=True)
 
 
-def build_model(config: ConfigDict, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
+def build_model(config: Config, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
     """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
     return coca.build(
         config.model,

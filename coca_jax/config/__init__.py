@@ -1,0 +1,30 @@
+"""A run's configuration with types. Recipes, flags and files are ml_collections and JSON outside;
+`read` makes a Config of them at the edge, and everything inside takes that or a section of it."""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+from coca_jax.config.data import Data, Source
+from coca_jax.config.model import Head, ImageModel, Model, Pooler, TextModel
+from coca_jax.config.run import Checkpoint, Config, Eval, Log, Loss, Mesh, Optimizer
+from coca_jax.config.section import Section, keys, plain, read
+
+__all__ = [
+    "Checkpoint", "Config", "Data", "Eval", "Head", "ImageModel", "Log", "Loss", "Mesh", "Model",
+    "Optimizer", "Pooler", "Recipe", "Section", "Source", "TextModel", "keys", "plain", "read",
+    "typed",
+]  # fmt: skip
+
+
+Recipe: TypeAlias = Config | ConfigDict | Mapping[str, Any]
+
+
+def typed(config: Recipe) -> Config:
+    """What a recipe gave, or a command line made of it, as a Config.
+
+    Raises ValueError for a key that there is not, with the nearest one, and for a value that
+    cannot be, with what can.
+    """
+    return config if isinstance(config, Config) else read(Config, config)

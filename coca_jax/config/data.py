@@ -1,0 +1,106 @@
+"""What a run trains on, and how it is read: `config.data`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax.config.rules import (
+    FLAG,
+    MAPPING,
+    RANDAUGMENT,
+    SOURCES,
+    TEXT,
+    TEXTS,
+    choice,
+    key,
+    number,
+    several,
+    whole,
+)  # fmt: skip
+from coca_jax.config.section import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Section):
+    """An entry of `config.data.sources`: one of path, builtin, tfds, seqio, and what to take."""
+
+    path: str = key("", TEXT, "a folder that `prepare` wrote")
+    builtin: str = key("", TEXT, "'scenes': drawn as they are read")
+    tfds: str = key("", TEXT, "a TFDS data set that is prepared in the format array_record")
+    seqio: str = key("", TEXT, "a registered seqio Task")
+    module: str = key("", TEXT, "of seqio: the module that registers the Task")
+    data_dir: str = key("", TEXT, "of tfds: where it is prepared; '': where TFDS looks")
+    split: str = key("", TEXT, "'': train in training, test in evaluation")
+    kind: str = key(
+        "caption",
+        choice("caption", "label", "question"),
+        "what trains: texts, class names, or each text as a question that the labels answer",
+    )
+    weight: float = key(
+        1.0, number(0, 1e38, above=True), "its share of a batch, against the other sources"
+    )
+    limit: int = key(0, whole(0, 1 << 62, "records"), "only the first so many; 0: all")
+    where: Mapping[str, Any] = key(
+        {}, MAPPING, "{field: value or list of values} that records have in their `extra`"
+    )
+    image_field: str = key("", TEXT, "of tfds and seqio: the field of the image")
+    text_field: str = key("", TEXT, "field of `extra` (tfds, seqio: of the data) to take as text")
+    label_field: str = key("", TEXT, "the same, to take as label")
+    captions: str = key(
+        "sampled",
+        choice("sampled", "all"),
+        "one of an image's captions at each visit, or each as an example of its own",
+    )
+    prompts: str = key("", TEXT, "of label texts; '': data.prompts")
+    questions: str = key(
+        "", TEXT, "field of `extra` that lists an image's questions as {question, answer}"
+    )
+    answers: tuple[str, ...] = key((), TEXTS, "only questions with one of these; (): all")
+    objects: tuple[int, ...] = key(
+        (1, 2, 3, 4), several(whole(1, 4)), "of scenes: how many objects one may have"
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that say something: the kind, and what is not as by default."""
+        given, default = super().to_dict(), Section.to_dict(Source())
+        return {k: v for k, v in given.items() if k == "kind" or v != default[k]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section):
+    """What a run trains on, and how it is read."""
+
+    sources: tuple[Source, ...] = key((), SOURCES, "what to train on, by weight in each batch")
+    vocabulary: str = key("", TEXT, "a tokenizer file; '': trained on the run's own text")
+    label_token: bool = key(False, FLAG, "a reserved symbol before label texts")
+    prompts: str = key(
+        "varied", TEXT, "of label texts: a set of data/prompts.py, or a text file, one a line"
+    )
+    augment: str = key(
+        "none",
+        choice("none", "crop", "inception", "drawing", "randaugment"),
+        "of training images, see docs/data.md",
+    )
+    randaugment: tuple[float, ...] = key(
+        (2, 10), RANDAUGMENT, "its operations one after another, their magnitude 0 to 30"
+    )
+    flip: bool = key(False, FLAG, "random left-right flip")
+    resize: str = key(
+        "squash",
+        choice("squash", "crop"),
+        "evaluation and plain resize; 'crop': the shortest side fits, the rest goes",
+    )
+    fast_resize: bool = key(False, FLAG, "cheaper JPEG decoding and resize, still antialiased")
+    num_frames: int = key(0, whole(0, 4096, "frames"), "of clips, sampled uniformly; 0: images")
+    frame_jitter: bool = key(
+        False, FLAG, "sample anywhere in each segment of a clip, not its middle"
+    )
+    max_bad_fraction: float = key(
+        0.01, number(0, 1), "undecodable images tolerated before the run stops"
+    )
+    num_threads: int = key(0, whole(0, 4096, "threads"), "that decode; 0: one per core")
+    loader: str = key(
+        "direct", choice("direct", "seqio"), "'seqio' needs the extra 'seqio'; equal batches"
+    )

@@ -1,0 +1,135 @@
+"""The model's sizes and options: `config.model` and `config.head`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from coca_jax.config.rules import (
+    DEPTH,
+    FLAG,
+    HEADS,
+    SHARE,
+    SIZE,
+    TEXT,
+    WEIGHT,
+    WIDTH,
+    choice,
+    key,
+    number,
+    several,
+    whole,
+)  # fmt: skip
+from coca_jax.config.section import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageModel(Section):
+    """The image encoder."""
+
+    width: int = key(768, WIDTH, "of the residual stream")
+    depth: int = key(12, DEPTH)
+    mlp_dim: int = key(3072, whole(1, 1 << 20))
+    num_heads: int = key(12, HEADS, "of attention")
+    patch_dropout: float = key(0.0, SHARE, "share of patches left out in training (FLIP)")
+    conv_widths: tuple[int, ...] = key(
+        (), several(WIDTH), "stages of a convolutional stem in place of plain patches ..."
+    )
+    conv_depths: tuple[int, ...] = key(
+        (), several(whole(0, 1024, "blocks")), "... and their residual blocks"
+    )
+    class_token: bool = key(False, FLAG, "a learned token before the patches, as open_clip has it")
+    pre_norm: bool = key(False, FLAG, "a norm before the first block, as open_clip has it")
+    final_norm: bool = key(True, FLAG, "a norm after the last block")
+    patch_bias: bool = key(True, FLAG, "a bias in the projection of patches")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel(Section):
+    """The text decoder: its unimodal part, and the multimodal one that sees the image."""
+
+    width: int = key(768, WIDTH, "of the residual stream")
+    unimodal_depth: int = key(12, DEPTH)
+    multimodal_depth: int = key(12, DEPTH)
+    mlp_dim: int = key(3072, whole(1, 1 << 20))
+    num_heads: int = key(12, HEADS, "of attention")
+    vocab_size: int = key(64_000, whole(1, 1 << 24, "tokens"), "rows of the embedding")
+    max_len: int = key(
+        64, whole(3, 65_536, "tokens"), "caption tokens with begin and end, without [CLS]"
+    )
+    tie_embeddings: bool = key(False, FLAG, "the softmax layer is the embedding")
+    head_bias: bool = key(True, FLAG, "a bias in the softmax layer")
+    cls_mask: str = key(
+        "exact", choice("exact", "shifted"), "'shifted': as open_clip's released models have it"
+    )
+    cross: str = key("paper", choice("paper", "open_clip"), "layout of the multimodal blocks")
+    multimodal_heads: int = key(0, whole(0, 4096), "of the multimodal part; 0: num_heads")
+    multimodal_mlp_dim: int = key(0, whole(0, 1 << 20), "of the multimodal part; 0: mlp_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooler(Section):
+    """The attentional poolers between the image encoder and what reads it."""
+
+    kind: str = key(
+        "cascade",
+        choice("cascade", "parallel", "open_clip"),
+        "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
+        "'open_clip': one pooler, whose first query is the image embedding",
+    )
+    num_queries: int = key(256, WIDTH, "image tokens that the decoder sees")
+    num_heads: int = key(12, HEADS, "of attention")
+    query_std: float = key(0.02, number(0, 100), "standard deviation of the queries at the start")
+    project: bool = key(True, FLAG, "a projection from the pooled image to the contrastive space")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+    """The paper's architecture at its Base size (Table 1)."""
+
+    image_size: int = key(288, SIZE)
+    patch_size: int = key(18, SIZE)
+    embed_dim: int = key(768, WIDTH, "of the contrastive space")
+    dtype: str = key(
+        "bfloat16",
+        choice("float32", "bfloat16", "float64"),
+        "compute; parameters stay float32. float64 is for checks on the CPU",
+    )
+    image_mean: tuple[float, ...] = key(
+        (0.5, 0.5, 0.5), several(number(-10, 10), 3), "pixels in [0, 1] minus this ..."
+    )
+    image_std: tuple[float, ...] = key(
+        (0.5, 0.5, 0.5), several(number(0, 10, above=True), 3), "... over this"
+    )
+    temperature: float = key(
+        0.07, number(0, 100, "as 0.07", above=True), "of the softmax at the start; learned"
+    )
+    implementation: str = key(
+        "auto",
+        choice("auto", "xla", "reference"),
+        "how operations run; 'xla': no kernels of others, 'reference': plain JAX",
+    )
+    qk_norm: bool = key(False, FLAG, "RMS norm of queries and keys in each head, in all towers")
+    activation: str = key("gelu", choice("gelu", "gelu_exact", "relu", "quick_gelu"), "of the MLPs")
+    image: ImageModel = ImageModel()
+    text: TextModel = TextModel()
+    pooler: Pooler = Pooler()
+
+
+@dataclasses.dataclass(frozen=True)
+class Head(Section):
+    """The task head: a pooler of its own and a classifier."""
+
+    kind: str = key(
+        "",
+        choice("", "classification", "answer", "pair"),
+        "'': none; 'classification' of images, 'answer' to questions, 'pair' of images and a text",
+    )
+    num_queries: int = key(1, WIDTH, "of the head's attentional pooler")
+    width: int = key(0, whole(0, 65_536), "of that pooler; 0: that of the decoder")
+    num_heads: int = key(0, whole(0, 4096), "of its attention; 0: as model.pooler")
+    classes: str = key("", TEXT, "a text file, one class a line; '': the class names of the data")
+    unknown: str = key(
+        "refuse", choice("refuse", "skip"), "examples with no label among the classes"
+    )
+    weight: float = key(1.0, WEIGHT, "of the head's loss, beside the weights of `loss`")
+    label_smoothing: float = key(0.0, SHARE, "of the head's loss")

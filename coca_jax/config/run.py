@@ -1,0 +1,164 @@
+"""A run's configuration: `Config`, and the sections of its training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax.config.data import Data
+from coca_jax.config.model import Head, Model
+from coca_jax.config.rules import (
+    CHUNK,
+    DEVICES,
+    INTERVAL,
+    MAPPINGS,
+    RATE,
+    SHARE,
+    SPAN,
+    STAGES,
+    STEPS,
+    TEXT,
+    WEIGHT,
+    Rule,
+    choice,
+    is_number,
+    key,
+    number,
+    several,
+    whole,
+)  # fmt: skip
+from coca_jax.config.section import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(Section):
+    """The two losses and how they are computed."""
+
+    contrastive_weight: float = key(1.0, WEIGHT)
+    captioning_weight: float = key(2.0, WEIGHT)
+    contrastive: str = key("softmax", choice("softmax", "sigmoid"), "its form")
+    reduction: str = key("sum", choice("sum", "mean"), "of the two directions: sum (paper, Eq. 2)")
+    contrastive_chunk: int = key(0, CHUNK, "columns per tile of the similarity matrix; 0: one tile")
+    caption_chunk: int = key(0, CHUNK, "tokens per chunk of the softmax layer; 0: all at once")
+    z_loss: float = key(0.0, number(0, 1), "weight of log-sum-exp squared in the captioning loss")
+    label_smoothing: float = key(0.0, SHARE, "of the captioning loss")
+    duplicate_texts: str = key(
+        "negatives",
+        choice("negatives", "ignore", "positives"),
+        "what equal texts of a batch are to each other: negatives in the paper",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Section):
+    """The update rule and its rates."""
+
+    name: str = key("adafactor", choice("adafactor", "adamw", "muon"))
+    learning_rate: float = key(8e-4, RATE, "with a head: that of the head")
+    encoder_learning_rate: float = key(
+        -1.0,
+        Rule(
+            lambda v: is_number(v) and (v == -1 or 0 <= v <= 1), f"{RATE.words}, or -1 (the same)"
+        ),
+        "of all but the head; 0: frozen, -1: as learning_rate",
+    )
+    layer_decay: float = key(
+        1.0,
+        number(0, 1, "1 being none", above=True),
+        "factor on the rate for each layer below the top",
+    )
+    warmup_steps: int = key(0, STEPS, "over which the rate rises from 0")
+    schedule: str = key(
+        "linear", choice("linear", "cosine", "constant"), "after warm-up; the first two end at 0"
+    )
+    weight_decay: float = key(0.01, number(0, 10), "decoupled, on matrices only")
+    beta1: float = key(0.9, SHARE, "decay of the mean of gradients; of AdamW, and beside Muon")
+    beta2: float = key(0.999, SHARE, "decay of the mean of their squares")
+    clip_norm: float = key(
+        1.0, number(0, 1e6, "0 being no clipping"), "global gradient norm; 0: no clipping"
+    )
+    ema: float = key(0.0, SHARE, "decay of the averaged parameters used in evaluation; 0: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+    """The devices along each axis."""
+
+    data: int = key(-1, DEVICES, "parts of the batch, each with all parameters")
+    fsdp: int = key(1, DEVICES, "parts of the batch, with the parameters shared out between them")
+    tensor: int = key(1, DEVICES, "parts of each layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Section):
+    """When the run saves."""
+
+    every_steps: int = key(1000, INTERVAL)
+    keep: int = key(3, whole(1, 1_000_000, "checkpoints"), "the newest ones")
+    max_skipped: int = key(
+        50,
+        whole(0, 1_000_000_000, "steps, 0 being no limit"),
+        "steps in a row without finite gradients that end the run; 0: none",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Section):
+    """What a run evaluates."""
+
+    every_steps: int = key(0, STEPS, "0: at the end alone")
+    tasks: tuple[Mapping[str, Any], ...] = key(
+        (), MAPPINGS, "dicts of kind, name, data and what the kind takes; also run at the end"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Log(Section):
+    """What a run writes about itself."""
+
+    every_steps: int = key(10, INTERVAL)
+    profile_steps: tuple[int, ...] = key((), SPAN, "first and last step of a profile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+    """Every key of a run, with its default."""
+
+    seed: int = key(0, whole(0, (1 << 63) - 1), "of the parameters and the order of the data")
+    batch_size: int = key(
+        256, whole(1, 1 << 24, "examples"), "pairs a step, over all devices and processes"
+    )
+    steps: int = key(0, STEPS, "of the optimizer; 0: use epochs")
+    epochs: float = key(
+        0.0,
+        number(0, 1e6, "passes over the data"),
+        "passes over the data (the sum of all sources); 0: use steps",
+    )
+    remat: str = key(
+        "none", choice("none", "dots", "named", "full"), "what the backward pass recomputes"
+    )
+    accumulate_steps: int = key(
+        1, whole(1, 65_536, "micro-batches"), "per step; the contrastive loss stays exact"
+    )
+    image_sizes: tuple[tuple[float, int], ...] = key(
+        (), STAGES, "((share of the steps, image size), ...) before the model's own size"
+    )
+    text_lengths: tuple[int, ...] = key(
+        (),
+        several(whole(1, 65_536, "tokens")),
+        "captions of a batch are cut to the smallest of these that fits ...",
+    )
+    text_parts: int = key(
+        1, whole(1, 1024), "... and with n > 1 the longest n-th of them runs apart from the others"
+    )
+    init_from: str = key("", TEXT, "a run, checkpoint or converted weights to start from")
+    model: Model = Model()
+    head: Head = Head()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()

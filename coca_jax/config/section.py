@@ -1,0 +1,158 @@
+"""Sections of a configuration, and how mappings (recipes, flags, JSON) become them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from coca_jax.config import rules
+
+S = TypeVar("S", bound="Section")
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A group of keys: attributes with a default, a rule and a meaning each (`rules.key`)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{key: value}, sections as dicts: what `read` takes back."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                value = value.to_dict()
+            elif isinstance(value, tuple):
+                value = tuple(v.to_dict() if isinstance(v, Section) else v for v in value)
+            found[field.name] = value
+        return found
+
+    def change(self: S, values: Mapping[str, Any], name: str = "config") -> S:
+        """This section with other values: {'batch_size': 8, 'data.num_threads': 1}.
+
+        Raises ValueError for a key that there is not, and a value that cannot be.
+        """
+        tree = self.to_dict()
+        for path, value in values.items():
+            group: Any = tree
+            *groups, last = path.split(".")
+            for part in groups:
+                group = group[part]
+            group[last] = value.to_dict() if isinstance(value, Section) else value
+        return read(type(self), tree, name)
+
+    # As a mapping, for what still reads a configuration as one.
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or `default`."""
+        return getattr(self, key, default)
+
+    def keys(self) -> list[str]:
+        """The names of the keys."""
+        return [field.name for field in dataclasses.fields(self)]
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
+
+
+_TYPES: dict[str, dict[str, Any]] = {}  # to ask Python for them takes as long as all the rest
+
+
+def types(section: type[Section]) -> dict[str, Any]:
+    """{key: the type of its value} of a section."""
+    name = section.__qualname__
+    if name not in _TYPES:
+        _TYPES[name] = typing.get_type_hints(section)
+    return _TYPES[name]
+
+
+def inner(section: type[Section], key: str) -> type[Section] | None:
+    """The section that the value of a key is, or None for a plain value."""
+    found = types(section)[key]
+    return found if isinstance(found, type) and issubclass(found, Section) else None
+
+
+def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted name, field) of all plain values of a section, those of its sections included."""
+    for field in dataclasses.fields(section):
+        below = inner(section, field.name)
+        if below:
+            yield from keys(below, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+def read(section: type[S], tree: Mapping[str, Any], name: str = "config", old: bool = False) -> S:
+    """A section from a mapping; keys that are not there have their default.
+
+    Args:
+        section: what to make.
+        tree: a dict or ConfigDict, of values as Python or JSON has them.
+        name: what messages call it.
+        old: whether keys that are not known are left out: of a file that another version wrote.
+
+    Raises:
+        ValueError: naming the first key that there is not, with the nearest one, or the first
+            value that cannot be, with what can.
+    """
+    if not rules.is_mapping(tree):
+        raise ValueError(f"{name}={short(tree)}: give a dict of {_names(section)}")
+    values: dict[str, Any] = {}
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for key, value in tree.items():
+        if key not in fields:
+            if not old:
+                raise ValueError(unknown(section, str(key), name))
+            continue
+        below = inner(section, key)
+        if below:
+            values[key] = read(below, value, f"{name}.{key}", old)
+            continue
+        rule: rules.Rule = fields[key].metadata["rule"]
+        if not rule.holds(value):
+            raise ValueError(f"{name}.{key}={short(value)}: give {rule.words}")
+        values[key] = _value(types(section)[key], value, f"{name}.{key}", old)
+    return section(**values)
+
+
+def _value(kind: Any, value: Any, name: str, old: bool) -> Any:
+    """A value that its rule holds of, as the type of its key."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        item = arguments[0]
+        if isinstance(item, type) and issubclass(item, Section):
+            return tuple(read(item, v, f"{name}[{i}]", old) for i, v in enumerate(value))
+        return plain(value)
+    if kind in (int, float, bool, str):
+        return kind(value)
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """A value without ConfigDicts and lists: dicts, tuples, and what is in them."""
+    if rules.is_mapping(value):
+        value = value.to_dict() if hasattr(value, "to_dict") else value
+        return {key: plain(one) for key, one in value.items()}
+    return tuple(map(plain, value)) if rules.is_sequence(value) else value
+
+
+def unknown(section: type[Section], key: str, name: str) -> str:
+    """The line for a key that a section has not."""
+    here = [field.name for field in dataclasses.fields(section)]
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    remedy = f"did you mean {name}.{near[0]}?" if near else f"{name} has: {_names(section)}"
+    return f"{name}.{key}: no key {key!r}; {remedy}"
+
+
+def _names(section: type[Section]) -> str:
+    return ", ".join(sorted(field.name for field in dataclasses.fields(section)))
+
+
+def short(value: Any) -> str:
+    """A value as messages show it."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else shown[:197] + "..."

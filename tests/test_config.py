@@ -1,0 +1,75 @@
+"""The typed configuration: what recipes, old runs and command lines become inside."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from coca_jax import recipes
+from coca_jax.config import Config, Mesh, Source, read, typed
+from coca_jax.configs import base
+
+OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
+
+
+def test_defaults_are_those_of_the_first_release_and_of_the_base_recipe():
+    old = json.loads(OLD.read_text())
+    assert read(Config, old, old=True) == typed(base.get_config()) == Config()
+    assert base.get_config().to_dict() == Config().to_dict()
+
+
+def test_a_key_of_another_version_is_left_out_of_old_files_alone():
+    old = json.loads(OLD.read_text())
+    old["loss"]["question_tokens"] = True
+    assert read(Config, old, old=True) == Config()
+    with pytest.raises(ValueError, match=r"^config.loss.question_tokens: no key .*config.loss has"):
+        read(Config, old)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("optimizer", "learning_rte", "did you mean config.optimizer.learning_rate?"),
+        ("data", "source", "did you mean config.data.sources?"),
+        ("mesh", "quiet", "config.mesh has: data, fsdp, tensor"),
+    ],
+)
+def test_a_recipe_s_unknown_key_is_refused_with_the_nearest(section, key, message):
+    config = base.get_config()
+    config[section][key] = 1
+    with pytest.raises(ValueError) as error:
+        typed(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_have_the_type_of_their_key():
+    config = base.get_config()
+    config.epochs, config.image_sizes = 2, [[0.5, 144]]
+    config.data.sources = ({"path": "x", "where": {"a": [1, 2]}},)
+    found = typed(config)
+    assert isinstance(found.epochs, float) and found.image_sizes == ((0.5, 144),)
+    assert found.data.sources == (Source(path="x", where={"a": (1, 2)}),)
+    for value in ("x", 3):
+        with pytest.raises(ValueError, match="^config.model=.*: give a dict of activation, dtype"):
+            read(Config, {"model": value})
+
+
+def test_a_config_is_frozen_and_changes_by_name():
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 3
+    other = config.change({"mesh.fsdp": 8, "batch_size": 64})
+    assert (other.mesh, other.batch_size) == (Mesh(fsdp=8), 64)
+    assert other.change({"mesh.fsdp": 1, "batch_size": 256}) == config
+    with pytest.raises(ValueError, match="^config.mesh.fsd: no key 'fsd'; did you mean"):
+        config.change({"mesh.fsd": 8})
+    with pytest.raises(ValueError, match="^config.mesh.fsdp=0: give a whole number of devices"):
+        config.change({"mesh.fsdp": 0})
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_comes_back_from_what_its_run_writes(name):
+    config = typed(recipes.load(name))
+    written = json.loads(json.dumps(config.to_dict(), default=list))
+    assert read(Config, written) == config
