@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coca_jax import benchmark_peer
-from coca_jax.config import Recipe, typed
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import run_vocabulary
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
@@ -29,9 +29,10 @@ def read_input(
     of images per second of processor time, with their extremes: {images_per_second_per_core,
     ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
     """
+    config = typed(config)
     if not compare:
         return measure(config, seconds, every)
-    config = typed(config).change({"data.num_threads": 1})
+    config = config.change({"data.num_threads": 1})
     source = Mixture(config).sources[0]
     count = min(len(source), PEER_EXAMPLES)
     rates: dict[str, list[float]] = {"": [], "peer_": []}
@@ -59,7 +60,7 @@ def read_input(
     return result | {"times_peer": quotient}
 
 
-def measure(config: Recipe, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:
+def measure(config: Config, seconds: float = 10.0, every: float = 0.0) -> dict[str, Any]:
     """How fast batches come.
 
     Args:

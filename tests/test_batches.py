@@ -258,7 +258,9 @@ def test_errors_come_before_the_work(data, tmp_path):
         "no such folder": data_config(dict(path=str(data / "absent"))),
         "coca_jax.prepare --format=imagefolder": data_config(dict(path=str(data / "raw" / "a"))),
         "no split 'test'": data_config(dict(path=path, split="test")),
-        "unknown keys": data_config(dict(path=path, knd="label")),
+        "no key 'knd'; did you mean config.data.sources.0..kind": data_config(
+            dict(path=path, knd="label")
+        ),
         "exactly one of": data_config(dict(kind="label")),
         "no record has": data_config(dict(path=path, where={"group": 9})),
         "data.sources is empty": data_config(),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from coca_jax import run_config
+from coca_jax.config import typed
 from coca_jax.data.mixture import shares
 from coca_jax.fitting import choose, look, tell
 from coca_jax.fitting.look import Facts
@@ -77,7 +78,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
             config = found.config
             run_config.check(config)  # among others: warm-up below the steps, sizes that divide
             run_config.check_batch(config, machine.devices, 1)
-            assert sum(shares(list(config.data.sources), config.batch_size)) == config.batch_size
+            assert sum(shares(typed(config).data.sources, config.batch_size)) == config.batch_size
             assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
             assert config.steps * seconds <= max(60 * minutes, 10 * seconds)
             passes = (config.steps - 10) * config.batch_size / facts.train

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from coca_jax import recipes
-from coca_jax.config import Config, Mesh, Source, read, typed
+from coca_jax.config import Config, Entry, Mesh, read, typed
 from coca_jax.configs import base
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
@@ -49,7 +49,7 @@ def test_values_have_the_type_of_their_key():
     config.data.sources = ({"path": "x", "where": {"a": [1, 2]}},)
     found = typed(config)
     assert isinstance(found.epochs, float) and found.image_sizes == ((0.5, 144),)
-    assert found.data.sources == (Source(path="x", where={"a": (1, 2)}),)
+    assert found.data.sources == (Entry(path="x", where={"a": (1, 2)}),)
     for value in ("x", 3):
         with pytest.raises(ValueError, match="^config.model=.*: give a dict of activation, dtype"):
             read(Config, {"model": value})

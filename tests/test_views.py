@@ -154,10 +154,11 @@ def test_a_damaged_record_is_named_where_all_must_be_read(data):
 
 
 def test_texts_of_fields_hold_no_half_characters(tmp_path):
+    from coca_jax.config import Entry
     from coca_jax.data.random_access import Source
     from coca_jax.data.records import Record
 
     record = Record(b"", (), (), "k", json.dumps(dict(alt="caf\ud83d", qa=[])))
     source = Source("odd", 1, lambda indices: [record] * len(indices))
-    found = views.narrow(source, dict(text_field="alt"))
+    found = views.narrow(source, Entry(text_field="alt"))
     assert found.read([0])[0].texts == ("caf?",)

@@ -19,11 +19,11 @@ from coca_jax.config.rules import (
     several,
     whole,
 )  # fmt: skip
-from coca_jax.config.section import Section
+from coca_jax.config.section import Section, read
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(Section):
+class Entry(Section):
     """An entry of `config.data.sources`: one of path, builtin, tfds, seqio, and what to take."""
 
     path: str = key("", TEXT, "a folder that `prepare` wrote")
@@ -62,9 +62,20 @@ class Source(Section):
         (1, 2, 3, 4), several(whole(1, 4)), "of scenes: how many objects one may have"
     )
 
+    @classmethod
+    def of(cls, entry: Entry | Mapping[str, Any] | str, name: str = "source") -> Entry:
+        """An entry as users write it: a dict, or the path of prepared data.
+
+        Raises ValueError for a key that there is not, and a value that cannot be; `name` is what
+        the message calls the entry.
+        """
+        if isinstance(entry, str):
+            return cls(path=entry)
+        return entry if isinstance(entry, Entry) else read(cls, entry, name)
+
     def to_dict(self) -> dict[str, Any]:
         """The keys that say something: the kind, and what is not as by default."""
-        given, default = super().to_dict(), Section.to_dict(Source())
+        given, default = super().to_dict(), Section.to_dict(Entry())
         return {k: v for k, v in given.items() if k == "kind" or v != default[k]}
 
 
@@ -72,7 +83,7 @@ class Source(Section):
 class Data(Section):
     """What a run trains on, and how it is read."""
 
-    sources: tuple[Source, ...] = key((), SOURCES, "what to train on, by weight in each batch")
+    sources: tuple[Entry, ...] = key((), SOURCES, "what to train on, by weight in each batch")
     vocabulary: str = key("", TEXT, "a tokenizer file; '': trained on the run's own text")
     label_token: bool = key(False, FLAG, "a reserved symbol before label texts")
     prompts: str = key(
@@ -83,7 +94,7 @@ class Data(Section):
         choice("none", "crop", "inception", "drawing", "randaugment"),
         "of training images, see docs/data.md",
     )
-    randaugment: tuple[float, ...] = key(
+    randaugment: tuple[int, float] = key(
         (2, 10), RANDAUGMENT, "its operations one after another, their magnitude 0 to 30"
     )
     flip: bool = key(False, FLAG, "random left-right flip")

@@ -11,11 +11,12 @@ import collections
 import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from coca_jax import extras
+from coca_jax.config import Config
 from coca_jax.data import pixels as pixel_work
 from coca_jax.data.examples import Examples, Tally
 from coca_jax.data.mixture import Mixture
@@ -41,7 +42,7 @@ class Field(NamedTuple):
     trains: bool = True
 
 
-def fields(config: Any) -> dict[str, Field]:
+def fields(config: Config) -> dict[str, Field]:
     """What a batch of `config` consists of: the one statement of it, by name.
 
     Every array has the rows of the batch as its first axis.
@@ -60,7 +61,7 @@ def fields(config: Any) -> dict[str, Field]:
     )
 
 
-def empty(config: Any, rows: int) -> dict[str, np.ndarray]:
+def empty(config: Config, rows: int) -> dict[str, np.ndarray]:
     """So many rows of zeros, of the fields that train."""
     return {
         name: np.zeros((rows, *field.shape), field.dtype)
@@ -69,7 +70,7 @@ def empty(config: Any, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def trained(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+def trained(batch: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     """The fields of a batch that the train step takes."""
     return {name: batch[name] for name, field in fields(config).items() if field.trains}
 
@@ -105,7 +106,7 @@ class Batches:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         vocabulary: Vocabulary,
         mixture: Mixture | None = None,
         *,
@@ -247,7 +248,7 @@ def check_loader(loader: str) -> None:
 
 
 def open_stream(
-    config: Any,
+    config: Config,
     vocabulary: Vocabulary,
     mixture: Mixture | None = None,
     *,

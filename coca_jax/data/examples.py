@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
 
+from coca_jax.config import Config
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
 from coca_jax.data.random_access import Source
@@ -44,7 +44,7 @@ class Examples:
         self,
         mixture: Mixture,
         number: int,
-        config: Any,
+        config: Config,
         vocabulary: Vocabulary,
         pixels: Pixels,
         class_names: Sequence[str],

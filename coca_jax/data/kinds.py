@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from coca_jax.config import Entry
 from coca_jax.data import texts
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
@@ -150,13 +151,6 @@ class Question(Kind):
 KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Question)}
 
 
-def of(entry: Mapping[str, Any]) -> Kind:
-    """The kind of an entry of config.data.sources ('caption' where it names none).
-
-    Raises:
-        ValueError: there is no such kind.
-    """
-    name = entry.get("kind", "caption")
-    if name not in KINDS:
-        raise ValueError(f"data source kind={name!r}: use 'caption', 'label' or 'question'")
-    return KINDS[name]()
+def of(entry: Entry) -> Kind:
+    """The kind of an entry of config.data.sources."""
+    return KINDS[entry.kind]()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
 
+from coca_jax.config import Config, Entry
 from coca_jax.data import kinds, order, prepared, sources
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.random_access import Source
@@ -30,7 +31,7 @@ class Mixture:
         process_index, process_count: of this process, and how many there are.
 
     Attributes:
-        entries: of `config.data.sources`, as dicts.
+        entries: of `config.data.sources`.
         shares: rows of each source in a batch.
         pattern: int32 [batch], the source of each row.
 
@@ -39,11 +40,14 @@ class Mixture:
     """
 
     def __init__(
-        self, config: Any, workdir: str = "", process_index: int = 0, process_count: int = 1
+        self, config: Config, workdir: str = "", process_index: int = 0, process_count: int = 1
     ):
         self._config = config
         self._indexes = Indexes(os.fspath(workdir), process_index, process_count)
-        self.entries = [plain(entry) for entry in config.data.sources]
+        self.entries = [
+            Entry.of(entry, f"config.data.sources[{i}]")
+            for i, entry in enumerate(config.data.sources)
+        ]
         self.shares = shares(self.entries, config.batch_size)
         self.pattern = order.rows(self.shares)
 
@@ -71,7 +75,7 @@ class Mixture:
         ]
         for source, entry in zip(found, self.entries):
             if isinstance(source.kind, kinds.Label):
-                prompts = entry.get("prompts") or self._config.data.prompts
+                prompts = entry.prompts or self._config.data.prompts
                 source.kind = kinds.Label(prompt_sets.load(prompts))
         return found
 
@@ -169,12 +173,7 @@ class Rows:
         return first + np.arange(self.here[number], dtype=np.int64)
 
 
-def plain(entry: Any) -> dict[str, Any]:
-    """An entry of config.data.sources as a dict."""
-    return entry.to_dict() if hasattr(entry, "to_dict") else dict(entry)
-
-
-def shares(entries: list[dict[str, Any]], batch_size: int) -> list[int]:
+def shares(entries: Sequence[Entry], batch_size: int) -> list[int]:
     """How many rows of each batch come from each source.
 
     Raises:
@@ -182,9 +181,7 @@ def shares(entries: list[dict[str, Any]], batch_size: int) -> list[int]:
     """
     if not entries:
         raise ValueError("data.sources is empty: give at least one dict(path=...|builtin='scenes')")
-    weights = [float(entry.get("weight", 1.0)) for entry in entries]
-    if min(weights) <= 0:
-        raise ValueError(f"data.sources weights {weights}: they must be positive")
+    weights = [entry.weight for entry in entries]
     exact = [batch_size * weight / sum(weights) for weight in weights]
     rounded = [round(share) for share in exact]
     if any(abs(a - b) > 1e-6 * batch_size for a, b in zip(exact, rounded)) or 0 in rounded:
@@ -195,27 +192,27 @@ def shares(entries: list[dict[str, Any]], batch_size: int) -> list[int]:
     return rounded
 
 
-def declared_classes(entry: Mapping[str, Any]) -> list[str]:
+def declared_classes(entry: Entry) -> list[str]:
     """The class names that a data set declares, in its order; [] where only its records tell."""
     if isinstance(kinds.of(entry), kinds.Question):
         return []
-    if entry.get("path") and not entry.get("label_field"):
-        return prepared.read_manifest(str(entry["path"])).get("class_names") or []
-    if entry.get("builtin"):
+    if entry.path and not entry.label_field:
+        return prepared.read_manifest(entry.path).get("class_names") or []
+    if entry.builtin:
         from coca_jax.data import scenes
 
         return scenes.class_names()
     return []
 
 
-def class_names(source: str | Mapping[str, Any], split: str = "test") -> list[str]:
+def class_names(source: Entry | Mapping[str, Any] | str, split: str = "test") -> list[str]:
     """The class names of a data set: those it declares, else those its records have; of
     questions, the answers."""
-    entry = {"path": source} if isinstance(source, str) else plain(source)
+    entry = Entry.of(source)
     return declared_classes(entry) or sources.open_source(entry, split).labels()
 
 
-def head_classes(config: Any, mixture: Mixture | None = None) -> tuple[str, ...]:
+def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, ...]:
     """The classes of the run's task head, in the order of its outputs; () without a head.
 
     They are the lines of `config.head.classes`, or else the class names of the training sources

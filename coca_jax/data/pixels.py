@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.config import Config
 from coca_jax.data import augment, images, order, render, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
@@ -35,7 +36,7 @@ class Pixels:
         ValueError: data.augment or data.randaugment has a value that it cannot have.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Config):
         data = config.data
         if data.augment not in augment.MODES:
             raise ValueError(
@@ -136,7 +137,7 @@ class Pixels:
         self._pool.shutdown(cancel_futures=True)
 
 
-def example_shape(config: Any) -> tuple[int, ...]:
+def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
     size = config.model.image_size
     count = 2 if config.head.kind == "pair" else config.data.num_frames

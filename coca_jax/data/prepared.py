@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from coca_jax import cache_folder
+from coca_jax.config import Entry
 from coca_jax.data import files, formats, records
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
@@ -39,9 +39,9 @@ def read_manifest(path: str) -> dict[str, Any]:
     )
 
 
-def open_entry(entry: Mapping[str, Any], split: str) -> Source:
+def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(path=...) of config.data.sources; see `open_split`."""
-    return open_split(str(entry["path"]), split)
+    return open_split(entry.path, split)
 
 
 def open_split(path: str, split: str) -> Source:

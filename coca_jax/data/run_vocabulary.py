@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 from absl import logging
 
 from coca_jax import storage
+from coca_jax.config import Config
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
@@ -18,7 +18,7 @@ _SENTENCES_PER_PIECE = 50  # enough for stable unigram probabilities, and quick 
 
 
 def load_or_train(
-    config: Any, workdir: str, mixture: Mixture | None = None, *, process_index: int = 0
+    config: Config, workdir: str, mixture: Mixture | None = None, *, process_index: int = 0
 ) -> Vocabulary:
     """The vocabulary of a run: the one in `workdir`, else a given one, else that of the run or
     weights it starts from, else a trained one.

@@ -16,6 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
+from coca_jax.config import Entry
 from coca_jax.data import images, prepared, records
 from coca_jax.data.random_access import Reader, Source
 from coca_jax.data.records import Record
@@ -27,7 +28,7 @@ IMAGES, TEXTS, LABELS = (
 )
 
 
-def open_entry(entry: Mapping[str, Any], split: str) -> Source:
+def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(seqio='name', module='my.tasks') of config.data.sources.
 
     A Task yields examples one after another, and training wants any of them at any time: the Task
@@ -73,17 +74,17 @@ def open_entry(entry: Mapping[str, Any], split: str) -> Source:
     )
 
 
-def _task(entry: Mapping[str, Any]) -> Any:
+def _task(entry: Entry) -> Any:
     """The Task that an entry names. Raises ValueError: there is none."""
     from coca_jax.data import seqio_tasks  # TensorFlow, for nobody else
 
-    seqio, name = seqio_tasks.seqio, str(entry["seqio"])
-    if entry.get("module"):
+    seqio, name = seqio_tasks.seqio, entry.seqio
+    if entry.module:
         try:
-            importlib.import_module(str(entry["module"]))
+            importlib.import_module(entry.module)
         except ImportError as error:
             raise ValueError(
-                f"data source seqio={name!r}: module={entry['module']!r}, which registers it, "
+                f"data source seqio={name!r}: module={entry.module!r}, which registers it, "
                 f"cannot be imported ({error})"
             ) from None
     if name in seqio.MixtureRegistry.names():
@@ -100,11 +101,11 @@ def _task(entry: Mapping[str, Any]) -> Any:
     return seqio.TaskRegistry.get(name)
 
 
-def _fields(name: str, features: list[str], entry: Mapping[str, Any]) -> dict[str, str]:
+def _fields(name: str, features: list[str], entry: Entry) -> dict[str, str]:
     """Which feature is the image, the text and the label; '' for none."""
     found = {}
     for what, usual in (("image", IMAGES), ("text", TEXTS), ("label", LABELS)):
-        wanted = str(entry.get(f"{what}_field") or "")
+        wanted = getattr(entry, f"{what}_field")
         if wanted and wanted not in features:
             raise ValueError(
                 f"data source seqio={name!r}: no feature {wanted!r} ({what}_field); it has "

@@ -25,6 +25,7 @@ except ImportError as missing:
         f"seqio Tasks need seqio and TensorFlow ({missing}): {extras.remedy('seqio')}"
     ) from None
 
+from coca_jax.config import Config
 from coca_jax.data import batches as direct
 from coca_jax.data.batches import Batches, Made, Stream
 from coca_jax.data.examples import Examples
@@ -79,7 +80,7 @@ class SeqioVocabulary(seqio.Vocabulary):
         return hash(self._vocabulary.checksum)
 
 
-def task_features(config: Any, vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
+def task_features(config: Config, vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
     """The output features of every Task: those of a batch (batches.fields) but the pixels, the
     encoded image (of a pair `second` besides) and `position`, its place in the source's stream."""
     features: dict[str, seqio.Feature] = {
@@ -187,7 +188,7 @@ class RecordSource(seqio.DataSource):
         return steps.map(block, num_parallel_calls=2, deterministic=True).unbatch()
 
 
-def tokenize(examples: Examples, config: Any) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+def tokenize(examples: Examples, config: Config) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     """seqio preprocessor: `text` to tokens, text_valid, text_id and prompt_len."""
     names = ("tokens", "text_valid", "text_id", "prompt_len")
     statement = direct.fields(config)
@@ -205,7 +206,7 @@ def tokenize(examples: Examples, config: Any) -> Callable[[tf.data.Dataset], tf.
 
 
 def register(
-    config: Any, vocabulary: Vocabulary, batches: Batches, start_step: int = 0
+    config: Config, vocabulary: Vocabulary, batches: Batches, start_step: int = 0
 ) -> seqio.Mixture:
     """Registers a Task for each source, 'coca_jax.source_000' and so on, and their mixture.
 
@@ -270,7 +271,7 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         vocabulary: Vocabulary,
         batches: Batches,
         found_bad: Callable[[int, Mapping[int, str]], None],
@@ -330,7 +331,9 @@ class SeqioStream(Stream):
         start_step: of the first batch.
     """
 
-    def __init__(self, config: Any, vocabulary: Vocabulary, batches: Batches, start_step: int = 0):
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary, batches: Batches, start_step: int = 0
+    ):
         super().__init__(batches, start_step)
         self._config, self._vocabulary = config, vocabulary
         self._bad: collections.deque[tuple[int, Mapping[int, str]]] = collections.deque()

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from coca_jax import extras, quiet
+from coca_jax.config import Entry
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 
@@ -43,7 +44,7 @@ def _keep_tensorflow_off_gpus() -> None:
         logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
 
 
-def open_entry(entry: Mapping[str, Any], split: str) -> Source:
+def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(tfds=...) of config.data.sources: a TFDS data set that is already prepared in
     the random-access format `array_record`.
 
@@ -52,11 +53,11 @@ def open_entry(entry: Mapping[str, Any], split: str) -> Source:
             tensorflow-datasets is not installed.
     """
     tfds = package()
-    name, image_field = entry["tfds"], entry.get("image_field", "image")
-    text_field, label_field = entry.get("text_field", ""), entry.get("label_field", "label")
+    name, image_field = entry.tfds, entry.image_field or "image"
+    text_field, label_field = entry.text_field, entry.label_field or "label"
     hint = "use `python -m coca_jax.prepare --format=tfds --input=NAME --out=DIR` and path=DIR"
     try:
-        builder = tfds.builder(name, data_dir=entry.get("data_dir"))
+        builder = tfds.builder(name, data_dir=entry.data_dir or None)
         data = builder.as_data_source(
             split=split, decoders={image_field: tfds.decode.SkipDecoding()}
         )

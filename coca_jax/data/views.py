@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from coca_jax.config import Entry
 from coca_jax.data import kinds
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
@@ -25,7 +26,7 @@ _VIEW_KEYS = (
 
 def narrow(
     source: Source,
-    entry: Mapping[str, Any],
+    entry: Entry,
     *,
     training: bool = False,
     indexes: Indexes | None = None,
@@ -36,13 +37,11 @@ def narrow(
         training, indexes: see `sources.open_source`.
 
     Raises:
-        ValueError: nothing is left, or a key of the entry has a value that it cannot have.
+        ValueError: nothing is left.
     """
     kind = kinds.of(entry)
-    if entry.get("captions", "sampled") not in ("sampled", "all"):
-        raise ValueError(f"data source captions={entry['captions']!r}: use 'sampled' or 'all'")
     if not source.applied_fields:
-        source = _refield(source, entry.get("text_field", ""), entry.get("label_field", ""))
+        source = _refield(source, entry.text_field, entry.label_field)
     view = View(source, entry, kind, training)
     found = source if view.whole else view.select(_index(view, indexes or Indexes()))
     if not len(found):
@@ -70,15 +69,15 @@ class View:
         scans: records must be read to know which are.
     """
 
-    def __init__(self, source: Source, entry: Mapping[str, Any], kind: kinds.Kind, training: bool):
+    def __init__(self, source: Source, entry: Entry, kind: kinds.Kind, training: bool):
         self.source, self._kind, self._training = source, kind, training
-        self._where = dict(entry.get("where") or {})
-        self.limit = int(entry.get("limit") or len(source))
-        self._split_captions = isinstance(kind, kinds.Caption) and entry.get("captions") == "all"
+        self._where = dict(entry.where)
+        self.limit = entry.limit or len(source)
+        self._split_captions = isinstance(kind, kinds.Caption) and entry.captions == "all"
         self._asks = isinstance(kind, kinds.Question)
-        self._field = entry.get("questions", "")
-        self._answers = frozenset(entry.get("answers") or ())
-        self._given = {key: entry[key] for key in _VIEW_KEYS if entry.get(key)}
+        self._field = entry.questions
+        self._answers = frozenset(entry.answers)
+        self._given = {k: v for k, v in entry.to_dict().items() if k in _VIEW_KEYS}
         known = source.every_text if kind.wanted == "text" else source.every_label
         self._useful_only = training and not known
         self.scans = bool(self._where or self._split_captions or self._asks or self._useful_only)
@@ -133,7 +132,7 @@ class View:
         except RuntimeError as error:  # array_record's own, of a damaged shard
             raise ValueError(
                 f"data source {self.source.name}: a record after number {row} cannot be read "
-                f"({error}), and {self._given or 'the kind'} needs all of them; prepare it again"
+                f"({error}), and {self._given} needs all of them; prepare it again"
             ) from None
 
     def _examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:

@@ -6,10 +6,12 @@ split once, in order.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+from coca_jax.config import Entry
 from coca_jax.data import files, mixture, prepared, sources, tfds_source, views
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
@@ -19,7 +21,10 @@ from coca_jax.importers.items import Item, Options, Unit
 _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
 
 
-def open_source(entry: Mapping[str, Any], split: str) -> Source:
+Given: TypeAlias = Entry | Mapping[str, Any]
+
+
+def open_source(entry: Given, split: str) -> Source:
     """Opens an entry as `data.sources.open_source` does, and what is not prepared besides.
 
     path may be an imagefolder (metadata.jsonl or .csv, or one folder a class; a subfolder of the
@@ -28,18 +33,20 @@ def open_source(entry: Mapping[str, Any], split: str) -> Source:
     Raises:
         ValueError, FileNotFoundError: what is wrong with it, in one line.
     """
-    split = entry.get("split") or split
-    if entry.get("tfds"):
+    entry = Entry.of(entry)
+    split = entry.split or split
+    if entry.tfds:
         return views.narrow(_tfds(entry, split), entry)
     if _is_plain_folder(entry):
         return views.narrow(_folder(entry, split), entry)
     return sources.open_source(entry, split)
 
 
-def class_names(entry: Mapping[str, Any], split: str) -> list[str]:
+def class_names(entry: Given, split: str) -> list[str]:
     """The class names of a data set: those it declares, else those that its records have."""
-    split = entry.get("split") or split
-    if entry.get("tfds"):
+    entry = Entry.of(entry)
+    split = entry.split or split
+    if entry.tfds:
         units = tfds_name.plan(_tfds_path(entry), split, _options(entry))
         declared = tfds_name.declared_classes(units[0], _options(entry))
         if declared:
@@ -50,57 +57,61 @@ def class_names(entry: Mapping[str, Any], split: str) -> list[str]:
     return sorted({label for record in found for label in record.labels})
 
 
-def splits(entry: Mapping[str, Any]) -> list[str]:
+def splits(entry: Given) -> list[str]:
     """The splits of a data set; [] for a plain folder without folders of such names."""
-    if entry.get("tfds"):
+    entry = Entry.of(entry)
+    if entry.tfds:
         return tfds_name.splits(_tfds_path(entry))
     if _is_plain_folder(entry):
-        return imagefolder.splits(str(entry["path"]))
-    return sorted(prepared.read_manifest(str(entry["path"]))["splits"])
+        return imagefolder.splits(entry.path)
+    return sorted(prepared.read_manifest(entry.path)["splits"])
 
 
-def choose_split(entry: Mapping[str, Any]) -> str:
+def choose_split(entry: Given) -> str:
     """The split to evaluate on where nobody names one: 'test', else validation, else the only one.
 
     Raises ValueError where the data have several and none of these.
     """
+    entry = Entry.of(entry)
     found = splits(entry)
     usual = [split for split in ("test", *files.VALIDATION) if split in found]
     if not found or usual:
         return usual[0] if usual else "test"
     if len(found) > 1:
-        where = entry.get("path") or entry.get("tfds")
-        raise ValueError(f"data {where}: give --split, one of {', '.join(found)}")
+        raise ValueError(
+            f"data {entry.path or entry.tfds}: give --split, one of {', '.join(found)}"
+        )
     return found[0]
 
 
-def counts(entry: Mapping[str, Any]) -> dict[str, int]:
+def counts(entry: Given) -> dict[str, int]:
     """{'caption': examples that have one, 'label': examples that have one} of `entry`'s split; {}
     where that is not known without going through the images, or not at once."""
-    if entry.get("tfds") or entry.get("builtin") or entry.get("where"):
+    entry = Entry.of(entry)
+    if entry.tfds or entry.builtin or entry.where:
         return {}
     if _is_plain_folder(entry):
-        found = open_source(dict(entry, kind="caption"), "test")
+        found = open_source(dataclasses.replace(entry, kind="caption"), "test")
         texts = found.read_texts(range(len(found)))
         return dict(
             caption=sum(bool(r.texts) for r in texts), label=sum(bool(r.labels) for r in texts)
         )
-    if entry.get("text_field") or entry.get("label_field"):
+    if entry.text_field or entry.label_field:
         return {}
-    there = prepared.read_manifest(str(entry["path"]))["splits"].get(entry.get("split", "test"))
+    there = prepared.read_manifest(entry.path)["splits"].get(entry.split or "test")
     return dict(caption=there["with_text"], label=there["with_label"]) if there else {}
 
 
-def _options(entry: Mapping[str, Any]) -> Options:
+def _options(entry: Entry) -> Options:
     return Options(
-        text_field=str(entry.get("text_field") or ""),
-        label_field=str(entry.get("label_field") or ""),
-        image_field=str(entry.get("image_field") or ""),
+        text_field=entry.text_field,
+        label_field=entry.label_field,
+        image_field=entry.image_field,
     )
 
 
-def _is_plain_folder(entry: Mapping[str, Any]) -> bool:
-    path = str(entry.get("path") or "")
+def _is_plain_folder(entry: Entry) -> bool:
+    path = entry.path
     if not os.path.isdir(path) or files.exists(files.join(path, prepared.MANIFEST)):
         return False
     try:
@@ -109,8 +120,8 @@ def _is_plain_folder(entry: Mapping[str, Any]) -> bool:
         return False
 
 
-def _folder(entry: Mapping[str, Any], split: str) -> Source:
-    path, options = str(entry["path"]), _options(entry)
+def _folder(entry: Entry, split: str) -> Source:
+    path, options = entry.path, _options(entry)
     found = [
         (one, unit)
         for unit in imagefolder.plan(path, split, options)
@@ -136,17 +147,17 @@ def _folder(entry: Mapping[str, Any], split: str) -> Source:
     )
 
 
-def _tfds_path(entry: Mapping[str, Any]) -> str:
-    if not entry.get("data_dir"):
-        return str(entry["tfds"])
+def _tfds_path(entry: Entry) -> str:
+    if not entry.data_dir:
+        return entry.tfds
     tfds = tfds_source.package()
     try:
-        return str(tfds.builder(entry["tfds"], data_dir=entry["data_dir"]).data_path)
+        return str(tfds.builder(entry.tfds, data_dir=entry.data_dir).data_path)
     except Exception as error:  # TFDS has a type for each way to be absent
-        raise ValueError(f"data tfds={entry['tfds']}: {error}") from None
+        raise ValueError(f"data tfds={entry.tfds}: {error}") from None
 
 
-def _tfds(entry: Mapping[str, Any], split: str) -> Source:
+def _tfds(entry: Entry, split: str) -> Source:
     """Reads units of the split one after the other and holds the last one."""
     path, options = _tfds_path(entry), _options(entry)
     whole = tfds_name.plan(path, split, options)
@@ -165,7 +176,7 @@ def _tfds(entry: Mapping[str, Any], split: str) -> Source:
         places = [divmod(int(i), _ROWS_PER_UNIT) for i in indices]
         return [unit_records(number)[row] for number, row in places]
 
-    return Source(f"tfds {entry['tfds']} [{split}]", rows, read, applied_fields=True)
+    return Source(f"tfds {entry.tfds} [{split}]", rows, read, applied_fields=True)
 
 
 def _record(item: Item, path: str) -> Record:
