@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_cases import write_data
 
+from coca_jax.config import Entry
 from coca_jax.data import sources, view_index, views
 from coca_jax.data.view_index import Indexes
 
@@ -86,7 +87,7 @@ def test_no_flipped_byte_of_an_index_goes_unseen(data):
     want = keys(sources.open_source(entry))
     (file,) = (data / "a" / "views").iterdir()
     content = file.read_bytes()
-    view = views.View(source, entry, source.kind, False)
+    view = views.View(source, Entry.of(entry), source.kind, False)
     for place in range(0, len(content), 3):
         flipped = bytearray(content)
         flipped[place] ^= 0x55
@@ -154,7 +155,6 @@ def test_a_damaged_record_is_named_where_all_must_be_read(data):
 
 
 def test_texts_of_fields_hold_no_half_characters(tmp_path):
-    from coca_jax.config import Entry
     from coca_jax.data.random_access import Source
     from coca_jax.data.records import Record
 
