@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, recipes
+from coca_jax.config import typed
 
 KINDS = ("train", "encode", "caption", "input", "losses")
 
@@ -44,18 +45,16 @@ def measure(kind: str) -> dict[str, Any]:
     from coca_jax import benchmark_input, benchmark_model
 
     args = flags.FLAGS
-    batch = args.batch_size or 16
+    config, batch = typed(args.config), args.batch_size or 16
     if kind == "input":
         return benchmark_input.read_input(
-            args.config, args.seconds, args.memory_every, args.repeats, args.peer
+            config, args.seconds, args.memory_every, args.repeats, args.peer
         )
     if kind == "train":
-        return benchmark_model.train(args.config, args.repeats)
+        return benchmark_model.train(config, args.repeats)
     if kind == "encode":
-        return benchmark_model.encode(args.config, batch, args.repeats, args.peer)
-    return benchmark_model.caption(
-        args.config, batch, args.tokens, args.beams, args.repeats, args.peer
-    )
+        return benchmark_model.encode(config, batch, args.repeats, args.peer)
+    return benchmark_model.caption(config, batch, args.tokens, args.beams, args.repeats, args.peer)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import (
     benchmark_peer,
@@ -21,6 +20,7 @@ from coca_jax import (
     run_config,
     train_step,
 )
+from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
 from coca_jax.models import coca
@@ -52,7 +52,7 @@ def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, f
     return result
 
 
-def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
+def random_batch(config: Config, size: int) -> dict[str, np.ndarray]:
     """`size` rows of a batch: random pixels, captions of 3 to max_len tokens."""
     rng = np.random.default_rng(config.seed)
     text = config.model.text
@@ -67,9 +67,9 @@ def random_batch(config: ConfigDict, size: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def train(config: ConfigDict, repeats: int) -> dict[str, float]:
+def train(config: Config, repeats: int) -> dict[str, float]:
     """The whole train step at config.batch_size: pairs_per_second and its inputs."""
-    mesh = partitioning.make_mesh(**config.mesh)
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     with jax.set_mesh(mesh):
         model = build(config)
@@ -92,7 +92,7 @@ def train(config: ConfigDict, repeats: int) -> dict[str, float]:
     return result | {"pairs_per_second": config.batch_size / result["seconds"]}
 
 
-def encode(config: ConfigDict, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:
+def encode(config: Config, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:
     """Image embeddings of a batch: images_per_second."""
     peer = benchmark_peer.build(config.model) if compare else None
     model, params = build(config), make_params(config)
@@ -112,7 +112,7 @@ def encode(config: ConfigDict, batch: int, repeats: int, compare: bool = False) 
 
 
 def caption(
-    config: ConfigDict, batch: int, tokens: int, beams: int, repeats: int, compare: bool = False
+    config: Config, batch: int, tokens: int, beams: int, repeats: int, compare: bool = False
 ) -> dict[str, float]:
     """Captions of `tokens` tokens from a batch of pixels: tokens_per_second (of what is returned),
     encode_seconds, and the step's time by position, see `token_times`.
@@ -194,7 +194,7 @@ def token_times(
     return dict(early_token_seconds=early, late_token_seconds=late, late_over_early=late / early)
 
 
-def build(config: ConfigDict) -> coca.CoCa:
+def build(config: Config) -> coca.CoCa:
     """The config's model for this machine's devices."""
     sigmoid = config.loss.contrastive == "sigmoid"
     return coca.build(
@@ -206,7 +206,7 @@ def build(config: ConfigDict) -> coca.CoCa:
     )
 
 
-def make_params(config: ConfigDict) -> Any:
+def make_params(config: Config) -> Any:
     """Fresh parameters from config.seed."""
     model = build(config)
     return jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(config.seed))

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from coca_jax.config import Model
 from coca_jax.data.records import Record
 from coca_jax.interop import open_clip_config
 
 END = 1  # the token that would end a caption; kept away by min_seq_len
 
 
-def build(model: ConfigDict) -> Any:
+def build(model: Model) -> Any:
     """open_clip's CoCa of these sizes, float32, in evaluation mode.
 
     Every parameter is drawn again: open_clip leaves some as the memory was found, NaN included.

@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, recipes
+from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.importers import shards
@@ -92,7 +93,7 @@ def train_vocabulary(
     return dict(pieces=trained.size, sentences=len(texts), sha256=trained.checksum, out=out)
 
 
-def inspect(config: Any, step: int) -> dict[str, Any]:
+def inspect(config: Recipe, step: int) -> dict[str, Any]:
     """Prints the examples of one step: row, source, epoch, index, key and text.
 
     Images that do not decode are listed as well; training takes the next good one in their place.
@@ -102,7 +103,7 @@ def inspect(config: Any, step: int) -> dict[str, Any]:
     """
     if step < 0:
         raise ValueError(f"--step={step}: steps count from 0")
-    examples = Mixture(config).step_examples(step)
+    examples = Mixture(typed(config)).step_examples(step)
     for example in examples:
         print("{row:6d}  {source}  epoch {epoch}  index {index}  {key}  {text!r}".format(**example))
     return dict(step=step, examples=examples)

@@ -14,7 +14,7 @@ Examples:
 Every value of a recipe can be set, nested keys with dots, tuples in quotes as Python has them:
   --config.steps=10000 --config.optimizer.learning_rate=1e-4 --config.mesh.fsdp=8
   --config.data.flip=true --config.image_sizes="((0.5, 128),)" --config.data.augment=crop
-configs/base.py says what each key means; an unknown key is refused with the nearest name.
+docs/config.md says what each key means; an unknown key is refused with the nearest name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from coca_jax import cli, recipes, storage
+from coca_jax.config import Config, Recipe, typed
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: Recipe, workdir: str) -> dict[str, Any]:
     """Trains by `config` in `workdir`, as the command does; see `training.run.train`."""
     from coca_jax.training import run  # JAX and the rest take seconds to import
 
@@ -50,8 +50,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
 
 
-def use_data(config: ConfigDict, named: Sequence[str], workdir: str) -> None:
-    """Puts the data of --data in place of the recipe's, prepared where they are not.
+def use_data(config: Config, named: Sequence[str], workdir: str) -> Config:
+    """The config with the data of --data in place of the recipe's, prepared where they are not.
 
     Raises ValueError or OSError for bad data, or for a bad config before anything is prepared.
     """
@@ -60,9 +60,9 @@ def use_data(config: ConfigDict, named: Sequence[str], workdir: str) -> None:
     from coca_jax import run_config
     from coca_jax.importers import own_data
 
-    config.data.sources = tuple(dict(path=own_data.parse(text).path) for text in named)
-    run_config.check(config)
-    own_data.apply(config, named, workdir, main_process=jax.process_index() == 0)
+    sources = tuple(dict(path=own_data.parse(text).path) for text in named)
+    run_config.check(config.change({"data.sources": sources}))
+    return own_data.apply(config, named, workdir, main_process=jax.process_index() == 0)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -85,10 +85,11 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
     )
+    config = typed(flags.FLAGS.config)
     if flags.FLAGS.data:
-        use_data(flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS.workdir)
+        config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
     try:
-        summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
+        summary = train(config, flags.FLAGS.workdir)
     except stopping.Preempted as stop:
         if jax.process_count() > 1:
             jax.distributed.shutdown()  # together: the first to go would take the others down

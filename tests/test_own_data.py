@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from coca_jax import evaluate, prepare
+from coca_jax.config import typed
 from coca_jax.configs import base
 from coca_jax.data import formats, sources
 from coca_jax.data.mixture import Mixture
@@ -172,10 +173,9 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     by_class(tmp_path / "classes", 30)
     workdir = str(tmp_path / "run")
     flags = [str(tmp_path / "mine"), f"{tmp_path / 'classes'}:label:0.5"]
-    config = recipe()
-    own_data.apply(config, flags, workdir)
+    config = own_data.apply(typed(recipe()), flags, workdir)
     mine, classes = f"{workdir}/data/mine", f"{workdir}/data/classes"
-    assert [dict(s) for s in config.data.sources] == [
+    assert [s.to_dict() for s in config.data.sources] == [
         dict(path=mine, split="train", kind="caption", weight=11.0),
         dict(path=classes, split="train", kind="label", weight=5.0),
     ]
@@ -189,14 +189,13 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     assert f"{tmp_path / 'mine'} is not prepared: importing it as imagefolder" in said
     assert f"--data={tmp_path / 'mine'}:label trains on its labels" in said
     # Again, as a run that goes on does: nothing is imported and all is the same.
-    again = recipe()
-    own_data.apply(again, flags, workdir)
+    again = own_data.apply(typed(recipe()), flags, workdir)
     assert again.data.sources == config.data.sources and again.eval.tasks == config.eval.tasks
     assert "importing" not in capsys.readouterr().err
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):
-        own_data.apply(recipe(), [str(tmp_path / "other" / "mine")], workdir)
+        own_data.apply(typed(recipe()), [str(tmp_path / "other" / "mine")], workdir)
 
 
 def test_evaluations_suit_the_losses_and_the_head(tmp_path):
@@ -226,14 +225,13 @@ def test_splits_that_are_there_are_used(tmp_path, capsys):
     # A prepared folder stays as it is; where nothing is held out, that is said.
     captioned(tmp_path / "c", 5)
     prepare.prepare("imagefolder", str(tmp_path / "c"), str(tmp_path / "p"), progress=False)
-    config = recipe()
-    own_data.apply(config, [str(tmp_path / "p")], str(tmp_path / "run"))
-    assert config.eval.tasks == () and config.data.sources[0]["split"] == "train"
+    config = own_data.apply(typed(recipe()), [str(tmp_path / "p")], str(tmp_path / "run"))
+    assert config.eval.tasks == () and config.data.sources[0].split == "train"
     assert "nothing is held out, so the run ends without scores" in capsys.readouterr().err
     # Evaluations that the recipe has on these very data stay.
     task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path / "out" / "a"), split="test"))
-    config = recipe(eval=dict(tasks=(task,)))
-    own_data.apply(config, [str(tmp_path / "out" / "a")], str(tmp_path / "run"))
+    config = typed(recipe(eval=dict(tasks=(task,))))
+    config = own_data.apply(config, [str(tmp_path / "out" / "a")], str(tmp_path / "run"))
     assert [t["kind"] for t in config.eval.tasks] == ["knn"]
 
 

@@ -84,7 +84,9 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
     run_config.check(config)
     with tpu.quiet_plugin(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
-        mesh = partitioning.make_mesh(**config.mesh, devices=slice_.devices)
+        mesh = partitioning.make_mesh(
+            config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slice_.devices
+        )
         run_config.check_batch(config, partitioning.batch_parts(mesh), 1)
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
+from coca_jax.config import Model
 
 
-def model_flops(model: ConfigDict) -> int:
+def model_flops(model: Model) -> int:
     """Floating-point operations of one forward pass over one pair, a multiply-add being two.
 
     Matrix products only, attention over all keys, as CoCa's arithmetic is usually given: 708.9
@@ -13,7 +13,7 @@ def model_flops(model: ConfigDict) -> int:
     """
     image, text, pooler = model.image, model.text, model.pooler
     num_patches = (model.image_size // model.patch_size) ** 2
-    tokens = num_patches + int(image.get("class_token", False))
+    tokens = num_patches + int(image.class_token)
     length, queries = text.max_len, pooler.num_queries
 
     def attention(n: int, m: int, width: int, source: int | None = None) -> int:
@@ -37,8 +37,8 @@ def model_flops(model: ConfigDict) -> int:
         attention(with_cls, with_cls, text.width) + mlp(with_cls, text.width, text.mlp_dim)
     )
     seen = queries - (pooler.kind == "open_clip")
-    multimodal_dim = text.get("multimodal_mlp_dim", None) or text.mlp_dim
-    mlps = 2 if text.get("cross", "paper") == "open_clip" else 1
+    multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
+    mlps = 2 if text.cross == "open_clip" else 1
     multimodal = text.multimodal_depth * (
         attention(length, length, text.width)
         + attention(length, seen, text.width)

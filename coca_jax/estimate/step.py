@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from coca_jax import partitioning, train_step
+from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
 from coca_jax.models import coca
 
 
-def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
+def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
     """(jitted train step, its abstract arguments) exactly as `train` makes them."""
     model = coca.build(
         config.model,
@@ -34,7 +34,7 @@ def build_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
     return jitted, (state, abstract_batch(config, mesh))
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of one global batch, split over data x fsdp."""
     sharding = NamedSharding(mesh, partitioning.spec("batch"))
     return {

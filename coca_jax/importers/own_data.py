@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from coca_jax.config import Config
 from coca_jax.data import files, formats
 from coca_jax.importers import checks, metadata, shards, splits
 from coca_jax.importers.items import Item, Options
@@ -63,9 +64,11 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def apply(config: Any, texts: Sequence[str], workdir: str, *, main_process: bool = True) -> None:
-    """Puts the named data in place of a recipe's sources, and evaluations on what is held out in
-    place of those on other data; says on standard error what it found.
+def apply(
+    config: Config, texts: Sequence[str], workdir: str, *, main_process: bool = True
+) -> Config:
+    """The config with the named data in place of its sources, and evaluations on what is held out
+    in place of those on other data; says on standard error what it found.
 
     Data that are not prepared are imported into workdir/data/NAME, by the main process; the others
     wait for it. A second call finds them there.
@@ -90,17 +93,14 @@ def apply(config: Any, texts: Sequence[str], workdir: str, *, main_process: bool
             if main_process:
                 print(_described(one, path, kind, train, held), file=sys.stderr)
         sources.append(dict(place, split=train, kind=kind, weight=one.weight))
-        kept += [t for t in config.eval.tasks if _plain(t)["data"].items() >= place.items()]
+        kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
             tasks += evaluations(config, dict(place, split=held, kind=kind), f"{name}_{held}")
     for source, rows in zip(sources, shares([s["weight"] for s in sources], config.batch_size)):
         source["weight"] = float(rows)
-    config.data.sources = tuple(sources)
-    config.eval.tasks = tuple(kept or tasks)
-
-
-def _plain(task: Any) -> dict[str, Any]:
-    return task.to_dict() if hasattr(task, "to_dict") else dict(task)
+    return config.change(
+        {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
+    )
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
@@ -313,7 +313,7 @@ def shares(weights: Sequence[float], batch_size: int) -> list[int]:
     return rows
 
 
-def evaluations(config: Any, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Tasks for `config.eval.tasks` on held-out data: what this run's losses teach.
 
     data: an entry of path, split and kind; name: of the data set in the scores.

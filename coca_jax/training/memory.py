@@ -168,6 +168,6 @@ def _bytes_or_all(config: Config, mesh: Mesh) -> int:
 def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
-    mesh = partitioning.make_mesh(**config.mesh)
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     most = bounds(config, mesh)[1]
     return most if most <= available() // 2 else _bytes_or_all(config, mesh)

@@ -59,7 +59,7 @@ def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
     check_loader(config.data.loader)
-    mesh = partitioning.make_mesh(**config.mesh)
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     checkpoint_places.check_writable(workdir)
     return mesh
