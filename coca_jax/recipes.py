@@ -23,6 +23,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import coca_jax.configs
+from coca_jax import inherit
+from coca_jax.config import Config, Recipe, read
 
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
@@ -66,7 +68,7 @@ def find(name: str) -> pathlib.Path:
 
 
 def load(value: str) -> ConfigDict:
-    """The config of a `--config=` value, unlocked.
+    """The config of a `--config=` value, unlocked, with what it leaves to its weights.
 
     Raises ValueError, in one line with file, line and cause, for a recipe that cannot be had.
     """
@@ -90,12 +92,20 @@ def load(value: str) -> ConfigDict:
             form = "" if colon else f": --config={name}:ARGUMENT"
             raise ValueError(f"its get_config() {remedy}{form}") from None
         config = get_config(*given)
-    if not isinstance(config, ConfigDict):
-        raise ValueError(
-            f"--config={value}: get_config() gives {type(config).__name__}, not a ConfigDict; "
-            "begin from coca_jax.configs.base.get_config()"
-        )
-    return config
+        if not isinstance(config, ConfigDict):
+            raise ValueError(
+                f"get_config() gives {type(config).__name__}, not a ConfigDict; "
+                "begin from coca_jax.configs.base.get_config()"
+            )
+        return inherit.fill(config)
+
+
+def typed(config: Recipe) -> Config:
+    """What a recipe's get_config() gave as a Config, with what it leaves to its weights.
+
+    Raises ValueError for a key that there is not, or a value that cannot be.
+    """
+    return config if isinstance(config, Config) else read(Config, inherit.fill(config))
 
 
 @contextlib.contextmanager

@@ -25,14 +25,14 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, recipes, storage
-from coca_jax.config import Config, Recipe, typed
+from coca_jax.config import Config, Recipe
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
     """Trains by `config` in `workdir`, as the command does; see `training.run.train`."""
     from coca_jax.training import run  # JAX and the rest take seconds to import
 
-    return run.train(config, workdir)
+    return run.train(recipes.typed(config), workdir)
 
 
 def define_flags() -> None:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
     )
-    config = typed(flags.FLAGS.config)
+    config = recipes.typed(flags.FLAGS.config)
     if flags.FLAGS.data:
         config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
     try:

@@ -7,7 +7,7 @@ python -m coca_jax.train --config=configs/imagenet_frozen.py:runs/coca --workdir
 
 from ml_collections import ConfigDict
 
-from coca_jax import checkpointing, export_format
+from coca_jax import inherit
 from coca_jax.configs import base
 
 
@@ -18,13 +18,8 @@ def get_config(weights: str = "") -> ConfigDict:
     """
     config = base.get_config()
     if weights:
-        export = export_format.is_export(weights)
-        given = export_format.read_config(weights) if export else checkpointing.load_config(weights)
         config.init_from = weights
-        config.model = ConfigDict(given.model.to_dict(), convert_dict=True)
-        data = given.preprocess if export else given.data
-        config.data.resize = data.resize
-        config.data.label_token = bool(data.get("label_token", False))
+        inherit.leave(config, "model", "data.resize", "data.label_token")
     config.loss.update(contrastive_weight=0.0, captioning_weight=0.0, caption_chunk=2048)
     config.optimizer.update(name="adafactor", schedule="cosine", warmup_steps=1000, clip_norm=1.0)
     return config

@@ -6,7 +6,7 @@ python -m coca_jax.train --config=configs/finetune_open_clip.py:weights --workdi
 
 from ml_collections import ConfigDict
 
-from coca_jax import export_format
+from coca_jax import inherit
 from coca_jax.configs import base
 from coca_jax.interop import open_clip_config
 
@@ -19,12 +19,11 @@ def get_config(weights: str = "") -> ConfigDict:
     """
     config = base.get_config()
     if weights:
-        model = export_format.read_config(weights).model.to_dict()
         config.init_from = weights
-        config.data.vocabulary = export_format.vocabulary_path(weights)
+        inherit.leave(config, "model", "data.vocabulary")
     else:
         model = open_clip_config.to_model(open_clip_config.RELEASED["coca_ViT-B-32"])
-    config.model = ConfigDict(model, convert_dict=True)
+        config.model.update(model)
     config.model.dtype = "bfloat16"
     config.batch_size = 128
     config.epochs = 1.0

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from coca_jax import recipes
-from coca_jax.config import Config, Entry, Mesh, read, typed
-from coca_jax.configs import base
+from coca_jax import export_format, recipes
+from coca_jax.config import Config, Entry, Mesh, keys, page, read, typed
+from coca_jax.configs import base, finetune_open_clip
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
 
@@ -73,3 +74,34 @@ def test_every_recipe_comes_back_from_what_its_run_writes(name):
     config = typed(recipes.load(name))
     written = json.loads(json.dumps(config.to_dict(), default=list))
     assert read(Config, written) == config
+
+
+def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
+    """Evaluated without them; what it or the command line sets is kept, the rest is theirs."""
+    place = str(tmp_path / "weights")
+    config = finetune_open_clip.get_config(place)
+    assert config.model.image_size is None and config.model.dtype == "bfloat16"
+    model = base.get_config().model
+    model.update(image_size=64, patch_size=16, dtype="float32")
+    words = tmp_path / "words.model"
+    words.write_bytes(b"words")
+    given = dict(model=model.to_dict(), preprocess=dict(resize="crop"))
+    export_format.write_export(place, {"x": np.zeros(2, np.float32)}, given, str(words))
+    config.model.embed_dim = 24
+    found = recipes.typed(config)
+    assert (found.model.image_size, found.model.patch_size, found.model.embed_dim) == (64, 16, 24)
+    assert found.model.dtype == "bfloat16" and found.data.vocabulary == f"{place}/vocabulary.model"
+    assert recipes.load(f"imagenet_frozen:{place}").data.resize == "crop"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
+
+
+def test_the_page_of_keys_is_current():
+    """python -m coca_jax.config.page > docs/config.md"""
+    assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
+
+
+def test_every_key_says_what_it_is():
+    found = [key for section in (Config, Entry) for key, field in keys(section)
+             if not field.metadata["meaning"]]  # fmt: skip
+    assert not found

@@ -13,9 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import coca_jax
-from coca_jax import convert, export_format, losses, partitioning, train_step, warm_start
+from coca_jax import convert, export_format, losses, partitioning, recipes, train_step, warm_start
 from coca_jax import export_programs as programs
-from coca_jax.configs import finetune_open_clip
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -360,7 +359,7 @@ def test_converting_holds_no_second_copy(tmp_path):
 
 def test_weights_start_a_run_straight_on_the_mesh(export):
     """Each device gets its part of each matrix; together they are the weights."""
-    config = finetune_open_clip.get_config(str(export))
+    config = recipes.load(f"finetune_open_clip:{export}")
     mesh = partitioning.make_mesh(2, 4, 1)
     params = export_format.flatten(export_format.read_export(export)[0])
     with jax.set_mesh(mesh):

@@ -27,8 +27,8 @@ class ImageModel(Section):
     """The image encoder."""
 
     width: int = key(768, WIDTH, "of the residual stream")
-    depth: int = key(12, DEPTH)
-    mlp_dim: int = key(3072, whole(1, 1 << 20))
+    depth: int = key(12, DEPTH, "blocks")
+    mlp_dim: int = key(3072, whole(1, 1 << 20), "width inside the MLPs")
     num_heads: int = key(12, HEADS, "of attention")
     patch_dropout: float = key(0.0, SHARE, "share of patches left out in training (FLIP)")
     conv_widths: tuple[int, ...] = key(
@@ -48,9 +48,9 @@ class TextModel(Section):
     """The text decoder: its unimodal part, and the multimodal one that sees the image."""
 
     width: int = key(768, WIDTH, "of the residual stream")
-    unimodal_depth: int = key(12, DEPTH)
-    multimodal_depth: int = key(12, DEPTH)
-    mlp_dim: int = key(3072, whole(1, 1 << 20))
+    unimodal_depth: int = key(12, DEPTH, "blocks that see text alone")
+    multimodal_depth: int = key(12, DEPTH, "blocks that attend to the image as well")
+    mlp_dim: int = key(3072, whole(1, 1 << 20), "width inside the MLPs")
     num_heads: int = key(12, HEADS, "of attention")
     vocab_size: int = key(64_000, whole(1, 1 << 24, "tokens"), "rows of the embedding")
     max_len: int = key(
@@ -86,8 +86,8 @@ class Pooler(Section):
 class Model(Section):
     """The paper's architecture at its Base size (Table 1)."""
 
-    image_size: int = key(288, SIZE)
-    patch_size: int = key(18, SIZE)
+    image_size: int = key(288, SIZE, "side of the images")
+    patch_size: int = key(18, SIZE, "side of a patch; divides image_size")
     embed_dim: int = key(768, WIDTH, "of the contrastive space")
     dtype: str = key(
         "bfloat16",

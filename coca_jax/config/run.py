@@ -35,8 +35,8 @@ from coca_jax.config.section import Section
 class Loss(Section):
     """The two losses and how they are computed."""
 
-    contrastive_weight: float = key(1.0, WEIGHT)
-    captioning_weight: float = key(2.0, WEIGHT)
+    contrastive_weight: float = key(1.0, WEIGHT, "of the contrastive loss in the sum")
+    captioning_weight: float = key(2.0, WEIGHT, "of the captioning loss in the sum")
     contrastive: str = key("softmax", choice("softmax", "sigmoid"), "its form")
     reduction: str = key("sum", choice("sum", "mean"), "of the two directions: sum (paper, Eq. 2)")
     contrastive_chunk: int = key(0, CHUNK, "columns per tile of the similarity matrix; 0: one tile")
@@ -54,7 +54,7 @@ class Loss(Section):
 class Optimizer(Section):
     """The update rule and its rates."""
 
-    name: str = key("adafactor", choice("adafactor", "adamw", "muon"))
+    name: str = key("adafactor", choice("adafactor", "adamw", "muon"), "the update rule")
     learning_rate: float = key(8e-4, RATE, "with a head: that of the head")
     encoder_learning_rate: float = key(
         -1.0,
@@ -94,7 +94,7 @@ class Mesh(Section):
 class Checkpoint(Section):
     """When the run saves."""
 
-    every_steps: int = key(1000, INTERVAL)
+    every_steps: int = key(1000, INTERVAL, "between saves")
     keep: int = key(3, whole(1, 1_000_000, "checkpoints"), "the newest ones")
     max_skipped: int = key(
         50,
@@ -117,7 +117,7 @@ class Eval(Section):
 class Log(Section):
     """What a run writes about itself."""
 
-    every_steps: int = key(10, INTERVAL)
+    every_steps: int = key(10, INTERVAL, "between logged steps")
     profile_steps: tuple[int, ...] = key((), SPAN, "first and last step of a profile")
 
 

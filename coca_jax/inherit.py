@@ -1,0 +1,85 @@
+"""Values that a recipe leaves to the weights it starts from.
+
+A recipe is evaluated without reading them: `leave` marks keys, which are None until `fill` puts in
+what the run or export at `init_from` has. Whatever the recipe sets behind `leave` is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def leave(config: ConfigDict, *keys: str) -> None:
+    """Marks keys, or all of a section ('model'), as those of the weights at `init_from`."""
+    for key in keys:
+        group, last = _place(config, key)
+        if isinstance(group[last], ConfigDict):
+            leave(config, *(f"{key}.{name}" for name in group[last]))
+        else:
+            group[last] = None
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """The config, with the values of the weights in the keys that are left to them.
+
+    Raises:
+        FileNotFoundError: no run and no export at `init_from`.
+        ValueError: it is damaged, or not named.
+    """
+    left = list(_left(config, ""))
+    if not left:
+        return config
+    if not config.get("init_from"):
+        raise ValueError(f"config.{left[0]} is left to the weights, but init_from names none")
+    found = _of_weights(str(config.init_from))
+    for key in left:
+        if key not in found:
+            raise ValueError(f"config.{key} is None: give a value; weights have none for it")
+        group, last = _place(config, key)
+        group[last] = found[key]
+    return config
+
+
+def _left(group: ConfigDict, prefix: str) -> Iterator[str]:
+    for name, value in group.items():
+        if isinstance(value, ConfigDict):
+            yield from _left(value, f"{prefix}{name}.")
+        elif value is None:
+            yield prefix + name
+
+
+def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
+    *groups, last = key.split(".")
+    group = config
+    for name in groups:
+        group = group[name]
+    return group, last
+
+
+def _of_weights(path: str) -> dict[str, Any]:
+    """{key: value} that a run or an export has: its model, and how texts and images are read."""
+    from coca_jax import checkpointing, export_format  # JAX and Orbax take seconds to import
+    from coca_jax.config import Model, keys, read
+
+    if export_format.is_export(path):
+        given = export_format.read_config(path)
+        found = {
+            "data.resize": given.preprocess.resize,
+            "data.label_token": False,
+            "data.vocabulary": export_format.vocabulary_path(path),
+        }
+    else:
+        given = checkpointing.load_config(path)
+        found = {
+            "data.resize": given.data.resize,
+            "data.label_token": bool(given.data.get("label_token", False)),
+            "data.vocabulary": "",  # that beside the weights is found by itself
+        }
+    model = read(Model, given.model.to_dict(), f"{path}: config.model", old=True)
+    for key, _ in keys(Model):
+        group, last = _place(model, key)
+        found[f"model.{key}"] = group[last]
+    return found
