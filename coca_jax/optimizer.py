@@ -12,6 +12,8 @@ import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from coca_jax.config import checks
+
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
 MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
 
@@ -22,10 +24,7 @@ def make_schedule(optimizer: ConfigDict, steps: int) -> Callable[[jax.Array], ja
     Raises ValueError for an unknown schedule or a warm-up longer than the run.
     """
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    if warmup >= steps > 0 and warmup:
-        raise ValueError(
-            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps; shorten it"
-        )
+    checks.check_warmup(optimizer, steps)
     decays: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda t: 1 - t,
         "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from coca_jax import sealed_json, storage
-from coca_jax.config import Config, read
-from coca_jax.models import coca, heads
-from coca_jax.optimizer import make_optimizer, make_schedule
+from coca_jax.config import Config, checks, read
+from coca_jax.models import heads
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
 FREE = (
@@ -21,33 +20,8 @@ FREE = (
 def check(config: Config) -> None:
     """Raises ValueError for the first impossible value: its name, the value, the remedy."""
     config = read(Config, config.to_dict())
-    coca.validate(config.model)
-    make_optimizer(config.optimizer)
-    if bool(config.steps) == bool(config.epochs):
-        raise ValueError(
-            f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
-        )
-    make_schedule(config.optimizer, config.steps)
-    patch = config.model.patch_size
-    if any(size % patch or size < patch for _, size in config.image_sizes):
-        raise ValueError(
-            f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
-        )
-    if any(not 3 <= length <= config.model.text.max_len for length in config.text_lengths):
-        raise ValueError(
-            f"config.text_lengths={config.text_lengths} must be from 3 to model.text.max_len="
-            f"{config.model.text.max_len}"
-        )
-    if config.text_parts > 1 and not config.text_lengths:
-        raise ValueError(
-            f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
-        )
-    if not config.data.sources:
-        raise ValueError("config.data.sources is empty; name at least one source of data")
+    checks.check(config)
     check_head(config)
-    if config.loss.contrastive_weight == 0 == config.loss.captioning_weight:
-        if not config.head.kind:
-            raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
 
 
 def check_head(config: Config) -> None:
@@ -117,16 +91,6 @@ def remark_batch(config: Config, num_examples: int) -> str:
     )
 
 
-def check_vocabulary(config: Config, vocabulary: Any) -> None:
-    """Raises ValueError when the tokenizer has ids that the model has no row for."""
-    rows = config.model.text.vocab_size
-    if vocabulary.size > rows:
-        raise ValueError(
-            f"the vocabulary has {vocabulary.size} tokens but model.text.vocab_size={rows}; "
-            "raise it or use the vocabulary that belongs to this model"
-        )
-
-
 def num_steps(config: Config, num_examples: int) -> int:
     """Optimizer steps of the run: config.steps, or config.epochs passes over the data.
 
@@ -138,7 +102,7 @@ def num_steps(config: Config, num_examples: int) -> int:
             f"config.epochs={config.epochs} of {num_examples} examples is no step of "
             f"batch_size={config.batch_size}; raise the one or lower the other"
         )
-    make_schedule(config.optimizer, steps)
+    checks.check_warmup(config.optimizer, steps)
     return steps
 
 

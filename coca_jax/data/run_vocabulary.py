@@ -8,7 +8,7 @@ import time
 from absl import logging
 
 from coca_jax import storage
-from coca_jax.config import Config
+from coca_jax.config import Config, checks
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
@@ -62,11 +62,7 @@ def load_or_train(
             "vocabulary: %d pieces trained in %.1f s -> %s",
             *(vocabulary.size, time.time() - started, path),
         )
-    if vocabulary.size > config.model.text.vocab_size:
-        raise ValueError(
-            f"model.text.vocab_size={config.model.text.vocab_size} is less than the "
-            f"{vocabulary.size} ids of the vocabulary; set it to {vocabulary.size} or more"
-        )
+    checks.check_vocabulary(config.model, vocabulary.size)
     if config.data.label_token and vocabulary.label_id is None:
         raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
     return vocabulary

@@ -12,11 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from coca_jax import ops as operations
+from coca_jax.config import checks
 from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
-from coca_jax.ops.reference import ACTIVATIONS, wide
+from coca_jax.ops.reference import wide
 
 
 @flax.struct.dataclass
@@ -247,9 +248,9 @@ def build(
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
     decides how operations run (see `coca_jax.ops`), not what they compute.
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
-    Raises ValueError for sizes that cannot be (see `validate`).
+    Raises ValueError for sizes that cannot be (see `checks.check_model`).
     """
-    validate(model)
+    checks.check_model(model)
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.get("implementation", "auto"))
     if model.dtype == "float64" and not (
@@ -281,51 +282,7 @@ def build(
     )
 
 
-def validate(model: ConfigDict) -> None:
-    """Raises ValueError that names the first impossible size, its value and the remedy."""
-    if model.image_size % model.patch_size:
-        raise ValueError(
-            f"model.patch_size={model.patch_size} does not divide "
-            f"model.image_size={model.image_size}; choose a divisor"
-        )
-    stages = len(model.image.get("conv_widths", ()))
-    if stages and (
-        model.patch_size != 2**stages or len(model.image.get("conv_depths", ())) != stages
-    ):
-        raise ValueError(
-            f"model.image.conv_widths has {stages} stages; it needs model.patch_size={2**stages} "
-            f"(is {model.patch_size}) and as many model.image.conv_depths"
-        )
-    for name, tower in (("image", model.image), ("text", model.text)):
-        if tower.width % tower.num_heads:
-            raise ValueError(
-                f"model.{name}.num_heads={tower.num_heads} does not divide "
-                f"model.{name}.width={tower.width}; choose a divisor"
-            )
-    pooler = model.pooler
-    if model.text.width % pooler.num_heads:
-        raise ValueError(
-            f"model.pooler.num_heads={pooler.num_heads} does not divide "
-            f"model.text.width={model.text.width}; choose a divisor"
-        )
-    if pooler.kind not in ("cascade", "parallel", "open_clip"):
-        raise ValueError(
-            f"model.pooler.kind={pooler.kind!r}; choose 'cascade', 'parallel' or 'open_clip'"
-        )
-    least = 2 if pooler.kind == "open_clip" else 1
-    if pooler.num_queries < least:
-        raise ValueError(
-            f"model.pooler.num_queries={pooler.num_queries}; {pooler.kind} needs at least {least}"
-        )
-    activation = model.get("activation", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"model.activation={activation!r}; choose from {list(ACTIVATIONS)}")
-    if model.dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"model.dtype={model.dtype!r}; choose 'float32' or 'bfloat16'")
-    if model.text.max_len < 3:
-        raise ValueError(
-            f"model.text.max_len={model.text.max_len}; captions need at least 3 tokens"
-        )
+validate = checks.check_model
 
 
 def init(model: CoCa, rng: jax.Array) -> dict:

@@ -82,7 +82,6 @@ def prepare(
         run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
-    run_config.check_vocabulary(config, words)
     steps = run_config.num_steps(config, mixture.num_examples)
     model = build_model(config, mesh, len(class_names))
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)

@@ -1,0 +1,94 @@
+"""What several values of a configuration must agree on, before any work."""
+
+from __future__ import annotations
+
+from coca_jax.config.model import Model
+from coca_jax.config.run import Config, Optimizer
+from coca_jax.config.section import read
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first impossible value: its name, the value, the remedy.
+
+    What a kind of task head asks of a run, the kind itself says.
+    """
+    check_model(config.model)
+    if bool(config.steps) == bool(config.epochs):
+        raise ValueError(
+            f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
+        )
+    check_warmup(config.optimizer, config.steps)
+    patch = config.model.patch_size
+    if any(size % patch or size < patch for _, size in config.image_sizes):
+        raise ValueError(
+            f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
+        )
+    check_texts(config)
+    if not config.data.sources:
+        raise ValueError("config.data.sources is empty; name at least one source of data")
+    if not (config.loss.contrastive_weight or config.loss.captioning_weight or config.head.kind):
+        raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
+
+
+def check_texts(config: Config) -> None:
+    """Raises ValueError for lengths or parts of texts that the model or each other forbid."""
+    if any(not 3 <= length <= config.model.text.max_len for length in config.text_lengths):
+        raise ValueError(
+            f"config.text_lengths={config.text_lengths} must be from 3 to model.text.max_len="
+            f"{config.model.text.max_len}"
+        )
+    if config.text_parts > 1 and not config.text_lengths:
+        raise ValueError(
+            f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
+        )
+
+
+def check_warmup(optimizer: Optimizer, steps: int) -> None:
+    """Raises ValueError for a warm-up that a run of so many steps (0: not known) never ends."""
+    warmup = optimizer.warmup_steps
+    if warmup >= steps > 0 and warmup:
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps; shorten it"
+        )
+
+
+def check_vocabulary(model: Model, size: int) -> None:
+    """Raises ValueError where a tokenizer of `size` ids has more than the model has rows for."""
+    rows = model.text.vocab_size
+    if size > rows:
+        raise ValueError(
+            f"model.text.vocab_size={rows} is less than the {size} ids of the vocabulary; set "
+            f"it to {size} or more, or use the vocabulary that belongs to this model"
+        )
+
+
+def check_model(model: Model) -> None:
+    """Raises ValueError that names the first impossible value, the value and the remedy."""
+    model = read(Model, model.to_dict(), "model", old=True)
+    if model.image_size % model.patch_size:
+        raise ValueError(
+            f"model.patch_size={model.patch_size} does not divide "
+            f"model.image_size={model.image_size}; choose a divisor"
+        )
+    stages = len(model.image.conv_widths)
+    if stages and (model.patch_size != 2**stages or len(model.image.conv_depths) != stages):
+        raise ValueError(
+            f"model.image.conv_widths has {stages} stages; it needs model.patch_size={2**stages} "
+            f"(is {model.patch_size}) and as many model.image.conv_depths"
+        )
+    for name, tower in (("image", model.image), ("text", model.text)):
+        if tower.width % tower.num_heads:
+            raise ValueError(
+                f"model.{name}.num_heads={tower.num_heads} does not divide "
+                f"model.{name}.width={tower.width}; choose a divisor"
+            )
+    pooler = model.pooler
+    if model.text.width % pooler.num_heads:
+        raise ValueError(
+            f"model.pooler.num_heads={pooler.num_heads} does not divide "
+            f"model.text.width={model.text.width}; choose a divisor"
+        )
+    if pooler.kind == "open_clip" and pooler.num_queries < 2:
+        raise ValueError(
+            f"model.pooler.num_queries={pooler.num_queries}; open_clip needs at least 2"
+        )
