@@ -179,21 +179,17 @@ def changes() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def change(config: ConfigDict) -> None:
-    """Puts `changes()` into a config; a length given there is the run's, as in `settle`."""
+def change(config: Config) -> Config:
+    """A config with `changes()`; a length given there is the run's, as in `settle`."""
     given = changes()
-    for key, value in given.items():
-        group: Any = config
-        *groups, last = key.split(".")
-        for part in groups:
-            group = group[part]
-        group[last] = value
+    config = config.change(given)
     for this, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(this) and not given.get(other):
-            config[other] = type(config[other])(0)
+            config = config.change({other: 0})
     warmup = config.optimizer.warmup_steps
     if config.steps and "optimizer.warmup_steps" not in given and warmup >= config.steps:
-        config.optimizer.warmup_steps = config.steps // 10
+        config = config.change({"optimizer.warmup_steps": config.steps // 10})
+    return config
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from coca_jax import run_config
-from coca_jax.config import typed
 from coca_jax.data.mixture import shares
 from coca_jax.fitting import choose, look, tell
 from coca_jax.fitting.look import Facts
@@ -78,7 +77,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
             config = found.config
             run_config.check(config)  # among others: warm-up below the steps, sizes that divide
             run_config.check_batch(config, machine.devices, 1)
-            assert sum(shares(typed(config).data.sources, config.batch_size)) == config.batch_size
+            assert sum(shares(config.data.sources, config.batch_size)) == config.batch_size
             assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
             assert config.steps * seconds <= max(60 * minutes, 10 * seconds)
             passes = (config.steps - 10) * config.batch_size / facts.train
@@ -114,7 +113,7 @@ def test_pictures_are_not_made_larger_than_they_are():
 def test_what_trains_follows_from_what_there_is():
     def kinds(facts):
         config = chosen(facts).config
-        return [s["kind"] for s in config.data.sources], [t["kind"] for t in config.eval.tasks]
+        return [s.kind for s in config.data.sources], [t["kind"] for t in config.eval.tasks]
 
     assert kinds(CAPTIONS) == (["caption"], ["retrieval", "captioning"])
     assert kinds(LABELS) == (["label"], ["zeroshot"])
@@ -123,7 +122,7 @@ def test_what_trains_follows_from_what_there_is():
     assert kinds(dataclasses.replace(BOTH, labels=9))[0] == ["caption"]
     assert kinds(dataclasses.replace(BOTH, classes=("cat",)))[0] == ["caption"]
     # With both, captions are most of the batch.
-    weights = [s["weight"] for s in chosen(BOTH).config.data.sources]
+    weights = [s.weight for s in chosen(BOTH).config.data.sources]
     assert weights[0] == 7 * weights[1]
 
 
@@ -169,8 +168,7 @@ def test_a_step_fits_the_memory_or_says_what_would():
 
 
 def test_weights_bring_their_model_and_gentle_rates():
-    model = chosen(CAPTIONS).config.model.to_dict()
-    model["image_size"] = 64
+    model = chosen(CAPTIONS).config.model.change(dict(image_size=64))
     small = choose.Weights("runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model")
     config = chosen(CAPTIONS, weights=small).config
     assert config.init_from == "runs/demo" and config.model.image_size == 64

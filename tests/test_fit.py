@@ -1,5 +1,6 @@
 """A fit from a folder to a caption, its resuming, its recipe, and the mistakes people make."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 import coca_jax
 from coca_jax import recipes
+from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.fitting import look, recipe, run
 from coca_jax.fitting.kept import Kept, Request
@@ -51,10 +53,14 @@ def drawn_folder(folder, count, **fields):
 
 def few_steps(config):
     """What a user would give as --config.steps=6 --config.batch_size=16 ..."""
-    config.steps, config.batch_size, config.optimizer.warmup_steps = 6, 16, 1
-    config.data.sources = tuple(dict(s, weight=1.0) for s in config.data.sources)
-    config.text_lengths, config.text_parts = (), 1
-    config.log.every_steps = config.checkpoint.every_steps = 3
+    sources = tuple(dataclasses.replace(s, weight=1.0) for s in config.data.sources)
+    every = dict(every_steps=3)
+    return config.change(
+        {
+            **dict(steps=6, batch_size=16, text_lengths=(), text_parts=1, log=every),
+            **{"optimizer.warmup_steps": 1, "data.sources": sources, "checkpoint": every},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +131,13 @@ def test_held_out_pictures_are_apart(done):
 def test_the_recipe_is_the_run(done):
     """recipe.py gives the config that trained, and begins from the base alone."""
     workdir = done[0]
-    config = recipes.load(f"{workdir}/recipe.py")
+    config = typed(recipes.load(f"{workdir}/recipe.py"))
     trained = json.loads(pathlib.Path(workdir, "config.json").read_text())
     chosen = json.loads(json.dumps(config.to_dict(), default=list))
     assert chosen == {key: trained[key] for key in chosen}
     again = pathlib.Path(workdir, "again.py")
     again.write_text(recipe.source(config, 'A "title" \\ of """quotes"""', ["why"]))
-    assert recipe.plain(recipes.load(str(again))) == recipe.plain(config)
+    assert typed(recipes.load(str(again))) == config
     again.unlink()
 
 

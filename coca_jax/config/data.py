@@ -74,9 +74,9 @@ class Entry(Section):
         return entry if isinstance(entry, Entry) else read(cls, entry, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys that say something: the kind, and what is not as by default."""
+        """The keys that say something: kind and weight, and what is not as by default."""
         given, default = super().to_dict(), Section.to_dict(Entry())
-        return {k: v for k, v in given.items() if k == "kind" or v != default[k]}
+        return {k: v for k, v in given.items() if k in ("kind", "weight") or v != default[k]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Section:
         return found
 
     def change(self: S, values: Mapping[str, Any], name: str = "config") -> S:
-        """This section with other values: {'batch_size': 8, 'data.num_threads': 1}.
+        """This section with other values: {'batch_size': 8, 'data.num_threads': 1}, or with a
+        section's together, {'data': {'num_threads': 1}}.
 
         Raises ValueError for a key that there is not, and a value that cannot be.
         """
@@ -39,8 +40,10 @@ class Section:
             group: Any = tree
             *groups, last = path.split(".")
             for part in groups:
+                if not isinstance(group.get(part), dict):
+                    raise ValueError(f"{name}.{path}: {part!r} is no section; give its value whole")
                 group = group[part]
-            group[last] = value.to_dict() if isinstance(value, Section) else value
+            _merge(group, last, value)
         return read(type(self), tree, name)
 
     # As a mapping, for what still reads a configuration as one.
@@ -57,6 +60,17 @@ class Section:
 
     def __contains__(self, key: str) -> bool:
         return key in self.keys()
+
+
+def _merge(group: dict[str, Any], key: str, value: Any) -> None:
+    """Puts a value into a tree; a mapping goes into the section that is there, key by key."""
+    if isinstance(value, Section):
+        group[key] = value.to_dict()
+    elif rules.is_mapping(value) and isinstance(group.get(key), dict):
+        for name, one in value.items():
+            _merge(group[key], name, one)
+    else:
+        group[key] = value
 
 
 _TYPES: dict[str, dict[str, Any]] = {}  # to ask Python for them takes as long as all the rest

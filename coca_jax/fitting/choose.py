@@ -12,9 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from coca_jax import recipes
+from coca_jax.config import Config, Model
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 
@@ -72,7 +70,7 @@ class Weights:
     images were resized, and the vocabulary's file and ids."""
 
     path: str
-    model: dict[str, Any]
+    model: Model
     parameters: int
     resize: str
     label_token: bool = False
@@ -83,7 +81,7 @@ class Weights:
 class Choice:
     """A recipe but for its steps, and why it is so, a sentence a line."""
 
-    config: ConfigDict
+    config: Config
     why: tuple[str, ...]
     size: str
 
@@ -155,7 +153,7 @@ def choose(
     name: str = "data",
     vocabulary: str = "",
     weights: Weights | None = None,
-    bytes_needed: Callable[[ConfigDict], float] | None = None,
+    bytes_needed: Callable[[Config], float] | None = None,
 ) -> Choice:
     """The recipe for some data on a machine, but for its length, which `with_steps` sets.
 
@@ -172,20 +170,25 @@ def choose(
     Raises ValueError for data that cannot train: too few, or without captions and labels.
     """
     check(facts)
-    config = recipes.load("base")
+    words = (weights.vocabulary if weights else "") or vocabulary
+    provisional = {"steps": 1000, "optimizer.warmup_steps": 100, "data.vocabulary": words}
+    config = Config().change(provisional)
+    acts: list[Callable[[Config], tuple[Config, str]]] = [
+        lambda config: (
+            _from_weights(config, machine, weights)
+            if weights
+            else _from_scratch(config, facts, machine, size, minutes)
+        ),
+        lambda config: _batch(config, facts, machine, minutes, size, weights),
+        lambda config: _texts(config, facts, machine),
+        lambda config: _pictures(config, facts, weights),
+        lambda config: _data(config, facts, path, splits, name),
+        lambda config: _fit_memory(config, machine, bytes_needed),
+    ]
     why = []
-    if weights:
-        why += _from_weights(config, machine, weights)
-    else:
-        why += _from_scratch(config, facts, machine, size, minutes)
-    why.append(_batch(config, facts, machine, minutes, size, weights))
-    why.append(_texts(config, facts, machine))
-    why.append(_pictures(config, facts, weights))
-    why.append(_data(config, facts, path, splits, name))
-    why.append(_fit_memory(config, machine, bytes_needed))
-    config.data.vocabulary = (weights.vocabulary if weights else "") or vocabulary
-    config.steps = provisional = 1000
-    config.optimizer.warmup_steps = provisional // 10
+    for act in acts:
+        config, line = act(config)
+        why.append(line)
     return Choice(config, tuple(line for line in why if line), size.name)
 
 
@@ -214,63 +217,59 @@ def check(facts: Facts) -> None:
 
 
 def _from_scratch(
-    config: ConfigDict, facts: Facts, machine: Machine, size: Size, minutes: float
-) -> list[str]:
+    config: Config, facts: Facts, machine: Machine, size: Size, minutes: float
+) -> tuple[Config, str]:
     accelerated = machine.platform != "cpu"
     large = size.width >= 512
-    config.model.update(
+    model = dict(
         image_size=size.image_size,
         patch_size=size.patch_size,
         embed_dim=size.width,
         dtype="bfloat16" if accelerated else "float32",
         activation="gelu" if large else "relu",
+        image=dict(
+            width=size.width,
+            depth=size.depth,
+            mlp_dim=4 * size.width,
+            num_heads=size.heads,
+            conv_widths=tuple(width for width, _ in size.stem),
+            conv_depths=tuple(blocks for _, blocks in size.stem),
+        ),
+        text=dict(
+            width=size.width,
+            unimodal_depth=size.unimodal,
+            multimodal_depth=size.multimodal,
+            mlp_dim=4 * size.width,
+            num_heads=size.heads,
+            vocab_size=vocabulary_size(facts, size),
+        ),
+        pooler=dict(num_queries=size.queries, num_heads=size.heads),
     )
-    config.model.image.update(
-        width=size.width,
-        depth=size.depth,
-        mlp_dim=4 * size.width,
-        num_heads=size.heads,
-        conv_widths=tuple(width for width, _ in size.stem),
-        conv_depths=tuple(blocks for _, blocks in size.stem),
-    )
-    config.model.text.update(
-        width=size.width,
-        unimodal_depth=size.unimodal,
-        multimodal_depth=size.multimodal,
-        mlp_dim=4 * size.width,
-        num_heads=size.heads,
-        vocab_size=vocabulary_size(facts, size),
-    )
-    config.model.pooler.update(num_queries=size.queries, num_heads=size.heads)
-    config.loss.update(caption_chunk=2048 if large else 512, captioning_weight=2.0)
-    config.optimizer.update(
+    optimizer = dict(
         name="muon",
         learning_rate=1e-3 if large else 1.5e-3,
         schedule="cosine",
         weight_decay=0.1,
         beta2=0.98,
     )
+    loss = dict(caption_chunk=2048 if large else 512, captioning_weight=2.0)
+    config = config.change(dict(model=model, loss=loss, optimizer=optimizer))
     stem = "a light convolutional stem" if size.stem else "plain patches"
     side = f"{size.image_size} px"
     if minutes >= _GROWING_MINUTES and size.image_size >= 48:
         first = size.patch_size * round(size.image_size / size.patch_size * 2 / 3)
-        config.image_sizes = ((0.3, first),)
+        config = config.change(dict(image_sizes=((0.3, first),)))
         side = f"{first}, later {size.image_size} px"
-    return [
+    return config, (
         f"model: {size.name}, {side}, {stem}, width {size.width}, "
         f"{size.depth} + {size.unimodal} + {size.multimodal} layers, from scratch"
-    ]
+    )
 
 
-def _from_weights(config: ConfigDict, machine: Machine, weights: Weights) -> list[str]:
-    config.model = ConfigDict(weights.model, convert_dict=True)
-    config.model.dtype = "bfloat16" if machine.platform != "cpu" else "float32"
-    config.init_from = weights.path
-    config.data.resize = weights.resize
-    config.data.label_token = weights.label_token
-    config.loss.update(caption_chunk=2048, captioning_weight=2.0)
+def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[Config, str]:
     small = weights.parameters < 30e6
-    config.optimizer.update(
+    dtype = "bfloat16" if machine.platform != "cpu" else "float32"
+    optimizer = dict(
         name="muon" if small else "adamw",
         learning_rate=5e-4 if small else 1e-5,
         schedule="cosine",
@@ -278,23 +277,32 @@ def _from_weights(config: ConfigDict, machine: Machine, weights: Weights) -> lis
         beta1=0.9,
         beta2=0.98,
     )
+    loss: dict[str, Any] = dict(caption_chunk=2048, captioning_weight=2.0)
     if not small:
-        config.loss.reduction = "mean"  # as open_clip's weights were trained
-    rate = config.optimizer.learning_rate
-    return [
+        loss["reduction"] = "mean"  # as open_clip's weights were trained
+    config = config.change(
+        dict(
+            init_from=weights.path,
+            model=weights.model.change(dict(dtype=dtype)),
+            data=dict(resize=weights.resize, label_token=weights.label_token),
+            loss=loss,
+            optimizer=optimizer,
+        )
+    )
+    return config, (
         f"model: that of {weights.path}, {weights.parameters / 1e6:.1f}M parameters, "
-        f"{config.model.image_size} px, fine-tuned at a rate of {rate:g}"
-    ]
+        f"{config.model.image_size} px, fine-tuned at a rate of {config.optimizer.learning_rate:g}"
+    )
 
 
 def _batch(
-    config: ConfigDict,
+    config: Config,
     facts: Facts,
     machine: Machine,
     minutes: float,
     size: Size,
     weights: Weights | None,
-) -> str:
+) -> tuple[Config, str]:
     """The largest usual batch that leaves enough steps, and no picture twice in most batches."""
     most = 128 if size.width < 256 else 256 if size.width < 512 else 1024
     pairs = affordable(size, facts, machine, minutes)
@@ -306,50 +314,51 @@ def _batch(
     batch = machine.devices  # times a power of two, so that it splits
     while batch < 16 or (2 * batch <= min(most, facts.train / 4) and pairs / (2 * batch) >= steps):
         batch *= 2
-    config.batch_size = batch
-    config.loss.duplicate_texts = "positives"
-    return (
+    config = config.change({"batch_size": batch, "loss.duplicate_texts": "positives"})
+    return config, (
         f"batch: {config.batch_size} pairs, in which every picture finds its text among all of "
         "them; equal texts are all right answers"
     )
 
 
-def _texts(config: ConfigDict, facts: Facts, machine: Machine) -> str:
+def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]:
     """How long texts are: whole ones but for the last percent, short ones cheaper."""
     usual, nearly_all, _ = facts.tokens
     longest = config.model.text.max_len if config.init_from else 64
     length = min(max(8, 2 * -(-nearly_all // 2)), longest)
     if not config.init_from:
-        config.model.text.max_len = length
+        config = config.change({"model.text.max_len": length})
     short = 4 * -(-usual // 4)
     if short <= 0.7 * length and config.batch_size % (4 * machine.devices) == 0:
-        config.text_lengths, config.text_parts = (short,), 4
+        config = config.change(dict(text_lengths=(short,), text_parts=4))
     pieces = f"{config.model.text.vocab_size:,} word pieces at most, learned from them"
     if config.init_from:
         pieces = "in the word pieces of the weights"
     cut = f"; {short} are room for most, which saves time" if config.text_lengths else ""
-    return f"texts: {pieces}; at most {length} a text{cut}"
+    return config, f"texts: {pieces}; at most {length} a text{cut}"
 
 
-def _pictures(config: ConfigDict, facts: Facts, weights: Weights | None) -> str:
+def _pictures(config: Config, facts: Facts, weights: Weights | None) -> tuple[Config, str]:
     """How pictures vary in training, so that the model does not learn them by heart."""
     tiny = config.model.image_size <= 32
     mode = "none" if tiny else "drawing" if facts.drawn or not weights else "crop"
-    config.data.augment = mode
     # A mirrored picture is another one where captions say left, or name things in their order,
     # and where the classes are letters or numbers.
     letters = all(len(name) <= 2 or name.isdigit() for name in facts.classes)
-    config.data.flip = not (facts.captions or letters or facts.drawn or tiny)
+    flip = not (facts.captions or letters or facts.drawn or tiny)
     how = {
         "none": "as they are, so small that cutting would lose them",
         "drawing": "turned, scaled, recoloured and drawn as outlines at random",
         "crop": "cut at random",
     }[mode]
-    mirrored = ", half of them mirrored" if config.data.flip else ", never mirrored"
-    return f"pictures: {how}{mirrored}"
+    mirrored = ", half of them mirrored" if flip else ", never mirrored"
+    config = config.change(dict(data=dict(augment=mode, flip=flip)))
+    return config, f"pictures: {how}{mirrored}"
 
 
-def _data(config: ConfigDict, facts: Facts, path: str, splits: tuple[str, str], name: str) -> str:
+def _data(
+    config: Config, facts: Facts, path: str, splits: tuple[str, str], name: str
+) -> tuple[Config, str]:
     """What trains and what is scored."""
     found = kinds(facts)
     train, held = splits
@@ -357,10 +366,7 @@ def _data(config: ConfigDict, facts: Facts, path: str, splits: tuple[str, str], 
     if len(found) == 2:
         share = config.batch_size // _LABEL_SHARE
         weights = {"caption": float(config.batch_size - share), "label": float(share)}
-    config.data.sources = tuple(
-        dict(path=path, split=train, kind=kind, weight=weights[kind]) for kind in found
-    )
-    config.data.prompts = "photo"
+    sources = tuple(dict(path=path, split=train, kind=kind, weight=weights[kind]) for kind in found)
     tasks: list[dict[str, Any]] = []
     if held and "caption" in found and facts.test_captions:
         task = dict(name=name, data=dict(path=path, split=held))
@@ -371,26 +377,28 @@ def _data(config: ConfigDict, facts: Facts, path: str, splits: tuple[str, str], 
     if held and "label" in found and facts.test_labels:
         data = dict(path=path, split=held, kind="label")
         tasks.append(dict(kind="zeroshot", name=name, data=data, templates="photo", limit=5000))
-    config.eval.tasks = tuple(tasks)
+    config = config.change(
+        {"data.sources": sources, "data.prompts": "photo", "eval.tasks": tuple(tasks)}
+    )
     if len(found) == 2:
-        return (
+        return config, (
             f"trains on captions, and one row in {_LABEL_SHARE} on labels ('a photo of the "
             f"{facts.classes[0]}')"
         )
     if found == ("caption",):
-        return "trains on captions"
-    return f"trains on labels as texts ('a photo of the {facts.classes[0]}')"
+        return config, "trains on captions"
+    return config, f"trains on labels as texts ('a photo of the {facts.classes[0]}')"
 
 
 def _fit_memory(
-    config: ConfigDict, machine: Machine, bytes_needed: Callable[[ConfigDict], float] | None
-) -> str:
+    config: Config, machine: Machine, bytes_needed: Callable[[Config], float] | None
+) -> tuple[Config, str]:
     """Splits the batch until a step fits: the contrastive loss stays that of the whole batch.
 
     Raises ValueError where even the smallest part does not fit.
     """
     if bytes_needed is None:
-        return ""
+        return config, ""
     room = 0.8 * machine.memory
     whole = need = bytes_needed(config)
     smallest = machine.devices * config.text_parts
@@ -401,12 +409,11 @@ def _fit_memory(
                 f"{machine.platform} has {machine.memory / 2**30:.1f} GiB free; start from smaller "
                 "weights, or use a larger machine"
             )
-        config.accumulate_steps *= 2
-        config.remat = "named"
+        config = config.change(dict(accumulate_steps=2 * config.accumulate_steps, remat="named"))
         need = bytes_needed(config)
     if config.accumulate_steps == 1:
-        return f"memory: {whole / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
-    return (
+        return config, f"memory: {whole / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    return config, (
         f"memory: {need / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB, the batch in "
         f"{config.accumulate_steps} parts"
     )
@@ -421,14 +428,19 @@ def with_steps(
         seconds_a_step: as measured.
         seconds_before: of the time, that go to compiling.
     """
-    config = choice.config.copy_and_resolve_references()
+    config = choice.config
     left = max(60 * minutes - seconds_before, 30 * minutes)
     by_time = max(int(left / seconds_a_step), 10)
     by_data = max(math.ceil(PASSES * facts.train / config.batch_size), 10)
-    config.steps = min(by_time, by_data)
-    config.optimizer.warmup_steps = min(100, max(1, config.steps // 10))
-    config.checkpoint.every_steps = max(1, min(1000, int(60 / seconds_a_step)))
-    config.log.every_steps = max(1, min(50, int(5 / seconds_a_step)))
+    steps = min(by_time, by_data)
+    config = config.change(
+        {
+            "steps": steps,
+            "optimizer.warmup_steps": min(100, max(1, steps // 10)),
+            "checkpoint.every_steps": max(1, min(1000, int(60 / seconds_a_step))),
+            "log.every_steps": max(1, min(50, int(5 / seconds_a_step))),
+        }
+    )
     passes = config.steps * config.batch_size / max(facts.train, 1)
     line = (
         f"steps: {config.steps:,} of {seconds_a_step:.3g} s as measured, {passes:.3g} passes over "

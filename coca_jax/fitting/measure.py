@@ -6,9 +6,9 @@ import dataclasses
 import time
 
 import jax
-from ml_collections import ConfigDict
 
 from coca_jax import metrics, partitioning, train_step
+from coca_jax.config import Config
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import load
@@ -30,7 +30,7 @@ class Speed:
     start: float
 
 
-def measure(config: ConfigDict, *, least_seconds: float = 4.0) -> Speed:
+def measure(config: Config, *, least_seconds: float = 4.0) -> Speed:
     """Takes steps by `config`, nothing of which is kept; the run begins anew.
 
     At each size of images that the run has, 4 steps at least and until `least_seconds` have passed.
@@ -38,7 +38,7 @@ def measure(config: ConfigDict, *, least_seconds: float = 4.0) -> Speed:
     """
     buckets = metrics.TimeBuckets()
     begun = time.perf_counter()
-    mesh = partitioning.make_mesh(**config.mesh)
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         run = setup.Run(
             config=config,
@@ -82,7 +82,7 @@ def measure(config: ConfigDict, *, least_seconds: float = 4.0) -> Speed:
     return Speed(total, compiled, start)
 
 
-def stages(config: ConfigDict, steps: int) -> list[tuple[float, int]]:
+def stages(config: Config, steps: int) -> list[tuple[float, int]]:
     """(share of the run, a step in it) of each size of images that the run goes through."""
     shares = [share for share, _ in config.image_sizes]
     begins = [sum(shares[:i]) for i in range(len(shares) + 1)]

@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from coca_jax import recipes
+from coca_jax.config import Config, Section
 
 
-def source(config: ConfigDict, title: str, why: Sequence[str]) -> str:
+def source(config: Config, title: str, why: Sequence[str]) -> str:
     """The text of a recipe whose get_config() gives `config`.
 
     title: the first line of its docstring; why: lines that follow it.
@@ -21,12 +19,7 @@ def source(config: ConfigDict, title: str, why: Sequence[str]) -> str:
     lines += ["", "", "def get_config() -> ConfigDict:"]
     lines += ['    """The choice that `coca-jax fit` made; change what you like."""']
     lines += ["    config = base.get_config()"]
-    base = recipes.load("base")
-    if _shape(config.model) != _shape(base.model):
-        # A model from elsewhere has keys of its own and may lack some of these.
-        whole = literal(plain(config.model), 4)
-        lines += [f"    config.model = ConfigDict({whole}, convert_dict=True)"]
-    lines += list(_assignments(config, base, "config"))
+    lines += list(_assignments(config, Config(), "config"))
     lines += ["    return config"]
     return "\n".join(lines) + "\n"
 
@@ -35,42 +28,22 @@ def _doc(line: str) -> str:
     return line.replace("\\", "\\\\").replace('"""', "'''")
 
 
-def _shape(config: ConfigDict) -> set[str]:
-    found: set[str] = set()
-    for key, value in config.items():
-        inner = isinstance(value, ConfigDict)
-        found |= {f"{key}.{name}" for name in _shape(value)} if inner else {key}
-    return found
-
-
-def _assignments(config: ConfigDict, default: ConfigDict, name: str) -> Iterator[str]:
+def _assignments(section: Section, default: Section, name: str) -> Iterator[str]:
     """One line a value that differs, groups of values in one call."""
     changed: dict[str, Any] = {}
-    groups = []
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            if name == "config" and key == "model" and _shape(value) != _shape(default[key]):
-                continue
-            groups.append((key, value))
-        elif plain(value) != plain(default[key]):
-            changed[key] = plain(value)
+    groups: list[tuple[str, Section, Section]] = []
+    for key, value in section.to_dict().items():
+        here, there = getattr(section, key), getattr(default, key)
+        if isinstance(here, Section):
+            groups.append((f"{name}.{key}", here, there))
+        elif here != there:
+            changed[key] = value
     if name == "config":
         yield from (f"    config.{key} = {literal(value, 4)}" for key, value in changed.items())
     elif changed:
         yield f"    {name}.update({_items(changed, 4)})"
-    for key, value in groups:
-        yield from _assignments(value, default[key], f"{name}.{key}")
-
-
-def plain(value: Any) -> Any:
-    """A value as Python literals: ConfigDicts as dicts, lists as tuples."""
-    if isinstance(value, ConfigDict):
-        value = value.to_dict()
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return tuple(plain(one) for one in value)
-    return value
+    for path, here, there in groups:
+        yield from _assignments(here, there, path)
 
 
 def literal(value: Any, indent: int) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import compile_cache, export_programs, inference, recipes
+from coca_jax.config import Config
 from coca_jax.data import files, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepared import read_manifest
@@ -25,7 +25,7 @@ from coca_jax.training import memory, stopping
 from coca_jax.training import run as training
 
 Say = Callable[[str], None]
-Change = Callable[[ConfigDict], None]
+Change = Callable[[Config], Config]
 _SAMPLE = 20_000  # texts that the vocabulary and the lengths are taken from, at most
 
 
@@ -33,7 +33,7 @@ def fit(
     request: Request,
     workdir: str,
     *,
-    change: Change = lambda config: None,
+    change: Change = lambda config: config,
     dry_run: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def fit(
 
     Args:
         request: what is asked for.
-        change: puts the user's own values into the config that is chosen.
+        change: gives the config that is chosen with the user's own values.
         dry_run: ends with the recipe.
         say: takes lines for people.
 
@@ -137,7 +137,7 @@ def decide(
     workdir: str,
     change: Change,
     say: Say,
-) -> tuple[ConfigDict, tuple[str, ...]]:
+) -> tuple[Config, tuple[str, ...]]:
     """The recipe and its reasons: the largest size whose measured steps suffice."""
     place, splits, name = data
     machine = look_at_machine()
@@ -160,15 +160,14 @@ def decide(
         tokens = token_lengths(draft.config, facts, size, workdir, say)
         measured_facts = dataclasses.replace(facts, tokens=tokens)
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
-        change(choice.config)
+        choice = dataclasses.replace(choice, config=change(choice.config))
         speed = measure.measure(choice.config)
         last = number == len(sizes) - 1 or start is not None
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:
             break
         say(f"{size.name}: {speed.step:.2f} s a step are too slow; trying a smaller model")
     choice = choose.with_steps(choice, facts, request.minutes, speed.step, speed.compile)
-    config = choice.config.copy_and_resolve_references()
-    change(config)
+    config = change(choice.config)
     why = (*choice.why, *tell.changed(choice.config, config))
     say("the choice:")
     for line in why:
@@ -179,7 +178,7 @@ def decide(
 
 
 def token_lengths(
-    config: ConfigDict, facts: look.Facts, size: choose.Size, workdir: str, say: Say
+    config: Config, facts: look.Facts, size: choose.Size, workdir: str, say: Say
 ) -> tuple[int, int, int]:
     """Tokens of a text with begin and end, (75%, 99%, most), by the config's vocabulary, which is
     learned from the data first where it is not there."""

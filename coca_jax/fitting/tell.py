@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from coca_jax.config import Config, keys
 from coca_jax.evaluators.captioning import score_references
 from coca_jax.evaluators.records import Records
 from coca_jax.fitting.choose import FEW, kinds
@@ -110,14 +110,13 @@ def score_table(
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows)]
 
 
-def changed(chosen: ConfigDict, wanted: ConfigDict, name: str = "") -> list[str]:
+def changed(chosen: Config, wanted: Config) -> list[str]:
     """What the user wants otherwise than it was chosen, a value a line."""
     lines = []
-    for key, value in wanted.items():
-        if isinstance(value, ConfigDict):
-            lines += changed(chosen[key], value, f"{name}{key}.")
-        elif value != chosen[key]:
-            lines.append(f"as you wish: {name}{key} {value!r} in place of {chosen[key]!r}")
+    for key, _ in keys(Config):
+        first, value = (functools.reduce(getattr, key.split("."), c) for c in (chosen, wanted))
+        if value != first:
+            lines.append(f"as you wish: {key} {value!r} in place of {first!r}")
     return lines
 
 

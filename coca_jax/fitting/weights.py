@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from coca_jax import checkpointing, export_format
+from coca_jax.config import Model
+from coca_jax.config.section import read as read_section
 from coca_jax.fitting.choose import Weights
 from coca_jax.models import coca
 
@@ -38,7 +40,7 @@ def read(path: str) -> Weights:
     shapes = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
     return Weights(
         path=os.path.abspath(path),
-        model=config.model.to_dict(),
+        model=read_section(Model, config.model.to_dict(), f"{path}: model", old=True),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         resize=data.resize,
         label_token=bool(data.get("label_token", False)),
