@@ -11,7 +11,7 @@ from coca_jax import checkpointing, metrics, run_config, storage, train_step
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data.batches import Stream, open_stream
 from coca_jax.evaluators import results
-from coca_jax.training import hooks, loop, memory, saving, setup, skipping, stopping
+from coca_jax.training import hooks, lease, loop, memory, saving, setup, skipping, stopping
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
 from coca_jax.training.setup import Run
@@ -36,6 +36,18 @@ def train_on(
     """`train` once the config is checked and the mesh is set."""
     stop = stopping.current()
     stop.joined(jax.process_count())
+    with lease.held(workdir):
+        return train_alone(mesh, config, workdir, buckets, stop)
+
+
+def train_alone(
+    mesh: jax.sharding.Mesh,
+    config: ConfigDict,
+    workdir: str,
+    buckets: metrics.TimeBuckets,
+    stop: stopping.Stop,
+) -> dict[str, Any]:
+    """`train_on` once no other process trains in `workdir`."""
     with buckets("init"):
         run = setup.prepare(mesh, config, workdir, buckets, stop)
         memory.check(config, mesh, run.say)

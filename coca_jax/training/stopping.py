@@ -245,9 +245,33 @@ def say(line: str) -> None:
         os.write(_standard_error, f"{line}\n".encode())
 
 
+_farewells: list[Callable[[], object]] = []
+FAREWELL = 5.0  # seconds that all of them may take
+
+
+def before_leaving(work: Callable[[], object]) -> None:
+    """Has `leave` do `work` first, for up to FAREWELL seconds, from a thread of its own."""
+    _farewells.append(work)
+
+
+def not_before_leaving(work: Callable[[], object]) -> None:
+    """Takes `before_leaving` back."""
+    _farewells.remove(work)
+
+
 def leave(line: str, status: int) -> NoReturn:
     """Says `line` and ends the process: no handlers, no waiting for threads inside C++."""
     say(line)
+
+    def part() -> None:
+        for work in list(_farewells):
+            with contextlib.suppress(Exception):
+                work()
+
+    if _farewells:
+        thread = threading.Thread(target=part, name="farewell", daemon=True)
+        thread.start()
+        thread.join(FAREWELL)
     os._exit(status)
 
 

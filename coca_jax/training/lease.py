@@ -1,0 +1,245 @@
+"""One run, one owner: a workdir that a process trains in is refused to every other one.
+
+The owner keeps `lease.json` in the workdir, a folder or a bucket, and counts up a number in it every
+few seconds. Who finds such a file asks first whether the owner's process lives, which is known at
+once on the same machine (by its number and the time at which it started), and elsewhere watches
+whether the number moves: no clocks are compared, so one that jumps does no harm. An owner that is
+dead loses the lease. One that was only asleep finds another's name in the file and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from coca_jax import storage
+from coca_jax.training import stopping
+
+FILE = "lease.json"
+BEAT, BUCKET_BEAT = 5.0, 15.0  # seconds between two beats, on a disk and in a bucket
+MISSED = 4  # beats without which an owner on another machine counts as dead
+SETTLE = 2.0  # seconds after which a writer in a bucket, which has no lock, reads what it wrote
+EXIT_LOST = 2  # another start would be refused
+
+
+class Held(ValueError):
+    """Another process trains in the workdir."""
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, on this machine and elsewhere."""
+    return dict(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+        command=" ".join(sys.argv)[:300],
+    )
+
+
+def is_alive(owner: dict[str, Any]) -> bool | None:
+    """Whether the process of a lease lives; None where this machine cannot tell."""
+    machine = _machine()
+    if not machine or owner.get("machine") != machine:
+        return None
+    started = _started(int(owner["pid"]))
+    return started is not None and started == owner.get("started")
+
+
+def _machine() -> str:
+    """This start of this machine and the space of its process numbers; '' where it has no /proc."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this machine started, in the kernel's ticks; None where it has ended."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # ended, and its parent has not looked
+
+
+class Lease:
+    """Of one workdir, taken by `acquire` and given back by `release`.
+
+    Args:
+        workdir: a folder that is there, or a place in a bucket.
+        beat: seconds between two beats of this owner.
+        lost: called from another thread when someone else has the lease, with a line that says so.
+        say: takes lines for people.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        beat: float | None = None,
+        lost: Callable[[str], Any] | None = None,
+        say: Callable[[str], Any] = stopping.say,
+    ):
+        self._workdir = workdir
+        self._path = storage.place(workdir) / FILE
+        self._remote = storage.is_remote(self._path)
+        self._beat_seconds = beat or (BUCKET_BEAT if self._remote else BEAT)
+        self._lost, self._say = lost or _leave, say
+        self._me = this_process() | {
+            "owner": uuid.uuid4().hex,
+            "beat_seconds": self._beat_seconds,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
+        self._beats = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Takes the lease and keeps it. Raises Held when a process that lives has it."""
+        with self._alone():
+            self._wait_for_the_dead()
+            self._write()
+        if self._remote:
+            time.sleep(SETTLE)
+            if (owner := self._read()) is not None and owner.get("owner") != self._me["owner"]:
+                raise Held(self._refusal(owner))
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other process of a shared disk looks and writes; a bucket knows no locks."""
+        with contextlib.ExitStack() as stack:
+            if not self._remote:
+                with contextlib.suppress(OSError, ImportError):  # not on every network disk
+                    import fcntl
+
+                    folder = os.open(self._path.parent, os.O_RDONLY)
+                    stack.callback(os.close, folder)
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+
+    def _wait_for_the_dead(self) -> None:
+        """Returns when nobody has the lease, at once or once its owner has missed its beats."""
+        owner = self._read()
+        if owner is None:
+            return
+        alive = is_alive(owner)
+        if alive:
+            raise Held(self._refusal(owner))
+        if alive is None:
+            wait = MISSED * float(owner.get("beat_seconds", self._beat_seconds))
+            self._say(
+                f"{self._workdir} was in use on host {owner.get('host')}: looking for up to "
+                f"{wait:.0f} s whether that run still lives"
+            )
+            end = time.monotonic() + wait
+            while time.monotonic() < end:
+                time.sleep(min(1.0, wait / 8))
+                now = self._read()
+                if now is None:
+                    return
+                if (now.get("owner"), now.get("beats")) != (owner.get("owner"), owner.get("beats")):
+                    raise Held(self._refusal(now))
+        self._say(f"the run on host {owner.get('host')} (process {owner.get('pid')}) is dead")
+
+    def _refusal(self, owner: dict[str, Any]) -> str:
+        return (
+            f"{self._workdir} is in use: process {owner.get('pid')} on host {owner.get('host')} "
+            f"trains in it since {owner.get('since')} ({owner.get('command')}); wait for it, stop "
+            "it, or use a new --workdir"
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        """The lease that is there. What is no whole JSON is looked at again, then counts as none:
+        who wrote it was killed in between."""
+        for _ in range(5):
+            try:
+                text = self._path.read_text()
+                found = json.loads(text)
+                if isinstance(found, dict) and isinstance(found.get("pid"), int):
+                    return found
+            except FileNotFoundError:
+                return None
+            except ValueError:
+                pass
+            time.sleep(0.1)
+        return None
+
+    def _write(self) -> None:
+        text = json.dumps(self._me | {"beats": f"{self._beats:020d}"}, indent=1) + "\n"
+        if self._remote or self._beats == 0:
+            storage.write_text(self._path, text)
+            return
+        with open(self._path, "r+b") as file:  # as long as before: a full disk takes it too
+            file.write(text.encode())
+            file.truncate()
+
+    def check(self) -> None:
+        """Raises Held when someone else has taken the lease: this process was taken for dead."""
+        owner = self._read()
+        if owner is not None and owner.get("owner") != self._me["owner"]:
+            raise Held(self._refusal(owner))
+
+    def _keep(self) -> None:
+        while not self._done.wait(self._beat_seconds):
+            try:
+                self.check()
+                self._beats += 1
+                self._write()
+            except Held as error:
+                self._lost(f"this run was asleep and lost its workdir: {error}")
+                return
+            except Exception:  # a disk or a bucket that does not answer: the run goes on
+                continue
+
+    def release(self) -> None:
+        """Gives the lease back, if it is still this process's."""
+        self._done.set()
+        with contextlib.suppress(Exception):
+            owner = self._read()
+            if owner is not None and owner.get("owner") == self._me["owner"]:
+                self._path.unlink()
+
+
+def _leave(line: str) -> None:
+    stopping.leave(line, EXIT_LOST)
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+    """Inside, the workdir is this run's, whichever process of it keeps the lease (process 0).
+
+    Raises Held on all processes where another run has it.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    lease = Lease(workdir)
+    refused: Held | None = None
+    if jax.process_index() == 0:
+        try:
+            lease.acquire()
+        except Held as error:
+            refused = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(refused is not None):
+        raise refused or Held(f"{workdir} is in use, as process 0 says")
+    if refused is not None:
+        raise refused
+    stopping.before_leaving(lease.release)
+    try:
+        yield
+    finally:
+        stopping.not_before_leaving(lease.release)
+        lease.release()

@@ -1,0 +1,135 @@
+"""One run, one owner: who lives keeps its workdir, who is dead loses it, on a disk and in a bucket."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from coca_jax import storage
+from coca_jax.training import lease
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOLD = "from coca_jax.training.lease import Lease; import sys, time\n"
+HOLD += "Lease(sys.argv[1], beat=0.2).acquire(); print('held', flush=True); time.sleep(60)"
+
+
+def holder(workdir):
+    """Another process that trains in the workdir."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def taken(workdir, **more):
+    found = lease.Lease(str(workdir), say=lambda line: None, **more)
+    found.acquire()
+    return found
+
+
+
+def test_a_live_owner_is_named_and_a_killed_one_loses_the_workdir_at_once(tmp_path):
+    process = holder(tmp_path)
+    with pytest.raises(lease.Held, match=f"in use: process {process.pid} on host .* new --workdir"):
+        taken(tmp_path)
+    process.send_signal(signal.SIGSTOP)  # it may wake up
+    with pytest.raises(lease.Held):
+        taken(tmp_path)
+    process.kill()
+    process.wait()
+    start = time.monotonic()
+    mine = taken(tmp_path, beat=30.0)
+    assert time.monotonic() - start < 5  # no beats to wait for: four would be two minutes
+    mine.release()
+    assert not (tmp_path / lease.FILE).exists()
+
+
+def test_an_owner_that_ended_but_was_not_waited_for_is_dead(tmp_path):
+    process = holder(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    while pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    taken(tmp_path).release()
+    process.wait()
+
+
+def test_an_owner_elsewhere_lives_while_it_beats(tmp_path):
+    owner = taken(tmp_path, beat=0.2)
+    owner._me["machine"] = "another"
+    time.sleep(0.5)
+    with pytest.raises(lease.Held):
+        taken(tmp_path)
+    owner._done.set()  # it dies: no beat, and the file stays
+    owner._thread.join()
+    second = taken(tmp_path, beat=0.2)
+    with pytest.raises(lease.Held):
+        owner.check()  # it was only asleep
+    owner.release()
+    second.check()  # that took nothing from the new owner
+    second.release()
+
+
+def test_who_was_asleep_and_lost_its_workdir_ends(tmp_path):
+    told = threading.Event()
+    owner = lease.Lease(str(tmp_path), beat=0.1, lost=lambda line: told.set())
+    owner.acquire()
+    storage.write_text(tmp_path / lease.FILE, json.dumps(owner._me | {"owner": "new"}))
+    assert told.wait(10)
+    owner.release()
+    assert json.loads((tmp_path / lease.FILE).read_text())["owner"] == "new"
+
+
+def test_what_a_killed_writer_left_is_no_lease(tmp_path):
+    for text in ("", '{"pid": 3', "[]", "{}"):
+        (tmp_path / lease.FILE).write_text(text)
+        taken(tmp_path).release()
+
+
+def test_many_that_start_at_once_are_one(tmp_path):
+    """Twelve processes' worth of threads, whose leases tell themselves apart by name."""
+    won, refused = [], []
+
+    def start():
+        try:
+            won.append(taken(tmp_path))
+        except lease.Held:
+            refused.append(1)
+
+    threads = [threading.Thread(target=start) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(refused) == 11
+    won[0].release()
+
+
+def test_in_a_bucket_too(s3, monkeypatch):
+    monkeypatch.setattr(lease, "SETTLE", 0.1)
+    workdir = f"{s3}/leased"
+    owner = taken(workdir, beat=0.2)
+    with pytest.raises(lease.Held, match=f"process {os.getpid()}"):
+        taken(workdir)
+    owner.release()
+    taken(workdir).release()
+    assert not (storage.place(workdir) / lease.FILE).exists()
+
+
+def test_a_second_train_in_the_workdir_is_one_line_and_status_2(tmp_path):
+    process = holder(tmp_path)
+    command = [sys.executable, "-m", "coca_jax", "train", "--config=tiny", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    process.kill()
+    process.wait()
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path} is in use: process {process.pid}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "config.json").exists()
