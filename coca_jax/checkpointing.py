@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from coca_jax import checkpoint_places, checkpoint_record, checksums, sealed_json, storage
+from coca_jax import activity, checkpoint_places, checkpoint_record, checksums, sealed_json, storage
 from coca_jax.checkpoint_record import Damaged
 from coca_jax.train_step import TrainState, merge
 
@@ -74,7 +74,8 @@ class Checkpoints:
         record = checkpoint_record.make(trees, self._run)
         items[checkpoint_record.ITEM] = ocp.args.JsonSave(record)
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            with activity.doing(f"writing {self.directory / str(step)}"):
+                self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
             if jax.process_count() > 1:  # the others wait inside it: only an end helps them
                 raise
@@ -90,7 +91,8 @@ class Checkpoints:
         SaveFailed on all of them."""
         problem = None
         try:
-            self._manager.wait_until_finished()
+            with activity.doing(f"writing to {self.directory}"):
+                self._manager.wait_until_finished()
         except Exception as error:
             problem = error
         if _agree(problem is None):
@@ -140,7 +142,9 @@ class Checkpoints:
         """(state, None), or (None, what is wrong with its contents)."""
         folder = self.directory / str(step)
         try:
-            read = {name: read_item(folder, name, tree) for name, tree in _items(target).items()}
+            with activity.doing(f"reading {folder}"):
+                parts = _items(target).items()
+                read = {name: read_item(folder, name, tree) for name, tree in parts}
         except Damaged as error:
             return None, str(error)
         counters = read.pop("counters")

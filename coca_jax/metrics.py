@@ -35,6 +35,12 @@ class TimeBuckets:
         self._taken = dict.fromkeys(BUCKETS, 0.0)
         self._open: list[str] = []
         self._since = 0.0
+        self.changes = 0  # how often a bucket began or ended: a run that goes on changes
+
+    @property
+    def now(self) -> str:
+        """The bucket that time goes to, '' outside of all. Any thread may ask."""
+        return (self._open[-1:] or [""])[0]
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -51,6 +57,7 @@ class TimeBuckets:
 
     def _settle(self) -> None:
         now = time.perf_counter()
+        self.changes += 1
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
         self._since = now

@@ -12,7 +12,16 @@ from coca_jax.models import heads
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
 FREE = (
-    *("mesh", "checkpoint", "eval", "log", "remat", "accumulate_steps", "data.num_threads"),
+    *(
+        "mesh",
+        "checkpoint",
+        "faults",
+        "eval",
+        "log",
+        "remat",
+        "accumulate_steps",
+        "data.num_threads",
+    ),
     *("data.loader", "model.implementation"),
 )
 

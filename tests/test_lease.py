@@ -1,4 +1,4 @@
-"""One run, one owner: who lives keeps its workdir, who is dead loses it, on a disk and in a bucket."""
+"""One run, one owner: who lives keeps its workdir, who is dead loses it, also in a bucket."""
 
 import json
 import os
@@ -34,7 +34,6 @@ def taken(workdir, **more):
     return found
 
 
-
 def test_a_live_owner_is_named_and_a_killed_one_loses_the_workdir_at_once(tmp_path):
     process = holder(tmp_path)
     with pytest.raises(lease.Held, match=f"in use: process {process.pid} on host .* new --workdir"):
@@ -54,7 +53,9 @@ def test_a_live_owner_is_named_and_a_killed_one_loses_the_workdir_at_once(tmp_pa
 def test_an_owner_that_ended_but_was_not_waited_for_is_dead(tmp_path):
     process = holder(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
-    while pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while (
+        pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    ):
         time.sleep(0.01)
     taken(tmp_path).release()
     process.wait()

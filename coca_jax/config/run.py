@@ -104,6 +104,17 @@ class Checkpoint(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults(Section):
+    """What a run does about hangs, bad numbers and devices that compute wrongly."""
+
+    hang_minutes: float = key(
+        20.0,
+        number(0, 1e6, "minutes, 0 being no bound"),
+        "without a step before a run is ended to start again; 0: never",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval(Section):
     """What a run evaluates."""
 
@@ -160,5 +171,6 @@ class Config(Section):
     mesh: Mesh = Mesh()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     eval: Eval = Eval()
     log: Log = Log()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
+from coca_jax import activity
 from coca_jax.config import Config
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
@@ -75,7 +76,8 @@ class Examples:
     def _read(self, indices: np.ndarray) -> tuple[list[Record], dict[int, str]]:
         """Records, and {row: why} of those that cannot be read."""
         try:
-            return self.source.read(indices), {}
+            with activity.doing(f"reading {self.source.name}"):
+                return self.source.read(indices), {}
         except Exception:  # array_record raises RuntimeError for the whole of a read
             records, unread = [], {}
             for row, index in enumerate(indices.tolist()):
@@ -88,7 +90,8 @@ class Examples:
     def read_one(self, index: int) -> tuple[Record, str]:
         """A record, or one without an image and why it cannot be read."""
         try:
-            return self.source.read([index])[0], ""
+            with activity.doing(f"reading {self.source.name}"):
+                return self.source.read([index])[0], ""
         except Exception as error:  # of a damaged shard, or of whatever the data lie on
             return UNREAD, f"cannot be read: {error}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,7 +12,17 @@ from coca_jax import checkpointing, metrics, run_config, storage, train_step
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data.batches import Stream, open_stream
 from coca_jax.evaluators import results
-from coca_jax.training import hooks, lease, loop, memory, saving, setup, skipping, stopping
+from coca_jax.training import (
+    hooks,
+    lease,
+    loop,
+    memory,
+    saving,
+    setup,
+    skipping,
+    stopping,
+    watchdog,
+)
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
 from coca_jax.training.setup import Run
@@ -36,7 +47,11 @@ def train_on(
     """`train` once the config is checked and the mesh is set."""
     stop = stopping.current()
     stop.joined(jax.process_count())
-    with lease.held(workdir):
+    # A program that calls `train` is not ended from here.
+    hang = 60 * config.faults.hang_minutes if stop.watched else 0
+    watching = watchdog.Watchdog(workdir, buckets, hang, process=jax.process_index())
+    with lease.held(workdir), contextlib.closing(watching):
+        watching.start()
         return train_alone(mesh, config, workdir, buckets, stop)
 
 

@@ -124,6 +124,11 @@ class Stop:
             leave(f"{why} while {stage}: {lost}; {AGAIN}", EXIT_AGAIN)
 
     @property
+    def watched(self) -> bool:
+        """Whether the run is a command's, which may end the process."""
+        return self._watched
+
+    @property
     def alone(self) -> bool:
         """Whether the run is of one process, so that it need not agree with others."""
         return self._processes == 1
@@ -237,6 +242,11 @@ def end_on_interrupt() -> None:
 def current() -> Stop:
     """The Stop of this process's command, or a new one that only listens in the loop."""
     return _current or Stop()
+
+
+def standard_error() -> int:
+    """The number of the file that `say` writes to."""
+    return _standard_error
 
 
 def say(line: str) -> None:
