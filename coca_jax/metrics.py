@@ -35,6 +35,7 @@ class TimeBuckets:
         self._taken = dict.fromkeys(BUCKETS, 0.0)
         self._open: list[str] = []
         self._since = 0.0
+        self.born = time.perf_counter()
         self.changes = 0  # how often a bucket began or ended: a run that goes on changes
 
     @property
@@ -61,6 +62,11 @@ class TimeBuckets:
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
         self._since = now
+
+    def seconds(self, name: str) -> float:
+        """Seconds of one bucket since the start."""
+        self._settle()
+        return self._seconds[name]
 
     def total(self) -> dict[str, float]:
         """Returns {'data_wait_seconds': ..., ...} since the start."""

@@ -17,7 +17,7 @@ from coca_jax import checkpointing, partitioning, run_config
 from coca_jax.data import vocabulary
 from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train import train
-from coca_jax.training import run, stopping
+from coca_jax.training import goodput, run, stopping
 from coca_jax.training.stopping import Preempted
 
 
@@ -51,6 +51,9 @@ def test_a_run_leaves_what_it_promises(whole):
     workdir, summary = whole
     rows = read_metrics(workdir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert 0 < rows[-1]["goodput"] < 1 and summary["restarts"] == 0
+    shares = [rows[-1][f"time/{part}"] for part in goodput.PARTS if part != "step"]
+    assert sum(shares) + rows[-1]["goodput"] == pytest.approx(1)
     for name in (*COMPARED, "pairs_per_second", "data_wait_seconds", "captioning_loss/label"):
         assert np.isfinite(rows[-1][name]), name
     assert summary["steps"] == 4 and summary["skipped_steps"] == 0

@@ -12,6 +12,7 @@ from coca_jax import storage, train_step
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training.feed import Feed
+from coca_jax.training.goodput import Goodput
 from coca_jax.training.setup import Run
 
 SHOWN = (
@@ -26,7 +27,7 @@ class Log:
     Only process 0 shows and writes; the others read the same values.
     """
 
-    def __init__(self, run: Run, start: int, feed: Feed, batches: Any):
+    def __init__(self, run: Run, start: int, feed: Feed, batches: Any, good: Goodput):
         config, self._say = run.config, run.say
         self._writer = MetricWriter(run.workdir, start_step=start) if run.main_process else None
         self._progress = Progress(
@@ -36,7 +37,7 @@ class Log:
             enabled=run.main_process,
         )
         self._every, self._steps, self._buckets = config.log.every_steps, run.steps, run.buckets
-        self._feed, self._batches = feed, batches
+        self._feed, self._batches, self._good = feed, batches, good
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._previous: jax.Array | None = None
 
@@ -49,6 +50,7 @@ class Log:
             if self._previous is not None:
                 jax.block_until_ready(self._previous)  # one step ahead: batches do not pile up
             self._previous = values["loss"]
+            self._good.first_step()
 
     def flush(self) -> None:
         """Shows and writes what is kept: afterwards the files hold all rows so far."""
@@ -72,7 +74,8 @@ class Log:
         numbers |= self._batches.progress(step)
         if self._writer is not None:
             times = {k: v for k, v in self._buckets.take().items() if k != "data_wait_seconds"}
-            self._writer.write(step, {**numbers, **times})
+            self._writer.write(step, {**numbers, **times, **self._good.shares()})
+            self._good.note(step)
 
     def pause(self) -> None:
         """Restarts the clock of the rate, after something that trained nothing."""
@@ -84,6 +87,7 @@ class Log:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+            self._good.close()
 
 
 class Evaluation:

@@ -1,8 +1,8 @@
 """One run, one owner: a workdir that a process trains in is refused to every other one.
 
 The owner keeps `lease.json` in the workdir, a folder or a bucket, and counts up a number in it
-every few seconds. Who finds such a file asks first whether the owner's process lives, which is known
-at once on the same machine (by its number and the time at which it started), and elsewhere watches
+every few seconds. Who finds such a file asks first whether the owner's process lives, which its
+machine knows at once (by its number and the time at which it started), and elsewhere watches
 whether the number moves: no clocks are compared, so one that jumps does no harm. An owner that is
 dead loses the lease. One that was only asleep finds another's name in the file and ends.
 """

@@ -13,6 +13,7 @@ from coca_jax.config import Config, Recipe, typed
 from coca_jax.data.batches import Stream, open_stream
 from coca_jax.evaluators import results
 from coca_jax.training import (
+    goodput,
     hooks,
     lease,
     loop,
@@ -72,9 +73,11 @@ def train_alone(
         if run.main_process:  # only now: a config that fails must not claim the workdir
             run_config.write(contents, workdir)
         announce(run, state, start)
+        before = goodput.age_before(buckets) if stop.watched else 0.0
+        good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints)
     try:
-        state = steps(run, state, start, checkpoints, evaluate)
+        state = steps(run, state, start, checkpoints, evaluate, good)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -88,7 +91,8 @@ def train_alone(
     for line in results.table({k: v for k, v in scores.items() if "/" in k}):
         run.say(line)
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
-    return summary | scores | report(run)
+    good.note(run.steps, now=True)
+    return summary | good.summary() | scores | report(run)
 
 
 def steps(
@@ -97,6 +101,7 @@ def steps(
     start: int,
     checkpoints: checkpointing.Checkpoints,
     evaluate: hooks.Evaluation,
+    good: goodput.Goodput,
 ) -> train_step.TrainState:
     """All steps from `start` on. Raises Preempted after a save, when asked to stop."""
     with run.buckets("init"):
@@ -105,7 +110,7 @@ def steps(
         if remark := run_config.remark_batch(run.config, run.mixture.num_examples):
             run.say(remark)
         feed = Feed(batches, run.config, run.mesh, run.buckets)
-    log = hooks.Log(run, start, feed, batches)
+    log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)
     trace = hooks.Trace(run)
     preempted = None

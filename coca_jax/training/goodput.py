@@ -1,0 +1,168 @@
+"""Goodput: what share of the time since a run's first start went to steps that count.
+
+The rest went to compilation, waits for data, saves, evaluation, start-up, steps that were lost and
+trained again, and to nothing at all while the run was down. `goodput.json` in the workdir carries
+the sums over restarts. Gaps between two starts on one machine are taken from its clock since boot,
+so a wall clock that jumps does not count; elsewhere from the wall clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax import storage
+from coca_jax.metrics import BUCKETS, TimeBuckets
+
+FILE = "goodput.json"
+PARTS = (*BUCKETS, "lost", "down", "other")  # 'step' being what counts
+WRITE_EVERY, BUCKET_EVERY = 5.0, 60.0  # seconds between two writes, on a disk and in a bucket
+
+
+def clocks() -> dict[str, Any]:
+    """This moment by the wall clock and, where there is one, by the clock since this boot."""
+    found: dict[str, Any] = {"wall": time.time(), "boot": "", "since_boot": 0.0}
+    with contextlib.suppress(OSError, AttributeError):
+        found["boot"] = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["since_boot"] = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return found
+
+
+def between(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Seconds between two results of `clocks`, never below 0."""
+    same = before["boot"] and before["boot"] == after["boot"]
+    clock = "since_boot" if same else "wall"
+    return max(0.0, after[clock] - before[clock])
+
+
+def process_age() -> float:
+    """Seconds since this process started; 0 where the machine does not say."""
+    try:
+        ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return 0.0
+
+
+def age_before(buckets: TimeBuckets) -> float:
+    """Seconds of this process before `buckets` was made: imports."""
+    return max(0.0, process_age() - (time.perf_counter() - buckets.born))
+
+
+def fold(former: Mapping[str, Any] | None, start: int, down: float) -> dict[str, float]:
+    """{part: seconds} of all earlier starts of a run.
+
+    Args:
+        former: goodput.json as the last of them left it, None for a new run.
+        start: the step that the run goes on from. Steps after it are lost.
+        down: seconds in which nothing ran.
+    """
+    parts = dict.fromkeys(PARTS, 0.0)
+    if former is None:
+        return parts
+    for name in PARTS:
+        parts[name] = former["parts"].get(name, 0.0) + former["life"]["seconds"].get(name, 0.0)
+    parts["down"] += down
+    first, last = former["life"]["first_step"], former["life"]["step"]
+    if last > start:
+        own, earlier = former["life"]["seconds"].get("step", 0.0), former["parts"].get("step", 0.0)
+        lost = own * (last - max(first, start)) / (last - first) if last > first else 0.0
+        if start < first:
+            lost += earlier * (first - start) / first
+        parts["step"] -= lost
+        parts["lost"] += lost
+    return parts
+
+
+class Goodput:
+    """The sums of a run, kept by process 0.
+
+    Args:
+        workdir: of the run.
+        buckets: where the time of this start goes.
+        start: the step that it goes on from.
+        before: seconds of this process before `buckets` was made, which count as start-up.
+        write: whether to keep goodput.json: False on all processes but one.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        buckets: TimeBuckets,
+        start: int,
+        *,
+        before: float = 0.0,
+        write: bool = True,
+    ):
+        self._path = storage.place(workdir) / FILE
+        self._buckets, self._start, self._step, self._before = buckets, start, start, before
+        self._every = BUCKET_EVERY if storage.is_remote(self._path) else WRITE_EVERY
+        self._written, self._write = float("-inf"), write
+        self.seconds_to_first_step: float | None = None
+        former = self._read() if write else None
+        down = max(0.0, between(former["at"], clocks()) - self._elapsed()) if former else 0.0
+        self._parts = fold(former, start, down)
+        self._starts = former["starts"] + 1 if former else 1
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the last start left; a file that is not whole counts as none."""
+        try:
+            found = json.loads(self._path.read_text())
+            fold(found, 0, 0.0), found["starts"], found["at"]["boot"], found["at"]["wall"]
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _elapsed(self) -> float:
+        return self._before + time.perf_counter() - self._buckets.born
+
+    def _seconds(self) -> dict[str, float]:
+        """Of this start, by part."""
+        found = {name: self._buckets.seconds(name) for name in BUCKETS}
+        found["init"] += self._before
+        found["other"] = max(0.0, self._elapsed() - sum(found.values()))
+        return found
+
+    def first_step(self) -> None:
+        """To be called when a step is done: notes how long the first one of this start took."""
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = self._elapsed()
+
+    def shares(self) -> dict[str, float]:
+        """{'goodput': share of the time since the first start that went to steps that count,
+        'time/compile': ..., and so on for PARTS}; they add up to 1."""
+        here = self._seconds()
+        sums = {name: self._parts[name] + here.get(name, 0.0) for name in PARTS}
+        total = max(sum(sums.values()), 1e-9)
+        shares = {f"time/{name}": sums[name] / total for name in PARTS if name != "step"}
+        return {"goodput": sums["step"] / total} | shares
+
+    def note(self, step: int, *, now: bool = False) -> None:
+        """Notes that `step` is done; writes the file where the last time is long ago, or `now`."""
+        self._step = step
+        if not self._write or self.seconds_to_first_step is None:  # nothing was trained
+            return
+        if not now and time.monotonic() - self._written < self._every:
+            return
+        self._written = time.monotonic()
+        life = dict(seconds=self._seconds(), first_step=self._start, step=step)
+        data = dict(starts=self._starts, parts=self._parts, life=life, at=clocks())
+        with contextlib.suppress(OSError):  # a full disk: the next one writes all of it
+            storage.write_text(self._path, json.dumps(data, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Writes the file."""
+        self.note(self._step, now=True)
+
+    def summary(self) -> dict[str, Any]:
+        """What the last line of a run says: goodput, restarts, seconds to the first step."""
+        found: dict[str, Any] = {"goodput": round(self.shares()["goodput"], 4)}
+        found["restarts"] = self._starts - 1
+        if self.seconds_to_first_step is not None:
+            found["seconds_to_first_step"] = round(self.seconds_to_first_step, 1)
+        return found
