@@ -58,7 +58,7 @@ def train_on(
 
 def train_alone(
     mesh: jax.sharding.Mesh,
-    config: ConfigDict,
+    config: Config,
     workdir: str,
     buckets: metrics.TimeBuckets,
     stop: stopping.Stop,
