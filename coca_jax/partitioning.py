@@ -18,6 +18,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# Without a sign of life of another process for so long, a process ends in place of waiting.
+PEER_SECONDS = 60
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Every logical name in the code base; a name without a row is an error.
@@ -248,10 +251,11 @@ def start_processes(coordinator: str = "", num_processes: int = 0, process_id: i
         )
     # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
     jax.config.update("jax_enable_preemption_service", False)
+    bound = dict(heartbeat_timeout_seconds=PEER_SECONDS)
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, **bound)
     elif _environment_has_processes():
-        jax.distributed.initialize()
+        jax.distributed.initialize(**bound)
 
 
 def _environment_has_processes() -> bool:
