@@ -170,6 +170,13 @@ class Checkpoints:
             self._manager.reload()
         return lines
 
+    def drop_after(self, step: int) -> None:
+        """Deletes the steps after `step`. All processes call it; no save may be under way."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
+        _meet("newer checkpoints are deleted")
+
     def close(self) -> None:
         """Waits for writes under way on every process."""
         self._manager.wait_until_finished()

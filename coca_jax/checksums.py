@@ -28,7 +28,7 @@ def of_tree(tree: Any) -> dict[str, int]:
     arrays = by_path(tree)
     if _small(arrays.values()):
         with np.errstate(over="ignore"):  # wrapping round is what is wanted
-            return {name: int(_sum(np.asarray(x), np)) for name, x in arrays.items()}
+            return {name: int(sum_of(np.asarray(x), np)) for name, x in arrays.items()}
     return {name: int(value) for name, value in jax.device_get(_sums(arrays)).items()}
 
 
@@ -57,10 +57,10 @@ def _small(arrays: Any) -> bool:
 
 @jax.jit
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _sum(x, jnp) for name, x in arrays.items()}
+    return {name: sum_of(x, jnp) for name, x in arrays.items()}
 
 
-def _sum(x: Any, xp: ModuleType) -> Any:
+def sum_of(x: Any, xp: ModuleType) -> Any:
     """uint32 of an array of bools, integers or floats of 8 to 64 bits. xp: numpy or jax.numpy."""
     bits = _bits(x, xp)
     for axis, size in enumerate(bits.shape):

@@ -251,11 +251,12 @@ def start_processes(coordinator: str = "", num_processes: int = 0, process_id: i
         )
     # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
     jax.config.update("jax_enable_preemption_service", False)
-    bound = dict(heartbeat_timeout_seconds=PEER_SECONDS)
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id, **bound)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=PEER_SECONDS
+        )
     elif _environment_has_processes():
-        jax.distributed.initialize(**bound)
+        jax.distributed.initialize(heartbeat_timeout_seconds=PEER_SECONDS)
 
 
 def _environment_has_processes() -> bool:

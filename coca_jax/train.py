@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     import jax
 
     from coca_jax import partitioning
-    from coca_jax.training import stopping
+    from coca_jax.training import replicas, stopping
 
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
@@ -90,6 +90,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
     try:
         summary = train(config, flags.FLAGS.workdir)
+    except replicas.Corrupted as error:
+        stopping.leave(f"error: {error}", 1)
     except stopping.Preempted as stop:
         if jax.process_count() > 1:
             jax.distributed.shutdown()  # together: the first to go would take the others down

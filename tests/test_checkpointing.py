@@ -83,7 +83,7 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_every_bit():
     split = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
     one = checksums.of_tree({"x": x})
     assert one == checksums.of_tree({"x": split})
-    compiled = {"x": int(jax.jit(lambda x: checksums._sum(x, jnp))(split))}
+    compiled = {"x": int(jax.jit(lambda x: checksums.sum_of(x, jnp))(split))}
     assert compiled == one
     seen = {one["x"]}
     for bit in range(0, x.nbytes * 8, 61):
@@ -99,7 +99,7 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_every_bit():
 def test_checksums_of_every_type_agree_with_the_compiled_ones(dtype):
     x = np.random.default_rng(0).integers(0, 2, (5, 3)).astype(jnp.dtype(dtype))
     with jax.enable_x64(True):
-        compiled = int(jax.jit(lambda x: checksums._sum(x, jnp))(jnp.asarray(x)))
+        compiled = int(jax.jit(lambda x: checksums.sum_of(x, jnp))(jnp.asarray(x)))
     assert checksums.of_tree({"x": x}) == {"x": compiled}
 
 

@@ -112,6 +112,19 @@ class Faults(Section):
         number(0, 1e6, "minutes, 0 being no bound"),
         "without a step before a run is ended to start again; 0: never",
     )
+    spike_deviations: float = key(
+        0.0,
+        number(0, 1000, "standard deviations, 0 being off"),
+        "above its running mean, three steps in a row, the loss has spiked: the run goes back",
+    )
+    spike_batches: int = key(
+        64, whole(1, 1_000_000, "batches"), "up to a spike, which are then left out"
+    )
+    compare_every_steps: int = key(
+        0,
+        whole(0, 1_000_000_000, "steps, 0 being never"),
+        "and before each save: checksums of what several devices hold alike",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

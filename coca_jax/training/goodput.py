@@ -104,6 +104,7 @@ class Goodput:
         self._every = BUCKET_EVERY if storage.is_remote(self._path) else WRITE_EVERY
         self._written, self._write = float("-inf"), write
         self.seconds_to_first_step: float | None = None
+        self._lost = 0.0
         former = self._read() if write else None
         down = max(0.0, between(former["at"], clocks()) - self._elapsed()) if former else 0.0
         self._parts = fold(former, start, down)
@@ -125,8 +126,19 @@ class Goodput:
         """Of this start, by part."""
         found = {name: self._buckets.seconds(name) for name in BUCKETS}
         found["init"] += self._before
-        found["other"] = max(0.0, self._elapsed() - sum(found.values()))
+        found["step"] -= self._lost
+        found["other"] = max(0.0, self._elapsed() - self._lost - sum(found.values()))
+        found["lost"] = self._lost
         return found
+
+    def go_back(self, step: int) -> None:
+        """The run goes back to `step`: what this start trained after it is lost."""
+        done = self._step - self._start
+        if done > 0:
+            share = (self._step - max(step, self._start)) / done
+            self._lost += share * (self._buckets.seconds("step") - self._lost)
+        self._start = min(self._start, step)
+        self._step = step
 
     def first_step(self) -> None:
         """To be called when a step is done: notes how long the first one of this start took."""

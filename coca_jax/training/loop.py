@@ -10,8 +10,10 @@ from coca_jax.train_step import TrainState
 from coca_jax.training.feed import Feed
 from coca_jax.training.hooks import Evaluation, Log
 from coca_jax.training.programs import Programs
+from coca_jax.training.replicas import Replicas
 from coca_jax.training.saving import Save
 from coca_jax.training.skipping import Skipping
+from coca_jax.training.spikes import Spikes
 from coca_jax.training.stopping import Preempted, Stop
 
 
@@ -24,6 +26,8 @@ def run(
     step_fn: Programs,
     log: Log,
     check: Skipping,
+    spikes: Spikes,
+    replicas: Replicas,
     save: Save,
     evaluate: Evaluation,
     stop: Stop,
@@ -31,7 +35,8 @@ def run(
 ) -> TrainState:
     """The state after `steps` steps, from that after `start`.
 
-    Raises Preempted after a save, when the run is asked to stop; Diverged when it learns nothing.
+    Raises Preempted after a save, when the run is asked to stop; Diverged when it learns nothing;
+    WentUp when the loss has spiked; Corrupted when devices differ that must not.
     """
     for step in range(start + 1, steps + 1):
         trace(step)
@@ -39,8 +44,13 @@ def run(
         state, values = step_fn(step, state, batch)
         log(step, values)  # reads the step before last: the device stays busy
         check(step, values)
+        spikes(step, values)
         stopping = stop.reached(step)
-        if stopping or save.due(step):
+        saving = stopping or save.due(step)
+        if replicas.due(step, saving):
+            replicas(step, state)
+        if saving:
+            spikes.settle(step)
             last = stopping or step == steps
             saved = apart(log, functools.partial(save, step, state, last=last))
         if stopping:

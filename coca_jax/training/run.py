@@ -10,7 +10,6 @@ import jax
 
 from coca_jax import checkpointing, metrics, run_config, storage, train_step
 from coca_jax.config import Config, Recipe, typed
-from coca_jax.data.batches import Stream, open_stream
 from coca_jax.evaluators import results
 from coca_jax.training import (
     goodput,
@@ -25,8 +24,11 @@ from coca_jax.training import (
     watchdog,
 )
 from coca_jax.training.feed import Feed
+from coca_jax.training.left_out import Batches, Ranges
 from coca_jax.training.programs import Programs
+from coca_jax.training.replicas import Replicas
 from coca_jax.training.setup import Run
+from coca_jax.training.spikes import Spikes, WentUp
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -69,6 +71,10 @@ def train_alone(
         memory.check(config, mesh, run.say)
         contents = run_config.contents(config, run.vocabulary, run.class_names)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)
+        spikes = Spikes(workdir, config.faults, write=run.main_process)
+        if spikes.back is not None:  # killed while it went back
+            checkpoints.drop_after(spikes.back)
+            spikes.gone_back()
         state, start = restore_or_begin(run, checkpoints)
         if run.main_process:  # only now: a config that fails must not claim the workdir
             run_config.write(contents, workdir)
@@ -77,7 +83,7 @@ def train_alone(
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints)
     try:
-        state = steps(run, state, start, checkpoints, evaluate, good)
+        state = steps(run, state, start, checkpoints, evaluate, good, spikes)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,10 +108,57 @@ def steps(
     checkpoints: checkpointing.Checkpoints,
     evaluate: hooks.Evaluation,
     good: goodput.Goodput,
+    spikes: Spikes,
 ) -> train_step.TrainState:
-    """All steps from `start` on. Raises Preempted after a save, when asked to stop."""
+    """All steps from `start` on, going back where the loss spikes.
+
+    Raises Preempted after a save, when asked to stop.
+    """
+    while True:
+        spikes.begin(start)
+        try:
+            return steps_from(run, state, start, checkpoints, evaluate, good, spikes)
+        except WentUp as error:
+            spike = error.with_traceback(None)  # whose frames hold the state
+        del state
+        state, start = go_back(run, spike, checkpoints, good, spikes)
+
+
+def go_back(
+    run: Run,
+    spike: WentUp,
+    checkpoints: checkpointing.Checkpoints,
+    good: goodput.Goodput,
+    spikes: Spikes,
+) -> tuple[train_step.TrainState, int]:
+    """The state of the newest checkpoint from before a spike, and its step."""
+    with contextlib.suppress(checkpointing.SaveFailed):
+        checkpoints.wait()
+    step = spikes.plan(spike, checkpoints.steps())
+    first = max(1, spike.step - run.config.faults.spike_batches + 1)
+    run.say(
+        f"warning: {spike}; going back to step {step} and leaving out the batches of the steps "
+        f"{first} to {spike.step}"
+    )
+    checkpoints.drop_after(step)
+    spikes.gone_back()
+    good.go_back(step)
     with run.buckets("init"):
-        batches = open_batches(run, start)
+        return restore_or_begin(run, checkpoints)
+
+
+def steps_from(
+    run: Run,
+    state: train_step.TrainState,
+    start: int,
+    checkpoints: checkpointing.Checkpoints,
+    evaluate: hooks.Evaluation,
+    good: goodput.Goodput,
+    spikes: Spikes,
+) -> train_step.TrainState:
+    """All steps from `start` on. Raises WentUp besides."""
+    with run.buckets("init"):
+        batches = open_batches(run, start, spikes.left_out)
         run.say(run.mixture.describe())
         if remark := run_config.remark_batch(run.config, run.mixture.num_examples):
             run.say(remark)
@@ -113,7 +166,7 @@ def steps(
     log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)
     trace = hooks.Trace(run)
-    preempted = None
+    ended: stopping.Preempted | WentUp | None = None
     run.stop.listen()
     try:
         state = loop.run(
@@ -123,33 +176,38 @@ def steps(
             feed=feed,
             step_fn=Programs(run),
             log=log,
-            check=skipping.Skipping(run, state),
+            check=skipping.Skipping(run, state, spikes.left_out),
+            spikes=spikes,
+            replicas=Replicas(run.mesh, run.config.faults.compare_every_steps),
             save=save,
             evaluate=evaluate,
             stop=run.stop,
             trace=trace,
         )
-    except stopping.Preempted as asked:
-        preempted = asked
+    except (stopping.Preempted, WentUp) as error:
+        ended = error
     finally:
         trace.close()
         feed.close()
         batches.close()
         run.stop.close()
     log.close()
+    if isinstance(ended, WentUp):
+        raise ended
     save.close()
-    if preempted is not None:
-        raise preempted
+    if ended is not None:
+        raise ended
     return state
 
 
-def open_batches(run: Run, start: int) -> Stream:
-    """The batches of this process from step `start` on."""
-    return open_stream(
+def open_batches(run: Run, start: int, left_out: Ranges) -> Batches:
+    """The batches of this process from step `start` on, without those that are left out."""
+    return Batches(
+        left_out,
+        start,
         run.config,
         run.vocabulary,
         run.mixture,
-        start_step=start,
         class_names=run.class_names,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -8,6 +8,7 @@ import numpy as np
 
 from coca_jax import storage
 from coca_jax.train_step import Metrics, TrainState
+from coca_jax.training.left_out import Ranges, number_of
 from coca_jax.training.setup import Run
 
 
@@ -20,7 +21,8 @@ class Skipping:
     config.checkpoint.max_skipped skipped steps in a row (0: never). All processes do at one step.
     """
 
-    def __init__(self, run: Run, state: TrainState):
+    def __init__(self, run: Run, state: TrainState, left_out: Ranges = ()):
+        self._left_out = left_out
         self._run, self._limit = run, run.config.checkpoint.max_skipped
         self._skipped, self._in_a_row = int(state.skipped), 0
         self._previous: tuple[int, Metrics] | None = None
@@ -42,7 +44,7 @@ class Skipping:
             f"the gradients of {self._in_a_row} steps in a row ({first} to {step}) are not finite"
         )
         if self._run.main_process:
-            rows = self._run.mixture.step_examples(first - 1)
+            rows = self._run.mixture.step_examples(number_of(first - 1, self._left_out))
             file = storage.place(self._run.workdir) / f"skipped_step_{first}.json"
             storage.write_text(file, json.dumps(rows, indent=1, default=str) + "\n")
             names = ", ".join(f"{row['source']} {row['key']}" for row in rows[:3])

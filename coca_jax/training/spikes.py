@@ -1,0 +1,152 @@
+"""Loss spikes: the run goes back to a checkpoint from before one and leaves its batches out.
+
+As in PaLM (Chowdhery et al. 2022, section 5.1), where a restart from before a spike without the
+batches around it was enough each time, and the same batches did no harm elsewhere. Off unless
+config.faults.spike_deviations is set.
+
+Which batches are left out is kept in `spikes.json`, with what the detector knew at each checkpoint:
+so a run that is killed and resumed sees and does the same as one that is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax import sealed_json, storage
+from coca_jax.train_step import Metrics
+from coca_jax.training.left_out import Ranges, leave_out
+from coca_jax.training.skipping import Diverged
+
+FILE = "spikes.json"
+WARM = 100  # steps before the first spike can be seen
+IN_A_ROW = 3  # steps with a high loss that are a spike; fewer are a batch that is hard
+DECAY = 0.98  # of the running mean and variance, over about 50 steps
+MOST = 10  # spikes of a run; the next one ends it
+KEPT = 50  # checkpoints whose detector is kept, more than a run keeps
+
+
+class WentUp(Exception):
+    """The loss has spiked. step: the last one of the spike, counted from 1."""
+
+    def __init__(self, step: int, loss: float, usual: float):
+        super().__init__(f"the loss is {loss:.4g} at step {step} and was {usual:.4g} before")
+        self.step = step
+
+
+@dataclasses.dataclass
+class Detector:
+    """The running mean and variance of the loss, without its highs."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+    high: int = 0  # steps in a row
+
+    def add(self, loss: float, deviations: float) -> bool:
+        """Takes the loss of a step; whether it is the last one of a spike."""
+        if not math.isfinite(loss):
+            return False  # such a step changes nothing, see skipping.py
+        away = loss - self.mean
+        if self.count >= WARM and away > deviations * math.sqrt(self.variance):
+            self.high += 1
+            return self.high >= IN_A_ROW
+        self.high, self.count = 0, self.count + 1
+        share = max(1 - DECAY, 1 / self.count)
+        self.mean += share * away
+        self.variance = (1 - share) * (self.variance + share * away * away)
+        return False
+
+
+class Spikes:
+    """`spikes(step, metrics)` after each step raises WentUp, one step late; see `settle`.
+
+    Args:
+        workdir: of the run.
+        faults: its section of the config.
+        write: whether this process keeps spikes.json.
+
+    Attributes:
+        left_out: which batches are.
+        back: the step that the run was about to go back to when it was killed, else None.
+    """
+
+    def __init__(self, workdir: str, faults: Any, *, write: bool = True):
+        self._path = storage.place(workdir) / FILE
+        self._deviations, self._batches = faults.spike_deviations, faults.spike_batches
+        self._write = write
+        self._pending: tuple[int, Metrics] | None = None
+        self._detector = Detector()
+        found = sealed_json.read(self._path) if self._path.exists() else {}
+        self.left_out: Ranges = tuple((a, b) for a, b in found.get("left_out", ()))
+        self.back: int | None = found.get("back")
+        self._times = found.get("times", 0)
+        self._known: dict[str, list[float]] = found.get("detector", {})
+
+    def begin(self, step: int) -> None:
+        """The run goes on from `step`: what was known then is known again."""
+        self._pending = None
+        mean, variance, count, high = self._known.get(str(step), (0.0, 0.0, 0, 0))
+        self._detector = Detector(mean, variance, int(count), int(high))
+
+    def __call__(self, step: int, values: Metrics) -> None:
+        """Looks at the step before: the device stays busy."""
+        if self._deviations:
+            before, self._pending = self._pending, (step, values)
+            self._look(before)
+
+    def settle(self, step: int) -> None:
+        """Before `step` is saved: looks at it too, and notes what is known then."""
+        if not self._deviations:
+            return
+        before, self._pending = self._pending, None
+        self._look(before)
+        self._known[str(step)] = list(dataclasses.astuple(self._detector))
+        self._known = dict(sorted(self._known.items(), key=lambda x: int(x[0]))[-KEPT:])
+        self._keep()
+
+    def _look(self, found: tuple[int, Metrics] | None) -> None:
+        if found is None:
+            return
+        step, values = found
+        loss, usual = float(np.asarray(values["loss"])), self._detector.mean
+        if self._detector.add(loss, self._deviations):
+            raise WentUp(step, loss, usual)
+
+    def plan(self, spike: WentUp, saved: Sequence[int]) -> int:
+        """The step to go back to, 0 for the beginning; from there on the batches are left out.
+
+        saved: the steps of the checkpoints. Raises Diverged after too many spikes, or where no
+        checkpoint from before this one is left.
+        """
+        self._times += 1
+        first = max(1, spike.step - self._batches + 1)
+        before = [step for step in saved if step < first]
+        if self._times > MOST:
+            raise Diverged(f"{spike}: that is spike {self._times}; lower optimizer.learning_rate")
+        if saved and not before and min(saved) >= first and self._known:
+            oldest = min(int(step) for step in self._known)
+            if oldest < first:  # there was one, and it was rotated away
+                raise Diverged(
+                    f"{spike}, and no checkpoint from before step {first} is left; raise "
+                    "checkpoint.keep or lower faults.spike_batches"
+                )
+        self.back = max(before, default=0)
+        self.left_out = leave_out(first - 1, spike.step - 1, self.left_out)
+        self._known = {k: v for k, v in self._known.items() if int(k) <= self.back}
+        self._keep()
+        return self.back
+
+    def gone_back(self) -> None:
+        """The checkpoints after `back` are gone."""
+        self.back = None
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._write:
+            data = dict(left_out=self.left_out, times=self._times, back=self.back)
+            sealed_json.write(self._path, data | {"detector": self._known})

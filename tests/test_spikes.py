@@ -1,0 +1,130 @@
+"""A loss spike sends the run back to before it, without its batches, the same after every kill."""
+
+import jax
+import numpy as np
+import pytest
+from test_train import tiny_run
+
+from coca_jax import checkpointing
+from coca_jax.config import typed
+from coca_jax.metrics import read_metrics
+from coca_jax.train import train
+from coca_jax.training import left_out, run, spikes, stopping
+from coca_jax.training.spikes import Detector, Spikes, WentUp
+
+
+def test_numbers_of_batches_skip_those_that_are_left_out():
+    ranges = left_out.leave_out(4, 6, ())  # the steps 5 to 7, counted from 1
+    assert ranges == ((4, 6),)
+    assert [left_out.number_of(n, ranges) for n in range(7)] == [0, 1, 2, 3, 7, 8, 9]
+    ranges = left_out.leave_out(5, 6, ranges)  # which train on the batches 8 and 9
+    assert ranges == ((4, 6), (8, 9))
+    assert [left_out.number_of(n, ranges) for n in range(8)] == [0, 1, 2, 3, 7, 10, 11, 12]
+    assert left_out.leave_out(2, 4, ranges) == ((2, 9),)  # what lies between them goes too
+
+
+def test_two_thousand_random_ranges_leave_each_other_batch_once():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ranges, gone = (), set()
+        for _ in range(10):
+            first = int(rng.integers(0, 50))
+            last = first + int(rng.integers(0, 5))
+            numbers = [left_out.number_of(n, ranges) for n in range(first, last + 1)]
+            ranges = left_out.leave_out(first, last, ranges)
+            gone |= set(range(numbers[0], numbers[-1] + 1))
+        assert {n for a, b in ranges for n in range(a, b + 1)} == gone
+        shown = [left_out.number_of(n, ranges) for n in range(100)]
+        assert shown == [n for n in range(500) if n not in gone][:100]
+
+
+def detect(losses, deviations=6.0):
+    found = Detector()
+    return [n for n, loss in enumerate(losses) if found.add(float(loss), deviations)]
+
+
+def test_noise_drift_and_one_hard_batch_are_no_spike_and_a_spike_is():
+    rng = np.random.default_rng(0)
+    losses = 5 * np.exp(-np.arange(2000) / 500) + 0.1 * rng.normal(size=2000)
+    assert detect(losses) == []
+    losses[700] += 5
+    losses[900:902] += 5
+    losses[1000] = np.nan
+    assert detect(losses) == []
+    losses[1200:1210] += 2
+    assert detect(losses)[0] == 1202
+    losses[:50] += 100  # the first steps say nothing
+    assert detect(losses)[0] == 1202
+
+
+def test_too_many_spikes_end_the_run(tmp_path, config):
+    config.faults.spike_deviations, config.faults.spike_batches = 6.0, 5
+    found = Spikes(str(tmp_path), typed(config).faults)
+    for n in range(spikes.MOST):
+        assert found.plan(WentUp(100 + 10 * n, 9.0, 1.0), [60 + 10 * n, 80 + 10 * n]) == 80 + 10 * n
+        found.gone_back()
+    with pytest.raises(ValueError, match="spike 11; lower optimizer.learning_rate"):
+        found.plan(WentUp(300, 9.0, 1.0), [280])
+
+
+def test_a_run_that_was_killed_while_it_went_back_knows(tmp_path, config):
+    config.faults.spike_batches = 10
+    faults = typed(config).faults
+    Spikes(str(tmp_path), faults).plan(WentUp(50, 9.0, 1.0), [20, 40, 45])
+    again = Spikes(str(tmp_path), faults)
+    assert again.back == 40 and again.left_out == ((40, 49),)
+    again.gone_back()
+    assert Spikes(str(tmp_path), faults).back is None
+
+
+@pytest.fixture
+def spiking(monkeypatch):
+    """A run of 24 steps whose batches 13 to 16 (from 1) have a loss of 1000 as far as it sees."""
+    monkeypatch.setattr(spikes, "WARM", 6)
+    monkeypatch.setattr(spikes, "DECAY", 0.8)
+    shown = []
+    look = Spikes._look
+
+    def see(self, found):
+        if found is not None:
+            number = left_out.number_of(found[0] - 1, self.left_out)
+            shown.append((found[0], number))
+            if 12 <= number <= 15:
+                found = (found[0], dict(found[1], loss=np.float32(1000)))
+        look(self, found)
+
+    monkeypatch.setattr(Spikes, "_look", see)
+    config = tiny_run(steps=24)
+    config.faults.spike_deviations, config.faults.spike_batches = 20.0, 4
+    config.checkpoint.every_steps = 5
+    return config, shown
+
+
+def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monkeypatch, capfd):
+    """Seen at step 15, the third of the spike: back to 10, without the batches 12 to 15."""
+    config, shown = spiking
+    train(config, str(tmp_path / "calm"))
+    told = capfd.readouterr().err
+    assert "going back to step 10 and leaving out the batches of the steps 12 to 15" in told
+    rows = read_metrics(tmp_path / "calm")
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    last = {step: number for step, number in shown}  # as trained in the end
+    assert [last[n] for n in (10, 11, 12, 13, 24)] == [9, 10, 15, 16, 27]
+    assert rows[-1]["time/lost"] > 0
+    # The same, stopped before the spike, in it, and after it.
+    reached, stops = stopping.Stop.reached, [7, 14, 13, 20]
+    monkeypatch.setattr(
+        stopping.Stop, "reached", lambda self, step: step in stops and not stops.remove(step)
+    )
+    for _ in range(9):
+        try:
+            train(config, str(tmp_path / "stopped"))
+            break
+        except stopping.Preempted:
+            continue
+    monkeypatch.setattr(stopping.Stop, "reached", reached)
+    again = read_metrics(tmp_path / "stopped")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    params = [checkpointing.load_params(str(tmp_path / n))[0] for n in ("calm", "stopped")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert run.Batches is left_out.Batches
