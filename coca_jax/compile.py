@@ -11,6 +11,7 @@ Examples:
   coca-jax compile --config=coca_2b --topology=v4:8x16x16
   coca-jax compile --config=coca_base --topology=h100:8 --config.batch_size=512
   coca-jax compile --config=coca_base --topology=cpu:8 --config.batch_size=64
+  coca-jax compile --config=coca_2b --topology=v4:8x16x16 --hosts=512 --save_seconds=20
 """
 
 from __future__ import annotations
@@ -90,6 +91,25 @@ def show_gpu(result: dict[str, Any]) -> None:
     print("costliest places:")
 
 
+def show_goodput() -> dict[str, Any]:
+    """What is left for steps on so many hosts, which fail now and then."""
+    from coca_jax.estimate import goodput
+
+    given = flags.FLAGS
+    found = goodput.estimate(
+        given.hosts, given.host_hours, given.save_seconds, given.restart_seconds
+    )
+    print(
+        f"{given.hosts} host(s) fail every {found['hours_between_failures']:.1f} h: with a save "
+        f"every {found['checkpoint_seconds'] / 60:.1f} min (checkpoint.every=auto) steps that "
+        f"count have {found['expected_goodput']:.1%} of the time by Daly's formula, "
+        f"{found['simulated_goodput']:.1%} in a simulation"
+        if "simulated_goodput" in found
+        else f"{given.hosts} hosts fail too often to train"
+    )
+    return found
+
+
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     recipes.define_flag()
@@ -99,6 +119,12 @@ def define_flags() -> None:
         "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, h100:8, h200:8, a100:8 or cpu:8.",
     )
     flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
+    flags.DEFINE_integer("hosts", 0, "Hosts of the run: says the goodput to expect; 0: does not.")
+    flags.DEFINE_float(
+        "host_hours", 6334.0, "Mean hours between failures of one host; the default: Llama 3's."
+    )
+    flags.DEFINE_float("save_seconds", 10.0, "That a save holds the steps up, for --hosts.")
+    flags.DEFINE_float("restart_seconds", 300.0, "From a failure to the next step, for --hosts.")
     flags.DEFINE_integer("top", 25, "Rows of the table of costliest operations.")
 
 
@@ -106,6 +132,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry: exit status 1 when the step does not fit."""
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --topology")
+    check_goodput()
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
     prepare_platform(flags.FLAGS.topology)
@@ -115,10 +142,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     result = compiled.compile_step(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.dump_hlo)
     if "bytes_per_device" in result:
         show(result, flags.FLAGS.top)
+    if flags.FLAGS.hosts:
+        result |= show_goodput()
     if not result["fits"]:
         print(json.dumps(result), flush=True)
         sys.exit(1)
     return result
+
+
+def check_goodput() -> None:
+    """Raises ValueError for numbers of --hosts and its like that cannot be."""
+    given = flags.FLAGS
+    if given.hosts < 0:
+        raise ValueError(f"--hosts={given.hosts}: give a number of hosts, or 0")
+    for name in ("host_hours", "save_seconds", "restart_seconds"):
+        value = given[name].value
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name}={value}: give a number above 0")
 
 
 def prepare_platform(topology: str) -> None:

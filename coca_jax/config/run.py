@@ -94,7 +94,15 @@ class Mesh(Section):
 class Checkpoint(Section):
     """When the run saves."""
 
-    every_steps: int = key(1000, INTERVAL, "between saves")
+    every: str = key(
+        "steps",
+        choice("steps", "auto"),
+        "auto: as often as the time of a save and mean_hours_between_failures say (Daly 2006)",
+    )
+    every_steps: int = key(1000, INTERVAL, "between saves, for every='steps'")
+    mean_hours_between_failures: float = key(
+        24.0, number(0, 1e6, "hours", above=True), "of the whole run, for every='auto'"
+    )
     keep: int = key(3, whole(1, 1_000_000, "checkpoints"), "the newest ones")
     max_skipped: int = key(
         50,

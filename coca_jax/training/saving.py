@@ -4,17 +4,63 @@ from __future__ import annotations
 
 import time
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from coca_jax.checkpointing import Checkpoints, SaveFailed
+from coca_jax.estimate import goodput
 from coca_jax.train_step import TrainState
 from coca_jax.training import hooks
 from coca_jax.training.setup import Run
 
 RETRY = (30.0, 60.0, 120.0, 300.0)  # seconds before another try, in the loop; the last one repeats
 LAST_RETRY = (2.0, 10.0, 30.0)  # seconds before another try, when the run is about to end
+FIRST = 20  # steps before the first save of checkpoint.every='auto', which measures
+
+
+class Interval:
+    """The steps between two saves, config.checkpoint.every_steps or by what a save takes here."""
+
+    def __init__(self, run: Run, start: int):
+        given = run.config.checkpoint
+        self._run, self._auto, self._start = run, given.every == "auto", start
+        self._between = 3600 * given.mean_hours_between_failures
+        self._steps = FIRST if self._auto else given.every_steps
+        self._said = 0
+        self._since: tuple[int, float] | None = None  # a step, and when it was seen
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be saved."""
+        if not self._auto:
+            return step % self._steps == 0
+        if self._since is None and step > self._start + 1:  # the first step was compiled
+            self._since = (step, time.perf_counter())
+        return step - self._start >= self._steps
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A save of `step` has held the steps up for so long. All processes call it."""
+        if not self._auto:
+            return
+        if self._since is not None and step > self._since[0]:
+            passed = time.perf_counter() - seconds - self._since[1]
+            one = max(passed / (step - self._since[0]), 1e-6)
+            best = goodput.best_interval(max(seconds, 1e-3), self._between)
+            steps = np.int32(min(max(1, round(best / one)), 1_000_000_000))
+            if jax.process_count() > 1:  # each has other times
+                steps = multihost_utils.broadcast_one_to_all(steps)
+            self._steps = int(steps)
+            if not self._said / 2 < self._steps < self._said * 2:
+                self._said = self._steps
+                self._run.say(
+                    f"a checkpoint every {self._steps} steps: a save takes {seconds:.2f} s, a step "
+                    f"{one:.3g} s, and the run fails every {self._between / 3600:g} h"
+                )
+        self._start, self._since = step, None
 
 
 class Save:
-    """Saves the state each config.checkpoint.every_steps steps, at the end, and before an
+    """Saves the state as often as `Interval` says, at the end, and before an
     evaluation: so scores belong to a state that is kept, and the evaluation may be left.
 
     A save that fails is said and tried again; the run goes on with its earlier checkpoints. A state
@@ -24,12 +70,13 @@ class Save:
     def __init__(self, run: Run, checkpoints: Checkpoints, state: TrainState, start: int):
         self._run, self._checkpoints = run, checkpoints
         self._kept = self._begun = (start, int(state.skipped))  # of whole saves, of the last one
+        self._interval = Interval(run, start)
         self._failures, self._retry_at = 0, float("inf")
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` is to be kept."""
-        every, steps = self._run.config.checkpoint.every_steps, self._run.steps
-        if step % every == 0 or step == steps or hooks.evaluation_due(self._run, step):
+        due = self._interval.due(step)
+        if due or step == self._run.steps or hooks.evaluation_due(self._run, step):
             return True
         return self._run.stop.alone and self._try_again()
 
@@ -53,6 +100,7 @@ class Save:
         Returns the step that a run which goes on would begin from. Raises SaveFailed when the last
         save has failed several times.
         """
+        begin = time.perf_counter()
         with self._run.buckets("save"):
             self._settle()
             skipped = int(state.skipped)
@@ -68,6 +116,7 @@ class Save:
                 time.sleep(pause)
         if last and self._kept[0] != step:
             raise SaveFailed(f"step {step} could not be saved; step {before} is the newest")
+        self._interval.saved(step, time.perf_counter() - begin)
         return step
 
     def _try(self, this: tuple[int, int], state: TrainState, wait: bool) -> bool:

@@ -1,0 +1,66 @@
+"""The interval between checkpoints: Daly's formulas against a simulation and a search."""
+
+import math
+
+import numpy as np
+import pytest
+from test_train import tiny_run
+
+from coca_jax import checkpointing, run_config
+from coca_jax.config import typed
+from coca_jax.estimate import goodput
+from coca_jax.train import train
+from coca_jax.training import saving
+
+CASES = [(10.0, 300.0, 3_600.0), (60.0, 600.0, 3_600.0), (2.0, 30.0, 50_000.0), (30.0, 0.0, 600.0)]
+
+
+@pytest.mark.parametrize("save, restart, between", CASES)
+def test_the_simulation_agrees_with_the_formula(save, restart, between):
+    best = goodput.best_interval(save, between)
+    for interval in (best / 3, best, 3 * best):
+        want = goodput.expected(interval, save, restart, between)
+        got = [
+            goodput.simulate(interval, save, restart, between, saves=20_000, seed=seed)
+            for seed in range(4)
+        ]
+        assert np.mean(got) == pytest.approx(want, rel=0.01)
+
+
+@pytest.mark.parametrize("save, restart, between", CASES)
+def test_no_other_interval_is_better(save, restart, between):
+    best = goodput.best_interval(save, between)
+    top = goodput.expected(best, save, restart, between)
+    others = [goodput.expected(best * f, save, restart, between) for f in np.linspace(0.2, 5, 97)]
+    assert max(others) <= top * 1.001  # Daly's is an expansion: within a thousandth
+    assert best == pytest.approx(math.sqrt(2 * save * between), rel=0.3)  # Young's
+
+
+def test_more_hosts_have_less_left():
+    found = [goodput.estimate(n, goodput.HOST_HOURS, 10.0, 300.0) for n in (1, 64, 2048)]
+    assert found[0]["hours_between_failures"] == pytest.approx(6_334, rel=1e-3)
+    assert found[2]["hours_between_failures"] == pytest.approx(3.09, rel=1e-2)
+    values = [f["expected_goodput"] for f in found]
+    assert values[0] > 0.999 > values[1] > 0.99 > values[2] > 0.9
+    for f in found:
+        assert f["simulated_goodput"] == pytest.approx(f["expected_goodput"], rel=0.01)
+    assert goodput.estimate(10_000_000, 1.0, 10.0, 300.0)["expected_goodput"] < 0.01
+
+
+def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(saving, "FIRST", 3)
+    config = tiny_run(steps=14)
+    config.checkpoint.every = "auto"
+    config.checkpoint.mean_hours_between_failures = 1e-6  # every few milliseconds: save always
+    config.checkpoint.keep = 20
+    train(config, str(tmp_path))
+    _, steps = checkpointing.find_steps(str(tmp_path))
+    assert steps[-1] == 3 and steps[0] == 14 and len(steps) > 3
+    assert "a checkpoint every " in capfd.readouterr().err
+
+
+def test_what_cannot_be_is_refused():
+    config = tiny_run()
+    config.checkpoint.every = "never"
+    with pytest.raises(ValueError, match="checkpoint.every='never'"):
+        run_config.check(typed(config))
