@@ -121,8 +121,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     target = place(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.parent / f"{target.name}.{os.getpid()}.new"
-    new.write_bytes(data)
-    new.replace(target)
+    try:
+        new.write_bytes(data)
+        new.replace(target)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 class Growing:
@@ -142,22 +146,30 @@ class Growing:
         self._parts: list[bytes] = []
         self._file: Any = None
         self._changed, self._written_at = False, time.monotonic()
+        self._warned = False
         if is_remote(self._path):
             found = self._path.read_bytes() if self._path.exists() else b""
             self._parts, self._changed = [found[:keep]], len(found) > keep
             self.flush()
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")
+            self._file = open(self._path, "ab", buffering=0)
             self._file.truncate(keep)
 
     def write(self, data: bytes) -> None:
-        """Adds `data` at the end."""
-        if self._file is not None:
-            self._file.write(data)
-            self._file.flush()
-            return
+        """Adds `data` at the end. What does not fit on a full disk is kept for the next time."""
         self._parts.append(data)
+        if self._file is not None:
+            try:
+                self._drain()
+                self._warned = False
+            except OSError as error:
+                if not self._warned:
+                    absl_logging.warning(
+                        "%s could not be written, it is tried again: %s", self._path, error
+                    )
+                self._warned = True
+            return
         self._changed = True
         if time.monotonic() - self._written_at > self._seconds:
             try:
@@ -168,11 +180,21 @@ class Growing:
 
     def flush(self) -> None:
         """Returns when all that was written is in the file. Raises OSError when it cannot be."""
-        if self._file is None and self._changed:
+        if self._file is not None:
+            self._drain()
+        elif self._changed:
             self._parts = [b"".join(self._parts)]
             with _as_os_error(self._path):
                 self._path.write_bytes(self._parts[0])
             self._changed, self._written_at = False, time.monotonic()
+
+    def _drain(self) -> None:
+        """Writes what waits to the local file, as far as it goes."""
+        while self._parts:
+            written = self._file.write(self._parts[0])
+            self._parts[0] = self._parts[0][written:]
+            if not self._parts[0]:
+                self._parts.pop(0)
 
     def close(self) -> None:
         """Flushes; nothing may be written afterwards."""

@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
-    from coca_jax import partitioning
+    from coca_jax import checkpointing, partitioning
     from coca_jax.training import replicas, stopping
 
     partitioning.start_processes(
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
     try:
         summary = train(config, flags.FLAGS.workdir)
-    except replicas.Corrupted as error:
+    except (replicas.Corrupted, checkpointing.SaveFailed) as error:
         stopping.leave(f"error: {error}", 1)
     except stopping.Preempted as stop:
         if jax.process_count() > 1:

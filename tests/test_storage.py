@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import resource
+import signal
 import sys
 
 import fsspec
@@ -158,3 +160,26 @@ def test_places_where_no_run_can_live(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="s3://bucket/run: .*pip install.*s3"):
         monkeypatch.delitem(sys.modules, "s3fs", raising=False)
         storage.place("s3://bucket/run")
+
+
+def test_a_growing_file_on_a_full_disk_keeps_what_waits(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails
+    rows = storage.Growing(tmp_path / "rows")
+    rows.write(b"one\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))  # a disk with two bytes left
+    try:
+        rows.write(b"two\n")
+        rows.write(b"three\n")
+        assert (tmp_path / "rows").read_bytes() == b"one\ntw"
+        with pytest.raises(OSError):
+            rows.flush()
+        with pytest.raises(OSError):
+            storage.write_text(tmp_path / "other", "0123456789")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["rows"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, former)
+    rows.write(b"four\n")
+    assert (tmp_path / "rows").read_bytes() == b"one\ntwo\nthree\nfour\n"
+    rows.close()

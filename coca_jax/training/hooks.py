@@ -104,10 +104,23 @@ class Evaluation:
         return evaluation_due(self._run, step)
 
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
-        """Scores by name, also written to workdir/eval.json."""
+        """Scores by name, also written to workdir/eval.json.
+
+        An evaluation inside the run that cannot be written, on a full disk, does not end it.
+        """
         run = self._run
         if not run.config.eval.tasks:
             return {}
+        try:
+            return self._evaluate(step, state)
+        except OSError as error:
+            if step == run.steps or not run.stop.alone:
+                raise
+            run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
+            return {}
+
+    def _evaluate(self, step: int, state: train_step.TrainState) -> dict[str, float]:
+        run = self._run
         kept = functools.partial(self._checkpoints.wait_for, step)
         run.say(f"evaluating step {step} ...")
         with run.buckets("eval"), run.stop.saved("evaluating", kept):
