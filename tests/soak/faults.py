@@ -3,9 +3,9 @@
     python tests/soak/faults.py                     # all; root is needed for the disks
     python tests/soak/faults.py full_disk stall     # some
 
-Each fault ends as it should or is a problem: the run goes on and ends equal to a calm one, or it ends
-with one line and the status that the table of exit statuses gives. The last line of output is one
-JSON object.
+Each fault ends as it should or is a problem: the run goes on and ends equal to a calm one, or it
+ends with one line and the status that the table of exit statuses gives. The last line of output is
+one JSON object.
 """
 
 from __future__ import annotations
