@@ -127,7 +127,8 @@ def aim(life: Life, moment: str, rng: random.Random, total: int) -> bool:
 
 def environment(work: pathlib.Path) -> dict[str, str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST, "JAX_PLATFORMS": "cpu"}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), "PYTHON": sys.executable}
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
+    env |= {"PYTHON": sys.executable}
     return env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
 
 
