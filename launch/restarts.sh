@@ -5,10 +5,13 @@
 # Settings come from the environment:
 #   RESTARTS  how often a run that failed is started again, in all (default 3)
 #   PAUSE     seconds to wait before that (default 10)
+#   STEADY    seconds of running after which a failure counts as the first one again (default 3600)
 RESTARTS=${RESTARTS:-3}
 PAUSE=${PAUSE:-10}
+STEADY=${STEADY:-3600}
 failures=0
-for setting in RESTARTS PAUSE; do
+started=$SECONDS
+for setting in RESTARTS PAUSE STEADY; do
   [[ ${!setting} =~ ^[0-9]+$ ]] || {
     echo "$setting=${!setting}; it must be a whole number, 0 or more" >&2
     exit 2
@@ -17,6 +20,8 @@ done
 
 # Succeeds when a run that ended with STATUS is to be started again, and says why on standard error.
 starts_again() {
+  local ran=$((SECONDS - started))
+  started=$SECONDS
   case $1 in
     0) return 1 ;; # done
     2) # bad input: it would fail again
@@ -29,6 +34,7 @@ starts_again() {
       return 0
       ;;
   esac
+  ((ran < STEADY)) || failures=0
   failures=$((failures + 1))
   if ((failures > RESTARTS)); then
     echo "train failed (status $1), $failures time(s) with this one: giving up (RESTARTS=$RESTARTS)" >&2
@@ -37,4 +43,5 @@ starts_again() {
   echo "train failed (status $1): starting it again in $PAUSE s ($failures of $RESTARTS)" >&2
   sleep "$PAUSE" & # waited for in this way, a signal to the launcher is answered at once
   wait "$!" || true
+  started=$SECONDS
 }

@@ -181,3 +181,13 @@ def test_a_dry_run_prints_one_command_a_process():
     assert done.returncode == 0 and len(lines) == 3
     for process, line in enumerate(lines):
         assert f"--process_id={process}" in line and "--coordinator=localhost:4321" in line
+
+
+@pytest.mark.parametrize(("steady", "lives"), [("0", "xxxx"), ("3600", "xx")])
+def test_failures_far_apart_are_counted_anew(tmp_path, steady, lives):
+    """Three failures with one restart allowed: each begins the count where runs are steady."""
+    text = LIVES.replace("> 1", "> 3") + "sys.exit(3)\n"
+    script = stand_in(tmp_path, text)
+    done = local(script, "1", "--", f"--workdir={tmp_path}", RESTARTS="1", STEADY=steady)
+    assert done.returncode == (0 if steady == "0" else 3), done.stderr
+    assert (tmp_path / "lives0").read_text() == lives
