@@ -21,7 +21,7 @@ setuptools.setup(
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
     package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
-    package_data={"coca_jax": ["cpu_kernels.cc", "py.typed"]},
+    package_data={"coca_jax": ["ops/cpu/decode_kernels.cc", "py.typed"]},
     entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[

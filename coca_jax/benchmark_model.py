@@ -14,7 +14,6 @@ import numpy as np
 
 from coca_jax import (
     benchmark_peer,
-    decoding,
     generation,
     partitioning,
     run_config,
@@ -23,7 +22,7 @@ from coca_jax import (
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding
 
 Call = Callable[[], Any]
 

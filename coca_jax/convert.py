@@ -94,19 +94,22 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         FileNotFoundError: `source` is neither.
         ValueError: the model has an option that open_clip's CoCa lacks (named).
     """
+    from coca_jax.models import roles  # jax and flax: not where weights are only read
+
     if export_format.is_export(source):
         params, config = export_format.read_export(source)
     else:
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
-    if "head" in params:
+    if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
-        params = {name: part for name, part in params.items() if name != "head"}
+        params = roles.without_task_head(params)
     model_cfg = open_clip_config.from_model(config.model)
-    layout = Layout(config.model, logit_bias="logit_bias" in params)
-    if "logit_bias" in params:
-        model_cfg["init_logit_bias"] = float(np.asarray(params["logit_bias"]["value"]))
+    bias = roles.sigmoid_bias(params)
+    layout = Layout(config.model, logit_bias=bias is not None)
+    if bias is not None:
+        model_cfg["init_logit_bias"] = float(np.asarray(bias))
     os.makedirs(out, exist_ok=True)
     tensors = layout.write(export_format.flatten(params))
     safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors)

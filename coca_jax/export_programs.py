@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import decoding, export_format, inference, storage
-from coca_jax.models import coca
+from coca_jax import export_format, inference, storage
+from coca_jax.models import coca, decoding, roles
 from coca_jax.ops.packed import Layout
 from coca_jax.train_step import normalise_pixels
 
@@ -27,7 +27,9 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
     """The five programs by name, serialised. Raises ValueError for an unknown platform."""
     export_format.check_platforms(platforms)
     sizes = model.config.model
-    module = coca.build(sizes, sigmoid="logit_bias" in model.params, platform=platforms[0])
+    module = coca.build(
+        sizes, sigmoid=roles.sigmoid_bias(model.params) is not None, platform=platforms[0]
+    )
     vocabulary = model.vocabulary
     spec = decoding.decoder(
         sizes,

@@ -29,13 +29,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import compile_cache, decoding, export_format, generation, partitioning, storage
+from coca_jax import compile_cache, export_format, generation, partitioning, storage
 from coca_jax.data import image_files, videos, vocabulary
 from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.decode_settings import Settings
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding, roles
 from coca_jax.train_step import caption_targets, normalise_pixels
 
 WHOLE = P()
@@ -125,14 +125,14 @@ class CoCaModel:
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         if class_names is None:
             class_names = config.get("class_names", ())
-        self.class_names = list(class_names) if "head" in params else []
+        self.class_names = list(class_names) if roles.has_task_head(params) else []
         self._module = coca.build(
             model,
-            sigmoid="logit_bias" in params,
-            head=config.head if "head" in params else None,
+            sigmoid=roles.sigmoid_bias(params) is not None,
+            head=config.head if roles.has_task_head(params) else None,
             num_classes=len(self.class_names),
         )
-        self.head_kind: str = config.head.kind if "head" in params else ""
+        self.head_kind: str = config.head.kind if roles.has_task_head(params) else ""
         self._spec = decoding.decoder(
             model,
             num_ids=vocabulary.size,
@@ -209,7 +209,7 @@ class CoCaModel:
             .mean(1)
         )
         classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-        scale = np.exp(np.asarray(self.params["log_scale"]["value"]))
+        scale = np.exp(np.asarray(roles.log_scale(self.params)))
         logits = scale * self.encode_image(images, progress=progress) @ classes.T
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
@@ -795,14 +795,12 @@ OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 def _narrow(params: dict) -> dict:
     """Matrices and tables in bfloat16; what the model computes in float32 anyway stays."""
-    wide = ("image_to_joint", "text_to_joint", "log_scale", "logit_bias")
 
-    def one(path: Any, x: Any) -> jax.Array:
-        names = [key.key for key in path]
-        narrow = names[0] not in wide and names[-1] in ("kernel", "value") and x.ndim > 1
+    def one(role: roles.Role, x: Any) -> jax.Array:
+        narrow = role.kind in ("kernel", "table") and x.ndim > 1 and not role.part.wide
         return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return roles.map_with_roles(one, params)
 
 
 def _resize_mode(config: ConfigDict) -> str:

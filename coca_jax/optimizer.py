@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from coca_jax.config import checks
+from coca_jax.models.part import TOP
+from coca_jax.models.roles import Role, depths, map_with_roles
 
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
 MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
@@ -87,21 +89,15 @@ def kernel_axes(params: Any) -> Any:
     outputs; layers are apart. None for what is no kernel, and for the softmax over the vocabulary.
     """
 
-    def one(path: Any, leaf: Any) -> Any:
-        names = [k.key for k in path]
+    def one(role: Role, leaf: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        if names[-1] != "kernel" or names[:2] == ["text_decoder", "head"]:
+        if role.kind != "kernel":
             return None
-        first, last = int("layers" in names), leaf.ndim - 1
-        split = last  # the last axis holds the outputs ...
-        if names[-2] in ("query", "key", "value"):  # ... but of these, heads and their width do
-            split = last - 1
-        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, last + 1)))
+        first, split = int(role.stack is not None), leaf.ndim - role.outputs
+        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, leaf.ndim)))
 
-    return jax.tree_util.tree_map_with_path(
-        one, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
+    return map_with_roles(one, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
 
 def _parts(params: Any) -> Any:
@@ -129,41 +125,33 @@ def rate_factors(params: Any, optimizer: ConfigDict, has_head: bool) -> Any:
     the two halves count as one tower; the norms at the end, the poolers and the projections are at
     the top, with d^0 (as in BEiT, Bao et al. 2022).
     """
-    towers = {"image_encoder": ("blocks",), "text_decoder": ("unimodal", "multimodal")}
-    top = ("final_norm", "multimodal_norm", "unimodal_norm", "head")
     encoder, decay = 1.0, optimizer.layer_decay
     if has_head and optimizer.encoder_learning_rate >= 0:
         encoder = optimizer.encoder_learning_rate / optimizer.learning_rate
+    towers = depths(params)
 
-    def depth(tower: str, half: str) -> int:
-        return jax.tree.leaves(params[tower][half])[0].shape[0] if half in params[tower] else 0
-
-    def one(path: Any, leaf: Any) -> Any:
-        tower, part = path[0].key, path[1].key
-        if tower == "head":
+    def one(role: Role, leaf: Any) -> Any:
+        if role.part.serves == "head":
             return 1.0
-        if tower not in towers or part in top or decay == 1.0:
+        if role.part.place == TOP or decay == 1.0:
             return encoder
-        halves = towers[tower]
-        total = sum(depth(tower, half) for half in halves)
-        if part not in halves:
+        stacks = towers.get(role.part.tower, {})
+        total = sum(stacks.values())
+        if role.stack is None:
             return encoder * decay ** (total + 1)
-        below = sum(depth(tower, half) for half in halves[: halves.index(part)])
+        below = sum(list(stacks.values())[: list(stacks).index(role.stack)])
         layer = below + np.arange(leaf.shape[0])
         factors = (encoder * decay ** (total - layer)).astype(np.float32)
         return factors.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return map_with_roles(one, params)
 
 
 def is_matrix(params: Any) -> Any:
     """True for kernels and tables of two or more dimensions, stacked layers not counted."""
-
-    def one(path: Any, leaf: Any) -> bool:
-        names = [getattr(k, "key", None) for k in path]
-        return leaf.ndim - ("layers" in names) >= 2 and names[-1] != "bias"
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return map_with_roles(
+        lambda role, leaf: role.kind in ("kernel", "table") and role.dimensions(leaf) >= 2, params
+    )
 
 
 def clip_by_global_norm(gradients: Any, norm: jax.Array, limit: float) -> Any:

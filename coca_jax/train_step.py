@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from coca_jax import losses, partitioning, text_lengths
-from coca_jax.models import coca
+from coca_jax.models import coca, roles
 from coca_jax.models.coca import CoCa
 from coca_jax.optimizer import (
     clip_by_global_norm,
@@ -61,33 +61,12 @@ def trainable(params: dict, config: ConfigDict) -> dict:
     captions, pairs = config.loss.captioning_weight, config.loss.contrastive_weight
     decodes = bool(captions) or config.head.kind != "classification"
 
-    def wanted(names: tuple[str, ...]) -> bool:
-        if names[0] == "head":
-            return True
-        if frozen:
-            return False
-        if pairs:
-            return True
-        if names[0] in ("generative_pooler", "pooled_norm"):
-            return decodes
-        if names[0] == "text_decoder":
-            if names[1] in ("cls", "unimodal_norm"):
-                return False
-            return bool(captions) if names[1] == "head" else decodes
-        return names[0] == "image_encoder"
-
-    def select(tree: dict, names: tuple[str, ...]) -> dict:
-        found = {}
-        for key, value in tree.items():
-            if isinstance(value, dict) and len(names) < 1:
-                value = select(value, names + (key,))
-                if value:
-                    found[key] = value
-            elif wanted(names + (key,)):
-                found[key] = value
-        return found
-
-    return select(params, ())
+    served = {"head"} if frozen else {"head", "image"}
+    if not frozen:
+        served |= {"decoding"} if decodes or pairs else set()
+        served |= {"captioning"} if captions or pairs else set()
+        served |= {"contrastive"} if pairs else set()
+    return roles.select(params, lambda part: part.serves in served)
 
 
 def merge(params: dict, part: dict) -> dict:
@@ -281,11 +260,10 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
     gradients are stacked in that dtype too: half the bytes in bfloat16, and the values that the
     products give either way."""
 
-    def one(path: Any, x: jax.Array) -> jax.Array:
-        names = [getattr(k, "key", None) for k in path]
-        return x.astype(dtype) if "layers" in names and names[-1] == "kernel" else x
+    def one(role: roles.Role, x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if role.kind == "kernel" and role.stack is not None else x
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return roles.map_with_roles(one, params)
 
 
 def loss_fn(

@@ -10,9 +10,8 @@ import numpy as np
 from absl import logging
 
 from coca_jax import checkpointing, export_format, storage
+from coca_jax.models import roles
 from coca_jax.train_step import TrainState
-
-FRESH = ("head", "logit_bias")  # top-level parts that may be missing: they start untrained
 
 
 def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> TrainState:
@@ -20,38 +19,40 @@ def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> Trai
 
     Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576);
     of texts, those beyond the weights' max_len start untrained, and those beyond the model's go.
-    Parts named in FRESH that the weights lack stay as they are. A task head of the weights is used
-    where it has the classes `class_names` of this run's head, in their order, and left out else.
+    Optional parts (see models/part.py) that the weights lack stay as they are. A task head of the
+    weights is used where it has the classes `class_names` of this run's head, in their order, and
+    left out else.
     Raises ValueError naming the first parameter that does not fit, FileNotFoundError without any.
     """
     target = export_format.flatten(state.params)
     weights, classes = read(path)
-    if "head" in weights and (not class_names or classes != list(class_names)):
+    if roles.has_task_head(weights) and (not class_names or classes != list(class_names)):
         logging.warning("init_from: the head of %s has other classes and is left out", path)
-        weights = {name: part for name, part in weights.items() if name != "head"}
+        weights = roles.without_task_head(weights)
     given = export_format.flatten(weights)
     unknown = sorted(set(given) - set(target))
     if unknown:
         raise ValueError(f"init_from={path} has {unknown[0]}, which this config's model lacks")
     params: dict[str, Any] = {}
     for name, leaf in target.items():
+        part = roles.part_of(name.split("/"))
         if name not in given:
-            if name.split("/")[0] not in FRESH:
+            if not part.optional:
                 raise ValueError(f"init_from={path} lacks {name} of this config's model")
             params[name] = leaf
             continue
         array = np.asarray(given[name], np.float32)
-        if name == "image_encoder/positions/value" and array.shape != leaf.shape:
+        if part.positions == "grid" and array.shape != leaf.shape:
             array = resize_positions(array, leaf.shape[0])
-        if name == "text_decoder/positions/value":
+        if part.positions == "text":
             array = fit_text_positions(array, leaf.shape[0])
         if array.shape != leaf.shape:
             raise ValueError(
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
             )
         params[name] = export_format.place(array, leaf.sharding)
-    for part in sorted({name.split("/")[0] for name in target.keys() - given.keys()}):
-        logging.warning("init_from: %s starts untrained", part)
+    for missing in sorted({name.split("/")[0] for name in target.keys() - given.keys()}):
+        logging.warning("init_from: %s starts untrained", missing)
     tree = export_format.unflatten(params)
     return state.replace(params=tree, ema=_averages(state.ema, tree))
 

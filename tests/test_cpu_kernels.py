@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import needs_compiler
 
-from coca_jax import cpu_kernels, decoding, partitioning
+from coca_jax import partitioning
 from coca_jax.configs import coca_base, demo, finetune_open_clip
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding
+from coca_jax.ops.cpu import decode_kernels as cpu_kernels
 from coca_jax.ops.reference import ACTIVATIONS
 
 
@@ -232,7 +233,7 @@ def test_callers_at_once_do_not_disturb_each_other(kernels):
 
 def without(compiler: str, folder) -> tuple[bool, str]:
     """(available, what was logged) in a new process whose compiler is `compiler`."""
-    code = "from coca_jax import cpu_kernels as k; print(k.available(), k.available())"
+    code = "from coca_jax.ops.cpu import decode_kernels as k; print(k.available(), k.available())"
     env = dict(os.environ, CXX=compiler, XDG_CACHE_HOME=str(folder))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -244,7 +245,7 @@ def without(compiler: str, folder) -> tuple[bool, str]:
 def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
     for compiler, reason in (
         ("no-such-compiler", "there is no C++ compiler 'no-such-compiler'"),
-        ("false", "false cannot compile cpu_kernels.cc"),
+        ("false", "false cannot compile decode_kernels.cc"),
     ):
         works, said = without(compiler, tmp_path)
         assert not works and said.count(reason) == 1 and "Install g++" in said

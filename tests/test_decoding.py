@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import needs_compiler, tiny_config
 
-from coca_jax import cpu_kernels, decoding, generation, partitioning
+from coca_jax import generation, partitioning
 from coca_jax.generation import Settings, choice
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding
+from coca_jax.ops.cpu import decode_kernels as cpu_kernels
 
 EOS, VOCAB = 1, 7
 

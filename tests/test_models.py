@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import random_batch, tiny_config
 
-from coca_jax import decoding, partitioning
+from coca_jax import partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, layers, stem
+from coca_jax.models import coca, decoding, layers, stem
 from coca_jax.ops.reference import ACTIVATIONS
 
 

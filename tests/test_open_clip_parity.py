@@ -25,12 +25,12 @@ from test_convert import (
 )
 
 import coca_jax
-from coca_jax import convert, decoding, export_format, generation
+from coca_jax import convert, export_format, generation
 from coca_jax.data import images
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.clip_bpe import ClipBpe
 from coca_jax.interop.open_clip_layout import Layout
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip install -e '.[parity]'")

@@ -6,6 +6,8 @@ as; TOLERANCE is that of float32 sums over six steps.
 """
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ import update_rules
 from conftest import tiny_config
 from ml_collections import ConfigDict
 
-from coca_jax import optimizer, partitioning, train_step
-from coca_jax.models import coca
+import coca_jax
+from coca_jax import optimizer, partitioning, recipes, train_step
+from coca_jax.models import coca, roles
 
 TOLERANCE = 2e-5
+KEY = jax.random.key(0)
 STEPS = 6
 ENCODER, DECODER = "image_encoder/blocks/layers/", "text_decoder/multimodal/layers/"
 
@@ -421,3 +425,26 @@ def test_muon_updates_of_kernels_are_orthogonal_and_of_one_size():
         np.testing.assert_allclose(
             moved[name], flat(louder[-1].params)[name], atol=1e-4 * config.optimizer.learning_rate
         )
+
+
+def test_every_parameter_of_every_recipe_has_a_role():
+    """A part or a kind of parameter that no module describes is refused by name."""
+    for recipe in recipes.names():
+        module = coca.build(recipes.load(recipe).model, sigmoid=True)
+        params = jax.eval_shape(lambda m=module: partitioning.unbox(coca.init(m, KEY)))
+        found = jax.tree.leaves(roles.map_with_roles(lambda role, _: role.kind, params))
+        assert set(found) == {"kernel", "bias", "norm", "table"}
+    for names, remedy in {
+        ("image_encoder", "registers", "value"): "add it to the PARTS",
+        ("text_decoder", "unimodal", "layers", "mlp", "gate"): "add 'gate' to LEAVES",
+    }.items():
+        with pytest.raises(ValueError, match=f"{'/'.join(names)}.*{remedy}"):
+            roles.role_of(names)
+
+
+def test_no_parameter_is_named_outside_the_models():
+    package = pathlib.Path(coca_jax.__file__).parent
+    names = re.compile(r"""["'/](image_encoder|text_decoder|log_scale|unimodal_norm)["'/]""")
+    for file in package.rglob("*.py"):
+        if file.relative_to(package).parts[0] not in ("models", "interop"):
+            assert not names.search(file.read_text()), file

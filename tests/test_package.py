@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_recipes(wheel):
     package = {f"coca_jax/{name}" for name in files_of(ROOT / "coca_jax")}
     assert package - found == set()
     assert {f"coca_jax/configs/{name}" for name in files_of(ROOT / "configs")} <= found
-    assert {"coca_jax/py.typed", "coca_jax/cpu_kernels.cc"} <= found
+    assert {"coca_jax/py.typed", "coca_jax/ops/cpu/decode_kernels.cc"} <= found
     assert {name.split("/")[0] for name in found if ".dist-info" not in name} == {"coca_jax"}
 
 

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import decoding
 from coca_jax.decode_settings import Settings
-from coca_jax.decoding import Decoder
 from coca_jax.generation.beams import beam_step
 from coca_jax.generation.choice import rules, single_step
 from coca_jax.generation.state import Finished, Loop, Plan
+from coca_jax.models import decoding
+from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
 
 __all__ = ["Captions", "Settings", "generate"]

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax.decoding import Decoder
 from coca_jax.generation.state import Loop, Plan
+from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
 
 

@@ -16,6 +16,8 @@ from coca_jax.models.layers import Attention, BlockOptions, LayerNorm, Mlp
 from coca_jax.ops import packed
 from coca_jax.partitioning import constrain
 
+STACKED = "layers"  # the name above parameters whose first axis runs over layers
+
 
 class Step(NamedTuple):
     """What a block needs to run rows of text behind those of a cache.
@@ -174,7 +176,7 @@ class Stack(nn.Module):
         )
         loop = ops.layer_loop(fields | self.options.fields(), self.remat)
         if loop is not None and not self.is_initializing():
-            return loop(self.variables["params"]["layers"], x, mask, context)
+            return loop(self.variables["params"][STACKED], x, mask, context)
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -186,5 +188,5 @@ class Stack(nn.Module):
             length=self.depth,
             unroll=ops.unroll(self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(name="layers", options=self.options, **fields)
+        )(name=STACKED, options=self.options, **fields)
         return layers(x, mask, context)[0]

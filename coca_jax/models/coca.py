@@ -15,9 +15,23 @@ from coca_jax import ops as operations
 from coca_jax.config import checks
 from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
+from coca_jax.models.part import Part
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
 from coca_jax.ops.reference import wide
+
+# Beside the two towers, whose modules have their own; see roles.Role. The projections to the joint
+# space and the similarity's numbers are computed in float32.
+PARTS = dict(
+    generative_pooler=Part("decoding"),
+    pooled_norm=Part("decoding"),
+    contrastive_pooler=Part("contrastive"),
+    image_to_joint=Part("contrastive", wide=True),
+    text_to_joint=Part("contrastive", wide=True),
+    log_scale=Part("contrastive", wide=True),
+    logit_bias=Part("contrastive", wide=True, optional=True),
+    head=Part("head", optional=True),
+)
 
 
 @flax.struct.dataclass

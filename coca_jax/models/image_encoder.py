@@ -12,8 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import block, layers
+from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.models.stem import ConvStem
 from coca_jax.partitioning import constrain
+
+# See roles.Role.
+PARTS = dict(
+    stem=Part("image", "image", BOTTOM),
+    patch_embedding=Part("image", "image", BOTTOM),
+    positions=Part("image", "image", BOTTOM, positions="grid"),
+    class_token=Part("image", "image", BOTTOM),
+    pre_norm=Part("image", "image", BOTTOM),
+    blocks=Part("image", "image", STACK),
+    final_norm=Part("image", "image"),
+)
 
 
 class ImageEncoder(nn.Module):

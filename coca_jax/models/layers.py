@@ -54,6 +54,11 @@ class BlockOptions:
         return {k: v for k, v in self.fields().items() if v and k not in known}
 
 
+# What the parameters of all modules are, by their names; see roles.Role.
+LEAVES = dict(kernel="kernel", bias="bias", scale="norm", gain="norm", value="table")
+BY_HEAD = ("query", "key", "value")  # projections whose outputs are heads and their width
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
 

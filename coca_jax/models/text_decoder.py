@@ -9,7 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import block, layers
+from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.partitioning import constrain
+
+# See roles.Role. The halves are one tower: the upper one's layers stand on the lower one's.
+PARTS = dict(
+    token_embedding=Part("decoding", "text", BOTTOM),
+    positions=Part("decoding", "text", BOTTOM, positions="text"),
+    cls=Part("contrastive", "text", BOTTOM),
+    unimodal=Part("decoding", "text", STACK),
+    unimodal_norm=Part("contrastive", "text"),
+    multimodal=Part("decoding", "text", STACK),
+    multimodal_norm=Part("decoding", "text"),
+    head=Part("captioning", "text"),
+)
 
 
 class TextDecoder(nn.Module):

@@ -7,7 +7,7 @@ matrix with the score's 1 / sqrt(K) in it, and a matrix is a dict whose key name
   kernel      [D, F], as XLA multiplies on an accelerator.
   transposed  [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
               each call, which then is the few rows of a step and not the matrix.
-  panels      blocks of 32 columns for the kernels of `cpu_kernels`, which run a part in one call.
+  panels      blocks of 32 columns for `cpu/decode_kernels`, which run a part in one call.
 
 Every dict may have a bias too. `block.Block` says in which order the parts run; it asks `knows`
 which of its parts were packed, and runs the others by its own modules.
@@ -22,17 +22,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from coca_jax import cpu_kernels
-from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON, say_once
+from coca_jax.ops.cpu import decode_kernels
+from coca_jax.ops.reference import ACTIVATIONS, NORM_EPSILON
 
 NEVER = -1e30  # score of what must not be seen or chosen; a sum of many of them is still finite
 STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
 
 # How matrices are packed; 'reference' packs none, and Block's own modules decode.
 Layout = Literal["reference", "kernel", "transposed", "panels"]
-KNOWN_OPTIONS = ("activation", "dtype", "ops")  # of layers.BlockOptions
 LAYOUTS = ("reference", "kernel", "transposed", "panels")
 
 
@@ -56,11 +54,13 @@ def choose_layout(
         return "reference"
     if platform != "cpu":
         return "kernel"
-    fits = all(k % cpu_kernels.HEAD == 0 and k <= cpu_kernels.WIDEST_HEAD for k in head_widths)
+    fits = all(
+        k % decode_kernels.HEAD == 0 and k <= decode_kernels.WIDEST_HEAD for k in head_widths
+    )
     # XLA cannot split the kernels' calls over several devices.
     alone = jax.device_count() == 1 and dtype == "float32" and fits
     if implementation == "auto" and alone and num_weights >= STREAMED:
-        if cpu_kernels.available():
+        if decode_kernels.available():
             return "panels"
     return "transposed"
 
@@ -72,90 +72,10 @@ def pack_matrix(kernel: jax.Array, bias: jax.Array | None, dtype: Any, layout: L
     """
     kernel = kernel.astype(dtype)
     if layout == "panels":
-        packed = dict(panels=cpu_kernels.panels(kernel))
+        packed = dict(panels=decode_kernels.panels(kernel))
     else:
         packed = dict(transposed=kernel.T) if layout == "transposed" else dict(kernel=kernel)
     return packed if bias is None else packed | dict(bias=bias.reshape(-1))
-
-
-def pack_block(params: dict, dtype: Any, layout: Layout, unknown: dict[str, Any]) -> dict:
-    """The parts of one layer's parameters, packed: {part: its weights}, {} where nothing is.
-
-    params: of block.Block. unknown: options of the block beyond KNOWN_OPTIONS that are set; its
-    modules alone know what they mean, so that nothing is packed.
-    """
-    if unknown:
-        say_once(f"decoding runs the block's own modules: packing does not know {unknown}")
-    if layout == "reference" or unknown:
-        return {}
-    packed: dict[str, Any] = {"attention": _pack_attention(params["attention"], dtype, layout)}
-    if "cross_attention" in params:
-        norm = params.get("context_norm")
-        packed["cross_attention"] = _pack_cross(params["cross_attention"], norm, dtype, layout)
-    for name in ("mlp", "cross_mlp"):
-        if name in params:
-            packed[name] = {
-                k: pack_matrix(v["kernel"], v["bias"], dtype, layout)
-                for k, v in params[name].items()
-            }
-    for name, part in packed.items():
-        part["norm"] = params["cross_norm" if name == "cross_attention" else f"{name}_norm"]
-    return packed
-
-
-def _matrix(kernel: jax.Array, num_in: int = 1) -> jax.Array:
-    """A kernel whose first num_in axes are inputs, as a matrix."""
-    return kernel.reshape(int(np.prod(kernel.shape[:num_in])), -1)
-
-
-def _join(part: dict, names: tuple[str, ...], dtype: Any, layout: Layout) -> dict:
-    """Several projections as one; the query's with the scale of the scores in it."""
-    scale = part["query"]["kernel"].shape[-1] ** -0.5
-    kernels = [part[n]["kernel"] * (scale if n == "query" else 1.0) for n in names]
-    biases = [part[n]["bias"].reshape(-1) * (scale if n == "query" else 1.0) for n in names]
-    kernel = jnp.concatenate([_matrix(k).astype(dtype) for k in kernels], axis=1)
-    return pack_matrix(kernel, jnp.concatenate(biases), dtype, layout)
-
-
-def _out(part: dict, dtype: Any, layout: Layout) -> dict:
-    return pack_matrix(_matrix(part["out"]["kernel"], 2), part["out"]["bias"], dtype, layout)
-
-
-def _pack_attention(part: dict, dtype: Any, layout: Layout) -> dict:
-    qkv = _join(part, ("query", "key", "value"), dtype, layout)
-    return dict(qkv=qkv, out=_out(part, dtype, layout))
-
-
-def _pack_cross(part: dict, norm: dict | None, dtype: Any, layout: Layout) -> dict:
-    packed: dict[str, Any] = dict(
-        query=_join(part, ("query",), dtype, layout),
-        # Image keys are computed once, from many rows: there the plain product is best.
-        kv=_join(part, ("key", "value"), dtype, "kernel"),
-        out=_out(part, dtype, layout),
-    )
-    if norm is not None:
-        packed["context_norm"] = norm
-    if layout == "panels":
-        packed["shared"] = _shared(part, norm)
-    return packed
-
-
-def _shared(part: dict, norm: dict | None) -> dict:
-    """Keys and values moved to the query's side, see cpu_kernels.image_attention.
-
-    What the bias of the keys adds is the same at every token, and so nothing to the softmax.
-    """
-    key, value = part["key"]["kernel"], part["value"]["kernel"]  # [D, H, K]
-    bias = part["value"]["bias"].reshape(-1)
-    if norm is not None:
-        bias = bias + jnp.einsum("d,dhk->hk", norm["bias"], value).reshape(-1)
-        key, value = (norm["scale"][:, None, None] * x for x in (key, value))
-    padded = jnp.pad(value, ((0, -value.shape[0] % cpu_kernels.PANEL), (0, 0), (0, 0)))
-    return dict(
-        query=jax.vmap(cpu_kernels.panels)(key.transpose(1, 2, 0)),
-        value=jax.vmap(cpu_kernels.panels)(padded.transpose(1, 0, 2)),
-        bias=bias,
-    )
 
 
 def standardise(x: jax.Array) -> jax.Array:
@@ -236,7 +156,7 @@ def self_attention(
     [B, N, M], which slots each row may look at, its own included."""
     if "panels" in weights["qkv"]:
         parts = weights["norm"], weights["qkv"], weights["out"]
-        x, *cache_ = cpu_kernels.self_attention(x, *parts, mask, slot, *cache)
+        x, *cache_ = decode_kernels.self_attention(x, *parts, mask, slot, *cache)
         return x, Cache(*cache_)
     heads = cache.key.shape[1]
     query, key, value = split(dense(weights["qkv"], norm(weights["norm"], x)), 3, heads)
@@ -249,8 +169,8 @@ def cross_attention(x: jax.Array, weights: dict, image: Cache | jax.Array) -> ja
     if "panels" in weights["query"]:
         parts = weights["norm"], weights["query"], weights["out"]
         if isinstance(image, Cache):
-            return cpu_kernels.cached_image_attention(x, *parts, *image)
-        return cpu_kernels.image_attention(x, *parts, weights["shared"], image)
+            return decode_kernels.cached_image_attention(x, *parts, *image)
+        return decode_kernels.image_attention(x, *parts, weights["shared"], image)
     assert isinstance(image, Cache)
     heads = image.key.shape[1]
     (query,) = split(dense(weights["query"], norm(weights["norm"], x)), 1, heads)
@@ -270,14 +190,14 @@ def shared_tokens(tokens: jax.Array, standard: bool) -> jax.Array:
     standard: standardised first, where blocks have a norm of their own over them."""
     if standard:
         tokens = standardise(tokens)
-    pad = -tokens.shape[2] % cpu_kernels.PANEL
+    pad = -tokens.shape[2] % decode_kernels.PANEL
     return jnp.pad(tokens.astype(jnp.float32), ((0, 0), (0, 0), (0, pad)))
 
 
 def mlp(x: jax.Array, weights: dict, activation: str) -> jax.Array:
     """The MLP; activation: a key of ACTIVATIONS."""
     if "panels" in weights["in"]:
-        return cpu_kernels.mlp(x, weights["norm"], weights, activation)
+        return decode_kernels.mlp(x, weights["norm"], weights, activation)
     hidden = ACTIVATIONS[activation](dense(weights["in"], norm(weights["norm"], x)))
     return x + dense(weights["out"], hidden)
 
@@ -285,5 +205,5 @@ def mlp(x: jax.Array, weights: dict, activation: str) -> jax.Array:
 def log_probs(x: jax.Array, norm_weights: dict, head: dict) -> jax.Array:
     """The log-softmax of the softmax layer of the normed x: float32 [B, N, V]."""
     if "panels" in head:
-        return cpu_kernels.log_probs(x, norm_weights, head)
+        return decode_kernels.log_probs(x, norm_weights, head)
     return jax.nn.log_softmax(dense(head, norm(norm_weights, x)))

@@ -1,4 +1,4 @@
-// The kernels of a decoding step on a CPU, float32; see cpu_kernels.py.
+// The kernels of a decoding step on a CPU, float32; see decode_kernels.py.
 //
 // A step has a few rows and hundreds of megabytes of weights, so what counts is to read those once,
 // in order, while computing. Each kernel is a residual part of a decoder block: one call from XLA,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from coca_jax import ops as operations
-from coca_jax.models import block, layers
+from coca_jax.models import block, layers, packing
 from coca_jax.ops import packed
 from coca_jax.ops.packed import LAYOUTS, Cache, Layout
 
@@ -104,13 +104,13 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     text = params["text_decoder"]
 
     def blocks(stack: dict, module: block.Block) -> list[dict]:
-        unknown = module.options.beyond(packed.KNOWN_OPTIONS)
+        unknown = module.options.beyond(packing.KNOWN_OPTIONS)
         depth = jax.tree.leaves(stack)[0].shape[0]
         split = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
         found = []
         for layer in split:
-            parts = packed.pack_block(layer, spec.dtype, layout, unknown)
-            used = {name for part in parts for name in (part, *NORMS[part])}
+            parts = packing.pack_block(layer, spec.dtype, layout, unknown)
+            used = {name for part in parts for name in (part, *packing.NORMS[part])}
             found.append(
                 dict(packed=parts, params={k: v for k, v in layer.items() if k not in used})
             )
@@ -135,15 +135,6 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     )
 
 
-# The norms that go with a part when it is packed.
-NORMS = dict(
-    attention=("attention_norm",),
-    cross_attention=("cross_norm", "context_norm"),
-    mlp=("mlp_norm",),
-    cross_mlp=("cross_mlp_norm",),
-)
-
-
 def best_layout(spec: Decoder, params: dict) -> Layout:
     """The layout in which decoding is fastest on this machine; see ops/packed.py."""
     text = params["text_decoder"]
@@ -163,8 +154,8 @@ def image_caches(
     """What cross-attention reads of image tokens [B, Q, D], for `width` captions an image.
 
     Keys and values, one Cache [B, H, Q, K] a block; in panels with one caption an image the tokens
-    themselves (cpu_kernels.image_attention; more captions share the reading of keys, so those are
-    less work).
+    themselves (decode_kernels.image_attention; more captions share the reading of keys, so those
+    are less work).
     """
     if width == 1 and "shared" in weights["multimodal"][0]["packed"].get("cross_attention", {}):
         return packed.shared_tokens(image_tokens, spec.multimodal.cross == "open_clip")

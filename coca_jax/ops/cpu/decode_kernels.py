@@ -1,7 +1,7 @@
 """Kernels for decoding on a CPU: the residual parts of a block, with weights in panels.
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
-step of decoding has. The source, `cpu_kernels.cc`, is compiled at first use by the machine's C++
+step of decoding has. The source, `decode_kernels.cc`, is compiled at first use by the machine's C++
 compiler for the machine's processor, and kept. Numbers: docs/performance.md, "Captions beside
 open_clip".
 """
@@ -27,7 +27,7 @@ from coca_jax import cache_folder, compile_cache
 PANEL = 32  # columns of a panel
 KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
 HEAD, WIDEST_HEAD = 16, 128
-SOURCE = pathlib.Path(__file__).with_name("cpu_kernels.cc")
+SOURCE = pathlib.Path(__file__).with_name("decode_kernels.cc")
 # No -ffast-math: the library would switch off denormal numbers in the whole process.
 FLAGS = (
     "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
