@@ -8,7 +8,7 @@ import pytest
 
 from coca_jax import run_config
 from coca_jax.data.mixture import shares
-from coca_jax.fitting import choose, look, tell
+from coca_jax.fitting import choose, look, sizes, tell
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 
@@ -49,7 +49,7 @@ PLACE = dict(path="data/mine", name="mine_test", vocabulary="data/v.model")
 
 
 def chosen(facts, machine=LAPTOP, minutes=30.0, seconds=0.5, **keywords):
-    size = choose.sizes_for(facts, machine, minutes)[0]
+    size = sizes.sizes_for(facts, machine, minutes)[0]
     found = choose.choose(facts, machine, minutes, size, **PLACE, **keywords)
     return choose.with_steps(found, facts, minutes, seconds, 20.0)
 
@@ -89,7 +89,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
 
 def test_models_grow_with_data_and_time_and_machine():
     def width(facts, machine, minutes):
-        return choose.sizes_for(facts, machine, minutes)[0].width
+        return sizes.sizes_for(facts, machine, minutes)[0].width
 
     many = sized(CAPTIONS, 2_000_000)
     assert width(CAPTIONS, TINY, 5) == width(CAPTIONS, LAPTOP, 30) == 160
@@ -98,8 +98,8 @@ def test_models_grow_with_data_and_time_and_machine():
     assert width(many, EIGHT, 300) > width(CAPTIONS, EIGHT, 300) > width(LABELS, TINY, 5) - 1
     assert width(dataclasses.replace(many, width=28, height=28), EIGHT, 300) == 96
     for minutes in (1, 10, 100, 1000, 10_000):
-        names = [s.name for s in choose.sizes_for(many, EIGHT, minutes)]
-        order = [s.name for s in choose.SIZES]
+        names = [s.name for s in sizes.sizes_for(many, EIGHT, minutes)]
+        order = [s.name for s in sizes.SIZES]
         assert names == sorted(names, key=order.index, reverse=True) and names[-1] == "small"
 
 

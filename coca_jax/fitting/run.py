@@ -16,7 +16,7 @@ from coca_jax.data import files, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepared import read_manifest
 from coca_jax.evaluators.records import Records
-from coca_jax.fitting import choose, look, measure, recipe, tell, weights
+from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import own_data
@@ -145,8 +145,8 @@ def decide(
         f"this machine: {machine.devices} {machine.platform} device(s), {machine.cores} cores, "
         f"{machine.flops / 1e9:,.0f} GFLOP/s, {machine.memory / 2**30:.1f} GiB free"
     )
-    sizes = choose.sizes_for(facts, machine, request.minutes)
-    for number, size in enumerate(sizes):
+    candidates = sizes.sizes_for(facts, machine, request.minutes)
+    for number, size in enumerate(candidates):
         words = f"{workdir}/data/vocabulary-{size.pieces}.model"
         keywords: dict[str, Any] = dict(
             path=place,
@@ -162,7 +162,7 @@ def decide(
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
         choice = dataclasses.replace(choice, config=change(choice.config))
         speed = measure.measure(choice.config)
-        last = number == len(sizes) - 1 or start is not None
+        last = number == len(candidates) - 1 or start is not None
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:
             break
         say(f"{size.name}: {speed.step:.2f} s a step are too slow; trying a smaller model")
@@ -178,14 +178,14 @@ def decide(
 
 
 def token_lengths(
-    config: Config, facts: look.Facts, size: choose.Size, workdir: str, say: Say
+    config: Config, facts: look.Facts, size: sizes.Size, workdir: str, say: Say
 ) -> tuple[int, int, int]:
     """Tokens of a text with begin and end, (75%, 99%, most), by the config's vocabulary, which is
     learned from the data first where it is not there."""
     texts = list(Mixture(config).sample_texts(_SAMPLE))
     if not os.path.exists(config.data.vocabulary):
         say("learning the vocabulary from the texts")
-        wanted = choose.vocabulary_size(facts, size)
+        wanted = sizes.vocabulary_size(facts, size)
         words = vocabulary.train(texts, wanted, config.data.vocabulary, config.seed, kind="bpe")
     else:
         words = vocabulary.load(config.data.vocabulary)
