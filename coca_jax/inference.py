@@ -35,7 +35,7 @@ from coca_jax.data import images as image_data
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.decode_settings import Settings
-from coca_jax.models import coca, decoding, roles
+from coca_jax.models import coca, decoding, head_kinds, roles
 from coca_jax.train_step import caption_targets, normalise_pixels
 
 WHOLE = P()
@@ -91,7 +91,7 @@ class CoCaModel:
 
     Attributes:
         class_names: of the task head, in the order of `classify`; empty without one.
-        head_kind: what the task head reads, config.head.kind; '' without one.
+        head_kind: what the task head reads; None without one.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.
@@ -132,7 +132,8 @@ class CoCaModel:
             head=config.head if roles.has_task_head(params) else None,
             num_classes=len(self.class_names),
         )
-        self.head_kind: str = config.head.kind if roles.has_task_head(params) else ""
+        with_head = roles.has_task_head(params)
+        self.head_kind = head_kinds.of(config.head.kind) if with_head else None
         self._spec = decoding.decoder(
             model,
             num_ids=vocabulary.size,
@@ -221,27 +222,27 @@ class CoCaModel:
     ) -> np.ndarray:
         """Probability of every class of the task head: float32 [N, C], columns as class_names.
 
-        texts: the question or statement beside each image, for a head of kind 'answer'; of kind
-        'pair', the text of each pair, and images is a list of pairs or an array [N, 2, h, w, 3].
+        texts: the question or statement beside each image, for a head that reads one. Of a head
+        over pairs images is a list of pairs or an array [N, 2, h, w, 3].
         Raises ValueError for a model without a head, or texts that are missing or too many.
         """
         head = self._module.task_head
         if head is None:
             raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
-        pair = head.kind == "pair"
+        pair = head.kind.images > 1
         clips = bool(self.num_frames)
         images = [one for pair in images for one in pair] if pair else as_list(images, clips)
-        count = len(images) // 2 if pair else len(images)
-        texts = [""] * count if head.kind == "classification" and texts is None else texts
+        count = len(images) // head.kind.images
+        texts = [""] * count if not head.kind.reads_text and texts is None else texts
         if texts is None or len(texts) != count:
             raise ValueError(
                 f"{0 if texts is None else len(texts)} texts for {count} "
-                f"{'pairs' if pair else 'images'}; a head of kind {head.kind!r} takes one each"
+                f"{'pairs' if pair else 'images'}; a head of kind {head.kind.name!r} takes one each"
             )
         parts, done = [], 0
         for pixels in self._pixel_batches(images, progress, even=pair):
             if pair:
-                pixels = pixels.reshape((-1, 2) + pixels.shape[1:])
+                pixels = pixels.reshape((-1, head.kind.images) + pixels.shape[1:])
             tokens, lengths = self._questions(texts[done : done + len(pixels)])
             parts.append(self._run(self._classify, pixels, tokens, lengths))
             done += len(pixels)

@@ -8,7 +8,7 @@ from typing import Any
 
 from coca_jax import sealed_json, storage
 from coca_jax.config import Config, checks, read
-from coca_jax.models import heads
+from coca_jax.models import head_kinds, heads
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
 FREE = (
@@ -36,7 +36,8 @@ def check(config: Config) -> None:
 def check_head(config: Config) -> None:
     """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
     head, optimizer = config.head, config.optimizer
-    if not head.kind:
+    kind = head_kinds.of(head.kind)
+    if kind is None:
         if optimizer.encoder_learning_rate >= 0:
             raise ValueError(
                 f"optimizer.encoder_learning_rate={optimizer.encoder_learning_rate} needs a task "
@@ -49,27 +50,7 @@ def check_head(config: Config) -> None:
             f"head.weight={head.weight} and optimizer.learning_rate={optimizer.learning_rate} must "
             "be above 0, or the head learns nothing"
         )
-    beside = config.loss.contrastive_weight or config.loss.captioning_weight
-    if head.kind == "pair" and beside:
-        raise ValueError(
-            "head.kind='pair' has no caption to train beside it; set loss.contrastive_weight=0 and "
-            "loss.captioning_weight=0"
-        )
-    if head.kind == "pair" and (config.data.augment != "none" or config.data.flip):
-        raise ValueError(
-            f"head.kind='pair' with data.augment={config.data.augment!r}, flip={config.data.flip}: "
-            "pairs are not augmented, since left and right may matter; set 'none' and False"
-        )
-    if head.kind == "pair" and config.data.num_frames:
-        raise ValueError(
-            f"head.kind='pair' with data.num_frames={config.data.num_frames}: pairs are of images; "
-            "set it to 0"
-        )
-    if head.kind == "answer" and config.loss.contrastive_weight:
-        raise ValueError(
-            "head.kind='answer' has questions as texts, which match no image; set "
-            "loss.contrastive_weight=0"
-        )
+    kind.check(config)
 
 
 def check_batch(config: Config, parts: int, processes: int) -> None:

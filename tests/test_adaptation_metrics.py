@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from coca_jax import run_config
 from coca_jax.evaluators import probes
 from coca_jax.evaluators.task_head import Answers, Classification
+from coca_jax.models import head_kinds
 
 RNG = np.random.default_rng(0)
 NAMES = [f"class {i}" for i in range(7)]
@@ -17,7 +18,7 @@ NAMES = [f"class {i}" for i in range(7)]
 class Fixed:
     """Answers with prepared probabilities, whatever the picture."""
 
-    class_names, head_kind = NAMES, "classification"
+    class_names, head_kind = NAMES, head_kinds.Classification()
 
     def __init__(self, probability):
         self.probability, self.done = probability, 0

@@ -20,6 +20,7 @@ from coca_jax.config.rules import (
     whole,
 )  # fmt: skip
 from coca_jax.config.section import Section
+from coca_jax.models import head_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Head(Section):
 
     kind: str = key(
         "",
-        choice("", "classification", "answer", "pair"),
-        "'': none; 'classification' of images, 'answer' to questions, 'pair' of images and a text",
+        choice("", *head_kinds.KINDS),
+        f"'': none; {', '.join(f'{name!r} {kind.about}' for name, kind in head_kinds.KINDS.items())}",
     )
     num_queries: int = key(1, WIDTH, "of the head's attentional pooler")
     width: int = key(0, whole(0, 65_536), "of that pooler; 0: that of the decoder")

@@ -56,6 +56,7 @@ class Examples:
         self._mixture, self.pixels = mixture, pixels
         self._kind = self.source.kind
         self._classes = {name: place for place, name in enumerate(class_names)}
+        self._head = config.head.kind
         self._skip_unknown = config.head.unknown == "skip"
         self.max_bad_fraction = config.data.max_bad_fraction
         self._tokenize = Tokenizer(
@@ -102,7 +103,7 @@ class Examples:
                 if not record.second and record is not UNREAD:
                     raise ValueError(
                         f"data source {self.source.name}: {record.key!r} has one image and "
-                        "head.kind='pair' takes two; prepare the data with "
+                        f"head.kind={self._head!r} takes two; prepare the data with "
                         "--image_field=FIRST,SECOND"
                     )
 

@@ -14,6 +14,7 @@ from coca_jax.config import Config
 from coca_jax.data import augment, images, order, render, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
+from coca_jax.models import head_kinds
 
 Plan = dict[str, np.ndarray]
 _UNKNOWN = (images.OTHER, 1, 1)  # stands in for what a header does not tell: it will not decode
@@ -22,7 +23,7 @@ _UNKNOWN = (images.OTHER, 1, 1)  # stands in for what a header does not tell: it
 class Pixels:
     """How the images of a run are decoded, resized and augmented.
 
-    An example is an image, with data.num_frames a clip, and with head.kind='pair' two images,
+    An example is an image, with data.num_frames a clip, and with a head over pairs two images,
     which are resized as in evaluation and not augmented.
 
     Args:
@@ -50,7 +51,7 @@ class Pixels:
             )
         self._size, self._mode, self._fast = config.model.image_size, data.augment, data.fast_resize
         self._resize, self._jitter = data.resize, data.frame_jitter
-        self._frames, self.pairs = data.num_frames, config.head.kind == "pair"
+        self._frames, self.pairs = data.num_frames, images_of(config) > 1
         self._draw_plan = functools.partial(
             augment.plan,
             data.augment,
@@ -140,5 +141,12 @@ class Pixels:
 def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
     size = config.model.image_size
-    count = 2 if config.head.kind == "pair" else config.data.num_frames
+    images = images_of(config)
+    count = images if images > 1 else config.data.num_frames
     return (*((count,) if count else ()), size, size, 3)
+
+
+def images_of(config: Any) -> int:
+    """How many images an example has."""
+    head = head_kinds.of(config.head.kind)
+    return head.images if head is not None else 1

@@ -13,13 +13,14 @@ from coca_jax.evaluators.captioning import canonical_text
 from coca_jax.evaluators.classification import Tally
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
+from coca_jax.models.head_kinds import HeadKind
 
 
 class Classifier(Protocol):
     """What the evaluators here ask of a model. Images are as in evaluators.Predictor."""
 
     class_names: list[str]
-    head_kind: str  # 'classification', 'answer' or 'pair': what the head reads
+    head_kind: HeadKind
 
     def classify(self, images: Any, texts: Sequence[str] | None) -> np.ndarray:
         """N images, or a list of N pairs, and their texts -> probabilities float32 [N, C]."""
@@ -78,10 +79,10 @@ class Classification:
         count = 0
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
-            if predict.head_kind == "pair":
+            if predict.head_kind.images > 1:
                 images = [(record["image"], record["second"]) for record in batch]
             texts = None
-            if predict.head_kind != "classification":
+            if predict.head_kind.reads_text:
                 texts = [question_of(record, self.name) for record in batch]
             found = check_finite(np.asarray(predict.classify(images, texts)), "class")
             tally.add(found, batch)

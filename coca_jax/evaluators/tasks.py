@@ -24,6 +24,7 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.records import Records, needed
 from coca_jax.importers import unprepared
+from coca_jax.models.head_kinds import HeadKind
 
 
 class Model(Predictor, Protocol):
@@ -31,7 +32,7 @@ class Model(Predictor, Protocol):
 
     num_frames: int
     batch_size: int
-    head_kind: str
+    head_kind: HeadKind | None
 
     def checksum(self) -> str:
         """Tells these weights from others."""
@@ -183,7 +184,7 @@ def _run_task(
     main_process = jax.process_index() == 0
     known = set(_candidates(task)) if task.get("known_only") else None
     if task["kind"] == "answers" or (
-        task["kind"] == "classification" and model.head_kind in ("answer", "pair")
+        task["kind"] == "classification" and model.head_kind and model.head_kind.reads_text
     ):
         task = dict(task, data=dict(task["data"], kind="question"))
     records = Records(task["data"], task.get("limit", 0), known, needed(task["kind"]))

@@ -178,19 +178,20 @@ class CoCa(nn.Module):
         """Logits of the task head alone, float32 [B, C], running only what it needs.
 
         pixels [B, S, S, 3], or clips [B, T, S, S, 3], of which a head over images pools all tokens
-        of all frames; [B, 2, S, S, 3] for a head over pairs. Heads over the decoder
+        of all frames; [B, 2, S, S, 3] for a head over pairs. Heads that read a text
         take tokens int [B, L] and prompt_len int [B]: how many of a row are the question (or
         statement), with the begin symbol. What follows is not seen by the head.
         """
         if self.task_head is None:
             raise ValueError("this model has no task head; train it with head.kind set")
         kind = self.task_head.kind
-        if kind == "pair":  # both images of a pair become rows, each with the text
+        if kind.images > 1:  # all images of an example become rows
             pixels = pixels.reshape((-1,) + pixels.shape[2:])
-            tokens, prompt_len = jnp.repeat(tokens, 2, 0), jnp.repeat(prompt_len, 2, 0)
         encoded = self.encode_pixels(pixels, deterministic=deterministic)
-        if kind == "classification":
+        if not kind.reads_text:
             return self.head(all_tokens(encoded))
+        if kind.images > 1:  # each with the text
+            tokens, prompt_len = (jnp.repeat(x, kind.images, 0) for x in (tokens, prompt_len))
         valid = jnp.arange(tokens.shape[1]) < prompt_len[:, None]
         text_states, _ = self.text_decoder.encode(tokens, valid)
         states = self.text_decoder.fuse(text_states, self.pool(encoded)[1])
@@ -214,13 +215,13 @@ class CoCa(nn.Module):
         encoded = self.encode_pixels(pixels, deterministic=deterministic)
         image_embedding, image_tokens = self.pool(encoded)
         cls, states = self.text_decoder(tokens, text_valid, image_tokens)
-        kind = self.task_head.kind if self.task_head is not None else ""
         class_logits = None
-        if kind == "classification":
-            class_logits = self.head(all_tokens(encoded))
-        elif kind == "answer":
-            length = text_valid.sum(1) if prompt_len is None else prompt_len
-            class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
+        if self.task_head is not None and self.task_head.kind.shares_pass:
+            if self.task_head.kind.reads_text:
+                length = text_valid.sum(1) if prompt_len is None else prompt_len
+                class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
+            else:
+                class_logits = self.head(all_tokens(encoded))
         kernel, bias = self.text_decoder.output_layer()
         scale, logit_bias = self.similarity()
         return Outputs(
@@ -305,12 +306,13 @@ def init(model: CoCa, rng: jax.Array) -> dict:
     pixels = jnp.zeros((1, encoder.image_size, encoder.image_size, 3), jnp.float32)
     tokens = jnp.zeros((1, decoder.max_len), jnp.int32)
     inputs = (pixels, tokens, jnp.ones(tokens.shape, bool))
-    if model.task_head is None or model.task_head.kind != "pair":
+    if model.task_head is None or model.task_head.kind.shares_pass:
         return model.init(rng, *inputs)["params"]
+    images = model.task_head.kind.images
 
     def both(module: CoCa, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> None:
         module(pixels, tokens, valid)
-        module.classify(jnp.stack([pixels] * 2, 1), tokens, valid.sum(1))
+        module.classify(jnp.stack([pixels] * images, 1), tokens, valid.sum(1))
 
     return model.init(rng, *inputs, method=both)["params"]
 

@@ -7,14 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from coca_jax.models import layers
+from coca_jax.models import head_kinds, layers
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.ops.reference import Reference
-
-# What a head pools: the tokens of the image encoder, the decoder's outputs over a question about
-# one image, or those over one text beside each of two images.
-KINDS = ("classification", "answer", "pair")
-
 
 REFERENCE = Reference()
 
@@ -22,12 +17,11 @@ REFERENCE = Reference()
 class TaskHead(nn.Module):
     """Pools tokens with `num_queries` learned queries and projects what they found to classes.
 
-    kind: one of KINDS. With 'pair' the tokens of the two images of an example are adjacent rows;
-    each is pooled alone, and the classifier sees both side by side (paper: NLVR2).
+    kind: what it pools. Where an example has several images, their tokens are adjacent rows.
     The classifier starts at zero, so every class is equally likely at first.
     """
 
-    kind: str
+    kind: head_kinds.HeadKind
     num_classes: int
     num_queries: int
     width: int
@@ -36,7 +30,7 @@ class TaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """tokens [R, N, W], valid bool [R, N] -> logits float32 [B, C]; R is B, or 2 B of pairs."""
+        """tokens [R, N, W], valid bool [R, N] -> logits float32 [B, C]; R is B x kind.images."""
         mask = None if valid is None else valid[:, None, None, :]
         pooled = AttentionalPooler(
             self.num_queries,
@@ -45,7 +39,7 @@ class TaskHead(nn.Module):
             options=self.options,
             name="pooler",
         )(tokens, mask)
-        parts = self.num_queries * (2 if self.kind == "pair" else 1)
+        parts = self.num_queries * self.kind.images
         logits = layers.Projection(
             (self.num_classes,),
             axes=("embed", "joint"),
@@ -66,8 +60,8 @@ def build(
     """
     width = head.get("width", 0) or model.text.width
     num_heads = head.get("num_heads", 0) or model.pooler.num_heads
-    if head.kind not in KINDS:
-        raise ValueError(f"head.kind={head.kind!r}; choose from {', '.join(KINDS)}, or '' for none")
+    kind = head_kinds.of(head.kind)
+    assert kind is not None, "called for a run without a head"
     if head.num_queries < 1:
         raise ValueError(f"head.num_queries={head.num_queries}; the pooler needs at least 1")
     if width < 1 or num_heads < 1 or width % num_heads:
@@ -81,7 +75,7 @@ def build(
             "or give data with labels"
         )
     return TaskHead(
-        kind=head.kind,
+        kind=kind,
         num_classes=num_classes,
         num_queries=head.num_queries,
         width=width,
