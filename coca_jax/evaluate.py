@@ -20,11 +20,9 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, storage
-from coca_jax.evaluators import KINDS
-from coca_jax.evaluators.records import missing, needed, suited
+from coca_jax.evaluators import declarations
+from coca_jax.evaluators.declarations import Flag
 from coca_jax.importers import unprepared
-
-USUAL = ("zeroshot", "retrieval", "captioning")
 
 
 def trained_on(config: Any, data: Mapping[str, Any]) -> bool:
@@ -44,21 +42,19 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data", None, "A folder that `prepare` wrote, an imagefolder, 'tfds:NAME', or 'scenes'."
     )
-    flags.DEFINE_list("tasks", None, f"{', '.join(KINDS)}; default: {', '.join(USUAL)}.")
+    usual = ", ".join(usual_kinds())
+    flags.DEFINE_list("tasks", None, f"{', '.join(declarations.kinds())}; default: {usual}.")
     flags.DEFINE_string("split", "", "Split of the data; default: test, else what there is.")
     flags.DEFINE_string("name", "", "Data set name in the scores; default: folder and split.")
     flags.DEFINE_multi_string("where", [], "field=value[,value...]: only these records.")
     for field in ("text", "label", "image"):
         note = f"Field of the {field}, where it has an unusual name."
         flags.DEFINE_string(f"{field}_field", "", note)
-    flags.DEFINE_string("templates", "", "Prompt set or text file for classification.")
-    flags.DEFINE_string("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
-    flags.DEFINE_string("questions", "", "Field that lists {question, answer} objects.")
+    for flag in evaluator_flags():
+        _define(flag)
     flags.DEFINE_integer(
         "num_frames", None, "Frames of each video; 0: images; default: as trained."
     )
-    flags.DEFINE_integer("num_beams", 1, "Beams of the captions.", lower_bound=1)
-    flags.DEFINE_bool("java_metrics", True, "METEOR and SPICE, where they can run.")
     flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
     flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
@@ -66,6 +62,26 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+
+
+def evaluator_flags() -> list[Flag]:
+    """The flags of all evaluators, each once."""
+    found = (flag for one in declarations.kinds().values() for flag in one.flags)
+    return list(dict.fromkeys(found))
+
+
+def _define(flag: Flag) -> None:
+    if isinstance(flag.default, bool):
+        flags.DEFINE_bool(flag.name, flag.default, flag.help)
+    elif isinstance(flag.default, int):
+        flags.DEFINE_integer(flag.name, flag.default, flag.help, lower_bound=flag.least)
+    else:
+        flags.DEFINE_string(flag.name, flag.default, flag.help)
+
+
+def usual_kinds() -> list[str]:
+    """The evaluators that run where --tasks is not given."""
+    return [kind for kind, one in declarations.kinds().items() if one.usual]
 
 
 def data_of_flags() -> dict[str, Any]:
@@ -102,15 +118,16 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
 
     Raises ValueError for an unknown one, or one asked for that the data are not for.
     """
-    args = flags.FLAGS
+    args, kinds, usual = flags.FLAGS, declarations.kinds(), usual_kinds()
     for kind in args.tasks or ():
-        if kind not in KINDS:
-            raise ValueError(f"--tasks={kind}: choose from {', '.join(KINDS)}")
-    found = suited(args.tasks or USUAL, data)
+        if kind not in kinds:
+            raise ValueError(f"--tasks={kind}: choose from {', '.join(kinds)}")
+    found = declarations.suited(args.tasks or usual, data)
     for kind in args.tasks or ():
         if kind not in found:
-            raise ValueError(missing(f"{args.data} [{data['split']}]", needed(kind), kind))
-    left = [kind for kind in USUAL if kind not in found]
+            place = f"{args.data} [{data['split']}]"
+            raise ValueError(declarations.lacks(place, kinds[kind]))
+    left = [kind for kind in usual if kind not in found]
     if not args.tasks and left:
         cli.say(f"{args.data} has nothing for {', '.join(left)}: left out")
     return found
@@ -126,19 +143,7 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     for kind in kinds_of_flags(data):
         task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
         task |= dict(data=dict(data), limit=args.limit)
-        if kind == "captioning":
-            task["java_metrics"] = args.java_metrics
-            if args.num_beams > 1:
-                task["decode"] = dict(num_beams=args.num_beams)
-            if args.data == "scenes":
-                task["data"]["objects"] = (1,)  # what exact match is defined for
-        if kind in ("classification", "answers") and args.questions:
-            task["data"]["questions"] = args.questions
-        if kind in ("linear_probe", "knn"):
-            task["data"]["kind"] = "label"
-        if kind in ("zeroshot", "generative"):
-            task["data"]["kind"] = "label"
-            task |= dict(templates=args.templates, class_names=args.class_names)
+        declarations.of(kind).from_flags(task, args)
         tasks.append(task)
     return tasks
 

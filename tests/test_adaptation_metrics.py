@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from coca_jax import run_config
-from coca_jax.evaluators import probes
+from coca_jax.evaluators import linear, probes
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
 
@@ -91,12 +91,12 @@ def blobs(count, spread=1.0):
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
 def test_logistic_regression_equals_scikit_learn(l2):
     features, classes = blobs(400)
-    ours = probes.fit_linear(features, classes, 7, l2)
+    ours = linear.fit_linear(features, classes, 7, l2)
     # scikit-learn adds the squares to C times the sum of losses.
     theirs = LogisticRegression(C=1 / (l2 * len(features)), tol=1e-8, max_iter=2000)
     theirs.fit(features, classes)
     test, _ = blobs(200)
-    logits = probes.linear_scores(test, ours)
+    logits = linear.linear_scores(test, ours)
     found = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(found, theirs.predict_proba(test), atol=2e-3)
 
@@ -104,17 +104,17 @@ def test_logistic_regression_equals_scikit_learn(l2):
 def test_l2_is_chosen_on_the_held_out_part():
     features, classes = blobs(500, spread=2.0)
     features = np.concatenate([features, RNG.normal(size=(500, 150))], 1).astype(np.float32)
-    l2, weights = probes.choose_l2(features, classes, 7, seed=3)
+    l2, weights = linear.choose_l2(features, classes, 7, seed=3)
     order = np.random.default_rng(3).permutation(500)
     test, train = order[:50], order[50:]
     right = {}
-    for one in probes.L2_SWEEP:
+    for one in linear.L2_SWEEP:
         theirs = LogisticRegression(C=1 / (one * len(train)), max_iter=3000)
         theirs.fit(features[train], classes[train])
         right[one] = theirs.score(features[test], classes[test])
     assert max(right.values()) - min(right.values()) > 0.05  # much noise wants a strong one
     assert right[l2] > max(right.values()) - 0.03
-    whole = probes.fit_linear(features, classes, 7, l2)
+    whole = linear.fit_linear(features, classes, 7, l2)
     np.testing.assert_allclose(weights, whole, atol=1e-6)
 
 
@@ -122,19 +122,21 @@ def test_nearest_neighbours_equal_a_plain_vote():
     train, classes = blobs(90)
     test, _ = blobs(33)
     train[5] = train[6]  # duplicates
-    found = probes.knn_scores(test, train, classes, 7, k=10, temperature=0.1, chunk=8)
+    found = linear.knn_scores(test, train, classes, 7, k=10, temperature=0.1, chunk=8)
     for row, feature in enumerate(test):
         cosine = train @ feature / np.linalg.norm(train, axis=1) / np.linalg.norm(feature)
         votes = np.zeros(7)
         for i in np.argsort(-cosine)[:10]:
             votes[classes[i]] += np.exp((cosine[i] - cosine.max()) / 0.1)
         np.testing.assert_allclose(found[row], votes, rtol=1e-4)
-    few = probes.knn_scores(test, train[:3], classes[:3], 7, k=10)
+    few = linear.knn_scores(test, train[:3], classes[:3], 7, k=10)
     assert set(np.flatnonzero(few.sum(0))) == set(classes[:3])
 
 
-@pytest.mark.parametrize("kind", ["linear_probe", "knn"])
-def test_a_probe_learns_from_its_training_records(kind):
+@pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])
+def test_a_probe_learns_from_its_training_records(maker):
+    kind = maker.kind
+
     class Mean:
         def features(self, images):
             return images.reshape(len(images), -1, 3).mean(1).astype(np.float32)
@@ -149,16 +151,16 @@ def test_a_probe_learns_from_its_training_records(kind):
         features = None
 
     cache = {}
-    probe = probes.Probe(kind, "set", NAMES[:3], records(200), num_examples=3, cache=cache)
+    probe = maker("set", NAMES[:3], records(200), num_examples=3, cache=cache)
     probe_records = records(60)
     found = dict(probe.run(Mean(), probe_records))
     assert found[f"{kind}/set/top1"] == 1.0 and found[f"{kind}/set/num_train"] == 200
     assert len(probe.examples["items"]) == 3
-    again = probes.Probe(kind, "set", NAMES[:3], probe.train, cache=cache)
+    again = maker("set", NAMES[:3], probe.train, cache=cache)
     assert dict(again.run(Blind(), probe_records)) == found  # no image is encoded twice
     stranger = [dict(image=np.zeros((4, 4, 3), np.uint8), labels=["new"], key="x")]
     with pytest.raises(ValueError, match="labels of x are .'new'."):
-        dict(probes.Probe(kind, "set", NAMES[:3], records(9)).run(Mean(), stranger))
+        dict(maker("set", NAMES[:3], records(9)).run(Mean(), stranger))
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
         task = dict(kind="zeroshot", name="x", data={}, class_names=["cat", "dog"], templates=name)
-        assert tasks.make_evaluator(task, []).prompts == prompts.load(name)
+        assert tasks.make_evaluator(task).prompts == prompts.load(name)
 
 
 def test_damaged_png_header_counts_as_bad():

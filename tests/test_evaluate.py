@@ -15,7 +15,7 @@ from PIL import Image
 
 from coca_jax import export_format, inference, partitioning, prepare
 from coca_jax.data import vocabulary
-from coca_jax.evaluators import tasks
+from coca_jax.evaluators import class_names, tasks
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import unprepared
 from coca_jax.importers.items import Options
@@ -237,7 +237,7 @@ def test_class_names_from_files(tmp_path):
 
     def read(text):
         path.write_text(text)
-        return tasks.read_class_names(str(path), declared)
+        return class_names.read_class_names(str(path), declared)
 
     assert read("n03\tcat\nn01\tdog\n") == (["cat", "dog"], ["n03", "n01"])
     assert read("n02\n\nn01\n") == (["n02", "n01"], ["n02", "n01"])

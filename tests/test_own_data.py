@@ -13,7 +13,7 @@ from coca_jax.config import typed
 from coca_jax.configs import base
 from coca_jax.data import formats, sources
 from coca_jax.data.mixture import Mixture
-from coca_jax.evaluators import records
+from coca_jax.evaluators import declarations, records
 from coca_jax.importers import own_data, splits, unprepared
 
 
@@ -257,7 +257,7 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="val", progress=False)
     assert unprepared.choose_split(dict(path=out)) == "val"
     with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
-        records.check([dict(kind="retrieval", name="x", data=dict(path=out))])
+        declarations.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
     assert evaluate.trained_on(config, dict(path=f"{out}/../p", split="train"))
     assert not evaluate.trained_on(config, dict(path=out, split="val"))
@@ -268,8 +268,8 @@ def test_tasks_need_captions_or_labels(tmp_path):
     by_class(tmp_path / "labels", 2)
     texts, labels = (dict(path=str(tmp_path / name)) for name in ("texts", "labels"))
     usual = ("zeroshot", "retrieval", "captioning")
-    assert records.suited(usual, texts) == ["retrieval", "captioning"]
-    assert records.suited(usual, labels) == ["zeroshot"]
+    assert declarations.suited(usual, texts) == ["retrieval", "captioning"]
+    assert declarations.suited(usual, labels) == ["zeroshot"]
     with pytest.raises(
         ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
     ):
@@ -279,8 +279,8 @@ def test_tasks_need_captions_or_labels(tmp_path):
     # A run says so before it trains.
     task = dict(kind="zeroshot", name="x", data=texts)
     with pytest.raises(ValueError, match="eval.tasks: .*no example has a label, and zeroshot"):
-        records.check([task])
-    records.check([dict(task, kind="retrieval"), dict(task, data=dict(labels, kind="label"))])
+        declarations.check([task])
+    declarations.check([dict(task, kind="retrieval"), dict(task, data=dict(labels, kind="label"))])
     # Where some have what is needed, the others are left out and counted.
     mixed = captioned(tmp_path / "mixed", 4, label=lambda i: "even" if i % 2 == 0 else None)
     prepare.prepare("imagefolder", str(mixed), str(tmp_path / "p"), progress=False)

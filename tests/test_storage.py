@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coca_jax import report, storage
-from coca_jax.evaluators import captioning, results
+from coca_jax.evaluators import captioning, results, unfinished
 from coca_jax.metrics import MetricWriter, read_metrics
 
 
@@ -88,11 +88,13 @@ def test_tensorboard_reads_what_was_written(folder):
 
 
 def test_evaluations_and_their_report(folder):
-    state = results.Unfinished(folder, dict(weights="w"), main_process=True)
+    state = unfinished.Unfinished(folder, dict(weights="w"), main_process=True)
     state.add("task", dict(score=1.0))
-    again = results.Unfinished(folder, dict(weights="w"), main_process=True)
+    again = unfinished.Unfinished(folder, dict(weights="w"), main_process=True)
     assert again.scores("task") == dict(score=1.0)
-    assert results.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
+    assert (
+        unfinished.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
+    )
     results.save_results(folder, {"zeroshot/data/top1": 0.75})
     results.save_results(folder, {"zeroshot/data/top5": 1.0})
     image = results.encode_png(np.zeros((8, 8, 3), np.uint8))

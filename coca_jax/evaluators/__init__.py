@@ -15,10 +15,6 @@ import numpy as np
 import tqdm
 
 Record = Mapping[str, Any]
-KINDS = (  # of tasks
-    *("zeroshot", "generative", "retrieval", "captioning"),
-    *("classification", "answers", "linear_probe", "knn"),
-)
 
 
 class Predictor(Protocol):

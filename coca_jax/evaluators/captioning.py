@@ -21,6 +21,7 @@ from coca_jax.evaluators import (
     record_texts,
     stack_images,
 )
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 
@@ -115,7 +116,7 @@ def _lines(outputs: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outputs)
 
 
-class Captioning:
+class Captioning(Evaluator):
     """Scores a model's captions.
 
     Args:
@@ -129,6 +130,25 @@ class Captioning:
       num_examples: pictures kept for the report.
       progress: shows a bar.
     """
+
+    kind, order, title, usual = "captioning", 40, "Captioning", True
+    needs, programs = "caption", ("caption", "caption_log_likelihood")
+    flags = (
+        Flag("num_beams", 1, "Beams of the captions.", least=1),
+        Flag("java_metrics", True, "METEOR and SPICE, where they can run."),
+    )
+    metrics = {
+        "exact_match": Metric("Exact match"),
+        "attribute_f1": Metric("Attribute F1"),
+        "word_f1": Metric("Word F1"),
+        "cider_d": Metric("CIDEr-D", Scale.HUNDREDFOLD),
+        "bleu4": Metric("BLEU-4", Scale.HUNDREDFOLD),
+        "meteor": Metric("METEOR", Scale.HUNDREDFOLD),
+        "rouge_l": Metric("ROUGE-L", Scale.HUNDREDFOLD),
+        "spice": Metric("SPICE", Scale.HUNDREDFOLD),
+        "perplexity": Metric("Perplexity", Scale.PLAIN, lower=True),
+    }
+    headlines = ("cider_d", "attribute_f1", "exact_match", "bleu4")
 
     def __init__(
         self,
@@ -144,14 +164,42 @@ class Captioning:
         num_examples: int = 24,
         progress: bool = False,
     ):
-        self.name = f"captioning/{data_name}"
+        super().__init__(data_name)
         self.scorer, self.java_metrics = scorer, java_metrics
         self.perplexity, self.captions = perplexity, captions
         self.how, self.outputs = dict(how or {}), outputs
         self.batch_size, self.num_examples = batch_size, num_examples
         self.progress = progress
-        self.skipped: dict[str, str] = {}
-        self.examples: dict[str, Any] = {}
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --num_beams and --java_metrics."""
+        super().from_flags(task, flags)
+        task["java_metrics"] = flags.java_metrics
+        if flags.num_beams > 1:
+            task["decode"] = dict(num_beams=flags.num_beams)
+        if task["data"].get("builtin"):
+            task["data"]["objects"] = (1,)  # what exact match is defined for
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Captioning:
+        """task: decode, options of decoding; java_metrics. Captions so far are kept in
+        workdir/eval_captions."""
+        outputs = None
+        if setting.workdir:
+            name = f"{task['name'].replace('/', '_')}.jsonl"
+            path = storage.place(setting.workdir) / "eval_captions" / name
+            made_for = dict(setting.request, task=dict(task))
+            outputs = Outputs(path, made_for, write=setting.main_process)
+        drawn = getattr(setting.records, "scenes", False)
+        return cls(
+            task["name"],
+            scorer=score_scene if drawn else score_references,
+            java_metrics=task.get("java_metrics", False),
+            how=task.get("decode"),
+            outputs=outputs,
+            **setting.common(several=False),
+        )
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields perplexity (of a token, over all references), exact_match, f1, bleu4, rouge_l,
@@ -189,6 +237,8 @@ class Captioning:
                 exact.append(right)
                 f1.append(score)
                 shown.offer(functools.partial(_item, record, caption, bool(right), float(score)))
+        if self.outputs:
+            self.outputs.close()
         if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         if self.perplexity:

@@ -9,9 +9,16 @@ from typing import Any
 import numpy as np
 
 from coca_jax.evaluators import Record
+from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 
+HEADLINES = ("top1", "top5", "mean_per_class")
+METRICS = {
+    "top1": Metric("Top-1"),
+    "top5": Metric("Top-5"),
+    "mean_per_class": Metric("Mean per class"),
+}
 _MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
 
 

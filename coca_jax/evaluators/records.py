@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.data import kinds
 from coca_jax.importers import unprepared
-
-# What a record must have for a task.
-NEEDS = {
-    "caption": ("retrieval", "captioning"),
-    "label": ("zeroshot", "generative", "linear_probe", "knn"),
-}
-FIELDS = {"caption": "text_field", "label": "label_field"}
 
 
 class Records:
@@ -25,7 +19,8 @@ class Records:
         `tfds` any set that the user has.
       limit: at most so many; 0: all.
       known: only records one of whose texts is among these; None: all.
-      need: 'caption' or 'label', what a record must have to count; '': nothing.
+      need: what a record must have to count, the name of a kind of source ('caption', 'label');
+        '': nothing.
 
     Attributes: left_out, the number of records without what is needed.
 
@@ -45,10 +40,10 @@ class Records:
         if self.scenes:
             from coca_jax.data.scenes import Scenes
 
-            split, kind = data.get("split", "test"), data.get("kind", "caption")
-            source: Any = Scenes(split, kind, data.get("objects", (1, 2, 3, 4)))
+            split, kind = data.get("split", "test"), kinds.of(data)
+            source: Any = Scenes(split, kind.name, data.get("objects", (1, 2, 3, 4)))
         else:
-            if need and data.get("kind") != "question":
+            if need and not isinstance(kinds.of(data), kinds.Question):  # those have both
                 data = dict(data, kind=need)
             source = unprepared.open_source(data, "test")
         self._source = source
@@ -61,13 +56,8 @@ class Records:
             self._keep(lambda part: [not known.isdisjoint(texts) for texts in self._texts(part)])
 
     def _require(self, need: str, name: str) -> None:
-        count = len(self._indices)
-        self._keep(
-            lambda part: [
-                bool(record.texts if need == "caption" else record.labels)
-                for record in self._source.read_texts(part)
-            ]
-        )
+        count, has = len(self._indices), kinds.of(dict(kind=need)).trains
+        self._keep(lambda part: [has(record) for record in self._source.read_texts(part)])
         self.left_out = count - len(self._indices)
         if not len(self._indices):
             raise ValueError(missing(name, need))
@@ -104,40 +94,12 @@ class Records:
                 )
 
 
-def needed(task: str) -> str:
-    """What a record must have for a task of this kind: 'caption', 'label', or '' for neither."""
-    return next((need for need, tasks in NEEDS.items() if task in tasks), "")
-
-
-def suited(tasks: Sequence[str], data: Mapping[str, Any]) -> list[str]:
-    """Those of the tasks for which the data have what they need, where that can be told early."""
-    counts = unprepared.counts(data)
-    return [task for task in tasks if not counts or counts.get(needed(task), 1)]
-
-
-def check(tasks: Sequence[Any]) -> None:
-    """Raises ValueError or FileNotFoundError for the first of a run's evaluations whose data are
-    not there, or hold nothing that it needs, as far as that can be told without reading images."""
-    for task in tasks:
-        task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
-        data, kind = dict(task.get("data") or {}), task.get("kind", "")
-        if not data.get("path"):
-            continue
-        data.setdefault("split", "test")
-        found, name = unprepared.splits(data), f"{data['path']} [{data['split']}]"
-        if found and data["split"] not in found:
-            raise ValueError(
-                f"eval.tasks, {kind} of {task.get('name')}: data {data['path']} have no split "
-                f"{data['split']!r}; they have {', '.join(found)}"
-            )
-        if not suited([kind], data):
-            raise ValueError(f"eval.tasks: {missing(name, needed(kind), kind)}")
-
-
 def missing(name: str, need: str, task: str = "this task") -> str:
     """Why data without any caption or label cannot be scored, and what to do."""
-    other = "zeroshot" if need == "caption" else "retrieval,captioning"
+    from coca_jax.evaluators import declarations  # its evaluators read records
+
     return (
-        f"data {name}: no example has a {need}, and {task} needs one; give --tasks={other}, or "
-        f"--{FIELDS[need]}=NAME where a field of another name holds it"
+        f"data {name}: no example has a {need}, and {task} needs one; give "
+        f"--tasks={declarations.instead(need)}, or --{kinds.KINDS[need].wanted}_field=NAME where a "
+        "field of another name holds it"
     )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
 from coca_jax.evaluators.captioning import canonical_text
-from coca_jax.evaluators.classification import Tally
+from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 from coca_jax.models.head_kinds import HeadKind
+
+QUESTIONS = Flag("questions", "", "Field that lists {question, answer} objects.")
 
 
 class Classifier(Protocol):
@@ -40,7 +43,26 @@ def question_of(record: Record, name: str) -> str:
     return texts[0]
 
 
-class Classification:
+class OfRecords(Evaluator):
+    """What takes a question or statement from each record."""
+
+    flags = (QUESTIONS,)
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --questions."""
+        super().from_flags(task, flags)
+        if flags.questions:
+            task["data"]["questions"] = flags.questions
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
+        """Takes nothing of the task."""
+        made: Any = cls
+        return made(task["name"], **setting.common())
+
+
+class Classification(OfRecords):
     """Scores the task head of a model.
 
     Args:
@@ -50,6 +72,14 @@ class Classification:
       progress: shows a bar.
     """
 
+    kind, order, title = "classification", 50, "Classification by the task head"
+    programs = ("classify",)
+    metrics = METRICS | {
+        "nll": Metric("Negative log-likelihood, nats", Scale.PLAIN, lower=True),
+        "unknown_labels": Metric("Labels that the head lacks", Scale.PLAIN, lower=True),
+    }
+    headlines = HEADLINES
+
     def __init__(
         self,
         data_name: str,
@@ -58,11 +88,24 @@ class Classification:
         num_examples: int = 16,
         progress: bool = False,
     ):
-        self.name = f"classification/{data_name}"
+        super().__init__(data_name)
         self.batch_size, self.num_examples = batch_size, num_examples
         self.progress = progress
-        self.examples: dict[str, Any] = {}
-        self.classes: dict[str, Any] = {}
+
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Refuses a model without a task head."""
+        super().check_model(model)
+        if model.head_kind is None:
+            raise ValueError(
+                f"task {cls.kind!r}: this model has no task head; score it with zeroshot, or train "
+                "it with head.kind"
+            )
+
+    @classmethod
+    def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
+        """Questions, for a head that reads a text."""
+        return dict(task["data"], kind="question") if model.head_kind.reads_text else task["data"]
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
@@ -97,11 +140,16 @@ class Classification:
         self.examples, self.classes = tally.examples(), tally.classes()
 
 
-class Answers:
+class Answers(OfRecords):
     """Scores the answers that the decoder writes behind questions.
 
     Args: as of `Classification`.
     """
+
+    kind, order, title = "answers", 60, "Written answers"
+    programs = ("answer",)
+    metrics = {"exact_match": Metric("Exact match")}
+    headlines = ("exact_match",)
 
     def __init__(
         self,
@@ -111,10 +159,14 @@ class Answers:
         num_examples: int = 24,
         progress: bool = False,
     ):
-        self.name = f"answers/{data_name}"
+        super().__init__(data_name)
         self.batch_size, self.num_examples = batch_size, num_examples
         self.progress = progress
-        self.examples: dict[str, Any] = {}
+
+    @classmethod
+    def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
+        """Questions, whatever the model."""
+        return dict(task["data"], kind="question")
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields exact_match, and its interval: answers equal to one of the record's labels, in

@@ -3,7 +3,7 @@ class text that the captioner finds most likely."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,16 @@ from coca_jax.evaluators import (
     Predictor,
     Record,
     check_finite,
+    class_names,
     encode_texts,
     in_batches,
     stack_images,
 )
-from coca_jax.evaluators.classification import Tally
+from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Setting
 from coca_jax.evaluators.intervals import with_interval
 
+FLAGS = (Flag("templates", "", "Prompt set or text file for classification."), class_names.FLAG)
 _TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
 
 
@@ -48,7 +51,30 @@ def normalise(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-class ZeroShot:
+class ByPrompts(Evaluator):
+    """What classifies by texts made of class names."""
+
+    needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
+    default_prompts = "photo"
+    several_batches = True
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --templates and --class_names."""
+        super().from_flags(task, flags)
+        task |= dict(templates=flags.templates, class_names=flags.class_names)
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
+        """task: class_names, a list or a file for `class_names.read_class_names`; templates."""
+        names, labels = class_names.names_and_labels(task)
+        prompts = prompt_sets.load(task.get("templates") or cls.default_prompts)
+        common = setting.common(several=cls.several_batches)
+        made: Any = cls
+        return made(task["name"], names, prompts, labels=labels, **common)
+
+
+class ZeroShot(ByPrompts):
     """Classifies images by text embeddings alone.
 
     Args:
@@ -63,6 +89,9 @@ class ZeroShot:
     Raises ValueError when names repeat or there are fewer than two.
     """
 
+    kind, order, title, usual = "zeroshot", 10, "Zero-shot classification", True
+    programs = ("encode_image", "encode_text")
+
     def __init__(
         self,
         data_name: str,
@@ -74,14 +103,12 @@ class ZeroShot:
         num_examples: int = 16,
         progress: bool = False,
     ):
-        self.name = f"zeroshot/{data_name}"
+        super().__init__(data_name)
         self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
         self._new_tally()  # refuses unsuitable names now
         self.class_names = list(class_names)
         self.prompts = prompt_sets.check(prompts)
         self.batch_size, self.progress = batch_size, progress
-        self.examples: dict[str, Any] = {}
-        self.classes: dict[str, Any] = {}
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
@@ -103,7 +130,7 @@ class ZeroShot:
         self.examples, self.classes = tally.examples(), tally.classes()
 
 
-class Generative:
+class Generative(ByPrompts):
     """Classifies images by the likelihood of each class's text as a caption.
 
     A class's score is log(mean over prompts of p(prompt with the name | image)): the captioner's
@@ -112,6 +139,11 @@ class Generative:
 
     Args: as of `ZeroShot`; images are taken `batch_size` at a time with 256 class texts.
     """
+
+    kind, order, title = "generative", 20, "Classification by caption likelihood"
+    programs = ("score", "num_tokens")
+    metrics = METRICS | {"top1_per_token": Metric("Top-1 by token")}
+    default_prompts, several_batches = "plain", False
 
     def __init__(
         self,
@@ -124,7 +156,7 @@ class Generative:
         num_examples: int = 16,
         progress: bool = False,
     ):
-        self.name = f"generative/{data_name}"
+        super().__init__(data_name)
         # Log probabilities of one text in two batches differ by about 1e-5.
         self._new_tally = lambda shown=num_examples: Tally(
             self.name, class_names, labels, tie=1e-4, num_examples=shown
@@ -133,8 +165,6 @@ class Generative:
         self.class_names = list(class_names)
         self.prompts = prompt_sets.check(prompts)
         self.batch_size, self.progress = batch_size, progress
-        self.examples: dict[str, Any] = {}
-        self.classes: dict[str, Any] = {}
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, and top1_per_token."""

@@ -15,7 +15,7 @@ from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.batches import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
-from coca_jax.evaluators import records
+from coca_jax.evaluators import declarations
 from coca_jax.models import coca
 from coca_jax.training.stopping import Stop
 
@@ -73,7 +73,7 @@ def prepare(
     Raises ValueError when the data or what `workdir` holds does not fit the config.
     """
     begin(stop, "reading data")
-    records.check(config.eval.tasks)  # not only at the end of the run
+    declarations.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     class_names = head_classes(config, mixture)

@@ -1,0 +1,217 @@
+"""What an evaluator says of itself: its name, flags, records, programs and rows of the report.
+
+`evaluate`, the runner of tasks (tasks.py) and the report know no evaluator by name: they read what
+the modules of this folder declare. To add one, write a file here with a class like these; nothing
+else is edited. The declarations import no JAX: the command's help and its refusals come at once.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import coca_jax.evaluators
+from coca_jax.evaluators import Record
+from coca_jax.evaluators.records import Records, missing
+from coca_jax.importers import unprepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of `coca-jax evaluate`, of the type of its default; several evaluators may share it.
+
+    least: the lowest value of a number.
+    """
+
+    name: str
+    default: str | bool | int
+    help: str
+    least: int | None = None
+
+
+class Scale(enum.Enum):
+    """How people write a metric: a share as per cent, a share times 100, or the number itself."""
+
+    PERCENT = "percent"
+    HUNDREDFOLD = "hundredfold"
+    PLAIN = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A row of the report. lower: whether a lower value is better."""
+
+    title: str
+    scale: Scale = Scale.PERCENT
+    lower: bool = False
+
+
+@dataclasses.dataclass
+class Setting:
+    """What an evaluator runs in.
+
+    records: of the task. batch_size: of the model, images at a time. main_process: whether this
+    one writes and shows bars. workdir, request: where unfinished work is kept, and what it depends
+    on besides the task. shared: of all evaluators of one model, to keep what others need too.
+    """
+
+    records: Any = ()
+    batch_size: int = 64
+    main_process: bool = False
+    workdir: str = ""
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def common(self, *, several: bool = True) -> dict[str, Any]:
+        """Arguments that every evaluator takes. several: a call takes several batches of the
+        model, which reads the next one while it computes."""
+        times = max(1, 1024 // self.batch_size) if several else 1
+        return dict(progress=self.main_process, batch_size=self.batch_size * times)
+
+
+class Evaluator(abc.ABC):
+    """A family of metrics of one data set.
+
+    Declared:
+        kind: its name in tasks, and the first part of its metrics' names.
+        order: its place among the others, in messages and in the report.
+        title: of its part of the report.
+        needs: what a record must have, the name of a kind of source (data/kinds.py); '': nothing.
+        programs: the methods of a model that it calls.
+        usual: whether `evaluate` runs it unasked, where the data have what it needs.
+        flags: of `evaluate`, read in `from_flags`.
+        metrics: name -> how the report shows it; one that is not declared is shown by its name.
+        headlines: metrics that stand at the top of the report, the first of them large.
+    Of an instance:
+        name: `<kind>/<data set>`.
+        examples: after `run`, what the report shows; `kind` in it names the layout, a file of
+            report/templates/layouts.
+        classes: after `run`, accuracy by class and confusion, or {}.
+        skipped: metrics that could not run, and why.
+    """
+
+    kind: ClassVar[str]
+    order: ClassVar[int]
+    title: ClassVar[str]
+    needs: ClassVar[str] = ""
+    programs: ClassVar[tuple[str, ...]] = ()
+    usual: ClassVar[bool] = False
+    flags: ClassVar[tuple[Flag, ...]] = ()
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    headlines: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, data_name: str):
+        self.name = f"{self.kind}/{data_name}"
+        self.examples: dict[str, Any] = {}
+        self.classes: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Completes a task, dict(kind, name, data, limit), by the command's flags."""
+        if cls.needs:
+            task["data"]["kind"] = cls.needs
+
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Raises ValueError for a model that cannot be scored so, before any work."""
+        lacking = [name for name in cls.programs if not hasattr(model, name)]
+        if lacking:
+            raise ValueError(f"task {cls.kind!r}: this model has no {', '.join(lacking)}")
+
+    @classmethod
+    def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
+        """The data entry that this evaluator reads for a task."""
+        return dict(task["data"])
+
+    @classmethod
+    @abc.abstractmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
+        """Makes the evaluator of a task. Raises ValueError for what the task cannot have."""
+
+    @abc.abstractmethod
+    def run(self, predict: Any, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields (name, value)."""
+
+
+@functools.cache
+def kinds() -> dict[str, type[Evaluator]]:
+    """Every evaluator by its name, in order: the modules of this folder are read for them."""
+    for module in pkgutil.iter_modules(coca_jax.evaluators.__path__, "coca_jax.evaluators."):
+        importlib.import_module(module.name)
+    found, waiting = [], [Evaluator]
+    while waiting:
+        for one in waiting.pop().__subclasses__():
+            waiting.append(one)
+            if "kind" in vars(one):
+                found.append(one)
+    return {one.kind: one for one in sorted(found, key=lambda one: one.order)}
+
+
+def of(kind: str) -> type[Evaluator]:
+    """The evaluator of this name. Raises ValueError for an unknown one."""
+    if kind not in kinds():
+        raise ValueError(f"task {kind!r}: choose one of {', '.join(kinds())}")
+    return kinds()[kind]
+
+
+def suited(tasks: Sequence[str], data: Mapping[str, Any]) -> list[str]:
+    """Those of the tasks for which the data have what they need, where that can be told early."""
+    counts = unprepared.counts(data)
+    return [task for task in tasks if not counts or counts.get(of(task).needs, 1)]
+
+
+def lacks(name: str, evaluator: type[Evaluator]) -> str:
+    """Why data without what an evaluator needs cannot be scored so, and what to do."""
+    return missing(name, evaluator.needs, evaluator.kind)
+
+
+def instead(need: str) -> str:
+    """The usual tasks for data that have nothing of this need."""
+    return ",".join(one.kind for one in kinds().values() if one.usual and one.needs != need)
+
+
+def check(tasks: Sequence[Any]) -> None:
+    """Raises ValueError or FileNotFoundError for the first of a run's evaluations that is unknown,
+    whose data are not there, or hold nothing that it needs, as far as that can be told without
+    reading images."""
+    for task in tasks:
+        task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
+        data, evaluator = dict(task.get("data") or {}), of(task.get("kind", ""))
+        if not data.get("path"):
+            continue
+        data.setdefault("split", "test")
+        found, name = unprepared.splits(data), f"{data['path']} [{data['split']}]"
+        if found and data["split"] not in found:
+            raise ValueError(
+                f"eval.tasks, {evaluator.kind} of {task.get('name')}: data {data['path']} have no "
+                f"split {data['split']!r}; they have {', '.join(found)}"
+            )
+        if not suited([evaluator.kind], data):
+            raise ValueError(f"eval.tasks: {lacks(name, evaluator)}")
+
+
+def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:
+    """The records of a task's data that have what its evaluator needs, of known texts where it
+    asks for these (`known_only`). Raises as `Records` does."""
+    known = set(candidates(task)) if task.get("known_only") else None
+    return Records(data, limit, known, of(task["kind"]).needs)
+
+
+def candidates(task: Mapping[str, Any]) -> list[str]:
+    """The texts of the data that a task names as further candidates, each once, sorted."""
+    if not task.get("candidates"):
+        return []
+    found = Records(dict(dict(split="train"), **task["candidates"]))
+    return sorted({text for record in found for text in texts_of(record)})
+
+
+def texts_of(record: Record) -> list[str]:
+    """The texts of a record; [] where it has none."""
+    return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())

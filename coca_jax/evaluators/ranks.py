@@ -1,0 +1,126 @@
+"""Ranks of what matches among millions of candidates, in tiles of the similarity matrix."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+TIE = 1e-6  # scores closer than this are equal: float32 products differ by about 1e-7
+_NO_MESH = Mesh(np.empty((), object), ())  # tiles belong to one device each
+
+
+def retrieval_ranks(
+    images: np.ndarray,
+    texts: np.ndarray,
+    pairs: np.ndarray,
+    *,
+    chunk: int = 4096,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rank (0: first) of the best match of each image and of each text, int64.
+
+    A rank is the number of candidates that do not match and score no less than the best match, so
+    ties count against the model. The similarity matrix exists only in tiles of `chunk` x `chunk`:
+    memory grows with N + M, and a million images by a million texts fit. Tiles are shared among
+    processes and their devices; every process needs the same arguments and gets all ranks.
+
+    Args:
+      images: float32 [N, E].
+      texts: float32 [M, E], distinct texts.
+      pairs: int [P, 2], (image, text) indices that match; all others do not. An image or text
+        without a match gets rank -1.
+      chunk: side of a tile.
+    """
+    n, m = len(images), len(texts)
+    pairs = np.unique(np.asarray(pairs, np.int64).reshape(-1, 2), axis=0)
+    score = np.empty(len(pairs), np.float32)
+    for start in range(0, len(pairs), chunk):
+        i, j = pairs[start : start + chunk].T
+        score[start : start + chunk] = np.einsum("pe,pe->p", images[i], texts[j])
+    best_of_image = np.full(n, -np.inf, np.float32)
+    best_of_text = np.full(m, -np.inf, np.float32)
+    np.maximum.at(best_of_image, pairs[:, 0], score)
+    np.maximum.at(best_of_text, pairs[:, 1], score)
+    has_image, has_text = np.isfinite(best_of_image), np.isfinite(best_of_text)
+
+    side_n, side_m = min(chunk, n), min(chunk, m)
+    blocks = -(-m // side_m)
+    image_ranks, text_ranks = np.zeros(n, np.int64), np.zeros(m, np.int64)
+    tile_of = (pairs[:, 0] // side_n) * blocks + pairs[:, 1] // side_m
+    order = np.argsort(tile_of, kind="stable")
+    tile_of, pairs = tile_of[order], pairs[order]
+
+    def collect(launched: list[tuple[slice, slice, tuple[jax.Array, jax.Array]]]) -> None:
+        for rows, columns, (by_row, by_column) in launched:
+            image_ranks[rows] += np.asarray(by_row)[: rows.stop - rows.start]
+            text_ranks[columns] += np.asarray(by_column)[: columns.stop - columns.start]
+
+    # Every process takes its share of the rows of tiles, each of its devices one at a time. A step
+    # is one tile a device; its counts are fetched while the next one runs.
+    devices = jax.local_devices()
+    starts = range(0, n, side_n)[jax.process_index() :: jax.process_count()]
+    with jax.set_mesh(_NO_MESH):
+        for group in range(0, len(starts), len(devices)):
+            left = []
+            for device, start_n in zip(devices, starts[group : group + len(devices)]):
+                rows = slice(start_n, min(start_n + side_n, n))
+                limits = _pad(best_of_image[rows] - TIE, side_n, np.inf)
+                tile = jax.device_put((_pad(images[rows], side_n, 0.0), limits), device)
+                left.append((device, rows, tile))
+            running: list = []
+            for start_m in range(0, m, side_m):
+                columns = slice(start_m, min(start_m + side_m, m))
+                tile_texts = _pad(texts[columns], side_m, 0.0)
+                column_limits = _pad(best_of_text[columns] - TIE, side_m, np.inf)
+                launched = []
+                for device, rows, tile in left:
+                    number = (rows.start // side_n) * blocks + start_m // side_m
+                    low, high = np.searchsorted(tile_of, [number, number + 1])
+                    inside = (pairs[low:high] - [rows.start, start_m]).astype(np.int32)
+                    # A power of two of matches, so that few shapes are compiled; out of range is
+                    # dropped.
+                    length = max(1024, 1 << int(high - low).bit_length())
+                    others = (tile_texts, column_limits, _pad(inside, length, side_n + side_m))
+                    sizes = (rows.stop - rows.start, columns.stop - columns.start)
+                    counts = _count_tile(*tile, *jax.device_put(others, device), *sizes)
+                    launched.append((rows, columns, counts))
+                collect(running)
+                running = launched
+            collect(running)
+    if jax.process_count() > 1:
+        both = np.concatenate([image_ranks, text_ranks]).astype(np.int32)
+        both = multihost_utils.process_allgather(both).sum(0, dtype=np.int64)
+        image_ranks, text_ranks = both[:n], both[n:]
+    return np.where(has_image, image_ranks, -1), np.where(has_text, text_ranks, -1)
+
+
+def _pad(x: np.ndarray, length: int, value: float) -> np.ndarray:
+    missing = length - len(x)
+    if not missing:
+        return x
+    return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+
+
+@jax.jit
+def _count_tile(
+    images: jax.Array,
+    row_limits: jax.Array,
+    texts: jax.Array,
+    column_limits: jax.Array,
+    matches: jax.Array,
+    num_rows: int,
+    num_columns: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Counts by row and by column the scores at or over the limits, matches and padding apart."""
+    # Accelerators multiply float32 at lower precision unless told otherwise; ranks need it exact.
+    scores = jnp.einsum("ne,me->nm", images, texts, precision="highest")
+    real = (jnp.arange(scores.shape[0]) < num_rows)[:, None] & (
+        jnp.arange(scores.shape[1]) < num_columns
+    )
+    scores = jnp.where(real, scores, -jnp.inf)
+    scores = scores.at[matches[:, 0], matches[:, 1]].set(-jnp.inf, mode="drop")
+    by_row = jnp.isfinite(scores) & (scores >= row_limits[:, None])
+    by_column = jnp.isfinite(scores) & (scores >= column_limits[None, :])
+    return by_row.sum(1), by_column.sum(0)

@@ -1,0 +1,53 @@
+"""What an evaluation has finished when it is killed: eval_progress.json, while it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from coca_jax import storage
+
+
+class Unfinished:
+    """What an evaluation has finished, in workdir/eval_progress.json until all of it is.
+
+    Args:
+      workdir: made when missing.
+      request: what the scores depend on besides the task; a file of another request is dropped.
+      main_process: the one that writes.
+    """
+
+    def __init__(self, workdir: str, request: Mapping[str, Any], *, main_process: bool):
+        self._path = storage.place(workdir) / "eval_progress.json"
+        self._main = main_process
+        if main_process:
+            found = json.loads(self._path.read_text()) if self._path.exists() else {}
+            if found.get("request") != request:
+                self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("coca_jax evaluate")
+        self._state = json.loads(self._path.read_text())
+        self.started: int = self._state["started"]
+
+    def scores(self, task: str) -> dict[str, float] | None:
+        """The scores of a task that is finished, else None."""
+        return self._state["tasks"].get(task)
+
+    def add(self, task: str, scores: Mapping[str, float]) -> None:
+        """Notes that a task is finished."""
+        self._state["tasks"][task] = dict(scores)
+        if self._main:
+            self._write(self._state)
+
+    def close(self) -> None:
+        """All is finished: the next start begins anew."""
+        if self._main:
+            self._path.unlink()
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        storage.write_text(self._path, json.dumps(state))
