@@ -121,6 +121,7 @@ class CoCaModel:
         if num_frames is None:
             num_frames = config.get("data", {}).get("num_frames", 0)
         self.num_frames: int = check_frames(num_frames)
+        self._devices = devices
         self._mesh, self.params = _place(params, devices)
         self._parts = partitioning.batch_parts(self._mesh) if self._mesh else 1
         if class_names is None:
@@ -140,6 +141,12 @@ class CoCaModel:
             eos_id=vocabulary.eos_id,
             hidden_id=vocabulary.hidden_id,
         )
+
+    def set_params(self, params: dict) -> None:
+        """Puts other parameters of the same shapes in place, on the same devices: programs stay
+        compiled. {} lets go of those that there are, until the next."""
+        self.__dict__.pop("_decoder_weights", None)
+        self.params = _place(params, self._devices)[1] if params else {}
 
     # -- embeddings -----------------------------------------------------------------------------
 
@@ -463,16 +470,19 @@ class CoCaModel:
 
     def checksum(self) -> str:
         """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+        with self._context():
+            found = self._bits(self.params)
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def _bits(self) -> Callable:
         def bits(x: jax.Array) -> jax.Array:
             whole = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
             return jnp.sum(jax.lax.bitcast_convert_type(x, whole).astype(jnp.uint32))
 
-        with self._context():
-            found = self._jit(lambda params: jax.tree.map(bits, params))(self.params)
-        leaves = jax.tree_util.tree_leaves_with_path(found)
-        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._jit(lambda params: jax.tree.map(bits, params))
 
     # -- programs -------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ from coca_jax.evaluators import Record
 from coca_jax.evaluators.records import Records, missing
 from coca_jax.importers import unprepared
 
+WITH_JAX = ("linear", "ranks", "tasks", "unfinished")  # files of this folder without evaluators
+
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
@@ -143,8 +145,9 @@ class Evaluator(abc.ABC):
 @functools.cache
 def kinds() -> dict[str, type[Evaluator]]:
     """Every evaluator by its name, in order: the modules of this folder are read for them."""
-    for module in pkgutil.iter_modules(coca_jax.evaluators.__path__, "coca_jax.evaluators."):
-        importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(coca_jax.evaluators.__path__):
+        if module.name not in WITH_JAX:
+            importlib.import_module(f"coca_jax.evaluators.{module.name}")
     found, waiting = [], [Evaluator]
     while waiting:
         for one in waiting.pop().__subclasses__():

@@ -28,18 +28,9 @@ def fit_linear(
     x, y = jnp.asarray(features, jnp.float32), jnp.asarray(classes, jnp.int32)
     weights = np.zeros((width + 1, num_classes)) if start is None else start
 
-    @jax.jit
-    def objective(x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def value(w: jax.Array) -> jax.Array:
-            logits = jnp.dot(x, w[:-1], precision="highest") + w[-1]
-            true = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
-            loss = (jax.nn.logsumexp(logits, axis=1) - true).mean()
-            return loss + l2 / 2 * jnp.square(w[:-1]).sum()
-
-        return jax.value_and_grad(value)(w)
-
     def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        loss, gradient = objective(x, y, jnp.asarray(flat.reshape(weights.shape), jnp.float32))
+        now = jnp.asarray(flat.reshape(weights.shape), jnp.float32)
+        loss, gradient = _objective(now, x, y, np.float32(l2))
         return float(loss), np.asarray(gradient, np.float64).ravel()
 
     options = dict(maxiter=MAX_ITERATIONS, maxcor=20)
@@ -47,6 +38,15 @@ def fit_linear(
         evaluate, weights.ravel(), jac=True, method="L-BFGS-B", options=options
     )
     return found.x.reshape(weights.shape)
+
+
+@jax.jit
+@jax.value_and_grad
+def _objective(w: jax.Array, x: jax.Array, y: jax.Array, l2: jax.Array) -> jax.Array:
+    logits = jnp.dot(x, w[:-1], precision="highest") + w[-1]
+    true = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    loss = (jax.nn.logsumexp(logits, axis=1) - true).mean()
+    return loss + l2 / 2 * jnp.square(w[:-1]).sum()
 
 
 def choose_l2(

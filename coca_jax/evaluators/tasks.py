@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
-from coca_jax.evaluators import Predictor, declarations, results
+from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Evaluator, Setting
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.models.head_kinds import HeadKind
@@ -39,8 +39,9 @@ def run_tasks(
     the captions (eval_captions/).
 
     All processes call this with the same arguments, each computes its share, and all get the
-    scores. A task with `known_only` scores only records whose text the candidates hold. Scores of
-    tasks that an earlier, killed call with the same weights finished are taken over.
+    scores; with `step` these join the run's history (history.py). A task with `known_only` scores
+    only records whose text the candidates hold. Scores of tasks that an earlier, killed call with
+    the same weights finished are taken over.
 
     Raises ValueError for an unknown kind of task, or one that the model has no program for, before
     any of them runs.
@@ -75,6 +76,9 @@ def run_tasks(
         scores["step"] = step
     if main_process:
         results.save_results(workdir, scores)
+        if step is not None:
+            of_tasks = {name: value for name, value in scores.items() if name != "step"}
+            history.add(workdir, step, of_tasks)
     unfinished.close()
     return scores
 

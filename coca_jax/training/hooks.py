@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from coca_jax import storage, train_step
 from coca_jax.checkpointing import Checkpoints
+from coca_jax.evaluators import history
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training.feed import Feed
 from coca_jax.training.goodput import Goodput
 from coca_jax.training.setup import Run
+
+if TYPE_CHECKING:
+    from coca_jax import inference  # heavy: imported where there is something to evaluate
 
 SHOWN = (
     *("loss", "contrastive_loss", "captioning_loss"),
@@ -98,6 +102,12 @@ class Evaluation:
 
     def __init__(self, run: Run, checkpoints: Checkpoints):
         self._run, self._checkpoints = run, checkpoints
+        self._model: inference.CoCaModel | None = None  # of all evaluations: compiled once
+
+    def catch_up(self, step: int, state: train_step.TrainState) -> None:
+        """Evaluates after `step`, from which a run goes on, where it was left before or in that."""
+        if step and self.due(step) and not history.has(self._run.workdir, step):
+            self(step, state)
 
     def due(self, step: int) -> bool:
         """Whether the loop evaluates after `step`. The last evaluation comes after the loop."""
@@ -124,20 +134,31 @@ class Evaluation:
         kept = functools.partial(self._checkpoints.wait_for, step)
         run.say(f"evaluating step {step} ...")
         with run.buckets("eval"), run.stop.saved("evaluating", kept):
-            from coca_jax import inference
             from coca_jax.evaluators import tasks
 
-            params = state.params
-            if state.ema is not None:
-                params = train_step.merge(params, state.ema)
-            model = inference.CoCaModel(
+            model = self._model_of(state)
+            try:
+                return tasks.run_tasks(model, run.config.eval.tasks, run.workdir, step=step)
+            finally:
+                model.set_params({})  # the next steps have the memory
+
+    def _model_of(self, state: train_step.TrainState) -> inference.CoCaModel:
+        from coca_jax import inference
+
+        params, run = state.params, self._run
+        if state.ema is not None:
+            params = train_step.merge(params, state.ema)
+        if self._model is None:
+            self._model = inference.CoCaModel(
                 run.config,
                 params,
                 run.vocabulary,
                 batch_size=max(64, 16 * jax.device_count()),
                 class_names=run.class_names,
             )
-            return tasks.run_tasks(model, run.config.eval.tasks, run.workdir, step=step)
+        else:
+            self._model.set_params(params)
+        return self._model
 
 
 def evaluation_due(run: Run, step: int) -> bool:

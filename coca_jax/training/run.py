@@ -82,6 +82,7 @@ def train_alone(
         before = goodput.age_before(buckets) if stop.watched else 0.0
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints)
+    evaluate.catch_up(start, state)
     try:
         state = steps(run, state, start, checkpoints, evaluate, good, spikes)
     except jax.errors.JaxRuntimeError as error:

@@ -1,0 +1,111 @@
+"""Evaluations inside a run: compiled once, each kept once, whatever stops the run."""
+
+import json
+
+import jax
+import pytest
+from test_heads import train_alone
+from test_train import tiny_run
+
+from coca_jax.evaluators import history, results, tasks
+from coca_jax.training import hooks
+
+
+def scored_run(steps=6):
+    config = tiny_run(steps)
+    label = dict(builtin="scenes", split="heldout", kind="label")
+    captions = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
+    config.eval.tasks = (
+        dict(kind="zeroshot", name="s", data=label, limit=20),
+        dict(kind="retrieval", name="s", data=captions, limit=20),
+        dict(kind="captioning", name="s", data=captions, limit=6, decode=dict(max_tokens=4)),
+    )
+    config.eval.every_steps = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with evaluations after steps 2, 4 and 6, and the programs compiled in each of them."""
+    workdir, compiled, inside = str(tmp_path_factory.mktemp("whole")), [], []
+
+    def listen(event, duration, **_):
+        if inside and event.endswith("backend_compile_duration"):
+            compiled[-1] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    plain = tasks.run_tasks
+
+    def counted(*args, **how):
+        compiled.append(0)
+        inside.append(True)
+        try:
+            return plain(*args, **how)
+        finally:
+            inside.pop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "run_tasks", counted)
+        summary = train_alone(scored_run(), workdir)
+    return workdir, summary, compiled
+
+
+def test_only_the_first_evaluation_compiles(whole):
+    _, _, compiled = whole
+    assert len(compiled) == 3 and compiled[0] > 10
+    assert compiled[1:] == [0, 0]
+
+
+def test_every_evaluation_is_kept_and_eval_json_is_the_last(whole):
+    workdir, summary, _ = whole
+    rows = history.read(workdir)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    last = json.loads((results.storage.place(workdir) / "eval.json").read_text())
+    assert rows[-1]["scores"] | {"step": 6.0} == last
+    assert all(summary[name] == value for name, value in last.items())
+    assert len({row["scores"]["captioning/s/perplexity"] for row in rows}) == 3  # it learns
+
+
+@pytest.mark.parametrize("kill", ["before the first task", "between tasks", "before the history"])
+def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_path, kill):
+    """Step 4 is saved, its evaluation is not done: the next start does it before step 5."""
+
+    class Killed(Exception):
+        pass
+
+    def dies(*args, **how):
+        raise Killed
+
+    place, number = {
+        "before the first task": ((hooks.Evaluation, "_model_of"), 2),
+        "between tasks": ((tasks, "run_task"), 5),
+        "before the history": ((history, "add"), 2),
+    }[kill]
+    plain, calls = getattr(*place), []
+
+    def counted(*args, **how):
+        calls.append(args)
+        return (dies if len(calls) == number else plain)(*args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*place, counted)
+        with pytest.raises(Killed):
+            train_alone(scored_run(), tmp_path)
+    assert [row["step"] for row in history.read(tmp_path)] == [2]
+    train_alone(scored_run(), tmp_path)
+    assert history.read(tmp_path) == history.read(whole[0])
+
+
+def test_a_step_occurs_once_and_damage_is_left_out(tmp_path):
+    for step in (10, 20, 30):
+        history.add(tmp_path, step, {"a/b/c": step / 100, "a/b/nan": float("nan")})
+    assert history.read(tmp_path)[0] == dict(step=10, scores={"a/b/c": 0.1, "a/b/nan": None})
+    history.add(tmp_path, 20, {"a/b/c": 0.5})  # back to 10, and on from there
+    assert [(row["step"], row["scores"]["a/b/c"]) for row in history.read(tmp_path)] == [
+        (10, 0.1),
+        (20, 0.5),
+    ]
+    file = tmp_path / history.FILE
+    file.write_text(file.read_text().replace("0.5", "0.9") + '{"step": 30')
+    assert [row["step"] for row in history.read(tmp_path)] == [10]
+    assert history.has(tmp_path, 10) and not history.has(tmp_path, 20)
