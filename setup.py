@@ -21,7 +21,10 @@ setuptools.setup(
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
     package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
-    package_data={"coca_jax": ["ops/cpu/decode_kernels.cc", "py.typed"]},
+    package_data={
+        "coca_jax": ["ops/cpu/decode_kernels.cc", "py.typed"],
+        "coca_jax.report": ["templates/*", "templates/layouts/*"],
+    },
     entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
@@ -33,6 +36,7 @@ setuptools.setup(
         "fsspec[http]>=2024.6",
         "ftfy>=6.1",
         "jax>=0.10.2,<0.13",
+        "jinja2>=3.1",  # the report
         "ml-collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,14 @@ import pytest
 
 from coca_jax import metrics, report
 from coca_jax.data import scenes
-from coca_jax.evaluators import captioning, classification, results, retrieval, zeroshot
+from coca_jax.evaluators import (
+    captioning,
+    classification,
+    history,
+    results,
+    retrieval,
+    zeroshot,
+)
 
 
 class Reader(html.parser.HTMLParser):
@@ -106,7 +114,7 @@ def test_report_is_one_file_and_shows_every_score(run):
     assert path == run / "report.html"
     page = path.read_text()
     reader = Reader(page)
-    assert reader.addresses and all(a.startswith("data:image/png") for a in reader.addresses)
+    assert reader.addresses and all(a.startswith(("data:image/png", "#")) for a in reader.addresses)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page) and "url(" not in page
     scores = json.loads((run / "eval.json").read_text())
     top1 = scores["zeroshot/scenes_heldout/top1"]
@@ -119,10 +127,10 @@ def test_report_is_one_file_and_shows_every_score(run):
     assert f"BLEU-4 {100 * bleu:.1f} " in reader.text and "CIDEr-D" in reader.text
     assert page.count("<polyline") == 8 and page.count("<img") > 60
     # Every curve lies inside its frame.
-    for points in re.findall(r'points="([^"]*)"', page):
+    for points in re.findall(r'<polyline[^>]* points="([^"]*)"', page):
         xy = np.asarray([p.split(",") for p in points.split()], float)
-        assert len(xy) <= 300 and 56 <= xy[:, 0].min() and xy[:, 0].max() <= 536
-        assert 10 <= xy[:, 1].min() and xy[:, 1].max() <= 230
+        assert len(xy) <= 300 and 64 <= xy[:, 0].min() and xy[:, 0].max() <= 536
+        assert 10 <= xy[:, 1].min() and xy[:, 1].max() <= 236
 
 
 def test_text_from_data_is_escaped(tmp_path):
@@ -173,3 +181,59 @@ def test_command_prints_one_json_line_and_explains_bad_input(run, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == {"report": str(run / "report.html")}
     bad = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "run train" in bad.stderr
+
+
+def test_tasks_have_a_headline_each_and_the_worst_examples_come_first(run):
+    page = report.write_report(run).read_text()
+    assert page.count('<div class="tile">') == 3  # one a task, not one a metric
+    text = Reader(page).text
+    zeroshot_at, retrieval_at = text.index("Zero-shot classification"), text.index("Retrieval")
+    assert zeroshot_at < retrieval_at < text.index("Captioning")  # the order of the evaluators
+    captions = page[page.index("Captioning: scenes_heldout") :]
+    marks = re.findall(r'<b class="(yes|no)"', captions[: captions.index("</section>")])
+    assert {"yes", "no"} == set(marks) and marks == sorted(marks)  # "no" before "yes"
+    for axis in (">step</text>", ">nats</text>", ">pairs/s</text>"):
+        assert axis in page
+    links = re.findall(r'<a href="#([^"]*)"', page)
+    assert links and all(f'id="{link}"' in page for link in links)
+
+
+def test_the_history_of_evaluations_is_drawn(run, tmp_path):
+    scores = json.loads((run / "eval.json").read_text())
+    for step in (100, 200, 300):
+        grown = {name: value * step / 300 for name, value in scores.items()}
+        history.add(tmp_path, step, grown)
+    results.save_results(tmp_path, scores)
+    page = report.write_report(tmp_path).read_text()
+    before = page[: page.index("<figcaption>Zero-shot classification: Top-1<")]
+    points = json.loads(re.findall('data-points="([^"]*)"', before)[-1])
+    top1 = 100 * scores["zeroshot/scenes_heldout/top1"]
+    assert [row[1] for row in points[0]] == [100, 200, 300]
+    np.testing.assert_allclose([row[2] for row in points[0]], [top1 / 3, top1 * 2 / 3, top1], 1e-4)
+    assert "higher is better" in page and page.count("<polyline") == 6
+
+
+def test_several_runs_are_laid_over_each_other(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.json").write_text(json.dumps(dict(batch_size=64, model=dict(image_size=64))))
+    scores = json.loads((other / "eval.json").read_text())
+    results.save_results(other, {"captioning/scenes_heldout/perplexity": 9.0})
+    path = report.write_comparison([run, other], tmp_path / "both.html")
+    page, text = path.read_text(), Reader(path.read_text()).text
+    one = report.write_report(run).read_text()
+    assert page.count("<polyline") == 2 * one.count("<polyline")
+    assert "loss · my_run" in page.replace("my_run0", "my_run") and "loss · other" in page
+    best = scores["captioning/scenes_heldout/perplexity"]
+    assert f"<b>{best:.4g}</b>" in page and ">9 <small>" in page  # lower is better
+    assert "batch_size 128 64" in text and "data:image" not in page
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        report.write_comparison([run, tmp_path / "none"], tmp_path / "x.html")
+
+
+def test_a_layout_of_rows_needs_no_template_of_its_own(tmp_path):
+    rows = dict(kind="table", head=["bin", "share"], rows=[["0.1", "3%"]], notes=["of 10 bins"])
+    results.save_examples(tmp_path, "calibration/x", rows)
+    results.save_results(tmp_path, {"calibration/x/error": 0.25})
+    text = Reader(report.write_report(tmp_path).read_text()).text
+    assert "calibration: x" in text and "of 10 bins bin share 0.1 3%" in text and "25.0%" in text

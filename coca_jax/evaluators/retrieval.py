@@ -24,7 +24,7 @@ from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums,
 from coca_jax.evaluators.results import encode_png, picture
 
 _CUTOFFS = (1, 5, 10)
-_DIRECTIONS = {"image_to_text": "Text of an image", "text_to_image": "Image of a text"}
+_TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
 
 
@@ -66,18 +66,14 @@ class Retrieval(Evaluator):
     kind, order, title, usual = "retrieval", 30, "Retrieval", True
     needs, programs = "caption", ("encode_image", "encode_text")
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
-    metrics = {
-        **{
-            f"{d}_r{k}": Metric(f"{title}, R@{k}")
-            for d, title in _DIRECTIONS.items()
-            for k in _CUTOFFS
-        },
-        **{
-            f"{d}_median_rank": Metric(f"{title}, median rank", Scale.PLAIN, lower=True)
-            for d, title in _DIRECTIONS.items()
-        },
-        "mean_recall": Metric("Mean recall"),
-    }
+    metrics = (
+        {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in _CUTOFFS}
+        | {"mean_recall": Metric("Mean recall")}
+        | {
+            f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)
+            for to, name in _TITLES.items()
+        }
+    )
 
     def __init__(
         self,

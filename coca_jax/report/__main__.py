@@ -1,0 +1,5 @@
+"""`python -m coca_jax.report`."""
+
+from coca_jax import cli
+
+cli.command("report")

@@ -1,0 +1,212 @@
+"""Curves over steps as inline SVG.
+
+They are drawn here and by no chart library: the page then shows its curves without running a
+script (a mail's preview, a print), tests can read them, and 300 points a curve weigh less than
+the smallest library. The page's script only adds the values under the pointer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from coca_jax.evaluators.declarations import Scale
+from coca_jax.report import numbers
+from coca_jax.report.run_files import RunFiles
+from coca_jax.report.scores import headline_metrics, tasks_of
+
+Points = list[tuple[float, float]]
+
+WIDTH, HEIGHT = 560, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 10, 44  # margins
+POINTS = 300  # of a curve; more would only weigh
+COLOURS = 6
+
+TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
+    ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss")),
+    ("Accuracy of the task head in training", "share", ("head_accuracy",)),
+    (
+        "Loss by kind of text",
+        "nats",
+        (
+            *("contrastive_loss/caption", "contrastive_loss/label"),
+            *("captioning_loss/caption", "captioning_loss/label"),
+        ),
+    ),
+    ("Learning rate", "rate", ("learning_rate",)),
+    ("Throughput", "pairs/s", ("pairs_per_second",)),
+    ("Gradient norm", "norm", ("grad_norm", "gradient_norm")),
+    ("Temperature", "temperature", ("temperature",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """colour: 0 to COLOURS - 1, of a metric; dash: 0, 1, ..: of a run."""
+
+    name: str
+    points: Points
+    colour: int
+    dash: int = 0
+    dots: bool = False
+
+
+def training(runs: Sequence[RunFiles]) -> list[Markup]:
+    """Charts of what the steps logged, with the curves of all runs."""
+    charts = []
+    for title, unit, keys in TRAINING:
+        curves = []
+        for dash, run in enumerate(runs):
+            for colour, key in enumerate(keys):
+                points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
+                if len(points) > 1:
+                    name = key.replace("_", " ").replace("/", " \u00b7 ")
+                    curves.append(_curve(name, thin(points), colour, dash, runs))
+        charts += [chart(title, unit, curves)] if curves else []
+    return charts
+
+
+def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
+    """A chart a headline metric, over the evaluations of a run: a curve a data set."""
+    charts: dict[tuple[str, str], list[Curve]] = {}
+    for dash, run in enumerate(runs):
+        scores = {name: None for row in run.evaluations for name in row["scores"]}
+        colours: dict[str, int] = {}
+        for (evaluator, data), there in tasks_of(scores).items():
+            colour = colours.setdefault(data, len(colours))
+            for metric in headline_metrics(evaluator, there)[:2]:
+                name = f"{evaluator}/{data}/{metric}"
+                values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
+                factor = numbers.factor(numbers.metric_of(evaluator, metric))
+                points = [(step, factor * value) for step, value in values if _is_number(value)]
+                if len(points) > 1:
+                    curve = _curve(data, thin(points), colour, dash, runs, dots=True)
+                    charts.setdefault((evaluator, metric), []).append(curve)
+    found = []
+    for (evaluator, metric), curves in charts.items():
+        shown = numbers.metric_of(evaluator, metric)
+        title = f"{numbers.title_of(evaluator)}: {shown.title}"
+        unit = "%, " if shown.scale is Scale.PERCENT else ""
+        better = "lower is better" if shown.lower else "higher is better"
+        found.append(chart(title, unit + better, curves))
+    return found
+
+
+def _curve(
+    name: str, points: Points, colour: int, dash: int, runs: Sequence[RunFiles], dots: bool = False
+) -> Curve:
+    if len(runs) > 1:
+        name = f"{name} \u00b7 {runs[dash].name}"
+    return Curve(name, points, colour % COLOURS, dash, dots)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int)
+
+
+def thin(points: Points) -> Points:
+    """At most POINTS points, means over neighbours."""
+    size = math.ceil(len(points) / POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - count))
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where data lie on the drawing: x from x0 to x1, y from y0 to y1."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    @classmethod
+    def around(cls, curves: Sequence[Curve]) -> Frame:
+        """The frame that shows the curves; the first steps, far off the rest, may be cut."""
+        xs = [x for curve in curves for x, _ in curve.points]
+        ys = sorted(y for curve in curves for _, y in curve.points)
+        # The first steps can be far off the rest: then the axis ends at the 99th percentile.
+        y1 = ys[-1] if ys[-1] < 20 * ys[len(ys) // 2] else ys[int(0.99 * (len(ys) - 1))]
+        y0 = 0.0 if ys[0] >= 0 and ys[0] < 0.5 * y1 else ys[0]
+        if y1 - y0 < 1e-9 * max(1.0, abs(y1)):
+            y0, y1 = y0 - 0.5 * abs(y0 or 1), y1 + 0.5 * abs(y1 or 1)
+        return cls(min(xs), max(xs), y0, y1 + 0.04 * (y1 - y0))
+
+    def px(self, x: float) -> float:
+        """Pixels from the left."""
+        return LEFT + (x - self.x0) / max(self.x1 - self.x0, 1e-12) * (WIDTH - LEFT - RIGHT)
+
+    def py(self, y: float) -> float:
+        """Pixels from the top."""
+        share = (min(y, self.y1) - self.y0) / (self.y1 - self.y0)
+        return TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
+
+    def axes(self, unit: str) -> list[str]:
+        """Grid, numbers and the titles of both axes."""
+        parts = []
+        for y in ticks(self.y0, self.y1):
+            at = self.py(y)
+            parts.append(f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" ')
+            parts.append(f'y2="{at:.1f}"/><text x="{LEFT - 8}" y="{at + 4:.1f}" ')
+            parts.append(f'text-anchor="end">{numbers.number(y)}</text>')
+        for x in ticks(self.x0, self.x1) if self.x1 > self.x0 else [self.x0]:
+            parts.append(f'<text x="{self.px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" ')
+            parts.append(f'text-anchor="middle">{numbers.number(x)}</text>')
+        middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(f'<text class="axis" x="{middle[0]}" y="{HEIGHT - 6}" ')
+        parts.append('text-anchor="middle">step</text>')
+        parts.append(f'<text class="axis" transform="translate(12,{middle[1]}) rotate(-90)" ')
+        parts.append(f'text-anchor="middle">{escape(unit)}</text>')
+        return parts
+
+
+def chart(title: str, unit: str, curves: Sequence[Curve]) -> Markup:
+    """A figure with its axes, curves and legend, and the points that the script reads."""
+    frame = Frame.around(curves)
+    parts, legend, data = frame.axes(unit), [], []
+    for curve in curves:
+        kind = f"s{curve.colour} d{curve.dash % 4}"
+        places = [(frame.px(x), frame.py(y)) for x, y in curve.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline class="c {kind}" points="{path}"/>')
+        if curve.dots:
+            for x, y in places:
+                parts.append(f'<circle class="p {kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+        key = f'<svg class="k" viewBox="0 0 22 8"><path class="c {kind}" d="M0 4H22"/></svg>'
+        legend.append(f"<span>{key}{escape(curve.name)} <b></b></span>")
+        data.append(
+            [[round(p, 1), x, float(f"{y:.5g}")] for (p, _), (x, y) in zip(places, curve.points)]
+        )
+    cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
+    points = escape(json.dumps(data, separators=(",", ":")))
+    return Markup(
+        f'<figure class="card chart" data-points="{points}"><figcaption>{escape(title)}<em></em>'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)} by step">{"".join(parts)}{cursor}</svg>'
+        f'<div class="legend">{"".join(legend)}</div></figure>'
+    )
+
+
+def time_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by what the run was doing, over all its rows, the longest first."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.endswith("_seconds") and _is_number(value):
+                name = key.removesuffix("_seconds").replace("_", " ")
+                totals[name] = totals.get(name, 0.0) + value
+    positive = {name: seconds for name, seconds in totals.items() if seconds > 0}
+    return dict(sorted(positive.items(), key=lambda item: -item[1]))

@@ -1,0 +1,96 @@
+"""What evaluations showed of single pictures: the worst first, and the geometry of a confusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax.report import numbers
+
+Found = Mapping[str, Any]
+CELL = 18  # pixels of a confusion
+
+
+def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str, Any]]:
+    """dict(id, title, data, layout, found) of each evaluation whose layout is known."""
+    made = []
+    for number, (name, found) in enumerate(examples.items()):
+        evaluator, _, data = name.partition("/")
+        layout = found.get("kind", "")
+        if layout in layouts:
+            title = numbers.title_of(evaluator)
+            shown = _ORDERS.get(layout, dict)(found)
+            made.append(dict(id=f"e{number}", title=title, data=data, layout=layout, found=shown))
+    return made
+
+
+def _by_class(found: Found) -> dict[str, Any]:
+    """Wrong guesses first, the surest of them at the top; classes from the hardest on."""
+    shown = dict(found)
+
+    def place(item: Found) -> tuple[bool, float]:
+        best = item["guesses"][0]
+        right = best[0] in item["truth"]
+        return right, best[1] if right else -best[1]
+
+    shown["items"] = sorted(found["items"], key=place)
+    classes = sorted(found["per_class"].items(), key=lambda item: item[1]["accuracy"])
+    shown["hardest"] = classes[:12]
+    shown["all_classes"] = sorted(found["per_class"].items()) if len(classes) > 12 else []
+    if found.get("confusion"):
+        shown["grid"] = confusion(found["confusion"])
+    return shown
+
+
+def _captions(found: Found) -> dict[str, Any]:
+    """Wrong ones first, the least like their references at the top."""
+    shown = dict(found)
+    shown["items"] = sorted(found["items"], key=lambda item: (item["exact"], item.get("f1", 0.0)))
+    return shown
+
+
+def _retrieval(found: Found) -> dict[str, Any]:
+    """Queries whose match comes late, or not among the first five, first."""
+
+    def place(hits: list[Found]) -> int:
+        right = [number for number, hit in enumerate(hits) if hit["correct"]]
+        return -(right[0] if right else len(hits))
+
+    shown = dict(found)
+    shown["items"] = sorted(found["items"], key=lambda item: place(item["texts"]))
+    shown["text_items"] = sorted(found["text_items"], key=lambda item: place(item["images"]))
+    return shown
+
+
+_ORDERS = dict(zeroshot=_by_class, captioning=_captions, retrieval=_retrieval)
+
+
+def confusion(table: Found) -> dict[str, Any]:
+    """Places of a confusion's names and cells, in pixels: a row is a true class, a column the
+    guess. table: rows, columns (names) and counts."""
+    rows, columns, counts = table["rows"], table["columns"], table["counts"]
+    left, top = 8 + 7 * max(map(len, rows)), 8 + 6 * max(map(len, columns))
+    heads = [dict(x=left + CELL * j + CELL / 2 + 4, name=name) for j, name in enumerate(columns)]
+    lines = []
+    for i, name in enumerate(rows):
+        total, cells = max(sum(counts[i]), 1), []
+        for j, guess in enumerate(columns):
+            share = counts[i][j] / total
+            cells.append(
+                dict(
+                    x=left + CELL * j,
+                    kind="hit" if name == guess else "miss",
+                    opacity=f"{0.15 + 0.85 * share:.2f}" if share else "",
+                    note=f"{name} taken for {guess}: {counts[i][j]} of {total}",
+                )
+            )
+        lines.append(dict(y=top + CELL * i, name=name, cells=cells))
+    return dict(
+        width=left + CELL * len(columns) + 4 * top // 5,
+        height=top + CELL * len(rows) + 4,
+        left=left,
+        top=top,
+        size=CELL - 1,
+        columns=heads,
+        rows=lines,
+    )

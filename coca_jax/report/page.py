@@ -1,0 +1,190 @@
+"""The page: what a run left behind, put into the templates of this folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+
+from coca_jax import storage
+from coca_jax.report import charts, examples, numbers, run_files, scores
+from coca_jax.report.run_files import RunFiles
+
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+
+
+def write_report(
+    workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> epath.Path:
+    """Writes the page of a run, `workdir`/report.html by default, and returns its path.
+
+    Raises FileNotFoundError when there is no such folder, ValueError when it holds neither metrics
+    nor evaluations.
+    """
+    run = run_files.read(workdir)
+    tasks = scores.tasks_of(run.scores)
+    path = storage.place(out) if out else run.folder / "report.html"
+    context: dict[str, Any] = dict(
+        title=run.name,
+        summary=summary(run),
+        headlines=scores.headlines(run.scores, tasks),
+        tables=scores.tables(run.scores, tasks),
+        evaluations=charts.evaluations([run]),
+        training=charts.training([run]),
+        goodput=goodput(run),
+        examples=examples.sections(run.examples, layouts()),
+        card=model_card(run),
+        config=json.dumps(run.config, indent=2) if run.config else "",
+    )
+    storage.write_text(path, _environment().get_template("report.html").render(context))
+    return path
+
+
+def write_comparison(
+    workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
+) -> epath.Path:
+    """Writes one page of several runs to `out`, and returns its path: their curves in the same
+    charts, their scores side by side, and where their configs differ. Raises as `write_report`."""
+    runs = [run_files.read(workdir) for workdir in workdirs]
+    context: dict[str, Any] = dict(
+        title=" \u00b7 ".join(run.name for run in runs),
+        runs=[dict(name=run.name, summary=summary(run), goodput=goodput(run)) for run in runs],
+        tables=scores.side_by_side(runs),
+        evaluations=charts.evaluations(runs),
+        training=charts.training(runs),
+        differences=differences(runs),
+    )
+    path = storage.place(out)
+    storage.write_text(path, _environment().get_template("comparison.html").render(context))
+    return path
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters["duration"] = numbers.duration
+    return made
+
+
+def layouts() -> set[str]:
+    """The layouts that evaluators can name for their pictures."""
+    return {path.stem for path in (TEMPLATES / "layouts").glob("*.html")}
+
+
+def summary(run: RunFiles) -> str:
+    """The run in a line: steps, batch, model, time, last loss."""
+    config, rows, parts = run.config, run.rows, []
+    if run.last_step:
+        parts.append(f"{run.last_step:,} steps")
+    if "batch_size" in config:
+        parts.append(f"batch {config['batch_size']:,}")
+    model = config.get("model", {})
+    if "image_size" in model:
+        parts.append(f"{model['image_size']} px, patch {model.get('patch_size', '?')}")
+    seconds = sum(charts.time_totals(rows).values())
+    if seconds:
+        parts.append(numbers.duration(seconds))
+    if rows and isinstance(rows[-1].get("loss"), float):
+        parts.append(f"final loss {numbers.number(rows[-1]['loss'])}")
+    return " \u00b7 ".join(parts)
+
+
+def goodput(run: RunFiles) -> dict[str, Any]:
+    """Where the time went: dict(share of the steps, whole, parts); {} where nothing says."""
+    totals = charts.time_totals(run.rows)
+    whole = sum(totals.values())
+    if not whole:
+        return {}
+    parts = [
+        dict(
+            name=name,
+            colour=number % charts.COLOURS,
+            width=f"{100 * seconds / whole:.2f}",
+            label=f"{name} {numbers.duration(seconds)} ({seconds / whole:.1%})",
+        )
+        for number, (name, seconds) in enumerate(totals.items())
+    ]
+    share = f"{totals.get('step', 0.0) / whole:.1%}"
+    return dict(share=share, whole=numbers.duration(whole), parts=parts)
+
+
+def model_card(run: RunFiles) -> list[tuple[str, str]]:
+    """(what, value) of the model and how it was trained, from config.json."""
+    config = run.config
+    model = config.get("model", {})
+    if not model:
+        return []
+    image, text, data = model.get("image", {}), model.get("text", {}), config.get("data", {})
+    optimizer, loss = config.get("optimizer", {}), config.get("loss", {})
+    sources = [
+        str(entry.get("path") or entry.get("tfds") or entry.get("builtin") or entry.get("seqio"))
+        + f" [{entry.get('split') or 'train'}]"
+        for entry in data.get("sources", ())
+    ]
+    found = {
+        "Model": f"CoCa, {model.get('image_size')} px, patch {model.get('patch_size')}",
+        "Image encoder": f"width {image['width']}, depth {image['depth']}" if image else "",
+        "Text decoder": (
+            f"width {text['width']}, {text['unimodal_depth']} unimodal and "
+            f"{text['multimodal_depth']} multimodal layers, {text['vocab_size']:,} tokens, "
+            f"captions of up to {text['max_len']}"
+            if text
+            else ""
+        ),
+        "Task head": _head(config),
+        "Trained on": ", ".join(sources),
+        "Began from": config.get("init_from") or ("fresh weights" if sources else ""),
+        "Losses": ", ".join(
+            f"{name.removesuffix('_weight')} x {loss[name]:g}"
+            for name in ("contrastive_weight", "captioning_weight")
+            if loss.get(name)
+        ),
+        "Optimizer": (
+            f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, "
+            f"{optimizer.get('schedule', '')}, weight decay {optimizer.get('weight_decay', 0):g}"
+            if optimizer
+            else ""
+        ),
+        "Steps": f"{run.last_step:,} of batch {config.get('batch_size', 0):,}",
+        "Precision": model.get("dtype", ""),
+        "Seed": str(config.get("seed", "")),
+    }
+    return [(name, str(value)) for name, value in found.items() if value]
+
+
+def _head(config: dict[str, Any]) -> str:
+    kind, classes = config.get("head", {}).get("kind", ""), config.get("class_names", ())
+    return f"{kind}, {len(classes):,} classes" if kind else ""
+
+
+def differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """dict(key, values) of the config keys whose values differ between runs."""
+    flat = [_flatten(run.config) for run in runs]
+    found = []
+    for key in sorted(set().union(*flat)):
+        values = [json.dumps(one[key]) if key in one else "" for one in flat]
+        if len(set(values)) > 1:
+            found.append(dict(key=key, values=values))
+    return found
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
