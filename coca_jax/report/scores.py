@@ -108,7 +108,9 @@ def side_by_side(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             name, shown = f"{evaluator}/{data}/{metric}", numbers.metric_of(evaluator, metric)
             values = [run.scores.get(name) for run in runs]
             finite = [value for value in values if value is not None]
-            best = (min(finite) if shown.lower else max(finite)) if len(finite) > 1 else None
+            best = None
+            if len(set(finite)) > 1:
+                best = min(finite) if shown.lower else max(finite)
             cells = [
                 dict(
                     value=numbers.score(shown, value) if name in run.scores else "",
