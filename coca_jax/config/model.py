@@ -123,7 +123,7 @@ class Head(Section):
     kind: str = key(
         "",
         choice("", *head_kinds.KINDS),
-        f"'': none; {', '.join(f'{name!r} {kind.about}' for name, kind in head_kinds.KINDS.items())}",
+        f"'': none; {', '.join(f'{one.name!r} {one.about}' for one in head_kinds.KINDS.values())}",
     )
     num_queries: int = key(1, WIDTH, "of the head's attentional pooler")
     width: int = key(0, whole(0, 65_536), "of that pooler; 0: that of the decoder")
