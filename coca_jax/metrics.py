@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, the progress bar, where time went.
+"""What a run says about itself: metrics.jsonl, trackers, the progress bar, where time went.
 
 Only the process that owns the workdir (process 0) makes a `MetricWriter` or a `Progress`.
 """
@@ -9,16 +9,15 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import tqdm
-from absl import logging
 
 from coca_jax import storage
+from coca_jax.trackers import Tracker
 
 BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
 
@@ -82,43 +81,46 @@ class TimeBuckets:
 
 
 class MetricWriter:
-    """Appends one JSON object a logged step to `workdir`/metrics.jsonl, and to TensorBoard.
+    """Appends one JSON object a logged step to `workdir`/metrics.jsonl, and tells the trackers.
 
     Args:
       workdir: made when missing.
       start_step: the step that the run starts or resumes from. Lines of later steps, left by a run
         that was stopped after its last checkpoint, are dropped: each step occurs once.
-      tensorboard: also write `workdir`/tensorboard. Needs the package tensorboard (not TensorFlow);
-        without it one log line says so.
+      trackers: see `trackers.open_all`.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        start_step: int = 0,
+        trackers: Sequence[Tracker] = (),
     ):
         folder = storage.place(workdir)
         path = folder / "metrics.jsonl"
         self._file = storage.Growing(path, keep=_bytes_until(path, start_step))
-        self._events = _EventFile.open(folder / "tensorboard") if tensorboard else None
+        self._trackers = list(trackers)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; values are numbers. NaN and infinity, which JSON lacks, become null."""
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write((json.dumps({"step": int(step), **row}) + "\n").encode())
-        if self._events is not None:
-            self._events.write(int(step), numbers)
+        for tracker in self._trackers:
+            tracker.write(int(step), numbers)
 
     def flush(self) -> None:
         """Returns when all lines are in the files: in a bucket, `write` alone may hold some back
         for a minute. Call it before a checkpoint of the same step."""
         self._file.flush()
-        if self._events is not None:
-            self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -146,43 +148,6 @@ def _bytes_until(path: Any, step: int) -> int:
             break
         length += len(line)
     return length
-
-
-class _EventFile:
-    """A TensorBoard event file, written with tensorboard's own record writer.
-
-    Its EventFileWriter would import TensorFlow, which costs seconds and memory.
-    """
-
-    def __init__(self, folder: Any, record_writer: Any, event: Any, summary: Any):
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._event, self._summary = event, summary
-        self._file = storage.Growing(folder / name)
-        self._records = record_writer(self._file)
-        first = event(wall_time=time.time(), file_version="brain.Event:2")
-        self._records.write(first.SerializeToString())
-
-    @classmethod
-    def open(cls, folder: Any) -> _EventFile | None:
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError:
-            logging.info("TensorBoard is not installed: metrics go to metrics.jsonl only.")
-            return None
-        return cls(folder, RecordWriter, Event, Summary)
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        values = [self._summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
-        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-        self._records.write(event.SerializeToString())
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Progress:

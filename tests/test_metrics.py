@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,13 +10,13 @@ from coca_jax import metrics
 
 
 def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
-    writer = metrics.MetricWriter(tmp_path, tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"loss": step / 10})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # killed while writing
-    writer = metrics.MetricWriter(tmp_path, start_step=20, tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, start_step=20)
     writer.write(30, {"loss": 7.5})
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -28,41 +26,18 @@ def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
         {"step": 30, "loss": 7.5},
     ]
     assert metrics.read_metrics(tmp_path) == rows
-    metrics.MetricWriter(tmp_path, start_step=0, tensorboard=False).close()
+    metrics.MetricWriter(tmp_path, start_step=0).close()
     assert metrics.read_metrics(tmp_path) == []
 
 
 def test_non_finite_values_become_null(tmp_path):
-    writer = metrics.MetricWriter(tmp_path / "new", tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path / "new")
     writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1})
     writer.close()
     text = (tmp_path / "new" / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
         **{"step": 1, "loss": None, "grad_norm": None, "skipped": 1.0}
     }
-
-
-def test_tensorboard_file_holds_the_scalars_without_tensorflow(tmp_path):
-    pytest.importorskip("tensorboard")
-    code = f"""
-import sys
-from coca_jax import metrics
-writer = metrics.MetricWriter({str(tmp_path)!r})
-writer.write(3, {{"loss": 1.5}})
-writer.close()
-assert "tensorflow" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
-    data, events = file.read_bytes(), []
-    while data:  # records: length uint64, its checksum uint32, bytes, their checksum uint32
-        length = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
-    assert events[0].file_version == "brain.Event:2"
-    assert events[1].step == 3 and events[1].summary.value[0].simple_value == 1.5
 
 
 def test_buckets_exclude_each_other_and_are_taken_once():

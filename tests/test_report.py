@@ -77,7 +77,7 @@ class Model:
 
 def make_run(folder):
     """Fills a workdir as training and evaluation do, without a model."""
-    writer = metrics.MetricWriter(folder, tensorboard=False)
+    writer = metrics.MetricWriter(folder)
     for step in range(10, 4001, 10):
         c, g = 5 * math.exp(-step / 900) + 0.3, 4.6 * math.exp(-step / 600) + 0.5
         values = {"loss": 2 * g + c, "contrastive_loss": c, "captioning_loss": g}
@@ -162,13 +162,13 @@ def test_parts_without_a_file_are_left_out(tmp_path):
         report.write_report(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no metrics.jsonl or eval.json"):
         report.write_report(tmp_path)
-    writer = metrics.MetricWriter(tmp_path, tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path)
     writer.write(1, {"loss": float("nan")})
     writer.write(2, {"loss": 3.0})
     writer.close()
     page = report.write_report(tmp_path).read_text()
     assert "2 steps" in page and "<h2>Scores" not in page and "<polyline" not in page
-    writer = metrics.MetricWriter(tmp_path, start_step=2, tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, start_step=2)
     writer.write(3, {"loss": 3.0})  # a flat curve
     writer.close()
     assert report.write_report(tmp_path).read_text().count("<polyline") == 1

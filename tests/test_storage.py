@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from coca_jax import report, storage
+from coca_jax import report, storage, trackers
 from coca_jax.evaluators import captioning, results, unfinished
 from coca_jax.metrics import MetricWriter, read_metrics
 
@@ -77,7 +77,7 @@ def test_tensorboard_reads_what_was_written(folder):
     pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    writer = MetricWriter(folder)
+    writer = MetricWriter(folder, trackers=trackers.open_all(("tensorboard",), folder, 0, {}))
     for step in (1, 2):
         writer.write(step, dict(loss=0.5 * step))
     writer.flush()

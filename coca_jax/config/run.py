@@ -151,6 +151,11 @@ class Log(Section):
 
     every_steps: int = key(10, INTERVAL, "between logged steps")
     profile_steps: tuple[int, ...] = key((), SPAN, "first and last step of a profile")
+    trackers: tuple[str, ...] = key(
+        ("tensorboard",),
+        several(choice("tensorboard", "wandb", "trackio")),
+        "where metrics go besides metrics.jsonl; each is an extra",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from coca_jax import storage, train_step
+from coca_jax import storage, trackers, train_step
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.evaluators import history
 from coca_jax.metrics import MetricWriter, Progress
@@ -33,7 +33,7 @@ class Log:
 
     def __init__(self, run: Run, start: int, feed: Feed, batches: Any, good: Goodput):
         config, self._say = run.config, run.say
-        self._writer = MetricWriter(run.workdir, start_step=start) if run.main_process else None
+        self._writer = open_writer(run, start) if run.main_process else None
         self._progress = Progress(
             run.steps,
             start_step=start,
@@ -92,6 +92,12 @@ class Log:
         if self._writer is not None:
             self._writer.close()
             self._good.close()
+
+
+def open_writer(run: Run, start: int) -> MetricWriter:
+    """metrics.jsonl and the trackers that the config names, from step `start` on."""
+    told = trackers.open_all(run.config.log.trackers, run.workdir, start, run.config.to_dict())
+    return MetricWriter(run.workdir, start_step=start, trackers=told)
 
 
 class Evaluation:

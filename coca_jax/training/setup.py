@@ -10,7 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coca_jax import checkpoint_places, checkpointing, metrics, partitioning, run_config, storage
+from coca_jax import (
+    checkpoint_places,
+    checkpointing,
+    metrics,
+    partitioning,
+    run_config,
+    storage,
+    trackers,
+)
 from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.batches import check_loader
@@ -59,6 +67,7 @@ def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
     check_loader(config.data.loader)
+    trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     checkpoint_places.check_writable(workdir)

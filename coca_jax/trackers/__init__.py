@@ -1,0 +1,108 @@
+"""Where a run's metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio.
+
+Each is a file here with a class that has `write`, `flush` and `close`, and an extra of setup.py of
+the same name. `config.log.trackers` names those of a run. metrics.jsonl is what resuming and the
+report read: a tracker that fails is said and left, the run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from absl import logging
+
+from coca_jax import extras, storage
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+UNASKED = "tensorboard"  # the default of a run: written where its package is there
+NAMES_FILE = "trackers.json"
+
+
+class Tracker(Protocol):
+    """A place for metrics. Its package is imported when it is made."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step; values may be NaN or infinite."""
+
+    def flush(self) -> None:
+        """Returns when what was written is where it belongs, as far as that can be waited for."""
+
+    def close(self) -> None:
+        """Nothing is written afterwards."""
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that was asked for and whose package is not installed."""
+    for name in names:
+        if name != UNASKED and importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ValueError(f"log.trackers={tuple(names)}: {name} needs {extras.remedy(name)}")
+
+
+def open_all(
+    names: Sequence[str], workdir: str | os.PathLike[str], start_step: int, config: dict[str, Any]
+) -> list[Tracker]:
+    """The trackers of a run that starts or resumes from `start_step`.
+
+    config: of the run, as JSON holds it, shown by those that show one. TensorBoard is left out,
+    with a line of the log, where its package is missing. Raises ValueError as `check`.
+    """
+    check(names)
+    found: list[Tracker] = []
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            logging.info("%s is not installed: metrics go to metrics.jsonl only.", PACKAGES[name])
+            continue
+        maker = importlib.import_module(f"coca_jax.trackers.{name}").open_run
+        found.append(Careful(name, maker(workdir, start_step, config)))
+    return found
+
+
+class Careful:
+    """A tracker whose failures end it and nothing else."""
+
+    def __init__(self, name: str, tracker: Tracker):
+        self._name, self._tracker = name, tracker
+        self._failed = False
+
+    def _try(self, work: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:  # of a server, a network, a full disk
+            self._failed = True
+            logging.warning(
+                "%s takes no more metrics of this run (%s); metrics.jsonl has all of them",
+                self._name,
+                error,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See Tracker."""
+        self._try(lambda: self._tracker.write(step, values))
+
+    def flush(self) -> None:
+        """See Tracker."""
+        self._try(self._tracker.flush)
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._try(self._tracker.close)
+
+
+def run_name(workdir: str | os.PathLike[str], tracker: str) -> str:
+    """What a service calls this run, '<folder>-<8 digits>': kept in the workdir, so that a run that
+    goes on is the same one there, and a new run in a folder of the same name is another."""
+    folder = storage.place(workdir)
+    file = folder / NAMES_FILE
+    names = json.loads(file.read_text()) if file.exists() else {}
+    if tracker not in names:
+        names[tracker] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        storage.write_text(file, json.dumps(names, indent=1) + "\n")
+    return names[tracker]

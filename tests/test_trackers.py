@@ -1,0 +1,132 @@
+"""Trackers: what each holds of a run, offline, and that none of them can stop one."""
+
+import json
+import math
+import pathlib
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from conftest import tiny_config
+
+from coca_jax import metrics, trackers
+from coca_jax.config import typed
+from coca_jax.training import setup
+
+VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "grad_norm": math.nan}
+
+
+def write_run(name, workdir, start=0, steps=(1, 2)):
+    found = trackers.open_all((name,), workdir, start, dict(seed=7))
+    writer = metrics.MetricWriter(workdir, start_step=start, trackers=found)
+    for step in steps:
+        writer.write(step, VALUES | {"loss": 1.5 * step})
+    writer.close()
+
+
+def events_of(workdir):
+    """Event protos of all files, the oldest file first."""
+    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted((workdir / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:  # records: length uint64, its checksum uint32, bytes, their checksum uint32
+            length = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_file_holds_the_scalars_without_tensorflow(tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
+    code = f"""
+import sys
+from coca_jax import trackers
+(tracker,) = trackers.open_all(("tensorboard",), {str(tmp_path)!r}, 0, {{}})
+tracker.write(3, {{"loss": 1.5, "contrastive_loss/label": 0.5}})
+tracker.flush()
+assert not {{"tensorflow", "torch"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    first, second = events_of(tmp_path)
+    assert first.file_version == "brain.Event:2" and second.step == 3
+    found = {value.tag: value.simple_value for value in second.summary.value}
+    assert found == {"loss": 1.5, "contrastive_loss/label": 0.5}
+
+
+def test_tensorboard_drops_steps_that_a_resumed_run_does_again(tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
+    write_run("tensorboard", tmp_path, steps=(1, 2, 3))
+    write_run("tensorboard", tmp_path, start=2, steps=(3, 4))
+    (restart,) = [event for event in events_of(tmp_path) if event.HasField("session_log")]
+    assert restart.step == 3  # TensorBoard purges what it has of this step and later ones
+    steps = [event.step for event in events_of(tmp_path) if event.HasField("summary")]
+    assert steps == [1, 2, 3, 3, 4]
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_wandb_takes_a_run_offline_and_goes_on_with_the_same_one(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra 'wandb'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    workdir = tmp_path / "mine"
+    write_run("wandb", workdir)
+    write_run("wandb", workdir, start=2, steps=(3,))
+    folders = list((workdir / "wandb").glob("offline-run-*"))
+    name = json.loads((workdir / trackers.NAMES_FILE).read_text())["wandb"]
+    assert len(folders) == 2 and all(folder.name.endswith(name) for folder in folders)
+    assert name.startswith("mine-")
+    held = b"".join(file.read_bytes() for f in folders for file in f.glob("*.wandb"))
+    assert b"contrastive_loss/label" in held and b"4.5" in held
+
+
+def test_trackio_takes_a_run_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="needs the extra 'trackio'")
+    workdir = tmp_path / "mine"
+    code = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from test_trackers import write_run
+write_run("trackio", {str(workdir)!r})
+"""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as opened:
+        rows = opened.execute("select step, metrics from metrics order by step").fetchall()
+    found = {step: json.loads(text) for step, text in rows}
+    assert set(found) == {1, 2} and found[2]["loss"] == 3.0 and "grad_norm" not in found[2]
+
+
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog):
+    class Failing:
+        def write(self, step, values):
+            raise ConnectionError("server gone")
+
+        flush = close = None
+
+    writer = metrics.MetricWriter(tmp_path, trackers=[trackers.Careful("wandb", Failing())])
+    for step in (1, 2):
+        writer.write(step, VALUES)
+    writer.flush()
+    writer.close()
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2]
+    assert sum("server gone" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
+    monkeypatch.setitem(trackers.PACKAGES, "tensorboard", "no_such_package")
+    config = tiny_config()
+    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.log.trackers = ("wandb",)
+    with pytest.raises(ValueError, match="log.trackers=.*wandb needs"):
+        setup.check(typed(config), str(tmp_path))
+    assert trackers.open_all(("tensorboard",), tmp_path, 0, {}) == []  # nobody asked for it
+    config.log.trackers = ("mlflow",)
+    with pytest.raises(ValueError, match="log.trackers"):
+        typed(config)
