@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from coca_jax.config.data import Entry
 from coca_jax.data import kinds
 from coca_jax.importers import unprepared
 
@@ -36,27 +38,27 @@ class Records:
         known: set[str] | None = None,
         need: str = "",
     ):
-        self.scenes = data.get("builtin") == "scenes"
+        entry = Entry.of(data)
+        self.scenes = bool(entry.builtin)
         if self.scenes:
             from coca_jax.data.scenes import Scenes
 
-            split, kind = data.get("split", "test"), kinds.of(data)
-            source: Any = Scenes(split, kind.name, data.get("objects", (1, 2, 3, 4)))
+            source: Any = Scenes(entry.split or "test", entry.kind, entry.objects)
         else:
-            if need and not isinstance(kinds.of(data), kinds.Question):  # those have both
-                data = dict(data, kind=need)
-            source = unprepared.open_source(data, "test")
+            if need and not isinstance(kinds.of(entry), kinds.Question):  # those have both
+                entry = dataclasses.replace(entry, kind=need)
+            source = unprepared.open_source(entry, "test")
         self._source = source
         self._indices = np.arange(min(limit or len(source), len(source)))
         self.left_out = 0
         # Going through a TFDS set costs as much as evaluating on it.
-        if need and not (self.scenes or source.complete or data.get("tfds")):
+        if need and not (self.scenes or source.complete or entry.tfds):
             self._require(need, source.name)
         if known is not None:
             self._keep(lambda part: [not known.isdisjoint(texts) for texts in self._texts(part)])
 
     def _require(self, need: str, name: str) -> None:
-        count, has = len(self._indices), kinds.of(dict(kind=need)).trains
+        count, has = len(self._indices), kinds.KINDS[need]().trains
         self._keep(lambda part: [has(record) for record in self._source.read_texts(part)])
         self.left_out = count - len(self._indices)
         if not len(self._indices):
