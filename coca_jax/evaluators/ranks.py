@@ -13,11 +13,7 @@ _NO_MESH = Mesh(np.empty((), object), ())  # tiles belong to one device each
 
 
 def retrieval_ranks(
-    images: np.ndarray,
-    texts: np.ndarray,
-    pairs: np.ndarray,
-    *,
-    chunk: int = 4096,
+    images: np.ndarray, texts: np.ndarray, pairs: np.ndarray, *, chunk: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rank (0: first) of the best match of each image and of each text, int64.
 
@@ -35,14 +31,7 @@ def retrieval_ranks(
     """
     n, m = len(images), len(texts)
     pairs = np.unique(np.asarray(pairs, np.int64).reshape(-1, 2), axis=0)
-    score = np.empty(len(pairs), np.float32)
-    for start in range(0, len(pairs), chunk):
-        i, j = pairs[start : start + chunk].T
-        score[start : start + chunk] = np.einsum("pe,pe->p", images[i], texts[j])
-    best_of_image = np.full(n, -np.inf, np.float32)
-    best_of_text = np.full(m, -np.inf, np.float32)
-    np.maximum.at(best_of_image, pairs[:, 0], score)
-    np.maximum.at(best_of_text, pairs[:, 1], score)
+    best_of_image, best_of_text = _best_scores(images, texts, pairs, chunk)
     has_image, has_text = np.isfinite(best_of_image), np.isfinite(best_of_text)
 
     side_n, side_m = min(chunk, n), min(chunk, m)
@@ -51,12 +40,6 @@ def retrieval_ranks(
     tile_of = (pairs[:, 0] // side_n) * blocks + pairs[:, 1] // side_m
     order = np.argsort(tile_of, kind="stable")
     tile_of, pairs = tile_of[order], pairs[order]
-
-    def collect(launched: list[tuple[slice, slice, tuple[jax.Array, jax.Array]]]) -> None:
-        for rows, columns, (by_row, by_column) in launched:
-            image_ranks[rows] += np.asarray(by_row)[: rows.stop - rows.start]
-            text_ranks[columns] += np.asarray(by_column)[: columns.stop - columns.start]
-
     # Every process takes its share of the rows of tiles, each of its devices one at a time. A step
     # is one tile a device; its counts are fetched while the next one runs.
     devices = jax.local_devices()
@@ -78,22 +61,56 @@ def retrieval_ranks(
                 for device, rows, tile in left:
                     number = (rows.start // side_n) * blocks + start_m // side_m
                     low, high = np.searchsorted(tile_of, [number, number + 1])
-                    inside = (pairs[low:high] - [rows.start, start_m]).astype(np.int32)
-                    # A power of two of matches, so that few shapes are compiled; out of range is
-                    # dropped.
-                    length = max(1024, 1 << int(high - low).bit_length())
-                    others = (tile_texts, column_limits, _pad(inside, length, side_n + side_m))
+                    inside = _inside(pairs[low:high], rows.start, start_m, side_n + side_m)
+                    others = (tile_texts, column_limits, inside)
                     sizes = (rows.stop - rows.start, columns.stop - columns.start)
                     counts = _count_tile(*tile, *jax.device_put(others, device), *sizes)
                     launched.append((rows, columns, counts))
-                collect(running)
+                _collect(running, image_ranks, text_ranks)
                 running = launched
-            collect(running)
-    if jax.process_count() > 1:
-        both = np.concatenate([image_ranks, text_ranks]).astype(np.int32)
-        both = multihost_utils.process_allgather(both).sum(0, dtype=np.int64)
-        image_ranks, text_ranks = both[:n], both[n:]
+            _collect(running, image_ranks, text_ranks)
+    image_ranks, text_ranks = _over_processes(image_ranks, text_ranks)
     return np.where(has_image, image_ranks, -1), np.where(has_text, text_ranks, -1)
+
+
+def _best_scores(
+    images: np.ndarray, texts: np.ndarray, pairs: np.ndarray, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The score of each image's best match, and of each text's; -inf of those without one."""
+    score = np.empty(len(pairs), np.float32)
+    for start in range(0, len(pairs), chunk):
+        i, j = pairs[start : start + chunk].T
+        score[start : start + chunk] = np.einsum("pe,pe->p", images[i], texts[j])
+    best_of_image = np.full(len(images), -np.inf, np.float32)
+    best_of_text = np.full(len(texts), -np.inf, np.float32)
+    np.maximum.at(best_of_image, pairs[:, 0], score)
+    np.maximum.at(best_of_text, pairs[:, 1], score)
+    return best_of_image, best_of_text
+
+
+def _inside(pairs: np.ndarray, row: int, column: int, beyond: int) -> np.ndarray:
+    """The matches [P, 2] in a tile that begins at row and column, counted from there: int32. A
+    power of two of them, so that few shapes are compiled; `beyond`, out of range, is dropped."""
+    inside = (pairs - [row, column]).astype(np.int32)
+    return _pad(inside, max(1024, 1 << len(pairs).bit_length()), beyond)
+
+
+def _collect(launched: list, image_ranks: np.ndarray, text_ranks: np.ndarray) -> None:
+    """Adds the counts of tiles, which may still run, to the ranks."""
+    for rows, columns, (by_row, by_column) in launched:
+        image_ranks[rows] += np.asarray(by_row)[: rows.stop - rows.start]
+        text_ranks[columns] += np.asarray(by_column)[: columns.stop - columns.start]
+
+
+def _over_processes(
+    image_ranks: np.ndarray, text_ranks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of what each process counted."""
+    if jax.process_count() == 1:
+        return image_ranks, text_ranks
+    both = np.concatenate([image_ranks, text_ranks]).astype(np.int32)
+    both = multihost_utils.process_allgather(both).sum(0, dtype=np.int64)
+    return both[: len(image_ranks)], both[len(image_ranks) :]
 
 
 def _pad(x: np.ndarray, length: int, value: float) -> np.ndarray:
