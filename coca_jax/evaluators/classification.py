@@ -13,7 +13,7 @@ from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 
-HEADLINES = ("top1", "top5", "mean_per_class")
+HEADLINES: tuple[str, ...] = ("top1", "top5", "mean_per_class")
 METRICS = {
     "top1": Metric("Top-1"),
     "top5": Metric("Top-5"),
