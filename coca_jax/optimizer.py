@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from coca_jax.config import checks
+from coca_jax.config import Optimizer, checks
 from coca_jax.models.part import TOP
 from coca_jax.models.roles import Role, depths, map_with_roles
 
@@ -20,7 +19,7 @@ MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
 MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
 
 
-def make_schedule(optimizer: ConfigDict, steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:
     """step -> learning rate: linear warm-up from 0, then 'linear' or 'cosine' to 0, or 'constant'.
 
     Raises ValueError for an unknown schedule or a warm-up longer than the run.
@@ -45,7 +44,7 @@ def make_schedule(optimizer: ConfigDict, steps: int) -> Callable[[jax.Array], ja
     return schedule
 
 
-def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
     """The update rule without learning rate: `train_step` multiplies by minus the schedule.
 
     Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
@@ -116,7 +115,7 @@ def _equal_rms(updates: Any, params: Any) -> Any:
     return jax.tree.map(one, updates, kernel_axes(updates))
 
 
-def rate_factors(params: Any, optimizer: ConfigDict, has_head: bool) -> Any:
+def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     """The learning rate of each parameter over `learning_rate`: a tree of floats, or of arrays
     [depth, 1, ...] for stacked layers.
 

@@ -62,8 +62,8 @@ def check_vocabulary(model: Model, size: int) -> None:
         )
 
 
-def check_model(model: Model) -> None:
-    """Raises ValueError that names the first impossible value, the value and the remedy."""
+def check_model(model: Model) -> Model:
+    """The model; raises ValueError that names the first impossible value, and the remedy."""
     model = read(Model, model.to_dict(), "model", old=True)
     if model.image_size % model.patch_size:
         raise ValueError(
@@ -92,3 +92,4 @@ def check_model(model: Model) -> None:
         raise ValueError(
             f"model.pooler.num_queries={pooler.num_queries}; open_clip needs at least 2"
         )
+    return model

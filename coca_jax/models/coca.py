@@ -9,10 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import ops as operations
-from coca_jax.config import checks
+from coca_jax.config import Head, Model, checks
 from coca_jax.models import heads, layers
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.part import Part
@@ -249,12 +248,12 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def build(
-    model: ConfigDict,
+    model: Model,
     *,
     remat: str = "none",
     sigmoid: bool = False,
     platform: str | None = None,
-    head: ConfigDict | None = None,
+    head: Head | None = None,
     num_classes: int = 0,
 ) -> CoCa:
     """Makes the module that `config.model` describes.
@@ -265,9 +264,9 @@ def build(
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
     Raises ValueError for sizes that cannot be (see `checks.check_model`).
     """
-    checks.check_model(model)
+    model = checks.check_model(model)
     platform = platform or jax.default_backend()
-    ops = operations.choose(platform, model.get("implementation", "auto"))
+    ops = operations.choose(platform, model.implementation)
     if model.dtype == "float64" and not (
         platform == "cpu" and jnp.result_type(float) == jnp.float64
     ):
@@ -276,19 +275,19 @@ def build(
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
         )
     shared: dict[str, Any] = dict(remat=remat, options=layers.BlockOptions.from_config(model, ops))
-    image, text, pooler = dict(model.image), dict(model.text), dict(model.pooler)
-    for name in ("conv_widths", "conv_depths"):
-        image[name] = tuple(image.get(name, ()))
     return CoCa(
         encoder=ImageEncoder(
-            image_size=model.image_size, patch_size=model.patch_size, **image, **shared
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            **model.image.to_dict(),
+            **shared,
         ),
-        decoder=TextDecoder(**text, **shared),
-        pooler_kind=pooler["kind"],
-        num_queries=pooler["num_queries"],
-        pooler_heads=pooler["num_heads"],
-        query_std=pooler.get("query_std", 0.02),
-        image_projection=pooler.get("project", True),
+        decoder=TextDecoder(**model.text.to_dict(), **shared),
+        pooler_kind=model.pooler.kind,
+        num_queries=model.pooler.num_queries,
+        pooler_heads=model.pooler.num_heads,
+        query_std=model.pooler.query_std,
+        image_projection=model.pooler.project,
         embed_dim=model.embed_dim,
         temperature=model.temperature,
         sigmoid=sigmoid,

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from coca_jax import ops as operations
+from coca_jax.config import Model
 from coca_jax.models import block, layers, packing
 from coca_jax.ops import packed
 from coca_jax.ops.packed import LAYOUTS, Cache, Layout
@@ -45,7 +45,7 @@ class Decoder:
 
 
 def decoder(
-    model: ConfigDict,
+    model: Model,
     *,
     num_ids: int,
     eos_id: int,
@@ -60,15 +60,15 @@ def decoder(
     text = model.text
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype={model.dtype!r}: decoding needs 'float32' or 'bfloat16'")
-    implementation = model.get("implementation", "auto")
+    implementation = model.implementation
     common: dict[str, Any] = dict(
         width=text.width,
         options=layers.BlockOptions.from_config(
             model, operations.choose(platform or jax.default_backend(), implementation)
         ),
     )
-    heads = text.get("multimodal_heads", None) or text.num_heads
-    mlp_dim = text.get("multimodal_mlp_dim", None) or text.mlp_dim
+    heads = text.multimodal_heads or text.num_heads
+    mlp_dim = text.multimodal_mlp_dim or text.mlp_dim
     return Decoder(
         unimodal=block.Block(
             num_heads=text.num_heads, mlp_dim=text.mlp_dim, depth=text.unimodal_depth, **common
@@ -77,7 +77,7 @@ def decoder(
             num_heads=heads,
             mlp_dim=mlp_dim,
             depth=text.multimodal_depth,
-            cross=text.get("cross", "paper"),
+            cross=text.cross,
             **common,
         ),
         vocab_size=text.vocab_size,
@@ -87,7 +87,7 @@ def decoder(
         implementation=implementation,
         eos_id=eos_id,
         hidden_id=hidden_id,
-        hides_next=text.get("cls_mask", "exact") == "shifted",
+        hides_next=text.cls_mask == "shifted",
     )
 
 

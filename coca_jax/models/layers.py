@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from coca_jax.config import Model
 from coca_jax.ops import packed
 from coca_jax.ops.reference import NORM_EPSILON, Reference, merge_heads, split_heads, wide
 from coca_jax.partitioning import constrain, with_axes
@@ -39,10 +40,10 @@ class BlockOptions:
     ops: Reference = Reference()
 
     @classmethod
-    def from_config(cls, model: Any, ops: Reference) -> BlockOptions:
-        """The options that `config.model` sets; keys that are not there keep their defaults."""
+    def from_config(cls, model: Model, ops: Reference) -> BlockOptions:
+        """The options that `config.model` sets."""
         names = [f.name for f in dataclasses.fields(cls) if f.name not in ("dtype", "ops")]
-        given = {name: model[name] for name in names if name in model}
+        given = {name: getattr(model, name) for name in names}
         return cls(**given, dtype=jnp.dtype(model.dtype), ops=ops)
 
     def fields(self) -> dict[str, Any]:
