@@ -9,6 +9,7 @@ from data_cases import COLOURS, damage, data_config, equal, picture, take, write
 from PIL import Image
 
 from coca_jax import prepare
+from coca_jax.config import typed
 from coca_jax.data import images, prompts, run_vocabulary, sources, texts
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture, class_names
@@ -270,7 +271,7 @@ def test_errors_come_before_the_work(data, tmp_path):
     vocabulary = run_vocabulary.load_or_train(data_config(dict(path=path)), str(data / "workdir3"))
     for message, config in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            open_stream(config, vocabulary)
+            open_stream(typed(config), vocabulary)
     with pytest.raises(ValueError, match="3 processes"):
         open_stream(data_config(dict(path=path)), vocabulary, process_count=3)
 

@@ -10,6 +10,8 @@ import pytest
 from coca_jax import export_format, recipes
 from coca_jax.config import Config, Entry, Mesh, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
+from coca_jax.data import augment
+from coca_jax.ops import reference
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
 
@@ -105,3 +107,12 @@ def test_every_key_says_what_it_is():
     found = [key for section in (Config, Entry) for key, field in keys(section)
              if not field.metadata["meaning"]]  # fmt: skip
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [("model.activation", reference.ACTIVATIONS), ("data.augment", augment.MODES)],
+)
+def test_names_of_the_config_are_those_of_what_they_name(key, known):
+    rule = dict(keys(Config))[key].metadata["rule"]
+    assert all(map(rule.holds, known)) and rule.words.count("'") == 2 * len(known)

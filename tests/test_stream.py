@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_cases import data_config, equal, take, write_data
 
+from coca_jax.config import typed
 from coca_jax.data import batches as batch_module
 from coca_jax.data import prepared, run_vocabulary, sources
 from coca_jax.data.batches import Batches, DirectStream, fields, open_stream, trained
@@ -165,8 +166,8 @@ def test_an_unknown_loader_is_named(run):
     config, vocabulary = run
     config = config.copy_and_resolve_references()
     config.data.loader = "grain"
-    with pytest.raises(ValueError, match="data.loader='grain': use one of direct, seqio"):
-        open_stream(config, vocabulary)
+    with pytest.raises(ValueError, match="data.loader='grain': give one of 'direct', 'seqio'"):
+        open_stream(typed(config), vocabulary)
     with pytest.raises(ValueError, match="exactly one of path, builtin, tfds, seqio"):
         sources.open_source(dict(kind="label"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coca_jax.config.model import Model
+from coca_jax.config.model import Head, Model
 from coca_jax.config.run import Config, Optimizer
 from coca_jax.config.section import read
 
@@ -50,6 +50,20 @@ def check_warmup(optimizer: Optimizer, steps: int) -> None:
         raise ValueError(
             f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps; shorten it"
         )
+
+
+def head_sizes(head: Head, model: Model) -> tuple[int, int]:
+    """(width, attention heads) of the task head's pooler, where 0 takes the model's.
+
+    Raises ValueError where the one does not divide the other.
+    """
+    width, num_heads = head.width or model.text.width, head.num_heads or model.pooler.num_heads
+    if width % num_heads:
+        raise ValueError(
+            f"head.num_heads={num_heads} does not divide head.width={width} (0 in the config takes "
+            "the model's); choose a divisor"
+        )
+    return width, num_heads
 
 
 def check_vocabulary(model: Model, size: int) -> None:

@@ -32,23 +32,10 @@ class Pixels:
     Attributes:
         shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3).
         threads: images decoded at the same time.
-
-    Raises:
-        ValueError: data.augment or data.randaugment has a value that it cannot have.
     """
 
     def __init__(self, config: Config):
         data = config.data
-        if data.augment not in augment.MODES:
-            raise ValueError(
-                f"data.augment={data.augment!r}: use one of {', '.join(augment.MODES)}"
-            )
-        layers, magnitude = data.randaugment
-        if layers < 1 or not 0 <= magnitude <= 30:
-            raise ValueError(
-                f"data.randaugment={tuple(data.randaugment)}: give the operations, 1 or more, and "
-                "their magnitude, 0 to 30"
-            )
         self._size, self._mode, self._fast = config.model.image_size, data.augment, data.fast_resize
         self._resize, self._jitter = data.resize, data.frame_jitter
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
@@ -59,7 +46,7 @@ class Pixels:
             flip=data.flip,
             resize=data.resize,
             fast=data.fast_resize,
-            randaugment=(layers, magnitude),
+            randaugment=data.randaugment,
         )
         self.shape = example_shape(config)
         self.threads = data.num_threads or len(os.sched_getaffinity(0))
@@ -146,7 +133,7 @@ def example_shape(config: Config) -> tuple[int, ...]:
     return (*((count,) if count else ()), size, size, 3)
 
 
-def images_of(config: Any) -> int:
+def images_of(config: Config) -> int:
     """How many images an example has."""
     head = head_kinds.of(config.head.kind)
     return head.images if head is not None else 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from coca_jax.config import Head, Model, checks
 from coca_jax.models import head_kinds, layers
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.ops.reference import Reference
@@ -50,25 +50,14 @@ class TaskHead(nn.Module):
         return logits.astype(jnp.float32)
 
 
-def build(
-    head: ConfigDict, model: ConfigDict, num_classes: int, ops: Reference = REFERENCE
-) -> TaskHead:
+def build(head: Head, model: Model, num_classes: int, ops: Reference = REFERENCE) -> TaskHead:
     """The module that `config.head` describes, for a model of `config.model`.
 
-    Raises ValueError for an unknown kind, no query, heads that do not divide the pooler's width, or
-    fewer than two classes.
+    Raises ValueError for heads that do not divide the pooler's width, or fewer than two classes.
     """
-    width = head.get("width", 0) or model.text.width
-    num_heads = head.get("num_heads", 0) or model.pooler.num_heads
+    width, num_heads = checks.head_sizes(head, model)
     kind = head_kinds.of(head.kind)
     assert kind is not None, "called for a run without a head"
-    if head.num_queries < 1:
-        raise ValueError(f"head.num_queries={head.num_queries}; the pooler needs at least 1")
-    if width < 1 or num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"head.num_heads={num_heads} does not divide head.width={width} (0 in the config takes "
-            "the model's); choose a divisor"
-        )
     if num_classes < 2:
         raise ValueError(
             f"head.kind={head.kind!r} has {num_classes} classes; name two or more in head.classes "
