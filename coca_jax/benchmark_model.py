@@ -14,7 +14,6 @@ import numpy as np
 
 from coca_jax import (
     benchmark_peer,
-    generation,
     partitioning,
     run_config,
     train_step,
@@ -22,6 +21,8 @@ from coca_jax import (
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
+from coca_jax.inference.generation import loop
+from coca_jax.inference.generation.settings import Settings
 from coca_jax.models import coca, decoding
 
 Call = Callable[[], Any]
@@ -131,9 +132,9 @@ def caption(
         return model.apply({"params": params}, normal, method="encode_image")[1]
 
     def write(count: int) -> Any:
-        settings = generation.Settings(max_tokens=count, min_tokens=count, num_beams=beams)
+        settings = Settings(max_tokens=count, min_tokens=count, num_beams=beams)
         image_tokens = look(params, pixels)
-        return generation.generate(spec, weights, image_tokens, prompt, lengths, settings)
+        return loop.generate(spec, weights, image_tokens, prompt, lengths, settings)
 
     result = timed(
         lambda: write(tokens),

@@ -25,9 +25,10 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from coca_jax import caption_files, cli, storage
+from coca_jax import cli, storage
 from coca_jax.data import image_files
-from coca_jax.decode_settings import Settings
+from coca_jax.inference import caption_files
+from coca_jax.inference.generation.settings import Settings
 
 NOTES = dict(
     max_tokens="New tokens at most.",

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = coca_jax.load(args.checkpoint)
     import jax
 
-    from coca_jax import export_programs
+    from coca_jax.inference import export_programs
 
     cli.say("compiling the programs")
     files = export_programs.export(model, args.out, args.platforms)

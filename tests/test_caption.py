@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import caption_files, export_programs, storage
+from coca_jax import storage
 from coca_jax.data import image_files
+from coca_jax.inference import caption_files, export_programs
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 import coca_jax
 from coca_jax import convert, export_format, losses, partitioning, recipes, train_step, warm_start
-from coca_jax import export_programs as programs
 from coca_jax.data import images
+from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.interop.safetensors_file import Blocks

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import needs_compiler, tiny_config
 
-from coca_jax import generation, partitioning
-from coca_jax.generation import Settings, choice
+from coca_jax import partitioning
+from coca_jax.inference.generation import choice, loop
+from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.generation.state import Plan
 from coca_jax.models import coca, decoding
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
 
@@ -90,7 +92,7 @@ LENGTH = np.array([1, 2, 3], np.int32)
 
 def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
     spec, weights, image_tokens, _ = model
-    out = generation.generate(
+    out = loop.generate(
         spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
     )
     return jax.tree.map(np.asarray, out)
@@ -211,7 +213,7 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     for beams in (1, 2):
         settings = Settings(num_beams=beams, max_tokens=8)
         ours, want = (
-            generation.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
+            loop.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
             for weights in (other, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)
@@ -233,14 +235,14 @@ def test_greedy_takes_the_most_probable_token(model):
 def test_one_beam_is_greedy(model):
     spec, weights, image_tokens, _ = model
     greedy = run(model)
-    plan = generation.Plan(1, 1, 7, True, False, False, False, 0, True)
+    plan = Plan(1, 1, 7, True, False, False, False, 0, True)
     numbers = dict(
         limit=(8 - LENGTH).astype(np.int32),
         min_tokens=np.int32(0),
         length_penalty=np.float32(1),
         active=np.ones(3, bool),
     )
-    beam = generation._generate(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
+    beam = loop.decode(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
     np.testing.assert_array_equal(beam.tokens, greedy.tokens)
     np.testing.assert_allclose(beam.log_prob, greedy.log_prob, atol=1e-5)
 
@@ -379,7 +381,7 @@ def test_sampling_is_reproducible_by_seed(model):
 
 def draws_of(logs, count, steps=1, width=1, seed=0, **how):
     """Tokens [count, width] of each step: `count` images with the same next token's logs [V]."""
-    plan = generation.Plan(width, width, 1, False, True, len(how) > 1, False, 0, True)
+    plan = Plan(width, width, 1, False, True, len(how) > 1, False, 0, True)
     numbers = dict(
         temperature=np.float32(how["temperature"]),
         top_k=np.int32(how.get("top_k", len(logs))),
@@ -478,12 +480,12 @@ def test_ids_beyond_the_vocabulary_are_never_chosen(wide):
 def test_one_program_serves_all_lengths_and_numbers(model):
     run(model)
     run(model, temperature=2.0)
-    before = generation._generate._cache_size()
+    before = loop.decode._cache_size()
     run(model, max_tokens=3, min_tokens=1)
     run(model, prompt=PROMPT[::-1].copy(), length=LENGTH[::-1].copy())
     run(model, temperature=1.0)
     run(model, temperature=0.5, seed=3)
-    assert generation._generate._cache_size() == before
+    assert loop.decode._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_rows_that_pad_a_batch_write_nothing(model):
     spec, weights, image_tokens, _ = model
     active = np.array([True, False, True])
     for how in ({}, dict(num_beams=2)):
-        out = generation.generate(
+        out = loop.generate(
             spec, weights, image_tokens, PROMPT, LENGTH, Settings(**how), active=active
         )
         assert (np.asarray(out.length)[:, 0] > 0).tolist() == active.tolist()

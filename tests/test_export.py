@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import export_programs
+from coca_jax.inference import export_programs
 
 # What a user without this package runs: jax, NumPy and the files.
 WITHOUT_PACKAGE = """

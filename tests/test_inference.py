@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from coca_jax import export_programs, inference, partitioning
+from coca_jax import inference, partitioning
 from coca_jax.data import vocabulary
+from coca_jax.inference import export_programs
 from coca_jax.models import coca
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]

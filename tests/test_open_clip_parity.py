@@ -25,8 +25,10 @@ from test_convert import (
 )
 
 import coca_jax
-from coca_jax import convert, export_format, generation
+from coca_jax import convert, export_format
 from coca_jax.data import images
+from coca_jax.inference.generation import loop
+from coca_jax.inference.generation.settings import Settings
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.clip_bpe import ClipBpe
 from coca_jax.interop.open_clip_layout import Layout
@@ -182,13 +184,13 @@ def cached(pair, params, pixels, length, prompt):
         hidden_id=ClipBpe.hidden_id,
     )
     embed = jax.jit(lambda p, x: pair.ours.apply({"params": p}, x, method="encode_image"))
-    captions = generation.generate(
+    captions = loop.generate(
         spec,
         decoding.pack(spec, params),
         embed(params, pixels)[1],
         np.tile(np.int32(prompt), (count, 1)),
         np.full(count, len(prompt), np.int32),
-        generation.Settings(max_tokens=length - len(prompt)),
+        Settings(max_tokens=length - len(prompt)),
     )
     found = np.zeros((count, length), np.int32)
     found[:, : len(prompt)] = prompt

@@ -9,12 +9,13 @@ import pytest
 from conftest import random_batch, tiny_config
 from PIL import Image
 
-from coca_jax import caption_files, inference, partitioning, prepare, train_step
+from coca_jax import inference, partitioning, prepare, train_step
 from coca_jax.configs import base
 from coca_jax.data import images, run_vocabulary, videos
 from coca_jax.data.batches import open_stream
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
+from coca_jax.inference import caption_files
 from coca_jax.models import coca
 
 RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)

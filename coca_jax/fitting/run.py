@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import compile_cache, export_programs, inference, recipes
+from coca_jax import compile_cache, inference, recipes
 from coca_jax.config import Config
 from coca_jax.data import files, vocabulary
 from coca_jax.data.mixture import Mixture
@@ -21,6 +21,7 @@ from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import own_data
 from coca_jax.importers.items import Options
+from coca_jax.inference import export_programs
 from coca_jax.training import memory, stopping
 from coca_jax.training import run as training
 

@@ -27,6 +27,16 @@ class Plan(NamedTuple):
     early_stop: bool
 
 
+class Fixed(NamedTuple):
+    """What every step of the loop reads and none writes; numbers: of the settings, by name."""
+
+    image: list[Cache] | jax.Array  # decoding.image_caches
+    prompt_len: jax.Array  # int32 [B]
+    prompt_mask: jax.Array  # bool [B, W, P - 1]
+    prompt_visible: jax.Array | None  # bool [B, P - 1]; None: all
+    numbers: dict[str, jax.Array]
+
+
 class Loop(NamedTuple):
     """What a step of the loop reads and writes. History holds prompts and new tokens by slot, -1
     where there is none; past says which of the cache slots of the steps are a caption's own,

@@ -1,4 +1,4 @@
-"""Captions from image tokens: greedy decoding, sampling and beam search, one compiled program.
+"""The program that writes captions: what it starts from, a step, and what comes out.
 
 Shape letters: B images, W captions or beams of an image, P prompt slots, S new tokens, V
 vocabulary.
@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.decode_settings import Settings
-from coca_jax.generation.beams import beam_step
-from coca_jax.generation.choice import rules, single_step
-from coca_jax.generation.state import Finished, Loop, Plan
+from coca_jax.inference.generation.beams import beam_step
+from coca_jax.inference.generation.choice import rules, single_step
+from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.generation.state import Finished, Fixed, Loop, Plan
 from coca_jax.models import decoding
 from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
-
-__all__ = ["Captions", "Settings", "generate"]
 
 
 class Captions(NamedTuple):
@@ -92,11 +90,11 @@ def generate(
         rows=rows.astype(np.uint32),
         active=active,
     )
-    return _generate(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+    return decode(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
-def _generate(
+def decode(
     spec: Decoder,
     plan: Plan,
     weights: dict,
@@ -105,6 +103,36 @@ def _generate(
     prompt_len: jax.Array,
     numbers: dict,
 ) -> Captions:
+    """The program of `generate`; numbers: what of the settings is no part of the plan."""
+    slots = prompt.shape[1]
+    fixed, start = _start(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+
+    def unfinished(loop: Loop) -> jax.Array:
+        return ~loop.done.all()
+
+    step = functools.partial(_step, spec, plan, weights, fixed, slots)
+    loop = jax.lax.while_loop(unfinished, step, start)
+    if plan.beams:
+        best = loop.finished
+        tokens, length, log_prob = best.history[:, :, slots:], best.length, best.log_prob
+    else:
+        tokens, length, log_prob = loop.history[:, :, slots:], loop.length, loop.log_prob
+    keep = plan.num_captions
+    inside = jnp.arange(plan.steps)[None, None] < length[..., None]
+    tokens = jnp.where(inside, tokens, spec.eos_id)
+    return Captions(tokens[:, :keep], length[:, :keep], log_prob[:, :keep])
+
+
+def _start(
+    spec: Decoder,
+    plan: Plan,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: jax.Array,
+    prompt_len: jax.Array,
+    numbers: dict,
+) -> tuple[Fixed, Loop]:
+    """The image's keys and the prompts' in their caches, and no token written."""
     batch, slots = prompt.shape
     width, steps = plan.width, plan.steps
     image = decoding.image_caches(spec, weights, image_tokens, width)
@@ -139,46 +167,36 @@ def _generate(
         if plan.beams
         else None,
     )
+    return Fixed(image, prompt_len, prompt_mask, prompt_visible, numbers), start
 
-    def unfinished(loop: Loop) -> jax.Array:
-        return ~loop.done.all()
 
-    def step(loop: Loop) -> Loop:
-        now = loop.step
-        past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
-        mask = jnp.concatenate([prompt_mask, past.reshape(batch, width, -1)], axis=2)
-        visible = whole = None
-        if hides:
-            # A begin symbol alone has nothing before it: there the index is clamped to itself.
-            place = slots - 1 + now - back
-            decides = jax.lax.dynamic_index_in_dim(loop.history, place, 2, keepdims=False)
-            visible = loop.visible.at[:, now].set(decides != spec.hidden_id)
-            whole = jnp.concatenate([prompt_visible, visible.reshape(batch, -1)], axis=1)
-        positions = jnp.minimum(prompt_len - 1 + now, spec.max_len - 1)
-        states, caches = decoding.run_tokens(
-            spec,
-            weights,
-            loop.token,
-            each(positions[:, None], (batch, width)),
-            mask,
-            slots - 1 + now * width,
-            loop.caches,
-            image,
-            whole,
-        )
-        log_probs = decoding.log_probs_of(weights, states)
-        allowed = rules(spec, plan, numbers, log_probs, loop.history, slots + now, now)
-        loop = loop._replace(caches=caches, past=past, visible=visible)
-        choose = beam_step if plan.beams else single_step
-        return choose(spec, plan, numbers, loop, log_probs, allowed, slots)
-
-    loop = jax.lax.while_loop(unfinished, step, start)
-    if plan.beams:
-        best = loop.finished
-        tokens, length, log_prob = best.history[:, :, slots:], best.length, best.log_prob
-    else:
-        tokens, length, log_prob = loop.history[:, :, slots:], loop.length, loop.log_prob
-    keep = plan.num_captions
-    inside = jnp.arange(steps)[None, None] < length[..., None]
-    tokens = jnp.where(inside, tokens, spec.eos_id)
-    return Captions(tokens[:, :keep], length[:, :keep], log_prob[:, :keep])
+def _step(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:
+    """Runs the token that each caption ends with and chooses the next."""
+    batch, width = loop.token.shape
+    now = loop.step
+    past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
+    mask = jnp.concatenate([fixed.prompt_mask, past.reshape(batch, width, -1)], axis=2)
+    visible = whole = None
+    if spec.hidden_id is not None:
+        # A begin symbol alone has nothing before it: there the index is clamped to itself.
+        place = slots - 1 + now - int(spec.hides_next)
+        decides = jax.lax.dynamic_index_in_dim(loop.history, place, 2, keepdims=False)
+        visible = loop.visible.at[:, now].set(decides != spec.hidden_id)
+        whole = jnp.concatenate([fixed.prompt_visible, visible.reshape(batch, -1)], axis=1)
+    positions = jnp.minimum(fixed.prompt_len - 1 + now, spec.max_len - 1)
+    states, caches = decoding.run_tokens(
+        spec,
+        weights,
+        loop.token,
+        jnp.broadcast_to(positions[:, None], (batch, width)),
+        mask,
+        slots - 1 + now * width,
+        loop.caches,
+        fixed.image,
+        whole,
+    )
+    log_probs = decoding.log_probs_of(weights, states)
+    allowed = rules(spec, plan, fixed.numbers, log_probs, loop.history, slots + now, now)
+    loop = loop._replace(caches=caches, past=past, visible=visible)
+    choose = beam_step if plan.beams else single_step
+    return choose(spec, plan, fixed.numbers, loop, log_probs, allowed, slots)

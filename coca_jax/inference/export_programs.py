@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import export_format, inference, storage
+from coca_jax import export_format, storage
+from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles
 from coca_jax.ops.packed import Layout
 from coca_jax.train_step import normalise_pixels
@@ -23,55 +24,91 @@ from coca_jax.train_step import normalise_pixels
 PROGRAMS = "programs"
 
 
-def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
+def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
     """The five programs by name, serialised. Raises ValueError for an unknown platform."""
     export_format.check_platforms(platforms)
-    sizes = model.config.model
-    module = coca.build(
-        sizes, sigmoid=roles.sigmoid_bias(model.params) is not None, platform=platforms[0]
-    )
-    vocabulary = model.vocabulary
-    spec = decoding.decoder(
-        sizes,
-        num_ids=vocabulary.size,
-        eos_id=vocabulary.eos_id,
-        hidden_id=vocabulary.hidden_id,
-        platform=platforms[0],
-    )
+    functions = _functions(model, platforms)
     batch = jax.export.symbolic_shape("b")[0]
     length, side = model.max_len, model.image_size
 
     def array(shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def encode_image(flat: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    flat = {k: array(v.shape, np.float32) for k, v in export_format.flatten(model.params).items()}
+    programs: dict[str, bytes] = {}
+
+    def save(name: str, *arguments: Any) -> Any:
+        function = jax.jit(getattr(functions, name))
+        exported = jax.export.export(function, platforms=platforms)(*arguments)
+        programs[name] = bytes(exported.serialize())
+        return jax.tree.unflatten(
+            exported.out_tree, [array(a.shape, a.dtype) for a in exported.out_avals]
+        )
+
+    tokens = save("encode_image", flat, array((batch, side, side, 3), np.uint8))[1]
+    save("encode_text", flat, array((batch, length), np.int32), array((batch, length), bool))
+    weights = save("decode_weights", flat)
+    state = save("decode_start", weights, tokens)
+    save("decode_step", weights, state, array((batch,), np.int32), array((), np.int32))
+    return programs
+
+
+def _functions(model: CoCaModel, platforms: Sequence[str]) -> _Functions:
+    sizes, vocabulary = model.config.model, model.vocabulary
+    return _Functions(
+        sizes,
+        coca.build(
+            sizes, sigmoid=roles.sigmoid_bias(model.params) is not None, platform=platforms[0]
+        ),
+        decoding.decoder(
+            sizes,
+            num_ids=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+            hidden_id=vocabulary.hidden_id,
+            platform=platforms[0],
+        ),
+        "transposed" if list(platforms) == ["cpu"] else "kernel",
+    )
+
+
+class _Functions(NamedTuple):
+    """What the programs compute: of a module, and of the decoder that `spec` describes, in
+    `layout`. A state is a dict of lists of tuples, which a reader without this package can pass."""
+
+    sizes: Any  # config.model
+    module: coca.CoCa
+    spec: decoding.Decoder
+    layout: Layout
+
+    def encode_image(self, flat: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         params = {"params": export_format.unflatten(flat)}
-        out: Any = module.apply(params, normalise_pixels(image, sizes), method="encode_image")
+        pixels = normalise_pixels(image, self.sizes)
+        out: Any = self.module.apply(params, pixels, method="encode_image")
         return out
 
-    def encode_text(flat: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    def encode_text(self, flat: dict, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         params = {"params": export_format.unflatten(flat)}
-        out: Any = module.apply(params, tokens, valid, method="encode_text")
+        out: Any = self.module.apply(params, tokens, valid, method="encode_text")
         return out
 
-    def decode_weights(flat: dict) -> dict:
-        layout: Layout = "transposed" if list(platforms) == ["cpu"] else "kernel"
-        return decoding.pack(spec, export_format.unflatten(flat), layout)
+    def decode_weights(self, flat: dict) -> dict:
+        return decoding.pack(self.spec, export_format.unflatten(flat), self.layout)
 
-    def decode_start(weights: dict, image_tokens: jax.Array) -> dict:
-        image = decoding.image_caches(spec, weights, image_tokens)
-        caches = decoding.empty_caches(spec, weights, image_tokens.shape[0], length)
+    def decode_start(self, weights: dict, image_tokens: jax.Array) -> dict:
+        length = self.spec.max_len
+        image = decoding.image_caches(self.spec, weights, image_tokens)
+        caches = decoding.empty_caches(self.spec, weights, image_tokens.shape[0], length)
         state: dict[str, Any] = dict(
             image=[tuple(c) for c in image], caches=[tuple(c) for c in caches]
         )
-        if spec.hidden_id is not None:
+        if self.spec.hidden_id is not None:
             state["shown"] = jnp.ones((image_tokens.shape[0], length), bool)
         return state
 
     def decode_step(
-        weights: dict, state: dict, token: jax.Array, step: jax.Array
+        self, weights: dict, state: dict, token: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict]:
-        rows = (token.shape[0], 1)
+        spec, length, rows = self.spec, self.spec.max_len, (token.shape[0], 1)
         shown = state.get("shown")
         if shown is not None and not spec.hides_next:
             shown = shown.at[:, step].set(token != spec.hidden_id)
@@ -94,27 +131,8 @@ def make_programs(model: inference.CoCaModel, platforms: Sequence[str]) -> dict[
             state["shown"] = shown
         return log_probs, state
 
-    flat = {k: array(v.shape, np.float32) for k, v in export_format.flatten(model.params).items()}
-    programs: dict[str, bytes] = {}
 
-    def save(name: str, function: Callable, *arguments: Any) -> Any:
-        exported = jax.export.export(jax.jit(function), platforms=platforms)(*arguments)
-        programs[name] = bytes(exported.serialize())
-        return jax.tree.unflatten(
-            exported.out_tree, [array(a.shape, a.dtype) for a in exported.out_avals]
-        )
-
-    tokens = save("encode_image", encode_image, flat, array((batch, side, side, 3), np.uint8))[1]
-    text = array((batch, length), np.int32), array((batch, length), bool)
-    save("encode_text", encode_text, flat, *text)
-    weights = save("decode_weights", decode_weights, flat)
-    state = save("decode_start", decode_start, weights, tokens)
-    step = array((batch,), np.int32), array((), np.int32)
-    save("decode_step", decode_step, weights, state, *step)
-    return programs
-
-
-def export(model: inference.CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> dict:
+def export(model: CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> dict:
     """Writes the folder `out`; returns its files and their sizes in bytes.
 
     Raises ValueError for an unknown platform, before anything is written.
@@ -145,7 +163,7 @@ def _program(out: str, name: str) -> epath.Path:
     return storage.place(out) / PROGRAMS / f"{name}.jax_export"
 
 
-def check(model: inference.CoCaModel, out: str) -> dict[str, float]:
+def check(model: CoCaModel, out: str) -> dict[str, float]:
     """Runs the written programs on the written weights beside the model: the largest absolute
     difference of each output. Raises ValueError when one is above 1e-4 (bfloat16: 0.1)."""
     flat = export_format.flatten(export_format.read_export(out)[0])

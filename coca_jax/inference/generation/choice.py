@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax.generation.state import Loop, Plan
+from coca_jax.inference.generation.state import Loop, Plan
 from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
 

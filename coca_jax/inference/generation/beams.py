@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from coca_jax.generation.state import Finished, Loop, Plan
+from coca_jax.inference.generation.state import Finished, Loop, Plan
 from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
 
@@ -30,32 +30,18 @@ def beam_step(
     Of the 2 W best continuations, those that end (and are among the W best) become finished
     captions; the W best others go on. Images at their limit finish their beams as they stand.
     """
-    batch, width, vocab = allowed.shape
-    per_beam = min(2 * width, vocab)
-    best, token = jax.lax.top_k(allowed, per_beam)
-    total = (loop.score[..., None] + best).reshape(batch, -1)
-    gain = jnp.take_along_axis(log_probs, token, axis=2)
-    model = (loop.log_prob[..., None] + gain).reshape(batch, -1)
-    score, at = jax.lax.top_k(total, min(2 * width, total.shape[1]))
-    take = functools.partial(jnp.take_along_axis, axis=1)
-    parent, token, log_prob = at // per_beam, take(token.reshape(batch, -1), at), take(model, at)
-    place = slots + loop.step
-    history = jnp.take_along_axis(loop.history, parent[..., None], axis=1)
-    history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], place, axis=2)
+    width, limit = allowed.shape[1], numbers["limit"][:, None]
+    norm = functools.partial(_norm, penalty=numbers["length_penalty"])
+    score, parent, token, log_prob, history = _continuations(loop, log_probs, allowed, slots)
     length = jnp.full_like(token, loop.step + 1)
-
-    def norm(score: jax.Array, length: jax.Array) -> jax.Array:
-        return score / length.astype(jnp.float32) ** numbers["length_penalty"]
-
     # Captions that end here, beside those that ended before.
     ends = (token == spec.eos_id) & (jnp.arange(token.shape[1]) < width) & (score > NEVER / 2)
     ranked = jnp.where(ends, norm(score, length), NEVER)
     finished = _best(loop.finished, Finished(ranked, log_prob, length, history), width)
     # Beams that go on.
     score, at = jax.lax.top_k(jnp.where(token == spec.eos_id, NEVER, score), width)
-    parent, token, log_prob = take(parent, at), take(token, at), take(log_prob, at)
-    history, length = jnp.take_along_axis(history, at[..., None], axis=1), take(length, at)
-    limit = numbers["limit"][:, None]
+    parent, token, log_prob = _take(parent, at), _take(token, at), _take(log_prob, at)
+    history, length = _take(history, at), _take(length, at)
     last = length >= limit
     alive = jnp.where(last & (score > NEVER / 2), norm(score, length), NEVER)
     finished = _best(finished, Finished(alive, log_prob, length, history), width)
@@ -86,12 +72,36 @@ def beam_step(
     )
 
 
+def _continuations(
+    loop: Loop, log_probs: jax.Array, allowed: jax.Array, slots: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The 2 W best of all beams' next tokens, best first, each [B, 2 W]: score, the beam that it
+    continues, token, log probability, history [B, 2 W, P + S]."""
+    batch, width, vocab = allowed.shape
+    per_beam = min(2 * width, vocab)
+    best, token = jax.lax.top_k(allowed, per_beam)
+    total = (loop.score[..., None] + best).reshape(batch, -1)
+    gain = jnp.take_along_axis(log_probs, token, axis=2)
+    model = (loop.log_prob[..., None] + gain).reshape(batch, -1)
+    score, at = jax.lax.top_k(total, min(2 * width, total.shape[1]))
+    parent, token, log_prob = at // per_beam, _take(token.reshape(batch, -1), at), _take(model, at)
+    history = _take(loop.history, parent)
+    place = slots + loop.step
+    history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], place, axis=2)
+    return score, parent, token, log_prob, history
+
+
+def _norm(score: jax.Array, length: jax.Array, penalty: jax.Array) -> jax.Array:
+    return score / length.astype(jnp.float32) ** penalty
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Entries `at` [B, M] of the second axis of x [B, N, ...]."""
+    return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
 def _best(old: Finished, new: Finished, count: int) -> Finished:
     """The `count` best of both along the second axis, best first; earlier ones win ties."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
     score, at = jax.lax.top_k(both.score, count)
-
-    def take(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
-
-    return jax.tree.map(take, both)._replace(score=score)
+    return jax.tree.map(lambda x: _take(x, at), both)._replace(score=score)

@@ -1,0 +1,88 @@
+"""Where a model computes: its mesh, and how rows come there and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from coca_jax import partitioning
+
+WHOLE = P()
+
+
+class Devices:
+    """The devices of a model as one: a mesh, or the only one, where `mesh` is None."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+        self._parts = partitioning.batch_parts(mesh) if mesh else 1
+
+    @property
+    def several_processes(self) -> bool:
+        return self.mesh is not None and self.mesh.is_multi_process
+
+    def context(self) -> Any:
+        """In which programs are called."""
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+    def jit(self, run: Callable, out_spec: Any = WHOLE) -> Callable:
+        """A program whose results are whole on every device, and so on every process, unless
+        out_spec says otherwise."""
+        if self.mesh is None:
+            return jax.jit(run)
+        return jax.jit(run, out_shardings=partitioning.shardings(self.mesh, out_spec))
+
+    def put(self, array: np.ndarray) -> Any:
+        """Rows, spread over the devices."""
+        if self.mesh is None:
+            return array
+        return _spread(array, NamedSharding(self.mesh, partitioning.spec("batch")))
+
+    def own_rows(self, size: int) -> np.ndarray:
+        """Which rows of a batch the devices of this process read: bool [size]."""
+        if not self.several_processes:
+            return np.ones(size, bool)
+        own = np.zeros(size, bool)
+        sharding = NamedSharding(cast(Mesh, self.mesh), partitioning.spec("batch"))
+        for (rows,) in sharding.addressable_devices_indices_map((size,)).values():
+            own[rows] = True
+        return own
+
+    def bucket(self, count: int) -> int:
+        """The power of two that holds `count`, as a multiple of the devices."""
+        size = 1 << max(count - 1, 0).bit_length()
+        return -(-size // self._parts) * self._parts
+
+
+def place(params: dict, devices: Sequence[jax.Device] | None = None) -> tuple[Devices, dict]:
+    """The devices that params are on, and params there: those of their mesh, else replicated over
+    `devices`, by default all of this process."""
+    leaf = jax.tree.leaves(params)[0]
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        return Devices(cast(Mesh, sharding.mesh)), params
+    devices = jax.local_devices() if devices is None else list(devices)
+    if len(devices) == 1:
+        return Devices(None), jax.device_put(params, devices[0])
+    mesh = partitioning.make_mesh(len(devices), 1, 1, devices)
+    whole = NamedSharding(mesh, WHOLE)
+    return Devices(mesh), jax.tree.map(lambda x: _spread(x, whole), params)
+
+
+def pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Rows of zeros to `size` rows."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def _spread(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds, or at least its rows of it, as one over their devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,0 +1,224 @@
+"""The half of a model that gives embeddings and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from coca_jax.data import prompts as prompt_sets
+from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.inference import read_texts
+from coca_jax.inference.devices import place
+from coca_jax.inference.programs import Programs
+from coca_jax.inference.read_images import ImageReader, as_list, check_frames, in_batches
+from coca_jax.models import coca, decoding, head_kinds, roles
+
+
+class Encoders:
+    """The encoders of a model, and its task head; see `model.CoCaModel`, which adds the decoder."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: dict,
+        vocabulary: Vocabulary,
+        *,
+        batch_size: int = 64,
+        num_frames: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        model = config.model
+        if vocabulary.size > model.text.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.size} ids and model.text.vocab_size is "
+                f"{model.text.vocab_size}; use the vocabulary that the model was trained with"
+            )
+        self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
+        self.image_size: int = model.image_size
+        self.max_len: int = model.text.max_len
+        self.resize: str = _setting(config, "preprocess", "resize", "") or _setting(
+            config, "data", "resize", "squash"
+        )
+        if num_frames is None:
+            num_frames = _setting(config, "data", "num_frames", 0)
+        self.num_frames: int = check_frames(num_frames)
+        self._given_devices = devices
+        self._devices, self.params = place(params, devices)
+        if class_names is None:
+            class_names = getattr(config, "class_names", ())
+        with_head = roles.has_task_head(params)
+        self.class_names = list(class_names) if with_head else []
+        self.head_kind = head_kinds.of(config.head.kind) if with_head else None
+        module = coca.build(
+            model,
+            sigmoid=roles.sigmoid_bias(params) is not None,
+            head=config.head if with_head else None,
+            num_classes=len(self.class_names),
+        )
+        self._programs = Programs(module, model, self._devices)
+        self._reader = ImageReader(
+            self.image_size, self.resize, self.num_frames, batch_size, self._devices
+        )
+        self._spec = decoding.decoder(
+            model,
+            num_ids=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+            hidden_id=vocabulary.hidden_id,
+        )
+
+    def set_params(self, params: dict) -> None:
+        """Puts other parameters of the same shapes in place, on the same devices: programs stay
+        compiled. {} lets go of those that there are, until the next."""
+        self.__dict__.pop("_decoder_weights", None)
+        self.params = place(params, self._given_devices)[1] if params else {}
+
+    # -- embeddings -----------------------------------------------------------------------------
+
+    def encode_image(self, images: Any, *, progress: bool = False) -> np.ndarray:
+        """Images -> float32 [N, E], L2-normalised."""
+
+        def embed(params: dict, pixels: jax.Array) -> jax.Array:
+            return self._programs.encode_image(params, pixels)[0]  # the tokens stay there
+
+        parts = [self._run(embed, pixels) for pixels in self._reader.batches(images, progress)]
+        return joined(parts, (self.config.model.embed_dim,))
+
+    def encode_video(
+        self, videos: Any, num_frames: int = 0, *, progress: bool = False
+    ) -> np.ndarray:
+        """Videos -> float32 [N, E]: the mean of their frames' embeddings, L2-normalised.
+
+        num_frames: of each, sampled uniformly; 0: the model's, or 16 as in the paper where the
+        model takes images.
+        """
+        frames = check_frames(num_frames) or self.num_frames or 16
+        parts = [
+            self._run(self._programs.encode_image, clips)[0]
+            for clips in self._reader.batches(videos, progress, frames)
+        ]
+        return joined(parts, (self.config.model.embed_dim,))
+
+    def encode_text(
+        self, texts: str | Sequence[str], *, labels: bool = False, progress: bool = False
+    ) -> np.ndarray:
+        """Texts -> float32 [N, E], L2-normalised.
+
+        labels: the texts are class names in prompts; a model trained with data.label_token then
+        sees its label symbol before them.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        parts = [
+            self._run(self._programs.encode_text, *self._tokenize(batch, labels))
+            for batch in in_batches(texts, self.batch_size, progress, "text")
+        ]
+        return joined(parts, (self.config.model.embed_dim,))
+
+    def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
+        """Cosine similarity of every image with every text: float32 [N, M]."""
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def zero_shot(
+        self,
+        images: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str] = prompt_sets.PHOTO,
+        *,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Probability of every class for every image: float32 [N, C], rows sum to 1.
+
+        A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); templates
+        hold '{}' once. The probabilities use the model's temperature. Raises ValueError for a
+        template without '{}' or no class.
+        """
+        templates = prompt_sets.check(templates)
+        if not len(class_names):
+            raise ValueError("class_names is empty; give the names to choose among")
+        texts = [template.replace("{}", name) for name in class_names for template in templates]
+        mean = (
+            self.encode_text(texts, labels=True)
+            .reshape(len(class_names), len(templates), -1)
+            .mean(1)
+        )
+        classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+        scale = np.exp(np.asarray(roles.log_scale(self.params)))
+        logits = scale * self.encode_image(images, progress=progress) @ classes.T
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+    # -- the task head --------------------------------------------------------------------------
+
+    def classify(
+        self, images: Any, texts: Sequence[str] | None = None, *, progress: bool = False
+    ) -> np.ndarray:
+        """Probability of every class of the task head: float32 [N, C], columns as class_names.
+
+        texts: the question or statement beside each image, for a head that reads one. Of a head
+        over pairs images is a list of pairs or an array [N, 2, h, w, 3].
+        Raises ValueError for a model without a head, or texts that are missing or too many.
+        """
+        head = self._programs.module.task_head
+        if head is None:
+            raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
+        pair = head.kind.images > 1
+        clips = bool(self.num_frames)
+        images = [one for pair in images for one in pair] if pair else as_list(images, clips)
+        count = len(images) // head.kind.images
+        texts = [""] * count if not head.kind.reads_text and texts is None else texts
+        if texts is None or len(texts) != count:
+            raise ValueError(
+                f"{0 if texts is None else len(texts)} texts for {count} "
+                f"{'pairs' if pair else 'images'}; a head of kind {head.kind.name!r} takes one each"
+            )
+        parts, done = [], 0
+        for pixels in self._reader.batches(images, progress, even=pair):
+            if pair:
+                pixels = pixels.reshape((-1, head.kind.images) + pixels.shape[1:])
+            batch = texts[done : done + len(pixels)]
+            tokens, lengths = read_texts.questions(self.vocabulary, batch, self.max_len)
+            parts.append(self._run(self._programs.classify, pixels, tokens, lengths))
+            done += len(pixels)
+        return joined(parts, (head.num_classes,))
+
+    def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
+        """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a
+        video): what probes read."""
+        parts = [
+            self._run(self._programs.features, pixels)
+            for pixels in self._reader.batches(images, progress)
+        ]
+        return joined(parts, (self.config.model.image.width,))
+
+    def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
+        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3], as in evaluation.
+
+        num_frames: T; 0: the model's. Raises ValueError: cannot be decoded.
+        """
+        return self._reader.preprocess(image, num_frames)
+
+    def _run(self, program: Callable, *arrays: np.ndarray) -> Any:
+        return self._programs.run(program, self.params, *arrays)
+
+    def _tokenize(
+        self, texts: Sequence[str], labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and validity [N, L]. Label texts get their symbol where training gave it them."""
+        marked = labels and _setting(self.config, "data", "label_token", False)
+        return read_texts.tokenize(self.vocabulary, texts, self.max_len, marked)
+
+
+def _setting(config: Any, section: str, name: str, default: Any) -> Any:
+    """config.section.name; the configuration of an export has neither all sections nor all keys."""
+    return getattr(getattr(config, section, None), name, default)
+
+
+def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Parts one after the other; float32 [0, *shape] of none."""
+    if not parts:
+        return np.zeros((0,) + shape, np.float32)
+    return np.concatenate(parts)

@@ -1,0 +1,92 @@
+"""From a place to a model: runs, exports, converted weights and open_clip's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from coca_jax import compile_cache, export_format, storage
+from coca_jax.data import vocabulary
+from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.inference.model import CoCaModel
+from coca_jax.models import coca, roles
+
+
+def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: Any) -> CoCaModel:
+    """Loads a model to use.
+
+    Args:
+        path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
+            where the run kept them); an export or converted folder; or open_clip's own weights
+            (.bin, .pt, .safetensors, or their folder), converted on the way. Local, or in a bucket
+            (gs://, s3://).
+        dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
+        options: of `CoCaModel`.
+
+    Raises:
+        FileNotFoundError: nothing of that kind at `path`.
+        ValueError: damaged or mismatched files, or an unknown dtype.
+    """
+    path = os.fspath(path)
+    compile_cache.use()
+    place = storage.place(path)
+    if not storage.reach(place):
+        raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
+    if place.is_dir() and export_format.is_export(path):
+        params, config = export_format.read_export(path)
+        words = vocabulary.load(export_format.vocabulary_path(path))
+    elif place.is_dir() and not any((place / name).exists() for name in OPEN_CLIP_FILES):
+        params, config, words = _read_run(path)
+    else:
+        with storage.local_copy(path) as copy:
+            params, config, words = _read_open_clip(copy)
+    if dtype is not None:
+        config.model.dtype = dtype
+        coca.validate(config.model)
+    if config.model.dtype == "bfloat16":
+        params = _narrow(params)
+    return CoCaModel(config, params, words, **options)
+
+
+def _read_run(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+    from coca_jax import checkpointing  # Orbax: only where a run is read
+
+    directory, _ = checkpointing.find_step(path)
+    params, config = checkpointing.load_params(path)
+    file = directory.parent / "vocabulary.model"
+    words = vocabulary.load(str(file))
+    if config.get("vocabulary_checksum", words.checksum) != words.checksum:
+        raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
+    return params, config, words
+
+
+def _read_open_clip(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+    """Through the command, which says in one line what is wrong with a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "coca_jax.convert", f"--input={path}", f"--out={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        params, config = export_format.read_export(folder)
+        words = vocabulary.load(export_format.vocabulary_path(folder))
+        return jax.tree.map(jnp.asarray, params), config, words
+
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def _narrow(params: dict) -> dict:
+    """Matrices and tables in bfloat16; what the model computes in float32 anyway stays."""
+
+    def one(role: roles.Role, x: Any) -> jax.Array:
+        narrow = role.kind in ("kernel", "table") and x.ndim > 1 and not role.part.wide
+        return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
+
+    return roles.map_with_roles(one, params)

@@ -1,0 +1,255 @@
+"""What `coca_jax.load` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coca_jax.inference import captions as caption_texts
+from coca_jax.inference import read_texts
+from coca_jax.inference.captions import Caption
+from coca_jax.inference.devices import pad
+from coca_jax.inference.encoders import Encoders, joined
+from coca_jax.inference.generation import loop
+from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.programs import Forward
+from coca_jax.inference.read_images import as_list
+from coca_jax.models import decoding
+
+
+class CoCaModel(Encoders):
+    """A model, its vocabulary and its image preprocessing.
+
+    Images are paths, PIL images, encoded bytes, arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a
+    list of these; one alone counts as a list of one. Images of the model's size are used as they
+    are. With `num_frames` T they are videos: paths or bytes of animations and video files, uint8
+    arrays [t, h, w, 3] in a list or [N, t, h, w, 3]; T frames of each are sampled uniformly (a
+    still image is repeated), encoded one by one and pooled (CoCa.pool). Calls run in batches,
+    padded to a power of two so that few programs are compiled, split over the devices; with
+    `progress` they show a bar.
+
+    Args:
+        config: of the run; `model` is needed, `data.resize` or `preprocess.resize` is used.
+        params: nested dict of arrays (unboxed), on the host, on a device, or spread over a mesh
+            named as in partitioning.py; replicated over `devices` unless on a mesh.
+        vocabulary: the one that the model was trained with.
+        batch_size: images (or frames of videos) or texts at a time, over all devices.
+        num_frames: T, with which all images are taken for videos; 0: images; default: as in
+            training, `data.num_frames`.
+        devices: default all of this process; those of several processes make them work as one:
+            each calls the same methods with the same arguments, decodes and runs only the rows
+            of its devices, and gets the whole result.
+        class_names: of the task head, where the model has one; default: those in the config.
+
+    Attributes:
+        class_names: of the task head, in the order of `classify`; empty without one.
+        head_kind: what the task head reads; None without one.
+
+    Raises:
+        ValueError: the vocabulary is larger than the model's, or the config impossible.
+    """
+
+    # -- captions -------------------------------------------------------------------------------
+
+    def caption(
+        self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
+    ) -> list[str]:
+        """The best caption of each image. how: fields of `decode_settings.Settings`.
+
+        prompt: how captions begin, one text for all images or one each. Raises ValueError for
+        settings that exclude each other, a prompt without room, or a wrong number of prompts.
+        """
+        found = self.captions(images, prompt, progress=progress, **how)
+        return [captions[0].text for captions in found]
+
+    def captions(
+        self,
+        images: Any,
+        prompt: str | Sequence[str] = "",
+        *,
+        seeds: Sequence[int] | None = None,
+        progress: bool = False,
+        **how: Any,
+    ) -> list[list[Caption]]:
+        """`num_captions` captions of each image with their log probabilities, most probable first
+        (beams: by the score that ranked them).
+
+        seeds: a number for each image that makes its random numbers its own; default: its place in
+        the list. With the same `seed` and number an image gets the same captions in any company.
+        """
+        try:
+            settings = Settings(**how)
+        except TypeError as error:
+            names = ", ".join(f.name for f in dataclasses.fields(Settings))
+            raise ValueError(f"unknown option of captions ({error}); choose from {names}") from None
+        captions: list[list[Caption]] = []
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for pixels in self._reader.batches(images, progress):
+            start, count = len(captions), len(pixels)
+            chosen = prompts * count if isinstance(prompt, str) else prompts[start : start + count]
+            numbers = np.arange(start, start + count)
+            if seeds is not None:
+                numbers = np.asarray(seeds[start : start + count], np.uint32)
+            if len(chosen) != count or len(numbers) != count:
+                raise ValueError(
+                    f"{len(prompts)} prompts or seeds for more images than that; give one each"
+                )
+            captions += self._caption_batch(pixels, chosen, settings, numbers)
+        return captions
+
+    def _caption_batch(
+        self, pixels: np.ndarray, prompts: list[str], settings: Settings, rows: np.ndarray
+    ) -> list[list[Caption]]:
+        count, size = len(prompts), self._devices.bucket(len(prompts))
+        prompt = read_texts.prompts(self.vocabulary, prompts, size)
+        with self._devices.context():
+            decoded = loop.generate(
+                self._spec,
+                self._decoder_weights,
+                self._image_tokens(pixels, size),
+                prompt.tokens,
+                prompt.lengths,
+                settings,
+                rows=np.pad(rows.astype(np.uint32), (0, size - count)),
+                active=np.arange(size) < count,
+            )
+            decoded = self._programs.gather(decoded)
+        return caption_texts.read(
+            self.vocabulary, prompt.ids, decoded, by_log_prob=settings.num_beams == 1
+        )
+
+    def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
+        """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
+        rows = self._devices.put(pad(pixels, size))
+        return self._programs.encode_image(self.params, rows)[1]
+
+    @functools.cached_property
+    def _decoder_weights(self) -> dict:
+        layout = decoding.best_layout(self._spec, self.params)
+        with self._devices.context():
+            return decoding.pack(self._spec, self.params, layout)
+
+    def answer(
+        self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
+    ) -> list[str]:
+        """The answer that the decoder writes behind each question about each image.
+
+        how: as of `caption`. Raises ValueError unless there are as many questions as images.
+        """
+        images = as_list(images, bool(self.num_frames))
+        if isinstance(questions, str) or len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
+        prompts = []
+        for question in questions:
+            ids = self.vocabulary.encode_question(question, self.max_len)
+            whole = len(ids) > len(self.vocabulary.encode(question))
+            prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
+        written = self.caption(images, prompts, progress=progress, **how)
+        known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
+        return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def caption_log_likelihood(
+        self, images: Any, texts: Sequence[str], *, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How probable text i is for image i.
+
+        Returns (sum of log probabilities in nats, float32 [N]; predicted tokens, int32 [N]): all
+        tokens after the begin symbol, the end symbol included. Raises ValueError unless there
+        are as many texts as images.
+        """
+        texts = list(texts)
+        sums, counts = [], []
+        done = 0
+        for pixels in self._reader.batches(images, progress):
+            batch = texts[done : done + len(pixels)]
+            done += len(pixels)
+            if len(batch) != len(pixels):
+                raise ValueError(f"{len(texts)} texts for more images; give one text an image")
+            tokens, valid = self._tokenize(batch)
+            sums.append(self._run(self._programs.log_likelihood, pixels, tokens, valid))
+            counts.append(valid[:, 1:].sum(1).astype(np.int32))
+        if done != len(texts):
+            raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
+        return joined(sums, ()), joined(counts, ()).astype(np.int32)
+
+    def score(
+        self,
+        images: Any,
+        texts: Sequence[str],
+        *,
+        per_token: bool = False,
+        labels: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Log probability of every text for every image, in nats: float32 [N, M].
+
+        Captioning as a classifier, or to rerank what `similarity` retrieves. per_token: divided by
+        the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
+        encoded once.
+        """
+        tokens, valid = self._tokenize(list(texts), labels)
+        with self._devices.context():
+            states = self._programs.text_states(self.params, tokens, valid)
+        rows = []
+        for pixels in self._reader.batches(images, progress):
+            count = len(pixels)
+            with self._devices.context():
+                image = self._image_tokens(pixels, self._devices.bucket(count))
+            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
+            pairs = pairs.reshape(2, -1).astype(np.int32)
+            parts = []
+            for start in range(0, pairs.shape[1], self.batch_size):
+                i, t = pairs[:, start : start + self.batch_size]
+                pair = (pad(x, self._devices.bucket(len(i))) for x in (i, t))
+                with self._devices.context():
+                    out = self._programs.pair_scores(
+                        self.params, image, states, tokens, valid, *pair
+                    )
+                parts.append(np.asarray(out)[: len(i)])
+            rows.append(joined(parts, ()).reshape(count, len(tokens)))
+        scores = joined(rows, (len(tokens),))
+        return scores / valid[:, 1:].sum(1) if per_token else scores
+
+    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """Tokens of each text that `score` predicts, the end symbol included: int32 [M]."""
+        _, valid = self._tokenize(list(texts), labels)
+        return valid[:, 1:].sum(1).astype(np.int32)
+
+    def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
+        """The whole model on prepared input.
+
+        pixels: float [N, S, S, 3], already normalised. token_ids: int [N, L], begin symbol first.
+        Tokens up to and including the first end symbol are valid; with CLIP's tokenizer, as in
+        open_clip, every token that is not the padding id. Raises ValueError when the shapes do not
+        fit the model.
+        """
+        tokens = np.asarray(token_ids, np.int32)
+        if tokens.ndim != 2 or len(tokens) != len(pixels):
+            raise ValueError(
+                f"token_ids has shape {tokens.shape} for {len(pixels)} images; give [N, L]"
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._spec.vocab_size:
+            raise ValueError(
+                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to "
+                f"{self._spec.vocab_size - 1}"
+            )
+        valid = read_texts.validity(self.vocabulary, tokens)
+        with self._devices.context():
+            out = self._programs.forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
+        return Forward(*(np.asarray(x) for x in out))
+
+    def checksum(self) -> str:
+        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+        with self._devices.context():
+            found = self._programs.bit_sums(self.params)
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

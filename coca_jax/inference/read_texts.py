@@ -1,0 +1,68 @@
+"""Texts -> token ids in arrays, as the programs take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from coca_jax.data.vocabulary import Vocabulary
+
+
+def tokenize(
+    vocabulary: Vocabulary, texts: Sequence[str], max_len: int, labels: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and validity [N, L], L the smallest multiple of 16 that leaves a place of padding
+    (open_clip's shifted mask reads it) or max_len. labels: with the symbol before label texts."""
+    marks = [True] * len(texts) if labels else None
+    tokens, valid = vocabulary.encode_batch(texts, max_len, marks)
+    used = np.flatnonzero(valid.any(0))
+    longest = int(used[-1]) + 1 if len(used) else 1
+    length = min(-(-(longest + 1) // 16) * 16, max_len)
+    return tokens[:, :length], valid[:, :length]
+
+
+def questions(
+    vocabulary: Vocabulary, texts: Sequence[str], max_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [N, L] of questions, L a multiple of 16 or max_len, and their lengths [N]."""
+    ids = [vocabulary.encode_question(text, max_len) for text in texts]
+    lengths = np.array([len(row) for row in ids], np.int32)
+    length = min(-(-int(lengths.max()) // 16) * 16, max_len)
+    tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)
+    for row, known in zip(tokens, ids):
+        row[: len(known)] = known
+    return tokens, lengths
+
+
+def validity(vocabulary: Vocabulary, tokens: np.ndarray) -> np.ndarray:
+    """bool [N, L] of tokens int32 [N, L]: true up to and with the first end symbol; with CLIP's
+    tokenizer, as in open_clip, at every token that is not the padding id."""
+    if vocabulary.hidden_id is not None:
+        return tokens != vocabulary.hidden_id
+    ended = np.cumsum(tokens == vocabulary.eos_id, axis=1)
+    return np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0
+
+
+class Prompts(NamedTuple):
+    """How captions begin. ids: of each, begin symbol first; tokens: int32 [size, P], the same
+    right-aligned, P a power of two, rows beyond them the begin symbol alone; lengths: int32
+    [size]."""
+
+    ids: list[list[int]]
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
+    """The prompts of a batch of `size` rows, at least as many as texts."""
+    by_text = {text: [vocabulary.bos_id] + vocabulary.encode(text) for text in set(texts)}
+    ids = [by_text[text] for text in texts]
+    slots = 1 << (max(len(row) for row in ids) - 1).bit_length()
+    tokens = np.full((size, slots), vocabulary.bos_id, np.int32)
+    lengths = np.ones(size, np.int32)
+    for row, known in enumerate(ids):
+        tokens[row, slots - len(known) :] = known
+        lengths[row] = len(known)
+    return Prompts(ids, tokens, lengths)
