@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from coca_jax import activity, checkpoint_places, checkpoint_record, checksums, sealed_json, storage
 from coca_jax.checkpoint_record import Damaged
@@ -299,13 +298,13 @@ def find_step(path: str) -> tuple[epath.Path, int]:
     return directory, steps[0]
 
 
-def load_config(path: str) -> ConfigDict:
+def load_config(path: str) -> StoredConfig:
     """The configuration of the run that holds the checkpoint `path`."""
     directory, _ = find_step(path)
     return read_config(str(directory.parent))
 
 
-def read_config(workdir: str) -> ConfigDict:
+def read_config(workdir: str) -> StoredConfig:
     """`workdir/config.json`; where it is damaged, what the newest checkpoint says it was.
 
     Raises FileNotFoundError when it is not there, ValueError when neither is whole.
@@ -313,7 +312,7 @@ def read_config(workdir: str) -> ConfigDict:
     file = storage.place(workdir) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; a checkpoint is read with its run's config")
-    return ConfigDict(read_run(workdir), convert_dict=True)
+    return read(StoredConfig, read_run(workdir), f"{file}: config", old=True)
 
 
 def read_run(workdir: str) -> dict[str, Any]:
@@ -331,7 +330,7 @@ def read_run(workdir: str) -> dict[str, Any]:
         raise
 
 
-def load_params(path: str, shardings: Any = None) -> tuple[Any, ConfigDict]:
+def load_params(path: str, shardings: Any = None) -> tuple[Any, StoredConfig]:
     """Parameters alone (their average when the run keeps one) and the run's config.
 
     Of a workdir, those of the newest step that is not damaged; a warning names the damaged ones.

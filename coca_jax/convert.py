@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict
 
 from coca_jax import cli, export_format
+from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
 from coca_jax.interop import clip_bpe, open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -47,18 +47,15 @@ def from_open_clip(
     weights = _find_weights(weights)
     tensors = read_weights(weights)
     config = _config(*_model_config(weights, model, tensors))
-    layout = Layout(ConfigDict(config["model"]), logit_bias="logit_bias" in tensors)
+    described = read(Model, config["model"], f"{weights}: model")
+    layout = Layout(described, logit_bias="logit_bias" in tensors)
     try:
         layout.check(tensors)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from None
     merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
     vocabulary = clip_bpe.ClipBpe(merges)
-    if vocabulary.size > config["model"]["text"]["vocab_size"]:
-        raise ValueError(
-            f"the tokenizer has {vocabulary.size} ids and the model "
-            f"{config['model']['text']['vocab_size']}; give the model's own as --bpe"
-        )
+    checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "vocabulary.bpe.gz")
         vocabulary.save(path)
@@ -169,7 +166,7 @@ def _model_config(
         return config.get("model_cfg", config), {} if preprocess is None else preprocess, path
     positions = tensors.get("visual.positional_embedding")
     for name, config in open_clip_config.RELEASED.items():
-        shapes = Layout(ConfigDict(open_clip_config.to_model(config))).tensors()
+        shapes = Layout(read(Model, open_clip_config.to_model(config), "model")).tensors()
         wanted = shapes["visual.positional_embedding"]
         if positions is not None and tuple(positions.shape) == wanted:
             return config, {}, name

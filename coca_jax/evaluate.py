@@ -20,20 +20,20 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, storage
+from coca_jax.config import Config, Entry
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
 from coca_jax.importers import unprepared
 
 
-def trained_on(config: Any, data: Mapping[str, Any]) -> bool:
+def trained_on(config: Config, data: Mapping[str, Any]) -> bool:
     """Whether a run's config has the data, at this split, among its sources."""
 
-    def place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        path = entry.get("path")
-        return (path and os.path.realpath(path), entry.get("tfds"), entry.get("split") or "train")
+    def place(entry: Entry) -> tuple[str, ...]:
+        path = entry.path and os.path.realpath(entry.path)
+        return (path, entry.tfds, entry.seqio, entry.split or "train")
 
-    sources = config.get("data", {}).get("sources", ())
-    return place(data) in [place(entry) for entry in sources if not entry.get("builtin")]
+    return place(Entry.of(data)) in [place(e) for e in config.data.sources if not e.builtin]
 
 
 def define_flags() -> None:

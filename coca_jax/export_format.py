@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import storage
+from coca_jax.config import StoredConfig, read
 from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
@@ -67,7 +67,7 @@ def write_export(
     target = os.path.join(directory, name)
     if os.path.abspath(target) != os.path.abspath(vocabulary_path):
         shutil.copyfile(vocabulary_path, target)
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    plain = dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
     temporary = os.path.join(directory, f"{CONFIG}.tmp")
     with open(temporary, "w") as file:
@@ -75,7 +75,7 @@ def write_export(
     os.replace(temporary, os.path.join(directory, CONFIG))
 
 
-def read_export(directory: str | os.PathLike[str]) -> tuple[dict, ConfigDict]:
+def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
     """(params, config) of an export folder; params is a nested dict of float32 arrays mapped from
     the file, so nothing is read before it is used. From a bucket a temporary copy is mapped.
 
@@ -92,8 +92,8 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, ConfigDict]:
         raise ValueError(f"{os.path.join(directory, PARAMS)}: {error}") from None
 
 
-def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
-    """The configuration of an export folder: 'model', 'preprocess', 'tokenizer'.
+def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
+    """The configuration of an export folder; `data.resize` is what it says of preprocessing.
 
     Raises:
         FileNotFoundError: the folder is not an export.
@@ -103,13 +103,24 @@ def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
     if not is_export(directory):
         raise FileNotFoundError(f"{os.fspath(directory)}: no {CONFIG} and {PARAMS}: not an export")
     try:
-        config = ConfigDict(bounded_json.parse(path.read_bytes()))
+        found = bounded_json.parse(path.read_bytes())
         for section in ("model", "tokenizer"):
-            if not isinstance(config.get(section), ConfigDict):
+            if not isinstance(found, dict) or not isinstance(found.get(section), dict):
                 raise ValueError(f"it has no {section!r}; it is not the configuration of an export")
+        tree = {key: found[key] for key in ("model", "head", "class_names") if key in found}
+        preprocess = found.get("preprocess") or {}
+        if "resize" in preprocess:
+            tree["data"] = {"resize": preprocess["resize"]}
+        tree["tokenizer"] = _tokenizer(found["tokenizer"].get("file"))
+        return read(StoredConfig, tree, old=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return config
+
+
+def _tokenizer(name: Any) -> str:
+    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(f"tokenizer.file={name!r} is not the name of a file beside it")
+    return name
 
 
 def vocabulary_path(directory: str | os.PathLike[str]) -> str:
@@ -117,11 +128,7 @@ def vocabulary_path(directory: str | os.PathLike[str]) -> str:
 
     Raises ValueError where the configuration names anything but a file in it.
     """
-    name = read_config(directory).tokenizer.get("file")
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
-        place = os.path.join(directory, CONFIG)
-        raise ValueError(f"{place}: tokenizer.file={name!r} is not the name of a file beside it")
-    return os.path.join(directory, name)
+    return os.path.join(directory, read_config(directory).tokenizer)
 
 
 def place(params: Any, shardings: Any) -> Any:

@@ -6,6 +6,7 @@ what the run or export at `init_from` has. Whatever the recipe sets behind `leav
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,35 +52,27 @@ def _left(group: ConfigDict, prefix: str) -> Iterator[str]:
             yield prefix + name
 
 
-def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
+def _place(config: Any, key: str) -> tuple[Any, str]:
+    """(the section that a key is in, its last name)."""
     *groups, last = key.split(".")
-    group = config
-    for name in groups:
-        group = group[name]
-    return group, last
+    return functools.reduce(getattr, groups, config), last
 
 
 def _of_weights(path: str) -> dict[str, Any]:
     """{key: value} that a run or an export has: its model, and how texts and images are read."""
     from coca_jax import checkpointing, export_format  # JAX and Orbax take seconds to import
-    from coca_jax.config import Model, keys, read
+    from coca_jax.config import Model, keys
 
     if export_format.is_export(path):
-        given = export_format.read_config(path)
-        found = {
-            "data.resize": given.preprocess.resize,
-            "data.label_token": False,
-            "data.vocabulary": export_format.vocabulary_path(path),
-        }
+        given, words = export_format.read_config(path), export_format.vocabulary_path(path)
     else:
-        given = checkpointing.load_config(path)
-        found = {
-            "data.resize": given.data.resize,
-            "data.label_token": bool(given.data.get("label_token", False)),
-            "data.vocabulary": "",  # that beside the weights is found by itself
-        }
-    model = read(Model, given.model.to_dict(), f"{path}: config.model", old=True)
+        given, words = checkpointing.load_config(path), ""  # that beside it is found by itself
+    found: dict[str, Any] = {
+        "data.resize": given.data.resize,
+        "data.label_token": given.data.label_token,
+        "data.vocabulary": words,
+    }
     for key, _ in keys(Model):
-        group, last = _place(model, key)
-        found[f"model.{key}"] = group[last]
+        group, last = _place(given.model, key)
+        found[f"model.{key}"] = getattr(group, last)
     return found

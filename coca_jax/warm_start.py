@@ -70,14 +70,14 @@ def read(path: str) -> tuple[dict[str, Any], list[str]]:
     place = storage.place(path)
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
-        return params, list(config.get("class_names", ()))
+        return params, list(config.class_names)
     if place.exists() and not place.is_dir():
         raise ValueError(
             f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
             f"--input={path} --out=DIR"
         )
     params, config = checkpointing.load_params(path)
-    return params, list(config.get("class_names", ()))
+    return params, list(config.class_names)
 
 
 def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import coca_jax
 from coca_jax import convert, export_format, losses, partitioning, recipes, train_step, warm_start
+from coca_jax.config import Model, read
 from coca_jax.data import images
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
@@ -22,7 +23,7 @@ from coca_jax.interop.safetensors_file import Blocks
 from coca_jax.models import coca
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
-SMALL = ConfigDict(open_clip_config.to_model(cases.SMALL))
+SMALL = read(Model, open_clip_config.to_model(cases.SMALL))
 
 
 def small_weights():
@@ -79,7 +80,7 @@ def relative(value, reference):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
 def test_outputs_equal_open_clip(export, golden, inputs, dtype, tolerance):
     params, config = export_format.read_export(export)
-    config.model.dtype = dtype
+    config = config.change({"model.dtype": dtype})
     pixels, tokens = inputs
     out = forward(coca.build(config.model), params, pixels, tokens)
     assert relative(out.image_embedding, golden["image_embedding"]) < tolerance
@@ -92,7 +93,7 @@ def test_outputs_equal_open_clip(export, golden, inputs, dtype, tolerance):
 def test_losses_and_gradients_equal_open_clip(export, golden, inputs, dtype, tolerance):
     """Of a model in float64; in float64 here too, what is left is not rounding but a mistake."""
     params, config = export_format.read_export(export)
-    config.model.dtype = dtype
+    config = config.change({"model.dtype": dtype})
     with jax.enable_x64(dtype == "float64"):
         found = list(each_loss(coca.build(config.model), params, *inputs))
     for (value, gradients), loss, digests in zip(found, golden["losses"], golden["gradients"]):
@@ -196,7 +197,7 @@ def test_preprocessing_equals_torchvision(golden):
     [("coca_ViT-B-32", 629, 253_560_065), ("coca_ViT-L-14", 773, 638_450_177)],
 )
 def test_sizes_of_the_released_models(name, tensors, parameters):
-    model = ConfigDict(open_clip_config.to_model(open_clip_config.RELEASED[name]))
+    model = read(Model, open_clip_config.to_model(open_clip_config.RELEASED[name]))
     layout = Layout(model)
     assert len(layout.tensors()) == tensors
     assert count(layout.tensors()) == count(layout.parameters()) == parameters
@@ -210,9 +211,8 @@ def test_the_later_layout_s_own_configuration_is_read():
     changes = dict(
         vision_cfg=dict(attentional_pool="cascade"), text_cfg=dict(correct_cls_mask=True)
     )
-    model = ConfigDict(
-        open_clip_config.to_model(with_keys(first, **changes) | dict(multimodal_cfg=fusion))
-    )
+    found = open_clip_config.to_model(with_keys(first, **changes) | dict(multimodal_cfg=fusion))
+    model = read(Model, found)
     assert (model.pooler.kind, model.text.cls_mask) == ("cascade", "exact")
     layout = Layout(model)
     tensors = layout.tensors()
@@ -230,7 +230,7 @@ def test_the_later_layout_s_own_configuration_is_read():
 def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
     config = with_keys(cases.SMALL, vision_cfg=dict(attentional_pool=pool, no_ln_pre=quick_gelu))
     config = config | dict(quick_gelu=quick_gelu)
-    model = ConfigDict(open_clip_config.to_model(config))
+    model = read(Model, open_clip_config.to_model(config))
     assert shapes_of(model) == Layout(model).parameters()
     back = open_clip_config.from_model(model)
     assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
@@ -344,7 +344,7 @@ def test_the_sigmoid_loss_s_bias_goes_both_ways(tmp_path):
 
 def test_converting_holds_no_second_copy(tmp_path):
     config = with_keys(cases.SMALL, vision_cfg=dict(layers=24, width=256))
-    model = ConfigDict(open_clip_config.to_model(config))
+    model = read(Model, open_clip_config.to_model(config))
     shapes = Layout(model).tensors()
     size = 4 * count(shapes)
     zeros = {k: np.broadcast_to(np.float32(0), shape) for k, shape in shapes.items()}
@@ -377,9 +377,9 @@ def test_weights_start_a_run_straight_on_the_mesh(export):
 
 def test_export_folders(export, tmp_path):
     config = export_format.read_config(export)
-    assert config.preprocess.resize == "crop" and config.tokenizer.file == "vocabulary.bpe.gz"
+    assert config.data.resize == "crop" and config.tokenizer == "vocabulary.bpe.gz"
     assert export_format.vocabulary_path(export) == str(export / "vocabulary.bpe.gz")
-    assert config.model.image_mean == [0.48145466, 0.4578275, 0.40821073]
+    assert config.model.image_mean == (0.48145466, 0.4578275, 0.40821073)
     assert not export_format.is_export(tmp_path)
     with pytest.raises(FileNotFoundError, match="not an export"):
         export_format.read_export(tmp_path)

@@ -26,6 +26,7 @@ from test_convert import (
 
 import coca_jax
 from coca_jax import convert, export_format
+from coca_jax.config import Model, read
 from coca_jax.data import images
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
@@ -89,9 +90,7 @@ def test_open_clip_s_json_files_are_read_or_refused_by_name():
     for path in sorted(folder.glob("coca*.json")):
         config, *_ = convert._model_config("weights.bin", str(path), {})
         try:
-            said[path.stem] = len(
-                Layout(convert.ConfigDict(open_clip_config.to_model(config))).tensors()
-            )
+            said[path.stem] = len(Layout(read(Model, open_clip_config.to_model(config))).tensors())
         except ValueError as error:
             said[path.stem] = str(error)
     assert (said["coca_ViT-B-32"], said["coca_ViT-L-14"]) == (629, 773)
@@ -103,8 +102,7 @@ def test_outputs_of_50_images(pair):
     """Embeddings of all, logits at label positions for captions of every kind."""
     size, texts = pair.model_config.image_size, len(pair.tokens)
     embed = jax.jit(lambda p, x: pair.ours.apply({"params": p}, x, method="encode_image")[0])
-    low = pair.model_config.copy_and_resolve_references()
-    low.dtype = "bfloat16"
+    low = pair.model_config.change(dict(dtype="bfloat16"))
     half = coca.build(low)
     embed_half = jax.jit(lambda p, x: half.apply({"params": p}, x, method="encode_image")[0])
     pixels = cases.pixels(50, size)
@@ -151,8 +149,7 @@ def test_losses_and_gradients_in_float64(pair):
     theirs = pair.oracle.losses(exact, pixels, pair.tokens)
     wanted = [(loss, digests_of(tensors)) for loss, tensors in theirs]
     del exact, theirs
-    config = pair.model_config.copy_and_resolve_references()
-    config.dtype = "float64"
+    config = pair.model_config.change(dict(dtype="float64"))
     with jax.enable_x64(True):
         model = coca.build(config, remat="full")
         ours = each_loss(model, pair.params, pixels, pair.tokens)
@@ -325,7 +322,7 @@ def test_two_poolers_and_the_corrected_mask(pool):
         for name, tensor in theirs.state_dict().items():
             tensor.copy_(torch.from_numpy(cases.redraw(name, tuple(tensor.shape))))
     theirs.eval()
-    model_config = convert.ConfigDict(open_clip_config.to_model(config))
+    model_config = read(Model, open_clip_config.to_model(config))
     layout = Layout(model_config)
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     layout.check(state)
@@ -370,7 +367,7 @@ def test_a_half_precision_file(tmp_path):
     folder.mkdir()
     state = {
         key: torch.from_numpy(cases.redraw(key, shape)).bfloat16()
-        for key, shape in Layout(convert.ConfigDict(open_clip_config.to_model(cases.SMALL)))
+        for key, shape in Layout(read(Model, open_clip_config.to_model(cases.SMALL)))
         .tensors()
         .items()
     }

@@ -259,8 +259,8 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
         declarations.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
-    assert evaluate.trained_on(config, dict(path=f"{out}/../p", split="train"))
-    assert not evaluate.trained_on(config, dict(path=out, split="val"))
+    assert evaluate.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
+    assert not evaluate.trained_on(typed(config), dict(path=out, split="val"))
 
 
 def test_tasks_need_captions_or_labels(tmp_path):

@@ -8,12 +8,22 @@ from ml_collections import ConfigDict
 
 from coca_jax.config.data import Data, Entry
 from coca_jax.config.model import Head, ImageModel, Model, Pooler, TextModel
-from coca_jax.config.run import Checkpoint, Config, Eval, Faults, Log, Loss, Mesh, Optimizer
+from coca_jax.config.run import (
+    Checkpoint,
+    Config,
+    Eval,
+    Faults,
+    Log,
+    Loss,
+    Mesh,
+    Optimizer,
+    StoredConfig,
+)
 from coca_jax.config.section import Section, keys, plain, read
 
 __all__ = [
     "Checkpoint", "Config", "Data", "Entry", "Eval", "Faults", "Head", "ImageModel", "Log",
-    "Loss", "Mesh", "Model", "Optimizer", "Pooler", "Recipe", "Section", "TextModel", "keys",
+    "Loss", "Mesh", "Model", "Optimizer", "Pooler", "Recipe", "Section", "StoredConfig", "TextModel", "keys",
     "plain", "read", "typed",
 ]  # fmt: skip
 

@@ -66,13 +66,16 @@ def head_sizes(head: Head, model: Model) -> tuple[int, int]:
     return width, num_heads
 
 
-def check_vocabulary(model: Model, size: int) -> None:
-    """Raises ValueError where a tokenizer of `size` ids has more than the model has rows for."""
+def check_vocabulary(model: Model, size: int, remedy: str = "") -> None:
+    """Raises ValueError where a tokenizer of `size` ids has more than the model has rows for.
+
+    remedy: what to do, where the size of the model is not for the user to choose.
+    """
     rows = model.text.vocab_size
     if size > rows:
         raise ValueError(
-            f"model.text.vocab_size={rows} is less than the {size} ids of the vocabulary; set "
-            f"it to {size} or more, or use the vocabulary that belongs to this model"
+            f"model.text.vocab_size={rows} is less than the {size} ids of the vocabulary; "
+            + (remedy or f"set it to {size} or more, or use the model's own vocabulary")
         )
 
 

@@ -19,6 +19,7 @@ from coca_jax.config.rules import (
     STAGES,
     STEPS,
     TEXT,
+    TEXTS,
     WEIGHT,
     Rule,
     choice,
@@ -200,3 +201,15 @@ class Config(Section):
     faults: Faults = Faults()
     eval: Eval = Eval()
     log: Log = Log()
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredConfig(Config):
+    """A configuration as it stands beside weights, with what their run found out.
+
+    Beside an export only `model`, `data.resize` and the head are known; the rest is as by default.
+    """
+
+    class_names: tuple[str, ...] = key((), TEXTS, "of the task head, in the order of its outputs")
+    vocabulary_checksum: str = key("", TEXT, "sha256 of the tokenizer's file; '': not known")
+    tokenizer: str = key("", TEXT, "of an export: the tokenizer's file in its folder")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any
 
 import jax
 
 from coca_jax import checkpointing, export_format
-from coca_jax.config import Model
-from coca_jax.config.section import read as read_section
 from coca_jax.fitting.choose import Weights
 from coca_jax.models import coca
 
@@ -29,20 +26,19 @@ def read(path: str) -> Weights:
         )
     if not os.path.isdir(path):
         raise FileNotFoundError(f"--init_from={path}: no such folder; give a run or an export")
-    data: Any
     if export_format.is_export(path):
         config = export_format.read_config(path)
-        data, words = config.preprocess, export_format.vocabulary_path(path)
+        words = export_format.vocabulary_path(path)
     else:
         config = checkpointing.load_config(path)
         run = checkpointing.find_step(path)[0].parent
-        data, words = config.data, str(run / "vocabulary.model")
+        words = str(run / "vocabulary.model")
     shapes = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
     return Weights(
         path=os.path.abspath(path),
-        model=read_section(Model, config.model.to_dict(), f"{path}: model", old=True),
+        model=config.model,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
-        resize=data.resize,
-        label_token=bool(data.get("label_token", False)),
+        resize=config.data.resize,
+        label_token=config.data.label_token,
         vocabulary=str(pathlib.Path(words).absolute()),
     )

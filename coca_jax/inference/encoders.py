@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from coca_jax.config import Config, StoredConfig, checks
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import read_texts
@@ -23,7 +23,7 @@ class Encoders:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         params: dict,
         vocabulary: Vocabulary,
         *,
@@ -33,24 +33,20 @@ class Encoders:
         class_names: Sequence[str] | None = None,
     ) -> None:
         model = config.model
-        if vocabulary.size > model.text.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {vocabulary.size} ids and model.text.vocab_size is "
-                f"{model.text.vocab_size}; use the vocabulary that the model was trained with"
-            )
+        checks.check_vocabulary(
+            model, vocabulary.size, "use the vocabulary that the model was trained with"
+        )
         self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
         self.image_size: int = model.image_size
         self.max_len: int = model.text.max_len
-        self.resize: str = _setting(config, "preprocess", "resize", "") or _setting(
-            config, "data", "resize", "squash"
-        )
+        self.resize: str = config.data.resize
         if num_frames is None:
-            num_frames = _setting(config, "data", "num_frames", 0)
+            num_frames = config.data.num_frames
         self.num_frames: int = check_frames(num_frames)
         self._given_devices = devices
         self._devices, self.params = place(params, devices)
         if class_names is None:
-            class_names = getattr(config, "class_names", ())
+            class_names = config.class_names if isinstance(config, StoredConfig) else ()
         with_head = roles.has_task_head(params)
         self.class_names = list(class_names) if with_head else []
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
@@ -208,13 +204,8 @@ class Encoders:
         self, texts: Sequence[str], labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and validity [N, L]. Label texts get their symbol where training gave it them."""
-        marked = labels and _setting(self.config, "data", "label_token", False)
+        marked = labels and self.config.data.label_token
         return read_texts.tokenize(self.vocabulary, texts, self.max_len, marked)
-
-
-def _setting(config: Any, section: str, name: str, default: Any) -> Any:
-    """config.section.name; the configuration of an export has neither all sections nor all keys."""
-    return getattr(getattr(config, section, None), name, default)
 
 
 def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from coca_jax import compile_cache, export_format, storage
+from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import coca, roles
+from coca_jax.models import roles
 
 
 def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: Any) -> CoCaModel:
@@ -48,26 +48,25 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
         with storage.local_copy(path) as copy:
             params, config, words = _read_open_clip(copy)
     if dtype is not None:
-        config.model.dtype = dtype
-        coca.validate(config.model)
+        config = config.change({"model.dtype": dtype})
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
     return CoCaModel(config, params, words, **options)
 
 
-def _read_run(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     from coca_jax import checkpointing  # Orbax: only where a run is read
 
     directory, _ = checkpointing.find_step(path)
     params, config = checkpointing.load_params(path)
     file = directory.parent / "vocabulary.model"
     words = vocabulary.load(str(file))
-    if config.get("vocabulary_checksum", words.checksum) != words.checksum:
+    if config.vocabulary_checksum not in ("", words.checksum):
         raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
     return params, config, words
 
 
-def _read_open_clip(path: str) -> tuple[dict, ConfigDict, Vocabulary]:
+def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     """Through the command, which says in one line what is wrong with a file."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "coca_jax.convert", f"--input={path}", f"--out={folder}"]

@@ -35,7 +35,7 @@ class CoCaModel(Encoders):
     `progress` they show a bar.
 
     Args:
-        config: of the run; `model` is needed, `data.resize` or `preprocess.resize` is used.
+        config: of the run, or as it stands beside the weights.
         params: nested dict of arrays (unboxed), on the host, on a device, or spread over a mesh
             named as in partitioning.py; replicated over `devices` unless on a mesh.
         vocabulary: the one that the model was trained with.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from coca_jax.config import Model
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -190,7 +192,7 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     )
 
 
-def from_model(model: Any) -> dict[str, Any]:
+def from_model(model: Model) -> dict[str, Any]:
     """`config.model` as an open_clip configuration (`model_cfg`).
 
     Raises:
@@ -198,19 +200,19 @@ def from_model(model: Any) -> dict[str, Any]:
     """
     image, text, pooler = model.image, model.text, model.pooler
     legacy = pooler.kind == "open_clip"
-    heads = text.get("multimodal_heads", None) or text.num_heads
-    fusion_mlp = text.get("multimodal_mlp_dim", None) or text.mlp_dim
+    heads = text.multimodal_heads or text.num_heads
+    fusion_mlp = text.multimodal_mlp_dim or text.mlp_dim
     only = "open_clip has only"
     for name, value, want in (
-        ("text.cross", text.get("cross", "paper"), "open_clip"),
+        ("text.cross", text.cross, "open_clip"),
         ("text.tie_embeddings", text.tie_embeddings, False),
-        ("text.head_bias", text.get("head_bias", True), False),
+        ("text.head_bias", text.head_bias, False),
         ("text.width", text.width, model.embed_dim),
         ("the upper half's mlp_dim", fusion_mlp, 4 * text.width),
-        ("image.class_token", image.get("class_token", False), True),
-        ("image.patch_bias", image.get("patch_bias", True), False),
-        ("image.final_norm", image.get("final_norm", True), not legacy),
-        ("pooler.project", pooler.get("project", True), legacy),
+        ("image.class_token", image.class_token, True),
+        ("image.patch_bias", image.patch_bias, False),
+        ("image.final_norm", image.final_norm, not legacy),
+        ("pooler.project", pooler.project, legacy),
     ):
         if value != want:
             raise ValueError(f"model.{name}={value!r}: {only} {want!r}; it cannot go back there")
@@ -220,7 +222,7 @@ def from_model(model: Any) -> dict[str, Any]:
     options = BlockOptions.from_config(model, Reference())
     for name, value in options.beyond(("activation", "dtype", "ops")).items():
         raise ValueError(f"model.{name}={value!r}: open_clip's CoCa has no such option")
-    activation = model.get("activation", "gelu")
+    activation = model.activation
     if activation == "gelu":
         raise ValueError(f"model.activation='gelu': {only} 'gelu_exact' and 'quick_gelu'")
     for tower, width in ((image, image.width), (text, text.width)):
@@ -238,7 +240,7 @@ def from_model(model: Any) -> dict[str, Any]:
             attentional_pool=True if legacy else pooler.kind,
             attn_pooler_queries=pooler.num_queries,
             attn_pooler_heads=pooler.num_heads,
-            no_ln_pre=not image.get("pre_norm", False),
+            no_ln_pre=not image.pre_norm,
             output_tokens=True,
         ),
         text_cfg=dict(
@@ -260,7 +262,7 @@ def from_model(model: Any) -> dict[str, Any]:
         ),
         custom_text=True,
     )
-    if text.get("cls_mask", "exact") == "exact":
+    if text.cls_mask == "exact":
         result["text_cfg"]["correct_cls_mask"] = True
     if activation == "quick_gelu":
         result["quick_gelu"] = True

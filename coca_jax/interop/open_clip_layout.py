@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_jax.config import Model
 from coca_jax.interop.safetensors_file import Blocks
 
 SHOWN = 5  # names listed in an error
@@ -54,7 +55,7 @@ class Layout:
         logit_bias: whether the model has the bias of the sigmoid loss.
     """
 
-    def __init__(self, model: Any, logit_bias: bool = False):
+    def __init__(self, model: Model, logit_bias: bool = False):
         self.parts: list[Part] = []
         image, text, pooler = model.image, model.text, model.pooler
         width, dim, patch = image.width, text.width, model.patch_size
@@ -76,7 +77,7 @@ class Layout:
             shape_there=(width, 3, patch, patch),
             axes=(2, 3, 1, 0),
         )
-        if image.get("pre_norm", False):
+        if image.pre_norm:
             self._norm("image_encoder/pre_norm", "visual.ln_pre", width)
         self._stack("image_encoder/blocks", "visual.transformer", image.depth, width, image)
         if legacy:
@@ -99,8 +100,8 @@ class Layout:
         self._norm("text_decoder/unimodal_norm", "text.ln_final", dim)
         self._add("text_to_joint/kernel", "text.text_projection", (dim, model.embed_dim))
 
-        heads = text.get("multimodal_heads", None) or text.num_heads
-        mlp = text.get("multimodal_mlp_dim", None) or text.mlp_dim
+        heads = text.multimodal_heads or text.num_heads
+        mlp = text.multimodal_mlp_dim or text.mlp_dim
         for layer in range(text.multimodal_depth):
             path = "text_decoder/multimodal/layers"
             own = f"text_decoder.resblocks.{layer}"
@@ -267,7 +268,7 @@ class Layout:
             block = f"{key}.resblocks.{layer}"
             self._block(f"{path}/layers", "", block, width, tower.num_heads, tower.mlp_dim, layer)
 
-    def _pooler(self, path: str, key: str, queries: int, source: int, model: Any) -> None:
+    def _pooler(self, path: str, key: str, queries: int, source: int, model: Model) -> None:
         width, heads = model.text.width, model.pooler.num_heads
         self._add(f"{path}/query/value", f"{key}.query", (queries, width))
         self._norm(f"{path}/query_norm", f"{key}.ln_q", width)

@@ -296,9 +296,6 @@ def build(
     )
 
 
-validate = checks.check_model
-
-
 def init(model: CoCa, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names (see partitioning.unbox)."""
     encoder, decoder = model.encoder, model.decoder
