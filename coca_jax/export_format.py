@@ -107,7 +107,8 @@ def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
         for section in ("model", "tokenizer"):
             if not isinstance(found, dict) or not isinstance(found.get(section), dict):
                 raise ValueError(f"it has no {section!r}; it is not the configuration of an export")
-        tree = {key: found[key] for key in ("model", "head", "class_names") if key in found}
+        kept = ("model", "head", "class_names")
+        tree: dict[str, Any] = {key: found[key] for key in kept if key in found}
         preprocess = found.get("preprocess") or {}
         if "resize" in preprocess:
             tree["data"] = {"resize": preprocess["resize"]}

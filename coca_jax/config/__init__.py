@@ -23,8 +23,8 @@ from coca_jax.config.section import Section, keys, plain, read
 
 __all__ = [
     "Checkpoint", "Config", "Data", "Entry", "Eval", "Faults", "Head", "ImageModel", "Log",
-    "Loss", "Mesh", "Model", "Optimizer", "Pooler", "Recipe", "Section", "StoredConfig", "TextModel", "keys",
-    "plain", "read", "typed",
+    "Loss", "Mesh", "Model", "Optimizer", "Pooler", "Recipe", "Section", "StoredConfig",
+    "TextModel", "keys", "plain", "read", "typed",
 ]  # fmt: skip
 
 
