@@ -5,6 +5,7 @@ from __future__ import annotations
 from coca_jax.config.model import Head, Model
 from coca_jax.config.run import Config, Optimizer
 from coca_jax.config.section import read
+from coca_jax.models import pooler_kinds
 
 
 def check(config: Config) -> None:
@@ -105,8 +106,5 @@ def check_model(model: Model) -> Model:
             f"model.pooler.num_heads={pooler.num_heads} does not divide "
             f"model.text.width={model.text.width}; choose a divisor"
         )
-    if pooler.kind == "open_clip" and pooler.num_queries < 2:
-        raise ValueError(
-            f"model.pooler.num_queries={pooler.num_queries}; open_clip needs at least 2"
-        )
+    pooler_kinds.of(pooler.kind).check(pooler.num_queries)
     return model

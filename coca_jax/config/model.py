@@ -20,7 +20,7 @@ from coca_jax.config.rules import (
     whole,
 )  # fmt: skip
 from coca_jax.config.section import Section
-from coca_jax.models import head_kinds
+from coca_jax.models import head_kinds, pooler_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Pooler(Section):
 
     kind: str = key(
         "cascade",
-        choice("cascade", "parallel", "open_clip"),
+        choice(*pooler_kinds.KINDS),
         "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
         "'open_clip': one pooler, whose first query is the image embedding",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coca_jax.config import Model
+from coca_jax.models import pooler_kinds
 
 
 def model_flops(model: Model) -> int:
@@ -28,15 +29,16 @@ def model_flops(model: Model) -> int:
         attention(tokens, tokens, image.width) + mlp(tokens, image.width, image.mlp_dim)
     )
     pooled = attention(queries, tokens, text.width, image.width)
-    if pooler.kind == "cascade":
+    kind = pooler_kinds.of(pooler.kind)
+    if kind.in_cascade:
         pooled += attention(1, queries, text.width)
-    elif pooler.kind == "parallel":
+    elif kind.second_pooler:
         pooled += attention(1, tokens, text.width, image.width)
     with_cls = length + 1
     unimodal = text.unimodal_depth * (
         attention(with_cls, with_cls, text.width) + mlp(with_cls, text.width, text.mlp_dim)
     )
-    seen = queries - (pooler.kind == "open_clip")
+    seen = kind.num_seen(queries)
     multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
     mlps = 2 if text.cross == "open_clip" else 1
     multimodal = text.multimodal_depth * (

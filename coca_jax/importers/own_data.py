@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coca_jax.config import Config
-from coca_jax.data import files, formats
+from coca_jax.data import files, formats, kinds
 from coca_jax.importers import checks, metadata, shards, splits
 from coca_jax.importers.items import Item, Options
 
-KINDS = ("caption", "label", "question")
 HOLDOUT = 0.1  # of data that come as one split
 _AT_MOST = 5000  # examples of an evaluation that is set up here
 _SPLIT_FIELD = "split"  # of data that name the split of each example beside it
@@ -41,14 +40,14 @@ def parse(text: str) -> Named:
     path, kind, weight = text, "", 1.0
     before, _, last = text.rpartition(":")
     earlier, _, middle = before.rpartition(":")
-    if middle in KINDS and _is_number(last):
+    if middle in kinds.KINDS and _is_number(last):
         path, kind, weight = earlier, middle, float(last)
-    elif last in KINDS:
+    elif last in kinds.KINDS:
         path, kind = before, last
     elif before and files.exists(before) and not files.exists(text):
         raise ValueError(
-            f"--data={text}: {last!r} is none of {', '.join(KINDS)}; write PATH, PATH:KIND or "
-            "PATH:KIND:WEIGHT"
+            f"--data={text}: {last!r} is none of {', '.join(kinds.KINDS)}; write PATH, "
+            "PATH:KIND or PATH:KIND:WEIGHT"
         )
     if not path:
         raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
@@ -322,12 +321,13 @@ def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[st
     if head:
         return [dict(kind="classification", name=name, data=data, limit=_AT_MOST)]
     task = dict(name=name, data=data, limit=_AT_MOST)
-    if data["kind"] == "question":
+    kind = kinds.KINDS[data["kind"]]
+    if kind is kinds.Question:
         return [dict(task, kind="answers")] if loss.captioning_weight else []
-    if data["kind"] == "label":
+    if kind is kinds.Label:
         templates = "photo" if config.data.prompts == "varied" else config.data.prompts
-        kind = "zeroshot" if loss.contrastive_weight else "generative"
-        return [dict(task, kind=kind, templates=templates)]
+        by = "zeroshot" if loss.contrastive_weight else "generative"
+        return [dict(task, kind=by, templates=templates)]
     found = []
     if loss.contrastive_weight:
         found.append(dict(task, kind="retrieval"))

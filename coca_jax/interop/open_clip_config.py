@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from coca_jax.config import Model
+from coca_jax.models import pooler_kinds
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -199,7 +200,7 @@ def from_model(model: Model) -> dict[str, Any]:
         ValueError: naming the first option that open_clip's CoCa does not have.
     """
     image, text, pooler = model.image, model.text, model.pooler
-    legacy = pooler.kind == "open_clip"
+    legacy = not pooler_kinds.of(pooler.kind).second_pooler
     heads = text.multimodal_heads or text.num_heads
     fusion_mlp = text.multimodal_mlp_dim or text.mlp_dim
     only = "open_clip has only"

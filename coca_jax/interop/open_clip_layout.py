@@ -16,6 +16,7 @@ import numpy as np
 
 from coca_jax.config import Model
 from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.models import pooler_kinds
 
 SHOWN = 5  # names listed in an error
 
@@ -60,7 +61,7 @@ class Layout:
         image, text, pooler = model.image, model.text, model.pooler
         width, dim, patch = image.width, text.width, model.patch_size
         positions = (model.image_size // patch) ** 2 + 1
-        legacy = pooler.kind == "open_clip"
+        kind = pooler_kinds.of(pooler.kind)
 
         self._add("log_scale/value", "logit_scale", ())
         if logit_bias:
@@ -80,12 +81,12 @@ class Layout:
         if image.pre_norm:
             self._norm("image_encoder/pre_norm", "visual.ln_pre", width)
         self._stack("image_encoder/blocks", "visual.transformer", image.depth, width, image)
-        if legacy:
+        if not kind.second_pooler:
             self._norm("pooled_norm", "visual.ln_post", dim)
             self._add("image_to_joint/kernel", "visual.proj", (dim, model.embed_dim))
         else:
             self._norm("image_encoder/final_norm", "visual.ln_post", width)
-            source = dim if pooler.kind == "cascade" else width
+            source = dim if kind.in_cascade else width
             self._pooler("contrastive_pooler", "visual.attn_pool_contrastive", 1, source, model)
         queries = pooler.num_queries
         self._pooler("generative_pooler", "visual.attn_pool", queries, width, model)

@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import ops as operations
 from coca_jax.config import Head, Model, checks
-from coca_jax.models import heads, layers
+from coca_jax.models import heads, layers, pooler_kinds
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.models.part import Part
 from coca_jax.models.pooler import AttentionalPooler
@@ -67,13 +67,12 @@ class Outputs:
 
 
 class CoCa(nn.Module):
-    """See `build`. pooler_kind: 'cascade' (paper: the contrastive pooler reads the generative
-    pooler's output), 'parallel' (both read the encoder) or 'open_clip' (query 0 of the one pooler
-    is the image embedding, the others go to the decoder; a norm follows the pooler)."""
+    """See `build`. pooler_kind: see pooler_kinds.py; where there is one pooler alone a norm follows
+    it."""
 
     encoder: ImageEncoder
     decoder: TextDecoder
-    pooler_kind: str
+    pooler_kind: pooler_kinds.PoolerKind
     num_queries: int
     pooler_heads: int
     embed_dim: int
@@ -100,7 +99,7 @@ class CoCa(nn.Module):
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.decoder.copy(name="text_decoder")
         self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
-        if self.pooler_kind == "open_clip":
+        if not self.pooler_kind.second_pooler:
             self.pooled_norm = layers.LayerNorm(self.dtype, self.options.ops)
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
@@ -145,11 +144,11 @@ class CoCa(nn.Module):
             embedding = normalise(each.reshape(encoded.shape[:2] + (-1,)).mean(1))
             return embedding, self.pool(all_tokens(encoded))[1]
         tokens = self.generative_pooler(encoded)
-        if self.pooler_kind == "open_clip":
+        if not self.pooler_kind.second_pooler:
             tokens = self.pooled_norm(tokens)
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
         else:
-            source = tokens if self.pooler_kind == "cascade" else encoded
+            source = tokens if self.pooler_kind.in_cascade else encoded
             pooled = self.contrastive_pooler(source)[:, 0]
         # The projections to the joint space are tiny and decide the loss: float32.
         pooled = pooled.astype(wide(self.dtype))
@@ -283,7 +282,7 @@ def build(
             **shared,
         ),
         decoder=TextDecoder(**model.text.to_dict(), **shared),
-        pooler_kind=model.pooler.kind,
+        pooler_kind=pooler_kinds.of(model.pooler.kind),
         num_queries=model.pooler.num_queries,
         pooler_heads=model.pooler.num_heads,
         query_std=model.pooler.query_std,

@@ -6,12 +6,14 @@ A new kind is a class here.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from coca_jax.config import Config  # which names these kinds
 
 
+@dataclasses.dataclass(frozen=True)  # modules that hold equal kinds are equal
 class HeadKind:
     """A kind of task head.
 
