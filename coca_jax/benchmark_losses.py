@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import losses
+from coca_jax.ops.captioning import captioning_loss
+from coca_jax.ops.contrastive import contrastive_loss
 
 
 def naive_contrastive(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ def contrastive(batch: int, width: int, timed_batch: int, chunk: int, repeats: i
     """Our contrastive loss in column tiles of `chunk` against the plain one."""
 
     def ours(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
-        return losses.contrastive_loss(image, text, scale, chunk=chunk)[0]
+        return contrastive_loss(image, text, scale, chunk=chunk)[0]
 
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(2, timed_batch, width)).astype(np.float32)
@@ -86,7 +87,7 @@ def captioning(
     """Our captioning loss in chunks of tokens against the plain one; all targets real."""
 
     def ours(states: jax.Array, kernel: jax.Array, bias: jax.Array, *rest: jax.Array) -> jax.Array:
-        return losses.captioning_loss(states, kernel, bias, *rest, chunk=chunk)[0]
+        return captioning_loss(states, kernel, bias, *rest, chunk=chunk)[0]
 
     def shapes(rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape = jax.ShapeDtypeStruct

@@ -12,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import (
-    benchmark_peer,
-    partitioning,
-    run_config,
-    train_step,
-)
+from coca_jax import benchmark_peer, partitioning, run_config
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.models import coca, decoding
+from coca_jax.models.pixels import normalise_pixels
+from coca_jax.training.state import init_state, state_shardings
+from coca_jax.training.step import make_train_step
 
 Call = Callable[[], Any]
 
@@ -73,11 +71,11 @@ def train(config: Config, repeats: int) -> dict[str, float]:
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     with jax.set_mesh(mesh):
         model = build(config)
-        state = train_step.init_state(model, config, mesh)
-        _, shardings = train_step.state_shardings(model, config, mesh)
+        state = init_state(model, config, mesh)
+        _, shardings = state_shardings(model, config, mesh)
         steps = config.steps or 1000
         step = jax.jit(
-            train_step.make_train_step(model, config, steps),
+            make_train_step(model, config, steps),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
@@ -100,7 +98,7 @@ def encode(config: Config, batch: int, repeats: int, compare: bool = False) -> d
 
     @jax.jit
     def embed(params: Any, image: jax.Array) -> jax.Array:
-        normal = train_step.normalise_pixels(image, config.model)
+        normal = normalise_pixels(image, config.model)
         return model.apply({"params": params}, normal, method="encode_image")[0]
 
     result = timed(
@@ -128,7 +126,7 @@ def caption(
 
     @jax.jit
     def look(params: Any, image: jax.Array) -> Any:
-        normal = train_step.normalise_pixels(image, config.model)
+        normal = normalise_pixels(image, config.model)
         return model.apply({"params": params}, normal, method="encode_image")[1]
 
     def write(count: int) -> Any:

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from coca_jax import activity, checkpoint_places, checkpoint_record, checksums, sealed_json, storage
 from coca_jax.checkpoint_record import Damaged
 from coca_jax.config import StoredConfig, read
-from coca_jax.train_step import TrainState, merge
+from coca_jax.training.state import TrainState, merge
 
 
 class SaveFailed(RuntimeError):

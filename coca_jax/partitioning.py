@@ -6,6 +6,8 @@ split over fsdp (ZeRO-3) along one axis and over tensor along heads, MLP width a
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import urllib.request
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 PEER_SECONDS = 60
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # Every logical name in the code base; a name without a row is an error.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -94,6 +97,107 @@ def local_map(
         lambda: function(local), mesh=mesh, in_specs=(), out_specs=spec(*names), check_vma=False
     )
     return make()
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """Collectives over mesh axes inside `per_device`, or their one-device meaning without any."""
+
+    axes: tuple[str, ...]
+
+    # One axis at a time: the TPU compiler turns a gather over two axes into a sum of zeros.
+    def gather(self, x: jax.Array) -> jax.Array:
+        """[b, ...] of each device -> [B, ...], the rows of all devices in order."""
+        for axis in reversed(self.axes):
+            x = jax.lax.all_gather(x, axis, tiled=True)
+        return x
+
+    def scatter_sum(self, x: jax.Array) -> jax.Array:
+        """[B, ...] of each device -> the sum over devices of its own rows, [b, ...]."""
+        for axis in self.axes:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        return x
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over devices."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The maximum over devices."""
+        return jax.lax.pmax(x, self.axes) if self.axes else x
+
+    def index(self) -> Any:
+        """Which of `size` this device is."""
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def size(self) -> int:
+        """Over how many devices."""
+        return int(np.prod([jax.lax.axis_size(axis) for axis in self.axes]))
+
+
+# What an array of `per_device` is: its rows are split as the batch is, its only or its last axis as
+# the vocabulary is, or each device has all of it.
+PER_DEVICE = {
+    "rows": P(BATCH_AXES),
+    "vocab": P("tensor"),
+    "vocab_columns": P(None, "tensor"),
+    "all": P(),
+}
+
+
+def per_device(
+    function: Callable[..., Any],
+    rows: int,
+    inputs: tuple[str | P, ...],
+    outputs: tuple[str | P, ...],
+    thing: str,
+) -> Callable[..., Any]:
+    """function(batch collectives, vocabulary collectives, *arrays) run by each device on its part
+    (shard_map); directly without a mesh.
+
+    inputs, outputs: names of PER_DEVICE, or specs. Raises ValueError where the batch of `rows`
+    things cannot be split evenly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return functools.partial(function, Collectives(()), Collectives(()))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} {thing} cannot be split over {parts} devices evenly")
+
+    def specs(kinds: tuple[str | P, ...]) -> tuple[P, ...]:
+        return tuple(PER_DEVICE[kind] if isinstance(kind, str) else kind for kind in kinds)
+
+    return jax.shard_map(
+        functools.partial(function, Collectives(BATCH_AXES), Collectives(("tensor",))),
+        mesh=mesh,
+        in_specs=specs(inputs),
+        out_specs=specs(outputs),
+        check_vma=False,
+    )
+
+
+def softmax_layer_gradient(shape: tuple[int, int]) -> tuple[int | None, P]:
+    """How the gradient of the softmax layer [D, V] leaves `per_device`: (the axis along which
+    fsdp splits it or None, its spec), as its parameter lives (see `param_spec`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return None, P()
+    width, vocab = shape
+    if vocab % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0:
+        return 1, P(None, ("tensor", "fsdp"))
+    if width % mesh.shape["fsdp"] == 0:
+        return 0, P("fsdp", "tensor")
+    return None, P(None, "tensor")
+
+
+def sum_softmax_layer(batch: Collectives, x: jax.Array, axis: int | None) -> jax.Array:
+    """The sum over the batch's devices of each one's gradient [D, V]; see `softmax_layer_gradient`
+    for the axis along which a device keeps its share only."""
+    if axis is None:
+        return batch.sum(x)
+    x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(x, "data")
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:

@@ -11,7 +11,7 @@ from absl import logging
 
 from coca_jax import checkpointing, export_format, storage
 from coca_jax.models import roles
-from coca_jax.train_step import TrainState
+from coca_jax.training.state import TrainState
 
 
 def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> TrainState:

@@ -14,17 +14,11 @@ from conftest import tiny_config
 from test_train import COMPARED
 
 import coca_jax
-from coca_jax import (
-    checkpoint_places,
-    checkpointing,
-    partitioning,
-    report,
-    storage,
-)
+from coca_jax import checkpoint_places, checkpointing, partitioning, report, storage
 from coca_jax.evaluators import tasks
 from coca_jax.metrics import TimeBuckets, read_metrics
-from coca_jax.train_step import TrainState
 from coca_jax.training import run
+from coca_jax.training.state import TrainState
 from coca_jax.training.stopping import Preempted, Stop
 
 TESTS = str(pathlib.Path(__file__).parent)

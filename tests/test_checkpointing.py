@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from coca_jax import checkpoint_record, checkpointing, checksums, sealed_json
 from coca_jax.checkpoint_record import Damaged, Misfit
-from coca_jax.train_step import TrainState
+from coca_jax.training.state import TrainState
 
 RUN = {"seed": 0, "vocabulary_checksum": "abc"}
 

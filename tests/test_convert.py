@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import coca_jax
-from coca_jax import convert, export_format, losses, partitioning, recipes, train_step, warm_start
+from coca_jax import convert, export_format, partitioning, recipes, warm_start
 from coca_jax.config import Model, read
 from coca_jax.data import images
 from coca_jax.inference import export_programs as programs
@@ -21,6 +21,9 @@ from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.interop.safetensors_file import Blocks
 from coca_jax.models import coca
+from coca_jax.ops.captioning import captioning_loss
+from coca_jax.ops.contrastive import contrastive_loss
+from coca_jax.training.state import init_state
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 SMALL = read(Model, open_clip_config.to_model(cases.SMALL))
@@ -134,10 +137,10 @@ def each_loss(model, params, pixels, tokens):
 
     def total(params, weights):
         out = model.apply({"params": params}, pixels, tokens, tokens != 0)
-        contrastive = losses.contrastive_loss(
+        contrastive = contrastive_loss(
             out.image_embedding, out.text_embedding, out.scale, reduction="mean"
         )[0]
-        captioning = losses.captioning_loss(
+        captioning = captioning_loss(
             out.states[:, :-1], out.kernel, out.bias, tokens[:, 1:], tokens[:, 1:] != 0
         )[0]
         return weights[0] * contrastive + weights[1] * captioning
@@ -363,7 +366,7 @@ def test_weights_start_a_run_straight_on_the_mesh(export):
     mesh = partitioning.make_mesh(2, 4, 1)
     params = export_format.flatten(export_format.read_export(export)[0])
     with jax.set_mesh(mesh):
-        state = train_step.init_state(coca.build(config.model), config, mesh)
+        state = init_state(coca.build(config.model), config, mesh)
         wanted = {k: x.sharding for k, x in export_format.flatten(state.params).items()}
         state = warm_start.apply(state, str(export))
     split = []

@@ -11,12 +11,17 @@ from conftest import random_batch, tiny_config
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, train_step
+from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config
 from coca_jax.data import vocabulary
 from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.models import coca
+from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import stopping
+from coca_jax.training.gradients import value_and_gradients
+from coca_jax.training.objectives import head_loss
 from coca_jax.training.run import train, train_on
+from coca_jax.training.state import init_state, state_shardings, trainable
+from coca_jax.training.step import make_train_step
 from coca_jax.training.stopping import Preempted
 
 CLASSES = 5
@@ -59,8 +64,8 @@ def head_batch(config, seed=0):
 
 def run_steps(config, mesh, steps=2):
     model = build(config)
-    start = train_step.init_state(model, config, mesh)
-    step = jax.jit(train_step.make_train_step(model, config, 100))
+    start = init_state(model, config, mesh)
+    step = jax.jit(make_train_step(model, config, 100))
     state = start
     for i in range(steps):
         state, metrics = step(state, partitioning.place_batch(mesh, head_batch(config, i)))
@@ -100,7 +105,7 @@ def test_a_frozen_encoder_costs_no_backward_pass():
 
         def gradients(params, batch, model=model, config=config):
             rng = jax.random.key(0)
-            return train_step.value_and_gradients(params, model, config, batch, rng)
+            return value_and_gradients(params, model, config, batch, rng)
 
         grads, _ = jax.eval_shape(gradients, params, batch)
         assert ("image_encoder" in grads) == (rate > 0)
@@ -115,7 +120,7 @@ def test_only_what_the_losses_read_is_trained():
         config = head_config(kind, encoder_learning_rate=1e-4)
         config.loss.update(loss)
         params = abstract_params(build(config))
-        found = train_step.trainable(params, config)
+        found = trainable(params, config)
         return set(found), set(params["text_decoder"]) - set(found.get("text_decoder", {}))
 
     assert parts("classification")[0] == {"head", "image_encoder"}
@@ -179,7 +184,7 @@ def test_a_head_may_be_wider_than_the_model():
 def test_a_head_and_its_optimizer_state_split_over_the_mesh():
     config = head_config(encoder_learning_rate=0.0, ema=0.9)
     mesh = partitioning.make_mesh(1, 8, 1)
-    abstract, shardings = train_step.state_shardings(build(config), config, mesh)
+    abstract, shardings = state_shardings(build(config), config, mesh)
     kernels = [shardings.params, shardings.ema, shardings.opt_state[0].mu]
     specs = {tuple(tree["head"]["classifier"]["kernel"].spec) for tree in kernels}
     assert specs == {("fsdp", None)}
@@ -198,7 +203,7 @@ def test_head_loss_against_numpy():
             target[c] += 0.8
             rows.append(-(target * logs[row]).sum())
     count = jnp.asarray(4.0)
-    loss, right = train_step.head_loss(jnp.asarray(logits), jnp.asarray(class_id), 0.2, count)
+    loss, right = head_loss(jnp.asarray(logits), jnp.asarray(class_id), 0.2, count)
     np.testing.assert_allclose(loss, np.mean(rows), rtol=1e-5)
     assert int(right) == ((logits.argmax(1) == class_id) & (class_id >= 0)).sum()
 
@@ -218,9 +223,9 @@ def test_accumulated_head_gradients_are_those_of_the_whole_batch(kind, captionin
     for steps in (1, 4):
         config.accumulate_steps = steps
         found.append(
-            jax.jit(
-                lambda p, b: train_step.value_and_gradients(p, model, config, b, jax.random.key(0))
-            )(params, batch)
+            jax.jit(lambda p, b: value_and_gradients(p, model, config, b, jax.random.key(0)))(
+                params, batch
+            )
         )
     (want, want_metrics), (got, got_metrics) = found
     assert set(want_metrics) == set(got_metrics)
@@ -236,7 +241,7 @@ def test_the_head_does_not_see_the_answer():
     model = build(config)
     params = fresh(model)
     batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
-    pixels = train_step.normalise_pixels(batch["image"], config.model)
+    pixels = normalise_pixels(batch["image"], config.model)
     run = jax.jit(
         lambda t: (
             model.apply(
@@ -266,7 +271,7 @@ def test_a_pair_is_two_passes_side_by_side():
     half = jax.random.normal(jax.random.key(1), (16, CLASSES))
     params["head"]["classifier"]["kernel"] = jnp.concatenate([half, half])
     batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
-    pixels = train_step.normalise_pixels(batch["image"], config.model)
+    pixels = normalise_pixels(batch["image"], config.model)
 
     @jax.jit
     def logits(pixels):
@@ -355,7 +360,7 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
     assert found.shape == (5, len(model.class_names)) and found.dtype == np.float32
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
     params, _ = checkpointing.load_params(workdir)
-    pixels = train_step.normalise_pixels(jnp.asarray(images), config.model)
+    pixels = normalise_pixels(jnp.asarray(images), config.model)
     module = coca.build(config.model, head=config.head, num_classes=len(model.class_names))
     want = jax.nn.softmax(module.apply({"params": params}, pixels, method="classify"))
     np.testing.assert_allclose(found, want, atol=1e-6)

@@ -8,7 +8,9 @@ import loss_definitions
 import numpy as np
 import pytest
 
-from coca_jax import losses, partitioning
+from coca_jax import partitioning
+from coca_jax.ops.captioning import captioning_loss, weighted_captioning_loss
+from coca_jax.ops.contrastive import contrastive_loss
 
 B, E = 24, 16
 
@@ -23,7 +25,7 @@ def embeddings(seed=0):
 
 def test_row_losses_average_to_the_loss():
     image, text, ids = embeddings(2)
-    loss, rows = losses.contrastive_loss(
+    loss, rows = contrastive_loss(
         image, text, jnp.float32(20.0), text_id=ids, duplicates="positives", chunk=8
     )
     np.testing.assert_allclose(rows.mean(), loss, rtol=1e-6)
@@ -34,7 +36,7 @@ def test_the_mean_of_both_directions_is_half_their_sum():
     image, text, _ = embeddings(2)
     for kind, share in (("softmax", 0.5), ("sigmoid", 1.0)):
         whole, half = (
-            losses.contrastive_loss(image, text, jnp.float32(20.0), kind=kind, reduction=reduction)
+            contrastive_loss(image, text, jnp.float32(20.0), kind=kind, reduction=reduction)
             for reduction in ("sum", "mean")
         )
         assert_equal(half, [share * x for x in whole], 1e-6)
@@ -42,17 +44,17 @@ def test_the_mean_of_both_directions_is_half_their_sum():
 
 def test_large_scale_stays_finite():
     image, text, _ = embeddings(3)
-    loss = losses.contrastive_loss(image, -image, jnp.float32(1000.0), chunk=8)[0]
+    loss = contrastive_loss(image, -image, jnp.float32(1000.0), chunk=8)[0]
     assert np.isfinite(loss) and loss > 1000
-    assert losses.contrastive_loss(image, image, jnp.float32(1000.0))[0] < 1e-6
+    assert contrastive_loss(image, image, jnp.float32(1000.0))[0] < 1e-6
 
 
 def test_unknown_options_are_named():
     image, text, _ = embeddings()
     with pytest.raises(ValueError, match="loss.duplicate_texts='drop'"):
-        losses.contrastive_loss(image, text, jnp.float32(1), duplicates="drop")
+        contrastive_loss(image, text, jnp.float32(1), duplicates="drop")
     with pytest.raises(ValueError, match="needs text_id"):
-        losses.contrastive_loss(image, text, jnp.float32(1), duplicates="ignore")
+        contrastive_loss(image, text, jnp.float32(1), duplicates="ignore")
 
 
 def caption_inputs(seed=0, batch=5, length=7, width=12, vocab=33):
@@ -67,7 +69,7 @@ def caption_inputs(seed=0, batch=5, length=7, width=12, vocab=33):
 
 def test_captioning_is_the_mean_over_real_targets():
     states, kernel, bias, targets, mask = caption_inputs(1)
-    loss, nll = losses.captioning_loss(states, kernel, bias, targets, mask)
+    loss, nll = captioning_loss(states, kernel, bias, targets, mask)
     log_probs = jax.nn.log_softmax(states @ kernel + bias)
     picked = np.take_along_axis(np.asarray(log_probs), np.asarray(targets)[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -picked[np.asarray(mask)].mean(), rtol=1e-5)
@@ -81,7 +83,7 @@ def test_without_targets_nothing_moves(chunk):
 
     @jax.jit
     def loss(*arguments):
-        return losses.captioning_loss(*arguments, targets, none, chunk=chunk, z_loss=0.1)[0]
+        return captioning_loss(*arguments, targets, none, chunk=chunk, z_loss=0.1)[0]
 
     value, gradients = jax.value_and_grad(loss, (0, 1, 2))(states, kernel, bias)
     assert value == 0 and not any(np.any(g) for g in gradients)  # a NaN would be something
@@ -91,7 +93,7 @@ def test_a_tied_layer_has_no_bias():
     states, kernel, bias, targets, mask = caption_inputs(3)
 
     def loss(chunk, bias, states, kernel):
-        return losses.captioning_loss(states, kernel, bias, targets, mask, chunk=chunk)[0]
+        return captioning_loss(states, kernel, bias, targets, mask, chunk=chunk)[0]
 
     found = [
         jax.jit(jax.value_and_grad(functools.partial(loss, chunk, bias), (0, 1)))(states, kernel)
@@ -129,7 +131,7 @@ def test_contrastive_losses_on_every_mesh_are_those_in_float64(duplicates, sizes
     scale, bias, weight = jnp.float32(9.0), jnp.float32(-3.0), 0.7
 
     def ours(kind, image, text, scale, bias):
-        loss, rows = losses.contrastive_loss(
+        loss, rows = contrastive_loss(
             image,
             text,
             scale,
@@ -186,7 +188,7 @@ def test_captioning_on_every_mesh_is_that_in_float64(sizes, width, vocab, option
     weights = mask / 17.0 * jnp.linspace(0.5, 1.5, 6)
 
     def ours(chunk, states, kernel, bias):
-        loss, nll = losses.weighted_captioning_loss(
+        loss, nll = weighted_captioning_loss(
             states, kernel, bias, targets, weights, chunk=chunk, **options
         )
         return 0.7 * loss, nll
@@ -214,7 +216,7 @@ def test_bfloat16_captioning_points_where_float64_does():
     weights = mask / mask.sum()
 
     def ours(states, kernel):
-        return losses.weighted_captioning_loss(
+        return weighted_captioning_loss(
             states.astype(jnp.bfloat16), kernel, bias, targets, weights, chunk=16
         )[0]
 

@@ -18,8 +18,10 @@ from conftest import tiny_config
 from ml_collections import ConfigDict
 
 import coca_jax
-from coca_jax import optimizer, partitioning, recipes, train_step
+from coca_jax import optimizer, partitioning, recipes
 from coca_jax.models import coca, roles
+from coca_jax.training.state import TrainState, trainable
+from coca_jax.training.step import make_update
 
 TOLERANCE = 2e-5
 KEY = jax.random.key(0)
@@ -121,15 +123,15 @@ def make_config(**changes):
 def ours(config, gradients, start=None):
     """States before and after each step, on the host, and the metrics of each step."""
     params = jax.tree.map(jnp.asarray, nested(start or draw(0, 0.3)))
-    trained = train_step.trainable(params, config)
+    trained = trainable(params, config)
     rule = optimizer.make_optimizer(config.optimizer)
     ema = trained if config.optimizer.ema else None
     zero = jnp.zeros((), jnp.int32)
-    states = [train_step.TrainState(zero, zero, params, rule.init(trained), ema)]
-    update = jax.jit(train_step.make_update(config, STEPS))
+    states = [TrainState(zero, zero, params, rule.init(trained), ema)]
+    update = jax.jit(make_update(config, STEPS))
     metrics = []
     for found in gradients:
-        chosen = train_step.trainable(nested(found), config)
+        chosen = trainable(nested(found), config)
         state, values = update(states[-1], chosen)
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(values))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import random_batch, tiny_config
 
-from coca_jax import partitioning, run_config, text_lengths, train_step
+from coca_jax import partitioning, run_config
 from coca_jax.models import coca
+from coca_jax.training import text_lengths
 from coca_jax.training.feed import measured
+from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
 
 
 def _batch(config, lengths):
@@ -48,7 +50,7 @@ def test_the_longest_rows_stand_in_every_fourth_place():
 
 
 def _both_ways(config, mesh, function):
-    """function(params, model, config, batch, key) of the model and of the split one."""
+    """function(params, model, config, batch, key, lengths) of the batch as a whole and cut."""
     config.model.image.depth = config.model.text.unimodal_depth = 1
     config.model.text.multimodal_depth = 1
     batch = text_lengths.arrange(_batch(config, LENGTHS), config)
@@ -58,12 +60,11 @@ def _both_ways(config, mesh, function):
         placed = partitioning.place_batch(mesh, batch)
         found = jax.jit(lambda valid: text_lengths.longest(valid, config))(placed["text_valid"])
         lengths = text_lengths.choose(config, found.tolist())
-        split = text_lengths.Split(model, config.text_parts, lengths[0])
 
-        def run(model):
-            return jax.jit(lambda p, b: function(p, model, config, b, jax.random.key(0)))
+        def run(lengths):
+            return jax.jit(lambda p, b: function(p, model, config, b, jax.random.key(0), lengths))
 
-        return lengths, run(model)(params, placed), run(split)(params, placed)
+        return lengths, run(None)(params, placed), run(lengths)(params, placed)
 
 
 def _close(found, wanted):
@@ -74,7 +75,7 @@ def _close(found, wanted):
 @pytest.mark.slow
 def test_gradients_are_those_of_whole_captions(one_device_mesh):
     config = _config(4)
-    lengths, whole, split = _both_ways(config, one_device_mesh, train_step.value_and_gradients)
+    lengths, whole, split = _both_ways(config, one_device_mesh, value_and_gradients)
     assert lengths == (4, 8)
     _close(split, whole)
 
@@ -84,7 +85,7 @@ def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     mesh = partitioning.make_mesh(2, 2, 1, devices=jax.devices()[:4])
     with config.unlocked():
         config.model.text.cls_mask = "shifted"
-    lengths, whole, split = _both_ways(config, mesh, train_step.loss_fn)
+    lengths, whole, split = _both_ways(config, mesh, loss_and_metrics)
     assert lengths == (6, 8)
     _close(split, whole)
 

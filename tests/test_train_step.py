@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from conftest import random_batch, tiny_config
 
-from coca_jax import partitioning, train_step
+from coca_jax import partitioning
 from coca_jax.models import coca
+from coca_jax.models.pixels import shrink
+from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
+from coca_jax.training.state import init_state, state_shardings
+from coca_jax.training.step import make_train_step, size_at
 
 
 def build(config):
@@ -22,15 +26,15 @@ def fresh(config, seed=0):
 
 
 def compute_loss(params, model, config, batch):
-    return jax.jit(lambda p, b: train_step.loss_fn(p, model, config, b, jax.random.key(0)))(
+    return jax.jit(lambda p, b: loss_and_metrics(p, model, config, b, jax.random.key(0)))(
         params, batch
     )
 
 
 def compute_gradients(params, model, config, batch):
-    return jax.jit(
-        lambda p, b: train_step.value_and_gradients(p, model, config, b, jax.random.key(0))
-    )(params, batch)
+    return jax.jit(lambda p, b: value_and_gradients(p, model, config, b, jax.random.key(0)))(
+        params, batch
+    )
 
 
 def assert_close(got, want, tolerance):
@@ -98,7 +102,7 @@ def test_both_losses_cost_little_more_than_captioning_alone():
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
 
         def gradients(params, batch, model=model, config=config):
-            return train_step.value_and_gradients(params, model, config, batch, jax.random.key(0))
+            return value_and_gradients(params, model, config, batch, jax.random.key(0))
 
         # Loops are counted once, so layers count once in both; that hides none of the difference.
         compiled = jax.jit(gradients).lower(params, batch).compile()
@@ -122,11 +126,9 @@ def run(config, mesh, start, steps=5):
     """Losses and parameters after some steps on the mesh from the same host-side start."""
     with jax.set_mesh(mesh):
         model = build(config)
-        _, shardings = train_step.state_shardings(model, config, mesh)
+        _, shardings = state_shardings(model, config, mesh)
         state = jax.device_put(start, shardings)
-        step = jax.jit(
-            train_step.make_train_step(model, config, steps), out_shardings=(shardings, None)
-        )
+        step = jax.jit(make_train_step(model, config, steps), out_shardings=(shardings, None))
         losses = []
         for i in range(steps):
             batch = partitioning.place_batch(mesh, random_batch(config, i))
@@ -144,7 +146,7 @@ def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
     config.model.text.update(width=32, mlp_dim=64)
     config.loss.update(duplicate_texts="ignore", caption_chunk=8, contrastive_chunk=4)
     alone = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    start = jax.device_get(train_step.init_state(build(config), config, alone))
+    start = jax.device_get(init_state(build(config), config, alone))
     want_losses, want = run(config, alone, start)
     for sizes in meshes:
         losses, params = run(config, partitioning.make_mesh(*sizes), start)
@@ -180,7 +182,7 @@ def test_little_of_the_state_is_replicated(optimizer):
     config = coca_large.get_config()
     config.optimizer.name = optimizer
     mesh = partitioning.make_mesh(1, 8, 1)
-    abstract, shardings = train_step.state_shardings(coca.build(config.model), config, mesh)
+    abstract, shardings = state_shardings(coca.build(config.model), config, mesh)
     whole = replicated = 0
     for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings)):
         size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
@@ -196,10 +198,10 @@ def test_little_of_the_state_is_replicated(optimizer):
 
 def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
     model = build(config)
-    state = train_step.init_state(model, config, one_device_mesh)
+    state = init_state(model, config, one_device_mesh)
     params = dict(state.params)
     params["image_to_joint"] = jax.tree.map(lambda x: x * jnp.nan, params["image_to_joint"])
-    step = jax.jit(train_step.make_train_step(model, config, 5))
+    step = jax.jit(make_train_step(model, config, 5))
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     after, metrics = step(state.replace(params=params), batch)
     assert int(after.step) == 1 and int(after.skipped) == 1
@@ -216,8 +218,8 @@ def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
         name=optimizer, learning_rate=1e-2, schedule="constant", weight_decay=0.0
     )
     model = build(config)
-    state = train_step.init_state(model, config, one_device_mesh)
-    step = jax.jit(train_step.make_train_step(model, config, 200), donate_argnums=0)
+    state = init_state(model, config, one_device_mesh)
+    step = jax.jit(make_train_step(model, config, 200), donate_argnums=0)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     for _ in range(200):
         state, metrics = step(state, batch)
@@ -228,8 +230,8 @@ def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
 def test_averaged_parameters_lag_behind(config, one_device_mesh):
     config.optimizer.ema = 0.5
     model = build(config)
-    start = train_step.init_state(model, config, one_device_mesh)
-    step = jax.jit(train_step.make_train_step(model, config, 5))
+    start = init_state(model, config, one_device_mesh)
+    step = jax.jit(make_train_step(model, config, 5))
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     after, _ = step(start, batch)
     jax.tree.map(
@@ -243,14 +245,14 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
 def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
     config.model.image_size = 32
     config.image_sizes = ((0.5, 16), (0.25, 24))
-    sizes = [train_step.size_at(config, step, 8) for step in range(8)]
+    sizes = [size_at(config, step, 8) for step in range(8)]
     assert sizes == [16] * 4 + [24] * 2 + [32] * 2
     flat = jnp.full((2, 32, 32, 3), 100, jnp.uint8)
-    np.testing.assert_allclose(train_step.shrink(flat, 16), 100, rtol=1e-6)
+    np.testing.assert_allclose(shrink(flat, 16), 100, rtol=1e-6)
     model = build(config)
-    state = train_step.init_state(model, config, one_device_mesh)
+    state = init_state(model, config, one_device_mesh)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
-    after, metrics = jax.jit(train_step.make_train_step(model, config, 8, 16))(state, batch)
+    after, metrics = jax.jit(make_train_step(model, config, 8, 16))(state, batch)
     assert np.isfinite(metrics["loss"])
     shape = after.params["image_encoder"]["positions"]["value"].shape
     assert shape == (16, 16)  # the table stays that of full-size images

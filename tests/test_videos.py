@@ -9,7 +9,7 @@ import pytest
 from conftest import random_batch, tiny_config
 from PIL import Image
 
-from coca_jax import inference, partitioning, prepare, train_step
+from coca_jax import inference, partitioning, prepare
 from coca_jax.configs import base
 from coca_jax.data import images, run_vocabulary, videos
 from coca_jax.data.batches import open_stream
@@ -17,6 +17,8 @@ from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
 from coca_jax.inference import caption_files
 from coca_jax.models import coca
+from coca_jax.models.pixels import shrink
+from coca_jax.training.gradients import loss_and_metrics
 
 RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)
 
@@ -493,7 +495,7 @@ def test_training_on_equal_frames_is_training_on_the_image(head_model):
     @jax.jit
     def run(batch):
         def loss(params):
-            return train_step.loss_fn(params, module, config, batch, jax.random.key(0))[0]
+            return loss_and_metrics(params, module, config, batch, jax.random.key(0))[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -501,9 +503,9 @@ def test_training_on_equal_frames_is_training_on_the_image(head_model):
     assert np.isfinite(loss) and abs(loss - clip_loss) < 1e-4
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(clip_grads)):
         np.testing.assert_allclose(a, b, atol=2e-4)
-    small = train_step.shrink(clips["image"], 8)  # a stage of a size curriculum
+    small = shrink(clips["image"], 8)  # a stage of a size curriculum
     assert small.shape == (4, 3, 8, 8, 3)
-    np.testing.assert_allclose(small[:, 1], train_step.shrink(batch["image"], 8), atol=1e-4)
+    np.testing.assert_allclose(small[:, 1], shrink(batch["image"], 8), atol=1e-4)
 
 
 def test_paths_captions_and_zero_shot(video_model, data, tmp_path):

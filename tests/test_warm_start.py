@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from coca_jax import export_format, train_step, warm_start
+from coca_jax import export_format, warm_start
 from coca_jax.models import coca
+from coca_jax.training.state import init_state
 
 
 def test_positions_of_the_same_grid_stay_and_others_interpolate():
@@ -36,13 +37,13 @@ def test_text_positions_keep_their_places_and_cls_stays_last(length):
 def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh):
     short, longer = tiny_config(), tiny_config()
     longer.model.text.max_len = short.model.text.max_len + 4
-    source = train_step.init_state(coca.build(short.model), short, one_device_mesh)
+    source = init_state(coca.build(short.model), short, one_device_mesh)
     (tmp_path / "vocabulary.model").write_bytes(b"-")
     host = jax.device_get(source.params)
     vocabulary = tmp_path / "vocabulary.model"
     export_format.write_export(tmp_path / "export", host, {"model": {}}, vocabulary)
     model = coca.build(longer.model)
-    state = train_step.init_state(model, longer, one_device_mesh)
+    state = init_state(model, longer, one_device_mesh)
     state = warm_start.apply(state, str(tmp_path / "export"))
     tokens = np.arange(12).reshape(2, 6) + 5
     valid = np.ones((2, 6), bool)
@@ -55,12 +56,12 @@ def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh)
 
 def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
     small, large = tiny_config(), tiny_config(image_size=32)
-    source = train_step.init_state(coca.build(small.model), small, one_device_mesh)
+    source = init_state(coca.build(small.model), small, one_device_mesh)
     vocabulary = tmp_path / "vocabulary.model"
     vocabulary.write_bytes(b"-")
     host = jax.device_get(source.params)
     export_format.write_export(tmp_path / "export", host, {"model": {}}, vocabulary)
-    state = train_step.init_state(coca.build(large.model), large, one_device_mesh)
+    state = init_state(coca.build(large.model), large, one_device_mesh)
     state = warm_start.apply(state, str(tmp_path / "export"))
     assert state.params["image_encoder"]["positions"]["value"].shape == (16, 16)
     for part in ("text_decoder", "generative_pooler"):
@@ -68,7 +69,7 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
 
     other = tiny_config()
     other.model.text.width = 48
-    state = train_step.init_state(coca.build(other.model), other, one_device_mesh)
+    state = init_state(coca.build(other.model), other, one_device_mesh)
     with pytest.raises(ValueError, match="contrastive_pooler/attention/key/bias has shape"):
         warm_start.apply(state, str(tmp_path / "export"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from coca_jax import partitioning, train_step
+from coca_jax import partitioning
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
 from coca_jax.models import coca
+from coca_jax.training.state import state_shardings
+from coca_jax.training.step import make_train_step
 
 
 def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
@@ -25,11 +27,11 @@ def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
         head=config.head,
         num_classes=len(head_classes(config)),
     )
-    abstract, shardings = train_step.state_shardings(model, config, mesh)
+    abstract, shardings = state_shardings(model, config, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    step = train_step.make_train_step(model, config, config.steps or 1_000_000)
+    step = make_train_step(model, config, config.steps or 1_000_000)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return jitted, (state, abstract_batch(config, mesh))
 

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from coca_jax import metrics, partitioning, train_step
+from coca_jax import metrics, partitioning
 from coca_jax.config import Config
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
@@ -15,6 +15,7 @@ from coca_jax.data.vocabulary import load
 from coca_jax.training import setup, stopping
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
+from coca_jax.training.state import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure(config: Config, *, least_seconds: float = 4.0) -> Speed:
             stop=stopping.current(),
         )
         run.begin("making the model, to see how long a step takes")
-        state = train_step.init_state(run.model, config, mesh)
+        state = init_state(run.model, config, mesh)
         batches = open_stream(config, run.vocabulary, run.mixture)
         feed = Feed(batches, config, mesh, buckets)
         step_fn = Programs(run)

@@ -18,8 +18,8 @@ from etils import epath
 from coca_jax import export_format, storage
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles
+from coca_jax.models.pixels import normalise_pixels
 from coca_jax.ops.packed import Layout
-from coca_jax.train_step import normalise_pixels
 
 PROGRAMS = "programs"
 

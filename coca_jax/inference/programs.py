@@ -17,7 +17,8 @@ import numpy as np
 from coca_jax import partitioning
 from coca_jax.inference.devices import WHOLE, Devices, pad
 from coca_jax.models import coca
-from coca_jax.train_step import caption_targets, normalise_pixels
+from coca_jax.models.pixels import normalise_pixels
+from coca_jax.ops.captioning import caption_targets
 
 
 class Forward(NamedTuple):

@@ -32,6 +32,9 @@ PARTS = dict(
     head=Part("head", optional=True),
 )
 
+# Fields of Outputs that belong to the model: all rows share them.
+SHARED = ("kernel", "bias", "scale", "logit_bias")
+
 
 @flax.struct.dataclass
 class Outputs:

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from coca_jax import partitioning, text_lengths
+from coca_jax import partitioning
+from coca_jax.config import Config
 from coca_jax.data.batches import trained
 from coca_jax.metrics import TimeBuckets
+from coca_jax.training import text_lengths
 
 Measured = tuple[dict[str, jax.Array], text_lengths.Lengths]
 
@@ -31,7 +32,7 @@ class Feed:
     def __init__(
         self,
         batches: Iterator[dict[str, np.ndarray]],
-        config: ConfigDict,
+        config: Config,
         mesh: Mesh,
         buckets: TimeBuckets,
     ):
@@ -104,7 +105,7 @@ class prefetch:  # noqa: N801 (used like a function)
         self._thread.join(timeout=30)
 
 
-def measured(feed: Iterator[dict[str, jax.Array]], config: ConfigDict) -> Iterator[Measured]:
+def measured(feed: Iterator[dict[str, jax.Array]], config: Config) -> Iterator[Measured]:
     """Batches with the lengths to which their captions are cut.
 
     The devices find the longest captions of the global batch, so all processes agree. Those of a

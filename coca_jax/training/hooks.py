@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from coca_jax import storage, trackers, train_step
+from coca_jax import storage, trackers
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.evaluators import history
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training.feed import Feed
 from coca_jax.training.goodput import Goodput
+from coca_jax.training.gradients import Metrics
+from coca_jax.training.objectives import OBJECTIVES
 from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState, merge
 
 if TYPE_CHECKING:
     from coca_jax import inference  # heavy: imported where there is something to evaluate
 
-SHOWN = (
-    *("loss", "contrastive_loss", "captioning_loss"),
-    *("head_loss", "head_accuracy", "learning_rate"),
-)
+SHOWN = ("loss", *(name for loss in OBJECTIVES for name in loss.shown), "learning_rate")
 
 
 class Log:
@@ -42,10 +42,10 @@ class Log:
         )
         self._every, self._steps, self._buckets = config.log.every_steps, run.steps, run.buckets
         self._feed, self._batches, self._good = feed, batches, good
-        self._pending: tuple[int, train_step.Metrics] | None = None
+        self._pending: tuple[int, Metrics] | None = None
         self._previous: jax.Array | None = None
 
-    def __call__(self, step: int, values: train_step.Metrics) -> None:
+    def __call__(self, step: int, values: Metrics) -> None:
         """Keeps the metrics of `step`, which may still run, and shows those kept before."""
         with self._buckets("step"):
             self._show()
@@ -110,7 +110,7 @@ class Evaluation:
         self._run, self._checkpoints = run, checkpoints
         self._model: inference.CoCaModel | None = None  # of all evaluations: compiled once
 
-    def catch_up(self, step: int, state: train_step.TrainState) -> None:
+    def catch_up(self, step: int, state: TrainState) -> None:
         """Evaluates after `step`, from which a run goes on, where it was left before or in that."""
         if step and self.due(step) and not history.has(self._run.workdir, step):
             self(step, state)
@@ -119,7 +119,7 @@ class Evaluation:
         """Whether the loop evaluates after `step`. The last evaluation comes after the loop."""
         return evaluation_due(self._run, step)
 
-    def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
+    def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Scores by name, also written to workdir/eval.json.
 
         An evaluation inside the run that cannot be written, on a full disk, does not end it.
@@ -135,7 +135,7 @@ class Evaluation:
             run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
             return {}
 
-    def _evaluate(self, step: int, state: train_step.TrainState) -> dict[str, float]:
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         run = self._run
         kept = functools.partial(self._checkpoints.wait_for, step)
         run.say(f"evaluating step {step} ...")
@@ -148,12 +148,12 @@ class Evaluation:
             finally:
                 model.set_params({})  # the next steps have the memory
 
-    def _model_of(self, state: train_step.TrainState) -> inference.CoCaModel:
+    def _model_of(self, state: TrainState) -> inference.CoCaModel:
         from coca_jax import inference
 
         params, run = state.params, self._run
         if state.ema is not None:
-            params = train_step.merge(params, state.ema)
+            params = merge(params, state.ema)
         if self._model is None:
             self._model = inference.CoCaModel(
                 run.config,

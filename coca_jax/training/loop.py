@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax.train_step import TrainState
 from coca_jax.training.feed import Feed
 from coca_jax.training.hooks import Evaluation, Log
 from coca_jax.training.programs import Programs
@@ -14,6 +13,7 @@ from coca_jax.training.replicas import Replicas
 from coca_jax.training.saving import Save
 from coca_jax.training.skipping import Skipping
 from coca_jax.training.spikes import Spikes
+from coca_jax.training.state import TrainState
 from coca_jax.training.stopping import Preempted, Stop
 
 

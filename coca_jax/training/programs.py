@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 
-from coca_jax import text_lengths, train_step
+from coca_jax.training import text_lengths
 from coca_jax.training.feed import Measured
+from coca_jax.training.gradients import Metrics
 from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState, state_shardings
+from coca_jax.training.step import make_train_step, size_at
 
 Shape = tuple[int, text_lengths.Lengths]  # image size, lengths of captions
 
@@ -25,21 +28,19 @@ class Programs:
         self._run = run
         model, config, mesh, steps = run.model, run.config, run.mesh, run.steps
         self._config, self._steps, self._buckets = config, steps, run.buckets
-        _, shardings = train_step.state_shardings(model, config, mesh)
+        _, shardings = state_shardings(model, config, mesh)
 
         @functools.cache
         def program(size: int, lengths: text_lengths.Lengths) -> Any:
-            step = train_step.make_train_step(model, config, steps, size, lengths)
+            step = make_train_step(model, config, steps, size, lengths)
             return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
         self._program = program
         self._compiled: set[Shape] = set()
 
-    def __call__(
-        self, step: int, state: train_step.TrainState, batch: Measured
-    ) -> tuple[train_step.TrainState, train_step.Metrics]:
+    def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
         arrays, lengths = batch
-        shape = (train_step.size_at(self._config, step - 1, self._steps), lengths)
+        shape = (size_at(self._config, step - 1, self._steps), lengths)
         first = shape not in self._compiled
         if first:
             self._say(shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import checkpointing, metrics, run_config, storage, train_step
+from coca_jax import checkpointing, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.evaluators import results
 from coca_jax.training import (
@@ -29,6 +29,7 @@ from coca_jax.training.programs import Programs
 from coca_jax.training.replicas import Replicas
 from coca_jax.training.setup import Run
 from coca_jax.training.spikes import Spikes, WentUp
+from coca_jax.training.state import TrainState, init_state, state_shardings, trainable
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -104,13 +105,13 @@ def train_alone(
 
 def steps(
     run: Run,
-    state: train_step.TrainState,
+    state: TrainState,
     start: int,
     checkpoints: checkpointing.Checkpoints,
     evaluate: hooks.Evaluation,
     good: goodput.Goodput,
     spikes: Spikes,
-) -> train_step.TrainState:
+) -> TrainState:
     """All steps from `start` on, going back where the loss spikes.
 
     Raises Preempted after a save, when asked to stop.
@@ -131,7 +132,7 @@ def go_back(
     checkpoints: checkpointing.Checkpoints,
     good: goodput.Goodput,
     spikes: Spikes,
-) -> tuple[train_step.TrainState, int]:
+) -> tuple[TrainState, int]:
     """The state of the newest checkpoint from before a spike, and its step."""
     with contextlib.suppress(checkpointing.SaveFailed):
         checkpoints.wait()
@@ -150,13 +151,13 @@ def go_back(
 
 def steps_from(
     run: Run,
-    state: train_step.TrainState,
+    state: TrainState,
     start: int,
     checkpoints: checkpointing.Checkpoints,
     evaluate: hooks.Evaluation,
     good: goodput.Goodput,
     spikes: Spikes,
-) -> train_step.TrainState:
+) -> TrainState:
     """All steps from `start` on. Raises WentUp besides."""
     with run.buckets("init"):
         batches = open_batches(run, start, spikes.left_out)
@@ -215,15 +216,13 @@ def open_batches(run: Run, start: int, left_out: Ranges) -> Batches:
     )
 
 
-def restore_or_begin(
-    run: Run, checkpoints: checkpointing.Checkpoints
-) -> tuple[train_step.TrainState, int]:
+def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[TrainState, int]:
     """(state, the steps that it has seen): the newest checkpoint's, else a fresh one, which starts
     from the weights at config.init_from where one is given."""
     steps = checkpoints.steps()
     if steps:
         run.begin(f"restoring step {steps[-1]}")
-        target = train_step.state_shardings(run.model, run.config, run.mesh)
+        target = state_shardings(run.model, run.config, run.mesh)
         found = checkpoints.restore_newest(*target)
         if found is not None:
             state, start, lines = found
@@ -231,7 +230,7 @@ def restore_or_begin(
                 run.say(line)
             return state, start
     run.begin("making the model")
-    state = train_step.init_state(run.model, run.config, run.mesh)
+    state = init_state(run.model, run.config, run.mesh)
     if run.config.init_from:
         from coca_jax import warm_start
 
@@ -251,10 +250,10 @@ def report(run: Run) -> dict[str, Any]:
     return {"report": str(path)}
 
 
-def announce(run: Run, state: train_step.TrainState, start: int) -> None:
+def announce(run: Run, state: TrainState, start: int) -> None:
     """Says on standard error what is about to run."""
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    trained = jax.tree.leaves(train_step.trainable(state.params, run.config))
+    trained = jax.tree.leaves(trainable(state.params, run.config))
     moving = sum(x.size for x in trained)
     part = "" if moving == count else f" ({moving / 1e6:.2f}M trained)"
     shape = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())

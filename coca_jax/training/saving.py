@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 
 from coca_jax.checkpointing import Checkpoints, SaveFailed
 from coca_jax.estimate import goodput
-from coca_jax.train_step import TrainState
 from coca_jax.training import hooks
 from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState
 
 RETRY = (30.0, 60.0, 120.0, 300.0)  # seconds before another try, in the loop; the last one repeats
 LAST_RETRY = (2.0, 10.0, 30.0)  # seconds before another try, when the run is about to end

@@ -7,9 +7,10 @@ import json
 import numpy as np
 
 from coca_jax import storage
-from coca_jax.train_step import Metrics, TrainState
+from coca_jax.training.gradients import Metrics
 from coca_jax.training.left_out import Ranges, number_of
 from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState
 
 
 class Diverged(ValueError):

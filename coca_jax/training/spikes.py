@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from coca_jax import sealed_json, storage
-from coca_jax.train_step import Metrics
+from coca_jax.training.gradients import Metrics
 from coca_jax.training.left_out import Ranges, leave_out
 from coca_jax.training.skipping import Diverged
 

@@ -1,0 +1,250 @@
+"""What training minimises: a class a loss, whose values add up over the parts of a batch.
+
+A loss says its weight, what it reads, its value over some rows and its metrics. `gradients` runs
+the model over the parts of a batch (see `parts`) and adds; a loss knows nothing of them, but for
+the counts of the whole batch that it divides by (`totals`). One that compares rows with each other
+says so (`couples`) and is always given all of them.
+
+To add a loss: a class here, its name in OBJECTIVES, its weight and options in `loss` of the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from coca_jax.config import Config
+from coca_jax.ops import captioning, contrastive
+
+Inputs = Mapping[str, Any]  # fields of coca.Outputs and of the batch, by name
+Means = dict[str, tuple[jax.Array, jax.Array]]  # metrics as (sum, count): both add over parts
+
+
+class Objective:
+    """A loss of the run.
+
+    Attributes:
+        name: of its value among the metrics.
+        shown: its metrics in the progress of a run; those of the files are all.
+        outputs: the fields of coca.Outputs that it reads.
+        fields: the fields of the batch that it reads.
+        couples: whether its value compares rows with each other, so that it needs all of a batch.
+        weight: of its value in the loss that is minimised.
+    """
+
+    name: ClassVar[str]
+    shown: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+    fields: ClassVar[tuple[str, ...]]
+    couples: ClassVar[bool] = False
+    weight: float
+
+    @classmethod
+    def of(cls, config: Config) -> Objective:
+        """By the sections of the config that it takes."""
+        raise NotImplementedError
+
+    def totals(self, batch: Inputs) -> Any:
+        """What `value` divides by: counts of the whole batch, of its `fields`."""
+        del batch
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        """(its value over some rows of the batch, metrics of these rows).
+
+        inputs: `outputs` and `fields` of these rows. The values of all rows' parts add up to that
+        of the batch, and a metric is its sum over its count; NaN where nothing counts.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Head(Objective):
+    """Cross-entropy of the task head over the rows that have a class (paper, Section 3.3)."""
+
+    weight: float
+    label_smoothing: float
+
+    name = "head_loss"
+    shown = ("head_loss", "head_accuracy")
+    outputs = ("class_logits",)
+    fields = ("class_id",)
+
+    @classmethod
+    def of(cls, config: Config) -> Head:
+        head = config.head
+        return cls(head.weight if head.kind else 0.0, head.label_smoothing)
+
+    def totals(self, batch: Inputs) -> jax.Array:
+        """Rows that have a class, float32, at least 1."""
+        return jnp.maximum((batch["class_id"] >= 0).sum(), 1).astype(jnp.float32)
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        class_id = inputs["class_id"]
+        loss, right = head_loss(inputs["class_logits"], class_id, self.label_smoothing, totals)
+        return loss, {"head_accuracy": (right, (class_id >= 0).sum())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Objective):
+    """Images with their texts against all other pairs of the batch (paper, Eq. 2, or SigLIP)."""
+
+    weight: float
+    kind: str
+    duplicates: str
+    chunk: int
+    reduction: str
+
+    name = "contrastive_loss"
+    shown = ("contrastive_loss",)
+    outputs = ("image_embedding", "text_embedding", "scale", "logit_bias")
+    fields = ("text_id", "is_label")
+    couples = True
+
+    @classmethod
+    def of(cls, config: Config) -> Contrastive:
+        loss = config.loss
+        return cls(
+            loss.contrastive_weight,
+            loss.contrastive,
+            loss.duplicate_texts,
+            loss.contrastive_chunk,
+            loss.reduction,
+        )
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        loss, rows = contrastive.contrastive_loss(
+            inputs["image_embedding"],
+            inputs["text_embedding"],
+            inputs["scale"],
+            logit_bias=inputs["logit_bias"],
+            text_id=inputs["text_id"],
+            kind=self.kind,
+            duplicates=self.duplicates,
+            chunk=self.chunk,
+            reduction=self.reduction,
+        )
+        return loss, by_source(self.name, rows, jnp.ones_like(rows), inputs["is_label"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning(Objective):
+    """The mean of the cross-entropy over all target tokens of the batch (paper, Eq. 3)."""
+
+    weight: float
+    chunk: int
+    z_loss: float
+    label_smoothing: float
+
+    name = "captioning_loss"
+    shown = ("captioning_loss",)
+    outputs = ("states", "kernel", "bias")
+    fields = ("tokens", "text_valid", "is_label")
+
+    @classmethod
+    def of(cls, config: Config) -> Captioning:
+        loss = config.loss
+        return cls(loss.captioning_weight, loss.caption_chunk, loss.z_loss, loss.label_smoothing)
+
+    def totals(self, batch: Inputs) -> jax.Array:
+        """Target tokens in the batch, float32, at least 1."""
+        return jnp.maximum(batch["text_valid"][:, 1:].sum(), 1).astype(jnp.float32)
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        targets, mask = captioning.caption_targets(inputs["tokens"], inputs["text_valid"])
+        loss, nll = captioning.weighted_captioning_loss(
+            inputs["states"],
+            inputs["kernel"],
+            inputs["bias"],
+            targets,
+            mask.astype(jnp.float32) / totals,
+            chunk=self.chunk,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+        )
+        tokens = mask.sum(1).astype(jnp.float32)
+        return loss, by_source(self.name, nll.sum(1), tokens, inputs["is_label"])
+
+
+# In the order in which they are added.
+OBJECTIVES: tuple[type[Objective], ...] = (Head, Contrastive, Captioning)
+
+
+def of(config: Config) -> tuple[Objective, ...]:
+    """The losses of a run: those that have a weight."""
+    found = (objective.of(config) for objective in OBJECTIVES)
+    return tuple(objective for objective in found if objective.weight)
+
+
+def head_alone(losses: tuple[Objective, ...]) -> bool:
+    """Whether the head's loss is the only one, so that no more than the head needs is run."""
+    return all(objective.outputs == Head.outputs for objective in losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent(Objective):
+    """A loss that couples rows, as its first-order form in its inputs, which adds up over parts:
+    the sum of each input times the gradient of the loss by it. Its gradient by the parameters is
+    that of the loss, in the memory of one part (GradCache, Gao et al. 2021).
+
+    objective: the loss. shared: its gradients by what all rows share, over the number of parts.
+    Those by rows are fields of the batch, named by `field`.
+    """
+
+    objective: Objective
+    shared: Mapping[str, jax.Array]
+    rows: tuple[str, ...]
+
+    weight = 1.0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.objective.name}/tangent"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*self.rows, *self.shared)
+
+    @property
+    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(map(self.field, self.rows))
+
+    def field(self, output: str) -> str:
+        """The name of the gradient by a field of the outputs."""
+        return f"{self.name}/{output}"
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        total = jnp.zeros((), jnp.float32)
+        for name in self.rows:
+            total += (inputs[name] * inputs[self.field(name)]).sum()
+        for name, gradient in self.shared.items():
+            total += (inputs[name] * gradient).sum()
+        return total, {}
+
+
+def head_loss(
+    logits: jax.Array, class_id: jax.Array, label_smoothing: float, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of logits [B, C] with classes int [B], over `count` rows; -1 is no class.
+
+    Label smoothing e gives the true class 1 - e + e / C and each other e / C (Szegedy et al.
+    2016). Returns (loss, number of rows whose class has the highest logit).
+    """
+    known = class_id >= 0
+    logs = jax.nn.log_softmax(logits)
+    true = jnp.take_along_axis(logs, jnp.maximum(class_id, 0)[:, None], axis=1)[:, 0]
+    rows = -(1 - label_smoothing) * true - label_smoothing * logs.mean(1)
+    right = known & (logits.argmax(1) == class_id)
+    return jnp.where(known, rows, 0.0).sum() / count, right.sum()
+
+
+def by_source(name: str, total: jax.Array, count: jax.Array, is_label: jax.Array) -> Means:
+    """Means over alt-text rows and over label rows: {name/caption, name/label}. All [B]."""
+    label = is_label.astype(jnp.float32)
+    return {
+        f"{name}/{kind}": ((total * rows).sum(), (count * rows).sum())
+        for kind, rows in (("caption", 1 - label), ("label", label))
+    }

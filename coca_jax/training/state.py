@@ -1,0 +1,98 @@
+"""What a step of training changes: parameters, optimizer, counts, averages; fresh or abstract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from coca_jax import partitioning
+from coca_jax.config import Config
+from coca_jax.models import coca, roles
+from coca_jax.models.coca import CoCa
+from coca_jax.optimizer import make_optimizer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes. step, skipped: int32; ema: averaged params or None.
+
+    opt_state and ema cover only what is trained (see `trainable`).
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
+    """A fresh state; parameters boxed with their axis names (trace it with jax.eval_shape)."""
+    boxed = coca.init(model, rng)
+    params = partitioning.unbox(boxed)
+    zero = jnp.zeros((), jnp.int32)
+    trained = trainable(params, config)
+    ema = trained if config.optimizer.ema else None
+    return TrainState(zero, zero, boxed, make_optimizer(config.optimizer).init(trained), ema)
+
+
+def trainable(params: dict, config: Config) -> dict:
+    """The part of a tree of parameters (or of anything by parameter) that the run trains.
+
+    Everything without a head. With one: the head, and unless encoder_learning_rate is 0 what its
+    loss and the losses beside it depend on; weight decay would shrink what has no gradient.
+    """
+    if not config.head.kind:
+        return params
+    frozen = config.optimizer.encoder_learning_rate == 0
+    captions, pairs = config.loss.captioning_weight, config.loss.contrastive_weight
+    decodes = bool(captions) or config.head.kind != "classification"
+
+    served = {"head"} if frozen else {"head", "image"}
+    if not frozen:
+        served |= {"decoding"} if decodes or pairs else set()
+        served |= {"captioning"} if captions or pairs else set()
+        served |= {"contrastive"} if pairs else set()
+    return roles.select(params, lambda part: part.serves in served)
+
+
+def merge(params: dict, part: dict) -> dict:
+    """`params` with the parameters in `part` put in their place."""
+    merged = dict(params)
+    for key, value in part.items():
+        merged[key] = merge(params[key], value) if isinstance(value, dict) else value
+    return merged
+
+
+def state_shardings(model: CoCa, config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """(abstract state, its shardings on the mesh), without making an array.
+
+    Raises ValueError when a parameter cannot be split evenly over the mesh.
+    """
+    boxed = jax.eval_shape(lambda: make_state(model, config, jax.random.key(0)))
+    specs = partitioning.param_specs(boxed.params, mesh)
+    abstract = boxed.replace(params=partitioning.unbox(boxed.params))
+    partitioning.check_divisible(mesh, abstract.params, specs)
+    scalar: Any = jax.sharding.PartitionSpec()
+    tree = TrainState(
+        step=scalar,
+        skipped=scalar,
+        params=specs,
+        opt_state=partitioning.optimizer_specs(abstract.opt_state, abstract.params, specs),
+        ema=trainable(specs, config) if config.optimizer.ema else None,
+    )
+    return abstract, partitioning.shardings(mesh, tree)
+
+
+def init_state(model: CoCa, config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, made directly in its place on the mesh from config.seed."""
+    _, sharding = state_shardings(model, config, mesh)
+
+    def init(seed: jax.Array) -> TrainState:
+        state = make_state(model, config, jax.random.key(seed))
+        return state.replace(params=partitioning.unbox(state.params))
+
+    return jax.jit(init, out_shardings=sharding)(config.seed)

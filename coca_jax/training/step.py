@@ -1,0 +1,106 @@
+"""One optimizer step: gradients of the batch, one update. Pure functions, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from coca_jax.config import Config
+from coca_jax.models.coca import CoCa
+from coca_jax.models.pixels import shrink
+from coca_jax.optimizer import (
+    clip_by_global_norm,
+    make_optimizer,
+    make_schedule,
+    rate_factors,
+)
+from coca_jax.training.gradients import Metrics, value_and_gradients
+from coca_jax.training.parts import Batch
+from coca_jax.training.state import TrainState, merge, trainable
+from coca_jax.training.text_lengths import Lengths, trim
+
+
+def size_at(config: Config, step: int, steps: int) -> int:
+    """Image size of a step by config.image_sizes: ((share of the run, size), ...), then the
+    model's own (CLIPA: small images first, full size at the end)."""
+    done = 0.0
+    for share, size in config.image_sizes:
+        done += share
+        if step < done * steps:
+            return int(size)
+    return config.model.image_size
+
+
+def make_update(
+    config: Config, steps: int
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """(state, gradients of what is trained) -> (the next state, metrics of the update).
+
+    params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
+    the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
+    with its weight decay; ema <- ema x decay + params x (1 - decay), of the new parameters.
+
+    A step whose gradient is not finite changes nothing but the step and the count of such steps.
+    """
+    schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
+    decay = config.optimizer.ema
+
+    def update(state: TrainState, gradients: Any) -> tuple[TrainState, Metrics]:
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm)
+        gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)
+        trained = trainable(state.params, config)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        rate = schedule(state.step)
+        factors = rate_factors(trained, config.optimizer, bool(config.head.kind))
+        moved = jax.tree.map(
+            lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
+        )
+        ema = state.ema
+        if decay:
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
+
+        def keep_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        state = TrainState(
+            step=state.step + 1,
+            skipped=skipped,
+            params=merge(state.params, keep_finite(moved, trained)),
+            opt_state=keep_finite(opt_state, state.opt_state),
+            ema=keep_finite(ema, state.ema),
+        )
+        return state, {"learning_rate": rate, "gradient_norm": norm, "skipped_steps": skipped}
+
+    return update
+
+
+def make_train_step(
+    model: CoCa,
+    config: Config,
+    steps: int,
+    image_size: int | None = None,
+    lengths: Lengths | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics); jit it with the state donated.
+
+    image_size: of a stage of the size curriculum; default: the model's.
+    lengths: of captions, from text_lengths.choose; default: the model's max_len.
+    """
+    update = make_update(config, steps)
+    image_size = image_size or config.model.image_size
+    length = lengths[1] if lengths else config.model.text.max_len
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = trim(batch, length) | {"image": shrink(batch["image"], image_size)}
+        gradients, metrics = value_and_gradients(state.params, model, config, batch, rng, lengths)
+        state, of_update = update(state, gradients)
+        return state, metrics | of_update
+
+    return train_step

@@ -1,0 +1,127 @@
+"""Losses as classes: values and metrics add up over parts; a tangent has its loss's gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from coca_jax.training import objectives
+
+ROWS, LENGTH, WIDTH, VOCAB = 8, 6, 4, 11
+
+
+def inputs_of(seed=0):
+    """What all losses read, of eight rows: two without a class, three labels."""
+    rng = np.random.default_rng(seed)
+    valid = np.arange(LENGTH)[None] < rng.integers(2, LENGTH + 1, ROWS)[:, None]
+    unit = rng.normal(size=(2, ROWS, WIDTH))
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    return {
+        name: jnp.asarray(x)
+        for name, x in dict(
+            image_embedding=unit[0].astype(np.float32),
+            text_embedding=unit[1].astype(np.float32),
+            scale=np.float32(5.0),
+            logit_bias=np.float32(-2.0),
+            states=rng.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32),
+            kernel=rng.normal(size=(WIDTH, VOCAB)).astype(np.float32),
+            bias=rng.normal(size=VOCAB).astype(np.float32),
+            class_logits=rng.normal(size=(ROWS, 3)).astype(np.float32),
+            class_id=np.array([0, 1, -1, 2, 2, -1, 0, 1], np.int32),
+            tokens=rng.integers(0, VOCAB, (ROWS, LENGTH)),
+            text_valid=valid,
+            text_id=rng.integers(0, 4, (ROWS, 2)).astype(np.int32),
+            is_label=np.array([0, 1, 0, 0, 1, 0, 1, 0], bool),
+        ).items()
+    }
+
+
+SHARED = ("scale", "logit_bias", "kernel", "bias")
+
+
+def rows_of(inputs, rows):
+    return {name: x if name in SHARED else x[rows] for name, x in inputs.items()}
+
+
+def config_of(**loss):
+    config = tiny_config()
+    config.head.update(kind="classification", weight=0.5, label_smoothing=0.1)
+    config.loss.update(duplicate_texts="positives", **loss)
+    return config
+
+
+def read(objective, inputs):
+    """Only what the loss says that it reads."""
+    return {name: inputs[name] for name in (*objective.outputs, *objective.fields)}
+
+
+def test_a_run_has_the_losses_that_have_a_weight():
+    config = config_of()
+    found = objectives.of(config)
+    assert [o.name for o in found] == ["head_loss", "contrastive_loss", "captioning_loss"]
+    assert [o.weight for o in found] == [0.5, 1.0, 2.0]
+    assert not objectives.head_alone(found)
+    config.loss.update(contrastive_weight=0.0, captioning_weight=0.0)
+    assert objectives.head_alone(objectives.of(config))
+    config.head.kind, config.loss.contrastive_weight = "", 3.0
+    assert [o.name for o in objectives.of(config)] == ["contrastive_loss"]
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_values_and_metrics_of_parts_add_up(chunk):
+    """Of five rows and three, of which the last part may have no class or no label."""
+    inputs = inputs_of()
+    for objective in objectives.of(config_of(caption_chunk=chunk, z_loss=1e-2)):
+        if objective.couples:
+            continue
+        totals = objective.totals({name: inputs[name] for name in objective.fields})
+        whole, means = objective.value(read(objective, inputs), totals)
+        cuts = [rows_of(inputs, np.s_[:5]), rows_of(inputs, np.s_[5:])]
+        each = [objective.value(read(objective, cut), totals) for cut in cuts]
+        np.testing.assert_allclose(sum(value for value, _ in each), whole, rtol=1e-6)
+        for name, (total, count) in means.items():
+            np.testing.assert_allclose(sum(m[name][0] for _, m in each), total, rtol=1e-6)
+            np.testing.assert_allclose(sum(m[name][1] for _, m in each), count, rtol=1e-6)
+
+
+def test_metrics_count_what_they_are_means_of():
+    inputs = inputs_of()
+    head, contrastive, captioning = objectives.of(config_of())
+
+    def means(objective):
+        totals = objective.totals({name: inputs[name] for name in objective.fields})
+        return objective.value(read(objective, inputs), totals)[1]
+
+    right = np.asarray(inputs["class_logits"]).argmax(1) == np.asarray(inputs["class_id"])
+    assert tuple(map(int, means(head)["head_accuracy"])) == (right.sum(), 6)
+    rows = means(contrastive)
+    assert (rows["contrastive_loss/caption"][1], rows["contrastive_loss/label"][1]) == (5, 3)
+    targets = np.asarray(inputs["text_valid"])[:, 1:].sum(1)
+    label = np.asarray(inputs["is_label"])
+    assert float(means(captioning)["captioning_loss/label"][1]) == targets[label].sum()
+    assert float(means(captioning)["captioning_loss/caption"][1]) == targets[~label].sum()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_tangent_has_the_gradient_of_its_loss(kind):
+    """Over two parts, by the embeddings, the scale and the sigmoid's bias."""
+    inputs = inputs_of()
+    objective = objectives.of(config_of(contrastive=kind))[1]
+    outputs = {name: inputs[name] for name in objective.outputs}
+
+    def whole(outputs):
+        return objective.value(read(objective, inputs | outputs), None)[0]
+
+    slopes = jax.grad(whole)(outputs)
+    shared = {name: slopes[name] / 2 for name in ("scale", "logit_bias")}
+    tangent = objectives.Tangent(objective, shared, ("image_embedding", "text_embedding"))
+    fields = {tangent.field(name): slopes[name] for name in tangent.rows}
+
+    def parts(outputs):
+        given = inputs | outputs | fields
+        cuts = [rows_of(given, np.s_[::2]), rows_of(given, np.s_[1::2])]
+        return sum(tangent.value(read(tangent, cut), None)[0] for cut in cuts)
+
+    for name, found in jax.grad(parts)(outputs).items():
+        np.testing.assert_allclose(found, slopes[name], rtol=1e-6, atol=1e-8, err_msg=name)
