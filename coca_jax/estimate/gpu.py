@@ -16,6 +16,7 @@ from typing import Any
 
 from coca_jax.estimate import hlo
 from coca_jax.estimate.chips import Gpu
+from coca_jax.ops.gpu import AT_MOST_ONCE
 
 # What good kernels reach of the rates on the data sheet, and the cost of a launch.
 MEMORY_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.75, 2e-6
@@ -62,7 +63,7 @@ def _walk(module: hlo.Module, name: str, runs: int, unknown: list[str]) -> Itera
         kind = found.opcode
         if kind == "while":
             trips = module.trip_count(found, body)
-            if trips is None:
+            if trips is None and AT_MOST_ONCE not in found.op_name:
                 unknown.append(found.name)
             yield from _walk(module, called["body"], runs * (trips or 1), unknown)
         elif kind == "call":

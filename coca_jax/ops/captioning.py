@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax import partitioning
-from coca_jax.ops.reference import wide
+from coca_jax.ops.reference import Reference, wide
 from coca_jax.partitioning import Collectives
+
+REFERENCE = Reference()
 
 
 def caption_targets(tokens: jax.Array, text_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,6 +40,7 @@ def captioning_loss(
     chunk: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    ops: Reference = REFERENCE,
 ) -> tuple[jax.Array, jax.Array]:
     """Autoregressive cross-entropy (paper, Eq. 3), averaged over all target tokens of the batch.
 
@@ -49,6 +52,7 @@ def captioning_loss(
       chunk: tokens projected at a time on each device; 0: all. With chunks only real targets are
         projected, and the gradients are made in the forward pass, so logits [B, L, V] never exist.
       z_loss: weight of the squared log-sum-exp.
+      ops: how the chunks' loop and products run.
 
     Returns:
       (loss, negative log-likelihood of each target, float32 [B, L], 0 where masked, no gradient).
@@ -63,6 +67,7 @@ def captioning_loss(
         chunk=chunk,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
+        ops=ops,
     )
 
 
@@ -76,10 +81,11 @@ def weighted_captioning_loss(
     chunk: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    ops: Reference = REFERENCE,
 ) -> tuple[jax.Array, jax.Array]:
     """As `captioning_loss`, with a float32 weight for each target [B, L] instead of the mean."""
     bias_or_zero = jnp.zeros((kernel.shape[1],), kernel.dtype) if bias is None else bias
-    options = _Options(chunk, z_loss, label_smoothing, bias is not None)
+    options = _Options(chunk, z_loss, label_smoothing, bias is not None, ops)
     if chunk <= 0:
         loss, nll = _token_losses(states, kernel, bias_or_zero, targets, options)
         return (loss * weights).sum(), jax.lax.stop_gradient(jnp.where(weights > 0, nll, 0.0))
@@ -91,6 +97,7 @@ class _Options(NamedTuple):
     z_loss: float
     smoothing: float
     biased: bool
+    ops: Reference
 
 
 def _token_losses(states, kernel, bias, targets, options):
@@ -183,7 +190,7 @@ def _caption_rows(
     body = functools.partial(
         _chunk, x, y, w, kernel, bias, vocab_axis, chunk, options, with_gradients
     )
-    sums = _loop(body, sums, chunk, real=jnp.sum(w > 0))
+    sums = _loop(body, sums, chunk, jnp.sum(w > 0), options.ops)
     back = jnp.argsort(order)
     loss = batch_axes.sum(sums.loss)
     nll = sums.nll[:count][back].reshape(targets.shape)
@@ -210,7 +217,9 @@ class _Sums(NamedTuple):
 EXTRA = 8
 
 
-def _loop(body: Callable[[Any, _Sums], _Sums], sums: _Sums, chunk: int, real: jax.Array) -> _Sums:
+def _loop(
+    body: Callable[[Any, _Sums], _Sums], sums: _Sums, chunk: int, real: jax.Array, ops: Reference
+) -> _Sums:
     """body(number of the chunk, sums) for each chunk that holds one of the `real` targets."""
     count = sums.nll.size
     if count <= chunk:
@@ -219,7 +228,7 @@ def _loop(body: Callable[[Any, _Sums], _Sums], sums: _Sums, chunk: int, real: ja
     # A loop of known length, so that its cost can be told before it runs; chunks that hold padding
     # only are skipped.
     def chunk_or_nothing(i: jax.Array, carry: _Sums) -> _Sums:
-        return jax.lax.cond(i * chunk < real, lambda c: body(i, c), lambda c: c, carry)
+        return ops.run_if(i * chunk < real, lambda c: body(i, c), carry)
 
     return jax.lax.fori_loop(0, count // chunk, chunk_or_nothing, sums)
 
@@ -248,9 +257,7 @@ def _chunk(x, y, w, kernel, bias, vocab_axis, chunk, options, with_gradients, i,
     d_x = jax.lax.dynamic_update_slice_in_dim(d_x, d_rows, start, 0)
     exp = softmax.exp
     if x.dtype == jnp.bfloat16:
-        # Another array to the compiler each time, so that each product makes its operand on the way
-        # in and none is stored.
-        exp = jax.lax.optimization_barrier(exp)
+        exp = options.ops.for_next_product(exp)
     ones = ((0, 0), (0, EXTRA))
     d_kernel = d_kernel + jax.lax.dot_general(
         jnp.pad(rows, ones, constant_values=1) if options.biased else rows,

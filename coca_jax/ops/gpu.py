@@ -8,6 +8,7 @@ costs more in slices of stacked tensors than it saves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,7 @@ from coca_jax.ops.reference import (
     split_heads,
 )
 
+AT_MOST_ONCE = "at_most_once"  # the scope of loops of one turn or none (estimate/gpu.py)
 WIDEST_HEAD = 128  # of cuDNN's attention on every architecture that has it; in multiples of 8
 
 
@@ -83,6 +85,14 @@ class Gpu(Reference):
         # Left to itself XLA lays the stream out with the batch inside, and transposes it for every
         # product.
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def run_if(self, wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+        # A loop works in place; of a condition XLA copies what goes in and what comes out.
+        with jax.named_scope(AT_MOST_ONCE):
+            return jax.lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, c: function(c), carry)
+
+    def for_next_product(self, x: jax.Array) -> jax.Array:
+        return x  # cuBLAS reads its operands from memory: one is made for all products
 
     def unroll(self, depth: int) -> int:
         return depth

@@ -167,6 +167,15 @@ class Reference:
         """x [B, N, D] between the parts of a block, as it shall lie in memory."""
         return x
 
+    def run_if(self, wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+        """function(carry) where `wanted`, bool [], holds, and `carry` as it is elsewhere."""
+        return jax.lax.cond(wanted, function, lambda unchanged: unchanged, carry)
+
+    def for_next_product(self, x: jax.Array) -> jax.Array:
+        """x, from which a second product makes its operand: another array to the compiler, so that
+        each product makes its operand on the way in and none is stored."""
+        return jax.lax.optimization_barrier(x)
+
     def unroll(self, depth: int) -> int:
         """How many layers of a stack are one body of its loop."""
         del depth

@@ -37,7 +37,7 @@ def loss_and_metrics(
     batch: its fields, [B, ...] each. lengths: of its captions, see `text_lengths.choose`.
     """
     parts = Parts.of(config, lengths)
-    losses = objectives.of(config)
+    losses = objectives.of(config, model.options.ops)
     found = run_parts(model, config, params, batch, rng, parts)
     values = evaluate(losses, found, _totals(losses, batch), parts)[1]
     metrics = finish(losses, values) | temperature(model, params, losses)
@@ -56,7 +56,7 @@ def value_and_gradients(
     of `accumulate_steps` micro-batches. Frozen parameters are constants: nothing is computed
     backwards through them. batch, lengths: as of `loss_and_metrics`."""
     parts = Parts.of(config, lengths)
-    losses = objectives.of(config)
+    losses = objectives.of(config, model.options.ops)
     totals = _totals(losses, batch)
     trained = trainable(params, config)
 
@@ -182,7 +182,7 @@ def run_parts(
     model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array, parts: Parts
 ) -> Found:
     """The parts of one micro-batch with the model's outputs over each."""
-    if objectives.head_alone(objectives.of(config)):
+    if objectives.head_alone(objectives.of(config, model.options.ops)):
         return [(batch, classify(model, config, params, batch, rng))]
     cuts = parts.by_length(batch)
     keys = [rng] if len(cuts) == 1 else [jax.random.fold_in(rng, i) for i in range(len(cuts))]

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from coca_jax.config import Config
 from coca_jax.ops import captioning, contrastive
+from coca_jax.ops.reference import Reference
 
+REFERENCE = Reference()
 Inputs = Mapping[str, Any]  # fields of coca.Outputs and of the batch, by name
 Means = dict[str, tuple[jax.Array, jax.Array]]  # metrics as (sum, count): both add over parts
 
@@ -44,8 +46,8 @@ class Objective:
     weight: float
 
     @classmethod
-    def of(cls, config: Config) -> Objective:
-        """By the sections of the config that it takes."""
+    def of(cls, config: Config, ops: Reference) -> Objective:
+        """By the sections of the config that it takes; ops: how operations run."""
         raise NotImplementedError
 
     def totals(self, batch: Inputs) -> Any:
@@ -74,7 +76,7 @@ class Head(Objective):
     fields = ("class_id",)
 
     @classmethod
-    def of(cls, config: Config) -> Head:
+    def of(cls, config: Config, ops: Reference) -> Head:
         head = config.head
         return cls(head.weight if head.kind else 0.0, head.label_smoothing)
 
@@ -105,7 +107,7 @@ class Contrastive(Objective):
     couples = True
 
     @classmethod
-    def of(cls, config: Config) -> Contrastive:
+    def of(cls, config: Config, ops: Reference) -> Contrastive:
         loss = config.loss
         return cls(
             loss.contrastive_weight,
@@ -138,6 +140,7 @@ class Captioning(Objective):
     chunk: int
     z_loss: float
     label_smoothing: float
+    ops: Reference
 
     name = "captioning_loss"
     shown = ("captioning_loss",)
@@ -145,9 +148,11 @@ class Captioning(Objective):
     fields = ("tokens", "text_valid", "is_label")
 
     @classmethod
-    def of(cls, config: Config) -> Captioning:
+    def of(cls, config: Config, ops: Reference) -> Captioning:
         loss = config.loss
-        return cls(loss.captioning_weight, loss.caption_chunk, loss.z_loss, loss.label_smoothing)
+        return cls(
+            loss.captioning_weight, loss.caption_chunk, loss.z_loss, loss.label_smoothing, ops
+        )
 
     def totals(self, batch: Inputs) -> jax.Array:
         """Target tokens in the batch, float32, at least 1."""
@@ -164,6 +169,7 @@ class Captioning(Objective):
             chunk=self.chunk,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
+            ops=self.ops,
         )
         tokens = mask.sum(1).astype(jnp.float32)
         return loss, by_source(self.name, nll.sum(1), tokens, inputs["is_label"])
@@ -173,9 +179,9 @@ class Captioning(Objective):
 OBJECTIVES: tuple[type[Objective], ...] = (Head, Contrastive, Captioning)
 
 
-def of(config: Config) -> tuple[Objective, ...]:
-    """The losses of a run: those that have a weight."""
-    found = (objective.of(config) for objective in OBJECTIVES)
+def of(config: Config, ops: Reference = REFERENCE) -> tuple[Objective, ...]:
+    """The losses of a run: those that have a weight. ops: how the model's operations run."""
+    found = (objective.of(config, ops) for objective in OBJECTIVES)
     return tuple(objective for objective in found if objective.weight)
 
 
