@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -41,9 +42,11 @@ COMPARED = ("loss", "contrastive_loss", "captioning_loss", "gradient_norm", "lea
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run of four steps."""
+    """An uninterrupted run of four steps, of which two are traced."""
     workdir = str(tmp_path_factory.mktemp("whole"))
-    summary = train(tiny_run(), workdir)
+    config = tiny_run()
+    config.log.profile_steps = (2, 3)
+    summary = train(config, workdir)
     return workdir, summary
 
 
@@ -65,6 +68,8 @@ def test_a_run_leaves_what_it_promises(whole):
         "report.html",
     }
     assert json.load(open(f"{workdir}/config.json"))["model"]["text"]["vocab_size"] == 320
+    (trace,) = pathlib.Path(workdir, "profile").rglob("*.xplane.pb")
+    assert b"step_num" in trace.read_bytes()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
