@@ -493,6 +493,19 @@ def test_shown_items_are_spread(length):
         assert items[0] == 0 and items[-1] > 850 and max(np.diff(items)) < 200
 
 
+def test_the_worst_are_kept_whatever_their_place():
+    rng = np.random.default_rng(0)
+    badness = np.round(rng.normal(size=500), 1)  # with ties
+    worst, made = results.Worst(6), []
+    for number, value in enumerate(badness.tolist()):
+        worst.offer(value, lambda number=number: made.append(number) or number)
+    order = sorted(range(500), key=lambda i: (-badness[i], i))  # of equal ones the first
+    assert worst.items() == order[:6] and len(made) < 80
+    none = results.Worst(0)
+    none.offer(1.0, lambda: pytest.fail("made"))
+    assert none.items() == []
+
+
 def test_results_are_merged(tmp_path):
     results.save_results(tmp_path, {"zeroshot/a/top1": 0.5, "b": float("nan")})
     results.save_results(tmp_path, {"zeroshot/a/top1": np.float32(0.75), "c": 1})

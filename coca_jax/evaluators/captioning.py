@@ -23,7 +23,7 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
-from coca_jax.evaluators.results import Spread, encode_png, picture
+from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
@@ -215,7 +215,7 @@ class Captioning(Evaluator):
         f1: list[float] = []
         captions: list[str] = []
         references: list[list[str]] = []
-        shown = Spread(self.num_examples)
+        shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
         for batch in in_batches(records, self.batch_size, show=show):
             found = self.outputs.take(batch) if self.outputs else []
@@ -236,7 +236,10 @@ class Captioning(Evaluator):
                 right, score = self.scorer(caption, record)
                 exact.append(right)
                 f1.append(score)
-                shown.offer(functools.partial(_item, record, caption, bool(right), float(score)))
+                item = functools.partial(_item, record, caption, bool(right), float(score))
+                shown.offer(item)
+                if not right:
+                    worst.offer(-float(score), item)
         if self.outputs:
             self.outputs.close()
         if not references:
@@ -252,7 +255,9 @@ class Captioning(Evaluator):
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
             yield from self._corpus_metrics(captions, references)
         notes = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
-        self.examples = dict(kind="captioning", items=shown.items(), notes=notes)
+        self.examples = dict(
+            kind="captioning", items=shown.items(), worst=worst.items(), notes=notes
+        )
 
     def _make(self, predict: Predictor, records: Sequence[Record]) -> list[dict[str, Any]]:
         """The model's outputs of records, as `Outputs` keeps them."""

@@ -11,7 +11,7 @@ import numpy as np
 from coca_jax.evaluators import Record
 from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
-from coca_jax.evaluators.results import Spread, encode_png, picture
+from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
 
 HEADLINES: tuple[str, ...] = ("top1", "top5", "mean_per_class")
 METRICS = {
@@ -67,7 +67,7 @@ class Tally:
         self._ranks: list[np.ndarray] = []
         self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
         self._guesses: list[np.ndarray] = []
-        self._shown = Spread(num_examples)
+        self._shown, self._worst = Spread(num_examples), Worst(num_examples // 2)
 
     def true_classes(self, record: Record) -> list[int]:
         """Returns the numbers of the record's classes; ValueError when none is known."""
@@ -90,8 +90,13 @@ class Tally:
         # Among equal scores a wrong class is the guess, as in the rank.
         best = scores >= scores.max(1, keepdims=True) - self.tie
         self._guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
-        for record, row in zip(records, scores):
-            self._shown.offer(functools.partial(self._item, record, row.copy()))
+        # How far the guess lies over the truth, where it is wrong.
+        margin = scores.max(1) - np.where(right, scores, -np.inf).max(1)
+        for record, row, wrong, off in zip(records, scores, self._ranks[-1] > 0, margin):
+            make = functools.partial(self._item, record, row.copy())
+            self._shown.offer(make)
+            if wrong and np.isfinite(off):
+                self._worst.offer(float(off), make)
 
     def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
         """One picture of the report, with the three best guesses."""
@@ -179,6 +184,7 @@ class Tally:
                 for i in worst
             ],
             items=self._shown.items(),
+            worst=self._worst.items(),
         )
         rows, columns = present, np.unique(np.concatenate([present, guess]))
         if len(columns) <= _MAX_CONFUSION:

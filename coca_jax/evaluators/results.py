@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import heapq
 import io
 import json
 import math
@@ -69,6 +70,26 @@ class Spread:
         number = min(self._count, len(self._kept))
         places = np.linspace(0, len(self._kept) - 1, number) if number else np.zeros(0)
         return [self._kept[int(place)] for place in places]
+
+
+class Worst:
+    """Keeps the `count` items of a stream that are furthest off."""
+
+    def __init__(self, count: int):
+        self._count, self._seen = count, 0
+        self._kept: list[tuple[float, int, Any]] = []  # a heap, the least bad on top
+
+    def offer(self, badness: float, make: Callable[[], Any]) -> None:
+        """Passes the next item, made only if it is kept for now; of equal ones the first stay."""
+        self._seen += 1
+        if len(self._kept) < self._count:
+            heapq.heappush(self._kept, (badness, -self._seen, make()))
+        elif self._count and badness > self._kept[0][0]:
+            heapq.heapreplace(self._kept, (badness, -self._seen, make()))
+
+    def items(self) -> list[Any]:
+        """The items kept, the worst first."""
+        return [item for _, _, item in sorted(self._kept, key=lambda one: one[:2], reverse=True)]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

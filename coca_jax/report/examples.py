@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from coca_jax.report import numbers
@@ -24,6 +24,12 @@ def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str,
     return made
 
 
+def _worst_first(found: Found, place: Callable[[Found], Any]) -> list[Found]:
+    """The worst of all examples, then those spread over all, by `place`."""
+    worst = list(found.get("worst", ()))
+    return sorted(worst + [one for one in found["items"] if one not in worst], key=place)
+
+
 def _by_class(found: Found) -> dict[str, Any]:
     """Wrong guesses first, the surest of them at the top; classes from the hardest on."""
     shown = dict(found)
@@ -33,7 +39,7 @@ def _by_class(found: Found) -> dict[str, Any]:
         right = best[0] in item["truth"]
         return right, best[1] if right else -best[1]
 
-    shown["items"] = sorted(found["items"], key=place)
+    shown["items"] = _worst_first(found, place)
     classes = sorted(found["per_class"].items(), key=lambda item: item[1]["accuracy"])
     shown["hardest"] = classes[:12]
     shown["all_classes"] = sorted(found["per_class"].items()) if len(classes) > 12 else []
@@ -45,7 +51,7 @@ def _by_class(found: Found) -> dict[str, Any]:
 def _captions(found: Found) -> dict[str, Any]:
     """Wrong ones first, the least like their references at the top."""
     shown = dict(found)
-    shown["items"] = sorted(found["items"], key=lambda item: (item["exact"], item.get("f1", 0.0)))
+    shown["items"] = _worst_first(found, lambda item: (item["exact"], item.get("f1", 0.0)))
     return shown
 
 
