@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from coca_jax import storage
+from coca_jax.data import bounded_json
 
 KEY = "sha256_of_the_rest"
 
@@ -29,7 +30,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises ValueError when the file is no JSON object or its checksum is another one.
     """
     try:
-        data = json.loads(storage.place(path).read_text())
+        data = bounded_json.loads(storage.place(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no JSON ({error})") from None
     return unseal(data, str(path))

@@ -180,3 +180,19 @@ def test_formats_that_are_not_opened():
     assert images.decode(b"P6 1 1 255\n\x07\x08\x09").tolist() == [[[7, 8, 9]]]
     assert {".jpg", ".png", ".webp", ".tiff"} < set(images.SUFFIXES)
     assert not {".eps", ".ps", ".pdf", ".ico"} & set(images.SUFFIXES)
+
+
+def test_a_jpeg_of_more_scans_than_encoders_write_is_refused_by_every_reader(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    last = data.rindex(b"\xff\xda")
+    many = data[:last] + data[last:-2] * 100 + data[-2:]
+    assert images.sniff(data) == (images.JPEG, 64, 64)
+    images.decode(many)  # 4096 pixels a hundred times are no work
+    monkeypatch.setattr(images, "MAX_SCAN_PIXELS", 50 * 64 * 64)
+    assert images.decode(data).shape == (64, 64, 3)
+    for read in (images.sniff, images.decode):
+        with pytest.raises(ValueError, match="too many pixels: 64 x 64 in more scans"):
+            read(many)

@@ -11,11 +11,13 @@ from PIL import Image
 
 from coca_jax import inference, partitioning, prepare
 from coca_jax.configs import base
-from coca_jax.data import images, run_vocabulary, videos
+from coca_jax.data import gif_blocks, images, run_vocabulary, videos
 from coca_jax.data.batches import open_stream
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
 from coca_jax.inference import caption_files
+from coca_jax.importers import checks
+from coca_jax.importers.items import Item, Options
 from coca_jax.models import coca
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics
@@ -213,6 +215,34 @@ def test_arrays_and_what_is_refused(tmp_path):
         images.decode(whole[:cut])  # its first frame is whole
 
 
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "AVIF"])
+def test_too_many_frames_are_refused_before_any_is_decoded(format, monkeypatch):
+    data = _animation(_numbered(6), format)
+    for name, most in (("MAX_FRAMES", 5), ("MAX_CLIP_PIXELS", 6 * 16 * 16 - 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(videos, name, most)
+            for read in (videos.verify, lambda data: videos.decode(data, 2)):
+                with pytest.raises(ValueError, match="too many frames"):
+                    read(data)
+            reason = checks.record(Item("key", data, ["text"]), Options())[1]
+            assert reason == "too_many_frames"
+            assert images.decode(data).shape == (16, 16, 3)  # a still of it is no work
+    assert videos.verify(data) == 6
+
+
+def test_frames_of_a_gif_are_counted_by_its_blocks():
+    for count in (1, 2, 7):
+        data = _animation(_numbered(count), "GIF")
+        assert gif_blocks.count_frames(data, 100) == count
+        assert gif_blocks.count_frames(data[:-20], 100) >= count - 1
+    assert gif_blocks.count_frames(data, 3) == 4
+    frame = b"\x2c" + bytes(4) + b"\1\0\1\0\0" + b"\2\2\x44\1\0"
+    many = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + frame * (videos.MAX_FRAMES + 1) + b";"
+    with pytest.raises(ValueError, match="too many frames: more than 100000 of 1 x 1"):
+        videos.verify(many)
+    assert gif_blocks.count_frames(b"GIF89a", 9) == gif_blocks.count_frames(b"", 9) == 0
+
+
 # ---- Video files
 
 
@@ -243,6 +273,24 @@ def test_video_files(format, codec):
     assert videos.verify(data) == 20
     with pytest.raises(ValueError, match="num_frames"):
         images.decode(data)
+
+
+def test_videos_are_refused_before_they_are_decoded(monkeypatch):
+    data = _video(_numbered(20, side=32))
+    for name, most in (("MAX_FRAMES", 19), ("MAX_CLIP_PIXELS", 20 * 32 * 32 - 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(videos, name, most)
+            for read in (videos.verify, lambda data: videos.decode(data, 2)):
+                with pytest.raises(ValueError, match="too many frames"):
+                    read(data)
+    half = videos.middles(2)
+    for read in (videos.sniff, lambda data, most: videos.decode_rgba(data, half, most)):
+        with pytest.raises(ValueError, match="too many pixels: 32 x 32, limit 1000"):
+            read(data, 1000)
+    # FFmpeg knows formats that name other files; none is opened, whatever it begins like.
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+    with pytest.raises(ValueError, match="no picture in it"):
+        videos._open(playlist)
 
 
 def test_video_files_that_need_care():

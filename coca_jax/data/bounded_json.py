@@ -8,6 +8,14 @@ from typing import Any
 MAX_BYTES = 4 << 20
 
 
+def loads(text: str | bytes) -> Any:
+    """Any JSON value. Raises ValueError: it is none, or too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+
+
 def parse(data: bytes, most: int = MAX_BYTES) -> dict[str, Any]:
     """A JSON object.
 
@@ -17,10 +25,7 @@ def parse(data: bytes, most: int = MAX_BYTES) -> dict[str, Any]:
     """
     if len(data) > most:
         raise ValueError(f"JSON of {len(data)} bytes, limit {most}")
-    try:
-        found = json.loads(data.decode())
-    except RecursionError:
-        raise ValueError("JSON that is nested too deep") from None
+    found = loads(data.decode())
     if not isinstance(found, dict):
         raise ValueError(f"not a JSON object, but a {type(found).__name__}")
     return found

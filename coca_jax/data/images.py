@@ -22,6 +22,7 @@ SUFFIXES = (  # of their files
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
+MAX_SCAN_PIXELS = 2_000_000_000  # of a JPEG: its pixels times its scans, each of which passes them
 WHITE = (255, 255, 255)
 _PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text, which PIL reads at a megabyte a second
 _STRIP = 1 << 22  # pixels that are converted at a time
@@ -63,7 +64,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"not an image that can be read ({len(data)} bytes): {error}") from None
     if image.width * image.height > max_pixels:
         raise ValueError(f"too many pixels: {image.width} x {image.height}, limit {max_pixels}")
+    if image.format in ("JPEG", "MPO") and _too_many_scans(data, image.width * image.height):
+        raise ValueError(f"too many pixels: {image.width} x {image.height} in more scans than read")
     return image
+
+
+def _too_many_scans(data: bytes, pixels: int) -> bool:
+    """Whether a JPEG passes its pixels far more often than encoders do, 3 to 10 times. What is
+    counted stands nowhere else in a file but in pictures within its tags."""
+    return pixels * data.count(b"\xff\xda") > MAX_SCAN_PIXELS
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
@@ -289,6 +298,7 @@ def sniff(data: bytes) -> tuple[int, int, int]:
 def _sniff_jpeg(data: bytes) -> tuple[int, int] | None:
     """(height, width) of an upright gray or YCbCr JPEG; None for one that needs care."""
     position, end = 2, len(data) - 9
+    found, components, one_scan = None, 0, False
     while position < end and data[position] == 0xFF:
         marker = data[position + 1]
         length = int.from_bytes(data[position + 2 : position + 4], "big")
@@ -307,7 +317,13 @@ def _sniff_jpeg(data: bytes) -> tuple[int, int] | None:
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
             components = data[position + 9]
-            good = components in (1, 3) and 0 < height * width <= MAX_PIXELS
-            return (height, width) if good else None
+            if components not in (1, 3) or not 0 < height * width <= MAX_PIXELS:
+                return None
+            found, one_scan = (height, width), marker <= 0xC1
+        elif marker == 0xDA:
+            one_scan = one_scan and data[position + 4] == components
+            if not found or (not one_scan and _too_many_scans(data, found[0] * found[1])):
+                return None
+            return found
         position += 2 + length
     return None

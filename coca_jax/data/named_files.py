@@ -47,7 +47,8 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
     found = _canonical(path)
-    if not any(found.startswith(_prefix(root)) for root in roots):
+    here = os.getcwd()  # the roots may be relative
+    if not any(found.startswith(_prefix(root, here)) for root in roots):
         raise Outside(
             f"{name[:200]!r} leads to {found[:200]}, outside the input; "
             "--allow_paths=FOLDER_OR_URL allows more"
@@ -65,8 +66,8 @@ def _canonical(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _prefix(root: str) -> str:
-    """What paths below a folder begin with."""
+def _prefix(root: str, here: str) -> str:
+    """What paths below a folder begin with, seen from the folder `here`."""
     found = _canonical(root)
     separator = "/" if files.is_remote(found) else os.sep
     return found.rstrip(separator) + separator

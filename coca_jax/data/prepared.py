@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from typing import Any
@@ -13,12 +12,12 @@ from array_record.python import array_record_module
 
 from coca_jax import cache_folder
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, records
+from coca_jax.data import files, formats, manifest, records
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
-MANIFEST = "manifest.json"
+MANIFEST = manifest.FILE
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -26,11 +25,12 @@ def read_manifest(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a folder that `prepare` has not written, with the command that would.
+        ValueError: a folder that `prepare` has not written, with the command that would; or a
+            damaged manifest.
     """
-    file = files.join(path, MANIFEST)
-    if files.exists(file):
-        return json.loads(files.read(file))
+    found = manifest.read(path)
+    if found is not None:
+        return found
     if files.is_remote(path) or not os.path.exists(path):
         raise FileNotFoundError(f"data source {path}: no such folder, or no {MANIFEST} in it")
     raise ValueError(

@@ -7,6 +7,7 @@ PyAV, the extra `video`. A still image is a clip of one frame.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,13 @@ import numpy as np
 from PIL import Image
 
 from coca_jax import extras
-from coca_jax.data import files, images
+from coca_jax.data import files, gif_blocks, images
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
+# What FFmpeg may take a file for: containers of pictures. It knows others that name further files.
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg"
+MAX_FRAMES = 100_000  # of a clip
+MAX_CLIP_PIXELS = 10_000_000_000  # of all its frames together: a minute or two of one core
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "ogv")
 
 
@@ -41,9 +46,35 @@ def sample(count: int, offsets: np.ndarray) -> np.ndarray:
     return np.minimum(places.astype(np.int64), count - 1)
 
 
-def is_animation(image: Image.Image) -> bool:
-    """Whether an opened image has several frames in time."""
-    return image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1
+def is_animation(image: Image.Image, data: bytes) -> bool:
+    """Whether an image, opened from `data`, has several frames in time.
+
+    Raises:
+        ValueError: damaged, or so many that reading them would take minutes.
+    """
+    if image.format not in ANIMATIONS:
+        return False
+    if image.format == "GIF":  # PIL counts frames by going through all of them
+        _check_frames(gif_blocks.count_frames(data, MAX_FRAMES), image.width, image.height)
+    try:
+        count = getattr(image, "n_frames", 1)
+    except Exception as error:  # PIL's decoders raise all sorts on damaged data
+        raise _damaged(data, error) from None
+    _check_frames(count, image.width, image.height)
+    return count > 1
+
+
+def _damaged(data: bytes, error: Exception) -> ValueError:
+    return ValueError(f"damaged animation ({len(data)} bytes): {error}")
+
+
+def _check_frames(count: int, width: int, height: int) -> None:
+    if count > MAX_FRAMES or count * width * height > MAX_CLIP_PIXELS:
+        raise ValueError(
+            f"too many frames: {count if count <= MAX_FRAMES else f'more than {MAX_FRAMES}'} of "
+            f"{width} x {height}; cut it into clips of at most {MAX_FRAMES} frames and "
+            f"{MAX_CLIP_PIXELS:.0e} pixels, or make them smaller"
+        )
 
 
 def sniff(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[int, int, int]:
@@ -119,6 +150,7 @@ def verify(data: bytes) -> int:
     """
     count = 0
     if images.is_video_file(data):
+        _count_packets(data)  # before any is decoded: are there too many?
         for frame in _video_frames(data):
             if frame.is_corrupt:
                 raise ValueError(f"damaged video ({len(data)} bytes): frame {count}")
@@ -127,27 +159,28 @@ def verify(data: bytes) -> int:
             raise ValueError(f"damaged video ({len(data)} bytes): no frame decodes")
         return count
     image = images.open_image(data)
+    span = _span(image, data)
     try:
-        for index in _span(image):
+        for index in span:
             image.seek(index)
             image.load()
             count += 1
     except Exception as error:  # PIL's decoders raise all sorts on damaged data
-        raise ValueError(f"damaged animation ({len(data)} bytes): {error}") from None
+        raise _damaged(data, error) from None
     return count
 
 
-def _span(image: Image.Image) -> range:
+def _span(image: Image.Image, data: bytes) -> range:
     """The frames of an image. A PNG's picture for readers without animation is not one."""
-    if not is_animation(image):
+    if not is_animation(image, data):
         return range(1)
     return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
 
 
 def _sample_image(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.ndarray]:
     image = images.open_image(data, max_pixels)
+    span = _span(image, data)
     try:
-        span = _span(image)
         wanted = [span[index] for index in sample(len(span), offsets)]
         kept: dict[int, np.ndarray] = {}
         for index in wanted:  # ascending: each frame is drawn over the ones before
@@ -155,7 +188,7 @@ def _sample_image(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.
                 image.seek(index)
                 kept[index] = images.to_rgba(image)
     except Exception as error:  # a damaged file surfaces as any of a dozen types
-        raise ValueError(f"damaged animation ({len(data)} bytes): {error}") from None
+        raise _damaged(data, error) from None
     return [kept[index] for index in wanted]
 
 
@@ -175,19 +208,29 @@ def _sample_video(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.
     raise ValueError(f"damaged video ({len(data)} bytes): {count} frames decode")
 
 
-def _open(data: bytes) -> tuple[Any, Any]:
-    """(container, its first video stream)."""
+def _open(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[Any, Any]:
+    """(container, its first video stream). Raises ValueError: damaged, or frames too large."""
     try:
         import av
     except ImportError:
         raise ValueError(f"a video file needs PyAV: {extras.remedy('video')}") from None
     try:
-        container = av.open(io.BytesIO(data))
-        return container, container.streams.video[0]
-    except (av.FFmpegError, IndexError) as error:
+        container = av.open(io.BytesIO(data), options=dict(format_whitelist=CONTAINERS))
+        stream = container.streams.video[0]
+    except Exception as error:  # FFmpeg's, and of what PyAV finds in a header
         raise ValueError(
             f"damaged video ({len(data)} bytes), or no picture in it: {error}"
         ) from None
+    context = stream.codec_context
+    _check_pixels(context.width, context.height, max_pixels)
+    # FFmpeg checks it before it reserves memory; what it decodes is padded.
+    context.options = {"max_pixels": str(max(2 * max_pixels, 1 << 20))}
+    return container, stream
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"too many pixels: {width} x {height}, limit {max_pixels}")
 
 
 def _count_packets(data: bytes) -> int:
@@ -195,14 +238,18 @@ def _count_packets(data: bytes) -> int:
     container, stream = _open(data)
     with container:
         try:
-            return max(sum(packet.size > 0 for packet in container.demux(stream)), 1)
+            full = (packet for packet in container.demux(stream) if packet.size > 0)
+            count = sum(1 for _ in itertools.islice(full, MAX_FRAMES + 1))
         except Exception as error:  # one of PyAV's dozens
             raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
+    _check_frames(count, stream.codec_context.width, stream.codec_context.height)
+    return max(count, 1)
 
 
 def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[Any]:
     """PyAV's frames, in the order of showing."""
-    container, stream = _open(data)
+    container, stream = _open(data, max_pixels)
+    left = MAX_CLIP_PIXELS
     with container:
         frames = container.decode(stream)
         while True:
@@ -212,10 +259,10 @@ def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[
                 raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
             if frame is None:
                 return
-            if frame.width * frame.height > max_pixels:
-                raise ValueError(
-                    f"too many pixels: {frame.width} x {frame.height}, limit {max_pixels}"
-                )
+            _check_pixels(frame.width, frame.height, max_pixels)  # not always what headers say
+            left -= frame.width * frame.height
+            if left < 0:
+                raise ValueError(f"too many frames: more than {MAX_CLIP_PIXELS:.0e} pixels in all")
             yield frame
 
 

@@ -111,7 +111,7 @@ def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
     if options.max_aspect and max(width, height) > options.max_aspect * min(width, height):
         return data, "aspect", f"{width} x {height}"
     try:
-        if image is None or videos.is_animation(image):  # never encoded again
+        if image is None or videos.is_animation(image, data):  # never encoded again
             if options.verify:
                 videos.verify(data)
         elif options.max_side and max(width, height) > options.max_side:
@@ -121,7 +121,8 @@ def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
                 image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
     except Exception as error:  # PIL's decoders raise all sorts on damaged data
-        return data, "damaged_image", str(error)
+        many = str(error).startswith("too many frames")
+        return data, "too_many_frames" if many else "damaged_image", str(error)
     return data, "", ""
 
 

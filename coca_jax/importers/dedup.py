@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import files, images, videos
+from coca_jax.data import files, images, manifest, videos
 from coca_jax.data.random_access import Source
 from coca_jax.data.sources import open_source
 
@@ -51,9 +50,9 @@ def evaluation_images(path: str) -> Iterator[bytes]:
     Raises:
         FileNotFoundError: nothing there.
     """
-    manifest = files.join(path, "manifest.json")
-    if files.exists(manifest):
-        for split in json.loads(files.read(manifest))["splits"]:
+    prepared = manifest.read(path)
+    if prepared is not None:
+        for split in prepared["splits"]:
             found: Source = open_source({"path": path, "split": split})
             yield from (record.image for record in found)
         return

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from coca_jax.data import files
+from coca_jax.data import files, manifest
 from coca_jax.storage import write_bytes
 
-MANIFEST = "manifest.json"
+MANIFEST = manifest.FILE
 _FEATURE = "tensorflow_datasets.core.features."
 _TEXT = {"pythonClassName": f"{_FEATURE}text_feature.Text", "text": {}}
 _TEXTS = {
@@ -22,14 +22,11 @@ _IMAGE = {
 
 
 def read_manifest(out: str) -> dict[str, Any]:
-    """The manifest of a folder, or an empty one."""
-    path = files.join(out, MANIFEST)
-    if files.exists(path):
-        return json.loads(files.read(path))
-    return {"format": "coca_jax-1", "class_names": [], "splits": {}}
+    """The manifest of a folder, or an empty one. Raises ValueError where it is damaged."""
+    return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}
 
 
-def write(out: str, manifest: dict[str, Any]) -> None:
+def write(out: str, told: dict[str, Any]) -> None:
     """Writes the manifest last: while it is absent the data set is not finished."""
     features = {"image": _IMAGE, "text": _TEXTS, "label": _TEXTS, "key": _TEXT, "extra": _TEXT}
     _write_json(
@@ -46,13 +43,13 @@ def write(out: str, manifest: dict[str, Any]) -> None:
             "shardLengths": [str(shard["count"]) for shard in split["shards"]],
             "numBytes": str(sum(shard["bytes"] for shard in split["shards"])),
         }
-        for name, split in sorted(manifest["splits"].items())
+        for name, split in sorted(told["splits"].items())
     ]
     _write_json(
         files.join(out, "dataset_info.json"),
         {"fileFormat": "array_record", "splits": splits, "version": "1.0.0"},
     )
-    _write_json(files.join(out, MANIFEST), manifest)
+    _write_json(files.join(out, MANIFEST), told)
 
 
 def _write_json(path: str, value: Any) -> None:

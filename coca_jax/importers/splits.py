@@ -101,7 +101,7 @@ def prepare(
     request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
     request = json.loads(json.dumps(request))
     if split in manifest["splits"] and not overwrite:
-        if _whole(manifest["splits"][split]["request"]) == request:
+        if _whole(manifest["splits"][split].get("request")) == request:
             return _summary(out, split, manifest)
         raise ValueError(
             f"--out={out} already holds a split {split!r} made with other options; give "
@@ -150,8 +150,10 @@ def _plan(
     ]
 
 
-def _whole(request: dict[str, Any]) -> dict[str, Any]:
-    """A request with the options that were not there when it was written."""
+def _whole(request: Any) -> dict[str, Any]:
+    """A request with the options that were not there when it was written; {} for none."""
+    if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
+        return {}
     defaults = json.loads(json.dumps(dataclasses.asdict(Options())))
     return request | {"options": defaults | request["options"]}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coca_jax import storage
+from coca_jax.data import bounded_json
 
 if TYPE_CHECKING:
     from coca_jax import inference
@@ -45,7 +46,7 @@ def read_done(path: str) -> tuple[set[str], int]:
             if not line.endswith(b"\n"):
                 break
             try:
-                done.add(json.loads(line)["image"])
+                done.add(bounded_json.loads(line)["image"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"--out={path}: line {number} is not a caption; give another file"

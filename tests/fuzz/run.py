@@ -1,0 +1,164 @@
+"""Fuzzing: damaged and hostile inputs by the thousand, each read in a worker that is watched.
+
+    python tests/fuzz/run.py images --count=2000        # one kind of input, or several
+    python tests/fuzz/run.py all --count=500 --seed=7   # so many of each kind
+    python tests/fuzz/run.py tars --only=812 --seed=7 --save=found   # one input again, kept
+
+Every input is a function of kind, seed and number. It is read twice, and it must end in what the
+reader gives, or in one of the errors that a command turns into a line. A finding is anything else:
+another exception, more than 2 s of processor time or 30 s of any, memory above the kind's bound, a
+worker that dies, or two readings that differ. Findings are listed with their numbers, and the exit
+status is 1; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+WAIT_SECONDS = 30.0
+
+
+class Worker:
+    """A process that reads inputs of some kinds, and that is started again when it has died."""
+
+    def __init__(self, kinds: Sequence[str], seed: int):
+        self._scratch = tempfile.TemporaryDirectory()
+        self.folder = pathlib.Path(self._scratch.name)
+        self._said = tempfile.TemporaryFile()
+        command = [sys.executable, str(HERE / "worker.py"), str(seed), str(self.folder), *kinds]
+        paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._said, env=env
+        )
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        if self.answer(600) is None:  # else it has imported what it needs
+            self._said.seek(0)
+            text = self._said.read()[-2000:].decode(errors="replace")
+            self.end()
+            raise RuntimeError(f"the worker did not start: {text}")
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """What the worker says next; None where it says nothing in time or has died."""
+        if not self._selector.select(seconds):
+            return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def read(self, kind: str, number: int) -> dict[str, Any] | None:
+        """How reading an input went; None where nobody knows."""
+        self._process.stdin.write(f"{kind} {number}\n".encode())
+        self._process.stdin.flush()
+        return self.answer(WAIT_SECONDS)
+
+    def end(self) -> str:
+        """Kills the worker; how it had ended before, '' where it ran."""
+        try:
+            status = self._process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            status = None
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+        self._said.close()
+        self._scratch.cleanup()
+        if status is None:
+            return ""
+        return signal.Signals(-status).name if status < 0 else f"status {status}"
+
+
+@dataclasses.dataclass
+class Account:
+    """What was found of a kind: see `--help`; the worst of one reading, memory above the start."""
+
+    kind: str
+    inputs: int = 0
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    worst_seconds: float = 0.0
+    worst_mib: float = 0.0
+
+
+def fuzz(kinds: Sequence[str], numbers: range, seed: int, save: str = "") -> Iterator[Account]:
+    """Reads inputs of some kinds, one kind after the other, and tells of each."""
+    worker = Worker(kinds, seed)
+    for kind in kinds:
+        account = Account(kind)
+        for number in numbers:
+            found = worker.read(kind, number)
+            account.inputs += 1
+            if found is not None:
+                what = found["finding"]
+                account.outcomes[found["outcome"]] += 1
+                account.worst_seconds = max(account.worst_seconds, found["seconds"])
+                account.worst_mib = max(account.worst_mib, found["mib"])
+            if save and (found is None or what or len(numbers) == 1):
+                os.makedirs(save, exist_ok=True)
+                data = (worker.folder / kind / "input").read_bytes()
+                (pathlib.Path(save) / f"{kind}-{seed}-{number}").write_bytes(data)
+            if found is None or what.startswith("memory"):
+                ended = worker.end()
+                if found is None:
+                    what = f"died: {ended}" if ended else f"no answer in {WAIT_SECONDS:.0f} s"
+                worker = Worker(kinds, seed)
+            if what:
+                account.findings.append(dict(number=number, what=what))
+        yield account
+    worker.end()
+
+
+def main() -> int:
+    """The command."""
+    sys.path.insert(0, str(HERE))
+    from kinds import NAMES
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kinds", nargs="+", choices=[*NAMES, "all"], metavar="KIND")
+    parser.add_argument("--count", type=int, default=200, help="inputs of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="the first input's number")
+    parser.add_argument("--only", type=int, help="this one input")
+    parser.add_argument("--save", default="", help="folder for the inputs of findings")
+    given = parser.parse_args()
+    numbers = range(given.start, given.start + given.count)
+    if given.only is not None:
+        numbers = range(given.only, given.only + 1)
+    results, began = [], time.monotonic()
+    usual = [name for name in NAMES if name != "broken"]
+    kinds = usual if "all" in given.kinds else given.kinds
+    for found in fuzz(kinds, numbers, given.seed, given.save):
+        for finding in found.findings:
+            print(f"{found.kind} {finding['number']}: {finding['what']}", file=sys.stderr)
+        results.append(vars(found))
+        print(
+            f"{found.kind:12s} {found.inputs:7d} inputs {len(found.findings):4d} findings "
+            f"{found.worst_seconds:7.2f} s {found.worst_mib:7.0f} MiB "
+            f"after {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+    print(json.dumps(results))
+    return int(any(found["findings"] for found in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Some hundred damaged and hostile inputs of every kind; tests/fuzz/run.py reads more of them."""
+
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "fuzz"))
+import run  # noqa: E402
+from kinds import NAMES  # noqa: E402
+
+KINDS = [name for name in NAMES if name != "broken"]
+
+
+def test_no_input_of_any_kind_gives_more_than_a_line():
+    accounts = list(run.fuzz(KINDS, range(20), seed=1))
+    assert [account.kind for account in accounts] == KINDS
+    assert not [(account.kind, account.findings) for account in accounts if account.findings]
+    refused = sum(account.outcomes["refused"] for account in accounts)
+    assert 0 < refused < sum(account.inputs for account in accounts) == 20 * len(KINDS)
+
+
+def test_each_fault_of_a_reader_is_found():
+    # After "large" a new worker begins again with "none".
+    (account,) = run.fuzz(["broken"], range(6), seed=0)
+    found = {finding["number"]: finding["what"] for finding in account.findings}
+    assert sorted(found) == [2, 3, 4, 5]
+    assert found[2].startswith("traceback at broken.py:") and "KeyError: 'no line'" in found[2]
+    assert found[3].startswith("differs: 'reading: 0', then 'reading: 1'")
+    assert found[4].startswith("took 2.") and found[5].startswith("memory: ")
+    assert account.outcomes["refused"] == 1
+
+
+@pytest.mark.parametrize("fault, said", [("asks", "memory: "), ("dies", "died: SIGABRT")])
+def test_a_reader_that_asks_for_too_much_or_dies_is_found(fault, said, monkeypatch):
+    monkeypatch.setenv("COCA_JAX_FUZZ_FAULTS", fault)
+    (account,) = run.fuzz(["broken"], range(1), seed=0)
+    assert account.findings[0]["what"].startswith(said)
