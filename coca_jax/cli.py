@@ -181,7 +181,7 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         fail(_unknown_flag(error.flagname, argv, module))
     except flags.IllegalFlagValueError as error:
         fail(recipes.explain(str(error)))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
 
 

@@ -238,6 +238,12 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
                 f"is {done}[0]; {_whole(done)}"
             )
         if "[" in part:
+            plain = part.split("[")[0]
+            held = group.get(plain) if isinstance(group, ConfigDict) else None
+            if not isinstance(held, (tuple, list)):
+                raise ValueError(
+                    f"--config.{key}={text}: {done}.{plain} is no tuple and has no elements"
+                )
             try:
                 config_flags.config_flags.GetType(key, config)
             except (AttributeError, LookupError, TypeError, ValueError):

@@ -1,13 +1,14 @@
 """Some hundred damaged and hostile inputs of every kind; tests/fuzz/run.py reads more of them."""
 
 import pathlib
+import re
 import sys
 
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "fuzz"))
 import run  # noqa: E402
-from kinds import NAMES  # noqa: E402
+from kinds import NAMES, load, surroundings  # noqa: E402
 
 KINDS = [name for name in NAMES if name != "broken"]
 
@@ -18,6 +19,34 @@ def test_no_input_of_any_kind_gives_more_than_a_line():
     assert not [(account.kind, account.findings) for account in accounts if account.findings]
     refused = sum(account.outcomes["refused"] for account in accounts)
     assert 0 < refused < sum(account.inputs for account in accounts) == 20 * len(KINDS)
+
+
+# What long runs have found: (kind, the input, the line that it gives now).
+FOUND = [
+    (
+        "overrides",
+        b'["--config=base", "--config.data.augment[0]=x"]',
+        "is no tuple and has no elem",
+    ),
+    ("overrides", b'["--config=base", "--config.seed[0].x=1"]', "is no tuple and has no elements"),
+    ("manifests", b'{"class_names": [], "splits": {"train": {}}}', "'train' has no list of shards"),
+    ("manifests", b'{"splits": ' + b"[" * 3000 + b"]" * 3000 + b"}", "nested too deep"),
+    ("manifests", b'{"splits": {"a": {"shards": [{"file": "../x"}]}}}', "no file of the folder"),
+    ("captions", b"[" * 3000 + b"]" * 3000 + b"\n", "line 1 is not a caption"),
+    ("configs", b"[" * 3000 + b"]" * 3000, "nested too deep"),
+    ("configs", b'{"model": [], "steps": 1}', "config.json.model="),
+    ("configs", b'{"model": {"text": {"max_len": {"a": 1}}}}', "max_len={'a': 1}: give a whole"),
+]
+
+
+@pytest.mark.parametrize("kind, data, line", FOUND)
+def test_what_was_found_is_a_line_now(kind, data, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    surroundings(tmp_path)
+    (tmp_path / "input").write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        load(kind).run(tmp_path / "input")
 
 
 def test_each_fault_of_a_reader_is_found():

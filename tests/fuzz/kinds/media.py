@@ -12,6 +12,7 @@ import mutate
 import numpy as np
 from PIL import Image
 
+from coca_jax.config import typed
 from coca_jax.configs import base
 from coca_jax.data import images, videos
 from coca_jax.data.pixels import Pixels
@@ -111,7 +112,7 @@ def _pixels(frames: int) -> Pixels:
     config.model.image_size, config.data.num_threads = 16, 1
     config.data.num_frames = frames
     config.data.augment = "crop"
-    return Pixels(config)
+    return Pixels(typed(config))
 
 
 def _said(read: Callable[[], object]) -> str:

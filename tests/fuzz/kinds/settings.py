@@ -15,9 +15,9 @@ from typing import Any
 import mutate
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from coca_jax import caption_files, checkpointing, cli, recipes, run_config, sealed_json
+from coca_jax.config import Model, checks, read
 from coca_jax.data import mixture, sources, view_index
 from coca_jax.importers import splits
 from coca_jax.importers.items import Options
@@ -87,10 +87,9 @@ def read_overrides(path: pathlib.Path) -> str:
             except (ValueError, OSError) as error:
                 cli.fail(str(error))
             cli.parse_flags(sys.argv, sys.modules[__name__])
-            config = flags.FLAGS.config
-            if config is None:
+            if flags.FLAGS.config is None:
                 return "no recipe: "
-            config = ConfigDict(config.to_dict())
+            config = recipes.typed(flags.FLAGS.config)
             run_config.check(config)
         digest = hashlib.blake2b(repr(config.to_dict()).encode("utf-8", "replace"), digest_size=6)
         return f"accepted: {digest.hexdigest()}"
@@ -127,7 +126,7 @@ def read_config(path: pathlib.Path) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(path.read_bytes())
     config = checkpointing.read_config(str(folder))
-    run_config.check(config)
+    checks.check_model(read(Model, config.model.to_dict(), "model", old=True))
     return f"config: {config}"
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from coca_jax import convert, export_format
+from coca_jax.config import checks
 from coca_jax.data import vocabulary
 from coca_jax.interop import open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout
-from coca_jax.models import coca
 from kinds import Kind
 
 TEXTS = ("a photo of a cat", "naïve 東京 🙂", "x" * 3000, "half a word-", "")
@@ -219,7 +219,7 @@ def read_open_clip(path: pathlib.Path) -> str:
     tensors: dict[str, np.ndarray] = {}
     config = convert._config(*convert._model_config("weights", str(path), tensors))
     model = ConfigDict(config["model"])
-    coca.validate(model)
+    checks.check_model(model)
     layout = Layout(model)
     return f"model: {json.dumps(config, sort_keys=True)} {sum(map(len, layout.tensors()))}"
 
