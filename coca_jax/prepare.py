@@ -42,8 +42,9 @@ def _options() -> Options:
         where.append((field, tuple(values.split(","))))
     names: tuple[str, ...] = ()
     if flags.FLAGS.class_names:
-        names = tuple(files.read(flags.FLAGS.class_names).decode().split("\n"))
-        names = names[:-1] if names and not names[-1] else names
+        names = tuple(files.read_lines(flags.FLAGS.class_names))
+        if names == ("",):
+            raise ValueError(f"--class_names={flags.FLAGS.class_names}: it is empty")
     if not 0 < flags.FLAGS.sample <= 1:
         raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
     return Options(

@@ -13,6 +13,7 @@ from coca_jax.storage import filesystem, is_remote
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
+MAX_TEXT_FILE = 64 << 20  # of a list of names or prompts
 
 
 def join(folder: str, name: str) -> str:
@@ -29,12 +30,21 @@ def exists(path: str) -> bool:
 
 
 def read(path: str) -> bytes:
-    """The whole of a file."""
-    if not is_remote(path):
-        with open(path.removeprefix("file://"), "rb") as file:
-            return file.read()
-    system, plain = filesystem(path)
-    return system.cat_file(plain)
+    """The whole of a regular file; see `read_bounded`."""
+    return read_bounded(path)
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file, without their ends.
+
+    Raises:
+        OSError, ValueError: as `read_bounded`; or it is not UTF-8.
+    """
+    try:
+        text = read_bounded(path, MAX_TEXT_FILE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 class TooLarge(ValueError):
@@ -83,8 +93,10 @@ def read_image(path: str) -> bytes:
 
 
 def open_binary(path: str) -> Any:
-    """A file to read, seekable."""
+    """A file to read, seekable. Raises OSError where it cannot be, as of a pipe or a device."""
     system, plain = filesystem(path)
+    if not is_remote(path) and not stat.S_ISREG(os.stat(plain).st_mode):
+        raise OSError(f"{path}: not a regular file")
     return system.open(plain, "rb")
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from coca_jax.config import Config, Entry
@@ -235,8 +234,8 @@ def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, .
             declared_classes(mixture.entries[n]) or mixture.sources[n].labels() for n in numbers
         ]
         return tuple(dict.fromkeys(name for names in found for name in names))
-    with fsspec.open(os.fspath(head.classes), "r", encoding="utf-8") as file:
-        names = tuple(line.strip() for line in file if line.strip())
+    lines = prompt_sets.read_lines(head.classes)
+    names = tuple(line.strip() for line in lines if line.strip())
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(
             f"head.classes={head.classes} has {len(names)} names, {len(set(names))} "

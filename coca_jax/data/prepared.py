@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from coca_jax import cache_folder
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, manifest, records
+from coca_jax.data import files, formats, manifest, records, shard_cache
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
@@ -106,18 +104,23 @@ class ArrayRecordFiles:
     def __init__(self, paths: list[str], counts: list[int]):
         self._paths = paths
         self._ends = np.cumsum(counts)
-        self._readers: dict[int, Any] = {}
+        self._readers: dict[int, tuple[Any, str]] = {}  # and the file of each
         self._lock = threading.Lock()
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
             if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(
-                    local_copy(self._paths[shard]),
-                    options="readahead_buffer_size:0,max_parallelism:0",
-                    file_reader_buffer_size=32768,
-                )
-            return self._readers[shard]
+                with shard_cache.opened(self._paths[shard]) as file:
+                    reader = array_record_module.ArrayRecordReader(
+                        file,
+                        options="readahead_buffer_size:0,max_parallelism:0",
+                        file_reader_buffer_size=32768,
+                    )
+                if file != self._paths[shard]:  # copies that have left take room while open
+                    there = self._readers.items()
+                    self._readers = {n: one for n, one in there if os.path.exists(one[1])}
+                self._readers[shard] = reader, file
+            return self._readers[shard][0]
 
     def __call__(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order; RuntimeError where a shard is damaged."""
@@ -131,22 +134,3 @@ class ArrayRecordFiles:
             for row, serialized in zip(rows, data):
                 result[row] = records.parse(serialized)
         return result  # type: ignore[return-value]
-
-
-def local_copy(path: str) -> str:
-    """The file itself, or a local copy of a remote one, made when it is first read.
-
-    array_record reads local files only. The copy is in $XDG_CACHE_HOME/coca_jax (~/.cache) and
-    serves later runs; for data larger than the disk, mount the bucket and give its local path.
-    """
-    if not files.is_remote(path):
-        return path
-    system, plain = files.filesystem(path)
-    mark = f"{path} {system.size(plain)} {system.checksum(plain)}"
-    name = hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
-    copy = str(cache_folder.folder() / name)
-    if not os.path.exists(copy):
-        temporary = f"{copy}.{os.getpid()}"
-        system.get_file(plain, temporary)
-        os.replace(temporary, copy)
-    return copy

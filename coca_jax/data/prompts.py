@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import fsspec
+from coca_jax.data import files
 
 BARE = ("{}",)
 
@@ -219,8 +219,7 @@ def load(name: str) -> tuple[str, ...]:
 
 def read_lines(path: str) -> list[str]:
     """The lines of a text file, a path or URL, without their ends."""
-    with fsspec.open(os.fspath(path), "r", encoding="utf-8") as file:
-        return [line.rstrip("\r\n") for line in file]
+    return files.read_lines(os.fspath(path))
 
 
 def check(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def options_of(request: Request) -> Options:
     """How the data are read."""
     given: dict[str, Any] = dict(request.fields)
     names = given.pop("class_names", "")
-    lines = files.read(names).decode().splitlines() if names else []
+    lines = files.read_lines(names) if names else []
     return Options(**given, class_names=tuple(line.strip() for line in lines if line.strip()))
 
 

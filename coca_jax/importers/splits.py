@@ -21,7 +21,7 @@ import tqdm
 from coca_jax import storage
 from coca_jax.data import files
 from coca_jax.importers import dedup, metadata, remarks, shards
-from coca_jax.importers.items import Options, Unit
+from coca_jax.importers.items import Options, Unit, printable
 
 _ROWS_PER_SHARD = 16_384
 
@@ -97,6 +97,8 @@ def prepare(
     """
     options = options or Options()
     module = shards.importer(format)
+    if not str(out).isascii() and printable(str(out)) != str(out):
+        raise ValueError(f"--out={printable(str(out))}: the name of the folder is not UTF-8")
     manifest = metadata.read_manifest(out)
     request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
     request = json.loads(json.dumps(request))

@@ -48,6 +48,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = os.fspath(path)
     arrays = {}
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file")
     try:
         with safetensors.safe_open(path, framework="numpy") as file, open(path, "rb") as raw:
             (position,) = struct.unpack("<Q", raw.read(8))

@@ -1,0 +1,100 @@
+"""Local copies of shards that lie in a bucket, kept between runs, the longest unused ones leaving.
+
+array_record reads local files only. Several processes and threads may share the folder: a copy
+appears whole, and one that somebody has opened stays readable when it leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+
+from coca_jax import cache_folder
+from coca_jax.data import files
+
+LIMIT = "COCA_JAX_SHARD_CACHE_GIB"  # a variable of the environment
+DEFAULT_GIB = 100.0
+_LOCK = "lock.file"
+_UNFINISHED_SECONDS = 86_400.0  # after which a copy that nobody finished is what a kill left
+
+
+def limit() -> int:
+    """Bytes that copies may take together. Raises ValueError for a variable that is no number."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        gib = float(text) if text else DEFAULT_GIB
+    except ValueError:
+        gib = -1.0
+    if not 0 < gib < 1e9:
+        raise ValueError(f"{LIMIT}={text}: give the GiB that copies of shards may take, above 0")
+    return int(gib * (1 << 30))
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[str]:
+    """The file itself, or a copy of a remote one, which is there until the block ends; what the
+    block has opened stays readable. For data larger than the disk, mount the bucket.
+
+    Raises ValueError: see `limit`; OSError: no room on the disk, or the bucket does not answer.
+    """
+    if not files.is_remote(path):
+        yield path
+        return
+    folder = cache_folder.folder() / "shards"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    system, plain = files.filesystem(path)
+    size = system.size(plain)
+    mark = f"{path} {size} {system.checksum(plain)}"
+    copy = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
+    with _locked(folder, fcntl.LOCK_SH):
+        if copy.exists():
+            os.utime(copy)
+            yield str(copy)
+            return
+    make_room(folder, size)
+    unfinished = folder / f"{copy.name}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        system.get_file(plain, str(unfinished))
+        if unfinished.stat().st_size != size:
+            raise OSError(f"{path}: {unfinished.stat().st_size} of {size} bytes were copied")
+        with _locked(folder, fcntl.LOCK_SH):
+            os.replace(unfinished, copy)
+            yield str(copy)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def make_room(folder: pathlib.Path, size: int) -> None:
+    """Removes the copies that are unused the longest until `size` more bytes are within the limit
+    and on the disk, and what killed processes left."""
+    most = limit()
+    with _locked(folder, fcntl.LOCK_EX):
+        found = []
+        for file in folder.iterdir():
+            about = file.stat()
+            if "." not in file.name:
+                found.append((about.st_mtime, about.st_size, file))
+            elif file.name != _LOCK and time.time() - about.st_mtime > _UNFINISHED_SECONDS:
+                file.unlink(missing_ok=True)
+        total = sum(bytes for _, bytes, _ in found)
+        for _, bytes, file in sorted(found):
+            if total + size <= most and shutil.disk_usage(folder).free > size:
+                return
+            file.unlink(missing_ok=True)
+            total -= bytes
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, how: int) -> Iterator[None]:
+    """Holds the folder's lock: shared by readers, alone for one that removes. A process that dies
+    lets go of it."""
+    with open(folder / _LOCK, "ab") as file:
+        fcntl.flock(file, how)
+        yield

@@ -1,0 +1,95 @@
+"""Copies of shards in a bucket: within a limit, the longest unused leaving, over threads too."""
+
+import concurrent.futures
+import os
+import time
+
+import fsspec
+import pytest
+from array_record.python import array_record_module
+
+from coca_jax.data import prepared, records, shard_cache
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Six files of a MiB each, and room for three and a half copies."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(shard_cache.LIMIT, str(3.5 / 1024))
+    system = fsspec.filesystem("memory")
+    for number in range(6):
+        system.pipe_file(f"/shards/{number}", bytes([number]) * SIZE)
+    yield [f"memory://shards/{number}" for number in range(6)]
+    system.rm("/shards", recursive=True)
+
+
+def _copies(folder):
+    found = (folder / "coca_jax/shards").iterdir()
+    return sorted(file.read_bytes()[0] for file in found if "." not in file.name)
+
+
+def _read(path):
+    with shard_cache.opened(path) as copy, open(copy, "rb") as file:
+        return file.read()
+
+
+def test_the_longest_unused_copies_leave(bucket, tmp_path):
+    for number in (0, 1, 2, 0, 3):
+        assert _read(bucket[number]) == bytes([number]) * SIZE
+        time.sleep(0.01)  # of the file system's clock
+    assert _copies(tmp_path) == [0, 2, 3]
+    with shard_cache.opened(bucket[0]) as copy:
+        file = open(copy, "rb")
+    for number in (1, 4, 5):
+        _read(bucket[number])
+    assert _copies(tmp_path) == [1, 4, 5] and file.read() == bytes([0]) * SIZE
+    file.close()
+
+
+def test_what_a_killed_process_left_goes_and_what_is_under_way_stays(bucket, tmp_path):
+    _read(bucket[0])
+    folder = tmp_path / "coca_jax/shards"
+    (folder / "abc.1").write_bytes(b"under way")
+    (folder / "abc.2").write_bytes(b"left")
+    os.utime(folder / "abc.2", (1e9, 1e9))
+    _read(bucket[1])
+    assert (folder / "abc.1").exists() and not (folder / "abc.2").exists()
+    assert not [file for file in folder.iterdir() if file.name.endswith(f".{os.getpid()}")]
+
+
+def test_threads_that_read_more_than_there_is_room_for(bucket, tmp_path):
+    def work(number):  # a file each: fsspec's files in memory have one position for all
+        return [_read(bucket[number]) == bytes([number]) * SIZE for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert all(all(found) for found in pool.map(work, range(6)))
+
+
+def test_readers_of_copies_that_have_left_are_closed(bucket, tmp_path):
+    system, paths = fsspec.filesystem("memory"), []
+    for number in range(6):
+        local = str(tmp_path / f"{number}")
+        writer = array_record_module.ArrayRecordWriter(local, "group_size:1,uncompressed")
+        writer.write(records.serialize(records.Record(bytes([number]) * SIZE, (), (), f"{number}")))
+        writer.close()
+        system.put_file(local, f"/shards/{number}.array_record")
+        paths.append(f"memory://shards/{number}.array_record")
+    read = prepared.ArrayRecordFiles(paths, [1] * 6)
+    for number in (0, 1, 2, 3, 4, 5, 0, 5):
+        assert read([number])[0].image[:1] == bytes([number])
+    links = (
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}")
+    )
+    assert len([name for name in links if str(tmp_path / "coca_jax/shards") in name]) <= 3
+
+
+def test_a_limit_that_is_none_is_refused(bucket, monkeypatch):
+    for text in ("much", "0", "-1", "nan"):
+        monkeypatch.setenv(shard_cache.LIMIT, text)
+        with pytest.raises(ValueError, match=f"COCA_JAX_SHARD_CACHE_GIB={text}: give the GiB"):
+            _read(bucket[0])
+    assert _read("/proc/self/comm")  # a local file is no copy
