@@ -328,3 +328,30 @@ def test_an_import_made_before_an_option_existed_is_the_same_import(folder, tmp_
     del manifest["splits"]["train"]["request"]["options"]["allow_paths"]
     path.write_text(json.dumps(manifest))
     assert _prepare("imagefolder", folder, tmp_path / "out")[0] == first
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "csv"])
+def test_pairs_by_the_names_of_two_files(format, folder, tmp_path):
+    (folder / "sub/b.png").write_bytes(_image(3))
+    good = [("a.png", "sub/b.png", "first"), ("a.png", "sub/b.png", "second")]
+    bad = [("a.png", "", "no second"), ("", "a.png", "no first"), ("a.png", "absent.png", "x"),
+           ("a.png", "/etc/passwd", "outside"), ("../private.png", "a.png", "outside"),
+           ("a.png", "pipe.png", "x")]  # fmt: skip
+    rows = [dict(left=a, right=b, text=text, label="true") for a, b, text in good + bad]
+    if format == "csv":
+        with open(folder / "list.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result, found = _prepare(format, folder, tmp_path / "out", image_field="left,right")
+    assert result["written"] == 2
+    assert [reason for reason, _ in found] == [
+        "missing_image", "missing_image", "missing_image", "outside_input", "outside_input",
+        "missing_image",
+    ]  # fmt: skip
+    pairs = list(sources.open_source(str(tmp_path / "out")))
+    assert [(pair.image, pair.second) for pair in pairs] == [(_image(), _image(3))] * 2
+    assert [pair.texts for pair in pairs] == [("first",), ("second",)]
+    assert len({pair.key for pair in pairs}) == 2

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from typing import Any
 
 from coca_jax.data import files, named_files
 from coca_jax.importers import imagefolder, lines
-from coca_jax.importers.items import Item, Options, Unit, load_image, split_units
+from coca_jax.importers.items import Item, Options, Unit, split_units
 
 ROWS_PER_UNIT = 2048
 PATTERNS = ("*.csv", "*.tsv")  # of its files
@@ -42,19 +41,4 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         if number >= unit.stop:
             return
         if number >= unit.start:
-            yield _item(unit, number, fields, options)
-
-
-def _item(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Options) -> Item:
-    found = imagefolder.row(unit, number, fields, options)
-    second = options.image_field.partition(",")[2]
-    if not second or isinstance(fields, csv.Error) or found.item.problem:
-        return found.load(unit, options)
-    item, name = found.item, fields.pop(second, None)
-    if not name:
-        item.problem, item.detail = "missing_image", f"the row names no {second!r}"
-        return item
-    other = load_image(Item(name), found.folder, name, unit, options)
-    item.second, item.problem, item.detail = other.image, other.problem, other.detail
-    item.key = f"{item.key}+{name}#{item.texts[0] if item.texts else ''}"
-    return found.load(unit, options)
+            yield imagefolder.row(unit, number, fields, options).load(unit, options)

@@ -110,15 +110,21 @@ def _line_units(path: str, root: str) -> list[Unit]:
 
 
 class Located:
-    """An item without its image, and the name of its image's file, relative to a folder."""
+    """An item without its image, and the name of its image's file, relative to a folder; of a pair
+    that of the other image as well."""
 
-    def __init__(self, item: Item, folder: str = "", name: Any = ""):
-        self.item, self.folder, self.name = item, folder, name
+    def __init__(self, item: Item, folder: str = "", name: Any = "", second: Any = ""):
+        self.item, self.folder, self.name, self.second = item, folder, name, second
 
     def load(self, unit: Unit, options: Options) -> Item:
-        """The item with its image, unless it has a problem already."""
+        """The item with its image or images, unless it has a problem already."""
         item = dataclasses.replace(self.item)
-        return item if item.problem else load_image(item, self.folder, self.name, unit, options)
+        if not item.problem:
+            load_image(item, self.folder, self.name, unit, options)
+        if self.second and not item.problem:
+            other = load_image(Item(item.key), self.folder, self.second, unit, options)
+            item.second, item.problem, item.detail = other.image, other.problem, other.detail
+        return item
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
@@ -180,14 +186,20 @@ def row(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Op
 
 def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -> Located:
     folder = posixpath.dirname(unit.path)
-    first = options.image_field.partition(",")[0]
+    first, _, other = options.image_field.partition(",")
     name = take(fields, first, IMAGE_COLUMNS)
     if not isinstance(name, str) or not name:
         detail = f"the row names no image file; it has {sorted(map(str, fields))}"
         return Located(Item(where, problem="missing_image", detail=detail))
+    second = fields.pop(other, None) if other else ""
+    if other and (not isinstance(second, str) or not second):
+        detail = f"the row names no {other!r}"
+        return Located(Item(where, problem="missing_image", detail=detail))
 
     def make() -> Item:
         item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+        if second:  # the same two images may stand beside several texts
+            item.key = f"{name}+{second}#{item.texts[0] if item.texts else ''}"
         try:
             labels = take(fields, options.label_field, LABEL_FIELDS)
             item.labels = names(labels, options.class_names)
@@ -197,4 +209,4 @@ def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -
         item.extra = fields
         return item
 
-    return Located(guarded(name, make), folder, name)
+    return Located(guarded(name, make), folder, name, second)
