@@ -34,7 +34,7 @@ FOUND = [
     ("manifests", b'{"splits": {"a": {"shards": [{"file": "../x"}]}}}', "no file of the folder"),
     ("captions", b"[" * 3000 + b"]" * 3000 + b"\n", "line 1 is not a caption"),
     ("configs", b"[" * 3000 + b"]" * 3000, "nested too deep"),
-    ("configs", b'{"model": [], "steps": 1}', "config.json.model="),
+    ("configs", b'{"model": [], "steps": 1}', "config.json: config.model="),
     ("configs", b'{"model": {"text": {"max_len": {"a": 1}}}}', "max_len={'a': 1}: give a whole"),
 ]
 

@@ -15,9 +15,9 @@ from coca_jax.data import gif_blocks, images, run_vocabulary, videos
 from coca_jax.data.batches import open_stream
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
-from coca_jax.inference import caption_files
 from coca_jax.importers import checks
 from coca_jax.importers.items import Item, Options
+from coca_jax.inference import caption_files
 from coca_jax.models import coca
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics

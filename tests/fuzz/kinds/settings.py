@@ -16,11 +16,12 @@ import mutate
 import numpy as np
 from absl import flags
 
-from coca_jax import caption_files, checkpointing, cli, recipes, run_config, sealed_json
-from coca_jax.config import Model, checks, read
+from coca_jax import checkpointing, cli, recipes, run_config, sealed_json
+from coca_jax.config import checks
 from coca_jax.data import mixture, sources, view_index
 from coca_jax.importers import splits
 from coca_jax.importers.items import Options
+from coca_jax.inference import caption_files
 from kinds import Kind, encoded
 
 RECIPES = ("base", "tiny", "scenes", "coca_224", "linear_probe")
@@ -126,7 +127,7 @@ def read_config(path: pathlib.Path) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(path.read_bytes())
     config = checkpointing.read_config(str(folder))
-    checks.check_model(read(Model, config.model.to_dict(), "model", old=True))
+    checks.check_model(config.model)
     return f"config: {config}"
 
 

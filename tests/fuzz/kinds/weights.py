@@ -16,10 +16,9 @@ from typing import Any
 import ml_dtypes
 import mutate
 import numpy as np
-from ml_collections import ConfigDict
 
 from coca_jax import convert, export_format
-from coca_jax.config import checks
+from coca_jax.config import Model, checks, read
 from coca_jax.data import vocabulary
 from coca_jax.interop import open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout
@@ -218,7 +217,7 @@ def read_open_clip(path: pathlib.Path) -> str:
     """open_clip_config.json to the configuration of an export and the arrays that it has."""
     tensors: dict[str, np.ndarray] = {}
     config = convert._config(*convert._model_config("weights", str(path), tensors))
-    model = ConfigDict(config["model"])
+    model = read(Model, config["model"], f"{path}: model")
     checks.check_model(model)
     layout = Layout(model)
     return f"model: {json.dumps(config, sort_keys=True)} {sum(map(len, layout.tensors()))}"
@@ -254,6 +253,7 @@ def read_export(path: pathlib.Path) -> str:
     words = export_format.vocabulary_path(folder)
     if pathlib.Path(words).parent != folder:
         raise AssertionError(f"a tokenizer outside the folder: {words}")
+    checks.check_model(config.model)
     return f"export: {sorted(params)} {words} {config}"
 
 
