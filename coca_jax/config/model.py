@@ -99,10 +99,10 @@ class Model(Section):
         (0.5, 0.5, 0.5), several(number(-10, 10), 3), "pixels in [0, 1] minus this ..."
     )
     image_std: tuple[float, ...] = key(
-        (0.5, 0.5, 0.5), several(number(0, 10, above=True), 3), "... over this"
+        (0.5, 0.5, 0.5), several(number(1e-3, 10), 3), "... over this"
     )
     temperature: float = key(
-        0.07, number(0, 100, "as 0.07", above=True), "of the softmax at the start; learned"
+        0.07, number(1e-4, 100, "as 0.07"), "of the softmax at the start; learned"
     )
     implementation: str = key(
         "auto",

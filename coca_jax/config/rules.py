@@ -114,7 +114,7 @@ CHUNK = whole(0, 1 << 31)
 STEPS = whole(0, 1_000_000_000, "steps")
 INTERVAL = whole(1, 1_000_000_000, "steps")
 SHARE = number(0, 1, below=True)
-WEIGHT = number(0, 1e38)
+WEIGHT = number(0, 1e6)
 RATE = number(0, 1, "of the parameters' own size a step")
 DEVICES = whole(1, 1 << 20, "devices", (-1, "those that are left"))
 STAGES = Rule(
