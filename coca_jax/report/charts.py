@@ -61,8 +61,9 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
     charts = []
     for title, unit, keys in TRAINING:
         curves = []
+        there = [key for key in keys if any(key in row for run in runs for row in run.rows)]
         for dash, run in enumerate(runs):
-            for colour, key in enumerate(keys):
+            for colour, key in enumerate(there):
                 points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
