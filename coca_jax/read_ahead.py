@@ -1,0 +1,38 @@
+"""Reads items in batches by threads, some ahead of their use."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+AHEAD = 2  # batches
+
+
+def batches(
+    items: Iterable[Item], read: Callable[[Item], Any], size: int
+) -> Iterator[list[tuple[Item, Any]]]:
+    """Yields lists of (item, what `read` gives of it, or the ValueError or OSError why it cannot
+    be), `size` at a time and in order; two batches are read ahead."""
+
+    def safely(item: Item) -> Any:
+        try:
+            return read(item)
+        except (ValueError, OSError) as error:
+            return error
+
+    rest = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead: collections.deque = collections.deque()
+        while True:
+            batch = list(itertools.islice(rest, size))
+            if batch:
+                ahead.append([(item, pool.submit(safely, item)) for item in batch])
+            if len(ahead) > AHEAD or not batch:
+                if not ahead:
+                    return
+                yield [(item, found.result()) for item, found in ahead.popleft()]

@@ -1,0 +1,166 @@
+"""Searches pictures by text, by picture or by both; finds duplicates and clusters.
+
+  index INPUT ...     embeds the pictures of folders, tars, parquet and lists into --out. Run it
+                      again and only new files are embedded; ended anywhere, it goes on.
+  query WHAT ...      the most similar pictures. Each WHAT is a text, or the path or URL of a
+                      picture; several are looked for together.
+  duplicates          groups of pictures that look alike
+  clusters            groups of pictures of a kind
+
+Every find is a JSON line; the last line sums up.
+
+Examples:
+  coca-jax search index photos/ --checkpoint=runs/demo --out=photos.index
+  coca-jax search query "a red car" --index=photos.index
+  coca-jax search query "at night" car.jpg --weights=0.5,1 --index=photos.index
+  coca-jax search duplicates --threshold=0.97 --index=photos.index
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from coca_jax import cli, storage
+from coca_jax.data import formats
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("checkpoint", "", "A run, an export or open_clip weights.")
+    flags.DEFINE_string("out", "", "index: folder to write or to add to.")
+    flags.DEFINE_string("index", "", "query, duplicates, clusters: a folder of `index`.")
+    flags.DEFINE_integer("batch_size", 64, "index: pictures at a time.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_integer("k", 10, "query: pictures to find.", lower_bound=1)
+    flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
+    flags.DEFINE_float("threshold", 0.95, "duplicates: least cosine similarity of a pair.")
+    flags.DEFINE_integer("clusters", 20, "clusters: how many.")
+    flags.DEFINE_integer("seed", 0, "clusters: of where they begin.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command."""
+    work: dict[str, Callable[[list[str]], dict[str, Any]]] = dict(
+        index=_index, query=_query, duplicates=_duplicates, clusters=_clusters
+    )
+    if len(argv) < 2 or argv[1] not in work:
+        given = f"{argv[1]!r} is none of them" if len(argv) > 1 else "none is given"
+        raise ValueError(f"search index|query|duplicates|clusters ...: {given}")
+    start = time.time()
+    result = work[argv[1]](list(argv[2:]))
+    return result | dict(seconds=round(time.time() - start, 2))
+
+
+def _need(**given: Any) -> None:
+    for name, value in given.items():
+        if not value:
+            raise ValueError(f"--{name} is missing; `coca-jax search --help` shows examples")
+
+
+def _load(checkpoint: str) -> Any:
+    cli.say(f"loading {checkpoint}")
+    import coca_jax
+
+    how = dict(dtype=flags.FLAGS.dtype, batch_size=flags.FLAGS.batch_size)
+    return coca_jax.load(checkpoint, num_frames=0, **how)
+
+
+def _index(inputs: list[str]) -> dict[str, Any]:
+    from coca_jax.searching import index
+    from coca_jax.searching.parts import Parts
+
+    args = flags.FLAGS
+    _need(checkpoint=args.checkpoint, out=args.out)
+    if not inputs:
+        raise ValueError("search index: give what to index, a folder of pictures or tars")
+    parts = Parts(args.out)
+    for input in inputs:
+        if not input.lower().endswith(formats.MEDIA):
+            cli.say(f"{input}: read as {formats.guess(input)}")
+    storage.check_writable(args.out)
+    model = _load(args.checkpoint)
+    result: dict[str, Any] = dict(out=args.out, new=0, skipped=0)
+    for input in inputs:
+        done = index.add(
+            model,
+            input,
+            parts,
+            checkpoint=args.checkpoint,
+            batch_size=args.batch_size,
+            say=cli.say,
+            progress=sys.stderr.isatty(),
+        )
+        result |= dict(pictures=done["pictures"])
+        for name in ("new", "skipped"):
+            result[name] += done[name]
+    if result["new"] and result["pictures"] >= index.nearest.EXACT_BELOW:
+        cli.say(f"building the graph of {result['pictures']} pictures")
+    return result | dict(search=index.finish(parts, progress=sys.stderr.isatty()))
+
+
+def _open() -> Any:
+    from coca_jax.searching.index import Index
+
+    _need(index=flags.FLAGS.index)
+    return Index(flags.FLAGS.index)
+
+
+def _query(wanted: list[str]) -> dict[str, Any]:
+    if not wanted:
+        raise ValueError("search query: give what to look for, a text in quotes or a picture")
+    try:
+        weights = [float(text) for text in flags.FLAGS.weights]
+    except ValueError:
+        raise ValueError(f"--weights={','.join(flags.FLAGS.weights)}: give numbers") from None
+    if weights and len(weights) != len(wanted):
+        raise ValueError(f"{len(weights)} weights for {len(wanted)} texts and pictures")
+    index = _open()
+    model = _load(flags.FLAGS.checkpoint or index.checkpoint)
+    index.check(model)
+    images = [one for one in wanted if _is_picture(one)]
+    texts = [one for one in wanted if one not in images]
+    pairs = sorted(zip(wanted, weights), key=lambda pair: pair[0] in images)  # texts first
+    ordered = [weight for _, weight in pairs]
+    found = index.search(index.query(model, texts, images, ordered), flags.FLAGS.k)
+    for one in found:
+        print(json.dumps(one, ensure_ascii=False), flush=True)
+    return dict(texts=texts, images=images, found=len(found), pictures=len(index.names))
+
+
+def _is_picture(text: str) -> bool:
+    return (
+        text.startswith(("http://", "https://")) or os.path.isfile(text) or storage.is_remote(text)
+    )
+
+
+def _duplicates(rest: list[str]) -> dict[str, Any]:
+    from coca_jax.searching import alike
+
+    index = _open()
+    groups = alike.duplicates(index, flags.FLAGS.threshold)
+    for rows in groups:
+        print(json.dumps(dict(images=[index.names[row] for row in rows]), ensure_ascii=False))
+    extra = sum(len(rows) - 1 for rows in groups)
+    return dict(groups=len(groups), duplicates=extra, pictures=len(index.names))
+
+
+def _clusters(rest: list[str]) -> dict[str, Any]:
+    from coca_jax.searching import alike
+
+    index = _open()
+    found = alike.clusters(index, flags.FLAGS.clusters, flags.FLAGS.seed)
+    for one in found:
+        names = [index.names[row] for row in one["rows"]]
+        print(json.dumps(dict(size=len(names), images=names), ensure_ascii=False))
+    return dict(clusters=len(found), pictures=len(index.names))
+
+
+if __name__ == "__main__":
+    cli.command("search")

@@ -1,0 +1,1 @@
+"""Embeddings of many pictures kept in a folder: made, searched, grouped."""

@@ -1,0 +1,157 @@
+"""The folder of an index: embeddings and names in numbered parts, laid out as clip-retrieval does.
+
+    img_emb/img_emb_N.npy         float16 [n, E], L2-normalised
+    metadata/metadata_N.parquet   image_path, caption: one row a row of the embeddings
+    index.json                    the model, and what was indexed
+
+A part is there when its parquet file is: that is written last, and says in its schema's metadata
+which pictures of which group the part holds, so that a run that was ended goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from coca_jax import sealed_json, storage
+
+_KEY = b"coca_jax"
+_NAME = re.compile(r"metadata_(\d+)\.parquet")
+COLUMNS = ("image_path", "caption")
+
+
+@dataclasses.dataclass
+class Done:
+    """What the parts of a group hold: how many of its pictures, and whether those are all."""
+
+    pictures: int = 0
+    whole: bool = False
+
+
+class Parts:
+    """The parts of an index.
+
+    Attributes:
+        about: the contents of index.json; {} for a new folder.
+        done: of each group.
+        skipped: names of pictures that could not be read, and why.
+
+    Raises:
+        ValueError: the folder holds something else, or is damaged.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        place = storage.place(folder)
+        self.about: dict[str, Any] = {}
+        if (place / "index.json").exists():
+            self.about = sealed_json.read(place / "index.json")
+        elif place.exists() and any(place.iterdir()):
+            raise ValueError(f"{folder} holds something that is no index; give a new folder")
+        self.done: dict[str, Done] = {}
+        self.skipped: dict[str, str] = {}
+        self._tables: list[pa.Table] = []
+        names = [p.name for p in (place / "metadata").iterdir()] if self.about else []
+        numbers = sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f"{folder}/metadata: parts are missing, there are {numbers}")
+        for number in numbers:
+            self._take(self._read(number))
+
+    def _read(self, number: int) -> pa.Table:
+        path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
+        try:
+            table = pq.read_table(io.BytesIO(path.read_bytes()))
+            json.loads(table.schema.metadata[_KEY])
+            table.select(list(COLUMNS))
+            return table
+        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it and all parts of a higher number, and run "
+                "the same `search index` again"
+            ) from None
+
+    def _take(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        said = json.loads(table.schema.metadata[_KEY])
+        done = self.done.setdefault(said["group"], Done())
+        done.pictures += len(table) + len(said["skipped"])
+        done.whole = said["last"]
+        self.skipped |= said["skipped"]
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Writes index.json of a new folder, or checks that the same model made the old one.
+
+        Raises:
+            ValueError: another model.
+        """
+        if self.about and self.about["model"] != about["model"]:
+            raise ValueError(
+                f"--out={self.folder} was made by another model ({self.about['checkpoint']}); "
+                "embeddings of two models do not compare: give a new folder"
+            )
+        if not self.about:
+            self.about = about
+            (storage.place(self.folder) / "metadata").mkdir(parents=True, exist_ok=True)
+            sealed_json.write(storage.place(self.folder) / "index.json", about)
+
+    def write(
+        self,
+        group: str,
+        embeddings: np.ndarray,
+        rows: Sequence[tuple[str, str]],
+        skipped: dict[str, str],
+        last: bool,
+    ) -> None:
+        """Adds a part: float32 [n, E], n (name, caption); `last` of its group."""
+        number = len(self._tables)
+        out = io.BytesIO()
+        np.save(out, embeddings.astype(np.float16))
+        place = storage.place(self.folder)
+        storage.write_bytes(place / f"img_emb/img_emb_{number}.npy", out.getvalue())
+        said = json.dumps(dict(group=group, skipped=skipped, last=last))
+        columns = {
+            name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(COLUMNS)
+        }
+        table = pa.table(columns).replace_schema_metadata({_KEY: said.encode()})
+        out = io.BytesIO()
+        pq.write_table(table, out)
+        storage.write_bytes(place / f"metadata/metadata_{number}.parquet", out.getvalue())
+        self._take(table)
+
+    def names(self) -> list[str]:
+        """Of all pictures, in the order of the embeddings."""
+        return self._column("image_path")
+
+    def captions(self) -> list[str]:
+        """Of all pictures, '' where the data have none."""
+        return self._column("caption")
+
+    def _column(self, name: str) -> list[str]:
+        return [text for table in self._tables for text in table[name].to_pylist()]
+
+    def embeddings(self) -> np.ndarray:
+        """float16 [N, E] of all parts, in order.
+
+        Raises:
+            ValueError: a part is missing or damaged.
+        """
+        found = []
+        for number, table in enumerate(self._tables):
+            path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
+            try:
+                part = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+                if part.shape != (len(table), self.about["width"]) or part.dtype != np.float16:
+                    raise ValueError(f"{part.dtype} {part.shape} for {len(table)} pictures")
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(f"{path} is damaged ({error}); index again") from None
+            found.append(part)
+        return np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)

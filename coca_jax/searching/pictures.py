@@ -1,0 +1,87 @@
+"""The pictures to embed, wherever they lie: files in folders, tars, parquet, lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterator
+
+from coca_jax.data import files, formats, image_files
+from coca_jax.importers import imagefolder, shards
+from coca_jax.importers.items import Item, Options, printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """name: tells it from all others, a path where it is a file. image: a path or the encoded
+    bytes. problem: why there is none."""
+
+    name: str
+    image: str | bytes
+    caption: str = ""
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Pictures that are read one after the other. key: the same at the next start, '' for files,
+    which are told by their names. count: how many to expect, 0: not known."""
+
+    key: str
+    read: Callable[[], Iterator[Picture]]
+    count: int = 0
+
+
+def groups(path: str, known: Collection[str]) -> list[Group]:
+    """The pictures at a path (folder, tar, glob, parquet, list, prepared data, 'tfds:NAME').
+
+    known: names of files that are done: they are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no picture.
+    """
+    if files.exists(path) and path.lower().endswith(formats.MEDIA):
+        format = "imagefolder"
+    else:
+        format = formats.guess(path)
+    if format == "imagefolder":
+        return [_files(path, known)]
+    input = path.removeprefix("tfds:") if format == "tfds" else path
+    module, options = shards.importer(format), Options(verify=False)
+    return [
+        Group(
+            f"{unit.path}:{unit.start}-{unit.stop}",
+            lambda unit=unit: (_picture(unit.path, item) for item in module.read(unit, options)),
+            unit.rows,
+        )
+        for unit in module.plan(input, "", options)
+    ]
+
+
+def _files(path: str, known: Collection[str]) -> Group:
+    captions = _captions(path)
+    names = [name for name in image_files.find([path]) if printable(name) not in known]
+    read = (Picture(printable(name), name, captions.get(name, "")) for name in names)
+    return Group("", lambda: read, len(names))
+
+
+def _captions(path: str) -> dict[str, str]:
+    """What the metadata of a folder of pictures, or the names of its folders, say of each."""
+    if files.exists(path) and path.lower().endswith(formats.MEDIA):
+        return {}
+    options, found = Options(), {}
+    for unit in imagefolder.plan(path, "", options):
+        for one in imagefolder.located(unit, options):
+            if isinstance(one.name, str) and one.name:
+                found[files.join(one.folder, one.name)] = _caption(one.item)
+    return found
+
+
+def _caption(item: Item) -> str:
+    return next(itertools.chain(item.texts, [", ".join(item.labels)]), "")
+
+
+def _picture(path: str, item: Item) -> Picture:
+    name = item.key if item.key.startswith(path) else f"{path}#{item.key}"
+    problem = f"{item.problem} ({item.detail})" if item.problem else ""
+    return Picture(printable(name), item.image, _caption(item), problem)

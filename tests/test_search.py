@@ -1,0 +1,235 @@
+"""Searching pictures: the folder of an index, its growth and interruptions, what is found."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+
+from coca_jax import export_programs
+from coca_jax.searching import alike, index, nearest, parts
+
+
+def encoded(seed: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures of noise in folders, one file that is none."""
+    root = tmp_path / "pictures"
+    for number in range(10):
+        path = root / ("a" if number < 5 else "b") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+    (root / "a/broken.png").write_bytes(b"no picture")
+    return root
+
+
+def tree(root) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in pathlib.Path(root).rglob("*.*")}
+
+
+def embed(model, input, out, **how):  # noqa: F811
+    how = dict(checkpoint="here", batch_size=4, part=4, say=lambda text: None) | how
+    return index.add(model, str(input), parts.Parts(str(out)), **how)
+
+
+def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa: F811
+    said: list[str] = []
+    result = embed(model, folder, tmp_path / "i", say=said.append)
+    assert result == dict(new=10, already_there=0, skipped=1, pictures=10)
+    assert len(said) == 1 and "broken.png" in said[0]
+    names, rows = [], []
+    for number in range(3):  # 11 files, four a part
+        rows.append(np.load(tmp_path / f"i/img_emb/img_emb_{number}.npy"))
+        table = pq.read_table(tmp_path / f"i/metadata/metadata_{number}.parquet")
+        names += table["image_path"].to_pylist()
+    assert [len(part) for part in rows] == [4, 3, 3] and rows[0].dtype == np.float16
+    assert names == [str(folder / ("a" if n < 5 else "b") / f"{n}.png") for n in range(10)]
+    np.testing.assert_allclose(np.concatenate(rows), model.encode_image(names), atol=1e-3)
+    assert index.Index(str(tmp_path / "i")).captions == ["a"] * 5 + ["b"] * 5  # class folders
+
+
+def test_a_second_run_embeds_new_files_alone(model, folder, tmp_path):  # noqa: F811
+    embed(model, folder, tmp_path / "i")
+    before = tree(tmp_path / "i")
+    assert embed(model, folder, tmp_path / "i")["new"] == 0
+    assert tree(tmp_path / "i") == before
+    (folder / "a/new.png").write_bytes(encoded(77))
+    result = embed(model, folder, tmp_path / "i")
+    assert (result["new"], result["already_there"], result["skipped"]) == (1, 10, 0)
+    after = tree(tmp_path / "i")
+    assert {name: data for name, data in after.items() if name in before} == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_a_run_that_was_ended_anywhere_ends_the_same(model, folder, tmp_path, kind):  # noqa: F811
+    if kind == "tars":
+        for number in range(2):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+                for i in range(9):
+                    for name, data in ((f"{i}.png", encoded(i)), (f"{i}.txt", b"a red circle")):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    input = folder if kind == "folder" else tmp_path / "*.tar"
+    embed(model, input, tmp_path / "calm")
+    calm = tree(tmp_path / "calm")
+    assert len(parts.Parts(str(tmp_path / "calm")).names()) == (10 if kind == "folder" else 18)
+
+    class Killed(BaseException):
+        pass
+
+    really_write = parts.storage.write_bytes
+
+    for stop_at in range(1, 8):  # files that were written when it ends
+        done = []
+
+        def write(path, data, done=done, stop_at=stop_at):
+            if len(done) == stop_at:
+                raise Killed
+            done.append(path)
+            really_write(path, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts.storage, "write_bytes", write)
+            try:
+                embed(model, input, tmp_path / f"i{stop_at}")
+            except Killed:
+                pass
+        embed(model, input, tmp_path / f"i{stop_at}")
+        assert tree(tmp_path / f"i{stop_at}") == calm
+
+
+def test_an_index_of_other_weights_or_a_damaged_one_is_refused(model, folder, tmp_path):  # noqa: F811
+    embed(model, folder, tmp_path / "i")
+    other = parts.Parts(str(tmp_path / "i"))
+    with pytest.raises(ValueError, match="made by another model"):
+        other.begin(other.about | dict(model="0123"))
+    (tmp_path / "i/metadata/metadata_1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="metadata_1.parquet is damaged"):
+        parts.Parts(str(tmp_path / "i"))
+    (tmp_path / "i/metadata/metadata_1.parquet").unlink()
+    with pytest.raises(ValueError, match="parts are missing"):
+        parts.Parts(str(tmp_path / "i"))
+    with pytest.raises(ValueError, match="holds something that is no index"):
+        parts.Parts(str(folder))
+    with pytest.raises(FileNotFoundError, match="no index there"):
+        index.Index(str(tmp_path / "none"))
+
+
+def test_a_picture_finds_itself_and_weights_move_the_query(model, folder, tmp_path):  # noqa: F811
+    embed(model, folder, tmp_path / "i")
+    found = index.Index(str(tmp_path / "i"))
+    name = str(folder / "b/7.png")
+    first = found.search(found.query(model, images=[name]), 3)
+    assert (first[0]["image"], first[0]["rank"]) == (name, 1)
+    assert first[0]["score"] == pytest.approx(1, abs=2e-3)
+    assert [one["score"] for one in first] == sorted([one["score"] for one in first], reverse=True)
+    text, picture = model.encode_text(["red"])[0], model.encode_image([name])[0]
+    mixed = 0.25 * text + 0.75 * picture
+    wanted = mixed / np.linalg.norm(mixed)
+    np.testing.assert_allclose(found.query(model, ["red"], [name], [1, 3]), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="1 weights for 2"):
+        found.query(model, ["red"], [name], [1])
+    found.about["model"] = "other"
+    with pytest.raises(ValueError, match="other weights"):
+        found.check(model)
+
+
+def clustered(count: int, width: int) -> np.ndarray:
+    """Unit vectors in groups, as embeddings of pictures lie, not spread evenly."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, width))
+    x = centres[rng.integers(0, 50, count)] + 0.7 * rng.normal(size=(count, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+
+
+def test_exact_search_is_the_sorted_products(tmp_path):
+    x = clustered(40_000, 16)
+    queries = x[:5].astype(np.float32)
+    scores, rows = nearest.Exact(x)(queries, 7)
+    similar = queries @ x.astype(np.float32).T
+    np.testing.assert_array_equal(rows, np.argsort(-similar, axis=1, kind="stable")[:, :7])
+    np.testing.assert_allclose(scores, np.take_along_axis(similar, rows, 1), atol=1e-6)
+    assert nearest.Exact(x[:3])(queries, 7)[1].shape == (5, 3)
+
+
+def test_the_graph_finds_what_exact_search_finds(tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    x = clustered(6000, 32)
+    nearest.build(x, str(tmp_path))
+    graph = nearest.open_nearest(x, str(tmp_path))
+    assert isinstance(graph, nearest.Graph)
+    queries = clustered(6200, 32)[6000:].astype(np.float32)
+    _, exact = nearest.Exact(x)(queries, 10)
+    _, near = graph(queries, 10)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, near)])
+    assert recall >= 0.99
+    with pytest.raises(ValueError, match="does not belong"):
+        nearest.open_nearest(x[:-1], str(tmp_path))
+
+
+class Pictures:
+    """An index of given embeddings."""
+
+    def __init__(self, x: np.ndarray):
+        self.embeddings, self.nearest = x.astype(np.float16), nearest.Exact(x.astype(np.float16))
+
+
+def test_duplicates_are_joined_by_chains_of_pairs():
+    angles = np.radians([0, 4, 8, 90, 91, 180])
+    x = np.stack([np.cos(angles), np.sin(angles)], 1)
+    near = float(np.cos(np.radians(5)))  # 0 and 8 degrees are joined by 4
+    assert alike.duplicates(Pictures(x), near) == [[0, 1, 2], [3, 4]]
+    assert alike.duplicates(Pictures(x[:0]), near) == []
+    with pytest.raises(ValueError, match="--threshold=1.5"):
+        alike.duplicates(Pictures(x), 1.5)
+
+
+def test_clusters_are_the_groups_that_there_are():
+    rng = np.random.default_rng(1)
+    centres = np.linalg.qr(rng.normal(size=(8, 8)))[0][:3]
+    sizes = (30, 20, 10)
+    x = np.repeat(centres, sizes, 0) + 0.05 * rng.normal(size=(60, 8))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = alike.clusters(Pictures(x), 3, seed=0)
+    assert [sorted(one["rows"]) for one in found] == [
+        [*range(30)],
+        [*range(30, 50)],
+        [*range(50, 60)],
+    ]
+    with pytest.raises(ValueError, match="--clusters=61 of 60"):
+        alike.clusters(Pictures(x), 61, seed=0)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "coca_jax", "search", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow  # three starts of the command; docs/search.md is walked in every run of the suite
+def test_the_command(model, folder, tmp_path):  # noqa: F811
+    place = tmp_path / "export"
+    export_programs.export(model, str(place))
+    out = str(tmp_path / "i")
+    done = run("index", str(folder), f"--checkpoint={place}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["new"] == 10
+    done = run("query", "red", str(folder / "a/0.png"), f"--index={out}", "--k=2")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("rank") for line in lines] == [1, 2, None]
+    assert lines[-1]["texts"] == ["red"] and lines[-1]["pictures"] == 10
+    done = run("query", "none.png", f"--index={out}")
+    assert done.returncode == 2 and "none.png: no such picture" in done.stderr
