@@ -46,8 +46,8 @@ def duplicates(index: Index, threshold: float) -> list[list[int]]:
     _, label = scipy.sparse.csgraph.connected_components(pairs, directed=False)
     order = np.argsort(label, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
-    groups = [group.tolist() for group in groups if len(group) > 1]
-    return sorted(groups, key=lambda group: (-len(group), group[0]))
+    found: list[list[int]] = [group.tolist() for group in groups if len(group) > 1]
+    return sorted(found, key=lambda group: (-len(group), group[0]))
 
 
 def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:

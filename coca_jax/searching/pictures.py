@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from coca_jax.data import files, formats, image_files
 from coca_jax.importers import imagefolder, shards
-from coca_jax.importers.items import Item, Options, printable
+from coca_jax.importers.items import Item, Options, Unit, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,15 @@ def groups(path: str, known: Collection[str]) -> list[Group]:
         return [_files(path, known)]
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module, options = shards.importer(format), Options(verify=False)
-    return [
-        Group(
-            f"{unit.path}:{unit.start}-{unit.stop}",
-            lambda unit=unit: (_picture(unit.path, item) for item in module.read(unit, options)),
-            unit.rows,
-        )
-        for unit in module.plan(input, "", options)
-    ]
+    units = module.plan(input, "", options)
+
+    def group(unit: Unit) -> Group:
+        def read() -> Iterator[Picture]:
+            return (_picture(unit.path, item) for item in module.read(unit, options))
+
+        return Group(f"{unit.path}:{unit.start}-{unit.stop}", read, unit.rows)
+
+    return [group(unit) for unit in units]
 
 
 def _files(path: str, known: Collection[str]) -> Group:
