@@ -41,7 +41,8 @@ class Exact:
             rows = np.concatenate([rows, np.broadcast_to(numbers, (len(rows), len(block)))], 1)
             # Stable: of equal similarities the earlier picture comes first.
             order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-            best, rows = (np.take_along_axis(x, order, 1) for x in (best, rows))
+            best = np.take_along_axis(best, order, 1)
+            rows = np.take_along_axis(rows, order, 1)
         return best, rows
 
 
