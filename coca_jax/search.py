@@ -121,10 +121,10 @@ def _query(wanted: list[str]) -> dict[str, Any]:
         raise ValueError(f"--weights={','.join(flags.FLAGS.weights)}: give numbers") from None
     if weights and len(weights) != len(wanted):
         raise ValueError(f"{len(weights)} weights for {len(wanted)} texts and pictures")
+    images = [one for one in wanted if _is_picture(one)]
     index = _open()
     model = _load(flags.FLAGS.checkpoint or index.checkpoint)
     index.check(model)
-    images = [one for one in wanted if _is_picture(one)]
     texts = [one for one in wanted if one not in images]
     pairs = sorted(zip(wanted, weights), key=lambda pair: pair[0] in images)  # texts first
     ordered = [weight for _, weight in pairs]
@@ -135,9 +135,11 @@ def _query(wanted: list[str]) -> dict[str, Any]:
 
 
 def _is_picture(text: str) -> bool:
-    return (
-        text.startswith(("http://", "https://")) or os.path.isfile(text) or storage.is_remote(text)
-    )
+    if os.path.isfile(text) or storage.is_remote(text):
+        return True
+    if text.lower().endswith(formats.MEDIA) and " " not in text:
+        raise FileNotFoundError(f"{text}: no such picture")
+    return False
 
 
 def _duplicates(rest: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import export_programs
+from coca_jax.inference import export_programs
 from coca_jax.searching import alike, index, nearest, parts
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import storage
 from coca_jax.data import bounded_json
-from coca_jax import read_ahead
+from coca_jax.inference import read_ahead
 
 if TYPE_CHECKING:
     from coca_jax import inference

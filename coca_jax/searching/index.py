@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
-from coca_jax import read_ahead
+from coca_jax.inference import read_ahead
 from coca_jax.searching import nearest, pictures
 from coca_jax.searching.parts import Done, Parts
 from coca_jax.searching.pictures import Group, Picture
 
 if TYPE_CHECKING:
-    import coca_jax
+    from coca_jax.inference.model import CoCaModel
 
 PART = 4096  # pictures a part: what a stop loses at most
 VERSION = 1  # of the folder's layout
 
 
 def add(
-    model: coca_jax.CoCaModel,
+    model: CoCaModel,
     input: str,
     parts: Parts,
     *,
@@ -71,7 +71,7 @@ def add(
 
 
 def _add_part(
-    model: coca_jax.CoCaModel,
+    model: CoCaModel,
     group: Group,
     chunk: list[Picture],
     last: bool,
@@ -139,7 +139,7 @@ class Index:
         self.embeddings = parts.embeddings()
         self.nearest = nearest.open_nearest(self.embeddings, folder)
 
-    def check(self, model: coca_jax.CoCaModel) -> None:
+    def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
         if model.checksum() != self.about["model"]:
             raise ValueError(
@@ -149,7 +149,7 @@ class Index:
 
     def query(
         self,
-        model: coca_jax.CoCaModel,
+        model: CoCaModel,
         texts: Sequence[str] = (),
         images: Sequence[Any] = (),
         weights: Sequence[float] = (),
