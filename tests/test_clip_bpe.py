@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import pathlib
 import random
@@ -135,3 +136,45 @@ def test_ids_equal_open_clip_with_its_own_merges():
     tokens, valid = ours.encode_batch(texts, theirs.context_length)
     np.testing.assert_array_equal(tokens, theirs(texts).numpy())
     assert (valid == (tokens != 0)).all()
+
+
+def _merged_by_definition(pieces, ranks):
+    """Byte-pair merging as it is defined (Sennrich et al. 2016, Algorithm 1): in each round all of
+    the best pair there is."""
+    while True:
+        pairs = [pair for pair in zip(pieces, pieces[1:]) if pair in ranks]
+        if not pairs:
+            return pieces
+        best = min(pairs, key=ranks.get)
+        merged, at = [], 0
+        while at < len(pieces):
+            both = tuple(pieces[at : at + 2]) == best
+            merged.append("".join(best) if both else pieces[at])
+            at += 2 if both else 1
+        pieces = merged
+
+
+def test_merging_is_what_it_is_defined_as_and_quick_for_words_of_any_length():
+    rng = random.Random(0)
+    for _ in range(400):
+        symbols, merges = list("abc"), []
+        for _ in range(rng.randrange(12)):
+            merges.append((rng.choice(symbols), rng.choice(symbols)))
+            symbols.append("".join(merges[-1]))
+        rng.shuffle(merges)  # a file of a stranger's may use a symbol before it is made
+        ranks = {pair: number for number, pair in enumerate(merges)}
+        word = rng.choices("abc", k=rng.randrange(1, 40))
+        assert clip_bpe._merged(word, ranks) == _merged_by_definition(word, ranks)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ranks = {pair: n for n, pair in enumerate(itertools.product(letters, repeat=2))}
+    looked_up = 0
+
+    class Counted(dict):
+        def get(self, pair):
+            nonlocal looked_up
+            looked_up += 1
+            return super().get(pair)
+
+    word = rng.choices(letters, k=10_000)
+    clip_bpe._merged(word, Counted(ranks))
+    assert looked_up < 6 * len(word)  # with a look at all pairs in each round: 500 times each
