@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
+import coca_jax
 from coca_jax import export_format, recipes
 from coca_jax.config import Config, Entry, Mesh, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
@@ -116,3 +118,28 @@ def test_every_key_says_what_it_is():
 def test_names_of_the_config_are_those_of_what_they_name(key, known):
     rule = dict(keys(Config))[key].metadata["rule"]
     assert all(map(rule.holds, known)) and rule.words.count("'") == 2 * len(known)
+
+
+EDGES = {
+    "config/__init__.py": "typed() takes what a recipe gave",
+    "config/rules.py": "knows one where it sees it",
+    "config/section.py": "read() takes one",
+    "inherit.py": "fills what a recipe left to its weights",
+    "recipes.py": "evaluates recipes and defines their flags",
+    "fitting/recipe.py": "writes a recipe",
+}
+
+
+def test_inside_a_configuration_is_no_mapping():
+    """ConfigDicts end at the edge; no function takes a configuration without a type."""
+    root = pathlib.Path(coca_jax.__file__).parent
+    bags = re.compile(r"ml_collections|ConfigDict\b|\bconfig: Any|\bmodel_config: Any")
+    reads = re.compile(r"\bconfig(\.\w+)+(\.get\(|\[\")")
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for path in sorted(root.rglob("*.py"))
+        if str(path.relative_to(root)) not in EDGES and "configs" not in path.parts
+        for line in path.read_text().splitlines()
+        if bags.search(line) or reads.search(line)
+    ]
+    assert not found

@@ -4,8 +4,6 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from ml_collections import ConfigDict
-
 from coca_jax.config.data import Data, Entry
 from coca_jax.config.model import Head, ImageModel, Model, Pooler, TextModel
 from coca_jax.config.run import (
@@ -28,7 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-Recipe: TypeAlias = Config | ConfigDict | Mapping[str, Any]
+# What get_config() gives: a ConfigDict, which mypy knows nothing of.
+Recipe: TypeAlias = Config | Mapping[str, Any]
 
 
 def typed(config: Recipe) -> Config:

@@ -46,21 +46,6 @@ class Section:
             _merge(group, last, value)
         return read(type(self), tree, name)
 
-    # As a mapping, for what still reads a configuration as one.
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default`."""
-        return getattr(self, key, default)
-
-    def keys(self) -> list[str]:
-        """The names of the keys."""
-        return [field.name for field in dataclasses.fields(self)]
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self, key)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys()
-
 
 def _merge(group: dict[str, Any], key: str, value: Any) -> None:
     """Puts a value into a tree; a mapping goes into the section that is there, key by key."""

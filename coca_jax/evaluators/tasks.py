@@ -84,7 +84,7 @@ def run_tasks(
 
 
 def _plain(task: Any) -> Any:
-    """A task without ConfigDicts and tuples, as JSON would give it back."""
+    """A task without tuples, as JSON would give it back."""
     whole = task.to_dict() if hasattr(task, "to_dict") else dict(task)
 
     def plain(x: Any) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import partitioning
+from coca_jax.config import Model
 from coca_jax.inference.devices import WHOLE, Devices, pad
 from coca_jax.models import coca
 from coca_jax.models.pixels import normalise_pixels
@@ -43,7 +44,7 @@ class Programs:
         devices: where they run.
     """
 
-    def __init__(self, module: coca.CoCa, model: Any, devices: Devices) -> None:
+    def __init__(self, module: coca.CoCa, model: Model, devices: Devices) -> None:
         self.module, self._devices = module, devices
         self._normalise = functools.partial(normalise_pixels, model=model)
 
