@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.config import Config
+from coca_jax.models import head_kinds
 from coca_jax.ops import captioning, contrastive
 from coca_jax.ops.reference import Reference
 
@@ -36,6 +37,7 @@ class Objective:
         fields: the fields of the batch that it reads.
         couples: whether its value compares rows with each other, so that it needs all of a batch.
         weight: of its value in the loss that is minimised.
+        serves: what it trains, of models.part.SERVES: the parts of the model on which it depends.
     """
 
     name: ClassVar[str]
@@ -44,6 +46,7 @@ class Objective:
     fields: ClassVar[tuple[str, ...]]
     couples: ClassVar[bool] = False
     weight: float
+    serves: frozenset[str]
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Objective:
@@ -69,6 +72,7 @@ class Head(Objective):
 
     weight: float
     label_smoothing: float
+    reads_text: bool
 
     name = "head_loss"
     shown = ("head_loss", "head_accuracy")
@@ -77,8 +81,14 @@ class Head(Objective):
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Head:
-        head = config.head
-        return cls(head.weight if head.kind else 0.0, head.label_smoothing)
+        head, kind = config.head, head_kinds.of(config.head.kind)
+        return cls(
+            head.weight if kind else 0.0, head.label_smoothing, bool(kind and kind.reads_text)
+        )
+
+    @property
+    def serves(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"head", "image"} | ({"decoding"} if self.reads_text else set()))
 
     def totals(self, batch: Inputs) -> jax.Array:
         """Rows that have a class, float32, at least 1."""
@@ -105,6 +115,7 @@ class Contrastive(Objective):
     outputs = ("image_embedding", "text_embedding", "scale", "logit_bias")
     fields = ("text_id", "is_label")
     couples = True
+    serves = frozenset({"image", "decoding", "captioning", "contrastive"})
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Contrastive:
@@ -146,6 +157,7 @@ class Captioning(Objective):
     shown = ("captioning_loss",)
     outputs = ("states", "kernel", "bias")
     fields = ("tokens", "text_valid", "is_label")
+    serves = frozenset({"image", "decoding", "captioning"})
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Captioning:
@@ -205,6 +217,7 @@ class Tangent(Objective):
     rows: tuple[str, ...]
 
     weight = 1.0
+    serves = frozenset()
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -14,6 +14,7 @@ from coca_jax.config import Config
 from coca_jax.models import coca, roles
 from coca_jax.models.coca import CoCa
 from coca_jax.optimizer import make_optimizer
+from coca_jax.training import objectives
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -47,15 +48,9 @@ def trainable(params: dict, config: Config) -> dict:
     """
     if not config.head.kind:
         return params
-    frozen = config.optimizer.encoder_learning_rate == 0
-    captions, pairs = config.loss.captioning_weight, config.loss.contrastive_weight
-    decodes = bool(captions) or config.head.kind != "classification"
-
-    served = {"head"} if frozen else {"head", "image"}
-    if not frozen:
-        served |= {"decoding"} if decodes or pairs else set()
-        served |= {"captioning"} if captions or pairs else set()
-        served |= {"contrastive"} if pairs else set()
+    served = {"head"}
+    if config.optimizer.encoder_learning_rate != 0:
+        served = served.union(*(objective.serves for objective in objectives.of(config)))
     return roles.select(params, lambda part: part.serves in served)
 
 
