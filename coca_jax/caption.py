@@ -48,7 +48,7 @@ NOTES = dict(
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
+    flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT)
     flags.DEFINE_string("out", "", "JSONL file to add to; images that it holds are skipped.")
     flags.DEFINE_string("prompt", "", "How every caption begins.")
     flags.DEFINE_integer(

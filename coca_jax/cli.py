@@ -37,6 +37,9 @@ COMMANDS = {
     "benchmark": "time training, encoding, captioning, input or losses",
 }
 SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
+CHECKPOINT = (  # what --checkpoint takes
+    "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
+)
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from coca_jax import cli, export_format
+from coca_jax import checked_files, cli, export_format, sealed_json, storage
 from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
-from coca_jax.interop import clip_bpe, open_clip_config, safetensors_file, torch_file
+from coca_jax.data.vocabulary import clip_bpe
+from coca_jax.interop import hub, open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout, count
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -34,13 +35,13 @@ def from_open_clip(
     Args:
         weights: a .safetensors file, a file of torch.save, or a folder with one of them.
         model: name of a released model or path of a JSON; '' finds it (see the flags).
-        bpe: path of the tokenizer's merges; '' finds them.
+        bpe: path of the tokenizer's merges; '': those beside the weights, else CLIP's.
 
     Returns:
         (the configuration written, the layout).
 
     Raises:
-        FileNotFoundError: no weights, or no merges.
+        FileNotFoundError: no weights.
         ValueError: a file that cannot be read, an arrangement that is not supported, or tensors
             that do not fit the model (each named).
     """
@@ -116,8 +117,10 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         interpolation="bicubic",
         resize_mode="shortest",
     )
-    with open(os.path.join(out, CONFIG_NAME), "w") as file:
-        json.dump(dict(model_cfg=model_cfg, preprocess_cfg=preprocess), file, indent=2)
+    written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
+    written[checked_files.KEY] = checked_files.describe(out, [WEIGHTS_NAME])
+    sealed = json.dumps(sealed_json.seal(written), indent=2)
+    storage.write_text(os.path.join(out, CONFIG_NAME), sealed)
     return model_cfg, layout
 
 
@@ -159,9 +162,10 @@ def _model_config(
                 f"{', '.join(open_clip_config.RELEASED)}"
             )
         try:
-            config = bounded_json.parse(files.read_bounded(path))
+            config = sealed_json.unseal(bounded_json.parse(files.read_bounded(path)), "the file")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        checked_files.check(os.path.dirname(weights), config, os.path.basename(weights))
         preprocess = config.get("preprocess_cfg")
         return config.get("model_cfg", config), {} if preprocess is None else preprocess, path
     positions = tensors.get("visual.positional_embedding")
@@ -175,7 +179,12 @@ def _model_config(
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("input", None, "Weights (.bin, .pt, .pth, .safetensors), or a folder.")
+    flags.DEFINE_string(
+        "input",
+        None,
+        "Weights (.bin, .pt, .pth, .safetensors), their folder, or a name: hf-hub:org/name, "
+        "coca_ViT-L-14:TAG.",
+    )
     flags.DEFINE_string("out", None, "Folder to write.")
     flags.DEFINE_enum("to", "coca_jax", ["coca_jax", "open_clip"], "The format to write.")
     flags.DEFINE_string(
@@ -187,7 +196,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "bpe",
         "",
-        f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else found.",
+        f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else CLIP's own.",
     )
 
 
@@ -197,6 +206,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
+    source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)
     cli.say(f"reading {source}")

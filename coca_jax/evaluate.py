@@ -38,7 +38,7 @@ def trained_on(config: Config, data: Mapping[str, Any]) -> bool:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("checkpoint", None, "A run, checkpoint, export or open_clip weights.")
+    flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT)
     flags.DEFINE_string(
         "data", None, "A folder that `prepare` wrote, an imagefolder, 'tfds:NAME', or 'scenes'."
     )
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "remembers them, not how well it does on new ones"
         )
     if not args.out and not storage.place(out).is_dir():
-        raise ValueError(f"--checkpoint={out} is a file; give --out=DIR for eval.json")
+        raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None

@@ -15,23 +15,38 @@ step 0 on, each time with the token that was chosen.
 Examples:
   coca-jax export --checkpoint=runs/demo --out=exported
   coca-jax export --checkpoint=runs/demo --out=exported --platforms=cpu,tpu,cuda
+  coca-jax export --checkpoint=runs/demo --out=for_hub --format=hub --push=me/demo
 """
 
 from __future__ import annotations
 
+import json
+import posixpath
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 import coca_jax
 from coca_jax import cli, export_format, storage
+from coca_jax.interop import hub
+
+if TYPE_CHECKING:
+    from coca_jax.inference import CoCaModel
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("checkpoint", None, "A run, an export or open_clip weights.")
+    flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT)
     flags.DEFINE_string("out", None, "Folder to write.")
+    flags.DEFINE_enum(
+        "format",
+        "folder",
+        ["folder", "hub"],
+        "folder: weights and programs; hub: weights, tokenizer and card as the hub has them.",
+    )
+    flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
+    flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
     known = ", ".join(export_format.PLATFORMS)
     flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {known}.")
 
@@ -40,25 +55,56 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
     args = flags.FLAGS
     if len(argv) > 1 or not args.checkpoint or not args.out:
-        raise ValueError("give --checkpoint=DIR --out=DIR2 [--platforms=cpu,tpu,cuda]")
+        raise ValueError(
+            "give --checkpoint=DIR --out=DIR2 [--platforms=cpu,tpu,cuda], or --format=hub "
+            "[--push=org/name]"
+        )
     export_format.check_platforms(args.platforms)
+    if args.push and args.format != "hub":
+        raise ValueError(f"--push={args.push}: only with --format=hub")
     if storage.is_remote(args.out):
         storage.check_writable(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
+    if args.format == "hub":
+        return _to_hub(model)
     import jax
 
     from coca_jax.inference import export_programs
 
     cli.say("compiling the programs")
     files = export_programs.export(model, args.out, args.platforms)
-    for name, size in files.items():
-        print(f"{name:40s} {size:>14,} bytes")
-    summary: dict[str, Any] = dict(out=args.out, bytes=sum(files.values()))
+    summary = _told(files)
     if jax.default_backend() in args.platforms:
         cli.say("running the written programs beside the model")
         summary["differences"] = export_programs.check(model, args.out)
     return summary
+
+
+def _to_hub(model: CoCaModel) -> dict[str, Any]:
+    from coca_jax.inference import export_folder
+
+    args = flags.FLAGS
+    scores = storage.place(args.checkpoint) / "eval.json"
+    files = export_folder.write_hub(
+        model,
+        args.out,
+        args.push or f"org/{posixpath.basename(args.out.rstrip('/'))}",
+        json.loads(scores.read_text()) if scores.exists() else None,
+    )
+    summary = _told(files)
+    if args.push:
+        cli.say(f"uploading to {args.push}")
+        with storage.local_copy(args.out) as folder:
+            summary["url"] = hub.push(folder, args.push, private=args.private)
+    return summary
+
+
+def _told(files: dict[str, int]) -> dict[str, Any]:
+    """Prints the files; the summary of a command."""
+    for name, size in files.items():
+        print(f"{name:40s} {size:>14,} bytes")
+    return dict(out=flags.FLAGS.out, bytes=sum(files.values()))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
 """The export folder: weights without optimizer state, with all that it takes to use them.
 
-    config.json          'model' (config.model), 'preprocess', 'tokenizer'
+    config.json          'model' (config.model), 'preprocess', 'tokenizer', 'files' (checksums)
     params.safetensors   float32, by path 'a/b/c', layers stacked: the layout of models/
     vocabulary.*         the tokenizer's file
 
-The configuration is written last: a folder that has one is complete.
+The configuration is written last: a folder that has one is complete. It carries checksums of itself
+and of every file, and reading compares them; folders of older versions have none.
+
+In the layout of the hub (see inference/hub_folder.py) the parameters are called model.safetensors
+and config.json says that they are of this library.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
+from etils import epath
 
-from coca_jax import storage
+from coca_jax import checked_files, sealed_json, storage
 from coca_jax.config import StoredConfig, read
 from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
     import jax
 
 _DEEPEST = 32  # levels of a tree of parameters
-CONFIG, PARAMS = "config.json", "params.safetensors"
+CONFIG, PARAMS, PROGRAMS = "config.json", "params.safetensors", "programs"
+HUB_PARAMS, LIBRARY = "model.safetensors", dict(library_name="coca_jax")
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
 
@@ -40,7 +48,40 @@ def check_platforms(platforms: Iterable[str]) -> None:
 
 def is_export(directory: str | os.PathLike[str]) -> bool:
     """Whether the folder, which may be in a bucket, is a complete export."""
-    return all((storage.place(directory) / name).exists() for name in (CONFIG, PARAMS))
+    return bool(_params_name(directory))
+
+
+def _params_name(directory: str | os.PathLike[str]) -> str:
+    """Of the file with the parameters; '' where the folder is no export."""
+    folder = storage.place(directory)
+    if not (folder / CONFIG).exists():
+        return ""
+    if (folder / PARAMS).exists():
+        return PARAMS
+    return HUB_PARAMS if _is_of_library(folder) and (folder / HUB_PARAMS).exists() else ""
+
+
+def _is_of_library(folder: epath.Path) -> bool:
+    """Whether config.json is ours, in the layout of the hub: others have files of these names."""
+    try:
+        data = bounded_json.parse((folder / CONFIG).read_bytes())
+    except ValueError:
+        return False
+    return data.items() >= LIBRARY.items()
+
+
+def refuse_half(directory: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError for what was an export, one of whose two main files is missing, and
+    ValueError where it is the configuration that is damaged."""
+    config = storage.place(directory) / CONFIG
+    for name in (PARAMS, HUB_PARAMS):
+        params = storage.place(directory) / name
+        if params.exists() and not config.exists():
+            raise FileNotFoundError(
+                f"{config} is missing: {name} alone is no export; write or download it again"
+            )
+        if config.exists() and name in sealed_json.read(config).get(checked_files.KEY, {}):
+            raise FileNotFoundError(f"{params} is missing; write or download the folder again")
 
 
 def write_export(
@@ -48,48 +89,71 @@ def write_export(
     params: Mapping[str, Any],
     config: Mapping[str, Any],
     vocabulary_path: str | os.PathLike[str],
+    *,
+    hub: bool = False,
 ) -> None:
-    """Writes an export folder.
+    """Writes an export folder; what stands in its folder of programs already is made part of it.
 
     Args:
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
             one at a time.
         config: 'model', and 'preprocess' {'resize', 'mean', 'std'}; 'tokenizer' is added.
         vocabulary_path: the tokenizer's file, copied.
+        hub: in the layout of the hub.
 
     Raises:
         FileNotFoundError: no such vocabulary.
+        ValueError: naming an array with values that are NaN or infinite.
     """
     os.makedirs(directory, exist_ok=True)
-    tensors = {path: _blocks(array) for path, array in flatten(params).items()}
-    safetensors_file.write(os.path.join(directory, PARAMS), tensors)
-    name = "vocabulary" + _suffixes(vocabulary_path)
+    tensors = {path: _blocks(path, array) for path, array in flatten(params).items()}
+    params_name = HUB_PARAMS if hub else PARAMS
+    safetensors_file.write(os.path.join(directory, params_name), tensors)
+    name = ("tokenizer" if hub else "vocabulary") + _suffixes(vocabulary_path)
     target = os.path.join(directory, name)
     if os.path.abspath(target) != os.path.abspath(vocabulary_path):
         shutil.copyfile(vocabulary_path, target)
     plain = dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
-    temporary = os.path.join(directory, f"{CONFIG}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(plain, file, indent=2)
-    os.replace(temporary, os.path.join(directory, CONFIG))
+    programs = sorted((pathlib.Path(directory) / PROGRAMS).glob("*"))
+    names = [params_name, name, *(f"{PROGRAMS}/{path.name}" for path in programs)]
+    plain |= LIBRARY if hub else {}
+    plain[checked_files.KEY] = checked_files.describe(directory, names)
+    sealed = json.dumps(sealed_json.seal(plain), indent=2)
+    storage.write_text(os.path.join(directory, CONFIG), sealed)
 
 
 def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
     """(params, config) of an export folder; params is a nested dict of float32 arrays mapped from
-    the file, so nothing is read before it is used. From a bucket a temporary copy is mapped.
+    the file. From a bucket a temporary copy is mapped.
 
     Raises:
-        FileNotFoundError: the folder is not an export.
-        ValueError: a file in it is damaged.
+        FileNotFoundError: the folder is not an export, or a file of it is missing.
+        ValueError: a file in it is damaged, or an array holds values that are NaN or infinite.
     """
-    config = read_config(directory)
-    with storage.local_copy(storage.place(directory) / PARAMS) as file:
+    data, params = _read_config(directory), _params_name(directory)
+    config = _typed(data, os.path.join(directory, CONFIG))
+    for name in data.get(checked_files.KEY, {}):  # programs are not run here, but elsewhere
+        if not name.startswith(f"{PROGRAMS}/"):
+            continue
+        if (storage.place(directory) / name).exists():
+            checked_files.check(directory, data, name)
+        else:
+            logging.warning("%s is missing; the model is loaded without it", name)
+    with storage.local_copy(storage.place(directory) / params) as file:
+        checked_files.check(os.path.dirname(file), data, params)
         arrays = safetensors_file.read(file)
     try:
+        for name, array in arrays.items():
+            safetensors_file.check_finite(name, array)
         return unflatten(arrays), config
     except ValueError as error:
-        raise ValueError(f"{os.path.join(directory, PARAMS)}: {error}") from None
+        raise ValueError(f"{os.path.join(directory, params)}: {error}") from None
+
+
+def has_checksums(directory: str | os.PathLike[str]) -> bool:
+    """Whether the folder says what its files hold: one that does was written as a whole."""
+    return checked_files.KEY in _read_config(directory)
 
 
 def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
@@ -99,37 +163,52 @@ def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
         FileNotFoundError: the folder is not an export.
         ValueError: its configuration is damaged.
     """
+    return _typed(_read_config(directory), os.path.join(directory, CONFIG))
+
+
+def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """As it stands in the file, the checksums of the files included."""
     path = storage.place(directory) / CONFIG
     if not is_export(directory):
         raise FileNotFoundError(f"{os.fspath(directory)}: no {CONFIG} and {PARAMS}: not an export")
     try:
-        found = bounded_json.parse(path.read_bytes())
-        for section in ("model", "tokenizer"):
-            if not isinstance(found, dict) or not isinstance(found.get(section), dict):
-                raise ValueError(f"it has no {section!r}; it is not the configuration of an export")
-        kept = ("model", "head", "class_names")
-        tree: dict[str, Any] = {key: found[key] for key in kept if key in found}
-        preprocess = found.get("preprocess") or {}
+        data = bounded_json.parse(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    data = sealed_json.unseal(data, str(path))
+    for section in ("model", "tokenizer"):
+        if not isinstance(data.get(section), dict):
+            raise ValueError(
+                f"{path}: it has no {section!r}; it is not the configuration of an export"
+            )
+    name = data["tokenizer"].get("file")
+    if not checked_files.is_name(name):
+        raise ValueError(f"{path}: tokenizer.file={name!r} is not the name of a file beside it")
+    return data
+
+
+def _typed(data: dict[str, Any], path: str) -> StoredConfig:
+    kept = ("model", "head", "class_names")
+    tree: dict[str, Any] = {key: data[key] for key in kept if key in data}
+    preprocess = data.get("preprocess") or {}
+    try:
         if "resize" in preprocess:
             tree["data"] = {"resize": preprocess["resize"]}
-        tree["tokenizer"] = _tokenizer(found["tokenizer"].get("file"))
-        return read(StoredConfig, tree, old=True)
+        return read(StoredConfig, tree | {"tokenizer": data["tokenizer"]["file"]}, old=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _tokenizer(name: Any) -> str:
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
-        raise ValueError(f"tokenizer.file={name!r} is not the name of a file beside it")
-    return name
 
 
 def vocabulary_path(directory: str | os.PathLike[str]) -> str:
     """The tokenizer's file in an export folder.
 
-    Raises ValueError where the configuration names anything but a file in it.
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or the configuration names anything but a file in the folder.
     """
-    return os.path.join(directory, read_config(directory).tokenizer)
+    data = _read_config(directory)
+    checked_files.check(directory, data, data["tokenizer"]["file"])
+    return os.path.join(directory, data["tokenizer"]["file"])
 
 
 def place(params: Any, shardings: Any) -> Any:
@@ -179,12 +258,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
     return nested
 
 
-def _blocks(array: Any) -> Blocks:
+def _blocks(path: str, array: Any) -> Blocks:
     if isinstance(array, Blocks):
         return array
 
     def parts() -> Iterable[np.ndarray]:
-        yield np.asarray(array, np.float32)
+        whole = np.asarray(array, np.float32)
+        safetensors_file.check_finite(path, whole)
+        yield whole
 
     return Blocks(tuple(array.shape), parts)
 

@@ -41,13 +41,23 @@ def unseal(data: Any, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{name} is damaged: it is no JSON object")
     data = dict(data)
-    sealed = data.pop(KEY, None)
+    sealed = data.pop(KEY, None) or _renamed_seal(data)
     if sealed is not None and sealed != _checksum(data):
         raise ValueError(
             f"{name} is damaged, or was changed by hand: its checksum does not match (if the "
             f"change is meant, delete the line {KEY!r})"
         )
     return data
+
+
+def _renamed_seal(data: dict[str, Any]) -> str | None:
+    """Something that is no checksum of anything, where a checksum of the rest stands under another
+    name: it is KEY that was damaged."""
+    for key, value in data.items():
+        if isinstance(value, str) and len(value) == 64:
+            if value == _checksum({name: data[name] for name in data if name != key}):
+                return "damaged"
+    return None
 
 
 def _checksum(data: dict[str, Any]) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 import open_clip_cases as cases
 import pytest
 
-from coca_jax.interop import clip_bpe
-from coca_jax.interop.clip_bpe import ClipBpe
+from coca_jax.data import vocabulary as vocabulary_room
+from coca_jax.data.vocabulary import clip_bpe
+from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 
@@ -111,10 +112,14 @@ def test_a_tokenizer_json_that_is_none(tmp_path, text):
         clip_bpe.find_merges(tmp_path)
 
 
-def test_no_merges_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="give --bpe=PATH"):
-        clip_bpe.find_merges(tmp_path)
+def test_clips_own_merges_come_with_the_package(tmp_path):
+    found = vocabulary_room.load(clip_bpe.__file__.replace("clip_bpe.py", clip_bpe.FILE_NAME))
+    assert found.data == clip_bpe.find_merges(tmp_path)
+    assert (found.size, found.bos_id, found.eos_id) == (49408, 49406, 49407)
+    assert found.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]  # as CLIP's
+    assert found.decode(found.encode("It's 2 cats!")) == "it 's 2 cats !"
+    with pytest.raises(FileNotFoundError, match="none.gz"):
+        clip_bpe.find_merges(tmp_path, str(tmp_path / "none.gz"))
 
 
 @pytest.mark.torch

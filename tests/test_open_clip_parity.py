@@ -28,10 +28,10 @@ import coca_jax
 from coca_jax import convert, export_format
 from coca_jax.config import Model, read
 from coca_jax.data import images
+from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.interop import open_clip_config, safetensors_file
-from coca_jax.interop.clip_bpe import ClipBpe
 from coca_jax.interop.open_clip_layout import Layout
 from coca_jax.models import coca, decoding
 

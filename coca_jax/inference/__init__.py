@@ -4,9 +4,9 @@
     model.caption(["cat.jpg", "dog.jpg"])
 
 The way of a photo: model.py (what `load` returns) asks read_images.py for pixels, programs.py for
-what the network makes of them, generation/ for tokens and captions.py for text. loading.py turns a
-folder or a file into a model. TensorFlow is never imported here; JAX is with the first of the names
-below, so that a command may check its settings before.
+what the network makes of them, generation/ for tokens and texts.py for words. loading.py turns a
+folder, a file or a name into a model. TensorFlow is never imported here; JAX is with the first of
+the names below, so that a command may check its settings before.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coca_jax.inference.captions import Caption
     from coca_jax.inference.loading import load
     from coca_jax.inference.model import CoCaModel
     from coca_jax.inference.programs import Forward
+    from coca_jax.inference.texts import Caption
 
 __all__ = ["Caption", "CoCaModel", "Forward", "load"]
-_HOMES = dict(Caption="captions", CoCaModel="model", Forward="programs", load="loading")
+_HOMES = dict(Caption="texts", CoCaModel="model", Forward="programs", load="loading")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,11 +21,8 @@ class Devices:
 
     def __init__(self, mesh: Mesh | None) -> None:
         self.mesh = mesh
+        self.several_processes = mesh is not None and mesh.is_multi_process
         self._parts = partitioning.batch_parts(mesh) if mesh else 1
-
-    @property
-    def several_processes(self) -> bool:
-        return self.mesh is not None and self.mesh.is_multi_process
 
     def context(self) -> Any:
         """In which programs are called."""
@@ -38,14 +35,16 @@ class Devices:
             return jax.jit(run)
         return jax.jit(run, out_shardings=partitioning.shardings(self.mesh, out_spec))
 
-    def put(self, array: np.ndarray) -> Any:
-        """Rows, spread over the devices."""
+    def put(self, array: np.ndarray, size: int) -> Any:
+        """The array with rows of zeros to `size` rows, spread over the devices."""
+        array = pad(array, size)
         if self.mesh is None:
             return array
         return _spread(array, NamedSharding(self.mesh, partitioning.spec("batch")))
 
-    def own_rows(self, size: int) -> np.ndarray:
-        """Which rows of a batch the devices of this process read: bool [size]."""
+    def own_rows(self, count: int) -> np.ndarray:
+        """Which of `count` rows the devices of this process read: bool [bucket(count)]."""
+        size = self.bucket(count)
         if not self.several_processes:
             return np.ones(size, bool)
         own = np.zeros(size, bool)

@@ -7,14 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from coca_jax.config import Config, StoredConfig, checks
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
-from coca_jax.inference import read_texts
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
-from coca_jax.inference.read_images import ImageReader, as_list, check_frames, in_batches
+from coca_jax.inference.read_images import ImageReader, as_list, check_frames
 from coca_jax.models import coca, decoding, head_kinds, roles
 
 
@@ -108,10 +109,13 @@ class Encoders:
         sees its label symbol before them.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        parts = [
-            self._run(self._programs.encode_text, *self._tokenize(batch, labels))
-            for batch in in_batches(texts, self.batch_size, progress, "text")
-        ]
+        parts = []
+        with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                tokens, valid = self._tokenize(batch, labels)
+                parts.append(self._run(self._programs.encode_text, tokens, valid))
+                bar.update(len(batch))
         return joined(parts, (self.config.model.embed_dim,))
 
     def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
@@ -176,7 +180,7 @@ class Encoders:
             if pair:
                 pixels = pixels.reshape((-1, head.kind.images) + pixels.shape[1:])
             batch = texts[done : done + len(pixels)]
-            tokens, lengths = read_texts.questions(self.vocabulary, batch, self.max_len)
+            tokens, lengths = text_arrays.questions(self.vocabulary, batch, self.max_len)
             parts.append(self._run(self._programs.classify, pixels, tokens, lengths))
             done += len(pixels)
         return joined(parts, (head.num_classes,))
@@ -205,7 +209,7 @@ class Encoders:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and validity [N, L]. Label texts get their symbol where training gave it them."""
         marked = labels and self.config.data.label_token
-        return read_texts.tokenize(self.vocabulary, texts, self.max_len, marked)
+        return text_arrays.tokenize(self.vocabulary, texts, self.max_len, marked)
 
 
 def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

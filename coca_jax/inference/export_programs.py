@@ -4,8 +4,6 @@ each of them takes and gives.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +14,11 @@ import numpy as np
 from etils import epath
 
 from coca_jax import export_format, storage
+from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.ops.packed import Layout
-
-PROGRAMS = "programs"
 
 
 def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
@@ -138,29 +135,15 @@ def export(model: CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> d
     Raises ValueError for an unknown platform, before anything is written.
     """
     programs = make_programs(model, platforms)
-    sizes = model.config.model
-    config: dict[str, Any] = dict(
-        model=sizes.to_dict(),
-        preprocess=dict(
-            resize=model.resize, mean=list(sizes.image_mean), std=list(sizes.image_std)
-        ),
-    )
-    if model.class_names:  # the task head's weights are exported too; the programs leave it out
-        config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
-    with storage.local_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+    with storage.local_folder(out) as folder:
         for name, data in programs.items():
             storage.write_bytes(_program(folder, name), data)
-        kinds = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
-        suffix = kinds.get(model.vocabulary.data[:1], ".model")
-        path = os.path.join(scratch, f"vocabulary{suffix}")
-        model.vocabulary.save(path)
-        export_format.write_export(folder, model.params, config, path)
-        files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-        return {os.path.relpath(path, folder): os.path.getsize(path) for path in files}
+        export_folder.write(model, folder)
+        return export_folder.sizes(folder)
 
 
 def _program(out: str, name: str) -> epath.Path:
-    return storage.place(out) / PROGRAMS / f"{name}.jax_export"
+    return storage.place(out) / export_format.PROGRAMS / f"{name}.jax_export"
 
 
 def check(model: CoCaModel, out: str) -> dict[str, float]:

@@ -11,38 +11,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax import compile_cache, export_format, storage
+from coca_jax import compile_cache, export_format, partitioning, storage
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import roles
+from coca_jax.interop import hub
+from coca_jax.interop.open_clip_layout import compare
+from coca_jax.models import coca, roles
 
 
-def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: Any) -> CoCaModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    pretrained: str = "",
+    dtype: str | None = None,
+    **options: Any,
+) -> CoCaModel:
     """Loads a model to use.
 
     Args:
         path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
             where the run kept them); an export or converted folder; or open_clip's own weights
             (.bin, .pt, .safetensors, or their folder), converted on the way. Local, or in a bucket
-            (gs://, s3://).
+            (gs://, s3://). Or a name: 'hf-hub:org/name[@revision]' on the Hugging Face hub, or one
+            of open_clip's, 'coca_ViT-L-14' with its `pretrained` or 'coca_ViT-L-14:TAG'.
+        pretrained: which weights of open_clip's name; see `coca_jax.list_pretrained`.
         dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
         options: of `CoCaModel`.
 
     Raises:
-        FileNotFoundError: nothing of that kind at `path`.
-        ValueError: damaged or mismatched files, or an unknown dtype.
+        FileNotFoundError: nothing of that kind at `path`, or the hub cannot be reached.
+        ValueError: damaged or mismatched files, an unknown name, tag or dtype.
     """
-    path = os.fspath(path)
+    path = hub.local(os.fspath(path), pretrained)
     compile_cache.use()
     place = storage.place(path)
     if not storage.reach(place):
         raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
+        if not export_format.has_checksums(path):
+            _check_fit(params, config, path)
         words = vocabulary.load(export_format.vocabulary_path(path))
     elif place.is_dir() and not any((place / name).exists() for name in OPEN_CLIP_FILES):
+        export_format.refuse_half(path)
         params, config, words = _read_run(path)
     else:
         with storage.local_copy(path) as copy:
@@ -52,6 +65,23 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, **options: A
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
     return CoCaModel(config, params, words, **options)
+
+
+def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
+    """Raises ValueError for an export whose configuration is of another model than its arrays:
+    somebody else wrote it, or changed it."""
+    given = {name: tuple(x.shape) for name, x in export_format.flatten(params).items()}
+    module = coca.build(
+        config.model,
+        sigmoid=roles.sigmoid_bias(params) is not None,
+        head=config.head if roles.has_task_head(params) else None,
+        num_classes=len(config.class_names),
+    )
+    shapes = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
+    wanted = {name: tuple(x.shape) for name, x in export_format.flatten(shapes).items()}
+    problems = compare(given, wanted)
+    if problems:
+        raise ValueError(f"{path}: its arrays do not fit its config.json: {'; '.join(problems)}")
 
 
 def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary]:

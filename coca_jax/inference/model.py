@@ -11,15 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax.inference import captions as caption_texts
-from coca_jax.inference import read_texts
-from coca_jax.inference.captions import Caption
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import pad
 from coca_jax.inference.encoders import Encoders, joined
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.read_images import as_list
+from coca_jax.inference.texts import Caption
 from coca_jax.models import decoding
 
 
@@ -60,7 +59,8 @@ class CoCaModel(Encoders):
     def caption(
         self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
     ) -> list[str]:
-        """The best caption of each image. how: fields of `decode_settings.Settings`.
+        """The best caption of each image. how: fields of
+        `generation.settings.Settings`.
 
         prompt: how captions begin, one text for all images or one each. Raises ValueError for
         settings that exclude each other, a prompt without room, or a wrong number of prompts.
@@ -107,7 +107,7 @@ class CoCaModel(Encoders):
         self, pixels: np.ndarray, prompts: list[str], settings: Settings, rows: np.ndarray
     ) -> list[list[Caption]]:
         count, size = len(prompts), self._devices.bucket(len(prompts))
-        prompt = read_texts.prompts(self.vocabulary, prompts, size)
+        prompt = text_arrays.prompts(self.vocabulary, prompts, size)
         with self._devices.context():
             decoded = loop.generate(
                 self._spec,
@@ -120,14 +120,13 @@ class CoCaModel(Encoders):
                 active=np.arange(size) < count,
             )
             decoded = self._programs.gather(decoded)
-        return caption_texts.read(
+        return text_arrays.captions(
             self.vocabulary, prompt.ids, decoded, by_log_prob=settings.num_beams == 1
         )
 
     def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
         """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
-        rows = self._devices.put(pad(pixels, size))
-        return self._programs.encode_image(self.params, rows)[1]
+        return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
 
     @functools.cached_property
     def _decoder_weights(self) -> dict:
@@ -241,7 +240,7 @@ class CoCaModel(Encoders):
                 f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to "
                 f"{self._spec.vocab_size - 1}"
             )
-        valid = read_texts.validity(self.vocabulary, tokens)
+        valid = text_arrays.validity(self.vocabulary, tokens)
         with self._devices.context():
             out = self._programs.forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
         return Forward(*(np.asarray(x) for x in out))

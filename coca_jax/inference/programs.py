@@ -16,7 +16,7 @@ import numpy as np
 
 from coca_jax import partitioning
 from coca_jax.config import Model
-from coca_jax.inference.devices import WHOLE, Devices, pad
+from coca_jax.inference.devices import WHOLE, Devices
 from coca_jax.models import coca
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.ops.captioning import caption_targets
@@ -53,7 +53,7 @@ class Programs:
         count = len(arrays[0])
         size = self._devices.bucket(count)
         with self._devices.context():
-            out = program(params, *(self._devices.put(pad(array, size)) for array in arrays))
+            out = program(params, *(self._devices.put(array, size) for array in arrays))
         return jax.tree.map(lambda x: np.asarray(x)[:count], out)
 
     @functools.cached_property

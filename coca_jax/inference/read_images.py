@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -42,44 +44,42 @@ class ImageReader:
         images = as_list(images, bool(frames))
         size = max(self._batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-
-            def read(start: int) -> list[concurrent.futures.Future]:
+        ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
+        with (
+            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm.tqdm(total=len(images), unit="image", disable=not progress) as bar,
+        ):
+            for start in range(0, len(images) + size, size):
                 part = images[start : start + size]
                 # Pairs are padded as pairs: every process reads all of them.
-                rows = self._devices.bucket(len(part))
-                own = np.ones(len(part), bool) if even else self._devices.own_rows(rows)
-                return [
-                    pool.submit(self.preprocess if mine else self._blank, image, frames)
-                    for image, mine in zip(part, own)
-                ]
-
-            now = read(0)
-            starts = range(0, len(images), size)
-            for start, batch in zip(starts, in_batches(images, size, progress, "image")):
-                following = read(start + len(batch))
-                yield np.stack([item.result() for item in now])
-                now = following
+                if self._devices.several_processes and not even:
+                    own = self._devices.own_rows(len(part))
+                    part = [image if mine else _ELSEWHERE for image, mine in zip(part, own)]
+                ahead.append((len(part), pool.map(self.preprocess, part, itertools.repeat(frames))))
+                if start:
+                    count, pixels = ahead.popleft()
+                    yield np.stack(list(pixels))
+                    bar.update(count)
 
     def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
         """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3].
 
         num_frames: T; 0: the reader's. Raises ValueError: cannot be decoded.
         """
-        frames = num_frames or self._num_frames
-        if frames:
-            return np.stack([self._fit(frame) for frame in videos.decode(image, frames)])
-        return self._fit(image_data.decode(image))
+        frames, square = num_frames or self._num_frames, (self._size, self._size)
+        if image is _ELSEWHERE:
+            return np.zeros(((frames,) if frames else ()) + (*square, 3), np.uint8)
+        pictures = videos.decode(image, frames) if frames else [image_data.decode(image)]
+        fitted = [
+            picture
+            if picture.shape[:2] == square
+            else image_data.preprocess_eval(picture, self._size, self._resize)
+            for picture in pictures
+        ]
+        return np.stack(fitted) if frames else fitted[0]
 
-    def _fit(self, pixels: np.ndarray) -> np.ndarray:
-        if pixels.shape[:2] == (self._size, self._size):
-            return pixels
-        return image_data.preprocess_eval(pixels, self._size, self._resize)
 
-    def _blank(self, image: Any, frames: int) -> np.ndarray:
-        """In place of an image or video that another process decodes."""
-        clip = (frames,) if frames else ()
-        return np.zeros((*clip, self._size, self._size, 3), np.uint8)
+_ELSEWHERE = object()  # in place of an image that another process decodes
 
 
 def as_list(images: Any, clips: bool = False) -> Sequence:
@@ -109,12 +109,3 @@ def check_frames(num_frames: int) -> int:
     if not isinstance(num_frames, int) or num_frames < 0:
         raise ValueError(f"num_frames={num_frames!r}; give the frames of a video, or 0 for images")
     return num_frames
-
-
-def in_batches(items: Sequence, size: int, progress: bool, unit: str) -> Iterator[Sequence]:
-    """Items in batches of `size`, in order, under a bar where `progress` asks for one."""
-    with tqdm.tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            yield batch
-            bar.update(len(batch))

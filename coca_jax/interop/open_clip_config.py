@@ -119,77 +119,93 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         section = config if part == "" else _section(config, part)
         _check_keys(section, part)
         _check_numbers(section, part)
+    _check_together(config)
+    preprocess = check_preprocess(preprocess or {})
+    image, fusion = config["vision_cfg"], config["multimodal_cfg"]
+    return dict(
+        image_size=_square(image.get("image_size", 224), "vision_cfg.image_size"),
+        patch_size=_square(image.get("patch_size", 16), "vision_cfg.patch_size"),
+        embed_dim=config["embed_dim"],
+        dtype="float32",
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+        temperature=0.07,
+        activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
+        image=_image(image),
+        text=_text(config["text_cfg"], fusion, config["embed_dim"]),
+        pooler=dict(
+            kind=_POOLERS[image["attentional_pool"]],
+            num_queries=image.get("attn_pooler_queries", 256),
+            num_heads=image.get("attn_pooler_heads", 8),
+            query_std=1.0,
+            project=image["attentional_pool"] is True,
+        ),
+    )
+
+
+_POOLERS: dict[Any, str] = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
+
+
+def _check_together(config: dict[str, Any]) -> None:
+    """Raises ValueError for sections that do not fit together, or no pooler."""
     image, text, fusion = (config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg"))
     embed_dim = config["embed_dim"]
     for name, width in (("text_cfg.width", text), ("multimodal_cfg.width", fusion)):
         if width.get("width", 512) != embed_dim:
             raise ValueError(f"{name}={width.get('width', 512)} differs from embed_dim={embed_dim}")
-    max_len = text.get("context_length", 77)
-    if fusion.get("context_length", 77) < max_len:
+    if fusion.get("context_length", 77) < text.get("context_length", 77):
         raise ValueError(
             f"multimodal_cfg.context_length={fusion.get('context_length', 77)} is shorter than "
-            f"text_cfg.context_length={max_len}"
+            f"text_cfg.context_length={text.get('context_length', 77)}"
         )
     kind = image.get("attentional_pool", False)
-    kinds = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
-    if not isinstance(kind, (bool, str)) or kind not in kinds:
+    if not isinstance(kind, (bool, str)) or kind not in _POOLERS:
         raise ValueError(
             f"vision_cfg.attentional_pool={_short(kind)}; only models with poolers (true, "
             "'cascade', 'parallel') are supported"
         )
-    legacy = kind is True
-    width = image.get("width", 768)
     for name, wide, heads in (
-        ("vision_cfg.head_width", width, image.get("head_width", 64)),
+        ("vision_cfg.head_width", image.get("width", 768), image.get("head_width", 64)),
         ("text_cfg.heads", embed_dim, text.get("heads", 8)),
         ("multimodal_cfg.heads", embed_dim, fusion.get("heads", 8)),
         ("vision_cfg.attn_pooler_heads", embed_dim, image.get("attn_pooler_heads", 8)),
     ):
         if wide % heads:
             raise ValueError(f"{name}={heads} does not divide the width {wide}")
-    preprocess = check_preprocess(preprocess or {})
+
+
+def _image(image: dict[str, Any]) -> dict[str, Any]:
+    """`vision_cfg` as config.model.image."""
+    width = image.get("width", 768)
     return dict(
-        image_size=_square(image.get("image_size", 224), "vision_cfg.image_size"),
-        patch_size=_square(image.get("patch_size", 16), "vision_cfg.patch_size"),
-        embed_dim=embed_dim,
-        dtype="float32",
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
-        temperature=0.07,
-        activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
-        image=dict(
-            width=width,
-            depth=image.get("layers", 12),
-            mlp_dim=int(width * image.get("mlp_ratio", 4.0)),
-            num_heads=width // image.get("head_width", 64),
-            class_token=True,
-            pre_norm=not image.get("no_ln_pre", False),
-            final_norm=not legacy,
-            patch_bias=False,
-            patch_dropout=image.get("patch_dropout", 0.0),
-        ),
-        text=dict(
-            width=embed_dim,
-            unimodal_depth=text.get("layers", 12),
-            multimodal_depth=fusion.get("layers", 12),
-            mlp_dim=int(embed_dim * text.get("mlp_ratio", 4.0)),
-            num_heads=text.get("heads", 8),
-            multimodal_mlp_dim=4 * embed_dim,
-            multimodal_heads=fusion.get("heads", 8),
-            vocab_size=text.get("vocab_size", 49408),
-            max_len=max_len,
-            tie_embeddings=False,
-            head_bias=False,
-            cls_mask="exact" if text.get("correct_cls_mask", False) else "shifted",
-            cross="open_clip",
-        ),
-        pooler=dict(
-            kind=kinds[kind],
-            num_queries=image.get("attn_pooler_queries", 256),
-            num_heads=image.get("attn_pooler_heads", 8),
-            query_std=1.0,
-            project=legacy,
-        ),
+        width=width,
+        depth=image.get("layers", 12),
+        mlp_dim=int(width * image.get("mlp_ratio", 4.0)),
+        num_heads=width // image.get("head_width", 64),
+        class_token=True,
+        pre_norm=not image.get("no_ln_pre", False),
+        final_norm=image["attentional_pool"] is not True,
+        patch_bias=False,
+        patch_dropout=image.get("patch_dropout", 0.0),
+    )
+
+
+def _text(text: dict[str, Any], fusion: dict[str, Any], width: int) -> dict[str, Any]:
+    """`text_cfg` and `multimodal_cfg` as config.model.text."""
+    return dict(
+        width=width,
+        unimodal_depth=text.get("layers", 12),
+        multimodal_depth=fusion.get("layers", 12),
+        mlp_dim=int(width * text.get("mlp_ratio", 4.0)),
+        num_heads=text.get("heads", 8),
+        multimodal_mlp_dim=4 * width,
+        multimodal_heads=fusion.get("heads", 8),
+        vocab_size=text.get("vocab_size", 49408),
+        max_len=text.get("context_length", 77),
+        tie_embeddings=False,
+        head_bias=False,
+        cls_mask="exact" if text.get("correct_cls_mask", False) else "shifted",
+        cross="open_clip",
     )
 
 
@@ -199,9 +215,51 @@ def from_model(model: Model) -> dict[str, Any]:
     Raises:
         ValueError: naming the first option that open_clip's CoCa does not have.
     """
+    _check_expressible(model)
+    image, text, pooler = model.image, model.text, model.pooler
+    second = pooler_kinds.of(pooler.kind).second_pooler
+    depths = dict(context_length=text.max_len, vocab_size=text.vocab_size, width=text.width)
+    result: dict[str, Any] = dict(
+        embed_dim=model.embed_dim,
+        vision_cfg=dict(
+            image_size=model.image_size,
+            layers=image.depth,
+            width=image.width,
+            head_width=image.width // image.num_heads,
+            mlp_ratio=image.mlp_dim / image.width,
+            patch_size=model.patch_size,
+            attentional_pool=pooler.kind if second else True,
+            attn_pooler_queries=pooler.num_queries,
+            attn_pooler_heads=pooler.num_heads,
+            no_ln_pre=not image.pre_norm,
+            output_tokens=True,
+        ),
+        text_cfg=dict(
+            **depths,
+            heads=text.num_heads,
+            layers=text.unimodal_depth,
+            mlp_ratio=text.mlp_dim / text.width,
+            embed_cls=True,
+            output_tokens=True,
+        ),
+        multimodal_cfg=dict(
+            **depths,
+            heads=text.multimodal_heads or text.num_heads,
+            layers=text.multimodal_depth,
+        ),
+        custom_text=True,
+    )
+    if text.cls_mask == "exact":
+        result["text_cfg"]["correct_cls_mask"] = True
+    if model.activation == "quick_gelu":
+        result["quick_gelu"] = True
+    return result
+
+
+def _check_expressible(model: Model) -> None:
+    """Raises ValueError naming the first option of `config.model` that open_clip does not have."""
     image, text, pooler = model.image, model.text, model.pooler
     legacy = not pooler_kinds.of(pooler.kind).second_pooler
-    heads = text.multimodal_heads or text.num_heads
     fusion_mlp = text.multimodal_mlp_dim or text.mlp_dim
     only = "open_clip has only"
     for name, value, want in (
@@ -223,51 +281,11 @@ def from_model(model: Model) -> dict[str, Any]:
     options = BlockOptions.from_config(model, Reference())
     for name, value in options.beyond(("activation", "dtype", "ops")).items():
         raise ValueError(f"model.{name}={value!r}: open_clip's CoCa has no such option")
-    activation = model.activation
-    if activation == "gelu":
+    if model.activation == "gelu":
         raise ValueError(f"model.activation='gelu': {only} 'gelu_exact' and 'quick_gelu'")
     for tower, width in ((image, image.width), (text, text.width)):
         if int(width * (tower.mlp_dim / width)) != tower.mlp_dim:
             raise ValueError(f"mlp_dim={tower.mlp_dim} is no multiple that open_clip can express")
-    result: dict[str, Any] = dict(
-        embed_dim=model.embed_dim,
-        vision_cfg=dict(
-            image_size=model.image_size,
-            layers=image.depth,
-            width=image.width,
-            head_width=image.width // image.num_heads,
-            mlp_ratio=image.mlp_dim / image.width,
-            patch_size=model.patch_size,
-            attentional_pool=True if legacy else pooler.kind,
-            attn_pooler_queries=pooler.num_queries,
-            attn_pooler_heads=pooler.num_heads,
-            no_ln_pre=not image.pre_norm,
-            output_tokens=True,
-        ),
-        text_cfg=dict(
-            context_length=text.max_len,
-            vocab_size=text.vocab_size,
-            width=text.width,
-            heads=text.num_heads,
-            layers=text.unimodal_depth,
-            mlp_ratio=text.mlp_dim / text.width,
-            embed_cls=True,
-            output_tokens=True,
-        ),
-        multimodal_cfg=dict(
-            context_length=text.max_len,
-            vocab_size=text.vocab_size,
-            width=text.width,
-            heads=heads,
-            layers=text.multimodal_depth,
-        ),
-        custom_text=True,
-    )
-    if text.cls_mask == "exact":
-        result["text_cfg"]["correct_cls_mask"] = True
-    if activation == "quick_gelu":
-        result["quick_gelu"] = True
-    return result
 
 
 def check_preprocess(preprocess: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coca_jax.config import Model
+from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 from coca_jax.models import pooler_kinds
 
@@ -58,15 +59,27 @@ class Layout:
 
     def __init__(self, model: Model, logit_bias: bool = False):
         self.parts: list[Part] = []
-        image, text, pooler = model.image, model.text, model.pooler
-        width, dim, patch = image.width, text.width, model.patch_size
-        positions = (model.image_size // patch) ** 2 + 1
-        kind = pooler_kinds.of(pooler.kind)
-
         self._add("log_scale/value", "logit_scale", ())
         if logit_bias:
             self._add("logit_bias/value", "logit_bias", ())
+        self._image_side(model)
+        self._text_side(model)
+        self.by_path: dict[str, list[Part]] = {}
+        self.by_key: dict[str, list[Part]] = {}
+        for part in self.parts:
+            self.by_path.setdefault(part.path, []).append(part)
+            self.by_key.setdefault(part.key, []).append(part)
+        for parts in self.by_path.values():
+            parts.sort(key=lambda part: part.layer or 0)
+        for parts in self.by_key.values():
+            parts.sort(key=lambda part: part.rows or (0, 0))
 
+    def _image_side(self, model: Model) -> None:
+        """`visual` there; image_encoder, the poolers and what leads to the embedding here."""
+        image, pooler, dim = model.image, model.pooler, model.text.width
+        width, patch = image.width, model.patch_size
+        kind = pooler_kinds.of(pooler.kind)
+        positions = (model.image_size // patch) ** 2 + 1
         self._add("image_encoder/class_token/value", "visual.class_embedding", (width,))
         self._add(
             "image_encoder/positions/value", "visual.positional_embedding", (positions, width)
@@ -91,7 +104,9 @@ class Layout:
         queries = pooler.num_queries
         self._pooler("generative_pooler", "visual.attn_pool", queries, width, model)
 
-        vocab = text.vocab_size
+    def _text_side(self, model: Model) -> None:
+        """`text` and `text_decoder` there; text_decoder and what leads to the embedding here."""
+        text, dim, vocab = model.text, model.text.width, model.text.vocab_size
         self._add("text_decoder/token_embedding/value", "text.token_embedding.weight", (vocab, dim))
         self._add(
             "text_decoder/positions/value", "text.positional_embedding", (text.max_len + 1, dim)
@@ -100,7 +115,6 @@ class Layout:
         self._stack("text_decoder/unimodal", "text.transformer", text.unimodal_depth, dim, text)
         self._norm("text_decoder/unimodal_norm", "text.ln_final", dim)
         self._add("text_to_joint/kernel", "text.text_projection", (dim, model.embed_dim))
-
         heads = text.multimodal_heads or text.num_heads
         mlp = text.multimodal_mlp_dim or text.mlp_dim
         for layer in range(text.multimodal_depth):
@@ -112,16 +126,6 @@ class Layout:
             self._norm(f"{path}/context_norm", f"{cross}.ln_1_kv", dim, layer)
         self._norm("text_decoder/multimodal_norm", "text_decoder.ln_final", dim)
         self._add("text_decoder/head/kernel/value", "text_decoder.text_projection", (dim, vocab))
-
-        self.by_path: dict[str, list[Part]] = {}
-        self.by_key: dict[str, list[Part]] = {}
-        for part in self.parts:
-            self.by_path.setdefault(part.path, []).append(part)
-            self.by_key.setdefault(part.key, []).append(part)
-        for parts in self.by_path.values():
-            parts.sort(key=lambda part: part.layer or 0)
-        for parts in self.by_key.values():
-            parts.sort(key=lambda part: part.rows or (0, 0))
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter here, by path, layers stacked."""
@@ -162,11 +166,7 @@ class Layout:
         def blocks(path: str) -> Iterable[np.ndarray]:
             for part in self.by_path[path]:
                 block = part.here(source[part.key]).astype(np.float32)
-                bad = count_not_finite(block)
-                if bad:
-                    raise ValueError(
-                        f"{part.key} has {bad} values that are not finite (NaN or infinite)"
-                    )
+                safetensors_file.check_finite(part.key, block)
                 yield block
 
         return {
@@ -178,7 +178,8 @@ class Layout:
         """open_clip tensors from parameters here (flat, by path), a tensor at a time, float32.
 
         Raises:
-            ValueError: naming the parameters that are unknown, missing or misshapen.
+            ValueError: naming the parameters that are unknown, missing or misshapen; as the blocks
+                are read, one that has values that are not finite.
         """
         problems = compare({k: tuple(v.shape) for k, v in params.items()}, self.parameters())
         if problems:
@@ -186,7 +187,9 @@ class Layout:
 
         def blocks(key: str) -> Iterable[np.ndarray]:
             for part in self.by_key[key]:
-                yield np.asarray(part.there(params[part.path]), np.float32)
+                block = np.asarray(part.there(params[part.path]), np.float32)
+                safetensors_file.check_finite(part.path, block)
+                yield block
 
         return {
             key: Blocks(shape, functools.partial(blocks, key))
@@ -297,14 +300,6 @@ def compare(given: dict[str, tuple], wanted: dict[str, tuple]) -> list[str]:
     if misshapen:
         problems.append(f"misshapen: {listed(misshapen)}")
     return problems
-
-
-def count_not_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite, without a second array where none is."""
-    with np.errstate(all="ignore"):
-        if np.isfinite(array.sum(dtype=np.float64)):
-            return 0
-    return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def listed(names: list[str]) -> str:

@@ -106,3 +106,13 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Blocks]) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises ValueError naming an array that has values which are NaN or infinite."""
+    with np.errstate(all="ignore"):
+        if np.isfinite(array.sum(dtype=np.float64)):  # without a second array where all is well
+            return
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise ValueError(f"{name} has {bad} values that are not finite (NaN or infinite)")

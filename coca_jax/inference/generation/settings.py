@@ -39,32 +39,30 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def need(name: str, good: bool, remedy: str) -> None:
+        beams, sampled = self.num_beams > 1, self.temperature > 0
+        for name, good, remedy in (
+            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("min_tokens", self.min_tokens >= 0, "must not be negative"),
+            ("num_beams", self.num_beams >= 1, "must be at least 1"),
+            ("num_captions", self.num_captions >= 1, "must be at least 1"),
+            ("temperature", self.temperature >= 0, "must not be negative"),
+            ("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative"),
+            ("temperature", not (beams and sampled), "beam search does not sample; set it to 0"),
+            (
+                "num_captions",
+                not beams or self.num_captions <= self.num_beams,
+                f"at most num_beams={self.num_beams}; raise num_beams",
+            ),
+            (
+                "num_captions",
+                beams or sampled or self.num_captions == 1,
+                "greedy decoding has one caption per image; set num_beams or temperature",
+            ),
+            ("top_k", sampled or self.top_k == 0, "only sampling uses it; set temperature above 0"),
+            ("top_p", sampled or self.top_p == 1, "only sampling uses it; set temperature above 0"),
+        ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
-
-        need("max_tokens", self.max_tokens >= 1, "must be at least 1")
-        need("min_tokens", 0 <= self.min_tokens, "must not be negative")
-        need("num_beams", self.num_beams >= 1, "must be at least 1")
-        need("num_captions", self.num_captions >= 1, "must be at least 1")
-        need("temperature", self.temperature >= 0, "must not be negative")
-        need("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
-        need("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
-        need("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral")
-        need("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative")
-        if self.num_beams > 1:
-            need("temperature", self.temperature == 0, "beam search does not sample; set it to 0")
-            need(
-                "num_captions",
-                self.num_captions <= self.num_beams,
-                f"at most num_beams={self.num_beams}; raise num_beams",
-            )
-        elif self.num_captions > 1:
-            need(
-                "num_captions",
-                self.temperature > 0,
-                "greedy decoding has one caption per image; set num_beams or temperature",
-            )
-        if self.temperature == 0:
-            need("top_k", self.top_k == 0, "only sampling uses it; set temperature above 0")
-            need("top_p", self.top_p == 1, "only sampling uses it; set temperature above 0")

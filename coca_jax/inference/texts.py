@@ -1,9 +1,10 @@
-"""Texts -> token ids in arrays, as the programs take them."""
+"""Texts -> token ids as the programs take them, and captions back from what a decode gave."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +58,11 @@ class Prompts(NamedTuple):
 
 def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
     """The prompts of a batch of `size` rows, at least as many as texts."""
-    by_text = {text: [vocabulary.bos_id] + vocabulary.encode(text) for text in set(texts)}
+    known_texts = sorted(set(texts))
+    by_text = {
+        text: [vocabulary.bos_id, *ids]
+        for text, ids in zip(known_texts, vocabulary.encode_many(known_texts))
+    }
     ids = [by_text[text] for text in texts]
     slots = 1 << (max(len(row) for row in ids) - 1).bit_length()
     tokens = np.full((size, slots), vocabulary.bos_id, np.int32)
@@ -66,3 +71,39 @@ def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
         tokens[row, slots - len(known) :] = known
         lengths[row] = len(known)
     return Prompts(ids, tokens, lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
+    many those are, the end symbol included; finished: whether the end symbol came."""
+
+    text: str
+    log_prob: float
+    num_tokens: int
+    finished: bool
+
+
+def captions(
+    vocabulary: Vocabulary, prompt_ids: list[list[int]], decoded: Any, by_log_prob: bool
+) -> list[list[Caption]]:
+    """The captions of each image, most probable first where asked, else in the decode's order.
+
+    prompt_ids: of each image, begin symbol first. decoded: `generation.loop.Captions`.
+    """
+    tokens, lengths, log_probs = (np.asarray(x) for x in decoded)
+    written = []
+    for row, known in enumerate(prompt_ids):
+        found = [
+            Caption(
+                text=vocabulary.decode(known[1:] + new[:n].tolist()),
+                log_prob=float(log_prob),
+                num_tokens=int(n),
+                finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
+            )
+            for new, n, log_prob in zip(tokens[row], lengths[row], log_probs[row])
+        ]
+        if by_log_prob:
+            found.sort(key=lambda caption: -caption.log_prob)
+        written.append(found)
+    return written

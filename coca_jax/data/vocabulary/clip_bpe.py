@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import heapq
 import html
-import importlib.util
 import json
 import os
 import unicodedata
@@ -17,9 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from coca_jax.data import files
-from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.data.vocabulary.base import Vocabulary
 
-FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"  # as the packages clip and open_clip ship it
+FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's, 49,408 ids; here as open_clip ships it
 SPECIAL = ("<start_of_text>", "<end_of_text>")
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 MAX_MERGES = 49152 - 256 - 2  # the file holds more; CLIP uses these
@@ -115,10 +114,10 @@ def parse_merges(data: bytes) -> list[tuple[str, str]]:
 
 def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
     """The merges file: `given`, or in the folder `beside` (the file itself, or a Hugging Face
-    tokenizer.json), or in an installed package clip or open_clip, which is not imported.
+    tokenizer.json), or CLIP's own, which comes with this package.
 
     Raises:
-        FileNotFoundError: none of them is there.
+        FileNotFoundError: no such file as `given`.
         ValueError: the file found is not one.
     """
     if given:
@@ -128,16 +127,7 @@ def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
         path = os.path.join(beside, name)
         if os.path.isfile(path):
             return find_merges(beside, path)
-    for package in ("open_clip", "clip"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            path = os.path.join(folder, FILE_NAME)
-            if os.path.isfile(path):
-                return find_merges(beside, path)
-    raise FileNotFoundError(
-        f"no merges for the tokenizer: give --bpe=PATH of {FILE_NAME} or of a tokenizer.json "
-        "(the packages open_clip_torch and clip have the file)"
-    )
+    return files.read_bounded(os.path.join(os.path.dirname(__file__), FILE_NAME), MAX_BYTES)
 
 
 def clean(text: str) -> str:

@@ -1,0 +1,126 @@
+"""A model as a folder: for `coca_jax.load`, and in the layout of the hub, with a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import string
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from coca_jax import export_format, storage
+from coca_jax.inference.model import CoCaModel
+
+CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"
+_SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
+
+
+def write(model: CoCaModel, folder: str, *, hub: bool = False) -> None:
+    """Writes an export folder, see export_format.py; hub: in the layout of the hub.
+
+    Raises ValueError naming a parameter with values that are NaN or infinite.
+    """
+    sizes = model.config.model
+    config: dict[str, Any] = dict(
+        model=sizes.to_dict(),
+        preprocess=dict(
+            resize=model.resize, mean=list(sizes.image_mean), std=list(sizes.image_std)
+        ),
+    )
+    if model.class_names:  # the task head's weights are there too; the programs leave it out
+        config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
+    if hub:
+        config |= dict(model_type="coca", architectures=["CoCa"])
+    with tempfile.TemporaryDirectory() as scratch:
+        suffix = _SUFFIXES.get(model.vocabulary.data[:1], ".model")
+        path = os.path.join(scratch, f"vocabulary{suffix}")
+        model.vocabulary.save(path)
+        export_format.write_export(folder, model.params, config, path, hub=hub)
+
+
+def write_hub(
+    model: CoCaModel, out: str, name: str, scores: Mapping[str, float | None] | None = None
+) -> dict[str, int]:
+    """Writes the folder that `hub.push` uploads and `coca_jax.load` reads: config.json,
+    model.safetensors, the tokenizer, preprocessor_config.json and the card README.md.
+
+    name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes.
+    """
+    with storage.local_folder(out) as folder:
+        storage.write_text(os.path.join(folder, CARD), card(model, name, scores or {}))
+        preprocessor = json.dumps(_preprocessor(model), indent=2)
+        storage.write_text(os.path.join(folder, PREPROCESSOR), preprocessor)
+        write(model, folder, hub=True)
+        return sizes(folder)
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of every file in a folder and below, by its path in it, sorted."""
+    files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in files}
+
+
+def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str:
+    """The model card, filled from the configuration and the scores of eval.json."""
+    sizes, text = model.config.model, model.config.model.text
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    kind = type(model.vocabulary).__name__
+    rows = "\n".join(_score_rows(scores))
+    template = string.Template(pathlib.Path(__file__).with_name("model_card.md").read_text())
+    return template.substitute(
+        name=name,
+        title=name.rpartition("/")[2],
+        parameters=f"{count:,}",
+        image=f"{sizes.image_size} x {sizes.image_size} pixels, patches of {sizes.patch_size}",
+        image_encoder=f"{sizes.image.depth} layers of width {sizes.image.width}",
+        text_decoder=f"{text.unimodal_depth} unimodal and {text.multimodal_depth} multimodal "
+        f"layers of width {text.width}",
+        embed_dim=sizes.embed_dim,
+        vocabulary=f"{kind}, {model.vocabulary.size:,} ids; texts of up to {text.max_len} tokens",
+        head=_head(model),
+        scores=f"| measure | value | 95% interval | examples |\n|---|---|---|---|\n{rows}"
+        if rows
+        else "None were stored with these weights.",
+    )
+
+
+def _head(model: CoCaModel) -> str:
+    if not model.class_names:
+        return "none"
+    return f"of kind {model.head_kind!r}, {len(model.class_names)} classes"
+
+
+def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
+    """A row a measure of eval.json, with its interval and count where it has them."""
+    rows = []
+    for key, value in sorted(scores.items()):
+        if value is None or key.endswith(("_low", "_high", "_count")):
+            continue
+        low, high, count = (scores.get(f"{key}_{end}") for end in ("low", "high", "count"))
+        interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+        examples = "" if count is None else f"{count:,.0f}"
+        rows.append(f"| {key} | {value:.4f} | {interval} | {examples} |")
+    return rows
+
+
+def _preprocessor(model: CoCaModel) -> dict[str, Any]:
+    """How images are prepared, in the words of transformers' image processors."""
+    size, crop = model.image_size, model.resize == "crop"
+    square = dict(height=size, width=size)
+    return dict(
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(shortest_edge=size) if crop else square,
+        resample=3 if crop else 2,  # bicubic, bilinear
+        do_center_crop=crop,
+        crop_size=square,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(model.config.model.image_mean),
+        image_std=list(model.config.model.image_std),
+    )

@@ -1,0 +1,156 @@
+"""Models on the Hugging Face hub: names, downloads into its cache, and uploads.
+
+All of it goes through huggingface_hub (the extra 'hf'): its cache (HF_HOME), its token, its
+settings, HF_HUB_OFFLINE and HF_ENDPOINT among them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from coca_jax import extras
+from coca_jax.data import bounded_json
+
+PREFIX = "hf-hub:"  # as open_clip names what is on the hub
+# (model, tag) -> repository, of open_clip 3.3.0's table of pretrained weights.
+PRETRAINED = {
+    ("coca_ViT-B-32", "laion2b_s13b_b90k"): "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
+    (
+        "coca_ViT-B-32",
+        "mscoco_finetuned_laion2b_s13b_b90k",
+    ): "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k",
+    ("coca_ViT-L-14", "laion2b_s13b_b90k"): "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
+    (
+        "coca_ViT-L-14",
+        "mscoco_finetuned_laion2b_s13b_b90k",
+    ): "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
+}
+WEIGHTS = "model.safetensors"  # of a folder that this package writes for the hub
+_SMALL = ["config.json", "open_clip_config.json", "tokenizer.*"]
+_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def local(place: str, pretrained: str = "") -> str:
+    """The folder of a name, downloaded where it needs to be; a path or a bucket's URL as it is.
+
+    Raises as `resolve` and `download` do.
+    """
+    name = place if os.path.exists(place) and not pretrained else resolve(place, pretrained)
+    return download(name) if name.startswith(PREFIX) else name
+
+
+def resolve(name: str, pretrained: str = "") -> str:
+    """'hf-hub:org/name' for a name of a model with public weights; anything else as it is.
+
+    name: 'coca_ViT-L-14' with `pretrained`, or 'coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k'.
+    Raises ValueError naming the choices for a tag that the model does not have.
+    """
+    model, _, tag = name.partition(":")
+    tags = [known for of, known in PRETRAINED if of == model]
+    if not tags:
+        if pretrained:
+            models = ", ".join(sorted({of for of, _ in PRETRAINED}))
+            raise ValueError(f"pretrained={pretrained!r} belongs to a name; choose from {models}")
+        return name
+    tag = pretrained or tag
+    if (model, tag) not in PRETRAINED:
+        given = f"pretrained={tag!r}" if tag else "no pretrained weights named"
+        raise ValueError(f"{model}: {given}; choose from {', '.join(tags)}")
+    return PREFIX + PRETRAINED[model, tag]
+
+
+def download(name: str) -> str:
+    """The folder of huggingface_hub's cache with a model's files, fetched where they are not there
+    yet: the configuration and tokenizer, and the weights, once.
+
+    name: 'hf-hub:org/name' or 'hf-hub:org/name@revision'.
+
+    Raises:
+        FileNotFoundError: no such repository or revision, no model in it, or the hub cannot be
+            reached and the cache does not have it.
+        ValueError: huggingface_hub is missing, or it is no name.
+    """
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    hub = _package()
+    folder = _ask(
+        name,
+        lambda: hub.snapshot_download(repository, revision=revision or None, allow_patterns=_SMALL),
+    )
+    commit = os.path.basename(folder)
+    for weights in _weights(folder):
+        get = functools.partial(hub.hf_hub_download, repository, weights, revision=commit)
+        try:
+            _ask(name, get)
+            return folder
+        except FileNotFoundError as error:
+            missing = error
+    raise missing
+
+
+def push(folder: str, repository: str, *, private: bool = False) -> str:
+    """Uploads a folder in hub layout as one commit; the repository is made where it is missing.
+
+    Returns its URL. Raises ValueError when huggingface_hub is missing or 'org/name' is none,
+    FileNotFoundError when the hub cannot be reached or does not let us.
+    """
+    api = _package().HfApi(library_name="coca_jax")
+
+    def upload() -> str:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Upload with coca_jax"
+        )
+        return str(url)
+
+    return _ask(PREFIX + repository, upload)
+
+
+def _weights(folder: str) -> tuple[str, ...]:
+    """The files that may hold the weights, best first, by the configuration that is there."""
+    config = os.path.join(folder, "config.json")
+    if os.path.isfile(config):
+        with open(config, "rb") as file:
+            try:
+                found: dict[str, Any] = bounded_json.parse(file.read())
+            except ValueError:
+                return (WEIGHTS, *_OPEN_CLIP)
+        if found.get("library_name") == "coca_jax":
+            return (WEIGHTS,)
+    return _OPEN_CLIP
+
+
+def _package() -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(
+            f"a model of the hub needs huggingface_hub: {extras.remedy('hf')}"
+        ) from None
+    return huggingface_hub
+
+
+def _ask(name: str, call: Callable[[], Any]) -> Any:
+    """What the call gives, with its errors in one line that names the model."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.HFValidationError:
+        raise ValueError(f"{name}: no name of a model on the hub; give {PREFIX}org/name") from None
+    except errors.GatedRepoError:
+        why = "its owner grants access one by one; ask on its page, then run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "there is no such model, or it is private: look at the name, or run `hf auth login`"
+    except errors.RevisionNotFoundError:
+        why = "there is no such revision; leave out what is behind the '@', or name another"
+    except errors.LocalEntryNotFoundError:
+        why = "the hub cannot be reached and the cache does not have it (HF_HUB_OFFLINE, HF_HOME)"
+    except errors.EntryNotFoundError:
+        why = "its repository holds no weights that are known here"
+    except OSError as error:  # all that is of the network or the disk
+        why = " ".join(str(error).split())
+    raise FileNotFoundError(f"{name}: {why}")

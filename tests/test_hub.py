@@ -1,0 +1,234 @@
+"""Models by name: the hub's cache as huggingface_hub lays it, and a hub that stands in for it."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import hub_stand_in
+import numpy as np
+import open_clip_cases as cases
+import pytest
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+
+import coca_jax
+from coca_jax import export_format
+from coca_jax.config import Model, read
+from coca_jax.inference import export_folder
+from coca_jax.interop import hub, open_clip_config, safetensors_file
+from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.interop.safetensors_file import Blocks
+
+constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra 'hf'")
+file_download = pytest.importorskip("huggingface_hub.file_download")
+NOBODY = "http://127.0.0.1:9"  # no server answers there
+SCORES = {
+    "zeroshot/birds/top1": 0.8125,
+    "zeroshot/birds/top1_low": 0.75,
+    "zeroshot/birds/top1_high": 0.875,
+    "zeroshot/birds/top1_count": 1600.0,
+    "captioning/birds/bleu4": None,
+}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An empty hub; huggingface_hub asks it, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    with hub_stand_in.Hub(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def open_clip_weights(folder: pathlib.Path) -> None:
+    """A repository as laion's are, of a small model."""
+    folder.mkdir(parents=True)
+    layout = Layout(read(Model, open_clip_config.to_model(cases.SMALL), "model"))
+    tensors = {
+        key: Blocks(shape, lambda key=key, shape=shape: [cases.redraw(key, shape)])
+        for key, shape in layout.tensors().items()
+    }
+    safetensors_file.write(folder / "open_clip_model.safetensors", tensors)
+    config = dict(model_cfg=cases.SMALL, preprocess_cfg={})
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "clip"}')  # of another library
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"the same again")
+    symbols = cases.small_merges()
+    (folder / "tokenizer.json").write_text(json.dumps(dict(model=_merges(symbols))))
+
+
+def _merges(data: bytes) -> dict:
+    from coca_jax.data.vocabulary.clip_bpe import ClipBpe
+
+    ids = {symbol: number for number, symbol in enumerate(ClipBpe(data)._symbols[:-2])}
+    return dict(type="BPE", vocab=ids, merges=cases.MERGES)
+
+
+def test_the_names_are_open_clips():
+    found = coca_jax.list_pretrained()
+    assert len(found) == 4 and ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") in found
+    name = "hf-hub:laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"
+    assert hub.resolve("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") == name
+    assert hub.resolve("coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k") == name
+    assert hub.resolve("runs/demo") == "runs/demo"
+    with pytest.raises(ValueError, match="choose from laion2b_s13b_b90k, mscoco_finetuned"):
+        coca_jax.load("coca_ViT-B-32")
+    with pytest.raises(ValueError, match="pretrained='openai'; choose from laion2b_s13b_b90k"):
+        coca_jax.load("coca_ViT-B-32", pretrained="openai")
+    with pytest.raises(ValueError, match="belongs to a name; choose from coca_ViT-B-32"):
+        coca_jax.load("runs/demo", pretrained="openai")
+
+
+@pytest.mark.torch
+def test_the_table_is_that_of_open_clip():
+    pretrained = pytest.importorskip("open_clip.pretrained")
+    theirs = {
+        (name, tag): entry["hf_hub"].rstrip("/")
+        for name, tags in pretrained._PRETRAINED.items()
+        if name.startswith("coca_")
+        for tag, entry in tags.items()
+    }
+    assert theirs == hub.PRETRAINED
+
+
+def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
+    model,  # noqa: F811
+    images,  # noqa: F811
+    server,
+    tmp_path,
+    monkeypatch,
+):
+    files = export_folder.write_hub(model, str(tmp_path / "out"), "org/birds", SCORES)
+    assert set(files) == {
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+        "tokenizer.model",
+    }
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["library_name"], config["model_type"]) == ("coca_jax", "coca")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: coca_jax\n") and "$" not in card
+    assert "| zeroshot/birds/top1 | 0.8125 | 0.7500 to 0.8750 | 1,600 |" in card
+    assert 'coca_jax.load("hf-hub:org/birds")' in card and "bleu4" not in card
+    wanted = model.encode_image(images)
+    np.testing.assert_array_equal(coca_jax.load(tmp_path / "out").encode_image(images), wanted)
+
+    assert hub.push(str(tmp_path / "out"), "org/birds").endswith("/org/birds")
+    hub.push(str(tmp_path / "out"), "org/birds")  # a second time: the repository is there
+    for name in files:
+        sent = (server.root / "org/birds" / name).read_bytes()
+        assert sent == (tmp_path / "out" / name).read_bytes()
+    loaded = coca_jax.load("hf-hub:org/birds")
+    np.testing.assert_array_equal(loaded.encode_image(images), wanted)
+    assert loaded.caption(images, max_tokens=4) == model.caption(images, max_tokens=4)
+    # The second time nothing but the commit is asked for; without a hub the cache is enough.
+    before = len(server.requests)
+    coca_jax.load(f"hf-hub:org/birds@{hub_stand_in.COMMIT}")
+    assert all("/api/models/" in asked for asked in server.requests[before:])
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    coca_jax.load("hf-hub:org/birds")
+    with pytest.raises(FileNotFoundError, match="the cache does not have it"):
+        coca_jax.load("hf-hub:org/others")
+
+
+def test_open_clips_names_come_from_laions_repositories(server, tmp_path):
+    tag = "mscoco_finetuned_laion2b_s13b_b90k"
+    repository = hub.PRETRAINED["coca_ViT-B-32", tag]
+    open_clip_weights(server.root / repository)
+    loaded = coca_jax.load("coca_ViT-B-32", pretrained=tag)
+    assert loaded.image_size == 32 and loaded.vocabulary.size == 530
+    assert loaded.encode_text(["a photo of a cat"]).shape == (1, 48)
+    fetched = {asked.rpartition("/")[2] for asked in server.requests if asked.startswith("GET")}
+    assert "open_clip_model.safetensors" in fetched
+    assert "open_clip_pytorch_model.bin" not in fetched  # the same weights again
+    (server.root / repository / "open_clip_model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="not a zip archive of torch.save"):
+        coca_jax.load(f"coca_ViT-B-32:{tag}")  # the .bin is taken where there is nothing else
+
+
+def test_a_cache_that_another_program_filled_is_enough_offline(tmp_path, monkeypatch):
+    """Laid out as the library does: blobs, a reference, and links in a snapshot."""
+    root = tmp_path / "cache/models--laion--CoCa-ViT-B-32-laion2B-s13B-b90k"
+    snapshot = root / "snapshots" / hub_stand_in.COMMIT
+    open_clip_weights(tmp_path / "files")
+    (root / "blobs").mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs/main").write_text(hub_stand_in.COMMIT)
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(sorted(os.listdir(tmp_path / "files"))):
+        if name == "open_clip_pytorch_model.bin":
+            continue
+        shutil.move(tmp_path / "files" / name, root / "blobs" / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    loaded = coca_jax.load("coca_ViT-B-32", pretrained="laion2b_s13b_b90k")
+    assert loaded.vocabulary.size == 530
+
+
+def test_what_the_hub_refuses_is_one_line(server, tmp_path):
+    (server.root / "org/empty").mkdir(parents=True)
+    (server.root / "org/empty/README.md").write_text("nothing")
+    for name, message in {
+        "hf-hub:org/none": "org/none: there is no such model, or it is private",
+        "hf-hub:org/empty@v2": "there is no such revision",
+        "hf-hub:org/empty": "holds no weights that are known here",
+        "hf-hub:a b/c/d": "no name of a model on the hub",
+    }.items():
+        with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
+            coca_jax.load(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_damaged_on_its_way_is_told(model, server, tmp_path):  # noqa: F811
+    export_folder.write_hub(model, str(server.root / "org/birds"), "org/birds")
+    path = server.root / "org/birds/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is damaged: its"):
+        coca_jax.load("hf-hub:org/birds")
+    assert not export_format.is_export(tmp_path)
+
+
+def test_commands_take_the_names(model, images, server, tmp_path):  # noqa: F811
+    from PIL import Image
+
+    export_folder.write_hub(model, str(server.root / "org/birds"), "org/birds")
+    shutil.copytree(server.root / "org/birds", tmp_path / "given")
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    env = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+
+    def run(command, *arguments):
+        line = [sys.executable, "-m", f"coca_jax.{command}", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, env=env)
+
+    done = run("caption", "--checkpoint=hf-hub:org/birds", "--max_tokens=4", f"{tmp_path}/a.png")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout.splitlines()[0])
+    assert first["caption"] == model.caption(images[:1], max_tokens=4)[0]
+    shutil.rmtree(server.root / "org")
+    env["HF_HUB_OFFLINE"] = "1"
+    done = run("caption", "--checkpoint=hf-hub:org/birds", "--max_tokens=4", f"{tmp_path}/a.png")
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[0]) == first, done.stderr
+    del env["HF_HUB_OFFLINE"]
+    done = run(
+        "export", f"--checkpoint={tmp_path}/given", f"--out={tmp_path}/again", "--format=hub",
+        "--push=me/again",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["url"].endswith("/me/again")
+    assert "hf-hub:me/again" in (server.root / "me/again/README.md").read_text()
+    done = run("convert", "--input=hf-hub:org/none", f"--out={tmp_path}/none")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        "error: hf-hub:org/none: there is no such model"
+    )
