@@ -132,6 +132,7 @@ class Captioning(Evaluator):
     """
 
     kind, order, title, usual = "captioning", 40, "Captioning", True
+    options = ("decode", "java_metrics")
     needs, programs = "caption", ("caption", "caption_log_likelihood")
     flags = (
         Flag("num_beams", 1, "Beams of the captions.", least=1),

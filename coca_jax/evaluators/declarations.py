@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import enum
 import functools
 import importlib
@@ -21,6 +22,8 @@ from coca_jax.evaluators import Record
 from coca_jax.evaluators.records import Records, missing
 from coca_jax.importers import unprepared
 
+# Keys of every task; an evaluator may have options of its own.
+TASK = ("kind", "name", "data", "limit", "known_only", "candidates")
 WITH_JAX = ("linear", "ranks", "tasks", "unfinished")  # files of this folder without evaluators
 
 
@@ -88,6 +91,7 @@ class Evaluator(abc.ABC):
         programs: the methods of a model that it calls.
         usual: whether `evaluate` runs it unasked, where the data have what it needs.
         flags: of `evaluate`, read in `from_flags`.
+        options: keys of a task that it takes beside TASK.
         metrics: name -> how the report shows it; one that is not declared is shown by its name.
         headlines: metrics that stand at the top of the report, the first of them large.
     Of an instance:
@@ -105,6 +109,7 @@ class Evaluator(abc.ABC):
     programs: ClassVar[tuple[str, ...]] = ()
     usual: ClassVar[bool] = False
     flags: ClassVar[tuple[Flag, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[Mapping[str, Metric]] = {}
     headlines: ClassVar[tuple[str, ...]] = ()
 
@@ -187,6 +192,7 @@ def check(tasks: Sequence[Any]) -> None:
     for task in tasks:
         task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
         data, evaluator = dict(task.get("data") or {}), of(task.get("kind", ""))
+        check_keys(task, evaluator)
         if not data.get("path"):
             continue
         data.setdefault("split", "test")
@@ -198,6 +204,18 @@ def check(tasks: Sequence[Any]) -> None:
             )
         if not suited([evaluator.kind], data):
             raise ValueError(f"eval.tasks: {lacks(name, evaluator)}")
+
+
+def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
+    """Raises ValueError for a key that tasks of this kind do not have, with the nearest one."""
+    known = (*TASK, *evaluator.options)
+    for key in task:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise ValueError(
+                f"eval.tasks, {evaluator.kind} of {task.get('name')}: no key {key!r}; {remedy}"
+            )
 
 
 def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:

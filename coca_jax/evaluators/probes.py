@@ -32,6 +32,7 @@ class Probe(Evaluator):
     """
 
     needs, programs = "label", ("features",)
+    options = ("class_names", "train", "train_limit")
     metrics, headlines = METRICS, HEADLINES
 
     def __init__(

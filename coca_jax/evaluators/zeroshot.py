@@ -55,6 +55,7 @@ class ByPrompts(Evaluator):
     """What classifies by texts made of class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
+    options = ("class_names", "templates")
     default_prompts = "photo"
     several_batches = True
 
