@@ -27,8 +27,9 @@ def check(config: Config) -> None:
     check_texts(config)
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
-    if not (config.loss.contrastive_weight or config.loss.captioning_weight or config.head.kind):
-        raise ValueError("loss.contrastive_weight and loss.captioning_weight are both 0")
+    weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
+    if not (config.head.kind or any(weights.values())):
+        raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")
 
 
 def check_texts(config: Config) -> None:

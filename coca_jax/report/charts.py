@@ -8,6 +8,7 @@ the smallest library. The page's script only adds the values under the pointer.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,14 +29,14 @@ POINTS = 300  # of a curve; more would only weigh
 COLOURS = 6
 
 TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
-    ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss")),
+    ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss", "*_loss")),
     ("Accuracy of the task head in training", "share", ("head_accuracy",)),
     (
         "Loss by kind of text",
         "nats",
         (
             *("contrastive_loss/caption", "contrastive_loss/label"),
-            *("captioning_loss/caption", "captioning_loss/label"),
+            *("captioning_loss/caption", "captioning_loss/label", "*_loss/*"),
         ),
     ),
     ("Learning rate", "rate", ("learning_rate",)),
@@ -59,9 +60,11 @@ class Curve:
 def training(runs: Sequence[RunFiles]) -> list[Markup]:
     """Charts of what the steps logged, with the curves of all runs."""
     charts = []
+    logged = sorted({name for run in runs for row in run.rows for name in row})
     for title, unit, keys in TRAINING:
         curves = []
-        there = [key for key in keys if any(key in row for run in runs for row in run.rows)]
+        matched = (name for key in keys for name in logged if fnmatch.fnmatchcase(name, key))
+        there = list(dict.fromkeys(matched))
         for dash, run in enumerate(runs):
             for colour, key in enumerate(there):
                 points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
