@@ -74,11 +74,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def request_of_flags(folder: str) -> Any:
     """What the flags ask for. Raises ValueError for a folder that is not one, or a wrong kind."""
+    from coca_jax.data import kinds
     from coca_jax.fitting.kept import Request
     from coca_jax.importers import own_data
 
     args, named = flags.FLAGS, own_data.parse(folder)
-    if named.kind == "question" or named.weight != 1.0:
+    if kinds.KINDS.get(named.kind) is kinds.Question or named.weight != 1.0:
         raise ValueError(f"{folder}: fit takes FOLDER, FOLDER:caption or FOLDER:label")
     path = named.path
     if "://" not in path and not path.startswith("tfds:"):

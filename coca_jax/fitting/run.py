@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import compile_cache, inference, recipes
 from coca_jax.config import Config
-from coca_jax.data import files, vocabulary
+from coca_jax.data import files, kinds, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepared import read_manifest
 from coca_jax.evaluators.records import Records
@@ -115,9 +115,10 @@ def bring_in(
 
 def only(facts: look.Facts, kind: str) -> look.Facts:
     """The facts as if there were texts of one kind alone; '': as they are."""
-    if kind == "caption":
+    of = kinds.KINDS.get(kind)
+    if of is kinds.Caption:
         return dataclasses.replace(facts, labels=0, test_labels=0, classes=())
-    if kind == "label":
+    if of is kinds.Label:
         return dataclasses.replace(facts, captions=0, test_captions=0)
     return facts
 

@@ -274,13 +274,13 @@ def guess_kind(path: str, split: str) -> str:
 def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
     """A line for people: what trains, as what, and what is held out."""
     entries = metadata.read_manifest(path)["splits"]
-    entry, texts = entries[train], {"caption": "with_text", "label": "with_label"}.get(kind, "")
+    entry, of = entries[train], kinds.KINDS[kind]
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
-    if texts:
-        line += f" as {kind}s ({entry[texts]} have one)"
-    other = "label" if kind == "caption" else "caption"
-    if not one.kind and entry[f"with_{'label' if other == 'label' else 'text'}"]:
-        line += f"; --data={one.path}:{other} trains on its {other}s"
+    if of is not kinds.Question:
+        line += f" as {kind}s ({entry[f'with_{of.wanted}']} have one)"
+    other = kinds.Label if of is kinds.Caption else kinds.Caption
+    if not one.kind and entry[f"with_{other.wanted}"]:
+        line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
     if held:
         line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coca_jax.data import kinds
 from coca_jax.data.scenes.drawing import render
 from coca_jax.data.scenes.language import full_caption, label_names, noisy_caption
 from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
@@ -33,14 +34,14 @@ class Scenes:
     ):
         if split not in SPLIT_SIZES:
             raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_SIZES)}")
-        if kind not in ("caption", "label"):
+        if kinds.KINDS.get(kind) not in (kinds.Caption, kinds.Label):
             raise ValueError(f"kind is {kind!r}; use 'caption' or 'label'")
         objects = tuple(sorted(set(objects)))
         if not objects or not set(objects) <= {1, 2, 3, 4}:
             raise ValueError(f"objects is {objects}; use counts from 1 to 4")
-        self.split, self.kind = split, kind
+        self.split, self._labelled = split, kinds.KINDS[kind].is_label
         shares = {1: 0.4, 2: 0.25, 3: 0.2, 4: 0.15}
-        counts = (1,) if kind == "label" else objects
+        counts = (1,) if self._labelled else objects
         self._counts = tuple((shares[n], n) for n in counts)
         name = f"{kind}-{''.join(map(str, counts))}"
         self._name = f"scenes/{split}/{name}"
@@ -77,7 +78,7 @@ class Scenes:
 
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         draws = self._draws(indices, 2, 48)
-        if self.kind == "label":
+        if self._labelled:
             noise = draws if self.split == "train" else [None] * len(draws)
             return [dict(text=None, labels=label_names(s, d)) for s, d in zip(scenes, noise)]
         if self.split != "train":
