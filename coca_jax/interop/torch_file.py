@@ -48,8 +48,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: not such a file, or its pickle asks for anything but tensors (named).
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file")
     try:
         with _archive(path) as archive:
             return _read(path, archive)

@@ -99,12 +99,17 @@ class Account:
     worst_mib: float = 0.0
 
 
-def fuzz(kinds: Sequence[str], numbers: range, seed: int, save: str = "") -> Iterator[Account]:
-    """Reads inputs of some kinds, one kind after the other, and tells of each."""
+def fuzz(
+    kinds: Sequence[str], numbers: range, seed: int, save: str = "", seconds: float = float("inf")
+) -> Iterator[Account]:
+    """Reads inputs of some kinds, one kind after the other, and tells of each; of a kind as many as
+    are read in so many seconds."""
     worker = Worker(kinds, seed)
     for kind in kinds:
-        account = Account(kind)
+        account, end = Account(kind), time.monotonic() + seconds
         for number in numbers:
+            if time.monotonic() > end:
+                break
             found = worker.read(kind, number)
             account.inputs += 1
             if found is not None:
@@ -138,6 +143,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="the first input's number")
     parser.add_argument("--only", type=int, help="this one input")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each kind")
     parser.add_argument("--save", default="", help="folder for the inputs of findings")
     given = parser.parse_args()
     numbers = range(given.start, given.start + given.count)
@@ -146,7 +152,7 @@ def main() -> int:
     results, began = [], time.monotonic()
     usual = [name for name in NAMES if name != "broken"]
     kinds = usual if "all" in given.kinds else given.kinds
-    for found in fuzz(kinds, numbers, given.seed, given.save):
+    for found in fuzz(kinds, numbers, given.seed, given.save, given.seconds):
         for finding in found.findings:
             print(f"{found.kind} {finding['number']}: {finding['what']}", file=sys.stderr)
         results.append(vars(found))
