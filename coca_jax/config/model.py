@@ -8,6 +8,7 @@ from coca_jax.config.rules import (
     DEPTH,
     FLAG,
     HEADS,
+    QUERIES,
     SHARE,
     SIZE,
     TEXT,
@@ -29,7 +30,7 @@ class ImageModel(Section):
 
     width: int = key(768, WIDTH, "of the residual stream")
     depth: int = key(12, DEPTH, "blocks")
-    mlp_dim: int = key(3072, whole(1, 1 << 20), "width inside the MLPs")
+    mlp_dim: int = key(3072, whole(1, 1 << 20, "channels"), "width inside the MLPs")
     num_heads: int = key(12, HEADS, "of attention")
     patch_dropout: float = key(0.0, SHARE, "share of patches left out in training (FLIP)")
     conv_widths: tuple[int, ...] = key(
@@ -51,7 +52,7 @@ class TextModel(Section):
     width: int = key(768, WIDTH, "of the residual stream")
     unimodal_depth: int = key(12, DEPTH, "blocks that see text alone")
     multimodal_depth: int = key(12, DEPTH, "blocks that attend to the image as well")
-    mlp_dim: int = key(3072, whole(1, 1 << 20), "width inside the MLPs")
+    mlp_dim: int = key(3072, whole(1, 1 << 20, "channels"), "width inside the MLPs")
     num_heads: int = key(12, HEADS, "of attention")
     vocab_size: int = key(64_000, whole(1, 1 << 24, "tokens"), "rows of the embedding")
     max_len: int = key(
@@ -63,8 +64,10 @@ class TextModel(Section):
         "exact", choice("exact", "shifted"), "'shifted': as open_clip's released models have it"
     )
     cross: str = key("paper", choice("paper", "open_clip"), "layout of the multimodal blocks")
-    multimodal_heads: int = key(0, whole(0, 4096), "of the multimodal part; 0: num_heads")
-    multimodal_mlp_dim: int = key(0, whole(0, 1 << 20), "of the multimodal part; 0: mlp_dim")
+    multimodal_heads: int = key(0, whole(0, 4096, "heads"), "of the multimodal part; 0: num_heads")
+    multimodal_mlp_dim: int = key(
+        0, whole(0, 1 << 20, "channels"), "of the multimodal part; 0: mlp_dim"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Pooler(Section):
         "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
         "'open_clip': one pooler, whose first query is the image embedding",
     )
-    num_queries: int = key(256, WIDTH, "image tokens that the decoder sees")
+    num_queries: int = key(256, QUERIES, "image tokens that the decoder sees")
     num_heads: int = key(12, HEADS, "of attention")
     query_std: float = key(0.02, number(0, 100), "standard deviation of the queries at the start")
     project: bool = key(True, FLAG, "a projection from the pooled image to the contrastive space")
@@ -125,9 +128,9 @@ class Head(Section):
         choice("", *head_kinds.KINDS),
         f"'': none; {', '.join(f'{one.name!r} {one.about}' for one in head_kinds.KINDS.values())}",
     )
-    num_queries: int = key(1, WIDTH, "of the head's attentional pooler")
-    width: int = key(0, whole(0, 65_536), "of that pooler; 0: that of the decoder")
-    num_heads: int = key(0, whole(0, 4096), "of its attention; 0: as model.pooler")
+    num_queries: int = key(1, QUERIES, "of the head's attentional pooler")
+    width: int = key(0, whole(0, 65_536, "channels"), "of that pooler; 0: that of the decoder")
+    num_heads: int = key(0, whole(0, 4096, "heads"), "of its attention; 0: as model.pooler")
     classes: str = key("", TEXT, "a text file, one class a line; '': the class names of the data")
     unknown: str = key(
         "refuse", choice("refuse", "skip"), "examples with no label among the classes"

@@ -9,7 +9,6 @@ from typing import Any
 from coca_jax.config.data import Data
 from coca_jax.config.model import Head, Model
 from coca_jax.config.rules import (
-    CHUNK,
     DEVICES,
     INTERVAL,
     MAPPINGS,
@@ -40,8 +39,12 @@ class Loss(Section):
     captioning_weight: float = key(2.0, WEIGHT, "of the captioning loss in the sum")
     contrastive: str = key("softmax", choice("softmax", "sigmoid"), "its form")
     reduction: str = key("sum", choice("sum", "mean"), "of the two directions: sum (paper, Eq. 2)")
-    contrastive_chunk: int = key(0, CHUNK, "columns per tile of the similarity matrix; 0: one tile")
-    caption_chunk: int = key(0, CHUNK, "tokens per chunk of the softmax layer; 0: all at once")
+    contrastive_chunk: int = key(
+        0, whole(0, 1 << 31, "columns"), "columns per tile of the similarity matrix; 0: one tile"
+    )
+    caption_chunk: int = key(
+        0, whole(0, 1 << 31, "tokens"), "tokens per chunk of the softmax layer; 0: all at once"
+    )
     z_loss: float = key(0.0, number(0, 1), "weight of log-sum-exp squared in the captioning loss")
     label_smoothing: float = key(0.0, SHARE, "of the captioning loss")
     duplicate_texts: str = key(
@@ -188,7 +191,9 @@ class Config(Section):
         "captions of a batch are cut to the smallest of these that fits ...",
     )
     text_parts: int = key(
-        1, whole(1, 1024), "... and with n > 1 the longest n-th of them runs apart from the others"
+        1,
+        whole(1, 1024, "parts"),
+        "... and with n > 1 the longest n-th of them runs apart from the others",
     )
     init_from: str = key("", TEXT, "a run, checkpoint or converted weights to start from")
     model: Model = Model()
