@@ -23,8 +23,7 @@ from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.interop import hub, open_clip_config, safetensors_file, torch_file
 from coca_jax.interop.open_clip_layout import Layout, count
 
-WEIGHTS_NAME = "open_clip_model.safetensors"
-CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.CONFIG_FILE
 
 
 def from_open_clip(
@@ -142,10 +141,10 @@ def _find_weights(path: str) -> str:
         if not os.path.exists(path):
             raise FileNotFoundError(f"--input={path}: no such file or folder")
         return path
-    for name in (WEIGHTS_NAME, "open_clip_pytorch_model.bin", "model.safetensors"):
+    for name in (*open_clip_config.WEIGHTS_FILES, "model.safetensors"):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
-    raise FileNotFoundError(f"--input={path}: no {WEIGHTS_NAME} or open_clip_pytorch_model.bin")
+    raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 
 def _model_config(

@@ -17,6 +17,7 @@ from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import hub
+from coca_jax.interop.open_clip_config import WEIGHTS_FILES
 from coca_jax.interop.open_clip_layout import compare
 from coca_jax.models import coca, roles
 
@@ -54,7 +55,7 @@ def load(
         if not export_format.has_checksums(path):
             _check_fit(params, config, path)
         words = vocabulary.load(export_format.vocabulary_path(path))
-    elif place.is_dir() and not any((place / name).exists() for name in OPEN_CLIP_FILES):
+    elif place.is_dir() and not any((place / name).exists() for name in WEIGHTS_FILES):
         export_format.refuse_half(path)
         params, config, words = _read_run(path)
     else:
@@ -106,9 +107,6 @@ def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
         params, config = export_format.read_export(folder)
         words = vocabulary.load(export_format.vocabulary_path(folder))
         return jax.tree.map(jnp.asarray, params), config, words
-
-
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def _narrow(params: dict) -> dict:

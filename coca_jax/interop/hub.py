@@ -12,8 +12,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from coca_jax import extras
+from coca_jax import export_format, extras
 from coca_jax.data import bounded_json
+from coca_jax.interop import open_clip_config
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
 # (model, tag) -> repository, of open_clip 3.3.0's table of pretrained weights.
@@ -29,9 +30,7 @@ PRETRAINED = {
         "mscoco_finetuned_laion2b_s13b_b90k",
     ): "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
 }
-WEIGHTS = "model.safetensors"  # of a folder that this package writes for the hub
-_SMALL = ["config.json", "open_clip_config.json", "tokenizer.*"]
-_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SMALL = [export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*"]
 
 
 def local(place: str, pretrained: str = "") -> str:
@@ -97,7 +96,7 @@ def push(folder: str, repository: str, *, private: bool = False) -> str:
     Returns its URL. Raises ValueError when huggingface_hub is missing or 'org/name' is none,
     FileNotFoundError when the hub cannot be reached or does not let us.
     """
-    api = _package().HfApi(library_name="coca_jax")
+    api = _package().HfApi(**export_format.LIBRARY)
 
     def upload() -> str:
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -111,16 +110,16 @@ def push(folder: str, repository: str, *, private: bool = False) -> str:
 
 def _weights(folder: str) -> tuple[str, ...]:
     """The files that may hold the weights, best first, by the configuration that is there."""
-    config = os.path.join(folder, "config.json")
+    config = os.path.join(folder, export_format.CONFIG)
     if os.path.isfile(config):
         with open(config, "rb") as file:
             try:
                 found: dict[str, Any] = bounded_json.parse(file.read())
             except ValueError:
-                return (WEIGHTS, *_OPEN_CLIP)
-        if found.get("library_name") == "coca_jax":
-            return (WEIGHTS,)
-    return _OPEN_CLIP
+                return (export_format.HUB_PARAMS, *open_clip_config.WEIGHTS_FILES)
+        if found.items() >= export_format.LIBRARY.items():
+            return (export_format.HUB_PARAMS,)
+    return open_clip_config.WEIGHTS_FILES
 
 
 def _package() -> ModuleType:
