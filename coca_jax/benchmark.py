@@ -2,13 +2,14 @@
 
 Medians and spread over --repeats after one warm-up; random weights and inputs at the config's
 sizes. `losses` needs no config. A time alone means little: compare two lines of the same session,
-or give --peer: `caption` and `encode` then also run open_clip, call by call in turn with ours, and
-`input` its webdataset pipeline over the same records, both in one thread on one core.
+or give --peer: `train`, `caption` and `encode` then also run open_clip, call by call in turn with
+ours, and `input` its webdataset pipeline over the same records, both in one thread on one core.
 
 Examples:
   coca-jax benchmark train --config=demo
   coca-jax benchmark encode --config=coca_base --batch_size=8 --repeats=3
   coca-jax benchmark caption --config=finetune_open_clip --beams=6 --peer
+  coca-jax benchmark train --config=finetune_open_clip --config.batch_size=16 --texts=FILE --peer
   coca-jax benchmark input --config=coca_224 --seconds=30
   coca-jax benchmark losses
 """
@@ -37,12 +38,13 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "memory_every", 0.0, "Seconds between `input`'s looks at its memory; 0: none."
     )
-    flags.DEFINE_boolean("peer", False, "Run open_clip beside `encode`, `caption` or `input`.")
+    flags.DEFINE_boolean("peer", False, "Run open_clip beside ours, in turn.")
+    flags.DEFINE_string("texts", "", "Captions of `train`: a file with one a line; '': full ones.")
 
 
 def measure(kind: str) -> dict[str, Any]:
     """The numbers of one kind of benchmark but `losses`, by the command's flags."""
-    from coca_jax import benchmark_input, benchmark_model
+    from coca_jax import benchmark_input, benchmark_model, benchmark_train
 
     args = flags.FLAGS
     config, batch = typed(args.config), args.batch_size or 16
@@ -51,7 +53,7 @@ def measure(kind: str) -> dict[str, Any]:
             config, args.seconds, args.memory_every, args.repeats, args.peer
         )
     if kind == "train":
-        return benchmark_model.train(config, args.repeats)
+        return benchmark_train.train(config, args.repeats, args.peer, args.texts)
     if kind == "encode":
         return benchmark_model.encode(config, batch, args.repeats, args.peer)
     return benchmark_model.caption(config, batch, args.tokens, args.beams, args.repeats, args.peer)
@@ -64,8 +66,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     kind = argv[1]
     if kind != "losses" and flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=NAME")
-    if flags.FLAGS.peer and kind in ("train", "losses"):
-        raise ValueError(f"--peer compares `encode`, `caption` and `input`, not `{kind}`")
+    if flags.FLAGS.peer and kind == "losses":
+        raise ValueError("--peer compares `train`, `encode`, `caption` and `input`, not `losses`")
+    if flags.FLAGS.texts and kind != "train":
+        raise ValueError(f"--texts gives captions to `train`, not to `{kind}`")
     cli.say(f"benchmark {kind}: starting JAX")
     import jax
 

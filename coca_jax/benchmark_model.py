@@ -1,4 +1,4 @@
-"""Times of a model with random weights: a train step, image encoding, captions, a token."""
+"""Times of a model with random weights: image encoding, captions, a token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import benchmark_peer, partitioning, run_config
+from coca_jax import benchmark_peer, partitioning
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
@@ -20,33 +20,36 @@ from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.models import coca, decoding
 from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training.state import init_state, state_shardings
-from coca_jax.training.step import make_train_step
 
 Call = Callable[[], Any]
 
 
 def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
-    """{seconds: median, seconds_low, seconds_high} of calls, each until its arrays are there.
+    """{seconds: median, seconds_low, seconds_high, cpu_seconds: median of processor time} of
+    calls, each until its arrays are there.
 
-    With `peer`, its calls alternate with ours: also {peer_seconds..., times_peer: the quotient of
-    the medians}.
+    With `peer`, its calls alternate with ours: also {peer_seconds..., times_peer, cpu_times_peer:
+    the quotients of the medians}.
     """
     calls = {"": function} if peer is None else {"": function, "peer_": peer}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
+            spent[name].append(time.process_time() - cpu)
     result = {}
     for name, taken in times.items():
         result[f"{name}seconds"] = statistics.median(taken)
         result |= {f"{name}seconds_low": min(taken), f"{name}seconds_high": max(taken)}
+        result[f"{name}cpu_seconds"] = statistics.median(spent[name])
     if peer is not None:
         result["times_peer"] = result["peer_seconds"] / result["seconds"]
+        result["cpu_times_peer"] = result["peer_cpu_seconds"] / max(1e-9, result["cpu_seconds"])
     return result
 
 
@@ -63,31 +66,6 @@ def random_batch(config: Config, size: int) -> dict[str, np.ndarray]:
     batch["text_id"][:] = rng.integers(0, 2**31 - 1, (size, 2))
     batch["prompt_len"][:] = lengths
     return batch
-
-
-def train(config: Config, repeats: int) -> dict[str, float]:
-    """The whole train step at config.batch_size: pairs_per_second and its inputs."""
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-    with jax.set_mesh(mesh):
-        model = build(config)
-        state = init_state(model, config, mesh)
-        _, shardings = state_shardings(model, config, mesh)
-        steps = config.steps or 1000
-        step = jax.jit(
-            make_train_step(model, config, steps),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        batch = partitioning.place_batch(mesh, random_batch(config, config.batch_size))
-
-        def once() -> Any:
-            nonlocal state
-            state, metrics = step(state, batch)
-            return metrics
-
-        result = timed(once, repeats)
-    return result | {"pairs_per_second": config.batch_size / result["seconds"]}
 
 
 def encode(config: Config, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:

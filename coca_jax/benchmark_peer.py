@@ -10,27 +10,88 @@ import io
 import itertools
 import tarfile
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from coca_jax.config import Model
+from coca_jax.config import Config, Model
 from coca_jax.data.records import Record
 from coca_jax.interop import open_clip_config
 
 END = 1  # the token that would end a caption; kept away by min_seq_len
 
 
-def build(model: Model) -> Any:
+def import_torch() -> Any:
+    """torch. Raises ValueError where open_clip is not installed."""
+    try:
+        import open_clip  # noqa: F401
+        import torch
+    except ImportError as error:
+        raise ValueError("--peer needs open_clip: pip install '.[parity]'") from error
+    return torch
+
+
+def tokens(texts: Sequence[str], length: int) -> np.ndarray:
+    """Texts as open_clip's tokenizer gives them, int [B, length], 0 where there is nothing."""
+    import_torch()
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=length)
+    found: np.ndarray = tokenizer(list(texts)).numpy()
+    return found
+
+
+def trainer(config: Config) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A function that takes one step of open_clip's CoCa: (pixels uint8 [B, S, S, 3], tokens int
+    [B, L], 0 where there is nothing) -> loss.
+
+    Both losses with the config's weights, AdamW with its constants, its gradient clipping; in
+    bfloat16 under autocast. Raises ValueError for another optimizer than AdamW.
+    """
+    torch = import_torch()
+    from open_clip.loss import CoCaLoss
+
+    options = config.optimizer
+    if options.name != "adamw":
+        raise ValueError(
+            f"--peer trains with AdamW but optimizer.name={options.name!r}; "
+            "add --config.optimizer.name=adamw"
+        )
+    peer = build(config.model, training=True).train()
+    rule = torch.optim.AdamW(
+        peer.parameters(),
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+    )
+    loss = CoCaLoss(config.loss.captioning_weight, config.loss.contrastive_weight)
+    narrow = config.model.dtype == "bfloat16"
+
+    def step(pixels: np.ndarray, tokens: np.ndarray) -> float:
+        rule.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            found = peer(_images(pixels), torch.from_numpy(tokens).long())
+            values = {k: v for k, v in found.items() if k != "logit_bias"}
+            total = sum(loss(**values))
+        total.backward()
+        if options.clip_norm:
+            torch.nn.utils.clip_grad_norm_(peer.parameters(), options.clip_norm)
+        rule.step()
+        return float(total)
+
+    return step
+
+
+def build(model: Model, training: bool = False) -> Any:
     """open_clip's CoCa of these sizes, float32, in evaluation mode.
 
     Every parameter is drawn again: open_clip leaves some as the memory was found, NaN included.
 
     Raises ValueError when open_clip is not installed or has no such model, and for a model in
-    bfloat16, which would be no like for like.
+    bfloat16, which would be no like for like but in `training`, where autocast is theirs.
     """
-    if model.dtype != "float32":
+    if model.dtype != "float32" and not training:
         raise ValueError(
             f"--peer runs in float32 but model.dtype={model.dtype!r}; "
             "add --config.model.dtype=float32"

@@ -64,9 +64,15 @@ def show_tpu(result: dict[str, Any]) -> None:
         f"MFU {result['estimated_mfu_compute_only']:.1%} compute only"
     )
     print(
-        f"  collectives at least {result['collective_bound_seconds']:.4f} s at full link speed; "
-        f"step {result['estimated_step_seconds']:.4f} s if they overlap, "
-        f"MFU {result['estimated_mfu']:.1%} ({result['estimated_mfu_no_overlap']:.1%} if not)"
+        f"  {result['collectives']} collectives "
+        f"({result['asynchronous_collectives']} asynchronous) at least "
+        f"{result['collective_bound_seconds']:.4f} s at full link speed, of which the "
+        f"schedule leaves {result['exposed_collective_seconds']:.4f} s exposed"
+    )
+    print(
+        f"  MFU {result['estimated_mfu_no_overlap']:.1%} to {result['estimated_mfu']:.1%}, "
+        f"{result['estimated_mfu_by_schedule']:.1%} by the schedule: if none of them overlaps, if "
+        "all do, if they overlap with what stands between their start and their end"
     )
     for kernel, cycles in sorted(result["cycles_by_kernel"].items(), key=lambda x: -x[1]):
         print(f"    {cycles / 1e6:6.2f}M  {kernel}")

@@ -22,7 +22,7 @@ FREE = (
         "accumulate_steps",
         "data.num_threads",
     ),
-    *("data.loader", "model.implementation"),
+    *("data.loader", "model.implementation", "text_lengths", "text_parts"),
 )
 
 

@@ -7,6 +7,9 @@ from ml_collections import ConfigDict
 
 from coca_jax.config import Config
 
+# To which batches of real captions are cut, see docs/data.md; those beyond max_len are not used.
+TEXT_LENGTHS = (16, 24, 32, 48)
+
 
 def get_config() -> ConfigDict:
     """Returns the default configuration; each value can be set as `--config.key=value`."""

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.epochs = 100.0
     config.model.update(image_size=224, patch_size=16)
     config.model.text.update(unimodal_depth=6, multimodal_depth=6, vocab_size=30_000)
+    config.text_lengths, config.text_parts = base.TEXT_LENGTHS, 4
     config.loss.update(contrastive_weight=1.0, captioning_weight=1.0)
     config.optimizer.update(
         name="adamw", learning_rate=1e-4, schedule="constant", weight_decay=0.0, clip_norm=0.0

@@ -9,13 +9,14 @@ python -m coca_jax.train --config=configs/coco_captions.py:runs/coca --workdir=r
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.configs import adapt, base
 
 
 def get_config(weights: str = "") -> ConfigDict:
     """weights: the run or export to start from."""
     config = adapt.get_config(weights)
     config.batch_size, config.steps = 128, 50_000
+    config.text_lengths = base.TEXT_LENGTHS
     config.loss.captioning_weight = 1.0
     config.optimizer.update(learning_rate=1e-5, weight_decay=0.1)
     config.data.sources = (dict(path="data/coco", split="train", kind="caption"),)

@@ -10,7 +10,7 @@ python -m coca_jax.train --config=configs/vqa.py:runs/coca --workdir=runs/vqa
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.configs import adapt, base
 
 
 def get_config(weights: str = "") -> ConfigDict:
@@ -18,6 +18,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config = adapt.get_config(weights)
     config.batch_size, config.steps = 64, 100_000
     config.head.update(kind="answer", classes="data/vqa/answers.txt", unknown="skip")
+    config.text_lengths = base.TEXT_LENGTHS
     config.loss.captioning_weight = 1.0  # question + answer; the paper does not give its weight
     config.optimizer.update(learning_rate=5e-4, encoder_learning_rate=2e-5, weight_decay=0.1)
     source = dict(path="data/vqa", split="train", kind="question", questions="qa")

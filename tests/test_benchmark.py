@@ -8,7 +8,15 @@ from conftest import tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coca_jax import benchmark, benchmark_input, benchmark_model, benchmark_peer, prepare
+from coca_jax import (
+    benchmark,
+    benchmark_input,
+    benchmark_model,
+    benchmark_peer,
+    benchmark_train,
+    prepare,
+)
+from coca_jax.config import Config, read
 from coca_jax.configs import base
 from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
@@ -17,7 +25,7 @@ from coca_jax.interop import open_clip_config
 def test_rates_are_work_over_time():
     config = tiny_config()
     config.mesh.update(data=8)
-    result = benchmark_model.train(config, repeats=2)
+    result = benchmark_train.train(config, repeats=2)
     np.testing.assert_allclose(result["pairs_per_second"] * result["seconds"], config.batch_size)
     assert result["seconds_low"] <= result["seconds"] <= result["seconds_high"]
     result = benchmark_model.encode(config, batch=4, repeats=2)
@@ -28,8 +36,7 @@ def test_rates_are_work_over_time():
     np.testing.assert_allclose(result["late_over_early"], quotient)
 
 
-def test_the_peer_runs_at_the_same_sizes():
-    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+def peer_config():
     config = base.get_config()
     released = open_clip_config.RELEASED["coca_ViT-B-32"]
     config.model = ConfigDict(open_clip_config.to_model(released), convert_dict=True)
@@ -38,6 +45,12 @@ def test_the_peer_runs_at_the_same_sizes():
     config.model.text.update(width=32, unimodal_depth=1, multimodal_depth=1, vocab_size=300)
     config.model.text.update(mlp_dim=128, num_heads=2, multimodal_heads=2, multimodal_mlp_dim=128)
     config.model.pooler.update(num_queries=9)
+    return config
+
+
+def test_the_peer_runs_at_the_same_sizes():
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    config = peer_config()
     pixels = benchmark_model.random_batch(config, 2)["image"]
     peer = benchmark_peer.build(config.model)
     for beams in (1, 3):
@@ -54,6 +67,28 @@ def test_the_peer_runs_at_the_same_sizes():
     assert all(
         bool(p.isfinite().all()) and bool(p.std() > 0) for p in peer.parameters() if p.numel() > 1
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path, dtype):
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    config = peer_config()
+    config.batch_size, config.model.dtype = 8, dtype
+    config.text_lengths = (8, 16)
+    config.optimizer.name = "adamw"
+    config.mesh.update(data=8)
+    lines = [f"a picture of {n} small things" for n in range(17)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    config = read(Config, config.to_dict())
+    first, second = benchmark_train.batches(config, str(tmp_path / "texts.txt"))
+    assert first["text_valid"].sum(1).max() == 8  # [start], six words, [end]
+    assert not (first["tokens"] == second["tokens"]).all()
+    result = benchmark_train.train(config, 1, True, str(tmp_path / "texts.txt"))
+    assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
+    assert result["peak_bytes"] > 0 and result["peer_peak_bytes"] > 0
+    with pytest.raises(ValueError, match="has 17 captions, a batch 32; give more"):
+        config = config.change(dict(batch_size=32))
+        benchmark_train.batches(config, str(tmp_path / "texts.txt"))
 
 
 def test_the_peer_reads_the_same_records(tmp_path):

@@ -38,6 +38,53 @@ def test_collectives_are_listed_with_bytes_groups_and_runs():
     }
 
 
+ASYNCHRONOUS = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[64,32], b: f32[8]) -> (bf16[256,32], f32[8]) {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %all-gather-start.1 = (bf16[64,32]{1,0}, bf16[256,32]{1,0}) all-gather-start(%a), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}
+  %exp.1 = f32[8]{0} exponential(%b), backend_config={"estimated_cycles":"70"}
+  %exp.2 = f32[8]{0} exponential(%exp.1), backend_config={"estimated_cycles":"30"}
+  %all-gather-done.1 = bf16[256,32]{1,0} all-gather-done(%all-gather-start.1)
+  %exp.3 = f32[8]{0} exponential(%exp.2), backend_config={"estimated_cycles":"900"}
+  %all-reduce.1 = f32[8]{0} all-reduce(%exp.3), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %tuple = (bf16[256,32]{1,0}, f32[8]{0}) tuple(%all-gather-done.1, %all-reduce.1)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_hides_behind_what_stands_between_its_start_and_its_end():
+    gather, reduce = hlo.summarise(ASYNCHRONOUS, devices=4).collectives
+    assert (gather.kind, gather.asynchronous, gather.hidden_cycles) == ("all-gather", True, 100)
+    assert gather.bytes == 2 * 256 * 32
+    assert (reduce.kind, reduce.asynchronous, reduce.hidden_cycles) == ("all-reduce", False, 0)
+    chip = chips.TPUS["v4"]
+    found = tpu.analyse(ASYNCHRONOUS, chip, (2, 2, 1), 4, flops_per_device=chip.peak * 1e-6)
+    first, second = (tpu.collective_seconds(c, (2, 2, 1), chip.link) for c in (gather, reduce))
+    exposed = max(0.0, first - 100 / chip.hertz) + second
+    assert found["exposed_collective_seconds"] == pytest.approx(exposed)
+    assert (found["collectives"], found["asynchronous_collectives"]) == (2, 1)
+    low, by_schedule, high = (
+        found[f"estimated_mfu{end}"] for end in ("_no_overlap", "_by_schedule", "")
+    )
+    assert low <= by_schedule <= high
+
+
+def test_chips_are_those_of_jax_s_table():
+    """Peaks and memory of a device: TFLOP/s in bfloat16, GB."""
+    found = {k: (t.peak / 1e12, round(t.hbm / 1e9), t.hertz / 1e9) for k, t in chips.TPUS.items()}
+    for name, peak, memory, clock in (
+        ("v4", 275, 34, 1.05),
+        ("v5e", 197, 17, 1.5),
+        ("v5p", 459, 103, 1.75),
+        ("v6e", 920, 34, 1.75),
+        ("v7x", 1155, 103, 2.2),
+    ):
+        assert found[name] == pytest.approx((peak, memory, clock), rel=0.01)
+
+
 KERNEL = """HloModule m
 
 ENTRY %main (a: s32[1], q: bf16[8,64,256]) -> bf16[8,64,256] {
@@ -131,6 +178,7 @@ SMALL = [
     "--config.model.text.max_len=8",
     "--config.model.pooler.num_queries=8",
     "--config.mesh.fsdp=4",
+    "--config.text_parts=1",
 ]
 
 

@@ -21,14 +21,15 @@ def assert_close_with_gradients(ours, plain, inputs, tolerance):
     (weight,) = arrays(*jax.eval_shape(plain, *inputs).shape, seed=9)
     argnums = tuple(range(len(inputs)))
 
-    def scalar(function):
-        return jax.value_and_grad(
-            lambda *x: (function(*x).astype(jnp.float32) * weight).sum(), argnums
-        )
+    def run(function):
+        def scalar(*x):
+            out = function(*x).astype(jnp.float32)
+            return (out * weight).sum(), out
 
-    for got, want in zip(
-        jax.tree.leaves(scalar(ours)(*inputs)), jax.tree.leaves(scalar(plain)(*inputs))
-    ):
+        gradients, out = jax.grad(scalar, argnums, has_aux=True)(*inputs)
+        return (out, *gradients)
+
+    for got, want in zip(run(ours), run(plain)):
         got, want = got.astype(jnp.float32), want.astype(jnp.float32)
         assert jnp.abs(got - want).max() <= tolerance * jnp.abs(want).max()
 
@@ -229,7 +230,8 @@ FORMS = [ops.Cpu(), ops.Gpu(cudnn=False), ops.Tpu(), ops.Tpu(kernels=False)]
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.description)
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_every_operation_of_every_form_equals_the_reference(form, dtype, tolerance):
-    """dense, add_bias, bias_activation, layer_norm and attend (masked, causal, across)."""
+    """dense, add_bias, bias_activation, layer_norm, convolve (of images too) and attend (masked,
+    causal, across)."""
     plain = ops.Reference()
     x, y, z = arrays(2, 9, 24, count=3, dtype=dtype)
     (kernel,) = arrays(24, 40)
@@ -252,6 +254,29 @@ def test_every_operation_of_every_form_equals_the_reference(form, dtype, toleran
         mask, causal = plain.prepare_mask(mask, causal, 9)
         check(lambda f, *a: f.attend(*a, mask, 3, causal), x, y, z)  # noqa: B023
     check(lambda f, *a: f.attend(*a, None, 3), x[:, :1], y, z)
+    for channels, stride in ((3, 2), (8, 2), (8, 1)):
+        pixels, filters = arrays(2, 6, 6, channels, dtype=dtype)[0], arrays(3, 3, channels, 8)[0]
+        check(lambda f, x, k: f.convolve(x, k, stride, dtype), pixels, filters)  # noqa: B023
+
+
+def test_on_a_cpu_bfloat16_is_in_products_alone():
+    """Operands are rounded to it; results, and what lies between products, are float32."""
+    form = ops.Cpu()
+    x, kernel = arrays(4, 24)[0], arrays(24, 40)[0]
+    rounded = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, kernel))
+    got = form.dense(x, kernel, jnp.bfloat16)
+    assert got.dtype == form.stream_dtype(jnp.bfloat16) == jnp.float32
+    np.testing.assert_allclose(got, jnp.dot(*rounded, precision="highest"), rtol=1e-5, atol=1e-6)
+    assert form.layer_norm(x, x[0], x[1], jnp.bfloat16).dtype == jnp.float32
+    assert (
+        ops.Gpu().stream_dtype(jnp.bfloat16) == ops.Tpu().kernel_dtype(jnp.bfloat16) == "bfloat16"
+    )
+
+
+def test_options_of_the_compiler_are_ones_that_it_knows():
+    assert ops.compiler_options("tpu") == ops.compiler_options("gpu") == {}
+    run = jax.jit(lambda x: x + 1, compiler_options=ops.compiler_options("cpu"))
+    assert run(1.0) == 2.0
 
 
 @pytest.mark.parametrize("queries,keys", [(1, 9), (9, 9), (8, 8), (8, 5)])

@@ -34,10 +34,10 @@ def check(config: Config) -> None:
 
 def check_texts(config: Config) -> None:
     """Raises ValueError for lengths or parts of texts that the model or each other forbid."""
-    if any(not 3 <= length <= config.model.text.max_len for length in config.text_lengths):
+    if any(length < 3 for length in config.text_lengths):
         raise ValueError(
-            f"config.text_lengths={config.text_lengths} must be from 3 to model.text.max_len="
-            f"{config.model.text.max_len}"
+            f"config.text_lengths={config.text_lengths} must be from 3 tokens up; those beyond "
+            f"model.text.max_len={config.model.text.max_len} are not used"
         )
     if config.text_parts > 1 and not config.text_lengths:
         raise ValueError(

@@ -177,7 +177,9 @@ class Config(Section):
         "passes over the data (the sum of all sources); 0: use steps",
     )
     remat: str = key(
-        "none", choice("none", "dots", "named", "full"), "what the backward pass recomputes"
+        "auto",
+        choice("auto", "none", "dots", "named", "full"),
+        "what the backward pass recomputes; 'auto': 'named' on a CPU, 'none' elsewhere",
     )
     accumulate_steps: int = key(
         1, whole(1, 65_536, "micro-batches"), "per step; the contrastive loss stays exact"

@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.pallas.mosaic.tpu_info import ChipVersion, get_tpu_info_for_chip
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU generation: memory, peak, clock, one-way bandwidth of one inter-chip link.
-
-    Clocks other than v4's and bandwidths are not checked against a source.
+    """One TPU device as a program sees it: memory, peak, clock, one-way bandwidth of a link.
 
     name: of libtpu's topology. hertz: clock. peak: bfloat16 FLOP/s. hbm: bytes. link: bytes/s.
     stream: bytes/s of the memory. cores: that one device's program runs on. smallest: the topology
@@ -27,7 +26,7 @@ class Tpu:
     name: str
     hertz: float
     peak: float
-    hbm: float
+    hbm: int
     link: float
     stream: float
     cores: int
@@ -35,12 +34,34 @@ class Tpu:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-MEGACORE = (("chip_config_name", "megacore"),)
+def _tpu(
+    version: ChipVersion, name: str, link: float, smallest: str, cores: int = 1, **options: Any
+) -> Tpu:
+    """Sizes and peaks from JAX's table, which is by core. It has no clock: a matrix unit of v4 and
+    v5 takes a row a cycle, one of v6e and later two. Links are by the makers' pages."""
+    info = get_tpu_info_for_chip(version, cores)
+    rows = 2 if info.generation >= 6 else 1
+    each_cycle = rows * info.num_mxus * info.mxu_column_size**2 * 2
+    return Tpu(
+        name=name,
+        hertz=info.bf16_ops_per_second / each_cycle,
+        peak=cores * info.bf16_ops_per_second,
+        hbm=cores * info.hbm_capacity_bytes,
+        link=link,
+        stream=cores * info.mem_bw_bytes_per_second,
+        cores=cores,
+        smallest=smallest,
+        options=tuple(options.items()),
+    )
+
+
+MEGACORE: dict[str, Any] = dict(cores=2, chip_config_name="megacore")
 TPUS = {
-    "v4": Tpu("v4", 1.05e9, 275e12, 32 * GIB, 4.5e10, 1.2e12, 2, "2x2x1", MEGACORE),
-    "v5e": Tpu("v5e", 1.5e9, 197e12, 16 * GIB, 4.5e10, 8.1e11, 1, "2x2"),
-    "v5p": Tpu("v5", 1.75e9, 459e12, 95 * GIB, 9e10, 2.7e12, 2, "2x2x1", MEGACORE),
-    "v6e": Tpu("v6e", 1.75e9, 918e12, 32 * GIB, 9e10, 1.6e12, 1, "2x2"),
+    "v4": _tpu(ChipVersion.TPU_V4, "v4", 4.5e10, "2x2x1", **MEGACORE),
+    "v5e": _tpu(ChipVersion.TPU_V5E, "v5e", 4.5e10, "2x2"),
+    "v5p": _tpu(ChipVersion.TPU_V5P, "v5", 9e10, "2x2x1", **MEGACORE),
+    "v6e": _tpu(ChipVersion.TPU_V6E, "v6e", 9e10, "2x2"),
+    "v7x": _tpu(ChipVersion.TPU_7X, "tpu7x", 1e11, "2x2x1"),  # a chip is two devices
 }
 
 

@@ -60,7 +60,9 @@ class Instruction:
 @dataclasses.dataclass
 class Collective:
     """One collective: bytes of its result on one device, members of a group, runs per step;
-    asynchronous: whether other work may run between its start and its end."""
+    asynchronous: whether other work may run between its start and its end; hidden_cycles: of the
+    work that the schedule puts there, a run; hidden_kernels: calls of kernels of our own there, as
+    in Cost.kernels."""
 
     kind: str
     bytes: float
@@ -68,6 +70,8 @@ class Collective:
     runs: int
     op_name: str
     asynchronous: bool = False
+    hidden_cycles: int = 0
+    hidden_kernels: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclasses.dataclass
@@ -221,15 +225,16 @@ def summarise(text: str, devices: int = 1) -> Cost:
     """Walks the call tree from ENTRY and sums cycles and collectives, loops multiplied out."""
     module = Module(text)
     cost = Cost(0, defaultdict(int), [], [], {}, [])
-    seen_channels: set[tuple[str, str, int]] = set()
-    for instruction, runs, fused in _walk(module, module.entry, 1, cost, False):
+    spread: dict[tuple[str, str, int], Collective] = {}
+    for instruction, runs, fused, fusion in _walk(module, module.entry, 1, cost, False):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = _CHANNEL.search(instruction.line)
             key = (kind, channel[1] if channel else instruction.name, runs)
-            if fused and channel and key in seen_channels:
-                continue  # the steps of one collective spread over several fusions
-            seen_channels.add(key)
+            if fused and channel and key in spread:  # its steps are in several fusions of products
+                spread[key].asynchronous = True
+                spread[key].hidden_cycles += fusion.cycles if fusion is not None else 0
+                continue
             size = type_bytes(instruction.type)
             if instruction.opcode.endswith("-start") and kind != "all-reduce":
                 size = _start_bytes(instruction, kind)
@@ -238,13 +243,16 @@ def summarise(text: str, devices: int = 1) -> Cost:
                 size /= group_size(instruction.line, devices)
             group = 2 if kind == "collective-permute" else group_size(instruction.line, devices)
             if group > 1:
-                parts = (kind, size, group, runs, instruction.op_name)
-                started = instruction.opcode.endswith("-start")
-                cost.collectives.append(Collective(*parts, asynchronous=started))
+                found = Collective(kind, size, group, runs, instruction.op_name)
+                if instruction.opcode.endswith("-start"):
+                    found.asynchronous = True
+                    found.hidden_cycles, found.hidden_kernels = _between(module, instruction)
+                elif fusion is not None:
+                    found.hidden_cycles = fusion.cycles
+                cost.collectives.append(found)
+                spread[key] = found
         elif 'custom_call_target="tpu_custom_call"' in instruction.line:
-            types = _CONSTRAINTS.search(instruction.line)
-            operands = tuple(f"{k}[{n}]" for k, n in _ARRAY.findall(types[1])) if types else ()
-            cost.kernels.append((instruction.name.split(".")[0], operands, runs))
+            cost.kernels.append((*_kernel(instruction), runs))
         elif not fused and instruction.cycles:
             total = instruction.cycles * runs
             cost.cycles += total
@@ -252,6 +260,31 @@ def summarise(text: str, devices: int = 1) -> Cost:
             cost.by_instruction.append((total, runs, instruction))
     cost.by_instruction.sort(key=lambda x: -x[0])
     return cost
+
+
+def _kernel(instruction: Instruction) -> tuple[str, tuple[str, ...]]:
+    """(name, types of its operands) of a call of a kernel of our own."""
+    types = _CONSTRAINTS.search(instruction.line)
+    operands = tuple(f"{k}[{n}]" for k, n in _ARRAY.findall(types[1])) if types else ()
+    return instruction.name.split(".")[0], operands
+
+
+def _between(
+    module: Module, start: Instruction
+) -> tuple[int, tuple[tuple[str, tuple[str, ...]], ...]]:
+    """(estimated cycles, kernels of our own) that the schedule has between a collective's start and
+    its end; the text of a compiled module lists instructions in their order."""
+    body = next(b for b in module.computations.values() if b.get(start.name) is start)
+    cycles, kernels, inside = 0, [], False
+    for instruction in body.values():
+        if inside and instruction.opcode.endswith("-done") and start.name in instruction.operands:
+            break
+        if inside and 'custom_call_target="tpu_custom_call"' in instruction.line:
+            kernels.append(_kernel(instruction))
+        elif inside:
+            cycles += instruction.cycles
+        inside = inside or instruction is start
+    return cycles, tuple(kernels)
 
 
 def called(instruction: Instruction) -> dict[str, str]:
@@ -278,11 +311,17 @@ def _start_bytes(instruction: Instruction, kind: str) -> float:
 
 
 def _walk(
-    module: Module, name: str, runs: int, cost: Cost, fused: str | bool
-) -> Iterator[tuple[Instruction, int, str | bool]]:
+    module: Module,
+    name: str,
+    runs: int,
+    cost: Cost,
+    fused: str | bool,
+    fusion: Instruction | None = None,
+) -> Iterator[tuple[Instruction, int, str | bool, Instruction | None]]:
+    """(instruction, runs, whether it is fused, the fusion it is in) from a computation down."""
     body = module.computations.get(name, {})
     for instruction in body.values():
-        yield instruction, runs, fused
+        yield instruction, runs, fused, fusion
         called = dict(_CALLED.findall(instruction.line))
         if instruction.opcode == "while":
             trips = module.trip_count(instruction, body)
@@ -290,20 +329,19 @@ def _walk(
                 cost.unknown_loops.append(instruction.name)
                 trips = 1
             cost.loops[instruction.name] = trips
-            yield from _walk(module, called["body"], runs * trips, cost, fused)
+            yield from _walk(module, called["body"], runs * trips, cost, fused, fusion)
         elif instruction.opcode == "fusion" and "calls" in called:
             inside = "all-reduce-scatter" if "all-reduce-scatter" in called["calls"] else True
-            yield from _walk(module, called["calls"], runs, cost, inside)
+            yield from _walk(module, called["calls"], runs, cost, inside, instruction)
         elif instruction.opcode in ("call", "async-start") and called:
             target = called.get("to_apply") or called.get("calls")
             if target:
-                yield from _walk(module, target, runs, cost, fused)
+                yield from _walk(module, target, runs, cost, fused, fusion)
         elif instruction.opcode == "conditional":
             names = branches(instruction)
             # One branch runs: the costliest stands for it.
-            yield from _walk(
-                module, max(names, key=lambda n: _cycles(module, n)), runs, cost, fused
-            )
+            costliest = max(names, key=lambda n: _cycles(module, n))
+            yield from _walk(module, costliest, runs, cost, fused, fusion)
 
 
 def _cycles(module: Module, name: str) -> int:

@@ -35,9 +35,19 @@ def analyse(
 ) -> dict[str, Any]:
     """The report's numbers of an optimised module; flops_per_device are the model's, of a step."""
     cost = hlo.summarise(text, devices)
-    by_kernel = kernel_cycles(cost, chip)
+    each = kernel_cycles(cost, chip)
+    by_kernel: dict[str, int] = {}
+    for name, types, runs in cost.kernels:
+        label = kernel_label(name, types)
+        by_kernel[label] = by_kernel.get(label, 0) + each[name, types] * runs
     compute = (cost.cycles + sum(by_kernel.values())) / chip.hertz
-    links = sum(collective_seconds(c, shape, chip.link) * c.runs for c in cost.collectives)
+    links, exposed = 0.0, 0.0
+    for c in cost.collectives:
+        seconds = collective_seconds(c, shape, chip.link)
+        beside = c.hidden_cycles + sum(each.get(kernel, 0) for kernel in c.hidden_kernels)
+        hidden = min(seconds, beside / chip.hertz) if c.asynchronous else 0.0
+        links += seconds * c.runs
+        exposed += (seconds - hidden) * c.runs
     ideal = flops_per_device / chip.peak
     return {
         "estimated_cycles": cost.cycles,
@@ -45,32 +55,39 @@ def analyse(
         "cycles_by_kernel": by_kernel,
         "estimated_compute_seconds": compute,
         "collective_bound_seconds": links,
+        "collectives": len(cost.collectives),
+        "asynchronous_collectives": sum(c.asynchronous for c in cost.collectives),
+        "exposed_collective_seconds": exposed,
         "estimated_step_seconds": max(compute, links),
         "estimated_mfu_compute_only": ideal / compute if compute else 0.0,
         "estimated_mfu": ideal / max(compute, links) if compute else 0.0,
+        "estimated_mfu_by_schedule": ideal / (compute + exposed) if compute else 0.0,
         "estimated_mfu_no_overlap": ideal / (compute + links) if compute else 0.0,
         "loops_of_unknown_length": len(cost.unknown_loops),
         "costliest": costliest(cost),
     }
 
 
-def kernel_cycles(cost: hlo.Cost, chip: Tpu) -> dict[str, int]:
-    """Cycles a step of each kernel: its scheduled instructions for every row of the batch, shared
-    by the cores, or the time to stream its operands and results, whichever is more."""
+def kernel_cycles(cost: hlo.Cost, chip: Tpu) -> dict[tuple[str, tuple[str, ...]], int]:
+    """Cycles of a call of each kernel, by its name and operands: its scheduled instructions for
+    every row of the batch, shared by the cores, or the time to stream its operands and results,
+    whichever is more."""
     distinct = sorted({(name, types) for name, types, _ in cost.kernels})
     counts = kernels.bundles(
         f"{chip.name}:{chip.smallest}", dict(chip.options), [(n, list(t)) for n, t in distinct]
     )
-    bundles = dict(zip(distinct, counts))
-    total: dict[str, int] = {}
-    for name, types, runs in cost.kernels:
+    found = {}
+    for (name, types), bundles in zip(distinct, counts):
         steps, moved = kernels.work(name, list(types))
-        cycles = bundles[name, types] * -(-steps // chip.cores)
-        cycles = max(cycles, round(moved / chip.stream * chip.hertz))
-        sizes = [kernels.parse(t)[1][-2] for t in types if t.startswith("bf16")]
-        label = f"{name} {sizes[0]} x {sizes[1]}"
-        total[label] = total.get(label, 0) + cycles * runs
-    return total
+        cycles = bundles * -(-steps // chip.cores)
+        found[name, types] = max(cycles, round(moved / chip.stream * chip.hertz))
+    return found
+
+
+def kernel_label(name: str, types: tuple[str, ...]) -> str:
+    """A kernel for people: its name and the lengths that it works on."""
+    sizes = [kernels.parse(t)[1][-2] for t in types if t.startswith("bf16")]
+    return f"{name} {sizes[0]} x {sizes[1]}"
 
 
 def costliest(cost: hlo.Cost) -> list[tuple[str, float]]:

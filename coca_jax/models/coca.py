@@ -91,6 +91,11 @@ class CoCa(nn.Module):
         """Of products."""
         return self.options.dtype
 
+    @property
+    def kernel_dtype(self) -> Any:
+        """Of stacked kernels in a step, see ops.reference.Reference.kernel_dtype."""
+        return self.options.ops.kernel_dtype(self.dtype)
+
     def setup(self) -> None:
         width = self.decoder.width
         pooler: dict[str, Any] = dict(
@@ -252,7 +257,7 @@ def normalise(x: jax.Array) -> jax.Array:
 def build(
     model: Model,
     *,
-    remat: str = "none",
+    remat: str = "auto",
     sigmoid: bool = False,
     platform: str | None = None,
     head: Head | None = None,
@@ -276,6 +281,7 @@ def build(
             "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
         )
+    remat = ops.remat if remat == "auto" else remat
     shared: dict[str, Any] = dict(remat=remat, options=layers.BlockOptions.from_config(model, ops))
     return CoCa(
         encoder=ImageEncoder(

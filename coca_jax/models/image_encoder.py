@@ -65,9 +65,10 @@ class ImageEncoder(nn.Module):
                 f"that is a multiple of {self.patch_size}, best {self.image_size}: resize them"
             )
         if self.conv_widths:
-            x = ConvStem(
-                self.conv_widths, self.conv_depths, options.activation, options.dtype, name="stem"
-            )(pixels)
+            sizes = self.conv_widths, self.conv_depths
+            x = ConvStem(*sizes, options.activation, options.dtype, options.ops, name="stem")(
+                pixels
+            )
             x = x.reshape(x.shape[0], -1, x.shape[-1])
         else:
             x = patchify(pixels, self.patch_size)

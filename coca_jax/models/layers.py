@@ -138,7 +138,7 @@ class Attention(nn.Module):
         """
         query = self.queries(x)
         key, value = self.keys_and_values(x if context is None else context)
-        if context is not None and mask is None and key.dtype != jnp.bfloat16:
+        if context is not None and mask is None and self.options.dtype != jnp.bfloat16:
             # Softmax does not see a constant in all keys. The query's gradient is a sum over keys
             # with weights that cancel; image tokens are much alike, and what the rounding of the
             # weights leaves of their common part was most of the float32 error of small gradients.

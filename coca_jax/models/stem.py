@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import ACTIVATIONS
+from coca_jax.ops.reference import ACTIVATIONS, Reference
 from coca_jax.partitioning import with_axes
 
 
@@ -25,6 +25,7 @@ class Convolution(nn.Module):
     stride: int = 1
     gain: float = 1.0
     dtype: Any = jnp.float32
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,31 +43,8 @@ class Convolution(nn.Module):
         bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (self.features,))
         kernel = kernel - kernel.mean((0, 1, 2))
         kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if channels <= 4:  # of an image: convolutions of so few channels are slow on every device
-            y = unfold(x, self.stride) @ kernel.reshape(-1, self.features)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        return y + bias.astype(y.dtype)
-
-
-def unfold(x: jax.Array, stride: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H / stride, W / stride, 9 C]: what a 3 x 3 kernel sees of zero-padded x,
-    in the order (row, column, channel)."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [
-        padded[:, row : row + height : stride, column : column + width : stride]
-        for row in range(3)
-        for column in range(3)
-    ]
-    return jnp.concatenate(shifted, -1)
+        y = self.ops.convolve(x, kernel, self.stride, self.dtype)
+        return self.ops.add_bias(y, bias.astype(y.dtype))
 
 
 RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
@@ -82,14 +60,15 @@ class ConvBlock(nn.Module):
     variance: float
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         y = unit_activation(x, self.activation, self.variance)
-        y = Convolution(width, dtype=self.dtype, name="in")(y)
+        y = Convolution(width, dtype=self.dtype, ops=self.ops, name="in")(y)
         y = unit_activation(y, self.activation, 1.0)
-        y = Convolution(width, gain=RESIDUAL_GAIN, dtype=self.dtype, name="out")(y)
+        y = Convolution(width, gain=RESIDUAL_GAIN, dtype=self.dtype, ops=self.ops, name="out")(y)
         return x + y.astype(x.dtype)
 
 
@@ -113,6 +92,7 @@ class ConvStem(nn.Module):
     depths: tuple[int, ...]
     activation: str
     dtype: Any
+    ops: Reference = Reference()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,10 +100,10 @@ class ConvStem(nn.Module):
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
             if stage:
                 x = unit_activation(x, self.activation, variance)
-            x = Convolution(width, stride=2, dtype=self.dtype, name=f"down{stage}")(x)
+            x = Convolution(width, stride=2, dtype=self.dtype, ops=self.ops, name=f"down{stage}")(x)
             variance = 1.0
             for block in range(depth):
                 name = f"block{stage}_{block}"
-                x = ConvBlock(variance, self.activation, self.dtype, name=name)(x)
+                x = ConvBlock(variance, self.activation, self.dtype, self.ops, name=name)(x)
                 variance += RESIDUAL_GAIN**2
         return unit_activation(x, self.activation, variance)

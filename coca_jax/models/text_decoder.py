@@ -83,7 +83,7 @@ class TextDecoder(nn.Module):
                 "truncate them"
             )
         embedding, positions = self.token_embedding(), self.positions()
-        dtype = self.options.dtype
+        dtype = self.options.ops.stream_dtype(self.options.dtype)
         x = embedding.astype(dtype)[tokens] + positions[:length].astype(dtype)
         x = constrain(x, "batch", "length", "act_embed")
         cls = (self.cls() + positions[self.max_len]).astype(dtype)
@@ -101,8 +101,9 @@ class TextDecoder(nn.Module):
 
         Captions are padded on the right, so the causal mask already hides padding from tokens.
         """
-        x = self.multimodal(text_states, None, image_tokens.astype(self.options.dtype))
-        return self.multimodal_norm(x)
+        dtype = self.options.ops.stream_dtype(self.options.dtype)
+        x = self.multimodal(text_states, None, image_tokens.astype(dtype))
+        return self.multimodal_norm(x).astype(self.options.dtype)
 
     def output_layer(self) -> tuple[jax.Array, jax.Array | None]:
         """The softmax layer: kernel [D, V] and bias [V] (None when tied or without bias)."""

@@ -7,12 +7,20 @@ was built with. A form that does not know an option of the model steps aside for
 
 from __future__ import annotations
 
+from typing import Any
+
+from coca_jax.ops import cpu
 from coca_jax.ops.cpu import Cpu
 from coca_jax.ops.gpu import Gpu
 from coca_jax.ops.reference import Reference
 from coca_jax.ops.tpu import Tpu
 
 IMPLEMENTATIONS = ("auto", "xla", "reference")
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Options of XLA's compiler for a train step on devices of a platform."""
+    return cpu.compiler_options() if platform == "cpu" else {}
 
 
 def choose(platform: str, implementation: str = "auto") -> Reference:

@@ -66,10 +66,17 @@ def whole_mask(mask: jax.Array | None, causal: bool, length: int) -> jax.Array |
     return order if mask is None else mask & order
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    result: Any = None,
+) -> jax.Array:
     """Softmax attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K]; softmax in float32.
 
-    mask: bool, broadcastable to [B, H, N, M]; True where a query may look.
+    mask: bool, broadcastable to [B, H, N, M]; True where a query may look. result: its dtype;
+    default: value's.
     """
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
     precision = wide(query.dtype)
@@ -81,7 +88,31 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         scores = jnp.where(mask, scores, jnp.finfo(precision).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
-    return out.astype(value.dtype)
+    return out.astype(result or value.dtype)
+
+
+def unfold(x: jax.Array, stride: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, 9 C]: what a 3 x 3 kernel sees of zero-padded x,
+    in the order (row, column, channel)."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [
+        padded[:, row : row + height : stride, column : column + width : stride]
+        for row in range(3)
+        for column in range(3)
+    ]
+    return jnp.concatenate(shifted, -1)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """See Reference.convolve; by XLA's convolution, in the dtype of both."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 SLOPE, CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU by tanh (Hendrycks and Gimpel 2016)
@@ -113,10 +144,32 @@ class Reference:
         """What runs, for people."""
         return "plain JAX"
 
+    @property
+    def remat(self) -> str:
+        """The remat policy of stacks where none is asked for, see block.REMAT_POLICIES."""
+        return "none"
+
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         """x [..., I] times kernel [I, O] -> [..., O], product and result in `dtype`."""
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract)
+
+    def stream_dtype(self, dtype: Any) -> Any:
+        """The dtype of what lies between products that run in `dtype`."""
+        return jnp.dtype(dtype)
+
+    def kernel_dtype(self, dtype: Any) -> Any:
+        """The dtype that stacked kernels are cast to, once a step, for products in `dtype`."""
+        return jnp.dtype(dtype)
+
+    def convolve(self, x: jax.Array, kernel: jax.Array, stride: int, dtype: Any) -> jax.Array:
+        """x [B, H, W, C] convolved with a kernel [3, 3, C, F], zeros around it ->
+        [B, H / stride, W / stride, F], product and result in `dtype`; stride 1 or 2, H and W even.
+        """
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        if x.shape[-1] <= 4:  # of an image: convolutions of so few channels are slow everywhere
+            return unfold(x, stride) @ kernel.reshape(-1, kernel.shape[-1])
+        return convolve(x, kernel, stride)
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x [..., O] plus bias [O], both of one dtype."""

@@ -192,7 +192,7 @@ def run_parts(
 def forward(model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array) -> coca.Outputs:
     """One training pass over the batch -> coca.Outputs."""
     outputs: Any = model.apply(
-        {"params": cast_kernels(params, config.model.dtype)},
+        {"params": cast_kernels(params, model.kernel_dtype)},
         normalise_pixels(batch["image"], config.model),
         batch["tokens"],
         batch["text_valid"],

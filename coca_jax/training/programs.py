@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from coca_jax import ops as operations
 from coca_jax.training import text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
@@ -33,7 +34,13 @@ class Programs:
         @functools.cache
         def program(size: int, lengths: text_lengths.Lengths) -> Any:
             step = make_train_step(model, config, steps, size, lengths)
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+            options = operations.compiler_options(mesh.devices.flat[0].platform)
+            return jax.jit(
+                step,
+                donate_argnums=0,
+                out_shardings=(shardings, None),
+                compiler_options=options,
+            )
 
         self._program = program
         self._compiled: set[Shape] = set()

@@ -1,39 +1,84 @@
-"""Operations as XLA's CPU backend runs them best."""
+"""Operations as XLA's CPU backend runs them best.
+
+In bfloat16 only products run in it: their operands are rounded, their results and all between
+products is float32. The backend has no bfloat16 arithmetic of its own, so that every other
+operation would convert there and back, and a stack of layers is converted whole at each write.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import Reference, wide
+from coca_jax.ops.reference import (
+    Reference,
+    attend,
+    checkpoint_name,
+    convolve,
+    merge_heads,
+    split_heads,
+    whole_mask,
+    wide,
+)
+
+# Since 0.10 jaxlib has two libraries for a CPU. YNNPACK's convolutions take twice the time of
+# Eigen's, forward and backward; products are left to it. See docs/performance.md.
+OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-@jax.custom_vjp
-def _matmul_wide_out(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[N, D] x [D, F] in the inputs' dtype with wide output, forward and backward.
-
-    The CPU backend runs bfloat16 products twice as fast with float32 output as without.
-    """
-    return jnp.dot(x, w, preferred_element_type=wide(x.dtype))
-
-
-def _matmul_forward(x, w):
-    return _matmul_wide_out(x, w), (x, w)
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """OPTIONS where this jaxlib knows them, else {}."""
+    try:
+        jax.jit(lambda x: x, compiler_options=OPTIONS).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return dict(OPTIONS)
 
 
-def _matmul_backward(residuals, g):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """[N, D] x [D, F] multiplied in `dtype` with wide results, forward and backward."""
+    return jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=wide(dtype))
+
+
+def _forward(x, w, dtype):
+    return product(x, w, dtype), (x, w)
+
+
+def _backward(dtype, residuals, g):
     x, w = residuals
-    g = g.astype(x.dtype)
-    dtype = wide(x.dtype)
-    dx = jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-    dw = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+    g = g.astype(dtype)
+    result = wide(dtype)
+    dx = jax.lax.dot_general(
+        g, w.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=result
+    )
+    dw = jax.lax.dot_general(
+        x.astype(dtype), g, (((0,), (0,)), ((), ())), preferred_element_type=result
+    )
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_matmul_wide_out.defvjp(_matmul_forward, _matmul_backward)
+product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., F] plus bias [F]. The bias's gradient is a product with ones: XLA's sums over rows
+    read memory at a quarter of its rate."""
+    return x + bias
+
+
+def _bias_backward(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = g.reshape(-1, g.shape[-1])
+    return g, (jnp.ones((1, rows.shape[0]), g.dtype) @ rows)[0]
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), _bias_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +89,42 @@ class Cpu(Reference):
     def description(self) -> str:
         return "CPU: two-dimensional products with float32 results"
 
+    @property
+    def remat(self) -> str:
+        return "named"  # writing and reading the stacks costs more than computing again
+
+    def stream_dtype(self, dtype: Any) -> Any:
+        return wide(dtype)
+
+    def kernel_dtype(self, dtype: Any) -> Any:
+        return wide(dtype)
+
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-        rows = x.astype(dtype).reshape((-1, x.shape[-1]))
-        product = _matmul_wide_out(rows, kernel.astype(dtype)).astype(dtype)
-        return product.reshape(x.shape[:-1] + kernel.shape[1:])
+        rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype))
+        return rows.reshape(x.shape[:-1] + kernel.shape[1:])
+
+    def convolve(self, x: jax.Array, kernel: jax.Array, stride: int, dtype: Any) -> jax.Array:
+        # In float32 also of rounded operands, and of an image's few channels too: Eigen's are fast
+        # there, and XLA would convert bfloat16 to and fro.
+        x, kernel = (a.astype(dtype).astype(wide(dtype)) for a in (x, kernel))
+        return convolve(x, kernel, stride)
+
+    def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        return add_bias(x, bias)
+
+    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+        return super().layer_norm(x, scale, bias, wide(dtype))
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        heads: int,
+        causal: bool = False,
+    ) -> jax.Array:
+        mask = whole_mask(mask, causal, query.shape[1])
+        query, key, value = (split_heads(x, heads) for x in (query, key, value))
+        out = attend(query, key, value, mask, wide(value.dtype))
+        return checkpoint_name(merge_heads(out), "attended")

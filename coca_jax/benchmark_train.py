@@ -1,0 +1,145 @@
+"""Times and memory of a train step with random weights, alone or beside open_clip's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pathlib
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from coca_jax import benchmark_peer, compile_cache, partitioning, run_config
+from coca_jax import ops as operations
+from coca_jax.benchmark_model import build, random_batch, timed
+from coca_jax.config import Config
+from coca_jax.training import text_lengths
+from coca_jax.training.state import init_state, state_shardings
+from coca_jax.training.step import make_train_step
+
+Batch = dict[str, np.ndarray]
+
+
+def train(config: Config, repeats: int, compare: bool = False, texts: str = "") -> dict[str, float]:
+    """The whole train step at config.batch_size: pairs_per_second and what it comes from.
+
+    compare: open_clip's step runs in turn with ours, on the same batches, with the same optimizer
+    and weights of the losses, in bfloat16 by autocast where the model's dtype says so; then each
+    once in a process of its own for its peak memory. texts: a file with a caption a line; batches
+    take them in order, and the captions of ours are cut as config.text_lengths says. Without it
+    captions are full.
+    """
+    found = (
+        batches(config, texts) if compare or texts else [random_batch(config, config.batch_size)]
+    )
+    step = ours(config)
+    peer = theirs(config) if compare else None
+    for batch in {lengths_of(batch, config): batch for batch in found}.values():
+        step(batch)  # compiles
+    place = dict(ours=0, theirs=0)
+
+    def take(name: str) -> Batch:
+        place[name] += 1
+        return found[place[name] % len(found)]
+
+    result = timed(
+        lambda: step(take("ours")),
+        repeats,
+        None if peer is None else lambda: peer(take("theirs")),
+    )
+    rates = {"pairs_per_second": config.batch_size / result["seconds"]}
+    if compare:
+        own, other = (peak_bytes(name, config, found[0]) for name in ("ours", "theirs"))
+        rates |= {"peak_bytes": own, "peer_peak_bytes": other, "peak_over_peer": own / other}
+    return result | rates
+
+
+def batches(config: Config, texts: str) -> list[Batch]:
+    """Batches of random pixels with captions from a file, or full ones: every caption of the file
+    once, at most four batches.
+
+    Raises ValueError for a file with fewer captions than a batch.
+    """
+    size, text = config.batch_size, config.model.text
+    if not texts:
+        full = random_batch(config, size)
+        full["text_valid"][:] = True
+        return [full]
+    lines = [line for line in pathlib.Path(texts).read_text().splitlines() if line.strip()]
+    if len(lines) < size:
+        raise ValueError(f"--texts={texts} has {len(lines)} captions, a batch {size}; give more")
+    found = []
+    for start in range(0, min(len(lines), 4 * size) - size + 1, size):
+        batch = random_batch(config, size)
+        ids = benchmark_peer.tokens(lines[start : start + size], text.max_len)
+        valid = ids > 0
+        batch["tokens"][:] = np.where(valid, 1 + (ids - 1) % (text.vocab_size - 1), 0)
+        batch["text_valid"][:] = valid
+        found.append(batch)
+    return found
+
+
+def lengths_of(batch: Batch, config: Config) -> text_lengths.Lengths:
+    """The length to which a batch's captions are cut, for all of its rows."""
+    longest = int(batch["text_valid"].sum(1).max())
+    return text_lengths.choose(config, (longest, longest))
+
+
+def ours(config: Config) -> Callable[[Batch], Any]:
+    """A function that takes one step on a batch, and its metrics."""
+    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    programs: dict[text_lengths.Lengths, Any] = {}
+    with jax.set_mesh(mesh):
+        model = build(config)
+        state = init_state(model, config, mesh)
+        _, shardings = state_shardings(model, config, mesh)
+
+    def program(lengths: text_lengths.Lengths) -> Any:
+        steps = config.steps or 1000
+        return jax.jit(
+            make_train_step(model, config, steps, None, lengths),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=operations.compiler_options(mesh.devices.flat[0].platform),
+        )
+
+    def step(batch: Batch) -> Any:
+        nonlocal state
+        lengths = lengths_of(batch, config)
+        with jax.set_mesh(mesh):
+            if lengths not in programs:
+                programs[lengths] = program(lengths)
+            placed = partitioning.place_batch(mesh, batch)
+            state, metrics = programs[lengths](state, placed)
+        return metrics
+
+    return step
+
+
+def theirs(config: Config) -> Callable[[Batch], float]:
+    """The same by open_clip: see benchmark_peer.trainer."""
+    step = benchmark_peer.trainer(config)
+    return lambda batch: step(batch["image"], np.where(batch["text_valid"], batch["tokens"], 0))
+
+
+def peak_bytes(name: str, config: Config, batch: Batch) -> int:
+    """What two steps of 'ours' or 'theirs' add to the memory of a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (name, config.to_dict(), batch))
+
+
+def _peak(name: str, config: dict[str, Any], batch: Batch) -> int:
+    from coca_jax.config import read
+
+    compile_cache.use()  # compiling is not what is measured
+    typed = read(Config, config)
+    jax.block_until_ready(jax.numpy.zeros(1) + 1)
+    benchmark_peer.import_torch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step: Callable[[Batch], Any] = (ours if name == "ours" else theirs)(typed)
+    for _ in range(2):
+        jax.block_until_ready(step(batch))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
