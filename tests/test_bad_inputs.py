@@ -28,6 +28,9 @@ PLACES = {
     "convert --to": ["convert", "--input={}", "--out=out", "--to=open_clip"],
     "compile --config": ["compile", "--config={}", "--topology=cpu:1"],
     "export --checkpoint": ["export", "--checkpoint={}", "--out=out"],
+    "search index": ["search", "index", "{}", "--checkpoint=empty", "--out=new"],
+    "search --checkpoint": ["search", "index", "pictures", "--checkpoint={}", "--out=new"],
+    "search --index": ["search", "query", "a cat", "--index={}"],
     "report --workdir": ["report", "--workdir={}"],
     "benchmark --config": ["benchmark", "input", "--config={}"],
     "prepare --input": ["prepare", "--input={}", "--out=data"],
@@ -108,7 +111,7 @@ def test_a_bad_path_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_every_bad_path_is_one_line(tmp_path):
-    """Each place, with all that it is not: 360 starts of commands."""
+    """Each place, with all that it is not: 402 starts of commands."""
     made = {(place, kind) for place in MADE for kind in ("missing", "folder")}
     pairs = [(place, kind) for place in PLACES for kind in BAD if (place, kind) not in made]
     check(run_all(tmp_path, pairs))

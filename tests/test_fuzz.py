@@ -21,6 +21,7 @@ def test_no_input_of_any_kind_gives_more_than_a_line():
     assert 0 < refused < sum(account.inputs for account in accounts) == 20 * len(KINDS)
 
 
+HUGE = b"{'descr': '<f2', 'fortran_order': False, 'shape': (1000000000000, 4), }".ljust(117) + b"\n"
 # What long runs have found: (kind, the input, the line that it gives now).
 FOUND = [
     (
@@ -34,6 +35,9 @@ FOUND = [
     ("manifests", b'{"splits": {"a": {"shards": [{"file": "../x"}]}}}', "no file of the folder"),
     ("captions", b"[" * 3000 + b"]" * 3000 + b"\n", "line 1 is not a caption"),
     ("configs", b"[" * 3000 + b"]" * 3000, "nested too deep"),
+    ("searches", b"\0{}", "no model, checkpoint and width in it"),
+    ("searches", b"\1\x93NUMPY\1\0v\0" + HUGE, "0 bytes of float16 (1000000000000, 4)"),
+    ("searches", b"\1\x93NUMPY\1\0v\0" + HUGE.replace(b"}", b"("), "not a .npy file"),
     ("configs", b'{"model": [], "steps": 1}', "config.json: config.model="),
     ("configs", b'{"model": {"text": {"max_len": {"a": 1}}}}', "max_len={'a': 1}: give a whole"),
 ]

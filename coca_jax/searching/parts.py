@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coca_jax import sealed_json, storage
+from coca_jax.data import bounded_json
 
 _KEY = b"coca_jax"
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
@@ -54,6 +55,7 @@ class Parts:
         self.about: dict[str, Any] = {}
         if (place / "index.json").exists():
             self.about = sealed_json.read(place / "index.json")
+            _check(self.about, f"{folder}/index.json")
         elif place.exists() and any(place.iterdir()):
             raise ValueError(f"{folder} holds something that is no index; give a new folder")
         self.done: dict[str, Done] = {}
@@ -70,8 +72,11 @@ class Parts:
         path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
         try:
             table = pq.read_table(io.BytesIO(path.read_bytes()))
-            json.loads(table.schema.metadata[_KEY])
-            table.select(list(COLUMNS))
+            said = bounded_json.parse(table.schema.metadata[_KEY])
+            kinds = (said["group"], str), (said["skipped"], dict), (said["last"], bool)
+            if not all(isinstance(value, kind) for value, kind in kinds):
+                raise ValueError("its metadata have other types")
+            table.select(list(COLUMNS)).cast(pa.schema([(name, pa.string()) for name in COLUMNS]))
             return table
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -148,10 +153,37 @@ class Parts:
         for number, table in enumerate(self._tables):
             path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
             try:
-                part = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-                if part.shape != (len(table), self.about["width"]) or part.dtype != np.float16:
-                    raise ValueError(f"{part.dtype} {part.shape} for {len(table)} pictures")
-            except (OSError, ValueError, EOFError) as error:
+                part = _array(path.read_bytes(), (len(table), self.about["width"]))
+            except (OSError, ValueError) as error:
                 raise ValueError(f"{path} is damaged ({error}); index again") from None
             found.append(part)
         return np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
+
+
+def _check(about: dict[str, Any], place: str) -> None:
+    """Raises ValueError where index.json lacks what `begin` writes."""
+    width = about.get("width")
+    texts = all(isinstance(about.get(key), str) for key in ("model", "checkpoint"))
+    if not texts or not isinstance(width, int) or not 0 < width <= 65_536:
+        raise ValueError(
+            f"{place} is damaged: it names no model, checkpoint and width; index again"
+        )
+
+
+def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:
+    """A float16 array of a .npy file. numpy's own reader reserves what a header asks for.
+
+    Raises:
+        ValueError: no such file, or of another shape or type.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError
+        found, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # its parser is Python's own
+        raise ValueError("not a .npy file") from None
+    left = len(data) - file.tell()
+    if found != shape or by_columns or dtype != np.float16 or left != 2 * shape[0] * shape[1]:
+        raise ValueError(f"{left} bytes of {dtype} {found} for float16 {shape}")
+    return np.frombuffer(data, np.float16, offset=file.tell()).reshape(shape)

@@ -19,7 +19,7 @@ NAMES = {
     "safetensors": "weights", "torch": "weights", "tokenizers": "weights", "open_clip": "weights",
     "exports": "weights",
     "overrides": "settings", "configs": "settings", "shards": "settings", "manifests": "settings",
-    "indexes": "settings", "captions": "settings",
+    "indexes": "settings", "captions": "settings", "searches": "searches",
     "broken": "broken",  # a reader with every fault, to see that each is found
 }  # fmt: skip
 
