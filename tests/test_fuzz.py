@@ -35,7 +35,7 @@ FOUND = [
     ("manifests", b'{"splits": {"a": {"shards": [{"file": "../x"}]}}}', "no file of the folder"),
     ("captions", b"[" * 3000 + b"]" * 3000 + b"\n", "line 1 is not a caption"),
     ("configs", b"[" * 3000 + b"]" * 3000, "nested too deep"),
-    ("searches", b"\0{}", "no model, checkpoint and width in it"),
+    ("searches", b"\0{}", "names no model, checkpoint and width"),
     ("searches", b"\1\x93NUMPY\1\0v\0" + HUGE, "0 bytes of float16 (1000000000000, 4)"),
     ("searches", b"\1\x93NUMPY\1\0v\0" + HUGE.replace(b"}", b"("), "not a .npy file"),
     ("configs", b'{"model": [], "steps": 1}', "config.json: config.model="),
