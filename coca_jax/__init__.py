@@ -26,3 +26,11 @@ def list_pretrained() -> list[tuple[str, str]]:
     from coca_jax.interop import hub
 
     return sorted(hub.PRETRAINED)
+
+
+def push_to_hub(model: CoCaModel, name: str, **options: typing.Any) -> str:
+    """Uploads a model as 'org/name' in the layout of the hub, with a card, and returns its URL; see
+    `inference.export_folder.push_to_hub`."""
+    from coca_jax.inference import export_folder
+
+    return export_folder.push_to_hub(model, name, **options)

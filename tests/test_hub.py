@@ -118,7 +118,8 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
     np.testing.assert_array_equal(coca_jax.load(tmp_path / "out").encode_image(images), wanted)
 
     assert hub.push(str(tmp_path / "out"), "org/birds").endswith("/org/birds")
-    hub.push(str(tmp_path / "out"), "org/birds")  # a second time: the repository is there
+    # A second time: the repository is there.
+    assert coca_jax.push_to_hub(model, "org/birds", scores=SCORES).endswith("/org/birds")
     for name in files:
         sent = (server.root / "org/birds" / name).read_bytes()
         assert sent == (tmp_path / "out" / name).read_bytes()

@@ -14,6 +14,7 @@ import jax
 
 from coca_jax import export_format, storage
 from coca_jax.inference.model import CoCaModel
+from coca_jax.interop.hub import push
 
 CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
@@ -45,7 +46,7 @@ def write(model: CoCaModel, folder: str, *, hub: bool = False) -> None:
 def write_hub(
     model: CoCaModel, out: str, name: str, scores: Mapping[str, float | None] | None = None
 ) -> dict[str, int]:
-    """Writes the folder that `hub.push` uploads and `coca_jax.load` reads: config.json,
+    """Writes the folder that `push_to_hub` uploads and `coca_jax.load` reads: config.json,
     model.safetensors, the tokenizer, preprocessor_config.json and the card README.md.
 
     name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes.
@@ -56,6 +57,22 @@ def write_hub(
         storage.write_text(os.path.join(folder, PREPROCESSOR), preprocessor)
         write(model, folder, hub=True)
         return sizes(folder)
+
+
+def push_to_hub(
+    model: CoCaModel,
+    name: str,
+    *,
+    scores: Mapping[str, float | None] | None = None,
+    private: bool = False,
+) -> str:
+    """Writes the folder of `write_hub` to a temporary place and uploads it as 'org/name'.
+
+    Returns the repository's URL. Raises as `interop.hub.push` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_hub(model, folder, name, scores)
+        return push(folder, name, private=private)
 
 
 def sizes(folder: str) -> dict[str, int]:
