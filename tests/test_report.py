@@ -237,3 +237,14 @@ def test_a_layout_of_rows_needs_no_template_of_its_own(tmp_path):
     results.save_results(tmp_path, {"calibration/x/error": 0.25})
     text = Reader(report.write_report(tmp_path).read_text()).text
     assert "calibration: x" in text and "of 10 bins bin share 0.1 3%" in text and "25.0%" in text
+
+
+def test_time_over_restarts_is_that_of_goodput(run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    life = dict(seconds=dict(step=60.0, compile=20.0), first_step=100, step=4000)
+    parts = dict(step=20.0, lost=40.0, down=60.0)
+    found = dict(starts=3, parts=parts, life=life, at=dict(wall=0.0, boot="", since_boot=0.0))
+    (tmp_path / "goodput.json").write_text(json.dumps(found))
+    text = Reader(report.write_report(tmp_path).read_text()).text
+    assert "40.0% of 3 min 20 s went into steps, over 3 starts" in text
+    assert "not running 1 min 00 s (30.0%)" in text and "steps that were lost 40.0 s" in text

@@ -41,6 +41,7 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
     ),
     ("Learning rate", "rate", ("learning_rate",)),
     ("Throughput", "pairs/s", ("pairs_per_second",)),
+    ("Goodput", "share of the time that went to steps", ("goodput",)),
     ("Gradient norm", "norm", ("grad_norm", "gradient_norm")),
     ("Temperature", "temperature", ("temperature",)),
 )
@@ -210,7 +211,7 @@ def time_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         for key, value in row.items():
             if key.endswith("_seconds") and _is_number(value):
-                name = key.removesuffix("_seconds").replace("_", " ")
+                name = key.removesuffix("_seconds")
                 totals[name] = totals.get(name, 0.0) + value
     positive = {name: seconds for name, seconds in totals.items() if seconds > 0}
     return dict(sorted(positive.items(), key=lambda item: -item[1]))

@@ -15,7 +15,18 @@ from etils import epath
 from coca_jax import storage
 from coca_jax.report import charts, examples, numbers, run_files, scores
 from coca_jax.report.run_files import RunFiles
+from coca_jax.training import goodput as training
 
+TIMES = dict(  # parts of a run's time, as people call them
+    init="start-up",
+    compile="compilation",
+    data_wait="waiting for data",
+    step="steps",
+    eval="evaluation",
+    save="saves",
+    lost="steps that were lost",
+    down="not running",
+)
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
@@ -102,22 +113,27 @@ def summary(run: RunFiles) -> str:
 
 
 def goodput(run: RunFiles) -> dict[str, Any]:
-    """Where the time went: dict(share of the steps, whole, parts); {} where nothing says."""
-    totals = charts.time_totals(run.rows)
+    """Where the time went: dict(share of the steps, whole, parts, starts), over all starts of the
+    run where goodput.json says; {} where nothing does."""
+    totals, starts = charts.time_totals(run.rows), 0
+    if "life" in run.goodput:
+        starts = run.goodput["starts"]
+        found = training.fold(run.goodput, run.goodput["life"]["step"], 0.0)
+        totals = dict(sorted(found.items(), key=lambda item: -item[1]))
     whole = sum(totals.values())
     if not whole:
         return {}
     parts = [
         dict(
-            name=name,
             colour=number % charts.COLOURS,
             width=f"{100 * seconds / whole:.2f}",
-            label=f"{name} {numbers.duration(seconds)} ({seconds / whole:.1%})",
+            label=f"{TIMES.get(name, name)} {numbers.duration(seconds)} ({seconds / whole:.1%})",
         )
         for number, (name, seconds) in enumerate(totals.items())
+        if seconds > 0
     ]
     share = f"{totals.get('step', 0.0) / whole:.1%}"
-    return dict(share=share, whole=numbers.duration(whole), parts=parts)
+    return dict(share=share, whole=numbers.duration(whole), parts=parts, starts=starts)
 
 
 def model_card(run: RunFiles) -> list[tuple[str, str]]:

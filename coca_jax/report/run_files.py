@@ -12,13 +12,15 @@ from etils import epath
 from coca_jax import storage
 from coca_jax.evaluators import history
 from coca_jax.metrics import read_metrics
+from coca_jax.training import goodput
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
     """A run's files, empty where they are missing.
 
-    rows: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation.
+    rows: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
+    goodput: as training/goodput.py keeps it over restarts.
     """
 
     folder: epath.Path
@@ -27,6 +29,7 @@ class RunFiles:
     evaluations: list[dict[str, Any]]
     scores: dict[str, Any]
     examples: dict[str, Any]
+    goodput: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -54,6 +57,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         evaluations=history.read(folder),
         scores=_read_json(folder / "eval.json"),
         examples=_read_json(folder / "eval_examples.json"),
+        goodput=_read_json(folder / goodput.FILE),
     )
     if not found.rows and not found.scores:
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
