@@ -1,0 +1,160 @@
+"""The keys of open_clip's CoCa configurations: which are read, which must be as they are here, and
+what their values may be. The files are strangers', so nothing is taken for granted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_UNSUPPORTED_BLOCK = dict(
+    ls_init_value=(None,),
+    act_kwargs=(None, {}),
+    norm_kwargs=(None, {}, {"eps": 1e-5}),
+    block_type=(None, "default"),
+    qk_norm=(False,),
+    scaled_cosine_attn=(False,),
+    scale_heads=(False,),
+    scale_attn_inner=(False,),
+    scale_attn=(False,),
+    scale_fc=(False,),
+)
+# Keys that change the model, with the only values that are supported.
+_REQUIRED: dict[str, dict[str, tuple]] = {
+    "vision_cfg": _UNSUPPORTED_BLOCK | dict(timm_model_name=(None,), pool_type=("tok",)),
+    "text_cfg": _UNSUPPORTED_BLOCK
+    | dict(
+        hf_model_name=(None,),
+        embed_cls=(True,),
+        pad_id=(0,),
+        no_causal_mask=(False,),
+        proj_bias=(False,),
+        proj_type=("linear",),
+    ),
+    "multimodal_cfg": dict(ls_init_value=(None,)),
+    "": {},
+}
+# Keys that are read below.
+_READ: dict[str, set[str]] = {
+    "vision_cfg": {
+        *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"),
+        *("patch_dropout", "attentional_pool", "attn_pooler_queries", "attn_pooler_heads"),
+        "no_ln_pre",
+    },
+    "text_cfg": {
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+        "correct_cls_mask",
+    },
+    "multimodal_cfg": {"context_length", "width", "heads", "layers"},
+    "": {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu"},
+}
+# Keys without effect on a model that passes the checks above. The decoder ignores most of its own.
+_WITHOUT_EFFECT: dict[str, set[str]] = {
+    "vision_cfg": {
+        *("output_tokens", "pos_embed_type", "final_ln_after_pool", "timm_model_pretrained"),
+        *("timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    },
+    "text_cfg": {
+        *("output_tokens", "eos_id", "pool_type", "final_ln_after_pool", "tokenizer_mode"),
+        *("tokenizer_kwargs", "hf_tokenizer_name", "hf_model_pretrained", "hf_proj_type"),
+        "hf_pooler_type",
+    },
+    "multimodal_cfg": {
+        *("vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads", "embed_cls"),
+        *("output_tokens", "pad_id", "eos_id", "pool_type", "proj_bias", "proj_type"),
+        *("no_causal_mask", "final_ln_after_pool", "tokenizer_mode", "tokenizer_kwargs"),
+        *("hf_tokenizer_name", "hf_model_name", "hf_model_pretrained", "hf_proj_type"),
+        "hf_pooler_type",
+        *(key for key in _UNSUPPORTED_BLOCK if key != "ls_init_value"),
+    },
+    "": {
+        "custom_text",
+        "init_logit_scale",
+        "init_logit_bias",
+        "nonscalar_logit_scale",
+        "cast_dtype",
+    },
+}
+
+# Whole numbers from 1 up to these; above 0 and up to these; true or false.
+_MOST = dict(
+    embed_dim=65_536,
+    layers=1024,
+    width=65_536,
+    head_width=65_536,
+    heads=4096,
+    attn_pooler_queries=65_536,
+    attn_pooler_heads=4096,
+    context_length=65_536,
+    vocab_size=16_777_216,
+    image_size=16_384,
+)
+_RATIOS = dict(mlp_ratio=64.0)
+_SHARES = ("patch_dropout",)
+_FLAGS = ("quick_gelu", "no_ln_pre", "correct_cls_mask")
+
+
+def check_numbers(section: dict[str, Any], part: str) -> None:
+    """Raises ValueError for a key that is read and whose value can be no such thing."""
+    for key in _READ[part] & section.keys():
+        value, name = section[key], f"{part}.{key}" if part else key
+        if key in _MOST and key != "image_size":
+            if not is_whole(value) or not 1 <= value <= _MOST[key]:
+                raise ValueError(f"{name}={short(value)}: give a whole number, 1 to {_MOST[key]}")
+        elif key in _RATIOS:
+            if not is_number(value) or not 0 < value <= _RATIOS[key]:
+                raise ValueError(f"{name}={short(value)}: give a number above 0, to {_RATIOS[key]}")
+        elif key in _SHARES:
+            if not is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name}={short(value)}: give a share, 0 to below 1")
+        elif key in _FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{name}={short(value)}: give true or false")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer; JSON's true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def short(value: Any) -> str:
+    """A value of a stranger's file for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def section_of(config: dict[str, Any], part: str) -> dict[str, Any]:
+    """A section of the configuration. Raises ValueError where it has none of that name."""
+    if not isinstance(config.get(part), dict):
+        raise ValueError(f"the configuration has no {part}: it is not one of open_clip's CoCa")
+    return config[part]
+
+
+def check_keys(section: dict[str, Any], part: str) -> None:
+    """Raises ValueError for a key that is unknown, or must have another value than it has."""
+    if part == "" and "embed_dim" not in section:
+        raise ValueError("the configuration has no embed_dim: it is not one of open_clip's models")
+    for key, value in section.items():
+        name = f"{part}.{key}" if part else key
+        allowed = _REQUIRED[part].get(key)
+        if allowed is not None and value not in allowed:
+            raise ValueError(
+                f"{name}={short(value)} is not supported; only {' or '.join(map(repr, allowed))}"
+            )
+        if allowed is None and key not in _READ[part] | _WITHOUT_EFFECT[part]:
+            raise ValueError(f"{name}={short(value)}: an unknown key; this layout is not supported")
+    if part == "text_cfg" and not section.get("embed_cls", False):
+        raise ValueError("text_cfg.embed_cls=False is not supported; only True")
+
+
+def square(size: Any, name: str) -> int:
+    """The side of a square given by one number or by equal ones. Raises ValueError for others."""
+    sizes = list(size) if isinstance(size, (list, tuple)) else [size]
+    if not sizes or any(not is_whole(one) or one != sizes[0] for one in sizes):
+        raise ValueError(f"{name}={short(size)}: only squares are supported")
+    if not 1 <= sizes[0] <= _MOST["image_size"]:
+        raise ValueError(f"{name}={short(size)}: give 1 to {_MOST['image_size']} pixels")
+    return sizes[0]
