@@ -190,14 +190,18 @@ def plan(kills: int, rng: random.Random) -> list[str]:
     return early + ["report"] * late
 
 
-def kill_alone(work: pathlib.Path, kills: int, rng: random.Random, steps: int) -> dict[str, Any]:
-    """All kills of one training of one process, and how it ended."""
+def kill_alone(
+    work: pathlib.Path, kills: int, rng: random.Random, steps: int, end: float
+) -> dict[str, Any]:
+    """All kills of one training of one process, or those until `end`, and how it ended."""
     env, workdir = environment(work), work / "killed"
     counts: collections.Counter[str] = collections.Counter()
     problems, lost = [], []
     sent = None
     for number, moment in enumerate(plan(kills, rng)):
         name = rng.choice(["SIGKILL", "SIGTERM", "SIGINT"])
+        if time.monotonic() > end:
+            break
         life = Life(alone(workdir, steps), env)
         hit = aim(life, moment, rng, steps)
         if sent is not None and life.first_step() is not None:
@@ -229,13 +233,14 @@ def main() -> int:
     parser.add_argument("--stops", type=int, default=0, help="SIGSTOPs, with several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="of the training; 0: by the kills")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after which none is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=pathlib.Path, help="a folder; default: a temporary one")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or pathlib.Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        rng = random.Random(given.seed)
+        rng, end = random.Random(given.seed), time.monotonic() + 60 * given.minutes
         if given.processes == 1:
             steps = given.steps or max(60, 10 * given.kills // EVALUATE * EVALUATE)
             command = alone(work / "calm", steps)
@@ -250,9 +255,9 @@ def main() -> int:
             return 1
         say(f"the calm run took {time.monotonic() - calm.begin:.0f} s for {steps} steps")
         if given.processes == 1:
-            found = kill_alone(work, given.kills, rng, steps)
+            found = kill_alone(work, given.kills, rng, steps, end)
         else:
-            found = pairs.kill(work, given.kills, given.stops, rng, steps, given.processes)
+            found = pairs.kill(work, given.kills, given.stops, rng, steps, given.processes, end)
         found["problems"] += compare(work / "killed", work / "calm", steps)
         seconds = sorted(found.pop("seconds"))
         if seconds:

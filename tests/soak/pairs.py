@@ -39,9 +39,15 @@ def processes_of(launcher: int) -> dict[int, int]:
 
 
 def kill(
-    work: pathlib.Path, count: int, stops: int, rng: random.Random, steps: int, processes: int
+    work: pathlib.Path,
+    count: int,
+    stops: int,
+    rng: random.Random,
+    steps: int,
+    processes: int,
+    end: float,
 ) -> dict[str, Any]:
-    """All kills and stops of one training, and how it ended."""
+    """All kills and stops of one training, or those until `end`, and how it ended."""
     env = kills.environment(work) | {"RESTARTS": "1000", "PAUSE": "0", "ABORT": "5"}
     life = kills.Life(together(work / "killed", steps, processes), env)
     kinds = ["SIGKILL"] * count + ["SIGSTOP"] * stops
@@ -51,6 +57,8 @@ def kill(
     problems: list[str] = []
     for number, name in enumerate(kinds):
         in_start_up = rng.random() < 0.25
+        if time.monotonic() > end:
+            break
         if in_start_up and number:  # the launcher has just started both again
             wanted = lambda line: "starting JAX" in line  # noqa: E731
         else:
