@@ -36,7 +36,6 @@ COMMANDS = {
     "report": "write the HTML report of a run",
     "benchmark": "time training, encoding, captioning, input or losses",
 }
-SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
 CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
@@ -79,7 +78,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
     Ctrl-C with 130, or as training/stopping.py says where the command saves.
     """
-    if name in SAVED:
+    if name in stopping.SAVED:
         stopping.install()
     else:
         stopping.end_on_interrupt()

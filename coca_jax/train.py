@@ -19,13 +19,18 @@ docs/config.md says what each key means; an unknown key is refused with the near
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+if __name__ == "__main__":  # before all other imports: a request to stop may come at any moment
+    from coca_jax.training import stopping
 
-from absl import flags
+    stopping.install()
 
-from coca_jax import cli, recipes, storage
-from coca_jax.config import Config, Recipe
+from collections.abc import Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+from absl import flags  # noqa: E402
+
+from coca_jax import cli, recipes, storage  # noqa: E402
+from coca_jax.config import Config, Recipe  # noqa: E402
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:

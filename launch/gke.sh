@@ -127,7 +127,7 @@ spec:
         podFailurePolicy:
           rules:
           - action: FailJob
-            onExitCodes: {containerName: train, operator: In, values: [2, 75, 130]}
+            onExitCodes: {containerName: train, operator: In, values: [2, 75, 130, 143]}
           - action: FailJob
             onPodConditions: [{type: DisruptionTarget, status: "True"}]
         template:

@@ -29,6 +29,10 @@ starts_again() {
       return 1
       ;;
     130) return 1 ;; # a second Ctrl-C
+    143) # SIGTERM before train could answer it, in the first instants: nothing was lost
+      echo "train was asked to stop before it began (status 143): starting it again" >&2
+      return 0
+      ;;
     75) # the platform asked it to stop, and it has saved
       echo "train was asked to stop and has saved (status 75): starting it again" >&2
       return 0

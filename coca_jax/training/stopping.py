@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again
 EXIT_AT_ONCE = 130  # as a shell says of a program that SIGINT ended
 
@@ -213,6 +214,8 @@ _standard_error = 2
 def install() -> Stop:
     """For a command that trains, before its imports: watches the signals of this process."""
     global _current, _standard_error
+    if _current is not None:
+        return _current
     _standard_error = os.dup(2)  # file 2 is held back while noisy libraries are imported
     _current = Stop()
     _current.install()

@@ -212,6 +212,8 @@ def kill_alone(
         status = life.end()
         counts[f"{moment} {name}" if hit else f"{moment} missed"] += hit
         fine = {"SIGKILL": (-9, 0), "SIGTERM": (75, 0), "SIGINT": (75, 0)}[name]
+        if not life.lines and name != "SIGKILL":
+            fine = (*fine, -getattr(signal, name))  # Python itself was not up yet
         if status not in fine or "Traceback" in life.text():
             problems.append(f"kill {number} ({moment}, {name}): status {status}: {life.text()}")
         last = [line for _, line in life.lines if step_of(line)][-1:]
