@@ -24,6 +24,7 @@ from coca_jax.config import Config, Entry
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
 from coca_jax.importers import unprepared
+from coca_jax.interop import hub
 
 
 def trained_on(config: Config, data: Mapping[str, Any]) -> bool:
@@ -154,6 +155,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     if len(argv) > 1 or not args.checkpoint or not args.data:
         raise ValueError("give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else")
     tasks = tasks_of_flags()
+    if not args.out and hub.is_name(args.checkpoint):
+        raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")
     if args.process_id <= 0:
         cli.say(f"loading {args.checkpoint}")
     import jax

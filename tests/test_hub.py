@@ -229,6 +229,8 @@ def test_commands_take_the_names(model, images, server, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["url"].endswith("/me/again")
     assert "hf-hub:me/again" in (server.root / "me/again/README.md").read_text()
+    done = run("evaluate", "--checkpoint=hf-hub:org/birds", "--data=scenes")
+    assert done.returncode == 2 and "is a name; give --out=DIR" in done.stderr
     done = run("convert", "--input=hf-hub:org/none", f"--out={tmp_path}/none")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
         "error: hf-hub:org/none: there is no such model"

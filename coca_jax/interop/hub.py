@@ -38,8 +38,16 @@ def local(place: str, pretrained: str = "") -> str:
 
     Raises as `resolve` and `download` do.
     """
-    name = place if os.path.exists(place) and not pretrained else resolve(place, pretrained)
+    if not pretrained and not is_name(place):
+        return place
+    name = resolve(place, pretrained)
     return download(name) if name.startswith(PREFIX) else name
+
+
+def is_name(place: str) -> bool:
+    """Whether it names a model, and no file or folder that is here."""
+    named = place.startswith(PREFIX) or place.partition(":")[0] in {of for of, _ in PRETRAINED}
+    return named and not os.path.exists(place)
 
 
 def resolve(name: str, pretrained: str = "") -> str:
