@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from coca_jax import ops, partitioning
-from coca_jax.models import block, layers
+from coca_jax.configs import base
+from coca_jax.models import block, coca, layers
 from coca_jax.ops import gpu, reference
 from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
 
@@ -303,6 +304,10 @@ def test_the_form_follows_the_platform_and_the_request():
     assert ops.choose("gpu") == ops.choose("cuda") == ops.Gpu(cudnn=True)
     assert ops.choose("gpu", "xla") == ops.choose("rocm") == ops.Gpu(cudnn=False)
     assert ops.choose("tpu", "xla") == ops.Tpu(kernels=False)
+    model = base.get_config().model
+    for platform, remat in (("cpu", "named"), ("gpu", "none"), ("tpu", "none")):
+        built = coca.build(model, remat="auto", platform=platform)
+        assert built.encoder.remat == built.decoder.remat == remat
     for platform in ("cpu", "gpu", "tpu"):
         assert type(ops.choose(platform, "reference")) is ops.Reference
     with pytest.raises(ValueError, match="model.implementation='fast'; choose from auto, xla"):

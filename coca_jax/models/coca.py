@@ -257,7 +257,7 @@ def normalise(x: jax.Array) -> jax.Array:
 def build(
     model: Model,
     *,
-    remat: str = "auto",
+    remat: str = "none",
     sigmoid: bool = False,
     platform: str | None = None,
     head: Head | None = None,
@@ -265,6 +265,7 @@ def build(
 ) -> CoCa:
     """Makes the module that `config.model` describes.
 
+    remat: of all towers, see block.Stack; 'auto': what is best on the platform.
     sigmoid: whether it has the learned bias of the sigmoid loss.
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
     decides how operations run (see `coca_jax.ops`), not what they compute.
