@@ -13,7 +13,7 @@ from typing import Any
 from coca_jax import benchmark_peer
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import run_vocabulary
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 
 PEER_EXAMPLES = 2000  # that a comparison reads again and again

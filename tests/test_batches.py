@@ -11,7 +11,7 @@ from PIL import Image
 from coca_jax import prepare
 from coca_jax.config import typed
 from coca_jax.data import images, prompts, run_vocabulary, sources, texts
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, class_names
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records

@@ -25,7 +25,7 @@ from PIL import Image
 from coca_jax import prepare
 from coca_jax.configs import base
 from coca_jax.data import records, run_vocabulary, sources
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.importers import dedup
 from coca_jax.importers.items import Options
 

@@ -12,7 +12,7 @@ from test_heads import train_alone as train
 
 import coca_jax
 from coca_jax.data import mixture, run_vocabulary, sources, vocabulary
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.evaluators.records import Records
 from coca_jax.prepare import prepare
 

@@ -14,7 +14,7 @@ from PIL import Image
 from coca_jax import prepare
 from coca_jax.configs import base
 from coca_jax.data import files, prepared, run_vocabulary, sources
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 
 
 def _image(index):

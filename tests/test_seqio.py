@@ -8,7 +8,8 @@ import pytest
 from data_cases import damage, data_config, picture, take, write_data, write_folder
 
 from coca_jax.data import images, run_vocabulary, sources
-from coca_jax.data.batches import Batches, open_stream
+from coca_jax.data.batches import Batches
+from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare

@@ -11,7 +11,8 @@ from data_cases import data_config, equal, take, write_data
 from coca_jax.config import typed
 from coca_jax.data import batches as batch_module
 from coca_jax.data import prepared, run_vocabulary, sources
-from coca_jax.data.batches import Batches, DirectStream, fields, open_stream, trained
+from coca_jax.data.batches import Batches, DirectStream, fields, trained
+from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from coca_jax import inference, partitioning, prepare
 from coca_jax.configs import base
 from coca_jax.data import gif_blocks, images, run_vocabulary, videos
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import checks

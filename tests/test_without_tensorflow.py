@@ -72,7 +72,7 @@ import pathlib
 from conftest import tiny_config
 from coca_jax import train
 from coca_jax.configs import coca_2b, coca_base, coca_large
-from coca_jax.data import batches, run_vocabulary, sources
+from coca_jax.data import loaders, run_vocabulary, sources
 from coca_jax.importers import unprepared
 from coca_jax.importers.splits import prepare
 root = pathlib.Path({str(tmp_path)!r})
@@ -81,7 +81,7 @@ config.data.sources, config.data.loader = (dict(path=str(root / "a")),), "seqio"
 config.model.text.vocab_size = 400
 for call in (
     lambda: train.train(config, str(root / "run")),
-    lambda: batches.open_stream(config, run_vocabulary.load_or_train(config, root)),
+    lambda: loaders.open_stream(config, run_vocabulary.load_or_train(config, root)),
     lambda: sources.open_source(dict(seqio="mine")),
     lambda: sources.open_source(dict(tfds="mnist")),
     lambda: unprepared.open_source(dict(tfds="mnist"), "test"),

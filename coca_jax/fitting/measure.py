@@ -9,7 +9,7 @@ import jax
 
 from coca_jax import metrics, partitioning
 from coca_jax.config import Config
-from coca_jax.data.batches import open_stream
+from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import load
 from coca_jax.training import setup, stopping

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.data.batches import Stream, open_stream
+from coca_jax.data.batches import Stream
+from coca_jax.data.loaders import open_stream
 
 Ranges = tuple[tuple[int, int], ...]  # (first, last) numbers of batches, in order, disjoint
 

@@ -21,7 +21,7 @@ from coca_jax import (
 )
 from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
-from coca_jax.data.batches import check_loader
+from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
 from coca_jax.models import coca
