@@ -130,7 +130,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
                 rows.append(row)
@@ -144,7 +144,7 @@ def _bytes_until(path: Any, step: int) -> int:
         try:
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         length += len(line)
     return length

@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from coca_jax import sealed_json, storage
+from coca_jax.data import bounded_json
 
 FILE = "evaluations.jsonl"
 
@@ -26,7 +27,8 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
         try:
-            found.append(sealed_json.unseal(json.loads(line), f"{path}, line {number},"))
+            row = sealed_json.unseal(bounded_json.loads(line), f"{path}, line {number},")
+            found.append(row)
         except ValueError as error:
             logging.warning("an evaluation is left out: %s", error)
     return found

@@ -40,6 +40,8 @@ def read_done(path: str) -> tuple[set[str], int]:
     place = storage.place(path)
     if not place.exists():
         return done, whole
+    if not storage.is_remote(place) and not os.path.isfile(place):
+        raise ValueError(f"--out={path} is no file; give one, which may be new")
     with place.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

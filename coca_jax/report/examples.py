@@ -16,10 +16,14 @@ def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str,
     made = []
     for number, (name, found) in enumerate(examples.items()):
         evaluator, _, data = name.partition("/")
-        layout = found.get("kind", "")
-        if layout in layouts:
+        layout = found.get("kind", "") if isinstance(found, Mapping) else ""
+        if isinstance(layout, str) and layout in layouts:
             title = numbers.title_of(evaluator)
-            shown = _ORDERS.get(layout, dict)(found)
+            try:
+                shown = _ORDERS.get(layout, dict)(found)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                text = f"eval_examples.json is damaged: {name}: {type(error).__name__}: {error}"
+                raise ValueError(f"{text}; run evaluate again") from None
             made.append(dict(id=f"e{number}", title=title, data=data, layout=layout, found=shown))
     return made
 

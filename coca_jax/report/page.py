@@ -53,8 +53,17 @@ def write_report(
         card=model_card(run),
         config=json.dumps(run.config, indent=2) if run.config else "",
     )
-    storage.write_text(path, _environment().get_template("report.html").render(context))
+    storage.write_text(path, _render("report.html", context, run.folder))
     return path
+
+
+def _render(template: str, context: dict[str, Any], place: epath.Path) -> str:
+    """Raises ValueError where what evaluations showed lacks what its layout asks for."""
+    try:
+        return _environment().get_template(template).render(context)
+    except (jinja2.UndefinedError, LookupError, TypeError, AttributeError) as error:
+        text = f"{place / 'eval_examples.json'} is damaged: {type(error).__name__}: {error}"
+        raise ValueError(f"{text}; run evaluate again") from None
 
 
 def write_comparison(
@@ -151,11 +160,13 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
     ]
     found = {
         "Model": f"CoCa, {model.get('image_size')} px, patch {model.get('patch_size')}",
-        "Image encoder": f"width {image['width']}, depth {image['depth']}" if image else "",
+        "Image encoder": (
+            f"width {image.get('width', '?')}, depth {image.get('depth', '?')}" if image else ""
+        ),
         "Text decoder": (
-            f"width {text['width']}, {text['unimodal_depth']} unimodal and "
-            f"{text['multimodal_depth']} multimodal layers, {text['vocab_size']:,} tokens, "
-            f"captions of up to {text['max_len']}"
+            f"width {text.get('width', '?')}, {text.get('unimodal_depth', '?')} unimodal and "
+            f"{text.get('multimodal_depth', '?')} multimodal layers, "
+            f"{text.get('vocab_size', 0):,} tokens, captions of up to {text.get('max_len', '?')}"
             if text
             else ""
         ),
@@ -168,7 +179,7 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
             if loss.get(name)
         ),
         "Optimizer": (
-            f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, "
+            f"{optimizer.get('name', '?')}, learning rate {optimizer.get('learning_rate', 0):g}, "
             f"{optimizer.get('schedule', '')}, weight decay {optimizer.get('weight_decay', 0):g}"
             if optimizer
             else ""

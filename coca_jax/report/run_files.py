@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from etils import epath
 
+from coca_jax import config as typed
 from coca_jax import storage
+from coca_jax.data import bounded_json
 from coca_jax.evaluators import history
 from coca_jax.metrics import read_metrics
 from coca_jax.training import goodput
+
+_MAX_BYTES = 1 << 30  # of one of these files; those with pictures are the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,16 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
     folder = storage.place(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"workdir {str(folder)!r} is not a folder; give that of a run")
+    config = _read_json(folder / "config.json")
+    if config:  # for its types; what is not said stays unsaid
+        typed.read(typed.StoredConfig, config, f"{folder / 'config.json'}: config", old=True)
+    evaluations = [row for row in history.read(folder) if isinstance(row.get("scores"), dict)]
     found = RunFiles(
         folder=folder,
-        config=_read_json(folder / "config.json"),
-        rows=read_metrics(folder),
-        evaluations=history.read(folder),
-        scores=_read_json(folder / "eval.json"),
+        config=config,
+        rows=_numbers(read_metrics(folder)),
+        evaluations=[row | dict(scores=_scores(row["scores"])) for row in _numbers(evaluations)],
+        scores=_scores(_read_json(folder / "eval.json")),
         examples=_read_json(folder / "eval_examples.json"),
         goodput=_read_json(folder / goodput.FILE),
     )
@@ -65,4 +72,24 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Raises ValueError where the file is there and no JSON object."""
+    try:
+        return bounded_json.parse(path.read_bytes(), _MAX_BYTES) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose step is one, in order of steps; of a damaged one nothing is told."""
+    found = [row for row in rows if isinstance(row.get("step"), int) and row["step"] >= 0]
+    return [{k: v for k, v in row.items() if _plain(v) or k == "scores"} for row in found]
+
+
+def _scores(scores: dict[str, Any]) -> dict[str, Any]:
+    """Those that are numbers or None, and the step."""
+    return {name: value for name, value in scores.items() if _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and abs(value) < 1e300)

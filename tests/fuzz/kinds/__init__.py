@@ -19,7 +19,8 @@ NAMES = {
     "safetensors": "weights", "torch": "weights", "tokenizers": "weights", "open_clip": "weights",
     "exports": "weights",
     "overrides": "settings", "configs": "settings", "shards": "settings", "manifests": "settings",
-    "indexes": "settings", "captions": "settings", "searches": "searches",
+    "indexes": "settings", "captions": "settings", "reports": "settings",
+    "searches": "searches",
     "broken": "broken",  # a reader with every fault, to see that each is found
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ import mutate
 import numpy as np
 from absl import flags
 
-from coca_jax import checkpointing, cli, recipes, run_config, sealed_json
+from coca_jax import checkpointing, cli, recipes, report, run_config, sealed_json
 from coca_jax.config import checks
 from coca_jax.data import mixture, sources, view_index
 from coca_jax.importers import splits
@@ -249,6 +249,58 @@ def read_captions(path: pathlib.Path) -> str:
     return f"done: {sorted(map(repr, done))} {whole}"
 
 
+REPORTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "eval.json", "eval_examples.json")
+
+
+def report_seeds() -> list[bytes]:
+    """The files of a run, the number of each before it."""
+    scores = {
+        "zeroshot/data/accuracy": 0.5,
+        "zeroshot/data/accuracy_low": 0.4,
+        "zeroshot/data/accuracy_high": 0.6,
+        "zeroshot/data/num_images": 9,
+        "step": 20,
+    }
+    item = dict(image="", truth=["cat"], guesses=[["cat", 0.9], ["dog", 0.1]], key="1")
+    classes = {"cat": dict(accuracy=0.5, count=4), "dog": dict(accuracy=1.0, count=5)}
+    table = dict(rows=["cat", "dog"], columns=["cat", "dog"], counts=[[2, 2], [0, 5]])
+    examples = {
+        "zeroshot/data": dict(
+            kind="zeroshot",
+            items=[item],
+            worst=[item],
+            per_class=classes,
+            confusion=table,
+            confused=[dict(truth="cat", guess="dog", count=2)],
+        )
+    }
+    rows = [dict(step=n, loss=5.0 / n, time_step=1.0, time_init=2.0) for n in (10, 20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    config = recipes.load("tiny").to_dict() | {"vocabulary_checksum": "0" * 64}
+    history = json.dumps(dict(step=20, scores=scores)) + "\n"
+    texts = (json.dumps(config), lines, history, json.dumps(scores), json.dumps(examples))
+    return [bytes([number]) + text.encode() for number, text in enumerate(texts)]  # fmt: skip
+
+
+def damage_report(rng: random.Random, seed: bytes) -> bytes:
+    """Other values in each line or the whole of a file."""
+    lines = seed[1:].splitlines()
+    damaged = [mutate.text_of(rng, mutate.tree(rng, json.loads(line))) for line in lines]
+    return seed[:1] + b"\n".join(damaged) + b"\n" * (seed[0] in (1, 2))
+
+
+def read_report(path: pathlib.Path) -> str:
+    """The page of a run with this file."""
+    folder = path.with_name("reported")
+    folder.mkdir(exist_ok=True)
+    for seed in report_seeds():
+        (folder / REPORTS[seed[0]]).write_bytes(seed[1:])
+    data = path.read_bytes()
+    (folder / REPORTS[data[0] % len(REPORTS)]).write_bytes(data[1:])
+    page = report.write_report(folder).read_bytes()
+    return f"page: {hashlib.blake2b(page, digest_size=6).hexdigest()}"
+
+
 def _damage(rng: random.Random, seed: bytes) -> bytes:
     return mutate.data(rng, seed)
 
@@ -259,5 +311,6 @@ KINDS: dict[str, Any] = {
     "shards": Kind(shard_seeds, damage_shard, read_shard),
     "manifests": Kind(manifest_seeds, damage_manifest, read_manifest),
     "indexes": Kind(index_seeds, _damage, read_index),
+    "reports": Kind(report_seeds, damage_report, read_report),
     "captions": Kind(caption_seeds, damage_captions, read_captions),
 }
