@@ -64,7 +64,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         evaluations=[row | dict(scores=_scores(row["scores"])) for row in _numbers(evaluations)],
         scores=_scores(_read_json(folder / "eval.json")),
         examples=_read_json(folder / "eval_examples.json"),
-        goodput=_read_json(folder / goodput.FILE),
+        goodput=_goodput(folder / goodput.FILE),
     )
     if not found.rows and not found.scores:
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
@@ -79,9 +79,22 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def _goodput(path: epath.Path) -> dict[str, Any]:
+    """{} for a file that is not whole, as training takes it."""
+    found = _read_json(path)
+    try:
+        if found:
+            goodput.fold(found, found["life"]["step"], 0.0)
+            int(found["starts"])
+        return found
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        return {}
+
+
 def _numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose step is one, in order of steps; of a damaged one nothing is told."""
-    found = [row for row in rows if isinstance(row.get("step"), int) and row["step"] >= 0]
+    steps = [(row.get("step"), row) for row in rows]
+    found = [row for n, row in steps if isinstance(n, int) and _plain(n) and n >= 0]
     return [{k: v for k, v in row.items() if _plain(v) or k == "scores"} for row in found]
 
 
