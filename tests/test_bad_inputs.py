@@ -104,8 +104,9 @@ def check(found):
 
 
 def test_a_bad_path_is_one_line(tmp_path):
-    """Each place, with another thing that it is not."""
-    places = [place for place in PLACES if place not in MADE]
+    """Each place of the commands that start at once, with another thing that it is not."""
+    quick = ("prepare", "convert", "report", "fit")
+    places = [place for place in PLACES if place.startswith(quick) and place not in MADE]
     check(run_all(tmp_path, [(place, BAD[n % len(BAD)]) for n, place in enumerate(places)]))
 
 
