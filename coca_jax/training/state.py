@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -67,6 +68,26 @@ def state_shardings(model: CoCa, config: Config, mesh: Mesh) -> tuple[TrainState
 
     Raises ValueError when a parameter cannot be split evenly over the mesh.
     """
+    return _shardings(model, _Trained(config), mesh)
+
+
+class _Trained:
+    """A config, equal to others that train the same parameters by the same rule."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._key = (config.optimizer, config.loss, config.head)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Trained) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=4)  # a start asks four times, and a trace of the model takes a second
+def _shardings(model: CoCa, trained: _Trained, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    config = trained.config
     boxed = jax.eval_shape(lambda: make_state(model, config, jax.random.key(0)))
     specs = partitioning.param_specs(boxed.params, mesh)
     abstract = boxed.replace(params=partitioning.unbox(boxed.params))
