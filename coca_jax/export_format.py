@@ -56,9 +56,8 @@ def _params_name(directory: str | os.PathLike[str]) -> str:
     folder = storage.place(directory)
     if not (folder / CONFIG).exists():
         return ""
-    if (folder / PARAMS).exists():
-        return PARAMS
-    return HUB_PARAMS if _is_of_library(folder) and (folder / HUB_PARAMS).exists() else ""
+    name = HUB_PARAMS if _is_of_library(folder) else PARAMS
+    return name if (folder / name).exists() else ""
 
 
 def _is_of_library(folder: epath.Path) -> bool:

@@ -186,6 +186,17 @@ def test_what_the_hub_refuses_is_one_line(server, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_of_two_layouts_in_a_folder_the_last_one_counts(model, tmp_path):  # noqa: F811
+    folder = str(tmp_path / "both")
+    export_folder.write(model, folder)
+    (tmp_path / "both/params.safetensors").write_bytes(b"of another model")
+    export_folder.write_hub(model, folder, "org/birds")
+    assert coca_jax.load(folder).checksum() == model.checksum()
+    (tmp_path / "both/model.safetensors").write_bytes(b"of another model")
+    export_folder.write(model, folder)
+    assert coca_jax.load(folder).checksum() == model.checksum()
+
+
 def test_a_file_damaged_on_its_way_is_told(model, server, tmp_path):  # noqa: F811
     export_folder.write_hub(model, str(server.root / "org/birds"), "org/birds")
     path = server.root / "org/birds/model.safetensors"
