@@ -2,10 +2,11 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from coca_jax.data import images, videos
 
@@ -180,6 +181,21 @@ def test_formats_that_are_not_opened():
     assert images.decode(b"P6 1 1 255\n\x07\x08\x09").tolist() == [[[7, 8, 9]]]
     assert {".jpg", ".png", ".webp", ".tiff"} < set(images.SUFFIXES)
     assert not {".eps", ".ps", ".pdf", ".ico"} & set(images.SUFFIXES)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_tags_say_nothing_of_the_pixels(format):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = _encode(_scene(), format, exif=exif.tobytes())
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        assert np.array_equal(images.decode(data), upright)
+        assert images.sniff(data)[1:] == upright.shape[:2]
+    text = b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHI4sI", 0x0112, 2, 4, b"six\0", 0)
+    for block in (b"Exif\0\0", b"Exif\0\0\0\0\0\5" + bytes(40), text):
+        data = _encode(_scene(), format, exif=block)
+        assert images.sniff(data)[1:] == images.decode(data).shape[:2] == (16, 24)
 
 
 def test_a_jpeg_of_more_scans_than_encoders_write_is_refused_by_every_reader(monkeypatch):

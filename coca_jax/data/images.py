@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from coca_jax.data import files
 
@@ -75,6 +75,23 @@ def _too_many_scans(data: bytes, pixels: int) -> bool:
     return pixels * data.count(b"\xff\xda") > MAX_SCAN_PIXELS
 
 
+def _orientation(image: Image.Image) -> int:
+    """How an image is turned, 1 to 8, by its EXIF tag; damaged tags say nothing of the pixels."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged block surfaces as any of a dozen types
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+# What makes a picture upright, by its orientation (EXIF 2.32, page 35).
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
+
+
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     highest = values.max(initial=0)
@@ -92,12 +109,13 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 def to_rgba(image: Image.Image) -> np.ndarray:
     """A PIL image, upright by its EXIF tag: uint8 [h, w, 4] with transparency, else [h, w, 3]."""
+    image.load()
     if "exif" in image.info or image.format in ("TIFF", "MPO"):
-        image = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image))
+        image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _sixteen_to_eight(image)
     mode = "RGBA" if has_alpha(image) else "RGB"
-    image.load()
     pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
     rows = max(_STRIP // image.width, 1)  # converted in strips: copies of the whole would add up
     for top in range(0, image.height, rows):
@@ -290,7 +308,7 @@ def sniff(data: bytes) -> tuple[int, int, int]:
             return BMP, height, width
     image = open_image(data)
     width, height = image.size
-    if image.getexif().get(0x0112, 1) >= 5:
+    if _orientation(image) >= 5:
         width, height = height, width
     return OTHER, height, width
 

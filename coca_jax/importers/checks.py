@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from coca_jax.data import images, order, videos
 from coca_jax.data.records import Record
@@ -129,7 +129,6 @@ def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
 def _shrink(image: Image.Image, max_side: int) -> bytes:
     """Encodes a smaller image: JPEG, or PNG where there is transparency."""
     alpha = images.has_alpha(image)
-    image = ImageOps.exif_transpose(image)
     pixels = Image.fromarray(images.to_rgba(image))
     pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
