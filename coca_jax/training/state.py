@@ -76,7 +76,7 @@ class _Trained:
 
     def __init__(self, config: Config):
         self.config = config
-        self._key = (config.optimizer, config.loss, config.head)
+        self._key = repr((config.optimizer, config.loss, config.head))
 
     def __hash__(self) -> int:
         return hash(self._key)
