@@ -12,7 +12,7 @@ from coca_jax.training import hooks
 
 
 def scored_run(captioning=True):
-    config = tiny_run(6)
+    config = tiny_run(4)
     label = dict(builtin="scenes", split="heldout", kind="label")
     captions = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     config.eval.tasks = (
@@ -30,7 +30,7 @@ def scored_run(captioning=True):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run with evaluations after steps 2, 4 and 6, and the programs compiled in each of them."""
+    """A run with evaluations after steps 2 and 4, and the programs compiled in each of them."""
     workdir, compiled, inside = str(tmp_path_factory.mktemp("whole")), [], []
 
     def listen(event, duration, **_):
@@ -56,30 +56,23 @@ def whole(tmp_path_factory):
 
 def test_only_the_first_evaluation_compiles(whole):
     _, _, compiled = whole
-    assert len(compiled) == 3 and compiled[0] > 3
-    assert compiled[1:] == [0, 0]
+    assert compiled[0] > 3 and compiled[1:] == [0]
 
 
 def test_every_evaluation_is_kept_and_eval_json_is_the_last(whole):
     workdir, summary, _ = whole
     rows = history.read(workdir)
-    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["step"] for row in rows] == [2, 4]
     last = json.loads((results.storage.place(workdir) / "eval.json").read_text())
     assert rows[-1]["scores"] | {"step": 6.0} == last
     assert all(summary[name] == value for name, value in last.items())
-    assert len({row["scores"]["captioning/s/perplexity"] for row in rows}) == 3  # it learns
+    assert len({row["scores"]["captioning/s/perplexity"] for row in rows}) == 2  # it learns
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [
-        pytest.param("before the first task", marks=pytest.mark.slow),
-        "between tasks",
-        pytest.param("before the history", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # six runs of a minute each
+@pytest.mark.parametrize("kill", ["before the first task", "between tasks", "before the history"])
 def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_path, kill):
-    """Step 4 is saved, its evaluation is not done: the next start does it before step 5."""
+    """Step 2 is saved, its evaluation is not done: the next start does it before step 3."""
 
     class Killed(Exception):
         pass
@@ -88,9 +81,9 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
         raise Killed
 
     place, number = {
-        "before the first task": ((hooks.Evaluation, "_model_of"), 2),
-        "between tasks": ((tasks, "run_task"), 4),
-        "before the history": ((history, "add"), 2),
+        "before the first task": ((hooks.Evaluation, "_model_of"), 1),
+        "between tasks": ((tasks, "run_task"), 2),
+        "before the history": ((history, "add"), 1),
     }[kill]
     plain, calls = getattr(*place), []
 
@@ -102,7 +95,7 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
         patch.setattr(*place, counted)
         with pytest.raises(Killed):
             train_alone(scored_run(captioning=False), tmp_path)
-    assert [row["step"] for row in history.read(tmp_path)] == [2]
+    assert history.read(tmp_path) == []
     train_alone(scored_run(captioning=False), tmp_path)
     found, undisturbed = history.read(tmp_path), history.read(whole[0])
     assert [row["step"] for row in found] == [row["step"] for row in undisturbed]
