@@ -53,6 +53,22 @@ def test_what_was_found_is_a_line_now(kind, data, line, tmp_path, monkeypatch):
         load(kind).run(tmp_path / "input")
 
 
+FILES = {
+    "parquet-aborts": "damaged_archive",
+    "videos-no-code": "unreadable_image",
+    "images-tags": "",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_was_found_in_files_of_other_formats_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    surroundings(tmp_path)
+    found = pathlib.Path(__file__).parent / "fuzz/found" / name
+    (tmp_path / "input").write_bytes(found.read_bytes())
+    assert load(name.split("-")[0]).run(tmp_path / "input").startswith(FILES[name])
+
+
 def test_each_fault_of_a_reader_is_found():
     # After "large" a new worker begins again with "none".
     (account,) = run.fuzz(["broken"], range(6), seed=0)

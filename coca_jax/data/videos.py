@@ -222,6 +222,8 @@ def _open(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[Any, Any]:
             f"damaged video ({len(data)} bytes), or no picture in it: {error}"
         ) from None
     context = stream.codec_context
+    if context is None:
+        raise ValueError(f"video in a code that FFmpeg does not know ({len(data)} bytes)")
     _check_pixels(context.width, context.height, max_pixels)
     # FFmpeg checks it before it reserves memory; what it decodes is padded.
     context.options = {"max_pixels": str(max(2 * max_pixels, 1 << 20))}
