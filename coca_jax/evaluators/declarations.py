@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import coca_jax.evaluators
+from coca_jax.data import kinds as sources
 from coca_jax.evaluators import Record
-from coca_jax.evaluators.records import Records, missing
 from coca_jax.importers import unprepared
 
 # Keys of every task; an evaluator may have options of its own.
@@ -180,6 +180,15 @@ def lacks(name: str, evaluator: type[Evaluator]) -> str:
     return missing(name, evaluator.needs, evaluator.kind)
 
 
+def missing(name: str, need: str, task: str = "this task") -> str:
+    """Why data without any caption or label cannot be scored, and what to do."""
+    return (
+        f"data {name}: no example has a {need}, and {task} needs one; give "
+        f"--tasks={instead(need)}, or --{sources.KINDS[need].wanted}_field=NAME where a field of "
+        "another name holds it"
+    )
+
+
 def instead(need: str) -> str:
     """The usual tasks for data that have nothing of this need."""
     return ",".join(one.kind for one in kinds().values() if one.usual and one.needs != need)
@@ -216,23 +225,3 @@ def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
             raise ValueError(
                 f"eval.tasks, {evaluator.kind} of {task.get('name')}: no key {key!r}; {remedy}"
             )
-
-
-def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:
-    """The records of a task's data that have what its evaluator needs, of known texts where it
-    asks for these (`known_only`). Raises as `Records` does."""
-    known = set(candidates(task)) if task.get("known_only") else None
-    return Records(data, limit, known, of(task["kind"]).needs)
-
-
-def candidates(task: Mapping[str, Any]) -> list[str]:
-    """The texts of the data that a task names as further candidates, each once, sorted."""
-    if not task.get("candidates"):
-        return []
-    found = Records(dict(dict(split="train"), **task["candidates"]))
-    return sorted({text for record in found for text in texts_of(record)})
-
-
-def texts_of(record: Record) -> list[str]:
-    """The texts of a record; [] where it has none."""
-    return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())

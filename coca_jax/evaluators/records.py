@@ -10,6 +10,7 @@ import numpy as np
 
 from coca_jax.config.data import Entry
 from coca_jax.data import kinds
+from coca_jax.evaluators import Record, declarations
 from coca_jax.importers import unprepared
 
 
@@ -62,7 +63,7 @@ class Records:
         self._keep(lambda part: [has(record) for record in self._source.read_texts(part)])
         self.left_out = count - len(self._indices)
         if not len(self._indices):
-            raise ValueError(missing(name, need))
+            raise ValueError(declarations.missing(name, need))
 
     def _keep(self, wanted: Callable[[np.ndarray], list[bool]]) -> None:
         """Leaves the records for which `wanted`, called with parts of the indices, is true."""
@@ -96,12 +97,21 @@ class Records:
                 )
 
 
-def missing(name: str, need: str, task: str = "this task") -> str:
-    """Why data without any caption or label cannot be scored, and what to do."""
-    from coca_jax.evaluators import declarations  # its evaluators read records
+def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:
+    """The records of a task's data that have what its evaluator needs, of known texts where it
+    asks for these (`known_only`). Raises as `Records` does."""
+    known = set(candidates(task)) if task.get("known_only") else None
+    return Records(data, limit, known, declarations.of(task["kind"]).needs)
 
-    return (
-        f"data {name}: no example has a {need}, and {task} needs one; give "
-        f"--tasks={declarations.instead(need)}, or --{kinds.KINDS[need].wanted}_field=NAME where a "
-        "field of another name holds it"
-    )
+
+def candidates(task: Mapping[str, Any]) -> list[str]:
+    """The texts of the data that a task names as further candidates, each once, sorted."""
+    if not task.get("candidates"):
+        return []
+    found = Records(dict(dict(split="train"), **task["candidates"]))
+    return sorted({text for record in found for text in texts_of(record)})
+
+
+def texts_of(record: Record) -> list[str]:
+    """The texts of a record; [] where it has none."""
+    return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())

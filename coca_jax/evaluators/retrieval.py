@@ -13,7 +13,6 @@ from coca_jax.evaluators import (
     Predictor,
     Record,
     check_finite,
-    declarations,
     encode_texts,
     in_batches,
     record_texts,
@@ -21,6 +20,7 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.declarations import Evaluator, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
+from coca_jax.evaluators.records import candidates
 from coca_jax.evaluators.results import encode_png, picture
 
 _CUTOFFS = (1, 5, 10)
@@ -93,7 +93,7 @@ class Retrieval(Evaluator):
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Retrieval:
         """task: candidates, a data entry whose texts are further candidates."""
-        extra = declarations.candidates(task)
+        extra = candidates(task)
         return cls(task["name"], extra_texts=extra, **setting.common())
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ import jax
 
 from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Evaluator, Setting
+from coca_jax.evaluators.records import records_of
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.models.head_kinds import HeadKind
 
@@ -97,7 +98,7 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     """The scores of one task; on process 0 its examples and classes are written as well."""
     kind = declarations.of(task["kind"])
     task = dict(task, data=kind.data_of(task, model))
-    records = declarations.records_of(task, task["data"], task.get("limit", 0))
+    records = records_of(task, task["data"], task.get("limit", 0))
     if records.left_out and setting.main_process:
         print(
             f"{task['kind']}/{task['name']}: {records.left_out} examples have no {kind.needs} and "

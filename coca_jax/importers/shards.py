@@ -115,9 +115,8 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     filtered: Counter[str] = Counter()
     classes: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        remote = files.is_remote(job.work)
         data = f"{job.part}.array_record"
-        local = os.path.join(folder, "shard") if remote else f"{data}.tmp"
+        local = os.path.join(folder, "shard") if files.is_remote(data) else f"{data}.tmp"
         writer = array_record_module.ArrayRecordWriter(local, "group_size:1,uncompressed")
         for number, item in enumerate(read_items(job)):
             read += 1
@@ -143,12 +142,7 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         writer.close()
         report(read % _REPORT_EVERY)
         size, digest = os.path.getsize(local), _sha256(local)
-        if remote:
-            system, plain = files.filesystem(data)
-            system.put_file(local, f"{plain}.tmp")
-            system.mv(f"{plain}.tmp", plain)
-        else:
-            shutil.move(local, data)
+        _put(local, data)
     account = dict(
         count=count,
         with_text=with_text,
@@ -163,6 +157,16 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     text = json.dumps(account, ensure_ascii=False, sort_keys=True)
     storage.write_bytes(f"{job.part}.json", text.encode())
     return account
+
+
+def _put(local: str, data: str) -> None:
+    """Gives a finished file its place, whole or not at all."""
+    if not files.is_remote(data):
+        shutil.move(local, data)
+        return
+    system, plain = files.filesystem(data)
+    system.put_file(local, f"{plain}.tmp")
+    system.mv(f"{plain}.tmp", plain)
 
 
 def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, str]]:

@@ -13,8 +13,8 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import tqdm
 
@@ -260,26 +260,8 @@ def _finish(
     if read != written + len(listed) + sum(filtered.values()):
         raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
     if not written:
-        system, plain_work = files.filesystem(work)
-        system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
-        if set(filtered) & {"held_out", "not_held_out"} and not listed:
-            raise ValueError(
-                f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
-                f"leaves none of {read} images for the split {split!r}; give another share"
-            )
-        raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
-    system, plain_out = files.filesystem(out)
-    plain_work = files.filesystem(work)[1]
-    kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
-    entries = []
-    for number, (job, account) in enumerate(kept):
-        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
-        part = f"{plain_work}/part-{job.number:05d}.array_record"
-        if system.exists(part):
-            system.mv(part, f"{plain_out}/{name}")
-        entries.append(
-            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
-        )
+        _refuse_empty(work, split, request, read, listed, filtered)
+    entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     manifest = metadata.read_manifest(out)
@@ -298,10 +280,49 @@ def _finish(
         request=request,
     )
     metadata.write(out, manifest)
+    system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
     for line in remarks.of_split(out, split, manifest):
         print(line, file=sys.stderr)
     return _summary(out, split, manifest)
+
+
+def _refuse_empty(
+    work: str,
+    split: str,
+    request: dict[str, Any],
+    read: int,
+    listed: list[dict[str, str]],
+    filtered: Mapping[str, int],
+) -> NoReturn:
+    """Raises ValueError: why nothing of `read` items is in the split."""
+    system, plain_work = files.filesystem(work)
+    system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
+    if set(filtered) & {"held_out", "not_held_out"} and not listed:
+        raise ValueError(
+            f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
+            f"leaves none of {read} images for the split {split!r}; give another share"
+        )
+    raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
+
+
+def _named(
+    out: str, split: str, work: str, jobs: list[shards.Job], accounts: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Moves the shards that hold something to their names; what the manifest says of each."""
+    system, plain_out = files.filesystem(out)
+    plain_work = files.filesystem(work)[1]
+    kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
+    entries = []
+    for number, (job, account) in enumerate(kept):
+        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+        part = f"{plain_work}/part-{job.number:05d}.array_record"
+        if system.exists(part):
+            system.mv(part, f"{plain_out}/{name}")
+        entries.append(
+            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
+        )
+    return entries
 
 
 def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from coca_jax import partitioning
 from coca_jax.ops.reference import gelu, gelu_slope
 from coca_jax.ops.tpu import attention_kernel, norm_kernel
 from coca_jax.partitioning import active_mesh
@@ -115,7 +116,7 @@ def norm_backward(
                 stack, scale, gradient, beside, epsilon=epsilon, index=index
             )
 
-        rows = P(("data", "fsdp"))
+        rows = partitioning.spec("batch")
         specs = (P(None, *rows), P(), rows, rows, P())
         run = _per_device(run, mesh, specs, (rows, rows))
         dx, sums = run(stack, index, gradient, beside, scale)
@@ -252,7 +253,7 @@ def _on_device(kernel, plain, arrays, mask, heads):
         def run(arrays, bias):
             return kernel(**arrays, bias=bias, heads=heads // tensor)
 
-        rows = P(("data", "fsdp"), None, "tensor")
+        rows = partitioning.spec("batch", None, "act_heads")
         specs = {k: (P(), rows, P(None, *rows))[max(0, x.ndim - 2)] for k, x in arrays.items()}
         of_bias = P() if bias is None or bias.shape[0] == 1 else P(rows[0])
         out = P(None, *rows) if "stack" in arrays else rows
@@ -266,7 +267,7 @@ def _on_device(kernel, plain, arrays, mask, heads):
 
 def _parts(mesh):
     """(parts that a batch is split in, parts that a width is)."""
-    return (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh else (1, 1)
+    return (partitioning.batch_parts(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
 
 
 def _per_device(function, mesh, in_specs, out_specs):

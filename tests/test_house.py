@@ -1,0 +1,186 @@
+"""The rules that keep the code easy to find one's way in, held up over its imports and sources.
+
+CONTRIBUTING.md says them in words, and which layer holds what.
+"""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "coca_jax"
+
+# From the top down. A module belongs to the layer with the longest name that fits it, and imports
+# only what stands in its own layer or below.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "commands": (
+        *("train", "evaluate", "caption", "search", "prepare", "convert", "compile", "export"),
+        *("fit", "report.__main__", "__main__", "config.page", "benchmark", "benchmark_input"),
+        *("benchmark_losses", "benchmark_model", "benchmark_peer", "benchmark_train"),
+    ),
+    "the command line": ("cli",),
+    "fitting": ("fitting",),
+    "recipes": ("recipes", "inherit"),
+    "a run": ("training", "warm_start"),
+    "what it costs, what it shows": ("estimate", "report"),
+    "scores and search": ("evaluators", "searching"),
+    "a trained model": ("", "inference"),
+    "checkpoints": ("checkpointing", "training.goodput"),
+    "a step": (
+        *("training.step", "training.state", "training.gradients", "training.objectives"),
+        *("training.parts", "training.text_lengths"),
+    ),
+    "what a run is made of": ("optimizer", "run_config", "importers"),
+    "formats": ("export_format", "interop"),
+    "data": ("data",),
+    "models": ("models",),
+    "configuration": ("config",),
+    "kinds": ("models.pooler_kinds", "models.head_kinds"),
+    "operations": ("ops",),
+    "devices": ("partitioning",),
+    "base": (
+        *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
+        *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
+        *("extras", "metrics", "quiet", "sealed_json", "storage", "trackers"),
+    ),
+}
+
+
+def name_of(path: pathlib.Path) -> str:
+    """The module's name below coca_jax; '' for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+
+def imports(name: str) -> set[str]:
+    """All modules of the package that one imports, inside functions too; those that it needs for
+    types alone are left out."""
+    found, waiting = set(), [TREES[name]]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "coca_jax":
+            folder = node.module.partition(".")[2]
+            for alias in node.names:
+                inside = f"{folder}.{alias.name}".lstrip(".")
+                found.add(inside if inside in SOURCES else folder)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if ours(alias.name)}
+    return found - {name}
+
+
+def ours(module: str) -> bool:
+    return module.split(".")[0] == "coca_jax"
+
+
+def layer(module: str) -> int:
+    fits = [
+        (len(prefix), number)
+        for number, prefixes in enumerate(LAYERS.values())
+        for prefix in prefixes
+        if module == prefix or (prefix and module.startswith(f"{prefix}."))
+    ]
+    assert fits, f"coca_jax.{module} stands in no layer: add it to LAYERS"
+    return max(fits)[1]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_run_downwards(name):
+    names = list(LAYERS)
+    upwards = [
+        f"{name or 'coca_jax'} ({names[layer(name)]}) imports {other} ({names[layer(other)]})"
+        for other in imports(name)
+        if layer(other) < layer(name)
+    ]
+    assert not upwards
+
+
+def test_no_module_imports_itself_in_a_circle():
+    finished: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in finished:
+            for other in sorted(imports(name)):
+                visit(other, (*above, name))
+            finished.add(name)
+
+    for name in SOURCES:
+        visit(name, ())
+
+
+def test_no_file_is_over_400_lines_and_no_function_over_60():
+    long = [f"{n}: {len(p.read_text().splitlines())} lines" for n, p in SOURCES.items()]
+    assert not [text for text in long if int(text.split()[-2]) > 400]
+    for name, tree in TREES.items():
+        if name.startswith("ops."):  # kernels may be longer
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{name}.{node.name} has {lines} lines"
+
+
+def test_no_file_is_a_drawer_for_everything():
+    assert not [
+        name for name in SOURCES if re.search(r"(^|\.)(utils?|helpers?|misc|common)$", name)
+    ]
+
+
+def outside(*rooms: str) -> dict[str, ast.Module]:
+    """The sources that stand in none of the rooms."""
+    return {
+        name: tree
+        for name, tree in TREES.items()
+        if not any(name == room or name.startswith(f"{room}.") for room in rooms)
+    }
+
+
+def called(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_only_partitioning_names_the_axes_of_the_mesh():
+    for name, tree in outside("partitioning").items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            if ast.unparse(node.func).split(".")[-1] not in ("P", "PartitionSpec", "Mesh"):
+                continue
+            words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            assert not words & {"data", "fsdp", "tensor"}, f"{name}: {ast.unparse(node)}"
+
+
+def test_only_models_and_operations_know_scan_over_layers_and_remat():
+    for name, tree in outside("models", "ops").items():
+        found = called(tree) & {"nn.scan", "nn.remat", "jax.checkpoint", "jax.remat"}
+        assert not found, f"{name}: {found}"
+
+
+def test_tensorflow_stands_at_its_door_alone():
+    door = ("data.seqio_tasks", "data.tfds_source", "importers.tfds_name")
+    for name, tree in outside(*door).items():
+        for node in ast.walk(tree):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            roots = {module.split(".")[0] for module in modules}
+            assert not roots & {"tensorflow", "seqio", "tensorflow_datasets"}, name
+
+
+def test_only_models_and_formats_know_parameters_by_path():
+    """Roles say what a parameter is for (models/roles.py); names of layers stand nowhere else."""
+    layers = {"image_encoder", "text_decoder", "unimodal", "multimodal", "pos_embed"}
+    for name, tree in outside("models", "ops", "interop", "config").items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                value = node.slice.value
+                assert value not in layers, f"{name}: {ast.unparse(node)}"
