@@ -35,6 +35,8 @@ def outcome(kind: kinds.Kind, path: pathlib.Path) -> tuple[str, str, str]:
         own = [one for one in frames if f"{os.sep}coca_jax{os.sep}" in one.filename] or frames
         where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}"
         text = f"{type(error).__name__}: {error}"[:300]
+        if isinstance(error, MemoryError):
+            return text, "memory", f"memory: at {where}: {text}"
         return text, "traceback", f"traceback at {where}: {text}"
 
 
