@@ -18,7 +18,7 @@ from etils import epath
 from coca_jax import storage
 
 KEY = "files"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 def is_name(name: Any) -> bool:
