@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     names = {name.removeprefix("bucket/killed/").split("/")[0] for name in files}
     assert names == {
         *("config.json", "metrics.jsonl", "checkpoints", "vocabulary.model"),
-        *("report.html", "seconds.json"),
+        *("report.html", "seconds.json", "goodput.json"),
     }
 
 
