@@ -69,8 +69,11 @@ def test_the_peer_runs_at_the_same_sizes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path, dtype):
+    """Both steps run, also in processes of their own for their memory; batches take the captions of
+    a file in order."""
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     config = peer_config()
     config.batch_size, config.model.dtype = 8, dtype
