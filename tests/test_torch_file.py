@@ -142,7 +142,7 @@ def test_a_dict_that_holds_itself(tmp_path):
     "pickled, message",
     [
         (b"\x80\x02r\xff\xff\xff\x7f.", "damaged pickle"),  # C's machine reserves 32 GiB here
-        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "damaged pickle"),  # a bytearray of 2^63
+        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "holds a bytearray"),  # of 2^63 bytes
         (b"ctorch._utils\n_rebuild_tensor_v2\n}Varray\nVx\nsb.", "sets attributes"),
         (b"ctorch\nFloatStorage\n}Vdtype\nI1\nsb.", "sets attributes"),
         (b"(V%b\nI1\nd." % (b"a" * 5000), r"entry 'aaa.{76}a*' of the state dict"),
@@ -185,3 +185,13 @@ def test_prefixes_are_stripped_only_when_all_have_them():
     assert strip(["module.a", "module.b"]) == {"module.a": "a", "module.b": "b"}
     assert strip(["module._orig_mod.a"]) == {"module._orig_mod.a": "a"}
     assert strip(["module.a", "b"]) == {"module.a": "module.a", "b": "b"}
+
+
+def test_a_bytearray_reserves_nothing(tmp_path):
+    pickled = pickle.BYTEARRAY8 + (1 << 40).to_bytes(8, "little") + b"."
+    with pytest.raises(ValueError, match="holds a bytearray, which is no tensor; refused"):
+        torch_file.read(archive(tmp_path / "a.pt", pickled))
+    key = tensor((2,), (1,), key="0").replace(b"Vstorage", b"(Vstorage")  # unhashable, or so
+    with pytest.raises(ValueError) as error:
+        torch_file.read(archive(tmp_path / "b.pt", b"(" + key + b"I1\nd.", [("0", BASE.tobytes())]))
+    assert " at 0x" not in str(error.value)

@@ -168,6 +168,9 @@ class _Storage:
     def __init__(self, storages: _Storages, key: str, dtype: np.dtype):
         self.storages, self.key, self.dtype = storages, key, dtype
 
+    def __repr__(self) -> str:  # in messages of the pickle machine
+        return f"storage {self.key[:80]}"
+
 
 class _Tensor:
     """Stands for torch._utils._rebuild_tensor_v2: what a tensor is made of, not yet read."""
@@ -244,8 +247,13 @@ class _Unpickler(pickle._Unpickler):
         if type(self.stack[-1]) is not collections.OrderedDict:
             raise _Refused("its pickle sets attributes of what is no state dict; refused")
 
+    def load_bytearray8(self) -> None:
+        """Reserves as many bytes as it names, before it reads one."""
+        raise _Refused("its pickle holds a bytearray, which is no tensor; refused")
+
     dispatch = dict(pickle._Unpickler.dispatch)
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
 
 
 def _tensors(loaded: Any) -> dict[str, _Tensor]:
