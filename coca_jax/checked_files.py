@@ -32,6 +32,12 @@ def describe(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, 
     return {name: _contents(storage.place(folder) / name) for name in sorted(names)}
 
 
+def listed(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of files, by name; {} where it says nothing that is known here."""
+    files = config.get(KEY)
+    return files if isinstance(files, dict) else {}
+
+
 def check(folder: str | os.PathLike[str], config: dict[str, Any], name: str) -> None:
     """Compares a file of the folder with what the configuration says; one of an older version, or
     of somebody else, says nothing.
@@ -40,14 +46,17 @@ def check(folder: str | os.PathLike[str], config: dict[str, Any], name: str) -> 
         FileNotFoundError: the file is missing.
         ValueError: it holds something else.
     """
-    wanted = config.get(KEY, {}).get(name)
+    wanted = listed(config).get(name)
+    if wanted is None:
+        return
     path = storage.place(folder) / name
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; write or download the folder again")
-    if wanted is not None and _contents(path) != wanted:
+    found = _contents(path)
+    if found != wanted:
         raise ValueError(
-            f"{path} is damaged: its {path.stat().length} bytes are not the {wanted['bytes']} that "
-            "were written (another checksum); write or download it again"
+            f"{path} is damaged: its {found['bytes']} bytes are not those that were written "
+            "(another checksum); write or download it again"
         )
 
 

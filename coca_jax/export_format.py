@@ -79,7 +79,7 @@ def refuse_half(directory: str | os.PathLike[str]) -> None:
             raise FileNotFoundError(
                 f"{config} is missing: {name} alone is no export; write or download it again"
             )
-        if config.exists() and name in sealed_json.read(config).get(checked_files.KEY, {}):
+        if config.exists() and name in checked_files.listed(sealed_json.read(config)):
             raise FileNotFoundError(f"{params} is missing; write or download the folder again")
 
 
@@ -132,8 +132,10 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
     """
     data, params = _read_config(directory), _params_name(directory)
     config = _typed(data, os.path.join(directory, CONFIG))
-    for name in data.get(checked_files.KEY, {}):  # programs are not run here, but elsewhere
-        if not name.startswith(f"{PROGRAMS}/"):
+    for name in checked_files.listed(data):  # programs are not run here, but elsewhere
+        if not name.startswith(f"{PROGRAMS}/") or not checked_files.is_name(
+            name.removeprefix(f"{PROGRAMS}/")
+        ):
             continue
         if (storage.place(directory) / name).exists():
             checked_files.check(directory, data, name)
@@ -152,7 +154,7 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
 
 def has_checksums(directory: str | os.PathLike[str]) -> bool:
     """Whether the folder says what its files hold: one that does was written as a whole."""
-    return checked_files.KEY in _read_config(directory)
+    return bool(checked_files.listed(_read_config(directory)))
 
 
 def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
