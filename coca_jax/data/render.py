@@ -87,10 +87,13 @@ def render_clip(
     """The frames of a clip at `offsets`, float [T], all as one image is planned: uint8
     [T, S, S, 3]. Raises ValueError when it cannot be decoded."""
     clip = videos.decode_rgba(encoded, offsets)
+    count, still = len(clip), clip.strides[0] == 0
+    clip = clip[:1] if still else clip  # all frames are one
     alpha = clip.shape[-1] == 4
     if alpha:
         clip = images.over(clip, plan["background"])
-    return np.stack([place(frame, 1, alpha, plan, mode, size, fast) for frame in clip])
+    placed = np.stack([place(frame, 1, alpha, plan, mode, size, fast) for frame in clip])
+    return placed.repeat(count, 0) if still else placed
 
 
 def place(

@@ -106,6 +106,8 @@ def decode_rgba(
     sizes = {frame.shape[:2] for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"video frames of different sizes {sorted(sizes)}; encode it to one size")
+    if all(frame is frames[0] for frame in frames):  # a still: its pixels are there once
+        return np.broadcast_to(frames[0], (len(frames), *frames[0].shape))
     if any(frame.shape[-1] == 4 for frame in frames):
         frames = [_with_alpha(frame) for frame in frames]
     return np.stack(frames)
@@ -131,6 +133,8 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
             raise ValueError(f"{os.fspath(video)}: {error}") from None
     if isinstance(video, (bytes, bytearray, memoryview)):
         frames = decode_rgba(bytes(video), middles(num_frames))
+        if frames.shape[-1] == 4 and frames.strides[0] == 0:
+            return np.broadcast_to(images.over(frames[0]), (*frames.shape[:3], 3))
         return images.over(frames) if frames.shape[-1] == 4 else frames
     if isinstance(video, Image.Image) or np.ndim(video) != 4:
         return np.repeat(images.decode(video)[None], num_frames, 0)

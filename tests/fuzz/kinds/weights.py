@@ -148,7 +148,12 @@ def read_torch(path: pathlib.Path) -> str:
 
 def read_safetensors(path: pathlib.Path) -> str:
     """All arrays of a safetensors file."""
-    return _told(safetensors_file.read(path))
+    try:
+        return _told(safetensors_file.read(path))
+    except (
+        ValueError
+    ) as error:  # of several arrays at fault its reader names one, now this, now that
+        raise ValueError(str(error).split(" for tensor")[0]) from None
 
 
 def tokenizer_seeds() -> list[bytes]:
