@@ -64,6 +64,16 @@ def _averages(ema: Any, params: Any) -> Any:
     return None if ema is None else params + 0
 
 
+def check_place(path: str) -> None:
+    """Raises ValueError where the weights are a file, which has to be converted first."""
+    place = storage.place(path)
+    if place.exists() and not place.is_dir():
+        raise ValueError(
+            f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
+            f"--input={path} --out=DIR"
+        )
+
+
 def read(path: str) -> tuple[dict[str, Any], list[str]]:
     """The parameters at `path`, a nested dict of arrays on the host or the first device, and the
     classes of its task head."""
@@ -71,11 +81,7 @@ def read(path: str) -> tuple[dict[str, Any], list[str]]:
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
         return params, list(config.class_names)
-    if place.exists() and not place.is_dir():
-        raise ValueError(
-            f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
-            f"--input={path} --out=DIR"
-        )
+    check_place(path)
     params, config = checkpointing.load_params(path)
     return params, list(config.class_names)
 

@@ -18,6 +18,7 @@ from coca_jax import (
     run_config,
     storage,
     trackers,
+    warm_start,
 )
 from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
@@ -71,6 +72,8 @@ def check(config: Config, workdir: str) -> Mesh:
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     checkpoint_places.check_writable(workdir)
+    if config.init_from and not storage.is_remote(config.init_from):
+        warm_start.check_place(config.init_from)
     return mesh
 
 
