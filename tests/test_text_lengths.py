@@ -13,6 +13,7 @@ from coca_jax.models import coca
 from coca_jax.training import text_lengths
 from coca_jax.training.feed import measured
 from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
+from coca_jax.training.parts import Parts
 
 
 def _batch(config, lengths):
@@ -88,6 +89,19 @@ def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     lengths, whole, split = _both_ways(config, mesh, loss_and_metrics)
     assert lengths == (6, 8)
     _close(split, whole)
+
+
+def test_micro_batches_of_two_lengths_are_four_parts():
+    """What all rows share has a fourth of its gradient in each (see `gradients.linearise`)."""
+    config = _config(4)
+    config.accumulate_steps = 2
+    batch = text_lengths.arrange(_batch(config, LENGTHS), config)
+    for lengths, rows in (((4, 8), [6, 2, 6, 2]), ((8, 8), [8, 8]), (None, [8, 8])):
+        parts = Parts.of(config, lengths)
+        stacked = parts.micro({name: jnp.asarray(x) for name, x in batch.items()})
+        micro = [{name: x[i] for name, x in stacked.items()} for i in range(2)]
+        found = [part for rows_ in micro for part in parts.by_length(rows_)]
+        assert [len(part["tokens"]) for part in found] == rows and parts.count == len(rows)
 
 
 def test_the_smallest_lengths_that_hold_the_captions():

@@ -120,7 +120,7 @@ def linearise(
         (values[objective.name], means), slopes = jax.value_and_grad(value, has_aux=True)(outputs)
         metrics |= means
         slopes = {k: objective.weight * g for k, g in slopes.items() if g is not None}
-        shared = {k: g / parts.micro_batches for k, g in slopes.items() if k in coca.SHARED}
+        shared = {k: g / parts.count for k, g in slopes.items() if k in coca.SHARED}
         tangent = Tangent(objective, shared, tuple(k for k in slopes if k not in coca.SHARED))
         batch = batch | {tangent.field(k): slopes[k] for k in tangent.rows}
         terms += (tangent,)

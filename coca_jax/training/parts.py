@@ -40,6 +40,11 @@ class Parts:
         short, long = lengths or (0, 0)
         return cls(config.accumulate_steps, 1 if short == long else config.text_parts, short)
 
+    @property
+    def count(self) -> int:
+        """How many parts there are in all."""
+        return self.micro_batches * (1 if self.long_every == 1 else 2)
+
     def micro(self, batch: Batch) -> Batch:
         """The micro-batches of a batch: fields [B, ...] become [n, B / n, ...]."""
         return jax.tree.map(lambda x: split_rows(x, self.micro_batches), batch)
