@@ -73,7 +73,6 @@ def _load(checkpoint: str) -> Any:
 
 
 def _index(inputs: list[str]) -> dict[str, Any]:
-    from coca_jax.searching import index
     from coca_jax.searching.parts import Parts
 
     args = flags.FLAGS
@@ -86,6 +85,8 @@ def _index(inputs: list[str]) -> dict[str, Any]:
             cli.say(f"{input}: read as {formats.guess(input)}")
     storage.check_writable(args.out)
     model = _load(args.checkpoint)
+    from coca_jax.searching import index
+
     result: dict[str, Any] = dict(out=args.out, new=0, skipped=0)
     for input in inputs:
         done = index.add(
@@ -106,9 +107,10 @@ def _index(inputs: list[str]) -> dict[str, Any]:
 
 
 def _open() -> Any:
+    _need(index=flags.FLAGS.index)
+    cli.say(f"reading {flags.FLAGS.index}")
     from coca_jax.searching.index import Index
 
-    _need(index=flags.FLAGS.index)
     return Index(flags.FLAGS.index)
 
 
