@@ -145,9 +145,9 @@ def _is_picture(text: str) -> bool:
 
 
 def _duplicates(rest: list[str]) -> dict[str, Any]:
+    index = _open()
     from coca_jax.searching import alike
 
-    index = _open()
     groups = alike.duplicates(index, flags.FLAGS.threshold)
     for rows in groups:
         print(json.dumps(dict(images=[index.names[row] for row in rows]), ensure_ascii=False))
@@ -156,9 +156,9 @@ def _duplicates(rest: list[str]) -> dict[str, Any]:
 
 
 def _clusters(rest: list[str]) -> dict[str, Any]:
+    index = _open()
     from coca_jax.searching import alike
 
-    index = _open()
     found = alike.clusters(index, flags.FLAGS.clusters, flags.FLAGS.seed)
     for one in found:
         names = [index.names[row] for row in one["rows"]]
