@@ -117,13 +117,16 @@ def library_attention(
 ) -> jax.Array:
     """jax.nn's attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K], for shapes cuDNN takes.
 
-    cuDNN takes no odd lengths with a mask in training, and no single query: queries are padded to
-    an even number, keys too where a mask (or the causal order) hides what is padded.
+    cuDNN takes no odd lengths with a mask in training, and no single query; jax refuses them without
+    a mask too (0.10.2 takes its empty bias for one). So queries and keys are padded to an even
+    number, and where neither a mask nor the causal order hides a padded key, a mask is made for it.
     """
     count, keys = query.shape[1], key.shape[1]
-    if count % 2 and (mask is not None or causal or count == 1):
+    if keys % 2 and mask is None and not causal:
+        mask = jnp.ones((1, 1, 1, keys), bool)
+    if count % 2:
         query = _pad(query, 1)
-    if keys % 2 and (mask is not None or causal):
+    if keys % 2:
         key, value = _pad(key, 1), _pad(value, 1)
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0),) * 3 + ((0, 1),))  # padded keys are hidden
