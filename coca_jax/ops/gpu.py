@@ -117,9 +117,9 @@ def library_attention(
 ) -> jax.Array:
     """jax.nn's attention [B, N, H, K] x [B, M, H, K] -> [B, N, H, K], for shapes cuDNN takes.
 
-    cuDNN takes no odd lengths with a mask in training, and no single query; jax refuses them without
-    a mask too (0.10.2 takes its empty bias for one). So queries and keys are padded to an even
-    number, and where neither a mask nor the causal order hides a padded key, a mask is made for it.
+    cuDNN takes no odd lengths with a mask in training, and no single query; jax refuses odd lengths
+    without one too (0.10.2 takes its empty bias for one). So queries and keys are padded to an even
+    number; where neither a mask nor the causal order hides a padded key, a mask is made for it.
     """
     count, keys = query.shape[1], key.shape[1]
     if keys % 2 and mask is None and not causal:
