@@ -1,5 +1,6 @@
 """The main job on the embedded data: it runs, resumes bit for bit, and refuses bad input early."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from coca_jax import checkpointing, partitioning, run_config
 from coca_jax.data import vocabulary
 from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train import train
-from coca_jax.training import goodput, run, stopping
+from coca_jax.training import goodput, objectives, run, stopping
 from coca_jax.training.stopping import Preempted
 
 
@@ -163,9 +164,17 @@ def test_a_run_keeps_its_vocabulary(whole, tmp_path):
     assert (workdir / "config.json").read_bytes() == config
 
 
-def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path):
+class Endless(objectives.Captioning):
+    """A loss whose gradients are infinite."""
+
+    @classmethod
+    def of(cls, config, ops):
+        return dataclasses.replace(super().of(config, ops), weight=float("inf"))
+
+
+def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)
-    config.loss.captioning_weight = 1e38  # its gradients are infinite
     config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
     with pytest.raises(ValueError, match=r"of 5 steps in a row \(1 to 5\) are not finite") as error:
         train(config, str(tmp_path))

@@ -242,7 +242,7 @@ def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]
     if not config.init_from:
         config = config.change({"model.text.max_len": length})
     short = 4 * -(-usual // 4)
-    if short <= 0.7 * length and config.batch_size % (4 * machine.devices) == 0:
+    if usual and short <= 0.7 * length and config.batch_size % (4 * machine.devices) == 0:
         config = config.change(dict(text_lengths=(short,), text_parts=4))
     pieces = f"{config.model.text.vocab_size:,} word pieces at most, learned from them"
     if config.init_from:

@@ -238,16 +238,11 @@ def stall(work: pathlib.Path) -> str:
 
 
 def numbers(work: pathlib.Path) -> str:
-    """A learning rate of 1e6, and losses so large that no gradient is finite."""
+    """A learning rate of 1e6. Gradients that are not finite are the suite's (test_train.py)."""
     life = start(work, str(work / "rate"), "--config.optimizer.learning_rate=1e6")
     ends(life, 2)
     told(life, "config.optimizer.learning_rate=1000000.0: give")
-    weights = ["--config.loss.captioning_weight=1e38", "--config.loss.contrastive_weight=1e38"]
-    life = start(work, str(work / "nan"), *weights)
-    ends(life, 2)
-    told(life, "the gradients of 50 steps in a row (1 to 50) are not finite")
-    assert (work / "nan" / "skipped_step_1.json").exists()
-    return "refused with status 2; stopped after 50 steps with the examples, status 2"
+    return "refused with status 2"
 
 
 def asleep(work: pathlib.Path) -> str:
