@@ -18,10 +18,10 @@ def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if given and not isinstance(given, str):
         return list(given), list(given)
     declared = unprepared.class_names(task["data"], "test")
-    return readnames_and_labels(given, declared) if given else (declared, declared)
+    return read_class_names(given, declared) if given else (declared, declared)
 
 
-def readnames_and_labels(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
+def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
     """Class names from a text file, one a line: (names for the prompts, labels in the data).
 
     A line `label<TAB>name` calls the data's class `label` by `name`; classes without a line are no
