@@ -1,6 +1,5 @@
 """A fit from a folder to a caption, its resuming, its recipe, and the mistakes people make."""
 
-import dataclasses
 import io
 import json
 import os
@@ -53,7 +52,7 @@ def drawn_folder(folder, count, **fields):
 
 def few_steps(config):
     """What a user would give as --config.steps=6 --config.batch_size=16 ..."""
-    sources = tuple(dataclasses.replace(s, weight=1.0) for s in config.data.sources)
+    sources = tuple(s.to_dict() | dict(weight=1.0) for s in config.data.sources)
     every = dict(every_steps=3)
     return config.change(
         {
