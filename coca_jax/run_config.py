@@ -8,6 +8,7 @@ from typing import Any
 
 from coca_jax import sealed_json, storage
 from coca_jax.config import Config, checks, read
+from coca_jax.config.section import flatten
 from coca_jax.models import head_kinds, heads
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
@@ -117,11 +118,9 @@ def check_resumable(
 
     old: the contents of its config.json.
     """
-    new = _flatten(_json(read(Config, config.to_dict()).to_dict()))
+    new = flatten(_json(read(Config, config.to_dict()).to_dict()))
     # A run from before a key was there has its default; keys of today as they are written today.
-    old = _flatten(old) | _flatten(
-        _json(read(Config, old, f"{workdir}/config.json", True).to_dict())
-    )
+    old = flatten(old) | flatten(_json(read(Config, old, f"{workdir}/config.json", True).to_dict()))
     classes = old.pop("class_names", [])
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
@@ -145,13 +144,3 @@ def check_resumable(
 
 def _json(tree: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(tree, default=list))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

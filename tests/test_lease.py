@@ -57,7 +57,9 @@ def test_an_owner_that_ended_but_was_not_waited_for_is_dead(tmp_path):
         pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     ):
         time.sleep(0.01)
-    taken(tmp_path).release()
+    mine = taken(tmp_path)
+    assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
+    mine.release()
     process.wait()
 
 
@@ -90,7 +92,9 @@ def test_who_was_asleep_and_lost_its_workdir_ends(tmp_path):
 def test_what_a_killed_writer_left_is_no_lease(tmp_path):
     for text in ("", '{"pid": 3', "[]", "{}"):
         (tmp_path / lease.FILE).write_text(text)
-        taken(tmp_path).release()
+        mine = taken(tmp_path)
+        assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
+        mine.release()
 
 
 def test_many_that_start_at_once_are_one(tmp_path):

@@ -13,6 +13,7 @@ import jinja2
 from etils import epath
 
 from coca_jax import storage
+from coca_jax.config.section import flatten
 from coca_jax.report import charts, examples, numbers, run_files, scores
 from coca_jax.report.run_files import RunFiles
 from coca_jax.training import goodput as training
@@ -198,20 +199,10 @@ def _head(config: dict[str, Any]) -> str:
 
 def differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """dict(key, values) of the config keys whose values differ between runs."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     found = []
     for key in sorted(set().union(*flat)):
         values = [json.dumps(one[key]) if key in one else "" for one in flat]
         if len(set(values)) > 1:
             found.append(dict(key=key, values=values))
     return found
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+import scipy.cluster.vq
 import scipy.sparse
 import scipy.sparse.csgraph
 
@@ -29,10 +31,11 @@ def duplicates(index: Index, threshold: float) -> list[list[int]]:
     for start in range(0, count, _ROWS):
         queries = index.embeddings[start : start + _ROWS].astype(np.float32)
         if isinstance(index.nearest, Exact):
-            # The products of a pair are the same from both sides: half of them would do.
-            rows = [index.embeddings[i : i + 16 * _ROWS] for i in range(0, count, 16 * _ROWS)]
-            similar = np.concatenate([queries @ block.astype(np.float32).T for block in rows], 1)
+            later = index.embeddings[start:]  # pairs with earlier pictures were found from those
+            blocks = [later[i : i + 16 * _ROWS] for i in range(0, len(later), 16 * _ROWS)]
+            similar = np.concatenate([queries @ block.astype(np.float32).T for block in blocks], 1)
             i, j = np.nonzero(similar >= threshold)
+            j = j + start
         else:
             similar, near = index.nearest(queries, _NEIGHBOURS)
             i, place = np.nonzero(similar >= threshold)
@@ -51,8 +54,7 @@ def duplicates(index: Index, threshold: float) -> list[list[int]]:
 
 
 def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:
-    """k-means on the sphere (Dhillon and Modha, 2001): each step gives a picture to its nearest
-    centre and makes the centre the mean of its pictures, L2-normalised.
+    """k-means of the embeddings, begun by k-means++ (Arthur and Vassilvitskii, 2007).
 
     Returns, the largest first: {"rows": the nearest to the centre first}.
 
@@ -62,32 +64,15 @@ def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:
     x = index.embeddings.astype(np.float32)
     if not 1 <= count <= len(x):
         raise ValueError(f"--clusters={count} of {len(x)} pictures; give a number from 1 to that")
-    centres = x[_spread(x, count, np.random.default_rng(seed))]
-    chosen = np.full(len(x), -1)
-    for _ in range(100):
-        now = np.argmax(x @ centres.T, axis=1)
-        if np.array_equal(now, chosen):
-            break
-        chosen = now
-        sums = np.zeros_like(centres)
-        np.add.at(sums, chosen, x)
-        norms = np.linalg.norm(sums, axis=1, keepdims=True)
-        centres = np.where(norms > 0, sums / np.maximum(norms, 1e-12), centres)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of clusters that lost all their pictures: they are left out
+        centres, chosen = scipy.cluster.vq.kmeans2(x, count, iter=50, minit="++", seed=seed)
+    centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
     near = np.einsum("ne,ne->n", x, centres[chosen])
     found = []
     for number in range(count):
         rows = np.flatnonzero(chosen == number)
         found.append(dict(rows=rows[np.argsort(-near[rows], kind="stable")].tolist()))
     return sorted((one for one in found if one["rows"]), key=lambda one: -len(one["rows"]))
-
-
-def _spread(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows to begin from, far from each other (k-means++, Arthur and Vassilvitskii, 2007)."""
-    rows = [int(rng.integers(len(x)))]
-    distance = np.full(len(x), np.inf, np.float32)
-    for _ in range(count - 1):
-        distance = np.minimum(distance, np.maximum(1 - x @ x[rows[-1]], 0))
-        total = float(distance.sum())
-        share = distance / total if total > 0 else np.full(len(x), 1 / len(x))
-        rows.append(int(rng.choice(len(x), p=share / share.sum())))
-    return np.array(rows)
