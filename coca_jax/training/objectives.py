@@ -10,6 +10,7 @@ To add a loss: a class here, its name in OBJECTIVES, its weight and options in `
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ Inputs = Mapping[str, Any]  # fields of coca.Outputs and of the batch, by name
 Means = dict[str, tuple[jax.Array, jax.Array]]  # metrics as (sum, count): both add over parts
 
 
-class Objective:
+class Objective(abc.ABC):
     """A loss of the run.
 
     Attributes:
@@ -48,26 +49,30 @@ class Objective:
     weight: float
     serves: frozenset[str]
 
-    @classmethod
-    def of(cls, config: Config, ops: Reference) -> Objective:
-        """By the sections of the config that it takes; ops: how operations run."""
-        raise NotImplementedError
-
     def totals(self, batch: Inputs) -> Any:
         """What `value` divides by: counts of the whole batch, of its `fields`."""
         del batch
 
+    @abc.abstractmethod
     def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
         """(its value over some rows of the batch, metrics of these rows).
 
         inputs: `outputs` and `fields` of these rows. The values of all rows' parts add up to that
         of the batch, and a metric is its sum over its count; NaN where nothing counts.
         """
-        raise NotImplementedError
+
+
+class Configured(Objective):
+    """A loss that the configuration of a run gives a weight."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, config: Config, ops: Reference) -> Configured:
+        """By the sections of the config that it takes; ops: how operations run."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Head(Objective):
+class Head(Configured):
     """Cross-entropy of the task head over the rows that have a class (paper, Section 3.3)."""
 
     weight: float
@@ -101,7 +106,7 @@ class Head(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive(Objective):
+class Contrastive(Configured):
     """Images with their texts against all other pairs of the batch (paper, Eq. 2, or SigLIP)."""
 
     weight: float
@@ -144,7 +149,7 @@ class Contrastive(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioning(Objective):
+class Captioning(Configured):
     """The mean of the cross-entropy over all target tokens of the batch (paper, Eq. 3)."""
 
     weight: float
@@ -188,7 +193,7 @@ class Captioning(Objective):
 
 
 # In the order in which they are added.
-OBJECTIVES: tuple[type[Objective], ...] = (Head, Contrastive, Captioning)
+OBJECTIVES: tuple[type[Configured], ...] = (Head, Contrastive, Captioning)
 
 
 def of(config: Config, ops: Reference = REFERENCE) -> tuple[Objective, ...]:
