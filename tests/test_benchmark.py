@@ -16,7 +16,7 @@ from coca_jax import (
     benchmark_train,
     prepare,
 )
-from coca_jax.config import Config, read
+from coca_jax.config import Config, read, typed
 from coca_jax.configs import base
 from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
@@ -50,7 +50,7 @@ def peer_config():
 
 def test_the_peer_runs_at_the_same_sizes():
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
-    config = peer_config()
+    config = typed(peer_config())
     pixels = benchmark_model.random_batch(config, 2)["image"]
     peer = benchmark_peer.build(config.model)
     for beams in (1, 3):

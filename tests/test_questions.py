@@ -13,6 +13,7 @@ from test_heads import train_alone as train
 import coca_jax
 from coca_jax.data import mixture, run_vocabulary, sources, vocabulary
 from coca_jax.data.loaders import open_stream
+from coca_jax.data.vocabulary import base
 from coca_jax.evaluators.records import Records
 from coca_jax.prepare import prepare
 
@@ -107,7 +108,7 @@ def test_question_and_answer_share_a_row(asked, tmp_path, monkeypatch):
     assert valid.sum(1)[0] == len(question) + len(words.encode("yes")) + 1
     said = []
     monkeypatch.setattr(
-        vocabulary.logging,
+        base.logging,
         "log_first_n",
         lambda level, text, n, *values: said.append(text % values),
     )
