@@ -2,7 +2,8 @@
 
 Formats: imagefolder, webdataset, csv, parquet, tfrecord, tfds; without --format the files tell.
 --holdout keeps a share of the images apart as a split 'test'. The result is ArrayRecord shards
-with a manifest, which tensorflow-datasets reads as well. Run the same command again after a kill:
+with a manifest, which tensorflow-datasets reads as well, or with --in_place an index, by which the
+images are read where they lie. Run the same command again after a kill:
 finished shards stay, and the result is the same to the byte. What cannot be used is listed, with
 the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
 
@@ -67,6 +68,7 @@ def _options() -> Options:
         distance=flags.FLAGS.distance,
         exclude=tuple(flags.FLAGS.exclude),
         allow_paths=tuple(flags.FLAGS.allow_paths),
+        in_place=flags.FLAGS.in_place,
     )
 
 
@@ -161,6 +163,11 @@ def define_flags() -> None:
         "allow_paths",
         [],
         "Folder or URL from which rows may name image files, besides the input's own. Repeatable.",
+    )
+    flags.DEFINE_bool(
+        "in_place",
+        False,
+        "Write an index, by which training reads the images where they lie, not a copy.",
     )
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")

@@ -47,7 +47,8 @@ def define_flags() -> None:
         "data",
         [],
         "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label or question. Repeatable. Prepared on the way where it is not.",
+        "caption, label or question. Repeatable. Where it is not prepared, an index is made on the "
+        "way, and it is read in place.",
     )
     recipes.define_flag()  # after --data, which its messages name
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
@@ -56,7 +57,7 @@ def define_flags() -> None:
 
 
 def use_data(config: Config, named: Sequence[str], workdir: str) -> Config:
-    """The config with the data of --data in place of the recipe's, prepared where they are not.
+    """The config with the data of --data in place of the recipe's, indexed where that is needed.
 
     Raises ValueError or OSError for bad data, or for a bad config before anything is prepared.
     """

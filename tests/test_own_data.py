@@ -186,12 +186,12 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
         ("zeroshot", classes, "test"),
     ]
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'mine'} is not prepared: importing it as imagefolder" in said
+    assert f"{tmp_path / 'mine'} is read in place, as imagefolder: making an index" in said
     assert f"--data={tmp_path / 'mine'}:label trains on its labels" in said
     # Again, as a run that goes on does: nothing is imported and all is the same.
     again = own_data.apply(typed(recipe()), flags, workdir)
     assert again.data.sources == config.data.sources and again.eval.tasks == config.eval.tasks
-    assert "importing" not in capsys.readouterr().err
+    assert "in place" not in capsys.readouterr().err
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import posixpath
+import re
 import stat
 from typing import Any
 
@@ -14,6 +15,7 @@ VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual nam
 SPLITS = ("train", "test", *VALIDATION)
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
 MAX_TEXT_FILE = 64 << 20  # of a list of names or prompts
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # of a pattern
 
 
 def join(folder: str, name: str) -> str:
@@ -107,16 +109,26 @@ def size(path: str) -> int:
 
 
 def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
-    """Files of an input: the file itself, a glob, or the matching files of a folder, sorted.
+    """Files of an input: the file itself, a glob, the files of a pattern with braces as webdataset
+    has it ({000..999} or {a,b}), or the matching files of a folder, sorted.
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
 
     Raises:
-        FileNotFoundError: nothing matches.
+        FileNotFoundError: nothing matches, or a file of a pattern with braces is not there.
+        ValueError: such a pattern names more than a million files.
     """
     system, plain = filesystem(path)
-    if any(c in plain for c in "*?["):
+    if _BRACES.search(plain) and not system.exists(plain):
+        found = _expanded(plain)
+        there = set(system.glob(_BRACES.sub("*", plain)))
+        if missing := [name for name in found if name not in there]:
+            raise FileNotFoundError(
+                f"--input={path}: {len(missing)} of {len(found)} files are missing, the first "
+                f"{missing[0]}"
+            )
+    elif any(c in plain for c in "*?["):
         found = [f for f in system.glob(plain) if not system.isdir(f)]
     elif system.isfile(plain):
         return [path]
@@ -136,6 +148,35 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has marks of a glob or braces, and names files by them."""
+    system, plain = filesystem(path)
+    if _BRACES.search(plain) and not system.exists(plain):
+        return True
+    return any(mark in plain for mark in "*?[")
+
+
+def _expanded(path: str) -> list[str]:
+    """The names that a path with braces stands for, in the order of bash."""
+    found = _BRACES.search(path)
+    if not found:
+        return [path]
+    first, last, listed = found.groups()
+    if listed is not None:
+        parts = listed.split(",")
+    else:
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        if abs(int(last) - int(first)) > 1_000_000:
+            raise ValueError(f"--input={path}: {{{first}..{last}}} names more than a million files")
+        step = 1 if int(last) >= int(first) else -1
+        numbers = range(int(first), int(last) + step, step)
+        parts = [str(number).zfill(width) for number in numbers]
+    before, behind = path[: found.start()], _expanded(path[found.end() :])
+    if len(parts) * len(behind) > 1_000_000:
+        raise ValueError(f"--input={path}: it names more than a million files")
+    return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 
 def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:

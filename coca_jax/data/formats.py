@@ -33,7 +33,7 @@ def guess(path: str) -> str:
     if not files.is_remote(path) and path.startswith("tfds:"):
         return "tfds"
     system, plain = files.filesystem(path)
-    if any(c in plain for c in "*?[") or system.isfile(plain):
+    if files.is_pattern(path) or system.isfile(plain):
         found = _of_names([plain])
         if not found:
             raise ValueError(
@@ -45,7 +45,7 @@ def guess(path: str) -> str:
         raise FileNotFoundError(f"{path}: no such file or folder")
     names = list(_names(path))
     tops = {name for name in names if "/" not in name}
-    if {"features.json", "manifest.json"} <= tops:
+    if "manifest.json" in tops and any(name.endswith(".array_record") for name in tops):
         return "prepared"
     if {"features.json", "dataset_info.json"} <= tops:
         return "tfds"

@@ -17,7 +17,8 @@ def read(path: str) -> dict[str, Any] | None:
 
     Returns:
         class_names: list of texts; splits: name -> {count, with_text, with_label, shards}, shards
-        being a list of {file, count, bytes, sha256}; and what else was written.
+        being a list of {file, count, bytes, sha256}, of an index also root: the folder or URL of
+        the data that are read in place; and what else was written.
 
     Raises:
         ValueError: it is damaged, or names files that are not in the folder.
@@ -59,6 +60,8 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
                              f"{counts[1]!r} bytes")  # fmt: skip
         if not isinstance(shard.get("sha256"), str):
             raise ValueError(f"shard {file!r} of split {name!r} has no checksum")
+    if not isinstance(split.get("root", ""), str):
+        raise ValueError(f"the root of split {name!r} is no text")
     told = [split.get(key) for key in _COUNTS]
     total = sum(shard["count"] for shard in shards)
     if not all(map(_is_count, told)) or told[0] != total or max(told) > total:

@@ -21,11 +21,11 @@ class Outside(ValueError):
 
 def root_of(path: str) -> str:
     """The folder below which an input's rows may name files: the input where it is a folder, else
-    the folder that it lies in, of a glob the part before the first wildcard."""
+    the folder that it lies in, of a glob the part before the first wildcard or brace."""
     system, plain = files.filesystem(path)
-    if any(mark in path for mark in "*?["):
+    if files.is_pattern(path):
         parts = path.split("/")
-        wild = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+        wild = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?[{"))
         return "/".join(parts[:wild]) or ("/" if path.startswith("/") else ".")
     return path if system.isdir(plain) else posixpath.dirname(path) or "."
 

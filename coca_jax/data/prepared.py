@@ -10,7 +10,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, manifest, records, shard_cache
+from coca_jax.data import files, formats, in_place, manifest, records, shard_cache
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
@@ -66,10 +66,15 @@ def open_split(path: str, split: str) -> Source:
     read: Reader = ArrayRecordFiles(paths, counts)
     if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:
         read = Held(read, sum(counts), HOLD_BYTES)
+    read_texts = None
+    if "root" in splits[split]:  # an index of data that are read in place
+        images = in_place.InPlace(read, files.join(path, splits[split]["root"]))
+        read, read_texts = images, images.without_images
     return Source(
         f"{path} [{split}]",
         sum(counts),
         read,
+        read_texts,
         every_text=splits[split]["with_text"] == sum(counts),
         every_label=splits[split]["with_label"] == sum(counts),
         folder=path,

@@ -37,6 +37,13 @@ def limit() -> int:
     return int(gib * (1 << 30))
 
 
+def folder() -> pathlib.Path:
+    """Where copies are kept."""
+    place = cache_folder.folder() / "shards"
+    place.mkdir(mode=0o700, exist_ok=True)
+    return place
+
+
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[str]:
     """The file itself, or a copy of a remote one, which is there until the block ends; what the
@@ -47,24 +54,23 @@ def opened(path: str) -> Iterator[str]:
     if not files.is_remote(path):
         yield path
         return
-    folder = cache_folder.folder() / "shards"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    place = folder()
     system, plain = files.filesystem(path)
     size = system.size(plain)
     mark = f"{path} {size} {system.checksum(plain)}"
-    copy = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
-    with _locked(folder, fcntl.LOCK_SH):
+    copy = place / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
+    with _locked(place, fcntl.LOCK_SH):
         if copy.exists():
             os.utime(copy)
             yield str(copy)
             return
-    make_room(folder, size)
-    unfinished = folder / f"{copy.name}.{os.getpid()}-{threading.get_ident()}"
+    make_room(place, size)
+    unfinished = place / f"{copy.name}.{os.getpid()}-{threading.get_ident()}"
     try:
         system.get_file(plain, str(unfinished))
         if unfinished.stat().st_size != size:
             raise OSError(f"{path}: {unfinished.stat().st_size} of {size} bytes were copied")
-        with _locked(folder, fcntl.LOCK_SH):
+        with _locked(place, fcntl.LOCK_SH):
             os.replace(unfinished, copy)
             yield str(copy)
     finally:
@@ -80,7 +86,7 @@ def make_room(folder: pathlib.Path, size: int) -> None:
         for file in folder.iterdir():
             about = file.stat()
             if "." not in file.name:
-                found.append((about.st_mtime, about.st_size, file))
+                found.append((about.st_mtime, _taken(about), file))
             elif file.name != _LOCK and time.time() - about.st_mtime > _UNFINISHED_SECONDS:
                 file.unlink(missing_ok=True)
         total = sum(bytes for _, bytes, _ in found)
@@ -89,6 +95,11 @@ def make_room(folder: pathlib.Path, size: int) -> None:
                 return
             file.unlink(missing_ok=True)
             total -= bytes
+
+
+def _taken(about: os.stat_result) -> int:
+    """Bytes that a file takes on the disk: less than its size where it has holes."""
+    return min(about.st_size, about.st_blocks * 512)
 
 
 @contextlib.contextmanager

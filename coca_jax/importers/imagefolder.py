@@ -124,6 +124,7 @@ class Located:
         if self.second and not item.problem:
             other = load_image(Item(item.key), self.folder, self.second, unit, options)
             item.second, item.problem, item.detail = other.image, other.problem, other.detail
+            item.second_span = other.span
         return item
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
+from coca_jax.data.references import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Options:
         distance: bits of 256 in which images that look the same may differ.
         exclude: paths of evaluation images, none of which is to be trained on.
         allow_paths: folders and URLs from which rows may name image files, besides the input's own.
+        in_place: write references to the images' bytes in place of the bytes.
     """
 
     text_field: str = ""
@@ -59,6 +61,7 @@ class Options:
     distance: int = 6
     exclude: tuple[str, ...] = ()
     allow_paths: tuple[str, ...] = ()
+    in_place: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Unit:
 
 @dataclasses.dataclass
 class Item:
-    """An example as found. `problem` says why it cannot be used, for the quarantine list."""
+    """An example as found. `problem` says why it cannot be used, for the quarantine list; `span`
+    and `second_span` where its images lie, where that can be said."""
 
     key: str
     image: bytes = b""
@@ -91,6 +95,8 @@ class Item:
     problem: str = ""
     detail: str = ""
     second: bytes = b""  # the other image of a pair
+    span: Span | None = None
+    second_span: Span | None = None
 
 
 def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> list[Unit]:
@@ -116,6 +122,7 @@ def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options)
     try:
         path = named_files.resolve(folder, name, roots)
         item.image = files.read_bounded(path, options.max_image_bytes)
+        item.span = Span(path, 0, len(item.image))
     except named_files.Outside as error:
         item.problem, item.detail = "outside_input", str(error)
     except files.TooLarge as error:

@@ -28,6 +28,12 @@ def read_manifest(out: str) -> dict[str, Any]:
 
 def write(out: str, told: dict[str, Any]) -> None:
     """Writes the manifest last: while it is absent the data set is not finished."""
+    if not any("root" in split for split in told["splits"].values()):
+        _write_for_tfds(out, told)  # which would take the references of an index for images
+    _write_json(files.join(out, MANIFEST), told)
+
+
+def _write_for_tfds(out: str, told: dict[str, Any]) -> None:
     features = {"image": _IMAGE, "text": _TEXTS, "label": _TEXTS, "key": _TEXT, "extra": _TEXT}
     _write_json(
         files.join(out, "features.json"),
@@ -49,7 +55,6 @@ def write(out: str, told: dict[str, Any]) -> None:
         files.join(out, "dataset_info.json"),
         {"fileFormat": "array_record", "splits": splits, "version": "1.0.0"},
     )
-    _write_json(files.join(out, MANIFEST), told)
 
 
 def _write_json(path: str, value: Any) -> None:

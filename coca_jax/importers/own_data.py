@@ -1,4 +1,4 @@
-"""Data that a user names in one go, PATH[:KIND[:WEIGHT]]: prepared on the way where it is not,
+"""Data that a user names in one go, PATH[:KIND[:WEIGHT]]: indexed on the way, to be read in place,
 with a held-out split, a kind told from what it holds, and evaluations that suit it."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import posixpath
+import re
 import sys
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from coca_jax.config import Config
 from coca_jax.data import files, formats, kinds
-from coca_jax.importers import checks, metadata, shards, splits
+from coca_jax.importers import checks, in_place, metadata, shards, splits
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
@@ -69,8 +70,8 @@ def apply(
     """The config with the named data in place of its sources, and evaluations on what is held out
     in place of those on other data; says on standard error what it found.
 
-    Data that are not prepared are imported into workdir/data/NAME, by the main process; the others
-    wait for it. A second call finds them there.
+    Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
+    workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
 
     Raises ValueError or OSError for data that cannot be used, in one line.
     """
@@ -106,7 +107,7 @@ def folder_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path: its last part, numbered where two share it."""
     names: list[str] = []
     for path in paths:
-        last = posixpath.basename(path.rstrip("/")).split("*")[0] or "data"
+        last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
         name = last.partition(".")[0].removeprefix("tfds:") or "data"
         count = Counter(names)[name]
         names.append(f"{name}-{count + 1}" if count else name)
@@ -182,8 +183,7 @@ def prepared(path: str, out: str, *, wait: bool = False) -> str:
             time.sleep(1)
         return out
     found = layout(path)
-    if not _is_there(found, out):
-        print(f"{path} is not prepared: importing it as {found.format} into {out}", file=sys.stderr)
+    if not {"train", "test"} <= set(_is_there(found, out)):
         bring_in(found, out)
     return out
 
@@ -191,7 +191,8 @@ def prepared(path: str, out: str, *, wait: bool = False) -> str:
 def bring_in(
     found: Layout, out: str, *, holdout: float = HOLDOUT, options: Options | None = None
 ) -> None:
-    """Imports data as the splits 'train' and 'test'; what an earlier call finished stays.
+    """Indexes data, to be read in place, as the splits 'train' and 'test'; copies those that cannot
+    be read in place, and says so. What an earlier call finished stays.
 
     Splits that the data tell are kept; data of one split get a held-out one, chosen by the images'
     bytes.
@@ -202,8 +203,7 @@ def bring_in(
 
     Raises ValueError where nothing can be used, or `out` holds other data.
     """
-    options = options or Options()
-    _is_there(found, out)
+    options = _in_place_where_possible(found, out, options or Options())
     where = (found.format, found.input, out)
     if not found.held:
         keywords: dict[str, Any] = dict(read_split=found.train, options=options)
@@ -215,8 +215,25 @@ def bring_in(
         splits.prepare(*where, split=name, read_split=read_split, options=options_here)
 
 
-def _is_there(found: Layout, out: str) -> bool:
-    """Whether `out` holds these data, both splits. Raises ValueError where it holds others."""
+def _in_place_where_possible(found: Layout, out: str, options: Options) -> Options:
+    """The options with which data come into `out`; says what is done where nothing is there yet."""
+    there = _is_there(found, out)
+    if there:
+        indexed = any("root" in split for split in there.values())
+        return dataclasses.replace(options, in_place=indexed)
+    units = []
+    if found.format == "webdataset":
+        units = shards.importer(found.format).plan(found.input, "", options)
+    why = in_place.obstacle(found.format, units, options)
+    line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
+    if why:
+        line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
+    print(line, file=sys.stderr, flush=True)
+    return dataclasses.replace(options, in_place=not why)
+
+
+def _is_there(found: Layout, out: str) -> dict[str, Any]:
+    """The splits of these data that `out` holds. Raises ValueError where it holds others."""
     there = metadata.read_manifest(out)["splits"]
     for split in there.values():
         if split["request"]["input"] != found.input:
@@ -224,7 +241,7 @@ def _is_there(found: Layout, out: str) -> bool:
                 f"{out} holds data of {split['request']['input']}, not of {found.input}; use "
                 "another --workdir, or give data of another name"
             )
-    return {"train", "test"} <= set(there)
+    return there
 
 
 def _told_by_field(format: str, input: str, options: Options) -> tuple[str, str]:

@@ -174,6 +174,7 @@ def _row(
     if second and not item.problem:
         found = _load(Item(key), other, unit, options)
         item.second, item.problem, item.detail = found.image, found.problem, found.detail
+        item.second_span = found.span
     return item
 
 

@@ -18,7 +18,7 @@ from array_record.python import array_record_module
 from coca_jax import storage
 from coca_jax.data import files, records
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, dedup
+from coca_jax.importers import checks, dedup, in_place
 from coca_jax.importers.items import Item, Options, Unit, printable
 
 MODULES = {
@@ -43,6 +43,7 @@ class Job:
         units: what it holds.
         format: of the input.
         work: the folder of unfinished imports.
+        root: of an index, the folder or URL below which it names files.
         drop: items (by their number in the shard) that deduplication leaves out, and why.
     """
 
@@ -51,6 +52,7 @@ class Job:
     format: str
     options: Options
     work: str
+    root: str = ""
     drop: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +92,10 @@ def _judged(number: int, item: Item, job: Job) -> tuple[bytes, Record | None, st
     record, reason, detail = checks.record(item, job.options)
     if record and number in job.drop:
         record, reason, detail = None, *job.drop[number].split(": ", 1)
+    if record and job.options.in_place:
+        record = in_place.referring(record, item, job.root)
+        if not record:
+            reason, detail = "not_in_place", "it lies compressed; without --in_place it is copied"
     return records.serialize(record) if record else b"", record, reason, detail
 
 

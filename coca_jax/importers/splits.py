@@ -20,7 +20,7 @@ import tqdm
 
 from coca_jax import storage
 from coca_jax.data import files
-from coca_jax.importers import dedup, metadata, remarks, shards
+from coca_jax.importers import dedup, in_place, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit, printable
 
 _ROWS_PER_SHARD = 16_384
@@ -142,12 +142,14 @@ def _plan(
         units = module.plan(input, split, options)
         if not units:
             raise ValueError(f"--input={input}: it is empty")
+        in_place.check(format, units, options)
         groups = _group(units, shard_count)
         plan = {"request": request}
         plan["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         storage.write_bytes(path, json.dumps(plan).encode())
+    root = in_place.root_of(input) if options.in_place else ""
     return [
-        shards.Job(number, tuple(group), format, options, work)
+        shards.Job(number, tuple(group), format, options, work, root)
         for number, group in enumerate(groups)
     ]
 
@@ -279,6 +281,8 @@ def _finish(
         shards=entries,
         request=request,
     )
+    if jobs[0].root:
+        manifest["splits"][split]["root"] = in_place.told_root(jobs[0].root, out)
     metadata.write(out, manifest)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)

@@ -14,11 +14,13 @@ _BLOCK = 1 << 20
 
 
 class Member(NamedTuple):
-    """A regular file in an archive. `read` gives its bytes; only before the next member."""
+    """A regular file in an archive. `read` gives its bytes; only before the next member. `start` is
+    where they begin in the archive's file; -1: they do not stand there as they are."""
 
     name: str
     size: int
     read: Callable[[], bytes]
+    start: int
 
 
 class BadEnd(tarfile.ReadError):
@@ -29,7 +31,7 @@ class _Forward:
     """What tarfile reads from: no way back, and no more at once than is allowed for."""
 
     def __init__(self, file: Any, packed: bool):
-        self._file, self._packed, self._position = file, packed, 0
+        self._file, self.packed, self._position = file, packed, 0
         self.allowed = MAX_HEADER
         self.last = b""
 
@@ -46,15 +48,20 @@ class _Forward:
 
     def seek(self, position: int) -> None:
         skip = position - self._position
-        if skip < 0 or (self._packed and skip > MAX_SKIPPED):
+        if skip < 0 or (self.packed and skip > MAX_SKIPPED):
             raise tarfile.ReadError(f"a member of {skip} bytes")
-        if self._packed:
+        if self.packed:
             while skip > 0 and (block := self._file.read(min(skip, _BLOCK))):
                 skip -= len(block)
                 self._position += len(block)
         else:
             self._file.seek(position)
             self._position = position
+
+
+def is_packed(head: bytes) -> bool:
+    """Whether the first six bytes are those of a compressed file."""
+    return head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
@@ -89,7 +96,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
                 return data
 
             if member.isfile():
-                yield Member(member.name, member.size, read)
+                plain = not stream.packed and not member.issparse()
+                yield Member(member.name, member.size, read, member.offset_data if plain else -1)
             stream.allowed = MAX_HEADER
         # tarfile ends without a word at a header that is none.
         if stream.last.strip(b"\0"):

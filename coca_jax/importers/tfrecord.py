@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coca_jax.data import files, records
+from coca_jax.data.references import Span
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -49,14 +50,16 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if large:
                 file.seek(size, 1)
             data = file.read(size) if size < _MAX_RECORD and not large else b""
-            short = len(data) < size and not large
+            start, short = file.tell() - len(data), len(data) < size and not large
             if size >= _MAX_RECORD or short or len(file.read(4)) < 4:
                 yield Item(key, problem="damaged_archive", detail="cut short")
                 return
             if large:
                 yield Item(key, problem="image_too_big", detail=f"a record of {size} bytes")
             else:
-                yield guarded(key, lambda: _item(key, data, options))  # noqa: B023
+                item = guarded(key, lambda: _item(key, data, options))  # noqa: B023
+                item.span = Span(unit.path, start + data.find(item.image), len(item.image))
+                yield item
             number += 1
 
 

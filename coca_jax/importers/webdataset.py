@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Iterator
 
 from coca_jax.data import bounded_json, files, images, videos
+from coca_jax.data.references import Span
 from coca_jax.importers import lines, tar_members
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -39,6 +40,7 @@ class _Group:
 
     def __init__(self, key: str, options: Options):
         self.key, self.data = key, {}  # type: str, dict[str, bytes]
+        self.starts: dict[str, int] = {}
         self._wanted = (*MEDIA_SUFFIXES, *TEXT_SUFFIXES, *options.image_field.split(","))
         self._room = 2 * options.max_image_bytes
         self.problem = self.detail = ""
@@ -55,7 +57,13 @@ class _Group:
             self.data[suffix] = b""
             return
         self.data[suffix] = member.read()
+        self.starts[suffix] = member.start
         self._room -= member.size
+
+    def span(self, suffix: str, path: str) -> Span | None:
+        """Where a member lies in the archive; None where it cannot be read there."""
+        start = self.starts.get(suffix, -1)
+        return Span(path, start, len(self.data[suffix])) if start >= 0 else None
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
@@ -70,7 +78,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if group.problem:
                 item = Item(key, problem=group.problem, detail=group.detail)
             else:
-                item = guarded(key, lambda: _item(key, group.data, options))
+                item = guarded(key, lambda: _item(key, group, options, unit.path))
             if group.key in seen:
                 item.problem, item.detail = "duplicate_key", "a second example with this key"
             seen.add(group.key)
@@ -100,14 +108,16 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         yield Item(key, problem="damaged_archive", detail=detail)
 
 
-def _item(key: str, members: dict[str, bytes], options: Options) -> Item:
-    item = Item(key)
+def _item(key: str, group: _Group, options: Options, path: str) -> Item:
+    item, members = Item(key), group.data
     first, _, second = options.image_field.partition(",")
     suffix = first or next((s for s in MEDIA_SUFFIXES if s in members), "")
     if suffix not in members or (second and second not in members):
         item.problem, item.detail = "missing_image", f"members {sorted(members)}"
         return item
     item.image, item.second = members[suffix], members[second] if second else b""
+    item.span = group.span(suffix, path)
+    item.second_span = group.span(second, path)
     try:
         fields = bounded_json.parse(members["json"]) if "json" in members else {}
         text = members["txt"].decode() if "txt" in members and not options.text_field else None
