@@ -169,6 +169,11 @@ def define_flags() -> None:
         False,
         "Write an index, by which training reads the images where they lie, not a copy.",
     )
+    _define_other_uses()
+
+
+def _define_other_uses() -> None:
+    """The flags of `prepare vocabulary` and `prepare inspect`, and --overwrite."""
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
     flags.DEFINE_enum(

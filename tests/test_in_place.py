@@ -8,6 +8,8 @@ import tarfile
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_cases import data_config, equal, take
 from PIL import Image
@@ -131,6 +133,34 @@ def test_image_files_that_lists_name(tmp_path):
     (folder / "list.csv").write_text("filepath,title\n" + "".join(f"{n}.jpg,t{n}\n" for n in "012"))
     copy, index = both("csv", folder / "list.csv", tmp_path / "c")
     assert len(copy) == 3 and list(copy) == list(index)
+
+
+@pytest.mark.parametrize(
+    ("codec", "version", "encoding"),
+    [
+        *(("none", "1.0", "PLAIN"), ("snappy", "1.0", "PLAIN"), ("zstd", "2.0", "dictionary")),
+        *(("lz4", "1.0", "dictionary"), ("gzip", "2.0", "DELTA_LENGTH_BYTE_ARRAY")),
+    ],
+)
+def test_parquet_with_bytes_in_pages(codec, version, encoding, tmp_path):
+    pictures = [picture(n) for n in range(30)] + [None] + [picture(3)] * 2
+    column = [dict(bytes=data, path="x.jpg") for data in pictures]
+    table = pa.table(dict(image=column, other=pictures[::-1], text=["a", "b", "c"] * 11))
+    chosen = dict(use_dictionary=encoding == "dictionary")
+    if encoding != "dictionary":
+        chosen["column_encoding"] = {name: encoding for name in ("image.bytes", "other")}
+    pages = dict(data_page_size=2000, dictionary_pagesize_limit=4000, write_batch_size=4)
+    file = tmp_path / "a.parquet"
+    pq.write_table(
+        *(table, file), row_group_size=12, compression=codec, data_page_version=version,
+        **chosen, **pages,
+    )  # fmt: skip
+    copy, index = both("parquet", file, tmp_path / "out")
+    assert len(copy) == 32 and list(copy) == list(index)
+    order = random.Random(0).sample(range(32), 32)
+    assert index.read(order) == copy.read(order)
+    pairs = both("parquet", file, tmp_path / "pairs", image_field="image,other")
+    assert list(pairs[0]) == list(pairs[1]) and pairs[1].read([0])[0].second == picture(3)
 
 
 def test_damaged_tars_are_handled_as_a_copy_handles_them(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from coca_jax.data import files, named_files
+from coca_jax.importers import parquet_pages
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     TEXT_FIELDS,
@@ -104,7 +106,8 @@ def declared_classes(unit: Unit, options: Options) -> list[str]:
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows. A damaged row group ends with one problem item."""
     base = posixpath.basename(unit.path)
-    with files.open_binary(unit.path) as handle:
+    columns = parquet_pages.Columns(unit.path)
+    with files.open_binary(unit.path) as handle, contextlib.closing(columns):
         try:
             table = _open(handle)
             classes = class_names(table.schema_arrow)
@@ -118,6 +121,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if number >= unit.stop or first <= unit.start:
                 continue
             batches = _batches(table, group, file_bytes)
+            places = _Places(columns, group, options, table.schema_arrow.names)
             while number < first:
                 try:
                     batch = next(batches, None)
@@ -134,8 +138,30 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 for row in range(max(unit.start - number, 0), batch.num_rows):
                     if number + row < unit.stop:
                         key, one = f"{base}#{number + row}", batch.slice(row, 1)
-                        yield guarded(key, lambda: _row(key, one, unit, options, classes))  # noqa: B023
+                        item = guarded(key, lambda: _row(key, one, unit, options, classes))  # noqa: B023
+                        yield places.tell(item)
                 number += batch.num_rows
+
+
+class _Places:
+    """Where the images of a row group lie, of rows that hold their bytes."""
+
+    def __init__(
+        self, columns: parquet_pages.Columns, group: int, options: Options, there: list[str]
+    ):
+        first, _, second = options.image_field.partition(",")
+        names = [first] if first else [name for name in IMAGE_FIELDS if name in there]
+        wanted = options.in_place
+        self._images = columns.values(group, names) if wanted else None
+        self._seconds = columns.values(group, [second]) if wanted and second else None
+
+    def tell(self, item: Item) -> Item:
+        """The item, which says where its images lie where that is asked for."""
+        if self._images and item.image and not item.problem:
+            item.span = item.span or self._images.find(item.image)
+        if self._seconds and item.second and not item.problem:
+            item.second_span = item.second_span or self._seconds.find(item.second)
+        return item
 
 
 def _batches(table: pq.ParquetFile, group: int, file_bytes: int) -> Iterator[pa.RecordBatch]:
