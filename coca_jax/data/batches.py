@@ -86,7 +86,8 @@ class Batches:
         config: of the run.
         vocabulary: of the run.
         mixture: its data, where they are open already.
-        process_index, process_count: which rows of each batch.
+        process_index: which process of the run this is, which says its rows of each batch.
+        process_count: how many there are.
         class_names: of the task head, in the order of its outputs; () without one.
 
     Attributes:

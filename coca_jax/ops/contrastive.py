@@ -46,7 +46,8 @@ def contrastive_loss(
     """The contrastive loss of B pairs with all B x B combinations as candidates.
 
     Args:
-      image, text: float32 [B, E], L2-normalised.
+      image: float32 [B, E], L2-normalised.
+      text: float32 [B, E], L2-normalised.
       scale: float32, the inverse temperature.
       logit_bias: float32, for the sigmoid loss.
       text_id: int32 [B, 2]; equal rows are equal texts. Needed unless duplicates='negatives'.
