@@ -70,7 +70,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     def __enter__(self) -> Server:

@@ -155,7 +155,7 @@ class Walk:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, f"{small(text)}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
