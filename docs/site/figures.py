@@ -1,6 +1,6 @@
 """Draws docs/images: the way of a batch and of a photo, as CONTRIBUTING.md's tables have them.
 
-    python docs/site/figures.py          # writes batch.svg and photo.svg
+python docs/site/figures.py          # writes batch.svg and photo.svg
 """
 
 import pathlib
