@@ -1,13 +1,17 @@
 """Exported programs run without the package and equal the model."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 
 import numpy as np
+import pytest
+from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax.inference import export_programs
+from coca_jax.inference import export_folder, export_programs
+from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
 WITHOUT_PACKAGE = """
@@ -60,3 +64,32 @@ def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
     assert config["model"]["text"]["vocab_size"] == 320
     assert config["preprocess"]["resize"] == "squash"
     assert config["tokenizer"]["file"] == "vocabulary.model"
+
+
+@pytest.mark.torch
+def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path):  # noqa: F811
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    spec = importlib.util.spec_from_file_location("coca_torch", ROOT / "examples/coca_torch.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    export_folder.write(model, str(tmp_path))
+    other = example.CoCa.load(str(tmp_path))
+    length = model.max_len
+    tokens = np.random.default_rng(0).integers(4, 300, (len(images), length))
+    pixels = np.asarray(normalise_pixels(images, model.config.model))
+    wanted = model.forward(pixels, tokens.astype(np.int32))
+    with torch.no_grad():
+        image, seen = other.encode_image(torch.tensor(images).float())
+        ids = torch.tensor(tokens)
+        text = other.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
+        logits = other.caption_logits(ids, seen)
+    for found, want in zip((image, text, seen, logits), wanted_of(wanted)):
+        np.testing.assert_allclose(found.numpy(), want, atol=2e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["text"]["cross"] = "open_clip"
+    with pytest.raises(ValueError, match="model.text.cross='open_clip': not here"):
+        example.CoCa(config, {})
+
+
+def wanted_of(found):
+    return found.image_embedding, found.text_embedding, found.image_tokens, found.logits

@@ -1,4 +1,4 @@
-"""Puts the pages that stand beside docs/ into the site: README as its first page, and three more."""
+"""Puts the pages that stand beside docs/ into the site: README as its first, and three more."""
 
 import pathlib
 
