@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from coca_jax.data import bounded_json, files
 
+_SCHEMES = ("s3", "s3a", "gs", "gcs", "memory")
+
 
 class Page(NamedTuple):
     """How an image lies in a packed part of a file, as a page of a parquet column is.
@@ -33,10 +35,11 @@ class Page(NamedTuple):
 
 
 class Span(NamedTuple):
-    """`size` bytes of a file from `start` on: an image, or the page that it is in. `crc`: of these
-    bytes; -1: to be made of the image, which they are."""
+    """`size` bytes from `start` on of a file of `file_bytes`: an image, or the page that it is in.
+    `crc`: of these bytes; -1: to be made of the image, which they are."""
 
     path: str
+    file_bytes: int
     start: int
     size: int
     page: Page | None = None
@@ -61,11 +64,11 @@ class Reference(NamedTuple):
     page: Page | None = None
 
 
-def dump(span: Span, image: bytes, file_bytes: int, root: str) -> bytes:
+def dump(span: Span, image: bytes, root: str) -> bytes:
     """The reference to an image, as bytes."""
     crc = zlib.crc32(image) if span.crc < 0 else span.crc
     page = [] if span.page is None else [list(span.page)]
-    fields = [_below(span.path, root), file_bytes, span.start, span.size, crc, *page]
+    fields = [_below(span.path, root), span.file_bytes, span.start, span.size, crc, *page]
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -94,7 +97,15 @@ def load(data: bytes, root: str) -> Reference:
         raise ValueError(f"a reference to {size} bytes of {path[:200]}")
     if ".." in posixpath.normpath(path).split("/"):
         raise ValueError(f"a reference that leads out of the data: {path[:200]}")
-    return Reference(files.join(root, path), file_bytes, start, size, crc, page)
+    whole = files.join(root, path)
+    if not is_place(whole):
+        raise ValueError(f"a reference to neither a local file nor a bucket: {whole[:200]}")
+    return Reference(whole, file_bytes, start, size, crc, page)
+
+
+def is_place(path: str) -> bool:
+    """Whether images may be read in place there: a stranger's index calls no address."""
+    return not files.is_remote(path) or path.split("://", 1)[0] in _SCHEMES
 
 
 def _is_count(value: Any) -> bool:

@@ -6,7 +6,6 @@ records that a copy would hold; only the bytes of the images stay where they are
 
 from __future__ import annotations
 
-import functools
 import os
 import posixpath
 
@@ -22,6 +21,8 @@ def obstacle(format: str, units: list[Unit], options: Options) -> str:
     """Why data cannot be read in place; '' where they can be, as far as that is seen at once."""
     if format not in FORMATS:
         return f"--format={format} cannot be read in place"
+    if units and not references.is_place(units[0].path):
+        return f"{units[0].path} is neither a local file nor in a bucket, to be read in place"
     if options.max_side:
         return f"--max_side={options.max_side} encodes images again, which lie nowhere then"
     if format != "webdataset" or not units:
@@ -63,19 +64,8 @@ def referring(record: Record, item: Item, root: str) -> Record | None:
     itself, as in a compressed archive."""
     if item.span is None or (record.second and item.second_span is None):
         return None
-    image = references.dump(item.span, record.image, _bytes_of(item.span), root)
+    image = references.dump(item.span, record.image, root)
     if not record.second or item.second_span is None:
         return record._replace(image=image)
-    other = item.second_span
-    second = references.dump(other, record.second, _bytes_of(other), root)
+    second = references.dump(item.second_span, record.second, root)
     return record._replace(image=image, second=second)
-
-
-def _bytes_of(span: references.Span) -> int:
-    whole = not span.start and span.page is None
-    return span.size if whole else _size(span.path)
-
-
-@functools.lru_cache(maxsize=1024)
-def _size(path: str) -> int:
-    return files.size(path)

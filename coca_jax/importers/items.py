@@ -122,7 +122,7 @@ def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options)
     try:
         path = named_files.resolve(folder, name, roots)
         item.image = files.read_bounded(path, options.max_image_bytes)
-        item.span = Span(path, 0, len(item.image))
+        item.span = Span(path, len(item.image), 0, len(item.image))
     except named_files.Outside as error:
         item.problem, item.detail = "outside_input", str(error)
     except files.TooLarge as error:

@@ -222,7 +222,7 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
         indexed = any("root" in split for split in there.values())
         return dataclasses.replace(options, in_place=indexed)
     units = []
-    if found.format == "webdataset":
+    if found.format == "webdataset" or files.is_remote(found.input):
         units = shards.importer(found.format).plan(found.input, "", options)
     why = in_place.obstacle(found.format, units, options)
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"

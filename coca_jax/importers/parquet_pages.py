@@ -111,6 +111,7 @@ class Columns:
         self._path = path
         self._handle: Any = None
         self._groups: list[Any] = []
+        self._bytes = 0  # of the file
 
     def close(self) -> None:
         """Closes the file."""
@@ -120,7 +121,7 @@ class Columns:
     def _open(self) -> None:
         self._handle = handle = files.open_binary(self._path)
         try:
-            end = handle.seek(0, 2)
+            self._bytes = end = handle.seek(0, 2)
             handle.seek(end - 8)
             size = struct.unpack("<I4s", handle.read(8))[0]
             if size > min(_MAX_FOOTER, end - 8):
@@ -141,10 +142,10 @@ class Columns:
                 for chunk in chunks:
                     told = [part.decode() for part in chunk[3]]
                     if told in ([name], [name, "bytes"]) and chunk[1] == _BYTE_ARRAY:
-                        return Values(_pages(self._handle, chunk), self._path)
+                        return Values(_pages(self._handle, chunk), self._path, self._bytes)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             pass  # damaged, which the reader of the rows says
-        return Values(iter(()), self._path)
+        return Values(iter(()), self._path, self._bytes)
 
 
 def _pages(handle: BinaryIO, chunk: dict[int, Any]) -> Iterator[_Part]:
@@ -204,8 +205,8 @@ def _part(start: int, data: bytes, unpacked: int, codec: str, head: dict[int, An
 class Values:
     """Finds the values of a column chunk in its pages; to be asked for in their order."""
 
-    def __init__(self, pages: Iterator[_Part], path: str):
-        self._pages, self._path = pages, path
+    def __init__(self, pages: Iterator[_Part], path: str, file_bytes: int):
+        self._pages, self._path, self._bytes = pages, path, file_bytes
         self._page: _Part | None = None
         self._dictionary: _Part | None = None
         self._from = 0
@@ -232,9 +233,9 @@ class Values:
 
     def _span(self, part: _Part, at: int, size: int) -> Span:
         if not part.codec:
-            return Span(self._path, part.start + at, size)
+            return Span(self._path, self._bytes, part.start + at, size)
         page = Page(part.codec, part.plain, len(part.data), at, size)
-        return Span(self._path, part.start, part.size, page, part.crc)
+        return Span(self._path, self._bytes, part.start, part.size, page, part.crc)
 
 
 def _found(data: bytes, value: bytes, start: int) -> int:

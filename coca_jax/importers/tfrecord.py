@@ -43,6 +43,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     base = posixpath.basename(unit.path)
     number = 0
     with files.open_binary(unit.path) as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
         while head := file.read(12):
             key = f"{base}#{number}"
             size = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else _MAX_RECORD
@@ -58,9 +60,14 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 yield Item(key, problem="image_too_big", detail=f"a record of {size} bytes")
             else:
                 item = guarded(key, lambda: _item(key, data, options))  # noqa: B023
-                item.span = Span(unit.path, start + data.find(item.image), len(item.image))
+                item.span = _span(unit.path, file_bytes, start, data, item.image)
                 yield item
             number += 1
+
+
+def _span(path: str, file_bytes: int, start: int, data: bytes, image: bytes) -> Span:
+    """Where the image of a record that begins at `start` lies."""
+    return Span(path, file_bytes, start + data.find(image), len(image))
 
 
 def _item(key: str, data: bytes, options: Options) -> Item:

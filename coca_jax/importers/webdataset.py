@@ -60,17 +60,19 @@ class _Group:
         self.starts[suffix] = member.start
         self._room -= member.size
 
-    def span(self, suffix: str, path: str) -> Span | None:
+    def span(self, suffix: str, path: str, file_bytes: int) -> Span | None:
         """Where a member lies in the archive; None where it cannot be read there."""
         start = self.starts.get(suffix, -1)
-        return Span(path, start, len(self.data[suffix])) if start >= 0 else None
+        if start < 0:
+            return None
+        return Span(path, file_bytes, start, len(self.data[suffix]))
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a tar file, in its order. A damaged archive ends with one problem item."""
     base = posixpath.basename(unit.path)
     seen: set[str] = set()
-    group = _Group("", options)
+    group, file_bytes = _Group("", options), 0
 
     def finish() -> Iterator[Item]:
         if group.data:
@@ -78,7 +80,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if group.problem:
                 item = Item(key, problem=group.problem, detail=group.detail)
             else:
-                item = guarded(key, lambda: _item(key, group, options, unit.path))
+                item = guarded(key, lambda: _item(key, group, options, unit.path, file_bytes))
             if group.key in seen:
                 item.problem, item.detail = "duplicate_key", "a second example with this key"
             seen.add(group.key)
@@ -86,6 +88,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
     try:
         with files.open_binary(unit.path) as handle:
+            file_bytes = handle.seek(0, 2)
+            handle.seek(0)
             for member in tar_members.members(handle):
                 folder, last = posixpath.split(member.name.removeprefix("./"))
                 stem, dot, suffix = last.partition(".")
@@ -108,7 +112,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         yield Item(key, problem="damaged_archive", detail=detail)
 
 
-def _item(key: str, group: _Group, options: Options, path: str) -> Item:
+def _item(key: str, group: _Group, options: Options, path: str, file_bytes: int) -> Item:
     item, members = Item(key), group.data
     first, _, second = options.image_field.partition(",")
     suffix = first or next((s for s in MEDIA_SUFFIXES if s in members), "")
@@ -116,8 +120,8 @@ def _item(key: str, group: _Group, options: Options, path: str) -> Item:
         item.problem, item.detail = "missing_image", f"members {sorted(members)}"
         return item
     item.image, item.second = members[suffix], members[second] if second else b""
-    item.span = group.span(suffix, path)
-    item.second_span = group.span(second, path)
+    item.span = group.span(suffix, path, file_bytes)
+    item.second_span = group.span(second, path, file_bytes)
     try:
         fields = bounded_json.parse(members["json"]) if "json" in members else {}
         text = members["txt"].decode() if "txt" in members and not options.text_field else None

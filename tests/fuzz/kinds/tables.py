@@ -17,12 +17,22 @@ import mutate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coca_jax.data import records
+from coca_jax.data import in_place, records, references
+from coca_jax.data.records import Record
+from coca_jax.data.references import Page, Span
 from coca_jax.importers import shards
-from coca_jax.importers.items import Options
+from coca_jax.importers.items import Item, Options
 from kinds import Kind, encoded
 
 OPTIONS = Options(max_image_bytes=1 << 20)
+
+
+def in_place_again(record: Record, item: Item, root: str) -> Record:
+    """The record with the image that its reference leads to, which must be that of the item."""
+    found = in_place.InPlace(lambda indices: [record], root)([0])[0]
+    if found.image != item.image:
+        raise AssertionError("a reference leads to other bytes")
+    return found
 
 
 def importer(format: str, name: str, **options: Any) -> Callable[[pathlib.Path], str]:
@@ -34,11 +44,13 @@ def importer(format: str, name: str, **options: Any) -> Callable[[pathlib.Path],
         given = Options(**{"max_image_bytes": 1 << 20, **options})
         units = shards.importer(format).plan(str(file if format != "imagefolder" else path.parent),
                                              "train", given)  # fmt: skip
-        job = shards.Job(0, tuple(units), format, given, "")
+        job = shards.Job(0, tuple(units), format, given, "", str(path.parent))
         reasons: Counter[str] = Counter()
         digest = hashlib.blake2b(digest_size=6)
         for number, item in enumerate(shards.read_items(job)):
             data, record, reason, detail = shards._judged(number, item, job)
+            if record and given.in_place:
+                record = in_place_again(record, item, job.root)
             reasons[reason if record is None else "kept"] += 1
             digest.update(data or f"{item.key}{reason}{detail}".encode("utf-8", "replace"))
             if record and b"root:" in record.image:
@@ -202,10 +214,34 @@ def damage_tfrecord(rng: random.Random, seed: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4) + seed[16 + size :]
 
 
+def reference_seeds() -> list[bytes]:
+    """References as an index has them: to a whole file, a range and a page."""
+    found = []
+    for span in (Span("a.png", 300, 0, 300), Span("s3://b/c.tar", 9999, 512, 40),
+                 Span("t.parquet", 999, 4, 90, Page("snappy", 0, 400, 10, 20), 7)):  # fmt: skip
+        found.append(references.dump(span, b"image", "/data"))
+    return found
+
+
+def run_reference(path: pathlib.Path) -> str:
+    """Reads a reference."""
+    found = references.load(path.read_bytes(), "data")
+    if found.path.startswith(("/", "..")):
+        found = found._replace(path="elsewhere")
+    return str(found)
+
+
 KINDS = {
     "tars": Kind(tar_seeds, damage_tar, importer("webdataset", "input.tar"), 700),
     "parquet": Kind(parquet_seeds, damage_parquet, importer("parquet", "input.parquet"), 700),
     "jsonl": Kind(jsonl_seeds, damage_jsonl, importer("imagefolder", "metadata.jsonl")),
     "csv": Kind(csv_seeds, damage_csv, importer("csv", "input.csv")),
+    "tars_in_place": Kind(
+        tar_seeds, damage_tar, importer("webdataset", "input.tar", in_place=True), 700
+    ),
+    "parquet_in_place": Kind(
+        parquet_seeds, damage_parquet, importer("parquet", "input.parquet", in_place=True), 700
+    ),
+    "references": Kind(reference_seeds, mutate.data, run_reference),
     "tfrecord": Kind(tfrecord_seeds, damage_tfrecord, importer("tfrecord", "input.tfrecord")),
 }
