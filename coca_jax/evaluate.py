@@ -41,7 +41,9 @@ def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT)
     flags.DEFINE_string(
-        "data", None, "A folder that `prepare` wrote, an imagefolder, 'tfds:NAME', or 'scenes'."
+        "data",
+        None,
+        "What `prepare` wrote or reads in place, an imagefolder, 'tfds:NAME', or 'scenes'.",
     )
     usual = ", ".join(usual_kinds())
     flags.DEFINE_list("tasks", None, f"{', '.join(declarations.kinds())}; default: {usual}.")

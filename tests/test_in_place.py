@@ -18,7 +18,7 @@ from coca_jax.config import typed
 from coca_jax.data import files, prepared, range_cache, references, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
-from coca_jax.importers import own_data
+from coca_jax.importers import indexes, own_data, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 
@@ -309,3 +309,27 @@ def test_a_bucket(tars, made, s3, tmp_path, monkeypatch):
         file.unlink()
     with pytest.raises(OSError, match="in_place/000.tar cannot be read: FileNotFoundError"):
         sources.open_source(out).read([0])
+
+
+def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tar(tmp_path / "data/0.tar", 0, 6)
+    entry = dict(path=str(tmp_path / "data"), kind="caption")
+    assert unprepared.choose_split(entry) == "test" and unprepared.splits(entry) == []
+    assert unprepared.counts(entry) == dict(caption=6, label=0)
+    source = unprepared.open_source(entry, "test")
+    assert [record.image for record in source] == [picture(n) for n in range(6)]
+    write_tar(tmp_path / "data/0.tar", 6, 7)  # other files, another index
+    assert len(unprepared.open_source(entry, "test")) == 7
+    config = typed(data_config(entry, dict(path=f"{tars}/000.tar", split="train")))
+    found = indexes.of_sources(config, str(tmp_path / "run"))
+    assert Mixture(found).sizes == [7, 14]
+    assert [entry.path for entry in found.data.sources] == [
+        str(tmp_path / "run/data/data"),
+        str(tmp_path / "run/data/000"),
+    ]
+    assert indexes.of_sources(found, str(tmp_path / "run")) is found
+    assert indexes.of_sources(config, str(tmp_path / "run")) == found
+    (tmp_path / "data/1.tar.gz").touch()
+    with pytest.raises(ValueError, match="1.tar.gz is compressed .* `coca-jax prepare` without"):
+        unprepared.open_source(entry, "test")

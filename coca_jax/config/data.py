@@ -26,7 +26,7 @@ from coca_jax.config.section import Section, read
 class Entry(Section):
     """An entry of `config.data.sources`: one of path, builtin, tfds, seqio, and what to take."""
 
-    path: str = key("", TEXT, "a folder that `prepare` wrote, a copy or an index")
+    path: str = key("", TEXT, "what `prepare` wrote, or data that can be read in place")
     builtin: str = key("", TEXT, "'scenes': drawn as they are read")
     tfds: str = key("", TEXT, "a TFDS data set that is prepared in the format array_record")
     seqio: str = key("", TEXT, "a registered seqio Task")

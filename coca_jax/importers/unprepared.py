@@ -1,4 +1,5 @@
-"""Data as it lies there, for evaluation: imagefolders, and TFDS sets in any file format.
+"""Data as it lies there, for evaluation: imagefolders, TFDS sets in any file format, and by an
+index tars, tables and lists.
 
 Training wants random access and reads prepared data (data/sources.py); evaluation goes through a
 split once, in order.
@@ -15,7 +16,7 @@ from coca_jax.config import Entry
 from coca_jax.data import files, mixture, prepared, sources, tfds_source, views
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
-from coca_jax.importers import imagefolder, items, tfds_name
+from coca_jax.importers import imagefolder, indexes, items, tfds_name
 from coca_jax.importers.items import Item, Options, Unit
 
 _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
@@ -28,7 +29,8 @@ def open_source(entry: Given, split: str) -> Source:
     """Opens an entry as `data.sources.open_source` does, and what is not prepared besides.
 
     path may be an imagefolder (metadata.jsonl or .csv, or one folder a class; a subfolder of the
-    split's name is taken where there is one), and tfds any set that the user has.
+    split's name is taken where there is one) or whatever can be read in place, and tfds any set
+    that the user has.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with it, in one line.
@@ -39,7 +41,7 @@ def open_source(entry: Given, split: str) -> Source:
         return views.narrow(_tfds(entry, split), entry)
     if _is_plain_folder(entry):
         return views.narrow(_folder(entry, split), entry)
-    return sources.open_source(entry, split)
+    return sources.open_source(_placed(entry, split), split)
 
 
 def class_names(entry: Given, split: str) -> list[str]:
@@ -52,7 +54,7 @@ def class_names(entry: Given, split: str) -> list[str]:
         if declared:
             return declared
     elif not _is_plain_folder(entry):
-        return mixture.class_names(entry, split)
+        return mixture.class_names(_placed(entry, split), split)
     found = open_source(entry, split)
     return sorted({label for record in found for label in record.labels})
 
@@ -64,6 +66,8 @@ def splits(entry: Given) -> list[str]:
         return tfds_name.splits(_tfds_path(entry))
     if _is_plain_folder(entry):
         return imagefolder.splits(entry.path)
+    if indexes.is_needed(entry):
+        return indexes.splits_of(entry)
     return sorted(prepared.read_manifest(entry.path)["splits"])
 
 
@@ -98,8 +102,16 @@ def counts(entry: Given) -> dict[str, int]:
         )
     if entry.text_field or entry.label_field:
         return {}
+    entry = _placed(entry, entry.split or "test")
     there = prepared.read_manifest(entry.path)["splits"].get(entry.split or "test")
     return dict(caption=there["with_text"], label=there["with_label"]) if there else {}
+
+
+def _placed(entry: Entry, split: str) -> Entry:
+    """The entry, whose path is an index of its data where they are not prepared."""
+    if not indexes.is_needed(entry):
+        return entry
+    return dataclasses.replace(entry, path=indexes.cached(entry, split), image_field="")
 
 
 def _options(entry: Entry) -> Options:

@@ -11,6 +11,7 @@ import jax
 from coca_jax import checkpointing, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.evaluators import results
+from coca_jax.importers import indexes
 from coca_jax.training import (
     goodput,
     hooks,
@@ -41,6 +42,7 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
     with buckets("init"):
         config = typed(config)
         mesh = setup.check(config, workdir)
+        config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
     with jax.set_mesh(mesh):
         return train_on(mesh, config, workdir, buckets)
 
