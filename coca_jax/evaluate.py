@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "What `prepare` wrote or reads in place, an imagefolder, 'tfds:NAME', or 'scenes'.",
+        "What `prepare` wrote or reads in place, 'tfds:NAME', or 'scenes'.",
     )
     usual = ", ".join(usual_kinds())
     flags.DEFINE_list("tasks", None, f"{', '.join(declarations.kinds())}; default: {usual}.")
