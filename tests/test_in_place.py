@@ -1,5 +1,6 @@
 """Data read in place: the records and batches of a copy, over damages, processes and buckets."""
 
+import gzip
 import io
 import json
 import random
@@ -15,7 +16,7 @@ from data_cases import data_config, equal, take
 from PIL import Image
 
 from coca_jax.config import typed
-from coca_jax.data import files, prepared, range_cache, references, run_vocabulary, sources
+from coca_jax.data import files, formats, prepared, range_cache, references, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.importers import indexes, own_data, unprepared
@@ -333,3 +334,75 @@ def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path,
     (tmp_path / "data/1.tar.gz").touch()
     with pytest.raises(ValueError, match="1.tar.gz is compressed .* `coca-jax prepare` without"):
         unprepared.open_source(entry, "test")
+
+
+def test_texts_in_files_beside_images_are_those_of_a_tar(tmp_path):
+    """img2dataset's output `files` beside its output `webdataset`, with its lists in parquet."""
+    told = dict(url="http://x/1", width=20, caption="no.")
+    for shard in range(2):
+        write_tar(tmp_path / f"tars/{shard:05d}.tar", shard * 7, 7)
+        folder = tmp_path / f"files/{shard:05d}"
+        with tarfile.open(tmp_path / f"tars/{shard:05d}.tar") as archive:
+            archive.extractall(folder, filter="data")
+        pq.write_table(pa.table(dict(key=["1"], **{k: [v] for k, v in told.items()})),
+                       tmp_path / f"files/{shard:05d}.parquet")  # fmt: skip
+    assert formats.guess(str(tmp_path / "files")) == "sidecars"
+    tar = both("webdataset", tmp_path / "tars", tmp_path / "a")[0]
+    copy, index = both("sidecars", tmp_path / "files", tmp_path / "b")
+    assert list(copy) == list(index) and [r.key for r in copy][:2] == [
+        "00000/000000",
+        "00000/000001",
+    ]
+    assert [r._replace(key="") for r in copy] == [r._replace(key="") for r in tar]
+    (tmp_path / "files/00000/000003.txt").unlink()
+    (tmp_path / "files/00000/000003.txt").symlink_to("/etc/passwd")
+    (tmp_path / "files/00000/000004.json").write_text("{")
+    (tmp_path / "files/00001/000010.txt").write_bytes(b"\xff")
+    for name in ("00000/000005.txt", "00000/000005.json"):
+        (tmp_path / "files" / name).unlink()
+    both("sidecars", tmp_path / "files", tmp_path / "c")
+    lines = (tmp_path / "c/index/train-quarantine.jsonl").read_text().splitlines()
+    assert {entry["key"]: entry["reason"] for entry in map(json.loads, lines)} == {
+        "00000/000003": "outside_input",
+        "00000/000004": "bad_json",
+        "00000/000005": "missing_text",
+        "00001/000010": "bad_utf8",
+    }
+
+
+def test_lists_of_json_lines_packed_or_not(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    noise = lambda n: random.Random(n).randbytes(600).hex()  # noqa: E731
+    for n in range(5):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+    rows = [
+        json.dumps(dict(image=f"{n}.jpg", caption=f"no. {n}", noise=noise(n))) for n in range(5)
+    ]
+    whole = ("\n".join([*rows[:3], "{", "", *rows[3:]]) + "\n").encode()
+    frames = [pa.compress(part, "zstd", asbytes=True) for part in (whole[:60], whole[60:])]
+    gzipped = gzip.compress(whole)
+    found = {}
+    for name, data in (
+        ("list.jsonl", whole),
+        ("list.jsonl.zst", b"".join(frames)),
+        ("list.jsonl.gz", gzipped),
+        ("metadata.jsonl.zst", frames[0] + frames[1]),
+        ("cut.jsonl.gz", gzipped[:-12]),
+    ):
+        (folder / name).write_bytes(data)
+        format = formats.guess(str(folder))
+        assert format == ("imagefolder" if name.startswith("metadata") else "jsonl")
+        copy, index = both(format, folder, tmp_path / name)
+        assert list(copy) == list(index)
+        found[name] = [(record.key, record.texts) for record in copy]
+        told = prepared.read_manifest(str(tmp_path / name / "copy"))["splits"]["train"]
+        assert set(told["quarantined"]) - {"bad_json"} == (
+            {"damaged_archive"} if name.startswith("cut") else set()
+        )
+        (folder / name).unlink()
+    good = [(f"{n}.jpg", (f"no. {n}",)) for n in range(5)]
+    cut = found.pop("cut.jsonl.gz")
+    assert all(records == good for records in found.values()) and cut == good[:4]
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert formats.guess(str(folder)) == "imagefolder"

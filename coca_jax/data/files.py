@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import posixpath
 import re
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 from coca_jax.storage import filesystem, is_remote
@@ -100,6 +102,15 @@ def open_binary(path: str) -> Any:
     if not is_remote(path) and not stat.S_ISREG(os.stat(plain).st_mode):
         raise OSError(f"{path}: not a regular file")
     return system.open(plain, "rb")
+
+
+@contextlib.contextmanager
+def open_unpacked(path: str) -> Iterator[Any]:
+    """What a .zst or .gz file unpacks to, to be read forwards. Raises OSError: damaged."""
+    import pyarrow as pa  # takes a while, and few read such
+
+    with open_binary(path) as file:
+        yield pa.CompressedInputStream(file, "zstd" if path.endswith(".zst") else "gzip")
 
 
 def size(path: str) -> int:

@@ -7,10 +7,13 @@ import io
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import files, images, videos
+from coca_jax.data import bounded_json, files, images, videos
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
-METADATA = ("metadata.jsonl", "metadata.csv")  # of an imagefolder
+METADATA = (  # of an imagefolder
+    *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
+)
+SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
 _SUFFIXES = {
@@ -18,6 +21,7 @@ _SUFFIXES = {
     "parquet": (".parquet",),
     "tfrecord": (".tfrecord", ".tfrecords"),
     "csv": (".csv", ".tsv"),
+    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 
@@ -53,8 +57,10 @@ def guess(path: str) -> str:
         return "imagefolder"
     found = _of_names(names)
     pictures = any(name.lower().endswith(MEDIA) for name in names)
-    if found == "csv" and pictures:
-        lists = [name for name in names if name.lower().endswith(_SUFFIXES["csv"])]
+    if found in ("", "parquet") and _has_sidecars(names):
+        return "sidecars"
+    if found == "jsonl" or (found == "csv" and pictures):
+        lists = [name for name in names if name.lower().endswith(_SUFFIXES[found])]
         if not any(_lists_images(files.join(path, name)) for name in lists[:8]):
             found = ""  # a table of something else beside folders of images
     if found or pictures:
@@ -84,12 +90,34 @@ def _of_names(names: list[str]) -> str:
     return ""
 
 
+def _has_sidecars(names: list[str]) -> bool:
+    """Whether most pictures have a text of their name beside them."""
+    texts = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(SIDECARS)}
+    pictures = [posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)]
+    return 2 * sum(name in texts for name in pictures) > len(pictures)
+
+
 def _lists_images(path: str) -> bool:
     """Whether the header of a list has a column of image files."""
+    if path.lower().endswith(_SUFFIXES["jsonl"]):
+        return _names_an_image(path)
     with files.open_binary(path) as file:
         header = file.readline(65_536).decode("utf-8", "replace").removeprefix("\ufeff")
     row = next(csv.reader(io.StringIO(header), delimiter="\t" if "\t" in header else ","), [])
     return bool(set(IMAGE_COLUMNS) & {column.strip() for column in row})
+
+
+def _names_an_image(path: str) -> bool:
+    """Whether the first object of a list has a field of an image's file."""
+    packed, line = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b""
+    try:
+        with files.open_unpacked(path) if packed else files.open_binary(path) as file:
+            while b"\n" not in line and len(line) < 1 << 20 and (block := file.read(64)):
+                line += block
+        row = bounded_json.parse(line.split(b"\n", 1)[0])
+    except (ValueError, OSError):
+        return False
+    return bool(set(IMAGE_COLUMNS) & set(row))
 
 
 def _contents(names: list[str]) -> str:

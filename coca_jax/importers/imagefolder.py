@@ -43,8 +43,8 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     found = _metadata(root)
     units, below = [], named_files.root_of(path)
     for metadata in found:
-        if metadata.endswith(".jsonl"):
-            units += _line_units(metadata, below)
+        if metadata.endswith((".jsonl", *lines.PACKED)):
+            units += line_units(metadata, below)
         else:
             rows = sum(1 for _ in lines.csv_rows(metadata))
             units += split_units(metadata, rows, ROWS_PER_UNIT, below)
@@ -94,8 +94,10 @@ def _images(root: str) -> list[str]:
     return files.find(root, tuple(f"*{s}" for s in MEDIA) + tuple(f"*{s.upper()}" for s in MEDIA))
 
 
-def _line_units(path: str, root: str) -> list[Unit]:
-    """Byte ranges of a file of lines."""
+def line_units(path: str, root: str) -> list[Unit]:
+    """Byte ranges of a file of lines; of a packed one ranges of its lines."""
+    if path.endswith(lines.PACKED):
+        return split_units(path, _count(path), ROWS_PER_UNIT, root)
     units, start, position, rows = [], 0, 0, 0
     with files.open_binary(path) as file:
         for line, size in lines.lines(file):
@@ -107,6 +109,17 @@ def _line_units(path: str, root: str) -> list[Unit]:
     if rows:
         units.append(Unit(path, start, position, rows, root))
     return units
+
+
+def _count(path: str) -> int:
+    """The lines of a packed file, with one for the damage that ends it."""
+    count = 0
+    try:
+        for _ in lines.packed_lines(path):
+            count += 1
+    except (OSError, ValueError):
+        count += 1
+    return count
 
 
 class Located:
@@ -138,6 +151,8 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
     """The items of a unit without their images."""
     if unit.path.endswith(".jsonl"):
         yield from _json_rows(unit, options)
+    elif unit.path.endswith(lines.PACKED):
+        yield from _packed_rows(unit, options)
     elif unit.path.endswith(".csv"):
         for number, fields in enumerate(lines.csv_rows(unit.path)):
             if number >= unit.stop:
@@ -166,6 +181,24 @@ def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
                 yield _json_row(unit, where, line, options)
             if position >= unit.stop:
                 return
+
+
+def _packed_rows(unit: Unit, options: Options) -> Iterator[Located]:
+    base, number = posixpath.basename(unit.path), -1
+    try:
+        for number, (line, _) in enumerate(lines.packed_lines(unit.path)):
+            where = f"{base}#{number}"
+            if number >= unit.stop:
+                return
+            if number >= unit.start and line is None:
+                detail = f"a line of more than {lines.MAX_ROW_BYTES} bytes"
+                yield Located(Item(where, problem="bad_json", detail=detail))
+            elif number >= unit.start and line is not None and line.strip():
+                yield _json_row(unit, where, line, options)
+    except (OSError, ValueError) as error:
+        if unit.start <= number + 1 < unit.stop:  # else it is another unit's
+            detail = f"{type(error).__name__}: {error}"
+            yield Located(Item(f"{base}#{number + 1}", problem="damaged_archive", detail=detail))
 
 
 def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:

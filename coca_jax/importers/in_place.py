@@ -14,7 +14,7 @@ from coca_jax.data.records import Record
 from coca_jax.importers import tar_members
 from coca_jax.importers.items import Item, Options, Unit
 
-FORMATS = ("webdataset", "imagefolder", "csv", "parquet", "tfrecord")
+FORMATS = ("webdataset", "imagefolder", "sidecars", "csv", "jsonl", "parquet", "tfrecord")
 
 
 def obstacle(format: str, units: list[Unit], options: Options) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from coca_jax.data import bounded_json, files
 
@@ -13,7 +13,7 @@ MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row or a caption's file too; more
 _BLOCK = 1 << 20
 
 
-def lines(file: BinaryIO, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
+def lines(file: BinaryIO | _Sips, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
     """(a line with its end, its bytes in the file); None for a line of more than `most` bytes."""
     kept: list[bytes] = []
     size = 0
@@ -27,6 +27,36 @@ def lines(file: BinaryIO, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | N
         kept = [*kept, rest] if size <= most else []
     if size:
         yield (b"".join(kept) if size <= most else None), size
+
+
+PACKED = (".jsonl.zst", ".jsonl.gz")  # of files whose lines are read from the beginning only
+_MAX_UNPACKED, _MAX_RATIO = 1 << 30, 1000  # bytes, and over those of the file: more is a bomb
+
+
+class _Sips:
+    """A stream that gives little at once, so that little is lost before a damaged place."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(min(size, 1024))
+
+
+def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
+    """`lines` of a file that zstd or gzip has packed.
+
+    Raises:
+        OSError: it is damaged; the lines before are whole.
+        ValueError: it unpacks to far more than lines do.
+    """
+    with files.open_unpacked(path) as stream:
+        most, position = max(_MAX_UNPACKED, _MAX_RATIO * files.size(path)), 0
+        for line, size in lines(_Sips(stream)):
+            position += size
+            if position > most:
+                raise ValueError(f"{path} unpacks to more than {most} bytes")
+            yield line, size
 
 
 class _CsvLines:

@@ -23,8 +23,10 @@ from coca_jax.importers.items import Item, Options, Unit, printable
 
 MODULES = {
     "imagefolder": "imagefolder",
+    "sidecars": "sidecars",
     "webdataset": "webdataset",
     "csv": "csv_list",
+    "jsonl": "jsonl_list",
     "parquet": "parquet",
     "tfrecord": "tfrecord",
     "tfds": "tfds_name",

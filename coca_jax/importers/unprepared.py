@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coca_jax.config import Entry
-from coca_jax.data import files, mixture, prepared, sources, tfds_source, views
+from coca_jax.data import files, formats, mixture, prepared, sources, tfds_source, views
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.importers import imagefolder, indexes, items, tfds_name
@@ -127,7 +127,8 @@ def _is_plain_folder(entry: Entry) -> bool:
     if not os.path.isdir(path) or files.exists(files.join(path, prepared.MANIFEST)):
         return False
     try:
-        return bool(imagefolder.plan(path, "", Options()))
+        found = imagefolder.plan(path, "", Options())
+        return bool(found) and formats.guess(path) != "sidecars"
     except FileNotFoundError:
         return False
 

@@ -35,7 +35,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return [Unit(file) for file in files.find(path, PATTERNS, split)]
 
 
-class _Group:
+class Group:
     """The members of one example, as far as they are of use."""
 
     def __init__(self, key: str, options: Options):
@@ -72,19 +72,19 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a tar file, in its order. A damaged archive ends with one problem item."""
     base = posixpath.basename(unit.path)
     seen: set[str] = set()
-    group, file_bytes = _Group("", options), 0
+    group, file_bytes = Group("", options), 0
 
     def finish() -> Iterator[Item]:
         if group.data:
             key = f"{base}/{group.key}"
             if group.problem:
-                item = Item(key, problem=group.problem, detail=group.detail)
+                found = Item(key, problem=group.problem, detail=group.detail)
             else:
-                item = guarded(key, lambda: _item(key, group, options, unit.path, file_bytes))
+                found = guarded(key, lambda: item(key, group, options, unit.path, file_bytes))
             if group.key in seen:
-                item.problem, item.detail = "duplicate_key", "a second example with this key"
+                found.problem, found.detail = "duplicate_key", "a second example with this key"
             seen.add(group.key)
-            yield item
+            yield found
 
     try:
         with files.open_binary(unit.path) as handle:
@@ -98,46 +98,47 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 key, suffix = posixpath.join(folder, stem), suffix.lower()
                 if key != group.key or suffix in group.data:
                     yield from finish()
-                    group = _Group(key, options)
+                    group = Group(key, options)
                 group.add(suffix, member)
             yield from finish()
-            group = _Group("", options)
+            group = Group("", options)
     except Exception as error:  # damage makes tarfile and zlib raise all sorts
         # What came before is whole; the example that was being read is not.
         if isinstance(error, tar_members.BadEnd):
             yield from finish()
-            group = _Group("", options)
+            group = Group("", options)
         key = f"{base}/{group.key}" if group.key else base
         detail = f"{type(error).__name__}: {error}"
         yield Item(key, problem="damaged_archive", detail=detail)
 
 
-def _item(key: str, group: _Group, options: Options, path: str, file_bytes: int) -> Item:
-    item, members = Item(key), group.data
+def item(key: str, group: Group, options: Options, path: str = "", file_bytes: int = 0) -> Item:
+    """The item of the members of an example, of an archive at `path`."""
+    found, members = Item(key), group.data
     first, _, second = options.image_field.partition(",")
     suffix = first or next((s for s in MEDIA_SUFFIXES if s in members), "")
     if suffix not in members or (second and second not in members):
-        item.problem, item.detail = "missing_image", f"members {sorted(members)}"
-        return item
-    item.image, item.second = members[suffix], members[second] if second else b""
-    item.span = group.span(suffix, path, file_bytes)
-    item.second_span = group.span(second, path, file_bytes)
+        found.problem, found.detail = "missing_image", f"members {sorted(members)}"
+        return found
+    found.image, found.second = members[suffix], members[second] if second else b""
+    found.span = group.span(suffix, path, file_bytes)
+    found.second_span = group.span(second, path, file_bytes)
     try:
         fields = bounded_json.parse(members["json"]) if "json" in members else {}
         text = members["txt"].decode() if "txt" in members and not options.text_field else None
         label = members["cls"].decode() if "cls" in members and not options.label_field else None
     except UnicodeDecodeError as error:
-        item.problem, item.detail = "bad_utf8", str(error)
-        return item
+        found.problem, found.detail = "bad_utf8", str(error)
+        return found
     except ValueError as error:
-        item.problem, item.detail = "bad_json", str(error)
-        return item
-    found = take(fields, options.text_field, TEXT_FIELDS)
-    item.texts = strings(text.strip() if text is not None else found)
+        found.problem, found.detail = "bad_json", str(error)
+        return found
+    taken = take(fields, options.text_field, TEXT_FIELDS)
+    found.texts = strings(text.strip() if text is not None else taken)
     try:
-        found = take(fields, options.label_field, LABEL_FIELDS)
-        item.labels = names(label.strip() if label is not None else found, options.class_names)
+        taken = take(fields, options.label_field, LABEL_FIELDS)
+        found.labels = names(label.strip() if label is not None else taken, options.class_names)
     except ValueError as error:
-        item.problem, item.detail = "bad_label", str(error)
-    item.extra = fields
-    return item
+        found.problem, found.detail = "bad_label", str(error)
+    found.extra = fields
+    return found

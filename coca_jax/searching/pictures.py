@@ -44,7 +44,7 @@ def groups(path: str, known: Collection[str]) -> list[Group]:
         format = "imagefolder"
     else:
         format = formats.guess(path)
-    if format == "imagefolder":
+    if format in ("imagefolder", "sidecars"):
         return [_files(path, known)]
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module, options = shards.importer(format), Options(verify=False)

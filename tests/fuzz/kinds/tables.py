@@ -27,6 +27,9 @@ from kinds import Kind, encoded
 OPTIONS = Options(max_image_bytes=1 << 20)
 
 
+FOLDERS = ("imagefolder", "sidecars")
+
+
 def in_place_again(record: Record, item: Item, root: str) -> Record:
     """The record with the image that its reference leads to, which must be that of the item."""
     found = in_place.InPlace(lambda indices: [record], root)([0])[0]
@@ -42,7 +45,7 @@ def importer(format: str, name: str, **options: Any) -> Callable[[pathlib.Path],
         file = path.with_name(name)
         file.write_bytes(path.read_bytes())
         given = Options(**{"max_image_bytes": 1 << 20, **options})
-        units = shards.importer(format).plan(str(file if format != "imagefolder" else path.parent),
+        units = shards.importer(format).plan(str(path.parent if format in FOLDERS else file),
                                              "train", given)  # fmt: skip
         job = shards.Job(0, tuple(units), format, given, "", str(path.parent))
         reasons: Counter[str] = Counter()
@@ -214,6 +217,23 @@ def damage_tfrecord(rng: random.Random, seed: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4) + seed[16 + size :]
 
 
+def packed_seeds() -> list[bytes]:
+    """Rows that zstd has packed."""
+    return [pa.compress(seed, "zstd", asbytes=True) for seed in jsonl_seeds()]
+
+
+def damage_packed(rng: random.Random, seed: bytes) -> bytes:
+    """Damaged rows, packed, or bytes at random of what is packed."""
+    if rng.random() < 0.5:
+        return mutate.data(rng, seed)
+    return pa.compress(damage_jsonl(rng, rng.choice(jsonl_seeds())), "zstd", asbytes=True)
+
+
+def sidecar_seeds() -> list[bytes]:
+    """What stands beside an image."""
+    return [json.dumps(ROW).encode(), json.dumps(dict(caption=["a", "b"], label=3)).encode()]
+
+
 def reference_seeds() -> list[bytes]:
     """References as an index has them: to a whole file, a range and a page."""
     found = []
@@ -242,6 +262,8 @@ KINDS = {
     "parquet_in_place": Kind(
         parquet_seeds, damage_parquet, importer("parquet", "input.parquet", in_place=True), 700
     ),
+    "jsonl_packed": Kind(packed_seeds, damage_packed, importer("jsonl", "input.jsonl.zst")),
+    "sidecars": Kind(sidecar_seeds, mutate.data, importer("sidecars", "a.json", in_place=True)),
     "references": Kind(reference_seeds, mutate.data, run_reference),
     "tfrecord": Kind(tfrecord_seeds, damage_tfrecord, importer("tfrecord", "input.tfrecord")),
 }

@@ -1,0 +1,27 @@
+"""Lists of image files with their texts, a JSON object a line, packed by zstd or gzip or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coca_jax.data import files, named_files
+from coca_jax.importers import imagefolder
+from coca_jax.importers.items import Item, Options, Unit
+
+PATTERNS = ("*.jsonl", "*.jsonl.zst", "*.jsonl.gz")  # of its files
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of the lists: ranges of lines.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    root = named_files.root_of(path)
+    lists = files.find(path, PATTERNS, split)
+    return [unit for file in lists for unit in imagefolder.line_units(file, root)]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of a range of lines; paths are relative to the list."""
+    yield from imagefolder.read(unit, options)
