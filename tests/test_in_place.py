@@ -1,5 +1,6 @@
 """Data read in place: the records and batches of a copy, over damages, processes and buckets."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from coca_jax.config import typed
 from coca_jax.data import files, formats, prepared, range_cache, references, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
-from coca_jax.importers import indexes, own_data, unprepared
+from coca_jax.importers import indexes, own_data, shards, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 
@@ -406,3 +407,29 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
     assert all(records == good for records in found.values()) and cut == good[:4]
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert formats.guess(str(folder)) == "imagefolder"
+
+
+def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):
+    def tree(folder):
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    options = Options(in_place=True, holdout=0.2)
+    where = ("webdataset", str(tars))
+    keywords = dict(processes=1, progress=False)
+    held = dataclasses.replace(options, held_out=True)
+    prepare(*where, str(tmp_path / "a"), split="test", options=held, **keywords)
+    prepare(*where, str(tmp_path / "a"), options=options, **keywords)
+    read: list[int] = []
+    read_items = shards.read_items
+
+    def dies_at_the_third(job):
+        read.append(job.number)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return read_items(job)
+
+    monkeypatch.setattr(shards, "read_items", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)
+    prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)
+    assert read == [0, 1, 2, 2] and tree(tmp_path / "a") == tree(tmp_path / "b")

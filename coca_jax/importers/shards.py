@@ -47,6 +47,7 @@ class Job:
         work: the folder of unfinished imports.
         root: of an index, the folder or URL below which it names files.
         drop: items (by their number in the shard) that deduplication leaves out, and why.
+        twin: the shard of the same units that gets what a holdout leaves of them.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Job:
     work: str
     root: str = ""
     drop: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    twin: Job | None = None
 
     @property
     def part(self) -> str:
@@ -108,7 +110,7 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
-    """Writes a shard and its account, whole or not at all.
+    """Writes a shard and its account, whole or not at all, and before it that of its twin.
 
     Args:
         job: the shard.
@@ -118,53 +120,72 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         The account: file, count, with_text, with_label, bytes, sha256; read; quarantined, a list
         of {key, reason, detail}; filtered, reason -> number; classes, the label names seen.
     """
-    read, count, with_text, with_label = 0, 0, 0, 0
-    quarantined: list[dict[str, str]] = []
-    filtered: Counter[str] = Counter()
-    classes: set[str] = set()
+    read = 0
     with tempfile.TemporaryDirectory() as folder:
-        data = f"{job.part}.array_record"
-        local = os.path.join(folder, "shard") if files.is_remote(data) else f"{data}.tmp"
-        writer = array_record_module.ArrayRecordWriter(local, "group_size:1,uncompressed")
+        parts = [_Part(one, folder) for one in (job.twin, job) if one is not None]
         for number, item in enumerate(read_items(job)):
             read += 1
             if read % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY)
-            try:
-                kept, record, reason, detail = _judged(number, item, job)
-            except Exception as error:  # one bad row never ends an import
-                record, reason, detail = None, "bad_record", f"{type(error).__name__}: {error}"
-            if record is None and not reason:
-                filtered[detail] += 1
-                continue
-            if record is None:
-                detail = printable(detail[:300])
-                quarantined.append({"key": item.key, "reason": reason, "detail": detail})
-                continue
-            writer.write(kept)
-            count += 1
-            with_text += bool(record.texts)
-            with_label += bool(record.labels)
-            if len(classes) < _MAX_CLASSES:
-                classes.update(record.labels)
-        writer.close()
+            for part in parts:
+                part.add(number, item)
         report(read % _REPORT_EVERY)
-        size, digest = os.path.getsize(local), _sha256(local)
-        _put(local, data)
-    account = dict(
-        count=count,
-        with_text=with_text,
-        with_label=with_label,
-        bytes=size,
-        sha256=digest,
-        read=read,
-        quarantined=quarantined,
-        filtered=dict(filtered),
-        classes=sorted(classes),
-    )
-    text = json.dumps(account, ensure_ascii=False, sort_keys=True)
-    storage.write_bytes(f"{job.part}.json", text.encode())
-    return account
+        return [part.finish(read) for part in parts][-1]
+
+
+class _Part:
+    """A shard under way, and its account."""
+
+    def __init__(self, job: Job, folder: str):
+        self._job = job
+        self._data = f"{job.part}.array_record"
+        remote = files.is_remote(self._data)
+        name = f"shard-{int(job.options.held_out)}"
+        self._local = os.path.join(folder, name) if remote else f"{self._data}.tmp"
+        options = "group_size:1,uncompressed"
+        self._writer = array_record_module.ArrayRecordWriter(self._local, options)
+        self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0)
+        self._quarantined: list[dict[str, str]] = []
+        self._filtered: Counter[str] = Counter()
+        self._classes: set[str] = set()
+
+    def add(self, number: int, item: Item) -> None:
+        """Writes an item, or says in the account why it is left out."""
+        try:
+            kept, record, reason, detail = _judged(number, item, self._job)
+        except Exception as error:  # one bad row never ends an import
+            record, reason, detail = None, "bad_record", f"{type(error).__name__}: {error}"
+        if record is None and not reason:
+            self._filtered[detail] += 1
+            return
+        if record is None:
+            detail = printable(detail[:300])
+            self._quarantined.append({"key": item.key, "reason": reason, "detail": detail})
+            return
+        self._writer.write(kept)
+        self._counts["count"] += 1
+        self._counts["with_text"] += bool(record.texts)
+        self._counts["with_label"] += bool(record.labels)
+        if len(self._classes) < _MAX_CLASSES:
+            self._classes.update(record.labels)
+
+    def finish(self, read: int) -> dict[str, Any]:
+        """Gives the shard its place and writes the account. read: the items that it was given."""
+        self._writer.close()
+        size, digest = os.path.getsize(self._local), _sha256(self._local)
+        _put(self._local, self._data)
+        account: dict[str, Any] = dict(
+            **self._counts,
+            bytes=size,
+            sha256=digest,
+            read=read,
+            quarantined=self._quarantined,
+            filtered=dict(self._filtered),
+            classes=sorted(self._classes),
+        )
+        text = json.dumps(account, ensure_ascii=False, sort_keys=True)
+        storage.write_bytes(f"{self._job.part}.json", text.encode())
+        return account
 
 
 def _put(local: str, data: str) -> None:

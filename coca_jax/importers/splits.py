@@ -63,7 +63,16 @@ def prepare_with_holdout(
     options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
     keywords.setdefault("read_split", split)
     apart = dataclasses.replace(options, held_out=True)
-    held = prepare(format, input, out, split=held_split, options=apart, **keywords)
+    beside, work = (split, options), files.join(out, f".unfinished-{split}")
+    known = files.exists(work)
+    try:
+        keywords_here = keywords | dict(split=held_split, options=apart, beside=beside)
+        held = prepare(format, input, out, **keywords_here)
+    except ValueError:  # another share is another import
+        if not known and files.exists(work):
+            system, plain_work = files.filesystem(work)
+            system.rm(plain_work, recursive=True)
+        raise
     return prepare(format, input, out, split=split, options=options, **keywords), held
 
 
@@ -79,12 +88,15 @@ def prepare(
     shard_count: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    beside: tuple[str, Options] | None = None,
 ) -> dict[str, Any]:
     """Imports one split; see the module's text.
 
     Args:
         split: the name that it gets.
         read_split: the one that is read, where the input tells several; '': `split`.
+        beside: another split of the same examples, and its options: its shards are written as well,
+            in the same pass, for a call for that split to take.
 
     Returns:
         split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
@@ -100,8 +112,7 @@ def prepare(
     if not str(out).isascii() and printable(str(out)) != str(out):
         raise ValueError(f"--out={printable(str(out))}: the name of the folder is not UTF-8")
     manifest = metadata.read_manifest(out)
-    request = {"format": format, "input": str(input), "options": dataclasses.asdict(options)}
-    request = json.loads(json.dumps(request))
+    request = _request(format, str(input), options)
     if split in manifest["splits"] and not overwrite:
         if _whole(manifest["splits"][split].get("request")) == request:
             return _summary(out, split, manifest)
@@ -117,8 +128,36 @@ def prepare(
     processes = processes or len(os.sched_getaffinity(0))
     if options.dedup != "none" or options.exclude:
         jobs = _deduplicate(jobs, options, processes, progress)
+    elif beside and (overwrite or beside[0] not in manifest["splits"]):
+        jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     accounts = _run(jobs, processes, progress)
     return _finish(out, split, work, jobs, accounts, request, classes)
+
+
+def _request(format: str, input: str, options: Options) -> dict[str, Any]:
+    """What is asked for, as JSON has it."""
+    request = {"format": format, "input": input, "options": dataclasses.asdict(options)}
+    return json.loads(json.dumps(request))
+
+
+def _with_twins(
+    jobs: list[shards.Job], input: str, work: str, options: Options
+) -> list[shards.Job]:
+    """The jobs, each with that of its units for another split, in `work`, where it is not done."""
+    path = files.join(work, "plan.json")
+    groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
+    request = _request(jobs[0].format, input, options)
+    if not files.exists(path):
+        plan = {"request": request, "groups": groups}
+        storage.write_bytes(path, json.dumps(plan).encode())
+    plan = json.loads(files.read(path))
+    if _whole(plan["request"]) != request or plan["groups"] != groups:
+        return jobs  # the call for that split says what is wrong
+    twins = [dataclasses.replace(job, options=options, work=work) for job in jobs]
+    return [
+        job if shards.finished(twin) else dataclasses.replace(job, twin=twin)
+        for job, twin in zip(jobs, twins)
+    ]
 
 
 def _plan(
@@ -198,6 +237,8 @@ def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[st
     """Writes the shards that an earlier run has not finished."""
     accounts = {job.number: shards.finished(job) for job in jobs}
     todo = [job for job in jobs if not accounts[job.number]]
+    if not todo:
+        return [account for account in accounts.values() if account]
     for job, account in zip(todo, _parallel(shards.write, todo, processes, progress, "prepare")):
         accounts[job.number] = account
     return [account for job in jobs if (account := accounts[job.number])]
