@@ -20,6 +20,7 @@ trains on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,6 +208,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
+    if sum(arg.lstrip("-").startswith("input=") for arg in sys.argv[1:]) > 1:
+        raise ValueError(
+            "--input stands there several times, of which the last would count; put a pattern in "
+            "quotes, as --input='laion/{00000..00999}.tar', or give a folder"
+        )
     format = flags.FLAGS.format
     if not format:
         format = formats.guess(flags.FLAGS.input)

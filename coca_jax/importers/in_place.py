@@ -19,6 +19,8 @@ FORMATS = ("webdataset", "imagefolder", "sidecars", "csv", "jsonl", "parquet", "
 
 def obstacle(format: str, units: list[Unit], options: Options) -> str:
     """Why data cannot be read in place; '' where they can be, as far as that is seen at once."""
+    if format == "prepared":
+        return "the data are prepared already, and taken as they are"
     if format not in FORMATS:
         return f"--format={format} cannot be read in place"
     if units and not references.is_place(units[0].path):
