@@ -433,3 +433,14 @@ def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):
         prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)
     prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)
     assert read == [0, 1, 2, 2] and tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_a_view_of_an_index_reads_no_image(tars, tmp_path):
+    data = shutil.copytree(tars, tmp_path / "data")
+    make("webdataset", data, tmp_path / "index", in_place=True)
+    shutil.move(data, tmp_path / "elsewhere")
+    entry = dict(path=str(tmp_path / "index"), where={"url": ["http://x/3", "http://x/20"]})
+    source = sources.open_source(entry | dict(text_field="width"))
+    assert [record.texts for record in source.read_texts(range(len(source)))] == [("20",)] * 2
+    with pytest.raises(FileNotFoundError, match="000.tar"):
+        source.read([0])

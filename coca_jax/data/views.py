@@ -125,10 +125,14 @@ class View:
         )
 
     def _records(self) -> Iterator[tuple[int, Record]]:
-        row = 0
+        source, row = self.source, 0
+        # Images may lie elsewhere, and far away; of what is drawn only whole records have `extra`.
+        read = source.read_texts if source.folder else source.read
         try:
-            for row, record in enumerate(self.source):
-                yield row, record
+            for start in range(0, len(source), 256):
+                found = read(range(start, min(start + 256, len(source))))
+                for row, record in enumerate(found, start):
+                    yield row, record
         except RuntimeError as error:  # array_record's own, of a damaged shard
             raise ValueError(
                 f"data source {self.source.name}: a record after number {row} cannot be read "
@@ -243,6 +247,7 @@ def _refield(source: Source, text_field: str, label_field: str) -> Source:
         source.name,
         len(source),
         lambda indices: [change(r) for r in source.read(indices)],
+        lambda indices: [change(r) for r in source.read_texts(indices)],
         folder=source.folder,
         fingerprint=source.fingerprint,
     )
