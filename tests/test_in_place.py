@@ -438,9 +438,16 @@ def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):
 def test_a_view_of_an_index_reads_no_image(tars, tmp_path):
     data = shutil.copytree(tars, tmp_path / "data")
     make("webdataset", data, tmp_path / "index", in_place=True)
-    shutil.move(data, tmp_path / "elsewhere")
+    (data / "000.tar").unlink()
     entry = dict(path=str(tmp_path / "index"), where={"url": ["http://x/3", "http://x/20"]})
     source = sources.open_source(entry | dict(text_field="width"))
     assert [record.texts for record in source.read_texts(range(len(source)))] == [("20",)] * 2
     with pytest.raises(FileNotFoundError, match="000.tar"):
         source.read([0])
+    shutil.move(data, tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="an index of what lies in .*/data, which is not"):
+        sources.open_source(entry)
+    # A run in a bucket goes on on any machine, and so has a copy.
+    write_tar(tmp_path / "few/0.tar", 0, 40)
+    out = own_data.prepared(str(tmp_path / "few"), "memory://run/data/few")
+    assert "root" not in prepared.read_manifest(out)["splits"]["train"]

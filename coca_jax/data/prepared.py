@@ -68,7 +68,13 @@ def open_split(path: str, split: str) -> Source:
         read = Held(read, sum(counts), HOLD_BYTES)
     read_texts = None
     if "root" in splits[split]:  # an index of data that are read in place
-        images = in_place.InPlace(read, files.join(path, splits[split]["root"]))
+        root = files.join(path, splits[split]["root"])
+        if not files.exists(root):
+            raise FileNotFoundError(
+                f"data source {path}: it is an index of what lies in {root}, which is not there; "
+                "put the data back, or prepare a copy without --in_place"
+            )
+        images = in_place.InPlace(read, root)
         read, read_texts = images, images.without_images
     return Source(
         f"{path} [{split}]",

@@ -26,7 +26,8 @@ def is_needed(entry: Entry) -> bool:
 
 def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Config:
     """The config whose sources that are not prepared are indexes of them in workdir/data/NAME,
-    made now by the main process; the others wait for it.
+    made now by the main process; the others wait for it. Of local data a run in a bucket has a
+    copy.
 
     Raises ValueError or OSError for data that cannot be read in place, in one line.
     """
@@ -96,7 +97,11 @@ def _make(entry: Entry, split: str, out: str) -> None:
     """Writes the index of a split, or what is left of it."""
     format = formats.guess(entry.path)
     _check(entry, format)
+    options = _options(entry)
+    line = f"{entry.path} is read in place, as {format}: making an index of it in {out}"
+    if files.is_remote(out) and not files.is_remote(entry.path):
+        options = dataclasses.replace(options, in_place=False)
+        line = f"{entry.path} lies on this machine: importing it into {out}"
     if not files.exists(files.join(out, manifest.FILE)):
-        line = f"{entry.path} is read in place, as {format}: making an index of it in {out}"
         print(line, file=sys.stderr, flush=True)
-    splits.prepare(format, entry.path, out, split=split, options=_options(entry))
+    splits.prepare(format, entry.path, out, split=split, options=options)

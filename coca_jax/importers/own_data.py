@@ -225,6 +225,8 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     if found.format == "webdataset" or files.is_remote(found.input):
         units = shards.importer(found.format).plan(found.input, "", options)
     why = in_place.obstacle(found.format, units, options)
+    if files.is_remote(out) and not files.is_remote(found.input):
+        why = f"{found.input} lies on this machine, and the run in a bucket"
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
     if why:
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
