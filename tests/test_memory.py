@@ -4,7 +4,7 @@ import jax
 import pytest
 from test_train import tiny_run
 
-from coca_jax import partitioning
+from coca_jax import cache_folder, partitioning
 from coca_jax.config import typed
 from coca_jax.training import memory
 from coca_jax.training.run import train
@@ -30,6 +30,17 @@ def test_the_compiler_s_count_lies_between_the_bounds(counted):
 def test_a_step_that_fits_is_not_compiled_for_the_question(mesh, monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
     memory.check(tiny_run(), mesh, say=pytest.fail)
+
+
+def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache_folder, "folder", lambda: tmp_path)
+    plain, traced = memory.bounds, []
+    monkeypatch.setattr(memory, "bounds", lambda *of: traced.append(of) or plain(*of))
+    first = memory.bounds_kept(typed(tiny_run()), mesh)
+    assert first == memory.bounds_kept(typed(tiny_run()), mesh) and len(traced) == 1
+    assert memory.bounds_kept(typed(tiny_run(batch_size=64)), mesh)[1] > first[1]
+    (tmp_path / memory.KEPT).write_text('{"damaged": [')
+    assert memory.bounds_kept(typed(tiny_run()), mesh) == first and len(traced) == 3
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):

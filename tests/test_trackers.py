@@ -48,7 +48,7 @@ from coca_jax import trackers
 (tracker,) = trackers.open_all(("tensorboard",), {str(tmp_path)!r}, 0, {{}})
 tracker.write(3, {{"loss": 1.5, "contrastive_loss/label": 0.5}})
 tracker.flush()
-assert not {{"tensorflow", "torch"}} & set(sys.modules)
+assert not {{"tensorflow", "torch", "boto3", "google.cloud.storage"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     first, second = events_of(tmp_path)

@@ -14,18 +14,20 @@ from coca_jax import storage
 
 
 @contextlib.contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """Inside, an import of the package finds nothing, as where it is not installed."""
-    held = {package: sys.modules[package]} if package in sys.modules else {}
-    sys.modules[package] = None  # type: ignore[assignment]
+def _hidden(*packages: str) -> Iterator[None]:
+    """Inside, an import of the packages finds nothing, as where they are not installed."""
+    held = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[package]
+        for name in packages:
+            del sys.modules[name]
         sys.modules.update(held)
 
 
-with _hidden("torch"):  # tensorboardX imports it where it is there: seconds and memory for nothing
+# tensorboardX imports them where they are there: seconds and memory for nothing
+with _hidden("torch", "boto3", "botocore", "google.cloud.storage"):
     from tensorboardX import record_writer
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2, summary_pb2
