@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 
 GOOGLE, ACCELERATORS = "0x1ae0", ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
@@ -21,6 +22,8 @@ def environment() -> None:
     """Settings that libraries read when they are imported."""
     # TensorFlow reads records and texts here, on the CPU; it reports every GPU that it misses.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # PIL's two lines on a large picture, of which this package has its own limit and its own line.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     if importlib.util.find_spec("libtpu") and not has_accelerator():
         # There for `compile` alone. JAX would start it, and it complains of the missing TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -112,6 +112,14 @@ def test_a_tokenizer_json_that_is_none(tmp_path, text):
         clip_bpe.find_merges(tmp_path)
 
 
+def test_a_merges_file_that_is_none_is_named(tmp_path):
+    file = tmp_path / clip_bpe.FILE_NAME
+    for data in (b"\x1f\x8b no", gzip.compress("#v\n\u2603 \u2603\n".encode())):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=f"^{file}: vocabulary: "):
+            clip_bpe.find_merges(tmp_path)
+
+
 def test_clips_own_merges_come_with_the_package(tmp_path):
     found = vocabulary_room.load(clip_bpe.__file__.replace("clip_bpe.py", clip_bpe.FILE_NAME))
     assert found.data == clip_bpe.find_merges(tmp_path)

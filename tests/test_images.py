@@ -3,11 +3,13 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from coca_jax import quiet
 from coca_jax.data import images, videos
 
 
@@ -126,6 +128,17 @@ def test_damage_is_a_value_error():
             images.decode(data)
     with pytest.raises(ValueError, match="too many pixels"):
         images.open_image(_encode(_scene(), "PNG"), max_pixels=100)
+
+
+def test_commands_say_one_line_of_a_large_picture(recwarn):
+    """PIL warns from 89 million pixels on, in two lines."""
+    quiet.environment()
+    data = bytearray(_encode(_scene(), "PNG"))
+    data[16:24] = struct.pack(">II", 13_000, 13_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(ValueError, match="too many pixels: 13000 x 13000"):
+        images.open_image(bytes(data))
+    assert not recwarn.list
 
 
 def test_arrays_and_paths(tmp_path):

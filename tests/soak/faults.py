@@ -237,12 +237,33 @@ def stall(work: pathlib.Path) -> str:
     )
 
 
+RATE = """
+import jax.numpy as jnp
+from coca_jax import optimizer
+
+plain = optimizer.make_schedule
+
+def rates(config, steps):
+    rate = plain(config, steps)
+    return lambda step: jnp.where(step < 50, rate(step), 1e6)
+
+optimizer.make_schedule = rates
+"""
+
+
 def numbers(work: pathlib.Path) -> str:
-    """A learning rate of 1e6. Gradients that are not finite are the suite's (test_train.py)."""
+    """A learning rate of 1e6: given, and come by on the way (from step 51 on)."""
     life = start(work, str(work / "rate"), "--config.optimizer.learning_rate=1e6")
     ends(life, 2)
     told(life, "config.optimizer.learning_rate=1000000.0: give")
-    return "refused with status 2"
+    life = start(work, str(work / "nan"), "--config.checkpoint.max_skipped=30", recipe=RATE)
+    ends(life, 2)
+    told(life, "the gradients of 30 steps in a row")
+    told(life, "is not saved: every step since")
+    assert list((work / "nan").glob("skipped_step_*.json")), "the examples are not written out"
+    kept = sorted(int(p.name) for p in (work / "nan/checkpoints").iterdir() if p.name.isdigit())
+    assert kept[:2] == [20, 40], kept
+    return f"given: refused; on the way: ended with status 2, checkpoints {kept} stay"
 
 
 def asleep(work: pathlib.Path) -> str:

@@ -122,7 +122,9 @@ def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
     """
     if given:
         data = files.read_bounded(given, MAX_BYTES)
-        return _from_tokenizer_json(data, given) if given.endswith(".json") else _checked(data)
+        return (
+            _from_tokenizer_json(data, given) if given.endswith(".json") else _checked(data, given)
+        )
     for name in (FILE_NAME, "vocabulary.bpe.gz", "tokenizer.json"):
         path = os.path.join(beside, name)
         if os.path.isfile(path):
@@ -224,8 +226,11 @@ def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     return [word for word in words if word is not None]
 
 
-def _checked(data: bytes) -> bytes:
-    parse_merges(data)
+def _checked(data: bytes, path: str) -> bytes:
+    try:
+        parse_merges(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return data
 
 
