@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -74,8 +75,15 @@ class Life:
             time.sleep(0.002)
         raise AssertionError(f"nothing for {LIMIT} s: {self.text()}")
 
-    def end(self) -> int:
-        status = self.process.wait(LIMIT)
+    def end(self, limit: float = LIMIT) -> int:
+        try:
+            status = self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # which a launcher passes on to its processes
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+            self.process.kill()
+            raise AssertionError(f"it did not end in {limit:.0f} s: {self.text()}") from None
         self._reader.join()
         return status
 
@@ -220,7 +228,7 @@ def kill_alone(
         reached = last[0].split("/")[0] if last else "no step"
         say(f"{number} {moment} {name} {'hit' if hit else 'MISSED'} {status} {reached}")
     life = Life(alone(workdir, steps), env)
-    if life.end() != 0:
+    if life.end(limit=3600) != 0:
         problems.append(f"the last start: {life.text()}")
     return dict(kills=sum(counts.values()), by=dict(counts), problems=problems, seconds=lost)
 
@@ -252,7 +260,7 @@ def main() -> int:
             steps = given.steps or 30 * (given.kills + given.stops) // EVALUATE * EVALUATE
             command = pairs.together(work / "calm", steps, given.processes)
         calm = Life(command, environment(work))
-        if calm.end() != 0:
+        if calm.end(limit=3600) != 0:
             say(calm.text())
             return 1
         say(f"the calm run took {time.monotonic() - calm.begin:.0f} s for {steps} steps")

@@ -88,7 +88,7 @@ def kill(
             if took > BOUND:
                 problems.append(f"{name} of process {victim}: {took:.0f} s to the next step")
         kills.say(f"{number} {name} of process {victim}: both start again after {again:.0f} s")
-    status = life.end()
+    status = life.end(limit=3600)
     if status != 0:
         problems.append(f"the launcher ended with {status}: {life.text()}")
     return dict(kills=sum(counts.values()), by=dict(counts), problems=problems, seconds=seconds)
