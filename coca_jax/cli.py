@@ -78,12 +78,15 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
     Ctrl-C with 130, or as training/stopping.py says where the command saves.
     """
+    said: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if name in stopping.SAVED:
         stopping.install()
+        said = contextlib.redirect_stderr(quiet.Lasting(sys.stderr))  # type: ignore[type-var]
     else:
         stopping.end_on_interrupt()
     try:
-        _start(name, arguments)
+        with said:
+            _start(name, arguments)
     except KeyboardInterrupt:
         stopping.leave(f"coca-jax {name}: ended by Ctrl-C", stopping.EXIT_AT_ONCE)
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 GOOGLE, ACCELERATORS = "0x1ae0", ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
 
@@ -27,6 +28,28 @@ def environment() -> None:
     if importlib.util.find_spec("libtpu") and not has_accelerator():
         # There for `compile` alone. JAX would start it, and it complains of the missing TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+class Lasting:
+    """Standard error of a run of days: a full disk, or a reader that is gone, loses its lines and
+    never ends the run."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes what can be written."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def has_accelerator() -> bool:

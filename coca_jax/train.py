@@ -91,17 +91,18 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
     )
-    config = recipes.typed(flags.FLAGS.config)
-    if flags.FLAGS.data:
-        config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
-    try:
-        summary = train(config, flags.FLAGS.workdir)
-    except (replicas.Corrupted, checkpointing.SaveFailed) as error:
-        stopping.leave(f"error: {error}", 1)
-    except stopping.Preempted as stop:
-        if jax.process_count() > 1:
-            jax.distributed.shutdown()  # together: the first to go would take the others down
-        stopping.leave(str(stop), stopping.EXIT_AGAIN)
+    with stopping.failing_alone(jax.process_count()):
+        config = recipes.typed(flags.FLAGS.config)
+        if flags.FLAGS.data:
+            config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
+        try:
+            summary = train(config, flags.FLAGS.workdir)
+        except (replicas.Corrupted, checkpointing.SaveFailed) as error:
+            stopping.leave(f"error: {error}", 1)
+        except stopping.Preempted as stop:
+            if jax.process_count() > 1:
+                jax.distributed.shutdown()  # together: the first to go would take the others down
+            stopping.leave(str(stop), stopping.EXIT_AGAIN)
     return summary if jax.process_index() == 0 else None
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax import checkpointing
+from coca_jax import checkpointing, quiet
 from coca_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -183,6 +184,55 @@ def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(cache, t
         status, text = assert_stopped(command)
         assert status == 75 and said in text, text[-3000:]
     assert checkpointing.find_step(str(tmp_path))[1] == 30
+
+
+FAILING = """
+import sys, time
+from coca_jax import partitioning
+from coca_jax.training import stopping
+number, port, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "alone"
+partitioning.start_processes(f"localhost:{port}", 2, number)
+stopping.MEET = 1.0 if alone else 60.0
+with stopping.failing_alone(2):
+    if alone and number == 1:
+        time.sleep(600)  # as in a step, for process 0
+    raise ValueError(f"process {number} cannot\\ngo on")
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "together"])
+def test_a_process_of_two_that_fails_does_not_wait_for_the_other(how, tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, str(number), str(port), how],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        for number, process in list(enumerate(both))[: 1 if how == "alone" else 2]:
+            said = process.communicate(timeout=120)[1]  # jax's own bound is 300 s
+            assert process.returncode == 2, said
+            assert f"error: process {number} cannot go on\n" in said
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_a_full_disk_under_standard_error_loses_lines_and_ends_nothing():
+    with open("/dev/full", "w", buffering=1) as file:
+        said = quiet.Lasting(file)
+        with pytest.raises(OSError):
+            print("a line", file=file)
+        print("another", file=said, flush=True)
+        assert said.fileno() == file.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # else its own close fails
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import select
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ SAME_KEY = 0.5
 GRACE = 2.0  # seconds that a command without anything to save may take to remove its files
 AGAIN = "run the same command to go on"
 PEERS = "coca_jax/stopped"  # a key of the processes' common store, set by the first that leaves
+MEET = 10.0  # seconds in which processes that fail alike meet at their ends
 POLL = 1.0  # seconds between two looks at it
 
 
@@ -286,6 +288,31 @@ def leave(line: str, status: int) -> NoReturn:
         thread.start()
         thread.join(FAREWELL)
     os._exit(status)
+
+
+@contextlib.contextmanager
+def failing_alone(processes: int) -> Iterator[None]:
+    """Around what one of `processes` does: where it fails, it ends within MEET seconds.
+
+    jax would hold it at its exit for five minutes, for peers that in turn wait for it in a step.
+    Those that all fail, as of bad input, meet within that time and end with what each has to say.
+    """
+    try:
+        yield
+    except Exception as error:
+        if processes == 1:
+            raise
+        bad_input = isinstance(error, (ValueError, OSError))  # as cli has it
+        if not bad_input:
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+        import jax
+
+        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        meeting.start()
+        meeting.join(MEET)
+        line = f"error: {' '.join(str(error).split())}" if bad_input else "ended by this error"
+        leave(line, 2 if bad_input else 1)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
