@@ -267,7 +267,7 @@ def numbers(work: pathlib.Path) -> str:
     told(life, "is not saved: every step since")
     assert list((work / "nan").glob("skipped_step_*.json")), "the examples are not written out"
     kept = sorted(int(p.name) for p in (work / "nan/checkpoints").iterdir() if p.name.isdigit())
-    assert kept[:2] == [20, 40], kept
+    assert {40, 50} <= set(kept), kept  # from before it
     return f"given: refused; on the way: ended with status 2, checkpoints {kept} stay"
 
 
