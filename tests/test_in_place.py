@@ -274,12 +274,14 @@ def test_shards_by_braces(tars, tmp_path):
     assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 
 
-def test_a_bucket(tars, made, s3, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
+    bucket = request.getfixturevalue(kind)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    system = fsspec.filesystem("s3")
+    system = fsspec.filesystem(kind)
     for tar in sorted(tars.glob("*.tar")):
         system.pipe_file(f"bucket/in_place/{tar.name}", tar.read_bytes())
-    url, out = f"{s3}/in_place/{{000..002}}.tar", f"{s3}/indexes/tars"
+    url, out = f"{bucket}/in_place/{{000..002}}.tar", f"{bucket}/indexes/tars"
     result = prepare_with_holdout(
         *("webdataset", url, out, 0.2), options=Options(in_place=True), processes=1, progress=False
     )
