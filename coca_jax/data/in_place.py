@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coca_jax.data import files, range_cache, references
 from coca_jax.data.random_access import Indices, Reader
@@ -65,8 +65,13 @@ class InPlace:
         fetched = iter(self._remote.read(remote))
         found: list[bytes] = [b""] * len(wanted)
         for number, one in zip(order, ordered):
-            data = next(fetched) if files.is_remote(one.path) else self._local.read(one)
-            found[number] = self._pages.unpack(one, data) if one.page else data
+            if files.is_remote(one.path):
+                data = next(fetched)
+                found[number] = self._pages.unpack(one, lambda: data) if one.page else data  # noqa: B023
+            elif one.page:
+                found[number] = self._pages.unpack(one, lambda: self._local.read(one))  # noqa: B023
+            else:
+                found[number] = self._local.read(one)
         return found
 
 
@@ -125,14 +130,15 @@ class _Pages:
         self._kept: collections.OrderedDict[tuple[str, int], bytes] = collections.OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
 
-    def unpack(self, one: Reference, data: bytes) -> bytes:
-        """The image of a reference in its page. Raises ValueError: it does not unpack."""
+    def unpack(self, one: Reference, read: Callable[[], bytes]) -> bytes:
+        """The image of a reference in its page, which `read` gives. Raises what that raises, and
+        ValueError: it does not unpack."""
         page, key = one.page, (one.path, one.start)
         assert page is not None
         with self._lock:
             whole = self._kept.get(key)
         if whole is None:
-            whole = _unpacked(one, data)
+            whole = _unpacked(one, read())
             with self._lock:
                 if key not in self._kept:
                     self._bytes += len(whole)
