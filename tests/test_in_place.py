@@ -449,6 +449,10 @@ def test_a_view_of_an_index_reads_no_image(tars, tmp_path):
     shutil.move(data, tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="an index of what lies in .*/data, which is not"):
         sources.open_source(entry)
+    manifest = tmp_path / "index/manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(data), "http://169.254.169.254/latest"))
+    with pytest.raises(ValueError, match="neither here nor in a bucket"):
+        sources.open_source(entry)
     # A run in a bucket goes on on any machine, and so has a copy.
     write_tar(tmp_path / "few/0.tar", 0, 40)
     out = own_data.prepared(str(tmp_path / "few"), "memory://run/data/few")

@@ -10,7 +10,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, in_place, manifest, records, shard_cache
+from coca_jax.data import files, formats, in_place, manifest, records, references, shard_cache
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
@@ -68,13 +68,7 @@ def open_split(path: str, split: str) -> Source:
         read = Held(read, sum(counts), HOLD_BYTES)
     read_texts = None
     if "root" in splits[split]:  # an index of data that are read in place
-        root = files.join(path, splits[split]["root"])
-        if not files.exists(root):
-            raise FileNotFoundError(
-                f"data source {path}: it is an index of what lies in {root}, which is not there; "
-                "put the data back, or prepare a copy without --in_place"
-            )
-        images = in_place.InPlace(read, root)
+        images = in_place.InPlace(read, _root(path, splits[split]["root"]))
         read, read_texts = images, images.without_images
     return Source(
         f"{path} [{split}]",
@@ -86,6 +80,26 @@ def open_split(path: str, split: str) -> Source:
         folder=path,
         fingerprint=" ".join([split, *(shard["sha256"] for shard in shards)]),
     )
+
+
+def _root(path: str, told: str) -> str:
+    """The folder or URL below which an index names files.
+
+    Raises:
+        ValueError: neither a local one nor one in a bucket.
+        FileNotFoundError: it is gone.
+    """
+    root = files.join(path, told)
+    if not references.is_place(root):
+        raise ValueError(
+            f"data source {path}: it is an index of {root[:200]}, neither here nor in a bucket"
+        )
+    if not files.exists(root):
+        raise FileNotFoundError(
+            f"data source {path}: it is an index of what lies in {root}, which is not there; put "
+            "the data back, or prepare a copy without --in_place"
+        )
+    return root
 
 
 class Held:
