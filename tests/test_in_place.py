@@ -23,6 +23,7 @@ from coca_jax.data.mixture import Mixture
 from coca_jax.importers import indexes, own_data, shards, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
+from coca_jax.searching import pictures
 
 KEPT = ("count", "with_text", "with_label", "read", "quarantined", "filtered")
 
@@ -96,6 +97,13 @@ def test_an_index_has_the_records_of_a_copy(made):
         assert [r.texts for r in texts] == [r.texts for r in copy.read(wanted)]
         assert not any(r.image for r in texts)
     assert not (made / "index" / "features.json").exists()  # TFDS would show references as images
+
+
+def test_search_indexes_the_pictures_of_all_splits(made, tars):
+    found = [one for group in pictures.groups(str(made / "index"), ()) for one in group.read()]
+    there = [one for group in pictures.groups(str(tars), ()) for one in group.read()]
+    assert len(found) == 42 and {one.image for one in found} == {one.image for one in there}
+    assert len({one.name for one in found}) == 42
 
 
 def test_batches_are_those_of_a_copy_for_any_number_of_processes_and_after_a_resume(made, tmp_path):

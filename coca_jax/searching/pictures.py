@@ -48,7 +48,8 @@ def groups(path: str, known: Collection[str]) -> list[Group]:
         return [_files(path, known)]
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module, options = shards.importer(format), Options(verify=False)
-    units = module.plan(input, "", options)
+    splits = module.splits(input) if format == "prepared" else [""]
+    units = [unit for split in splits for unit in module.plan(input, split, options)]
 
     def group(unit: Unit) -> Group:
         def read() -> Iterator[Picture]:
