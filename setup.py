@@ -11,6 +11,12 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").
 TENSORFLOW = "tensorflow>=2.21,<2.22"
 SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
+SERVE = [
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",  # bounds what a part's headers may hold
+    "starlette>=0.40",
+    "uvicorn>=0.30",
+]
 TFDS = [TENSORFLOW, "tensorflow-datasets>=4.9.9"]
 
 setuptools.setup(
@@ -30,6 +36,7 @@ setuptools.setup(
             "inference/model_card.md",
         ],
         "coca_jax.report": ["templates/*", "templates/layouts/*"],
+        "coca_jax.serving": ["page/*"],
     },
     entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
     python_requires=">=3.11,<3.14",
@@ -62,6 +69,7 @@ setuptools.setup(
     extras_require={
         "test": [
             *SEQIO,
+            *SERVE,
             *TFDS,
             *DOCS,
             "flask>=3",  # these two: moto's server
@@ -98,6 +106,7 @@ setuptools.setup(
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
+        "serve": SERVE,
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "video": ["av>=18.1"],
         "docs": DOCS,

@@ -28,22 +28,9 @@ from absl import flags
 from coca_jax import cli, storage
 from coca_jax.data import image_files
 from coca_jax.inference import caption_files
-from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.generation.settings import NOTES, Settings
 
-NOTES = dict(
-    max_tokens="New tokens at most.",
-    min_tokens="New tokens before the caption may end.",
-    num_captions="Captions per image; needs beams or a temperature.",
-    num_beams="Beams of beam search; 1: none.",
-    temperature="0 takes the most probable token, more samples.",
-    top_k="Sample among this many tokens; 0: all.",
-    top_p="Sample among the fewest tokens with this probability.",
-    length_penalty="Beams rank by log probability / tokens^this.",
-    early_stop="Stop beams when none ranks above the finished captions as it stands.",
-    repetition_penalty="Above 1: discourages tokens already there.",
-    no_repeat_ngram="N-grams of this size appear at most once; 0: no rule.",
-    seed="Of sampling; an image's captions also depend on its path.",
-)
+SEED = "Of sampling; an image's captions also depend on its path."
 
 
 def define_flags() -> None:
@@ -62,7 +49,8 @@ def define_flags() -> None:
         bool: flags.DEFINE_bool,
     }
     for field in dataclasses.fields(Settings):
-        define[type(field.default)](field.name, field.default, NOTES[field.name])
+        note = SEED if field.name == "seed" else NOTES[field.name]
+        define[type(field.default)](field.name, field.default, note)
 
 
 def main(argv: Sequence[str]) -> None:

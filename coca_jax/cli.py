@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "score a model: zero-shot, retrieval, captions, probes",
     "caption": "caption image files and folders, one JSON line an image",
     "search": "index pictures; find them by text or picture, find duplicates",
+    "serve": "a page and an API: captions, labels, questions, search",
     "prepare": "turn a folder, tar, parquet or CSV of images into training data",
     "convert": "read open_clip weights, or write them",
     "compile": "compile a train step for devices that are not here, and say what it needs",

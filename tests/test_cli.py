@@ -15,6 +15,7 @@ STARTS = {
     "evaluate": ["--checkpoint=weights", "--data=scenes"],
     "caption": ["--checkpoint=weights", "image.png"],
     "search": ["index", "image.png", "--checkpoint=weights", "--out=index"],
+    "serve": ["--checkpoint=weights", "--port=0"],
     "prepare": ["--format=csv", "--input=list.csv", "--out=data"],
     "convert": ["--input=weights.bin", "--out=out"],
     "compile": ["--config=tiny", "--topology=cpu:1"],
@@ -95,7 +96,7 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     status, _, errors = started[name]
     first, *others = errors.splitlines()
     words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
-    words |= dict.fromkeys(("evaluate", "caption", "search", "export"), "loading weights")
+    words |= dict.fromkeys(("evaluate", "caption", "search", "serve", "export"), "loading weights")
     words |= {"fit": "fitting photos in run: starting JAX"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
     words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}

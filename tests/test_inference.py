@@ -33,6 +33,11 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(words):
+    return tiny_model(words)
+
+
+def tiny_model(words, **how) -> inference.CoCaModel:
+    """A model of random weights for the vocabulary; how: options of CoCaModel."""
     config = tiny_config()
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
@@ -40,7 +45,7 @@ def model(words):
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 500))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
-    return inference.CoCaModel(config, params, words, batch_size=8)
+    return inference.CoCaModel(config, params, words, batch_size=8, **how)
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import pad
 from coca_jax.inference.encoders import Encoders, joined
+from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
@@ -83,11 +85,7 @@ class CoCaModel(Encoders):
         seeds: a number for each image that makes its random numbers its own; default: its place in
         the list. With the same `seed` and number an image gets the same captions in any company.
         """
-        try:
-            settings = Settings(**how)
-        except TypeError as error:
-            names = ", ".join(f.name for f in dataclasses.fields(Settings))
-            raise ValueError(f"unknown option of captions ({error}); choose from {names}") from None
+        settings = _settings(how)
         captions: list[list[Caption]] = []
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):
@@ -103,10 +101,50 @@ class CoCaModel(Encoders):
             captions += self._caption_batch(pixels, chosen, settings, numbers)
         return captions
 
+    def stream_captions(
+        self,
+        images: Any,
+        prompts: Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        **how: Any,
+    ) -> Iterator[list[list[Caption]]]:
+        """The captions of at most batch_size images while they are written: yields them after each
+        token, as far as they are. They end as those of `captions`, in the order of drawing.
+
+        prompts, seeds: one for each image. Raises ValueError as `captions`, and for beams.
+        """
+        settings = _settings(how)
+        batches = list(self._reader.batches(images, False))
+        if len(batches) > 1:
+            raise ValueError(f"more images than batch_size={self.batch_size} are streamed at once")
+        if not batches:
+            return
+        pixels = batches[0]
+        count, size = len(pixels), self._devices.bucket(len(pixels))
+        rows = np.arange(count) if seeds is None else np.asarray(seeds, np.uint32)
+        prompt = text_arrays.prompts(self.vocabulary, list(prompts or [""] * count), size)
+        with self._devices.context():
+            steps = loop.stream(
+                self._spec,
+                self._decoder_weights,
+                self._image_tokens(pixels, size),
+                prompt.tokens,
+                prompt.lengths,
+                settings,
+                **_rows(rows, size),
+            )
+        while True:
+            with self._devices.context():
+                decoded = next(steps, None)
+            if decoded is None:
+                return
+            yield text_arrays.captions(self.vocabulary, prompt.ids, decoded, by_log_prob=False)
+
     def _caption_batch(
         self, pixels: np.ndarray, prompts: list[str], settings: Settings, rows: np.ndarray
     ) -> list[list[Caption]]:
-        count, size = len(prompts), self._devices.bucket(len(prompts))
+        size = self._devices.bucket(len(prompts))
         prompt = text_arrays.prompts(self.vocabulary, prompts, size)
         with self._devices.context():
             decoded = loop.generate(
@@ -116,8 +154,7 @@ class CoCaModel(Encoders):
                 prompt.tokens,
                 prompt.lengths,
                 settings,
-                rows=np.pad(rows.astype(np.uint32), (0, size - count)),
-                active=np.arange(size) < count,
+                **_rows(rows, size),
             )
             decoded = self._programs.gather(decoded)
         return text_arrays.captions(
@@ -152,6 +189,43 @@ class CoCaModel(Encoders):
         written = self.caption(images, prompts, progress=progress, **how)
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
         return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
+
+    def explain(
+        self, images: Any, texts: Sequence[str | Caption], *, progress: bool = False
+    ) -> list[Explanation]:
+        """How probable each word of text i is for image i, what else could have stood there, and
+        where the model looked; see `explain.Explanation`.
+
+        texts: captions of `captions` (their tokens are taken as they were written) or texts. One
+        pass by the reference form of the operations. Raises ValueError unless there are as many
+        texts as images.
+        """
+        ids = []
+        for text in texts:
+            if isinstance(text, Caption):
+                ids.append(list(text.tokens))
+            else:
+                tokens, valid = self._tokenize([text])
+                ids.append(tokens[0, : np.flatnonzero(valid[0])[-1] + 1].tolist())
+        grid = self.image_size // self.config.model.patch_size
+        shape = (self.num_frames,) * bool(self.num_frames) + (grid, grid)
+        found: list[Explanation] = []
+        for pixels in self._reader.batches(images, progress):
+            known = ids[len(found) : len(found) + len(pixels)]
+            if len(known) != len(pixels):
+                raise ValueError(f"{len(ids)} texts for more images; give one text an image")
+            rows = text_arrays.known_rows(self.vocabulary, known, self.max_len)
+            arrays = self._run(self._explain, pixels, *rows)
+            found += explain.explanations(self.vocabulary, known, arrays, shape)
+        if len(found) != len(ids):
+            raise ValueError(f"{len(ids)} texts for {len(found)} images; give one text an image")
+        return found
+
+    @functools.cached_property
+    def _explain(self) -> Callable:
+        return explain.program(
+            self._programs.module, self.config.model, self._devices, self.vocabulary.size
+        )
 
     # -- scores ---------------------------------------------------------------------------------
 
@@ -252,3 +326,17 @@ class CoCaModel(Encoders):
         leaves = jax.tree_util.tree_leaves_with_path(found)
         text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """What `loop.generate` takes of the rows of a batch of `size`, of which the first are real."""
+    padded = np.pad(rows.astype(np.uint32), (0, size - len(rows)))
+    return dict(rows=padded, active=np.arange(size) < len(rows))
+
+
+def _settings(how: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**how)
+    except TypeError as error:
+        names = ", ".join(f.name for f in dataclasses.fields(Settings))
+        raise ValueError(f"unknown option of captions ({error}); choose from {names}") from None

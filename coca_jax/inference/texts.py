@@ -24,6 +24,20 @@ def tokenize(
     return tokens[:, :length], valid[:, :length]
 
 
+def known_rows(
+    vocabulary: Vocabulary, ids: Sequence[Sequence[int]], max_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and validity [N, L] of texts whose ids are known, begin symbol first; L as in
+    `tokenize`."""
+    longest = max(len(row) for row in ids)
+    length = min(-(-(longest + 1) // 16) * 16, max_len)
+    tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)], valid[i, : len(row)] = row, True
+    return tokens, valid & (tokens != vocabulary.hidden_id)
+
+
 def questions(
     vocabulary: Vocabulary, texts: Sequence[str], max_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -76,12 +90,14 @@ def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
 @dataclasses.dataclass(frozen=True)
 class Caption:
     """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
-    many those are, the end symbol included; finished: whether the end symbol came."""
+    many those are, the end symbol included; finished: whether the end symbol came; tokens: ids of
+    prompt and new tokens, begin symbol first."""
 
     text: str
     log_prob: float
     num_tokens: int
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 def captions(
@@ -100,6 +116,7 @@ def captions(
                 log_prob=float(log_prob),
                 num_tokens=int(n),
                 finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
+                tokens=(*known, *new[:n].tolist()),
             )
             for new, n, log_prob in zip(tokens[row], lengths[row], log_probs[row])
         ]

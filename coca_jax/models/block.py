@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.models.layers import Attention, BlockOptions, LayerNorm, Mlp
+from coca_jax.models.layers import RECORDED, Attention, BlockOptions, LayerNorm, Mlp
 from coca_jax.ops import packed
 from coca_jax.partitioning import constrain
 
@@ -182,7 +182,7 @@ class Stack(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, RECORDED: 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.depth,

@@ -19,7 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.config import Model
 from coca_jax.ops import packed
-from coca_jax.ops.reference import NORM_EPSILON, Reference, merge_heads, split_heads, wide
+from coca_jax.ops.reference import (
+    NORM_EPSILON,
+    Reference,
+    attention_weights,
+    merge_heads,
+    split_heads,
+    wide,
+)
 from coca_jax.partitioning import constrain, with_axes
 
 
@@ -58,6 +65,7 @@ class BlockOptions:
 # What the parameters of all modules are, by their names; see roles.Role.
 LEAVES = dict(kernel="kernel", bias="bias", scale="norm", gain="norm", value="table")
 BY_HEAD = ("query", "key", "value")  # projections whose outputs are heads and their width
+RECORDED = "attention"  # a collection: whoever makes it mutable gets the weights of every attention
 
 
 class LayerNorm(nn.Module):
@@ -145,6 +153,9 @@ class Attention(nn.Module):
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
         arrays = (query, key, value)
         query, key, value = (constrain(x, "batch", "length", "act_heads") for x in arrays)
+        if self.is_mutable_collection(RECORDED) and not self.is_initializing():
+            weights = attention_weights(query, key, mask, self.num_heads, causal)
+            self.sow(RECORDED, "weights", weights)
         return self.out(self.options.ops.attend(query, key, value, mask, self.num_heads, causal))
 
     def attend_cached(

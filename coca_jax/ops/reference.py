@@ -78,6 +78,14 @@ def attend(
     mask: bool, broadcastable to [B, H, N, M]; True where a query may look. result: its dtype;
     default: value's.
     """
+    weights = weigh(query, key, mask).astype(value.dtype)
+    precision = wide(query.dtype)
+    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
+    return out.astype(result or value.dtype)
+
+
+def weigh(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The weights of `attend`, [B, H, N, M], each row's sum 1, float32 at least."""
     # float32 scores in any case: bfloat16 outputs are slow on the CPU.
     precision = wide(query.dtype)
     # Heads first would be faster on one CPU device, but several on few cores then wait for each
@@ -86,9 +94,15 @@ def attend(
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(precision).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bhnm,bmhk->bnhk", weights, value, preferred_element_type=precision)
-    return out.astype(result or value.dtype)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attention_weights(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, heads: int, causal: bool = False
+) -> jax.Array:
+    """The weights that `Reference.attend` gives to the same arguments, [B, H, N, M]."""
+    mask = whole_mask(mask, causal, query.shape[1])
+    return weigh(split_heads(query, heads), split_heads(key, heads), mask)
 
 
 def unfold(x: jax.Array, stride: int) -> jax.Array:

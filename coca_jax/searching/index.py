@@ -167,18 +167,25 @@ class Index:
             )
         found = [model.encode_text(list(texts))] if texts else []
         found += [model.encode_image(list(images))] if images else []
-        mean = np.average(np.concatenate(found), 0, weights or None)
-        return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+        return mixed(np.concatenate(found), weights)
 
     def search(self, query: np.ndarray, k: int) -> list[dict[str, Any]]:
-        """The k most similar pictures: {"rank", "image", "score", "caption"}, score the cosine."""
+        """The k most similar pictures: {"rank", "row", "image", "score", "caption"}, score the
+        cosine, row the place in the index."""
         scores, rows = self.nearest(query[None], k)
         return [
             dict(
                 rank=rank,
+                row=int(row),
                 image=self.names[row],
                 score=round(float(score), 4),
                 caption=self.captions[row],
             )
             for rank, (score, row) in enumerate(zip(scores[0], rows[0]), 1)
         ]
+
+
+def mixed(embeddings: np.ndarray, weights: Sequence[float] = ()) -> np.ndarray:
+    """The weighted mean of float32 [N, E], L2-normalised: [E]; weights: default: all 1."""
+    mean = np.average(embeddings, 0, weights or None)
+    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)

@@ -14,6 +14,7 @@ reorders a small mask and never the cache.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,50 @@ def generate(
     place); active: bool [B], False for rows that pad the batch. One program is compiled per (B, P,
     steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no room.
     """
-    batch = prompt.shape[0]
+    plan, numbers = _plan(spec, prompt_len, settings, rows, active)
+    return decode(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+
+
+def stream(
+    spec: Decoder,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: np.ndarray,
+    prompt_len: np.ndarray,
+    settings: Settings,
+    *,
+    rows: np.ndarray | None = None,
+    active: np.ndarray | None = None,
+) -> Iterator[Captions]:
+    """The captions of `generate`, arguments alike, after each of their tokens: NumPy arrays as far
+    as they are written, so S grows by one. A program runs a step, in place of all of them; what
+    comes out is the same. Raises ValueError besides for beams, which take back what they wrote.
+    """
+    plan, numbers = _plan(spec, prompt_len, settings, rows, active)
+    if plan.beams:
+        raise ValueError(f"num_beams={settings.num_beams}: beams cannot be streamed; set 1")
+    slots = prompt.shape[1]
+    fixed, loop = _first(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+    going, written = True, 0
+    while going:
+        loop = _next(spec, plan, weights, fixed, slots, loop)
+        written += 1
+        history, length, log_prob, done = jax.device_get(
+            (loop.history, loop.length, loop.log_prob, loop.done)
+        )
+        yield Captions(history[:, :, slots : slots + written], length, log_prob)
+        going = not done.all()
+
+
+def _plan(
+    spec: Decoder,
+    prompt_len: np.ndarray,
+    settings: Settings,
+    rows: np.ndarray | None,
+    active: np.ndarray | None,
+) -> tuple[Plan, dict]:
+    """What `decode` is specialised to, and the numbers that it takes; arguments of `generate`."""
+    batch = len(prompt_len)
     longest = int(prompt_len.max())
     if longest >= spec.max_len:
         raise ValueError(
@@ -90,7 +134,7 @@ def generate(
         rows=rows.astype(np.uint32),
         active=active,
     )
-    return decode(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+    return plan, numbers
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan"))
@@ -168,6 +212,26 @@ def _start(
         else None,
     )
     return Fixed(image, prompt_len, prompt_mask, prompt_visible, numbers), start
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def _first(
+    spec: Decoder,
+    plan: Plan,
+    weights: dict,
+    image_tokens: jax.Array,
+    prompt: jax.Array,
+    prompt_len: jax.Array,
+    numbers: dict,
+) -> tuple[Fixed, Loop]:
+    """`_start` as a program of its own."""
+    return _start(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan", "slots"), donate_argnames=("loop",))
+def _next(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:
+    """`_step` as a program of its own."""
+    return _step(spec, plan, weights, fixed, slots, loop)
 
 
 def _step(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:

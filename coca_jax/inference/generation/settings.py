@@ -66,3 +66,20 @@ class Settings:
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
+
+
+# What each means, for the flags of commands and the fields of forms.
+NOTES = dict(
+    max_tokens="New tokens at most.",
+    min_tokens="New tokens before the caption may end.",
+    num_captions="Captions per image; needs beams or a temperature.",
+    num_beams="Beams of beam search; 1: none.",
+    temperature="0 takes the most probable token, more samples.",
+    top_k="Sample among this many tokens; 0: all.",
+    top_p="Sample among the fewest tokens with this probability.",
+    length_penalty="Beams rank by log probability / tokens^this.",
+    early_stop="Stop beams when none ranks above the finished captions as it stands.",
+    repetition_penalty="Above 1: discourages tokens already there.",
+    no_repeat_ngram="N-grams of this size appear at most once; 0: no rule.",
+    seed="Of sampling.",
+)

@@ -1,0 +1,142 @@
+"""Serves a model: a page for the browser, and a JSON API.
+
+The page shows captions word by word, how probable each was and where the model looked; labels that
+you type; questions, where the model was trained on them; and with --index=DIR, which `coca-jax
+search index` makes, a folder searched by words and pictures. /openapi.json describes the API.
+
+It answers to this machine alone unless --host says otherwise; then it wants a key, which every
+request must bring: in a file (--key_file) or in the environment (COCA_JAX_SERVE_KEY).
+
+Ctrl-C or SIGTERM: requests that it has are answered, then it ends with status 0. A second one ends
+it at once, 130.
+
+Examples:
+  coca-jax serve --checkpoint=runs/demo
+  coca-jax serve --checkpoint=runs/demo --index=photos.index --port=8100
+  COCA_JAX_SERVE_KEY=... coca-jax serve --checkpoint=runs/demo --host=0.0.0.0
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from coca_jax import cli, extras
+from coca_jax.data import files
+
+SHORTEST_KEY = 16  # letters
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("checkpoint", "", f"{cli.CHECKPOINT} Default: the index's.")
+    flags.DEFINE_string("index", "", "A folder of `coca-jax search index`, to search.")
+    flags.DEFINE_string("host", "127.0.0.1", "Where to listen; others than loopback need a key.")
+    flags.DEFINE_integer("port", 8000, "0: any that is free.", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("key_file", "", "A file that holds the key that requests must bring.")
+    flags.DEFINE_integer("batch_size", 16, "Requests that run together.", lower_bound=1)
+    flags.DEFINE_float("wait_ms", 5.0, "Milliseconds that a request waits for others.", 0, 1000)
+    flags.DEFINE_integer("queue", 1024, "Pictures and texts that may wait.", lower_bound=1)
+    flags.DEFINE_integer("max_megabytes", 32, "Of a request.", 1, 1024)
+    flags.DEFINE_integer("max_pixels", 50_000_000, "Of a picture or frame.", 1, 120_000_000)
+    flags.DEFINE_integer("max_images", 16, "Pictures of a request.", 1, 1024)
+    flags.DEFINE_integer("grace", 10, "Seconds for open requests when asked to stop.", 0, 600)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_integer(
+        "num_frames", None, "Frames of each clip; 0: pictures; default: as trained."
+    )
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command."""
+    args = flags.FLAGS
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1]}: serve takes flags alone; give --checkpoint=DIR")
+    if not args.checkpoint and not args.index:
+        raise ValueError("--checkpoint is missing; `coca-jax serve --help` shows examples")
+    try:
+        from coca_jax.serving import guard, running
+    except ImportError as error:
+        raise ValueError(f"serve needs {error.name}: {extras.remedy('serve')}") from None
+    loopback = guard.is_loopback(args.host)
+    key = _key(loopback)
+    listening = running.listen(args.host, args.port)
+    model, index = _load()
+    from coca_jax.serving import app, uploads
+
+    limits = uploads.Limits(args.max_megabytes, args.max_pixels, args.max_images)
+    application, batcher, numbers = app.build(
+        model,
+        name=os.path.basename(args.checkpoint.rstrip("/")) or args.checkpoint,
+        index=index,
+        key=key,
+        loopback=loopback,
+        batch_size=max(model.batch_size // max(model.num_frames, 1), 1),
+        wait=args.wait_ms / 1000,
+        depth=args.queue,
+        limits=limits,
+    )
+    start = time.time()
+    address = running.url(listening)
+    running.serve(
+        application,
+        listening,
+        grace=args.grace,
+        ready=lambda: cli.say(f"serving at {address} (Ctrl-C ends it)"),
+    )
+    batcher.stop()
+    return dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
+
+
+def _key(loopback: bool) -> str:
+    """The key, from where it stands; '' for none."""
+    key = os.environ.get("COCA_JAX_SERVE_KEY", "")
+    if flags.FLAGS.key_file:
+        key = files.read_bounded(flags.FLAGS.key_file, 4096).decode("utf-8", "replace")
+    key = key.strip()
+    if not key and not loopback:
+        raise ValueError(
+            f"--host={flags.FLAGS.host} is more than this machine: that needs a key, in a file "
+            "(--key_file) or in COCA_JAX_SERVE_KEY"
+        )
+    if key and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable()):
+        raise ValueError(f"the key has {len(key)} letters; give {SHORTEST_KEY} or more of ASCII")
+    return key
+
+
+def _load() -> tuple[Any, Any]:
+    """The model, its first programs compiled, and the index or None."""
+    args, index = flags.FLAGS, None
+    if args.index:
+        cli.say(f"reading {args.index}")
+        from coca_jax.searching.index import Index
+
+        index = Index(args.index)
+        args.checkpoint = args.checkpoint or index.checkpoint
+    cli.say(f"loading {args.checkpoint}")
+    import coca_jax
+
+    model = coca_jax.load(
+        args.checkpoint,
+        dtype=args.dtype,
+        batch_size=args.batch_size * max(args.num_frames or 1, 1),
+        num_frames=args.num_frames,
+    )
+    if index:
+        index.check(model)
+    cli.say("compiling the first programs")
+    import numpy as np
+
+    side, frames = model.image_size, model.num_frames
+    picture = np.zeros((1, *([frames] * bool(frames)), side, side, 3), np.uint8)
+    *_, last = model.stream_captions(picture)
+    model.explain(picture, last[0])
+    return model, index
+
+
+if __name__ == "__main__":
+    cli.command("serve")

@@ -1,0 +1,304 @@
+"""What can be asked over HTTP: each endpoint, its fields, and what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from coca_jax.searching.index import mixed
+from coca_jax.serving import forms, uploads, works
+from coca_jax.serving.batcher import Batcher
+from coca_jax.serving.forms import Field
+from coca_jax.serving.refusals import Refused
+from coca_jax.serving.uploads import Limits
+
+MOST_LABELS = 1000
+SIDES = (320, 1280)  # of pictures of the index
+
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Server:
+    """What endpoints share. index: a searching.index.Index, or None."""
+
+    model: Any
+    batcher: Batcher
+    limits: Limits
+    index: Any = None
+
+    @functools.cached_property
+    def folder(self) -> int:
+        """Letters of the folder that all pictures of the index are in."""
+        return os.path.commonprefix(self.index.names).rfind("/") + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """An address that takes a form. about: what it does; example: of its answer."""
+
+    path: str
+    about: str
+    fields: Sequence[Field]
+    answer: Callable[[Server, Values], Awaitable[Any]]
+    example: Any
+
+    async def respond(self, server: Server, request: Request) -> Response:
+        """The answer to a request. Raises Refused."""
+        try:
+            async with asyncio.timeout(server.limits.seconds):
+                form = await request.form(max_fields=1200)
+        except TimeoutError:
+            raise Refused(408, f"not sent within {server.limits.seconds} s") from None
+        try:
+            values = forms.read(self.fields, form)
+            pictures = values.get("image", [])
+            if len(pictures) > server.limits.images:
+                raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
+            values["image"] = await uploads.read(server.model, pictures, server.limits)
+            answer = await self.answer(server, values)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        finally:
+            await form.close()
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+
+IMAGE = Field(
+    "image", "A picture, or a clip for a model of clips; may be repeated.", UploadFile, many=True
+)
+PROMPT = Field("prompt", "How the captions begin.", default="")
+WEIGHT: dict[str, Any] = dict(type=float, default=1.0, low=-100, high=100)
+
+
+def _pictures(values: Values) -> list[np.ndarray]:
+    if not values["image"]:
+        raise Refused(400, "image is missing: send at least one picture as the field 'image'")
+    return values["image"]
+
+
+async def caption(server: Server, values: Values) -> Any:
+    """Captions; one picture's may be streamed."""
+    settings, explain = forms.settings(values), values["explain"]
+    items = [(pixels, values["prompt"]) for pixels in _pictures(values)]
+    if not values["stream"]:
+        answers = await server.batcher.answers(works.Captions(settings, explain), items)
+        return dict(results=answers)
+    if len(items) > 1:
+        raise Refused(400, f"stream: {len(items)} pictures; a stream is of one")
+    work = works.Captions if settings.num_beams > 1 else works.StreamedCaptions
+    events = server.batcher.stream(work(settings, explain), items[0])
+    return StreamingResponse(_events(events), media_type="text/event-stream")
+
+
+async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Server-sent events: 'tokens', then one 'result', or 'error'."""
+    try:
+        async for answer in answers:
+            kind = "tokens" if "tokens" in answer else "result"
+            yield f"event: {kind}\ndata: {json.dumps(answer)}\n\n"
+    except Exception as error:
+        text = " ".join(str(error).split()) if isinstance(error, ValueError) else "it failed here"
+        yield f"event: error\ndata: {json.dumps(dict(error=text))}\n\n"
+
+
+async def explain(server: Server, values: Values) -> Any:
+    """A text's words beside each picture."""
+    items = [(pixels, values["text"]) for pixels in _pictures(values)]
+    return dict(results=await server.batcher.answers(works.Explain(), items))
+
+
+async def zero_shot(server: Server, values: Values) -> Any:
+    """Probabilities of labels."""
+    given = [line.strip() for text in values["label"] for line in text.splitlines()]
+    labels = tuple(dict.fromkeys(filter(None, given)))
+    if not 1 <= len(labels) <= MOST_LABELS:
+        raise Refused(400, f"label: {len(labels)} labels; give 1 to {MOST_LABELS}, one a line")
+    work = works.ZeroShot(labels, values["template"])
+    return dict(results=await server.batcher.answers(work, _pictures(values)))
+
+
+async def head(server: Server, values: Values) -> Any:
+    """Classes of the task head."""
+    kind = server.model.head_kind
+    if kind is None:
+        raise Refused(404, "this model has no task head; ask /api/zero_shot for labels")
+    pictures = _pictures(values)
+    if kind.images > 1:
+        if len(pictures) != kind.images:
+            raise Refused(400, f"image: {len(pictures)} pictures; this head takes {kind.images}")
+        pictures = [np.stack(pictures)]
+    if kind.reads_text and not values["question"]:
+        raise Refused(400, "question is missing: this head reads a question or statement")
+    items = [(pixels, values["question"]) for pixels in pictures]
+    return dict(results=await server.batcher.answers(works.Head(values["k"]), items))
+
+
+async def answer(server: Server, values: Values) -> Any:
+    """What the decoder writes behind a question."""
+    items = [(pixels, values["question"]) for pixels in _pictures(values)]
+    return dict(results=await server.batcher.answers(works.Answer(), items))
+
+
+async def embed(server: Server, values: Values) -> Any:
+    """Embeddings."""
+    pictures, texts = await _embedded(server, values["image"], values["text"])
+    if not pictures and not texts:
+        raise Refused(400, "nothing to embed; send pictures as 'image' or texts as 'text'")
+    return dict(
+        images=[row.astype(float).tolist() for row in pictures],
+        texts=[row.astype(float).tolist() for row in texts],
+    )
+
+
+async def _embedded(
+    server: Server, pictures: list[np.ndarray], texts: list[str]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return (
+        await server.batcher.answers(works.EmbedImages(), pictures),
+        await server.batcher.answers(works.EmbedTexts(), texts),
+    )
+
+
+async def search(server: Server, values: Values) -> Any:
+    """The most similar pictures of the index."""
+    index = _index(server)
+    rows = values["like"]
+    for row in rows:
+        if not 0 <= row < len(index.names):
+            raise Refused(400, f"like={row}: the index has {len(index.names)} pictures, from 0")
+    texts = [text for text in values["text"] if text.strip()]
+    pictures, words = await _embedded(server, values["image"], texts)
+    pictures += [index.embeddings[row].astype(np.float32) for row in rows]
+    if not pictures and not words:
+        raise Refused(400, "nothing to look for; send text, image, or like")
+    text_weight, image_weight = values["text_weight"], values["image_weight"]
+    weights = [text_weight] * len(words) + [image_weight] * len(pictures)
+    if not sum(weights):
+        raise Refused(400, "the weights add up to 0; change one")
+    query = mixed(np.stack([*words, *pictures]), weights)
+    found = await run_in_threadpool(index.search, query, values["k"])
+    for one in found:  # names below the folder that all pictures are in: no paths of this machine
+        one["image"] = one["image"][server.folder :]
+        one["picture"] = f"/api/pictures/{one['row']}"
+    return dict(results=found)
+
+
+def _index(server: Server) -> Any:
+    if server.index is None:
+        raise Refused(404, "there is no index here; start with --index=DIR (coca-jax search index)")
+    return server.index
+
+
+async def picture(server: Server, request: Request) -> Response:
+    """A picture of the index by its row, smaller: no path is taken from a request."""
+    index, row = _index(server), request.path_params["row"]
+    given = request.query_params.get("side", str(SIDES[0]))
+    if given not in map(str, SIDES):
+        raise Refused(400, f"side={given[:20]}: choose from {SIDES[0]} and {SIDES[1]}")
+    if row >= len(index.names):
+        raise Refused(404, f"picture {row}: the index has {len(index.names)}, from 0")
+    try:
+        data = await run_in_threadpool(uploads.smaller, index.names[row], int(given))
+    except (ValueError, OSError):
+        raise Refused(
+            404, f"picture {row} cannot be shown: it lies in an archive, or was moved or changed"
+        ) from None
+    return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
+
+
+_WORD = dict(
+    text="red", probability=0.97, alternatives=[dict(text="red", probability=0.97)],
+    attention=[[0.25, 0.25], [0.25, 0.25]],
+)  # fmt: skip
+_CAPTION = dict(text="a red circle", log_prob=-0.41, finished=True)
+QUESTION = Field("question", "The question, or statement, about each picture.")
+ENDPOINTS = (
+    Endpoint(
+        "/api/caption",
+        "Captions of pictures. With stream=true server-sent events: 'tokens' after each token "
+        "(beams have none), then 'result' with what results[0] would be.",
+        [
+            IMAGE,
+            PROMPT,
+            Field("explain", "Words with probability and attention.", bool, False),
+            Field("stream", "Of one picture, token by token.", bool, False),
+            *forms.SETTINGS,
+        ],
+        caption,
+        dict(results=[dict(captions=[_CAPTION | dict(words=[_WORD])], attention=[[0.5, 0.5]])]),
+    ),
+    Endpoint(
+        "/api/explain",
+        "How probable each word of a text is beside each picture, and where the model looked.",
+        [IMAGE, Field("text", "The text.")],
+        explain,
+        dict(results=[dict(captions=[_CAPTION | dict(words=[_WORD])], attention=[[0.5, 0.5]])]),
+    ),
+    Endpoint(
+        "/api/zero_shot",
+        "Probabilities of labels for each picture, without training.",
+        [
+            IMAGE,
+            Field("label", "A label, or several, one a line; may be repeated.", many=True),
+            Field("template", "The sentence around a label.", default="a photo of a {}"),
+        ],
+        zero_shot,
+        dict(results=[dict(labels=[dict(label="cat", probability=0.98)])]),
+    ),
+    Endpoint(
+        "/api/head",
+        "The most probable classes of the task head, where the model has one.",
+        [
+            IMAGE,
+            dataclasses.replace(QUESTION, default=""),
+            Field("k", "Classes at most.", int, 5, 1, 1000),
+        ],
+        head,
+        dict(results=[dict(labels=[dict(label="yes", probability=0.98)])]),
+    ),
+    Endpoint(
+        "/api/answer",
+        "The answer that the decoder writes behind a question about each picture.",
+        [IMAGE, QUESTION],
+        answer,
+        dict(results=[dict(answer="red")]),
+    ),
+    Endpoint(
+        "/api/embed",
+        "Embeddings of pictures and texts, of length 1.",
+        [IMAGE, Field("text", "A text; may be repeated.", many=True)],
+        embed,
+        dict(images=[[0.6, 0.8]], texts=[[0.8, 0.6]]),
+    ),
+    Endpoint(
+        "/api/search",
+        "The pictures of the index that are most similar to texts and pictures together.",
+        [
+            IMAGE,
+            Field("text", "A text; may be repeated.", many=True),
+            Field("like", "A row of the index as a picture; may be repeated.", int, many=True),
+            Field("text_weight", "Of each text.", **WEIGHT),
+            Field("image_weight", "Of each picture.", **WEIGHT),
+            Field("k", "Pictures at most.", int, 24, 1, 200),
+        ],
+        search,
+        dict(
+            results=[
+                dict(rank=1, row=7, image="photos/7.jpg", score=0.31, caption="a red circle",
+                     picture="/api/pictures/7"),
+            ]
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,119 @@
+"""The fields that a request may have: declared once, read from a form, described in OpenAPI."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import FormData, UploadFile
+
+from coca_jax.inference.generation.settings import NOTES, Settings
+from coca_jax.serving.refusals import Refused
+
+TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", UploadFile: "string"}
+LONGEST = 2000  # characters of a text
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a form.
+
+    name: its name. about: what it says, for people. type: of its values. default: None: must be
+    given, unless it may be there several times (`many`). low, high: of numbers.
+    """
+
+    name: str
+    about: str
+    type: type = str
+    default: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+    many: bool = False
+
+    def read(self, form: FormData) -> Any:
+        """Its value, or all of them. Raises Refused, 400."""
+        given = form.getlist(self.name)
+        if self.many:
+            return [self._value(value) for value in given]
+        if len(given) > 1:
+            raise Refused(400, f"{self.name}: given {len(given)} times; give it once")
+        if not given or given == [""]:
+            if self.default is None:
+                raise Refused(400, f"{self.name} is missing: {self.about}")
+            return self.default
+        return self._value(given[0])
+
+    def _value(self, given: Any) -> Any:
+        if isinstance(given, UploadFile) != (self.type is UploadFile):
+            kind = "a file" if self.type is UploadFile else f"{TYPES[self.type]}, not a file"
+            raise Refused(400, f"{self.name}: give {kind}")
+        if self.type in (UploadFile, str):
+            if self.type is str and len(given) > LONGEST:
+                raise Refused(400, f"{self.name}: {len(given)} characters; at most {LONGEST}")
+            return given
+        if self.type is bool:
+            if given not in ("true", "false", "1", "0"):
+                raise Refused(400, f"{self.name}={given[:40]!r}: give true or false")
+            return given in ("true", "1")
+        try:
+            value = self.type(given)
+        except ValueError:
+            raise Refused(400, f"{self.name}={given[:40]!r}: give a number") from None
+        if not self.low <= value <= self.high:
+            raise Refused(
+                400, f"{self.name}={given[:40]}: give a number from {self.low:g} to {self.high:g}"
+            )
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        """In OpenAPI."""
+        one: dict[str, Any] = dict(type=TYPES[self.type])
+        if self.type is UploadFile:
+            one["format"] = "binary"
+        for name, bound in (("minimum", self.low), ("maximum", self.high)):
+            if math.isfinite(bound):
+                one[name] = bound
+        if self.many:
+            return dict(type="array", items=one, description=self.about)
+        if self.default is not None:
+            one["default"] = self.default
+        return one | dict(description=self.about)
+
+    @property
+    def required(self) -> bool:
+        """Whether a request must have it."""
+        return self.default is None and not self.many
+
+
+def read(fields: Sequence[Field], form: FormData) -> dict[str, Any]:
+    """{name: value}. Raises Refused, 400, for what cannot be, and for a field that there is not."""
+    known = [field.name for field in fields]
+    for name in form:
+        if name not in known:
+            raise Refused(400, f"{name[:40]!r}: no such field; choose from {', '.join(known)}")
+    return {field.name: field.read(form) for field in fields}
+
+
+# What a request may ask of the settings of captions: each of these is a program, or time.
+_BOUNDS: dict[str, tuple[float, float]] = dict(
+    max_tokens=(1, 256), min_tokens=(0, 256), num_captions=(1, 8), num_beams=(1, 8),
+    temperature=(0, 10), top_k=(0, 1_000_000), top_p=(0, 1), length_penalty=(-10, 10),
+    repetition_penalty=(0, 10), no_repeat_ngram=(0, 8), seed=(0, 2**32 - 1),
+)  # fmt: skip
+SETTINGS = [
+    Field(
+        field.name,
+        NOTES[field.name],
+        type(field.default),
+        field.default,
+        *_BOUNDS.get(field.name, ()),
+    )
+    for field in dataclasses.fields(Settings)
+]
+
+
+def settings(values: dict[str, Any]) -> Settings:
+    """Of the values of a request. Raises ValueError for some that do not go together."""
+    return Settings(**{field.name: values[field.name] for field in SETTINGS})

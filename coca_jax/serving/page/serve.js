@@ -1,0 +1,491 @@
+"use strict";
+// The page of `coca-jax serve`. It asks the API that /openapi.json describes, and nothing else.
+
+const $ = (id) => document.getElementById(id);
+const make = (tag, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const percent = (p) => (p >= 0.9995 ? "100" : p < 0.0995 ? (100 * p).toFixed(1) : (100 * p).toFixed(0)) + "%";
+const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
+
+let info = null;
+let pictures = []; // {file, url, clip, captions}
+let current = null;
+let asking = null; // AbortController of what is under way
+
+// -- asking ------------------------------------------------------------------------------------
+
+const storedKey = () => sessionStorage.getItem("key") || "";
+
+async function ask(path, form, signal) {
+  const headers = storedKey() ? { Authorization: `Bearer ${storedKey()}` } : {};
+  const how = form ? { method: "POST", body: form, headers, signal } : { headers, signal };
+  let response;
+  try {
+    response = await fetch(path, how);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer; is it still running?");
+  }
+  if (response.status === 401) {
+    $("lock").hidden = false;
+    $("key").focus();
+  }
+  if (!response.ok) {
+    const said = await response.json().catch(() => ({}));
+    throw new Error(said.error || `The server answered ${response.status}`);
+  }
+  return response;
+}
+
+// Does `work` while the form's button waits; says what it came to.
+async function during(form, says, work) {
+  asking?.abort();
+  const own = (asking = Object.assign(new AbortController(), { form }));
+  const button = form.querySelector("button");
+  button.disabled = true;
+  $("error").textContent = "";
+  $("status").textContent = says;
+  try {
+    $("status").textContent = (await work(own.signal)) || "";
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      $("status").textContent = "";
+      $("error").textContent = error.message;
+    }
+  } finally {
+    // Where the same form was sent again meanwhile, that one's end frees its button.
+    if (asking === own || asking.form !== form) button.disabled = false;
+  }
+}
+
+function withPicture(values) {
+  if (!current) throw new Error("Choose a picture first.");
+  const form = new FormData();
+  form.append("image", current.file);
+  for (const [name, value] of Object.entries(values)) form.append(name, value);
+  return form;
+}
+
+// -- pictures ----------------------------------------------------------------------------------
+
+function add(files) {
+  const limits = info?.limits;
+  $("error").textContent = "";
+  for (const file of files) {
+    if (limits && file.size > limits.bytes - 4096) {
+      $("error").textContent = `${file.name} is larger than ${limits.bytes >> 20} MiB; make it smaller.`;
+      continue;
+    }
+    const clip = file.type.startsWith("video/");
+    pictures.push({ file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture" });
+  }
+  pictures.splice(0, pictures.length - 48).forEach((old) => URL.revokeObjectURL(old.url));
+  if (files.length && pictures.length) show(pictures[pictures.length - 1], true);
+}
+
+function list() {
+  $("chosen").hidden = pictures.length < 2;
+  $("chosen").replaceChildren(
+    ...pictures.map((one) => {
+      const inside = one.clip ? make("span", { textContent: "▶" }) : make("img", { src: one.url, alt: "" });
+      const button = make("button", { type: "button", onclick: () => show(one, false) }, inside);
+      button.setAttribute("aria-label", one.name);
+      button.setAttribute("aria-pressed", String(one === current));
+      return make("li", {}, button);
+    })
+  );
+}
+
+function show(one, isNew) {
+  current = one;
+  list();
+  $("view").hidden = false;
+  $("shown").hidden = one.clip;
+  $("clip").hidden = !one.clip;
+  if (one.clip) $("clip").src = one.url;
+  else Object.assign($("shown"), { src: one.url, alt: one.name });
+  hideHeat();
+  for (const id of ["labels", "answers"]) $(id).replaceChildren();
+  if (one.captions) results(one.captions);
+  else $("captions").replaceChildren();
+  if (isNew && !$("panel-caption").hidden) $("caption-form").requestSubmit();
+}
+
+$("file").addEventListener("change", (event) => {
+  add(event.target.files);
+  event.target.value = "";
+});
+for (const kind of ["dragenter", "dragover"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault();
+    $("drop").classList.add("over");
+  });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) $("drop").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  add(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) add(event.clipboardData.files);
+});
+
+// -- where the model looks ---------------------------------------------------------------------
+
+let lit = null; // what `heat` shows, for when the window changes
+
+// A map [G][G] over the part of the picture that the model sees; of clips there is none here.
+function heat(map, says) {
+  $("looks").textContent = says;
+  const picture = $("shown");
+  if (!map || current?.clip || info.num_frames || !picture.naturalWidth) return hideHeat(says);
+  const rows = map.length;
+  const small = make("canvas", { width: rows, height: rows });
+  const most = Math.max(...map.flat());
+  const image = new ImageData(rows, rows);
+  map.flat().forEach((value, i) => {
+    const strength = most ? value / most : 0;
+    // What is not looked at is covered, what is looked at stays clear.
+    image.data.set([8, 12, 24, Math.round(215 * (1 - Math.pow(strength, 0.8)))], 4 * i);
+  });
+  small.getContext("2d").putImageData(image, 0, 0);
+  const { width, height } = picture.getBoundingClientRect();
+  const side = Math.min(width, height);
+  const [w, h] = info.resize === "crop" ? [side, side] : [width, height];
+  const canvas = $("heat");
+  canvas.width = Math.round(w * devicePixelRatio);
+  canvas.height = Math.round(h * devicePixelRatio);
+  Object.assign(canvas.style, {
+    width: `${w}px`, height: `${h}px`, left: `${(width - w) / 2}px`, top: `${(height - h) / 2}px`,
+  });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  canvas.classList.add("on");
+  lit = [map, says];
+}
+
+function hideHeat(says = "") {
+  lit = null;
+  $("heat").classList.remove("on");
+  $("looks").textContent = says;
+}
+addEventListener("resize", () => lit && heat(...lit));
+
+// -- captions ----------------------------------------------------------------------------------
+
+function release() {
+  document.querySelectorAll(".words button[aria-pressed=true]").forEach((b) => b.setAttribute("aria-pressed", "false"));
+}
+
+function wordButton(word, others) {
+  const name = word.text || "end";
+  const button = make("button", { type: "button" }, `${name} `, make("small", { textContent: percent(word.probability) }));
+  button.style.setProperty("--sure", word.probability);
+  button.setAttribute("aria-pressed", "false");
+  const tell = () => {
+    const listed = word.alternatives.map((a) => `${a.text || "end"} ${percent(a.probability)}`).join(" · ");
+    others.textContent = `Most probable here: ${listed}`;
+    heat(word.attention, word.text ? `Where the model looked for “${word.text}”` : "Where the model looked when it ended");
+  };
+  button.addEventListener("click", () => {
+    const was = button.getAttribute("aria-pressed") === "true";
+    release();
+    if (was) return hideHeat();
+    button.setAttribute("aria-pressed", "true");
+    tell();
+  });
+  button.addEventListener("mouseenter", () => {
+    if (!document.querySelector(".words button[aria-pressed=true]")) tell();
+  });
+  button.addEventListener("mouseleave", () => {
+    if (!document.querySelector(".words button[aria-pressed=true]")) hideHeat();
+  });
+  return button;
+}
+
+function results(answer) {
+  $("captions").replaceChildren(
+    ...answer.captions.map((caption) => {
+      const others = make("p", { className: "others" });
+      const words = make("div", { className: "words" });
+      words.setAttribute("role", "group");
+      words.setAttribute("aria-label", caption.text);
+      words.append(...caption.words.map((word) => wordButton(word, others)));
+      others.textContent = `log probability ${caption.log_prob.toFixed(2)}${caption.finished ? "" : ", cut off"}`;
+      return make("li", {}, words, others);
+    }),
+    ...(info.num_frames ? [] : [make("li", {}, overall(answer.attention))])
+  );
+}
+
+function overall(map) {
+  const button = make("button", { type: "button", textContent: "What the picture’s embedding looks at" });
+  button.addEventListener("click", () => {
+    release();
+    if ($("heat").classList.contains("on") && $("looks").dataset.whole) {
+      delete $("looks").dataset.whole;
+      return hideHeat();
+    }
+    heat(map, "What the picture’s embedding looks at");
+    $("looks").dataset.whole = "1";
+  });
+  return button;
+}
+
+// Pieces of captions that are being written.
+function growing() {
+  const lines = [];
+  return (tokens) => {
+    for (const { caption, text, probability } of tokens) {
+      if (!lines[caption]) {
+        const words = make("div", { className: "words" });
+        lines[caption] = { words, text: "" };
+        $("captions").append(make("li", {}, words));
+      }
+      const line = lines[caption];
+      if (text.length <= line.text.length) continue;
+      const span = make("span", { textContent: text.slice(line.text.length).trimStart() });
+      span.append(make("small", { textContent: percent(probability) }));
+      line.words.append(span);
+      line.text = text;
+    }
+  };
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value;
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const [, kind, data] = part.match(/^event: (\w+)\ndata: (.*)$/s);
+      yield [kind, JSON.parse(data)];
+    }
+  }
+}
+
+function captionFields(form) {
+  const mode = form.mode.value;
+  const values = { prompt: form.prompt.value, explain: true, stream: true };
+  if (mode !== "greedy") values.num_captions = form.num_captions.value;
+  if (mode === "beams") values.num_beams = form.num_beams.value;
+  if (mode === "sample") Object.assign(values, { temperature: form.temperature.value, seed: form.seed.value });
+  return values;
+}
+
+$("caption-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const form = event.target;
+  during(form, "Looking at the picture …", async (signal) => {
+    const request = withPicture(captionFields(form));
+    const one = current;
+    release();
+    hideHeat();
+    const response = await ask("/api/caption", request, signal);
+    $("captions").replaceChildren();
+    const grow = growing();
+    for await (const [kind, data] of events(response)) {
+      if (kind === "error") throw new Error(data.error);
+      if (kind === "tokens" && one === current) grow(data.tokens);
+      if (kind === "result") {
+        one.captions = data;
+        if (one === current) results(data);
+        return `Caption: ${data.captions.map((c) => c.text).join("; ")}. Choose a word to see where the model looked.`;
+      }
+    }
+    throw new Error("The answer broke off; ask again.");
+  });
+});
+
+function modeChanged() {
+  const mode = $("caption-form").mode.value;
+  for (const field of document.querySelectorAll("[data-for]")) field.hidden = !field.dataset.for.split(" ").includes(mode);
+}
+$("caption-form").mode.addEventListener("change", modeChanged);
+modeChanged();
+
+$("explain-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  during(event.target, "Reading …", async (signal) => {
+    const answer = await (await ask("/api/explain", withPicture({ text: event.target.text.value }), signal)).json();
+    current.captions = answer.results[0];
+    results(current.captions);
+    return "Choose a word to see where the model looked.";
+  });
+});
+
+// -- labels and questions ----------------------------------------------------------------------
+
+function bars(list, labels) {
+  $(list).replaceChildren(
+    ...labels.map(({ label, probability }) => {
+      const bar = make("div", { className: "bar" }, make("i"));
+      bar.firstChild.style.width = `${100 * probability}%`;
+      bar.setAttribute("aria-hidden", "true");
+      return make("li", {}, make("div", {}, make("span", { textContent: label }), make("b", { textContent: percent(probability) })), bar);
+    })
+  );
+}
+
+$("labels-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const { label, template } = event.target;
+  during(event.target, "Comparing …", async (signal) => {
+    const form = withPicture({ label: label.value, template: template.value });
+    const { labels } = (await (await ask("/api/zero_shot", form, signal)).json()).results[0];
+    bars("labels", labels);
+    return `Most probable: ${labels[0].label}, ${percent(labels[0].probability)}.`;
+  });
+});
+
+$("ask-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = event.target.question.value;
+  during(event.target, "Asking …", async (signal) => {
+    if (info.head) {
+      const form = withPicture(info.head.reads_text ? { question } : {});
+      const { labels } = (await (await ask("/api/head", form, signal)).json()).results[0];
+      bars("answers", labels);
+      return `Answer: ${labels[0].label}, ${percent(labels[0].probability)}.`;
+    }
+    const { answer } = (await (await ask("/api/answer", withPicture({ question }), signal)).json()).results[0];
+    $("answers").replaceChildren(make("li", { textContent: answer || "(nothing)" }));
+    return `Answer: ${answer || "nothing"}.`;
+  });
+});
+
+// -- search ------------------------------------------------------------------------------------
+
+async function thumbnail(path, side) {
+  return URL.createObjectURL(await (await ask(`${path}?side=${side}`)).blob());
+}
+
+function searchForm(values) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(values)) form.append(name, value);
+  return form;
+}
+
+async function search(form, signal) {
+  const { results: found } = await (await ask("/api/search", form, signal)).json();
+  $("found").hidden = false;
+  document.querySelectorAll("#gallery img").forEach((img) => URL.revokeObjectURL(img.src));
+  $("gallery").replaceChildren(
+    ...found.map((one) => {
+      const says = one.caption || one.image.split("/").pop();
+      const place = make("span", { className: "none", textContent: "…" });
+      const button = make("button", { type: "button" }, place, says, " ", make("small", { textContent: one.score.toFixed(3) }));
+      button.addEventListener("click", () => enlarge(one, says));
+      thumbnail(one.picture, 320).then(
+        (src) => place.replaceWith(make("img", { src, alt: "" })),
+        () => (place.textContent = "not shown")
+      );
+      return make("li", {}, button);
+    })
+  );
+  return `Found ${plural(found.length, "picture")}.`;
+}
+
+async function enlarge(one, says) {
+  $("large-title").textContent = says;
+  $("large-note").textContent = `${one.image} · similarity ${one.score.toFixed(4)}`;
+  $("large-picture").removeAttribute("src");
+  $("large-picture").alt = says;
+  $("more-like").onclick = () => {
+    $("large").close();
+    during($("search-form"), "Searching …", (signal) => search(searchForm({ like: one.row }), signal));
+  };
+  $("large").showModal();
+  $("large-picture").src = await thumbnail(one.picture, 1280).catch(() => "data:,");
+}
+
+$("search-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const { text, with: both, balance } = event.target;
+  during(event.target, "Searching …", async (signal) => {
+    const words = text.value.trim();
+    const form = both.checked ? withPicture({}) : new FormData();
+    if (words) form.append("text", words);
+    if (words && both.checked) {
+      form.append("text_weight", (100 - balance.value) / 100);
+      form.append("image_weight", balance.value / 100);
+    }
+    if (!words && !both.checked) throw new Error("Type words, or take the chosen picture.");
+    return search(form, signal);
+  });
+});
+$("search-form").with.addEventListener("change", (event) => ($("balance").hidden = !event.target.checked));
+$("search-form").balance.addEventListener("input", (event) => {
+  const picture = Number(event.target.value);
+  $("balance-says").textContent = picture === 50 ? "as much of each" : `words ${100 - picture}%, picture ${picture}%`;
+});
+
+// -- tabs, key, start --------------------------------------------------------------------------
+
+const tabs = () => [...document.querySelectorAll("[role=tab]:not([hidden])")];
+function openTab(tab) {
+  for (const other of tabs()) {
+    const chosen = other === tab;
+    other.setAttribute("aria-selected", String(chosen));
+    other.tabIndex = chosen ? 0 : -1;
+    $(other.getAttribute("aria-controls")).hidden = !chosen;
+  }
+  $("status").textContent = $("error").textContent = "";
+}
+$("tabs").addEventListener("click", (event) => event.target.getAttribute("role") === "tab" && openTab(event.target));
+$("tabs").addEventListener("keydown", (event) => {
+  const all = tabs();
+  const at = all.indexOf(document.activeElement);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (to === undefined || at < 0) return;
+  event.preventDefault();
+  const tab = all[(to + all.length) % all.length];
+  openTab(tab);
+  tab.focus();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  release();
+  hideHeat();
+});
+
+$("lock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", $("key").value);
+  $("lock").hidden = true;
+  start();
+});
+
+async function start() {
+  try {
+    info = await (await ask("/api/info")).json();
+  } catch (error) {
+    $("about").textContent = error.message;
+    return;
+  }
+  $("name").textContent = document.title = info.name;
+  const kind = info.num_frames ? `clips of ${info.num_frames} frames` : "pictures";
+  const found = info.index ? `, ${plural(info.index.pictures, "picture")} to search` : "";
+  $("about").textContent = `A model of ${kind} at ${info.image_size} pixels${found}.`;
+  if (info.num_frames) $("file").accept = "image/*,video/*";
+  $("tab-search").hidden = !info.index;
+  $("tab-ask").hidden = !(info.answers || (info.head && info.head.images === 1));
+  if (info.head && !info.head.reads_text) {
+    $("tab-ask").textContent = "Classes";
+    $("question-label").hidden = true;
+    $("ask-form").question.required = false;
+    $("ask-form").querySelector("button").textContent = "Classify";
+  }
+}
+start();

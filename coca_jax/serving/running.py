@@ -1,0 +1,78 @@
+"""A server from its first request to its last: starts, waits for a signal, ends in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+AT_ONCE = 130  # as a shell says of a program that SIGINT ended
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0: any that is free. Raises ValueError where that cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host={host} --port={port}: cannot listen there ({error}); give another --port"
+        ) from None
+
+
+def url(listening: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: ASGIApp, listening: socket.socket, *, grace: int, ready: Callable[[], None]) -> None:
+    """Answers until SIGINT (Ctrl-C) or SIGTERM, then takes no more requests and ends when those
+    that it has are answered, or after `grace` seconds. A second signal ends the process at once,
+    with status 130. Runs in the main thread.
+
+    ready: called when it answers. Raises RuntimeError where it does not start.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace,
+        timeout_keep_alive=20,
+        h11_max_incomplete_event_size=64 << 10,
+        lifespan="off",
+        http="h11",
+    )
+    server = uvicorn.Server(config)
+    asked = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            os._exit(AT_ONCE)
+        asked.set()
+
+    # Signals come here from now on, and no longer to what ends a command that is doing something.
+    signal.set_wakeup_fd(-1)
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=server.run, args=([listening],), name="server")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            thread.join(0.02)
+        if not server.started:
+            raise RuntimeError("the server did not start")
+        ready()
+        while thread.is_alive() and not asked.wait(0.5):
+            pass
+    finally:
+        server.should_exit = True
+        thread.join()
+        for number, handler in former.items():
+            signal.signal(number, handler)

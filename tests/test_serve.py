@@ -1,0 +1,441 @@
+"""A model behind HTTP: a real server in a thread, a tiny model, what it answers and refuses."""
+
+import concurrent.futures
+import http.client
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+
+from coca_jax.searching import index, parts
+
+if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
+    pytest.skip("needs the extra 'serve'", allow_module_level=True)
+
+import uvicorn  # noqa: E402
+
+from coca_jax.serving import app, openapi, running, uploads, works  # noqa: E402
+from coca_jax.serving.batcher import Batcher  # noqa: E402
+from coca_jax.serving.refusals import Refused  # noqa: E402
+
+KEY = "a key of many letters"
+
+
+def png(seed: int, side: int = 20) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(words):  # noqa: F811
+    return tiny_model(words, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures and their index's folder."""
+    root = tmp_path_factory.mktemp("served")
+    (root / "pictures/below").mkdir(parents=True)
+    for number in range(6):
+        name = f"below/{number}.png" if number > 3 else f"{number}.png"
+        (root / "pictures" / name).write_bytes(png(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def searched(model, folder):
+    how = dict(checkpoint="here", batch_size=4, say=lambda text: None)
+    index.add(model, str(folder / "pictures"), parts.Parts(str(folder / "index")), **how)
+    return index.Index(str(folder / "index"))
+
+
+class Client:
+    """A server, and what asks it."""
+
+    def __init__(self, model, **how):
+        how = dict(name="tiny", limits=uploads.Limits(1, 40_000, 4, 2)) | how
+        self.app, self.batcher, self.numbers = app.build(model, **how)
+        self.socket = running.listen("127.0.0.1", 0)
+        config = uvicorn.Config(self.app, log_level="critical", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+        self.thread.start()
+        self.port = self.socket.getsockname()[1]
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.batcher.stop()
+
+    def send(self, method, path, body=b"", headers=None):
+        """(status, headers, bytes)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        found = answer.status, dict(answer.getheaders()), answer.read()
+        connection.close()
+        return found
+
+    def get(self, path, headers=None):
+        return self.send("GET", path, headers=headers)
+
+    def post(self, path, *fields, headers=None):
+        """(status, the answer's JSON); fields: (name, text or bytes of a file)."""
+        mark = uuid.uuid4().hex
+        body = b""
+        for name, value in fields:
+            file = '; filename="x.png"' if isinstance(value, bytes) else ""
+            body += (
+                f'--{mark}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+            )
+            body += (value if file else str(value).encode()) + b"\r\n"
+        body += f"--{mark}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={mark}"}
+        status, _, data = self.send("POST", path, body, kind | (headers or {}))
+        return status, data.decode() if b"event:" in data[:10] else json.loads(data)
+
+    def refused(self, status, path, *fields, headers=None):
+        """The one sentence of a refusal with this status."""
+        found, answer = self.post(path, *fields, headers=headers)
+        assert found == status and list(answer) == ["error"], answer
+        assert "\n" not in answer["error"] and "Traceback" not in answer["error"]
+        return answer["error"]
+
+
+@pytest.fixture(scope="module")
+def client(model, searched):
+    found = Client(model, index=searched)
+    yield found
+    found.close()
+
+
+def test_captions_are_the_model_s(client, model):
+    pictures = [png(number) for number in range(3)]
+    fields = [("image", data) for data in pictures] + [("max_tokens", 5), ("explain", "true")]
+    status, answer = client.post("/api/caption", *fields)
+    assert status == 200, answer
+    wanted = model.captions(pictures, max_tokens=5)
+    for result, (caption,) in zip(answer["results"], wanted):
+        (found,) = result["captions"]
+        assert found["text"] == caption.text
+        assert found["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
+        total = np.prod([word["probability"] for word in found["words"]])
+        assert total == pytest.approx(np.exp(caption.log_prob), rel=0.05)
+        assert np.sum(found["words"][0]["attention"]) == pytest.approx(1, abs=1e-3)
+        assert np.shape(result["attention"]) == (2, 2)
+    how = [("num_captions", 2), ("temperature", 1), ("seed", 7), ("max_tokens", 5)]
+    alone = client.post("/api/caption", ("image", pictures[1]), *how)[1]["results"][0]
+    both = client.post("/api/caption", ("image", pictures[0]), ("image", pictures[1]), *how)
+    assert both[1]["results"][1] == alone  # whatever runs beside it
+    assert len(alone["captions"]) == 2
+
+
+def test_a_stream_grows_to_the_caption(client, model):
+    fields = [("image", png(1)), ("stream", "true"), ("explain", "1"), ("max_tokens", 6)]
+    status, text = client.post("/api/caption", *fields, ("prompt", "a"))
+    found = re.findall(r"event: (\w+)\ndata: (.*)\n\n", text)
+    kinds, data = [kind for kind, _ in found], [json.loads(text) for _, text in found]
+    assert status == 200 and kinds[-1] == "result" and set(kinds[:-1]) == {"tokens"}
+    (wanted,) = model.captions([png(1)], "a", max_tokens=6)
+    (caption,) = data[-1]["captions"]
+    assert caption["text"] == wanted[0].text and len(kinds) == wanted[0].num_tokens + 1
+    grown = [one["tokens"][0]["text"] for one in data[:-1]]
+    assert all(new.startswith(old) for old, new in zip(grown, grown[1:])) and grown[-1]
+    total = np.prod([one["tokens"][0]["probability"] for one in data[:-1]])
+    assert total == pytest.approx(np.exp(wanted[0].log_prob), rel=0.05)
+
+
+def test_labels_answers_and_embeddings(client, model):
+    picture = png(2)
+    status, answer = client.post(
+        "/api/zero_shot", ("image", picture), ("label", "red\nblue\n\nred"), ("label", "green")
+    )
+    found = {one["label"]: one["probability"] for one in answer["results"][0]["labels"]}
+    (wanted,) = model.zero_shot([picture], ["red", "blue", "green"], ["a photo of a {}"])
+    assert list(found) == [["red", "blue", "green"][i] for i in np.argsort(-wanted)]
+    np.testing.assert_allclose([found[k] for k in ("red", "blue", "green")], wanted, atol=1e-4)
+    status, answer = client.post("/api/answer", ("image", picture), ("question", "a red"))
+    assert answer["results"] == [dict(answer=model.answer([picture], ["a red"])[0])]
+    status, answer = client.post("/api/embed", ("image", picture), ("text", "red"), ("text", "a"))
+    np.testing.assert_allclose(answer["images"], model.encode_image([picture]), atol=1e-5)
+    np.testing.assert_allclose(answer["texts"], model.encode_text(["red", "a"]), atol=1e-5)
+    status, answer = client.post("/api/explain", ("image", picture), ("text", "a red circle"))
+    said = [word["text"] for word in answer["results"][0]["captions"][0]["words"]]
+    assert said == ["a", "red", "circle", ""]
+    assert "no task head" in client.refused(404, "/api/head", ("image", picture))
+
+
+def test_search_by_words_pictures_and_both(client, model, searched, folder):
+    picture = png(5)
+    status, answer = client.post("/api/search", ("image", picture), ("k", 3))
+    first = answer["results"][0]
+    assert (first["image"], first["rank"]) == ("below/5.png", 1)  # no path of this machine
+    assert first["score"] == pytest.approx(1, abs=2e-3) and len(answer["results"]) == 3
+    assert client.post("/api/search", ("like", first["row"]), ("k", 3))[1] == answer
+    both = [("text_weight", 0.25), ("image_weight", 0.75), ("k", 6)]
+    status, answer = client.post("/api/search", ("text", "red"), ("image", picture), *both)
+    wanted = searched.search(searched.query(model, ["red"], [picture], [1, 3]), 6)
+    assert [one["row"] for one in answer["results"]] == [one["row"] for one in wanted]
+    status, headers, data = client.get(first["picture"])
+    assert status == 200 and headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(data)).size == (20, 20)
+    assert client.get("/api/pictures/6")[0] == 404
+    assert client.get("/api/pictures/0?side=999999")[0] == 400
+    assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
+    assert "add up to 0" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says it has side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+
+
+def test_uploads_that_cannot_be_are_a_sentence(client):
+    ask = "/api/caption"
+    assert "image is missing" in client.refused(400, ask)
+    assert "empty file" in client.refused(400, ask, ("image", b""))
+    assert "not an image" in client.refused(400, ask, ("image", b"<svg onload=alert(1)>" * 9))
+    assert "not an image" in client.refused(400, ask, ("image", b"%!PS-Adobe-3.0 EPSF-3.0"))
+    assert "damaged image" in client.refused(400, ask, ("image", png(0)[:300]))
+    assert "too many pixels" in client.refused(400, ask, ("image", bomb(60_000)))
+    assert "too many pixels" in client.refused(400, ask, ("image", bomb(201)))
+    assert "picture 2 of 2" in client.refused(400, ask, ("image", png(0)), ("image", b"no"))
+    many = [("image", png(0))] * 5
+    assert "more than 4 pictures" in client.refused(400, ask, *many)
+    assert "more than 4 pictures" in client.refused(400, ask, *many * 9)
+    assert "give a file" in client.refused(400, ask, ("image", "/etc/passwd"))
+    assert "not a file" in client.refused(400, ask, ("image", png(0)), ("prompt", b"file"))
+    assert "larger than 1 MiB" in client.refused(413, ask, ("image", b"x" * (2 << 20)))
+    for field, value, says in (
+        ("num_beams", 9, "from 1 to 8"),
+        ("num_beams", "many", "give a number"),
+        ("temperature", "nan", "from 0 to 10"),
+        ("num_captions", 2, "greedy decoding"),
+        ("stream", "maybe", "true or false"),
+        ("path", "/etc/passwd", "no such field"),
+        ("prompt", "a " * 3000, "at most 2000"),
+        ("prompt", "a red " * 100, "shorten it"),
+    ):
+        assert says in client.refused(400, ask, ("image", png(0)), (field, value)), field
+    status, _, data = client.send(
+        "POST", ask, b"--x\r\nbroken", {"Content-Type": "multipart/form-data"}
+    )
+    assert status == 400 and "error" in json.loads(data)
+    assert client.send("POST", ask, b"{}", {"Content-Type": "application/json"})[0] == 400
+    sending = socket.create_connection(("127.0.0.1", client.port))  # a body that never comes
+    sending.sendall(
+        b"POST /api/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    assert b" 408 " in sending.recv(1000).split(b"\r\n")[0]
+    sending.close()
+    assert client.post(ask, ("image", png(0)), ("max_tokens", 5))[0] == 200  # it goes on
+
+
+def test_no_path_leads_to_a_file(client):
+    for path in ("/../setup.py", "/..%2f..%2fetc/passwd", "/serve.css/../../x", "//etc/passwd",
+                 "/api/pictures/..%2f0", "/api/pictures/-1", "/page/serve.js", "/%00"):  # fmt: skip
+        status, headers, data = client.get(path)
+        assert status == 404 and list(json.loads(data)) == ["error"], path
+    assert client.send("POST", "/", b"")[0] == 405
+
+
+def test_the_page_and_what_watches_the_server(client):
+    status, headers, data = client.get("/")
+    assert status == 200 and "text/html" in headers["content-type"]
+    assert "default-src 'self'" in headers["content-security-policy"]
+    page = data.decode()
+    for path in re.findall(r'(?:href|src)="(/[\w.]+)"', page):
+        assert client.get(path)[0] == 200, path
+    assert "http://" not in page and "https://" not in page  # nothing of others
+    info = json.loads(client.get("/api/info")[2])
+    assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
+    assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
+    text = client.get("/metrics")[2].decode()
+    assert re.search(r'coca_jax_requests_total{path="/api/caption",status="200"} \d', text)
+    assert re.search(r'coca_jax_requests_total{path="other",status="404"} \d', text)
+    assert "coca_jax_batch_items_count" in text
+
+
+def test_openapi_describes_what_there_is(client):
+    found = json.loads(client.get("/openapi.json")[2])
+    assert found == json.loads(json.dumps(openapi.document(False)))
+    caption = found["paths"]["/api/caption"]["post"]["requestBody"]["content"]
+    fields = caption["multipart/form-data"]["schema"]["properties"]
+    assert fields["num_beams"] == dict(
+        type="integer",
+        minimum=1,
+        maximum=8,
+        default=1,
+        description="Beams of beam search; 1: none.",
+    )
+    assert fields["image"]["items"] == dict(type="string", format="binary")
+    for path, methods in found["paths"].items():
+        for method in methods:
+            status = client.send(method.upper(), path.replace("{row}", "0"), b"")[0]
+            assert status in (200, 400, 404), path
+
+
+def test_who_may_ask(model):
+    client = Client(model, key=KEY)
+    try:
+        right = {"Authorization": f"Bearer {KEY}"}
+        assert client.get("/")[0] == client.get("/healthz")[0] == 200
+        for path in ("/api/info", "/metrics", "/openapi.json"):
+            status, headers, data = client.get(path)
+            assert status == 401 and headers["www-authenticate"] == "Bearer"
+            assert client.get(path, {"Authorization": f"Bearer {KEY}x"})[0] == 401
+            assert client.get(path, right)[0] == 200
+        assert "key" in client.refused(401, "/api/embed", ("text", "red"))
+        assert client.post("/api/embed", ("text", "red"), headers=right)[0] == 200
+        assert client.get("/api/info", {"Host": "evil.example"} | right)[0] == 403  # rebinding
+        assert client.get("/", {"Host": f"127.0.0.1:{client.port}"})[0] == 200
+        other = {"Origin": "https://evil.example"} | right
+        assert "other sites" in client.refused(403, "/api/embed", ("text", "red"), headers=other)
+        own = {"Origin": f"http://127.0.0.1:{client.port}"} | right
+        assert client.post("/api/embed", ("text", "red"), headers=own)[0] == 200
+    finally:
+        client.close()
+
+
+def test_requests_run_together_and_none_is_lost(client, model):
+    before = client.numbers.text()[0].decode()
+    pictures = [png(number) for number in range(4)]
+    wanted = [row[0].text for row in model.captions(pictures, max_tokens=5)]
+
+    def ask(number: int):
+        fields = ("image", pictures[number % 4]), ("max_tokens", 5)
+        return client.post("/api/caption", *fields)
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(60)))
+    texts = [answer["results"][0]["captions"][0]["text"] for _, answer in answers]
+    assert texts == [wanted[number % 4] for number in range(60)]
+    after = client.numbers.text()[0].decode()
+    count, items = (
+        float(re.search(rf"coca_jax_batch_items_{name} ([\d.]+)", after)[1])
+        - float(re.search(rf"coca_jax_batch_items_{name} ([\d.]+)", before)[1])
+        for name in ("count", "sum")
+    )
+    assert items == 60 and count < 50
+
+
+class Slow:
+    """A work that waits until it is let go, and refuses the item 'bad'."""
+
+    def __init__(self):
+        self.go, self.batches = threading.Event(), []
+
+    def run(self, model, items):
+        self.go.wait(10)
+        self.batches.append(list(items))
+        if "bad" in items:
+            raise ValueError("bad: no such thing")
+        yield [item.upper() for item in items]
+
+
+def test_a_batch_is_bounded_and_one_bad_item_spoils_none():
+    import asyncio
+
+    batcher, work = Batcher(None, batch_size=4, wait=0.05, depth=5), Slow()
+
+    async def ask():
+        jobs = [asyncio.create_task(batcher.answers(work, [x])) for x in ("a", "b", "bad", "c")]
+        await asyncio.sleep(0.5)  # taken, and held
+        more = [asyncio.create_task(batcher.answers(work, [x])) for x in "defgh"]
+        await asyncio.sleep(0.1)
+        with pytest.raises(Refused, match="too many requests"):
+            await batcher.answers(work, ["i"])
+        more[4].cancel()  # whoever asked has left
+        await asyncio.sleep(0.1)
+        work.go.set()
+        return await asyncio.gather(*jobs, *more, return_exceptions=True)
+
+    found = asyncio.run(ask())
+    batcher.stop()
+    assert found[:2] == [["A"], ["B"]] and found[3:8] == [["C"], ["D"], ["E"], ["F"], ["G"]]
+    assert isinstance(found[2], ValueError) and isinstance(found[8], asyncio.CancelledError)
+    assert work.batches == [["a", "b", "bad", "c"], ["a"], ["b"], ["bad"], ["c"], list("defg")]
+    with pytest.raises(Refused, match="stopping"):
+        asyncio.run(batcher.answers(work, ["late"]))
+
+
+def test_a_defect_is_not_shown(client, monkeypatch):
+    def fails(self, model, items):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(works.Answer, "run", fails)
+    status, answer = client.post("/api/answer", ("image", png(0)), ("question", "red"))
+    assert status == 500 and "secret" not in answer["error"]
+
+
+def command(*arguments: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "coca_jax", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | env,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((), "--checkpoint is missing"),
+        (("--checkpoint=x", "--host=0.0.0.0"), "needs a key"),
+        (("--checkpoint=none", "--port=0"), "none does not exist"),
+    ],
+)
+def test_what_the_command_refuses(arguments, says):
+    process = command(*arguments, COCA_JAX_SERVE_KEY="")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and says in err and "Traceback" not in err
+
+
+@pytest.mark.slow  # two starts of the command
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_order(model, tmp_path, number):
+    from coca_jax.inference import export_programs
+
+    export_programs.export(model, str(tmp_path / "export"))
+    process = command(f"--checkpoint={tmp_path / 'export'}", "--port=0")
+    said = ""
+    while "serving at" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    port = int(re.search(r"http://127.0.0.1:(\d+)", said)[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().read() == b'{"status":"ok"}'
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["requests"] == 1
+    assert "Traceback" not in err and time.monotonic() - start < 30
