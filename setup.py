@@ -108,6 +108,7 @@ setuptools.setup(
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "serve": SERVE,
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
+        "onnx": ["jax2onnx>=0.17", "onnx>=1.18", "onnxruntime>=1.22"],  # takes an older Orbax
         "video": ["av>=18.1"],
         "docs": DOCS,
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java

@@ -12,9 +12,15 @@ what `jax.export` made (StableHLO, any batch size):
 params is the flat dict of params.safetensors. A caption is decode_step from the begin symbol at
 step 0 on, each time with the token that was chosen.
 
+--format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
+--batch rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start gives
+what the decoder reads of the image and then the state; decode_step takes both, the token and its
+place, and gives log probabilities and the state. onnxruntime runs each beside the model.
+
 Examples:
   coca-jax export --checkpoint=runs/demo --out=exported
   coca-jax export --checkpoint=runs/demo --out=exported --platforms=cpu,tpu,cuda
+  coca-jax export --checkpoint=runs/demo --out=exported --format=onnx --batch=8 --int8
   coca-jax export --checkpoint=runs/demo --out=for_hub --format=hub --push=me/demo
 """
 
@@ -42,9 +48,12 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "format",
         "folder",
-        ["folder", "hub"],
-        "folder: weights and programs; hub: weights, tokenizer and card as the hub has them.",
+        ["folder", "hub", "onnx"],
+        "folder: weights and programs; hub: weights, tokenizer and card as the hub has them; onnx: "
+        "weights, and programs for onnxruntime.",
     )
+    flags.DEFINE_integer("batch", 1, "Rows that the programs of --format=onnx take at a time.")
+    flags.DEFINE_bool("int8", False, "With --format=onnx: also programs with weights of 8 bits.")
     flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
     known = ", ".join(export_format.PLATFORMS)
@@ -60,6 +69,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "[--push=org/name]"
         )
     export_format.check_platforms(args.platforms)
+    if args.format != "onnx" and (args.int8 or args.batch != 1):
+        raise ValueError("--batch and --int8 belong to --format=onnx")
+    if args.batch < 1:
+        raise ValueError(f"--batch={args.batch}: give at least 1 row")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if storage.is_remote(args.out):
@@ -68,6 +81,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = coca_jax.load(args.checkpoint)
     if args.format == "hub":
         return _to_hub(model)
+    if args.format == "onnx":
+        return _to_onnx(model)
     import jax
 
     from coca_jax.inference import export_programs
@@ -98,6 +113,15 @@ def _to_hub(model: CoCaModel) -> dict[str, Any]:
         with storage.local_copy(args.out) as folder:
             summary["url"] = hub.push(folder, args.push, private=args.private)
     return summary
+
+
+def _to_onnx(model: CoCaModel) -> dict[str, Any]:
+    from coca_jax.inference import export_onnx
+
+    args = flags.FLAGS
+    cli.say("converting the programs and running them beside the model")
+    found = export_onnx.export(model, args.out, batch=args.batch, int8=args.int8)
+    return _told(found.pop("files")) | found
 
 
 def _told(files: dict[str, int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax.inference import export_folder, export_programs
+import coca_jax
+from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
@@ -56,6 +58,39 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
     for tokens, (caption,) in zip(found["caption"], captions):
         ids = tokens[: caption.num_tokens].tolist()
         assert words.decode(ids) == caption.text
+
+
+@pytest.fixture
+def onnx_packages(monkeypatch):
+    """They stand beside the environment, see .ci/run, and behind it."""
+    beside = os.environ.get("COCA_JAX_ONNX", os.path.join(ROOT, ".venv", "onnx-packages"))
+    if os.path.isdir(beside):
+        monkeypatch.syspath_prepend(beside)
+        sys.path.remove(beside)
+        sys.path.append(beside)
+    pytest.importorskip("jax2onnx", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+
+
+def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_packages):  # noqa: F811
+    found = export_onnx.export(model, str(tmp_path), batch=2, int8=True)
+    assert set(found["differences"]) == {"encode_image", "encode_text", "decode_step"}
+    assert max(found["differences"].values()) < 1e-5
+    assert found["int8"]["image_cosine"] > 0.98 and found["int8"]["text_cosine"] > 0.98
+    assert 0 < found["int8"]["log_prob"] < 0.5
+    sizes = found["files"]
+    assert sizes["onnx/encode_image.int8.onnx"] < 0.75 * sizes["onnx/encode_image.onnx"]
+    pair = images[:2]
+    embedding, tokens = export_onnx.run(f"{tmp_path}/onnx/encode_image.onnx", pair)
+    np.testing.assert_allclose(embedding, model.encode_image(pair), atol=1e-5)
+    decoder = export_onnx.Decoder(str(tmp_path), tokens)
+    token, ids = np.full(2, words.bos_id, np.int32), []
+    for _ in range(6):
+        token = decoder.step(token)[:, : words.size].argmax(-1).astype(np.int32)
+        ids.append(token)
+    for row, (caption,) in zip(np.stack(ids, 1), model.captions(pair, max_tokens=6)):
+        assert words.decode(row[: caption.num_tokens].tolist()) == caption.text
+    assert coca_jax.load(str(tmp_path)).max_len == model.max_len  # it is an export as well
 
 
 def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811

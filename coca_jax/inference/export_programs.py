@@ -24,7 +24,7 @@ from coca_jax.ops.packed import Layout
 def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
     """The five programs by name, serialised. Raises ValueError for an unknown platform."""
     export_format.check_platforms(platforms)
-    functions = _functions(model, platforms)
+    functions = functions_of(model, platforms)
     batch = jax.export.symbolic_shape("b")[0]
     length, side = model.max_len, model.image_size
 
@@ -50,9 +50,13 @@ def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes
     return programs
 
 
-def _functions(model: CoCaModel, platforms: Sequence[str]) -> _Functions:
+def functions_of(
+    model: CoCaModel, platforms: Sequence[str], layout: Layout | None = None
+) -> Functions:
+    """The five functions that the programs are made of; layout: of the packed weights, by default
+    the platforms'."""
     sizes, vocabulary = model.config.model, model.vocabulary
-    return _Functions(
+    return Functions(
         sizes,
         coca.build(
             sizes, sigmoid=roles.sigmoid_bias(model.params) is not None, platform=platforms[0]
@@ -64,11 +68,11 @@ def _functions(model: CoCaModel, platforms: Sequence[str]) -> _Functions:
             hidden_id=vocabulary.hidden_id,
             platform=platforms[0],
         ),
-        "transposed" if list(platforms) == ["cpu"] else "kernel",
+        layout or ("transposed" if list(platforms) == ["cpu"] else "kernel"),
     )
 
 
-class _Functions(NamedTuple):
+class Functions(NamedTuple):
     """What the programs compute: of a module, and of the decoder that `spec` describes, in
     `layout`. A state is a dict of lists of tuples, which a reader without this package can pass."""
 

@@ -55,7 +55,7 @@ def merge_heads(x: jax.Array) -> jax.Array:
 
 def causal_mask(queries: int, keys: int) -> jax.Array:
     """bool [1, 1, N, M], True where a query may look: at its own place and before."""
-    return jnp.tril(jnp.ones((queries, keys), bool))[None, None]
+    return (jnp.arange(queries)[:, None] >= jnp.arange(keys))[None, None]
 
 
 def whole_mask(mask: jax.Array | None, causal: bool, length: int) -> jax.Array | None:
