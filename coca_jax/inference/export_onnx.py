@@ -218,7 +218,7 @@ def session(path: str) -> Any:
     return packages()[2].InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def answer(loaded: Any, *inputs: np.ndarray) -> list[np.ndarray]:
+def answer(loaded: Any, *inputs: Any) -> list[np.ndarray]:
     """Its outputs in order."""
     return loaded.run(None, {f"in_{i}": np.asarray(x) for i, x in enumerate(inputs)})
 
