@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import export_format, extras, storage
@@ -169,7 +170,7 @@ class Found:
         (self.text,) = run(file(folder, "encode_text", kind), arrays.tokens, arrays.valid)
         decoder = Decoder(folder, image_tokens, kind)
         self.log_probs = np.stack([decoder.step(token) for token in arrays.tokens.T], 1)
-        pixels = np.asarray(normalise_pixels(arrays.image, model.config.model))
+        pixels = np.asarray(normalise_pixels(jnp.asarray(arrays.image), model.config.model))
         wanted = model.forward(pixels, arrays.tokens)
         self.wanted = wanted.image_embedding, wanted.text_embedding
         self.wanted_log_probs = np.asarray(jax.nn.log_softmax(wanted.logits))
