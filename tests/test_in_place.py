@@ -99,6 +99,19 @@ def test_an_index_has_the_records_of_a_copy(made):
     assert not (made / "index" / "features.json").exists()  # TFDS would show references as images
 
 
+def test_relative_names_and_links(tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tars)
+    (tmp_path / "link").symlink_to(tars)
+    for number, path in enumerate(("000.tar", ".", f"{tmp_path}/link", f"file://{tars}/000.tar")):
+        out = str(tmp_path / str(number))
+        make("webdataset", path, out, in_place=True)
+        monkeypatch.chdir(tmp_path)
+        assert sources.open_source(out).read([5])[0].image == picture(5)
+        records = prepared.open_split(out, "train")
+        assert records.read([0])[0].image == picture(0)
+        monkeypatch.chdir(tars)
+
+
 def test_search_indexes_the_pictures_of_all_splits(made, tars):
     found = [one for group in pictures.groups(str(made / "index"), ()) for one in group.read()]
     there = [one for group in pictures.groups(str(tars), ()) for one in group.read()]

@@ -6,7 +6,9 @@ image, a reference to its bytes as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import posixpath
 import zlib
 from typing import Any, NamedTuple
@@ -72,9 +74,15 @@ def dump(span: Span, image: bytes, root: str) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+@functools.lru_cache(maxsize=4096)
 def _below(path: str, root: str) -> str:
+    """A path relative to the root where it lies below it, whichever links lead there."""
+    found = [path]
+    if not files.is_remote(path):
+        path = path.removeprefix("file://")
+        found = [os.path.abspath(path), os.path.realpath(path)]
     start = root.rstrip("/") + "/"
-    return path[len(start) :] if path.startswith(start) else path
+    return next((one[len(start) :] for one in found if one.startswith(start)), found[0])
 
 
 def load(data: bytes, root: str) -> Reference:
