@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import sys
 import time
 
@@ -55,7 +56,8 @@ def cached(entry: Entry, split: str) -> str:
     format, options = formats.guess(entry.path), _options(entry)
     _check(entry, format)
     units = shards.importer(format).plan(entry.path, split, options)
-    mark = json.dumps([format, entry.path, split, entry.image_field, _state(units)])
+    path = entry.path if files.is_remote(entry.path) else os.path.abspath(entry.path)
+    mark = json.dumps([format, path, split, entry.image_field, _state(units)])
     folder = cache_folder.folder() / "indexes"
     folder.mkdir(mode=0o700, exist_ok=True)
     out = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
