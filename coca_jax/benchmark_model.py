@@ -177,6 +177,8 @@ def build(config: Config) -> coca.CoCa:
         config.model,
         remat=config.remat,
         sigmoid=sigmoid,
+        bag_of_tokens=config.loss.bag_weight > 0,
+        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
         head=config.head,
         num_classes=len(head_classes(config)),
     )

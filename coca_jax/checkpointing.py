@@ -190,7 +190,8 @@ def _items(state: TrainState) -> dict[str, Any]:
         "opt_state": state.opt_state,
         "counters": {"step": state.step, "skipped": state.skipped},
     }
-    return items if state.ema is None else items | {"ema": state.ema}
+    optional = {"ema": state.ema, "estimates": state.estimates}
+    return items | {name: item for name, item in optional.items() if item is not None}
 
 
 def read_item(folder: epath.Path, item: str, target: Any) -> Any:

@@ -103,6 +103,7 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
     model_cfg = open_clip_config.from_model(config.model)
+    params = roles.without_training_aids(params)
     bias = roles.sigmoid_bias(params)
     layout = Layout(config.model, logit_bias=bias is not None)
     if bias is not None:

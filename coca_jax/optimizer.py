@@ -20,7 +20,9 @@ MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are 
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """step -> learning rate: linear warm-up from 0, then 'linear' or 'cosine' to 0, or 'constant'.
+    """step -> learning rate: linear warm-up from 0, then 'linear' or 'cosine' to 0, or 'constant',
+    or 'wsd': constant, and over the last decay_share of the steps down to 0 as 1 - sqrt(share of
+    them), which can start from any step of a constant run (Haegele et al. 2024).
 
     Raises ValueError for an unknown schedule or a warm-up longer than the run.
     """
@@ -30,18 +32,37 @@ def make_schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax
         "linear": lambda t: 1 - t,
         "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
         "constant": lambda t: jnp.ones_like(t),
+        "wsd": lambda t: 1 - jnp.sqrt(t),
     }
     if optimizer.schedule not in decays:
         raise ValueError(f"optimizer.schedule={optimizer.schedule!r}; choose from {list(decays)}")
     decay = decays[optimizer.schedule]
+    first = warmup  # of the steps that decay
+    if optimizer.schedule == "wsd":
+        first = max(warmup, steps - max(1, round(optimizer.decay_share * steps)))
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(1, warmup)) if warmup else 1.0
-        progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+        progress = jnp.clip((step - first) / max(1, steps - first), 0.0, 1.0)
         return peak * rise * decay(progress)
 
     return schedule
+
+
+def averages(optimizer: Optimizer) -> bool:
+    """Whether a run keeps averaged parameters beside its own."""
+    return optimizer.ema > 0 or optimizer.average_share > 0
+
+
+def average_decay(optimizer: Optimizer, step: jax.Array, steps: int) -> Any:
+    """The share that the average of a step has in that of the next one. Over the last part of a
+    run (average_share) the average is the mean of the parameters behind each of its steps."""
+    if not optimizer.average_share:
+        return optimizer.ema
+    first = steps - max(1, round(optimizer.average_share * steps))
+    counted = jnp.maximum(step - first, 0).astype(jnp.float32)
+    return counted / (counted + 1)
 
 
 def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:

@@ -75,7 +75,7 @@ def _options() -> Options:
 
 
 def train_vocabulary(
-    paths: Sequence[str], size: int, out: str, sentences: int, kind: str = "unigram"
+    paths: Sequence[str], size: int, out: str, sentences: int, kind: str = "auto"
 ) -> dict[str, Any]:
     """Trains a vocabulary on captions and label names of prepared folders (split 'train').
 
@@ -179,7 +179,10 @@ def _define_other_uses() -> None:
     flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
     flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
     flags.DEFINE_enum(
-        "vocabulary_kind", "unigram", vocabulary.KINDS, "vocabulary: 'bpe' suits few texts better."
+        "vocabulary_kind",
+        "auto",
+        vocabulary.KINDS,
+        "vocabulary: 'auto' is unigram, and of texts too few for it what leaves fewer tokens.",
     )
     flags.DEFINE_integer("step", 0, "inspect: which step.")
     recipes.define_flag("inspect: ")

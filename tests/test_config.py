@@ -59,7 +59,7 @@ def test_values_have_the_type_of_their_key():
     assert isinstance(found.epochs, float) and found.image_sizes == ((0.5, 144),)
     assert found.data.sources == (Entry(path="x", where={"a": (1, 2)}),)
     for value in ("x", 3):
-        with pytest.raises(ValueError, match="^config.model=.*: give a dict of activation, dtype"):
+        with pytest.raises(ValueError, match="^config.model=.*: give a dict of activation, bias"):
             read(Config, {"model": value})
 
 

@@ -24,8 +24,38 @@ PANELS, OPEN_CLIP_PANELS = (
 )
 
 
-KINDS = ["paper", "open_clip", "reference", "open_clip_reference", "qk_norm"]
+KINDS = ["paper", "open_clip", "reference", "open_clip_reference", "modern", "modern_open_clip"]
 KINDS += [PANELS, OPEN_CLIP_PANELS]
+
+
+MODERN = dict(
+    modern=dict(
+        qk_norm=True, norm="rms", bias=False, positions="rope", gated_mlp=True, layer_scale=0.5
+    ),
+    modern_open_clip=dict(
+        norm_eps=1e-2,
+        bias=False,
+        positions="both",
+        activation="silu",
+        text=dict(block=dict(bias=True, qk_norm=True, qk_norm_kind="layer")),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, dict(activation="silu"), dict(norm="rms"), dict(text=dict(kv_heads=2))], ids=str
+)
+def test_panels_are_left_to_blocks_that_their_kernels_know(change):
+    """Of shapes alone: nothing is packed of a block that has what they do not compute."""
+    config = tiny_config().model
+    config.text.update(change.get("text", {}))
+    config.update({k: v for k, v in change.items() if k != "text"})
+    module, spec = coca.build(config), decoding.decoder(config, num_ids=64, eos_id=EOS)
+    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
+    weights = jax.eval_shape(lambda p: decoding.pack(spec, p, "panels"), params)
+    packed = set() if change else {"attention", "cross_attention", "mlp"}
+    assert set(weights["multimodal"][0]["packed"]) == packed
+    assert ("panels" in weights["head"]) == ("norm" not in change)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -55,7 +85,8 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
         open_clip=dict(cross="open_clip", head_bias=False),
         tied=dict(tie_embeddings=True),
         reference={},
-        qk_norm={},  # nothing of it is packed
+        modern=dict(kv_heads=2),  # nothing of these two is packed
+        modern_open_clip=dict(cross="open_clip", head_bias=False, kv_heads=1, multimodal_heads=2),
         open_clip_reference=dict(cross="open_clip", head_bias=False),
         panels=dict(num_heads=1),  # a head of 16
         open_clip_panels=dict(cross="open_clip", head_bias=False, num_heads=1),
@@ -64,7 +95,9 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
     config.text.update(text)
     config.image.depth = 1
-    config.qk_norm = kind == "qk_norm"
+    modern = dict(MODERN.get(kind, {}))
+    config.text.update(modern.pop("text", {}))
+    config.update(modern)
     module = coca.build(config)
     params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)

@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpointing", "training.goodput"),
     "a step": (
         *("training.step", "training.state", "training.gradients", "training.objectives"),
+        *("training.objective", "training.image_losses"),
         *("training.parts", "training.text_lengths"),
     ),
     "what a run is made of": ("optimizer", "run_config", "importers"),

@@ -1,5 +1,7 @@
 """The model: exact sizes, what each part may see, what padding may not change."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import random_batch, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, decoding, layers, stem
+from coca_jax.models import coca, decoding, layers, roles, rotary, stem
 from coca_jax.ops.reference import ACTIVATIONS
 
 
@@ -61,10 +63,37 @@ def test_small_recipe_has_the_published_sizes():
     assert config.data.label_token and config.log.every_steps == 100
 
 
+OPTIONS = dict(
+    paper={},
+    qk_norm=dict(qk_norm=True),
+    modern=dict(
+        norm="rms",
+        bias=False,
+        positions="rope",
+        gated_mlp=True,
+        activation="silu",
+        layer_scale=0.5,
+        text=dict(kv_heads=2),
+        image=dict(registers=2, class_token=True),
+    ),
+    both=dict(norm_eps=1e-3, bias=False, positions="both", text=dict(kv_heads=1)),
+)
+
+
+def change(config, options):
+    for key, value in options.items():
+        if isinstance(value, dict):
+            config.model[key].update(value)
+        else:
+            config.model[key] = value
+
+
 @pytest.fixture(scope="module", params=["cascade", "parallel"])
 def setup(request):
+    """The paper's model, and the other kind of pooling with the options of later blocks."""
     config = tiny_config()
     config.model.pooler.kind = request.param
+    change(config, OPTIONS["modern"] if request.param == "parallel" else {})
     model = coca.build(config.model)
     params = initialise(model, 1)
     # Away from the symmetric start, so that every path carries signal.
@@ -161,18 +190,17 @@ def test_poolers_of_both_kinds_have_equal_sizes():
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_forms_of_all_platforms_agree(qk_norm):
-    config = tiny_config(qk_norm=qk_norm)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_the_forms_of_all_platforms_agree(options):
+    config = tiny_config()
+    change(config, options)
     batch = random_batch(config)
     pixels = jnp.asarray(batch["image"], jnp.float32) / 255
-    outputs = []
+    params, outputs = initialise(coca.build(config.model)), []
     for platform in ("cpu", "tpu", "gpu"):
-        model = coca.build(config.model, platform=platform)
-        params = initialise(model)
-        outputs.append(
-            model.apply({"params": params}, pixels, batch["tokens"], batch["text_valid"]).logits
-        )
+        forward = jax.jit(coca.build(config.model, platform=platform).apply)
+        found = forward({"params": params}, pixels, batch["tokens"], batch["text_valid"])
+        outputs.append(found.logits)
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
     np.testing.assert_allclose(outputs[0], outputs[2], atol=1e-5)
 
@@ -204,6 +232,82 @@ def test_queries_and_keys_are_normed_in_each_head():
     np.testing.assert_allclose(got, want, atol=1e-4)
     bias = jax.grad(lambda p: attention.apply({"params": p}, x)[0, 0, 0])(params)["key"]["bias"]
     assert jnp.abs(bias).max() > 1e-4
+
+
+def test_rotary_positions_turn_pairs_by_their_place():
+    """Against complex numbers; and a score depends on the distance alone."""
+    places = jnp.array([[0, 3, 7, 11]])
+    rotation = rotary.of_places(places[..., None], 8, 100.0)
+    x = jax.random.normal(jax.random.key(0), (1, 4, 16))
+    got = np.asarray(rotary.rotate(x, rotation, 2)).reshape(4, 2, 8)
+    heads = np.asarray(x).reshape(4, 2, 8)
+    angle = np.asarray(places)[0][:, None] * 100.0 ** (-np.arange(4) / 4)
+    turned = (heads[..., :4] + 1j * heads[..., 4:]) * np.exp(1j * angle)[:, None]
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    later = rotary.rotate(x, rotary.of_places(places[..., None] + 5, 8, 100.0), 2)
+    scores = [np.einsum("bnd,bmd->nm", y, y) for y in (rotary.rotate(x, rotation, 2), later)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_rotary_positions_of_patches_go_by_row_and_column():
+    rotation = rotary.of_places(rotary.grid(3, 3), 8, 100.0).reshape(3, 3, 2, 2, 2)
+    rows, columns = rotation[:, :, :, 0], rotation[:, :, :, 1]  # [row, column, cos or sin, wave]
+    np.testing.assert_array_equal(rows[:, 0], rows[:, 2])
+    np.testing.assert_array_equal(columns[0], columns[2])
+    np.testing.assert_allclose(rows[2, 0, 1], np.sin([2, 0.2]), rtol=1e-6)
+    np.testing.assert_array_equal(rows[:, 0], columns[0])
+    halved = rotary.grid(6, 3).reshape(6, 6, 2)  # twice as many patches of the same picture
+    np.testing.assert_allclose(halved[:2, 0, 0].mean(), 0.0, atol=1e-6)
+    np.testing.assert_allclose(halved[4:, 0, 0].mean(), 2.0, atol=1e-6)
+
+
+def test_heads_that_share_keys_are_heads_with_equal_keys():
+    grouped, whole = layers.Attention(12, 4, kv_heads=2), layers.Attention(12, 4)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    params = partitioning.unbox(grouped.init(jax.random.key(1), x)["params"])
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    assert params["key"]["kernel"].shape == (12, 2, 3)
+    repeated = {
+        name: jax.tree.map(lambda p: jnp.repeat(p, 2, axis=p.ndim - 2), params[name])
+        for name in ("key", "value")
+    }
+    got = grouped.apply({"params": params}, x)
+    want = whole.apply({"params": params | repeated}, x)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_gated_mlps_and_norms_are_their_formulas():
+    options = layers.BlockOptions(gated_mlp=True, activation="silu", bias=False, norm="rms")
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 5, 8)) + 1
+    mlp = layers.Mlp(12, options=options)
+    params = partitioning.unbox(mlp.init(jax.random.key(1), x)["params"])
+    gate, up, out = (np.asarray(params[name]["kernel"]) for name in ("gate", "in", "out"))
+    gated = x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)
+    np.testing.assert_allclose(mlp.apply({"params": params}, x), gated @ out, atol=1e-5)
+    scale = jnp.linspace(0.5, 2, 8)
+    got = layers.Norm(options).apply({"params": {"scale": scale}}, x)
+    want = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    plain = dataclasses.replace(options, norm="layer", norm_eps=0.5)
+    got = layers.Norm(plain).apply({"params": {"scale": scale}}, x)
+    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5) * scale
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_model_without_biases_has_none_and_every_parameter_has_a_role():
+    config = tiny_config()
+    change(config, OPTIONS["modern"])
+    config.model.image.patch_bias = config.model.text.head_bias = False
+    model = coca.build(config.model)
+    boxed = jax.eval_shape(lambda: coca.init(model, jax.random.key(0)))
+    kinds = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(partitioning.unbox(boxed)):
+        names = roles.names_of(path)
+        kinds.setdefault(roles.role_of(names).kind, set()).add("/".join(names[-2:]))
+    assert set(kinds) == {"kernel", "norm", "table"}
+    assert {"attention_scale/gain", "mlp_scale/gain", "query_norm/scale"} <= kinds["norm"]
+    assert "gate/kernel" in kinds["kernel"] and "registers/value" in kinds["table"]
+    assert "positions/value" not in kinds["table"]
 
 
 def test_conv_stem_gives_the_same_number_of_tokens():
@@ -241,6 +345,10 @@ def test_patch_dropout_drops_in_training_only():
         (dict(patch_size=7), "model.patch_size=7 does not divide model.image_size=16"),
         (dict(dtype="float16"), "model.dtype='float16'"),
         (dict(activation="swish"), "model.activation='swish'"),
+        (dict(image=dict(block=dict(width=8))), "model.image.block: no key 'width' of a block"),
+        (dict(text=dict(block=dict(norm_eps=2.0))), "model.text.block.norm_eps=2.0: give a number"),
+        (dict(text=dict(kv_heads=3)), "model.text.kv_heads=3 does not divide model.text.num_heads"),
+        (dict(positions="rope", image=dict(num_heads=8)), "heads of model.image are 2 wide"),
     ],
 )
 def test_impossible_models_are_refused(change, message):

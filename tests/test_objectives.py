@@ -26,6 +26,8 @@ def inputs_of(seed=0):
             logit_bias=np.float32(-2.0),
             states=rng.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32),
             kernel=rng.normal(size=(WIDTH, VOCAB)).astype(np.float32),
+            pooled=rng.normal(size=(ROWS, WIDTH)).astype(np.float32),
+            bag_kernel=rng.normal(size=(WIDTH, VOCAB)).astype(np.float32),
             bias=rng.normal(size=VOCAB).astype(np.float32),
             class_logits=rng.normal(size=(ROWS, 3)).astype(np.float32),
             class_id=np.array([0, 1, -1, 2, 2, -1, 0, 1], np.int32),
@@ -37,7 +39,7 @@ def inputs_of(seed=0):
     }
 
 
-SHARED = ("scale", "logit_bias", "kernel", "bias")
+SHARED = ("scale", "logit_bias", "kernel", "bias", "bag_kernel")
 
 
 def rows_of(inputs, rows):
@@ -72,7 +74,9 @@ def test_a_run_has_the_losses_that_have_a_weight():
 def test_values_and_metrics_of_parts_add_up(chunk):
     """Of five rows and three, of which the last part may have no class or no label."""
     inputs = inputs_of()
-    for objective in objectives.of(config_of(caption_chunk=chunk, z_loss=1e-2)):
+    config = config_of(caption_chunk=chunk, z_loss=1e-2, bag_weight=1.0)
+    config.model.text.vocab_size = VOCAB
+    for objective in objectives.of(config):
         if objective.couples:
             continue
         totals = objective.totals({name: inputs[name] for name in objective.fields})
@@ -83,6 +87,30 @@ def test_values_and_metrics_of_parts_add_up(chunk):
         for name, (total, count) in means.items():
             np.testing.assert_allclose(sum(m[name][0] for _, m in each), total, rtol=1e-6)
             np.testing.assert_allclose(sum(m[name][1] for _, m in each), count, rtol=1e-6)
+
+
+def test_a_bag_of_tokens_is_a_softmax_with_rare_tokens_as_its_target():
+    """By hand in NumPy: each token once a text, by the logarithm of one over its share of texts."""
+    inputs = inputs_of() | dict(tokens=jnp.asarray(inputs_of()["tokens"]).at[:, 0].set(3))
+    config = config_of(bag_weight=1.0)
+    config.model.text.vocab_size = VOCAB
+    bag = objectives.of(config)[-1]
+    totals = bag.totals({name: inputs[name] for name in bag.fields})
+    tokens, valid = np.asarray(inputs["tokens"]), np.asarray(inputs["text_valid"])
+    texts = [set(row[ok]) for row, ok in zip(tokens, valid)]
+    rarity = {t: np.log(ROWS / sum(t in text for text in texts)) for t in set().union(*texts)}
+    assert rarity[3] == 0  # the begin symbol, which all have
+    logits = np.asarray(inputs["pooled"]) @ np.asarray(inputs["bag_kernel"])
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rows = []
+    for text, row in zip(texts, logs):
+        whole = sum(rarity[t] for t in text)
+        rows.append(-sum(rarity[t] * row[t] for t in text) / whole if whole else 0.0)
+    value, means = bag.value(read(bag, inputs), totals)
+    counted = sum(sum(rarity[t] for t in text) > 0 for text in texts)
+    np.testing.assert_allclose(value, sum(rows) / counted, rtol=1e-5)
+    label = np.asarray(inputs["is_label"])
+    np.testing.assert_allclose(means["bag_loss/label"][0], np.array(rows)[label].sum(), rtol=1e-5)
 
 
 def test_metrics_count_what_they_are_means_of():

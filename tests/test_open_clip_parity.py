@@ -344,6 +344,53 @@ def test_two_poolers_and_the_corrected_mask(pool):
         np.testing.assert_array_equal(back, state[key])
 
 
+def test_blocks_of_other_kinds_come_in_and_go_back(tmp_path):
+    """LayerScale, QK-norm, other eps and tanh GELU, each in some towers, in outputs and gradients;
+    what comes back is the same configuration and the same tensors."""
+    import open_clip_oracle as oracle
+
+    changes = dict(
+        vision_cfg=dict(ls_init_value=0.1, qk_norm=True, norm_kwargs=dict(eps=1e-3)),
+        text_cfg=dict(act_kwargs=dict(approximate="tanh"), qk_norm=True),
+        multimodal_cfg=dict(ls_init_value=0.2),
+    )
+    config = with_keys(cases.SMALL, **changes)
+    theirs = oracle.build(config)
+    model_config = read(Model, open_clip_config.to_model(config))
+    back = open_clip_config.from_model(model_config)
+    assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
+    layout = Layout(model_config)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    layout.check(state)
+    params = export_format.unflatten(
+        {
+            path: np.concatenate([np.ravel(part) for part in blocks.parts()]).reshape(blocks.shape)
+            for path, blocks in layout.read(state).items()
+        }
+    )
+    for key, (shape, parts) in layout.write(export_format.flatten(params)).items():
+        written = np.concatenate([np.ravel(part) for part in parts()]).reshape(shape)
+        np.testing.assert_array_equal(written, state[key])
+    tokens, pixels = cases.captions(530, 12), cases.pixels(6, 32)
+    ours = coca.build(model_config)
+    for (value, gradients), (loss, wanted) in zip(
+        each_loss(ours, params, pixels, tokens), oracle.losses(theirs, pixels, tokens), strict=True
+    ):
+        assert value == pytest.approx(loss, rel=1e-5)
+        found = as_tensors(model_config, gradients)
+        for key, tensor in wanted.items():
+            if key.endswith("attn.ln_k.bias"):  # softmax does not see it: rounding alone
+                assert np.abs(found[key]).max() == 0 and np.abs(tensor).max() < 1e-6
+                continue
+            scale = max(np.abs(tensor).max(), 1e-12)
+            assert np.abs(found[key] - tensor).max() <= 1e-4 * scale, key
+    wanted = oracle.run(theirs, pixels, tokens)
+    out, labels = forward(ours, params, pixels, tokens), tokens[:, 1:] != 0
+    assert relative(out.image_embedding, wanted["image_features"]) < 1e-5
+    assert relative(out.text_embedding, wanted["text_features"]) < 1e-5
+    assert relative(np.asarray(out.logits[:, :-1])[labels], wanted["logits"][labels]) < 1e-5
+
+
 def test_preprocessing_of_100_odd_images():
     from open_clip.transform import image_transform
     from PIL import Image

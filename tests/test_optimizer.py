@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import update_rules
 from conftest import tiny_config
-from ml_collections import ConfigDict
 
 import coca_jax
 from coca_jax import optimizer, partitioning, recipes
+from coca_jax.config import Optimizer
 from coca_jax.models import coca, roles
 from coca_jax.training.state import TrainState, trainable
 from coca_jax.training.step import make_update
@@ -125,7 +125,7 @@ def ours(config, gradients, start=None):
     params = jax.tree.map(jnp.asarray, nested(start or draw(0, 0.3)))
     trained = trainable(params, config)
     rule = optimizer.make_optimizer(config.optimizer)
-    ema = trained if config.optimizer.ema else None
+    ema = trained if optimizer.averages(config.optimizer) else None
     zero = jnp.zeros((), jnp.int32)
     states = [TrainState(zero, zero, params, rule.init(trained), ema)]
     update = jax.jit(make_update(config, STEPS))
@@ -208,6 +208,17 @@ def assert_steps_are_those_of_the_definition(config, gradients, tolerance, facto
 def test_every_step_is_that_of_the_definition(changes, tolerance):
     gradients = [gradients_of(step) for step in range(STEPS)]
     assert_steps_are_those_of_the_definition(make_config(**changes), gradients, tolerance)
+
+
+def test_an_average_over_the_last_steps_is_their_mean():
+    """Of all steps the last half; before them it is the newest parameters."""
+    config = make_config(average_share=0.5)
+    states, _ = ours(config, [gradients_of(step) for step in range(STEPS)])
+    first = STEPS - round(STEPS / 2)
+    jax.tree.map(np.testing.assert_array_equal, states[first].ema, states[first].params)
+    last = [state.params for state in states[first + 1 :]]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *last)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[-1].ema, mean)
 
 
 def test_adafactor_keeps_what_the_paper_keeps():
@@ -304,7 +315,7 @@ def test_metrics_of_an_update():
 
 
 def rates(kind, warmup, steps, count, peak=0.8):
-    options = ConfigDict(dict(learning_rate=peak, warmup_steps=warmup, schedule=kind))
+    options = Optimizer(learning_rate=peak, warmup_steps=warmup, schedule=kind, decay_share=0.25)
     schedule = optimizer.make_schedule(options, steps)
     return np.array([schedule(jnp.int32(step)) for step in range(count)], np.float64)
 
@@ -318,6 +329,9 @@ def test_schedules_step_by_step():
     np.testing.assert_allclose(rates("cosine", 2, 6, 8), cosine, rtol=1e-6, atol=1e-7)
     constant = [0.8 / 3, 1.6 / 3, 0.8, 0.8, 0.8, 0.8]
     np.testing.assert_allclose(rates("constant", 3, 4, 6), constant, rtol=1e-6)
+    fall = [0.8 * (1 - share**0.5) for share in (0, 1 / 4, 2 / 4, 3 / 4, 1, 1)]
+    wsd = [0.4, 0.8, *[0.8] * 10, *fall]
+    np.testing.assert_allclose(rates("wsd", 2, 16, 18), wsd, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rates("linear", 0, 4, 5), [0.8, 0.6, 0.4, 0.2, 0], atol=1e-7)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from coca_jax.data import scenes
+from coca_jax.data.scenes import scenery, world
 
 
 def test_records_are_a_function_of_split_and_index():
@@ -61,6 +62,34 @@ def test_training_shows_every_attribute_evenly():
         len(r["scene"]["objects"]) for r in scenes.Scenes("train").read(np.arange(2000))
     )
     assert counts[1] == pytest.approx(800, abs=80) and counts[4] == pytest.approx(300, abs=60)
+
+
+def test_varied_and_unseen_scenery_share_nothing_but_the_scenes():
+    """Scenes and texts of an index stay; hues and grain of the one are not those of the other."""
+    index = np.arange(300)
+    plain, varied, unseen = (
+        scenes.Scenes("test", scenery=kind).read(index) for kind in scenes.SCENERY
+    )
+    for a, b, c in zip(plain, varied, unseen):
+        assert a["scene"]["objects"] == b["scene"]["objects"] == c["scene"]["objects"]
+        assert c["scene"]["background"] is None and "background" not in c["text"]
+        assert b["scene"]["background"] in (a["scene"]["background"], None)
+        assert scenes.score_caption(c["text"], c["scene"]) == (True, 1.0)
+        assert (a["image"] != c["image"]).any()
+    named = sum(r["scene"]["background"] is not None for r in varied)
+    assert 100 < named < 200
+    again = scenes.Scenes("test", scenery="varied")
+    np.testing.assert_array_equal(again.read([7])[0]["image"], varied[7]["image"])
+    assert again.read_texts([7])[0]["text"] == varied[7]["text"]
+    draws = [world.Draws(1, i, []) for i in range(400)]
+    for low, high in scenes.UNSEEN_HUES:
+        assert not any(low <= scenery.hue("varied", d) <= high for d in draws)
+        assert any(low <= scenery.hue("unseen", d) <= high for d in draws)
+    assert scenery.GRAIN["varied"][1] < scenery.GRAIN["unseen"][0]
+    with pytest.raises(ValueError, match="scenery='unseen' is for evaluation alone"):
+        scenes.Scenes("train", scenery="unseen")
+    with pytest.raises(ValueError, match="scenery is 'forest'; use one of plain, varied, unseen"):
+        scenes.Scenes("test", scenery="forest")
 
 
 def test_canonical_and_full_captions_say_everything():

@@ -7,15 +7,17 @@ import pytest
 from conftest import random_batch, tiny_config
 
 from coca_jax import partitioning
-from coca_jax.models import coca
+from coca_jax.models import coca, roles
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
 from coca_jax.training.state import init_state, state_shardings
-from coca_jax.training.step import make_train_step, size_at
+from coca_jax.training.step import make_train_step, size_at, teacher_of
 
 
 def build(config):
-    return coca.build(config.model, sigmoid=config.loss.contrastive == "sigmoid")
+    sigmoid, bag = config.loss.contrastive == "sigmoid", config.loss.bag_weight > 0
+    hidden = config.loss.hidden_share if config.loss.hidden_weight else 0.0
+    return coca.build(config.model, sigmoid=sigmoid, bag_of_tokens=bag, hidden_share=hidden)
 
 
 def fresh(config, seed=0):
@@ -240,6 +242,53 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
         after.params,
         after.ema,
     )
+
+
+def test_hidden_image_tokens_and_a_bag_of_tokens_train(config):
+    """The bag's layer and the encoder learn from it; hidden tokens change the captions alone."""
+    config.loss.update(bag_weight=1.0, contrastive_weight=0.0, captioning_weight=0.0)
+    model, params, batch = fresh(config)
+    gradients, metrics = compute_gradients(params, model, config, batch)
+    assert metrics["loss"] == metrics["bag_loss"] and 0 < metrics["bag_loss"] < 6
+    assert np.any(gradients["bag_head"]["value"])
+    assert np.any(gradients["image_encoder"]["patch_embedding"]["kernel"])
+    assert not any(np.any(g) for g in jax.tree.leaves(gradients["text_decoder"]))
+    config.loss.update(bag_weight=0.0, contrastive_weight=1.0, captioning_weight=1.0)
+    want = compute_loss(params, model, config, batch)[1]
+    config.model.pooler.token_dropout = 0.7
+    got = compute_loss(params, build(config), config, batch)[1]
+    np.testing.assert_allclose(got["contrastive_loss"], want["contrastive_loss"], rtol=1e-6)
+    assert abs(got["captioning_loss"] - want["captioning_loss"]) > 1e-4
+
+
+def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
+    """Micro-batches give the same teacher; the error falls on one batch, and the mask token, the
+    predictor and the encoder are what learns."""
+    config = tiny_config(patch_size=4)
+    config.model.image.class_token = True
+    config.loss.update(hidden_weight=1.0, contrastive_weight=0.0, captioning_weight=0.0)
+    config.optimizer.update(ema=0.9, learning_rate=1e-2, schedule="constant", weight_decay=0.0)
+    model = build(config)
+    state = start = init_state(model, config, one_device_mesh)
+    batch = partitioning.place_batch(one_device_mesh, random_batch(config))
+    once = teacher_of(state, model, config, batch)["teacher_tokens"]
+    assert once.shape == (16, 16, 16)
+    np.testing.assert_allclose(np.asarray(once).std(-1), 1, atol=1e-2)
+    config.accumulate_steps = 4
+    again = jax.jit(lambda s, b: teacher_of(s, model, config, b))(state, batch)
+    np.testing.assert_allclose(again["teacher_tokens"], once, atol=1e-5)
+    config.accumulate_steps = 1
+    step, errors = jax.jit(make_train_step(model, config, 100)), []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        errors.append(float(metrics["hidden_loss"]))
+    assert metrics["loss"] == metrics["hidden_loss"]
+    assert np.mean(errors[-10:]) < 0.7 * np.mean(errors[:3])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, start.params)
+    assert moved["image_encoder"]["mask_token"]["value"] and moved["token_predictor"]["kernel"]
+    assert not any(jax.tree.leaves(moved["text_decoder"]))
+    kept = roles.without_training_aids(state.params)
+    assert "token_predictor" not in kept and "mask_token" not in kept["image_encoder"]
 
 
 def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):

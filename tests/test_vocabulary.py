@@ -1,6 +1,7 @@
 """Vocabularies: reserved ids, rows of a batch, any text there and back."""
 
 import io
+import random
 
 import pytest
 import sentencepiece
@@ -48,6 +49,28 @@ def test_load_gives_the_same(trained):
 
 def test_training_is_deterministic(trained, tmp_path):
     assert vocabulary.train(TEXTS * 20, 400, tmp_path / "v").checksum == trained[0].checksum
+
+
+def test_the_trainer_is_chosen_by_the_data(tmp_path):
+    """Words that occur once starve unigram; of many texts it finds all pieces, and is taken."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    names = ["".join(rng.choices(syllables, k=5)) + " face" for _ in range(150)]
+    found = {}
+    for kind in vocabulary.KINDS:
+        one = vocabulary.train(names, 900, tmp_path / kind, kind=kind)
+        found[kind] = sum(map(len, one.encode_many(names))) / len(names), one
+    assert found["unigram"][1].size < 900
+    assert found["bpe"][0] < 0.8 * found["unigram"][0]
+    assert found["auto"][1].checksum == found["bpe"][1].checksum
+    plenty = [" ".join(rng.choices(names, k=8)) for _ in range(400)]
+    checksums = {
+        kind: vocabulary.train(plenty, 400, tmp_path / kind, kind=kind).checksum
+        for kind in vocabulary.KINDS
+    }
+    assert checksums["auto"] == checksums["unigram"] != checksums["bpe"]
+    with pytest.raises(ValueError, match="kind 'word': choose auto, unigram, bpe"):
+        vocabulary.train(names, 400, tmp_path / "v", kind="word")
 
 
 def test_errors(trained, tmp_path):

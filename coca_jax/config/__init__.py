@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coca_jax.config.data import Data, Entry
-from coca_jax.config.model import Head, ImageModel, Model, Pooler, TextModel
+from coca_jax.config.model import BLOCK, Head, ImageModel, Model, Pooler, TextModel
 from coca_jax.config.run import (
     Checkpoint,
     Config,
@@ -20,7 +20,7 @@ from coca_jax.config.run import (
 from coca_jax.config.section import Section, keys, plain, read
 
 __all__ = [
-    "Checkpoint", "Config", "Data", "Entry", "Eval", "Faults", "Head", "ImageModel", "Log",
+    "BLOCK", "Checkpoint", "Config", "Data", "Entry", "Eval", "Faults", "Head", "ImageModel", "Log",
     "Loss", "Mesh", "Model", "Optimizer", "Pooler", "Recipe", "Section", "StoredConfig",
     "TextModel", "keys", "plain", "read", "typed",
 ]  # fmt: skip

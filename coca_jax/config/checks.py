@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from coca_jax.config.model import Head, Model
+from coca_jax.config.model import BLOCK, Head, Model
 from coca_jax.config.run import Config, Optimizer
-from coca_jax.config.section import read
+from coca_jax.config.section import plain, read
 from coca_jax.models import pooler_kinds
 
 
@@ -19,12 +19,28 @@ def check(config: Config) -> None:
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
         )
     check_warmup(config.optimizer, config.steps)
+    if config.optimizer.ema and config.optimizer.average_share:
+        raise ValueError(
+            f"optimizer.ema={config.optimizer.ema} and optimizer.average_share="
+            f"{config.optimizer.average_share}; set one of them, there is one average"
+        )
     patch = config.model.patch_size
     if any(size % patch or size < patch for _, size in config.image_sizes):
         raise ValueError(
             f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
         )
     check_texts(config)
+    check_global(config)
+    if config.loss.hidden_weight and not config.optimizer.ema:
+        raise ValueError(
+            f"loss.hidden_weight={config.loss.hidden_weight} learns from averaged parameters; set "
+            "optimizer.ema, as 0.996"
+        )
+    if config.loss.hidden_weight and (config.data.num_frames or config.head.kind):
+        raise ValueError(
+            f"loss.hidden_weight={config.loss.hidden_weight} is for images without a task head; "
+            "set it to 0"
+        )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
@@ -43,6 +59,25 @@ def check_texts(config: Config) -> None:
         raise ValueError(
             f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"
         )
+
+
+def check_global(config: Config) -> None:
+    """Raises ValueError for what the contrastive loss against all examples does not go with."""
+    loss = config.loss
+    if loss.contrastive != "global" or not loss.contrastive_weight:
+        return
+    for name, value, good in (
+        ("loss.contrastive_chunk", loss.contrastive_chunk, (0,)),
+        ("loss.duplicate_texts", loss.duplicate_texts, ("negatives", "ignore")),
+        ("data.loader", config.data.loader, ("direct",)),
+    ):
+        if value not in good:
+            raise ValueError(
+                f"{name}={value!r} does not go with loss.contrastive='global'; set "
+                f"{' or '.join(map(repr, good))}"
+            )
+    if loss.global_examples == 1:
+        raise ValueError("loss.global_examples=1: there is nothing to compare with; give 2 or more")
 
 
 def check_warmup(optimizer: Optimizer, steps: int) -> None:
@@ -101,6 +136,8 @@ def check_model(model: Model) -> Model:
                 f"model.{name}.num_heads={tower.num_heads} does not divide "
                 f"model.{name}.width={tower.width}; choose a divisor"
             )
+    _check_blocks(model)
+    _check_heads(model)
     pooler = model.pooler
     if model.text.width % pooler.num_heads:
         raise ValueError(
@@ -109,3 +146,43 @@ def check_model(model: Model) -> Model:
         )
     pooler_kinds.of(pooler.kind).check(pooler.num_queries)
     return model
+
+
+def _check_blocks(model: Model) -> None:
+    """Raises ValueError for what the block of a tower cannot have."""
+    for name, own in (
+        ("image.block", model.image.block),
+        ("text.block", model.text.block),
+        ("text.multimodal_block", model.text.multimodal_block),
+        ("pooler.block", model.pooler.block),
+    ):
+        for key in own:
+            if key not in BLOCK:
+                raise ValueError(
+                    f"model.{name}: no key {key!r} of a block; it has: {', '.join(BLOCK)}"
+                )
+        read(Model, model.to_dict() | plain(own), f"model.{name}", old=True)
+
+
+def _check_heads(model: Model) -> None:
+    """Raises ValueError for heads that cannot be shared, or that are too narrow to be turned."""
+    text, image = model.text, model.image
+    heads = {"num_heads": text.num_heads, "multimodal_heads": text.multimodal_heads}
+    for name, count in heads.items():
+        if text.kv_heads and count % text.kv_heads:
+            raise ValueError(
+                f"model.text.kv_heads={text.kv_heads} does not divide model.text.{name}={count}; "
+                "choose a divisor"
+            )
+    upper = text.multimodal_heads or text.num_heads
+    for name, own, width, multiple in (
+        ("image", image.block, image.width // image.num_heads, 4),
+        ("text", text.block, text.width // text.num_heads, 2),
+        ("text", text.multimodal_block, text.width // upper, 2),
+    ):
+        positions = own.get("positions", model.positions)
+        if positions != "learned" and width % multiple:
+            raise ValueError(
+                f"model.positions={positions!r}: heads of model.{name} are {width} wide, and "
+                f"rotary positions need a multiple of {multiple}; choose another num_heads"
+            )

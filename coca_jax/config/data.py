@@ -61,6 +61,11 @@ class Entry(Section):
     objects: tuple[int, ...] = key(
         (1, 2, 3, 4), several(whole(1, 4)), "of scenes: how many objects one may have"
     )
+    scenery: str = key(
+        "plain",
+        choice("plain", "varied", "unseen"),
+        "of scenes: four backgrounds, others too in changing light, or those that these never show",
+    )
 
     @classmethod
     def of(cls, entry: Entry | Mapping[str, Any] | str, name: str = "source") -> Entry:
@@ -85,6 +90,11 @@ class Data(Section):
 
     sources: tuple[Entry, ...] = key((), SOURCES, "what to train on, by weight in each batch")
     vocabulary: str = key("", TEXT, "a tokenizer file; '': trained on the run's own text")
+    vocabulary_kind: str = key(
+        "auto",
+        choice("auto", "unigram", "bpe"),
+        "of a trained one; 'auto': unigram, and of texts too few for it what leaves fewer tokens",
+    )
     label_token: bool = key(False, FLAG, "a reserved symbol before label texts")
     prompts: str = key(
         "varied", TEXT, "of label texts: a set of data/prompts.py, or a text file, one a line"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from coca_jax.config.rules import (
     DEPTH,
     FLAG,
     HEADS,
+    MAPPING,
     QUERIES,
     SHARE,
     SIZE,
     TEXT,
+    THETA,
     WEIGHT,
     WIDTH,
     choice,
@@ -22,6 +26,13 @@ from coca_jax.config.rules import (
 )  # fmt: skip
 from coca_jax.config.section import Section
 from coca_jax.models import head_kinds, pooler_kinds
+
+# The keys of Model that say what a block is. All blocks share them, but for those that a tower's
+# own `block` has otherwise.
+BLOCK = (
+    *("activation", "gated_mlp", "norm", "norm_eps", "bias", "layer_scale", "positions"),
+    *("qk_norm", "qk_norm_kind"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,13 @@ class ImageModel(Section):
     pre_norm: bool = key(False, FLAG, "a norm before the first block, as open_clip has it")
     final_norm: bool = key(True, FLAG, "a norm after the last block")
     patch_bias: bool = key(True, FLAG, "a bias in the projection of patches")
+    registers: int = key(
+        0, whole(0, 1024, "tokens"), "learned tokens beside the patches, read by nobody at the end"
+    )
+    rope_theta: float = key(100.0, THETA, "base of the waves of rotary positions")
+    block: Mapping[str, Any] = key(
+        {}, MAPPING, "keys of the model's blocks that differ here, as {'norm_eps': 1e-6}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +86,14 @@ class TextModel(Section):
     multimodal_mlp_dim: int = key(
         0, whole(0, 1 << 20, "channels"), "of the multimodal part; 0: mlp_dim"
     )
+    kv_heads: int = key(
+        0,
+        whole(0, 4096, "heads"),
+        "of keys and values in both parts, each for several of queries; 0: as many as of queries",
+    )
+    rope_theta: float = key(10_000.0, THETA, "base of the waves of rotary positions")
+    block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the unimodal part")
+    multimodal_block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the multimodal part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +110,10 @@ class Pooler(Section):
     num_heads: int = key(12, HEADS, "of attention")
     query_std: float = key(0.02, number(0, 100), "standard deviation of the queries at the start")
     project: bool = key(True, FLAG, "a projection from the pooled image to the contrastive space")
+    block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of all poolers and the task head")
+    token_dropout: float = key(
+        0.0, SHARE, "share of image tokens that the decoder does not see in training (OpenVision 2)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +143,35 @@ class Model(Section):
         "how operations run; 'xla': no kernels of others, 'reference': plain JAX",
     )
     qk_norm: bool = key(False, FLAG, "RMS norm of queries and keys in each head, in all towers")
-    activation: str = key("gelu", choice("gelu", "gelu_exact", "relu", "quick_gelu"), "of the MLPs")
+    qk_norm_kind: str = key(
+        "rms", choice("rms", "layer"), "of qk_norm; 'layer': LayerNorm, as open_clip has it"
+    )
+    activation: str = key(
+        "gelu", choice("gelu", "gelu_exact", "relu", "quick_gelu", "silu"), "of the MLPs"
+    )
+    gated_mlp: bool = key(
+        False,
+        FLAG,
+        "MLPs multiply a second projection by the activation of the first: GEGLU with 'gelu', "
+        "SwiGLU with 'silu'; a third more parameters at equal mlp_dim",
+    )
+    norm: str = key("layer", choice("layer", "rms"), "LayerNorm or RMSNorm, in all towers")
+    norm_eps: float = key(1e-5, number(1e-12, 1e-2, "as 1e-5"), "what norms add to the variance")
+    bias: bool = key(
+        True,
+        FLAG,
+        "biases in blocks, poolers and norms; image.patch_bias, text.head_bias are apart",
+    )
+    layer_scale: float = key(
+        0.0,
+        number(0, 10, "0 being none"),
+        "first value of a learned gain of each channel of every residual part; 0: none",
+    )
+    positions: str = key(
+        "learned",
+        choice("learned", "rope", "both"),
+        "tables that are added, or rotary positions in self-attention: of row and column in images",
+    )
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()
     pooler: Pooler = Pooler()

@@ -33,11 +33,30 @@ from coca_jax.config.section import Section
 
 @dataclasses.dataclass(frozen=True)
 class Loss(Section):
-    """The two losses and how they are computed."""
+    """The losses and how they are computed."""
 
     contrastive_weight: float = key(1.0, WEIGHT, "of the contrastive loss in the sum")
     captioning_weight: float = key(2.0, WEIGHT, "of the captioning loss in the sum")
-    contrastive: str = key("softmax", choice("softmax", "sigmoid"), "its form")
+    bag_weight: float = key(
+        0.0, WEIGHT, "of the loss of a text's tokens in any order, from the image encoder alone"
+    )
+    hidden_weight: float = key(
+        0.0, WEIGHT, "of the loss of hidden patches' tokens, as the averaged model (ema) sees them"
+    )
+    hidden_share: float = key(
+        0.5, number(0, 1, above=True, below=True), "of the patches that are hidden for it"
+    )
+    contrastive: str = key(
+        "softmax",
+        choice("softmax", "sigmoid", "global"),
+        "its form; 'global': softmax against all examples, by means kept of each (SogCLR)",
+    )
+    global_rate: float = key(
+        0.6, number(0, 1, above=True), "of 'global': the share of a batch in an example's mean"
+    )
+    global_examples: int = key(
+        0, whole(0, (1 << 31) - 1, "examples"), "of 'global': how many; 0: those of the data"
+    )
     reduction: str = key("sum", choice("sum", "mean"), "of the two directions: sum (paper, Eq. 2)")
     contrastive_chunk: int = key(
         0, whole(0, 1 << 31, "columns"), "columns per tile of the similarity matrix; 0: one tile"
@@ -74,7 +93,12 @@ class Optimizer(Section):
     )
     warmup_steps: int = key(0, STEPS, "over which the rate rises from 0")
     schedule: str = key(
-        "linear", choice("linear", "cosine", "constant"), "after warm-up; the first two end at 0"
+        "linear",
+        choice("linear", "cosine", "constant", "wsd"),
+        "after warm-up; 'wsd': constant, then down; all but 'constant' end at 0",
+    )
+    decay_share: float = key(
+        0.2, number(0, 1, "of the steps", above=True), "last part of 'wsd', in which the rate falls"
     )
     weight_decay: float = key(0.01, number(0, 10), "decoupled, on matrices only")
     beta1: float = key(0.9, SHARE, "decay of the mean of gradients; of AdamW, and beside Muon")
@@ -83,6 +107,9 @@ class Optimizer(Section):
         1.0, number(0, 1e6, "0 being no clipping"), "global gradient norm; 0: no clipping"
     )
     ema: float = key(0.0, SHARE, "decay of the averaged parameters used in evaluation; 0: none")
+    average_share: float = key(
+        0.0, SHARE, "last part of the steps whose parameters' mean is used in place of ema; 0: none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

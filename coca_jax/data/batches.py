@@ -45,7 +45,9 @@ def fields(config: Config) -> dict[str, Field]:
     Every array has the rows of the batch as its first axis.
     """
     length = (config.model.text.max_len,)
+    numbered = config.loss.contrastive == "global"
     return dict(
+        **({"example": Field("int32", (), "number of it in all data")} if numbered else {}),
         image=Field("uint8", pixel_work.example_shape(config), "RGB pixels of image, clip or pair"),
         tokens=Field("int32", length, "text from begin to end symbol, then padding"),
         text_valid=Field("bool", length, "which tokens are text"),
@@ -116,6 +118,7 @@ class Batches:
         self.rows = self.mixture.rows(process_index, process_count)
         self.pixels = pixel_work.Pixels(config)
         self._names = tuple(fields(config))
+        self._first = np.cumsum([0, *self.mixture.sizes])  # number of each source's first example
         self.examples = [
             Examples(self.mixture, number, config, vocabulary, self.pixels, class_names)
             for number in range(len(self.mixture.shares))
@@ -150,6 +153,7 @@ class Batches:
         arrays = {name: np.concatenate([f[name] for f in found])[place] for name in found[0]} | {
             "image": image
         }
+        arrays["example"] = (self._first[arrays["source"]] + arrays["index"]).astype(np.int32)
         bad = {number: part.bad for number, part in parts.items()}
         return Made({name: arrays[name] for name in self._names}, bad)
 

@@ -16,13 +16,14 @@ def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(builtin='scenes', objects=...) of config.data.sources (0.1 ms a scene).
 
     Raises:
-        ValueError: another name, or a split, kind or number of objects that scenes do not have.
+        ValueError: another name, or a split, kind, scenery or number of objects that scenes do not
+            have.
     """
     name = entry.builtin
     if name != "scenes":
         raise ValueError(f"data source builtin={name!r}: there is 'scenes'")
     kind, objects = entry.kind, entry.objects
-    drawn = scenes.Scenes(split, kind, objects)
+    drawn = scenes.Scenes(split, kind, objects, entry.scenery)
 
     def record(scene: Mapping[str, Any]) -> Record:
         return Record(
@@ -49,5 +50,6 @@ def open_entry(entry: Entry, split: str) -> Source:
         read_texts,
         every_text=True,
         every_label=True,
-        fingerprint=f"scenes {split} {kind} {sorted(set(objects))} {len(drawn)}",
+        fingerprint=f"scenes {split} {kind} {sorted(set(objects))} {len(drawn)}"
+        + ("" if entry.scenery == "plain" else f" {entry.scenery}"),
     )

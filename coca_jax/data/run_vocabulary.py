@@ -57,7 +57,8 @@ def load_or_train(
         started = time.time()
         mixture = mixture or Mixture(config, workdir, process_index)
         sample = mixture.sample_texts(size * _SENTENCES_PER_PIECE)
-        vocabulary = vocabularies.train(sample, size, path, config.seed)
+        kind = config.data.vocabulary_kind
+        vocabulary = vocabularies.train(sample, size, path, config.seed, kind=kind)
         logging.info(
             "vocabulary: %d pieces trained in %.1f s -> %s",
             *(vocabulary.size, time.time() - started, path),

@@ -15,18 +15,22 @@ def model_flops(model: Model) -> int:
     image, text, pooler = model.image, model.text, model.pooler
     num_patches = (model.image_size // model.patch_size) ** 2
     tokens = num_patches + int(image.class_token)
+    inside = tokens + image.registers
     length, queries = text.max_len, pooler.num_queries
 
-    def attention(n: int, m: int, width: int, source: int | None = None) -> int:
+    def attention(
+        n: int, m: int, width: int, source: int | None = None, heads: int | None = None
+    ) -> int:
         source = width if source is None else source
-        return 2 * (2 * n * width**2 + 2 * m * source * width + 2 * n * m * width)
+        kv_width = width * text.kv_heads // heads if heads and text.kv_heads else width
+        return 2 * (2 * n * width**2 + 2 * m * source * kv_width + 2 * n * m * width)
 
     def mlp(n: int, width: int, dim: int) -> int:
-        return 4 * n * width * dim
+        return (6 if model.gated_mlp else 4) * n * width * dim
 
     patch = 2 * num_patches * model.patch_size**2 * 3 * image.width
     encoder = image.depth * (
-        attention(tokens, tokens, image.width) + mlp(tokens, image.width, image.mlp_dim)
+        attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )
     pooled = attention(queries, tokens, text.width, image.width)
     kind = pooler_kinds.of(pooler.kind)
@@ -36,14 +40,16 @@ def model_flops(model: Model) -> int:
         pooled += attention(1, tokens, text.width, image.width)
     with_cls = length + 1
     unimodal = text.unimodal_depth * (
-        attention(with_cls, with_cls, text.width) + mlp(with_cls, text.width, text.mlp_dim)
+        attention(with_cls, with_cls, text.width, heads=text.num_heads)
+        + mlp(with_cls, text.width, text.mlp_dim)
     )
     seen = kind.num_seen(queries)
     multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
+    upper = text.multimodal_heads or text.num_heads
     mlps = 2 if text.cross == "open_clip" else 1
     multimodal = text.multimodal_depth * (
-        attention(length, length, text.width)
-        + attention(length, seen, text.width)
+        attention(length, length, text.width, heads=upper)
+        + attention(length, seen, text.width, heads=upper)
         + mlps * mlp(length, text.width, multimodal_dim)
     )
     softmax = 2 * length * text.width * text.vocab_size

@@ -23,6 +23,8 @@ def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
         config.model,
         remat=config.remat,
         sigmoid=config.loss.contrastive == "sigmoid",
+        bag_of_tokens=config.loss.bag_weight > 0,
+        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
         platform=mesh.devices.flat[0].platform,
         head=config.head,
         num_classes=len(head_classes(config)),

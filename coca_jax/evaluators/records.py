@@ -44,7 +44,7 @@ class Records:
         if self.scenes:
             from coca_jax.data.scenes import Scenes
 
-            source: Any = Scenes(entry.split or "test", entry.kind, entry.objects)
+            source: Any = Scenes(entry.split or "test", entry.kind, entry.objects, entry.scenery)
         else:
             if need and not isinstance(kinds.of(entry), kinds.Question):  # those have both
                 entry = dataclasses.replace(entry, kind=need)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
-from coca_jax.config import Model
+from coca_jax.config import BLOCK, Model
 from coca_jax.interop.open_clip_keys import (
     check_keys,
     check_numbers,
@@ -19,6 +20,7 @@ from coca_jax.models import pooler_kinds
 # Files of a model as open_clip and the hub have it; of weights the first that is there is taken.
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+EPSILON = 1e-5  # of its norms where nothing else is said
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -64,6 +66,7 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     _check_together(config)
     preprocess = check_preprocess(preprocess or {})
     image, fusion = config["vision_cfg"], config["multimodal_cfg"]
+    text = _text(config["text_cfg"], fusion, config["embed_dim"])
     return dict(
         image_size=square(image.get("image_size", 224), "vision_cfg.image_size"),
         patch_size=square(image.get("patch_size", 16), "vision_cfg.patch_size"),
@@ -73,8 +76,8 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         image_std=tuple(preprocess["std"]),
         temperature=0.07,
         activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
-        image=_image(image),
-        text=_text(config["text_cfg"], fusion, config["embed_dim"]),
+        image=_image(image) | _own_block(image),
+        text=text | _own_block(config["text_cfg"]) | _own_block(fusion, "multimodal_block"),
         pooler=dict(
             kind=_POOLERS[image["attentional_pool"]],
             num_queries=image.get("attn_pooler_queries", 256),
@@ -85,6 +88,23 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     )
 
 
+def _own_block(section: dict[str, Any], name: str = "block") -> dict[str, Any]:
+    """What the blocks of a section have otherwise than open_clip's usual ones: {name: keys of
+    config.model} or {}. The decoder reads ls_init_value alone."""
+    found: dict[str, Any] = {}
+    if section.get("ls_init_value") is not None:
+        found["layer_scale"] = float(section["ls_init_value"])
+    if name == "block":
+        if section.get("qk_norm"):
+            found |= dict(qk_norm=True, qk_norm_kind="layer")
+        if (section.get("act_kwargs") or {}).get("approximate") == "tanh":
+            found["activation"] = "gelu"
+        eps = (section.get("norm_kwargs") or {}).get("eps", EPSILON)
+        if eps != EPSILON:
+            found["norm_eps"] = eps
+    return {name: found} if found else {}
+
+
 _POOLERS: dict[Any, str] = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
 
 
@@ -92,6 +112,12 @@ def _check_together(config: dict[str, Any]) -> None:
     """Raises ValueError for sections that do not fit together, or no pooler."""
     image, text, fusion = (config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg"))
     embed_dim = config["embed_dim"]
+    for name, section in (("vision_cfg", image), ("text_cfg", text)):
+        if config.get("quick_gelu") and section.get("act_kwargs"):
+            raise ValueError(
+                f"{name}.act_kwargs={short(section['act_kwargs'])} beside quick_gelu=true: "
+                "open_clip builds no such model"
+            )
     for name, width in (("text_cfg.width", text), ("multimodal_cfg.width", fusion)):
         if width.get("width", 512) != embed_dim:
             raise ValueError(f"{name}={width.get('width', 512)} differs from embed_dim={embed_dim}")
@@ -193,9 +219,31 @@ def from_model(model: Model) -> dict[str, Any]:
     )
     if text.cls_mask == "exact":
         result["text_cfg"]["correct_cls_mask"] = True
-    if model.activation == "quick_gelu":
+    towers = block_options(model)
+    if towers["image"]["activation"] == "quick_gelu":
         result["quick_gelu"] = True
+    for name, part in _SECTIONS.items():
+        own = towers[part]
+        if own["layer_scale"]:
+            result[name]["ls_init_value"] = own["layer_scale"]
+        if own["qk_norm"]:
+            result[name]["qk_norm"] = True
+        if own["activation"] == "gelu":
+            result[name]["act_kwargs"] = {"approximate": "tanh"}
+        if own["norm_eps"] != EPSILON:
+            result[name]["norm_kwargs"] = {"eps": own["norm_eps"]}
     return result
+
+
+_SECTIONS = dict(vision_cfg="image", text_cfg="text", multimodal_cfg="multimodal")
+
+
+def block_options(model: Model) -> dict[str, dict[str, Any]]:
+    """{'image', 'text', 'multimodal', 'pooler': {key of BLOCK: its value}} of `config.model`."""
+    shared = {name: getattr(model, name) for name in BLOCK}
+    text = model.text
+    own = dict(image=model.image.block, text=text.block, multimodal=text.multimodal_block)
+    return {name: shared | dict(o) for name, o in (own | dict(pooler=model.pooler.block)).items()}
 
 
 def _check_expressible(model: Model) -> None:
@@ -214,20 +262,46 @@ def _check_expressible(model: Model) -> None:
         ("image.patch_bias", image.patch_bias, False),
         ("image.final_norm", image.final_norm, not legacy),
         ("pooler.project", pooler.project, legacy),
+        ("image.registers", image.registers, 0),
+        ("text.kv_heads", text.kv_heads, 0),
     ):
         if value != want:
             raise ValueError(f"model.{name}={value!r}: {only} {want!r}; it cannot go back there")
-    from coca_jax.models.layers import BlockOptions  # heavy, and only needed to go back
-    from coca_jax.ops.reference import Reference
-
-    options = BlockOptions.from_config(model, Reference())
-    for name, value in options.beyond(("activation", "dtype", "ops")).items():
-        raise ValueError(f"model.{name}={value!r}: open_clip's CoCa has no such option")
-    if model.activation == "gelu":
-        raise ValueError(f"model.activation='gelu': {only} 'gelu_exact' and 'quick_gelu'")
+    _check_blocks(block_options(model))
     for tower, width in ((image, image.width), (text, text.width)):
         if int(width * (tower.mlp_dim / width)) != tower.mlp_dim:
             raise ValueError(f"mlp_dim={tower.mlp_dim} is no multiple that open_clip can express")
+
+
+def _check_blocks(towers: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError naming the first option of a tower that open_clip does not have there."""
+    usual = {f.name: f.default for f in dataclasses.fields(Model) if f.name in BLOCK}
+    quick = {"quick_gelu"} == {
+        own["activation"] for name, own in towers.items() if name != "pooler"
+    }
+    for tower, own in towers.items():
+        free = {"activation", "qk_norm_kind"}
+        if tower in ("image", "text"):
+            free |= {"layer_scale", "norm_eps", "qk_norm"}
+        if tower == "multimodal":
+            free |= {"layer_scale"}
+        if tower == "pooler":
+            free |= {"layer_scale"}
+        for name, value in own.items():
+            if value != usual[name] and name not in free:
+                raise ValueError(
+                    f"model.{name}={value!r} ({tower}): open_clip's CoCa has no such option there"
+                )
+        if own["qk_norm"] and own["qk_norm_kind"] != "layer":
+            raise ValueError(
+                f"model.qk_norm_kind={own['qk_norm_kind']!r} ({tower}): open_clip has only 'layer'"
+            )
+        known = ("gelu_exact", "gelu") if tower in ("image", "text") else ("gelu_exact",)
+        if tower != "pooler" and not quick and own["activation"] not in known:
+            raise ValueError(
+                f"model.activation={own['activation']!r} ({tower}): open_clip has only "
+                f"{' and '.join(map(repr, known))} there, or 'quick_gelu' in all towers"
+            )
 
 
 def check_preprocess(preprocess: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,8 @@ import math
 from typing import Any
 
 _UNSUPPORTED_BLOCK = dict(
-    ls_init_value=(None,),
-    act_kwargs=(None, {}),
-    norm_kwargs=(None, {}, {"eps": 1e-5}),
-    block_type=(None, "default"),
-    qk_norm=(False,),
+    act_kwargs=(None, {}, {"approximate": "none"}, {"approximate": "tanh"}),
+    block_type=(None, "default", "custom"),
     scaled_cosine_attn=(False,),
     scale_heads=(False,),
     scale_attn_inner=(False,),
@@ -30,21 +27,24 @@ _REQUIRED: dict[str, dict[str, tuple]] = {
         proj_bias=(False,),
         proj_type=("linear",),
     ),
-    "multimodal_cfg": dict(ls_init_value=(None,)),
+    "multimodal_cfg": {},
     "": {},
 }
+_READ_BLOCK = ("ls_init_value", "norm_kwargs", "qk_norm")
 # Keys that are read below.
 _READ: dict[str, set[str]] = {
     "vision_cfg": {
         *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"),
         *("patch_dropout", "attentional_pool", "attn_pooler_queries", "attn_pooler_heads"),
         "no_ln_pre",
+        *_READ_BLOCK,
     },
     "text_cfg": {
         *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
         "correct_cls_mask",
+        *_READ_BLOCK,
     },
-    "multimodal_cfg": {"context_length", "width", "heads", "layers"},
+    "multimodal_cfg": {"context_length", "width", "heads", "layers", "ls_init_value"},
     "": {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu"},
 }
 # Keys without effect on a model that passes the checks above. The decoder ignores most of its own.
@@ -64,7 +64,8 @@ _WITHOUT_EFFECT: dict[str, set[str]] = {
         *("no_causal_mask", "final_ln_after_pool", "tokenizer_mode", "tokenizer_kwargs"),
         *("hf_tokenizer_name", "hf_model_name", "hf_model_pretrained", "hf_proj_type"),
         "hf_pooler_type",
-        *(key for key in _UNSUPPORTED_BLOCK if key != "ls_init_value"),
+        *_UNSUPPORTED_BLOCK,
+        *("norm_kwargs", "qk_norm"),
     },
     "": {
         "custom_text",
@@ -90,7 +91,7 @@ _MOST = dict(
 )
 _RATIOS = dict(mlp_ratio=64.0)
 _SHARES = ("patch_dropout",)
-_FLAGS = ("quick_gelu", "no_ln_pre", "correct_cls_mask")
+_FLAGS = ("quick_gelu", "no_ln_pre", "correct_cls_mask", "qk_norm")
 
 
 def check_numbers(section: dict[str, Any], part: str) -> None:
@@ -106,8 +107,23 @@ def check_numbers(section: dict[str, Any], part: str) -> None:
         elif key in _SHARES:
             if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name}={short(value)}: give a share, 0 to below 1")
+        elif key == "ls_init_value":
+            if value is not None and (not is_number(value) or not 0 < value <= 10):
+                raise ValueError(f"{name}={short(value)}: give a number above 0, to 10, or null")
+        elif key == "norm_kwargs":
+            _check_norm(value, name)
         elif key in _FLAGS and not isinstance(value, bool):
             raise ValueError(f"{name}={short(value)}: give true or false")
+
+
+def _check_norm(value: Any, name: str) -> None:
+    """Raises ValueError for other options of a norm than what it adds to the variance."""
+    if value is None or value == {}:
+        return
+    if not isinstance(value, dict) or set(value) != {"eps"}:
+        raise ValueError(f"{name}={short(value)} is not supported; only {{'eps': a number}}")
+    if not is_number(value["eps"]) or not 1e-12 <= value["eps"] <= 1e-2:
+        raise ValueError(f"{name}={short(value)}: give an eps from 1e-12 to 0.01")
 
 
 def is_whole(value: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from coca_jax.config import Model
 from coca_jax.interop import safetensors_file
+from coca_jax.interop.open_clip_config import block_options
 from coca_jax.interop.safetensors_file import Blocks
 from coca_jax.models import pooler_kinds
 
@@ -59,6 +60,7 @@ class Layout:
 
     def __init__(self, model: Model, logit_bias: bool = False):
         self.parts: list[Part] = []
+        self.blocks = block_options(model)
         self._add("log_scale/value", "logit_scale", ())
         if logit_bias:
             self._add("logit_bias/value", "logit_bias", ())
@@ -93,7 +95,8 @@ class Layout:
         )
         if image.pre_norm:
             self._norm("image_encoder/pre_norm", "visual.ln_pre", width)
-        self._stack("image_encoder/blocks", "visual.transformer", image.depth, width, image)
+        blocks, key = "image_encoder/blocks", "visual.transformer"
+        self._stack(blocks, key, image.depth, width, image, self.blocks["image"])
         if not kind.second_pooler:
             self._norm("pooled_norm", "visual.ln_post", dim)
             self._add("image_to_joint/kernel", "visual.proj", (dim, model.embed_dim))
@@ -112,7 +115,8 @@ class Layout:
             "text_decoder/positions/value", "text.positional_embedding", (text.max_len + 1, dim)
         )
         self._add("text_decoder/cls/value", "text.cls_emb", (dim,))
-        self._stack("text_decoder/unimodal", "text.transformer", text.unimodal_depth, dim, text)
+        blocks, key = "text_decoder/unimodal", "text.transformer"
+        self._stack(blocks, key, text.unimodal_depth, dim, text, self.blocks["text"])
         self._norm("text_decoder/unimodal_norm", "text.ln_final", dim)
         self._add("text_to_joint/kernel", "text.text_projection", (dim, model.embed_dim))
         heads = text.multimodal_heads or text.num_heads
@@ -121,8 +125,9 @@ class Layout:
             path = "text_decoder/multimodal/layers"
             own = f"text_decoder.resblocks.{layer}"
             cross = f"text_decoder.cross_attn.{layer}"
-            self._block(path, "", own, dim, heads, mlp, layer)
-            self._block(path, "cross_", cross, dim, heads, mlp, layer)
+            options = self.blocks["multimodal"]
+            self._block(path, "", own, dim, heads, mlp, layer, options)
+            self._block(path, "cross_", cross, dim, heads, mlp, layer, options)
             self._norm(f"{path}/context_norm", f"{cross}.ln_1_kv", dim, layer)
         self._norm("text_decoder/multimodal_norm", "text_decoder.ln_final", dim)
         self._add("text_decoder/head/kernel/value", "text_decoder.text_projection", (dim, vocab))
@@ -257,20 +262,38 @@ class Layout:
         self._add(f"{path}/out/bias", f"{key}.out_proj.bias", (width,), layer=layer)
 
     def _block(
-        self, path: str, prefix: str, key: str, width: int, heads: int, mlp: int, layer: int
+        self,
+        path: str,
+        prefix: str,
+        key: str,
+        width: int,
+        heads: int,
+        mlp: int,
+        layer: int,
+        options: dict[str, Any],
     ) -> None:
-        attention = f"{path}/{prefix}attention"
+        attention, head = f"{path}/{prefix}attention", width // heads
         first_norm = f"{path}/cross_norm" if prefix else f"{path}/attention_norm"
         self._norm(first_norm, f"{key}.ln_1", width, layer)
         self._attention(attention, f"{key}.attn", width, width, heads, layer)
         self._norm(f"{path}/{prefix}mlp_norm", f"{key}.ln_2", width, layer)
         self._linear(f"{path}/{prefix}mlp/in", f"{key}.mlp.c_fc", (width, mlp), layer)
         self._linear(f"{path}/{prefix}mlp/out", f"{key}.mlp.c_proj", (mlp, width), layer)
+        if options["qk_norm"]:
+            for name in ("query", "key"):
+                self._norm(f"{attention}/{name}_norm", f"{key}.attn.ln_{name[0]}", head, layer)
+        if options["layer_scale"]:
+            for part, number in (("attention", 1), ("mlp", 2)):
+                scale = f"{path}/{prefix}{part}_scale/gain"
+                self._add(scale, f"{key}.ls_{number}.gamma", (width,), layer=layer)
 
-    def _stack(self, path: str, key: str, depth: int, width: int, tower: Any) -> None:
+    def _stack(
+        self, path: str, key: str, depth: int, width: int, tower: Any, options: dict[str, Any]
+    ) -> None:
+        heads, mlp = tower.num_heads, tower.mlp_dim
         for layer in range(depth):
             block = f"{key}.resblocks.{layer}"
-            self._block(f"{path}/layers", "", block, width, tower.num_heads, tower.mlp_dim, layer)
+            self._block(f"{path}/layers", "", block, width, heads, mlp, layer, options)
 
     def _pooler(self, path: str, key: str, queries: int, source: int, model: Model) -> None:
         width, heads = model.text.width, model.pooler.num_heads

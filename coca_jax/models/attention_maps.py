@@ -19,9 +19,19 @@ from coca_jax.ops.reference import Reference
 def recording(model: coca.CoCa) -> coca.CoCa:
     """The same model by the reference form of the operations, which `maps` wants: the loops over
     layers of other forms do not record."""
-    options = dataclasses.replace(model.options, ops=Reference())
-    towers = {name: getattr(model, name).clone(options=options) for name in ("encoder", "decoder")}
-    return model.clone(options=options, **towers)
+
+    def plain(options: layers.BlockOptions) -> layers.BlockOptions:
+        return dataclasses.replace(options, ops=Reference())
+
+    decoder = model.decoder
+    return model.clone(
+        options=plain(model.options),
+        pooler_options=plain(model.pooler_options),
+        encoder=model.encoder.clone(options=plain(model.encoder.options)),
+        decoder=decoder.clone(
+            options=plain(decoder.options), multimodal_options=plain(decoder.upper)
+        ),
+    )
 
 
 def maps(

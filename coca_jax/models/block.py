@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.models.layers import RECORDED, Attention, BlockOptions, LayerNorm, Mlp
+from coca_jax.models.layers import RECORDED, Attention, BlockOptions, LayerScale, Mlp, Norm
 from coca_jax.ops import packed
 from coca_jax.partitioning import constrain
 
@@ -42,12 +42,14 @@ class Block(nn.Module):
     paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
     context with an MLP of its own).
     causal: whether self-attention sees only a token's own place and before.
+    kv_heads: of all attention, see layers.Attention.
     """
 
     width: int
     num_heads: int
     mlp_dim: int
     depth: int
+    kv_heads: int = 0
     cross: str | None = None
     causal: bool = False
     options: BlockOptions = BlockOptions()
@@ -57,26 +59,41 @@ class Block(nn.Module):
             out_scale=(2 * self.depth) ** -0.5,  # keeps the residual stream's variance flat
             options=self.options,
         )
-        norm = functools.partial(LayerNorm, dtype=self.options.dtype, ops=self.options.ops)
-        attention = functools.partial(Attention, self.width, self.num_heads, **shared)
+        norm = functools.partial(Norm, self.options)
+        attention = functools.partial(
+            Attention, self.width, self.num_heads, self.kv_heads, **shared
+        )
         mlp = functools.partial(Mlp, self.mlp_dim, **shared)
-        self.attention_norm, self.attention = norm(), attention()
+        turned = self.options.rotary
+        self.attention_norm, self.attention = norm(), attention(turned=turned)
         self.mlp_norm, self.mlp = norm(), mlp()
         if self.cross is not None:
             self.cross_norm, self.cross_attention = norm(), attention()
         if self.cross == "open_clip":
             self.context_norm = norm()
             self.cross_mlp_norm, self.cross_mlp = norm(), mlp()
+        if self.options.layer_scale:
+            scale = functools.partial(LayerScale, self.options.layer_scale)
+            self.attention_scale, self.mlp_scale = scale(), scale()
+            if self.cross is not None:
+                self.cross_attention_scale = scale()
+            if self.cross == "open_clip":
+                self.cross_mlp_scale = scale()
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | Step | None, context: Any
+        self,
+        x: jax.Array,
+        mask: jax.Array | Step | None,
+        context: Any,
+        rotation: jax.Array | None = None,
     ) -> tuple[jax.Array, packed.Cache | None]:
         """x [B, N, D] -> the same, and the cache that a Step brought, written to.
 
         mask: bool, broadcastable to [B, 1, N, N], of self-attention, or None; a Step in decoding.
         context: [B, M, W]; in decoding what `image_cache` gives, or in panels image tokens.
+        rotation: of x in self-attention, see rotary.py.
         """
-        x, cache = self.attend_to_text(x, mask)
+        x, cache = self.attend_to_text(x, mask, rotation)
         if self.cross == "open_clip":
             x = self.feed_forward(x, "mlp")
         if self.cross is not None:
@@ -87,23 +104,27 @@ class Block(nn.Module):
     def _packed(self, part: str) -> Any:
         return self.variables.get("packed", {}).get(part)
 
-    def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
+    def _add(self, x: jax.Array, update: jax.Array, part: str) -> jax.Array:
+        if self.options.layer_scale:
+            update = getattr(self, f"{part}_scale")(update)
         x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
         return checkpoint_name(self.options.ops.residual_stream(x), "residual")
 
     def attend_to_text(
-        self, x: jax.Array, mask: jax.Array | Step | None
+        self, x: jax.Array, mask: jax.Array | Step | None, rotation: jax.Array | None
     ) -> tuple[jax.Array, packed.Cache | None]:
         """The residual part of self-attention."""
         if not isinstance(mask, Step):
-            out = self.attention(self.attention_norm(x), mask=mask, causal=self.causal)
-            return self._add(x, out), None
+            normal = self.attention_norm(x)
+            out = self.attention(normal, mask=mask, causal=self.causal, rotation=rotation)
+            return self._add(x, out, "attention"), None
         weights = self._packed("attention")
         if weights is not None:
             return packed.self_attention(x, weights, mask.mask, mask.slot, mask.cache)
         normal = self.attention_norm(x)
-        cache = packed.write(mask.cache, *self.attention.cache(normal), mask.slot)
-        return self._add(x, self.attention.attend_cached(normal, cache, mask.mask)), cache
+        cache = packed.write(mask.cache, *self.attention.cache(normal, rotation), mask.slot)
+        out = self.attention.attend_cached(normal, cache, mask.mask, rotation)
+        return self._add(x, out, "attention"), cache
 
     def attend_to_image(self, x: jax.Array, context: Any) -> jax.Array:
         """The residual part of cross-attention."""
@@ -112,10 +133,11 @@ class Block(nn.Module):
             return packed.cross_attention(x, weights, context)
         normal = self.cross_norm(x)
         if isinstance(context, packed.Cache):
-            return self._add(x, self.cross_attention.attend_cached(normal, context))
+            out = self.cross_attention.attend_cached(normal, context)
+            return self._add(x, out, "cross_attention")
         if self.cross == "open_clip":
             context = self.context_norm(context)
-        return self._add(x, self.cross_attention(normal, context))
+        return self._add(x, self.cross_attention(normal, context), "cross_attention")
 
     def feed_forward(self, x: jax.Array, part: str) -> jax.Array:
         """The residual part of an MLP: 'mlp' or 'cross_mlp'."""
@@ -123,7 +145,7 @@ class Block(nn.Module):
         if weights is not None:
             return packed.mlp(x, weights, self.options.activation)
         mlp, norm = getattr(self, part), getattr(self, f"{part}_norm")
-        return self._add(x, mlp(norm(x)))
+        return self._add(x, mlp(norm(x)), part)
 
     def image_cache(self, tokens: jax.Array) -> packed.Cache:
         """What cross-attention reads of image tokens [B, Q, D], for a whole caption."""
@@ -149,12 +171,13 @@ class Stack(nn.Module):
     """`depth` blocks with parameters stacked on a leading axis, run by one scan.
 
     remat: 'none' | 'dots' (save the products) | 'named' (save the tensors that are dear to make
-    again) | 'full' (save only each block's input). causal: of self-attention.
+    again) | 'full' (save only each block's input). causal: of self-attention. kv_heads: see Block.
     """
 
     depth: int
     num_heads: int
     mlp_dim: int
+    kv_heads: int = 0
     cross: str | None = None
     causal: bool = False
     remat: str = "none"
@@ -162,8 +185,13 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        context: jax.Array | None = None,
+        rotation: jax.Array | None = None,
     ) -> jax.Array:
+        """x [B, N, D] -> the same; mask, context and rotation as of Block."""
         ops = self.options.ops
         mask, causal = ops.prepare_mask(mask, self.causal, x.shape[1])
         fields: dict[str, Any] = dict(
@@ -171,10 +199,12 @@ class Stack(nn.Module):
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             depth=self.depth,
+            kv_heads=self.kv_heads,
             cross=self.cross,
             causal=causal,
         )
-        loop = ops.layer_loop(fields | self.options.fields(), self.remat)
+        known = dict(activation=self.options.activation, dtype=self.options.dtype)
+        loop = ops.layer_loop(fields | known | self.options.beyond(known), self.remat)
         if loop is not None and not self.is_initializing():
             return loop(self.variables["params"][STACKED], x, mask, context)
         block: Any = Block
@@ -184,9 +214,9 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0, RECORDED: 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=ops.unroll(self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=STACKED, options=self.options, **fields)
-        return layers(x, mask, context)[0]
+        return layers(x, mask, context, rotation)[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,8 @@ import numpy as np
 from coca_jax import ops as operations
 from coca_jax.config import Head, Model, checks
 from coca_jax.models import heads, layers, pooler_kinds
-from coca_jax.models.image_encoder import ImageEncoder
+from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
+from coca_jax.models.outputs import Outputs
 from coca_jax.models.part import Part
 from coca_jax.models.pooler import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
@@ -30,43 +31,9 @@ PARTS = dict(
     log_scale=Part("contrastive", wide=True),
     logit_bias=Part("contrastive", wide=True, optional=True),
     head=Part("head", optional=True),
+    bag_head=Part("words", optional=True),
+    token_predictor=Part("tokens", optional=True),
 )
-
-# Fields of Outputs that belong to the model: all rows share them.
-SHARED = ("kernel", "bias", "scale", "logit_bias")
-
-
-@flax.struct.dataclass
-class Outputs:
-    """What one forward pass gives.
-
-    image_embedding, text_embedding: float32 [B, E], L2-normalised. image_tokens: [B, Q, D], what
-    the decoder attends to. states: [B, L, D], the decoder's output before the softmax layer.
-    kernel [D, V], bias [V] or None: the softmax layer. scale: float32, exp of the learned log
-    inverse temperature. logit_bias: float32, or None without the sigmoid loss. class_logits:
-    float32 [B, C] of the task head, or None without one.
-    """
-
-    image_embedding: jax.Array
-    text_embedding: jax.Array
-    image_tokens: jax.Array
-    states: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    scale: jax.Array
-    logit_bias: jax.Array | None
-    class_logits: jax.Array | None
-
-    @property
-    def logits(self) -> jax.Array:
-        """float32 [B, L, V]; position t predicts token t + 1."""
-        logits = jnp.einsum(
-            "bld,dv->blv",
-            self.states,
-            self.kernel.astype(self.states.dtype),
-            preferred_element_type=wide(self.states.dtype),
-        )
-        return logits if self.bias is None else logits + self.bias
 
 
 class CoCa(nn.Module):
@@ -83,8 +50,12 @@ class CoCa(nn.Module):
     image_projection: bool = True
     query_std: float = 0.02
     sigmoid: bool = False
+    bag_of_tokens: bool = False
+    hidden_share: float = 0.0
+    token_dropout: float = 0.0
     task_head: heads.TaskHead | None = None
     options: layers.BlockOptions = layers.BlockOptions()
+    pooler_options: layers.BlockOptions = layers.BlockOptions()
 
     @property
     def dtype(self) -> Any:
@@ -102,13 +73,13 @@ class CoCa(nn.Module):
             width=width,
             num_heads=self.pooler_heads,
             query_std=self.query_std,
-            options=self.options,
+            options=self.pooler_options,
         )
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.decoder.copy(name="text_decoder")
         self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
         if not self.pooler_kind.second_pooler:
-            self.pooled_norm = layers.LayerNorm(self.dtype, self.options.ops)
+            self.pooled_norm = layers.Norm(self.encoder.options)  # as its final norm
         else:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(
@@ -120,6 +91,14 @@ class CoCa(nn.Module):
         self.log_scale = layers.Scalar(float(np.log(1 / self.temperature)))
         if self.sigmoid:
             self.logit_bias = layers.Scalar(-10.0)
+        if self.bag_of_tokens:
+            shape = (self.encoder.width, self.decoder.vocab_size)
+            self.bag_head = layers.Table(shape, axes=("embed", "vocab"))
+        if self.hidden_share:
+            square: dict[str, Any] = dict(axes=("embed", "mlp"), dtype=self.dtype)
+            self.token_predictor = layers.Projection(
+                (self.encoder.width,), ops=self.options.ops, **square
+            )
         if self.task_head is not None:
             self.head = self.task_head.copy(name="head")
 
@@ -220,7 +199,11 @@ class CoCa(nn.Module):
         """
         encoded = self.encode_pixels(pixels, deterministic=deterministic)
         image_embedding, image_tokens = self.pool(encoded)
-        cls, states = self.text_decoder(tokens, text_valid, image_tokens)
+        seen = image_tokens
+        if self.token_dropout and not deterministic:
+            kept = kept_tokens(seen, self.token_dropout, self.make_rng("patch_dropout"))
+            seen = take_tokens(seen, kept)
+        cls, states = self.text_decoder(tokens, text_valid, seen)
         class_logits = None
         if self.task_head is not None and self.task_head.kind.shares_pass:
             if self.task_head.kind.reads_text:
@@ -228,6 +211,9 @@ class CoCa(nn.Module):
                 class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
             else:
                 class_logits = self.head(all_tokens(encoded))
+        predicted = hidden = None
+        if self.hidden_share and (not deterministic or self.is_initializing()):
+            predicted, hidden = self.predict_hidden(pixels)
         kernel, bias = self.text_decoder.output_layer()
         scale, logit_bias = self.similarity()
         return Outputs(
@@ -240,7 +226,29 @@ class CoCa(nn.Module):
             scale=scale,
             logit_bias=logit_bias,
             class_logits=class_logits,
+            pooled=all_tokens(encoded).mean(1) if self.bag_of_tokens else None,
+            bag_kernel=self.bag_head() if self.bag_of_tokens else None,
+            predicted_tokens=predicted,
+            hidden=hidden,
         )
+
+    def patch_tokens(self, pixels: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
+        """The encoder's tokens of patches alone, [B, N, W], those in `hidden` not being seen."""
+        tokens = self.image_encoder(pixels, masked=hidden)
+        return tokens[:, int(self.encoder.class_token) :]
+
+    def predict_hidden(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(tokens predicted of images with hidden patches, [B, N, W]; bool [B, N], which)."""
+        side = pixels.shape[1] // self.encoder.patch_size
+        shape = (pixels.shape[0], side * side)
+        count = max(1, round(self.hidden_share * side * side))
+        hidden = jnp.zeros(shape, bool)
+        if self.is_initializing():
+            hidden = hidden.at[:, :count].set(True)
+        else:
+            order = jnp.argsort(jax.random.uniform(self.make_rng("patch_dropout"), shape), axis=1)
+            hidden = jnp.argsort(order, axis=1) < count
+        return self.token_predictor(self.patch_tokens(pixels, hidden)), hidden
 
 
 def all_tokens(encoded: jax.Array) -> jax.Array:
@@ -259,6 +267,8 @@ def build(
     *,
     remat: str = "none",
     sigmoid: bool = False,
+    bag_of_tokens: bool = False,
+    hidden_share: float = 0.0,
     platform: str | None = None,
     head: Head | None = None,
     num_classes: int = 0,
@@ -267,6 +277,8 @@ def build(
 
     remat: of all towers, see block.Stack; 'auto': what is best on the platform.
     sigmoid: whether it has the learned bias of the sigmoid loss.
+    bag_of_tokens: whether it has the layer from images to the tokens of their texts.
+    hidden_share: of the patches that are hidden in a second pass and predicted; 0: no such pass.
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
     decides how operations run (see `coca_jax.ops`), not what they compute.
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
@@ -283,15 +295,18 @@ def build(
             "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
         )
     remat = ops.remat if remat == "auto" else remat
-    shared: dict[str, Any] = dict(remat=remat, options=layers.BlockOptions.from_config(model, ops))
+    options = functools.partial(layers.BlockOptions.from_config, model, ops)
+    image, text = ({**part.to_dict(), "remat": remat} for part in (model.image, model.text))
+    image["options"] = options(image.pop("block"))
+    text["options"] = options(text.pop("block"))
+    text["multimodal_options"] = options(text.pop("multimodal_block"))
     return CoCa(
         encoder=ImageEncoder(
             image_size=model.image_size,
             patch_size=model.patch_size,
-            **model.image.to_dict(),
-            **shared,
+            **image,
         ),
-        decoder=TextDecoder(**model.text.to_dict(), **shared),
+        decoder=TextDecoder(**text),
         pooler_kind=pooler_kinds.of(model.pooler.kind),
         num_queries=model.pooler.num_queries,
         pooler_heads=model.pooler.num_heads,
@@ -300,8 +315,12 @@ def build(
         embed_dim=model.embed_dim,
         temperature=model.temperature,
         sigmoid=sigmoid,
+        bag_of_tokens=bag_of_tokens,
+        hidden_share=hidden_share,
+        token_dropout=model.pooler.token_dropout,
         task_head=heads.build(head, model, num_classes, ops) if head and head.kind else None,
-        options=shared["options"],
+        options=options(),
+        pooler_options=options(model.pooler.block),
     )
 
 

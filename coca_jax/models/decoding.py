@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from coca_jax import ops as operations
 from coca_jax.config import Model
-from coca_jax.models import block, layers, packing
+from coca_jax.models import block, layers, packing, rotary
 from coca_jax.ops import packed
+from coca_jax.ops.cpu import decode_kernels
 from coca_jax.ops.packed import LAYOUTS, Cache, Layout
 
 
@@ -29,7 +30,7 @@ class Decoder:
     num_ids: ids that the vocabulary has; the softmax layer may have more rows, never chosen.
     hidden_id: an id that the unimodal half's mask takes for padding wherever it stands, or None;
     hides_next: it is the key after such a token that is hidden, not its own (cls_mask 'shifted').
-    unimodal, multimodal: the blocks of both halves.
+    unimodal, multimodal: the blocks of both halves. rope_theta: see rotary.of_places.
     """
 
     unimodal: block.Block
@@ -42,6 +43,14 @@ class Decoder:
     eos_id: int
     hidden_id: int | None = None
     hides_next: bool = False
+    rope_theta: float = 10_000.0
+
+    def rotation(self, positions: jax.Array, half: block.Block) -> jax.Array | None:
+        """Of tokens at positions int32 [B, N] in the blocks of a half, see rotary.py."""
+        if not half.options.rotary:
+            return None
+        head_width = half.width // half.num_heads
+        return rotary.of_places(positions[..., None], head_width, self.rope_theta)
 
 
 def decoder(
@@ -61,23 +70,25 @@ def decoder(
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype={model.dtype!r}: decoding needs 'float32' or 'bfloat16'")
     implementation = model.implementation
-    common: dict[str, Any] = dict(
-        width=text.width,
-        options=layers.BlockOptions.from_config(
-            model, operations.choose(platform or jax.default_backend(), implementation)
-        ),
-    )
+    common: dict[str, Any] = dict(width=text.width, kv_heads=text.kv_heads)
+    ops = operations.choose(platform or jax.default_backend(), implementation)
+    options = functools.partial(layers.BlockOptions.from_config, model, ops)
     heads = text.multimodal_heads or text.num_heads
     mlp_dim = text.multimodal_mlp_dim or text.mlp_dim
     return Decoder(
         unimodal=block.Block(
-            num_heads=text.num_heads, mlp_dim=text.mlp_dim, depth=text.unimodal_depth, **common
+            num_heads=text.num_heads,
+            mlp_dim=text.mlp_dim,
+            depth=text.unimodal_depth,
+            options=options(text.block),
+            **common,
         ),
         multimodal=block.Block(
             num_heads=heads,
             mlp_dim=mlp_dim,
             depth=text.multimodal_depth,
             cross=text.cross,
+            options=options(text.multimodal_block),
             **common,
         ),
         vocab_size=text.vocab_size,
@@ -88,6 +99,7 @@ def decoder(
         eos_id=eos_id,
         hidden_id=hidden_id,
         hides_next=text.cls_mask == "shifted",
+        rope_theta=text.rope_theta,
     )
 
 
@@ -105,6 +117,10 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
 
     def blocks(stack: dict, module: block.Block) -> list[dict]:
         unknown = module.options.beyond(packing.KNOWN_OPTIONS)
+        if module.kv_heads:
+            unknown["kv_heads"] = module.kv_heads
+        if layout == "panels" and module.options.activation not in decode_kernels.ACTIVATIONS:
+            unknown["activation"] = module.options.activation
         depth = jax.tree.leaves(stack)[0].shape[0]
         split = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
         found = []
@@ -119,18 +135,19 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     embedding = text["token_embedding"]["value"]
     kernel = text["head"]["kernel"]["value"] if "head" in text else embedding.T
     bias = text["head"]["bias"]["value"] if "bias" in text.get("head", {}) else None
-    if layout == "panels" and bias is None:
+    norm = packing.last_norm(text["multimodal_norm"], spec.multimodal.options)
+    panels = layout == "panels" and "epsilon" not in norm
+    if panels and bias is None:
         bias = jnp.zeros(kernel.shape[1])
     # As `transposed` the softmax layer's output would cost more to transpose than the layout gives.
-    head = packed.pack_matrix(
-        kernel, bias, spec.dtype, "panels" if layout == "panels" else "kernel"
-    )
+    head = packed.pack_matrix(kernel, bias, spec.dtype, "panels" if panels else "kernel")
+    positions = text["positions"]["value"].astype(spec.dtype) if "positions" in text else None
     return dict(
         embedding=embedding.astype(spec.dtype),
-        positions=text["positions"]["value"].astype(spec.dtype),
+        positions=positions,
         unimodal=blocks(text["unimodal"], spec.unimodal),
         multimodal=blocks(text["multimodal"], spec.multimodal),
-        norm=text["multimodal_norm"],
+        norm=norm,
         head=head,
     )
 
@@ -138,7 +155,7 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
 def best_layout(spec: Decoder, params: dict) -> Layout:
     """The layout in which decoding is fastest on this machine; see ops/packed.py."""
     text = params["text_decoder"]
-    width = text["positions"]["value"].shape[1]
+    width = text["token_embedding"]["value"].shape[1]
     return packed.choose_layout(
         jax.default_backend(),
         spec.implementation,
@@ -173,9 +190,10 @@ def _apply(module: block.Block, weights: dict, *inputs: Any, method: Any = None)
 def empty_caches(spec: Decoder, weights: dict, batch: int, slots: int) -> list[Cache]:
     """Caches of zeros for every block of both halves."""
     width = weights["embedding"].shape[1]
-    heads = [spec.unimodal.num_heads] * len(weights["unimodal"])
-    heads += [spec.multimodal.num_heads] * len(weights["multimodal"])
-    shapes = [(batch, count, slots, width // count) for count in heads]
+    shapes = []
+    for module, layers_ in ((spec.unimodal, "unimodal"), (spec.multimodal, "multimodal")):
+        shape = (batch, module.kv_heads or module.num_heads, slots, width // module.num_heads)
+        shapes += [shape] * len(weights[layers_])
     return [Cache(jnp.zeros(s, spec.dtype), jnp.zeros(s, spec.dtype)) for s in shapes]
 
 
@@ -198,15 +216,19 @@ def run_tokens(
     caches.
     """
     own = mask if visible is None else mask & visible[:, None]
-    x = (weights["embedding"][tokens] + weights["positions"][positions]).astype(jnp.float32)
+    x = weights["embedding"][tokens]
+    if weights["positions"] is not None:
+        x = x + weights["positions"][positions]
+    x = x.astype(jnp.float32)
+    turns = [spec.rotation(positions, half) for half in (spec.unimodal, spec.multimodal)]
     depth = len(weights["unimodal"])
     written = []
     for layer, cache in zip(weights["unimodal"], caches):
-        x, new = _apply(spec.unimodal, layer, x, block.Step(cache, slot, own), None)
+        x, new = _apply(spec.unimodal, layer, x, block.Step(cache, slot, own), None, turns[0])
         written.append(new)
     for number, (layer, cache) in enumerate(zip(weights["multimodal"], caches[depth:])):
         context = image[number] if isinstance(image, list) else image
-        x, new = _apply(spec.multimodal, layer, x, block.Step(cache, slot, mask), context)
+        x, new = _apply(spec.multimodal, layer, x, block.Step(cache, slot, mask), context, turns[1])
         written.append(new)
     return x, written
 

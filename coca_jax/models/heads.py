@@ -69,5 +69,5 @@ def build(head: Head, model: Model, num_classes: int, ops: Reference = REFERENCE
         num_queries=head.num_queries,
         width=width,
         num_heads=num_heads,
-        options=layers.BlockOptions.from_config(model, ops),
+        options=layers.BlockOptions.from_config(model, ops, model.pooler.block),
     )

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import block, layers
+from coca_jax.models import block, layers, rotary
 from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.models.stem import ConvStem
 from coca_jax.partitioning import constrain
@@ -22,6 +22,8 @@ PARTS = dict(
     patch_embedding=Part("image", "image", BOTTOM),
     positions=Part("image", "image", BOTTOM, positions="grid"),
     class_token=Part("image", "image", BOTTOM),
+    registers=Part("image", "image", BOTTOM),
+    mask_token=Part("image", "image", BOTTOM, optional=True),
     pre_norm=Part("image", "image", BOTTOM),
     blocks=Part("image", "image", STACK),
     final_norm=Part("image", "image"),
@@ -37,6 +39,8 @@ class ImageEncoder(nn.Module):
     the paper's (no class token, no norm before the first block, a norm after the last).
     conv_widths, conv_depths: channels and residual blocks of each stage of the convolutional stem;
     each stage halves the resolution, so patch_size must be 2^stages. Empty: plain patches.
+    registers: learned tokens beside the patches, which nobody reads behind the last block (Darcet
+    et al. 2024). rope_theta: see rotary.of_places.
     patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
     """
 
@@ -50,6 +54,8 @@ class ImageEncoder(nn.Module):
     pre_norm: bool = False
     final_norm: bool = True
     patch_bias: bool = True
+    registers: int = 0
+    rope_theta: float = 100.0
     conv_widths: tuple[int, ...] = ()
     conv_depths: tuple[int, ...] = ()
     patch_dropout: float = 0.0
@@ -57,13 +63,64 @@ class ImageEncoder(nn.Module):
     options: layers.BlockOptions = layers.BlockOptions()
 
     @nn.compact
-    def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        *,
+        deterministic: bool = True,
+        masked: jax.Array | None = None,
+    ) -> jax.Array:
+        """masked: bool [B, N], patches in whose place a learned token stands, or None."""
         side, options = pixels.shape[1], self.options
         if pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images with a side "
                 f"that is a multiple of {self.patch_size}, best {self.image_size}: resize them"
             )
+        x = self._embedded(pixels, masked)
+        classes = int(self.class_token)
+        first = (
+            layers.Table((self.width,), axes=("norm",), name="class_token")() if classes else None
+        )
+        if options.learned:
+            positions = self._table(side).astype(x.dtype)
+            x = x + positions[classes:]
+            first = None if first is None else first.astype(x.dtype) + positions[0]
+        rotation = self._rotation(side) if options.rotary else None
+        if self.patch_dropout and not deterministic:
+            kept = kept_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
+            x = take_tokens(x, kept)
+            rotation = None if rotation is None else take_tokens(rotation, kept)
+        before = [] if first is None else [first[None].astype(x.dtype)]
+        if self.registers:
+            shape, axes = (self.registers, self.width), ("position", "embed")
+            before.append(layers.Table(shape, axes, name="registers")().astype(x.dtype))
+        if before:
+            added = [jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in before]
+            x = jnp.concatenate([*added, x], axis=1)
+            if rotation is not None:
+                still = rotary.unturned(len(rotation), classes + self.registers, rotation.shape[-1])
+                rotation = jnp.concatenate([still, rotation], axis=1)
+        x = constrain(x, "batch", "length", "act_embed")
+        if self.pre_norm:
+            x = layers.Norm(options, name="pre_norm")(x)
+        x = block.Stack(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            remat=self.remat,
+            options=options,
+            name="blocks",
+        )(x, rotation=rotation)
+        if self.registers:
+            x = jnp.concatenate([x[:, :classes], x[:, classes + self.registers :]], axis=1)
+        if self.final_norm:
+            x = layers.Norm(options, name="final_norm")(x)
+        return x
+
+    def _embedded(self, pixels: jax.Array, masked: jax.Array | None) -> jax.Array:
+        """pixels [B, S, S, 3] -> patches [B, N, D], without positions."""
+        options = self.options
         if self.conv_widths:
             sizes = self.conv_widths, self.conv_depths
             x = ConvStem(*sizes, options.activation, options.dtype, options.ops, name="stem")(
@@ -80,42 +137,32 @@ class ImageEncoder(nn.Module):
             ops=options.ops,
             name="patch_embedding",
         )(x)
-        grid = self.image_size // self.patch_size
+        if masked is None:
+            return x
+        token = layers.Table((self.width,), axes=("norm",), name="mask_token")()
+        return jnp.where(masked[:, :, None], token.astype(x.dtype), x)
+
+    def _table(self, side: int) -> jax.Array:
+        """The learned positions of images of a size, [class token + N, D], float32."""
+        grid, classes = self.image_size // self.patch_size, int(self.class_token)
         positions = layers.Table(
-            (grid * grid + self.class_token, self.width),
+            (grid * grid + classes, self.width),
             axes=("position", "embed"),
-            initializer=layers.grid_waves(int(self.class_token)),
+            initializer=layers.grid_waves(classes),
             name="positions",
         )()
-        if side != self.image_size:  # a stage of a size curriculum: the same places, resampled
-            patches = positions[int(self.class_token) :].reshape(grid, grid, self.width)
-            shape = (side // self.patch_size,) * 2 + (self.width,)
-            patches = jax.image.resize(patches, shape, "linear").reshape(-1, self.width)
-            positions = jnp.concatenate([positions[: int(self.class_token)], patches])
-        positions = positions.astype(x.dtype)
-        x = x + positions[int(self.class_token) :]
-        if self.patch_dropout and not deterministic:
-            x = drop_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
-        if self.class_token:
-            token = layers.Table((self.width,), axes=("norm",), name="class_token")()
-            first = jnp.broadcast_to(
-                token.astype(x.dtype) + positions[0], (x.shape[0], 1, self.width)
-            )
-            x = jnp.concatenate([first, x], axis=1)
-        x = constrain(x, "batch", "length", "act_embed")
-        if self.pre_norm:
-            x = layers.LayerNorm(options.dtype, options.ops, name="pre_norm")(x)
-        x = block.Stack(
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            remat=self.remat,
-            options=options,
-            name="blocks",
-        )(x)
-        if self.final_norm:
-            x = layers.LayerNorm(options.dtype, options.ops, name="final_norm")(x)
-        return x
+        if side == self.image_size:
+            return positions
+        # A stage of a size curriculum: the same places, resampled.
+        patches = positions[classes:].reshape(grid, grid, self.width)
+        shape = (side // self.patch_size,) * 2 + (self.width,)
+        patches = jax.image.resize(patches, shape, "linear").reshape(-1, self.width)
+        return jnp.concatenate([positions[:classes], patches])
+
+    def _rotation(self, side: int) -> jax.Array:
+        """The rotation of the patches of images of a size, [1, N, K]."""
+        places = rotary.grid(side // self.patch_size, self.image_size // self.patch_size)
+        return rotary.of_places(places[None], self.width // self.num_heads, self.rope_theta)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
@@ -126,9 +173,14 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, -1)
 
 
-def drop_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """Keeps a random subset of each row's tokens: [B, N, D] -> [B, round(N (1 - rate)), D]."""
+def kept_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+    """A random subset of each row's tokens: [B, N, D] -> places int32 [B, round(N (1 - rate))]."""
     batch, length, _ = x.shape
     keep = max(1, round(length * (1 - rate)))
-    order = jnp.argsort(jax.random.uniform(rng, (batch, length)), axis=1)[:, :keep]
-    return jnp.take_along_axis(x, order[:, :, None], axis=1)
+    return jnp.argsort(jax.random.uniform(rng, (batch, length)), axis=1)[:, :keep]
+
+
+def take_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
+    """The tokens of x [B or 1, N, D] at places [B, M] -> [B, M, D]."""
+    x = jnp.broadcast_to(x, (len(places), *x.shape[1:]))
+    return jnp.take_along_axis(x, places[:, :, None], axis=1)

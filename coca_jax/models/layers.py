@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from coca_jax.config import Model
+from coca_jax.config import BLOCK, Model
+from coca_jax.models import rotary
 from coca_jax.ops import packed
 from coca_jax.ops.reference import (
+    ACTIVATIONS,
     NORM_EPSILON,
     Reference,
     attention_weights,
@@ -36,30 +38,59 @@ class BlockOptions:
     field sets it; forms written for the paper's block step aside for an option they do not know.
 
     activation: of the MLP, a key of ops.reference.ACTIVATIONS.
+    gated_mlp: an MLP's activation is a gate of a second projection (Shazeer 2020).
+    norm: 'layer' or 'rms' (Zhang and Sennrich 2019). norm_eps: added to the variance.
+    bias: whether products and norms have one.
+    layer_scale: what every residual part is scaled with by channel, at first (Touvron et al. 2021);
+        0: no such scale.
+    positions: 'learned' tables that are added, 'rope' (see rotary.py), or 'both'.
     qk_norm: RMS norm of queries and keys in each head, with a learned scale (Henry et al. 2020;
-        Dehghani et al. 2023, Section 3.1).
+        Dehghani et al. 2023, Section 3.1); qk_norm_kind: or 'layer', LayerNorm with scale and bias.
     dtype: of products. ops: the form of the operations.
     """
 
     activation: str = "gelu"
+    gated_mlp: bool = False
+    norm: str = "layer"
+    norm_eps: float = NORM_EPSILON
+    bias: bool = True
+    layer_scale: float = 0.0
+    positions: str = "learned"
     qk_norm: bool = False
+    qk_norm_kind: str = "rms"
     dtype: Any = jnp.float32
     ops: Reference = Reference()
 
     @classmethod
-    def from_config(cls, model: Model, ops: Reference) -> BlockOptions:
-        """The options that `config.model` sets."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name not in ("dtype", "ops")]
-        given = {name: getattr(model, name) for name in names}
+    def from_config(
+        cls, model: Model, ops: Reference, own: Mapping[str, Any] | None = None
+    ) -> BlockOptions:
+        """The options that `config.model` sets, but for those that a tower has of its `own`."""
+        given = {name: getattr(model, name) for name in BLOCK} | dict(own or {})
         return cls(**given, dtype=jnp.dtype(model.dtype), ops=ops)
+
+    def of_products(self) -> dict[str, Any]:
+        """Fields of the projections in blocks."""
+        return dict(use_bias=self.bias, dtype=self.dtype, ops=self.ops)
 
     def fields(self) -> dict[str, Any]:
         """{name: value}."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def beyond(self, known: Collection[str]) -> dict[str, Any]:
-        """The options that are set and are not among `known`."""
-        return {k: v for k, v in self.fields().items() if v and k not in known}
+        """The options that are not as in the paper's block and not among `known`."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return {k: v for k, v in self.fields().items() if v != usual[k] and k not in known}
+
+    @property
+    def learned(self) -> bool:
+        """Whether towers have a table of positions."""
+        return self.positions != "rope"
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions turn queries and keys."""
+        return self.positions != "learned"
 
 
 # What the parameters of all modules are, by their names; see roles.Role.
@@ -68,28 +99,48 @@ BY_HEAD = ("query", "key", "value")  # projections whose outputs are heads and t
 RECORDED = "attention"  # a collection: whoever makes it mutable gets the weights of every attention
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
+class Norm(nn.Module):
+    """The options' norm over the last axis; statistics in float32, output in their dtype."""
 
-    dtype: Any = jnp.float32
-    ops: Reference = Reference()
+    options: BlockOptions = BlockOptions()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (width,))
-        bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (width,))
-        return self.ops.layer_norm(x, scale, bias, self.dtype)
+        options, shape = self.options, x.shape[-1:]
+        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), shape)
+        if options.norm == "rms":
+            return options.ops.rms_norm(x, scale, options.dtype, options.norm_eps)
+        bias = None
+        if options.bias:
+            bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), shape)
+        return options.ops.layer_norm(x, scale, bias, options.dtype, options.norm_eps)
+
+
+class LayerScale(nn.Module):
+    """x [..., D] times a learned gain [D] that starts at `initial`, in x's dtype."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(self.initial)
+        gain = self.param("gain", with_axes(init, "norm"), x.shape[-1:])
+        return x * gain.astype(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention over a text's past, a whole sequence, or another one.
 
+    kv_heads: heads of keys and values, each for as many heads of queries that stand together
+    (grouped-query attention, Ainslie et al. 2023); 0: as many as of queries. turned: whether calls
+    bring a rotation.
     Raises ValueError when the heads do not divide the width.
     """
 
     width: int
     num_heads: int
+    kv_heads: int = 0
+    turned: bool = False
     out_scale: float = 1.0
     options: BlockOptions = BlockOptions()
 
@@ -100,13 +151,16 @@ class Attention(nn.Module):
                 f"num_heads={heads} does not divide the width {width}; choose a divisor"
             )
         shape = (heads, width // heads)
-        options: dict[str, Any] = dict(dtype=self.options.dtype, ops=self.options.ops)
+        kv_shape = (self.num_kv_heads, width // heads)
+        options = self.options.of_products()
         inward: dict[str, Any] = dict(axes=("embed", "heads", "head_width"), **options)
         self.query = Projection(shape, **inward)
-        # Softmax does not see a constant in all scores of a query, so the bias of keys that are not
-        # normed has no gradient but rounding errors, and Adam would make full-sized steps of those.
-        self.key = Projection(shape, train_bias=self.options.qk_norm, **inward)
-        self.value = Projection(shape, **inward)
+        # Softmax does not see a constant in all scores of a query, so the bias of keys that are
+        # neither normed nor turned has no gradient but rounding errors, and Adam would make
+        # full-sized steps of those.
+        seen = self.options.qk_norm or self.turned
+        self.key = Projection(kv_shape, train_bias=seen, **inward)
+        self.value = Projection(kv_shape, **inward)
         self.out = Projection(
             (width,),
             in_shape=shape,
@@ -115,21 +169,32 @@ class Attention(nn.Module):
             **options,
         )
         if self.options.qk_norm:
-            self.query_norm = HeadNorm(heads)
-            self.key_norm = HeadNorm(heads)
+            self.query_norm = HeadNorm(heads, self.options)
+            self.key_norm = HeadNorm(self.num_kv_heads, self.options, train_bias=self.turned)
 
-    def queries(self, x: jax.Array) -> jax.Array:
-        """x [B, N, D] -> [B, N, H K]."""
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.num_heads
+
+    def queries(self, x: jax.Array, rotation: jax.Array | None = None) -> jax.Array:
+        """x [B, N, D] -> [B, N, H K], turned by `rotation` (see rotary.py)."""
         query = self.query(x)
         if self.options.qk_norm:
             query = self.query_norm(query)
+        if rotation is not None:
+            query = rotary.rotate(query, rotation, self.num_heads)
         return checkpoint_name(query, "qkv")
 
-    def keys_and_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """context [B, M, W] -> two of [B, M, H K]."""
+    def keys_and_values(
+        self, context: jax.Array, rotation: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """context [B, M, W] -> two of [B, M, G K] for G heads of keys, turned by `rotation`."""
         key, value = self.key(context), self.value(context)
         if self.options.qk_norm:
             key = self.key_norm(key)
+        if rotation is not None:
+            key = rotary.rotate(key, rotation, self.num_kv_heads)
         return checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
 
     def __call__(
@@ -138,19 +203,22 @@ class Attention(nn.Module):
         context: jax.Array | None = None,
         mask: jax.Array | None = None,
         causal: bool = False,
+        rotation: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, N, D] attends to context [B, M, W], or to itself when that is None: [B, N, D].
 
         mask: bool, broadcastable to [B, 1, N, M], True where a query may look; causal: it sees its
-        own place and before.
+        own place and before. rotation: of x, where it attends to itself.
         """
-        query = self.queries(x)
-        key, value = self.keys_and_values(x if context is None else context)
+        query = self.queries(x, rotation)
+        key, value = self.keys_and_values(x if context is None else context, rotation)
         if context is not None and mask is None and self.options.dtype != jnp.bfloat16:
             # Softmax does not see a constant in all keys. The query's gradient is a sum over keys
             # with weights that cancel; image tokens are much alike, and what the rounding of the
             # weights leaves of their common part was most of the float32 error of small gradients.
             key = key - jax.lax.stop_gradient(key.mean(1, keepdims=True))
+        if self.num_kv_heads < self.num_heads:
+            key, value = (self._for_all_heads(x) for x in (key, value))
         arrays = (query, key, value)
         query, key, value = (constrain(x, "batch", "length", "act_heads") for x in arrays)
         if self.is_mutable_collection(RECORDED) and not self.is_initializing():
@@ -158,31 +226,48 @@ class Attention(nn.Module):
             self.sow(RECORDED, "weights", weights)
         return self.out(self.options.ops.attend(query, key, value, mask, self.num_heads, causal))
 
+    def _for_all_heads(self, x: jax.Array) -> jax.Array:
+        """[B, M, G K] -> [B, M, H K]: each head for all the heads of queries that share it."""
+        each = split_heads(x, self.num_kv_heads)
+        return merge_heads(jnp.repeat(each, self.num_heads // self.num_kv_heads, axis=2))
+
     def attend_cached(
-        self, x: jax.Array, cache: packed.Cache, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        cache: packed.Cache,
+        mask: jax.Array | None = None,
+        rotation: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, N, D] attends to keys and values that are there already; mask: bool [B, N, M]."""
-        (query,) = packed.split(self.queries(x), 1, self.num_heads)
+        (query,) = packed.split(self.queries(x, rotation), 1, self.num_heads)
         query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
         return self.out(packed.attend(query, cache, mask))
 
-    def cache(self, context: jax.Array) -> packed.Cache:
-        """Keys and values of context [B, M, W] as `attend_cached` takes them, [B, H, M, K]."""
-        joined = jnp.concatenate(self.keys_and_values(context), axis=-1)
-        return packed.Cache(*packed.split(joined, 2, self.num_heads))
+    def cache(self, context: jax.Array, rotation: jax.Array | None = None) -> packed.Cache:
+        """Keys and values of context [B, M, W] as `attend_cached` takes them, [B, G, M, K]."""
+        joined = jnp.concatenate(self.keys_and_values(context, rotation), axis=-1)
+        return packed.Cache(*packed.split(joined, 2, self.num_kv_heads))
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head of [B, N, H K] over K, times a scale [K]; statistics in float32."""
+    """Norm of each head of [B, N, H K] over K by qk_norm_kind, times a scale [K]; statistics in
+    float32. train_bias: whether softmax sees the bias of 'layer', see Attention.setup."""
 
     num_heads: int
+    options: BlockOptions = BlockOptions()
+    train_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         heads = split_heads(x, self.num_heads)
         scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), heads.shape[-1:])
         exact = heads.astype(wide(x.dtype))
-        inverse = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + NORM_EPSILON)
+        if self.options.qk_norm_kind == "layer":
+            bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), heads.shape[-1:])
+            bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
+            plain, epsilon = Reference(), self.options.norm_eps
+            return merge_heads(plain.layer_norm(exact, scale, bias, x.dtype, epsilon))
+        inverse = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + self.options.norm_eps)
         return merge_heads((exact * inverse * scale).astype(x.dtype))
 
 
@@ -215,7 +300,8 @@ class Projection(nn.Module):
         )
         y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
         if not self.use_bias:
-            return y
+            act = ACTIVATIONS[self.activation] if self.activation else None
+            return y if act is None else act(checkpoint_name(y, "mlp"))
         names = self.axes[len(in_shape) :]
         names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
         bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
@@ -227,7 +313,7 @@ class Projection(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two-layer perceptron D -> F -> D."""
+    """Two-layer perceptron D -> F -> D; gated: the activation of `gate` times `in`."""
 
     mlp_dim: int
     out_scale: float = 1.0
@@ -235,14 +321,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        options: dict[str, Any] = dict(dtype=self.options.dtype, ops=self.options.ops)
-        hidden = Projection(
-            (self.mlp_dim,),
-            axes=("embed", "mlp"),
-            activation=self.options.activation,
-            name="in",
-            **options,
-        )(x)
+        options = self.options.of_products()
+        inward: dict[str, Any] = dict(axes=("embed", "mlp"), **options)
+        activation, shape = self.options.activation, (self.mlp_dim,)
+        if self.options.gated_mlp:
+            gate = Projection(shape, activation=activation, name="gate", **inward)(x)
+            hidden = checkpoint_name(Projection(shape, name="in", **inward)(x), "mlp") * gate
+        else:
+            hidden = Projection(shape, activation=activation, name="in", **inward)(x)
         hidden = constrain(hidden, "batch", "length", "act_mlp")
         return Projection(
             x.shape[-1:], axes=("mlp", "embed"), init_scale=self.out_scale, name="out", **options

@@ -8,12 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax.models.layers import BlockOptions
 from coca_jax.ops import packed
 from coca_jax.ops.cpu import decode_kernels
 from coca_jax.ops.packed import Layout
 from coca_jax.ops.reference import say_once
 
-KNOWN_OPTIONS = ("activation", "dtype", "ops")  # of layers.BlockOptions
+# Of layers.BlockOptions: what the parts of a block may have, and what does not touch a norm.
+KNOWN_OPTIONS = ("activation", "dtype", "ops")
+KNOWN_AROUND_NORM = (
+    *KNOWN_OPTIONS,
+    "gated_mlp",
+    "layer_scale",
+    "positions",
+    "qk_norm",
+    "qk_norm_kind",
+)
 # The norms that go with a part when it is packed.
 NORMS = dict(
     attention=("attention_norm",),
@@ -21,6 +31,13 @@ NORMS = dict(
     mlp=("mlp_norm",),
     cross_mlp=("cross_mlp_norm",),
 )
+
+
+def last_norm(params: dict, options: BlockOptions) -> dict:
+    """The norm behind the last block, as packed.norm takes it."""
+    if not options.beyond(KNOWN_AROUND_NORM):
+        return params
+    return {options.norm: params, "epsilon": jnp.float32(options.norm_eps)}
 
 
 def pack_block(params: dict, dtype: Any, layout: Layout, unknown: dict[str, Any]) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 # What a parameter works for. A run that has none of it leaves the parameter alone.
-SERVES = ("image", "decoding", "captioning", "contrastive", "head")
+SERVES = ("image", "decoding", "captioning", "contrastive", "head", "words", "tokens")
 BOTTOM, STACK, TOP = "bottom", "stack", "top"  # where in its tower: below, in or above the layers
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from coca_jax.models import layers
+from coca_jax.ops.reference import Reference
 
 
 class AttentionalPooler(nn.Module):
@@ -30,9 +33,10 @@ class AttentionalPooler(nn.Module):
             init_std=self.query_std,
             name="query",
         )()
-        query = layers.LayerNorm(self.options.dtype, name="query_norm")(query)
+        plain = dataclasses.replace(self.options, ops=Reference())  # of a table: a few rows
+        query = layers.Norm(plain, name="query_norm")(query)
         query = jnp.broadcast_to(query, (tokens.shape[0],) + query.shape)
-        tokens = layers.LayerNorm(self.options.dtype, self.options.ops, name="token_norm")(tokens)
+        tokens = layers.Norm(self.options, name="token_norm")(tokens)
         attention = layers.Attention(
             self.width, self.num_heads, options=self.options, name="attention"
         )

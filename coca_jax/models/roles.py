@@ -116,6 +116,13 @@ def without_task_head(params: dict) -> dict:
     return {name: part for name, part in params.items() if name != "head"}
 
 
+def without_training_aids(params: dict) -> dict:
+    """Weights without layers that a loss of training alone reads."""
+    kept = {k: part for k, part in params.items() if k not in ("bag_head", "token_predictor")}
+    encoder = {k: part for k, part in params["image_encoder"].items() if k != "mask_token"}
+    return kept | {"image_encoder": encoder}
+
+
 def sigmoid_bias(params: dict) -> Any:
     """The learned bias of the sigmoid loss, or None where weights have none."""
     return params["logit_bias"]["value"] if "logit_bias" in params else None

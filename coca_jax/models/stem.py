@@ -73,7 +73,13 @@ class ConvBlock(nn.Module):
 
 
 # One over the standard deviation of the activation of a standard normal number.
-ACTIVATION_GAIN = {"gelu": 1.7012, "gelu_exact": 1.7012, "relu": 1.7131, "quick_gelu": 1.7096}
+ACTIVATION_GAIN = {
+    "gelu": 1.7012,
+    "gelu_exact": 1.7012,
+    "relu": 1.7131,
+    "quick_gelu": 1.7096,
+    "silu": 1.7881,
+}
 
 
 def unit_activation(x: jax.Array, activation: str, variance: float) -> jax.Array:

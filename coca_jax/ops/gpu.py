@@ -56,10 +56,18 @@ class Gpu(Reference):
     ) -> tuple[jax.Array | None, bool]:
         return (mask, causal) if self.cudnn else super().prepare_mask(mask, causal, length)
 
-    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
-        if x.dtype == dtype == jnp.bfloat16:
+    def layer_norm(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+        dtype: Any,
+        epsilon: float = NORM_EPSILON,
+    ) -> jax.Array:
+        plain = bias is None or epsilon != NORM_EPSILON  # not as the form below has it
+        if x.dtype == dtype == jnp.bfloat16 and not plain:
             return layer_norm(x, scale, bias)
-        return super().layer_norm(x, scale, bias, dtype)
+        return super().layer_norm(x, scale, bias, dtype, epsilon)
 
     def attend(
         self,

@@ -87,7 +87,15 @@ def standardise(x: jax.Array) -> jax.Array:
 
 
 def norm(weights: dict, x: jax.Array) -> jax.Array:
-    """Layer norm with dict(scale=, bias=), float32."""
+    """Layer norm with dict(scale=, bias=), float32; or, beside its `epsilon`, what lies under the
+    key `layer`, perhaps without bias, or `rms`."""
+    if "epsilon" in weights:
+        x = x.astype(jnp.float32)
+        inner = weights["rms"] if "rms" in weights else weights["layer"]
+        centred = x if "rms" in weights else x - x.mean(-1, keepdims=True)
+        square = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(square + weights["epsilon"]) * inner["scale"]
+        return y + inner["bias"] if "bias" in inner else y
     return standardise(x) * weights["scale"] + weights["bias"]
 
 
@@ -129,9 +137,15 @@ def write(cache: Cache, key: jax.Array, value: jax.Array, slot: jax.Array | int)
 
 
 def attend(query: jax.Array, cache: Cache, mask: jax.Array | None) -> jax.Array:
-    """[B, H, N, K] over a cache [B, H, M, K] -> [B, N, H K], float32; the query has the scale in
-    it. mask: bool [B, N, M]."""
+    """[B, H, N, K] over a cache [B, G, M, K] -> [B, N, H K], float32; the query has the scale in
+    it. Where G is less than H, H / G heads of queries one after another share a head of keys. mask:
+    bool [B, N, M]."""
     key, value = cache
+    batch, heads, rows, width = query.shape
+    each = heads // key.shape[1]
+    if each > 1:  # heads that share keys are more rows to them
+        query = query.reshape(batch, heads // each, each * rows, width)
+        mask = None if mask is None else jnp.tile(mask, (1, each, 1))
     scores = jnp.einsum(
         "bhnk,bhmk->bhnm", query.astype(key.dtype), key, preferred_element_type=jnp.float32
     )
@@ -143,7 +157,8 @@ def attend(query: jax.Array, cache: Cache, mask: jax.Array | None) -> jax.Array:
         "bhnm,bhmk->bhnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
     out = out / weights.sum(-1, keepdims=True)
-    return out.transpose(0, 2, 1, 3).reshape(query.shape[0], query.shape[2], -1)
+    out = out.reshape(batch, heads, rows, width)
+    return out.transpose(0, 2, 1, 3).reshape(batch, rows, -1)
 
 
 # The residual parts of a block. x: float32 [B, N, D]; what comes back is x plus what is added.

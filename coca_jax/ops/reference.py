@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "relu": nn.relu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
 }
 
 
@@ -193,14 +194,28 @@ class Reference:
         """An activation of ACTIVATIONS of x [..., F] plus bias [F], in x's dtype."""
         return ACTIVATIONS[activation](checkpoint_name(self.add_bias(x, bias), "mlp"))
 
-    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+    def layer_norm(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+        dtype: Any,
+        epsilon: float = NORM_EPSILON,
+    ) -> jax.Array:
         """x [..., D] normalised over D, times scale plus bias (float32 [D]), in `dtype`."""
         x = x.astype(wide(x.dtype))
         mean = x.mean(-1, keepdims=True)
         centred = x - mean
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
-        return y.astype(dtype)
+        y = centred * jax.lax.rsqrt(variance + epsilon) * scale
+        return (y if bias is None else y + bias).astype(dtype)
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, dtype: Any, epsilon: float) -> jax.Array:
+        """x [..., D] over its root mean square over D, times scale (float32 [D]), in `dtype`
+        (Zhang and Sennrich 2019)."""
+        x = x.astype(wide(x.dtype))
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+        return (x * inverse * scale).astype(dtype)
 
     def prepare_mask(
         self, mask: jax.Array | None, causal: bool, length: int

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from coca_jax.config import Config
 from coca_jax.models import coca, roles
 from coca_jax.models.coca import CoCa
+from coca_jax.models.outputs import SHARED
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import objectives
 from coca_jax.training.objectives import Inputs, Means, Objective, Tangent
@@ -107,7 +108,7 @@ def linearise(
     _, stacked = jax.lax.scan(read, None, (parts.micro(batch), keys))
     for objective, outputs in zip(coupled, stacked):
         outputs = {
-            name: x if x is None else x[0] if name in coca.SHARED else merge_rows(x)
+            name: x if x is None else x[0] if name in SHARED else merge_rows(x)
             for name, x in outputs.items()
         }
         fields = {name: batch[name] for name in objective.fields}
@@ -120,8 +121,8 @@ def linearise(
         (values[objective.name], means), slopes = jax.value_and_grad(value, has_aux=True)(outputs)
         metrics |= means
         slopes = {k: objective.weight * g for k, g in slopes.items() if g is not None}
-        shared = {k: g / parts.count for k, g in slopes.items() if k in coca.SHARED}
-        tangent = Tangent(objective, shared, tuple(k for k in slopes if k not in coca.SHARED))
+        shared = {k: g / parts.count for k, g in slopes.items() if k in SHARED}
+        tangent = Tangent(objective, shared, tuple(k for k in slopes if k not in SHARED))
         batch = batch | {tangent.field(k): slopes[k] for k in tangent.rows}
         terms += (tangent,)
     return terms, batch, (values, metrics)
@@ -152,7 +153,7 @@ def _joined(names: tuple[str, ...], found: Found, parts: Parts) -> dict[str, Any
     inputs: dict[str, Any] = {}
     for name in names:
         each = [rows[name] if name in rows else getattr(outputs, name) for rows, outputs in found]
-        whole = each[0] is None or name in coca.SHARED
+        whole = each[0] is None or name in SHARED
         inputs[name] = each[0] if whole else parts.join(each)
     return inputs
 

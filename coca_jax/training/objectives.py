@@ -10,65 +10,21 @@ To add a loss: a class here, its name in OBJECTIVES, its weight and options in `
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from coca_jax.config import Config
 from coca_jax.models import head_kinds
-from coca_jax.ops import captioning, contrastive
+from coca_jax.ops import captioning, contrastive, global_contrastive
 from coca_jax.ops.reference import Reference
+from coca_jax.training.image_losses import BagOfTokens, HiddenPatches
+from coca_jax.training.objective import Configured, Inputs, Means, Objective, by_source
 
 REFERENCE = Reference()
-Inputs = Mapping[str, Any]  # fields of coca.Outputs and of the batch, by name
-Means = dict[str, tuple[jax.Array, jax.Array]]  # metrics as (sum, count): both add over parts
-
-
-class Objective(abc.ABC):
-    """A loss of the run.
-
-    Attributes:
-        name: of its value among the metrics.
-        shown: its metrics in the progress of a run; those of the files are all.
-        outputs: the fields of coca.Outputs that it reads.
-        fields: the fields of the batch that it reads.
-        couples: whether its value compares rows with each other, so that it needs all of a batch.
-        weight: of its value in the loss that is minimised.
-        serves: what it trains, of models.part.SERVES: the parts of the model on which it depends.
-    """
-
-    name: ClassVar[str]
-    shown: ClassVar[tuple[str, ...]]
-    outputs: ClassVar[tuple[str, ...]]
-    fields: ClassVar[tuple[str, ...]]
-    couples: ClassVar[bool] = False
-    weight: float
-    serves: frozenset[str]
-
-    def totals(self, batch: Inputs) -> Any:
-        """What `value` divides by: counts of the whole batch, of its `fields`."""
-        del batch
-
-    @abc.abstractmethod
-    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
-        """(its value over some rows of the batch, metrics of these rows).
-
-        inputs: `outputs` and `fields` of these rows. The values of all rows' parts add up to that
-        of the batch, and a metric is its sum over its count; NaN where nothing counts.
-        """
-
-
-class Configured(Objective):
-    """A loss that the configuration of a run gives a weight."""
-
-    @classmethod
-    @abc.abstractmethod
-    def of(cls, config: Config, ops: Reference) -> Configured:
-        """By the sections of the config that it takes; ops: how operations run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +82,7 @@ class Contrastive(Configured):
     def of(cls, config: Config, ops: Reference) -> Contrastive:
         loss = config.loss
         return cls(
-            loss.contrastive_weight,
+            0.0 if loss.contrastive == "global" else loss.contrastive_weight,
             loss.contrastive,
             loss.duplicate_texts,
             loss.contrastive_chunk,
@@ -146,6 +102,56 @@ class Contrastive(Configured):
             reduction=self.reduction,
         )
         return loss, by_source(self.name, rows, jnp.ones_like(rows), inputs["is_label"])
+
+
+ESTIMATES = ("image", "text")  # see global_contrastive.Estimates
+ESTIMATE = "estimate/{}"  # a field of the batch: what is kept of its rows; and of the metrics: new
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalContrastive(Configured):
+    """Images with their texts against all other pairs of the data, by means that the state keeps of
+    each example (`TrainState.estimates`). Among the metrics are the new means of the rows, which
+    `step` puts into the state."""
+
+    weight: float
+    num_examples: int
+    rate: float
+    duplicates: str
+    reduction: str
+
+    name = "contrastive_loss"
+    shown = ()
+    outputs = ("image_embedding", "text_embedding", "scale")
+    fields = ("text_id", "is_label", *(ESTIMATE.format(side) for side in ESTIMATES))
+    couples = True
+    serves = Contrastive.serves
+
+    @classmethod
+    def of(cls, config: Config, ops: Reference) -> GlobalContrastive:
+        loss = config.loss
+        return cls(
+            loss.contrastive_weight if loss.contrastive == "global" else 0.0,
+            loss.global_examples,
+            loss.global_rate,
+            loss.duplicate_texts,
+            loss.reduction,
+        )
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        loss, rows, new = global_contrastive.global_contrastive_loss(
+            inputs["image_embedding"],
+            inputs["text_embedding"],
+            inputs["scale"],
+            global_contrastive.Estimates(*(inputs[ESTIMATE.format(s)] for s in ESTIMATES)),
+            num_examples=self.num_examples,
+            rate=self.rate,
+            text_id=None if self.duplicates == "negatives" else inputs["text_id"],
+            reduction=self.reduction,
+        )
+        ones = jnp.ones_like(rows)
+        means = by_source(self.name, rows, ones, inputs["is_label"])
+        return loss, means | {ESTIMATE.format(s): (x, ones) for s, x in zip(ESTIMATES, new)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +199,9 @@ class Captioning(Configured):
 
 
 # In the order in which they are added.
-OBJECTIVES: tuple[type[Configured], ...] = (Head, Contrastive, Captioning)
+OBJECTIVES: tuple[type[Configured], ...] = (
+    *(Head, Contrastive, GlobalContrastive, Captioning, BagOfTokens, HiddenPatches),
+)
 
 
 def of(config: Config, ops: Reference = REFERENCE) -> tuple[Objective, ...]:
@@ -263,12 +271,3 @@ def head_loss(
     rows = -(1 - label_smoothing) * true - label_smoothing * logs.mean(1)
     right = known & (logits.argmax(1) == class_id)
     return jnp.where(known, rows, 0.0).sum() / count, right.sum()
-
-
-def by_source(name: str, total: jax.Array, count: jax.Array, is_label: jax.Array) -> Means:
-    """Means over alt-text rows and over label rows: {name/caption, name/label}. All [B]."""
-    label = is_label.astype(jnp.float32)
-    return {
-        f"{name}/{kind}": ((total * rows).sum(), (count * rows).sum())
-        for kind, rows in (("caption", 1 - label), ("label", label))
-    }

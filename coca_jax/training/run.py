@@ -71,6 +71,7 @@ def train_alone(
     """`train_on` once no other process trains in `workdir`."""
     with buckets("init"):
         run = setup.prepare(mesh, config, workdir, buckets, stop)
+        config = run.config  # which the data may have completed
         memory.check(config, mesh, run.say)
         contents = run_config.contents(config, run.vocabulary, run.class_names)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)

@@ -88,6 +88,7 @@ def prepare(
     declarations.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
+    config = with_examples(config, mixture)
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
@@ -97,6 +98,21 @@ def prepare(
     steps = run_config.num_steps(config, mixture.num_examples)
     model = build_model(config, mesh, len(class_names))
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
+
+
+def with_examples(config: Config, mixture: Mixture) -> Config:
+    """The config with how many examples the data have, where the loss against all of them asks.
+
+    Raises ValueError for fewer than the data have."""
+    if config.loss.contrastive != "global" or not config.loss.contrastive_weight:
+        return config
+    given, found = config.loss.global_examples, mixture.num_examples
+    if given and given < found:
+        raise ValueError(
+            f"loss.global_examples={given} is less than the {found} examples of the data; leave it "
+            "at 0"
+        )
+    return config.change({"loss.global_examples": given or found})
 
 
 def check_vocabulary(config: Config, old: dict[str, Any], workdir: str) -> None:
@@ -135,6 +151,8 @@ def build_model(config: Config, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
         config.model,
         remat=config.remat,
         sigmoid=config.loss.contrastive == "sigmoid",
+        bag_of_tokens=config.loss.bag_weight > 0,
+        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
         platform=mesh.devices.flat[0].platform,
         head=config.head,
         num_classes=num_classes,

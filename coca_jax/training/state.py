@@ -14,14 +14,17 @@ from coca_jax import partitioning
 from coca_jax.config import Config
 from coca_jax.models import coca, roles
 from coca_jax.models.coca import CoCa
-from coca_jax.optimizer import make_optimizer
+from coca_jax.ops.global_contrastive import UNSEEN
+from coca_jax.optimizer import averages, make_optimizer
 from coca_jax.training import objectives
 
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes. step, skipped: int32; ema: averaged params or None.
 
-    opt_state and ema cover only what is trained (see `trainable`).
+    opt_state and ema cover only what is trained (see `trainable`). estimates: {'image', 'text'}:
+    float32 [N], what the loss against all examples keeps of each (see ops/global_contrastive.py),
+    or None.
     """
 
     step: jax.Array
@@ -29,6 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     opt_state: Any
     ema: Any
+    estimates: Any = None
 
 
 def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
@@ -37,8 +41,26 @@ def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
     params = partitioning.unbox(boxed)
     zero = jnp.zeros((), jnp.int32)
     trained = trainable(params, config)
-    ema = trained if config.optimizer.ema else None
-    return TrainState(zero, zero, boxed, make_optimizer(config.optimizer).init(trained), ema)
+    ema = trained if averages(config.optimizer) else None
+    optimizer = make_optimizer(config.optimizer).init(trained)
+    return TrainState(zero, zero, boxed, optimizer, ema, make_estimates(config))
+
+
+def make_estimates(config: Config) -> dict[str, jax.Array] | None:
+    """What the loss against all examples keeps of each before any was seen; None without it.
+
+    Raises ValueError where it is not said how many there are.
+    """
+    loss = config.loss
+    if loss.contrastive != "global" or not loss.contrastive_weight:
+        return None
+    if loss.global_examples < 2:
+        raise ValueError(
+            f"loss.global_examples={loss.global_examples}: loss.contrastive='global' keeps numbers "
+            "of each example; say how many there are where no data are open"
+        )
+    fresh = jnp.full(loss.global_examples, UNSEEN, jnp.float32)
+    return {side: fresh for side in objectives.ESTIMATES}
 
 
 def trainable(params: dict, config: Config) -> dict:
@@ -98,7 +120,8 @@ def _shardings(model: CoCa, trained: _Trained, mesh: Mesh) -> tuple[TrainState, 
         skipped=scalar,
         params=specs,
         opt_state=partitioning.optimizer_specs(abstract.opt_state, abstract.params, specs),
-        ema=trainable(specs, config) if config.optimizer.ema else None,
+        ema=trainable(specs, config) if averages(config.optimizer) else None,
+        estimates=jax.tree.map(lambda _: scalar, abstract.estimates),
     )
     return abstract, partitioning.shardings(mesh, tree)
 

@@ -11,15 +11,19 @@ import optax
 
 from coca_jax.config import Config
 from coca_jax.models.coca import CoCa
-from coca_jax.models.pixels import shrink
+from coca_jax.models.pixels import normalise_pixels, shrink
+from coca_jax.ops import packed
 from coca_jax.optimizer import (
+    average_decay,
+    averages,
     clip_by_global_norm,
     make_optimizer,
     make_schedule,
     rate_factors,
 )
 from coca_jax.training.gradients import Metrics, value_and_gradients
-from coca_jax.training.parts import Batch
+from coca_jax.training.objectives import ESTIMATE
+from coca_jax.training.parts import Batch, merge_rows, split_rows
 from coca_jax.training.state import TrainState, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim
 
@@ -42,12 +46,12 @@ def make_update(
 
     params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
     the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
-    with its weight decay; ema <- ema x decay + params x (1 - decay), of the new parameters.
+    with its weight decay; ema <- ema x decay + params x (1 - decay), of the new parameters, where
+    decay is optimizer.average_decay.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
     schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
-    decay = config.optimizer.ema
 
     def update(state: TrainState, gradients: Any) -> tuple[TrainState, Metrics]:
         norm = optax.global_norm(gradients)
@@ -61,7 +65,8 @@ def make_update(
             lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
         )
         ema = state.ema
-        if decay:
+        if averages(config.optimizer):
+            decay = average_decay(config.optimizer, state.step, steps)
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
 
         def keep_finite(new: Any, old: Any) -> Any:
@@ -74,6 +79,7 @@ def make_update(
             params=merge(state.params, keep_finite(moved, trained)),
             opt_state=keep_finite(opt_state, state.opt_state),
             ema=keep_finite(ema, state.ema),
+            estimates=state.estimates,
         )
         return state, {"learning_rate": rate, "gradient_norm": norm, "skipped_steps": skipped}
 
@@ -99,8 +105,50 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = trim(batch, length) | {"image": shrink(batch["image"], image_size)}
+        batch |= kept_of(state, batch) | teacher_of(state, model, config, batch)
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng, lengths)
+        before = state.skipped
         state, of_update = update(state, gradients)
+        state, metrics = keep(state, batch, metrics, state.skipped == before)
         return state, metrics | of_update
 
     return train_step
+
+
+def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> Batch:
+    """The tokens that the averaged model makes of the images, each of mean 0 and variance 1, where
+    hidden patches are learned: float32 [B, N, W], a micro-batch at a time."""
+    if not config.loss.hidden_weight:
+        return {}
+    params = merge(state.params, state.ema)
+
+    def tokens(image: jax.Array) -> jax.Array:
+        pixels = normalise_pixels(image, config.model)
+        found: Any = model.apply({"params": params}, pixels, method="patch_tokens")
+        return packed.standardise(found)
+
+    if config.accumulate_steps == 1:
+        return {"teacher_tokens": tokens(batch["image"])}
+    each = jax.lax.map(tokens, split_rows(batch["image"], config.accumulate_steps))
+    return {"teacher_tokens": merge_rows(each)}
+
+
+def kept_of(state: TrainState, batch: Batch) -> Batch:
+    """What the state keeps of the examples in a batch, as fields of it."""
+    kept = state.estimates or {}
+    return {ESTIMATE.format(side): table[batch["example"]] for side, table in kept.items()}
+
+
+def keep(
+    state: TrainState, batch: Batch, metrics: Metrics, finite: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """The state with what a step found of its examples, and the metrics without it; a step that was
+    not finite changes nothing."""
+    if state.estimates is None:
+        return state, metrics
+    new = {}
+    for side, table in state.estimates.items():
+        rows = jnp.where(finite, metrics[ESTIMATE.format(side)], table[batch["example"]])
+        new[side] = table.at[batch["example"]].set(rows)
+    rest = {name: x for name, x in metrics.items() if x.ndim == 0}
+    return state.replace(estimates=new), rest

@@ -102,13 +102,28 @@ def _noise() -> np.ndarray:
     return np.random.default_rng(7).normal(0, 5, (192, 192, 3)).astype(np.float32)
 
 
-def render(scene: dict[str, Any], draws: Draws) -> np.ndarray:
-    """Returns the picture, uint8 [64, 64, 3]."""
+SIDE = IMAGE_SIZE + 2 * _MARGIN  # of the canvas, pixels
+
+
+def render(
+    scene: dict[str, Any],
+    draws: Draws,
+    behind: np.ndarray | None = None,
+    light: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the picture, uint8 [64, 64, 3].
+
+    behind: what lies behind the objects, float32 [SIDE, SIDE, 3], in place of the scene's plain
+    background; light: a factor of each channel, float32 [3] (see scenery.py).
+    """
     masks, noise = _masks(), _noise()
-    side = IMAGE_SIZE + 2 * _MARGIN
-    oy, ox = draws.below(192 - side), draws.below(192 - side)
-    tone = np.asarray(BACKGROUNDS[scene["background"]], np.float32)
-    canvas = noise[oy : oy + side, ox : ox + side] + (tone + (draws.uniform() - 0.5) * 24)
+    oy, ox = draws.below(192 - SIDE), draws.below(192 - SIDE)
+    shade = (draws.uniform() - 0.5) * 24
+    if behind is None:
+        tone = np.asarray(BACKGROUNDS[scene["background"]], np.float32)
+        canvas = noise[oy : oy + SIDE, ox : ox + SIDE] + (tone + shade)
+    else:
+        canvas = behind.copy()
     for o in scene["objects"]:
         ink, white, cover = masks[o["shape"], o["size"], o["texture"]][draws.below(_VARIANTS)]
         x, y = ANCHORS[PLACES.index(o["place"])]
@@ -120,5 +135,7 @@ def render(scene: dict[str, Any], draws: Draws) -> np.ndarray:
         area *= 1 - cover
         area += ink * colour + 255 * white
         area += cover * noise[oy + y : oy + y + _PATCH, ox + x : ox + x + _PATCH]
+    if light is not None:
+        canvas = canvas * light
     inner = canvas[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
     return np.clip(inner, 0, 255).astype(np.uint8)

@@ -122,8 +122,10 @@ def canonical_caption(scene: dict[str, Any]) -> str:
 
 
 def full_caption(scene: dict[str, Any]) -> str:
-    """Returns the canonical caption with the background: what the evaluation splits retrieve."""
-    return f"{canonical_caption(scene)} on a {scene['background']} background"
+    """Returns the canonical caption with the background, where it has a name: what the evaluation
+    splits retrieve."""
+    text = canonical_caption(scene)
+    return f"{text} on a {scene['background']} background" if scene["background"] else text
 
 
 def noisy_caption(scene: dict[str, Any], draws: Draws) -> str:
@@ -136,10 +138,10 @@ def noisy_caption(scene: dict[str, Any], draws: Draws) -> str:
         text, plain = _listing_caption(groups, draws)
     if draws.chance(0.3):
         phrase = _BACKGROUND_PHRASES[0 if draws.chance(0.8) else draws.below(3)]
-        filled = phrase.format(scene["background"])
-        text += (
-            f", {filled}" if filled.endswith("background") and filled[0] != "o" else f" {filled}"
-        )
+        if scene["background"]:
+            filled = phrase.format(scene["background"])
+            comma = filled.endswith("background") and filled[0] != "o"
+            text += f", {filled}" if comma else f" {filled}"
     if plain and draws.chance(0.08):
         text = f"{draws.choice(_OPENINGS)} {text}"
     if draws.chance(0.06):

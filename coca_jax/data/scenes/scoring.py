@@ -130,7 +130,8 @@ def described_attributes(scene: dict[str, Any]) -> Attributes:
 def true_attributes(scene: dict[str, Any]) -> Attributes:
     """Returns all that a caption may say: the described attributes, relations, the background."""
     attributes = set(described_attributes(scene))
-    attributes.add(("background", scene["background"]))
+    if scene["background"]:
+        attributes.add(("background", scene["background"]))
     for a, b in itertools.permutations(scene["objects"], 2):
         for way in relations(a["place"], b["place"]):
             if way not in _OPPOSITES:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.data import kinds
-from coca_jax.data.scenes.drawing import render
+from coca_jax.data.scenes.drawing import SIDE, render
 from coca_jax.data.scenes.language import full_caption, label_names, noisy_caption
+from coca_jax.data.scenes.scenery import SCENERY, draw
 from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
 
 
@@ -23,6 +24,10 @@ class Scenes:
       split: 'train', 'test' (like training) or 'heldout' (compositions that training never shows).
       kind: 'caption' (one to four objects and an alt-text) or 'label' (one object and its names).
       objects: how many objects a caption scene may have; all four counts by default.
+      scenery: 'plain' (four backgrounds that have a name), 'varied' (others too, in changing
+        light) or 'unseen' (only others, which 'varied' never shows; not for training). The scenes
+        and texts of an index are the same in all three, but that captions name no background
+        without a name.
 
     A record is a dict: `image` uint8 [64, 64, 3]; `text`, one noisy alt-text (in the evaluation
     splits the full caption), None for labels; `labels`, names or None; `key`; `scene`, the
@@ -30,12 +35,20 @@ class Scenes:
     """
 
     def __init__(
-        self, split: str = "train", kind: str = "caption", objects: Iterable[int] = (1, 2, 3, 4)
+        self,
+        split: str = "train",
+        kind: str = "caption",
+        objects: Iterable[int] = (1, 2, 3, 4),
+        scenery: str = "plain",
     ):
         if split not in SPLIT_SIZES:
             raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_SIZES)}")
         if kinds.KINDS.get(kind) not in (kinds.Caption, kinds.Label):
             raise ValueError(f"kind is {kind!r}; use 'caption' or 'label'")
+        if scenery not in SCENERY:
+            raise ValueError(f"scenery is {scenery!r}; use one of {', '.join(SCENERY)}")
+        if scenery == "unseen" and split == "train":
+            raise ValueError("scenery='unseen' is for evaluation alone; train on 'varied'")
         objects = tuple(sorted(set(objects)))
         if not objects or not set(objects) <= {1, 2, 3, 4}:
             raise ValueError(f"objects is {objects}; use counts from 1 to 4")
@@ -45,7 +58,9 @@ class Scenes:
         self._counts = tuple((shares[n], n) for n in counts)
         name = f"{kind}-{''.join(map(str, counts))}"
         self._name = f"scenes/{split}/{name}"
-        self._streams = [stream("scenes-2", split, name, part) for part in ("scene", "ink", "text")]
+        self._scenery = scenery
+        parts = ("scene", "ink", "text", "scenery")
+        self._streams = [stream("scenes-2", split, name, part) for part in parts]
 
     def __len__(self) -> int:
         return SPLIT_SIZES[self.split]
@@ -58,13 +73,24 @@ class Scenes:
 
     def _scenes(self, indices: np.ndarray) -> list[dict[str, Any]]:
         heldout = self.split == "heldout"
-        return [draw_scene(d, heldout, self._counts) for d in self._draws(indices, 0, 24)]
+        scenes = [draw_scene(d, heldout, self._counts) for d in self._draws(indices, 0, 24)]
+        for scene, (behind, _) in zip(scenes, self._behind(indices)):
+            if behind is not None:
+                scene["background"] = None
+        return scenes
+
+    def _behind(self, indices: np.ndarray) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """What lies behind each scene, and the light, as `render` takes them."""
+        if self._scenery == "plain":
+            return [(None, None)] * len(indices)
+        return [draw(self._scenery, d, SIDE) for d in self._draws(indices, 3, 24)]
 
     def read(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
         """Returns the records at `indices`, int [N]."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         scenes = self._scenes(indices)
-        images = [render(s, d) for s, d in zip(scenes, self._draws(indices, 1, 24))]
+        inks = self._draws(indices, 1, 24)
+        images = [render(s, d, *b) for s, d, b in zip(scenes, inks, self._behind(indices))]
         texts = self._texts(indices, scenes)
         return [
             dict(image=image, **text, key=f"{self._name}/{index}", scene=scene)

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 import sentencepiece
+from absl import logging
 
 from coca_jax.data.vocabulary.base import LABEL_SYMBOL, Vocabulary
 
-KINDS = ("unigram", "bpe")  # which `train` makes
+KINDS = ("auto", "unigram", "bpe")  # which `train` makes
 
 
 class SentencePiece(Vocabulary):
@@ -61,20 +62,50 @@ def train(
     pieces gives fewer.
 
     kind: 'unigram' (Kudo 2018), or 'bpe' (Sennrich et al. 2016), which also makes pieces of words
-        that occur once or twice: of few texts it leaves fewer tokens.
+        that occur once or twice: of few texts it leaves fewer tokens. 'auto': unigram, unless the
+        texts are too few for it, so that it finds fewer pieces than are wanted, and bpe leaves
+        fewer tokens a text.
 
     Raises:
         ValueError: `size` leaves no room for the bytes and symbols or for the characters of the
             texts, or there is no text; an unknown kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"vocabulary of kind {kind!r}: choose {' or '.join(KINDS)}")
+        raise ValueError(f"vocabulary of kind {kind!r}: choose {', '.join(KINDS)}")
     if size < 300:
         raise ValueError(f"vocabulary size {size}: 256 bytes and the symbols need at least 300")
     sentences = [" ".join(text.split()) for text in texts]
     sentences = [text for text in sentences if text]
     if not sentences:
         raise ValueError("vocabulary: no text to train on; does the data have captions or labels?")
+    vocabulary = SentencePiece(
+        _trained(sentences, size, seed, "bpe" if kind == "bpe" else "unigram")
+    )
+    if kind == "auto" and vocabulary.size < size:
+        vocabulary = _of_few(sentences, size, seed, vocabulary)
+    vocabulary.save(path)
+    return vocabulary
+
+
+def _of_few(sentences: list[str], size: int, seed: int, unigram: SentencePiece) -> SentencePiece:
+    """Of texts too few for unigram's wanted pieces: that vocabulary, or a bpe one where it leaves
+    fewer tokens a text."""
+    different = sorted(set(sentences))
+    bpe = SentencePiece(_trained(sentences, size, seed, "bpe"))
+    tokens = {
+        name: sum(map(len, one.encode_many(different))) / len(different)
+        for name, one in (("unigram", unigram), ("bpe", bpe))
+    }
+    logging.info(
+        "vocabulary: %d different texts give unigram %d of %d pieces and %.2f tokens a text, bpe "
+        "%d and %.2f: the fewer tokens are taken",
+        *(len(different), unigram.size, size, tokens["unigram"], bpe.size, tokens["bpe"]),
+    )
+    return bpe if tokens["bpe"] < tokens["unigram"] else unigram
+
+
+def _trained(sentences: list[str], size: int, seed: int, kind: str) -> bytes:
+    """A SentencePiece model of a kind; the same for equal arguments."""
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
     try:
@@ -103,6 +134,4 @@ def train(
                 f"model.text.vocab_size={asked[2]} or more"
             ) from None
         raise ValueError(f"vocabulary of {size} pieces cannot be trained: {error}") from None
-    vocabulary = SentencePiece(model.getvalue())
-    vocabulary.save(path)
-    return vocabulary
+    return model.getvalue()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.ops.reference import (
+    NORM_EPSILON,
     Reference,
     attend,
     checkpoint_name,
@@ -112,8 +113,18 @@ class Cpu(Reference):
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         return add_bias(x, bias)
 
-    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
-        return super().layer_norm(x, scale, bias, wide(dtype))
+    def layer_norm(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+        dtype: Any,
+        epsilon: float = NORM_EPSILON,
+    ) -> jax.Array:
+        return super().layer_norm(x, scale, bias, wide(dtype), epsilon)
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, dtype: Any, epsilon: float) -> jax.Array:
+        return super().rms_norm(x, scale, wide(dtype), epsilon)
 
     def attend(
         self,

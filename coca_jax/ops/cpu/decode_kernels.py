@@ -27,6 +27,7 @@ from coca_jax import cache_folder, compile_cache
 PANEL = 32  # columns of a panel
 KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
 HEAD, WIDEST_HEAD = 16, 128
+ACTIVATIONS = ("gelu", "gelu_exact", "relu", "quick_gelu")  # of its MLP
 SOURCE = pathlib.Path(__file__).with_name("decode_kernels.cc")
 # No -ffast-math: the library would switch off denormal numbers in the whole process.
 FLAGS = (

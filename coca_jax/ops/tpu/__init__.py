@@ -37,10 +37,17 @@ class Tpu(Reference):
             return forms.bias_gelu(x, bias)
         return super().bias_activation(x, bias, activation)
 
-    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
-        if x.dtype == dtype == jnp.bfloat16:
-            return forms.layer_norm(x, scale, bias, NORM_EPSILON)
-        return super().layer_norm(x, scale, bias, dtype)
+    def layer_norm(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+        dtype: Any,
+        epsilon: float = NORM_EPSILON,
+    ) -> jax.Array:
+        if x.dtype == dtype == jnp.bfloat16 and bias is not None:
+            return forms.layer_norm(x, scale, bias, epsilon)
+        return super().layer_norm(x, scale, bias, dtype, epsilon)
 
     def attend(
         self,
