@@ -1,5 +1,6 @@
 """Evaluators against plain numpy ranking, hand-made figures and degenerate models."""
 
+import base64
 import json
 import math
 
@@ -17,6 +18,7 @@ from coca_jax.evaluators import (
     zeroshot,
 )
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
+from coca_jax.inference.explain import Explanation, Word
 
 
 class Fake:
@@ -377,6 +379,31 @@ def test_captioning_of_scenes_scores_attributes_and_perplexity():
     assert got["captioning/s/perplexity_low"] == pytest.approx(math.exp(0.5))
     assert got["captioning/s/exact_match_count"] == 20 == got["captioning/s/perplexity_count"]
     assert evaluator.examples["items"][3]["exact"] is False
+
+
+def test_captions_of_the_report_have_their_words_where_asked():
+    seen = np.array([[0.5, 0.25], [0.25, 0.0]], np.float32)
+
+    class Looks(Fake):
+        resize = "crop"
+
+        def explain(self, images, texts):
+            assert [np.asarray(image).shape for image in images] == [(4, 4, 3)] * len(texts)
+            words = [[Word(w, math.log(0.5), [], seen) for w in [*t.split(), ""]] for t in texts]
+            return [Explanation(row, seen) for row in words]
+
+    records = [dict(image=picture(i), text="a cat") for i in range(3)]
+    for wanted in (True, False):
+        evaluator = captioning.Captioning("s", attention=wanted)
+        list(evaluator.run(Looks(captions=["a cat", "a dog", "a cat"]), records))
+        json.dumps(evaluator.examples)  # nothing but what the report shows
+        items = evaluator.examples["items"] + evaluator.examples["worst"]
+        assert len(items) == 4 and all(("words" in item) == wanted for item in items)
+        if wanted:
+            assert [word["text"] for word in items[1]["words"]] == ["a", "dog", "end"]
+            word = items[1]["words"][0]
+            assert word["probability"] == pytest.approx(0.5) and items[1]["fit"] == "crop"
+            assert list(base64.b64decode(word["map"])) == [255, 128, 128, 0]
 
 
 def test_captioning_with_several_references():

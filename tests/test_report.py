@@ -142,6 +142,18 @@ def test_text_from_data_is_escaped(tmp_path):
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
+def test_words_of_captions_carry_their_maps(tmp_path):
+    words = [dict(text="<a>", probability=0.25, map="/4AA/w==")]
+    item = dict(image="AAAA", caption="<a>", references=["a"], exact=False, f1=0.0)
+    items = [item | dict(words=words, fit="crop"), item]  # of an evaluation without words too
+    results.save_examples(tmp_path, "captioning/x", dict(kind="captioning", items=items))
+    results.save_results(tmp_path, {"captioning/x/exact_match": 0.5})
+    page = report.write_report(tmp_path).read_text()
+    (button,) = re.findall(r'<button class="word".*?</button>', page)
+    assert 'data-map="/4AA/w=="' in button and 'title="25.0%"' in button
+    assert button.endswith(">&lt;a&gt;</button>") and page.count('data-fit="crop"') == 1
+
+
 def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
     names = [f"class {i}" for i in range(20)]
     tally = classification.Tally("generative/x", names)

@@ -9,10 +9,13 @@ process of a run calls `run` with the same records, and every one gets the same 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import tqdm
+
+if TYPE_CHECKING:
+    from coca_jax.inference.explain import Explanation
 
 Record = Mapping[str, Any]
 
@@ -20,8 +23,11 @@ Record = Mapping[str, Any]
 class Predictor(Protocol):
     """What an evaluator asks of a model; N is at most the evaluator's batch size.
 
-    Images are uint8 [N, S, S, 3], or a list of N images as the records hold them.
+    Images are uint8 [N, S, S, 3], or a list of N images as the records hold them. resize: 'squash'
+    or 'crop', how they come to the model's size.
     """
+
+    resize: str
 
     def encode_image(self, images: Any) -> np.ndarray:
         """N images -> float32 [N, E], unit length."""
@@ -42,6 +48,10 @@ class Predictor(Protocol):
 
     def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """Returns the tokens that `score` predicts of each text, int [M]."""
+
+    def explain(self, images: Any, texts: Sequence[str]) -> list[Explanation]:
+        """N images, N texts -> the words of each, with attention over the image as `resize` has
+        made it."""
 
 
 def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator[list[Any]]:

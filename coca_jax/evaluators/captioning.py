@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
@@ -53,10 +54,37 @@ def _word_f1(said: list[str], wanted: list[str]) -> float:
 
 
 def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
-    """One picture of the report."""
+    """One picture of the report; raw: as the model takes it, for `_with_words` alone."""
     references = record_texts(record, "captioning")[:5]
-    image = encode_png(picture(record["image"]))
-    return dict(image=image, caption=caption, references=references, exact=exact, f1=f1)
+    raw, image = record["image"], encode_png(picture(record["image"]))
+    return dict(image=image, caption=caption, references=references, exact=exact, f1=f1, raw=raw)
+
+
+def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: bool) -> None:
+    """Gives the pictures of the report, where that is wanted, the words of their captions, with
+    probability and the attention over the picture, and takes `raw` away."""
+    images = [item.pop("raw") for item in items]
+    if not wanted or not items:
+        return
+    reasons = predict.explain(images, [item["caption"] for item in items])
+    for item, reason in zip(items, reasons):
+        if reason.attention.ndim > 2:  # of a clip's frames, of which one is shown
+            continue
+        item["fit"] = predict.resize
+        item["words"] = [
+            dict(
+                text=word.text or "end",
+                probability=math.exp(min(word.log_prob, 0.0)),
+                map=_encoded(word.attention),
+            )
+            for word in reason.words
+        ]
+
+
+def _encoded(attention: np.ndarray) -> str:
+    """A map [G, G] as base64 of uint8, 255 where it is highest."""
+    scaled = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
+    return base64.b64encode(scaled.tobytes()).decode()
 
 
 class Outputs:
@@ -124,6 +152,7 @@ class Captioning(Evaluator):
       scorer: (caption, record) -> (exact, F1); `score_references` or `score_scene`.
       perplexity, captions: which halves to run.
       java_metrics: METEOR and SPICE as well, where they can run; `skipped` says why not.
+      attention: words of the report's captions with their attention over the picture.
       how: options of decoding, such as num_beams.
       outputs: where captions are kept while they are made.
       batch_size: images at a time.
@@ -132,11 +161,12 @@ class Captioning(Evaluator):
     """
 
     kind, order, title, usual = "captioning", 40, "Captioning", True
-    options = ("decode", "java_metrics")
+    options = ("decode", "java_metrics", "attention")
     needs, programs = "caption", ("caption", "caption_log_likelihood")
     flags = (
         Flag("num_beams", 1, "Beams of the captions.", least=1),
         Flag("java_metrics", True, "METEOR and SPICE, where they can run."),
+        Flag("attention", True, "In the report, where the model looked for each word."),
     )
     metrics = {
         "exact_match": Metric("Exact match"),
@@ -159,6 +189,7 @@ class Captioning(Evaluator):
         perplexity: bool = True,
         captions: bool = True,
         java_metrics: bool = False,
+        attention: bool = False,
         how: Mapping[str, Any] | None = None,
         outputs: Outputs | None = None,
         batch_size: int = 128,
@@ -166,7 +197,7 @@ class Captioning(Evaluator):
         progress: bool = False,
     ):
         super().__init__(data_name)
-        self.scorer, self.java_metrics = scorer, java_metrics
+        self.scorer, self.java_metrics, self.attention = scorer, java_metrics, attention
         self.perplexity, self.captions = perplexity, captions
         self.how, self.outputs = dict(how or {}), outputs
         self.batch_size, self.num_examples = batch_size, num_examples
@@ -174,9 +205,9 @@ class Captioning(Evaluator):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --num_beams and --java_metrics."""
+        """Takes --num_beams, --java_metrics and --attention."""
         super().from_flags(task, flags)
-        task["java_metrics"] = flags.java_metrics
+        task.update(java_metrics=flags.java_metrics, attention=flags.attention)
         if flags.num_beams > 1:
             task["decode"] = dict(num_beams=flags.num_beams)
         if task["data"].get("builtin"):
@@ -184,19 +215,21 @@ class Captioning(Evaluator):
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Captioning:
-        """task: decode, options of decoding; java_metrics. Captions so far are kept in
+        """task: decode, options of decoding; java_metrics; attention. Captions so far are kept in
         workdir/eval_captions."""
         outputs = None
         if setting.workdir:
             name = f"{task['name'].replace('/', '_')}.jsonl"
             path = storage.place(setting.workdir) / "eval_captions" / name
-            made_for = dict(setting.request, task=dict(task))
+            told = {key: value for key, value in task.items() if key != "attention"}
+            made_for = dict(setting.request, task=told)
             outputs = Outputs(path, made_for, write=setting.main_process)
         drawn = getattr(setting.records, "scenes", False)
         return cls(
             task["name"],
             scorer=score_scene if drawn else score_references,
             java_metrics=task.get("java_metrics", False),
+            attention=task.get("attention", False),
             how=task.get("decode"),
             outputs=outputs,
             **setting.common(several=False),
@@ -256,9 +289,9 @@ class Captioning(Evaluator):
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
             yield from self._corpus_metrics(captions, references)
         notes = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
-        self.examples = dict(
-            kind="captioning", items=shown.items(), worst=worst.items(), notes=notes
-        )
+        items, worse = shown.items(), worst.items()
+        _with_words(predict, items + worse, self.attention)
+        self.examples = dict(kind="captioning", items=items, worst=worse, notes=notes)
 
     def _make(self, predict: Predictor, records: Sequence[Record]) -> list[dict[str, Any]]:
         """The model's outputs of records, as `Outputs` keeps them."""

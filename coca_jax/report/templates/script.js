@@ -19,3 +19,35 @@ for (const figure of document.querySelectorAll('.chart')) {
     step.textContent = ''; values.forEach(v => v.textContent = '');
   });
 }
+// Where the model looked for a word: what it did not look at is covered.
+for (const seen of document.querySelectorAll('.seen')) {
+  const canvas = seen.querySelector('canvas'), img = seen.querySelector('img');
+  const words = [...seen.parentElement.querySelectorAll('.word')];
+  const pressed = () => words.find(word => word.ariaPressed === 'true');
+  const show = word => {
+    canvas.hidden = !word;
+    if (!word) return;
+    const map = Uint8Array.from(atob(word.dataset.map), c => c.charCodeAt(0)), side = Math.sqrt(map.length);
+    const small = Object.assign(document.createElement('canvas'), {width: side, height: side});
+    const dark = new ImageData(side, side);
+    map.forEach((value, i) => dark.data.set([8, 12, 24, 215 * (1 - (value / 255) ** 0.8)], 4 * i));
+    small.getContext('2d').putImageData(dark, 0, 0);
+    // The picture stands whole in a square; the model saw all of it, squashed, or its middle.
+    const box = img.clientWidth, scale = box / Math.max(img.naturalWidth, img.naturalHeight);
+    const sides = [img.naturalWidth * scale, img.naturalHeight * scale];
+    const [w, h] = seen.dataset.fit === 'crop' ? sides.fill(Math.min(...sides)) : sides;
+    Object.assign(canvas, {width: 2 * w, height: 2 * h});
+    Object.assign(canvas.style, {width: w + 'px', height: h + 'px', left: (box - w) / 2 + 'px', top: (box - h) / 2 + 'px'});
+    canvas.getContext('2d').drawImage(small, 0, 0, 2 * w, 2 * h);
+  };
+  for (const word of words) {
+    word.addEventListener('click', () => {
+      const was = word.ariaPressed === 'true';
+      words.forEach(other => other.ariaPressed = 'false');
+      word.ariaPressed = String(!was);
+      show(was ? null : word);
+    });
+    word.addEventListener('mouseenter', () => show(word));
+    word.addEventListener('mouseleave', () => show(pressed()));
+  }
+}
