@@ -19,14 +19,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 PLAIN = {  # what this file computes
-    "image": dict(conv_widths=[], class_token=False, pre_norm=False, final_norm=True),
-    "text": dict(cls_mask="exact", cross="paper"),
+    "image": dict(
+        conv_widths=[], class_token=False, pre_norm=False, final_norm=True, registers=0, block={}
+    ),
+    "text": dict(cls_mask="exact", cross="paper", kv_heads=0, block={}, multimodal_block={}),
+    "pooler": dict(block={}),
 }
+BLOCK = dict(
+    norm="layer", norm_eps=1e-5, bias=True, gated_mlp=False, layer_scale=0.0, positions="learned"
+)
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_exact": F.gelu,
     "relu": F.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
 }
 
 
@@ -39,6 +46,9 @@ class CoCa:
             for name, value in wanted.items():
                 if self.model[part].get(name, value) != value:
                     raise ValueError(f"model.{part}.{name}={self.model[part][name]!r}: not here")
+        for name, value in BLOCK.items():
+            if self.model.get(name, value) != value:
+                raise ValueError(f"model.{name}={self.model[name]!r}: not here")
         if self.model["pooler"]["kind"] == "open_clip" or self.model.get("qk_norm"):
             raise ValueError("this is open_clip's layout, or has QK-norm: not here")
         self.activation = ACTIVATIONS[self.model["activation"]]
