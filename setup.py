@@ -60,6 +60,7 @@ setuptools.setup(
         "pillow>=10.3",
         "protobuf>=5",
         "pyarrow>=17",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "scipy>=1.13",
         "sentencepiece>=0.2.1",
@@ -111,6 +112,7 @@ setuptools.setup(
         "onnx": ["jax2onnx>=0.17", "onnx>=1.18", "onnxruntime>=1.22"],  # takes an older Orbax
         "video": ["av>=18.1"],
         "docs": DOCS,
+        "clip_benchmark": ["clip_benchmark==1.6.2", "webdataset"],  # runs our models by itself
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",

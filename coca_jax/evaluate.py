@@ -8,6 +8,8 @@ Examples:
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine --tasks=retrieval,captioning
   coca-jax evaluate --checkpoint=weights --data=photos/ --tasks=zeroshot --out=scores
+  coca-jax evaluate --checkpoint=weights --suite=clip_benchmark --root=sets --out=scores
+  coca-jax evaluate --compare=scores,other_scores
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ def define_flags() -> None:
         None,
         "What `prepare` wrote or reads in place, 'tfds:NAME', or 'scenes'.",
     )
+    flags.DEFINE_string("suite", "", "clip_benchmark, datacomp, or a file of data sets' names.")
+    flags.DEFINE_string("root", "", "Folder below which the suite's data sets lie.")
+    flags.DEFINE_string("csv", "", "Table for the suite's row; default: suite.csv in --out.")
+    flags.DEFINE_bool("suite_probe", False, "Suite: the linear probe too, where there is a train.")
+    flags.DEFINE_list("compare", None, "Folders with scores of a suite; the first is the base.")
     usual = ", ".join(usual_kinds())
     flags.DEFINE_list("tasks", None, f"{', '.join(declarations.kinds())}; default: {usual}.")
     flags.DEFINE_string("split", "", "Split of the data; default: test, else what there is.")
@@ -151,11 +158,61 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     return tasks
 
 
+def run_suite(args: Any) -> dict[str, float]:
+    """Scores the checkpoint on the data sets of --suite below --root."""
+    if not args.checkpoint or not args.root or args.data:
+        raise ValueError("give --suite=NAME with --checkpoint=DIR and --root=DIR, without --data")
+    if args.num_processes > 1:
+        raise ValueError(f"--num_processes={args.num_processes}: a suite runs in one process")
+    from coca_jax.suites import tables
+
+    tasks, missing = tables.tasks(args.suite, args.root, args.split or "test")
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        cli.say(f"not below --root, left out: {', '.join(missing[:5])}{more}")
+    if not args.out and hub.is_name(args.checkpoint):
+        raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")
+    out = args.out or args.checkpoint
+    if not args.out and not storage.place(out).is_dir():
+        raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
+    cli.say(f"loading {args.checkpoint}")
+    from coca_jax import inference
+    from coca_jax.suites import running
+
+    size = args.batch_size or 64
+    model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=size)
+    name = args.name or posixpath.basename(args.checkpoint.rstrip("/"))
+    suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
+    suite = suite.partition(".")[0]
+    how: dict[str, Any] = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
+    scores, lines = running.run(model, tasks, out, **how)
+    print("\n".join(lines))
+    return scores
+
+
+def compare(outs: Sequence[str]) -> dict[str, Any]:
+    """Lays the scores of a suite over each other: --compare."""
+    if len(outs) < 2:
+        raise ValueError(f"--compare={','.join(outs)}: give two folders or more, with a comma")
+    from coca_jax.suites import comparing
+
+    rows = comparing.compare(outs[0], outs[1:])
+    print("\n".join(comparing.lines(rows, outs[0])))
+    return dict(base=outs[0], rows=rows)
+
+
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS
+    if args.compare:
+        return compare(args.compare)
+    if args.suite:
+        return run_suite(args)
     if len(argv) > 1 or not args.checkpoint or not args.data:
-        raise ValueError("give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else")
+        raise ValueError(
+            "give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else, or --suite=NAME "
+            "--root=DIR in place of --data"
+        )
     tasks = tasks_of_flags()
     if not args.out and hub.is_name(args.checkpoint):
         raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")

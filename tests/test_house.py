@@ -26,6 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "recipes": ("recipes", "inherit"),
     "a run": ("training", "warm_start"),
     "what it costs, what it shows": ("estimate", "report", "serving"),
+    "suites": ("suites",),
     "scores and search": ("evaluators", "searching"),
     "a trained model": ("", "inference"),
     "checkpoints": ("checkpointing", "training.goodput"),

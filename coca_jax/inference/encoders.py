@@ -118,6 +118,15 @@ class Encoders:
                 bar.update(len(batch))
         return joined(parts, (self.config.model.embed_dim,))
 
+    def encode_tokens(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Texts as ids int32 [N, L], begin symbol first, and which are valid, bool [N, L] ->
+        float32 [N, E], L2-normalised."""
+        parts = []
+        for start in range(0, len(tokens), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            parts.append(self._run(self._programs.encode_text, tokens[rows], valid[rows]))
+        return joined(parts, (self.config.model.embed_dim,))
+
     def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T

@@ -1,0 +1,154 @@
+"""What a model says of every example of a data set: the outcome that metrics.py counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax.evaluators import Predictor, check_finite, encode_texts, in_batches
+from coca_jax.evaluators.zeroshot import class_embeddings, normalise
+from coca_jax.suites import linear_probe, metrics
+from coca_jax.suites.folders import Folder
+
+Outcome = dict[str, np.ndarray]
+
+
+def measure(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") -> Outcome:
+    """The outcome of a data set: arrays with an example a row. show: title of progress bars.
+
+    Raises ValueError for a damaged or empty set, or embeddings that are not finite.
+    """
+    by_kind: dict[str, Callable[..., Outcome]] = dict(
+        retrieval=_retrieval, selection=_selection, classification=_classes, multilabel=_classes
+    )
+    if next(folder.examples(), None) is None:
+        raise ValueError(f"{folder.path} [{folder.split}] has no example")
+    return by_kind[folder.kind](model, folder, batch_size, show)
+
+
+def _embed(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    found = np.asarray(model.encode_image([one["image"] for one in batch]), np.float32)
+    return check_finite(found, "image")
+
+
+def probe(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") -> Outcome:
+    """`target` and `lp_guess` of a classification set with a split 'train': what CLIP_benchmark's
+    linear probe guesses."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for split in ("train", folder.split):
+        parts, target = [], []
+        title = show and f"{show} {split}"
+        for batch in in_batches(folder.examples(split), batch_size, show=title):
+            parts.append(normalise(_embed(model, batch)))
+            target += [one["target"] for one in batch]
+        found[split] = np.concatenate(parts), np.asarray(target)
+    features, target = found[folder.split]
+    return dict(target=target, lp_guess=linear_probe.guesses(*found["train"], features))
+
+
+def _classes(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
+    title = show and f"{show} texts"
+    classes = class_embeddings(model, folder.class_names, folder.templates, size, show=title)
+    scores, target, group = [], [], []
+    for batch in in_batches(folder.examples(), size, show=show and f"{show} images"):
+        scores.append(normalise(_embed(model, batch)) @ classes.T)
+        target += [one["target"] for one in batch]
+        group += [one.get("group") for one in batch]
+    if folder.kind == "multilabel":
+        targets = np.stack(target)
+        if targets.shape[1] != len(classes):
+            raise ValueError(
+                f"{folder.path}: rows of {targets.shape[1]} labels, and {len(classes)} class names"
+            )
+        return dict(scores=np.concatenate(scores), targets=targets)
+    found = metrics.of_classes(np.concatenate(scores), np.asarray(target))
+    return found if all(one is None for one in group) else dict(found, group=numbered(group))
+
+
+def numbered(groups: Sequence[Any]) -> np.ndarray:
+    """Names or numbers of groups as int [N]: names in their order, -1 for None."""
+    if all(isinstance(one, int) for one in groups):
+        return np.asarray(groups)
+    names = sorted({str(one) for one in groups if one is not None})
+    return np.asarray([-1 if one is None else names.index(str(one)) for one in groups])
+
+
+def _retrieval(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
+    images, texts, image_of = [], [], []
+    for batch in in_batches(folder.examples(), size, show=show and f"{show} images"):
+        start = sum(len(part) for part in images)
+        images.append(_embed(model, batch))
+        for number, one in enumerate(batch):
+            texts += one["texts"]
+            image_of += [start + number] * len(one["texts"])
+    found = normalise(np.concatenate(images))
+    embeddings = normalise(encode_texts(model, texts, size, show=show and f"{show} texts"))
+    return metrics.of_retrieval(embeddings @ found.T, np.asarray(image_of))
+
+
+def _selection(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
+    """Right or not, of each pair: by embeddings and, of a model that writes captions, by how
+    likely each text is for each image."""
+    rows: dict[str, list[float]] = {}
+    for batch in in_batches(folder.examples(), max(size // 4, 1), show=show):
+        for name, values in _of_pairs(model, batch).items():
+            rows.setdefault(name, []).extend(values)
+    return {name: np.asarray(values) for name, values in rows.items()}
+
+
+def _of_pairs(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    images = [image for one in batch for image in one["images"]]
+    texts = [text for one in batch for text in one.get("texts") or [cue_prompt(one["cue"])]]
+    by_image = check_finite(np.asarray(model.encode_image(images), np.float32), "image")
+    by_text = check_finite(np.asarray(model.encode_text(texts), np.float32), "text")
+    tables, i, t = [], 0, 0
+    for one in batch:
+        n, m = len(one["images"]), len(one.get("texts") or [1])
+        tables.append(by_image[i : i + n] @ by_text[t : t + m].T)
+        i, t = i + n, t + m
+    if "cue" in batch[0]:
+        return dict(jaccard=[_jaccard(x[:, 0], one["right"]) for x, one in zip(tables, batch)])
+    found = chosen(tables)
+    if hasattr(model, "caption_log_likelihood"):
+        likely = chosen(_likelihoods(model, batch))
+        found |= {f"likelihood_{name}": values for name, values in likely.items()}
+    return found
+
+
+def _likelihoods(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    pairs = [(image, text) for one in batch for image in one["images"] for text in one["texts"]]
+    sums, _ = model.caption_log_likelihood([image for image, _ in pairs], [t for _, t in pairs])
+    tables, start = [], 0
+    for one in batch:
+        shape = (len(one["images"]), len(one["texts"]))
+        tables.append(np.asarray(sums)[start : start + shape[0] * shape[1]].reshape(shape))
+        start += shape[0] * shape[1]
+    return tables
+
+
+def chosen(tables: Iterable[np.ndarray]) -> dict[str, list[float]]:
+    """Of tables [images, texts], where image i belongs to text i: whether every image chooses its
+    text (`text_acc`), every text its image (`image_acc`), both (`acc`). Winoground's text, image
+    and group score (Thrush et al. 2022); of one image and two texts SugarCrepe's accuracy."""
+    found: dict[str, list[float]] = dict(image_acc=[], text_acc=[], acc=[])
+    for table in tables:
+        right = np.arange(min(table.shape))
+        text = bool((table.argmax(1)[: len(right)] == right).all())
+        image = bool((table.argmax(0)[: len(right)] == right).all())
+        for name, value in dict(image_acc=image, text_acc=text, acc=image and text).items():
+            found[name].append(float(value))
+    return found
+
+
+def cue_prompt(cue: str) -> str:
+    """The text of a cue of WinoGAViL (Bitton et al. 2022): 'A dog', 'An apple'."""
+    return f"{'An' if cue[:1].upper() in 'AEIOU' else 'A'} {cue}"
+
+
+def _jaccard(scores: np.ndarray, right: Sequence[int]) -> float:
+    """Of the as many best images as there are right ones: those shared with the right ones, over
+    all of both."""
+    best = set(np.argsort(-scores, kind="stable")[: len(right)].tolist())
+    return len(best & set(right)) / max(len(best | set(right)), 1)

@@ -1,0 +1,166 @@
+"""Goes through a suite, keeps what is finished, and writes its scores.
+
+In the folder of the scores: `suite/<data set>.json` and `.npz` as soon as a data set is done (the
+outcome of every example, which comparing.py draws from), then `eval.json`, `suite.md` and
+`suite.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coca_jax import storage
+from coca_jax.evaluators import results
+from coca_jax.evaluators.intervals import scored
+from coca_jax.suites import measuring, metrics
+from coca_jax.suites.tables import DATACOMP, Task
+
+LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
+
+
+def slug(key: str) -> str:
+    """A data set's name in files and scores."""
+    return key.replace("/", "-")
+
+
+def run(
+    model: Any,
+    tasks: Sequence[Task],
+    out: str,
+    *,
+    suite: str,
+    name: str,
+    table: str = "",
+    probe: bool = False,
+) -> tuple[dict[str, float], list[str]]:
+    """(the scores of all data sets, lines of the table for people).
+
+    Data sets that an earlier call with the same weights finished are taken over. name: of the model
+    in the row. table: a CSV file whose row of this name is written, in its columns. probe: of
+    classification sets with a split 'train' the linear probe as well.
+    """
+    weights = model.checksum()
+    scores: dict[str, float] = {}
+    for task in tasks:
+        with_probe = probe and _has_train(task)
+        request = dict(weights=weights, data=_data(task), metric=task.metric, probe=with_probe)
+        scores |= _kept(out, task, request) or _measured(model, task, out, request)
+    mains = [scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks]
+    scores[f"suite/{suite}/average"] = sum(mains) / len(mains)
+    scores[f"suite/{suite}/num_data_sets"] = float(len(mains))
+    results.save_results(out, scores)
+    lines = _lines(tasks, scores, suite)
+    storage.write_text(storage.place(out) / "suite.md", "\n".join(lines) + "\n")
+    row = {task.title: scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks}
+    row |= {"name": name, "params (M)": _parameters(model) / 1e6}
+    row[f"Average perf. on {len(mains)} datasets"] = scores[f"suite/{suite}/average"]
+    write_row(table or str(storage.place(out) / "suite.csv"), row)
+    return scores, lines
+
+
+def _data(task: Task) -> str:
+    """Tells the data from others by what costs nothing: place and sizes."""
+    folder = task.folder
+    place = storage.place(folder.path)
+    files = sorted(place.glob(f"{folder.split}/*.tar")) if place.is_dir() else [place]
+    sizes = [file.stat().length for file in files]
+    texts = [folder.kind, *folder.class_names, *folder.templates]
+    return json.dumps([folder.path, folder.split, sizes, texts])
+
+
+def _has_train(task: Task) -> bool:
+    there = (storage.place(task.folder.path) / "train" / "nshards.txt").exists()
+    return task.folder.kind == "classification" and there
+
+
+def _kept(out: str, task: Task, request: Mapping[str, Any]) -> dict[str, float] | None:
+    file = storage.place(out) / "suite" / f"{slug(task.key)}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found["scores"] if found.get("request") == request else None
+
+
+def _measured(model: Any, task: Task, out: str, request: Mapping[str, Any]) -> dict[str, float]:
+    outcome = measuring.measure(
+        model, task.folder, batch_size=model.batch_size, show=f"suite/{slug(task.key)}"
+    )
+    if request["probe"]:
+        show = f"suite/{slug(task.key)} probe"
+        outcome |= measuring.probe(model, task.folder, batch_size=model.batch_size, show=show)
+    there = metrics.names(outcome)
+    if task.metric not in there:
+        raise ValueError(
+            f"{task.folder.path}: {task.metric} of {task.key} needs what the data have not; "
+            f"they give {', '.join(there)}"
+        )
+    scores = dict(_scores(f"suite/{slug(task.key)}", there, outcome))
+    buffer, folder = io.BytesIO(), storage.place(out) / "suite"
+    np.savez_compressed(buffer, **outcome)
+    storage.write_bytes(folder / f"{slug(task.key)}.npz", buffer.getvalue())
+    kept = dict(request=request, scores=scores, key=task.key, metric=task.metric)
+    storage.write_text(folder / f"{slug(task.key)}.json", json.dumps(kept))
+    return scores
+
+
+def _scores(
+    name: str, there: Sequence[str], outcome: metrics.Outcome
+) -> Iterator[tuple[str, float]]:
+    count = metrics.count(outcome)
+    for metric in there:
+        interval = metrics.interval(metric, outcome)
+        yield from scored(f"{name}/{metric}", metrics.value(metric, outcome), interval, count)
+    yield f"{name}/num_examples", float(count)
+
+
+def _lines(tasks: Sequence[Task], scores: Mapping[str, float], suite: str) -> list[str]:
+    """A table in Markdown, a data set a line."""
+    lines = ["| data set | metric | score | 95% | examples |", "|---|---|---|---|---|"]
+    for task in tasks:
+        name = f"suite/{slug(task.key)}/{task.metric}"
+        low, high = scores[f"{name}_low"], scores[f"{name}_high"]
+        lines.append(
+            f"| {task.title} | {task.metric} | {scores[name]:.4f} | {low:.4f} to {high:.4f} | "
+            f"{scores[f'{name}_count']:,.0f} |"
+        )
+    mean = scores[f"suite/{suite}/average"]
+    return [*lines, f"| mean of {len(tasks)} | | {mean:.4f} | | |"]
+
+
+def _parameters(model: Any) -> int:
+    return sum(math.prod(np.shape(x)) for x in jax.tree.leaves(model.params))
+
+
+def write_row(table: str, row: Mapping[str, Any]) -> None:
+    """Writes a model's row into a CSV file, in place of one of the same name.
+
+    A file that is there keeps its columns and their order, and gets those of the row that it lacks
+    at its end; a new one has the columns of open_clip's docs/openclip_results.csv, then others.
+    """
+    place = storage.place(table)
+    rows, columns = [], []  # type: list[dict[str, Any]], list[str]
+    if place.exists():
+        reader = csv.DictReader(io.StringIO(place.read_text()))
+        rows, columns = list(reader), list(reader.fieldnames or ())
+    if not columns:
+        averages = [name for name in row if name.startswith("Average perf.")]
+        titles = [title for title, _ in DATACOMP.values() if title in row]
+        columns = [*LEADING, *averages, *titles]
+    columns += [name for name in row if name not in columns]
+    same = [i for i, one in enumerate(rows) if one.get("name") == row["name"]]
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
+    if same:
+        rows[same[0]] |= shown
+    else:
+        rows.append(shown)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    storage.write_text(place, buffer.getvalue())
