@@ -42,7 +42,7 @@ class Adapter:
         """A PIL image -> uint8 [S, S, 3], the model's own preprocessing."""
         import torch
 
-        return torch.from_numpy(self.model.preprocess(image))
+        return torch.from_numpy(np.array(self.model.preprocess(image)))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Any:
         """Texts -> int64 [N, 2, L]: ids, and which of them are valid."""
@@ -82,6 +82,14 @@ def load(
     return adapter, adapter.transform, adapter.tokenizer
 
 
+def accuracy(output: Any, target: Any, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """CLIP_benchmark's function of this name: version 1.6.2 makes a number of an array of one
+    element, which NumPy refuses from 2.4 on."""
+    best = output.topk(max(topk), 1, True, True)[1]
+    right = best == target.view(-1, 1)
+    return [right[:, :k].any(1).sum().item() / len(target) for k in topk]
+
+
 def register() -> None:
     """Makes 'coca_jax' a model type of CLIP_benchmark. Raises ValueError where that is missing."""
     try:
@@ -89,6 +97,9 @@ def register() -> None:
     except ImportError as error:
         why = f"CLIP_benchmark cannot be imported ({error})"
         raise ValueError(f"{why}: {extras.remedy('clip_benchmark')}") from None
+    for name in ("zeroshot_classification", "linear_probe"):
+        module: Any = importlib.import_module(f"clip_benchmark.metrics.{name}")
+        module.accuracy = accuracy
     models.TYPE2FUNC[MODEL_TYPE] = load
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
