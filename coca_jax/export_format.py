@@ -105,7 +105,7 @@ def write_export(
         ValueError: naming an array with values that are NaN or infinite.
     """
     os.makedirs(directory, exist_ok=True)
-    tensors = {path: _blocks(path, array) for path, array in flatten(params).items()}
+    tensors = {path: blocks(path, array) for path, array in flatten(params).items()}
     params_name = HUB_PARAMS if hub else PARAMS
     safetensors_file.write(os.path.join(directory, params_name), tensors)
     name = ("tokenizer" if hub else "vocabulary") + _suffixes(vocabulary_path)
@@ -259,7 +259,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
     return nested
 
 
-def _blocks(path: str, array: Any) -> Blocks:
+def blocks(path: str, array: Any) -> Blocks:
+    """An array as `safetensors_file.write` takes it, float32, read when it is written."""
     if isinstance(array, Blocks):
         return array
 

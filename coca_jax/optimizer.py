@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,14 @@ def average_decay(optimizer: Optimizer, step: jax.Array, steps: int) -> Any:
 
 
 def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
+    """The update rule of `_rule`, and with l2_to_start the pull to where the run started."""
+    rule = _rule(optimizer)
+    if not optimizer.l2_to_start:
+        return rule
+    return optax.chain(rule, pull_to_start(optimizer.l2_to_start))
+
+
+def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
     """The update rule without learning rate: `train_step` multiplies by minus the schedule.
 
     Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
@@ -102,6 +110,34 @@ def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
         rest = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(optax.partition(dict(kernel=kernels, rest=rest), _parts), decay)
     raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor', 'adamw' or 'muon'")
+
+
+class Start(NamedTuple):
+    """Where the first step found the parameters; `taken`: whether there was one."""
+
+    taken: jax.Array
+    params: Any
+
+
+def pull_to_start(strength: float) -> optax.GradientTransformation:
+    """Adds strength x (parameter - its value before the first step) to updates: L2 towards the
+    start, which keeps what was learned before (L2-SP, Li et al. 2018), decoupled as weight decay.
+    A task head, which starts anew, is left out."""
+
+    def init(params: Any) -> Start:
+        return Start(jnp.zeros((), bool), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Start, params: Any = None) -> tuple[Any, Start]:
+        start = jax.tree.map(lambda s, p: jnp.where(state.taken, s, p), state.params, params)
+
+        def one(role: Role, u: Any) -> float:
+            return 0.0 if role.part.serves == "head" else strength
+
+        pulls = map_with_roles(one, updates)
+        moved = jax.tree.map(lambda u, f, p, s: u + f * (p - s), updates, pulls, params, start)
+        return moved, Start(jnp.ones((), bool), start)
+
+    return optax.GradientTransformation(init, update)
 
 
 def kernel_axes(params: Any) -> Any:

@@ -37,6 +37,12 @@ def check(config: Config) -> None:
 def check_head(config: Config) -> None:
     """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
     head, optimizer = config.head, config.optimizer
+    if optimizer.lora_rank and (head.kind or optimizer.name != "adamw" or optimizer.l2_to_start):
+        raise ValueError(
+            f"optimizer.lora_rank={optimizer.lora_rank} needs optimizer.name='adamw' and goes with "
+            f"no task head and no l2_to_start (name is {optimizer.name!r}, head.kind "
+            f"{head.kind!r}, l2_to_start {optimizer.l2_to_start})"
+        )
     kind = head_kinds.of(head.kind)
     if kind is None:
         if optimizer.encoder_learning_rate >= 0:

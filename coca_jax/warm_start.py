@@ -14,11 +14,14 @@ from coca_jax.models import roles
 from coca_jax.training.state import TrainState
 
 
-def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> TrainState:
+def apply(
+    state: TrainState, path: str, class_names: Sequence[str] = (), positions: str = "extend"
+) -> TrainState:
     """`state` with its parameters (and their average) replaced by those at `path`.
 
     Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576);
-    of texts, those beyond the weights' max_len start untrained, and those beyond the model's go.
+    of texts, those beyond the weights' max_len start untrained, or with positions='interpolate'
+    between those that are there, and those beyond the model's go.
     Optional parts (see models/part.py) that the weights lack stay as they are. A task head of the
     weights is used where it has the classes `class_names` of this run's head, in their order, and
     left out else.
@@ -45,6 +48,8 @@ def apply(state: TrainState, path: str, class_names: Sequence[str] = ()) -> Trai
         if part.positions == "grid" and array.shape != leaf.shape:
             array = resize_positions(array, leaf.shape[0])
         if part.positions == "text":
+            if positions == "interpolate" and len(array) < leaf.shape[0]:
+                array = spread_text_positions(array, leaf.shape[0])
             array = fit_text_positions(array, leaf.shape[0])
         if array.shape != leaf.shape:
             raise ValueError(
@@ -94,6 +99,21 @@ def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     kept = min(len(positions), length) - 1
     fresh = np.random.default_rng(0).normal(0, 0.02, (length - 1 - kept, positions.shape[1]))
     return np.concatenate([positions[:kept], fresh.astype(positions.dtype), positions[-1:]])
+
+
+WELL_TRAINED = 20  # first places, in nearly every caption
+
+
+def spread_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
+    """[M, D] -> [length, D], longer: the first 20 rows stay, those behind are drawn out linearly
+    (Long-CLIP, Zhang et al. 2024); the last row is [CLS]'s."""
+    places, cls = positions[:-1], positions[-1:]
+    kept = min(WELL_TRAINED, len(places) - 1)
+    tail = places[kept:]
+    at = np.linspace(0, len(tail) - 1, length - 1 - kept)
+    low = np.floor(at).astype(int)
+    high, share = np.minimum(low + 1, len(tail) - 1), (at - low)[:, None].astype(positions.dtype)
+    return np.concatenate([places[:kept], (1 - share) * tail[low] + share * tail[high], cls])
 
 
 def resize_positions(positions: np.ndarray, length: int) -> np.ndarray:

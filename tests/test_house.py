@@ -17,7 +17,15 @@ PACKAGE = ROOT / "coca_jax"
 LAYERS: dict[str, tuple[str, ...]] = {
     "commands": (
         *("train", "evaluate", "caption", "search", "prepare", "convert", "compile", "export"),
-        *("fit", "report.__main__", "__main__", "config.page", "benchmark", "benchmark_input"),
+        *(
+            "blend",
+            "fit",
+            "report.__main__",
+            "__main__",
+            "config.page",
+            "benchmark",
+            "benchmark_input",
+        ),
         *("benchmark_losses", "benchmark_model", "benchmark_peer", "benchmark_train"),
         "serve",
     ),
@@ -35,7 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("training.objective", "training.image_losses"),
         *("training.parts", "training.text_lengths"),
     ),
-    "what a run is made of": ("optimizer", "run_config", "importers"),
+    "what a run is made of": ("lora", "optimizer", "run_config", "importers"),
     "formats": ("export_format", "interop"),
     "data": ("data",),
     "models": ("models",),

@@ -110,6 +110,20 @@ class Optimizer(Section):
     average_share: float = key(
         0.0, SHARE, "last part of the steps whose parameters' mean is used in place of ema; 0: none"
     )
+    l2_to_start: float = key(
+        0.0, number(0, 10), "decoupled decay towards where the run started, not towards 0"
+    )
+    lora_rank: int = key(
+        0,
+        whole(0, 4096, "columns"),
+        "trains changes of kernels of this rank alone; 0: all as it is",
+    )
+    lora: str = key(
+        "qv", choice("qv", "all"), "which: queries' and values', or all of attention and MLPs"
+    )
+    lora_alpha: float = key(
+        16.0, number(0, 1e4, "as 16", above=True), "a change's factor x lora_rank"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +185,12 @@ class Eval(Section):
     """What a run evaluates."""
 
     every_steps: int = key(0, STEPS, "0: at the end alone")
+    guard: str = key(
+        "",
+        choice("", "warn", "stop"),
+        "whether retrieval and zero-shot of `tasks` are compared with those before the first step",
+    )
+    most_lost: float = key(0.1, SHARE, "share of such a score that may go before the guard speaks")
     tasks: tuple[Mapping[str, Any], ...] = key(
         (), MAPPINGS, "dicts of kind, name, data and what the kind takes; also run at the end"
     )
@@ -225,6 +245,11 @@ class Config(Section):
         "... and with n > 1 the longest n-th of them runs apart from the others",
     )
     init_from: str = key("", TEXT, "a run, checkpoint or converted weights to start from")
+    init_positions: str = key(
+        "extend",
+        choice("extend", "interpolate"),
+        "of texts longer than those weights know: new rows behind, or those that are there, spread",
+    )
     model: Model = Model()
     head: Head = Head()
     loss: Loss = Loss()

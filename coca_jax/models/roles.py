@@ -8,6 +8,7 @@ error, so that a new one cannot be left out of a rule by oversight.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,31 @@ def select(tree: dict, wanted: Any, names: tuple[str, ...] = ()) -> dict:
         elif wanted(part_of(path)):
             found[key] = value
     return found
+
+
+def adapted(tree: dict, which: str, names: tuple[str, ...] = ()) -> dict:
+    """What of a tree by parameters LoRA adapts: kernels of the blocks' and poolers' attention,
+    'qv' of queries and values, 'all' of all four and of the MLPs; no empty branches."""
+    found = {}
+    for key, value in tree.items():
+        path = (*names, key)
+        if key != "kernel":
+            value = adapted(value, which, path) if isinstance(value, dict) else {}
+            if value:
+                found[key] = value
+        elif which == "qv" and names[-1] in ("query", "value"):
+            found[key] = value
+        elif which == "all" and any(name.endswith(("attention", "mlp")) for name in names):
+            found[key] = value
+    return found
+
+
+def matrix_shape(role: Role, leaf: Any) -> tuple[int, ...]:
+    """([layers,] inputs, outputs) of a kernel's leaf as a matrix, or one a layer."""
+    layers_ = leaf.shape[: role.stack is not None]
+    split = leaf.ndim - role.outputs
+    inputs, outputs = leaf.shape[len(layers_) : split], leaf.shape[split:]
+    return (*layers_, math.prod(inputs), math.prod(outputs))
 
 
 def depths(params: Any) -> dict[str, dict[tuple[str, ...], int]]:

@@ -102,6 +102,32 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
     return found
 
 
+def blended(rows: Any) -> list[Markup]:
+    """A chart an evaluator of what `blend` scored between a model and its start: rows
+    [dict(share, scores)] of blend.json; [] for what are none."""
+    try:
+        names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+        points = {
+            name: [(row["share"], 100 * row["scores"][name]) for row in rows] for name in names
+        }
+    except (LookupError, TypeError, AttributeError):
+        return []
+    by_evaluator: dict[str, list[Curve]] = {}
+    for name in names:
+        evaluator, data, metric = numbers.split_name(name)
+        shown = numbers.metric_of(evaluator, metric)
+        curves = by_evaluator.setdefault(evaluator, [])
+        if shown.scale is not Scale.PLAIN and len(points[name]) > 1:
+            title = f"{shown.title} \u00b7 {data}"
+            curves.append(Curve(title, points[name], len(curves) % COLOURS, dots=True))
+    across = "share of the way from the start to the tuned model"
+    return [
+        chart(f"{numbers.title_of(evaluator)} between both models", "x 100", curves, across)
+        for evaluator, curves in by_evaluator.items()
+        if curves
+    ]
+
+
 def _curve(
     name: str, points: Points, colour: int, dash: int, runs: Sequence[RunFiles], dots: bool = False
 ) -> Curve:
@@ -159,7 +185,7 @@ class Frame:
         share = (min(y, self.y1) - self.y0) / (self.y1 - self.y0)
         return TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
 
-    def axes(self, unit: str) -> list[str]:
+    def axes(self, unit: str, across: str) -> list[str]:
         """Grid, numbers and the titles of both axes."""
         parts = []
         for y in ticks(self.y0, self.y1):
@@ -172,16 +198,16 @@ class Frame:
             parts.append(f'text-anchor="middle">{numbers.number(x)}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
         parts.append(f'<text class="axis" x="{middle[0]}" y="{HEIGHT - 6}" ')
-        parts.append('text-anchor="middle">step</text>')
+        parts.append(f'text-anchor="middle">{escape(across)}</text>')
         parts.append(f'<text class="axis" transform="translate(12,{middle[1]}) rotate(-90)" ')
         parts.append(f'text-anchor="middle">{escape(unit)}</text>')
         return parts
 
 
-def chart(title: str, unit: str, curves: Sequence[Curve]) -> Markup:
+def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") -> Markup:
     """A figure with its axes, curves and legend, and the points that the script reads."""
     frame = Frame.around(curves)
-    parts, legend, data = frame.axes(unit), [], []
+    parts, legend, data = frame.axes(unit, across), [], []
     for curve in curves:
         kind = f"s{curve.colour} d{curve.dash % 4}"
         places = [(frame.px(x), frame.py(y)) for x, y in curve.points]
@@ -200,7 +226,7 @@ def chart(title: str, unit: str, curves: Sequence[Curve]) -> Markup:
     return Markup(
         f'<figure class="card chart" data-points="{points}"><figcaption>{escape(title)}<em></em>'
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)} by step">{"".join(parts)}{cursor}</svg>'
+        f'aria-label="{escape(title)} by {escape(across)}">{"".join(parts)}{cursor}</svg>'
         f'<div class="legend">{"".join(legend)}</div></figure>'
     )
 

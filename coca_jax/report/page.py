@@ -47,7 +47,7 @@ def write_report(
         summary=summary(run),
         headlines=scores.headlines(run.scores, tasks),
         tables=scores.tables(run.scores, tasks),
-        evaluations=charts.evaluations([run]),
+        evaluations=[*charts.evaluations([run]), *charts.blended(run.blend.get("curve", []))],
         training=charts.training([run]),
         goodput=goodput(run),
         examples=examples.sections(run.examples, layouts()),

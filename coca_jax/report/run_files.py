@@ -23,7 +23,7 @@ class RunFiles:
     """A run's files, empty where they are missing.
 
     rows: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
-    goodput: as training/goodput.py keeps it over restarts.
+    goodput: as training/goodput.py keeps it over restarts; blend: what `blend` scored.
     """
 
     folder: epath.Path
@@ -33,6 +33,7 @@ class RunFiles:
     scores: dict[str, Any]
     examples: dict[str, Any]
     goodput: dict[str, Any]
+    blend: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,6 +66,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         scores=_scores(_read_json(folder / "eval.json")),
         examples=_read_json(folder / "eval_examples.json"),
         goodput=_goodput(folder / goodput.FILE),
+        blend=_read_json(folder / "blend.json"),
     )
     if not found.rows and not found.scores:
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")

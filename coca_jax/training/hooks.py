@@ -12,6 +12,7 @@ from coca_jax import storage, trackers
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.evaluators import history
 from coca_jax.metrics import MetricWriter, Progress
+from coca_jax.training import guard
 from coca_jax.training.feed import Feed
 from coca_jax.training.goodput import Goodput
 from coca_jax.training.gradients import Metrics
@@ -111,7 +112,16 @@ class Evaluation:
         self._model: inference.CoCaModel | None = None  # of all evaluations: compiled once
 
     def catch_up(self, step: int, state: TrainState) -> None:
-        """Evaluates after `step`, from which a run goes on, where it was left before or in that."""
+        """Evaluates after `step`, from which a run goes on, where it was left before or in that;
+        with a guard before the first step as well. Raises guard.LostTooMuch for a run that ended
+        so."""
+        config, workdir = self._run.config.eval, self._run.workdir
+        if config.guard and not step and not history.has(workdir, 0):
+            self(0, state)
+        if config.guard == "stop" and step:
+            for row in history.read(workdir):
+                if row["step"] == step and (line := guard.judge(workdir, config, **row)):
+                    raise guard.LostTooMuch(line)
         if step and self.due(step) and not history.has(self._run.workdir, step):
             self(step, state)
 
@@ -128,12 +138,18 @@ class Evaluation:
         if not run.config.eval.tasks:
             return {}
         try:
-            return self._evaluate(step, state)
+            scores = self._evaluate(step, state)
         except OSError as error:
             if step == run.steps or not run.stop.alone:
                 raise
             run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
             return {}
+        line = guard.judge(run.workdir, run.config.eval, step, scores)
+        if line and run.config.eval.guard == "stop" and step < run.steps:
+            raise guard.LostTooMuch(f"{line}; the run stops, and its checkpoints stay")
+        if line:
+            run.say(f"warning: {line}")
+        return scores
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         run = self._run

@@ -14,6 +14,7 @@ from coca_jax.evaluators import results
 from coca_jax.importers import indexes
 from coca_jax.training import (
     goodput,
+    guard,
     hooks,
     lease,
     loop,
@@ -86,9 +87,12 @@ def train_alone(
         before = goodput.age_before(buckets) if stop.watched else 0.0
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints)
-    evaluate.catch_up(start, state)
     try:
+        evaluate.catch_up(start, state)
         state = steps(run, state, start, checkpoints, evaluate, good, spikes)
+    except guard.LostTooMuch:
+        report(run)
+        raise
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -171,7 +175,7 @@ def steps_from(
     log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)
     trace = hooks.Trace(run)
-    ended: stopping.Preempted | WentUp | None = None
+    ended: stopping.Preempted | WentUp | guard.LostTooMuch | None = None
     run.stop.listen()
     try:
         state = loop.run(
@@ -189,7 +193,7 @@ def steps_from(
             stop=run.stop,
             trace=trace,
         )
-    except (stopping.Preempted, WentUp) as error:
+    except (stopping.Preempted, WentUp, guard.LostTooMuch) as error:
         ended = error
     finally:
         trace.close()
@@ -237,7 +241,8 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
     if run.config.init_from:
         from coca_jax import warm_start
 
-        state = warm_start.apply(state, run.config.init_from, run.class_names)
+        positions = run.config.init_positions
+        state = warm_start.apply(state, run.config.init_from, run.class_names, positions)
     return state, 0
 
 

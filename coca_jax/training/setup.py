@@ -26,6 +26,7 @@ from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
 from coca_jax.models import coca
+from coca_jax.training import guard
 from coca_jax.training.stopping import Stop
 
 
@@ -67,6 +68,7 @@ class Run:
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
+    guard.check(config.eval)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from coca_jax import partitioning
+from coca_jax import lora, partitioning
 from coca_jax.config import Config
 from coca_jax.models import coca, roles
 from coca_jax.models.coca import CoCa
@@ -42,7 +42,10 @@ def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     trained = trainable(params, config)
     ema = trained if averages(config.optimizer) else None
-    optimizer = make_optimizer(config.optimizer).init(trained)
+    if config.optimizer.lora_rank:
+        optimizer: Any = lora.init(trained, config.optimizer, jax.random.fold_in(rng, 1))
+    else:
+        optimizer = make_optimizer(config.optimizer).init(trained)
     return TrainState(zero, zero, boxed, optimizer, ema, make_estimates(config))
 
 
@@ -66,9 +69,12 @@ def make_estimates(config: Config) -> dict[str, jax.Array] | None:
 def trainable(params: dict, config: Config) -> dict:
     """The part of a tree of parameters (or of anything by parameter) that the run trains.
 
-    Everything without a head. With one: the head, and unless encoder_learning_rate is 0 what its
-    loss and the losses beside it depend on; weight decay would shrink what has no gradient.
+    Everything without a head; with lora_rank the adapted kernels. With a head: the head, and unless
+    encoder_learning_rate is 0 what its loss and the losses beside it depend on; weight decay would
+    shrink what has no gradient.
     """
+    if config.optimizer.lora_rank:
+        return roles.adapted(params, config.optimizer.lora)
     if not config.head.kind:
         return params
     served = {"head"}

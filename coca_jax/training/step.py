@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from coca_jax import lora
 from coca_jax.config import Config
 from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
@@ -58,12 +59,17 @@ def make_update(
         finite = jnp.isfinite(norm)
         gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)
         trained = trainable(state.params, config)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         rate = schedule(state.step)
-        factors = rate_factors(trained, config.optimizer, bool(config.head.kind))
-        moved = jax.tree.map(
-            lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
-        )
+        if config.optimizer.lora_rank:
+            moved, opt_state = lora.step(
+                trained, gradients, state.opt_state, config.optimizer, rate
+            )
+        else:
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+            factors = rate_factors(trained, config.optimizer, bool(config.head.kind))
+            moved = jax.tree.map(
+                lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
+            )
         ema = state.ema
         if averages(config.optimizer):
             decay = average_decay(config.optimizer, state.step, steps)

@@ -1,0 +1,187 @@
+"""Mixes a fine-tuned model with the one that it was tuned from, and keeps apart what changed.
+
+Between both weights, W = base + share x (tuned - base), often lies a model that keeps what the base
+could do and does what it was tuned for (WiSE-FT, Wortsman et al. 2022). With --data every share of
+--shares is scored, and the curve goes to blend.json and into the report; without, one share is
+written as an export. --rank writes the change alone, as factors of that rank (LoRA's adapter), and
+--adapter adds such a change to a base.
+
+Examples:
+  coca-jax blend --base=weights --checkpoint=runs/tuned --data=data/probe --out=runs/tuned
+  coca-jax blend --base=weights --checkpoint=runs/tuned --shares=0.6 --out=mixed
+  coca-jax blend --base=weights --checkpoint=runs/tuned --rank=8 --out=adapter
+  coca-jax blend --base=weights --adapter=adapter --out=merged
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+import coca_jax
+from coca_jax import cli, evaluate, export_format, storage
+from coca_jax.evaluators import declarations
+from coca_jax.interop import safetensors_file
+
+if TYPE_CHECKING:
+    from coca_jax.inference import CoCaModel
+
+ADAPTER, CURVE = "adapter.safetensors", "blend.json"
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("base", None, "What was tuned: a run, an export or weights.")
+    evaluate.define_flags()
+    flags.DEFINE_list("shares", ["0", "0.25", "0.5", "0.75", "1"], "Of the way to the tuned one.")
+    flags.DEFINE_integer("rank", 0, "Writes the change alone, as factors of this rank.")
+    flags.DEFINE_string("adapter", "", "A folder that --rank wrote, in place of --checkpoint.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Command-line entry."""
+    args = flags.FLAGS
+    if (
+        len(argv) > 1
+        or not args.base
+        or not args.out
+        or bool(args.checkpoint) == bool(args.adapter)
+    ):
+        raise ValueError("give --base=DIR, --checkpoint=DIR or --adapter=DIR, and --out=DIR")
+    shares = shares_of(args.shares)
+    tasks = evaluate.tasks_of_flags() if args.data else []
+    if not tasks and not args.rank and len(shares) > 1:
+        shares = [1.0] if not args["shares"].present else shares
+        if len(shares) > 1:
+            raise ValueError(f"--shares={','.join(args.shares)}: one to write, or give --data")
+    if args.rank < 0 or (args.rank and args.adapter):
+        raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
+    cli.say(f"loading {args.base}")
+    base = coca_jax.load(args.base, dtype="float32")
+    first = to_host(base.params)
+    if args.adapter:
+        factors = read_adapter(args.adapter)
+        from coca_jax import lora
+
+        def at(share: float) -> dict:
+            return lora.apply(first, factors, share)
+    else:
+        cli.say(f"loading {args.checkpoint}")
+        tuned = to_host(coca_jax.load(args.checkpoint, dtype="float32").params)
+        if args.rank:
+            return write_adapter(tuned, first, args.rank, args.out)
+
+        def at(share: float) -> dict:
+            return mix(first, tuned, share)
+
+    if tasks:
+        return curve(base, at, shares, tasks, args.out)
+    from coca_jax.inference import export_folder
+
+    base.set_params(at(shares[0]))
+    export_folder.write(base, args.out)
+    return dict(out=args.out, share=shares[0])
+
+
+def shares_of(texts: Sequence[str]) -> list[float]:
+    """Shares as numbers. Raises ValueError for one that is none, or outside of [0, 1]."""
+    found = []
+    for text in texts:
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(-1.0)
+        if not 0 <= found[-1] <= 1:
+            raise ValueError(f"--shares={text}: give numbers from 0 (the base) to 1 (the tuned)")
+    if not found:
+        raise ValueError("--shares is empty: give numbers from 0 to 1")
+    return found
+
+
+def to_host(params: Any) -> dict:
+    """The parameters as NumPy arrays."""
+    import jax
+
+    return jax.tree.map(np.asarray, params)
+
+
+def mix(base: Mapping[str, Any], tuned: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """base + share x (tuned - base). Raises ValueError for models of other parameters; positions
+    of other lengths, and heads of which one has none, cannot be mixed."""
+    one, other = export_format.flatten(base), export_format.flatten(tuned)
+    for name in sorted(one.keys() | other.keys()):
+        shapes = [np.shape(x[name]) if name in x else None for x in (one, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} is {shapes[0]} in --base and {shapes[1]} in the tuned model")
+    flat = {k: (1 - share) * one[k] + share * other[k] for k in one}
+    return export_format.unflatten(flat)
+
+
+def curve(
+    model: CoCaModel, at: Any, shares: Sequence[float], tasks: Sequence[dict], out: str
+) -> dict[str, Any]:
+    """The scores of every share, printed, and written to blend.json in `out`."""
+    import tempfile
+
+    from coca_jax.evaluators import tasks as evaluation
+
+    rows = []
+    for share in shares:
+        cli.say(f"scoring {share:g} of the way")
+        model.set_params(at(share))
+        with tempfile.TemporaryDirectory() as scratch:
+            scores = evaluation.run_tasks(model, tasks, scratch)
+        rows.append(dict(share=share, scores={k: v for k, v in scores.items() if is_headline(k)}))
+    storage.write_text(storage.place(out) / CURVE, json.dumps(dict(curve=rows)) + "\n")
+    names = list(rows[0]["scores"])
+    print("  ".join(["share", *names]))
+    for row in rows:
+        print(
+            "  ".join([f"{row['share']:5g}", *(f"{row['scores'][n]:{len(n)}.4f}" for n in names)])
+        )
+    return dict(out=out, curve=rows)
+
+
+def is_headline(name: str) -> bool:
+    """Whether a score stands at the top of a report."""
+    evaluator, _, rest = name.partition("/")
+    known = declarations.kinds().get(evaluator)
+    return known is not None and rest.rpartition("/")[2] in known.headlines
+
+
+def write_adapter(tuned: dict, base: dict, rank: int, out: str) -> dict[str, Any]:
+    """Writes what tuning changed, as factors, and says how much of the change they hold."""
+    from coca_jax import lora
+
+    factors = lora.extract(tuned, base, rank)
+    if not factors:
+        raise ValueError("both models are the same: there is no change to write")
+    again = export_format.flatten(lora.apply(base, factors))
+    whole, left = 0.0, 0.0
+    for name, x in export_format.flatten(tuned).items():
+        start = np.asarray(export_format.flatten(base)[name], np.float64)
+        whole += float(np.square(x - start).sum())
+        left += float(np.square(x - again[name]).sum())
+    with storage.local_folder(out) as folder:
+        blocks = {name: export_format.blocks(name, x) for name, x in factors.items()}
+        safetensors_file.write(f"{folder}/{ADAPTER}", blocks)
+    numbers = sum(x.size for x in factors.values())
+    kept = 1 - left / whole
+    return dict(out=out, kernels=len(factors) // 2, numbers=numbers, rank=rank, kept=kept)
+
+
+def read_adapter(place: str) -> dict[str, np.ndarray]:
+    """The factors in a folder. Raises FileNotFoundError where there are none."""
+    file = storage.place(place) / ADAPTER
+    if not file.exists():
+        raise FileNotFoundError(f"--adapter={place}: no {ADAPTER}; write one with --rank")
+    with storage.local_copy(file) as copy:
+        return {name: np.array(x) for name, x in safetensors_file.read(copy).items()}
+
+
+if __name__ == "__main__":
+    cli.command("blend")

@@ -1,0 +1,199 @@
+"""Fine-tuning that keeps what was there: LoRA, the pull to the start, the guard, mixing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_heads import train_alone
+from test_train import tiny_run
+
+from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start
+from coca_jax.config import Optimizer
+from coca_jax.evaluators import history
+from coca_jax.models import roles
+from coca_jax.optimizer import pull_to_start
+from coca_jax.report import charts
+from coca_jax.training import guard
+
+RNG = np.random.default_rng(0)
+
+
+def kernels():
+    """Parameters of two blocks' attention: stacked, by head on one side or on the other."""
+    shapes = dict(query=(2, 6, 2, 3), value=(2, 6, 2, 3), out=(2, 2, 3, 6))
+    attention = {
+        k: dict(kernel=jnp.asarray(RNG.normal(size=s), jnp.float32)) for k, s in shapes.items()
+    }
+    return dict(image_encoder=dict(blocks=dict(layers=dict(attention=attention))))
+
+
+def test_lora_is_adam_on_two_factors():
+    """Against factors in the model, differentiated by JAX and moved by optax's Adam."""
+    optimizer = Optimizer(name="adamw", lora_rank=2, lora_alpha=3.0, beta1=0.8, beta2=0.9)
+    params = kernels()
+    goal = jax.tree.map(lambda x: x + 1.0, params)
+    state = lora.init(params, optimizer, jax.random.key(0))
+    start, first = params, [(f.a, f.b) for f in state.factors]
+    assert all(not f.b.any() for f in state.factors) and len(first) == 3
+
+    def with_factors(factors):
+        leaves = jax.tree.leaves(start)
+        moved = [
+            w + 1.5 * (a @ b).reshape(w.shape) for w, (a, b) in zip(leaves, factors, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(start), moved)
+
+    def loss(params):
+        return sum(jnp.sum((x - g) ** 4) for x, g in zip(*map(jax.tree.leaves, (params, goal))))
+
+    adam = optax.adam(0.01, 0.8, 0.9)
+    factors, moments = first, adam.init(first)
+    for _ in range(5):
+        params, state = lora.step(params, jax.grad(loss)(params), state, optimizer, 0.01)
+        updates, moments = adam.update(
+            jax.grad(lambda f: loss(with_factors(f)))(factors), moments, factors
+        )
+        factors = optax.apply_updates(factors, updates)
+    wanted = with_factors(factors)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), params, wanted)
+    moved = jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), params, start))
+    assert min(moved) > 1e-3
+
+
+def test_what_changed_is_kept_apart_and_put_back():
+    base = jax.tree.map(np.asarray, kernels())
+    changed = jax.tree.map(np.copy, base)
+    attention = changed["image_encoder"]["blocks"]["layers"]["attention"]
+    change = RNG.normal(size=(2, 6, 2)) @ RNG.normal(size=(2, 2, 6))
+    attention["query"]["kernel"] += change.reshape(2, 6, 2, 3).astype(np.float32)
+    factors = lora.extract(changed, base, 2)
+    assert [x.shape for x in factors.values()] == [(2, 6, 2), (2, 2, 6)]
+    again = lora.apply(base, factors)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), again, changed)
+    half = lora.apply(base, factors, 0.5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+        half,
+        blend.mix(base, changed, 0.5),
+    )
+    with pytest.raises(ValueError, match="which the model lacks"):
+        lora.apply(dict(image_encoder=dict(final_norm=dict(scale=np.ones(3)))), factors)
+    norm = dict(image_encoder=dict(final_norm=dict(scale=np.ones(3))))
+    with pytest.raises(ValueError, match="no kernel"):
+        lora.extract(jax.tree.map(lambda x: x + 1, norm), norm, 1)
+
+
+def test_pull_to_start_is_decay_towards_the_first_value():
+    rule = pull_to_start(0.5)
+    params = dict(log_scale=dict(value=jnp.asarray(2.0)))
+    state = rule.init(params)
+    updates, state = rule.update(dict(log_scale=dict(value=jnp.asarray(0.1))), state, params)
+    assert updates["log_scale"]["value"] == pytest.approx(0.1)  # the first step is at the start
+    moved = dict(log_scale=dict(value=jnp.asarray(5.0)))
+    updates, state = rule.update(dict(log_scale=dict(value=jnp.asarray(0.1))), state, moved)
+    assert updates["log_scale"]["value"] == pytest.approx(0.1 + 0.5 * 3)
+
+
+def test_positions_are_spread_and_the_first_ones_stay():
+    positions = np.cumsum(np.ones((77, 3), np.float32), 0)  # rows 1 to 77, the last [CLS]'s
+    spread = warm_start.spread_text_positions(positions, 257)
+    assert spread.shape == (257, 3)
+    np.testing.assert_array_equal(spread[:20], positions[:20])
+    np.testing.assert_array_equal(spread[-1], positions[-1])
+    rows = spread[20:-1, 0]
+    assert rows[0] == 21 and rows[-1] == 76
+    np.testing.assert_allclose(np.diff(rows), 55 / 235, atol=1e-4)
+
+
+def guarded_run(**changes):
+    config = tiny_run(4, **changes)
+    config.optimizer.ema = 0.0
+    data = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
+    config.eval.tasks = (dict(kind="retrieval", name="probe", data=data, limit=24),)
+    config.eval.update(guard="stop", every_steps=2, most_lost=0.5)
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A run that trains LoRA's factors alone, from another one's weights."""
+    folder = tmp_path_factory.mktemp("adapted")
+    first = tiny_run(1)
+    first.optimizer.ema = 0.0
+    train_alone(first, folder / "first")
+    config = guarded_run(init_from=str(folder / "first"), steps=2)
+    config.data.vocabulary = str(folder / "first" / "vocabulary.model")
+    config.optimizer.update(lora_rank=2, lora="all", learning_rate=1e-2)
+    config.eval.update(guard="warn", every_steps=0)
+    return folder, train_alone(config, folder / "tuned")
+
+
+def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(adapted):
+    folder, _ = adapted
+    first, tuned = (
+        export_format.flatten(jax.tree.map(np.asarray, checkpointing.load_params(str(place))[0]))
+        for place in (folder / "first", folder / "tuned")
+    )
+    moved = {name for name in first if not np.array_equal(first[name], tuned[name])}
+    kernels = export_format.flatten(roles.adapted(export_format.unflatten(tuned), "all"))
+    assert moved == kernels.keys() and len(moved) == 24
+    assert [row["step"] for row in history.read(folder / "tuned")] == [0, 2]
+    factors = lora.extract(export_format.unflatten(tuned), export_format.unflatten(first), 2)
+    again = export_format.flatten(lora.apply(export_format.unflatten(first), factors))
+    for name in moved:
+        np.testing.assert_allclose(again[name], tuned[name], atol=1e-5)
+
+
+def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch):
+    """The scores of a tiny model say little: the probe's are given here, the run is a real one."""
+    from coca_jax.evaluators import tasks
+
+    given = {0: 0.8, 2: 0.3}
+
+    def scored(model, wanted, workdir, step=None):
+        scores = {"retrieval/probe/mean_recall": given[step]}
+        history.add(workdir, step, scores)
+        return scores
+
+    monkeypatch.setattr(tasks, "run_tasks", scored)
+    with pytest.raises(guard.LostTooMuch, match="0.3000 and was 0.8000, 62% lost"):
+        train_alone(guarded_run(), tmp_path)
+    with pytest.raises(guard.LostTooMuch):  # not by starting it again
+        train_alone(guarded_run(), tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_guard_and_lora_say_what_they_need():
+    config = guarded_run()
+    config.eval.tasks = ()
+    with pytest.raises(ValueError, match="eval.guard='stop' needs a task of kind retrieval"):
+        guard.check(run_config_of(config).eval)
+    config = guarded_run()
+    config.optimizer.update(lora_rank=2, l2_to_start=0.1)
+    with pytest.raises(ValueError, match="optimizer.lora_rank=2 needs"):
+        run_config.check(run_config_of(config))
+
+
+def run_config_of(config):
+    from coca_jax.config import typed
+
+    return typed(config)
+
+
+def test_mixing_goes_from_one_to_the_other_and_has_a_chart():
+    base, tuned = dict(a=dict(b=np.zeros(3))), dict(a=dict(b=np.ones(3)))
+    assert blend.mix(base, tuned, 0.25)["a"]["b"].tolist() == [0.25] * 3
+    with pytest.raises(ValueError, match=r"a/b is \(3,\) in --base and \(2,\)"):
+        blend.mix(base, dict(a=dict(b=np.ones(2))), 0.5)
+    with pytest.raises(ValueError, match="--shares=1.5"):
+        blend.shares_of(["0", "1.5"])
+    rows = [
+        dict(share=share, scores={"retrieval/x/mean_recall": 0.5 + share / 4}) for share in (0, 1)
+    ]
+    (figure,) = charts.blended(rows)
+    assert "share of the way" in figure and "Retrieval between both models" in figure
+    assert charts.blended([dict(share=1)]) == charts.blended("rubbish") == []
+    assert json.dumps(rows)
