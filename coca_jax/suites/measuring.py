@@ -38,12 +38,13 @@ def probe(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") 
     linear probe guesses."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for split in ("train", folder.split):
-        parts, target = [], []
+        parts: list[np.ndarray] = []
+        labels: list[int] = []
         title = show and f"{show} {split}"
         for batch in in_batches(folder.examples(split), batch_size, show=title):
             parts.append(normalise(_embed(model, batch)))
-            target += [one["target"] for one in batch]
-        found[split] = np.concatenate(parts), np.asarray(target)
+            labels += [one["target"] for one in batch]
+        found[split] = np.concatenate(parts), np.asarray(labels)
     features, target = found[folder.split]
     return dict(target=target, lp_guess=linear_probe.guesses(*found["train"], features))
 
@@ -76,7 +77,9 @@ def numbered(groups: Sequence[Any]) -> np.ndarray:
 
 
 def _retrieval(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
-    images, texts, image_of = [], [], []
+    images: list[np.ndarray] = []
+    texts: list[str] = []
+    image_of: list[int] = []
     for batch in in_batches(folder.examples(), size, show=show and f"{show} images"):
         start = sum(len(part) for part in images)
         images.append(_embed(model, batch))

@@ -59,8 +59,10 @@ def run(
     results.save_results(out, scores)
     lines = _lines(tasks, scores, suite)
     storage.write_text(storage.place(out) / "suite.md", "\n".join(lines) + "\n")
-    row = {task.title: scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks}
-    row |= {"name": name, "params (M)": _parameters(model) / 1e6}
+    row: dict[str, Any] = {
+        task.title: scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks
+    }
+    row["name"], row["params (M)"] = name, _parameters(model) / 1e6
     row[f"Average perf. on {len(mains)} datasets"] = scores[f"suite/{suite}/average"]
     write_row(table or str(storage.place(out) / "suite.csv"), row)
     return scores, lines
@@ -102,7 +104,7 @@ def _measured(model: Any, task: Task, out: str, request: Mapping[str, Any]) -> d
         )
     scores = dict(_scores(f"suite/{slug(task.key)}", there, outcome))
     buffer, folder = io.BytesIO(), storage.place(out) / "suite"
-    np.savez_compressed(buffer, **outcome)
+    np.savez_compressed(buffer, **outcome)  # type: ignore[arg-type]
     storage.write_bytes(folder / f"{slug(task.key)}.npz", buffer.getvalue())
     kept = dict(request=request, scores=scores, key=task.key, metric=task.metric)
     storage.write_text(folder / f"{slug(task.key)}.json", json.dumps(kept))
