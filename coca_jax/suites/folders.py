@@ -29,7 +29,7 @@ from coca_jax.importers import tar_members, unprepared
 from coca_jax.suites import pairs
 
 IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark looks for them
-TYPES = ("classification", "multilabel", "retrieval")
+ONE, SEVERAL, TEXTS = TYPES = ("classification", "multilabel", "retrieval")
 CAPTIONS, GROUPS = ("captions", "caption", "text"), ("group", "region", "income")
 MAX_MEMBER = 256 << 20
 
@@ -48,6 +48,11 @@ class Folder:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
 
+    @property
+    def one_label(self) -> bool:
+        """Whether an example has one class of several."""
+        return bool(self.class_names) and self.kind != SEVERAL
+
     def examples(self, split: str = "") -> Iterator[dict[str, Any]]:
         """Its examples in their order: dict(image, and target: a number or a row of zeros and ones,
         or texts; group where there are groups), of 'selection' dict(images, texts).
@@ -65,7 +70,7 @@ class Folder:
                     yield self._example(f"{tar}/{key}", members)
 
     def _plain(self, split: str) -> Iterator[dict[str, Any]]:
-        need = "caption" if self.kind == "retrieval" else "label"
+        need = "caption" if self.kind == TEXTS else "label"
         number = {name: i for i, name in enumerate(self.class_names)}
         for record in Records(dict(path=self.path, split=split), need=need):
             if need == "caption":
@@ -79,9 +84,9 @@ class Folder:
             raise ValueError(f"{where}: no image, one of .{', .'.join(IMAGES)}, but {[*members]}")
         try:
             extra = bounded_json.parse(members["json"]) if "json" in members else {}
-            if self.kind == "retrieval":
+            if self.kind == TEXTS:
                 return dict(image=image, texts=_captions(members, extra))
-            if self.kind == "multilabel":
+            if self.kind == SEVERAL:
                 return dict(image=image, target=_array(members["npy"]).reshape(-1) > 0)
             found = dict(image=image, target=self._class(members["cls"]))
             group = _group(members, extra)
@@ -118,7 +123,7 @@ def read(path: str, split: str = "test") -> Folder:
     kind = (_lines(path, "dataset_type.txt") or ["classification"])[0].strip().lower()
     if kind not in TYPES:
         raise ValueError(f"{path}/dataset_type.txt says {kind!r}; choose from {', '.join(TYPES)}")
-    if kind == "retrieval":
+    if kind == TEXTS:
         return Folder(path, split, kind, "tars")
     names = [line.strip() for line in _lines(path, "classnames.txt")]
     if len(names) < 2:

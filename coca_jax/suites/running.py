@@ -80,7 +80,7 @@ def _data(task: Task) -> str:
 
 def _has_train(task: Task) -> bool:
     there = (storage.place(task.folder.path) / "train" / "nshards.txt").exists()
-    return task.folder.kind == "classification" and there
+    return task.folder.one_label and there
 
 
 def _kept(out: str, task: Task, request: Mapping[str, Any]) -> dict[str, float] | None:
