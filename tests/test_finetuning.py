@@ -121,10 +121,11 @@ def guarded_run(**changes):
 def adapted(tmp_path_factory):
     """A run that trains LoRA's factors alone, from another one's weights."""
     folder = tmp_path_factory.mktemp("adapted")
-    first = tiny_run(1)
+    first = tiny_run(2)
     first.optimizer.ema = 0.0
     train_alone(first, folder / "first")
-    config = guarded_run(init_from=str(folder / "first"), steps=2)
+    config = guarded_run(init_from=str(folder / "first"))
+    config.steps = 3
     config.data.vocabulary = str(folder / "first" / "vocabulary.model")
     config.optimizer.update(lora_rank=2, lora="all", learning_rate=1e-2)
     config.eval.update(guard="warn", every_steps=0)
@@ -140,7 +141,7 @@ def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(ada
     moved = {name for name in first if not np.array_equal(first[name], tuned[name])}
     kernels = export_format.flatten(roles.adapted(export_format.unflatten(tuned), "all"))
     assert moved == kernels.keys() and len(moved) == 24
-    assert [row["step"] for row in history.read(folder / "tuned")] == [0, 2]
+    assert [row["step"] for row in history.read(folder / "tuned")] == [0, 3]
     factors = lora.extract(export_format.unflatten(tuned), export_format.unflatten(first), 2)
     again = export_format.flatten(lora.apply(export_format.unflatten(first), factors))
     for name in moved:
