@@ -57,7 +57,7 @@ def init(kernels: Any, optimizer: Optimizer, rng: jax.Array) -> LoraState:
 
 def step(
     kernels: Any, gradients: Any, state: LoraState, optimizer: Optimizer, rate: jax.Array
-) -> tuple[Any, LoraState]:
+) -> tuple[Any, Any]:
     """(the moved kernels, the next state), of kernels and their gradients at a learning rate."""
     scale = optimizer.lora_alpha / optimizer.lora_rank
     thin = []

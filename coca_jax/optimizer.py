@@ -124,10 +124,10 @@ def pull_to_start(strength: float) -> optax.GradientTransformation:
     start, which keeps what was learned before (L2-SP, Li et al. 2018), decoupled as weight decay.
     A task head, which starts anew, is left out."""
 
-    def init(params: Any) -> Start:
+    def init(params: Any) -> Any:
         return Start(jnp.zeros((), bool), jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: Start, params: Any = None) -> tuple[Any, Start]:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         start = jax.tree.map(lambda s, p: jnp.where(state.taken, s, p), state.params, params)
 
         def one(role: Role, u: Any) -> float:

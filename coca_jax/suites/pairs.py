@@ -71,6 +71,9 @@ def examples(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _example(place: Any, fields: tuple[str, ...], row: Mapping[str, Any]) -> dict[str, Any]:
+    for name in fields:
+        if ("caption" in name or name == "cue") and not isinstance(row[name], str):
+            raise ValueError(f"{place}: {name}={str(row[name])[:80]} is not a text")
     if fields == WINOGROUND:
         pictures = [_read(place, row[f"image_{i}"]) for i in range(2)]
         return dict(images=pictures, texts=[row["caption_0"], row["caption_1"]])
@@ -81,16 +84,28 @@ def _example(place: Any, fields: tuple[str, ...], row: Mapping[str, Any]) -> dic
     image, true, false = (row[name] for name in fields)
     data = _read(place, image)
     if "bbox_w" in row:
-        data = _cut(data, *(int(row[f"bbox_{one}"]) for one in ("x", "y", "w", "h")))
+        data = _cut(data, *(_whole(row, f"bbox_{one}") for one in ("x", "y", "w", "h")))
     return dict(images=[data], texts=[true, false])
+
+
+def _whole(row: Mapping[str, Any], name: str) -> int:
+    value = row.get(name)
+    if not isinstance(value, (int, float)) or not abs(value) < 1 << 20:
+        raise ValueError(f"{name}={str(value)[:80]} is not a number of pixels")
+    return int(value)
 
 
 def _names(value: Any) -> list[str]:
     """A list of names, which WinoGAViL's table also writes as text."""
-    return list(value) if isinstance(value, list) else list(bounded_json.loads(value))
+    found = bounded_json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{str(value)[:80]} is not a list of names")
+    return found
 
 
 def _read(place: Any, name: str) -> bytes:
+    if not isinstance(name, str):
+        raise ValueError(f"{place}: image {name!r} is not a name")
     if "://" in name or ".." in name.split("/") or name.startswith("/"):
         raise ValueError(f"{place}: image {name!r} does not lie below the list's folder")
     names = [name] if "." in name.rpartition("/")[2] else [f"{name}{s}" for s in images.SUFFIXES]
