@@ -78,6 +78,11 @@ def main(argv: Sequence[str]) -> None:
                 batch_size=args.batch_size,
                 num_frames=args.num_frames,
             )
+            if not hasattr(model, "captions"):
+                raise ValueError(
+                    f"--checkpoint={args.checkpoint}: a model of the family "
+                    f"{model.config.model.family!r} has no decoder; it writes no captions"
+                )
             results = caption_files.caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
             )

@@ -1,5 +1,8 @@
 """Converts open_clip's CoCa weights to an export folder, and an export or a run back.
 
+CLIP, MetaCLIP (open_clip's or transformers' files) and SigLIP (transformers') become models without
+a decoder, for embeddings, zero-shot and search.
+
 Examples:
   coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
   coca-jax convert --input=runs/tuned --out=for_open_clip --to=open_clip
@@ -19,10 +22,19 @@ from absl import flags, logging
 from coca_jax import checked_files, cli, export_format, sealed_json, storage
 from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
+from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.vocabulary import clip_bpe
-from coca_jax.interop import hub, open_clip_config, safetensors_file, torch_file
+from coca_jax.interop import (
+    hub,
+    open_clip_config,
+    safetensors_file,
+    torch_file,
+    towers_config,
+)
 from coca_jax.interop.open_clip_layout import Layout, count
+from coca_jax.interop.towers_layout import TowersLayout
 
+CLIP_IDS = 49_408
 WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.CONFIG_FILE
 
 
@@ -46,6 +58,9 @@ def from_open_clip(
     """
     weights = _find_weights(weights)
     tensors = read_weights(weights)
+    towers = towers_config.find(weights, model)
+    if towers is not None:
+        return from_towers(weights, tensors, towers, out, bpe)
     config = _config(*_model_config(weights, model, tensors))
     described = read(Model, config["model"], f"{weights}: model")
     layout = Layout(described, logit_bias="logit_bias" in tensors)
@@ -64,6 +79,52 @@ def from_open_clip(
         except ValueError as error:  # numbers that are none
             raise ValueError(f"{weights}: {error}") from None
     return config, layout
+
+
+def from_towers(
+    weights: str, tensors: dict[str, np.ndarray], towers: dict[str, Any], out: str, bpe: str
+) -> tuple[dict[str, Any], Layout]:
+    """Converts image and text towers to the export folder `out`; towers: of towers_config.find.
+    Returns and raises as `from_open_clip`."""
+    # Old files hold the numbers of the places, which are no parameters.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
+    numbers = {name: list(towers[name]) for name in ("mean", "std")}
+    config: dict[str, Any] = dict(model=towers["model"])
+    config |= dict(preprocess=dict(resize=towers["resize"], **numbers), tokenizer=dict(kind="own"))
+    described = read(Model, config["model"], f"{weights}: model")
+    try:
+        layout = TowersLayout(checks.check_model(described), tensors, "logit_bias" in tensors)
+        layout.check(tensors)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = towers_vocabulary(os.path.dirname(weights), described, bpe)
+        checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
+        suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
+        path = os.path.join(scratch, f"vocabulary{suffix}")
+        vocabulary.save(path)
+        try:
+            export_format.write_export(out, layout.read(tensors), config, path)
+        except ValueError as error:  # numbers that are none
+            raise ValueError(f"{weights}: {error}") from None
+    return config, layout
+
+
+def towers_vocabulary(folder: str, model: Model, given: str) -> vocabularies.Vocabulary:
+    """The tokenizer `given`, or beside the weights, or CLIP's own for a model of CLIP's 49,408 ids.
+
+    Raises ValueError where there is none."""
+    names = (given,) if given else ("tokenizer.json", "spiece.model", "tokenizer.model")
+    of_clip = model.family == "clip" and model.text.vocab_size == CLIP_IDS
+    if of_clip and (not given or not given.endswith(".model")):
+        return clip_bpe.ClipBpe(clip_bpe.find_merges(folder, given))
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return vocabularies.load(path)
+    raise ValueError(
+        f"{folder}: no tokenizer beside the weights ({', '.join(names)}); give it as --bpe=FILE"
+    )
 
 
 def _config(model_cfg: Any, preprocess_cfg: Any, place: str) -> dict[str, Any]:
@@ -142,7 +203,7 @@ def _find_weights(path: str) -> str:
         if not os.path.exists(path):
             raise FileNotFoundError(f"--input={path}: no such file or folder")
         return path
-    for name in (*open_clip_config.WEIGHTS_FILES, "model.safetensors"):
+    for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")

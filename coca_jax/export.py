@@ -83,6 +83,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return _to_hub(model)
     if args.format == "onnx":
         return _to_onnx(model)
+    if not hasattr(model, "captions"):
+        raise ValueError(
+            f"--checkpoint={args.checkpoint}: a model without a decoder has no program for "
+            "captions; give --format=hub"
+        )
     import jax
 
     from coca_jax.inference import export_programs

@@ -94,6 +94,11 @@ class TextModel(Section):
     rope_theta: float = key(10_000.0, THETA, "base of the waves of rotary positions")
     block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the unimodal part")
     multimodal_block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the multimodal part")
+    pad_id: int = key(
+        -1,
+        whole(-1, 1 << 24, "id"),
+        "behind a text that is padded, of SigLIP; -1: the vocabulary's",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,11 @@ class Model(Section):
 
     image_size: int = key(288, SIZE, "side of the images")
     patch_size: int = key(18, SIZE, "side of a patch; divides image_size")
+    family: str = key(
+        "coca",
+        choice("coca", "clip", "siglip"),
+        "'clip' and 'siglip': towers without a decoder, of converted weights; not for training",
+    )
     embed_dim: int = key(768, WIDTH, "of the contrastive space")
     dtype: str = key(
         "bfloat16",

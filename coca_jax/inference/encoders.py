@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
 from coca_jax.inference.read_images import ImageReader, as_list, check_frames
-from coca_jax.models import coca, decoding, head_kinds, roles
+from coca_jax.models import coca, head_kinds, roles
 
 
 class Encoders:
@@ -51,21 +52,19 @@ class Encoders:
         with_head = roles.has_task_head(params)
         self.class_names = list(class_names) if with_head else []
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
-        module = coca.build(
-            model,
-            sigmoid=roles.sigmoid_bias(params) is not None,
-            head=config.head if with_head else None,
-            num_classes=len(self.class_names),
-        )
+        module = self._module(params)
         self._programs = Programs(module, model, self._devices)
         self._reader = ImageReader(
             self.image_size, self.resize, self.num_frames, batch_size, self._devices
         )
-        self._spec = decoding.decoder(
-            model,
-            num_ids=vocabulary.size,
-            eos_id=vocabulary.eos_id,
-            hidden_id=vocabulary.hidden_id,
+
+    def _module(self, params: dict) -> Any:
+        """The model that the parameters are of."""
+        return coca.build(
+            self.config.model,
+            sigmoid=roles.sigmoid_bias(params) is not None,
+            head=self.config.head if self.head_kind else None,
+            num_classes=len(self.class_names),
         )
 
     def set_params(self, params: dict) -> None:
@@ -193,6 +192,14 @@ class Encoders:
             parts.append(self._run(self._programs.classify, pixels, tokens, lengths))
             done += len(pixels)
         return joined(parts, (head.num_classes,))
+
+    def checksum(self) -> str:
+        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+        with self._devices.context():
+            found = self._programs.bit_sums(self.params)
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
         """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a

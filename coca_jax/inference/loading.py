@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.model import CoCaModel
-from coca_jax.interop import hub
-from coca_jax.interop.open_clip_config import WEIGHTS_FILES
+from coca_jax.inference.two_towers import TwoTowerModel
+from coca_jax.interop import hub, open_clip_config, towers_config
 from coca_jax.interop.open_clip_layout import compare
-from coca_jax.models import coca, roles
+from coca_jax.models import coca, roles, two_towers
+
+FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)
 
 
 def load(
@@ -28,15 +31,16 @@ def load(
     pretrained: str = "",
     dtype: str | None = None,
     **options: Any,
-) -> CoCaModel:
+) -> CoCaModel | TwoTowerModel:
     """Loads a model to use.
 
     Args:
         path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
             where the run kept them); an export or converted folder; or open_clip's own weights
-            (.bin, .pt, .safetensors, or their folder), converted on the way. Local, or in a bucket
-            (gs://, s3://). Or a name: 'hf-hub:org/name[@revision]' on the Hugging Face hub, or one
-            of open_clip's, 'coca_ViT-L-14' with its `pretrained` or 'coca_ViT-L-14:TAG'.
+            (.bin, .pt, .safetensors, or their folder), converted on the way; CLIP's, MetaCLIP's
+            and SigLIP's too, which have no decoder (two_towers.py). Local, or in a bucket (gs://,
+            s3://). Or a name: 'hf-hub:org/name[@revision]' on the Hugging Face hub, or one of
+            open_clip's, 'coca_ViT-L-14' with its `pretrained` or 'coca_ViT-L-14:TAG'.
         pretrained: which weights of open_clip's name; see `coca_jax.list_pretrained`.
         dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
         options: of `CoCaModel`.
@@ -55,7 +59,7 @@ def load(
         if not export_format.has_checksums(path):
             _check_fit(params, config, path)
         words = vocabulary.load(export_format.vocabulary_path(path))
-    elif place.is_dir() and not any((place / name).exists() for name in WEIGHTS_FILES):
+    elif place.is_dir() and not any((place / name).exists() for name in FOREIGN):
         export_format.refuse_half(path)
         params, config, words = _read_run(path)
     else:
@@ -65,20 +69,27 @@ def load(
         config = config.change({"model.dtype": dtype})
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
-    return CoCaModel(config, params, words, **options)
+    kind = CoCaModel if config.model.family == "coca" else TwoTowerModel
+    return kind(config, params, words, **options)
 
 
 def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
     """Raises ValueError for an export whose configuration is of another model than its arrays:
     somebody else wrote it, or changed it."""
     given = {name: tuple(x.shape) for name, x in export_format.flatten(params).items()}
-    module = coca.build(
-        config.model,
-        sigmoid=roles.sigmoid_bias(params) is not None,
-        head=config.head if roles.has_task_head(params) else None,
-        num_classes=len(config.class_names),
-    )
-    shapes = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
+    sigmoid = roles.sigmoid_bias(params) is not None
+    if config.model.family != "coca":
+        towers = two_towers.build(config.model, sigmoid=sigmoid)
+        made: Any = functools.partial(two_towers.init, towers)
+    else:
+        module = coca.build(
+            config.model,
+            sigmoid=sigmoid,
+            head=config.head if roles.has_task_head(params) else None,
+            num_classes=len(config.class_names),
+        )
+        made = functools.partial(coca.init, module)
+    shapes = jax.eval_shape(lambda: partitioning.unbox(made(jax.random.key(0))))
     wanted = {name: tuple(x.shape) for name, x in export_format.flatten(shapes).items()}
     problems = compare(given, wanted)
     if problems:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -166,6 +165,15 @@ class CoCaModel(Encoders):
         return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
 
     @functools.cached_property
+    def _spec(self) -> decoding.Decoder:
+        return decoding.decoder(
+            self.config.model,
+            num_ids=self.vocabulary.size,
+            eos_id=self.vocabulary.eos_id,
+            hidden_id=self.vocabulary.hidden_id,
+        )
+
+    @functools.cached_property
     def _decoder_weights(self) -> dict:
         layout = decoding.best_layout(self._spec, self.params)
         with self._devices.context():
@@ -318,14 +326,6 @@ class CoCaModel(Encoders):
         with self._devices.context():
             out = self._programs.forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
         return Forward(*(np.asarray(x) for x in out))
-
-    def checksum(self) -> str:
-        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
-        with self._devices.context():
-            found = self._programs.bit_sums(self.params)
-        leaves = jax.tree_util.tree_leaves_with_path(found)
-        text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:

@@ -66,6 +66,10 @@ class Layout:
             self._add("logit_bias/value", "logit_bias", ())
         self._image_side(model)
         self._text_side(model)
+        self._index()
+
+    def _index(self) -> None:
+        """Sorts the parts by parameter and by tensor, once all are there."""
         self.by_path: dict[str, list[Part]] = {}
         self.by_key: dict[str, list[Part]] = {}
         for part in self.parts:

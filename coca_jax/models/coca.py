@@ -285,6 +285,11 @@ def build(
     Raises ValueError for sizes that cannot be (see `checks.check_model`).
     """
     model = checks.check_model(model)
+    if model.family != "coca":
+        raise ValueError(
+            f"model.family={model.family!r}: such towers have no decoder; they are loaded, scored "
+            "and searched with, but not trained"
+        )
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.implementation)
     if model.dtype == "float64" and not (

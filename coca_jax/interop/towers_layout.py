@@ -1,0 +1,149 @@
+"""Tensors of CLIP's and SigLIP's image and text towers, as open_clip and transformers name them,
+and the parameters here that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coca_jax.config import Model
+from coca_jax.interop.open_clip_layout import Layout
+
+STYLES = ("open_clip", "transformers")
+
+
+class TowersLayout(Layout):
+    """The relation for one model.
+
+    Args:
+        model: config.model, of the family 'clip' or 'siglip'.
+        names: of the tensors in the file; they tell whose they are.
+        logit_bias: whether there is the bias of the sigmoid loss.
+
+    Raises ValueError where open_clip has no such family.
+    """
+
+    def __init__(self, model: Model, names: Iterable[str], logit_bias: bool = False):
+        names = set(names)
+        self.parts = []
+        self.style = (
+            "transformers" if any(n.startswith("vision_model.") for n in names) else STYLES[0]
+        )
+        self._add("log_scale/value", "logit_scale", ())
+        if logit_bias:
+            self._add("logit_bias/value", "logit_bias", ())
+        if self.style == "transformers":
+            self._transformers(model)
+        elif model.family == "clip":
+            self._open_clip(model, "text." if any(n.startswith("text.") for n in names) else "")
+        else:
+            raise ValueError(
+                "SigLIP in open_clip's layout (a timm trunk) is not read; take the files for "
+                "transformers, such as google/siglip-base-patch16-224"
+            )
+        self._index()
+
+    def _patches(self, model: Model, key: str) -> None:
+        width, patch = model.image.width, model.patch_size
+        self._add(
+            "image_encoder/patch_embedding/kernel",
+            f"{key}.weight",
+            (patch * patch * 3, width),
+            shape_there=(width, 3, patch, patch),
+            axes=(2, 3, 1, 0),
+        )
+        if model.image.patch_bias:
+            self._add("image_encoder/patch_embedding/bias", f"{key}.bias", (width,))
+
+    def _open_clip(self, model: Model, prefix: str) -> None:
+        image, text, embed = model.image, model.text, model.embed_dim
+        places = (model.image_size // model.patch_size) ** 2 + 1
+        self._add("image_encoder/class_token/value", "visual.class_embedding", (image.width,))
+        self._add(
+            "image_encoder/positions/value", "visual.positional_embedding", (places, image.width)
+        )
+        self._patches(model, "visual.conv1")
+        if image.pre_norm:
+            self._norm("image_encoder/pre_norm", "visual.ln_pre", image.width)
+        self._stack("image_encoder/blocks", "visual.transformer", image.depth, image.width, image)
+        self._norm("pooled_norm", "visual.ln_post", image.width)
+        self._add("image_to_joint/kernel", "visual.proj", (image.width, embed))
+        tokens, positions = (text.vocab_size, text.width), (text.max_len, text.width)
+        decoder = "text_decoder"
+        self._add(f"{decoder}/token_embedding/value", f"{prefix}token_embedding.weight", tokens)
+        self._add(f"{decoder}/positions/value", f"{prefix}positional_embedding", positions)
+        self._stack(
+            f"{decoder}/unimodal", f"{prefix}transformer", text.unimodal_depth, text.width, text
+        )
+        self._norm(f"{decoder}/unimodal_norm", f"{prefix}ln_final", text.width)
+        self._add("text_to_joint/kernel", f"{prefix}text_projection", (text.width, embed))
+
+    def _transformers(self, model: Model) -> None:
+        image, text, embed = model.image, model.text, model.embed_dim
+        clip = model.family == "clip"
+        vision, places = "vision_model", (model.image_size // model.patch_size) ** 2
+        if clip:
+            token = f"{vision}.embeddings.class_embedding"
+            self._add("image_encoder/class_token/value", token, (image.width,))
+            self._norm("image_encoder/pre_norm", f"{vision}.pre_layrnorm", image.width)
+        self._add(
+            "image_encoder/positions/value",
+            f"{vision}.embeddings.position_embedding.weight",
+            (places + clip, image.width),
+        )
+        self._patches(model, f"{vision}.embeddings.patch_embedding")
+        self._encoder("image_encoder/blocks", vision, image.depth, image.width, image)
+        norm = "pooled_norm" if clip else "image_encoder/final_norm"
+        self._norm(norm, f"{vision}.post_layernorm", image.width)
+        decoder, written = "text_decoder", "text_model"
+        tokens, positions = (text.vocab_size, text.width), (text.max_len, text.width)
+        embeddings = f"{written}.embeddings"
+        self._add(
+            f"{decoder}/token_embedding/value", f"{embeddings}.token_embedding.weight", tokens
+        )
+        self._add(
+            f"{decoder}/positions/value", f"{embeddings}.position_embedding.weight", positions
+        )
+        self._encoder(f"{decoder}/unimodal", written, text.unimodal_depth, text.width, text)
+        self._norm(f"{decoder}/unimodal_norm", f"{written}.final_layer_norm", text.width)
+        turned = dict(axes=(1, 0))
+        if clip:
+            for path, key, width in (
+                ("image_to_joint", "visual_projection", image.width),
+                ("text_to_joint", "text_projection", text.width),
+            ):
+                shape = (width, embed)
+                self._add(
+                    f"{path}/kernel", f"{key}.weight", shape, shape_there=shape[::-1], **turned
+                )
+        else:
+            self._linear("text_to_joint", f"{written}.head", (text.width, embed), None)
+            self._pooling_head(model, f"{vision}.head")
+
+    def _pooling_head(self, model: Model, key: str) -> None:
+        path, image = "contrastive_pooler", model.image
+        width = image.width
+        self._add(f"{path}/query/value", f"{key}.probe", (1, width), shape_there=(1, 1, width))
+        heads = model.pooler.num_heads
+        self._attention(f"{path}/attention", f"{key}.attention", width, width, heads)
+        self._norm(f"{path}/norm", f"{key}.layernorm", width)
+        self._linear(f"{path}/mlp/in", f"{key}.mlp.fc1", (width, image.mlp_dim), None)
+        self._linear(f"{path}/mlp/out", f"{key}.mlp.fc2", (image.mlp_dim, width), None)
+
+    def _encoder(self, path: str, key: str, depth: int, width: int, tower: object) -> None:
+        heads, mlp = tower.num_heads, tower.mlp_dim  # type: ignore[attr-defined]
+        head = (heads, width // heads)
+        square = dict(shape_there=(width, width), axes=(1, 0))
+        for layer in range(depth):
+            here, there = f"{path}/layers", f"{key}.encoder.layers.{layer}"
+            self._norm(f"{here}/attention_norm", f"{there}.layer_norm1", width, layer)
+            for name in ("query", "key", "value"):
+                kernel, part = f"{here}/attention/{name}", f"{there}.self_attn.{name[0]}_proj"
+                shape = (width, *head)
+                self._add(f"{kernel}/kernel", f"{part}.weight", shape, layer=layer, **square)
+                self._add(f"{kernel}/bias", f"{part}.bias", head, shape_there=(width,), layer=layer)
+            out, part = f"{here}/attention/out", f"{there}.self_attn.out_proj"
+            self._add(f"{out}/kernel", f"{part}.weight", (*head, width), layer=layer, **square)
+            self._add(f"{out}/bias", f"{part}.bias", (width,), layer=layer)
+            self._norm(f"{here}/mlp_norm", f"{there}.layer_norm2", width, layer)
+            self._linear(f"{here}/mlp/in", f"{there}.mlp.fc1", (width, mlp), layer)
+            self._linear(f"{here}/mlp/out", f"{there}.mlp.fc2", (mlp, width), layer)

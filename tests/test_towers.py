@@ -1,0 +1,144 @@
+"""CLIP, MetaCLIP and SigLIP: files with random weights, against open_clip and transformers."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import coca_jax
+from coca_jax import convert
+from coca_jax.data import vocabulary
+from coca_jax.inference.two_towers import TwoTowerModel, canonical
+
+torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
+open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+pytestmark = pytest.mark.torch
+
+PHOTOS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+TEXTS = ["a photo of a cat", "two Dogs, in a park!", "it"]
+VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+TOWER = VISION | dict(hidden_size=40, intermediate_size=80)
+
+
+def randomise(module):
+    """All weights drawn, norms and biases too: a part that is left out would show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in module.named_parameters():
+            if "logit" not in name:
+                x.add_(0.1 * torch.randn(x.shape, generator=generator))
+    return module.eval()
+
+
+def in_transformers(kind, folder):
+    """(a random model of transformers, written to a folder)."""
+    names = {
+        "clip": ("CLIPConfig", "CLIPModel"),
+        "metaclip_2": ("MetaClip2Config", "MetaClip2Model"),
+        "siglip": ("SiglipConfig", "SiglipModel"),
+    }[kind]
+    vision = VISION | dict(image_size=32, patch_size=8)
+    text = dict(TOWER, vocab_size=49408)
+    more = dict(projection_dim=24)
+    if kind == "siglip":
+        text |= VISION | dict(vocab_size=330, max_position_embeddings=16, projection_size=48)
+        more = {}
+    if kind == "metaclip_2":
+        text |= dict(vocab_size=330, eos_token_id=1)
+    config = getattr(transformers, names[0])(vision_config=vision, text_config=text, **more)
+    model = randomise(getattr(transformers, names[1])(config))
+    model.save_pretrained(folder)
+    if kind != "clip":
+        words = ["a photo of a cat", "two dogs in a park", "it is"] * 9
+        vocabulary.train(words, 310, str(folder / "spiece.model"), 0)
+    return model
+
+
+def in_open_clip(folder, quick):
+    """A random CLIP of open_clip in a folder: weights and configuration."""
+    cfg = dict(
+        embed_dim=24,
+        vision_cfg=dict(image_size=32, layers=2, width=48, patch_size=8, head_width=12),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=40, heads=4, layers=2),
+        quick_gelu=quick,
+    )
+    model = randomise(open_clip.CLIP(**cfg))
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=cfg)))
+    return model
+
+
+def pixels_of(model):
+    """PHOTOS as the original takes them."""
+    sizes = model.config.model
+    x = (PHOTOS / 255 - np.array(sizes.image_mean)) / np.array(sizes.image_std)
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+def unit(x):
+    return (x / x.norm(dim=-1, keepdim=True)).detach().numpy()
+
+
+@pytest.mark.parametrize("kind", ["clip", "metaclip_2", "siglip"])
+def test_embeddings_equal_those_of_transformers(kind, tmp_path):
+    original = in_transformers(kind, tmp_path)
+    model = coca_jax.load(str(tmp_path))
+    assert isinstance(model, TwoTowerModel)
+    tokens, valid = model._tokenize(TEXTS)
+    assert valid.any(1).all() and len(tokens[0]) == 16
+    with torch.no_grad():
+        images = original.get_image_features(pixels_of(model))
+        texts = original.get_text_features(torch.from_numpy(tokens).long())
+    np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
+    scale = float(original.logit_scale.exp())
+    logits = scale * unit(images) @ unit(texts).T
+    wanted = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    found = model.zero_shot(PHOTOS, TEXTS, ["{}"])
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_embeddings_equal_those_of_open_clip(quick, tmp_path):
+    original = in_open_clip(tmp_path / "weights", quick)
+    model = coca_jax.load(str(tmp_path / "weights"))
+    with torch.no_grad():
+        images = original.encode_image(pixels_of(model))
+        texts = original.encode_text(open_clip.tokenize(TEXTS))
+    np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
+    config, layout = convert.from_open_clip(str(tmp_path / "weights"), str(tmp_path / "out"))
+    assert config["model"]["family"] == "clip"
+    assert len(layout.tensors()) == len(original.state_dict())
+    again = coca_jax.load(str(tmp_path / "out"))
+    np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+
+
+def test_what_needs_a_decoder_says_so(tmp_path):
+    in_open_clip(tmp_path / "weights", False)
+    Image.fromarray(PHOTOS[0]).save(tmp_path / "photo.png")
+    command = [sys.executable, "-m", "coca_jax", "caption"]
+    command += [f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photo.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "has no decoder" in done.stderr.splitlines()[-1]
+    model = coca_jax.load(str(tmp_path / "weights"))
+    with pytest.raises(AttributeError, match="has no decoder"):
+        model.caption([PHOTOS[0]])
+    assert not hasattr(model, "caption_log_likelihood")
+
+
+def test_what_is_not_supported_is_named(tmp_path):
+    folder = tmp_path / "weights"
+    in_open_clip(folder, False)
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_base_patch16_siglip_224"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vision_cfg.timm_model_name"):
+        convert.from_open_clip(str(folder), str(tmp_path / "out"))
+    assert canonical("Two Dogs,  in a_park!") == "two dogs in a park"
