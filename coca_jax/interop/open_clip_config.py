@@ -253,6 +253,7 @@ def _check_expressible(model: Model) -> None:
     fusion_mlp = text.multimodal_mlp_dim or text.mlp_dim
     only = "open_clip has only"
     for name, value, want in (
+        ("family", model.family, "coca"),
         ("text.cross", text.cross, "open_clip"),
         ("text.tie_embeddings", text.tie_embeddings, False),
         ("text.head_bias", text.head_bias, False),
