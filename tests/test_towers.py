@@ -90,13 +90,13 @@ def test_embeddings_equal_those_of_transformers(kind, tmp_path):
     model = coca_jax.load(str(tmp_path))
     assert isinstance(model, TwoTowerModel)
     tokens, valid = model._tokenize(TEXTS)
-    assert valid.any(1).all() and len(tokens[0]) == 16
+    assert valid.any(1).all() and len(tokens[0]) % 16 == 0
     with torch.no_grad():
         images = original.get_image_features(pixels_of(model))
         texts = original.get_text_features(torch.from_numpy(tokens).long())
     np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
     np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
-    scale = float(original.logit_scale.exp())
+    scale = original.logit_scale.exp().item()
     logits = scale * unit(images) @ unit(texts).T
     wanted = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     found = model.zero_shot(PHOTOS, TEXTS, ["{}"])

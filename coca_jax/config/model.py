@@ -94,11 +94,6 @@ class TextModel(Section):
     rope_theta: float = key(10_000.0, THETA, "base of the waves of rotary positions")
     block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the unimodal part")
     multimodal_block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the multimodal part")
-    pad_id: int = key(
-        -1,
-        whole(-1, 1 << 24, "id"),
-        "behind a text that is padded, of SigLIP; -1: the vocabulary's",
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +176,11 @@ class Model(Section):
         "learned",
         choice("learned", "rope", "both"),
         "tables that are added, or rotary positions in self-attention: of row and column in images",
+    )
+    pad_id: int = key(
+        -1,
+        whole(-1, 1 << 24, "id"),
+        "behind a text that is padded, of SigLIP; -1: the vocabulary's",
     )
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()

@@ -42,7 +42,7 @@ class TwoTowerModel(Encoders):
         'canonicalize')."""
         if self.config.model.family == "clip":
             return text_arrays.tokenize(self.vocabulary, texts, self.max_len)
-        words, pad = self.vocabulary, self.config.model.text.pad_id
+        words, pad = self.vocabulary, self.config.model.pad_id
         tokens = np.full((len(texts), self.max_len), words.pad_id if pad < 0 else pad, np.int32)
         lengths = np.zeros(len(texts), np.int64)
         for row, ids in enumerate(words.encode_many([canonical(text) for text in texts])):

@@ -133,9 +133,9 @@ def _of_transformers(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
             num_heads=text["num_attention_heads"],
             vocab_size=text["vocab_size"],
             max_len=text["max_position_embeddings"],
-            pad_id=-1 if clip else text["pad_token_id"],
         ),
     )
+    model["pad_id"] = -1 if clip else text["pad_token_id"]
     return dict(model=model, **preprocess)
 
 
