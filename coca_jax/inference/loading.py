@@ -31,8 +31,9 @@ def load(
     pretrained: str = "",
     dtype: str | None = None,
     **options: Any,
-) -> CoCaModel | TwoTowerModel:
-    """Loads a model to use.
+) -> CoCaModel:
+    """Loads a model to use; of weights without a decoder a `TwoTowerModel`, which has the methods
+    that need none.
 
     Args:
         path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
@@ -69,8 +70,10 @@ def load(
         config = config.change({"model.dtype": dtype})
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
-    kind = CoCaModel if config.model.family == "coca" else TwoTowerModel
-    return kind(config, params, words, **options)
+    if config.model.family != "coca":
+        towers: Any = TwoTowerModel(config, params, words, **options)
+        return towers
+    return CoCaModel(config, params, words, **options)
 
 
 def _check_fit(params: dict, config: StoredConfig, path: str) -> None:

@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu",
 }
 # transformers leaves out of its files what is as by default.
-_VISION = dict(
+_VISION: dict[str, Any] = dict(
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=12,

@@ -4,6 +4,7 @@ and the parameters here that they are."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from coca_jax.config import Model
 from coca_jax.interop.open_clip_layout import Layout
@@ -105,7 +106,6 @@ class TowersLayout(Layout):
         )
         self._encoder(f"{decoder}/unimodal", written, text.unimodal_depth, text.width, text)
         self._norm(f"{decoder}/unimodal_norm", f"{written}.final_layer_norm", text.width)
-        turned = dict(axes=(1, 0))
         if clip:
             for path, key, width in (
                 ("image_to_joint", "visual_projection", image.width),
@@ -113,7 +113,7 @@ class TowersLayout(Layout):
             ):
                 shape = (width, embed)
                 self._add(
-                    f"{path}/kernel", f"{key}.weight", shape, shape_there=shape[::-1], **turned
+                    f"{path}/kernel", f"{key}.weight", shape, shape_there=shape[::-1], axes=(1, 0)
                 )
         else:
             self._linear("text_to_joint", f"{written}.head", (text.width, embed), None)
@@ -129,8 +129,8 @@ class TowersLayout(Layout):
         self._linear(f"{path}/mlp/in", f"{key}.mlp.fc1", (width, image.mlp_dim), None)
         self._linear(f"{path}/mlp/out", f"{key}.mlp.fc2", (image.mlp_dim, width), None)
 
-    def _encoder(self, path: str, key: str, depth: int, width: int, tower: object) -> None:
-        heads, mlp = tower.num_heads, tower.mlp_dim  # type: ignore[attr-defined]
+    def _encoder(self, path: str, key: str, depth: int, width: int, tower: Any) -> None:
+        heads, mlp = tower.num_heads, tower.mlp_dim
         head = (heads, width // heads)
         square = dict(shape_there=(width, width), axes=(1, 0))
         for layer in range(depth):
