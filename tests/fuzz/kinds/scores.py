@@ -1,4 +1,4 @@
-"""Sets of suites, one of their files damaged."""
+"""Sets of suites, one of their files damaged, and configurations of CLIP's and SigLIP's towers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import tarfile
 import mutate
 import numpy as np
 
+from coca_jax.config import Model, checks, read
+from coca_jax.interop import towers_config
+from coca_jax.interop.towers_layout import TowersLayout
 from coca_jax.suites import folders, tables
 from kinds import Kind, encoded
 
@@ -82,4 +85,38 @@ def run(path: pathlib.Path) -> str:
     return f"{told} {counts} {missing}"
 
 
-KINDS = {"suites": Kind(seeds, damage, run)}
+def towers_seeds() -> list[bytes]:
+    """transformers' configurations and open_clip's."""
+    small = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
+    sections = dict(vision_config=small | dict(image_size=32, patch_size=8), text_config=small)
+    clip = dict(model_type="clip", projection_dim=24, **sections)
+    vision = dict(image_size=32, layers=2, width=48, patch_size=8, head_width=12)
+    text = dict(context_length=20, vocab_size=99, width=40, heads=4, layers=2)
+    open_clip = dict(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    trees = (clip, dict(model_type="siglip", **sections), dict(model_cfg=open_clip))
+    return [json.dumps(tree).encode() for tree in trees]
+
+
+def damage_towers(rng: random.Random, seed: bytes) -> bytes:
+    """Other values, or bytes at random."""
+    if rng.random() < 0.8:
+        return mutate.text_of(rng, mutate.tree(rng, json.loads(seed)))
+    return mutate.data(rng, seed)
+
+
+def run_towers(path: pathlib.Path) -> str:
+    """The model, and the tensors that its file would have."""
+    copy = path.with_name("towers.json")
+    copy.write_bytes(path.read_bytes())
+    found = towers_config.find(str(path.with_name("weights.bin")), str(copy))
+    if found is None:
+        return "no towers"
+    model = checks.check_model(read(Model, found["model"], "model"))
+    names = ["vision_model."] if model.norm_eps < 1e-5 else []
+    return f"{found['resize']} {sorted(TowersLayout(model, names).tensors())[:9]}"
+
+
+KINDS = {
+    "suites": Kind(seeds, damage, run),
+    "towers": Kind(towers_seeds, damage_towers, run_towers),
+}
