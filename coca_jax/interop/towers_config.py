@@ -12,7 +12,7 @@ from typing import Any
 
 from coca_jax.data import bounded_json, files
 from coca_jax.interop import open_clip_config
-from coca_jax.interop.open_clip_keys import short, square
+from coca_jax.interop.open_clip_keys import is_number, short, square
 
 CONFIG_FILE, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -67,6 +67,7 @@ _READ = {
     "vision_cfg": ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"),
     "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
 }
+NOT_NUMBERS = ("image_size", "patch_size")  # or a pair of them
 _WITHOUT_EFFECT = ("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_kwargs")
 
 
@@ -88,7 +89,7 @@ def find(weights: str, model: str = "") -> dict[str, Any] | None:
                 if "multimodal_cfg" in cfg:
                     return None
                 return _of_open_clip(cfg, found.get("preprocess_cfg"))
-            if found.get("model_type") in FAMILIES:
+            if str(found.get("model_type")) in FAMILIES:
                 return _of_transformers(found, folder)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -107,7 +108,7 @@ def _of_transformers(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     for key in ("hidden_act", "layer_norm_eps"):
         if image[key] != text[key]:
             raise ValueError(f"{key} is {image[key]!r} of images and {text[key]!r} of texts")
-    if image["hidden_act"] not in ACTIVATIONS:
+    if str(image["hidden_act"]) not in ACTIVATIONS:
         raise ValueError(f"hidden_act={short(image['hidden_act'])}; only {', '.join(ACTIVATIONS)}")
     clip = family == "clip"
     embed = config.get("projection_dim", 512) if clip else image["hidden_size"]
@@ -141,12 +142,18 @@ def _of_transformers(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 def _of_open_clip(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]:
     for part, read in _READ.items():
-        section = cfg[part] if isinstance(cfg.get(part), dict) else {}
+        section = cfg.get(part)
+        if not isinstance(section, dict):
+            raise ValueError(f"{part}={short(section)}: not a JSON object")
         for key, value in section.items():
+            if key in read and key not in NOT_NUMBERS and not (is_number(value) and value > 0):
+                raise ValueError(f"{part}.{key}={short(value)}: give a number above 0")
             if key not in (*read, *_WITHOUT_EFFECT) and value not in (None, False, {}):
                 raise ValueError(f"{part}.{key}={short(value)} is not supported of a CLIP model")
+    if "embed_dim" not in cfg:
+        raise ValueError("the configuration has no embed_dim: it is not one of open_clip's models")
     image, text = cfg["vision_cfg"], cfg["text_cfg"]
-    filled = open_clip_config.check_preprocess(preprocess_cfg or {})
+    filled = open_clip_config.check_preprocess({} if preprocess_cfg is None else preprocess_cfg)
     preprocess = dict(resize="crop", mean=list(filled["mean"]), std=list(filled["std"]))
     width, text_width = image.get("width", 768), text.get("width", 512)
     head = image.get("head_width", 64)
@@ -217,7 +224,9 @@ def _preprocessor(folder: str, clip: bool) -> dict[str, Any]:
     given = bounded_json.parse(files.read_bounded(path)) if os.path.isfile(path) else {}
     half = (0.5, 0.5, 0.5)
     mean, std = (open_clip_config.MEAN, open_clip_config.STD) if clip else (half, half)
-    numbers = dict(mean=list(given.get("image_mean", mean)), std=list(given.get("image_std", std)))
+    numbers = dict(mean=given.get("image_mean", mean), std=given.get("image_std", std))
     filled = open_clip_config.check_preprocess(numbers)
     cut = given.get("do_center_crop", clip)
-    return dict(resize="crop" if cut else "squash", mean=filled["mean"], std=filled["std"])
+    return dict(
+        resize="crop" if cut else "squash", mean=list(filled["mean"]), std=list(filled["std"])
+    )
