@@ -129,7 +129,7 @@ def curve(
 
     from coca_jax.evaluators import tasks as evaluation
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for share in shares:
         cli.say(f"scoring {share:g} of the way")
         model.set_params(at(share))
