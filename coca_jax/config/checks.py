@@ -116,6 +116,16 @@ def check_vocabulary(model: Model, size: int, remedy: str = "") -> None:
         )
 
 
+def check_captioner(model: Model) -> Model:
+    """`check_model`, and ValueError for a family without a decoder."""
+    if model.family != "coca":
+        raise ValueError(
+            f"model.family={model.family!r}: such towers have no decoder; they are loaded, scored "
+            "and searched with, but not trained"
+        )
+    return check_model(model)
+
+
 def check_model(model: Model) -> Model:
     """The model; raises ValueError that names the first impossible value, and the remedy."""
     model = read(Model, model.to_dict(), "model", old=True)

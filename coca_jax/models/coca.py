@@ -284,12 +284,7 @@ def build(
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
     Raises ValueError for sizes that cannot be (see `checks.check_model`).
     """
-    model = checks.check_model(model)
-    if model.family != "coca":
-        raise ValueError(
-            f"model.family={model.family!r}: such towers have no decoder; they are loaded, scored "
-            "and searched with, but not trained"
-        )
+    model = checks.check_captioner(model)
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.implementation)
     if model.dtype == "float64" and not (

@@ -175,13 +175,15 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
         )
     ops = operations.choose(platform or jax.default_backend(), model.implementation)
     options = layers.BlockOptions.from_config(model, ops)
-    text = model.text
+    text, image = model.text, model.image.to_dict()
+    of_image = layers.BlockOptions.from_config(model, ops, image.pop("block"))
+    of_text = layers.BlockOptions.from_config(model, ops, text.block)
     return TwoTowers(
         encoder=ImageEncoder(
             image_size=model.image_size,
             patch_size=model.patch_size,
-            **model.image.to_dict(),
-            options=options,
+            **image,
+            options=of_image,
         ),
         tower=TextTower(
             width=text.width,
@@ -191,7 +193,7 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
             vocab_size=text.vocab_size,
             max_len=text.max_len,
             causal=model.family == "clip",
-            options=options,
+            options=of_text,
         ),
         family=model.family,
         pooler_heads=model.pooler.num_heads,
