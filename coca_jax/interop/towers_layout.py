@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from coca_jax.config import Model
+from coca_jax.interop.open_clip_config import block_options
 from coca_jax.interop.open_clip_layout import Layout
 
 STYLES = ("open_clip", "transformers")
@@ -26,6 +27,7 @@ class TowersLayout(Layout):
     def __init__(self, model: Model, names: Iterable[str], logit_bias: bool = False):
         names = set(names)
         self.parts = []
+        self.blocks = block_options(model)
         self.style = (
             "transformers" if any(n.startswith("vision_model.") for n in names) else STYLES[0]
         )
@@ -65,16 +67,16 @@ class TowersLayout(Layout):
         self._patches(model, "visual.conv1")
         if image.pre_norm:
             self._norm("image_encoder/pre_norm", "visual.ln_pre", image.width)
-        self._stack("image_encoder/blocks", "visual.transformer", image.depth, image.width, image)
+        blocks, own = "image_encoder/blocks", self.blocks["image"]
+        self._stack(blocks, "visual.transformer", image.depth, image.width, image, own)
         self._norm("pooled_norm", "visual.ln_post", image.width)
         self._add("image_to_joint/kernel", "visual.proj", (image.width, embed))
         tokens, positions = (text.vocab_size, text.width), (text.max_len, text.width)
         decoder = "text_decoder"
         self._add(f"{decoder}/token_embedding/value", f"{prefix}token_embedding.weight", tokens)
         self._add(f"{decoder}/positions/value", f"{prefix}positional_embedding", positions)
-        self._stack(
-            f"{decoder}/unimodal", f"{prefix}transformer", text.unimodal_depth, text.width, text
-        )
+        blocks, own, depth = f"{decoder}/unimodal", self.blocks["text"], text.unimodal_depth
+        self._stack(blocks, f"{prefix}transformer", depth, text.width, text, own)
         self._norm(f"{decoder}/unimodal_norm", f"{prefix}ln_final", text.width)
         self._add("text_to_joint/kernel", f"{prefix}text_projection", (text.width, embed))
 
