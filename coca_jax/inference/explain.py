@@ -82,10 +82,7 @@ def _words(
     """Tokens joined to words: one begins where the text of all before it gets a space."""
     maps, _, log_probs, best_ids, best = row
     words: list[Word] = []
-    before = ""
-    for place, token in enumerate(ids[1:]):
-        piece = text_added(vocabulary, ids[1 : place + 2], before)
-        before += piece
+    for place, (token, piece) in enumerate(zip(ids[1:], _pieces(vocabulary, ids[1:]))):
         first = not words or piece.startswith(" ") or token == vocabulary.eos_id
         log_prob, attention = float(log_probs[place]), maps[place].reshape(shape)
         if first:
@@ -100,10 +97,16 @@ def _words(
     return words
 
 
-def text_added(vocabulary: Vocabulary, ids: Sequence[int], before: str) -> str:
-    """What the last of the ids adds to the text of those before it; '' of a symbol, or of half a
-    character that waits for more."""
-    text = vocabulary.decode(ids)
-    if not text.startswith(before) or text.endswith("\ufffd"):
-        return ""
-    return text[len(before) :]
+def _pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; '' of a symbol, or of half a character,
+    which comes with the token that completes it, or where none does with the last of the text."""
+    pieces, before, last = [], "", 0
+    for place, token in enumerate(ids):
+        text = vocabulary.decode(ids[: place + 1])
+        whole = text.startswith(before) and not text.endswith("\ufffd")
+        pieces.append(text[len(before) :] if whole else "")
+        before += pieces[-1]
+        last = last if token == vocabulary.eos_id else place
+    if pieces:
+        pieces[last] += vocabulary.decode(ids)[len(before) :]
+    return pieces

@@ -181,11 +181,16 @@ def _word(word: Word) -> dict[str, Any]:
 
 def _ranked(names: Any, probabilities: np.ndarray) -> list[dict[str, Any]]:
     order = np.argsort(-probabilities, kind="stable")
-    return [dict(label=names[i], probability=round(float(probabilities[i]), 6)) for i in order]
+    return [dict(label=names[i], probability=_short(float(probabilities[i]))) for i in order]
 
 
 def _probability(log_prob: float) -> float:
-    return round(math.exp(min(log_prob, 0.0)), 6)
+    return _short(math.exp(min(log_prob, 0.0)))
+
+
+def _short(probability: float) -> float:
+    """Six digits of it."""
+    return float(f"{probability:.6g}")
 
 
 def _rounded(attention: np.ndarray) -> list[Any]:
