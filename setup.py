@@ -85,6 +85,7 @@ setuptools.setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
+            "ray>=2.40",
             "ruff==0.17.6",
             "s3fs>=2024.6",
             "setuptools>=70.1",  # builds the wheel that the tests look into
@@ -108,6 +109,7 @@ setuptools.setup(
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "serve": SERVE,
+        "ray": ["ray>=2.40"],  # recaption --engine=ray
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "onnx": ["jax2onnx>=0.17", "onnx>=1.18", "onnxruntime>=1.22"],  # takes an older Orbax
         "video": ["av>=18.1"],

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a recipe in a workdir; go on from what is there",
     "evaluate": "score a model: zero-shot, retrieval, captions, probes",
     "caption": "caption image files and folders, one JSON line an image",
+    "recaption": "data in, data with captions, scores and embeddings out",
     "search": "index pictures; find them by text or picture, find duplicates",
     "serve": "a page and an API: captions, labels, questions, search",
     "prepare": "turn a folder, tar, parquet or CSV of images into training data",

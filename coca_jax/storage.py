@@ -129,6 +129,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def remove(path: str) -> None:
+    """Removes a file or a folder with all that is in it; nothing where there is none."""
+    system, plain = filesystem(path)
+    if system.exists(plain):
+        system.rm(plain, recursive=True)
+
+
 class Growing:
     """A file that is written piece by piece, such as metrics.jsonl.
 
@@ -324,6 +331,30 @@ def local_folder(path: str | os.PathLike[str]) -> Iterator[str]:
         yield folder
         system, plain = filesystem(target)
         system.put(f"{folder}/", f"{plain}/", recursive=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A local name to write a file under that belongs at `path`: it is there at the end, whole,
+    unless nothing was written; its folder is made when missing."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, "file")
+            yield local
+            if os.path.exists(local):
+                system, plain = filesystem(path)
+                with _as_os_error(path):
+                    system.put_file(local, plain)
+        return
+    target = place(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.parent / f"{target.name}.{os.getpid()}.new"
+    try:
+        yield str(new)
+        if new.exists():
+            new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

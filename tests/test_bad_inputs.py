@@ -31,6 +31,8 @@ PLACES = {
     "search index": ["search", "index", "{}", "--checkpoint=empty", "--out=new"],
     "search --checkpoint": ["search", "index", "pictures", "--checkpoint={}", "--out=new"],
     "search --index": ["search", "query", "a cat", "--index={}"],
+    "recaption --input": ["recaption", "--input={}", "--checkpoint=empty", "--out=new"],
+    "recaption --checkpoint": ["recaption", "--input=pictures", "--checkpoint={}", "--out=new"],
     "report --workdir": ["report", "--workdir={}"],
     "benchmark --config": ["benchmark", "input", "--config={}"],
     "prepare --input": ["prepare", "--input={}", "--out=data"],

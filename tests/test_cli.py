@@ -14,6 +14,7 @@ STARTS = {
     "train": ["--config=tiny", "--workdir=run"],
     "evaluate": ["--checkpoint=weights", "--data=scenes"],
     "caption": ["--checkpoint=weights", "image.png"],
+    "recaption": ["--checkpoint=weights", "--input=list.csv", "--out=better"],
     "search": ["index", "image.png", "--checkpoint=weights", "--out=index"],
     "serve": ["--checkpoint=weights", "--port=0"],
     "prepare": ["--format=csv", "--input=list.csv", "--out=data"],
@@ -97,6 +98,7 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     first, *others = errors.splitlines()
     words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
     words |= dict.fromkeys(("evaluate", "caption", "search", "serve", "export"), "loading weights")
+    words |= {"recaption": "list.csv: read as --format=csv"}
     words |= {"fit": "fitting photos in run: starting JAX"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
     words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}

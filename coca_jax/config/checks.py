@@ -43,6 +43,12 @@ def check(config: Config) -> None:
         )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
+    if bool(config.loss.affinity_weight) != bool(config.loss.teacher_width):
+        raise ValueError(
+            f"loss.affinity_weight={config.loss.affinity_weight} and loss.teacher_width="
+            f"{config.loss.teacher_width}; set both (the width is that of the model whose "
+            "embeddings `recaption --embeddings` wrote) or neither"
+        )
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):
         raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")

@@ -50,8 +50,12 @@ class Entry(Section):
     label_field: str = key("", TEXT, "the same, to take as label")
     captions: str = key(
         "sampled",
-        choice("sampled", "all"),
-        "one of an image's captions at each visit, or each as an example of its own",
+        choice("sampled", "all", "scored"),
+        "one of an image's captions at each visit, each as an example of its own, or of what "
+        "`recaption` wrote one at each visit by its score",
+    )
+    synthetic: float = key(
+        0.5, number(0, 1), "captions='scored': how often a caption is taken, not an original text"
     )
     prompts: str = key("", TEXT, "of label texts; '': data.prompts")
     questions: str = key(

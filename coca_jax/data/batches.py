@@ -45,8 +45,14 @@ def fields(config: Config) -> dict[str, Field]:
     Every array has the rows of the batch as its first axis.
     """
     length = (config.model.text.max_len,)
+    width = (config.loss.teacher_width,)
+    taught = dict(
+        teacher_image=Field("float32", width, "the teacher's embedding of the image, or zeros"),
+        teacher_text=Field("float32", width, "the teacher's embedding of the text, or zeros"),
+    )
     numbered = config.loss.contrastive == "global"
     return dict(
+        **(taught if config.loss.teacher_width else {}),
         **({"example": Field("int32", (), "number of it in all data")} if numbered else {}),
         image=Field("uint8", pixel_work.example_shape(config), "RGB pixels of image, clip or pair"),
         tokens=Field("int32", length, "text from begin to end symbol, then padding"),

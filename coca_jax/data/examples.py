@@ -10,6 +10,7 @@ from absl import logging
 
 from coca_jax import activity
 from coca_jax.config import Config
+from coca_jax.data import teachers
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
 from coca_jax.data.random_access import Source
@@ -58,6 +59,7 @@ class Examples:
         self._classes = {name: place for place, name in enumerate(class_names)}
         self._head = config.head.kind
         self._skip_unknown = config.head.unknown == "skip"
+        self.teacher_width = config.loss.teacher_width
         self.max_bad_fraction = config.data.max_bad_fraction
         self._tokenize = Tokenizer(
             functools.partial(
@@ -204,7 +206,11 @@ class Part:
     def fields(self) -> dict[str, np.ndarray]:
         """All fields of a batch but the pixels. Raises ValueError as `Examples.marks` does."""
         examples = self._examples
-        return examples.tokens(*examples.texts(self)) | examples.marks(self)
+        chosen, same = examples.texts(self)
+        found = examples.tokens(chosen, same) | examples.marks(self)
+        if examples.teacher_width:
+            found |= teachers.embeddings(self.records, chosen, examples.teacher_width)
+        return found
 
 
 def _named(record: Record, index: int, why: str) -> str:

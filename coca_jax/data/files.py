@@ -33,6 +33,12 @@ def exists(path: str) -> bool:
     return system.exists(plain)
 
 
+def listing(folder: str) -> list[str]:
+    """The names in a folder, sorted."""
+    system, plain = filesystem(folder)
+    return sorted(posixpath.basename(found.rstrip("/")) for found in system.ls(plain, detail=False))
+
+
 def read(path: str) -> bytes:
     """The whole of a regular file; see `read_bounded`."""
     return read_bounded(path)

@@ -77,9 +77,16 @@ class Kind(abc.ABC):
 
 
 class Caption(Kind):
-    """Each image trains on one of its texts, another one at each visit."""
+    """Each image trains on one of its texts, another one at each visit.
+
+    synthetic: of what `recaption` wrote, how often a caption is taken and not an original text,
+    each by its score; None: all texts alike.
+    """
 
     name, wanted, has_classes = "caption", "text", False
+
+    def __init__(self, synthetic: float | None = None):
+        self.synthetic = synthetic
 
     def trains(self, record: Record) -> bool:
         """Whether a record has a text."""
@@ -89,7 +96,12 @@ class Caption(Kind):
         self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
     ) -> tuple[list[str], list[str]]:
         """One of the captions; equal captions are equal texts."""
-        chosen = texts.choose_captions([record.texts for record in records], draw)
+        captions = [record.texts for record in records]
+        if self.synthetic is None:
+            chosen = texts.choose_captions(captions, draw)
+        else:
+            extras = [record.extra for record in records]
+            chosen = texts.choose_scored(captions, extras, self.synthetic, draw)
         return chosen, chosen
 
     def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
@@ -153,4 +165,6 @@ KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Que
 
 def of(entry: Entry) -> Kind:
     """The kind of an entry of config.data.sources."""
+    if entry.kind == Caption.name:
+        return Caption(entry.synthetic if entry.captions == "scored" else None)
     return KINDS[entry.kind]()

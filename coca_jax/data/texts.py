@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from coca_jax.data import order
 CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES = range(1, 7)
 # Between a question and its answer in one text: the head sees what is before it.
 ANSWER = "\x1f"
+SCORE_SCALE = 0.05  # cosine by which a text has to be better to be drawn e times as often
 _CACHED_TEXTS = 50_000  # about 1 KB each
 
 
@@ -44,6 +46,36 @@ def choose_captions(captions: Sequence[Sequence[str]], draw: Draw) -> list[str]:
     """One caption of each image, another one at each visit."""
     place = draw.uniform(CAPTION)[:, 0]
     return [choice[int(u * len(choice))] for choice, u in zip(captions, place)]
+
+
+def choose_scored(
+    captions: Sequence[Sequence[str]],
+    extras: Sequence[str],
+    synthetic: float,
+    draw: Draw,
+) -> list[str]:
+    """One text of each image, another one at each visit: with probability `synthetic` one of its
+    captions, else an original text (where it has both), by softmax(score / SCORE_SCALE) in either.
+
+    extras: the JSON that `recaption` wrote with each image: the texts of its `originals`, and the
+    `scores` of all texts that it kept. An image without them has its texts drawn alike.
+    """
+    chosen = []
+    for choice, extra, (which, place) in zip(captions, extras, draw.uniform(CAPTION, 2)):
+        made = json.loads(extra).get("recaption") if "recaption" in extra else None
+        if not isinstance(made, dict) or len(made.get("scores", ())) != len(choice):
+            chosen.append(choice[int(place * len(choice))])
+            continue
+        known = {one["text"] for one in made["originals"]}
+        original = np.array([text in known for text in choice])
+        scores = np.asarray(made["scores"], np.float64) / SCORE_SCALE
+        weights = np.exp(scores - scores.max())
+        if original.any() and not original.all():
+            group = original == (which >= synthetic)
+            weights = np.where(group, np.exp(scores - scores[group].max()), 0.0)
+        passed = np.cumsum(weights) > place * weights.sum()
+        chosen.append(choice[int(np.argmax(passed))])
+    return chosen
 
 
 def label_texts(

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from coca_jax import storage
 from coca_jax.evaluators import (
     Predictor,
     Record,
     caption_metrics,
+    collapse,
     in_batches,
     record_texts,
     stack_images,
@@ -26,6 +28,7 @@ from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Set
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
 
+_TRIED = 64  # captions, at least, that are scored with another image too
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
 
@@ -178,6 +181,9 @@ class Captioning(Evaluator):
         "rouge_l": Metric("ROUGE-L", Scale.HUNDREDFOLD),
         "spice": Metric("SPICE", Scale.HUNDREDFOLD),
         "perplexity": Metric("Perplexity", Scale.PLAIN, lower=True),
+        "distinct": Metric("Distinct captions"),
+        "self_bleu": Metric("Self-BLEU", Scale.HUNDREDFOLD, lower=True),
+        "image_gain": Metric("Gain by the right image, nats a token", Scale.PLAIN),
     }
     headlines = ("cider_d", "attribute_f1", "exact_match", "bleu4")
 
@@ -202,6 +208,7 @@ class Captioning(Evaluator):
         self.how, self.outputs = dict(how or {}), outputs
         self.batch_size, self.num_examples = batch_size, num_examples
         self.progress = progress
+        self.warning = ""
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
@@ -237,7 +244,8 @@ class Captioning(Evaluator):
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields perplexity (of a token, over all references), exact_match, f1, bleu4, rouge_l,
-        cider_d and, with java_metrics, meteor and spice, all with intervals.
+        cider_d, with java_metrics meteor and spice, and the figures of collapse.py (image_gain
+        with perplexity alone), all with intervals.
 
         A record needs `image` and `text`, and what the scorer reads. Perplexity is
         exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
@@ -248,13 +256,14 @@ class Captioning(Evaluator):
         exact: list[bool] = []
         f1: list[float] = []
         captions: list[str] = []
+        gains: list[tuple[float, float]] = []
         references: list[list[str]] = []
         shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
         for batch in in_batches(records, self.batch_size, show=show):
             found = self.outputs.take(batch) if self.outputs else []
             if len(found) < len(batch):
-                made = self._make(predict, batch[len(found) :])
+                made = self._make(predict, batch, len(found), len(references))
                 if self.outputs:
                     self.outputs.add(made)
                 found = found + made
@@ -267,6 +276,7 @@ class Captioning(Evaluator):
                     continue
                 caption = one["caption"]
                 captions.append(caption)
+                gains += [one["gain"]] if one.get("gain") else []
                 right, score = self.scorer(caption, record)
                 exact.append(right)
                 f1.append(score)
@@ -288,13 +298,21 @@ class Captioning(Evaluator):
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
             yield from self._corpus_metrics(captions, references)
-        notes = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
+            yield from self._collapse(captions, references, gains)
         items, worse = shown.items(), worst.items()
         _with_words(predict, items + worse, self.attention)
-        self.examples = dict(kind="captioning", items=items, worst=worse, notes=notes)
+        self.examples = dict(kind="captioning", items=items, worst=worse, notes=self._notes())
 
-    def _make(self, predict: Predictor, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """The model's outputs of records, as `Outputs` keeps them."""
+    def _notes(self) -> list[str]:
+        skipped = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
+        return ([self.warning] if self.warning else []) + skipped
+
+    def _make(
+        self, predict: Predictor, batch: Sequence[Record], first: int, before: int
+    ) -> list[dict[str, Any]]:
+        """The model's outputs of a batch's records from the `first`, as `Outputs` keeps them;
+        before: records of the batches before."""
+        records = batch[first:]
         images = stack_images(records)
         made: list[dict[str, Any]] = [dict(key=str(r.get("key", ""))) for r in records]
         if self.perplexity:
@@ -318,7 +336,34 @@ class Captioning(Evaluator):
                 raise ValueError(f"{len(captions)} captions for {len(made)} images in {self.name}")
             for one, caption in zip(made, captions):
                 one["caption"] = caption
+            if self.perplexity and before < _TRIED:
+                others = [batch[(i + len(batch) // 2) % len(batch)] for i in range(len(batch))]
+                found = collapse.gains(predict, images, stack_images(others[first:]), captions)
+                for one, gain, count in zip(made, *found):
+                    one["gain"] = (float(gain), float(count))
         return made
+
+    def _collapse(
+        self,
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        gains: Sequence[tuple[float, float]],
+    ) -> Iterator[tuple[str, float]]:
+        """Whether the model says the same of everything; `warning` says so."""
+        found = dict(distinct=collapse.distinct(captions), self_bleu=collapse.self_bleu(captions))
+        figures = {name: float(values.mean()) for name, values in found.items()}
+        for name, values in found.items():
+            yield from with_interval(f"{self.name}/{name}", values)
+        gain, count = np.asarray(gains, np.float64).reshape(-1, 2).T
+        if count.sum() > 0:
+            figures["image_gain"], low, high = bootstrap(gain, count)
+            name = f"{self.name}/image_gain"
+            yield from scored(name, figures["image_gain"], (low, high), len(gain))
+        first = [several[0] for several in references]
+        of_references = float(collapse.distinct(first).mean())
+        self.warning = collapse.warning(figures, len(captions), of_references)
+        if self.warning:
+            logging.warning("%s: %s", self.name, self.warning)
 
     def _corpus_metrics(
         self, captions: Sequence[str], references: Sequence[Sequence[str]]

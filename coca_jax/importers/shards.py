@@ -172,7 +172,7 @@ class _Part:
     def finish(self, read: int) -> dict[str, Any]:
         """Gives the shard its place and writes the account. read: the items that it was given."""
         self._writer.close()
-        size, digest = os.path.getsize(self._local), _sha256(self._local)
+        size, digest = os.path.getsize(self._local), sha256(self._local)
         _put(self._local, self._data)
         account: dict[str, Any] = dict(
             **self._counts,
@@ -216,6 +216,7 @@ def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, s
     return found
 
 
-def _sha256(path: str) -> str:
+def sha256(path: str) -> str:
+    """Of a local file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -122,7 +122,7 @@ def prepare(
         )
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
-    jobs = _plan(module, format, str(input), wanted, options, work, shard_count, request)
+    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
     processes = processes or len(os.sched_getaffinity(0))
@@ -160,7 +160,7 @@ def _with_twins(
     ]
 
 
-def _plan(
+def plan(
     module: Any,
     format: str,
     input: str,
@@ -173,19 +173,19 @@ def _plan(
     """The shards to write; the same as before when an earlier run was cut short."""
     path = files.join(work, "plan.json")
     if files.exists(path):
-        plan = json.loads(files.read(path))
-        if _whole(plan["request"]) != request:
+        kept = json.loads(files.read(path))
+        if _whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
-        groups = [[Unit(**unit) for unit in group] for group in plan["groups"]]
+        groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
     else:
         units = module.plan(input, split, options)
         if not units:
             raise ValueError(f"--input={input}: it is empty")
         in_place.check(format, units, options)
         groups = _group(units, shard_count)
-        plan = {"request": request}
-        plan["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
-        storage.write_bytes(path, json.dumps(plan).encode())
+        kept = {"request": request}
+        kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
+        storage.write_bytes(path, json.dumps(kept).encode())
     root = in_place.root_of(input) if options.in_place else ""
     return [
         shards.Job(number, tuple(group), format, options, work, root)

@@ -15,7 +15,7 @@ from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import pad
 from coca_jax.inference.encoders import Encoders, joined
 from coca_jax.inference.explain import Explanation
-from coca_jax.inference.generation import loop
+from coca_jax.inference.generation import continuous, loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.read_images import as_list
@@ -163,6 +163,57 @@ class CoCaModel(Encoders):
     def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
         """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
         return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
+
+    def image_tokens(self, pixels: np.ndarray) -> tuple[np.ndarray, jax.Array]:
+        """Embeddings float32 [b, E], L2-normalised, of images uint8 [b, S, S, 3], at most
+        `batch_size`; and their image tokens on the devices, [bucket of batch_size, Q, D]."""
+        size = self._devices.bucket(self.batch_size)
+        with self._devices.context():
+            embedding, tokens = self._programs.encode_image(
+                self.params, self._devices.put(pixels, size)
+            )
+        return np.asarray(embedding)[: len(pixels)], tokens
+
+    def caption_tokens(
+        self,
+        tokens: Sequence[jax.Array],
+        counts: Sequence[int],
+        seeds: Sequence[int],
+        prompt: str,
+        settings: Settings,
+        rows: int,
+    ) -> list[list[Caption]]:
+        """`captions` of images whose tokens `image_tokens` gave, counts[i] of them in tokens[i].
+
+        Rows whose captions end take the next images (continuous batching). seeds: a number for
+        each image; rows: captions in flight, rounded up to batches. An image's captions are the
+        same to the bit whenever the whole call is; in other company their sums may round
+        otherwise.
+        """
+        size = self._devices.bucket(self.batch_size)
+        known = text_arrays.prompts(self.vocabulary, [prompt] * size, size)
+        numbers = np.asarray(seeds, np.uint32)
+        ends = np.cumsum(counts)
+        blocks = (
+            continuous.Block(
+                one,
+                known.tokens,
+                known.lengths,
+                np.pad(numbers[end - count : end], (0, size - count)),
+                count,
+            )
+            for one, count, end in zip(tokens, counts, ends)
+        )
+        with self._devices.context():
+            decoded = continuous.generate(
+                self._spec, self._decoder_weights, blocks, settings, -(-rows // size) * size
+            )
+        return text_arrays.captions(
+            self.vocabulary,
+            [known.ids[0]] * len(numbers),
+            decoded,
+            by_log_prob=settings.num_beams == 1,
+        )
 
     @functools.cached_property
     def _spec(self) -> decoding.Decoder:

@@ -14,10 +14,10 @@ AHEAD = 2  # batches
 
 
 def batches(
-    items: Iterable[Item], read: Callable[[Item], Any], size: int
+    items: Iterable[Item], read: Callable[[Item], Any], size: int, ahead: int = AHEAD
 ) -> Iterator[list[tuple[Item, Any]]]:
     """Yields lists of (item, what `read` gives of it, or the ValueError or OSError why it cannot
-    be), `size` at a time and in order; two batches are read ahead."""
+    be), `size` at a time and in order; `ahead` batches are read ahead."""
 
     def safely(item: Item) -> Any:
         try:
@@ -27,12 +27,12 @@ def batches(
 
     rest = iter(items)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead: collections.deque = collections.deque()
+        waiting: collections.deque = collections.deque()
         while True:
             batch = list(itertools.islice(rest, size))
             if batch:
-                ahead.append([(item, pool.submit(safely, item)) for item in batch])
-            if len(ahead) > AHEAD or not batch:
-                if not ahead:
+                waiting.append([(item, pool.submit(safely, item)) for item in batch])
+            if len(waiting) > ahead or not batch:
+                if not waiting:
                     return
-                yield [(item, found.result()) for item, found in ahead.popleft()]
+                yield [(item, found.result()) for item, found in waiting.popleft()]

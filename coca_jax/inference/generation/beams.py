@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from coca_jax.inference.generation.choice import write
 from coca_jax.inference.generation.state import Finished, Loop, Plan
 from coca_jax.models.decoding import Decoder
 from coca_jax.ops.packed import NEVER
@@ -33,7 +34,7 @@ def beam_step(
     width, limit = allowed.shape[1], numbers["limit"][:, None]
     norm = functools.partial(_norm, penalty=numbers["length_penalty"])
     score, parent, token, log_prob, history = _continuations(loop, log_probs, allowed, slots)
-    length = jnp.full_like(token, loop.step + 1)
+    length = jnp.broadcast_to(loop.step[:, None] + 1, token.shape)
     # Captions that end here, beside those that ended before.
     ends = (token == spec.eos_id) & (jnp.arange(token.shape[1]) < width) & (score > NEVER / 2)
     ranked = jnp.where(ends, norm(score, length), NEVER)
@@ -58,6 +59,7 @@ def beam_step(
 
     past = jnp.take_along_axis(loop.past, parent[:, :, None, None], axis=1)
     return Loop(
+        clock=loop.clock + 1,
         step=loop.step + 1,
         token=token,
         caches=loop.caches,
@@ -86,8 +88,7 @@ def _continuations(
     score, at = jax.lax.top_k(total, min(2 * width, total.shape[1]))
     parent, token, log_prob = at // per_beam, _take(token.reshape(batch, -1), at), _take(model, at)
     history = _take(loop.history, parent)
-    place = slots + loop.step
-    history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], place, axis=2)
+    history = write(history, token, slots + loop.step)
     return score, parent, token, log_prob, history
 
 

@@ -22,12 +22,12 @@ def rules(
     numbers: dict,
     log_probs: jax.Array,
     history: jax.Array,
-    end: jax.Array,
+    slots: int,
     step: jax.Array,
 ) -> jax.Array:
     """log_probs [B, W, V] after repetition penalty, n-gram rule and minimum length.
 
-    history: int32 [B, W, T], filled up to slot `end`.
+    history: int32 [B, W, T], the prompt in its first `slots`, then step [B] tokens.
     """
     scores = log_probs
     batch, row = jnp.indices(history.shape[:2], sparse=True)
@@ -39,7 +39,8 @@ def rules(
     if plan.ngram:
         n, total = plan.ngram, history.shape[2]
         if n <= total:
-            tail = jax.lax.dynamic_slice_in_dim(history, end - (n - 1), n - 1, axis=2)
+            at = (slots + step)[:, None, None] - (n - 1) + jnp.arange(n - 1)
+            tail = jnp.take_along_axis(history, jnp.clip(at, 0, total - 1), axis=2)
             count = total - n + 1
             same = history[..., n - 1 :] >= 0
             for i in range(n - 1):
@@ -48,7 +49,7 @@ def rules(
             banned = jnp.where(same, history[..., n - 1 :], spec.vocab_size)
             scores = scores.at[batch, row, banned].set(NEVER, mode="drop")
     ids = jnp.arange(spec.vocab_size)
-    too_early = step < numbers["min_tokens"]
+    too_early = (step < numbers["min_tokens"])[:, None, None]
     allowed = (ids < spec.num_ids) & ~((ids == spec.eos_id) & too_early)
     return jnp.where(allowed, scores, NEVER)
 
@@ -69,17 +70,23 @@ def single_step(
         token = _argmax(allowed)
     gain = jnp.take_along_axis(log_probs, token[..., None], axis=2)[..., 0]
     going = ~loop.done
-    place = slots + loop.step
     added = jnp.where(going, token, -1)
     length = loop.length + going
     return loop._replace(
+        clock=loop.clock + 1,
         step=loop.step + 1,
         token=token,
-        history=jax.lax.dynamic_update_slice_in_dim(loop.history, added[..., None], place, axis=2),
+        history=write(loop.history, added, slots + loop.step),
         log_prob=loop.log_prob + jnp.where(going, gain, 0.0),
         length=length,
         done=loop.done | (token == spec.eos_id) | (length >= numbers["limit"][:, None]),
     )
+
+
+def write(history: jax.Array, token: jax.Array, slot: jax.Array) -> jax.Array:
+    """history [B, N, T] with token [B, N] at slot [B]; nothing beyond the last slot."""
+    here = jnp.arange(history.shape[2]) == slot[:, None, None]
+    return jnp.where(here, token[..., None], history)
 
 
 def _argmax(x: jax.Array) -> jax.Array:
@@ -122,7 +129,7 @@ def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> j
         probs = jnp.where(probs >= least[..., None], probs, 0.0)
     batch, width, size = probs.shape
 
-    def number(row: jax.Array, caption: jax.Array) -> jax.Array:
+    def number(row: jax.Array, caption: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.key(numbers["seed"])
         for part in (row, caption, step):
             key = jax.random.fold_in(key, part)
@@ -130,7 +137,8 @@ def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> j
 
     rows = jnp.broadcast_to(numbers["rows"][:, None], (batch, width))
     captions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    uniform = jax.vmap(jax.vmap(number))(rows, captions)
+    steps = jnp.broadcast_to(jnp.reshape(step, (-1, 1)), (batch, width))
+    uniform = jax.vmap(jax.vmap(number))(rows, captions, steps)
     # Inverse of the cumulative distribution, in two levels: first the block, then the token in it.
     block = 256
     probs = jnp.pad(probs, ((0, 0), (0, 0), (0, -size % block)))

@@ -58,7 +58,7 @@ def generate(
     place); active: bool [B], False for rows that pad the batch. One program is compiled per (B, P,
     steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no room.
     """
-    plan, numbers = _plan(spec, prompt_len, settings, rows, active)
+    plan, numbers = planned(spec, prompt_len, settings, rows, active)
     return decode(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
 
 
@@ -77,7 +77,7 @@ def stream(
     as they are written, so S grows by one. A program runs a step, in place of all of them; what
     comes out is the same. Raises ValueError besides for beams, which take back what they wrote.
     """
-    plan, numbers = _plan(spec, prompt_len, settings, rows, active)
+    plan, numbers = planned(spec, prompt_len, settings, rows, active)
     if plan.beams:
         raise ValueError(f"num_beams={settings.num_beams}: beams cannot be streamed; set 1")
     slots = prompt.shape[1]
@@ -93,7 +93,7 @@ def stream(
         going = not done.all()
 
 
-def _plan(
+def planned(
     spec: Decoder,
     prompt_len: np.ndarray,
     settings: Settings,
@@ -149,14 +149,19 @@ def decode(
 ) -> Captions:
     """The program of `generate`; numbers: what of the settings is no part of the plan."""
     slots = prompt.shape[1]
-    fixed, start = _start(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+    fixed, start = begin(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
 
     def unfinished(loop: Loop) -> jax.Array:
         return ~loop.done.all()
 
-    step = functools.partial(_step, spec, plan, weights, fixed, slots)
-    loop = jax.lax.while_loop(unfinished, step, start)
+    step = functools.partial(step_of, spec, plan, weights, fixed, slots)
+    return captions_of(spec, plan, slots, jax.lax.while_loop(unfinished, step, start))
+
+
+def captions_of(spec: Decoder, plan: Plan, slots: int, loop: Loop) -> Captions:
+    """The captions of rows that are done."""
     if plan.beams:
+        assert loop.finished is not None
         best = loop.finished
         tokens, length, log_prob = best.history[:, :, slots:], best.length, best.log_prob
     else:
@@ -167,7 +172,7 @@ def decode(
     return Captions(tokens[:, :keep], length[:, :keep], log_prob[:, :keep])
 
 
-def _start(
+def begin(
     spec: Decoder,
     plan: Plan,
     weights: dict,
@@ -175,12 +180,16 @@ def _start(
     prompt: jax.Array,
     prompt_len: jax.Array,
     numbers: dict,
+    *,
+    prompts_alone: bool = False,
 ) -> tuple[Fixed, Loop]:
-    """The image's keys and the prompts' in their caches, and no token written."""
+    """The image's keys and the prompts' in their caches, and no token written. prompts_alone: the
+    caches have no room for tokens: they become a part of others."""
     batch, slots = prompt.shape
     width, steps = plan.width, plan.steps
     image = decoding.image_caches(spec, weights, image_tokens, width)
-    caches = decoding.empty_caches(spec, weights, batch, slots - 1 + steps * width)
+    room = 0 if prompts_alone else steps * width
+    caches = decoding.empty_caches(spec, weights, batch, slots - 1 + room)
     first = slots - prompt_len
     prompt_mask = jnp.arange(slots - 1)[None] >= first[:, None]
     prompt_mask = jnp.broadcast_to(prompt_mask[:, None], (batch, width, slots - 1))
@@ -196,7 +205,8 @@ def _start(
     each = jnp.broadcast_to
     history = each(history[:, None], (batch, width, slots + steps))
     start = Loop(
-        step=jnp.int32(0),
+        clock=jnp.int32(0),
+        step=jnp.zeros(batch, jnp.int32),
         token=each(prompt[:, -1:], (batch, width)),
         caches=caches,
         past=jnp.zeros((batch, width, steps, width), bool),
@@ -224,30 +234,31 @@ def _first(
     prompt_len: jax.Array,
     numbers: dict,
 ) -> tuple[Fixed, Loop]:
-    """`_start` as a program of its own."""
-    return _start(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
+    """`begin` as a program of its own."""
+    return begin(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plan", "slots"), donate_argnames=("loop",))
 def _next(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:
-    """`_step` as a program of its own."""
-    return _step(spec, plan, weights, fixed, slots, loop)
+    """`step_of` as a program of its own."""
+    return step_of(spec, plan, weights, fixed, slots, loop)
 
 
-def _step(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:
+def step_of(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, loop: Loop) -> Loop:
     """Runs the token that each caption ends with and chooses the next."""
     batch, width = loop.token.shape
-    now = loop.step
+    now = loop.clock % plan.steps
     past = loop.past.at[:, :, now].set(jnp.eye(width, dtype=bool))
     mask = jnp.concatenate([fixed.prompt_mask, past.reshape(batch, width, -1)], axis=2)
     visible = whole = None
     if spec.hidden_id is not None:
         # A begin symbol alone has nothing before it: there the index is clamped to itself.
-        place = slots - 1 + now - int(spec.hides_next)
-        decides = jax.lax.dynamic_index_in_dim(loop.history, place, 2, keepdims=False)
+        place = jnp.maximum(slots - 1 + loop.step - int(spec.hides_next), 0)
+        place = jnp.minimum(place, loop.history.shape[2] - 1)[:, None, None]
+        decides = jnp.take_along_axis(loop.history, place, axis=2)[..., 0]
         visible = loop.visible.at[:, now].set(decides != spec.hidden_id)
         whole = jnp.concatenate([fixed.prompt_visible, visible.reshape(batch, -1)], axis=1)
-    positions = jnp.minimum(fixed.prompt_len - 1 + now, spec.max_len - 1)
+    positions = jnp.minimum(fixed.prompt_len - 1 + loop.step, spec.max_len - 1)
     states, caches = decoding.run_tokens(
         spec,
         weights,
@@ -260,7 +271,7 @@ def _step(spec: Decoder, plan: Plan, weights: dict, fixed: Fixed, slots: int, lo
         whole,
     )
     log_probs = decoding.log_probs_of(weights, states)
-    allowed = rules(spec, plan, fixed.numbers, log_probs, loop.history, slots + now, now)
+    allowed = rules(spec, plan, fixed.numbers, log_probs, loop.history, slots, loop.step)
     loop = loop._replace(caches=caches, past=past, visible=visible)
     choose = beam_step if plan.beams else single_step
     return choose(spec, plan, fixed.numbers, loop, log_probs, allowed, slots)

@@ -40,9 +40,12 @@ class Fixed(NamedTuple):
 class Loop(NamedTuple):
     """What a step of the loop reads and writes. History holds prompts and new tokens by slot, -1
     where there is none; past says which of the cache slots of the steps are a caption's own,
-    visible which of them the unimodal half sees (None: all)."""
+    visible which of them the unimodal half sees (None: all). The clock counts the steps of the
+    loop, which write one cache slot after the other, round and round; step counts those that a row
+    has had: less, where it took another's place (`continuous`)."""
 
-    step: jax.Array
+    clock: jax.Array  # int32
+    step: jax.Array  # int32 [B]
     token: jax.Array  # [B, W], to run next
     caches: list[Cache]
     past: jax.Array  # bool [B, W, S, W]

@@ -1,0 +1,110 @@
+"""Does a captioner say the same of everything? Three figures, and when they are a warning.
+
+distinct     share of the captions that differ from all others (after case and punctuation)
+self_bleu    BLEU-4 of each caption with the others as its references, the mean (Zhu et al. 2018)
+image_gain   how much more probable captions are with their own images than with others' images:
+             nats a token, the mean
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from coca_jax.evaluators import caption_metrics
+
+LEAST = 32  # captions below which nothing is warned of
+LEAST_DISTINCT = 0.2  # of the share that the references have, or of 1 without references
+LEAST_GAIN = 0.01  # nats a token
+MOST = 2000  # captions that self-BLEU looks at
+
+
+class Scorer(Protocol):
+    """What gives log likelihoods: a loaded model, or an evaluator's predictor."""
+
+    def caption_log_likelihood(self, images: Any, texts: Sequence[str]) -> Any:
+        """(Log probabilities of text i for image i, numbers of predicted tokens), each [N]."""
+
+
+def distinct(texts: Sequence[str]) -> np.ndarray:
+    """One over the number of texts that say the same, float64 [N]: the mean is the share of
+    different texts."""
+    said = [" ".join(caption_metrics.tokenize(text)) for text in texts]
+    counts = collections.Counter(said)
+    return np.array([1 / counts[one] for one in said])
+
+
+def self_bleu(texts: Sequence[str]) -> np.ndarray:
+    """BLEU-4 of each text with all others as references, float64 [N], of the first MOST texts; 0
+    of one text alone.
+
+    The most that another text has of an n-gram is the most of all, or the second most where the
+    text itself has the most: one pass for all.
+    """
+    said = [caption_metrics.tokenize(text) for text in texts[:MOST]]
+    if len(said) < 2:
+        return np.zeros(len(said))
+    rows = np.zeros((len(said), 10))
+    for n in range(1, 5):
+        counts = [collections.Counter(zip(*(one[i:] for i in range(n)))) for one in said]
+        most: dict[tuple, tuple[int, int]] = {}
+        for found in counts:
+            for gram, number in found.items():
+                first, second = most.get(gram, (0, 0))
+                most[gram] = (max(first, number), max(second, min(first, number)))
+        for row, found in zip(rows, counts):
+            for gram, number in found.items():
+                first, second = most[gram]
+                row[n - 1] += min(number, second if number == first else first)
+            row[n + 3] = found.total()
+    lengths = sorted(len(one) for one in said)
+    for row, one in zip(rows, said):
+        row[8], row[9] = len(one), _closest(lengths, len(one))
+    scores: np.ndarray = caption_metrics.bleu(rows)[:, 3]
+    return scores
+
+
+def _closest(lengths: Sequence[int], own: int) -> int:
+    """The length nearest to `own` among the others, the shorter of two; `own` is one of them."""
+    at = bisect.bisect_left(lengths, own)
+    beside = [lengths[i] for i in (at - 1, at + 1) if 0 <= i < len(lengths)]
+    return min(beside, key=lambda length: (abs(length - own), length))
+
+
+def gains(
+    model: Scorer, images: Any, others: Any, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What image_gain is made of: nats by which text i is more probable with image i than with
+    others[i], float64 [N], and its number of tokens, int [N]."""
+    right, tokens = model.caption_log_likelihood(images, texts)
+    wrong, _ = model.caption_log_likelihood(others, texts)
+    gain = np.asarray(right, np.float64) - np.asarray(wrong, np.float64)
+    return gain, np.asarray(tokens, np.int64)
+
+
+def warning(figures: Mapping[str, float], count: int, of_references: float = 1.0) -> str:
+    """What to tell of `count` captions with these figures; '' where nothing is wrong.
+
+    of_references: the distinct share of what people say of the same images.
+    """
+    if count < LEAST:
+        return ""
+    said = []
+    least = LEAST_DISTINCT * of_references
+    if figures["distinct"] < least:
+        said.append(
+            f"{figures['distinct']:.1%} of {count} captions are distinct (warned of below "
+            f"{least:.1%})"
+        )
+    if "image_gain" in figures and figures["image_gain"] < LEAST_GAIN:
+        said.append(
+            f"captions are {figures['image_gain']:.4f} nats a token more probable with their own "
+            f"images than with others (warned of below {LEAST_GAIN})"
+        )
+    if not said:
+        return ""
+    return "the model says the same of everything: " + "; ".join(said)

@@ -1,0 +1,136 @@
+"""Captions, scores and embeds the images of a data set; writes a data set of them.
+
+Reads folders, tars ('data/{000..999}.tar', what img2dataset wrote), parquet, lists and prepared
+data; writes tars, parquet or ArrayRecord. Each image gets captions of each --checkpoint, --prompt
+and --how, with their log probabilities, contrastive scores and flags; the first checkpoint scores
+the original texts too. An image keeps the text of the best score, original or not (--text).
+Run the same command again after a kill: it goes on, and the output is the same to the byte.
+Images that cannot be read are listed in OUT/quarantine.jsonl.
+
+Examples:
+  coca-jax recaption --checkpoint=runs/a --input='tars/{000..099}.tar' --out=better
+  coca-jax recaption --checkpoint=runs/a,runs/b --input=photos/ --out=p --to=parquet \\
+      --how=beams,num_captions=2 --how=nucleus,top_p=0.9,num_captions=3 --embeddings
+  coca-jax recaption --checkpoint=runs/a --input=tars/ --out=half --text=all --quantile=0.5
+  coca-jax recaption ... --shard=$SLURM_ARRAY_TASK_ID/16
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from coca_jax import cli, storage
+from coca_jax.data import formats
+from coca_jax.importers import shards
+from coca_jax.importers.items import Options
+from coca_jax.recaptioning import request as requests
+from coca_jax.recaptioning.request import Request
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_list("checkpoint", [], cli.CHECKPOINT + " Several, by commas: each captions.")
+    flags.DEFINE_string("input", "", "File, folder, glob, {000..999} or URL of the input.")
+    flags.DEFINE_string("out", "", "Folder to write.")
+    names = list(shards.MODULES)
+    flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
+    flags.DEFINE_enum("to", "tar", requests.FORMATS, "Format of the output.")
+    flags.DEFINE_multi_string(
+        "how", ["greedy"], "greedy, beams or nucleus, with settings as in `caption`. Repeatable."
+    )
+    flags.DEFINE_multi_string("prompt", [""], "How captions begin. Repeatable.")
+    flags.DEFINE_enum(
+        "text", "better", requests.TEXTS, "Which texts an image keeps, by score; all: any."
+    )
+    flags.DEFINE_float("min_score", None, "Leave out texts of a lower cosine similarity.")
+    flags.DEFINE_float("quantile", 0.0, "Leave out this share of the texts, of lowest score.")
+    flags.DEFINE_bool("embeddings", False, "Write embeddings of images and texts, float16.")
+    flags.DEFINE_integer("batch_size", 16, "Images encoded at a time.", lower_bound=1)
+    flags.DEFINE_integer("rows", 0, "Images captioned at a time; 0: 4 x batch_size.", lower_bound=0)
+    flags.DEFINE_integer("part", 512, "Images between two savings.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_string("shard", "", "i/n: do each n-th shard from the i-th, from 0.")
+    flags.DEFINE_enum("engine", "local", ["local", "ray"], "ray: on the cluster of RAY_ADDRESS.")
+    flags.DEFINE_integer(
+        "workers", 0, "ray: processes; 0: one a GPU, else one a node.", lower_bound=0
+    )
+    flags.DEFINE_string("text_field", "", "Field of the original texts.")
+    flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
+    flags.DEFINE_multi_string(
+        "allow_paths", [], "Folder or URL from which rows may name images. Repeatable."
+    )
+
+
+def _request() -> Request:
+    args = flags.FLAGS
+    for name in ("checkpoint", "input", "out"):
+        if not args[name].value:
+            raise ValueError(f"--{name} is missing; `coca-jax recaption --help` shows examples")
+    format = args.format
+    if not format:
+        format = formats.guess(args.input)
+        cli.say(f"{args.input}: read as --format={format}")
+    size = args.batch_size
+    return Request(
+        input=args.input,
+        format=format,
+        out=args.out,
+        to=args.to,
+        checkpoints=tuple(args.checkpoint),
+        ways=tuple(args.how),
+        prompts=tuple(args.prompt),
+        text=args.text,
+        min_score=args.min_score,
+        quantile=args.quantile,
+        embeddings=args.embeddings,
+        batch_size=size,
+        rows=args.rows or 4 * size,
+        part=-(-args.part // size) * size,
+        dtype=args.dtype or "",
+        options=Options(
+            text_field=args.text_field,
+            image_field=args.image_field,
+            verify=False,
+            allow_paths=tuple(args.allow_paths),
+        ),
+    )
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """The command."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}; give --input={argv[1]}")
+    start, request = time.time(), _request()
+    cli.say(f"reading {request.input}")
+    from coca_jax.recaptioning import engines, whole
+
+    whole.mine([], flags.FLAGS.shard)  # a wrong --shard is told before anything is written
+    storage.check_writable(request.out)
+    jobs = whole.plan(request)
+    own = whole.mine(jobs, flags.FLAGS.shard)
+    told = whole.finished(request) or engines.run(
+        request,
+        jobs,
+        own,
+        engine=flags.FLAGS.engine,
+        workers=flags.FLAGS.workers,
+        say=cli.say,
+        progress=sys.stderr.isatty(),
+    )
+    seconds = round(time.time() - start, 2)
+    if "waiting" in told:
+        cli.say(f"{told['waiting']} of {len(jobs)} shards are not there yet")
+        return dict(out=request.out, shards=len(jobs), **told, seconds=seconds)
+    if told["collapse"]["warning"]:
+        cli.say(f"warning: {told['collapse']['warning']}")
+    told = {key: value for key, value in told.items() if key != "request"}
+    return dict(out=request.out, **told | dict(shards=len(told["shards"])), seconds=seconds)
+
+
+if __name__ == "__main__":
+    cli.command("recaption")

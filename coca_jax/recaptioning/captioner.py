@@ -1,0 +1,195 @@
+"""Captions, scores and embeddings of the images of a part."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import coca_jax
+from coca_jax.evaluators import collapse
+from coca_jax.importers.items import Item
+from coca_jax.recaptioning import flags
+from coca_jax.recaptioning.request import Request, way
+
+_LOOKED_AT = 64  # images whose captions are tried with each other's images
+
+
+class Picture(NamedTuple):
+    """An image that can be read: its number in the shard, key and texts; pixels: uint8 [S, S, 3] as
+    each model takes it."""
+
+    number: int
+    key: str
+    texts: list[str]
+    pixels: tuple[np.ndarray, ...]
+
+
+class Captioner:
+    """The models of a request, loaded.
+
+    Attributes:
+        seconds: spent so far, by what they went to.
+
+    Raises:
+        FileNotFoundError, ValueError: as `coca_jax.load`; a prompt that leaves no room.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.models = [
+            coca_jax.load(
+                place, num_frames=0, batch_size=request.batch_size, dtype=request.dtype or None
+            )
+            for place in request.checkpoints
+        ]
+        self.seconds: dict[str, float] = dict(input=0.0, encoder=0.0, decoder=0.0, scores=0.0)
+        for model, place in zip(self.models, request.checkpoints):
+            for prompt in request.prompts:
+                if len(model.vocabulary.encode(prompt)) + 1 >= model.max_len:
+                    raise ValueError(
+                        f"--prompt={prompt!r} leaves no room for a caption: {place} writes "
+                        f"{model.max_len} tokens in all"
+                    )
+
+    def checksums(self) -> list[str]:
+        """Of the weights of each model."""
+        return [model.checksum() for model in self.models]
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the time that its block takes to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def read(self, item: Item) -> tuple[np.ndarray, ...]:
+        """The pixels of an item for each model. Raises ValueError: why it cannot be used."""
+        if item.problem:
+            raise ValueError(f"{item.problem}: {item.detail}")
+        if not item.image:
+            raise ValueError("empty_image: zero bytes")
+        found: dict[tuple[int, str], np.ndarray] = {}
+        for model in self.models:
+            kind = model.image_size, model.resize
+            try:
+                found[kind] = found[kind] if kind in found else model.preprocess(item.image)
+            except Exception as error:  # decoders raise all sorts on damaged data
+                raise ValueError(f"unreadable_image: {error}") from None
+        return tuple(found[model.image_size, model.resize] for model in self.models)
+
+    def part(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+        """What is kept of each image: number, key, captions (text, log_prob, tokens, score, flags,
+        checkpoint, prompt and way by their numbers), originals (text, score), embeddings."""
+        if not pictures:
+            return []
+        written: list[list[dict[str, Any]]] = [[] for _ in pictures]
+        finished: list[list[bool]] = [[] for _ in pictures]
+        images = np.zeros((0, 0), np.float32)
+        for number in range(len(self.models)):
+            embeddings = self._captions(number, pictures, written, finished)
+            images = images if number else embeddings
+        originals = [picture.texts for picture in pictures]
+        texts = [[one["text"] for one in several] for several in written]
+        model = self.models[0]
+        with self.timed("scores"):
+            every = [text for several in texts for text in several]
+            captions = model.encode_text(every)
+            said = model.encode_text([text for several in originals for text in several])
+        wrong = flags.of_part(texts, originals, finished, images, captions)
+        found, at, first = [], 0, 0
+        for i, picture in enumerate(pictures):
+            own = captions[at : at + len(texts[i])]
+            known = said[first : first + len(originals[i])]
+            at, first = at + len(own), first + len(known)
+            for one, score, marks in zip(written[i], own @ images[i], wrong[i]):
+                one.update(score=_short(score), flags=marks)
+            result = dict(
+                number=picture.number,
+                key=picture.key,
+                captions=written[i],
+                originals=[
+                    dict(text=text, score=_short(score))
+                    for text, score in zip(originals[i], known @ images[i])
+                ],
+            )
+            if self.request.embeddings:
+                result["image_emb"] = _packed(images[i : i + 1])
+                result["text_emb"] = _packed(np.concatenate([known, own]))
+            found.append(result)
+        return found
+
+    def look(self, pictures: Sequence[Picture], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the first captions of some images tell of a model that says the same of all."""
+        with self.timed("scores"):
+            some = list(zip(pictures, found))[:_LOOKED_AT]
+            images = np.stack([picture.pixels[0] for picture, _ in some])
+            gain, tokens = collapse.gains(
+                self.models[0],
+                images,
+                np.roll(images, len(images) // 2, axis=0),
+                [one["captions"][0]["text"] for _, one in some],
+            )
+        return dict(gain=round(float(gain.sum()), 3), tokens=int(tokens.sum()))
+
+    def _captions(
+        self,
+        number: int,
+        pictures: Sequence[Picture],
+        written: list[list[dict[str, Any]]],
+        finished: list[list[bool]],
+    ) -> np.ndarray:
+        """Adds the captions of one model; returns its image embeddings, float32 [N, E]."""
+        model, size = self.models[number], self.request.batch_size
+        blocks = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+        with self.timed("encoder"):
+            encoded = [
+                model.image_tokens(np.stack([one.pixels[number] for one in block]))
+                for block in blocks
+            ]
+        seeds = [zlib.crc32(picture.key.encode()) for picture in pictures]
+        for p, prompt in enumerate(self.request.prompts):
+            for w, text in enumerate(self.request.ways):
+                with self.timed("decoder"):
+                    several = model.caption_tokens(
+                        [tokens for _, tokens in encoded],
+                        [len(block) for block in blocks],
+                        seeds,
+                        prompt,
+                        way(text),
+                        self.request.rows,
+                    )
+                for row, captions in enumerate(several):
+                    for one in captions:
+                        finished[row].append(one.finished)
+                        written[row].append(
+                            dict(
+                                text=one.text,
+                                log_prob=_short(one.log_prob),
+                                tokens=one.num_tokens,
+                                checkpoint=number,
+                                prompt=p,
+                                way=w,
+                            )
+                        )
+        return np.concatenate([embedding for embedding, _ in encoded])
+
+
+def _short(value: Any) -> float:
+    return round(float(value), 4)
+
+
+def _packed(rows: np.ndarray) -> str:
+    return base64.b64encode(rows.astype(np.float16).tobytes()).decode()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """float16 [count, E] of what a result holds under image_emb or text_emb."""
+    return np.frombuffer(base64.b64decode(text), np.float16).reshape(count, -1)

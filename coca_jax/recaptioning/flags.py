@@ -1,0 +1,71 @@
+"""What is wrong with captions, as far as they tell themselves.
+
+cut        no end symbol came within max_tokens
+repeats    a word three times in a row, or three words in the same order three times
+duplicate  the image has the same text already
+collapsed  the same text stands at ALIKE or more images and at SHARE of all images of the part
+generic    its score with its own image is not above its mean score with the part's other images
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+ALIKE, SHARE = 3, 0.1
+UNSOUND = frozenset(("cut", "repeats", "collapsed"))  # such captions are kept for want of others
+
+
+def canonical(text: str) -> str:
+    """Lower case, without punctuation, single spaces."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def repeats(text: str) -> bool:
+    """Whether a text goes round and round."""
+    words = canonical(text).split()
+    if any(a == b == c for a, b, c in zip(words, words[1:], words[2:])):
+        return True
+    threes = collections.Counter(zip(words, words[1:], words[2:]))
+    return max(threes.values(), default=0) >= 3
+
+
+def of_part(
+    texts: Sequence[Sequence[str]],
+    originals: Sequence[Sequence[str]],
+    finished: Sequence[Sequence[bool]],
+    images: np.ndarray,
+    captions: np.ndarray,
+) -> list[list[list[str]]]:
+    """The flags of each caption of each image of a part.
+
+    texts: the captions of each image; originals: what the data say of it; finished: whether the
+    end symbol came. images: float32 [N, E], captions: float32 [C, E], all captions one after the
+    other, both L2-normalised.
+    """
+    plain = [[canonical(text) for text in several] for several in texts]
+    held = collections.Counter(itertools.chain.from_iterable(set(several) for several in plain))
+    enough = max(ALIKE, SHARE * len(texts))
+    mean = images.mean(0) if len(images) else np.zeros(captions.shape[1:], np.float32)
+    found, at, count = [], 0, len(images)
+    for number, several in enumerate(plain):
+        known = {canonical(text) for text in originals[number]}
+        flags = []
+        for place, text in enumerate(several):
+            own = float(images[number] @ captions[at])
+            others = (float(mean @ captions[at]) * count - own) / max(count - 1, 1)
+            wrong = {
+                "cut": not finished[number][place],
+                "repeats": repeats(text),
+                "duplicate": text in known,
+                "collapsed": held[text] >= enough,
+                "generic": count > 1 and own <= others,
+            }
+            flags.append([name for name, is_so in wrong.items() if is_so])
+            known.add(text)
+            at += 1
+        found.append(flags)
+    return found

@@ -1,0 +1,110 @@
+"""What is asked for: together with the input and the weights it fixes the output, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from coca_jax.importers.items import Options
+from coca_jax.inference.generation.settings import Settings
+
+FORMATS = ("tar", "parquet", "array_record")
+TEXTS = ("better", "synthetic", "original", "all")
+_USUAL: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": dict(num_beams=4),
+    "nucleus": dict(temperature=1.0, top_p=0.9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to make of an input.
+
+    Attributes:
+        input, format: what is read, and as what (a name that `prepare --format` takes).
+        out, to: the folder to write, in one of FORMATS.
+        checkpoints: models that write captions; the first gives scores and embeddings.
+        ways: how captions are written, as `way` reads them.
+        prompts: how captions begin.
+        text: which texts an image keeps, one of TEXTS; see choose.py.
+        min_score: least score of a text that is kept; None: any.
+        quantile: share of the texts, those of the lowest scores, that are left out.
+        embeddings: writes them too.
+        batch_size: images encoded at a time; rows: captions in flight; part: images between two
+            savings, a multiple of batch_size.
+        dtype: of the models; '': their own.
+        options: how the input is read.
+    """
+
+    input: str
+    format: str
+    out: str
+    to: str = "tar"
+    checkpoints: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ("greedy",)
+    prompts: tuple[str, ...] = ("",)
+    text: str = "better"
+    min_score: float | None = None
+    quantile: float = 0.0
+    embeddings: bool = False
+    batch_size: int = 16
+    rows: int = 64
+    part: int = 512
+    dtype: str = ""
+    options: Options = dataclasses.field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        for text in self.ways:
+            way(text)
+        if not 0 <= self.quantile < 1:
+            raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
+        if self.rows < self.batch_size:
+            raise ValueError(
+                f"--rows={self.rows}: at least --batch_size={self.batch_size}, images that start "
+                "together"
+            )
+        if self.part % self.batch_size:
+            raise ValueError(
+                f"--part={self.part}: give a multiple of --batch_size={self.batch_size}"
+            )
+
+    def told(self) -> dict[str, Any]:
+        """All but the place of the output, for the file that says how it was made."""
+        found = dataclasses.asdict(self)
+        del found["out"]
+        return found
+
+
+def way(text: str) -> Settings:
+    """Settings of a text such as 'nucleus,top_p=0.8,num_captions=3': a name (greedy, beams,
+    nucleus), then fields of `Settings`.
+
+    Raises:
+        ValueError: an unknown name or field, or settings that exclude each other.
+    """
+    name, *rest = (part.strip() for part in text.split(","))
+    if name not in _USUAL:
+        raise ValueError(f"--how={text}: begin with one of {', '.join(_USUAL)}")
+    given: dict[str, Any] = dict(_USUAL[name])
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key not in kinds:
+            raise ValueError(f"--how={text}: no setting {key!r}; choose from {', '.join(kinds)}")
+        try:
+            given[key] = _value(kinds[key], value)
+        except ValueError:
+            raise ValueError(f"--how={text}: {key} takes a {kinds[key].__name__}") from None
+    try:
+        return Settings(**given)
+    except ValueError as error:
+        raise ValueError(f"--how={text}: {error}") from None
+
+
+def _value(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)

@@ -1,0 +1,190 @@
+"""A shard: its captions, kept in parts while they are made, then written whole or not at all.
+
+A part is a JSON file of results that appears whole; a shard goes on after its last part. A shard
+is finished when its account is there, which is written after its file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import posixpath
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from coca_jax import sealed_json, storage
+from coca_jax.data import files
+from coca_jax.evaluators import collapse
+from coca_jax.importers import shards
+from coca_jax.importers.items import Item, printable
+from coca_jax.importers.shards import Job
+from coca_jax.inference import read_ahead
+from coca_jax.recaptioning import choose, writers
+from coca_jax.recaptioning.captioner import Captioner, Picture
+from coca_jax.recaptioning.request import Request
+
+_DETAIL = 300  # characters of what is said of an image that cannot be used
+
+
+def parts(job: Job) -> list[str]:
+    """The files of the parts that are there, in order."""
+    found: list[str] = []
+    while files.exists(path := f"{job.part}/part-{len(found):05d}.json"):
+        found.append(path)
+    return found
+
+
+def results(job: Job) -> Iterator[dict[str, Any]]:
+    """What was made of each image of a shard whose captions are all there."""
+    for path in parts(job):
+        yield from sealed_json.read(path)["results"]
+
+
+def is_captioned(job: Job) -> bool:
+    """Whether its captions, or its account, are all there."""
+    found = parts(job)
+    return bool(found and sealed_json.read(found[-1])["last"]) or account(job) is not None
+
+
+def account(job: Job) -> dict[str, Any] | None:
+    """What was written of a finished shard; None of another."""
+    path = f"{job.part}.json"
+    return sealed_json.read(path) if files.exists(path) else None
+
+
+def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> None:
+    """Makes the parts of a shard that are not there; `report` gets the numbers of items done."""
+    if is_captioned(job):
+        return
+    request, known = captioner.request, parts(job)
+    done = sum(sealed_json.read(path)["read"] for path in known)
+    report(done)
+    items = itertools.islice(enumerate(shards.read_items(job)), done, None)
+    batches = read_ahead.batches(
+        items,
+        lambda pair: captioner.read(pair[1]),
+        request.batch_size,
+        ahead=max(request.part // request.batch_size, read_ahead.AHEAD),
+    )
+    number, per_part = len(known), request.part // request.batch_size
+    while True:
+        with captioner.timed("input"):
+            taken = list(itertools.islice(batches, per_part))
+        last = sum(map(len, taken)) < request.part
+        _make(f"{job.part}/part-{number:05d}.json", taken, number, last, captioner)
+        report(sum(map(len, taken)))
+        number += 1
+        if last:
+            return
+
+
+def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner) -> None:
+    """Writes a part; its first captions are what is looked at of a model that collapsed."""
+    good, quarantined = [], []
+    for (place, item), pixels in itertools.chain.from_iterable(taken):
+        if isinstance(pixels, tuple):
+            texts = [" ".join(text.split()) for text in map(printable, item.texts)]
+            good.append(Picture(place, item.key, [text for text in texts if text], pixels))
+        else:
+            reason, _, detail = " ".join(str(pixels).split()).partition(": ")
+            quarantined.append(
+                dict(key=item.key, reason=reason, detail=printable(detail)[:_DETAIL])
+            )
+    found = captioner.part(good)
+    part = dict(results=found, quarantined=quarantined, read=sum(map(len, taken)), last=last)
+    if not number and good:
+        part["shuffled"] = captioner.look(good, found)
+    sealed_json.write(path, part)
+
+
+def write(job: Job, request: Request, threshold: float, name: str) -> None:
+    """Writes a captioned shard as file `name` of the output, then its account."""
+    if account(job) is not None:
+        return
+    read = [sealed_json.read(path) for path in parts(job)]
+    told: dict[str, Any] = dict(
+        read=sum(part["read"] for part in read),
+        quarantined=[one for part in read for one in part["quarantined"]],
+        collapse=_figures(read),
+        count=0,
+        with_text=0,
+        replaced=0,
+    )
+    by_number = {one["number"]: one for part in read for one in part["results"]}
+
+    def examples() -> Iterator[writers.Example]:
+        for number, item in enumerate(shards.read_items(job)):
+            result = by_number.get(number)
+            if result is None:
+                continue
+            if result["key"] != item.key:
+                raise ValueError(
+                    f"{job.units[0].path}: where {result['key']} was captioned there is now "
+                    f"{item.key}: the input has changed; give another --out"
+                )
+            kept = choose.kept(result, request.text, threshold)
+            if kept or threshold == float("-inf"):
+                known = {one["text"] for one in result["originals"]}
+                told["replaced"] += bool(kept) and kept[0][0] not in known
+                yield writers.Example(_key(job, number, item), item, kept, result)
+
+    path = files.join(request.out, name)
+    with storage.whole_file(path) as local:
+        told["count"], told["with_text"] = writers.write(request.to, local, examples())
+        if told["count"]:
+            told |= dict(file=name, bytes=os.path.getsize(local), sha256=shards.sha256(local))
+        else:
+            os.remove(local)
+    told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
+    sealed_json.write(f"{job.part}.json", told)
+    clear(job)
+
+
+def clear(job: Job) -> None:
+    """Removes the parts of a finished shard."""
+    storage.remove(job.part)
+
+
+def _key(job: Job, number: int, item: Item) -> str:
+    """The key in the output: a webdataset keeps its own, others are numbered."""
+    if job.format == "webdataset":
+        return item.key.removeprefix(posixpath.basename(job.units[0].path) + "/")
+    return f"{job.number:05d}{number:06d}"
+
+
+def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the shard's first captions: count, distinct, self_bleu, gain, tokens; and the distinct
+    share of the originals."""
+    first = [one["captions"][0]["text"] for part in read for one in part["results"]]
+    first = first[: collapse.MOST]
+    said = [
+        one["originals"][0]["text"] for part in read for one in part["results"] if one["originals"]
+    ]
+    shuffled = next((part["shuffled"] for part in read if "shuffled" in part), {})
+    return dict(
+        dict(gain=0.0, tokens=0) | shuffled,
+        count=len(first),
+        distinct=_mean(collapse.distinct(first)),
+        self_bleu=_mean(collapse.self_bleu(first)),
+        of_originals=_mean(collapse.distinct(said[: collapse.MOST])),
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return round(float(values.mean()), 4) if len(values) else 0.0
+
+
+def threshold(jobs: list[Job], request: Request) -> float:
+    """The least score of a text that is kept, over all shards."""
+    least = float("-inf") if request.min_score is None else request.min_score
+    if not request.quantile:
+        return least
+    every = itertools.chain.from_iterable(results(job) for job in jobs)
+    return max(least, choose.quantile(every, request.text, request.quantile))
+
+
+def as_number(value: float) -> float | None:
+    """A threshold as JSON has it."""
+    return None if np.isinf(value) else value

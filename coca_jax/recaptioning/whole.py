@@ -1,0 +1,186 @@
+"""The whole of a work: the plan of its shards, the threshold over all of them, the end.
+
+OUT/recaption/request.json   what was asked for, and the weights
+OUT/recaption/plan.json      the shards
+OUT/recaption/part-N/        the parts of a shard while it is made
+OUT/recaption/part-N.json    the account of a shard
+OUT/recaption.json           what there is, written last
+OUT/quarantine.jsonl         images that could not be used, and why
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from coca_jax import sealed_json, storage
+from coca_jax.data import files
+from coca_jax.evaluators import collapse
+from coca_jax.importers import metadata, shards, splits
+from coca_jax.importers.shards import Job
+from coca_jax.recaptioning import shard
+from coca_jax.recaptioning.request import Request
+from coca_jax.recaptioning.writers import SUFFIXES
+
+MANIFEST = "recaption.json"
+_UNNAMED = re.compile(r"(.*)\.\d+\.new")  # files of storage.write_bytes and whole_file, not whole
+
+
+def plan(request: Request) -> list[Job]:
+    """The shards; the same as before where an earlier run began.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing to read; or `out` holds something else, or what was
+            made with other options.
+    """
+    work = files.join(request.out, "recaption")
+    path = files.join(work, "request.json")
+    told = json.loads(json.dumps(request.told()))
+    if files.exists(path):
+        before = sealed_json.read(path)
+        other = sorted(key for key in told if before.get(key) != told[key])
+        if other:
+            raise ValueError(
+                f"--out={request.out} was begun with {other[0]}={before.get(other[0])!r}, not "
+                f"{told[other[0]]!r}; give the same, or another --out"
+            )
+    elif files.exists(request.out) and any(
+        found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
+    ):
+        raise ValueError(f"--out={request.out} holds something else; give a new folder")
+    elif files.exists(old := files.join(work, "plan.json")):
+        storage.remove(old)  # of a start that came no further
+    module = shards.importer(request.format)
+    asked = dict(format=request.format, input=request.input, options=told["options"])
+    jobs = splits.plan(module, request.format, request.input, "", request.options, work, 0, asked)
+    return jobs
+
+
+def begin(request: Request, checksums: Sequence[str]) -> None:
+    """Writes down what is asked for. Raises ValueError where other weights than these began."""
+    path = files.join(request.out, "recaption/request.json")
+    if not files.exists(path):
+        sealed_json.write(path, request.told() | dict(weights=list(checksums)))
+    elif sealed_json.read(path)["weights"] != list(checksums):
+        raise ValueError(
+            f"--out={request.out} was begun with other weights than --checkpoint holds now; give "
+            "another --out"
+        )
+
+
+def mine(jobs: Sequence[Job], text: str) -> list[Job]:
+    """The shards of --shard=i/n: every n-th from the i-th, which counts from 0.
+
+    Raises:
+        ValueError: not two such numbers.
+    """
+    if not text:
+        return list(jobs)
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise ValueError(f"--shard={text}: give i/n, i from 0 to n - 1, such as 0/8")
+    return list(jobs[int(i) :: int(n)])
+
+
+def name(request: Request, jobs: Sequence[Job], job: Job) -> str:
+    """The file of a shard."""
+    suffix = SUFFIXES[request.to]
+    if request.to == "array_record":
+        return f"train-{job.number:05d}-of-{len(jobs):05d}.{suffix}"
+    return f"{job.number:05d}.{suffix}"
+
+
+def threshold(request: Request, jobs: Sequence[Job]) -> float | None:
+    """The least score of a text that is kept; None while it takes captions that are not there."""
+    path = files.join(request.out, "recaption/threshold.json")
+    if not request.quantile:
+        return shard.threshold([], request)
+    if files.exists(path):
+        found = sealed_json.read(path)["threshold"]
+        return float("-inf") if found is None else found
+    if not all(shard.is_captioned(job) for job in jobs):
+        return None
+    value = shard.threshold(list(jobs), request)
+    sealed_json.write(path, dict(threshold=shard.as_number(value)))
+    return value
+
+
+def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any] | None:
+    """Writes what stands beside the shards and returns it; None while shards are missing."""
+    accounts = [shard.account(job) for job in jobs]
+    if not all(accounts):
+        return None
+    known = [account for account in accounts if account]
+    _tidy(request, jobs)
+    listed = [one for account in known for one in account["quarantined"]]
+    lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in listed)
+    storage.write_bytes(files.join(request.out, "quarantine.jsonl"), lines.encode())
+    entries = [
+        {key: account[key] for key in ("file", "count", "bytes", "sha256")}
+        for account in known
+        if account["count"]
+    ]
+    totals = {
+        key: sum(account[key] for account in known)
+        for key in ("read", "count", "with_text", "replaced", "filtered")
+    }
+    told = dict(
+        totals,
+        quarantined=dict(Counter(one["reason"] for one in listed)),
+        threshold=shard.as_number(least),
+        collapse=_collapse(known),
+        shards=entries,
+        request=request.told(),
+    )
+    if request.to == "array_record" and entries:
+        split: dict[str, Any] = dict(
+            count=totals["count"], with_text=totals["with_text"], with_label=0
+        )
+        split |= dict(shards=entries, read=totals["read"], filtered={}, quarantined={})
+        metadata.write(
+            request.out, dict(format="coca_jax-1", class_names=[], splits=dict(train=split))
+        )
+    sealed_json.write(files.join(request.out, MANIFEST), told)
+    return told
+
+
+def _tidy(request: Request, jobs: Sequence[Job]) -> None:
+    """Removes what runs that were killed left behind: parts, and files without their names yet.
+    Nobody writes such files any more: all accounts are there."""
+    for job in jobs:
+        shard.clear(job)
+    names = {name(request, jobs, job) for job in jobs}
+    for folder, ours in ((request.out, names), (files.join(request.out, "recaption"), None)):
+        for found in files.listing(folder):
+            begun = _UNNAMED.fullmatch(found)
+            if begun and (ours is None or begun[1] in ours):
+                storage.remove(files.join(folder, found))
+
+
+def finished(request: Request) -> dict[str, Any] | None:
+    """What `finish` wrote, or None."""
+    path = files.join(request.out, MANIFEST)
+    return sealed_json.read(path) if files.exists(path) else None
+
+
+def _collapse(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all shards, weighted by their captions, and the warning that they give."""
+    figures = [account["collapse"] for account in accounts if account["collapse"]["count"]]
+    count = sum(one["count"] for one in figures)
+    if not count:
+        return dict(captions=0, warning="")
+
+    def mean(key: str) -> float:
+        return round(sum(one[key] * one["count"] for one in figures) / count, 4)
+
+    found = dict(captions=count, distinct=mean("distinct"), self_bleu=mean("self_bleu"))
+    tokens = sum(one["tokens"] for one in figures)
+    if tokens:
+        found["image_gain"] = round(sum(one["gain"] for one in figures) / tokens, 4)
+    originals = mean("of_originals")
+    return found | dict(
+        distinct_originals=originals, warning=collapse.warning(found, count, originals or 1.0)
+    )
