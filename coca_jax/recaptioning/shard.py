@@ -162,7 +162,7 @@ def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
     said = [
         one["originals"][0]["text"] for part in read for one in part["results"] if one["originals"]
     ]
-    shuffled = next((part["shuffled"] for part in read if "shuffled" in part), {})
+    shuffled: dict[str, float] = next((part["shuffled"] for part in read if "shuffled" in part), {})
     return dict(
         dict(gain=0.0, tokens=0) | shuffled,
         count=len(first),

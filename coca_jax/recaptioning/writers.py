@@ -103,7 +103,7 @@ def _tar(path: str, examples: _Counted) -> None:
             arrays = one.embeddings()
             if arrays:
                 out = io.BytesIO()
-                np.savez(out, **arrays)
+                np.savez(out, **arrays)  # type: ignore[arg-type]
                 members["npz"] = out.getvalue()
             for name, data in members.items():
                 member = tarfile.TarInfo(f"{one.key}.{name}")

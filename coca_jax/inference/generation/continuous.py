@@ -30,14 +30,14 @@ from coca_jax.models.decoding import Decoder
 
 class Block(NamedTuple):
     """R images: their tokens [R, Q, D]; prompt int32 [R, P], right-aligned; prompt_len int32 [R];
-    rows uint32 [R], what makes random numbers an image's own; count: the first so many are images,
+    rows uint32 [R], what makes random numbers an image's own; used: the first so many are images,
     the others pad the block. R and P are the same for all blocks."""
 
     image_tokens: jax.Array
     prompt: np.ndarray
     prompt_len: np.ndarray
     rows: np.ndarray
-    count: int
+    used: int
 
 
 def generate(
@@ -55,13 +55,13 @@ def generate(
     for block in blocks:
         if state is None:
             state = _State(spec, weights, settings, block, size)
-        while (owner < 0).sum() < block.count:
+        while (owner < 0).sum() < block.used:
             state.burst(len(block.rows))
             state.harvest(owner, found)
-        free = np.flatnonzero(owner < 0)[: block.count]
+        free = np.flatnonzero(owner < 0)[: block.used]
         state.take_in(block, free)
-        owner[free] = np.arange(len(found), len(found) + block.count)
-        found += [()] * block.count
+        owner[free] = np.arange(len(found), len(found) + block.used)
+        found += [()] * block.used
     while state is not None and (owner >= 0).any():
         state.burst(size)
         state.harvest(owner, found)
@@ -115,7 +115,7 @@ class _State:
             block.image_tokens,
             block.prompt,
             block.prompt_len,
-            self._numbers(block.prompt_len, block.rows, block.count),
+            self._numbers(block.prompt_len, block.rows, block.used),
             places,
         )
 
