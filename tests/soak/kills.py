@@ -179,11 +179,20 @@ def read_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint: parameters, their average, optimizer, counters."""
     import jax
     import orbax.checkpoint as ocp
+    from etils import epath
+
+    from coca_jax import checkpointing
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices wrote it
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
     found = {}
+    folder = epath.Path(workdir) / "checkpoints" / str(step)
     for item in ("params", "ema", "opt_state", "counters"):
-        folder = workdir / "checkpoints" / str(step) / item
-        tree = ocp.StandardCheckpointer().restore(folder)
+        target = jax.tree.map(placed, checkpointing._metadata(folder, item))
+        tree = ocp.StandardCheckpointer().restore(folder / item, target)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
