@@ -248,7 +248,10 @@ def test_figures_equal_their_definitions():
         image_acc=[1.0, 1.0], text_acc=[1.0, 0.0], acc=[1.0, 0.0]
     )
     assert measuring._jaccard(np.array([0.5, 0.9, 0.1, 0.4]), [1, 3]) == 1 / 3
-    assert measuring.cue_prompt("apple") == "An apple"
+    assert measuring.cue_prompt("Apple") == "An apple"  # as DataComp's eval_utils/wino_eval.py
+    cues = dict(jaccard=np.array([1, 0.5, 0.25, 0]), candidates=np.array([5, 10, 12, 6]))
+    assert metrics.value("jaccard_10_12", cues) == 0.375
+    assert metrics.value("jaccard", cues) == 0.4375
     assert measuring.numbered(["b", None, "a"]).tolist() == [1, -1, 0]
 
 

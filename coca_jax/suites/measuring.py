@@ -112,7 +112,8 @@ def _of_pairs(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> dict[str,
         tables.append(by_image[i : i + n] @ by_text[t : t + m].T)
         i, t = i + n, t + m
     if "cue" in batch[0]:
-        return dict(jaccard=[_jaccard(x[:, 0], one["right"]) for x, one in zip(tables, batch)])
+        scores = [_jaccard(x[:, 0], one["right"]) for x, one in zip(tables, batch)]
+        return dict(jaccard=scores, candidates=[float(len(x)) for x in tables])
     found = chosen(tables)
     if hasattr(model, "caption_log_likelihood"):
         likely = chosen(_likelihoods(model, batch))
@@ -146,8 +147,10 @@ def chosen(tables: Iterable[np.ndarray]) -> dict[str, list[float]]:
 
 
 def cue_prompt(cue: str) -> str:
-    """The text of a cue of WinoGAViL (Bitton et al. 2022): 'A dog', 'An apple'."""
-    return f"{'An' if cue[:1].upper() in 'AEIOU' else 'A'} {cue}"
+    """The text of a cue of WinoGAViL (Bitton et al. 2022) as DataComp writes it: 'A dog', 'An
+    apple'."""
+    cue = cue.lower()
+    return f"{'An' if cue[:1] in tuple('aeiou') else 'A'} {cue}"
 
 
 def _jaccard(scores: np.ndarray, right: Sequence[int]) -> float:

@@ -137,6 +137,13 @@ def share(name: str) -> Metric:
     return lambda found: float(found[name].mean())
 
 
+def jaccard_of_many(found: Outcome) -> float:
+    """The mean Jaccard score of the examples with ten candidates or more (DataComp's figure of
+    WinoGAViL, whose examples have 5, 6, 10 or 12)."""
+    many = found["candidates"] >= 10
+    return float(found["jaccard"][many].mean()) if many.any() else float("nan")
+
+
 # What needs which arrays; of a task all are given that its outcome has the arrays for.
 METRICS: dict[str, tuple[tuple[str, ...], Metric]] = {
     "acc1": (("guess",), acc1),
@@ -156,6 +163,7 @@ METRICS: dict[str, tuple[tuple[str, ...], Metric]] = {
     "likelihood_text_acc": (("likelihood_text_acc",), share("likelihood_text_acc")),
     "likelihood_acc": (("likelihood_acc",), share("likelihood_acc")),
     "jaccard": (("jaccard",), share("jaccard")),
+    "jaccard_10_12": (("jaccard", "candidates"), jaccard_of_many),
     "lp_acc1": (("lp_guess",), lambda found: float((found["lp_guess"] == found["target"]).mean())),
 }
 

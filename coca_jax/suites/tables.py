@@ -49,7 +49,7 @@ DATACOMP: dict[str, tuple[str, str]] = {
     "vtab/svhn": ("SVHN", ACC),
     "retrieval/flickr_1k_test_image_text_retrieval": ("Flickr", "mean_recall@1"),
     "retrieval/mscoco_2014_5k_test_image_text_retrieval": ("MSCOCO", "mean_recall@1"),
-    "misc/winogavil": ("WinoGAViL", "jaccard"),
+    "misc/winogavil": ("WinoGAViL", "jaccard_10_12"),
     "wilds/iwildcam": ("iWildCam", "F1-macro_all"),
     "wilds/camelyon17": ("Camelyon17", ACC),
     "wilds/fmow": ("FMoW", "acc_worst_group"),
@@ -60,8 +60,10 @@ DATACOMP: dict[str, tuple[str, str]] = {
 RENAMED = {
     "acc_avg": ACC,
     "acc_worst_region": "acc_worst_group",
-    "acc_top5_worst_income": "acc5_worst_group",
+    "acc_wg": "acc_worst_group",
+    "acc_top5_wg": "acc5_worst_group",
     "avg_jaccard_score": "jaccard",
+    "jaccard_score_10-12": "jaccard_10_12",
 }
 MAIN = {  # of a set whose figure nobody names
     "classification": ACC,
