@@ -14,7 +14,7 @@ from coca_jax import partitioning
 from coca_jax.configs import coca_base, demo, finetune_open_clip
 from coca_jax.models import coca, decoding
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
-from coca_jax.ops.reference import ACTIVATIONS
+from coca_jax.ops.reference import ACTIVATIONS as REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_log_probs_of_any_size(kernels):
 
 
 @needs_compiler
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", cpu_kernels.ACTIVATIONS)
 @each_shape
 def test_mlp_equals_numpy(kernels, batch, queries, width, heads, activation):
     numbers = Numbers(width)
@@ -106,7 +106,7 @@ def test_mlp_equals_numpy(kernels, batch, queries, width, heads, activation):
     weights = {"in": packed(up), "out": packed(down)}
     found = kernels.mlp(x, norm, weights, activation)
     with jax.enable_x64():
-        hidden = ACTIVATIONS[activation](dense(up, normed(norm, x)))
+        hidden = REFERENCE[activation](dense(up, normed(norm, x)))
     want = x + dense(down, np.asarray(hidden))
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_nan_in_gives_nan_out(kernels):
     found = np.asarray(kernels.log_probs(x, norm, packed(head)))
     assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
     weights = {"in": packed(numbers.dense(16, 64)), "out": packed(numbers.dense(64, 16))}
-    for activation in ACTIVATIONS:
+    for activation in cpu_kernels.ACTIVATIONS:
         found = np.asarray(kernels.mlp(x, norm, weights, activation))
         assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
 

@@ -213,7 +213,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
             caches,
             image,
         )
-        found = decoding.log_probs_of(spec, weights, states)
+        found = decoding.log_probs_of(weights, states)
         for b, w in itertools.product(range(3), range(width)):
             padded = np.pad(text[b][w], (0, 8 - len(text[b][w])))[None]  # one shape to compile
             expected = log_probs(np.array([b]), padded)[0, len(text[b][w]) - 1]

@@ -125,7 +125,7 @@ def test_values_are_replaced_from_the_command_line(parse):
     [
         (["--config.optimizer.learning_rte=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
-        (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: beta1, beta2"),
+        (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: average_share, beta1"),
         (["--config.batch_size.x=1"], "--config.batch_size is a value and has no keys"),
         (["--config.data.sources.0.path=x"], "data.sources is a tuple of 2"),
         (
@@ -138,7 +138,7 @@ def test_values_are_replaced_from_the_command_line(parse):
         (["--learning_rate=1e-4"], "no such flag; .* is --config.optimizer.learning_rate=1e-4"),
         (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
         (["--config.optimizer.learning_rate=x"], "give a number, as 0.001 in the recipe"),
-        (["--config.optimizer=adam"], "a group of keys; set one: beta1, beta2"),
+        (["--config.optimizer=adam"], "a group of keys; set one: average_share, beta1"),
     ],
 )
 def test_a_wrong_key_or_value_names_the_right_one(arguments, message, parse, capsys):
