@@ -30,6 +30,7 @@ from coca_jax.interop import safetensors_file
 if TYPE_CHECKING:
     from coca_jax.inference import CoCaModel
 
+SHARES_FLAGS_OF = (evaluate.__name__,)  # for --help
 ADAPTER, CURVE = "adapter.safetensors", "blend.json"
 
 

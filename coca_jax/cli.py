@@ -171,9 +171,10 @@ def help_text(name: str, module: Any) -> str:
 
 
 def _own_flags(module: Any) -> list[flags.Flag]:
-    """The flags that the command defines, none of the libraries'."""
-    found = flags.FLAGS.get_flags_for_module(module.__name__)
-    return found + flags.FLAGS.get_flags_for_module(recipes.__name__)
+    """The flags that the command defines, or takes over from others in `SHARES_FLAGS_OF`; none of
+    the libraries'."""
+    names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ()), recipes.__name__]
+    return [flag for name in names for flag in flags.FLAGS.get_flags_for_module(name)]
 
 
 def parse_flags(argv: Sequence[str], module: Any) -> list[str]:

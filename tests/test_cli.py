@@ -20,6 +20,7 @@ STARTS = {
     "prepare": ["--format=csv", "--input=list.csv", "--out=data"],
     "convert": ["--input=weights.bin", "--out=out"],
     "compile": ["--config=tiny", "--topology=cpu:1"],
+    "blend": ["--base=weights", "--checkpoint=tuned", "--out=out"],
     "export": ["--checkpoint=weights", "--out=out"],
     "report": ["--workdir=run"],
     "benchmark": ["losses"],
@@ -97,7 +98,9 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     status, _, errors = started[name]
     first, *others = errors.splitlines()
     words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
-    words |= dict.fromkeys(("evaluate", "caption", "search", "serve", "export"), "loading weights")
+    words |= dict.fromkeys(
+        ("evaluate", "caption", "search", "serve", "export", "blend"), "loading weights"
+    )
     words |= {"recaption": "list.csv: read as --format=csv"}
     words |= {"fit": "fitting photos in run: starting JAX"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
