@@ -28,7 +28,6 @@ from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Set
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
 
-_TRIED = 64  # captions, at least, that are scored with another image too
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
 
@@ -257,16 +256,18 @@ class Captioning(Evaluator):
         f1: list[float] = []
         captions: list[str] = []
         gains: list[tuple[float, float]] = []
+        recent: list[Record] = []
         references: list[list[str]] = []
         shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
         for batch in in_batches(records, self.batch_size, show=show):
             found = self.outputs.take(batch) if self.outputs else []
             if len(found) < len(batch):
-                made = self._make(predict, batch, len(found), len(references))
+                made = self._make(predict, batch, len(found), recent, len(references))
                 if self.outputs:
                     self.outputs.add(made)
                 found = found + made
+            recent = [*recent, *batch][-collapse.APART :]
             for record, one in zip(batch, found):
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
@@ -308,10 +309,15 @@ class Captioning(Evaluator):
         return ([self.warning] if self.warning else []) + skipped
 
     def _make(
-        self, predict: Predictor, batch: Sequence[Record], first: int, before: int
+        self,
+        predict: Predictor,
+        batch: Sequence[Record],
+        first: int,
+        recent: Sequence[Record],
+        before: int,
     ) -> list[dict[str, Any]]:
         """The model's outputs of a batch's records from the `first`, as `Outputs` keeps them;
-        before: records of the batches before."""
+        recent: the last records of the batches before; before: how many there were."""
         records = batch[first:]
         images = stack_images(records)
         made: list[dict[str, Any]] = [dict(key=str(r.get("key", ""))) for r in records]
@@ -336,11 +342,9 @@ class Captioning(Evaluator):
                 raise ValueError(f"{len(captions)} captions for {len(made)} images in {self.name}")
             for one, caption in zip(made, captions):
                 one["caption"] = caption
-            if self.perplexity and before < _TRIED:
-                others = [batch[(i + len(batch) // 2) % len(batch)] for i in range(len(batch))]
-                found = collapse.gains(predict, images, stack_images(others[first:]), captions)
-                for one, gain, count in zip(made, *found):
-                    one["gain"] = (float(gain), float(count))
+            if self.perplexity:
+                found = collapse.first_gains(predict, recent, batch, captions, before + first)
+                made = [dict(one, gain=gain) for one, gain in zip(made, found)]
         return made
 
     def _collapse(

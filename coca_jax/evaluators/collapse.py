@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coca_jax.evaluators import caption_metrics
+from coca_jax.evaluators import Record, caption_metrics, stack_images
 
+TRIED = 64  # captions that an evaluation scores with another image too
+APART = 7  # places between an image and that other one: neighbours in a set are often alike
 LEAST = 32  # captions below which nothing is warned of
 LEAST_DISTINCT = 0.2  # of the share that the references have, or of 1 without references
 LEAST_GAIN = 0.01  # nats a token
@@ -84,6 +86,28 @@ def gains(
     wrong, _ = model.caption_log_likelihood(others, texts)
     gain = np.asarray(right, np.float64) - np.asarray(wrong, np.float64)
     return gain, np.asarray(tokens, np.int64)
+
+
+def first_gains(
+    model: Scorer, recent: Sequence[Record], batch: Sequence[Record], texts: Sequence[str], at: int
+) -> list[tuple[float, float] | None]:
+    """(gain, tokens) of the caption of each of the batch's last records, None beyond the first
+    `TRIED` of the set: beside the image `APART` places before, or the first; the first has none.
+
+    recent: the last `APART` records before the batch, so that it does not matter how long that is;
+    texts: of the last records of the batch; at: the place in the set of the first of them.
+    """
+    line = [*recent, *batch]
+    start = len(line) - len(texts)
+    chosen = [i for i in range(len(texts)) if 0 < at + i < TRIED]
+    found: list[tuple[float, float] | None] = [None] * len(texts)
+    if not chosen:
+        return found
+    own = stack_images([line[start + i] for i in chosen])
+    others = stack_images([line[max(0, start + i - APART)] for i in chosen])
+    for i, gain, tokens in zip(chosen, *gains(model, own, others, [texts[i] for i in chosen])):
+        found[i] = (float(gain), float(tokens))
+    return found
 
 
 def warning(figures: Mapping[str, float], count: int, of_references: float = 1.0) -> str:
