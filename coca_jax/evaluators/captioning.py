@@ -250,10 +250,8 @@ class Captioning(Evaluator):
         exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
         Afterwards `examples` holds pictures with captions and references.
         """
-        sums: list[float] = []
-        tokens: list[float] = []
+        sums, tokens, f1 = list[float](), list[float](), list[float]()
         exact: list[bool] = []
-        f1: list[float] = []
         captions: list[str] = []
         gains: list[tuple[float, float]] = []
         recent: list[Record] = []
@@ -343,8 +341,8 @@ class Captioning(Evaluator):
             for one, caption in zip(made, captions):
                 one["caption"] = caption
             if self.perplexity:
-                found = collapse.first_gains(predict, recent, batch, captions, before + first)
-                made = [dict(one, gain=gain) for one, gain in zip(made, found)]
+                gains = collapse.first_gains(predict, recent, batch, captions, before + first)
+                made = [dict(one, gain=gain) for one, gain in zip(made, gains)]
         return made
 
     def _collapse(
