@@ -192,7 +192,9 @@ class Walk:
 
 
 PYTHON = """
-import contextlib, json, sys, traceback
+import contextlib, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")  # what examples start must not write among the answers
+os.dup2(2, 1)
 spaces = {}
 for line in sys.stdin:
     page, text = json.loads(line)
@@ -202,7 +204,7 @@ for line in sys.stdin:
             exec(compile(text, page, "exec"), spaces.setdefault(page, {}))
     except BaseException:
         said = traceback.format_exc()
-    print(json.dumps(said), flush=True)
+    print(json.dumps(said), file=answers, flush=True)
 """
 
 
