@@ -132,7 +132,8 @@ def test_each_ctrl_c_in_a_terminal_reaches_each_process_once(tmp_path, patience,
     command = ["bash", str(script), "2", "--"]
     command += [f"--workdir={tmp_path}", f"--patience={patience}"]
     terminal, inner = pty.openpty()
-    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    own = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    own += "; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # one behind & ignores it
     process = subprocess.Popen(
         [sys.executable, "-c", own + "; os.execvp(sys.argv[1], sys.argv[1:])", *command],
         stdin=inner,
