@@ -114,7 +114,8 @@ def test_scores_are_plain_figures_of_the_model(on_one, folder):
     for key in plain:  # each with an interval and the number of its examples
         if "/num_" not in key:
             assert saved[f"{key}_low"] <= saved[key] <= saved[f"{key}_high"]
-            assert saved[f"{key}_count"] >= COUNT
+            # The first image has none before it that its caption could be tried with.
+            assert saved[f"{key}_count"] >= COUNT - key.endswith("/image_gain")
     classes = json.loads((out / "eval_classes.json").read_text())["zeroshot/c"]
     assert sum(n for _, _, n in classes["confusion"]) == COUNT == sum(classes["count"])
     assert not (out / "eval_progress.json").exists()
