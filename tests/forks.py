@@ -3,8 +3,8 @@
 A start of Python with JAX and the rest takes seconds of a core, a fork takes hundredths. A fork is
 the command as it is: the same `cli.main`, its own flags, devices, files and exit status.
 
-    with forks.Server(env, folder) as server:
-        status, out, err = server.run(["train", "--config=tiny"], cwd)
+    with forks.Server(env) as server:
+        done = server.run(["train", "--config=tiny"], cwd)  # returncode, stdout, stderr
         subprocess.run(["bash", "-c", "coca-jax train | head"], env=server.env)   # by stand-ins
 
 `server.env` has programs `coca-jax` and `python` first in its PATH, for whatever runs commands by
@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 PARSE = "FORKS_PARSE_ONLY"  # in the environment of a command: its flags are read, no more
@@ -42,25 +43,34 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 class Server:
-    """An interpreter that waits, started with `env`, and the stand-ins for it in `folder`."""
+    """An interpreter that waits, started with `env`, and the stand-ins for it.
 
-    def __init__(self, env: dict[str, str], folder: pathlib.Path):
+    blocked: modules that cannot be imported in it; then it imports nothing else beforehand.
+    """
+
+    def __init__(self, env: dict[str, str], blocked: Sequence[str] = ()):
+        # Not below pytest's folders: a socket's name has at most 107 bytes.
+        self.scratch = tempfile.TemporaryDirectory(prefix="forks-")
+        folder = pathlib.Path(self.scratch.name)
         self.bin = folder / "bin"
-        self.bin.mkdir(parents=True)
+        self.bin.mkdir()
         place = str(folder / "socket")
-        assert len(place) < 100, "a socket's name has at most 107 bytes"
         for name in ("coca-jax", "python", "python3"):
             text = STAND_IN.format(python=sys.executable, socket=place)
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
         self.env = env | {"PATH": f"{self.bin}:{env['PATH']}"}
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), place]
+        command = [sys.executable, str(pathlib.Path(__file__).resolve()), place, *blocked]
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, cwd=folder)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
 
     def run(
-        self, arguments: Sequence[str], cwd: pathlib.Path, env: dict[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        cwd: pathlib.Path,
+        env: dict[str, str] | None = None,
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
         """`coca-jax` with `arguments`, in the folder `cwd`, with more environment."""
         return subprocess.run(
@@ -70,7 +80,8 @@ class Server:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=900,
+            errors="replace",
+            timeout=timeout,
         )
 
     def __enter__(self) -> Server:
@@ -79,17 +90,21 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+        self.scratch.cleanup()
 
 
-def serve(place: str) -> None:
+def serve(place: str, blocked: Sequence[str] = ()) -> None:
     """Answers one command after the other, each in a process of its own."""
+    for name in blocked:
+        sys.modules[name] = None  # type: ignore[assignment]
     from coca_jax import cli, quiet
 
-    quiet.environment()
-    for name in cli.COMMANDS:
-        importlib.import_module(f"coca_jax.{name}")
-    for name in ("checkpointing", "inference", "training.run", "importers.splits"):
-        importlib.import_module(f"coca_jax.{name}")
+    if not blocked:
+        quiet.environment()
+        for name in cli.COMMANDS:
+            importlib.import_module(f"coca_jax.{name}")
+        for name in ("checkpointing", "inference", "training.run", "importers.splits"):
+            importlib.import_module(f"coca_jax.{name}")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
@@ -166,4 +181,4 @@ def parse(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

@@ -1,17 +1,13 @@
 """Whatever a command is given in place of what it wants, it says so in a line and ends with 2."""
 
 import io
-import json
 import os
-import pathlib
 import socket
-import subprocess
-import sys
 
+import docs_walk
+import forks
 import pytest
 from PIL import Image
-
-HERE = pathlib.Path(__file__).parent
 
 # How each command is given a bad path; the rest of it is good, or not looked at before.
 PLACES = {
@@ -86,12 +82,10 @@ def run_all(folder, pairs):
     """{(place, kind): (status, what was said)} of commands, each in a fork of one interpreter."""
     paths = _surroundings(folder)
     cases = [[one.replace("{}", paths[kind]) for one in PLACES[place]] for place, kind in pairs]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    env = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(HERE / "bad_inputs.py"), "cases.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(pairs, json.loads(done.stdout.splitlines()[-1])))
+    env = os.environ | {"PYTHONPATH": str(docs_walk.ROOT), "JAX_PLATFORMS": "cpu"}
+    with forks.Server(env) as server:
+        done = [server.run(arguments, folder, timeout=60) for arguments in cases]
+    return {pair: (one.returncode, one.stderr) for pair, one in zip(pairs, done)}
 
 
 def check(found):

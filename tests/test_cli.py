@@ -1,9 +1,9 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
-import json
-import subprocess
+import os
 import sys
 
+import forks
 import pytest
 
 from coca_jax import cli
@@ -25,43 +25,14 @@ STARTS = {
     "report": ["--workdir=run"],
     "benchmark": ["losses"],
 }
-# One interpreter for all of them: each runs in a fork of its own, and cannot import what is slow.
-DRIVER = """
-import json, os, sys
-for name in ("jax", "tensorflow", "orbax", "flax"):
-    sys.modules[name] = None
-from coca_jax import cli
-found = {}
-for name, arguments in json.loads(sys.argv[1]).items():
-    if not (child := os.fork()):
-        for number, kind in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{name}.{kind}", os.O_WRONLY | os.O_CREAT), number)
-        sys.argv = ["coca-jax", name, *arguments]
-        status = 1
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    found[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-json.dump(found, open("status.json", "w"))
-"""
+HEAVY = ("jax", "tensorflow", "orbax", "flax")  # a command that imports one of them ends there
 
 
 def run_all(folder, arguments):
     """{command: (exit status, standard output, standard error)} of each in a fork."""
-    command = [sys.executable, "-c", DRIVER, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    status = json.loads((folder / "status.json").read_text())
-    read = lambda name, kind: (folder / f"{name}.{kind}").read_text()  # noqa: E731
-    return {name: (status[name], read(name, "out"), read(name, "err")) for name in arguments}
+    with forks.Server(dict(os.environ), HEAVY) as server:
+        done = {name: server.run([name, *rest], folder) for name, rest in arguments.items()}
+    return {name: (one.returncode, one.stdout, one.stderr) for name, one in done.items()}
 
 
 def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):

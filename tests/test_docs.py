@@ -136,7 +136,7 @@ class Walk:
             XDG_CACHE_HOME=str(folder.parent / "cache"),
             HOME=str(folder.parent),
         )
-        self.server = forks.Server(self.env, folder.parent / "forks")
+        self.server = forks.Server(self.env)
         self.python = subprocess.Popen(
             [sys.executable, "-c", PYTHON],
             cwd=folder,
