@@ -161,11 +161,11 @@ def write_adapter(tuned: dict, base: dict, rank: int, out: str) -> dict[str, Any
     factors = lora.extract(tuned, base, rank)
     if not factors:
         raise ValueError("both models are the same: there is no change to write")
+    before = export_format.flatten(base)
     again = export_format.flatten(lora.apply(base, factors))
     whole, left = 0.0, 0.0
     for name, x in export_format.flatten(tuned).items():
-        start = np.asarray(export_format.flatten(base)[name], np.float64)
-        whole += float(np.square(x - start).sum())
+        whole += float(np.square(x - np.asarray(before[name], np.float64)).sum())
         left += float(np.square(x - again[name]).sum())
     with storage.local_folder(out) as folder:
         blocks = {name: export_format.blocks(name, x) for name, x in factors.items()}

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax import checked_files, sealed_json, storage
-from coca_jax.config import StoredConfig, read
+from coca_jax.config import StoredConfig, read, section
 from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
@@ -177,10 +177,10 @@ def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     data = sealed_json.unseal(data, str(path))
-    for section in ("model", "tokenizer"):
-        if not isinstance(data.get(section), dict):
+    for part in ("model", "tokenizer"):
+        if not isinstance(data.get(part), dict):
             raise ValueError(
-                f"{path}: it has no {section!r}; it is not the configuration of an export"
+                f"{path}: it has no {part!r}; it is not the configuration of an export"
             )
     name = data["tokenizer"].get("file")
     if not checked_files.is_name(name):
@@ -229,15 +229,9 @@ def place(params: Any, shardings: Any) -> Any:
     return jax.tree.map(one, params, shardings)
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dict -> flat dict by path 'a/b/c'."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
+    return section.flatten(params, "/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:

@@ -157,12 +157,12 @@ def short(value: Any) -> str:
     return shown if len(shown) <= 200 else shown[:197] + "..."
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Nested values by the names that flags have: {'mesh': {'fsdp': 8}} -> {'mesh.fsdp': 8}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             flat[prefix + key] = value
     return flat
