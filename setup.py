@@ -30,7 +30,8 @@ setuptools.setup(
     package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
     package_data={
         "coca_jax": [
-            "ops/cpu/decode_kernels.cc",
+            "ops/cpu/*.cc",
+            "ops/cpu/*.h",
             "py.typed",
             "data/vocabulary/bpe_simple_vocab_16e6.*",
             "inference/model_card.md",

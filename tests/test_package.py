@@ -104,6 +104,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_recipes(wheel):
     assert package - found == set()
     assert {f"coca_jax/configs/{name}" for name in files_of(ROOT / "configs")} <= found
     assert {"coca_jax/py.typed", "coca_jax/ops/cpu/decode_kernels.cc"} <= found
+    assert {"coca_jax/ops/cpu/conv_kernels.cc", "coca_jax/ops/cpu/team.h"} <= found
     assert {name.split("/")[0] for name in found if ".dist-info" not in name} == {"coca_jax"}
 
 

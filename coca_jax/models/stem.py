@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import ACTIVATIONS, Reference
+from coca_jax.ops.reference import Before, Reference
 from coca_jax.partitioning import with_axes
 
 
@@ -19,11 +19,14 @@ class Convolution(nn.Module):
     The kernel is standardised: zero mean and unit norm over its inputs for each output, times a
     learned gain (Qiao et al. 2019). What goes in with unit variance comes out with about the gain's
     square, so no norm of the activations is needed, which costs a pass over them.
+
+    before: what the input goes through first.
     """
 
     features: int
     stride: int = 1
     gain: float = 1.0
+    before: Before | None = None
     dtype: Any = jnp.float32
     ops: Reference = Reference()
 
@@ -43,8 +46,7 @@ class Convolution(nn.Module):
         bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (self.features,))
         kernel = kernel - kernel.mean((0, 1, 2))
         kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
-        y = self.ops.convolve(x, kernel, self.stride, self.dtype)
-        return self.ops.add_bias(y, bias.astype(y.dtype))
+        return self.ops.convolve(x, kernel, bias, self.stride, self.dtype, self.before)
 
 
 RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
@@ -65,10 +67,11 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        y = unit_activation(x, self.activation, self.variance)
-        y = Convolution(width, dtype=self.dtype, ops=self.ops, name="in")(y)
-        y = unit_activation(y, self.activation, 1.0)
-        y = Convolution(width, gain=RESIDUAL_GAIN, dtype=self.dtype, ops=self.ops, name="out")(y)
+        shared = dict(dtype=self.dtype, ops=self.ops)
+        before = unit_activation(self.activation, self.variance)
+        y = Convolution(width, before=before, name="in", **shared)(x)
+        before = unit_activation(self.activation, 1.0)
+        y = Convolution(width, gain=RESIDUAL_GAIN, before=before, name="out", **shared)(y)
         return x + y.astype(x.dtype)
 
 
@@ -82,9 +85,9 @@ ACTIVATION_GAIN = {
 }
 
 
-def unit_activation(x: jax.Array, activation: str, variance: float) -> jax.Array:
-    """The activation of x, whose variance is given, scaled to unit variance about its mean."""
-    return ACTIVATIONS[activation](x * variance**-0.5) * ACTIVATION_GAIN[activation]
+def unit_activation(activation: str, variance: float) -> Before:
+    """The activation of what has a given variance, scaled to unit variance about its mean."""
+    return Before(activation, variance**-0.5, ACTIVATION_GAIN[activation])
 
 
 class ConvStem(nn.Module):
@@ -104,12 +107,13 @@ class ConvStem(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         variance = 1.0
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
-            if stage:
-                x = unit_activation(x, self.activation, variance)
-            x = Convolution(width, stride=2, dtype=self.dtype, ops=self.ops, name=f"down{stage}")(x)
+            before = unit_activation(self.activation, variance) if stage else None
+            x = Convolution(
+                width, stride=2, before=before, dtype=self.dtype, ops=self.ops, name=f"down{stage}"
+            )(x)
             variance = 1.0
             for block in range(depth):
                 name = f"block{stage}_{block}"
                 x = ConvBlock(variance, self.activation, self.dtype, self.ops, name=name)(x)
                 variance += RESIDUAL_GAIN**2
-        return unit_activation(x, self.activation, variance)
+        return unit_activation(self.activation, variance)(x)

@@ -29,7 +29,7 @@ def choose(platform: str, implementation: str = "auto") -> Reference:
     platform: 'cpu', 'gpu' (jax also says 'cuda' or 'rocm'), 'tpu'; of any other kind of device the
     reference.
     implementation: 'auto': what is fastest there. 'xla': the same layouts, but no kernel that XLA
-    did not make itself (Pallas, cuDNN). 'reference': plain JAX.
+    did not make itself (Pallas, cuDNN, C++). 'reference': plain JAX.
     Raises ValueError for another implementation.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -40,7 +40,7 @@ def choose(platform: str, implementation: str = "auto") -> Reference:
     if implementation == "reference":
         return Reference()
     if platform == "cpu":
-        return Cpu()
+        return Cpu(kernels=kernels)
     if platform in ("gpu", "cuda", "rocm"):
         return Gpu(cudnn=kernels and platform != "rocm")
     return Tpu(kernels=kernels) if platform == "tpu" else Reference()

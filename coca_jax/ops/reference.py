@@ -15,7 +15,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": nn.silu,
 }
+
+
+class Before(NamedTuple):
+    """What is done to the input of a convolution: `gain` times an activation of `scale` times it.
+
+    name: of ACTIVATIONS.
+    """
+
+    name: str
+    scale: float
+    gain: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.name](x * self.scale) * self.gain
 
 
 @functools.cache
@@ -177,14 +191,26 @@ class Reference:
         """The dtype that stacked kernels are cast to, once a step, for products in `dtype`."""
         return jnp.dtype(dtype)
 
-    def convolve(self, x: jax.Array, kernel: jax.Array, stride: int, dtype: Any) -> jax.Array:
-        """x [B, H, W, C] convolved with a kernel [3, 3, C, F], zeros around it ->
-        [B, H / stride, W / stride, F], product and result in `dtype`; stride 1 or 2, H and W even.
+    def convolve(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array,
+        stride: int,
+        dtype: Any,
+        before: Before | None = None,
+    ) -> jax.Array:
+        """x [B, H, W, C], or before(x), convolved with a kernel [3, 3, C, F], zeros around it, plus
+        bias [F] -> [B, H / stride, W / stride, F], product and result in `dtype`; stride 1 or 2, H
+        and W even.
         """
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        x = (before(x) if before else x).astype(dtype)
+        kernel = kernel.astype(dtype)
         if x.shape[-1] <= 4:  # of an image: convolutions of so few channels are slow everywhere
-            return unfold(x, stride) @ kernel.reshape(-1, kernel.shape[-1])
-        return convolve(x, kernel, stride)
+            y = unfold(x, stride) @ kernel.reshape(-1, kernel.shape[-1])
+        else:
+            y = convolve(x, kernel, stride)
+        return self.add_bias(y, bias.astype(y.dtype))
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x [..., O] plus bias [O], both of one dtype."""

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from coca_jax.ops.cpu import conv_kernels
 from coca_jax.ops.reference import (
     NORM_EPSILON,
+    Before,
     Reference,
     attend,
     checkpoint_name,
@@ -25,6 +27,7 @@ from coca_jax.ops.reference import (
     whole_mask,
     wide,
 )
+from coca_jax.partitioning import active_mesh
 
 # Since 0.10 jaxlib has two libraries for a CPU. YNNPACK's convolutions take twice the time of
 # Eigen's, forward and backward; products are left to it. See docs/performance.md.
@@ -39,6 +42,12 @@ def compiler_options() -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:
         return {}
     return dict(OPTIONS)
+
+
+def one_device() -> bool:
+    """Whether no mesh splits arrays here: XLA cannot split the call of a kernel."""
+    mesh = active_mesh()
+    return mesh is None or mesh.size == 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -84,7 +93,12 @@ add_bias.defvjp(lambda x, bias: (x + bias, None), _bias_backward)
 
 @dataclasses.dataclass(frozen=True)
 class Cpu(Reference):
-    """Two-dimensional products: XLA repacks the operands of batched ones on a CPU."""
+    """Two-dimensional products: XLA repacks the operands of batched ones on a CPU.
+
+    kernels: use `conv_kernels`, which XLA did not make itself, where arrays are on one device.
+    """
+
+    kernels: bool = True
 
     @property
     def description(self) -> str:
@@ -104,11 +118,30 @@ class Cpu(Reference):
         rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype))
         return rows.reshape(x.shape[:-1] + kernel.shape[1:])
 
-    def convolve(self, x: jax.Array, kernel: jax.Array, stride: int, dtype: Any) -> jax.Array:
-        # In float32 also of rounded operands, and of an image's few channels too: Eigen's are fast
-        # there, and XLA would convert bfloat16 to and fro.
-        x, kernel = (a.astype(dtype).astype(wide(dtype)) for a in (x, kernel))
-        return convolve(x, kernel, stride)
+    def convolve(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array,
+        stride: int,
+        dtype: Any,
+        before: Before | None = None,
+    ) -> jax.Array:
+        # In float32 also of rounded operands, and of an image's few channels too: XLA would convert
+        # bfloat16 to and fro.
+        result = wide(dtype)
+        kernels = self.kernels and result == jnp.float32 and one_device()
+        if not (kernels and conv_kernels.fits(x, kernel, stride) and conv_kernels.available()):
+            x = before(x) if before else x
+            x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
+            return self.add_bias(convolve(x, kernel, stride), bias.astype(result))
+        rectify = before is not None and before.name == "relu" and x.dtype == dtype == jnp.float32
+        if rectify:  # a ReLU commutes with its factors, which are the kernel's as well
+            kernel = kernel * (before.scale * before.gain)
+        elif before:
+            x = before(x)
+        x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
+        return conv_kernels.convolve(x, kernel, bias.astype(result), stride, rectify)
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         return add_bias(x, bias)

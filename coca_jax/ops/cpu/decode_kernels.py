@@ -1,101 +1,30 @@
 """Kernels for decoding on a CPU: the residual parts of a block, with weights in panels.
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
-step of decoding has. The source, `decode_kernels.cc`, is compiled at first use by the machine's C++
-compiler for the machine's processor, and kept. Numbers: docs/performance.md, "Captions beside
-open_clip".
+step of decoding has. Numbers: docs/performance.md, "Captions beside open_clip".
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import logging
-import os
 import pathlib
-import shlex
-import stat
-import subprocess
-import tempfile
 
 import jax
 import jax.numpy as jnp
 
-from coca_jax import cache_folder, compile_cache
+from coca_jax.ops.cpu import build
 
 PANEL = 32  # columns of a panel
 KERNELS = ("self_attention", "image_attention", "cached_image_attention", "mlp", "logits")
 HEAD, WIDEST_HEAD = 16, 128
 ACTIVATIONS = ("gelu", "gelu_exact", "relu", "quick_gelu")  # of its MLP
 SOURCE = pathlib.Path(__file__).with_name("decode_kernels.cc")
-# No -ffast-math: the library would switch off denormal numbers in the whole process.
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
-    " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
-)
 
 
-@functools.cache
 def available() -> bool:
-    """Compiles and registers the kernels; False, with a warning that says why, where it cannot.
-
-    The compiler is CXX of the environment, or c++. COCA_JAX_CPU_KERNELS=0 switches the kernels off.
-    """
-    if os.environ.get("COCA_JAX_CPU_KERNELS") == "0":
-        return False
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, ValueError) as error:
-        logging.getLogger("coca_jax").warning(
-            "Captions on this CPU will take 1.2 to 1.8 times as long as they need: %s. Install g++ "
-            "or clang++, or name a C++ compiler in CXX; COCA_JAX_CPU_KERNELS=0 says no to it.",
-            error,
-        )
-        return False
-    for name in KERNELS:
-        name = f"coca_jax_{name}"
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
-
-
-def _build() -> pathlib.Path:
-    """The compiled library. Raises ValueError with the compiler's words, or OSError."""
-    command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
-    command += ["-isystem", jax.ffi.include_dir()]
-    made_for = (SOURCE.read_text(), command, jax.__version__, compile_cache.processor())
-    key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-    folder = cache_folder.folder()
-    for library in folder.glob(f"cpu_kernels-{key}-*.so"):
-        if _is_whole(library):
-            return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = pathlib.Path(scratch) / "kernels.so"
-        try:
-            done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True
-            )
-        except FileNotFoundError:
-            raise ValueError(f"there is no C++ compiler {command[0]!r}") from None
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "failed")
-            raise ValueError(f"{command[0]} cannot compile {SOURCE.name} ({first})")
-        made.chmod(0o700)
-        library = folder / f"cpu_kernels-{key}-{_digest(made)}.so"
-        made.replace(library)
-    return library
-
-
-def _is_whole(library: pathlib.Path) -> bool:
-    """Whether a kept library is a file of this user's alone and has the contents that its name
-    tells: it will be run."""
-    found = library.lstat()
-    mine = stat.S_ISREG(found.st_mode) and not cache_folder.others_may_write(found)
-    return mine and library.stem.endswith(f"-{_digest(library)}")
-
-
-def _digest(library: pathlib.Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    """Whether the kernels are there: compiles and registers them at first use (`build`)."""
+    return build.register(
+        SOURCE, KERNELS, "Captions on this CPU will take 1.2 to 1.8 times as long as they need"
+    )
 
 
 def panels(kernel: jax.Array) -> jax.Array:

@@ -1,0 +1,92 @@
+"""Kernels of C++ for a CPU: compiled at first use by the machine's own compiler, for its own
+processor, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import shlex
+import stat
+import subprocess
+import tempfile
+
+import jax
+
+from coca_jax import cache_folder, compile_cache
+
+SHARED = pathlib.Path(__file__).with_name("team.h")
+# No -ffast-math: the library would switch off denormal numbers in the whole process.
+FLAGS = (
+    "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
+    " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
+)
+
+
+@functools.cache
+def register(source: pathlib.Path, names: tuple[str, ...], without: str) -> bool:
+    """Compiles a source file and registers its kernels, coca_jax_{name}, with JAX; False, with a
+    warning that says why, where it cannot.
+
+    without: what the kernels' lack costs, for the warning. The compiler is CXX of the environment,
+    or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
+    """
+    if os.environ.get("COCA_JAX_CPU_KERNELS") == "0":
+        return False
+    try:
+        library = ctypes.CDLL(str(_build(source)))
+    except (OSError, ValueError) as error:
+        logging.getLogger("coca_jax").warning(
+            "%s: %s. Install g++ or clang++, or name a C++ compiler in CXX; "
+            "COCA_JAX_CPU_KERNELS=0 says no to it.",
+            without,
+            error,
+        )
+        return False
+    for name in names:
+        name = f"coca_jax_{name}"
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def _build(source: pathlib.Path) -> pathlib.Path:
+    """The compiled library. Raises ValueError with the compiler's words, or OSError."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
+    command += ["-isystem", jax.ffi.include_dir()]
+    texts = source.read_text(), SHARED.read_text()
+    made_for = (texts, command, jax.__version__, compile_cache.processor())
+    key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
+    folder = cache_folder.folder()
+    for library in folder.glob(f"cpu_kernels-{key}-*.so"):
+        if _is_whole(library):
+            return library
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = pathlib.Path(scratch) / "kernels.so"
+        try:
+            done = subprocess.run(
+                [*command, str(source), "-o", str(made)], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            raise ValueError(f"there is no C++ compiler {command[0]!r}") from None
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), "failed")
+            raise ValueError(f"{command[0]} cannot compile {source.name} ({first})")
+        made.chmod(0o700)
+        library = folder / f"cpu_kernels-{key}-{_digest(made)}.so"
+        made.replace(library)
+    return library
+
+
+def _is_whole(library: pathlib.Path) -> bool:
+    """Whether a kept library is a file of this user's alone and has the contents that its name
+    tells: it will be run."""
+    found = library.lstat()
+    mine = stat.S_ISREG(found.st_mode) and not cache_folder.others_may_write(found)
+    return mine and library.stem.endswith(f"-{_digest(library)}")
+
+
+def _digest(library: pathlib.Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]

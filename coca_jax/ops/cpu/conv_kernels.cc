@@ -1,0 +1,373 @@
+// 3 x 3 convolutions on a CPU, forward and backward, float32; see conv_kernels.py.
+//
+// All three are products whose sums stay in registers while the other operand comes from the first
+// two levels of cache: a convolution is a sum over the nine taps of a kernel, and the pixels that a
+// tap sees of a zero-padded image lie at an offset that is the same for all of a row.
+
+#include <utility>
+
+#include "team.h"
+
+namespace {
+
+// Vectors of columns, and sums at most, that stay in registers; columns of a panel of weights.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4, kSums = 24;
+#else
+constexpr int kVectors = 2, kSums = 12;
+#endif
+constexpr int64_t kPanel = 64;
+constexpr int64_t kDepth = 64;    // rows of a panel used at a time: 16 KiB of the first cache
+constexpr int64_t kPixels = 144;  // of images whose share of a kernel's gradient is summed together
+constexpr int64_t kChannels = 64;  // of a kernel's gradient that one part of the work sums
+
+// Pixels or channels multiplied together with so many vectors; eight sums keep the units busy.
+constexpr int Most(int vectors) { return vectors == 1 ? 8 : kSums / vectors; }
+
+inline float Rectified(float x) { return x > 0 ? x : 0; }
+
+// Copies `count` floats, negative ones as 0 if asked to.
+inline void Copy(const float* from, int64_t count, bool rectify, float* to) {
+  if (rectify)
+    for (int64_t i = 0; i < count; ++i) to[i] = Rectified(from[i]);
+  else
+    std::memcpy(to, from, 4 * count);
+}
+
+// The entry for a number of rows and vectors in a table of instances of Form<rows, vectors>.
+template <template <int, int> class Form, int V, int... R>
+auto Instance(std::integer_sequence<int, R...>, int64_t rows) {
+  static constexpr decltype(&Form<1, 1>::Run) runs[] = {&Form<R + 1, V>::Run...};
+  return runs[rows - 1];
+}
+
+template <template <int, int> class Form, int V = kVectors>
+auto Instance(int64_t rows, int64_t vectors) {
+  if constexpr (V > 1)
+    if (vectors < V) return Instance<Form, V / 2>(rows, vectors);
+  return Instance<Form, V>(std::make_integer_sequence<int, Most(V)>(), rows);
+}
+
+// The vectors multiplied together from a column on: 1, 2 or 4 of the panel's that are left.
+int64_t VectorsAt(int64_t column, int64_t columns) {
+  int64_t vectors = kVectors;
+  while (vectors > 1 && vectors * kLanes > columns - column) vectors /= 2;
+  return vectors;
+}
+
+// A piece of a product: `depth` numbers of the input at an offset from a pixel's, and their rows of
+// a panel.
+struct Piece {
+  int64_t offset, depth;
+  const float* weights;
+};
+
+// out[r, :] = start[:] (null: out's own) + the sum over pieces and k of
+// in[r * step + offset + k] * weights[k, :], for R pixels and V vectors of columns.
+template <int R, int V>
+struct Pixels {
+  static void Run(const float* in, int64_t step, const Piece* pieces, int64_t count,
+                  int64_t columns, const float* start, float* out, int64_t out_step) {
+    Vector sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = Load((start ? start : out + r * out_step) + v * kLanes);
+    for (int64_t p = 0; p < count; ++p) {
+      const float* x = in + pieces[p].offset;
+      const float* weights = pieces[p].weights;
+      for (int64_t k = 0; k < pieces[p].depth; ++k, weights += columns) {
+        Vector weight[V];
+        for (int v = 0; v < V; ++v) weight[v] = Load(weights + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+          const Vector factor = x[r * step + k] - Vector{};
+          for (int v = 0; v < V; ++v) sum[r][v] += weight[v] * factor;
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) Store(out + r * out_step + v * kLanes, sum[r][v]);
+  }
+};
+
+struct Tap {
+  int64_t row, column;  // of the padded input, for the first pixel
+  int64_t weight;       // which of a panel's nine
+};
+
+// The pixels of a result that see the same taps: (row + i * spacing, column + j * spacing).
+struct Phase {
+  int64_t row, column, count;
+  Tap taps[9];
+};
+
+// The result [images, *, result_width, features] of an input [images, height, width, depth].
+struct Product {
+  const float* in;
+  int64_t images, height, width, depth;
+  bool rectify;        // the input
+  int64_t step;        // pixels of the input from one pixel of a phase to the next
+  const float* start;  // [features], of the sums
+  const float* panels;
+  float* out;
+  int64_t result_height, result_width, features;
+  int64_t rows, columns, spacing;  // of a phase
+  int64_t phases;
+  Phase phase[4];
+  const float* positive;  // like the result: where it is not above 0 the result is 0; or null
+};
+
+// An image with zeros around it, in scratch memory.
+float* Padded(const Product& p, int64_t image) {
+  const int64_t row = (p.width + 2) * p.depth, inside = p.width * p.depth;
+  float* padded = Scratch<0>((p.height + 2) * row);
+  const float* in = p.in + image * p.height * inside;
+  std::fill_n(padded, row, 0.0f);
+  for (int64_t y = 0; y < p.height; ++y) {
+    float* to = padded + (y + 1) * row;
+    std::fill_n(to, p.depth, 0.0f);
+    Copy(in + y * inside, inside, p.rectify, to + p.depth);
+    std::fill_n(to + p.depth + inside, p.depth, 0.0f);
+  }
+  std::fill_n(padded + (p.height + 1) * row, row, 0.0f);
+  return padded;
+}
+
+// One row of a phase, with the weights of `pieces` alone.
+void MultiplyRow(const Product& p, const float* in, const Piece* pieces, int64_t count,
+                 int64_t panel_columns, int64_t vectors, const float* start, float* out) {
+  const int64_t most = Most(vectors), splits = (p.columns + most - 1) / most;
+  const int64_t step = p.step * p.depth, out_step = p.spacing * p.features;
+  for (int64_t s = 0; s < splits; ++s) {
+    const int64_t at = s * p.columns / splits, few = (s + 1) * p.columns / splits - at;
+    Instance<Pixels>(few, vectors)(in + at * step, step, pieces, count, panel_columns, start,
+                                   out + at * out_step, out_step);
+  }
+}
+
+// One phase of an image's result, in the `vectors` columns from `column` of a panel on. Weights are
+// used for all rows before the next ones.
+void MultiplyPhase(const Product& p, const Phase& phase, const float* padded, const float* panel,
+                   int64_t panel_columns, int64_t column, int64_t vectors, const float* start,
+                   float* out) {
+  const int64_t row = (p.width + 2) * p.depth;
+  const int64_t deep = std::min(p.depth, kDepth), chunks = (p.depth + deep - 1) / deep;
+  const int64_t all = phase.count * chunks, together = kDepth / deep;
+  bool started[1024] = {};  // rows of which `out` has sums
+  for (int64_t t = 0; t < all; t += together)
+    for (int64_t y = 0; y < p.rows; ++y) {
+      Piece pieces[kDepth];
+      int64_t count = 0;
+      for (int64_t i = t; i < std::min(all, t + together); ++i) {
+        const Tap& tap = phase.taps[i / chunks];
+        const int64_t k = i % chunks * deep, sees = y * p.step + tap.row;
+        if (sees > 0 && sees <= p.height)  // not the zeros above or below
+          pieces[count++] = {tap.row * row + tap.column * p.depth + k,
+                             std::min(deep, p.depth - k),
+                             panel + (tap.weight * p.depth + k) * panel_columns + column};
+      }
+      if (!count && (started[y] || t + together < all)) continue;
+      MultiplyRow(p, padded + y * p.step * row, pieces, count, panel_columns, vectors,
+                  started[y] ? nullptr : start, out + y * p.spacing * p.result_width * p.features);
+      started[y] = true;
+    }
+}
+
+void Multiply(Member& member, const Product& p) {
+  member.Each(p.images, [&](int64_t image, int64_t) {
+    const float* padded = Padded(p, image);
+    const int64_t size = p.result_height * p.result_width * p.features;
+    float* out = p.out + image * size;
+    for (int64_t f = 0; f < p.features; f += kPanel) {
+      const int64_t columns = std::min(kPanel, p.features - f);
+      const float* panel = p.panels + f * 9 * p.depth;
+      for (int64_t c = 0, vectors; c < columns; c += vectors * kLanes) {
+        vectors = VectorsAt(c, columns);
+        for (int64_t i = 0; i < p.phases; ++i) {
+          const Phase& phase = p.phase[i];
+          MultiplyPhase(p, phase, padded, panel, columns, c, vectors, p.start + f + c,
+                        out + (phase.row * p.result_width + phase.column) * p.features + f + c);
+        }
+      }
+    }
+    if (p.positive) {
+      const float* positive = p.positive + image * size;
+      for (int64_t i = 0; i < size; ++i) out[i] = positive[i] > 0 ? out[i] : 0;
+    }
+  });
+}
+
+// y = the convolution of x (rectified or not), plus bias.
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats panels, Floats bias, bool rectify,
+                   ffi::Result<Floats> y) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  Product p{x.typed_data(), in[0], in[1], in[2], in[3], rectify, in[1] / out[1],
+            bias.typed_data(), panels.typed_data(), y->typed_data(), out[1], out[2], out[3],
+            out[1], out[2], 1, 1, {}, nullptr};
+  p.phase[0].count = 9;
+  for (int64_t i = 0; i < 9; ++i) p.phase[0].taps[i] = {i / 3, i % 3, i};
+  Together(pool, p.images, [p](Member& member) { Multiply(member, p); });
+  return ffi::Error::Success();
+}
+
+// The gradient of x from g, that of y; panels: of the kernel with channels and features exchanged.
+// Row i of x is read by kernel row a at row (i + 1 - a) / stride of y, if that is whole: for stride
+// 1 by all three, for stride 2 by a = 1 for an even i and by 0 and 2 for an odd one.
+ffi::Error Input(ffi::ThreadPool pool, Floats g, Floats panels, Floats zeros, Floats x,
+                 bool rectify, ffi::Result<Floats> dx) {
+  const auto in = g.dimensions(), out = dx->dimensions();
+  const int64_t stride = out[1] / in[1];
+  Product p{g.typed_data(), in[0], in[1], in[2], in[3], false, 1,
+            zeros.typed_data(), panels.typed_data(), dx->typed_data(), out[1], out[2], out[3],
+            in[1], in[2], stride, stride * stride, {}, rectify ? x.typed_data() : nullptr};
+  for (int64_t i = 0; i < p.phases; ++i) {
+    Phase& phase = p.phase[i];
+    phase.row = i / stride, phase.column = i % stride;
+    for (int64_t a = 0; a < 3; ++a)
+      for (int64_t b = 0; b < 3; ++b) {
+        const int64_t row = phase.row + 1 - a, column = phase.column + 1 - b;
+        if (row % stride == 0 && column % stride == 0)  // plus one for the padding
+          phase.taps[phase.count++] = {row / stride + 1, column / stride + 1, 3 * a + b};
+      }
+  }
+  Together(pool, p.images, [p](Member& member) { Multiply(member, p); });
+  return ffi::Error::Success();
+}
+
+// The pixels of a group of images that one tap sees, and of the gradient that they meet.
+struct Sight {
+  int64_t images, rows, columns;
+  int64_t x_image, x_row, x_step, g_image, g_row, g_step;  // in floats
+};
+
+// out[r, :] = (fresh: 0, or its own) + the sum over pixels of x[pixel, r] * g[pixel, :].
+template <int R, int V>
+struct Channels {
+  static void Run(const float* x, const float* g, const Sight& sight, bool fresh, float* out,
+                  int64_t out_step) {
+    Vector sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = fresh ? Vector{} : Load(out + r * out_step + v * kLanes);
+    const int64_t x_step = sight.x_step, g_step = sight.g_step;
+    for (int64_t n = 0; n < sight.images; ++n)
+      for (int64_t i = 0; i < sight.rows; ++i) {
+        const float* a = x + n * sight.x_image + i * sight.x_row;
+        const float* b = g + n * sight.g_image + i * sight.g_row;
+        for (int64_t j = 0; j < sight.columns; ++j, a += x_step, b += g_step) {
+          Vector gradient[V];
+          for (int v = 0; v < V; ++v) gradient[v] = Load(b + v * kLanes);
+          for (int r = 0; r < R; ++r) {
+            const Vector factor = a[r] - Vector{};
+            for (int v = 0; v < V; ++v) sum[r][v] += gradient[v] * factor;
+          }
+        }
+      }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) Store(out + r * out_step + v * kLanes, sum[r][v]);
+  }
+};
+
+struct KernelGradient {
+  const float *x, *g;
+  int64_t images, height, width, depth, rows, columns, features, stride;
+  bool rectify;
+  float *kernel, *bias;
+};
+
+// The gradient of channels `from` to `to` and of `columns` features from f on, over all images.
+void SumChannels(const KernelGradient& k, int64_t from, int64_t to, int64_t f, int64_t vectors) {
+  const int64_t channels = to - from, most = Most(vectors);
+  const int64_t splits = (channels + most - 1) / most;
+  const int64_t group = std::max<int64_t>(1, kPixels / (k.rows * k.columns));
+  const int64_t in_pixels = k.height * k.width;
+  float* seen = Scratch<0>(group * in_pixels * channels);
+  for (int64_t first = 0; first < k.images; first += group) {
+    const int64_t images = std::min(group, k.images - first);
+    const float* in = k.x + first * in_pixels * k.depth + from;
+    for (int64_t i = 0; i < images * in_pixels; ++i)
+      Copy(in + i * k.depth, channels, k.rectify, seen + i * channels);
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const int64_t a = tap / 3, b = tap % 3;
+      // Pixels of which the tap sees one inside the image.
+      const int64_t top = a == 0, bottom = std::min(k.rows, (k.height - a) / k.stride + 1);
+      const int64_t left = b == 0, right = std::min(k.columns, (k.width - b) / k.stride + 1);
+      const Sight sight{images, bottom - top, right - left, in_pixels * channels,
+                        k.stride * k.width * channels, k.stride * channels,
+                        k.rows * k.columns * k.features, k.columns * k.features, k.features};
+      const int64_t row = top * k.stride + a - 1, column = left * k.stride + b - 1;
+      const float* x = seen + (row * k.width + column) * channels;
+      const float* g = k.g + ((first * k.rows + top) * k.columns + left) * k.features + f;
+      for (int64_t s = 0; s < splits; ++s) {
+        const int64_t c = s * channels / splits, few = (s + 1) * channels / splits - c;
+        Instance<Channels>(few, vectors)(x + c, g, sight, first == 0,
+                                         k.kernel + (tap * k.depth + from + c) * k.features + f,
+                                         k.features);
+      }
+    }
+  }
+}
+
+void SumBias(const KernelGradient& k, int64_t f, int64_t columns) {
+  std::fill_n(k.bias + f, columns, 0.0f);
+  const int64_t each = k.rows * k.columns;
+  for (int64_t image = 0; image < k.images; ++image) {  // in two steps, as sums of many lose digits
+    float sums[kPanel] = {};
+    for (int64_t i = image * each; i < (image + 1) * each; ++i)
+      for (int64_t c = 0; c < columns; ++c) sums[c] += k.g[i * k.features + f + c];
+    for (int64_t c = 0; c < columns; ++c) k.bias[f + c] += sums[c];
+  }
+}
+
+// The gradients of the kernel [3, 3, C, F] and of the bias [F] from x and g, that of y. Each part
+// of the work sums over all images in order: the result does not depend on the number of threads.
+ffi::Error Kernel(ffi::ThreadPool pool, Floats x, Floats g, bool rectify,
+                  ffi::Result<Floats> kernel, ffi::Result<Floats> bias) {
+  const auto in = x.dimensions(), out = g.dimensions();
+  const KernelGradient k{x.typed_data(), g.typed_data(), in[0], in[1], in[2], in[3],
+                         out[1], out[2], out[3], in[1] / out[1], rectify,
+                         kernel->typed_data(), bias->typed_data()};
+  const int64_t panels = (k.features + kPanel - 1) / kPanel;
+  const int64_t blocks = (k.depth + kChannels - 1) / kChannels, parts = panels * (blocks + 1);
+  Together(pool, parts, [=](Member& member) {
+    member.Each(parts, [&](int64_t part, int64_t) {
+      const int64_t f = part % panels * kPanel, columns = std::min(kPanel, k.features - f);
+      const int64_t block = part / panels;
+      if (block == blocks) return SumBias(k, f, columns);
+      for (int64_t c = 0, vectors; c < columns; c += vectors * kLanes) {
+        vectors = VectorsAt(c, columns);
+        SumChannels(k, block * k.depth / blocks, (block + 1) * k.depth / blocks, f + c, vectors);
+      }
+    });
+  });
+  return ffi::Error::Success();
+}
+
+constexpr char kRectify[] = "rectify";
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution, Forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Attr<bool>(kRectify)
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution_input, Input,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Attr<bool>(kRectify)
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution_kernel, Kernel,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Attr<bool>(kRectify)
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());

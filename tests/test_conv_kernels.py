@@ -1,0 +1,105 @@
+"""The convolutions of a CPU's own against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import ops, partitioning
+from coca_jax.ops.cpu import Cpu, conv_kernels
+from coca_jax.ops.reference import Before, Reference
+
+RELU = Before("relu", 0.8, 1.7)
+GELU = Before("gelu", 0.8, 1.7)
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    if not conv_kernels.available():
+        pytest.skip("no C++ compiler")
+
+
+def _gradients(form, x, kernel, bias, stride, before, dtype=jnp.float32):
+    """Result and gradients of a weighted sum of it."""
+    x, kernel, bias = (jnp.asarray(a, jnp.float32) for a in (x, kernel, bias))
+    shape = (x.shape[0], x.shape[1] // stride, x.shape[2] // stride, kernel.shape[3])
+    weights = jax.random.normal(jax.random.key(7), shape)
+
+    def loss(x, kernel, bias):
+        y = form.convolve(x, kernel, bias, stride, dtype, before)
+        return (weights * y).sum(), y
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, y), gradients = run(x, kernel, bias)
+    return y, *gradients
+
+
+def _arrays(batch, height, width, channels, features):
+    rng = np.random.default_rng(height * channels + features)
+    x = rng.normal(size=(batch, height, width, channels))
+    return x, rng.normal(size=(3, 3, channels, features)), rng.normal(size=features)
+
+
+@pytest.mark.parametrize("before", [None, RELU, GELU])
+@pytest.mark.parametrize(
+    "batch,height,width,channels,features,stride",
+    [
+        (2, 48, 48, 3, 32, 2),  # pixels
+        (3, 12, 12, 64, 128, 2),
+        (5, 6, 6, 128, 128, 1),  # channels in two pieces, two panels
+        (40, 4, 4, 16, 16, 1),  # more images than are summed together, one vector of columns
+        (2, 10, 26, 24, 80, 1),  # not square; a panel and a narrower one
+        (2, 10, 26, 7, 176, 2),  # 2 panels, 48 more columns; channels of no whole line
+        (1, 2, 2, 5, 16, 2),  # a row whose every tap but one lies outside
+        (1, 2, 2, 70, 16, 1),
+    ],
+)
+def test_convolution_and_its_gradients_equal_the_reference(
+    batch, height, width, channels, features, stride, before
+):
+    arrays = _arrays(batch, height, width, channels, features)
+    want = _gradients(Reference(), *arrays, stride, before)
+    got = _gradients(Cpu(), *arrays, stride, before)
+    for of, (a, b) in enumerate(zip(want, got, strict=True)):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max(), err_msg=str(of))
+
+
+def test_results_do_not_depend_on_the_batch_nor_on_the_run():
+    """An image's own result is the same in any batch; a gradient the same at each call."""
+    x, kernel, bias = _arrays(9, 12, 12, 32, 64)
+    first = _gradients(Cpu(), x, kernel, bias, 1, RELU)
+    for again in range(3):
+        for a, b in zip(first, _gradients(Cpu(), x, kernel, bias, 1, RELU)):
+            np.testing.assert_array_equal(a, b)
+    few = Cpu().convolve(jnp.float32(x[4:6]), jnp.float32(kernel), bias, 1, jnp.float32, RELU)
+    np.testing.assert_array_equal(few, first[0][4:6])
+
+
+def test_bfloat16_rounds_operands_alone():
+    arrays = _arrays(2, 8, 8, 16, 32)
+    got = _gradients(Cpu(), *arrays, 1, RELU, jnp.bfloat16)
+    plain = _gradients(Cpu(kernels=False), *arrays, 1, RELU, jnp.bfloat16)
+    assert got[0].dtype == jnp.float32
+    for a, b in zip(plain, got):
+        np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
+
+
+def test_arrays_split_over_devices_take_xlas():
+    """The kernel's call is one that XLA cannot split."""
+    x, kernel, bias = (jnp.float32(a) for a in _arrays(8, 8, 8, 16, 32))
+
+    def run(x):
+        return Cpu().convolve(x, kernel, bias, 1, jnp.float32, RELU)
+
+    def calls():
+        return "coca_jax_convolution" in jax.jit(lambda x: run(x)).lower(x).as_text()
+
+    assert calls()
+    with jax.set_mesh(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
+        assert not calls()
+    xla = ops.choose("cpu", "xla")
+    assert (
+        "coca_jax"
+        not in jax.jit(lambda x: xla.convolve(x, kernel, bias, 1, jnp.float32)).lower(x).as_text()
+    )
