@@ -256,8 +256,14 @@ def test_every_operation_of_every_form_equals_the_reference(form, dtype, toleran
         check(lambda f, *a: f.attend(*a, mask, 3, causal), x, y, z)  # noqa: B023
     check(lambda f, *a: f.attend(*a, None, 3), x[:, :1], y, z)
     for channels, stride in ((3, 2), (8, 2), (8, 1)):
-        pixels, filters = arrays(2, 6, 6, channels, dtype=dtype)[0], arrays(3, 3, channels, 8)[0]
-        check(lambda f, x, k: f.convolve(x, k, stride, dtype), pixels, filters)  # noqa: B023
+        pixels, filters = arrays(2, 6, 6, channels, dtype=dtype)[0], arrays(3, 3, channels, 16)[0]
+        for before in (None, reference.Before("relu", 0.5, 2.0)):
+            check(
+                lambda f, x, k, b: f.convolve(x, k, b, stride, dtype, before),  # noqa: B023
+                pixels,
+                filters,
+                arrays(16)[0],
+            )
 
 
 def test_on_a_cpu_bfloat16_is_in_products_alone():
