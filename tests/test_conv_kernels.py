@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_the_batch_nor_on_the_run():
     """An image's own result is the same in any batch; a gradient the same at each call."""
     x, kernel, bias = _arrays(9, 12, 12, 32, 64)
     first = _gradients(Cpu(), x, kernel, bias, 1, RELU)
-    for again in range(3):
+    for _again in range(3):
         for a, b in zip(first, _gradients(Cpu(), x, kernel, bias, 1, RELU)):
             np.testing.assert_array_equal(a, b)
     few = Cpu().convolve(jnp.float32(x[4:6]), jnp.float32(kernel), bias, 1, jnp.float32, RELU)
