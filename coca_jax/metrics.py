@@ -20,6 +20,7 @@ from coca_jax import storage
 from coca_jax.trackers import Tracker
 
 BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
+TRAINING = ("data_wait", "step")  # what a step is made of, once it is compiled
 
 
 class TimeBuckets:
@@ -32,6 +33,7 @@ class TimeBuckets:
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(BUCKETS, 0.0)
         self._taken = dict.fromkeys(BUCKETS, 0.0)
+        self._processor = self._processor_taken = self._processor_since = 0.0
         self._open: list[str] = []
         self._since = 0.0
         self.born = time.perf_counter()
@@ -56,11 +58,13 @@ class TimeBuckets:
             self._open.pop()
 
     def _settle(self) -> None:
-        now = time.perf_counter()
+        now, processor = time.perf_counter(), time.process_time()
         self.changes += 1
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
-        self._since = now
+            if self._open[-1] in TRAINING:
+                self._processor += processor - self._processor_since
+        self._since, self._processor_since = now, processor
 
     def seconds(self, name: str) -> float:
         """Seconds of one bucket since the start."""
@@ -77,6 +81,14 @@ class TimeBuckets:
         self._settle()
         new = {f"{name}_seconds": s - self._taken[name] for name, s in self._seconds.items()}
         self._taken = dict(self._seconds)
+        return new
+
+    def take_processor(self) -> float:
+        """Returns the seconds of processor time, of all threads of this process, that passed in
+        steps and in waiting for data since the last `take_processor`."""
+        self._settle()
+        new = self._processor - self._processor_taken
+        self._processor_taken = self._processor
         return new
 
 

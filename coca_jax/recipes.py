@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -179,9 +179,10 @@ def changes() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def change(config: Config) -> Config:
-    """A config with `changes()`; a length given there is the run's, as in `settle`."""
-    given = changes()
+def change(config: Config, given: Mapping[str, Any] | None = None) -> Config:
+    """A config with the values of `given`, by default `changes()`; a length given there is the
+    run's, as in `settle`."""
+    given = changes() if given is None else given
     config = config.change(given)
     for this, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(this) and not given.get(other):

@@ -12,6 +12,7 @@ from coca_jax import cli
 STARTS = {
     "fit": ["photos", "--workdir=run"],
     "train": ["--config=tiny", "--workdir=run"],
+    "ablate": ["table.toml", "--out=out"],
     "evaluate": ["--checkpoint=weights", "--data=scenes"],
     "caption": ["--checkpoint=weights", "image.png"],
     "recaption": ["--checkpoint=weights", "--input=list.csv", "--out=better"],
@@ -61,6 +62,7 @@ def started(tmp_path_factory):
     (folder / "weights.bin").write_bytes(b"no weights")
     (folder / "list.csv").write_text("path,text\nimage.png,a cat\n")
     (folder / "run").mkdir()
+    (folder / "table.toml").write_text("config = 'tiny'\n[variants.one]\n")
     return run_all(folder, STARTS)
 
 
@@ -74,6 +76,7 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     )
     words |= {"recaption": "list.csv: read as --format=csv"}
     words |= {"fit": "fitting photos in run: starting JAX"}
+    words |= {"ablate": "ablating table.toml in out"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
     words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}
     assert first.startswith(words[name])

@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "commands": (
         *("train", "evaluate", "caption", "search", "prepare", "convert", "compile", "export"),
         *(
+            "ablate",
             "blend",
             "fit",
             "report.__main__",
@@ -30,7 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("serve", "recaption"),
     ),
     "the command line": ("cli",),
-    "fitting": ("fitting",),
+    "fitting": ("fitting", "ablating"),
     "recipes": ("recipes", "inherit"),
     "a run": ("training", "warm_start"),
     "what it costs, what it shows": ("estimate", "report", "serving"),

@@ -27,6 +27,7 @@ WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 10, 44  # margins
 POINTS = 300  # of a curve; more would only weigh
 COLOURS = 6
+ROW = 34  # pixels of a row of `spread`
 
 TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
     ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss", "*_loss")),
@@ -228,6 +229,44 @@ def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") 
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)} by {escape(across)}">{"".join(parts)}{cursor}</svg>'
         f'<div class="legend">{"".join(legend)}</div></figure>'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A row of `spread`: values, a dot each, and the interval of their mean where there is one."""
+
+    name: str
+    values: Sequence[float]
+    low: float | None = None
+    high: float | None = None
+
+
+def spread(title: str, across: str, rows: Sequence[Spread]) -> Markup:
+    """A figure with a row of dots for each of `rows`, and its interval as a bar behind them."""
+    ends = [x for row in rows for x in (*row.values, row.low, row.high) if x is not None]
+    frame = Frame.around([Curve("", [(x, 0.0) for x in (min(ends), max(ends))], 0)])
+    height = TOP + BOTTOM + ROW * len(rows)
+    parts = []
+    for x in ticks(frame.x0, frame.x1) if frame.x1 > frame.x0 else [frame.x0]:
+        at = f"{frame.px(x):.1f}"
+        parts.append(f'<line class="g" x1="{at}" x2="{at}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text x="{at}" y="{height - BOTTOM + 18}" ')
+        parts.append(f'text-anchor="middle">{numbers.number(x)}</text>')
+    for place, row in enumerate(rows):
+        y, kind = TOP + ROW * (place + 0.65), f"s{place % COLOURS}"
+        parts.append(f'<text x="{LEFT}" y="{y - 9:.1f}">{escape(row.name)}</text>')
+        if row.low is not None and row.high is not None:
+            x0, x1 = frame.px(row.low), frame.px(row.high)
+            parts.append(f'<line class="c {kind}" x1="{x0:.1f}" x2="{x1:.1f}" y1="{y}" y2="{y}"/>')
+        for value in row.values:
+            parts.append(f'<circle class="p {kind}" cx="{frame.px(value):.1f}" cy="{y}" r="4"/>')
+    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" ')
+    parts.append(f'text-anchor="middle">{escape(across)}</text>')
+    return Markup(
+        f'<figure class="card spread"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 

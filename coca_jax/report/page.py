@@ -82,8 +82,13 @@ def write_comparison(
         differences=differences(runs),
     )
     path = storage.place(out)
-    storage.write_text(path, _environment().get_template("comparison.html").render(context))
+    storage.write_text(path, render_page("comparison.html", context))
     return path
+
+
+def render_page(template: str, context: dict[str, Any]) -> str:
+    """A template of this folder, filled with what it asks for."""
+    return _environment().get_template(template).render(context)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from coca_jax.report import numbers
 from coca_jax.report.run_files import RunFiles
 
 Scores = Mapping[str, Any]
-_SUFFIXES = ("_low", "_high", "_count")
+SUFFIXES = ("_low", "_high", "_count")
 _COUNTED = "num_"  # metrics that say of how many things
 
 
@@ -27,7 +27,7 @@ def tasks_of(scores: Scores) -> dict[tuple[str, str], list[str]]:
 
 
 def _is_companion(name: str, scores: Scores) -> bool:
-    return any(name.endswith(s) and name.removesuffix(s) in scores for s in _SUFFIXES)
+    return any(name.endswith(s) and name.removesuffix(s) in scores for s in SUFFIXES)
 
 
 def _metric_order(evaluator: str) -> Any:

@@ -76,6 +76,7 @@ class Log:
         waited = self._feed.take_waited()
         rate = self._progress.update(step, shown, waited)
         numbers |= {"pairs_per_second": rate, "data_wait_seconds": waited}
+        numbers["processor_time"] = self._buckets.take_processor()
         numbers |= self._batches.progress(step)
         if self._writer is not None:
             times = {k: v for k, v in self._buckets.take().items() if k != "data_wait_seconds"}

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
+SAVED = ("ablate", "fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again
 EXIT_AT_ONCE = 130  # as a shell says of a program that SIGINT ended
 

@@ -1,0 +1,153 @@
+"""What came out of an ablation: results.json, results.md and report.html, after each run anew.
+
+The interval of a variant is Student's, at 95%, of the mean over its seeds. Its difference from the
+first variant is taken seed by seed, since both then see the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+import coca_jax
+from coca_jax import sealed_json, storage
+from coca_jax.ablating.table import Table, Variant
+from coca_jax.report import ablation, scores
+
+DONE = "ablation.json"
+_LOSSES = ("loss", "contrastive_loss", "captioning_loss")
+
+
+def last_losses(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{'train/batches/loss': ...}: means over the last tenth of the rows of metrics.jsonl."""
+    last = rows[-max(1, len(rows) // 10) :]
+    found = {}
+    for name in _LOSSES:
+        values = [row[name] for row in last if row.get(name) is not None]
+        if values:
+            found[f"{ablation.TRAIN}/batches/{name}"] = sum(values) / len(values)
+    return found
+
+
+def write(
+    table: Table, folder: pathlib.Path, minutes: float, failed: Mapping[str, str]
+) -> pathlib.Path:
+    """Writes the three files from the runs that are done; returns the path of results.json."""
+    found = collect(table, folder, minutes, failed)
+    storage.write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+    shown = list(table.metrics) or headlines(found["variants"])
+    storage.write_text(folder / "results.md", markdown(found, shown))
+    ablation.write(found, shown, folder / "report.html")
+    return folder / "results.json"
+
+
+def collect(
+    table: Table, folder: pathlib.Path, minutes: float, failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """All of results.json."""
+    done = {variant.name: runs_of(variant, table.seeds, folder) for variant in table.variants}
+    first = done[table.variants[0].name]
+    return dict(
+        version=coca_jax.__version__,
+        commit=commit(),
+        minutes=minutes or None,
+        minutes_are="of steps and waiting for data alone: of processor time on a CPU, of the "
+        "clock elsewhere",
+        seeds=list(table.seeds),
+        failed=dict(failed),
+        variants={
+            variant.name: dict(
+                config=variant.recipe,
+                overrides=dict(variant.values),
+                runs={str(seed): run for seed, run in done[variant.name].items()},
+                metrics=summaries(done[variant.name], first),
+            )
+            for variant in table.variants
+        },
+    )
+
+
+def runs_of(variant: Variant, seeds: Sequence[int], folder: pathlib.Path) -> dict[int, Any]:
+    """{seed: dict(steps, minutes, scores)} of the runs that are done."""
+    found = {}
+    for seed in seeds:
+        path = folder / variant.name / f"seed{seed}" / DONE
+        if path.exists():
+            found[seed] = sealed_json.read(path)
+    return found
+
+
+def summaries(runs: Mapping[int, Any], first: Mapping[int, Any]) -> dict[str, Any]:
+    """{metric: dict(values by seed, mean, low, high, difference from the first variant)}."""
+    names = dict.fromkeys(name for run in runs.values() for name in run["scores"])
+    found = {}
+    for name in names:
+        if any(name.endswith(end) and name.removesuffix(end) in names for end in scores.SUFFIXES):
+            continue
+        values = {seed: run["scores"].get(name) for seed, run in runs.items()}
+        values = {s: v for s, v in values.items() if v is not None and math.isfinite(v)}
+        pairs = {s: first[s]["scores"].get(name) for s in values if s in first}
+        apart = [values[s] - v for s, v in pairs.items() if v is not None]
+        found[name] = dict(
+            values={str(seed): value for seed, value in values.items()},
+            **interval(list(values.values())),
+            difference=interval(apart) if runs is not first else None,
+        )
+    return found
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """dict(mean, low, high); no interval of fewer than two values, nothing of none."""
+    if not values:
+        return dict(mean=None, low=None, high=None)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return dict(mean=mean, low=None, high=None)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return dict(mean=mean, low=mean - half, high=mean + half)
+
+
+def headlines(variants: Mapping[str, Any]) -> list[str]:
+    """The headline metrics of all evaluations; of runs without any, their last losses."""
+    names = dict.fromkeys(name for one in variants.values() for name in one["metrics"])
+    found = [
+        f"{evaluator}/{data}/{metric}"
+        for (evaluator, data), there in scores.tasks_of(names).items()
+        if evaluator != ablation.TRAIN
+        for metric in scores.headline_metrics(evaluator, there)[:2]
+    ]
+    return found or list(names)
+
+
+def markdown(found: Mapping[str, Any], shown: Sequence[str]) -> str:
+    """A table with a row a variant: steps, minutes, and each metric with its interval."""
+    rows = ablation.rows(found, shown)
+    heads = ["variant", "runs", "steps", "minutes", *shown]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [f"{cell['value']} {cell['interval']}".strip() or "-" for cell in row["cells"]]
+        lines.append(f"| {' | '.join([row['name'], *row['counts'], *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """The commit that the package was checked out at, '' for an installed one."""
+    place = pathlib.Path(coca_jax.__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(place), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,141 @@
+"""The runs of an ablation, one after the other; what is there is not done again.
+
+At equal minutes a few steps of each variant are timed first, and say how many steps its runs have:
+learning-rate schedules need that number beforehand. Both the times and the minutes that the runs
+report are of steps and of waiting for data: start, compilation, saves and evaluation are left out.
+On a CPU they are minutes of processor time over all cores, which other programs on the machine
+change little; elsewhere they are the clock's.
+"""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from coca_jax import metrics, run_config, sealed_json
+from coca_jax.ablating import outcome
+from coca_jax.ablating.table import Table, Variant
+from coca_jax.training import run as training
+
+PLAN = "plan.json"
+PACE = 24  # steps that are timed, of which the first two do not count
+Say = Callable[[str], None]
+
+
+def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
+    """Trains each variant with each seed in `out`/VARIANT/seedN, or goes on with what is there.
+
+    Args:
+        table: what to train.
+        out: a local folder; it gets results.json, results.md and report.html after each run.
+        minutes: of each run, or 0 for the steps that the configs say.
+        say: takes lines for people.
+
+    Returns dict(out, results, runs, failed). Raises ValueError for configs that cannot be, before
+    anything is trained, and where `out` holds another table; Preempted when asked to stop.
+    """
+    folder = pathlib.Path(out)
+    for variant in table.variants:
+        config = variant.config(dict(steps=1) if minutes else None)
+        run_config.check(config)
+        if not (config.steps or config.epochs):
+            raise ValueError(f"variant {variant.name}: give steps or epochs, or --minutes")
+    plan = Plan(folder / PLAN, minutes)
+    plan.check(table.variants)
+    total, number, failed = len(table.seeds) * len(table.variants), 0, {}
+    for seed in table.seeds:
+        for variant in table.variants:
+            number += 1
+            place = folder / variant.name / f"seed{seed}"
+            if not (place / outcome.DONE).exists():
+                steps = plan.steps(variant, folder, say)
+                say(f"run {number} of {total}: {variant.name}, seed {seed}")
+                values = dict(seed=seed) | (dict(steps=steps) if steps else {})
+                try:
+                    one_run(variant, values, place)
+                except (ValueError, OSError) as error:  # a loss that diverges is a result too
+                    failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
+                    say(f"{variant.name}, seed {seed}: {error}")
+                outcome.write(table, folder, minutes, failed)
+    results = outcome.write(table, folder, minutes, failed)
+    return dict(out=str(folder), results=str(results), runs=total - len(failed), failed=failed)
+
+
+def one_run(variant: Variant, values: Mapping[str, Any], place: pathlib.Path) -> None:
+    """Trains, and notes what came out. Raises as `training.run.train`."""
+    summary = training.train(variant.config(values), str(place))
+    rows = metrics.read_metrics(place)
+    scores = {name: value for name, value in summary.items() if "/" in name}
+    sealed_json.write(
+        place / outcome.DONE,
+        dict(
+            steps=summary["steps"],
+            minutes=sum(map(seconds, rows)) / 60,
+            scores=scores | outcome.last_losses(rows),
+        ),
+    )
+    gc.collect()  # programs of a run that is over
+
+
+def seconds(row: Mapping[str, Any]) -> float:
+    """Seconds of steps since the row before: see the module."""
+    if jax.default_backend() == "cpu":
+        return row.get("processor_time") or 0.0
+    return (row.get("step_seconds") or 0.0) + (row.get("data_wait_seconds") or 0.0)
+
+
+class Plan:
+    """What was asked for and, at equal minutes, the steps of each variant: plan.json."""
+
+    def __init__(self, path: pathlib.Path, minutes: float):
+        self._path, self._minutes = path, minutes
+        self._kept: dict[str, Any] = dict(minutes=minutes, variants={})
+        if path.exists():
+            self._kept = sealed_json.read(path)
+        if self._kept.get("minutes") != minutes or not isinstance(self._kept.get("variants"), dict):
+            raise ValueError(
+                f"{path.parent} holds runs of --minutes={self._kept.get('minutes')}, not "
+                f"{minutes:g}; give that, or another --out"
+            )
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Notes variants that are new. Raises ValueError for one that was another before."""
+        for variant in variants:
+            asked = sealed_json.seal(dict(recipe=variant.recipe, values=dict(variant.values)))
+            del asked[sealed_json.KEY]
+            kept = self._kept["variants"].setdefault(variant.name, asked | dict(steps=0))
+            if {key: kept.get(key) for key in asked} != asked:
+                raise ValueError(
+                    f"{self._path.parent} holds another variant {variant.name!r}, with "
+                    f"{kept.get('recipe')} and {kept.get('values')}; give this one another name, "
+                    "or give another --out"
+                )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        sealed_json.write(self._path, self._kept)
+
+    def steps(self, variant: Variant, folder: pathlib.Path, say: Say) -> int:
+        """The steps of each run of a variant; 0 for what its config says."""
+        if not self._minutes:
+            return 0
+        kept = self._kept["variants"][variant.name]
+        if not kept["steps"]:
+            pace = self._pace(variant, folder / ".pace", say)
+            kept["steps"] = max(1, round(60 * self._minutes / pace))
+            say(f"{variant.name}: {pace:.3g} s a step, so {kept['steps']:,} steps")
+            sealed_json.write(self._path, self._kept)
+        return kept["steps"]
+
+    def _pace(self, variant: Variant, place: pathlib.Path, say: Say) -> float:
+        """Seconds of a step, of a short run that is thrown away."""
+        say(f"{variant.name}: {PACE} steps, to see how long one takes")
+        shutil.rmtree(place, ignore_errors=True)
+        values = {"steps": PACE, "eval.tasks": (), "eval.guard": "", "log.every_steps": 1}
+        training.train(variant.config(values), str(place))
+        rows = metrics.read_metrics(place)[2:]
+        shutil.rmtree(place, ignore_errors=True)
+        return max(1e-9, sum(map(seconds, rows)) / len(rows))

@@ -1,0 +1,87 @@
+"""The page of an ablation: a row a variant, and each metric drawn with its seeds."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coca_jax import storage
+from coca_jax.evaluators.declarations import Metric, Scale
+from coca_jax.report import charts, numbers, page
+
+TRAIN = "train"  # where evaluators have their name, of the losses in training
+
+
+def rows(found: Mapping[str, Any], shown: Sequence[str]) -> list[dict[str, Any]]:
+    """dict(name, counts, cells) a variant of results.json: runs, steps and minutes as texts, and
+    dict(value, interval) of each metric of `shown`."""
+    return [
+        dict(
+            name=name,
+            counts=[
+                str(len(one["runs"])),
+                _range([run["steps"] for run in one["runs"].values()], ",.0f"),
+                _range([run["minutes"] for run in one["runs"].values()], ".1f"),
+            ],
+            cells=[_cell(metric, one["metrics"].get(metric)) for metric in shown],
+        )
+        for name, one in found["variants"].items()
+    ]
+
+
+def metric_of(name: str) -> Metric:
+    """What is known of a metric by its full name; losses of training are no shares."""
+    evaluator, _, metric = numbers.split_name(name)
+    if evaluator == TRAIN:
+        return Metric(metric.replace("_", " "), Scale.PLAIN, lower=True)
+    return numbers.metric_of(evaluator, metric)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def _cell(name: str, found: Mapping[str, Any] | None) -> dict[str, str]:
+    if found is None or found["mean"] is None:
+        return dict(value="", interval="")
+    shown, interval = metric_of(name), ""
+    if found["low"] is not None:
+        factor = numbers.factor(shown)
+        low, high = factor * found["low"], factor * found["high"]
+        interval = f"({low:.4g} to {high:.4g})"
+    return dict(value=numbers.score(shown, found["mean"]), interval=interval)
+
+
+def write(found: Mapping[str, Any], shown: Sequence[str], path: pathlib.Path) -> None:
+    """Writes the page of results.json."""
+    figures = []
+    for name in shown:
+        evaluator, data, _ = numbers.split_name(name)
+        about = metric_of(name)
+        factor, unit = numbers.factor(about), "%, " if about.scale is Scale.PERCENT else ""
+        lines = [
+            charts.Spread(
+                variant,
+                [factor * value for value in one["metrics"][name]["values"].values()],
+                *(
+                    None
+                    if one["metrics"][name][key] is None
+                    else factor * one["metrics"][name][key]
+                    for key in ("low", "high")
+                ),
+            )
+            for variant, one in found["variants"].items()
+            if one["metrics"].get(name, {}).get("values")
+        ]
+        if lines:
+            better = "lower is better" if about.lower else "higher is better"
+            title = f"{numbers.title_of(evaluator)}: {about.title} \u00b7 {data}"
+            figures.append(charts.spread(title, unit + better, lines))
+    context = dict(
+        title=path.parent.name, shown=shown, rows=rows(found, shown), figures=figures, found=found
+    )
+    storage.write_text(path, page.render_page("ablation.html", context))

@@ -1,0 +1,166 @@
+"""Ablations: runs of a table, killed and taken up again, what they say, and bad tables."""
+
+import functools
+import json
+
+import jax
+import pytest
+
+from coca_jax import metrics, partitioning, recipes
+from coca_jax.ablating import outcome, running, table
+from coca_jax.training import run as training
+from coca_jax.training import stopping
+
+TABLE = """
+config = "tiny"
+seeds = [0, 3]
+[overrides]
+steps = 2
+batch_size = 8
+checkpoint.every_steps = 1
+model.image.depth = 1
+model.text.unimodal_depth = 1
+model.text.multimodal_depth = 1
+[variants.both]
+[variants.again]
+checkpoint.keep = 1
+"""
+
+
+def quietly(line):
+    del line
+
+
+def written(folder, text):
+    path = folder / "table.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Steps for one device compile in a third of the time."""
+    whole = partitioning.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = functools.partial(whole, devices=jax.devices()[:1])
+        patch.setattr(partitioning, "make_mesh", mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """Stopped in its second run, then taken up again: (table, folder, what was there between)."""
+    folder = tmp_path_factory.mktemp("ablated")
+    found = table.read(written(folder, TABLE), {"log.every_steps": 1})
+    out, asked = folder / "out", []
+
+    def reached(self, step):
+        asked.append(step)
+        return len(asked) == 3  # the first step of the second run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.Stop, "reached", reached)
+        with pytest.raises(stopping.Preempted, match="step 1 is saved"):
+            running.ablate(found, str(out), 0, quietly)
+    between = (out / "both/seed0/metrics.jsonl").stat().st_mtime_ns
+    assert not (out / "again/seed0" / outcome.DONE).exists()
+    return found, out, between, running.ablate(found, str(out), 0, quietly)
+
+
+def test_a_killed_ablation_goes_on_and_does_nothing_twice(ablated):
+    _, out, between, result = ablated
+    assert result == dict(out=str(out), results=str(out / "results.json"), runs=4, failed={})
+    assert (out / "both/seed0/metrics.jsonl").stat().st_mtime_ns == between
+    # The second variant trains as the first one does; its first run was stopped after a step.
+    whole, resumed = (metrics.read_metrics(out / name / "seed0") for name in ("both", "again"))
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    assert [row["step"] for row in resumed] == [1, 2]
+
+
+def test_results_hold_each_seed_their_mean_and_an_interval(ablated):
+    _, out, _, _ = ablated
+    found = json.loads((out / "results.json").read_text())
+    assert found["seeds"] == [0, 3] and list(found["variants"]) == ["both", "again"]
+    again = found["variants"]["again"]
+    assert again["overrides"]["checkpoint.keep"] == 1 and again["config"] == "tiny"
+    assert [again["runs"][seed]["steps"] for seed in ("0", "3")] == [2, 2]
+    assert all(0 < run["minutes"] < 5 for run in again["runs"].values())
+    loss = again["metrics"]["train/batches/loss"]
+    for seed, value in loss["values"].items():
+        rows = metrics.read_metrics(out / "again" / f"seed{seed}")
+        assert value == pytest.approx(rows[-1]["loss"])
+    first, second = loss["values"].values()
+    half = 12.7062 * abs(first - second) / 2  # Student's t of one degree of freedom
+    assert first != second and loss["mean"] == pytest.approx((first + second) / 2)
+    assert loss["high"] - loss["mean"] == pytest.approx(half, rel=1e-4)
+    assert loss["difference"] == dict(mean=0.0, low=0.0, high=0.0)  # seed by seed
+    assert found["variants"]["both"]["metrics"]["train/batches/loss"]["difference"] is None
+
+
+def test_the_table_and_the_page_show_every_variant(ablated):
+    _, out, _, _ = ablated
+    lines = (out / "results.md").read_text().splitlines()
+    assert lines[0].startswith("| variant | runs | steps | minutes | train/batches/loss |")
+    assert lines[2].startswith("| both | 2 | 2 | ") and lines[3].startswith("| again | 2 | 2 | ")
+    page = (out / "report.html").read_text()
+    assert page.count('<figure class="card spread">') == 3
+    assert page.count('<circle class="p s1"') == 2 * 3  # a dot a seed
+
+
+def test_other_variants_of_a_name_are_refused(ablated, tmp_path):
+    _, out, _, _ = ablated
+    text = TABLE.replace("keep = 1", "keep = 2")
+    changed = table.read(written(tmp_path, text), {"log.every_steps": 1})
+    with pytest.raises(ValueError, match="holds another variant 'again'"):
+        running.ablate(changed, str(out), 0, quietly)
+    with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
+        running.ablate(changed, str(out), 2, quietly)
+
+
+def test_equal_minutes_are_steps_by_a_pace_that_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "PACE", 4)
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    found = table.read(written(tmp_path, text), {"log.every_steps": 1})
+    out = tmp_path / "out"
+    running.ablate(found, str(out), 0.002, quietly)
+    (plan,) = json.loads((out / "plan.json").read_text())["variants"].values()
+    rows = metrics.read_metrics(out / "both/seed0")
+    assert rows[-1]["step"] == plan["steps"] >= 1
+    run = json.loads((out / "results.json").read_text())["variants"]["both"]["runs"]["0"]
+    assert run["minutes"] == pytest.approx(sum(row["processor_time"] for row in rows) / 60)
+    monkeypatch.setattr(training, "train", None)  # nothing is left to do
+    running.ablate(found, str(out), 0.002, quietly)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("config = ", "is no TOML file"),
+        ("config = 'tiny'", "no variants"),
+        ("confg = 'tiny'\n[variants.a]", "no key 'confg'; did you mean config?"),
+        ("[variants.a]", "variant a: no recipe"),
+        ("config = 'tinny'\n[variants.a]", "no such recipe.*did you mean tiny"),
+        ("config = 'tiny'\nseeds = [0, 0]\n[variants.a]", r"seeds=\[0, 0\]"),
+        ("config = 'tiny'\nseeds = ['x']\n[variants.a]", r"seeds=\['x'\]"),
+        ("config = 'tiny'\nmetrics = 'loss'\n[variants.a]", "metrics='loss'"),
+        ("config = 'tiny'\n[variants.a]\nseed = 3", "variant a: its seeds are those"),
+        ("config = 'tiny'\n[variants.a]\nlos.weight = 3", "variant a: config.los.weight"),
+        ("config = 'tiny'\n[variants.a]\nbatch_sise = 3", "did you mean config.batch_size"),
+        ("config = 'tiny'\n[variants.a]\nbatch_size = 'x'", "variant a: config.batch_size='x'"),
+        ("config = 'tiny'\n[variants]\na = 3", "variants.a=3"),
+        ("config = 'tiny'\n[variants.'../a']", "variant '../a'"),
+    ],
+)
+def test_a_bad_table_is_a_line(text, words, tmp_path):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=words) as error:
+        table.read(path, {})
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+def test_the_example_is_a_table():
+    found = table.read("examples/ablations.toml", {"steps": 7})
+    assert [variant.name for variant in found.variants][:2] == ["both", "contrastive_only"]
+    config = found.variants[3].config(dict(seed=2))
+    assert (config.model.pooler.num_queries, config.steps, config.seed) == (1, 7, 2)
+    assert config.batch_size == recipes.typed(recipes.load("demo")).batch_size
