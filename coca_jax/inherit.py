@@ -17,7 +17,7 @@ def leave(config: ConfigDict, *keys: str) -> None:
     """Marks keys, or all of a section ('model'), as those of the weights at `init_from`."""
     for key in keys:
         group, last = _place(config, key)
-        if isinstance(group[last], ConfigDict):
+        if isinstance(group[last], ConfigDict) and len(group[last]):  # else a mapping, as a value
             leave(config, *(f"{key}.{name}" for name in group[last]))
         else:
             group[last] = None

@@ -176,7 +176,8 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     """The learning rate of each parameter over `learning_rate`: a tree of floats, or of arrays
     [depth, 1, ...] for stacked layers.
 
-    The head has 1, all else encoder_learning_rate / learning_rate. layer_decay d multiplies layer i
+    The head has 1, all else encoder_learning_rate / learning_rate; without a head the image encoder
+    has image_learning_rate / learning_rate and all else 1. layer_decay d multiplies layer i
     of a tower of L by d^(L - i) and what lies below its first layer by d^(L + 1); in the decoder
     the two halves count as one tower; the norms at the end, the poolers and the projections are at
     the top, with d^0 (as in BEiT, Bao et al. 2022).
@@ -184,20 +185,24 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     encoder, decay = 1.0, optimizer.layer_decay
     if has_head and optimizer.encoder_learning_rate >= 0:
         encoder = optimizer.encoder_learning_rate / optimizer.learning_rate
+    image = encoder
+    if not has_head and optimizer.image_learning_rate > 0:
+        image = optimizer.image_learning_rate / optimizer.learning_rate
     towers = depths(params)
 
     def one(role: Role, leaf: Any) -> Any:
         if role.part.serves == "head":
             return 1.0
+        own = image if role.part.serves == "image" else encoder
         if role.part.place == TOP or decay == 1.0:
-            return encoder
+            return own
         stacks = towers.get(role.part.tower, {})
         total = sum(stacks.values())
         if role.stack is None:
-            return encoder * decay ** (total + 1)
+            return own * decay ** (total + 1)
         below = sum(list(stacks.values())[: list(stacks).index(role.stack)])
         layer = below + np.arange(leaf.shape[0])
-        factors = (encoder * decay ** (total - layer)).astype(np.float32)
+        factors = (own * decay ** (total - layer)).astype(np.float32)
         return factors.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
     return map_with_roles(one, params)

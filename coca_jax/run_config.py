@@ -22,6 +22,8 @@ FREE = (
         "remat",
         "accumulate_steps",
         "data.num_threads",
+        "data.features",
+        "data.features_gib",
     ),
     *("data.loader", "model.implementation", "text_lengths", "text_parts"),
 )

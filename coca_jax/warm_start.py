@@ -15,7 +15,11 @@ from coca_jax.training.state import TrainState
 
 
 def apply(
-    state: TrainState, path: str, class_names: Sequence[str] = (), positions: str = "extend"
+    state: TrainState,
+    path: str,
+    class_names: Sequence[str] = (),
+    positions: str = "extend",
+    parts: str = "all",
 ) -> TrainState:
     """`state` with its parameters (and their average) replaced by those at `path`.
 
@@ -24,11 +28,13 @@ def apply(
     between those that are there, and those beyond the model's go.
     Optional parts (see models/part.py) that the weights lack stay as they are. A task head of the
     weights is used where it has the classes `class_names` of this run's head, in their order, and
-    left out else.
+    left out else. parts='image': the image encoder alone is taken, of weights of any family.
     Raises ValueError naming the first parameter that does not fit, FileNotFoundError without any.
     """
     target = export_format.flatten(state.params)
     weights, classes = read(path)
+    if parts == "image":
+        weights = roles.select(weights, lambda part: part.serves == "image")
     if roles.has_task_head(weights) and (not class_names or classes != list(class_names)):
         logging.warning("init_from: the head of %s has other classes and is left out", path)
         weights = roles.without_task_head(weights)
@@ -40,7 +46,7 @@ def apply(
     for name, leaf in target.items():
         part = roles.part_of(name.split("/"))
         if name not in given:
-            if not part.optional:
+            if not part.optional and (parts == "all" or part.serves == "image"):
                 raise ValueError(f"init_from={path} lacks {name} of this config's model")
             params[name] = leaf
             continue
@@ -56,7 +62,8 @@ def apply(
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
             )
         params[name] = export_format.place(array, leaf.sharding)
-    for missing in sorted({name.split("/")[0] for name in target.keys() - given.keys()}):
+    untrained = target.keys() - given.keys() if parts == "all" else ()
+    for missing in sorted({name.split("/")[0] for name in untrained}):
         logging.warning("init_from: %s starts untrained", missing)
     tree = export_format.unflatten(params)
     return state.replace(params=tree, ema=_averages(state.ema, tree))

@@ -31,6 +31,7 @@ def check(config: Config) -> None:
         )
     check_texts(config)
     check_global(config)
+    check_locked(config)
     if config.loss.hidden_weight and not config.optimizer.ema:
         raise ValueError(
             f"loss.hidden_weight={config.loss.hidden_weight} learns from averaged parameters; set "
@@ -52,6 +53,67 @@ def check(config: Config) -> None:
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):
         raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")
+
+
+def frozen_encoder(config: Config) -> bool:
+    """Whether nothing of the image encoder is trained."""
+    optimizer = config.optimizer
+    if config.head.kind:
+        return optimizer.encoder_learning_rate == 0
+    return optimizer.image_learning_rate == 0
+
+
+def check_locked(config: Config) -> None:
+    """Raises ValueError for what an image encoder with a rate of its own, or whose tokens are kept,
+    does not go with."""
+    data, optimizer = config.data, config.optimizer
+    rate = optimizer.image_learning_rate
+    if rate >= 0 and (config.head.kind or optimizer.lora_rank):
+        raise ValueError(
+            f"optimizer.image_learning_rate={rate} goes with no task head and no LoRA; with a head "
+            "set optimizer.encoder_learning_rate"
+        )
+    if rate > 0 and not optimizer.learning_rate:
+        raise ValueError(
+            f"optimizer.image_learning_rate={rate} is a share of learning_rate=0; set both above 0"
+        )
+    if config.init_parts != "all" and not config.init_from:
+        raise ValueError(
+            f"init_parts={config.init_parts!r} needs init_from, the weights to take that from"
+        )
+    if data.augmentations and data.loader != "direct":
+        raise ValueError(
+            f"data.augmentations={data.augmentations} needs data.loader='direct'; set it"
+        )
+    if data.features:
+        check_features(config)
+
+
+def check_features(config: Config) -> None:
+    """Raises ValueError where kept tokens of the image encoder would not be those of each step."""
+    data = config.data
+    kept = f"data.features={data.features!r}"
+    if not frozen_encoder(config):
+        raise ValueError(
+            f"{kept} keeps the tokens of a frozen image encoder; set optimizer.image_learning_rate"
+            "=0 (with a task head encoder_learning_rate=0), or data.features=''"
+        )
+    moving = data.augment != "none" or data.flip or (data.num_frames and data.frame_jitter)
+    if moving and not data.augmentations:
+        raise ValueError(
+            f"{kept} keeps each image as it is augmented, and data.augmentations=0 draws a new one "
+            "at each visit; set it to 4, say, or data.augment='none' and data.flip=False"
+        )
+    for name, value, good in (
+        ("data.loader", data.loader, "direct"),
+        ("model.image.patch_dropout", config.model.image.patch_dropout, 0.0),
+        ("config.image_sizes", config.image_sizes, ()),
+        ("loss.hidden_weight", config.loss.hidden_weight, 0.0),
+    ):
+        if value != good:
+            raise ValueError(f"{name}={value!r} does not go with {kept}; set {good!r}")
+    if config.head.kind == "pair":
+        raise ValueError(f"head.kind='pair' does not go with {kept}; set data.features=''")
 
 
 def check_texts(config: Config) -> None:

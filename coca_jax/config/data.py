@@ -111,6 +111,11 @@ class Data(Section):
     randaugment: tuple[int, float] = key(
         (2, 10), RANDAUGMENT, "its operations one after another, their magnitude 0 to 30"
     )
+    augmentations: int = key(
+        0,
+        whole(0, 65_536, "augmentations"),
+        "of an image, drawn once, of which each visit takes one; 0: a new one at each visit",
+    )
     flip: bool = key(False, FLAG, "random left-right flip")
     resize: str = key(
         "squash",
@@ -126,6 +131,12 @@ class Data(Section):
         0.01, number(0, 1), "undecodable images tolerated before the run stops"
     )
     num_threads: int = key(0, whole(0, 4096, "threads"), "that decode; 0: one per core")
+    features: str = key(
+        "", TEXT, "a folder that keeps the tokens of a frozen image encoder; '': computed each time"
+    )
+    features_gib: float = key(
+        100.0, number(0, 1e9, "GiB", above=True), "of each source that may be kept there"
+    )
     loader: str = key(
         "direct", choice("direct", "seqio"), "'seqio' needs the extra 'seqio'; equal batches"
     )

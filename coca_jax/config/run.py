@@ -95,6 +95,13 @@ class Optimizer(Section):
         ),
         "of all but the head; 0: frozen, -1: as learning_rate",
     )
+    image_learning_rate: float = key(
+        -1.0,
+        Rule(
+            lambda v: is_number(v) and (v == -1 or 0 <= v <= 1), f"{RATE.words}, or -1 (the same)"
+        ),
+        "of the image encoder, without a head; 0: frozen, -1: as learning_rate",
+    )
     layer_decay: float = key(
         1.0,
         number(0, 1, "1 being none", above=True),
@@ -254,6 +261,11 @@ class Config(Section):
         "... and with n > 1 the longest n-th of them runs apart from the others",
     )
     init_from: str = key("", TEXT, "a run, checkpoint or converted weights to start from")
+    init_parts: str = key(
+        "all",
+        choice("all", "image"),
+        "what of those weights is taken; 'image': the image encoder alone, of any family",
+    )
     init_positions: str = key(
         "extend",
         choice("extend", "interpolate"),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coca_jax.config import Config
+from coca_jax.data import features as kept_features
 from coca_jax.data import pixels as pixel_work
 from coca_jax.data.examples import Examples, Tally
 from coca_jax.data.mixture import Mixture
@@ -54,7 +55,7 @@ def fields(config: Config) -> dict[str, Field]:
     return dict(
         **(taught if config.loss.teacher_width else {}),
         **({"example": Field("int32", (), "number of it in all data")} if numbered else {}),
-        image=Field("uint8", pixel_work.example_shape(config), "RGB pixels of image, clip or pair"),
+        **_seen(config),
         tokens=Field("int32", length, "text from begin to end symbol, then padding"),
         text_valid=Field("bool", length, "which tokens are text"),
         is_label=Field("bool", (), "the text is made of class names"),
@@ -64,6 +65,15 @@ def fields(config: Config) -> dict[str, Field]:
         source=Field("int32", (), "number in data.sources", trains=False),
         index=Field("int64", (), "of the record in its source", trains=False),
     )
+
+
+def _seen(config: Config) -> dict[str, Field]:
+    """What the model sees of the image."""
+    if config.data.features:
+        shape = kept_features.shape(config)
+        return dict(encoded=Field(config.model.dtype, shape, "tokens of a frozen image encoder"))
+    shape = pixel_work.example_shape(config)
+    return dict(image=Field("uint8", shape, "RGB pixels of image, clip or pair"))
 
 
 def empty(config: Config, rows: int) -> dict[str, np.ndarray]:
@@ -97,11 +107,12 @@ class Batches:
         process_index: which process of the run this is, which says its rows of each batch.
         process_count: how many there are.
         class_names: of the task head, in the order of its outputs; () without one.
+        features: with config.data.features the kept tokens of each source (training/locked.py).
 
     Attributes:
         mixture: the data.
         rows: which rows of the global batch these are.
-        pixels: decodes the images.
+        pixels: decodes the images, or reads their tokens.
         examples: of each source.
 
     Raises:
@@ -119,10 +130,15 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
         class_names: Sequence[str] = (),
+        features: Sequence[kept_features.Features] = (),
     ):
         self.mixture = mixture or Mixture(config)
         self.rows = self.mixture.rows(process_index, process_count)
-        self.pixels = pixel_work.Pixels(config)
+        self.pixels: pixel_work.Pixels | kept_features.Tokens
+        if config.data.features:
+            self.pixels = kept_features.Tokens(config, features)
+        else:
+            self.pixels = pixel_work.Pixels(config)
         self._names = tuple(fields(config))
         self._first = np.cumsum([0, *self.mixture.sizes])  # number of each source's first example
         self.examples = [
@@ -157,7 +173,7 @@ class Batches:
             image[row] = part.replace(at, failed[row])
         found = [part.fields() for part in parts.values()]
         arrays = {name: np.concatenate([f[name] for f in found])[place] for name in found[0]} | {
-            "image": image
+            self.pixels.field: image
         }
         arrays["example"] = (self._first[arrays["source"]] + arrays["index"]).astype(np.int32)
         bad = {number: part.bad for number, part in parts.items()}

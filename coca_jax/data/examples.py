@@ -11,6 +11,7 @@ from absl import logging
 from coca_jax import activity
 from coca_jax.config import Config
 from coca_jax.data import teachers
+from coca_jax.data.features import Tokens
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
 from coca_jax.data.random_access import Source
@@ -48,7 +49,7 @@ class Examples:
         number: int,
         config: Config,
         vocabulary: Vocabulary,
-        pixels: Pixels,
+        pixels: Pixels | Tokens,
         class_names: Sequence[str],
     ):
         if config.data.label_token and vocabulary.label_id is None:
@@ -73,30 +74,8 @@ class Examples:
     def at(self, positions: np.ndarray) -> Part:
         """The examples at these positions, int64 [n], of the source's stream."""
         indices = self._mixture.indices(self.number, positions)
-        records, unread = self._read(indices)
+        records, unread = read_all(self.source, indices)
         return Part(self, self._mixture.draw(self.number, positions), indices, records, unread)
-
-    def _read(self, indices: np.ndarray) -> tuple[list[Record], dict[int, str]]:
-        """Records, and {row: why} of those that cannot be read."""
-        try:
-            with activity.doing(f"reading {self.source.name}"):
-                return self.source.read(indices), {}
-        except Exception:  # array_record raises RuntimeError for the whole of a read
-            records, unread = [], {}
-            for row, index in enumerate(indices.tolist()):
-                record, why = self.read_one(index)
-                records.append(record)
-                if why:
-                    unread[row] = why
-            return records, unread
-
-    def read_one(self, index: int) -> tuple[Record, str]:
-        """A record, or one without an image and why it cannot be read."""
-        try:
-            with activity.doing(f"reading {self.source.name}"):
-                return self.source.read([index])[0], ""
-        except Exception as error:  # of a damaged shard, or of whatever the data lie on
-            return UNREAD, f"cannot be read: {error}"
 
     def check_pairs(self, records: Sequence[Record]) -> None:
         """Raises ValueError naming the first record that is no pair where pairs are wanted."""
@@ -157,10 +136,11 @@ class Examples:
         limit = self.max_bad_fraction * min(size, 10_000)
         for step in range(1, size):
             index = (first + step) % size
-            record, why = self.read_one(index)
+            record, why = read_one(self.source, index)
             if not why:
                 self.check_pairs([record])
-                pixels, failed = self.pixels.render([record], self.pixels.plan([record], place))
+                plan = self.pixels.plan([record], place, np.array([index]))
+                pixels, failed = self.pixels.render([record], plan)
                 if not failed:
                     part.records[row], part.indices[row] = record, index
                     return pixels[0]
@@ -193,7 +173,7 @@ class Part:
         self._examples = examples
         self.draw, self.indices, self.records = draw, indices, records
         examples.check_pairs(records)
-        self.plan = examples.pixels.plan(records, draw)
+        self.plan = examples.pixels.plan(records, draw, indices)
         self._unread = unread
         self.bad: dict[int, str] = {}
 
@@ -211,6 +191,30 @@ class Part:
         if examples.teacher_width:
             found |= teachers.embeddings(self.records, chosen, examples.teacher_width)
         return found
+
+
+def read_all(source: Source, indices: np.ndarray) -> tuple[list[Record], dict[int, str]]:
+    """Records of a source, and {row: why} of those that cannot be read."""
+    try:
+        with activity.doing(f"reading {source.name}"):
+            return source.read(indices), {}
+    except Exception:  # array_record raises RuntimeError for the whole of a read
+        records, unread = [], {}
+        for row, index in enumerate(indices.tolist()):
+            record, why = read_one(source, index)
+            records.append(record)
+            if why:
+                unread[row] = why
+        return records, unread
+
+
+def read_one(source: Source, index: int) -> tuple[Record, str]:
+    """A record, or one without an image and why it cannot be read."""
+    try:
+        with activity.doing(f"reading {source.name}"):
+            return source.read([index])[0], ""
+    except Exception as error:  # of a damaged shard, or of whatever the data lie on
+        return UNREAD, f"cannot be read: {error}"
 
 
 def _named(record: Record, index: int, why: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from coca_jax import extras
 from coca_jax.config import Config
 from coca_jax.data.batches import Batches, DirectStream, Stream
+from coca_jax.data.features import Features
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
 
@@ -30,6 +31,7 @@ def open_stream(
     process_index: int = 0,
     process_count: int = 1,
     class_names: Sequence[str] = (),
+    features: Sequence[Features] = (),
 ) -> Stream:
     """The batches of this process, from step `start_step` on, without end; see `Batches`.
 
@@ -49,6 +51,7 @@ def open_stream(
         process_index=process_index,
         process_count=process_count,
         class_names=class_names,
+        features=features,
     )
     if config.data.loader == "direct":
         return DirectStream(batches, start_step)

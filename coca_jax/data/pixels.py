@@ -30,14 +30,18 @@ class Pixels:
         config: of a run.
 
     Attributes:
+        field: of a batch that they become.
         shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3).
         threads: images decoded at the same time.
     """
+
+    field = "image"
 
     def __init__(self, config: Config):
         data = config.data
         self._size, self._mode, self._fast = config.model.image_size, data.augment, data.fast_resize
         self._resize, self._jitter = data.resize, data.frame_jitter
+        self._fixed = data.augmentations
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
         self._draw_plan = functools.partial(
             augment.plan,
@@ -52,13 +56,22 @@ class Pixels:
         self.threads = data.num_threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
 
-    def plan(self, records: Sequence[Record], draw: Draw) -> Plan:
-        """How each image is decoded and augmented: a function of its header and its place.
+    def plan(
+        self, records: Sequence[Record], draw: Draw, indices: np.ndarray | None = None
+    ) -> Plan:
+        """How each image is decoded and augmented: a function of its header and its place, or with
+        data.augmentations one of so many of its record (`indices`, int64 [n], in their source).
 
         Returns:
             render.PLAN's arrays of n rows, and of clips `offsets`, float64 [n, T]: which frames
             are taken (videos.sample).
         """
+        if self._fixed and indices is not None:
+            draw = one_of(draw, indices, self._fixed)
+        return self.drawn(records, draw)
+
+    def drawn(self, records: Sequence[Record], draw: Draw) -> Plan:
+        """`plan` by these random choices as they are."""
         if self.pairs:
             return {}
         found = np.array([self._sniff(record.image) for record in records], np.int64).reshape(-1, 3)
@@ -123,6 +136,13 @@ class Pixels:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def one_of(draw: Draw, indices: np.ndarray, count: int) -> Draw:
+    """The random choices of one of `count` augmentations of each record, int64 [n]: which one, the
+    place of the example says, and what is drawn for it then follows from the record alone."""
+    which = (draw.uniform(texts.FIXED)[:, 0] * count).astype(np.int64)
+    return Draw(draw.seed, draw.source, indices * count + which)
 
 
 def example_shape(config: Config) -> tuple[int, ...]:

@@ -154,10 +154,11 @@ class CoCa(nn.Module):
 
     def classify(
         self,
-        pixels: jax.Array,
+        pixels: jax.Array | None,
         tokens: jax.Array | None = None,
         prompt_len: jax.Array | None = None,
         *,
+        encoded: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits of the task head alone, float32 [B, C], running only what it needs.
@@ -165,14 +166,15 @@ class CoCa(nn.Module):
         pixels [B, S, S, 3], or clips [B, T, S, S, 3], of which a head over images pools all tokens
         of all frames; [B, 2, S, S, 3] for a head over pairs. Heads that read a text
         take tokens int [B, L] and prompt_len int [B]: how many of a row are the question (or
-        statement), with the begin symbol. What follows is not seen by the head.
+        statement), with the begin symbol. What follows is not seen by the head. encoded: as of
+        `__call__`.
         """
         if self.task_head is None:
             raise ValueError("this model has no task head; train it with head.kind set")
         kind = self.task_head.kind
-        if kind.images > 1:  # all images of an example become rows
+        if kind.images > 1 and pixels is not None:  # all images of an example become rows
             pixels = pixels.reshape((-1,) + pixels.shape[2:])
-        encoded = self.encode_pixels(pixels, deterministic=deterministic)
+        encoded = self._encoded(pixels, encoded, deterministic)
         if not kind.reads_text:
             return self.head(all_tokens(encoded))
         if kind.images > 1:  # each with the text
@@ -182,22 +184,34 @@ class CoCa(nn.Module):
         states = self.text_decoder.fuse(text_states, self.pool(encoded)[1])
         return self.head(states, valid)
 
+    def _encoded(
+        self, pixels: jax.Array | None, encoded: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
+        """The encoder's tokens: those of the pixels, where they are not given."""
+        if encoded is not None:
+            return encoded.astype(self.options.ops.stream_dtype(self.dtype))
+        if pixels is None:
+            raise ValueError("give pixels, or the tokens of the image encoder")
+        return self.encode_pixels(pixels, deterministic=deterministic)
+
     def __call__(
         self,
-        pixels: jax.Array,
+        pixels: jax.Array | None,
         tokens: jax.Array,
         text_valid: jax.Array,
         prompt_len: jax.Array | None = None,
         *,
+        encoded: jax.Array | None = None,
         deterministic: bool = True,
     ) -> Outputs:
         """The whole model: both embeddings and the caption states from one pass.
 
         pixels: [B, S, S, 3], or clips [B, T, S, S, 3]. A head over questions shares this pass: the
         decoder is causal, so the states of the first prompt_len tokens know nothing of the answer
-        behind them. Pairs do not run here.
+        behind them. Pairs do not run here. encoded: tokens of the encoder, [B, N, W] or of clips
+        [B, T, N, W], in place of pixels.
         """
-        encoded = self.encode_pixels(pixels, deterministic=deterministic)
+        encoded = self._encoded(pixels, encoded, deterministic)
         image_embedding, image_tokens = self.pool(encoded)
         seen = image_tokens
         if self.token_dropout and not deterministic:
@@ -212,7 +226,11 @@ class CoCa(nn.Module):
             else:
                 class_logits = self.head(all_tokens(encoded))
         predicted = hidden = None
-        if self.hidden_share and (not deterministic or self.is_initializing()):
+        if (
+            self.hidden_share
+            and pixels is not None
+            and (not deterministic or self.is_initializing())
+        ):
             predicted, hidden = self.predict_hidden(pixels)
         kernel, bias = self.text_decoder.output_layer()
         scale, logit_bias = self.similarity()

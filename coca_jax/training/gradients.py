@@ -194,14 +194,20 @@ def forward(model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Arr
     """One training pass over the batch -> coca.Outputs."""
     outputs: Any = model.apply(
         {"params": cast_kernels(params, model.kernel_dtype)},
-        normalise_pixels(batch["image"], config.model),
+        _pixels(batch, config),
         batch["tokens"],
         batch["text_valid"],
         batch.get("prompt_len"),
+        encoded=batch.get("encoded"),
         deterministic=False,
         rngs={"patch_dropout": rng},
     )
     return outputs
+
+
+def _pixels(batch: Batch, config: Config) -> jax.Array | None:
+    """Of the images, as the model takes them; None where their tokens stand in the batch."""
+    return normalise_pixels(batch["image"], config.model) if "image" in batch else None
 
 
 def classify(
@@ -210,9 +216,10 @@ def classify(
     """One training pass over what the task head reads alone: outputs with class_logits only."""
     logits: Any = model.apply(
         {"params": params},
-        normalise_pixels(batch["image"], config.model),
+        _pixels(batch, config),
         batch["tokens"],
         batch["prompt_len"],
+        encoded=batch.get("encoded"),
         deterministic=False,
         rngs={"patch_dropout": rng},
         method="classify",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from coca_jax import checkpointing, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
+from coca_jax.data.features import Features
 from coca_jax.evaluators import results
 from coca_jax.importers import indexes
 from coca_jax.training import (
@@ -17,6 +19,7 @@ from coca_jax.training import (
     guard,
     hooks,
     lease,
+    locked,
     loop,
     memory,
     saving,
@@ -167,7 +170,7 @@ def steps_from(
 ) -> TrainState:
     """All steps from `start` on. Raises WentUp besides."""
     with run.buckets("init"):
-        batches = open_batches(run, start, spikes.left_out)
+        batches = open_batches(run, start, spikes.left_out, locked.keep(run, state))
         run.say(run.mixture.describe())
         if remark := run_config.remark_batch(run.config, run.mixture.num_examples):
             run.say(remark)
@@ -209,8 +212,11 @@ def steps_from(
     return state
 
 
-def open_batches(run: Run, start: int, left_out: Ranges) -> Batches:
-    """The batches of this process from step `start` on, without those that are left out."""
+def open_batches(
+    run: Run, start: int, left_out: Ranges, features: Sequence[Features] = ()
+) -> Batches:
+    """The batches of this process from step `start` on, without those that are left out; features:
+    the kept tokens of each source, see locked.py."""
     return Batches(
         left_out,
         start,
@@ -218,6 +224,7 @@ def open_batches(run: Run, start: int, left_out: Ranges) -> Batches:
         run.vocabulary,
         run.mixture,
         class_names=run.class_names,
+        features=features,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -242,7 +249,9 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
         from coca_jax import warm_start
 
         positions = run.config.init_positions
-        state = warm_start.apply(state, run.config.init_from, run.class_names, positions)
+        state = warm_start.apply(
+            state, run.config.init_from, run.class_names, positions, run.config.init_parts
+        )
     return state, 0
 
 

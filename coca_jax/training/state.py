@@ -69,14 +69,17 @@ def make_estimates(config: Config) -> dict[str, jax.Array] | None:
 def trainable(params: dict, config: Config) -> dict:
     """The part of a tree of parameters (or of anything by parameter) that the run trains.
 
-    Everything without a head; with lora_rank the adapted kernels. With a head: the head, and unless
+    Everything without a head, or with image_learning_rate 0 all but the image encoder; with
+    lora_rank the adapted kernels. With a head: the head, and unless
     encoder_learning_rate is 0 what its loss and the losses beside it depend on; weight decay would
     shrink what has no gradient.
     """
     if config.optimizer.lora_rank:
         return roles.adapted(params, config.optimizer.lora)
     if not config.head.kind:
-        return params
+        if config.optimizer.image_learning_rate:
+            return params
+        return roles.select(params, lambda part: part.serves != "image")
     served = {"head"}
     if config.optimizer.encoder_learning_rate != 0:
         served = served.union(*(objective.serves for objective in objectives.of(config)))

@@ -110,7 +110,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = trim(batch, length) | {"image": shrink(batch["image"], image_size)}
+        batch = trim(batch, length)
+        if "image" in batch:
+            batch |= {"image": shrink(batch["image"], image_size)}
         batch |= kept_of(state, batch) | teacher_of(state, model, config, batch)
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng, lengths)
         before = state.skipped
