@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from test_heads import train_alone
@@ -72,9 +73,8 @@ def test_the_encoder_is_taken_and_stays_and_the_rest_learns(start, plain):
     same = [n for n in after if np.array_equal(before[n], after[n])]
     assert sorted(n.split("/")[0] for n in same) == ["image_encoder"] * len(same)
     assert len(same) == sum(n.startswith("image_encoder") for n in after)
-    saved, _ = checkpointing.find_step(str(plain))
     assert json.loads((plain / "config.json").read_text())["init_parts"] == "image"
-    assert saved.name == "3"
+    assert checkpointing.find_step(str(plain))[1] == 3
 
 
 def test_kept_tokens_give_the_losses_of_encoding(plain, kept):
@@ -133,12 +133,9 @@ def test_images_that_do_not_decode_are_replaced_alike(start, tmp_path, monkeypat
     from coca_jax.data import drawn
 
     encode = drawn.images.encode_bmp
-    count = iter(range(10**6))
 
     def broken(image):
-        bad = int(image.sum()) % 23 == 0
-        next(count)
-        return b"BM" + bytes(40) if bad else encode(image)
+        return b"BM" + bytes(40) if int(image.sum()) % 7 == 0 else encode(image)
 
     monkeypatch.setattr(drawn.images, "encode_bmp", broken)
     more = dict(max_bad_fraction=1.0, augment="none", augmentations=0)
@@ -163,16 +160,14 @@ def test_a_decoder_learns_on_towers_of_another_family(family, plain, tmp_path):
     sizes["pooler"] = dict(sizes["pooler"]) | dict(num_heads=4)
     sizes["activation"] = "quick_gelu" if clip else "gelu"
     model = read(Model, sizes)
-    import jax
-
     params = jax.device_get(unbox(two_towers.init(two_towers.build(model), jax.random.key(3))))
     words = plain / "vocabulary.model"
     written = model.to_dict()
     export_format.write_export(tmp_path / "towers", params, {"model": written}, words)
     towers = load(str(tmp_path / "towers"))
     config = locked_run(tmp_path / "towers", 2, features=str(tmp_path / "features"))
-    for key in ("image", "activation"):
-        config.model[key] = written[key]
+    config.model.image.update(written["image"])
+    config.model.activation = written["activation"]
     config.data.vocabulary = str(words)
     train_alone(config, str(tmp_path / "run"))
     captioner = load(str(tmp_path / "run"))
