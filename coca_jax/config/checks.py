@@ -5,7 +5,7 @@ from __future__ import annotations
 from coca_jax.config.model import BLOCK, Head, Model
 from coca_jax.config.run import Config, Optimizer
 from coca_jax.config.section import plain, read
-from coca_jax.models import pooler_kinds
+from coca_jax.models import head_kinds, pooler_kinds
 
 
 def check(config: Config) -> None:
@@ -112,8 +112,9 @@ def check_features(config: Config) -> None:
     ):
         if value != good:
             raise ValueError(f"{name}={value!r} does not go with {kept}; set {good!r}")
-    if config.head.kind == "pair":
-        raise ValueError(f"head.kind='pair' does not go with {kept}; set data.features=''")
+    kind = head_kinds.of(config.head.kind)
+    if kind is not None and kind.images > 1:
+        raise ValueError(f"head.kind={kind.name!r} does not go with {kept}; set data.features=''")
 
 
 def check_texts(config: Config) -> None:
