@@ -252,6 +252,8 @@ def test_a_small_step_compiles_for_a_gpu_with_flash_attention(tmp_path):
     # Six attentions: of the encoder, both poolers, both halves' own and across.
     assert len(re.findall(r'"__cudnn\$fmha\w*Softmax"', text)) == 6
     assert len(re.findall(r'"__cudnn\$fmha\w*SoftmaxBackward"', text)) == 6
+    # GELU and its bias are part of the three MLPs' first product.
+    assert text.count('"epilogue":"BIAS_GELU_AUX"') == 3
     assert not re.search(r"(bf16|f32)\[16,2,16,16\]", text)  # [B, H, N, M] of the encoder
 
 

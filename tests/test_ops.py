@@ -1,5 +1,8 @@
 """Every form of the operations against the reference, values and gradients."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from coca_jax import ops, partitioning
 from coca_jax.configs import base
-from coca_jax.models import block, coca, layers
+from coca_jax.models import block, coca, layers, rotary
 from coca_jax.ops import gpu, reference
 from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
 
@@ -281,7 +284,8 @@ def test_on_a_cpu_bfloat16_is_in_products_alone():
 
 
 def test_options_of_the_compiler_are_ones_that_it_knows():
-    assert ops.compiler_options("tpu") == ops.compiler_options("gpu") == {}
+    assert ops.compiler_options("tpu") == ops.compiler_options("rocm") == {}
+    assert ops.compiler_options("gpu") == ops.compiler_options("cuda") == gpu.COMPILER_OPTIONS
     run = jax.jit(lambda x: x + 1, compiler_options=ops.compiler_options("cpu"))
     assert run(1.0) == 2.0
 
@@ -303,6 +307,59 @@ def test_attention_padded_for_cudnn_equals_the_plain_form(queries, keys, masked,
         (query, key, value),
         1e-5,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CudnnByXla(ops.Gpu):
+    """The form for GPUs with XLA's attention in cuDNN's place, which no CPU has."""
+
+    def attend(self, query, key, value, mask, heads, causal=False):
+        split = (reference.split_heads(x, heads) for x in (query, key, value))
+        out = gpu.library_attention(*split, mask, causal, implementation="xla")
+        return reference.merge_heads(out)
+
+
+@pytest.mark.parametrize("causal,masked,turned", [(False, False, True), (True, True, False)])
+def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turned):
+    """An odd length: the encoder's without a mask, the lower half's with valid tokens."""
+    x = arrays(2, 9, 16, dtype=jnp.bfloat16)[0]
+    mask = (jnp.arange(9) < jnp.asarray([[9], [6]]))[:, None, None] if masked else None
+    turns = rotary.of_places(jnp.arange(9)[None, :, None], 8, 100.0) if turned else None
+
+    def stack(form):
+        options = layers.BlockOptions(dtype=jnp.bfloat16, ops=form)
+        built = block.Stack(
+            depth=2, num_heads=2, mlp_dim=24, causal=causal, options=options, remat="none"
+        )
+        if form != CudnnByXla():
+            return built
+        assert form.pad_sequences(x, mask, turns, 2, causal)[0].shape == (2, 10, 16)
+        return built
+
+    params = nn.meta.unbox(stack(ops.Reference()).init(jax.random.key(0), x, mask))
+    got, want = (
+        jax.value_and_grad(
+            lambda p, x, m=m: jnp.square(
+                m.apply(p, x, mask, None, turns).astype(jnp.float32)
+            ).mean(),
+            argnums=(0, 1),
+        )(params, x)
+        for m in (stack(CudnnByXla()), stack(ops.Reference()))
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert a.shape == b.shape
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert float(jnp.abs(a - b).max()) <= 0.03 * float(jnp.abs(b).max()) + 1e-6
+
+
+def test_the_norm_s_single_pass_loses_nothing_to_a_mean_far_from_zero():
+    x = np.random.default_rng(0).normal(3000.0, 1.0, (8, 512)).astype(np.float32)
+    x[:4, 0] = -1e5  # the number that distances are taken from is an outlier itself
+    exact = x.astype(np.float64)
+    centred = exact - exact.mean(-1, keepdims=True)
+    want = centred / np.sqrt(exact.var(-1, keepdims=True) + reference.NORM_EPSILON)
+    got = gpu.layer_norm(jnp.asarray(x), jnp.ones(512), jnp.zeros(512))
+    np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
 
 
 def test_the_form_follows_the_platform_and_the_request():

@@ -16,12 +16,11 @@ from typing import Any
 
 from coca_jax.estimate import hlo
 from coca_jax.estimate.chips import Gpu
-from coca_jax.ops.gpu import AT_MOST_ONCE
+from coca_jax.ops.gpu import AT_MOST_ONCE, COMPILER_OPTIONS
 
 # What good kernels reach of the rates on the data sheet, and the cost of a launch.
 MEMORY_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.75, 2e-6
-# Autotuning needs the device; Triton's products of long operands do not compile untuned.
-OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}  # autotuning needs the device
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "async-start", "async-done", "async-update"),

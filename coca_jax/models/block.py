@@ -107,8 +107,8 @@ class Block(nn.Module):
     def _add(self, x: jax.Array, update: jax.Array, part: str) -> jax.Array:
         if self.options.layer_scale:
             update = getattr(self, f"{part}_scale")(update)
-        x = constrain(x + update.astype(x.dtype), "batch", "length", "act_embed")
-        return checkpoint_name(self.options.ops.residual_stream(x), "residual")
+        x = constrain(self.options.ops.add_update(x, update), "batch", "length", "act_embed")
+        return checkpoint_name(x, "residual")
 
     def attend_to_text(
         self, x: jax.Array, mask: jax.Array | Step | None, rotation: jax.Array | None
@@ -192,7 +192,8 @@ class Stack(nn.Module):
         rotation: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, N, D] -> the same; mask, context and rotation as of Block."""
-        ops = self.options.ops
+        ops, length = self.options.ops, x.shape[1]
+        x, mask, rotation = ops.pad_sequences(x, mask, rotation, self.num_heads, self.causal)
         mask, causal = ops.prepare_mask(mask, self.causal, x.shape[1])
         fields: dict[str, Any] = dict(
             width=x.shape[-1],
@@ -209,7 +210,10 @@ class Stack(nn.Module):
             return loop(self.variables["params"][STACKED], x, mask, context)
         block: Any = Block
         if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+            # A loop keeps what is made again apart from what was; without one the compiler would
+            # see that both are the same, and keep all.
+            apart = ops.unroll(self.depth) > 1
+            block = nn.remat(Block, prevent_cse=apart, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0, RECORDED: 0},
@@ -219,4 +223,4 @@ class Stack(nn.Module):
             unroll=ops.unroll(self.depth),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=STACKED, options=self.options, **fields)
-        return layers(x, mask, context, rotation)[0]
+        return layers(x, mask, context, rotation)[0][:, :length]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coca_jax.ops import cpu
+from coca_jax.ops import cpu, gpu
 from coca_jax.ops.cpu import Cpu
 from coca_jax.ops.gpu import Gpu
 from coca_jax.ops.reference import Reference
@@ -20,7 +20,9 @@ IMPLEMENTATIONS = ("auto", "xla", "reference")
 
 def compiler_options(platform: str) -> dict[str, Any]:
     """Options of XLA's compiler for a train step on devices of a platform."""
-    return cpu.compiler_options() if platform == "cpu" else {}
+    if platform == "cpu":
+        return cpu.compiler_options()
+    return gpu.COMPILER_OPTIONS if platform in ("gpu", "cuda") else {}
 
 
 def choose(platform: str, implementation: str = "auto") -> Reference:

@@ -8,6 +8,7 @@ costs more in slices of stacked tensors than it saves.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,16 +18,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from coca_jax.ops.reference import (
+    ACTIVATIONS,
+    CUBE,
     NORM_EPSILON,
+    SLOPE,
     Reference,
-    gelu,
     gelu_slope,
     merge_heads,
     say_once,
     split_heads,
+    wide,
 )
 
 AT_MOST_ONCE = "at_most_once"  # the scope of loops of one turn or none (estimate/gpu.py)
+# Triton's products take the activation's place in cuBLAS's (`_activated`).
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 WIDEST_HEAD = 128  # of cuDNN's attention on every architecture that has it; in multiples of 8
 
 
@@ -47,9 +53,8 @@ class Gpu(Reference):
         return jnp.dot(rows, kernel.astype(dtype)).reshape(x.shape[:-1] + kernel.shape[1:])
 
     def bias_activation(self, x: jax.Array, bias: jax.Array, activation: str) -> jax.Array:
-        if activation != "gelu":
-            return super().bias_activation(x, bias, activation)
-        return bias_gelu(x, bias)
+        rows = x.reshape(-1, x.shape[-1])  # as the product has them, which takes the activation in
+        return bias_activation(rows, bias, activation).reshape(x.shape)
 
     def prepare_mask(
         self, mask: jax.Array | None, causal: bool, length: int
@@ -78,6 +83,7 @@ class Gpu(Reference):
         heads: int,
         causal: bool = False,
     ) -> jax.Array:
+        # A mask [1] of integers is the number of keys that are no padding (`pad_sequences`).
         width = query.shape[2] // heads
         why = _refusal(query.dtype, width) if self.cudnn else "switched off"
         if why:
@@ -89,10 +95,35 @@ class Gpu(Reference):
             merge_heads(library_attention(query, key, value, mask, causal)), "attended"
         )
 
-    def residual_stream(self, x: jax.Array) -> jax.Array:
+    def add_update(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        # As rows: of the sum of three-dimensional arrays cuBLAS's product makes a copy of x first.
         # Left to itself XLA lays the stream out with the batch inside, and transposes it for every
         # product.
-        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, update.astype(x.dtype)))
+        out = with_layout_constraint(jnp.add(*rows), Layout(major_to_minor=(0, 1)))
+        return out.reshape(x.shape)
+
+    def pad_sequences(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        rotation: jax.Array | None,
+        heads: int,
+        causal: bool,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        # Once a stack, where `library_attention` would pad queries, keys and values of each layer.
+        length = x.shape[1]
+        if length % 2 == 0 or not self.cudnn or _refusal(x.dtype, x.shape[2] // heads):
+            return x, mask, rotation
+        if mask is not None:
+            queries = int(mask.shape[2] > 1)
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 1)))
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, queries), (0, 0)), constant_values=True)
+        elif not causal:
+            mask = jnp.full((1,), length, jnp.int32)
+        if rotation is not None:
+            rotation = jnp.pad(rotation, ((0, 0), (0, 1), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, 1), (0, 0))), mask, rotation
 
     def run_if(self, wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
         # A loop works in place; of a condition XLA copies what goes in and what comes out.
@@ -127,11 +158,15 @@ def library_attention(
 
     cuDNN takes no odd lengths with a mask in training, and no single query; jax refuses odd lengths
     without one too (0.10.2 takes its empty bias for one). So queries and keys are padded to an even
-    number; where neither a mask nor the causal order hides a padded key, a mask is made for it.
+    number; where neither a mask nor the causal order hides a padded key, cuDNN is told how many
+    there are. mask: as of `Gpu.attend`.
     """
     count, keys = query.shape[1], key.shape[1]
-    if keys % 2 and mask is None and not causal:
-        mask = jnp.ones((1, 1, 1, keys), bool)
+    lengths = None
+    if mask is not None and mask.ndim == 1:
+        lengths, mask = jnp.broadcast_to(mask, query.shape[:1]), None
+    elif keys % 2 and mask is None and not causal:
+        lengths = jnp.full(query.shape[:1], keys, jnp.int32)
     if count % 2:
         query = _pad(query, 1)
     if keys % 2:
@@ -144,7 +179,13 @@ def library_attention(
         elif mask.shape[2] < query.shape[1]:
             mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=True)
     out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=causal, implementation=implementation
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
     )
     return out[:, :count]
 
@@ -153,29 +194,54 @@ def _pad(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0)))
 
 
-@jax.custom_vjp
-def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """GELU of x [..., F] plus bias [F] by its tanh approximation, in float32, in x's dtype."""
-    return gelu(x + bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_activation(x: jax.Array, bias: jax.Array, activation: str) -> jax.Array:
+    """An activation of ACTIVATIONS of x [..., F] plus bias [F], in x's dtype. For the gradient only
+    their sum is kept."""
+    return _activated(x + bias, activation)
 
 
-def _forward(x, bias):
-    hidden = checkpoint_name(x + bias, "mlp")
-    return gelu(hidden), (hidden, bias)
+def _activated(hidden: jax.Array, activation: str) -> jax.Array:
+    if activation != "gelu":
+        return ACTIVATIONS[activation](hidden)
+    # In these very steps and in the dtype of the product XLA takes it, and the bias, as a part of
+    # cuBLAS's product, which computes it of its float32 sums and writes `hidden` beside it.
+    cubed = hidden * (hidden * hidden)
+    return hidden * (0.5 * (1 + jnp.tanh(SLOPE * (hidden + CUBE * cubed))))
 
 
-def _backward(saved, g):
+def _slope(hidden: jax.Array, activation: str) -> jax.Array:
+    """The derivative of an activation, float32 at least."""
+    if activation == "gelu":
+        return gelu_slope(hidden)
+    exact = hidden.astype(wide(hidden.dtype))
+    return jax.jvp(ACTIVATIONS[activation], (exact,), (jnp.ones_like(exact),))[1]
+
+
+def _forward(x, bias, activation):
+    hidden = _named(x + bias, "mlp")
+    return _activated(hidden, activation), (hidden, bias)
+
+
+def _named(x: jax.Array, name: str) -> jax.Array:
+    """checkpoint_name(x, name) by its bits: floats that it keeps jax rounds to their dtype, which
+    stands between a product and what cuBLAS would take in."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
+
+
+def _backward(activation, saved, g):
     # Without the barrier the forward pass would save tanh in float32 for this one, four bytes a
     # number to write and to read, where making it again costs nothing beside the memory.
     hidden, bias = jax.lax.optimization_barrier(saved)
-    dx = (g.astype(jnp.float32) * gelu_slope(hidden)).astype(hidden.dtype)
-    # The sum is that of the rounded numbers, or the compiler would store them in float32 for it.
-    dx = jax.lax.optimization_barrier(dx)
-    d_bias = dx.astype(jnp.float32).sum(tuple(range(dx.ndim - 1)))
+    # A product in the dtype itself: of float32 rounded behind it the compiler would store float32
+    # for the sum; like this both come out of one pass.
+    dx = g * _slope(hidden, activation).astype(hidden.dtype)
+    d_bias = dx.astype(wide(dx.dtype)).sum(tuple(range(dx.ndim - 1)))
     return dx, d_bias.astype(bias.dtype)
 
 
-bias_gelu.defvjp(_forward, _backward)
+bias_activation.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
@@ -186,12 +252,16 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _norm_forward(x, scale, bias):
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
-    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    # Both sums in one pass, of the distances from the row's first number: the mean of their squares
+    # is at most D + 1 times the variance, so that float32 cancels little however far the mean is.
+    exact = x.astype(jnp.float32)
+    first = exact[..., :1]
+    away = (exact - first).mean(-1, keepdims=True)
+    mean = first + away
+    variance = jnp.square(exact - first).mean(-1, keepdims=True) - jnp.square(away)
     inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
     mean, inverse = (checkpoint_name(s, "statistics") for s in (mean, inverse))
-    y = (wide - mean) * inverse * scale + bias
+    y = (exact - mean) * inverse * scale + bias
     return y.astype(x.dtype), (x, mean, inverse, scale)
 
 

@@ -271,9 +271,25 @@ class Reference:
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         return checkpoint_name(merge_heads(attend(query, key, value, mask)), "attended")
 
-    def residual_stream(self, x: jax.Array) -> jax.Array:
-        """x [B, N, D] between the parts of a block, as it shall lie in memory."""
-        return x
+    def add_update(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        """The residual stream x [B, N, D] plus what a part of a block makes of it, in x's dtype."""
+        return x + update.astype(x.dtype)
+
+    def pad_sequences(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        rotation: jax.Array | None,
+        heads: int,
+        causal: bool,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """What a stack of self-attention over x [B, N, D] gets, with as many rows behind each
+        sequence as the form wants, hidden from the others: x, mask and rotation [B or 1, N, K].
+
+        mask: bool, broadcastable to [B, 1, N, M], or None; causal: of the stack.
+        """
+        del heads, causal
+        return x, mask, rotation
 
     def run_if(self, wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
         """function(carry) where `wanted`, bool [], holds, and `carry` as it is elsewhere."""
