@@ -423,8 +423,9 @@ def draws_of(logs, count, steps=1, width=1, seed=0, **how):
         rows=np.arange(count, dtype=np.uint32),
     )
     allowed = jnp.broadcast_to(jnp.asarray(logs, jnp.float32), (count, width, len(logs)))
-    draw = jax.jit(lambda step: choice._sample(plan, numbers, allowed, step))
-    return [np.asarray(draw(jnp.int32(step))) for step in range(steps)]
+    # Arguments all: of constants XLA would compute the draws while it compiles, a minute long.
+    draw = jax.jit(lambda *args: choice._sample(plan, *args))
+    return [np.asarray(draw(numbers, allowed, jnp.int32(step))) for step in range(steps)]
 
 
 def filtered(logs, temperature, top_k=0, top_p=1.0):
