@@ -1,12 +1,13 @@
 """Ablations: runs of a table, killed and taken up again, what they say, and bad tables."""
 
+import dataclasses
 import functools
 import json
 
 import jax
 import pytest
 
-from coca_jax import metrics, partitioning, recipes
+from coca_jax import metrics, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
 from coca_jax.training import run as training
 from coca_jax.training import stopping
@@ -67,6 +68,7 @@ def ablated(tmp_path_factory):
     return found, out, between, running.ablate(found, str(out), 0, quietly)
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on_and_does_nothing_twice(ablated):
     _, out, between, result = ablated
     assert result == dict(out=str(out), results=str(out / "results.json"), runs=4, failed={})
@@ -75,48 +77,72 @@ def test_a_killed_ablation_goes_on_and_does_nothing_twice(ablated):
     whole, resumed = (metrics.read_metrics(out / name / "seed0") for name in ("both", "again"))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert [row["step"] for row in resumed] == [1, 2]
+    scores = json.loads((out / "results.json").read_text())["variants"]["again"]["metrics"]
+    assert scores["train/batches/loss"]["difference"] == dict(mean=0.0, low=0.0, high=0.0)
+    assert scores["train/batches/loss"]["values"]["0"] == pytest.approx(whole[-1]["loss"])
 
 
-def test_results_hold_each_seed_their_mean_and_an_interval(ablated):
-    _, out, _, _ = ablated
-    found = json.loads((out / "results.json").read_text())
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(table, folder) of runs whose scores are written down here; one is not done."""
+    folder = tmp_path_factory.mktemp("done")
+    found = table.read(written(folder, TABLE), {})
+    scores = {("both", 0): 0.2, ("both", 3): 0.4, ("again", 0): 0.3, ("again", 3): 0.7}
+    for (name, seed), value in scores.items():
+        place = folder / name / f"seed{seed}"
+        place.mkdir(parents=True)
+        named = {"retrieval/x/image_to_text_r1": value, "retrieval/x/image_to_text_r1_low": 0.1}
+        named["train/batches/loss"] = 2.0
+        contents = dict(steps=2, minutes=1.5, scores=named)
+        sealed_json.write(place / outcome.DONE, contents)
+    outcome.write(found, folder, 0, {})
+    return found, folder
+
+
+def test_results_hold_each_seed_their_mean_and_an_interval(done):
+    found = json.loads((done[1] / "results.json").read_text())
     assert found["seeds"] == [0, 3] and list(found["variants"]) == ["both", "again"]
     again = found["variants"]["again"]
     assert again["overrides"]["checkpoint.keep"] == 1 and again["config"] == "tiny"
-    assert [again["runs"][seed]["steps"] for seed in ("0", "3")] == [2, 2]
-    assert all(0 < run["minutes"] < 5 for run in again["runs"].values())
-    loss = again["metrics"]["train/batches/loss"]
-    for seed, value in loss["values"].items():
-        rows = metrics.read_metrics(out / "again" / f"seed{seed}")
-        assert value == pytest.approx(rows[-1]["loss"])
-    first, second = loss["values"].values()
-    half = 12.7062 * abs(first - second) / 2  # Student's t of one degree of freedom
-    assert first != second and loss["mean"] == pytest.approx((first + second) / 2)
-    assert loss["high"] - loss["mean"] == pytest.approx(half, rel=1e-4)
-    assert loss["difference"] == dict(mean=0.0, low=0.0, high=0.0)  # seed by seed
-    assert found["variants"]["both"]["metrics"]["train/batches/loss"]["difference"] is None
+    assert again["runs"]["3"] | dict(scores=0) == dict(steps=2, minutes=1.5, scores=0)
+    assert set(again["metrics"]) == {"retrieval/x/image_to_text_r1", "train/batches/loss"}
+    recall = again["metrics"]["retrieval/x/image_to_text_r1"]
+    assert recall["values"] == {"0": 0.3, "3": 0.7} and recall["mean"] == pytest.approx(0.5)
+    # Student's t of one degree of freedom times the error of a mean of two.
+    assert recall["high"] - recall["mean"] == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    apart = recall["difference"]
+    assert apart["mean"] == pytest.approx(0.2) and apart["high"] == pytest.approx(0.2 + 1.27062)
+    first = found["variants"]["both"]["metrics"]["retrieval/x/image_to_text_r1"]
+    assert first["difference"] is None
 
 
-def test_the_table_and_the_page_show_every_variant(ablated):
-    _, out, _, _ = ablated
-    lines = (out / "results.md").read_text().splitlines()
-    assert lines[0].startswith("| variant | runs | steps | minutes | train/batches/loss |")
-    assert lines[2].startswith("| both | 2 | 2 | ") and lines[3].startswith("| again | 2 | 2 | ")
-    page = (out / "report.html").read_text()
-    assert page.count('<figure class="card spread">') == 3
-    assert page.count('<circle class="p s1"') == 2 * 3  # a dot a seed
+def test_the_table_and_the_page_show_every_variant(done):
+    found, folder = done
+    lines = (folder / "results.md").read_text().splitlines()
+    assert lines[0] == "| variant | runs | steps | minutes | retrieval/x/image_to_text_r1 |"
+    assert lines[2] == "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |"
+    page = (folder / "report.html").read_text()
+    assert page.count('<figure class="card spread">') == 1
+    assert page.count('<circle class="p s1"') == 2  # a dot a seed
+    some = dataclasses.replace(found, metrics=("train/batches/loss", "retrieval/y/r1"))
+    outcome.write(some, folder, 0, {"again, seed 3": "it diverged"})
+    assert "| again | 2 | 2 | 1.5 | 2 (2 to 2) | - |" in (folder / "results.md").read_text()
+    assert "it diverged" in (folder / "report.html").read_text()
 
 
-def test_other_variants_of_a_name_are_refused(ablated, tmp_path):
-    _, out, _, _ = ablated
+def test_other_variants_of_a_name_are_refused(tmp_path):
+    found = table.read(written(tmp_path, TABLE), {})
+    running.Plan(tmp_path / "plan.json", 0).check(found.variants)
+    running.Plan(tmp_path / "plan.json", 0).check(found.variants[:1])  # the others stay
     text = TABLE.replace("keep = 1", "keep = 2")
-    changed = table.read(written(tmp_path, text), {"log.every_steps": 1})
+    changed = table.read(written(tmp_path, text), {})
     with pytest.raises(ValueError, match="holds another variant 'again'"):
-        running.ablate(changed, str(out), 0, quietly)
+        running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
-        running.ablate(changed, str(out), 2, quietly)
+        running.Plan(tmp_path / "plan.json", 2)
 
 
+@pytest.mark.slow
 def test_equal_minutes_are_steps_by_a_pace_that_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "PACE", 4)
     text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
