@@ -160,6 +160,11 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
+    if config.data.resize == "native":
+        raise ValueError(
+            f"{source}: data.resize='native', and open_clip's CoCa takes square images; train with "
+            "'crop' or 'squash'"
+        )
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)

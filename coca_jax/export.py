@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         storage.check_writable(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
+    from coca_jax.inference import export_folder
+
+    export_folder.check(model)
     if args.format == "hub":
         return _to_hub(model)
     if args.format == "onnx":

@@ -69,6 +69,7 @@ def _of_weights(path: str) -> dict[str, Any]:
         given, words = checkpointing.load_config(path), ""  # that beside it is found by itself
     found: dict[str, Any] = {
         "data.resize": given.data.resize,
+        "data.max_patches": given.data.max_patches,
         "data.label_token": given.data.label_token,
         "data.vocabulary": words,
     }

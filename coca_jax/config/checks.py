@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     check_texts(config)
     check_global(config)
     check_locked(config)
+    check_native(config)
     if config.loss.hidden_weight and not config.optimizer.ema:
         raise ValueError(
             f"loss.hidden_weight={config.loss.hidden_weight} learns from averaged parameters; set "
@@ -147,6 +148,38 @@ def check_global(config: Config) -> None:
             )
     if loss.global_examples == 1:
         raise ValueError("loss.global_examples=1: there is nothing to compare with; give 2 or more")
+
+
+def check_native(config: Config) -> None:
+    """Raises ValueError for what does not go with images that keep their aspect ratio."""
+    data, image = config.data, config.model.image
+    if data.resize != "native":
+        if data.max_patches:
+            raise ValueError(
+                f"data.max_patches={data.max_patches} is of data.resize='native'; set that, or 0"
+            )
+        return
+    for name, value, good in (
+        ("data.augment", data.augment, ("none", "crop", "inception")),
+        ("data.num_frames", data.num_frames, (0,)),
+        ("data.loader", data.loader, ("direct",)),
+        ("data.features", data.features, ("",)),
+        ("model.image.conv_widths", image.conv_widths, ((),)),
+        ("model.image.patch_dropout", image.patch_dropout, (0,)),
+        ("image_sizes", config.image_sizes, ((),)),
+        ("loss.hidden_weight", config.loss.hidden_weight, (0,)),
+    ):
+        if value not in good:
+            raise ValueError(
+                f"{name}={value!r} does not go with data.resize='native'; set "
+                f"{' or '.join(map(repr, good))}, or data.resize='squash'"
+            )
+    head = head_kinds.of(config.head.kind)
+    if head is not None and head.images > 1:
+        raise ValueError(
+            f"head.kind={config.head.kind!r} takes several images, which data.resize='native' does "
+            "not; set data.resize='squash'"
+        )
 
 
 def check_warmup(optimizer: Optimizer, steps: int) -> None:

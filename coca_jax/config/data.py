@@ -119,8 +119,12 @@ class Data(Section):
     flip: bool = key(False, FLAG, "random left-right flip")
     resize: str = key(
         "squash",
-        choice("squash", "crop"),
-        "evaluation and plain resize; 'crop': the shortest side fits, the rest goes",
+        choice("squash", "crop", "native"),
+        "evaluation and plain resize; 'crop': the shortest side fits, the rest goes; 'native': "
+        "images keep their aspect ratio, in as many patches as fit max_patches",
+    )
+    max_patches: int = key(
+        0, whole(0, 65_025, "patches"), "of resize='native'; 0: as many as a square image has"
     )
     fast_resize: bool = key(False, FLAG, "cheaper JPEG decoding and resize, still antialiased")
     num_frames: int = key(0, whole(0, 4096, "frames"), "of clips, sampled uniformly; 0: images")

@@ -41,7 +41,8 @@ def plan(
         keys: uint64 [n]: one per image and visit.
         size: S, of the result.
         flip: mirror half of the images.
-        resize: 'squash' or 'crop' (the centre square), what is resized before mode's own cut.
+        resize: 'crop' (the centre square) or 'squash' or 'native' (all), what is resized before
+            mode's own cut.
         fast: decode JPEGs no larger than the result needs.
         randaugment: number of operations one after another, and their magnitude, 0 to 30.
 
@@ -117,12 +118,12 @@ def _maps(
 
 def _region(height: np.ndarray, width: np.ndarray, resize: str) -> np.ndarray:
     zero = np.zeros_like(height)
-    if resize == "squash":
+    if resize in ("squash", "native"):
         return np.stack([zero, zero, height, width], 1).astype(np.int64)
     if resize == "crop":
         side = np.minimum(height, width)
         return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1).astype(np.int64)
-    raise ValueError(f"data.resize={resize!r}: use 'squash' or 'crop'")
+    raise ValueError(f"data.resize={resize!r}: use 'squash', 'crop' or 'native'")
 
 
 def _cut(box: np.ndarray, draw: np.ndarray, share_h: np.ndarray, share_w: np.ndarray) -> np.ndarray:

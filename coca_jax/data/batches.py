@@ -73,7 +73,7 @@ def _seen(config: Config) -> dict[str, Field]:
         shape = kept_features.shape(config)
         return dict(encoded=Field(config.model.dtype, shape, "tokens of a frozen image encoder"))
     shape = pixel_work.example_shape(config)
-    return dict(image=Field("uint8", shape, "RGB pixels of image, clip or pair"))
+    return dict(image=Field("uint8", shape, "RGB pixels of image, clip or pair, or patches"))
 
 
 def empty(config: Config, rows: int) -> dict[str, np.ndarray]:

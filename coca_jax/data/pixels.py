@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from coca_jax.config import Config
-from coca_jax.data import augment, images, order, render, texts, videos
+from coca_jax.data import augment, images, native, order, render, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
-from coca_jax.models import head_kinds
+from coca_jax.models import head_kinds, native_layout
 
 Plan = dict[str, np.ndarray]
 _UNKNOWN = (images.OTHER, 1, 1)  # stands in for what a header does not tell: it will not decode
@@ -31,7 +32,8 @@ class Pixels:
 
     Attributes:
         field: of a batch that they become.
-        shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3).
+        shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3); of one in
+            its own aspect ratio (N, P * P * 3 + 4), see data/native.py.
         threads: images decoded at the same time.
     """
 
@@ -43,10 +45,13 @@ class Pixels:
         self._resize, self._jitter = data.resize, data.frame_jitter
         self._fixed = data.augmentations
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
+        self._native = None
+        if data.resize == "native":
+            self._native = config.model.patch_size, native.budget(config)
         self._draw_plan = functools.partial(
             augment.plan,
             data.augment,
-            size=self._size,
+            size=plan_size(config),
             flip=data.flip,
             resize=data.resize,
             fast=data.fast_resize,
@@ -121,6 +126,8 @@ class Pixels:
         def render_row(record: Record, row: int) -> np.ndarray:
             step: dict[str, Any] = {name: values[row] for name, values in lists.items()}
             step |= {name: values[row] for name, values in arrays.items()}
+            if self._native:
+                return render.render_native(record.image, step, *self._native, self._fast)
             how = (step, self._mode, self._size, self._fast)
             if self._frames:
                 return render.render_clip(record.image, step["offsets"], *how)
@@ -148,9 +155,18 @@ def one_of(draw: Draw, indices: np.ndarray, count: int) -> Draw:
 def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
     size = config.model.image_size
+    if config.data.resize == "native":
+        return native.budget(config), native_layout.width(config.model.patch_size)
     images = images_of(config)
     count = images if images > 1 else config.data.num_frames
     return (*((count,) if count else ()), size, size, 3)
+
+
+def plan_size(config: Config) -> int:
+    """Pixels that the shorter side of an image has at most."""
+    if config.data.resize != "native":
+        return config.model.image_size
+    return (math.isqrt(native.budget(config)) + 1) * config.model.patch_size
 
 
 def images_of(config: Config) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from coca_jax.data import augment, images, videos
+from coca_jax.data import augment, images, native, videos
 
 cv2.setNumThreads(1)  # parallel over images, not within one
 
@@ -116,11 +116,7 @@ def place(
     Returns:
         uint8 [S, S, 3].
     """
-    top, left, height, width = plan["box"]
-    if ratio != 1:
-        top, left = top // ratio, left // ratio
-        height, width = max(height // ratio, 1), max(width // ratio, 1)
-    pixels = pixels[top : top + height, left : left + width]
+    pixels = _cut(pixels, ratio, plan)
     if mode in ("drawing", "randaugment"):
         if plan["shrink"]:
             pixels = resize(pixels, size, fast)
@@ -137,7 +133,35 @@ def place(
             if op != augment.KEEP:
                 pixels = operate(pixels, op, strength)
         return pixels
-    if pixels.shape[:2] != (size, size):
+    return _resized(pixels, (size, size), plan, fast)
+
+
+def render_native(
+    encoded: bytes, plan: Mapping[str, Any], patch_size: int, most: int, fast: bool = False
+) -> np.ndarray:
+    """One image as planned by one of native.MODES, in its own shape: packed uint8 [N, ...], N being
+    `most`, see data/native.py. Raises ValueError when it cannot be decoded."""
+    found, ratio, _ = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
+    _, _, height, width = plan["box"]
+    rows, columns = native.grid(height, width, most)
+    size = (rows * patch_size, columns * patch_size)
+    return native.pack(_resized(_cut(found, ratio, plan), size, plan, fast), patch_size, most)
+
+
+def _cut(pixels: np.ndarray, ratio: int, plan: Mapping[str, Any]) -> np.ndarray:
+    """The box of the plan, of pixels that were decoded at one over ratio."""
+    top, left, height, width = plan["box"]
+    if ratio != 1:
+        top, left = top // ratio, left // ratio
+        height, width = max(height // ratio, 1), max(width // ratio, 1)
+    return pixels[top : top + height, left : left + width]
+
+
+def _resized(
+    pixels: np.ndarray, size: tuple[int, int], plan: Mapping[str, Any], fast: bool
+) -> np.ndarray:
+    """uint8 [h, w, 3] to (height, width), mirrored where the plan says so."""
+    if pixels.shape[:2] != size:
         pixels = resize(pixels, size, fast)
     return pixels[:, ::-1] if plan["warp"][0, 0] < 0 else pixels
 
@@ -170,28 +194,29 @@ def _read(
     return pixels, 1, False
 
 
-def resize(pixels: np.ndarray, size: int, fast: bool = False) -> np.ndarray:
-    """uint8 [h, w, 3] to uint8 [S, S, 3], antialiased.
+def resize(pixels: np.ndarray, size: int | tuple[int, int], fast: bool = False) -> np.ndarray:
+    """uint8 [h, w, 3] to size, a square's side or (height, width), antialiased.
 
     The exact way is that of evaluation: PIL's, a triangle as wide as the output's pixels. The fast
     one smooths with three taps whose variance makes up what linear interpolation lacks of that
     triangle's, then interpolates: equal at scales 1 and 2, close between them (a mean difference
     below one level), three times quicker. Above 2 it takes the mean of whole pixels first.
     """
+    high, wide = (size, size) if isinstance(size, int) else size
     if not fast:
         image = Image.fromarray(np.ascontiguousarray(pixels))
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+        return np.asarray(image.resize((wide, high), Image.Resampling.BILINEAR))
     height, width = pixels.shape[:2]
-    whole_h, whole_w = -(-height // (2 * size)), -(-width // (2 * size))
+    whole_h, whole_w = -(-height // (2 * high)), -(-width // (2 * wide))
     if whole_h > 1 or whole_w > 1:
         smaller = (-(-width // whole_w), -(-height // whole_h))
         pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
         height, width = pixels.shape[:2]
-    if height > size or width > size:
+    if height > high or width > wide:
         pixels = cv2.sepFilter2D(
-            pixels, -1, _taps(width / size), _taps(height / size), borderType=cv2.BORDER_REPLICATE
+            pixels, -1, _taps(width / wide), _taps(height / high), borderType=cv2.BORDER_REPLICATE
         )
-    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, (wide, high), interpolation=cv2.INTER_LINEAR)
 
 
 def _taps(scale: float) -> np.ndarray:

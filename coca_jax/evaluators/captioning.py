@@ -66,7 +66,7 @@ def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: boo
     """Gives the pictures of the report, where that is wanted, the words of their captions, with
     probability and the attention over the picture, and takes `raw` away."""
     images = [item.pop("raw") for item in items]
-    if not wanted or not items:
+    if not wanted or not items or predict.resize == "native":  # maps are of square images
         return
     reasons = predict.explain(images, [item["caption"] for item in items])
     for item, reason in zip(items, reasons):

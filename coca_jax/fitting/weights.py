@@ -33,6 +33,11 @@ def read(path: str) -> Weights:
         config = checkpointing.load_config(path)
         run = checkpointing.find_step(path)[0].parent
         words = str(run / "vocabulary.model")
+    if config.data.resize == "native":
+        raise ValueError(
+            f"--init_from={path}: its images keep their aspect ratio, which fit does not; train "
+            "with --config.init_from, or give weights of square images"
+        )
     shapes = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
     return Weights(
         path=os.path.abspath(path),

@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 from coca_jax.config import Config, StoredConfig, checks
+from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import texts as text_arrays
@@ -54,8 +55,9 @@ class Encoders:
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
         module = self._module(params)
         self._programs = Programs(module, model, self._devices)
+        packed = (model.patch_size, native.budget(config)) if self.resize == "native" else None
         self._reader = ImageReader(
-            self.image_size, self.resize, self.num_frames, batch_size, self._devices
+            self.image_size, self.resize, self.num_frames, batch_size, self._devices, packed
         )
 
     def _module(self, params: dict) -> Any:

@@ -20,11 +20,21 @@ CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
 
 
+def check(model: CoCaModel) -> None:
+    """Raises ValueError for a model whose images are not square: exports are of squares."""
+    if model.resize == "native":
+        raise ValueError(
+            "exports take square images, and this model was trained with data.resize='native'; "
+            "use the run itself (coca_jax.load, caption, search), or train with 'squash'"
+        )
+
+
 def write(model: CoCaModel, folder: str, *, hub: bool = False) -> None:
     """Writes an export folder, see export_format.py; hub: in the layout of the hub.
 
-    Raises ValueError naming a parameter with values that are NaN or infinite.
+    Raises ValueError as `check`, and naming a parameter with values that are NaN or infinite.
     """
+    check(model)
     sizes = model.config.model
     config: dict[str, Any] = dict(
         model=sizes.to_dict(),

@@ -259,6 +259,8 @@ class CoCaModel(Encoders):
         pass by the reference form of the operations. Raises ValueError unless there are as many
         texts as images.
         """
+        if self.resize == "native":
+            raise ValueError("explain takes square images; this model has data.resize='native'")
         ids = []
         for text in texts:
             if isinstance(text, Caption):

@@ -17,7 +17,7 @@ import numpy as np
 from coca_jax import partitioning
 from coca_jax.config import Model
 from coca_jax.inference.devices import WHOLE, Devices
-from coca_jax.models import coca
+from coca_jax.models import coca, native
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.ops.captioning import caption_targets
 
@@ -79,8 +79,8 @@ class Programs:
         """uint8 [N, S, S, 3] -> mean of the image encoder's tokens, float32 [N, W]."""
 
         def mean(module: coca.CoCa, pixels: jax.Array) -> jax.Array:
-            tokens = coca.all_tokens(module.encode_pixels(pixels))
-            return tokens.astype(jnp.float32).mean(1)
+            tokens = coca.all_tokens(module.encode_pixels(pixels)).astype(jnp.float32)
+            return native.mean_token(tokens, native.valid_tokens(pixels, tokens.shape[1]))
 
         def run(params: dict, image: jax.Array) -> jax.Array:
             return self._apply(params, self._normalise(image), method=mean)

@@ -15,7 +15,9 @@ from PIL import Image
 
 from coca_jax.data import image_files, videos
 from coca_jax.data import images as image_data
+from coca_jax.data import native as native_data
 from coca_jax.inference.devices import Devices
+from coca_jax.models import native_layout
 
 
 class ImageReader:
@@ -27,11 +29,19 @@ class ImageReader:
         num_frames: T, with which all images are taken for videos; 0: images.
         batch_size: images, or frames, at a time.
         devices: of the model; a process reads the rows of its own alone.
+        native: patch size and patches at most, of images that keep their aspect ratio.
     """
 
     def __init__(
-        self, size: int, resize: str, num_frames: int, batch_size: int, devices: Devices
+        self,
+        size: int,
+        resize: str,
+        num_frames: int,
+        batch_size: int,
+        devices: Devices,
+        native: tuple[int, int] | None = None,
     ) -> None:
+        self._native = native
         self._size, self._resize, self._num_frames = size, resize, num_frames
         self._batch_size, self._devices = batch_size, devices
 
@@ -41,6 +51,8 @@ class ImageReader:
         """uint8 [b, S, S, 3], b even where asked, of videos [b, T, S, S, 3]; the next batch is
         read by threads while one is used."""
         frames = num_frames or self._num_frames
+        if self._native and native_data.is_packed(images, *self._native):
+            images = list(images)  # as `preprocess` gave them
         images = as_list(images, bool(frames))
         size = max(self._batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
@@ -62,10 +74,13 @@ class ImageReader:
                     bar.update(count)
 
     def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
-        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3].
+        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3]; in its own aspect ratio packed,
+        [N, P * P * 3 + 4], see data/native.py.
 
         num_frames: T; 0: the reader's. Raises ValueError: cannot be decoded.
         """
+        if self._native:
+            return self._packed(image, num_frames or self._num_frames, *self._native)
         frames, square = num_frames or self._num_frames, (self._size, self._size)
         if image is _ELSEWHERE:
             return np.zeros(((frames,) if frames else ()) + (*square, 3), np.uint8)
@@ -77,6 +92,15 @@ class ImageReader:
             for picture in pictures
         ]
         return np.stack(fitted) if frames else fitted[0]
+
+    def _packed(self, image: Any, frames: int, patch_size: int, most: int) -> np.ndarray:
+        if frames:
+            raise ValueError("this model takes images of any shape (resize='native'), no videos")
+        if image is _ELSEWHERE:
+            return np.zeros((most, native_layout.width(patch_size)), np.uint8)
+        if native_data.is_packed(image, patch_size, most):
+            return image
+        return native_data.fitted(image_data.decode(image), patch_size, most)
 
 
 _ELSEWHERE = object()  # in place of an image that another process decodes

@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import ops as operations
 from coca_jax.config import Head, Model, checks
-from coca_jax.models import heads, layers, pooler_kinds
+from coca_jax.models import heads, layers, native, pooler_kinds
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
 from coca_jax.models.outputs import Outputs
 from coca_jax.models.part import Part
@@ -108,19 +108,24 @@ class CoCa(nn.Module):
         """pixels [B, S, S, 3] -> (embedding float32 [B, E], L2 norm 1; image tokens [B, Q, D]).
 
         Clips, pixels [B, T, S, S, 3]: frames are encoded independently and pooled as `pool` says.
+        Images of any shape: packed, [B, N, P * P * 3 + 4], see native.py.
         """
-        return self.pool(self.encode_pixels(pixels, deterministic=deterministic))
+        encoded = self.encode_pixels(pixels, deterministic=deterministic)
+        return self.pool(encoded, native.valid_tokens(pixels, encoded.shape[1]))
 
     def encode_pixels(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """pixels [B, S, S, 3] -> tokens [B, N, W]; clips [B, T, S, S, 3] -> [B, T, N, W]."""
-        if pixels.ndim == 4:
+        if pixels.ndim == 4 or native.is_packed(pixels.shape):
             return self.image_encoder(pixels, deterministic=deterministic)
         frames = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self.image_encoder(frames, deterministic=deterministic)
         return encoded.reshape(pixels.shape[:2] + encoded.shape[1:])
 
-    def pool(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Encoder tokens [B, N, W] -> (embedding [B, E], image tokens [B, Q, D]).
+    def pool(
+        self, encoded: jax.Array, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encoder tokens [B, N, W], of which those that are `valid`, bool [B, N], count
+        -> (embedding [B, E], image tokens [B, Q, D]).
 
         Of clips, [B, T, N, W], the embedding is the normalised mean of the frames', as in the
         paper's video retrieval; the generative pooler reads the tokens of all frames at once, as in
@@ -130,13 +135,14 @@ class CoCa(nn.Module):
             each, _ = self.pool(encoded.reshape((-1,) + encoded.shape[2:]))
             embedding = normalise(each.reshape(encoded.shape[:2] + (-1,)).mean(1))
             return embedding, self.pool(all_tokens(encoded))[1]
-        tokens = self.generative_pooler(encoded)
+        mask = None if valid is None else valid[:, None, None, :]
+        tokens = self.generative_pooler(encoded, mask)
         if not self.pooler_kind.second_pooler:
             tokens = self.pooled_norm(tokens)
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
         else:
-            source = tokens if self.pooler_kind.in_cascade else encoded
-            pooled = self.contrastive_pooler(source)[:, 0]
+            source = (tokens,) if self.pooler_kind.in_cascade else (encoded, mask)
+            pooled = self.contrastive_pooler(*source)[:, 0]
         # The projections to the joint space are tiny and decide the loss: float32.
         pooled = pooled.astype(wide(self.dtype))
         if self.image_projection:
@@ -175,13 +181,14 @@ class CoCa(nn.Module):
         if kind.images > 1 and pixels is not None:  # all images of an example become rows
             pixels = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self._encoded(pixels, encoded, deterministic)
+        seen = native.valid_tokens(pixels, encoded.shape[1])
         if not kind.reads_text:
-            return self.head(all_tokens(encoded))
+            return self.head(all_tokens(encoded), seen)
         if kind.images > 1:  # each with the text
             tokens, prompt_len = (jnp.repeat(x, kind.images, 0) for x in (tokens, prompt_len))
         valid = jnp.arange(tokens.shape[1]) < prompt_len[:, None]
         text_states, _ = self.text_decoder.encode(tokens, valid)
-        states = self.text_decoder.fuse(text_states, self.pool(encoded)[1])
+        states = self.text_decoder.fuse(text_states, self.pool(encoded, seen)[1])
         return self.head(states, valid)
 
     def _encoded(
@@ -212,7 +219,8 @@ class CoCa(nn.Module):
         [B, T, N, W], in place of pixels.
         """
         encoded = self._encoded(pixels, encoded, deterministic)
-        image_embedding, image_tokens = self.pool(encoded)
+        there = native.valid_tokens(pixels, encoded.shape[1])
+        image_embedding, image_tokens = self.pool(encoded, there)
         seen = image_tokens
         if self.token_dropout and not deterministic:
             kept = kept_tokens(seen, self.token_dropout, self.make_rng("patch_dropout"))
@@ -224,7 +232,7 @@ class CoCa(nn.Module):
                 length = text_valid.sum(1) if prompt_len is None else prompt_len
                 class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
             else:
-                class_logits = self.head(all_tokens(encoded))
+                class_logits = self.head(all_tokens(encoded), there)
         predicted = hidden = None
         if (
             self.hidden_share
@@ -244,7 +252,7 @@ class CoCa(nn.Module):
             scale=scale,
             logit_bias=logit_bias,
             class_logits=class_logits,
-            pooled=all_tokens(encoded).mean(1) if self.bag_of_tokens else None,
+            pooled=native.mean_token(all_tokens(encoded), there) if self.bag_of_tokens else None,
             bag_kernel=self.bag_head() if self.bag_of_tokens else None,
             predicted_tokens=predicted,
             hidden=hidden,

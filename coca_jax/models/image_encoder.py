@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import block, layers, rotary
+from coca_jax.models import block, layers, native, rotary
 from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.models.stem import ConvStem
 from coca_jax.partitioning import constrain
@@ -33,7 +33,9 @@ PARTS = dict(
 class ImageEncoder(nn.Module):
     """pixels float [B, S, S, 3], normalised -> tokens [B, N, D] in `dtype`.
 
-    S is image_size, or another multiple of patch_size: positions are then resampled.
+    S is image_size, or another multiple of patch_size: positions are then resampled. Images of any
+    shape are packed, [B, N, P * P * 3 + 4] (see native.py): tokens of padding say nothing, and no
+    other token looks at them.
 
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
@@ -72,21 +74,25 @@ class ImageEncoder(nn.Module):
     ) -> jax.Array:
         """masked: bool [B, N], patches in whose place a learned token stands, or None."""
         side, options = pixels.shape[1], self.options
-        if pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
+        patches = native.read(pixels) if native.is_packed(pixels.shape) else None
+        if patches is not None:
+            self._check_packed(pixels, masked)
+        elif pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images with a side "
                 f"that is a multiple of {self.patch_size}, best {self.image_size}: resize them"
             )
-        x = self._embedded(pixels, masked)
+        x = self._embedded(pixels if patches is None else patches.pixels, masked)
         classes = int(self.class_token)
         first = (
             layers.Table((self.width,), axes=("norm",), name="class_token")() if classes else None
         )
         if options.learned:
-            positions = self._table(side).astype(x.dtype)
-            x = x + positions[classes:]
-            first = None if first is None else first.astype(x.dtype) + positions[0]
-        rotation = self._rotation(side) if options.rotary else None
+            table = self._table(side if patches is None else self.image_size)
+            own = table[classes:]
+            x = x + (own if patches is None else native.table_at(own, patches)).astype(x.dtype)
+            first = None if first is None else first.astype(x.dtype) + table[0].astype(x.dtype)
+        rotation = self._rotation(side, patches) if options.rotary else None
         if self.patch_dropout and not deterministic:
             kept = kept_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
             x = take_tokens(x, kept)
@@ -101,6 +107,8 @@ class ImageEncoder(nn.Module):
             if rotation is not None:
                 still = rotary.unturned(len(rotation), classes + self.registers, rotation.shape[-1])
                 rotation = jnp.concatenate([still, rotation], axis=1)
+        valid = native.valid_tokens(pixels, x.shape[1])
+        mask = None if valid is None else valid[:, None, None, :]
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
             x = layers.Norm(options, name="pre_norm")(x)
@@ -111,15 +119,29 @@ class ImageEncoder(nn.Module):
             remat=self.remat,
             options=options,
             name="blocks",
-        )(x, rotation=rotation)
+        )(x, mask=mask, rotation=rotation)
         if self.registers:
             x = jnp.concatenate([x[:, :classes], x[:, classes + self.registers :]], axis=1)
         if self.final_norm:
             x = layers.Norm(options, name="final_norm")(x)
         return x
 
+    def _check_packed(self, pixels: jax.Array, masked: jax.Array | None) -> None:
+        """Raises ValueError for what does not go with images of any shape."""
+        width = native.layout_width(self.patch_size)
+        if pixels.ndim != 3 or pixels.shape[-1] != width:
+            raise ValueError(
+                f"pixels have shape {pixels.shape}; the model takes square RGB images [B, S, S, 3] "
+                f"or packed patches of {self.patch_size} x {self.patch_size}, [B, N, {width}]"
+            )
+        if self.conv_widths or self.patch_dropout or masked is not None:
+            raise ValueError(
+                "images of any shape (data.resize='native') go with neither image.conv_widths nor "
+                "image.patch_dropout nor hidden patches; use plain patches, or data.resize='squash'"
+            )
+
     def _embedded(self, pixels: jax.Array, masked: jax.Array | None) -> jax.Array:
-        """pixels [B, S, S, 3] -> patches [B, N, D], without positions."""
+        """pixels [B, S, S, 3], or patches [B, N, P * P * 3] -> [B, N, D], without positions."""
         options = self.options
         if self.conv_widths:
             sizes = self.conv_widths, self.conv_depths
@@ -128,7 +150,7 @@ class ImageEncoder(nn.Module):
             )
             x = x.reshape(x.shape[0], -1, x.shape[-1])
         else:
-            x = patchify(pixels, self.patch_size)
+            x = pixels if pixels.ndim == 3 else patchify(pixels, self.patch_size)
         x = layers.Projection(
             (self.width,),
             axes=("patch", "embed"),
@@ -159,10 +181,14 @@ class ImageEncoder(nn.Module):
         patches = jax.image.resize(patches, shape, "linear").reshape(-1, self.width)
         return jnp.concatenate([positions[:classes], patches])
 
-    def _rotation(self, side: int) -> jax.Array:
-        """The rotation of the patches of images of a size, [1, N, K]."""
-        places = rotary.grid(side // self.patch_size, self.image_size // self.patch_size)
-        return rotary.of_places(places[None], self.width // self.num_heads, self.rope_theta)
+    def _rotation(self, side: int, patches: native.Patches | None) -> jax.Array:
+        """The rotation of the patches of images of a size, [1, N, K], or of any, [B, N, K]."""
+        own = self.image_size // self.patch_size
+        if patches is None:
+            places = rotary.grid(side // self.patch_size, own)[None]
+        else:
+            places = native.places_of(patches, own)
+        return rotary.of_places(places, self.width // self.num_heads, self.rope_theta)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:

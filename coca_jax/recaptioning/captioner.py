@@ -76,14 +76,20 @@ class Captioner:
             raise ValueError(f"{item.problem}: {item.detail}")
         if not item.image:
             raise ValueError("empty_image: zero bytes")
-        found: dict[tuple[int, str], np.ndarray] = {}
+        found: dict[tuple, np.ndarray] = {}
         for model in self.models:
-            kind = model.image_size, model.resize
+            kind = self._kind(model)
             try:
                 found[kind] = found[kind] if kind in found else model.preprocess(item.image)
             except Exception as error:  # decoders raise all sorts on damaged data
                 raise ValueError(f"unreadable_image: {error}") from None
-        return tuple(found[model.image_size, model.resize] for model in self.models)
+        return tuple(found[self._kind(model)] for model in self.models)
+
+    @staticmethod
+    def _kind(model: Any) -> tuple:
+        """Models of which that is the same take the same pixels."""
+        shape = model.config.model.patch_size, model.config.data.max_patches
+        return (model.image_size, model.resize, *(shape if model.resize == "native" else ()))
 
     def part(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         """What is kept of each image: number, key, captions (text, log_prob, tokens, score, flags,

@@ -49,9 +49,14 @@ def process_age() -> float:
         return 0.0
 
 
+_told = False  # of several runs of a process, the first one has its imports
+
+
 def age_before(buckets: TimeBuckets) -> float:
-    """Seconds of this process before `buckets` was made: imports."""
-    return max(0.0, process_age() - (time.perf_counter() - buckets.born))
+    """Seconds of this process before `buckets` was made: imports. 0 but for its first run."""
+    global _told
+    first, _told = not _told, True
+    return max(0.0, process_age() - (time.perf_counter() - buckets.born)) if first else 0.0
 
 
 def fold(former: Mapping[str, Any] | None, start: int, down: float) -> dict[str, float]:
