@@ -2,8 +2,8 @@
 
 For a TPU this runs the real TPU compiler (the package `libtpu`) on this machine's CPU for the very
 step that `train` runs, for NVIDIA GPUs XLA's compiler (jax-cuda12-plugin). All times are estimates:
-of a TPU the compiler's own `estimated_cycles`, summed over the optimised program, of a GPU a
-roofline of its kernels, and a bound for collectives from link bandwidth. `--topology=cpu:8`
+of a TPU the compiler's own schedule and `estimated_cycles`, summed over the optimised program, of a
+GPU a roofline of its kernels, and a bound for collectives from link bandwidth. `--topology=cpu:8`
 compiles for simulated CPU devices, which have no estimates. The exit status is 1 where the step
 does not fit in memory.
 
@@ -56,12 +56,14 @@ def show(result: dict[str, Any], rows: int) -> None:
 
 def show_tpu(result: dict[str, Any]) -> None:
     """The compiler's cycles."""
-    print("The compiler's estimate, not a measurement:")
+    print("The compiler's schedule, not a measurement:")
     print(
-        f"  {result['estimated_cycles'] / 1e6:.1f}M cycles, and "
-        f"{result['kernel_cycles'] / 1e6:.1f}M of scheduled instructions of kernels = "
+        f"  {result['scheduled_cycles'] / 1e6:.1f}M cycles (its own estimated_cycles: "
+        f"{result['estimated_cycles'] / 1e6:.1f}M, of which {result['scheduled_share']:.0%} have a "
+        f"schedule), and {result['kernel_cycles'] / 1e6:.1f}M of kernels = "
         f"{result['estimated_compute_seconds']:.4f} s compute, "
-        f"MFU {result['estimated_mfu_compute_only']:.1%} compute only"
+        f"MFU {result['estimated_mfu_compute_only']:.1%} compute only "
+        f"({result['mfu_compute_only_by_estimated_cycles']:.1%} by estimated_cycles)"
     )
     print(
         f"  {result['collectives']} collectives "

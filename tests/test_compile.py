@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from coca_jax.configs import coca_2b, coca_base, coca_large
-from coca_jax.estimate import chips, flops, gpu, hlo, kernels, tpu
+from coca_jax.estimate import chips, flops, gpu, hlo, kernels, schedule, tpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
@@ -154,6 +154,73 @@ def test_operations_are_named_by_layer_and_direction(name, where):
     assert hlo.place(name) == where
 
 
+BUNDLES = """= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s16_s6 = smov.u32 0 }
+   0x1 LB: > { %s17_s7 = sadd.s32 1, %s16_s6 /* iteration index, stage = 1 */ }
+   0x2   : > { %p27_p1 = scmp.lt.s32.totalorder %s16_s6, 5 }
+   0x3 LB: >> { %v1 = vld [vmem:[%s17_s7] sm:$0xff] }
+   0x4   : >> { %p9_p2 = scmp.ge.s32.totalorder %s9_s1, 3 /* loop exit test */ }
+   0x5 LE: > { %22 = sbr.rel (!%p9_p2) target = $region3 }
+   0x6   : > { %p4_p5 = scmp.ge.s32.totalorder %s7_s6, 6 /* loop exit test */ }
+   0x7 LE:  { %23 = vsyncpa [#allocation0], 1 }
+"""
+
+
+def test_bundles_count_as_often_as_their_loops_run():
+    """Two outside, 5 = 6 less a stage of pipelining times 4 and an inner loop of 3 times 2."""
+    assert schedule.cycles(BUNDLES) == 2 + 5 * (4 + 3 * 2)
+    assert schedule.cycles(BUNDLES.replace("%s7_s6, 6 /*", "%s7_s6, %s8_s2 /*")) is None
+
+
+def test_a_fusion_lasts_as_long_as_its_schedule_or_its_bytes():
+    """What was written out for one fusion holds for another like it; a slice of a stack and what
+    lies in the core's own memory are not read from the chip's."""
+    chip = chips.TPUS["v6e"]
+    found = tpu.analyse(TPU_FUSIONS, chip, (1,), 1, 1e9, {"mul.1": 10**9, "far.1": 7})
+    moved = 2 * 4 * 2**20 / chip.stream * chip.hertz
+    assert found["scheduled_cycles"] == 2 * 10**9 + round(moved) + 40
+    assert found["estimated_cycles"] == 2 * 500 + 900 + 40
+    assert found["scheduled_share"] == pytest.approx(1900 / 1940)
+    alone = tpu.analyse(TPU_FUSIONS, chip, (1,), 1, 1e9)
+    assert alone["scheduled_cycles"] == alone["estimated_cycles"] and not alone["scheduled_share"]
+
+
+TPU_FUSIONS = """HloModule m, is_scheduled=true
+
+%fused.1 (p: f32[1048576]) -> f32[1048576] {
+  %p = f32[1048576]{0} parameter(0)
+  ROOT %m = f32[1048576]{0} multiply(%p, %p)
+}
+
+%fused.2 (p.2: f32[1048576]) -> f32[1048576] {
+  %p.2 = f32[1048576]{0} parameter(0)
+  ROOT %m.2 = f32[1048576]{0} multiply(%p.2, %p.2)
+}
+
+%fused.3 (a: f32[8,1048576], b: f32[1048576], i: s32[]) -> f32[1048576] {
+  %a = f32[8,1048576]{1,0} parameter(0)
+  %b = f32[1048576]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %row = f32[1,1048576]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,1048576}
+  %flat = f32[1048576]{0} bitcast(%row)
+  ROOT %sum = f32[1048576]{0} add(%flat, %b)
+}
+
+ENTRY %main (x: f32[1048576], stack: f32[8,1048576], at: s32[]) -> f32[1048576] {
+  %x = f32[1048576]{0} parameter(0)
+  %stack = f32[8,1048576]{1,0} parameter(1)
+  %at = s32[]{:S(1)} parameter(2)
+  %mul.1 = f32[1048576]{0:S(1)} fusion(%x), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"500"}
+  %mul.2 = f32[1048576]{0:S(1)} fusion(%x), kind=kLoop, calls=%fused.2, backend_config={"estimated_cycles":"500"}
+  %far.1 = f32[1048576]{0} fusion(%stack, %mul.1, %at), kind=kLoop, calls=%fused.3, backend_config={"estimated_cycles":"900"}
+  ROOT %neg = f32[1048576]{0} negate(%far.1), backend_config={"estimated_cycles":"40"}
+}
+"""  # noqa: E501
+
+
 def command(*arguments, **env):
     return subprocess.run(
         [sys.executable, "-m", "coca_jax.compile", *arguments],
@@ -215,6 +282,7 @@ def test_a_small_step_compiles_for_a_tpu_slice():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["devices"] == 8
     assert result["estimated_cycles"] > 0 and 0 < result["estimated_mfu_compute_only"] < 1
+    assert result["scheduled_cycles"] > 0 and result["scheduled_share"] > 0.5
     assert result["loops_of_unknown_length"] == 0
 
 

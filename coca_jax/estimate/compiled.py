@@ -14,13 +14,15 @@ import numpy as np
 
 from coca_jax import partitioning, run_config
 from coca_jax.config import Config, Recipe, typed
-from coca_jax.estimate import flops, gpu, hlo, tpu
+from coca_jax.estimate import flops, gpu, hlo, schedule, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
 from coca_jax.estimate.step import build_step
 
 
-def analyse(config: Config, slice_: Slice, compiled: Any, text: str, params: int) -> dict[str, Any]:
-    """The numbers of the report from a compiled step and its optimised HLO."""
+def analyse(
+    config: Config, slice_: Slice, compiled: Any, text: str, params: int, bundles: dict[str, int]
+) -> dict[str, Any]:
+    """The numbers of the report from a compiled step, its optimised HLO and, of a TPU, schedule."""
     devices = len(slice_.devices)
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -57,7 +59,7 @@ def analyse(config: Config, slice_: Slice, compiled: Any, text: str, params: int
     result |= {"hbm_bytes": chip.hbm, "hbm_share": total / chip.hbm, "fits": total <= chip.hbm}
     if isinstance(chip, Gpu):
         return result | gpu.analyse(text, chip, devices, per_device)
-    return result | tpu.analyse(text, chip, slice_.shape, devices, per_device)
+    return result | tpu.analyse(text, chip, slice_.shape, devices, per_device, bundles)
 
 
 def optimised_text(compiled: Any, folder: str) -> str:
@@ -82,7 +84,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
     """
     config = typed(config)
     run_config.check(config)
-    with tpu.quiet_plugin(), tempfile.TemporaryDirectory() as folder:
+    with tpu.quiet_plugin(), schedule.asked(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
         mesh = partitioning.make_mesh(
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slice_.devices
@@ -116,4 +118,4 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         "topology": topology,
         "mesh": mesh_shape,
         "compile_seconds": round(seconds, 1),
-    } | analyse(config, slice_, compiled, text, params)
+    } | analyse(config, slice_, compiled, text, params, schedule.take())

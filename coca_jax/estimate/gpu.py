@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.estimate import hlo
+from coca_jax.estimate import hlo, traffic
 from coca_jax.estimate.chips import Gpu
 from coca_jax.ops.gpu import AT_MOST_ONCE, COMPILER_OPTIONS
 
@@ -73,19 +73,14 @@ def _walk(module: hlo.Module, name: str, runs: int, unknown: list[str]) -> Itera
         elif kind in FREE or kind.removesuffix("-start").removesuffix("-done") in hlo.COLLECTIVES:
             continue
         elif kind == "fusion":
-            moved = _fusion_bytes(module, found, body, called["calls"])
+            moved = traffic.of_fusion(module, found, body)
             flops = _dot_flops(module.computations[called["calls"]])
             yield Kernel(found.name, found.op_name, flops, moved, runs)
         else:
-            moved = sum(_bytes(body, operand) for operand in found.operands)
-            moved += _result_bytes(found)
+            moved = traffic.operands(found, body) + _result_bytes(found)
             flops = _library_flops(found, body) if kind == "custom-call" else 0.0
             flops += _dot_flops({found.name: found}, body) if kind == "dot" else 0.0
             yield Kernel(found.name, found.op_name, flops, moved, runs)
-
-
-def _bytes(body: dict[str, hlo.Instruction], name: str) -> float:
-    return hlo.type_bytes(body[name].type) if name in body else 0.0
 
 
 def _result_bytes(found: hlo.Instruction) -> float:
@@ -94,43 +89,6 @@ def _result_bytes(found: hlo.Instruction) -> float:
         return hlo.type_bytes(found.type)
     arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", found.type)
     return sum(hlo.type_bytes(f"{k}[{n}]") for k, n in arrays if k not in ("s8", "u8"))
-
-
-def _fusion_bytes(
-    module: hlo.Module, found: hlo.Instruction, body: dict[str, hlo.Instruction], name: str
-) -> float:
-    """What a fusion reads and writes: of an operand that it slices, or a result that it updates in
-    place, the slice alone."""
-    inner, root = module.computations[name], module.roots[name]
-    users: dict[str, list[hlo.Instruction]] = {}
-    for instruction in inner.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
-
-    def read(source: str) -> float:
-        total = 0.0
-        for user in users.get(source, []):
-            if user.opcode in ("bitcast", "reshape", "get-tuple-element"):
-                total += read(user.name)
-            elif user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == source:
-                total += hlo.type_bytes(user.type)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source:
-                continue
-            else:
-                return hlo.type_bytes(inner[source].type)
-        return min(total, hlo.type_bytes(inner[source].type))
-
-    def written(result: hlo.Instruction) -> float:
-        if result.opcode == "tuple":
-            return sum(written(inner[operand]) for operand in result.operands)
-        if result.opcode == "bitcast":
-            return written(inner[result.operands[0]])
-        if result.opcode == "dynamic-update-slice":
-            return _bytes(inner, result.operands[1])
-        return hlo.type_bytes(result.type)
-
-    parameters = [x.name for x in inner.values() if x.opcode == "parameter"]
-    return sum(read(p) for p in parameters) + written(root)
 
 
 def _dims(type_: str) -> list[int]:

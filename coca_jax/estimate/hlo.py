@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -46,7 +46,8 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 @dataclasses.dataclass
 class Instruction:
-    """One line of HLO: `type` is its result's, `cycles` its own estimate (0 when it has none)."""
+    """One line of HLO: `type` is its result's, `cycles` its own estimate (0 when it has none);
+    `scheduled`: by the schedule of its bundles, `cycles` where there is none."""
 
     name: str
     type: str
@@ -55,13 +56,14 @@ class Instruction:
     operands: list[str]
     cycles: int
     op_name: str
+    scheduled: int = 0
 
 
 @dataclasses.dataclass
 class Collective:
     """One collective: bytes of its result on one device, members of a group, runs per step;
     asynchronous: whether other work may run between its start and its end; hidden_cycles: of the
-    work that the schedule puts there, a run; hidden_kernels: calls of kernels of our own there, as
+    work that the program has there, a run; hidden_kernels: calls of kernels of our own there, as
     in Cost.kernels."""
 
     kind: str
@@ -76,8 +78,10 @@ class Collective:
 
 @dataclasses.dataclass
 class Cost:
-    """What a module costs: cycles in all, by operation name, its collectives, loops found.
+    """What a module costs: cycles in all by the compiler's estimates, by its schedule (see
+    Instruction), by operation name (scheduled), its collectives, loops found.
 
+    covered: estimated cycles of what has a schedule.
     unknown_loops: loops whose trip count is not in the text; their bodies count once.
     kernels: (name, types of its operands, runs) of each call of a kernel of our own, whose cycles
     are not in the text.
@@ -90,6 +94,8 @@ class Cost:
     loops: dict[str, int]
     unknown_loops: list[str]
     kernels: list[tuple[str, tuple[str, ...], int]] = dataclasses.field(default_factory=list)
+    scheduled: int = 0
+    covered: int = 0
 
 
 class Module:
@@ -221,9 +227,32 @@ def group_size(line: str, devices: int) -> int:
     return int(counted[1]) if counted else devices
 
 
-def summarise(text: str, devices: int = 1) -> Cost:
-    """Walks the call tree from ENTRY and sums cycles and collectives, loops multiplied out."""
+Schedule = Callable[[Module, Instruction, dict[str, Instruction]], int | None]
+
+
+def _schedule(module: Module, schedule: Schedule | None) -> set[int]:
+    """Sets `scheduled` of all instructions; the ids of those that have a schedule."""
+    known = set()
+    for body in module.computations.values():
+        for each in body.values():
+            cycles = schedule(module, each, body) if schedule else None
+            each.scheduled = each.cycles if cycles is None else cycles
+            if cycles is not None:
+                known.add(id(each))
+    return known
+
+
+def summarise(
+    text: str,
+    devices: int = 1,
+    schedule: Schedule | None = None,
+) -> Cost:
+    """Walks the call tree from ENTRY and sums cycles and collectives, loops multiplied out.
+
+    schedule: gives the cycles of an instruction of a computation by its schedule, or None.
+    """
     module = Module(text)
+    known = _schedule(module, schedule)
     cost = Cost(0, defaultdict(int), [], [], {}, [])
     spread: dict[tuple[str, str, int], Collective] = {}
     for instruction, runs, fused, fusion in _walk(module, module.entry, 1, cost, False):
@@ -233,7 +262,7 @@ def summarise(text: str, devices: int = 1) -> Cost:
             key = (kind, channel[1] if channel else instruction.name, runs)
             if fused and channel and key in spread:  # its steps are in several fusions of products
                 spread[key].asynchronous = True
-                spread[key].hidden_cycles += fusion.cycles if fusion is not None else 0
+                spread[key].hidden_cycles += fusion.scheduled if fusion is not None else 0
                 continue
             size = type_bytes(instruction.type)
             if instruction.opcode.endswith("-start") and kind != "all-reduce":
@@ -248,14 +277,16 @@ def summarise(text: str, devices: int = 1) -> Cost:
                     found.asynchronous = True
                     found.hidden_cycles, found.hidden_kernels = _between(module, instruction)
                 elif fusion is not None:
-                    found.hidden_cycles = fusion.cycles
+                    found.hidden_cycles = fusion.scheduled
                 cost.collectives.append(found)
                 spread[key] = found
         elif 'custom_call_target="tpu_custom_call"' in instruction.line:
             cost.kernels.append((*_kernel(instruction), runs))
-        elif not fused and instruction.cycles:
-            total = instruction.cycles * runs
-            cost.cycles += total
+        elif not fused and (instruction.cycles or instruction.scheduled):
+            total = instruction.scheduled * runs
+            cost.cycles += instruction.cycles * runs
+            cost.scheduled += total
+            cost.covered += instruction.cycles * runs if id(instruction) in known else 0
             cost.by_op[instruction.op_name] += total
             cost.by_instruction.append((total, runs, instruction))
     cost.by_instruction.sort(key=lambda x: -x[0])
@@ -282,7 +313,7 @@ def _between(
         if inside and 'custom_call_target="tpu_custom_call"' in instruction.line:
             kernels.append(_kernel(instruction))
         elif inside:
-            cycles += instruction.cycles
+            cycles += instruction.scheduled
         inside = inside or instruction is start
     return cycles, tuple(kernels)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.estimate import hlo, kernels
+from coca_jax.estimate import hlo, kernels, schedule, traffic
 from coca_jax.estimate.chips import Tpu
 
 
@@ -31,16 +32,26 @@ def collective_seconds(collective: hlo.Collective, shape: tuple[int, ...], link:
 
 
 def analyse(
-    text: str, chip: Tpu, shape: tuple[int, ...], devices: int, flops_per_device: float
+    text: str,
+    chip: Tpu,
+    shape: tuple[int, ...],
+    devices: int,
+    flops_per_device: float,
+    bundles: dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The report's numbers of an optimised module; flops_per_device are the model's, of a step."""
-    cost = hlo.summarise(text, devices)
+    """The report's numbers of an optimised module; flops_per_device are the model's, of a step.
+
+    bundles: cycles of instructions by the compiler's schedule, see schedule.py.
+    """
+    known = schedule.of_all(hlo.Module(text), bundles or {})
+    cost = hlo.summarise(text, devices, functools.partial(_scheduled, chip, known))
     each = kernel_cycles(cost, chip)
     by_kernel: dict[str, int] = {}
     for name, types, runs in cost.kernels:
         label = kernel_label(name, types)
         by_kernel[label] = by_kernel.get(label, 0) + each[name, types] * runs
-    compute = (cost.cycles + sum(by_kernel.values())) / chip.hertz
+    compute = (cost.scheduled + sum(by_kernel.values())) / chip.hertz
+    by_estimates = (cost.cycles + sum(by_kernel.values())) / chip.hertz
     links, exposed = 0.0, 0.0
     for c in cost.collectives:
         seconds = collective_seconds(c, shape, chip.link)
@@ -51,6 +62,8 @@ def analyse(
     ideal = flops_per_device / chip.peak
     return {
         "estimated_cycles": cost.cycles,
+        "scheduled_cycles": cost.scheduled,
+        "scheduled_share": cost.covered / max(1, cost.cycles),
         "kernel_cycles": sum(by_kernel.values()),
         "cycles_by_kernel": by_kernel,
         "estimated_compute_seconds": compute,
@@ -60,12 +73,28 @@ def analyse(
         "exposed_collective_seconds": exposed,
         "estimated_step_seconds": max(compute, links),
         "estimated_mfu_compute_only": ideal / compute if compute else 0.0,
+        "mfu_compute_only_by_estimated_cycles": ideal / by_estimates if by_estimates else 0.0,
         "estimated_mfu": ideal / max(compute, links) if compute else 0.0,
         "estimated_mfu_by_schedule": ideal / (compute + exposed) if compute else 0.0,
         "estimated_mfu_no_overlap": ideal / (compute + links) if compute else 0.0,
         "loops_of_unknown_length": len(cost.unknown_loops),
         "costliest": costliest(cost),
     }
+
+
+def _scheduled(
+    chip: Tpu,
+    bundles: dict[str, int],
+    module: hlo.Module,
+    found: hlo.Instruction,
+    body: dict[str, hlo.Instruction],
+) -> int | None:
+    """Of a fusion with a schedule: its bundles, or the time to move its bytes at the memory's full
+    rate, which bundles do not show, whichever is more."""
+    if found.opcode != "fusion" or found.name not in bundles:
+        return None
+    moved = traffic.of_fusion(module, found, body)
+    return max(bundles[found.name], round(moved / chip.stream * chip.hertz))
 
 
 def kernel_cycles(cost: hlo.Cost, chip: Tpu) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -97,7 +126,7 @@ def costliest(cost: hlo.Cost) -> list[tuple[str, float]]:
         where = hlo.place(name)
         places[where] = places.get(where, 0) + cycles
     ranked = sorted(places.items(), key=lambda x: -x[1])
-    return [(where, cycles / max(1, cost.cycles)) for where, cycles in ranked]
+    return [(where, cycles / max(1, cost.scheduled)) for where, cycles in ranked]
 
 
 @contextlib.contextmanager
