@@ -214,14 +214,27 @@ def _find_weights(path: str) -> str:
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 
+def _config_beside(weights: str) -> str:
+    """The path of open_clip's configuration in the folder of a file of weights; '' without one."""
+    folder = os.path.dirname(weights)
+    path = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(path):
+        return path
+    path = os.path.join(folder, open_clip_config.BARE_CONFIG_FILE)
+    if os.path.isfile(path):  # many libraries have one of that name
+        found = bounded_json.parse(files.read_bounded(path))
+        return path if isinstance(found, dict) and "multimodal_cfg" in found else ""
+    return ""
+
+
 def _model_config(
     weights: str, model: str, tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """open_clip's `model_cfg` and `preprocess_cfg`, not checked, and where they come from."""
     if model in open_clip_config.RELEASED:
         return open_clip_config.RELEASED[model], {}, model
-    path = model or os.path.join(os.path.dirname(weights), CONFIG_NAME)
-    if model or os.path.isfile(path):
+    path = model or _config_beside(weights)
+    if path:
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"--model={model}: no such file, and not one of "

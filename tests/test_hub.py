@@ -24,6 +24,7 @@ from coca_jax.interop.safetensors_file import Blocks
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra 'hf'")
 file_download = pytest.importorskip("huggingface_hub.file_download")
+APPLES_FILE = "mobileclip2_coca.pt"
 NOBODY = "http://127.0.0.1:9"  # no server answers there
 SCORES = {
     "zeroshot/birds/top1": 0.8125,
@@ -72,7 +73,7 @@ def _merges(data: bytes) -> dict:
 
 def test_the_names_are_open_clips():
     found = coca_jax.list_pretrained()
-    assert len(found) == 4 and ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") in found
+    assert len(found) == 25 and ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") in found
     name = "hf-hub:laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"
     assert hub.resolve("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") == name
     assert hub.resolve("coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k") == name
@@ -83,6 +84,35 @@ def test_the_names_are_open_clips():
         coca_jax.load("coca_ViT-B-32", pretrained="openai")
     with pytest.raises(ValueError, match="belongs to a name; choose from coca_ViT-B-32"):
         coca_jax.load("runs/demo", pretrained="openai")
+
+
+def test_apples_captioners_have_the_names_of_their_repositories():
+    apples = {place for place in hub.PRETRAINED.values() if place.startswith("apple/")}
+    assert len(apples) == 21
+    assert all(place.startswith("apple/mobileclip2_coca_dfn2b_s13b_") for place in apples)
+    tag = "mobileclip2_coca_dfn2b_s13b_context77"
+    assert hub.resolve("coca_ViT-L-14", tag) == f"hf-hub:apple/{tag}"
+    tag = "mobileclip2_coca_dfn2b_s13b_dci-short_s12m_context256"
+    assert hub.resolve(f"coca_ViT-L-14-context256:{tag}") == f"hf-hub:apple/{tag}"
+    with pytest.raises(ValueError, match="choose from mobileclip2.*gbc10m-long_context256"):
+        hub.resolve("coca_ViT-L-14-context256")
+
+
+@pytest.mark.torch
+def test_a_folder_as_apples_captioners_have_it_loads(tmp_path):
+    """Weights of torch.save under another name, and the bare model as config.json."""
+    torch = pytest.importorskip("torch")
+    open_clip_weights(tmp_path / "usual")
+    here = tmp_path / "apples"
+    here.mkdir()
+    (here / "config.json").write_text(json.dumps(cases.SMALL))
+    (here / "tokenizer.json").write_bytes((tmp_path / "usual" / "tokenizer.json").read_bytes())
+    arrays = safetensors_file.read(str(tmp_path / "usual" / "open_clip_model.safetensors"))
+    torch.save({k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, here / APPLES_FILE)
+    usual, found = (coca_jax.load(str(place)) for place in (tmp_path / "usual", here))
+    texts = ["a cat", "two dogs"]
+    np.testing.assert_array_equal(found.encode_text(texts), usual.encode_text(texts))
+    assert found.image_size == usual.image_size
 
 
 @pytest.mark.torch
@@ -99,7 +129,7 @@ def test_the_table_is_that_of_open_clip():
         if name.startswith("coca_")
         for tag, entry in tags.items()
     }
-    assert theirs == hub.PRETRAINED
+    assert theirs == hub.OPEN_CLIPS
 
 
 def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811

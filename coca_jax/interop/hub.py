@@ -18,7 +18,7 @@ from coca_jax.interop import open_clip_config
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
 # (model, tag) -> repository, of open_clip 3.3.0's table of pretrained weights.
-PRETRAINED = {
+OPEN_CLIPS = {
     ("coca_ViT-B-32", "laion2b_s13b_b90k"): "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
     (
         "coca_ViT-B-32",
@@ -30,6 +30,35 @@ PRETRAINED = {
         "mscoco_finetuned_laion2b_s13b_b90k",
     ): "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
 }
+# The captioners behind DFNDR-2B (Faghri et al. 2025), by what each was tuned on and the tokens of a
+# text; they are named as their authors tell open_clip's users to.
+APPLES = "mobileclip2_coca_dfn2b_s13b"
+_TUNED_ON = {
+    "": (77,),
+    "dci-complete_s12m": (77, 128, 256),
+    "dci-extended_s12m": (77, 128, 256),
+    "dci-short_s12m": (77, 128, 256),
+    "docci_s12m": (77, 128, 256),
+    "gbc10m-long": (256,),
+    "gbc10m-short-relation": (256,),
+    "gbc1m-long": (256,),
+    "gbc1m-short": (77,),
+    "mscoco38k_s12m": (77,),
+    "recap-coco-30k_s12m": (77, 128, 256),
+}
+
+
+def _apples() -> dict[tuple[str, str], str]:
+    found = {}
+    for name, lengths in _TUNED_ON.items():
+        for length in lengths:
+            model = "coca_ViT-L-14" if length == 77 else f"coca_ViT-L-14-context{length}"
+            tag = "_".join(part for part in (APPLES, name, f"context{length}") if part)
+            found[model, tag] = f"apple/{tag}"
+    return found
+
+
+PRETRAINED = OPEN_CLIPS | _apples()
 _SMALL = [export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*"]
 
 

@@ -19,7 +19,12 @@ from coca_jax.models import pooler_kinds
 
 # Files of a model as open_clip and the hub have it; of weights the first that is there is taken.
 CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+BARE_CONFIG_FILE = "config.json"  # of Apple's captioners: what others have under model_cfg
+WEIGHTS_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "mobileclip2_coca.pt",
+)
 EPSILON = 1e-5  # of its norms where nothing else is said
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
