@@ -70,7 +70,13 @@ def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
 # Heads 64 and 88 wide share tiles of 128 lanes; three of 88 leave the last tile half full.
 @pytest.mark.parametrize(
     "n,m,heads,width,mask",
-    [(32, 32, 4, 64, None), (17, 17, 3, 88, "rows"), (16, 40, 3, 88, None), (24, 24, 2, 64, "all")],
+    [
+        (32, 32, 4, 64, None),
+        (17, 17, 3, 88, "rows"),
+        (16, 40, 3, 88, None),
+        (24, 24, 2, 64, "all"),
+        (72, 72, 4, 64, "rows"),  # in pairs: so many queries otherwise go one by one
+    ],
 )
 @pytest.mark.parametrize("stacked", [False, True])
 def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
@@ -87,18 +93,18 @@ def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
             seen &= jnp.asarray(rng.random((2, 1, 1, m)) > 0.3).at[..., 0].set(True)
     bias = None if seen is None else jnp.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE)
     out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
-    kept, options = [query, key, value, out], {}
+    kept, options = [query, key, value, out], {"pairs": n > 64}
     if stacked:  # the middle one of three layers; what stands beside it must stay
         kept = [jnp.stack([x + 1, x, x - 1]) for x in kept]
         stack = jnp.full((3,) + out.shape, 7, out.dtype)
-        options = {"index": 1}
+        options["index"] = 1
         got = attention_kernel.forward(
-            query, key, value, bias, heads, stack=stack, index=1, interpret=True
+            query, key, value, bias, heads, stack=stack, **options, interpret=True
         )
         assert (got[0] == 7).all() and (got[2] == 7).all()
         got = got[1]
     else:
-        got = attention_kernel.forward(query, key, value, bias, heads, interpret=True)
+        got = attention_kernel.forward(query, key, value, bias, heads, **options, interpret=True)
     gradients = attention_kernel.backward(
         *kept[:3], bias, kept[3], gradient, heads, **options, interpret=True
     )

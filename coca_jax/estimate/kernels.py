@@ -107,10 +107,7 @@ def _call(name: str) -> Callable[..., Any]:
         return lambda index, x, scale, gradient, beside: norm_kernel.backward(
             x, scale[0], gradient, beside, epsilon=1e-5, index=index
         )
-    heads = re.search(r"_(\d+)_heads", name)
-    if heads is None:
-        raise ValueError(f"no kernel of this name: {name!r}")
-    return attention_kernel.replay(int(heads[1]), name.startswith("attention_gradient"))
+    return attention_kernel.replay(name)
 
 
 if __name__ == "__main__":

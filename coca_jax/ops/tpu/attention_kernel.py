@@ -11,6 +11,7 @@ Shape letters: B batch, N queries, M keys, D width, H heads, K head width (D = H
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ MOST_WEIGHTS = 256 * 256  # of one head; scores and gradients of more do not fit
 MOST_BYTES = 13 * 2**20  # of blocks in a core's memory, two of each; of 16 MiB on v4
 FEWEST = 16  # queries or keys: a tile of bfloat16
 NEGATIVE = -1e30
+PAIRS = "_in_pairs"  # of the names of kernels
 
 
 def fits(query: jax.Array, key: jax.Array) -> bool:
@@ -47,6 +49,7 @@ def forward(
     *,
     stack: jax.Array | None = None,
     index: jax.Array | int = 0,
+    pairs: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(query key' / sqrt(K) + bias) value, bfloat16 [B, N, D], [B, M, D] -> [B, N, D].
@@ -54,10 +57,11 @@ def forward(
     bias: float32 [B or 1, N, M] or None, the same for all heads; NEGATIVE hides a key.
     stack, index: the result is put at stack [L, B, N, D][index], in place; returns the stack. Each
     of query, key and value may be a stack [L, B, N, D] too, of which `index` is meant.
+    pairs: two heads go through the products together, however many queries there are.
     """
     inputs = (query, key, value) if bias is None else (query, key, value, bias)
-    kernel = functools.partial(_forward, heads=heads, masked=bias is not None)
-    name = f"attention_{heads}_heads"
+    kernel = functools.partial(_forward, heads=heads, masked=bias is not None, pairs=pairs)
+    name = f"attention_{heads}_heads{PAIRS * pairs}"
     return _call(kernel, name, inputs, [query], stack, index, interpret)[0]
 
 
@@ -71,6 +75,7 @@ def backward(
     heads: int,
     *,
     index: jax.Array | int = 0,
+    pairs: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value from the output and the output's gradient [B, N, D].
@@ -80,8 +85,8 @@ def backward(
     inputs: tuple[jax.Array, ...] = (query, key, value, out, gradient)
     if bias is not None:
         inputs += (bias,)
-    kernel = functools.partial(_backward, heads=heads, masked=bias is not None)
-    name = f"attention_gradient_{heads}_heads"
+    kernel = functools.partial(_backward, heads=heads, masked=bias is not None, pairs=pairs)
+    name = f"attention_gradient_{heads}_heads{PAIRS * pairs}"
     outputs = [query, key, value]
     d_query, d_key, d_value = _call(kernel, name, inputs, outputs, None, index, interpret)
     return d_query, d_key, d_value
@@ -167,8 +172,9 @@ class _Group:
         return _keep(x, first, first + self.width)
 
 
-def _groups(heads: int, width: int, total: int, queries: int) -> list[_Group]:
-    size = 2 if heads % 2 == 0 and queries <= 64 else 1  # few queries leave the units waiting
+def _groups(heads: int, width: int, total: int, queries: int, pairs: bool) -> list[_Group]:
+    few = queries <= 64  # they leave the units waiting
+    size = 2 if heads % 2 == 0 and (few or pairs) else 1
     return [_Group(range(h, h + size), width, total) for h in range(0, heads, size)]
 
 
@@ -223,7 +229,7 @@ def _staggered(
         finish(*left)
 
 
-def _forward(query, key, value, *rest, heads, masked):
+def _forward(query, key, value, *rest, heads, masked, pairs):
     bias, out = rest if masked else (None, *rest)
     total = query.shape[1]
     width = total // heads
@@ -238,10 +244,10 @@ def _forward(query, key, value, *rest, heads, masked):
     def finish(group, exps, inverse, v):
         writer.add(group, group.merge(_dot(exps, v, 1, 0) * inverse))
 
-    _staggered(_groups(heads, width, total, query.shape[0]), start, finish)
+    _staggered(_groups(heads, width, total, query.shape[0], pairs), start, finish)
 
 
-def _backward(query, key, value, out, gradient, *rest, heads, masked):
+def _backward(query, key, value, out, gradient, *rest, heads, masked, pairs):
     bias, d_query, d_key, d_value = rest if masked else (None, *rest)
     total = query.shape[1]
     width = total // heads
@@ -265,11 +271,16 @@ def _backward(query, key, value, out, gradient, *rest, heads, masked):
         to_query.add(group, group.merge(_dot(d_scores, k, 1, 0)), scale)
         to_key.add(group, _dot(d_scores, q, 0, 0), scale)
 
-    _staggered(_groups(heads, width, total, query.shape[0]), start, finish)
+    _staggered(_groups(heads, width, total, query.shape[0], pairs), start, finish)
 
 
-def replay(heads: int, gradient: bool) -> Callable[..., Any]:
-    """A function of a call's operands, in their order in HLO, that makes the same call."""
+def replay(name: str) -> Callable[..., Any]:
+    """A function of the operands of a call of this name, in their order in HLO, that makes the same
+    call. Raises ValueError for a name that no kernel here has."""
+    match = re.match(r"attention_(gradient_)?(\d+)_heads(_in_pairs)?", name)
+    if match is None:
+        raise ValueError(f"no kernel of this name: {name!r}")
+    gradient, heads, pairs = bool(match[1]), int(match[2]), bool(match[3])
 
     def run(index: jax.Array, *arrays: jax.Array) -> Any:
         bias = next((x for x in arrays if x.dtype == jnp.float32), None)
@@ -277,8 +288,8 @@ def replay(heads: int, gradient: bool) -> Callable[..., Any]:
         query, key, value, *others = rest
         if gradient:
             out, g = others
-            return backward(query, key, value, bias, out, g, heads, index=index)
+            return backward(query, key, value, bias, out, g, heads, index=index, pairs=pairs)
         stack = others[0] if others else None
-        return forward(query, key, value, bias, heads, stack=stack, index=index)
+        return forward(query, key, value, bias, heads, stack=stack, index=index, pairs=pairs)
 
     return run

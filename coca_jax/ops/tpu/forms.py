@@ -244,6 +244,8 @@ def _on_device(kernel, plain, arrays, mask, heads):
     if kernel is None or not (even and attention_kernel.fits(query, key)):
         return plain(**arrays, mask=mask, heads=heads)
 
+    pairs = query.shape[-1] // heads <= 64 and _wide_matrix_unit()
+
     def on_tpu(arrays, mask):
         bias = None
         if mask is not None:
@@ -251,7 +253,7 @@ def _on_device(kernel, plain, arrays, mask, heads):
             bias = jnp.where(seen, 0.0, attention_kernel.NEGATIVE)
 
         def run(arrays, bias):
-            return kernel(**arrays, bias=bias, heads=heads // tensor)
+            return kernel(**arrays, bias=bias, heads=heads // tensor, pairs=pairs)
 
         rows = partitioning.spec("batch", None, "act_heads")
         specs = {k: (P(), rows, P(None, *rows))[max(0, x.ndim - 2)] for k, x in arrays.items()}
@@ -263,6 +265,12 @@ def _on_device(kernel, plain, arrays, mask, heads):
         return plain(**arrays, mask=mask, heads=heads)
 
     return jax.lax.platform_dependent(arrays, mask, tpu=on_tpu, default=elsewhere)
+
+
+def _wide_matrix_unit() -> bool:
+    """Whether the mesh's chips have matrix units of 256 lanes: v6e and later."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.device_kind.startswith(("TPU v6", "TPU7", "TPU v7"))
 
 
 def _parts(mesh):
