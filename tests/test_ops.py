@@ -358,6 +358,17 @@ def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turn
         assert float(jnp.abs(a - b).max()) <= 0.03 * float(jnp.abs(b).max()) + 1e-6
 
 
+def test_the_residual_stream_of_several_gpus_stays_where_it_is():
+    """Each device adds its rows; a layout that is asked for gathers nothing."""
+    mesh = partitioning.make_mesh(2, 2, 1, jax.devices()[:4])
+    rows = jax.sharding.NamedSharding(mesh, partitioning.spec("batch"))
+    x, y = (jax.device_put(a, rows) for a in arrays(8, 3, 4, count=2))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(lambda x, y: (ops.Gpu().add_update(x, y) ** 2).sum()))
+        assert "all-gather" not in run.lower(x, y).compile().as_text()
+        np.testing.assert_allclose(run(x, y)[1], 2 * (x + y), rtol=1e-6)
+
+
 def test_the_norm_s_single_pass_loses_nothing_to_a_mean_far_from_zero():
     x = np.random.default_rng(0).normal(3000.0, 1.0, (8, 512)).astype(np.float32)
     x[:4, 0] = -1e5  # the number that distances are taken from is an outlier itself

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from coca_jax import partitioning
 from coca_jax.ops.reference import (
     ACTIVATIONS,
     CUBE,
@@ -96,12 +97,18 @@ class Gpu(Reference):
         )
 
     def add_update(self, x: jax.Array, update: jax.Array) -> jax.Array:
-        # As rows: of the sum of three-dimensional arrays cuBLAS's product makes a copy of x first.
-        # Left to itself XLA lays the stream out with the batch inside, and transposes it for every
-        # product.
-        rows = (a.reshape(-1, a.shape[-1]) for a in (x, update.astype(x.dtype)))
-        out = with_layout_constraint(jnp.add(*rows), Layout(major_to_minor=(0, 1)))
-        return out.reshape(x.shape)
+        mesh = partitioning.active_mesh()
+        if mesh is None or mesh.size == 1:
+            return _add_rows(x, update)
+        if x.shape[0] % partitioning.batch_parts(mesh):
+            return super().add_update(x, update)
+        # On each device by itself: a constraint on layouts is not split, the whole batch would be
+        # gathered for it.
+        own = partitioning.spec("batch", "length", "act_embed")
+        add = jax.shard_map(
+            _add_rows, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False
+        )
+        return add(x, update)
 
     def pad_sequences(
         self,
@@ -134,7 +141,16 @@ class Gpu(Reference):
         return x  # cuBLAS reads its operands from memory: one is made for all products
 
     def unroll(self, depth: int) -> int:
-        return depth
+        # Deeper stacks take the compiler too long at once: loops of as many layers as divide them.
+        return depth if depth <= 24 else max(n for n in range(1, 9) if depth % n == 0)
+
+
+def _add_rows(x: jax.Array, update: jax.Array) -> jax.Array:
+    # As rows: of the sum of three-dimensional arrays cuBLAS's product makes a copy of x first. Left
+    # to itself XLA lays the stream out with the batch inside, and transposes it for every product.
+    rows = (a.reshape(-1, a.shape[-1]) for a in (x, update.astype(x.dtype)))
+    out = with_layout_constraint(jnp.add(*rows), Layout(major_to_minor=(0, 1)))
+    return out.reshape(x.shape)
 
 
 def _refusal(dtype: jnp.dtype, head_width: int) -> str:
