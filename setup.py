@@ -84,7 +84,7 @@ setuptools.setup(
             "moto[s3]>=5",
             "mypy==2.4.1",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "pyyaml>=6",
             "ray>=2.40",
             "ruff==0.17.6",

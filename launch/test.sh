@@ -9,4 +9,5 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile -m "not slow" --durations=10 "$@"
+exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
+  -m "not slow" --durations=10 "$@"

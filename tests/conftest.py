@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before JAX starts; the smallest configuration there is."""
 
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -20,7 +21,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from coca_jax import partitioning  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
+from coca_jax.models import coca  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
@@ -64,6 +67,30 @@ def random_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
     )
 
 
+# The files that last longest, first: begun last, one would keep one core busy and the others idle.
+LONGEST = (
+    *("docs", "train_step", "processes", "decoding", "models", "questions", "train", "compile"),
+    *("heads", "buckets", "ops", "fit", "finetuning", "install", "spikes", "benchmark", "memory"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In launch/test.sh workers take files in this order."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # all others as they were
+
+
+@functools.cache
+def _drawn(model: coca.CoCa, seed: int) -> dict:
+    init = jax.jit(lambda key: partitioning.unbox(coca.init(model, key)))
+    return init(jax.random.key(seed))
+
+
+def params_of(model: coca.CoCa, seed: int = 0) -> dict:
+    """New parameters of a module, drawn once for all tests of a process that build the same."""
+    return jax.tree.map(lambda x: x, _drawn(model, seed))  # dictionaries of the caller's own
+
+
 @pytest.fixture
 def config() -> ConfigDict:
     return tiny_config()
@@ -71,8 +98,6 @@ def config() -> ConfigDict:
 
 @pytest.fixture
 def one_device_mesh():
-    from coca_jax import partitioning
-
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh

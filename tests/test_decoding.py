@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import needs_compiler, tiny_config
+from conftest import needs_compiler, params_of, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.inference.generation import choice, loop
@@ -99,13 +99,14 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     config.text.update(modern.pop("text", {}))
     config.update(modern)
     module = coca.build(config)
-    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    params = params_of(module)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
     params = jax.tree.unflatten(tree, leaves)
     pixels = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
-    image_tokens = module.apply({"params": params}, pixels, method="encode_image")[1]
+    encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image")[1])
+    image_tokens = encode(params, pixels)
 
     @jax.jit
     def log_probs(rows, tokens):
@@ -116,7 +117,8 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
     layout = next((name for name in ("panels", "reference") if kind.endswith(name)), "kernel")
     assert layout != "panels" or cpu_kernels.available()
-    return spec, decoding.pack(spec, params, layout), image_tokens, log_probs
+    pack = jax.jit(lambda params: decoding.pack(spec, params, layout))
+    return spec, pack(params), image_tokens, log_probs
 
 
 PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned
@@ -190,9 +192,11 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
     """Ragged prompts in one batch, then two beams of their own that share a cache."""
     spec, weights, image_tokens, log_probs = each_model
     slots, steps, width = PROMPT.shape[1], 4, 2
-    image = decoding.image_caches(spec, weights, image_tokens)
+    image = jax.jit(lambda *args: decoding.image_caches(spec, *args))(weights, image_tokens)
     caches = decoding.empty_caches(spec, weights, 3, slots - 1 + steps * width)
-    caches = decoding.prefill(spec, weights, PROMPT, LENGTH, caches, image)
+    prefill = jax.jit(lambda *args: decoding.prefill(spec, *args))
+    caches = prefill(weights, PROMPT, LENGTH, caches, image)
+    run_tokens = jax.jit(lambda *args: decoding.run_tokens(spec, *args))
     new = np.random.default_rng(0).integers(0, VOCAB, (3, width, steps)).astype(np.int32)
     parents = np.array([[0, 1], [1, 0], [0, 0], [0, 1]])  # beams cross and die
     past = np.zeros((width, steps, width), bool)
@@ -203,8 +207,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
         past[:, step] = np.eye(width, dtype=bool)
         own_past = np.broadcast_to(past.reshape(1, width, -1), (3, width, steps * width))
         shared = np.broadcast_to(prompt_mask[:, None], (3, width, slots - 1))
-        states, caches = decoding.run_tokens(
-            spec,
+        states, caches = run_tokens(
             weights,
             token,
             np.broadcast_to(LENGTH[:, None] - 1 + step, (3, width)),
@@ -213,7 +216,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
             caches,
             image,
         )
-        found = decoding.log_probs_of(weights, states)
+        found = jax.jit(decoding.log_probs_of)(weights, states)
         for b, w in itertools.product(range(3), range(width)):
             padded = np.pad(text[b][w], (0, 8 - len(text[b][w])))[None]  # one shape to compile
             expected = log_probs(np.array([b]), padded)[0, len(text[b][w]) - 1]
@@ -232,7 +235,7 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130)
     config.pooler.num_heads = 2
     module = coca.build(config)
-    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    params = params_of(module)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]

@@ -10,10 +10,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import params_of, tiny_config
 from PIL import Image
 
-from coca_jax import export_format, inference, partitioning, prepare
+from coca_jax import export_format, inference, prepare
 from coca_jax.data import vocabulary
 from coca_jax.evaluators import class_names, tasks
 from coca_jax.evaluators.records import Records
@@ -58,7 +58,7 @@ def parts(tmp_path_factory):
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
     module = coca.build(config.model)
-    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    params = params_of(module)
     keys = iter(jax.random.split(jax.random.key(1), 500))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
     return config, jax.device_get(params), words

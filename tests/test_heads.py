@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_config
+from conftest import params_of, random_batch, tiny_config
 from test_train import tiny_run
 
 import coca_jax
@@ -46,7 +46,7 @@ def abstract_params(model):
 
 def fresh(model):
     """Parameters whose classifier is not zero."""
-    params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(0))
+    params = params_of(model)
     kernel = params["head"]["classifier"]["kernel"]
     params["head"]["classifier"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
     return params
@@ -242,20 +242,18 @@ def test_the_head_does_not_see_the_answer():
     params = fresh(model)
     batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
     pixels = normalise_pixels(batch["image"], config.model)
-    run = jax.jit(
-        lambda t: (
-            model.apply(
-                {"params": params}, pixels, t, batch["text_valid"], batch["prompt_len"]
-            ).class_logits
-        )
-    )
+    forward = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs).class_logits)
+
+    def run(tokens):
+        return forward(params, pixels, tokens, batch["text_valid"], batch["prompt_len"])
+
     want = run(batch["tokens"])
     other = jnp.where(
         jnp.arange(8) < batch["prompt_len"][:, None], batch["tokens"], batch["tokens"] // 2 + 1
     )
     np.testing.assert_allclose(run(other), want, atol=1e-6)
-    alone = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs, method="classify"))(
-        pixels, batch["tokens"], batch["prompt_len"]
+    alone = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs, method="classify"))(
+        params, pixels, batch["tokens"], batch["prompt_len"]
     )
     np.testing.assert_allclose(alone, want, atol=1e-5)
     changed = batch["tokens"].at[:, 1].set(7)
@@ -273,10 +271,10 @@ def test_a_pair_is_two_passes_side_by_side():
     batch = {k: jnp.asarray(v) for k, v in head_batch(config).items()}
     pixels = normalise_pixels(batch["image"], config.model)
 
-    @jax.jit
+    forward = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs, method="classify"))
+
     def logits(pixels):
-        inputs = (pixels, batch["tokens"], batch["prompt_len"])
-        return model.apply({"params": params}, *inputs, method="classify")
+        return forward(params, pixels, batch["tokens"], batch["prompt_len"])
 
     found = logits(pixels)
     assert found.shape == (config.batch_size, CLASSES)

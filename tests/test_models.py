@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_config
+from conftest import params_of, random_batch, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
@@ -15,7 +15,7 @@ from coca_jax.ops.reference import ACTIVATIONS
 
 
 def initialise(model, seed=0):
-    return jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(seed))
+    return params_of(model, seed)
 
 
 def count(config):
@@ -173,8 +173,9 @@ def test_padding_changes_nothing(setup):
 def test_methods_agree_with_the_forward_pass(setup):
     model, params, forward, pixels, tokens, valid = setup
     outputs = forward(params, pixels, tokens, valid)
-    image, image_tokens = model.apply({"params": params}, pixels, method="encode_image")
-    text = model.apply({"params": params}, tokens, valid, method="encode_text")
+    apply = jax.jit(model.apply, static_argnames="method")
+    image, image_tokens = apply({"params": params}, pixels, method="encode_image")
+    text = apply({"params": params}, tokens, valid, method="encode_text")
     np.testing.assert_allclose(image, outputs.image_embedding, atol=1e-6)
     np.testing.assert_allclose(image_tokens, outputs.image_tokens, atol=1e-6)
     np.testing.assert_allclose(text, outputs.text_embedding, atol=1e-6)
@@ -314,9 +315,15 @@ def test_conv_stem_gives_the_same_number_of_tokens():
     config = tiny_config(patch_size=4, activation="relu")
     config.model.image.update(conv_widths=(8, 12), conv_depths=(0, 1))
     model = coca.build(config.model)
-    params = initialise(model)
     pixels = jnp.ones((2, 16, 16, 3))
-    tokens = model.apply({"params": params}, pixels, method=lambda m, x: m.image_encoder(x))
+    tokens = jax.eval_shape(
+        lambda key: model.apply(
+            {"params": partitioning.unbox(coca.init(model, key))},
+            pixels,
+            method=lambda m, x: m.image_encoder(x),
+        ),
+        jax.random.key(0),
+    )
     assert tokens.shape == (2, 16, 16)
     config.model.patch_size = 8
     with pytest.raises(ValueError, match="conv_widths has 2 stages"):
@@ -327,15 +334,19 @@ def test_patch_dropout_drops_in_training_only():
     config = tiny_config()
     config.model.image.patch_dropout = 0.5
     model = coca.build(config.model)
-    params = initialise(model)
+    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
     pixels = jnp.ones((2, 16, 16, 3))
 
     def encode(m, x, deterministic):
         return m.image_encoder(x, deterministic=deterministic)
 
     rngs = {"patch_dropout": jax.random.key(0)}
-    kept = model.apply({"params": params}, pixels, False, method=encode, rngs=rngs)
-    whole = model.apply({"params": params}, pixels, True, method=encode)
+    kept = jax.eval_shape(
+        lambda p: model.apply({"params": p}, pixels, False, method=encode, rngs=rngs), params
+    )
+    whole = jax.eval_shape(
+        lambda p: model.apply({"params": p}, pixels, True, method=encode), params
+    )
     assert kept.shape[1] == 2 and whole.shape[1] == 4
 
 

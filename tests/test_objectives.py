@@ -80,9 +80,10 @@ def test_values_and_metrics_of_parts_add_up(chunk):
         if objective.couples:
             continue
         totals = objective.totals({name: inputs[name] for name in objective.fields})
-        whole, means = objective.value(read(objective, inputs), totals)
+        value = jax.jit(objective.value)
+        whole, means = value(read(objective, inputs), totals)
         cuts = [rows_of(inputs, np.s_[:5]), rows_of(inputs, np.s_[5:])]
-        each = [objective.value(read(objective, cut), totals) for cut in cuts]
+        each = [value(read(objective, cut), totals) for cut in cuts]
         np.testing.assert_allclose(sum(value for value, _ in each), whole, rtol=1e-6)
         for name, (total, count) in means.items():
             np.testing.assert_allclose(sum(m[name][0] for _, m in each), total, rtol=1e-6)
@@ -141,7 +142,7 @@ def test_a_tangent_has_the_gradient_of_its_loss(kind):
     def whole(outputs):
         return objective.value(read(objective, inputs | outputs), None)[0]
 
-    slopes = jax.grad(whole)(outputs)
+    slopes = jax.jit(jax.grad(whole))(outputs)
     shared = {name: slopes[name] / 2 for name in ("scale", "logit_bias")}
     tangent = objectives.Tangent(objective, shared, ("image_embedding", "text_embedding"))
     fields = {tangent.field(name): slopes[name] for name in tangent.rows}
@@ -151,5 +152,5 @@ def test_a_tangent_has_the_gradient_of_its_loss(kind):
         cuts = [rows_of(given, np.s_[::2]), rows_of(given, np.s_[1::2])]
         return sum(tangent.value(read(tangent, cut), None)[0] for cut in cuts)
 
-    for name, found in jax.grad(parts)(outputs).items():
+    for name, found in jax.jit(jax.grad(parts))(outputs).items():
         np.testing.assert_allclose(found, slopes[name], rtol=1e-6, atol=1e-8, err_msg=name)

@@ -1,5 +1,6 @@
 """seqio: its loader gives the batches of the direct one, and users' own Tasks are sources."""
 
+import importlib.util
 import json
 import sys
 
@@ -14,10 +15,11 @@ from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare
 
-seqio = pytest.importorskip("seqio", reason="needs the extra 'seqio'")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'seqio'")
-
-from coca_jax.data import seqio_tasks  # noqa: E402
+# Found, not imported: each worker that runs tests would import TensorFlow to collect them.
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("seqio", "tensorflow")),
+    reason="needs the extra 'seqio'",
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,10 @@ def test_what_a_head_cannot_learn_is_one_line_here_too(data, tmp_path):
 
 
 def test_tasks_and_their_mixture_are_registered(mixture):
+    import seqio
+
+    from coca_jax.data import seqio_tasks
+
     config, vocabulary = mixture
     batches = Batches(config, vocabulary)
     seqio_tasks.register(config, vocabulary, batches, start_step=5)

@@ -9,11 +9,11 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import params_of, tiny_config
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from coca_jax import inference, partitioning
+from coca_jax import inference
 from coca_jax.data import vocabulary
 from coca_jax.models import coca
 from coca_jax.suites import comparing, folders, measuring, metrics, pairs, running, tables
@@ -100,7 +100,7 @@ def model(tmp_path_factory):
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=16, unimodal_depth=1, multimodal_depth=1)
     module = coca.build(config.model)
-    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    params = params_of(module)
     keys = iter(jax.random.split(jax.random.key(1), 500))
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
     from coca_jax.config import Config

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_config
+from conftest import params_of, random_batch, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.models import coca, roles
@@ -20,9 +20,9 @@ def build(config):
     return coca.build(config.model, sigmoid=sigmoid, bag_of_tokens=bag, hidden_share=hidden)
 
 
-def fresh(config, seed=0):
+def fresh(config):
     model = build(config)
-    params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(seed))
+    params = params_of(model)
     batch = {k: jnp.asarray(v) for k, v in random_batch(config).items()}
     return model, params, batch
 

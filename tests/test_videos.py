@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_config
+from conftest import params_of, random_batch, tiny_config
 from PIL import Image
 
 from coca_jax import inference, partitioning, prepare
@@ -440,7 +440,7 @@ def model(data):
     config.model.text.update(vocab_size=320, max_len=16, unimodal_depth=1, multimodal_depth=1)
     words = run_vocabulary.load_or_train(_config(data, 4), str(data / "workdir"))
     module = coca.build(config.model)
-    params = jax.jit(lambda key: partitioning.unbox(coca.init(module, key)))(jax.random.key(0))
+    params = params_of(module)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32), params
