@@ -11,8 +11,6 @@ from PIL import Image
 from coca_jax.config import Config
 from coca_jax.models import native_layout
 
-MODES = ("none", "crop", "inception")  # of data.augment, that go with images of any shape
-
 
 def budget(config: Config) -> int:
     """Patches of an image at most: data.max_patches, by default as many as a square one has."""

@@ -139,8 +139,8 @@ def place(
 def render_native(
     encoded: bytes, plan: Mapping[str, Any], patch_size: int, most: int, fast: bool = False
 ) -> np.ndarray:
-    """One image as planned by one of native.MODES, in its own shape: packed uint8 [N, ...], N being
-    `most`, see data/native.py. Raises ValueError when it cannot be decoded."""
+    """One image as planned, without a warp and colours, in its own shape: packed uint8 [N, ...], N
+    being `most`, see data/native.py. Raises ValueError when it cannot be decoded."""
     found, ratio, _ = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
     _, _, height, width = plan["box"]
     rows, columns = native.grid(height, width, most)
