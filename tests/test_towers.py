@@ -12,6 +12,7 @@ import coca_jax
 from coca_jax import convert
 from coca_jax.data import vocabulary
 from coca_jax.inference.two_towers import TwoTowerModel, canonical
+from coca_jax.interop import timm_trunks
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
@@ -73,6 +74,36 @@ def in_open_clip(folder, quick):
     return model
 
 
+def siglip_in_open_clip(folder, tanh):
+    """A random SigLIP of open_clip in a folder: timm's trunk, and the tokenizer beside it."""
+    timm = pytest.importorskip("timm")
+    text = dict(context_length=16, vocab_size=330, width=40, heads=4, layers=2)
+    text |= dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs=dict(eps=1e-6))
+    if tanh:
+        text["act_kwargs"] = dict(approximate="tanh")
+    vision = dict(image_size=32, width=48, layers=1, patch_size=8, head_width=12)
+    model = open_clip.CustomTextCLIP(48, vision, text, init_logit_bias=-10.0)
+    trunk = timm.models.vision_transformer.VisionTransformer(
+        *(32, 8, 3, 0, "map", 48, 2, 4, 2.0), class_token=False
+    )
+    model.visual = torch.nn.Module()
+    model.visual.trunk = trunk
+    model.visual.forward = trunk.forward
+    randomise(model)
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    name = dict(timm_model_name="vit_small8_patch8_siglip_32", timm_pool="map", timm_proj="none")
+    cfg = dict(embed_dim=48, init_logit_bias=-10, custom_text=True, text_cfg=text)
+    cfg["vision_cfg"] = dict(image_size=32, timm_model_pretrained=False) | name
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=cfg, preprocess_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3)))
+    )
+    vocabulary.train(
+        ["a photo of a cat", "two dogs in a park"] * 9, 310, folder / "spiece.model", 0
+    )
+    return model
+
+
 def pixels_of(model):
     """PHOTOS as the original takes them."""
     sizes = model.config.model
@@ -119,6 +150,22 @@ def test_embeddings_equal_those_of_open_clip(quick, tmp_path):
     np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
+@pytest.mark.parametrize("tanh", [False, True])
+def test_siglip_of_open_clip_equals_its_own(tanh, tmp_path, monkeypatch):
+    monkeypatch.setitem(timm_trunks.TRUNKS, "small8", (48, 2, 4, 2.0))
+    original = siglip_in_open_clip(tmp_path / "weights", tanh)
+    config, layout = convert.from_open_clip(str(tmp_path / "weights"), str(tmp_path / "out"))
+    assert len(layout.tensors()) == len(original.state_dict())
+    assert config["model"]["family"] == "siglip" and config["preprocess"]["resize"] == "squash"
+    model = coca_jax.load(str(tmp_path / "out"))
+    tokens, _ = model._tokenize(TEXTS)
+    with torch.no_grad():
+        images = original.encode_image(pixels_of(model))
+        texts = original.encode_text(torch.from_numpy(tokens).long())
+    np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
+
+
 def test_what_needs_a_decoder_says_so(tmp_path):
     in_open_clip(tmp_path / "weights", False)
     Image.fromarray(PHOTOS[0]).save(tmp_path / "photo.png")
@@ -137,7 +184,7 @@ def test_what_is_not_supported_is_named(tmp_path):
     in_open_clip(folder, False)
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_base_patch16_siglip_224"
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_pe_core_base_patch16_224"
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="vision_cfg.timm_model_name"):
         convert.from_open_clip(str(folder), str(tmp_path / "out"))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.data import bounded_json, files
-from coca_jax.interop import open_clip_config
+from coca_jax.interop import open_clip_config, timm_trunks
 from coca_jax.interop.open_clip_keys import is_number, short, square
 
 CONFIG_FILE, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -141,6 +141,8 @@ def _of_transformers(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _of_open_clip(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]:
+    if timm_trunks.is_siglip(cfg):
+        return _siglip_of_open_clip(cfg, preprocess_cfg)
     for part, read in _READ.items():
         section = cfg.get(part)
         if not isinstance(section, dict):
@@ -183,6 +185,22 @@ def _of_open_clip(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]
         ),
     )
     return dict(model=model, **preprocess)
+
+
+def _siglip_of_open_clip(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]:
+    """open_clip's SigLIP: its images are squashed to the square."""
+    given = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    if isinstance(preprocess_cfg, dict):
+        given |= {k: v for k, v in preprocess_cfg.items() if k != "resize_mode"}
+        mode = preprocess_cfg.get("resize_mode") or "squash"
+        if mode not in ("squash", "shortest"):
+            raise ValueError(f"preprocess_cfg.resize_mode={short(mode)}; 'squash' or 'shortest'")
+    else:
+        mode = "squash"
+    filled = open_clip_config.check_preprocess(given)
+    numbers = dict(mean=list(filled["mean"]), std=list(filled["std"]))
+    resize = "squash" if mode == "squash" else "crop"
+    return dict(model=timm_trunks.to_model(cfg, numbers), resize=resize, **numbers)
 
 
 def _model(

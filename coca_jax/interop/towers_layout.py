@@ -20,8 +20,6 @@ class TowersLayout(Layout):
         model: config.model, of the family 'clip' or 'siglip'.
         names: of the tensors in the file; they tell whose they are.
         logit_bias: whether there is the bias of the sigmoid loss.
-
-    Raises ValueError where open_clip has no such family.
     """
 
     def __init__(self, model: Model, names: Iterable[str], logit_bias: bool = False):
@@ -39,10 +37,7 @@ class TowersLayout(Layout):
         elif model.family == "clip":
             self._open_clip(model, "text." if any(n.startswith("text.") for n in names) else "")
         else:
-            raise ValueError(
-                "SigLIP in open_clip's layout (a timm trunk) is not read; take the files for "
-                "transformers, such as google/siglip-base-patch16-224"
-            )
+            self._siglip_of_open_clip(model)
         self._index()
 
     def _patches(self, model: Model, key: str) -> None:
@@ -71,14 +66,76 @@ class TowersLayout(Layout):
         self._stack(blocks, "visual.transformer", image.depth, image.width, image, own)
         self._norm("pooled_norm", "visual.ln_post", image.width)
         self._add("image_to_joint/kernel", "visual.proj", (image.width, embed))
+        self._text_of_open_clip(model, prefix)
+        self._add("text_to_joint/kernel", f"{prefix}text_projection", (text.width, embed))
+
+    def _text_of_open_clip(self, model: Model, prefix: str) -> None:
+        """open_clip's text tower without the projection behind it."""
+        text, decoder = model.text, "text_decoder"
         tokens, positions = (text.vocab_size, text.width), (text.max_len, text.width)
-        decoder = "text_decoder"
         self._add(f"{decoder}/token_embedding/value", f"{prefix}token_embedding.weight", tokens)
         self._add(f"{decoder}/positions/value", f"{prefix}positional_embedding", positions)
         blocks, own, depth = f"{decoder}/unimodal", self.blocks["text"], text.unimodal_depth
         self._stack(blocks, f"{prefix}transformer", depth, text.width, text, own)
         self._norm(f"{decoder}/unimodal_norm", f"{prefix}ln_final", text.width)
-        self._add("text_to_joint/kernel", f"{prefix}text_projection", (text.width, embed))
+
+    def _siglip_of_open_clip(self, model: Model) -> None:
+        """A trunk of timm, and open_clip's text tower with a bias behind it."""
+        image, text, trunk = model.image, model.text, "visual.trunk"
+        places, width = (model.image_size // model.patch_size) ** 2, image.width
+        self._add(
+            "image_encoder/positions/value",
+            f"{trunk}.pos_embed",
+            (places, width),
+            shape_there=(1, places, width),
+        )
+        self._patches(model, f"{trunk}.patch_embed.proj")
+        head = (image.num_heads, width // image.num_heads)
+        for layer in range(image.depth):
+            here, there = "image_encoder/blocks/layers", f"{trunk}.blocks.{layer}"
+            self._norm(f"{here}/attention_norm", f"{there}.norm1", width, layer)
+            parts = ("query", "key", "value")
+            self._fused(f"{here}/attention", f"{there}.attn.qkv", parts, width, head, layer)
+            self._out(f"{here}/attention/out", f"{there}.attn.proj", width, head, layer)
+            self._norm(f"{here}/mlp_norm", f"{there}.norm2", width, layer)
+            self._linear(f"{here}/mlp/in", f"{there}.mlp.fc1", (width, image.mlp_dim), layer)
+            self._linear(f"{here}/mlp/out", f"{there}.mlp.fc2", (image.mlp_dim, width), layer)
+        self._norm("image_encoder/final_norm", f"{trunk}.norm", width)
+        path, key = "contrastive_pooler", f"{trunk}.attn_pool"
+        self._add(f"{path}/query/value", f"{key}.latent", (1, width), shape_there=(1, 1, width))
+        self._fused(f"{path}/attention", f"{key}.q", ("query",), width, head)
+        self._fused(f"{path}/attention", f"{key}.kv", ("key", "value"), width, head)
+        self._out(f"{path}/attention/out", f"{key}.proj", width, head)
+        self._norm(f"{path}/norm", f"{key}.norm", width)
+        self._linear(f"{path}/mlp/in", f"{key}.mlp.fc1", (width, image.mlp_dim), None)
+        self._linear(f"{path}/mlp/out", f"{key}.mlp.fc2", (image.mlp_dim, width), None)
+        self._text_of_open_clip(model, "text.")
+        self._linear("text_to_joint", "text.text_projection", (text.width, model.embed_dim), None)
+
+    def _fused(
+        self,
+        path: str,
+        key: str,
+        parts: tuple[str, ...],
+        width: int,
+        head: tuple[int, int],
+        layer: int | None = None,
+    ) -> None:
+        """Projections of attention that are rows of one matrix there."""
+        for index, name in enumerate(parts):
+            rows = (index * width, (index + 1) * width) if len(parts) > 1 else None
+            more: dict[str, Any] = dict(layer=layer, rows=rows)
+            kernel = f"{path}/{name}/kernel", f"{key}.weight", (width, *head)
+            self._add(*kernel, shape_there=(width, width), axes=(1, 0), **more)
+            self._add(f"{path}/{name}/bias", f"{key}.bias", head, shape_there=(width,), **more)
+
+    def _out(
+        self, path: str, key: str, width: int, head: tuple[int, int], layer: int | None = None
+    ) -> None:
+        """The projection behind attention."""
+        square: dict[str, Any] = dict(shape_there=(width, width), axes=(1, 0), layer=layer)
+        self._add(f"{path}/kernel", f"{key}.weight", (*head, width), **square)
+        self._add(f"{path}/bias", f"{key}.bias", (width,), layer=layer)
 
     def _transformers(self, model: Model) -> None:
         image, text, embed = model.image, model.text, model.embed_dim

@@ -93,7 +93,12 @@ def towers_seeds() -> list[bytes]:
     vision = dict(image_size=32, layers=2, width=48, patch_size=8, head_width=12)
     text = dict(context_length=20, vocab_size=99, width=40, heads=4, layers=2)
     open_clip = dict(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
-    trees = (clip, dict(model_type="siglip", **sections), dict(model_cfg=open_clip))
+    trunk = dict(timm_model_name="vit_base_patch16_siglip_224", timm_pool="map", timm_proj="none")
+    siglip = text | dict(no_causal_mask=True, proj_bias=True, pool_type="last")
+    siglip["norm_kwargs"] = dict(eps=1e-6)
+    timm = dict(embed_dim=768, vision_cfg=trunk | dict(image_size=224), text_cfg=siglip)
+    trees = [clip, dict(model_type="siglip", **sections)]
+    trees += [dict(model_cfg=tower) for tower in (open_clip, timm)]
     return [json.dumps(tree).encode() for tree in trees]
 
 

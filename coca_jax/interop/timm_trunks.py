@@ -1,0 +1,100 @@
+"""SigLIP as open_clip has it: an image trunk of timm, and open_clip's text tower that sees all of a
+text. Which trunk, its name says; its sizes are timm's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax.interop.open_clip_keys import is_number, short
+
+# vit_<name>_patch<P>_siglip_<S>: (width, layers, heads, MLP over width).
+TRUNKS: dict[str, tuple[int, int, int, float]] = {
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "so400m": (1152, 27, 16, 3.7362),
+    "giantopt": (1536, 40, 16, 4.0),
+}
+# Those whose MLPs have the tanh form of GELU; the older ones have the exact one.
+_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
+_NAME = re.compile(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)")
+EPS = 1e-6
+_VISION = {"image_size", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj"}
+_TEXT = {
+    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "no_causal_mask"),
+    *("proj_bias", "pool_type", "norm_kwargs", "act_kwargs", "hf_tokenizer_name"),
+    "tokenizer_kwargs",
+}
+T5_IDS, T5_PAD = 32_000, 1  # SigLIP's own vocabulary pads with 1, later ones with 0
+
+
+def is_siglip(cfg: Mapping[str, Any]) -> bool:
+    """Whether open_clip's configuration has a trunk of timm that is SigLIP's."""
+    vision = cfg.get("vision_cfg")
+    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model of SigLIP in open_clip's configuration. preprocess: mean and std.
+
+    Raises ValueError for what changes the model and is not known here, naming the key.
+    """
+    vision, text = cfg["vision_cfg"], cfg.get("text_cfg")
+    if not isinstance(text, dict):
+        raise ValueError(f"text_cfg={short(text)}: not a JSON object")
+    match = _NAME.fullmatch(vision["timm_model_name"])
+    name, patch, size = match[1], int(match[2]), int(match[3])
+    if name not in TRUNKS:
+        known = ", ".join(TRUNKS)
+        raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of SigLIP's trunks only {known}")
+    tanh = dict(approximate="tanh")
+    for part, section, key, allowed in (
+        ("vision_cfg", vision, "timm_pool", ("map",)),
+        ("vision_cfg", vision, "timm_proj", ("none",)),
+        ("vision_cfg", vision, "image_size", (size,)),
+        ("text_cfg", text, "no_causal_mask", (True,)),
+        ("text_cfg", text, "proj_bias", (True,)),
+        ("text_cfg", text, "pool_type", ("last",)),
+        ("text_cfg", text, "norm_kwargs", (dict(eps=EPS),)),
+        ("text_cfg", text, "act_kwargs", (None, {}, tanh)),
+    ):
+        if section.get(key) not in allowed:
+            raise ValueError(f"{part}.{key}={short(section.get(key))}; of SigLIP only {allowed[0]}")
+    for part, section, known_keys in (("vision_cfg", vision, _VISION), ("text_cfg", text, _TEXT)):
+        for key, value in section.items():
+            if key not in known_keys and value not in (None, False, {}):
+                raise ValueError(f"{part}.{key}={short(value)} is not supported of a SigLIP model")
+    keys = ("context_length", "vocab_size", "width", "heads", "layers")
+    numbers: dict[str, Any] = {key: text.get(key) for key in keys}
+    numbers["mlp_ratio"] = text.get("mlp_ratio", 4.0)
+    for key, value in numbers.items():
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"text_cfg.{key}={short(value)}: give a number above 0")
+    width, layers, heads, ratio = TRUNKS[name]
+    activation = "gelu" if _TANH.match(match[0]) else "gelu_exact"
+    of_text = "gelu" if text.get("act_kwargs") == tanh else "gelu_exact"
+    return dict(
+        family="siglip",
+        image_size=size,
+        patch_size=patch,
+        embed_dim=cfg.get("embed_dim"),
+        dtype="float32",
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+        activation=activation,
+        norm_eps=EPS,
+        pad_id=T5_PAD if text["vocab_size"] == T5_IDS else 0,
+        image=dict(width=width, depth=layers, mlp_dim=int(width * ratio), num_heads=heads),
+        text=dict(
+            width=text["width"],
+            unimodal_depth=text["layers"],
+            mlp_dim=int(text["width"] * numbers["mlp_ratio"]),
+            num_heads=text["heads"],
+            vocab_size=text["vocab_size"],
+            max_len=text["context_length"],
+            block={} if of_text == activation else dict(activation=of_text),
+        ),
+        pooler=dict(num_heads=heads),
+    )
