@@ -87,6 +87,7 @@ setuptools.setup(
             "pytest-xdist>=3.8",
             "pyyaml>=6",
             "ray>=2.40",
+            "resvg-py>=0.2",  # benchmarks/emoji.py
             "ruff==0.17.6",
             "s3fs>=2024.6",
             "setuptools>=70.1",  # builds the wheel that the tests look into

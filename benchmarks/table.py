@@ -1,0 +1,66 @@
+"""Writes the table of README.md from results.json, or says with --check that it is another one.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import sys
+
+from settings import DATA, ROWS
+
+HERE = pathlib.Path(__file__).resolve().parent
+BEGIN, END = "<!-- the table: benchmarks/table.py -->\n", "<!-- its end -->\n"
+
+
+def table(lines: list[dict]) -> str:
+    """A table a data set: a row each row, minutes and machine, the mean over its seeds and their
+    range."""
+    parts = []
+    for name, data in DATA.items():
+        found: dict[tuple, list[dict]] = {}
+        for line in lines:
+            if line["data"] == name and line["minutes"]:
+                key = (line["row"], line["minutes"], line["machine"])
+                found.setdefault(key, []).append(line)
+        heads = ["row", "CPU minutes", "seeds", "pairs", *data.shown, "machine"]
+        parts.append(f"### {name}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        for (row, minutes, machine), of in sorted(found.items()):
+            cells = [row, f"{minutes:g}", str(len(of))]
+            cells.append(f"{statistics.mean(line['pairs'] for line in of):,.0f}")
+            cells += [shown([line["scores"].get(key) for line in of]) for key in data.shown]
+            parts[-1] += f"\n| {' | '.join([*cells, machine])} |"
+        if not found:
+            parts[-1] = f"### {name}\n\nNo run yet."
+    about = "\n".join(f"- `{name}`: {row.about}." for name, row in ROWS.items())
+    return f"{about}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def shown(values: list[float | None]) -> str:
+    """'38.9 (38.4 to 39.4)' of shares; '-' where a row has no such score."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.1f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.1f} to {max(known):.1f})"
+
+
+def main() -> None:
+    """The command; see the module's docstring."""
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    made = (
+        f"{before}{BEGIN}\n{table(json.loads((HERE / 'results.json').read_text()))}\n{END}{after}"
+    )
+    if "--check" in sys.argv[1:]:
+        raise SystemExit(made != text and "README.md has another table: run benchmarks/table.py")
+    readme.write_text(made)
+
+
+if __name__ == "__main__":
+    main()
