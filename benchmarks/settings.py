@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from coca_jax import recipes
-from coca_jax.config import Config, Entry, typed
+from coca_jax.config import Config, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def config_of(data: str, folder: str, steps: int, seed: int) -> Config:
         path = entry.get("path", "")
         return dict(entry, path=os.path.join(folder, os.path.basename(path))) if path else entry
 
-    sources = tuple(Entry.of(moved(entry.to_dict())) for entry in config.data.sources)
+    sources = tuple(moved(entry.to_dict()) for entry in config.data.sources)
     tasks = []
     for task in config.eval.tasks:
         parts = {key: moved(dict(task[key])) for key in ("data", "candidates") if key in task}

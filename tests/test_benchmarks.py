@@ -84,6 +84,7 @@ def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
         assert np.isfinite(scores["captioning/scenes_test/perplexity"])
 
 
+@pytest.mark.slow
 def test_the_row_of_this_program(tmp_path, monkeypatch, capsys):
     import jax_row
 

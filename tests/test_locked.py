@@ -1,6 +1,5 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
-import json
 import shutil
 
 import jax
@@ -9,173 +8,186 @@ import pytest
 from test_heads import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing, export_format, run_config
-from coca_jax.config import Model, read
-from coca_jax.data import features
-from coca_jax.inference.loading import load
-from coca_jax.metrics import read_metrics
-from coca_jax.models import two_towers
-from coca_jax.partitioning import unbox
+from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, warm_start
+from coca_jax.config import Config, Model, Optimizer, read, typed
+from coca_jax.data import features, images, vocabulary
+from coca_jax.data.batches import Batches, trained
+from coca_jax.metrics import TimeBuckets
+from coca_jax.models import coca, two_towers
+from coca_jax.models.pixels import normalise_pixels
+from coca_jax.training import locked, setup, stopping
+from coca_jax.training.gradients import loss_and_metrics
+from coca_jax.training.state import init_state, trainable
 
-LOSSES = ("loss", "contrastive_loss", "captioning_loss", "gradient_norm")
+ROWS = 80  # 40 images, 2 augmentations
 
 
-def locked_run(start, steps=3, **data):
+def locked_run(start, **data):
     """A run on the encoder of `start`, of captions alone."""
-    config = tiny_run(steps)
+    config = tiny_run(2)
     config.update(init_from=str(start), init_parts="image")
-    config.optimizer.update(image_learning_rate=0.0, weight_decay=0.1, warmup_steps=0)
+    config.optimizer.update(image_learning_rate=0.0, weight_decay=0.1)
     config.data.sources = (dict(builtin="scenes", split="train", kind="caption", limit=40),)
-    config.data.update(dict(augment="drawing", augmentations=2) | data)
+    config.data.update(dict(augment="drawing", augmentations=2, max_bad_fraction=1.0) | data)
     return config
 
 
-def flat(place):
-    return export_format.flatten(checkpointing.load_params(str(place))[0])
-
-
-def losses(workdir):
-    rows = read_metrics(str(workdir))
-    return np.array([[row[name] for name in LOSSES] for row in rows])
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "vocabulary.model"
+    vocabulary.train(["a red circle", "a blue square above it", "two dogs"] * 9, 300, str(path), 0)
+    return path
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A contrastive-only run of one step."""
-    workdir = tmp_path_factory.mktemp("start")
-    config = tiny_run(1)
-    config.optimizer.warmup_steps = 0
-    config.loss.captioning_weight = 0.0
-    train_alone(config, str(workdir))
-    return workdir
+def start(words, tmp_path_factory):
+    """Weights of the model, as an export."""
+    config = typed(tiny_run())
+    params = jax.device_get(partitioning.unbox(coca.init(coca.build(config.model), rng(5))))
+    folder = tmp_path_factory.mktemp("start") / "weights"
+    export_format.write_export(folder, params, {"model": config.model.to_dict()}, words)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def plain(start, tmp_path_factory):
-    """A locked run that encodes each batch."""
-    workdir = tmp_path_factory.mktemp("plain")
-    train_alone(locked_run(start), str(workdir))
-    return workdir
+def rng(seed):
+    return jax.random.key(seed)
 
 
-@pytest.fixture(scope="module")
-def kept(start, tmp_path_factory):
-    """The same with kept tokens: (workdir, folder of the tokens)."""
-    workdir = tmp_path_factory.mktemp("kept")
-    folder = workdir / "features"
-    train_alone(locked_run(start, features=str(folder)), str(workdir))
-    return workdir, folder
-
-
-def test_the_encoder_is_taken_and_stays_and_the_rest_learns(start, plain):
-    before, after = flat(start), flat(plain)
-    assert before.keys() == after.keys()
-    same = {n for n in after if np.array_equal(before[n], after[n])}
-    locked = {n for n in after if n.startswith("image_encoder")}
-    # Softmax does not see a bias of all keys.
-    assert locked <= same and all(n.endswith("key/bias") for n in same - locked)
-    assert json.loads((plain / "config.json").read_text())["init_parts"] == "image"
-    assert checkpointing.find_step(str(plain))[1] == 3
-
-
-def test_kept_tokens_give_the_losses_of_encoding(plain, kept):
-    np.testing.assert_allclose(losses(kept[0]), losses(plain), rtol=2e-5)
-    one, two = flat(plain), flat(kept[0])
-    worst = max(np.abs(one[name] - two[name]).max() for name in one)
-    assert worst < 1e-4
-
-
-def places(folder):
-    (found,) = folder.iterdir()
-    rows = np.fromfile(found / "rows.bin", features.ROW)
-    return found, rows
-
-
-def test_tokens_are_computed_once_and_go_on_where_they_were(start, kept, tmp_path):
-    found, rows = places(kept[1])
-    assert len(rows) == 80 and (rows["state"] == features.GOOD).all()
-    assert (found / "tokens.bin").stat().st_size == 80 * 4 * 16 * 4
-    folder = tmp_path / "features"
-    shutil.copytree(kept[1], folder)
-    place = folder / found.name
-    cut = rows.copy()
-    cut["state"][30:] = features.MISSING
-    cut.tofile(place / "rows.bin")
-    tokens = bytearray((place / "tokens.bin").read_bytes())
-    tokens[40 * 256 :] = bytes(40 * 256)
-    (place / "tokens.bin").write_bytes(tokens)
-    train_alone(locked_run(start, 1, features=str(folder)), str(tmp_path / "run"))
-    assert (place / "tokens.bin").read_bytes() == (found / "tokens.bin").read_bytes()
-    np.testing.assert_array_equal(np.fromfile(place / "rows.bin", features.ROW), rows)
-
-
-def test_damage_and_other_images_are_a_line(start, kept, tmp_path):
-    found, rows = places(kept[1])
-    for name in ("tokens.bin", "rows.bin"):
-        folder = tmp_path / name
-        shutil.copytree(kept[1], folder)
-        place = folder / found.name
-        if name == "tokens.bin":
-            data = bytearray((place / name).read_bytes())
-            data[::64] = bytes(x ^ 1 for x in data[::64])
-            (place / name).write_bytes(data)
-            message = "tokens.bin is damaged; delete"
-        else:
-            changed = rows.copy()
-            changed["image"] ^= 1
-            changed.tofile(place / name)
-            message = "is another image than the one whose tokens were kept"
-        with pytest.raises(ValueError, match=message):
-            train_alone(locked_run(start, 2, features=str(folder)), str(tmp_path / f"run-{name}"))
-
-
-def test_images_that_do_not_decode_are_replaced_alike(start, tmp_path, monkeypatch):
-    """With kept tokens as without."""
-    from coca_jax.data import drawn
-
-    encode = drawn.images.encode_bmp
+@pytest.fixture(scope="module", autouse=True)
+def damaged_images():
+    """Some scenes do not decode."""
+    encode = images.encode_bmp
 
     def broken(image):
         return b"BM" + bytes(40) if int(image.sum()) % 7 == 0 else encode(image)
 
-    monkeypatch.setattr(drawn.images, "encode_bmp", broken)
-    more = dict(max_bad_fraction=1.0, augment="none", augmentations=0)
-    one = locked_run(start, 2, **more)
-    two = locked_run(start, 2, features=str(tmp_path / "features"), **more)
-    for config, name in ((one, "one"), (two, "two")):
-        train_alone(config, str(tmp_path / name))
-    rows = places(tmp_path / "features")[1]
-    bad = int((rows["state"] == features.BAD).sum())
-    assert 0 < bad < 20 and len(rows) == 40
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "encode_bmp", broken)
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept(start, words, tmp_path_factory):
+    """A run with kept tokens: (workdir, its config)."""
+    workdir = tmp_path_factory.mktemp("kept")
+    config = locked_run(start, features=str(workdir / "features"), vocabulary=str(words))
+    train_alone(config, str(workdir))
+    return workdir, config
+
+
+def flat(tree):
+    return export_format.flatten(tree)
+
+
+def of_place(config, workdir):
+    """(the run, its state before the first step, the kept tokens)."""
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), stopping.current())
+        state = init_state(run.model, run.config, mesh)
+        state = warm_start.apply(state, run.config.init_from, parts="image")
+        return run, state, locked.keep(run, state)
+
+
+def places(folder):
+    (found,) = folder.iterdir()
+    return found, np.fromfile(found / "rows.bin", features.ROW)
+
+
+def test_the_encoder_is_taken_and_stays_and_the_rest_learns(start, kept):
+    before = flat(warm_start.read(str(start))[0])
+    after = flat(checkpointing.load_params(str(kept[0]))[0])
+    assert before.keys() == after.keys()
+    same = {n for n in after if np.array_equal(before[n], after[n])}
+    locked_names = {n for n in after if n.startswith("image_encoder")}
+    # Softmax does not see a bias of all keys: it stays at 0.
+    assert locked_names <= same and all(n.endswith("key/bias") for n in same - locked_names)
+    small = trainable(after_tree := checkpointing.load_params(str(kept[0]))[0], typed(kept[1]))
+    assert "image_encoder" not in small and len(small) == len(after_tree) - 1
+
+
+def test_kept_tokens_give_the_losses_of_encoding_each_time(start, words, kept, tmp_path):
+    """Also where images do not decode and others stand in for them."""
+    run, state, tokens = of_place(kept[1], tmp_path / "run")
+    rows = places(kept[0] / "features")[1]
+    assert len(rows) == ROWS and 0 < (rows["state"] == features.BAD).sum() < ROWS // 2
+    plain = run.config.change({"data.features": ""})
+    made = {}
+    for name, config, more in (("kept", run.config, tokens), ("plain", plain, ())):
+        batches = Batches(config, run.vocabulary, features=more)
+        assert ("encoded" in batches.batch(0)) == (name == "kept")
+        found = [batches.batch(step) for step in range(3)]
+        batches.close()
+        step = jax.jit(
+            lambda params, batch, config=config: loss_and_metrics(
+                params, run.model, config, batch, rng(0)
+            )[1]
+        )
+        made[name] = [step(state.params, trained(batch, config)) for batch in found]
+        made[name + " rows"] = [batch["index"] for batch in found]
+    np.testing.assert_array_equal(made["kept rows"], made["plain rows"])
+    for one, two in zip(made["kept"], made["plain"]):
+        for loss in ("loss", "contrastive_loss", "captioning_loss"):
+            np.testing.assert_allclose(one[loss], two[loss], rtol=1e-5)
+
+
+def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path):
+    found, rows = places(kept[0] / "features")
+    whole = (found / "tokens.bin").read_bytes()
+    folder = tmp_path / "features"
+    shutil.copytree(kept[0] / "features", folder)
+    place = folder / found.name
+    cut = rows.copy()
+    cut["state"][30:] = features.MISSING
+    cut.tofile(place / "rows.bin")
+    (place / "tokens.bin").write_bytes(whole[: 30 * 256].ljust(len(whole), b"\0"))
+    config = kept[1].copy_and_resolve_references()
+    config.data.features = str(folder)
+    run, _, tokens = of_place(config, tmp_path / "run")
+    assert (place / "tokens.bin").read_bytes() == whole
+    np.testing.assert_array_equal(np.fromfile(place / "rows.bin", features.ROW), rows)
+    (place / "tokens.bin").write_bytes(bytes(len(whole)))
+    batches = Batches(run.config, run.vocabulary, features=tokens)
+    with pytest.raises(ValueError, match="tokens.bin is damaged; delete"):
+        batches.batch(0)
+    (place / "tokens.bin").write_bytes(whole)
+    assert np.isfinite(batches.batch(0)["encoded"]).all()
+    tokens[0]._known["image"] ^= 1
+    with pytest.raises(ValueError, match="another image than the one whose tokens were kept"):
+        batches.batch(0)
+    batches.close()
+    other = features.about(run.config, run.mixture.sources[0], 0, {"kernel": 1})
+    assert features.Features(str(folder), other, ROWS, run.config).path != place
+    small = run.config.change({"data.features_gib": 1e-6})
+    with pytest.raises(ValueError, match="more than data.features_gib=1e-06; raise it"):
+        features.Features(str(tmp_path / "none"), other, ROWS, small)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_a_decoder_learns_on_towers_of_another_family(family, plain, tmp_path):
-    """Its tokens are those of the towers."""
+def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_path):
     sizes = locked_run("").model.to_dict() | dict(family=family, dtype="float32")
     clip = family == "clip"
     sizes["image"] = dict(sizes["image"]) | dict(
         class_token=clip, pre_norm=clip, final_norm=not clip, patch_bias=not clip
     )
-    sizes["pooler"] = dict(sizes["pooler"]) | dict(num_heads=4)
     sizes["activation"] = "quick_gelu" if clip else "gelu"
     model = read(Model, sizes)
-    params = jax.device_get(unbox(two_towers.init(two_towers.build(model), jax.random.key(3))))
-    words = plain / "vocabulary.model"
-    written = model.to_dict()
-    export_format.write_export(tmp_path / "towers", params, {"model": written}, words)
-    towers = load(str(tmp_path / "towers"))
-    config = locked_run(tmp_path / "towers", 2, features=str(tmp_path / "features"))
-    config.model.image.update(written["image"])
-    config.model.activation = written["activation"]
-    config.data.vocabulary = str(words)
-    train_alone(config, str(tmp_path / "run"))
-    captioner = load(str(tmp_path / "run"))
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    np.testing.assert_allclose(captioner.features(pictures), towers.features(pictures), atol=1e-5)
-    assert len(captioner.caption(pictures)) == 2
-    assert np.isfinite(losses(tmp_path / "run")).all()
+    towers = two_towers.build(model)
+    params = jax.device_get(partitioning.unbox(two_towers.init(towers, rng(3))))
+    export_format.write_export(tmp_path / "towers", params, {"model": model.to_dict()}, words)
+    config = locked_run(tmp_path / "towers", features=str(tmp_path / "features"))
+    config.data.update(augment="none", augmentations=0, vocabulary=str(words))
+    config.model.image.update(model.to_dict()["image"])
+    config.model.activation = model.activation
+    run, state, tokens = of_place(config, tmp_path / "run")
+    batches = Batches(run.config, run.vocabulary, features=tokens)
+    plain = Batches(run.config.change({"data.features": ""}), run.vocabulary)
+    pixels = normalise_pixels(plain.batch(0)["image"], model)
+    wanted = towers.apply({"params": params}, pixels, method="encode_pixels")
+    np.testing.assert_allclose(batches.batch(0)["encoded"], wanted, atol=1e-5)
+    assert wanted.shape == (16, 4 + clip, 16)
+    batches.close(), plain.close()
 
 
 @pytest.mark.parametrize(
@@ -191,26 +203,18 @@ def test_a_decoder_learns_on_towers_of_another_family(family, plain, tmp_path):
     ],
 )
 def test_what_does_not_go_together_is_a_line(changes, message):
-    config = run_config.read(run_config.Config, locked_run("runs/x", features="f").to_dict())
+    config = read(Config, locked_run("runs/x", features="f").to_dict())
     with pytest.raises(ValueError, match=message):
         run_config.check(config.change(changes))
 
 
-def test_too_many_bytes_are_refused_before_they_are_written(start, tmp_path):
-    config = locked_run(start, 1, features=str(tmp_path / "features"), features_gib=1e-6)
-    with pytest.raises(ValueError, match="more than data.features_gib=1e-06; raise it"):
-        train_alone(config, str(tmp_path / "run"))
-    assert not list((tmp_path / "features").iterdir()) if (tmp_path / "features").exists() else True
-
-
-def test_a_slowly_tuned_encoder_moves_at_its_own_rate(start, tmp_path):
-    config = locked_run(start, 1)
-    config.optimizer.update(
-        name="adamw", learning_rate=1e-2, image_learning_rate=1e-4, weight_decay=0.0
-    )
-    config.optimizer.update(schedule="constant", warmup_steps=0, clip_norm=0.0, ema=0.0)
-    train_alone(config, str(tmp_path / "run"))
-    before, after = flat(start), flat(tmp_path / "run")
-    moved = {n: np.abs(after[n] - before[n]).max() for n in after if n.startswith("image_encoder")}
-    # Adam's first step is the rate itself, wherever there is a gradient.
-    assert 5e-5 < max(moved.values()) < 1.05e-4
+def test_a_slowly_tuned_encoder_has_its_own_rate():
+    config = typed(locked_run("x")).optimizer
+    config = dict(config.to_dict(), learning_rate=1e-3, image_learning_rate=1e-5, layer_decay=0.5)
+    model = coca.build(typed(tiny_run()).model)
+    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, rng(0))))
+    rates = optimizer.rate_factors(params, read(Optimizer, config), False)
+    found = flat(rates)
+    assert found["image_encoder/final_norm/scale"] == pytest.approx(0.01)
+    assert found["image_encoder/patch_embedding/kernel"] == pytest.approx(0.01 * 0.5**3)
+    assert found["generative_pooler/query/value"] == 1.0
