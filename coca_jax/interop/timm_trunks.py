@@ -49,32 +49,10 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
     if name not in TRUNKS:
         known = ", ".join(TRUNKS)
         raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of SigLIP's trunks only {known}")
-    tanh = dict(approximate="tanh")
-    for part, section, key, allowed in (
-        ("vision_cfg", vision, "timm_pool", ("map",)),
-        ("vision_cfg", vision, "timm_proj", ("none",)),
-        ("vision_cfg", vision, "image_size", (size,)),
-        ("text_cfg", text, "no_causal_mask", (True,)),
-        ("text_cfg", text, "proj_bias", (True,)),
-        ("text_cfg", text, "pool_type", ("last",)),
-        ("text_cfg", text, "norm_kwargs", (dict(eps=EPS),)),
-        ("text_cfg", text, "act_kwargs", (None, {}, tanh)),
-    ):
-        if section.get(key) not in allowed:
-            raise ValueError(f"{part}.{key}={short(section.get(key))}; of SigLIP only {allowed[0]}")
-    for part, section, known_keys in (("vision_cfg", vision, _VISION), ("text_cfg", text, _TEXT)):
-        for key, value in section.items():
-            if key not in known_keys and value not in (None, False, {}):
-                raise ValueError(f"{part}.{key}={short(value)} is not supported of a SigLIP model")
-    keys = ("context_length", "vocab_size", "width", "heads", "layers")
-    numbers: dict[str, Any] = {key: text.get(key) for key in keys}
-    numbers["mlp_ratio"] = text.get("mlp_ratio", 4.0)
-    for key, value in numbers.items():
-        if not is_number(value) or value <= 0:
-            raise ValueError(f"text_cfg.{key}={short(value)}: give a number above 0")
+    numbers = _checked(vision, text, size)
     width, layers, heads, ratio = TRUNKS[name]
     activation = "gelu" if _TANH.match(match[0]) else "gelu_exact"
-    of_text = "gelu" if text.get("act_kwargs") == tanh else "gelu_exact"
+    of_text = "gelu" if text.get("act_kwargs") else "gelu_exact"
     return dict(
         family="siglip",
         image_size=size,
@@ -98,3 +76,31 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
         ),
         pooler=dict(num_heads=heads),
     )
+
+
+def _checked(vision: Mapping[str, Any], text: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The numbers of text_cfg. Raises ValueError for what SigLIP does not have, naming the key."""
+    tanh = dict(approximate="tanh")
+    for part, section, key, allowed in (
+        ("vision_cfg", vision, "timm_pool", ("map",)),
+        ("vision_cfg", vision, "timm_proj", ("none",)),
+        ("vision_cfg", vision, "image_size", (size,)),
+        ("text_cfg", text, "no_causal_mask", (True,)),
+        ("text_cfg", text, "proj_bias", (True,)),
+        ("text_cfg", text, "pool_type", ("last",)),
+        ("text_cfg", text, "norm_kwargs", (dict(eps=EPS),)),
+        ("text_cfg", text, "act_kwargs", (None, {}, tanh)),
+    ):
+        if section.get(key) not in allowed:
+            raise ValueError(f"{part}.{key}={short(section.get(key))}; of SigLIP only {allowed[0]}")
+    for part, section, known_keys in (("vision_cfg", vision, _VISION), ("text_cfg", text, _TEXT)):
+        for key, value in section.items():
+            if key not in known_keys and value not in (None, False, {}):
+                raise ValueError(f"{part}.{key}={short(value)} is not supported of a SigLIP model")
+    keys = ("context_length", "vocab_size", "width", "heads", "layers")
+    numbers: dict[str, Any] = {key: text.get(key) for key in keys}
+    numbers["mlp_ratio"] = text.get("mlp_ratio", 4.0)
+    for key, value in numbers.items():
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"text_cfg.{key}={short(value)}: give a number above 0")
+    return numbers
