@@ -67,7 +67,7 @@ def damage(path: pathlib.Path, kind: str, rng: random.Random) -> None:
 
 
 def outcomes(source: pathlib.Path, scratch: pathlib.Path, count: int) -> dict[str, int]:
-    """What became of `count` damages, the kinds of damage and the files taken in turn."""
+    """What became of up to `count` damages, the kinds of damage and the files taken in turn."""
     table: dict[str, int] = collections.Counter()
     names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file())
     for name in (export_folder.CARD, export_folder.PREPROCESSOR):  # nothing here reads them
@@ -76,6 +76,8 @@ def outcomes(source: pathlib.Path, scratch: pathlib.Path, count: int) -> dict[st
     for number in range(count):
         rng = random.Random(number)
         kind, name = DAMAGES[number % 4], names[number // 4 % len(names)]
+        if kind in ("delete", "empty") and number >= 4 * len(names):
+            continue  # nothing of them is random: they were tried
         folder = scratch / source.name
         shutil.copytree(source, folder)
         damage(folder / name, kind, rng)
@@ -101,7 +103,7 @@ def test_random_damage_is_never_used(folders, source, tmp_path, caplog):
     found = outcomes(folders / source, tmp_path, count)
     print(source, found)
     assert set(found) <= {"told in a line", "told as a warning"}
-    assert sum(found.values()) == count
+    assert count // 2 < sum(found.values()) <= count
     if "told as a warning" in found:
         assert caplog.text.count("is missing; the model is loaded without it") >= 1
 
