@@ -19,6 +19,7 @@ import fsspec  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from coca_jax import partitioning  # noqa: E402
@@ -101,6 +102,26 @@ def one_device_mesh():
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """What the module's runs would compile again is read from a folder of its own."""
+    settings = dict(
+        jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
+        jax_persistent_cache_min_compile_time_secs=0.1,
+        jax_enable_compilation_cache=True,
+    )
+    before = {name: getattr(jax.config, name) for name in settings}
+    _set(settings)
+    yield
+    _set(before)
+
+
+def _set(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks at them once
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from coca_jax.training import run
 from coca_jax.training.state import TrainState
 from coca_jax.training.stopping import Preempted, Stop
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 TESTS = str(pathlib.Path(__file__).parent)
 
 

@@ -18,6 +18,8 @@ from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
 from coca_jax.training import guard
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 RNG = np.random.default_rng(0)
 
 

@@ -12,6 +12,8 @@ from coca_jax.metrics import read_metrics
 from coca_jax.training import left_out, run, spikes, stopping
 from coca_jax.training.spikes import Detector, Spikes, WentUp
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 def test_numbers_of_batches_skip_those_that_are_left_out():
     ranges = left_out.leave_out(4, 6, ())  # the steps 5 to 7, counted from 1

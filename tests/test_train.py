@@ -13,7 +13,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import COMPILE_FAST, tiny_config
 
 from coca_jax import checkpointing, partitioning, run_config
 from coca_jax.data import vocabulary
@@ -21,6 +21,8 @@ from coca_jax.metrics import TimeBuckets, read_metrics
 from coca_jax.train import train
 from coca_jax.training import goodput, objectives, run, stopping
 from coca_jax.training.stopping import Preempted
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def tiny_run(steps=4, **changes):
@@ -97,7 +99,12 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
         "except stopping.Preempted:\n"
         "  sys.exit(stopping.EXIT_AGAIN)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XLA_FLAGS": COMPILE_FAST},  # one device
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step "):
