@@ -218,3 +218,10 @@ def test_a_slowly_tuned_encoder_has_its_own_rate():
     assert found["image_encoder/final_norm/scale"] == pytest.approx(0.01)
     assert found["image_encoder/patch_embedding/kernel"] == pytest.approx(0.01 * 0.5**3)
     assert found["generative_pooler/query/value"] == 1.0
+
+
+def test_an_encoder_without_weights_is_not_locked(tmp_path):
+    config = locked_run("")
+    config.init_parts = "all"
+    with pytest.raises(ValueError, match="image_learning_rate=0 locks the image encoder and needs"):
+        setup.check(typed(config), str(tmp_path))

@@ -20,7 +20,7 @@ from coca_jax import (
     trackers,
     warm_start,
 )
-from coca_jax.config import Config, checks
+from coca_jax.config import Config
 from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
@@ -76,10 +76,10 @@ def check(config: Config, workdir: str) -> Mesh:
     checkpoint_places.check_writable(workdir)
     if config.init_from and not storage.is_remote(config.init_from):
         warm_start.check_place(config.init_from)
-    if checks.frozen_encoder(config) and not config.init_from:
+    if config.optimizer.image_learning_rate == 0 and not config.init_from:
         raise ValueError(
-            "a frozen image encoder needs init_from, the weights that it has; without any set "
-            "optimizer.image_learning_rate=-1 (with a task head encoder_learning_rate=-1)"
+            "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
+            "weights that it has; without any set -1"
         )
     return mesh
 
