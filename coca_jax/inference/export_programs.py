@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax import export_format, storage
+from coca_jax.config import Model, read
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles
@@ -56,6 +57,8 @@ def functions_of(
     """The five functions that the programs are made of; layout: of the packed weights, by default
     the platforms'."""
     sizes, vocabulary = model.config.model, model.vocabulary
+    if platforms[0] == "cpu" and sizes.implementation == "auto":
+        sizes = read(Model, sizes.to_dict() | {"implementation": "xla"}, "model")  # no C++ of ours
     return Functions(
         sizes,
         coca.build(
