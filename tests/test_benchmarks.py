@@ -91,18 +91,6 @@ def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
         assert np.isfinite(scores["captioning/scenes_test/perplexity"])
 
 
-@pytest.mark.slow
-def test_the_row_of_this_program(tmp_path, monkeypatch, capsys):
-    import jax_row
-
-    small(monkeypatch)
-    for act in ("train", "score"):
-        jax_row.main(act, "coca_jax", "scenes", str(tmp_path), "2", "0", str(tmp_path / "run"))
-        told = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert told["pairs"] == 16 and bool(told["scores"]) == (act == "score")
-    assert told["scores"]["retrieval/scenes_heldout/num_images"] == 24
-
-
 def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):
     """Start 30 s, a step 0.5 s."""
     monkeypatch.setattr(run, "call", lambda act, args, steps, place: ({}, 30 + 0.5 * steps))
