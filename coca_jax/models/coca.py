@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import ops as operations
 from coca_jax.config import Head, Model, checks
-from coca_jax.models import heads, layers, native, pooler_kinds
+from coca_jax.models import heads, layers, native, native_layout, pooler_kinds
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
 from coca_jax.models.outputs import Outputs
 from coca_jax.models.part import Part
@@ -115,7 +115,7 @@ class CoCa(nn.Module):
 
     def encode_pixels(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """pixels [B, S, S, 3] -> tokens [B, N, W]; clips [B, T, S, S, 3] -> [B, T, N, W]."""
-        if pixels.ndim == 4 or native.is_packed(pixels.shape):
+        if pixels.ndim == 4 or native_layout.is_packed(pixels.shape):
             return self.image_encoder(pixels, deterministic=deterministic)
         frames = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self.image_encoder(frames, deterministic=deterministic)

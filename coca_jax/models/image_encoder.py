@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.models import block, layers, native, rotary
+from coca_jax.models import block, layers, native, native_layout, rotary
 from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.models.stem import ConvStem
 from coca_jax.partitioning import constrain
@@ -74,7 +74,7 @@ class ImageEncoder(nn.Module):
     ) -> jax.Array:
         """masked: bool [B, N], patches in whose place a learned token stands, or None."""
         side, options = pixels.shape[1], self.options
-        patches = native.read(pixels) if native.is_packed(pixels.shape) else None
+        patches = native.read(pixels) if native_layout.is_packed(pixels.shape) else None
         if patches is not None:
             self._check_packed(pixels, masked)
         elif pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
 
     def _check_packed(self, pixels: jax.Array, masked: jax.Array | None) -> None:
         """Raises ValueError for what does not go with images of any shape."""
-        width = native.layout_width(self.patch_size)
+        width = native_layout.width(self.patch_size)
         if pixels.ndim != 3 or pixels.shape[-1] != width:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images [B, S, S, 3] "

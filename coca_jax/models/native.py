@@ -16,9 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models.native_layout import PLACE, is_packed
-from coca_jax.models.native_layout import width as layout_width
-
-__all__ = ["is_packed", "layout_width"]
 
 
 class Patches(NamedTuple):
