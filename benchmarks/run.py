@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
+from machine import machine, versions
 from settings import DATA, ROWS
 
 HERE = pathlib.Path(__file__).resolve().parent
 TRIALS = (8, 40)  # steps of the two short runs
-PACKAGES = ("coca_jax", "jax", "torch", "open_clip_torch", "numpy")
 
 
 def call(act: str, args: argparse.Namespace, steps: int, workdir: str) -> tuple[dict, float]:
@@ -71,27 +69,6 @@ def fitting(args: argparse.Namespace, scratch: str) -> int:
             f"--minutes={args.minutes:g} is less than {TRIALS[1]} steps take; give more"
         )
     return steps
-
-
-def machine() -> str:
-    """The processor's name and how many cores the run may use."""
-    names = []
-    if os.path.exists("/proc/cpuinfo"):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    return f"{names[0] if names else platform.processor()}, {cores} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def add(path: pathlib.Path, line: dict[str, Any]) -> None:

@@ -1,0 +1,171 @@
+"""Measures the figures of README.md and docs/*.md, keeps them, and writes them into the pages.
+
+    python benchmarks/figures.py list
+    python benchmarks/figures.py measure --quick
+    python benchmarks/figures.py measure --only=demo,losses --folder=. --runs=runs/figures
+    python benchmarks/figures.py write          # the numbers behind the marks of the pages
+    python benchmarks/figures.py check          # says whether they are another
+
+`measure` takes row by row and keeps each as it comes, so that a stopped one goes on: rows of the
+commit that is checked out are done (--again measures them once more). It says what was there and
+what came. `--quick` leaves out what takes more than three minutes of two cores; without it and
+--only it takes hours. What it cannot measure keeps its entry, with its origin; `list` says why.
+
+docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
+`unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
+it was not written down), `date`, `machine`, `command`, `peer`, `note`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import marks
+from machine import machine, versions
+from measuring import MEASUREMENTS, ROOT, Given, Measurement, of_row, why_not
+
+RESULTS = ROOT / "docs/results.json"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PROGRAM = ("coca_jax", "configs")  # what a figure depends on
+
+
+def read() -> dict[str, dict[str, Any]]:
+    return json.loads(RESULTS.read_text())
+
+
+def keep(rows: dict[str, dict[str, Any]]) -> None:
+    """A line a row; whole or not at all."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    new = RESULTS.with_suffix(".new")
+    new.write_text(f"{{\n{lines}\n}}\n")
+    new.replace(RESULTS)
+
+
+def commit() -> str | None:
+    """The newest commit of the program, with a + where files differ from it; None without git."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found = git("log", "-1", "--format=%h", "--", *PROGRAM)
+    return f"{found}{'+' * bool(git('status', '--porcelain', '--', *PROGRAM))}" if found else None
+
+
+def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> dict[str, Any]:
+    """The line of a row that was just measured."""
+    busy = f"load {os.getloadavg()[0]:.1f}"
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    order = sorted(values, key=list(old["values"]).index) if "values" in old else values
+    row: dict[str, Any] = dict(values={key: rounded(values[key]) for key in order})
+    row |= {"unit": old["unit"]} if "unit" in old else {}
+    row |= dict(how=one.how) | one.more
+    row |= dict(commit=commit(), date=datetime.date.today().isoformat())
+    row |= dict(machine=f"{machine()}, {busy}; {packages}", command=one.command)
+    return row
+
+
+def rounded(value: float) -> float:
+    """Four digits say more than any page shows, but for counts."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def measure(chosen: list[Measurement], given: Given, again: bool) -> list[str]:
+    """Measures and keeps, one after the other; the rows that failed."""
+    failed = []
+    for one in chosen:
+        rows = read()
+        now = commit()
+        if not again and all(name in rows and rows[name]["commit"] == now for name in one.rows):
+            continue
+        print(f"{one.rows[0]}{' ...' * (len(one.rows) > 1)}: {one.command}", file=sys.stderr)
+        try:
+            found = one.run(given)
+        except (RuntimeError, KeyError, ValueError, OSError) as error:
+            print(f"  failed: {error!r}", file=sys.stderr)
+            failed += one.rows
+            continue
+        for name in one.rows:
+            old = rows.get(name, {})
+            for key, value in found[name].items():
+                print(f"  {name}:{key} {told(old.get('values', {}).get(key), value)}")
+            rows[name] = entry(one, found[name], old)
+        keep(rows)
+    return failed
+
+
+def told(before: float | None, now: float) -> str:
+    """'1.25 -> 1.3 (+4.0%)'."""
+    if before is None:
+        return f"{now:.6g}"
+    change = f" ({now / before - 1:+.1%})" if before else ""
+    return f"{before:.6g} -> {now:.6g}{change}"
+
+
+def fill(check: bool) -> bool:
+    """Writes the numbers into the pages, or only says which pages have others; whether any had."""
+    rows, others = read(), False
+    for page in PAGES:
+        text = page.read_text()
+        try:
+            new = marks.filled(text, rows)
+        except ValueError as error:
+            raise SystemExit(f"{page.relative_to(ROOT)}: {error}") from None
+        if new == text:
+            continue
+        others = True
+        print(f"{page.relative_to(ROOT)} {'has other numbers' if check else 'written'}")
+        if not check:
+            page.write_text(new)
+    return others
+
+
+def show() -> None:
+    """Each row: how it came about, when, at which commit, where it stands, how it comes again."""
+    places = {page.name: marks.named(page.read_text()) for page in PAGES}
+    for name, row in read().items():
+        one = of_row(name)
+        again = f"{'quick' if one.quick else 'long'}: {one.command}" if one else why_not(name)
+        on = " ".join(page for page, names in places.items() if name in names)
+        origin = f"{row['how']} {row['date']} {row['commit'] or 'commit unknown'}"
+        print(f"{name:34} {row.get('unit', ''):8} {origin:36} {on}\n    {again}")
+
+
+def main() -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("act", choices=("list", "measure", "write", "check"))
+    parser.add_argument("--quick", action="store_true", help="only what takes minutes")
+    parser.add_argument("--only", default="", help="rows or their beginnings, by commas")
+    parser.add_argument("--again", action="store_true", help="also what this commit has")
+    parser.add_argument("--folder", default=".", help="where the recipes find data/")
+    parser.add_argument("--runs", default="runs/figures", help="where runs stay")
+    args = parser.parse_args()
+    if args.act == "list":
+        show()
+    elif args.act == "measure":
+        begin = tuple(filter(None, args.only.split(",")))
+        chosen = [
+            one
+            for one in MEASUREMENTS
+            if (not begin or any(row.startswith(begin) for row in one.rows))
+            and (one.quick or not args.quick)
+        ]
+        if not chosen:
+            raise SystemExit(f"--only={args.only}: nothing measures such a row; see `list`")
+        folder, runs = (pathlib.Path(path).absolute() for path in (args.folder, args.runs))
+        failed = measure(chosen, Given(folder, runs), args.again)
+        raise SystemExit(f"not measured: {', '.join(failed)}" if failed else 0)
+    elif fill(args.act == "check") and args.act == "check":
+        raise SystemExit("run python benchmarks/figures.py write")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Figures of README and docs: every one is that of docs/results.json, and can be made again."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import marks  # noqa: E402
+import measuring  # noqa: E402
+
+# By another name: docs/site has a `figures` too.
+_SPEC = importlib.util.spec_from_file_location("benchmark_figures", ROOT / "benchmarks/figures.py")
+assert _SPEC and _SPEC.loader
+figures = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(figures)
+
+ROWS = figures.read()
+# Tables whose numbers say what something is, not what came of it, by how their heads begin.
+TOLD = (
+    "| kind |",
+    "| task",
+    "| key |",
+    "| you ",
+    "| `--",
+    "| set |",
+    "| call |",
+    "| option |",
+    "| weights |",
+    "| file |",
+    "| flag |",
+    "| fault |",
+    "| figure |",
+    "| where |",
+    "| status |",
+    "| address |",
+    "| limit |",
+    "| paper",
+    "| value |",
+    "| | Google Cloud",
+    "| | station",
+    "| | |\n|---|---|\n| [quick",
+)
+
+
+def test_pages_have_the_numbers_of_the_file(capsys):
+    assert not figures.fill(check=True), capsys.readouterr().out
+
+
+def tables(text: str) -> list[list[str]]:
+    """The tables of a page, line by line."""
+    return [block.splitlines() for block in re.findall(r"(?:^\|[^\n]*\n)+", text, re.M)]
+
+
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_every_row_of_figures_names_where_they_come_from(page):
+    if page.name == "config.md":
+        return
+    for head, line, *rows in tables(page.read_text()):
+        if "\n".join([head, line, *rows[:1]]).startswith(TOLD):
+            continue
+        for row in rows:
+            if marks.NUMBER.search(row.split("|", 2)[2]):
+                assert marks.MARK.search(row), f"{page.name}: no mark in {row}"
+
+
+def test_every_entry_stands_in_a_page_and_says_how_it_came_about():
+    shown = set().union(*(marks.named(page.read_text()) for page in figures.PAGES))
+    assert set(ROWS) == shown
+    for name, row in ROWS.items():
+        assert {"values", "how", "commit", "date", "machine", "command"} <= set(row), name
+        assert row["how"] in ("measured", "estimated") and re.fullmatch(
+            r"2\d{3}-\d\d-\d\d", row["date"]
+        )
+        if row["commit"] is None:
+            assert re.search(r"measured earlier, written down in [0-9a-f]{7}$", row["note"]), name
+        values = row["values"]
+        if {"value", "low", "high"} <= set(values):
+            assert values["low"] <= values["value"] <= values["high"], name
+
+
+def test_every_row_can_be_measured_again_or_says_why_not():
+    measured = [name for one in measuring.MEASUREMENTS for name in one.rows]
+    assert len(measured) == len(set(measured)) and set(measured) <= set(ROWS)
+    assert [n for n in ROWS if not measuring.of_row(n) and not measuring.why_not(n)] == []
+    for begin in measuring.NOT_AGAIN:
+        assert any(name.startswith(begin) and measuring.why_not(name) for name in ROWS), begin
+
+
+@pytest.mark.parametrize(
+    "new, like, text",
+    [
+        (98.449, "98.9", "98.4"),
+        (0.791, ".66", ".79"),
+        (1.21e-6, "5.4e-7", "1.2e-6"),
+        (65536.4, "1,911", "65,536"),
+        (4321, "999", "4,321"),
+        (4321, "1145", "4321"),
+        (-0.42, "+1.1", "-0.4"),
+        (2.04, "+1.1", "+2.0"),
+        (12, "12.5", "12.0"),
+    ],
+)
+def test_a_number_is_written_as_the_one_before_it(new, like, text):
+    assert marks.shown(new, like) == text
+
+
+def test_marks_put_values_behind_them():
+    rows = {
+        "a": dict(values=dict(value=1.26, low=1, high=2)),
+        "b/c": dict(values=dict(s0=0.5, s1=0.7)),
+    }
+    text = (
+        "| R@1 of 500 <!-- = a b/c:min,_,max --> | 0.0% (0 to 9.9) | .1, 8 v4 | 3.3.0 -2 x 0.0 |\n"
+    )
+    text += "5 took <!-- = b/c:mean --> 0.1 s on\n2 cores"
+    with pytest.raises(ValueError, match="has 6 values, and 7 numbers stand behind it"):
+        marks.filled(text, rows)
+    assert marks.filled(text.replace(" -2 x", ""), rows) == (
+        "| R@1 of 500 <!-- = a b/c:min,_,max --> | 1.3% (1 to 2.0) | .5, 8 v4 | 3.3.0 0.7 |\n"
+        "5 took <!-- = b/c:mean --> 0.6 s on\n2 cores"
+    )
+    with pytest.raises(ValueError, match="has no row 'd': measure it or mend the mark"):
+        marks.filled("<!-- = d --> 1", rows)
+    with pytest.raises(ValueError, match="row 'a' has no value 'most', only value, low, high"):
+        marks.filled("<!-- = a:most --> 1", rows)
+
+
+@pytest.fixture
+def three(monkeypatch, tmp_path):
+    """A file of its own, and three measurements of which the second may fail."""
+    calls = []
+
+    def take(name: str, value: float):
+        def run(given):
+            calls.append(name)
+            if value < 0:
+                raise RuntimeError("no such data")
+            return {name: {"high": value + 1, "value": value}}
+
+        return measuring.Measurement((name,), run, value, f"take {name}", more=dict(seeds=[3]))
+
+    old = dict(values=dict(value=2.0, high=1), unit="%", commit=None, note="earlier")
+    (tmp_path / "results.json").write_text(json.dumps(dict(a=old, z=old)))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(figures, "commit", lambda: "abc1234")
+    return calls, take
+
+
+def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
+    calls, take = three
+    assert figures.measure([take("a", 1), take("b", -1), take("c", 5)], None, False) == ["b"]
+    said = capsys.readouterr()
+    assert "a:value 2 -> 1 (-50.0%)" in said.out and "no such data" in said.err
+    assert figures.measure([take("a", 1), take("b", 7), take("c", 5)], None, False) == []
+    assert calls == ["a", "b", "c", "b"]
+    rows = figures.read()
+    assert list(rows) == ["a", "z", "c", "b"] and rows["z"]["note"] == "earlier"
+    assert rows["a"]["values"] == {"value": 1.0, "high": 2} and "note" not in rows["a"]
+    assert list(rows["a"]["values"]) == ["value", "high"]  # pages go by the order
+    assert rows["a"] | {"unit": "%", "seeds": [3], "commit": "abc1234"} == rows["a"]
+    assert re.search(r"core.*, load \d+\.\d; coca_jax \d", rows["a"]["machine"])
+    figures.measure([take("a", 1)], None, True)
+    assert calls[-1] == "a"
+
+
+def test_rows_are_chosen_by_their_beginnings(three, monkeypatch):
+    calls, take = three
+    monkeypatch.setattr(figures, "MEASUREMENTS", (take("a", 1), take("ab", 9), take("c", 1)))
+    for flags, wanted in (["--only=a"], ["a", "ab"]), (["--quick"], ["c"]):
+        monkeypatch.setattr(sys, "argv", ["figures.py", "measure", *flags])
+        with pytest.raises(SystemExit) as ended:
+            figures.main()
+        assert ended.value.code == 0 and calls == wanted
+        calls.clear()
+    monkeypatch.setattr(sys, "argv", ["figures.py", "measure", "--only=d"])
+    with pytest.raises(SystemExit, match="nothing measures such a row; see `list`"):
+        figures.main()
