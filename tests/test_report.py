@@ -1,6 +1,8 @@
 """The report: self-contained, complete, escaped, and possible from any subset of its files."""
 
+import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -10,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from coca_jax import metrics, report
 from coca_jax.data import scenes
@@ -17,6 +20,7 @@ from coca_jax.evaluators import (
     captioning,
     classification,
     history,
+    picture_map,
     results,
     retrieval,
     zeroshot,
@@ -114,7 +118,7 @@ def test_report_is_one_file_and_shows_every_score(run):
     assert path == run / "report.html"
     page = path.read_text()
     reader = Reader(page)
-    assert reader.addresses and all(a.startswith(("data:image/png", "#")) for a in reader.addresses)
+    assert reader.addresses and all(a.startswith(("data:image/", "#")) for a in reader.addresses)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page) and "url(" not in page
     scores = json.loads((run / "eval.json").read_text())
     top1 = scores["zeroshot/scenes_heldout/top1"]
@@ -220,9 +224,79 @@ def test_the_history_of_evaluations_is_drawn(run, tmp_path):
     before = page[: page.index("<figcaption>Zero-shot classification: Top-1<")]
     points = json.loads(re.findall('data-points="([^"]*)"', before)[-1])
     top1 = 100 * scores["zeroshot/scenes_heldout/top1"]
-    assert [row[1] for row in points[0]] == [100, 200, 300]
-    np.testing.assert_allclose([row[2] for row in points[0]], [top1 / 3, top1 * 2 / 3, top1], 1e-4)
+    assert [x for x, _ in points[0]] == [100, 200, 300]
+    np.testing.assert_allclose([y for _, y in points[0]], [top1 / 3, top1 * 2 / 3, top1], 1e-4)
     assert "higher is better" in page and page.count("<polyline") == 6
+
+
+def test_pictures_stand_on_a_map_by_their_embeddings(run):
+    found = json.loads((run / "eval_examples.json").read_text())
+    scores = json.loads((run / "eval.json").read_text())
+    page = report.write_report(run).read_text()
+    section = page[page.index("Retrieval: scenes_heldout") :]
+    section = section[: section.index("</section>")]
+    drawn = found["retrieval/scenes_heldout"]["map"]
+    assert section.count("<circle class=") - 2 == len(drawn["points"]) == 200  # 2: the legend's
+    r1 = scores["retrieval/scenes_heldout/image_to_text_r1"]
+    assert f"right {round(200 * r1)}<" in section and sum(drawn["right"]) == round(200 * r1)
+    width, height = map(int, re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"', section)[0])
+    places = re.findall(r'cx="(\d+)" cy="(\d+)" data-text="([^"]*)"', section)
+    assert all(40 <= int(x) <= width - 40 and 40 <= int(y) <= height - 40 for x, y, _ in places)
+    assert {text for *_, text in places} == set(drawn["texts"])
+    top1 = found["zeroshot/scenes_heldout"]["map"]
+    assert sum(top1["right"]) == round(120 * scores["zeroshot/scenes_heldout/top1"])
+
+
+def test_a_map_shows_the_axes_of_most_variance():
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    plain = rng.normal(size=(50, 8)) * [8, 4, *[0.1] * 6]
+    plain -= plain.mean(0)
+    places, share = picture_map.principal(plain @ turn)
+    variance = plain.var(0)
+    np.testing.assert_allclose(share, variance[:2] / variance.sum(), atol=1e-2)
+    for axis in (0, 1):
+        assert abs(np.corrcoef(places[:, axis], plain[:, axis])[0, 1]) > 0.95
+    made = picture_map.PictureMap(count=20)
+    pictures = [np.full((9, 5, 3), 5 * i, np.uint8) for i in range(50)]
+    made.add(pictures, plain @ turn, [str(i) for i in range(50)], [True] * 50)
+    found = made.found()
+    points = np.asarray(found["points"])
+    assert len(points) == 20 and points[:, 0].min() == 0 and points[:, 0].max() == 1000
+    kept = [int(text) for text in found["texts"]]
+    wide = np.ptp(picture_map.principal((plain @ turn)[kept])[0], axis=0)
+    assert np.ptp(points[:, 1]) == pytest.approx(1000 * wide[1] / wide[0], abs=1)  # one scale
+    sheet = Image.open(io.BytesIO(base64.b64decode(found["sheet"])))
+    assert sheet.size == (16 * 40, 2 * 40)
+    assert abs(sheet.getpixel((2 * 40 + 20, 20))[0] - 5 * kept[2]) <= 3
+    same = picture_map.PictureMap()
+    same.add(pictures, np.ones((50, 8)) / 8**0.5, ["x"] * 50, [False] * 50)
+    assert same.found() == {} == picture_map.PictureMap(0).found()
+
+
+def test_a_damaged_map_is_said_in_a_line(tmp_path):
+    drawn = dict(points=[[0, 1], [2, 3]], texts=["a", "b"], right=[True, False], sheet="")
+    drawn |= dict(columns=1, size=40, share=[0.5, 0.1])
+    results.save_results(tmp_path, {"retrieval/x/mean_recall": 0.5})
+    for wrong, said in ((dict(texts=["a"]), "map of 2 points, 1"), (dict(columns=0), "0 thumbn")):
+        found = dict(kind="table", head=["a"], rows=[], map=drawn | wrong)
+        results.save_examples(tmp_path, "retrieval/x", found)
+        with pytest.raises(ValueError, match=f"damaged: retrieval/x: ValueError: a .*{said}"):
+            report.write_report(tmp_path)
+
+
+def test_a_long_curve_is_zoomed_into_more_points_than_are_drawn(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    for step in range(1, 1801):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    page = report.write_report(tmp_path).read_text()
+    (points,) = re.findall('data-points="([^"]*)"', page)
+    ((first, *rest),) = json.loads(points)
+    assert len(rest) == 899 and first == [2, 1.5]  # means of two
+    (line,) = re.findall(r'<polyline[^>]* points="([^"]*)"', page)
+    assert len(line.split()) == 300
+    assert page.count("data-zoom=") >= 4 and 'data-across="step"' in page
 
 
 def test_several_runs_are_laid_over_each_other(run, tmp_path):

@@ -79,8 +79,9 @@ class Tally:
             )
         return found
 
-    def add(self, scores: np.ndarray, records: Sequence[Record]) -> None:
-        """Takes scores [N, classes] of N records with `labels` (and `image`, for the report)."""
+    def add(self, scores: np.ndarray, records: Sequence[Record]) -> np.ndarray:
+        """Takes scores [N, classes] of N records with `labels` (and `image`, for the report);
+        returns bool [N], whether the first guess is right."""
         right = np.zeros(scores.shape, bool)
         for row, record in enumerate(records):
             known = self.true_classes(record)
@@ -97,6 +98,7 @@ class Tally:
             self._shown.offer(make)
             if wrong and np.isfinite(off):
                 self._worst.offer(float(off), make)
+        return self._ranks[-1] < 1
 
     def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
         """One picture of the report, with the three best guesses."""

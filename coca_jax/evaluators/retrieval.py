@@ -20,6 +20,7 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.declarations import Evaluator, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
+from coca_jax.evaluators.picture_map import POINTS, PictureMap
 from coca_jax.evaluators.records import candidates
 from coca_jax.evaluators.results import encode_png, picture
 
@@ -116,6 +117,7 @@ class Retrieval(Evaluator):
             found.images, found.embeddings, matches, chunk=self.chunk
         )
         self.examples = self._examples(found, matches)
+        self.examples |= dict(map=self._map(found, matches, image_ranks < 1))
         yield from self._metrics(
             dict(
                 image_to_text=(image_ranks[image_of], np.arange(len(counts))),
@@ -191,6 +193,14 @@ class Retrieval(Evaluator):
         yield from scored(
             f"{self.name}/mean_recall", means[0][0], limits(means[1]), sum(queries) // 3
         )
+
+    def _map(self, found: _Encoded, matches: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+        """right: bool of each image: its text came first."""
+        first_text = dict(reversed(matches.tolist()))
+        texts = [found.texts[first_text[i]] for i in range(len(found.kept))]
+        made = PictureMap(POINTS if self.num_examples else 0)
+        made.add(found.kept, found.images, texts, right.tolist())
+        return made.found()
 
     def _examples(self, found: _Encoded, matches: np.ndarray) -> dict[str, Any]:
         kept, texts = found.kept, found.texts

@@ -21,6 +21,7 @@ from coca_jax.evaluators import (
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Setting
 from coca_jax.evaluators.intervals import with_interval
+from coca_jax.evaluators.picture_map import POINTS, PictureMap
 
 FLAGS = (Flag("templates", "", "Prompt set or text file for classification."), class_names.FLAG)
 _TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
@@ -110,6 +111,7 @@ class ZeroShot(ByPrompts):
         self.class_names = list(class_names)
         self.prompts = prompt_sets.check(prompts)
         self.batch_size, self.progress = batch_size, progress
+        self.num_examples = num_examples
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
@@ -120,15 +122,18 @@ class ZeroShot(ByPrompts):
         report shows and `classes` accuracy by class and the confusion matrix.
         """
         show = self.name if self.progress else ""
-        tally = self._new_tally()
+        tally, drawn = self._new_tally(), PictureMap(POINTS if self.num_examples else 0)
         classes = class_embeddings(
             predict, self.class_names, self.prompts, self.batch_size, show=show and f"{show} texts"
         )
         for batch in in_batches(records, self.batch_size, show=show and f"{show} images"):
             embeddings = np.asarray(predict.encode_image(stack_images(batch)))
-            tally.add(normalise(check_finite(embeddings, "image")) @ classes.T, batch)
+            embeddings = normalise(check_finite(embeddings, "image"))
+            right = tally.add(embeddings @ classes.T, batch)
+            names = [", ".join(map(str, record["labels"])) for record in batch]
+            drawn.add([record["image"] for record in batch], embeddings, names, right.tolist())
         yield from tally.results()
-        self.examples, self.classes = tally.examples(), tally.classes()
+        self.examples, self.classes = tally.examples() | dict(map=drawn.found()), tally.classes()
 
 
 class Generative(ByPrompts):

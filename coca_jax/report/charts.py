@@ -2,7 +2,8 @@
 
 They are drawn here and by no chart library: the page then shows its curves without running a
 script (a mail's preview, a print), tests can read them, and 300 points a curve weigh less than
-the smallest library. The page's script only adds the values under the pointer.
+the smallest library. The page's script (templates/charts.js) adds the values under the pointer,
+and zooms into up to 900 points a curve.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 10, 44  # margins
-POINTS = 300  # of a curve; more would only weigh
+POINTS = 300  # of a curve as it is drawn; more would only weigh
+FINE = 900  # of a curve that is zoomed into
 COLOURS = 6
 ROW = 34  # pixels of a row of `spread`
 
@@ -72,7 +74,7 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
                 points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
-                    curves.append(_curve(name, thin(points), colour, dash, runs))
+                    curves.append(_curve(name, thin(points, FINE), colour, dash, runs))
         charts += [chart(title, unit, curves)] if curves else []
     return charts
 
@@ -91,7 +93,7 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
                 factor = numbers.factor(numbers.metric_of(evaluator, metric))
                 points = [(step, factor * value) for step, value in values if _is_number(value)]
                 if len(points) > 1:
-                    curve = _curve(data, thin(points), colour, dash, runs, dots=True)
+                    curve = _curve(data, thin(points, FINE), colour, dash, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
     found = []
     for (evaluator, metric), curves in charts.items():
@@ -141,9 +143,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int)
 
 
-def thin(points: Points) -> Points:
-    """At most POINTS points, means over neighbours."""
-    size = math.ceil(len(points) / POINTS)
+def thin(points: Points, most: int = POINTS) -> Points:
+    """At most `most` points, means over neighbours."""
+    size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
 
@@ -188,15 +190,17 @@ class Frame:
 
     def axes(self, unit: str, across: str) -> list[str]:
         """Grid, numbers and the titles of both axes."""
-        parts = []
+        parts = ['<g class="ty">']
         for y in ticks(self.y0, self.y1):
             at = self.py(y)
             parts.append(f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" ')
             parts.append(f'y2="{at:.1f}"/><text x="{LEFT - 8}" y="{at + 4:.1f}" ')
             parts.append(f'text-anchor="end">{numbers.number(y)}</text>')
+        parts.append('</g><g class="tx">')
         for x in ticks(self.x0, self.x1) if self.x1 > self.x0 else [self.x0]:
             parts.append(f'<text x="{self.px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" ')
             parts.append(f'text-anchor="middle">{numbers.number(x)}</text>')
+        parts.append("</g>")
         middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
         parts.append(f'<text class="axis" x="{middle[0]}" y="{HEIGHT - 6}" ')
         parts.append(f'text-anchor="middle">{escape(across)}</text>')
@@ -205,13 +209,26 @@ class Frame:
         return parts
 
 
+# Shown by the script, without which they would do nothing.
+_BUTTONS = "".join(
+    f'<button type="button" hidden data-zoom="{name}" title="{what}" aria-label="{what}">{sign}'
+    "</button>"
+    for name, what, sign in (
+        ("in", "Zoom in", "+"),
+        ("out", "Zoom out", "\u2212"),
+        ("left", "Earlier", "\u2039"),
+        ("right", "Later", "\u203a"),
+    )
+)
+
+
 def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") -> Markup:
     """A figure with its axes, curves and legend, and the points that the script reads."""
     frame = Frame.around(curves)
     parts, legend, data = frame.axes(unit, across), [], []
     for curve in curves:
         kind = f"s{curve.colour} d{curve.dash % 4}"
-        places = [(frame.px(x), frame.py(y)) for x, y in curve.points]
+        places = [(frame.px(x), frame.py(y)) for x, y in thin(curve.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="c {kind}" points="{path}"/>')
         if curve.dots:
@@ -219,14 +236,13 @@ def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") 
                 parts.append(f'<circle class="p {kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
         key = f'<svg class="k" viewBox="0 0 22 8"><path class="c {kind}" d="M0 4H22"/></svg>'
         legend.append(f"<span>{key}{escape(curve.name)} <b></b></span>")
-        data.append(
-            [[round(p, 1), x, float(f"{y:.5g}")] for (p, _), (x, y) in zip(places, curve.points)]
-        )
-    cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
+        data.append([[float(f"{x:.7g}"), float(f"{y:.5g}")] for x, y in curve.points])
+    cursor = f'<rect class="cursor" y="{TOP}" height="{HEIGHT - TOP - BOTTOM}" x="-9" width="1"/>'
     points = escape(json.dumps(data, separators=(",", ":")))
     return Markup(
-        f'<figure class="card chart" data-points="{points}"><figcaption>{escape(title)}<em></em>'
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<figure class="card chart" data-points="{points}" data-across="{escape(across)}">'
+        f"<figcaption>{escape(title)}<em></em>{_BUTTONS}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)} by {escape(across)}">{"".join(parts)}{cursor}</svg>'
         f'<div class="legend">{"".join(legend)}</div></figure>'
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from coca_jax.report import numbers
+from coca_jax.report import maps, numbers
 
 Found = Mapping[str, Any]
 CELL = 18  # pixels of a confusion
 
 
 def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str, Any]]:
-    """dict(id, title, data, layout, found) of each evaluation whose layout is known."""
+    """dict(id, title, data, layout, found, map) of each evaluation whose layout is known."""
     made = []
     for number, (name, found) in enumerate(examples.items()):
         evaluator, _, data = name.partition("/")
@@ -21,10 +21,12 @@ def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str,
             title = numbers.title_of(evaluator)
             try:
                 shown = _ORDERS.get(layout, dict)(found)
+                drawn = maps.placed(found.get("map"))
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 text = f"eval_examples.json is damaged: {name}: {type(error).__name__}: {error}"
                 raise ValueError(f"{text}; run evaluate again") from None
-            made.append(dict(id=f"e{number}", title=title, data=data, layout=layout, found=shown))
+            about = dict(id=f"e{number}", title=title, data=data, layout=layout)
+            made.append(dict(**about, found=shown, map=drawn))
     return made
 
 

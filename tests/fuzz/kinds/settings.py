@@ -263,6 +263,9 @@ def report_seeds() -> list[bytes]:
     }
     item = dict(image="", truth=["cat"], guesses=[["cat", 0.9], ["dog", 0.1]], key="1")
     classes = {"cat": dict(accuracy=0.5, count=4), "dog": dict(accuracy=1.0, count=5)}
+    points = [[0, 500], [1000, 700]]
+    drawn = dict(points=points, texts=["cat", "dog"], right=[True, False], sheet="")
+    drawn |= dict(columns=16, size=40, share=[0.5, 0.25])
     table = dict(rows=["cat", "dog"], columns=["cat", "dog"], counts=[[2, 2], [0, 5]])
     examples = {
         "zeroshot/data": dict(
@@ -272,6 +275,7 @@ def report_seeds() -> list[bytes]:
             per_class=classes,
             confusion=table,
             confused=[dict(truth="cat", guess="dog", count=2)],
+            map=drawn,
         )
     }
     rows = [dict(step=n, loss=5.0 / n, time_step=1.0, time_init=2.0) for n in (10, 20)]
