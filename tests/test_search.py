@@ -177,8 +177,30 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
     _, near = graph(queries, 10)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, near)])
     assert recall >= 0.99
-    with pytest.raises(ValueError, match="does not belong"):
-        nearest.open_nearest(x[:-1], str(tmp_path))
+    for others in (x[:-1], np.roll(x, 1, axis=0)):
+        with pytest.raises(ValueError, match="does not belong"):
+            nearest.open_nearest(others, str(tmp_path))
+
+
+def test_a_graph_grows_by_what_is_new(tmp_path, monkeypatch):
+    usearch = pytest.importorskip("usearch.index", reason="needs the extra 'search'")
+    added: list[int] = []
+    really_add = usearch.Index.add
+
+    def add(self, keys, vectors, **how):
+        added.extend(keys.tolist())
+        return really_add(self, keys, vectors, **how)
+
+    monkeypatch.setattr(usearch.Index, "add", add)
+    x = clustered(3000, 32)
+    nearest.build(x[:2000], str(tmp_path))
+    nearest.build(x, str(tmp_path))
+    nearest.build(x, str(tmp_path))
+    assert added == list(range(3000))
+    _, near = nearest.open_nearest(x, str(tmp_path))(x[::100].astype(np.float32), 1)
+    assert np.mean(near[:, 0] == np.arange(0, 3000, 100)) >= 0.9  # equal ones may stand before
+    nearest.build(np.roll(x, 1, axis=0), str(tmp_path))  # other rows: a new graph
+    assert len(added) == 6000
 
 
 class Pictures:

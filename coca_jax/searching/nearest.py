@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, Protocol
 
 import numpy as np
+import tqdm
 
 from coca_jax import extras, storage
 
@@ -15,6 +16,10 @@ FILE = "nearest.usearch"
 _ROWS = 16_384  # compared at a time
 _CONNECTIVITY, _EXPANSION_ADD = 32, 128  # M and efConstruction of Malkov and Yashunin, 2018
 _EXPANSION_SEARCH = 384  # efSearch: neighbours that the walk through the graph keeps in mind
+_CANDIDATES = 4  # times k that the walk finds, of which exact comparison takes k
+_LARGEST = 6.0  # of a component that 8 bits hold, in root mean squares of a unit vector's
+_ADDED = 50_000  # vectors at a time
+_COMPARED = 1000  # vectors that tell whether a graph belongs to the first rows of an index
 
 
 class Nearest(Protocol):
@@ -49,49 +54,82 @@ class Exact:
 class Graph:
     """A walk through a graph of near pictures, its finds compared exactly.
 
+    The graph holds the embeddings in 8 bits: that halves what the walk reads, and of four times k
+    pictures that it finds the exact comparison takes k.
+
     embeddings: as of `Exact`; folder: of the index, where the graph lies (`build`).
     """
 
     def __init__(self, embeddings: np.ndarray, folder: str):
         self.embeddings = embeddings
         path = pathlib.Path(folder) / FILE
-        self._graph = _usearch().Index.restore(str(path), view=True)
+        self._graph = _opened(path, embeddings, view=True)
         if self._graph is None or len(self._graph) != len(embeddings):
             raise ValueError(f"{path} does not belong to these pictures; run `search index` again")
         self._graph.expansion_search = _EXPANSION_SEARCH
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         k = min(k, len(self.embeddings))
-        found = self._graph.search(
-            np.asarray(queries, np.float16), min(2 * k, len(self.embeddings))
-        )
+        wanted = min(_CANDIDATES * k, len(self.embeddings))
+        found = self._graph.search(_coarse(queries), wanted)
         rows = np.atleast_2d(np.asarray(found.keys, np.int64))
-        near = self.embeddings[rows].astype(np.float32)  # [Q, 2k, E]
+        near = self.embeddings[rows].astype(np.float32)  # [Q, 4k, E]
         similar = np.einsum("qe,qke->qk", queries, near)
         order = np.argsort(-similar, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(similar, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def build(embeddings: np.ndarray, folder: str, *, progress: bool = False) -> None:
-    """Writes the graph of float16 [N, E] into the folder of an index.
+    """Writes the graph of float16 [N, E] into the folder of an index. Where it has the graph of the
+    first rows, the others are added to that.
 
     Raises:
         ValueError: usearch is not installed, or the folder is in a bucket.
     """
     if storage.is_remote(folder):
         raise ValueError(f"--out={folder}: the graph of a large index is read from a local folder")
-    graph = _usearch().Index(
-        ndim=embeddings.shape[1],
-        metric="ip",
-        dtype="f16",
-        connectivity=_CONNECTIVITY,
-        expansion_add=_EXPANSION_ADD,
-    )
-    graph.add(np.arange(len(embeddings)), embeddings, log="graph" if progress else False)
     path = pathlib.Path(folder) / FILE
+    graph = _opened(path, embeddings, view=False) if path.exists() else None
+    if graph is None:
+        graph = _usearch().Index(
+            ndim=embeddings.shape[1],
+            metric="ip",
+            dtype="i8",
+            connectivity=_CONNECTIVITY,
+            expansion_add=_EXPANSION_ADD,
+        )
+    if len(graph) == len(embeddings):
+        return  # of this very index
+    with tqdm.tqdm(total=len(embeddings), initial=len(graph), disable=not progress) as bar:
+        for start in range(len(graph), len(embeddings), _ADDED):
+            rows = np.arange(start, min(start + _ADDED, len(embeddings)))
+            graph.add(rows, _coarse(embeddings[rows]))
+            bar.update(len(rows))
     new = path.with_suffix(".new")
     graph.save(str(new))
     os.replace(new, path)
+
+
+def _coarse(embeddings: np.ndarray) -> np.ndarray:
+    """Unit vectors [N, E] in 8 bits. usearch's own cast makes 1.0 the largest value, which leaves
+    a component of 512 some ten steps."""
+    scale = 127 * embeddings.shape[-1] ** 0.5 / _LARGEST
+    return np.clip(np.rint(np.float32(embeddings) * scale), -127, 127).astype(np.int8)
+
+
+def _opened(path: pathlib.Path, embeddings: np.ndarray, *, view: bool) -> Any:
+    """The graph of a file; None for one of another kind, or of other embeddings. view: read from
+    the file as it is needed."""
+    graph = _usearch().Index.restore(str(path), view=view)
+    width = embeddings.shape[1]
+    if graph is None or (graph.dtype, graph.ndim) != (_usearch().ScalarKind.I8, width):
+        return None
+    if not 0 < len(graph) <= len(embeddings):
+        return None
+    rows = np.unique(np.linspace(0, len(graph) - 1, _COMPARED).astype(int))
+    there = graph.contains(rows).all() and graph.get(rows)
+    same = there is not False and np.array_equal(there, _coarse(embeddings[rows]))
+    return graph if same else None
 
 
 def _usearch() -> Any:
