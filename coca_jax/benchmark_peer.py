@@ -17,6 +17,7 @@ import numpy as np
 
 from coca_jax.config import Config, Model
 from coca_jax.data.records import Record
+from coca_jax.image_shape import Size
 from coca_jax.interop import open_clip_config
 
 END = 1  # the token that would end a caption; kept away by min_seq_len
@@ -157,7 +158,7 @@ def write_tar(records: Sequence[Record], path: str) -> None:
                 archive.addfile(info, io.BytesIO(data))
 
 
-def input_batches(tars: str, examples: int, batch_size: int, size: int) -> Iterator[Any]:
+def input_batches(tars: str, examples: int, batch_size: int, size: Size) -> Iterator[Any]:
     """open_clip's own training pipeline over webdataset tars, epoch after epoch, in this thread.
 
     Its shuffle buffers, its default augmentation (a bicubic crop of 90 to 100% of the area) and

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, extras
+from coca_jax import cli, extras, image_shape
 from coca_jax.data import files
 
 SHORTEST_KEY = 16  # letters
@@ -131,8 +131,8 @@ def _load() -> tuple[Any, Any]:
     cli.say("compiling the first programs")
     import numpy as np
 
-    side, frames = model.image_size, model.num_frames
-    picture = np.zeros((1, *([frames] * bool(frames)), side, side, 3), np.uint8)
+    size, frames = image_shape.pair(model.image_size), model.num_frames
+    picture = np.zeros((1, *([frames] * bool(frames)), *size, 3), np.uint8)
     *_, last = model.stream_captions(picture)
     model.explain(picture, last[0])
     return model, index

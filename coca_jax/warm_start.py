@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ def apply(
     class_names: Sequence[str] = (),
     positions: str = "extend",
     parts: str = "all",
+    grid: tuple[int, int] | None = None,
 ) -> TrainState:
     """`state` with its parameters (and their average) replaced by those at `path`.
 
@@ -29,10 +31,11 @@ def apply(
     Optional parts (see models/part.py) that the weights lack stay as they are. A task head of the
     weights is used where it has the classes `class_names` of this run's head, in their order, and
     left out else. parts='image': the image encoder alone is taken, of weights of any family.
+    grid: rows and columns of the model's patches; None: as many of both.
     Raises ValueError naming the first parameter that does not fit, FileNotFoundError without any.
     """
     target = export_format.flatten(state.params)
-    weights, classes = read(path)
+    weights, classes, old_grid = read(path)
     if parts == "image":
         weights = roles.select(weights, lambda part: part.serves == "image")
     if roles.has_task_head(weights) and (not class_names or classes != list(class_names)):
@@ -51,8 +54,10 @@ def apply(
             params[name] = leaf
             continue
         array = np.asarray(given[name], np.float32)
-        if part.positions == "grid" and array.shape != leaf.shape:
-            array = resize_positions(array, leaf.shape[0])
+        if part.positions == "grid" and (
+            array.shape != leaf.shape or old_grid != (grid or old_grid)
+        ):
+            array = resize_positions(array, leaf.shape[0], old_grid, grid)
         if part.positions == "text":
             if positions == "interpolate" and len(array) < leaf.shape[0]:
                 array = spread_text_positions(array, leaf.shape[0])
@@ -86,16 +91,16 @@ def check_place(path: str) -> None:
         )
 
 
-def read(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The parameters at `path`, a nested dict of arrays on the host or the first device, and the
-    classes of its task head."""
+def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:
+    """The parameters at `path`, a nested dict of arrays on the host or the first device, the
+    classes of its task head, and the rows and columns of patches that its positions are of."""
     place = storage.place(path)
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
-        return params, list(config.class_names)
+        return params, list(config.class_names), config.model.grid
     check_place(path)
     params, config = checkpointing.load_params(path)
-    return params, list(config.class_names)
+    return params, list(config.class_names), config.model.grid
 
 
 def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
@@ -123,16 +128,26 @@ def spread_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([places[:kept], (1 - share) * tail[low] + share * tail[high], cls])
 
 
-def resize_positions(positions: np.ndarray, length: int) -> np.ndarray:
-    """[N, D] -> [length, D]: positions of a square grid, resized with a cubic filter.
+def resize_positions(
+    positions: np.ndarray,
+    length: int,
+    old: tuple[int, int] | None = None,
+    new: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """[N, D] -> [length, D]: positions of a grid, resized with a cubic filter.
 
-    A first row that belongs to a class token is kept apart, when both lengths have one.
-    Raises ValueError when the lengths are no squares.
+    old, new: rows and columns of both grids; None: they are squares. A first row that belongs to a
+    class token is kept apart, when both lengths have one.
+    Raises ValueError when the lengths are not those of the grids.
     """
     for extra in (0, 1):
-        old, new = (round((n - extra) ** 0.5) for n in (len(positions), length))
-        if old * old + extra == len(positions) and new * new + extra == length:
-            grid = positions[extra:].reshape(old, old, -1)
-            resized = jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic")
-            return np.concatenate([positions[:extra], np.asarray(resized).reshape(new * new, -1)])
-    raise ValueError(f"positions of {len(positions)} and {length} tokens are not both square grids")
+        before = old or (round((len(positions) - extra) ** 0.5),) * 2
+        after = new or (round((length - extra) ** 0.5),) * 2
+        if [len(positions), length] == [math.prod(grid) + extra for grid in (before, after)]:
+            places = positions[extra:].reshape(*before, -1)
+            resized = jax.image.resize(places, (*after, places.shape[-1]), "cubic")
+            return np.concatenate(
+                [positions[:extra], np.asarray(resized).reshape(length - extra, -1)]
+            )
+    grids = f"grids of {old} and {new} patches" if old or new else "both square grids"
+    raise ValueError(f"positions of {len(positions)} and {length} tokens are not {grids}")

@@ -3,7 +3,7 @@
 What each key means, and what it may be, stands in coca_jax/config and in docs/config.md.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from coca_jax.config import Config
 
@@ -13,4 +13,8 @@ TEXT_LENGTHS = (16, 24, 32, 48)
 
 def get_config() -> ConfigDict:
     """Returns the default configuration; each value can be set as `--config.key=value`."""
-    return ConfigDict(Config().to_dict(), convert_dict=True)
+    config = ConfigDict(Config().to_dict(), convert_dict=True)
+    with config.ignore_type():
+        for key in ("image_size", "patch_size"):  # a number, or a pair of them
+            config.model[key] = FieldReference(config.model[key], field_type=object)
+    return config

@@ -86,10 +86,11 @@ def redraw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def pixels(count: int, size: int, seed: int = 0) -> np.ndarray:
-    """Normalised images float32 [count, size, size, 3]."""
+def pixels(count: int, size: int | tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Normalised images float32 [count, height, width, 3] of a size."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    return rng.standard_normal((count, size, size, 3)).astype(np.float32)
+    height, width = (size, size) if isinstance(size, int) else size
+    return rng.standard_normal((count, height, width, 3)).astype(np.float32)
 
 
 def captions(vocab_size: int, length: int, seed: int = 0) -> np.ndarray:

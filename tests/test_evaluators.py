@@ -385,7 +385,7 @@ def test_captions_of_the_report_have_their_words_where_asked():
     seen = np.array([[0.5, 0.25], [0.25, 0.0]], np.float32)
 
     class Looks(Fake):
-        resize = "crop"
+        resize, image_size = "crop", 4
 
         def explain(self, images, texts):
             assert [np.asarray(image).shape for image in images] == [(4, 4, 3)] * len(texts)

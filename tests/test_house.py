@@ -55,7 +55,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": (
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
-        *("extras", "metrics", "quiet", "sealed_json", "storage", "trackers"),
+        *("extras", "image_shape", "metrics", "quiet", "sealed_json", "storage", "trackers"),
     ),
 }
 

@@ -251,13 +251,15 @@ def test_rotary_positions_turn_pairs_by_their_place():
 
 
 def test_rotary_positions_of_patches_go_by_row_and_column():
-    rotation = rotary.of_places(rotary.grid(3, 3), 8, 100.0).reshape(3, 3, 2, 2, 2)
+    rotation = rotary.of_places(rotary.grid((3, 3), (3, 3)), 8, 100.0).reshape(3, 3, 2, 2, 2)
     rows, columns = rotation[:, :, :, 0], rotation[:, :, :, 1]  # [row, column, cos or sin, wave]
     np.testing.assert_array_equal(rows[:, 0], rows[:, 2])
     np.testing.assert_array_equal(columns[0], columns[2])
     np.testing.assert_allclose(rows[2, 0, 1], np.sin([2, 0.2]), rtol=1e-6)
     np.testing.assert_array_equal(rows[:, 0], columns[0])
-    halved = rotary.grid(6, 3).reshape(6, 6, 2)  # twice as many patches of the same picture
+    halved = rotary.grid((6, 6), (3, 3)).reshape(
+        6, 6, 2
+    )  # twice as many patches of the same picture
     np.testing.assert_allclose(halved[:2, 0, 0].mean(), 0.0, atol=1e-6)
     np.testing.assert_allclose(halved[4:, 0, 0].mean(), 2.0, atol=1e-6)
 

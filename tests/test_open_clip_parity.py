@@ -344,21 +344,32 @@ def test_two_poolers_and_the_corrected_mask(pool):
         np.testing.assert_array_equal(back, state[key])
 
 
-def test_blocks_of_other_kinds_come_in_and_go_back(tmp_path):
-    """LayerScale, QK-norm, other eps and tanh GELU, each in some towers, in outputs and gradients;
-    what comes back is the same configuration and the same tensors."""
+BLOCKS = dict(
+    vision_cfg=dict(ls_init_value=0.1, qk_norm=True, norm_kwargs=dict(eps=1e-3)),
+    text_cfg=dict(act_kwargs=dict(approximate="tanh"), qk_norm=True),
+    multimodal_cfg=dict(ls_init_value=0.2),
+)
+OTHERS = dict(
+    blocks=BLOCKS,
+    wide=dict(vision_cfg=dict(image_size=[16, 40])),
+    tall_with_wide_patches=dict(vision_cfg=dict(image_size=[48, 32], patch_size=[8, 16])),
+    square_with_tall_patches=dict(vision_cfg=dict(patch_size=[16, 8])),
+)
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_other_layouts_come_in_and_go_back(changes):
+    """LayerScale, QK-norm, other eps and tanh GELU, each in some towers, and images and patches
+    that are not square, in outputs and gradients; what comes back is the same configuration and
+    the same tensors."""
     import open_clip_oracle as oracle
 
-    changes = dict(
-        vision_cfg=dict(ls_init_value=0.1, qk_norm=True, norm_kwargs=dict(eps=1e-3)),
-        text_cfg=dict(act_kwargs=dict(approximate="tanh"), qk_norm=True),
-        multimodal_cfg=dict(ls_init_value=0.2),
-    )
     config = with_keys(cases.SMALL, **changes)
     theirs = oracle.build(config)
     model_config = read(Model, open_clip_config.to_model(config))
     back = open_clip_config.from_model(model_config)
     assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
+    json.dumps(back)
     layout = Layout(model_config)
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     layout.check(state)
@@ -371,7 +382,7 @@ def test_blocks_of_other_kinds_come_in_and_go_back(tmp_path):
     for key, (shape, parts) in layout.write(export_format.flatten(params)).items():
         written = np.concatenate([np.ravel(part) for part in parts()]).reshape(shape)
         np.testing.assert_array_equal(written, state[key])
-    tokens, pixels = cases.captions(530, 12), cases.pixels(6, 32)
+    tokens, pixels = cases.captions(530, 12), cases.pixels(6, model_config.image_size)
     ours = coca.build(model_config)
     for (value, gradients), (loss, wanted) in zip(
         each_loss(ours, params, pixels, tokens), oracle.losses(theirs, pixels, tokens), strict=True
@@ -406,6 +417,19 @@ def test_preprocessing_of_100_odd_images():
         assert np.abs(got - wanted).max() <= 2 / 255, (image.mode, image.size)
         if image.mode not in ("I;16", "RGBA"):
             np.testing.assert_array_equal(rgb, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("size", [(96, 224), (224, 63)])
+def test_preprocessing_of_odd_images_to_sizes_that_are_not_square(size):
+    from open_clip.transform import image_transform
+    from PIL import Image
+
+    transform = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    for image in cases.odd_images(30):
+        rgb = images.decode(image)
+        got = images.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
+        wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0)
+        assert got.shape == (*size, 3) and np.abs(got - wanted).max() <= 2 / 255, image.size
 
 
 def test_a_half_precision_file(tmp_path):

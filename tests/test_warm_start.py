@@ -41,7 +41,8 @@ def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh)
     (tmp_path / "vocabulary.model").write_bytes(b"-")
     host = jax.device_get(source.params)
     vocabulary = tmp_path / "vocabulary.model"
-    export_format.write_export(tmp_path / "export", host, {"model": {}}, vocabulary)
+    given = {"model": short.model.to_dict()}
+    export_format.write_export(tmp_path / "export", host, given, vocabulary)
     model = coca.build(longer.model)
     state = init_state(model, longer, one_device_mesh)
     state = warm_start.apply(state, str(tmp_path / "export"))
@@ -60,7 +61,8 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
     vocabulary = tmp_path / "vocabulary.model"
     vocabulary.write_bytes(b"-")
     host = jax.device_get(source.params)
-    export_format.write_export(tmp_path / "export", host, {"model": {}}, vocabulary)
+    given = {"model": small.model.to_dict()}
+    export_format.write_export(tmp_path / "export", host, given, vocabulary)
     state = init_state(coca.build(large.model), large, one_device_mesh)
     state = warm_start.apply(state, str(tmp_path / "export"))
     assert state.params["image_encoder"]["positions"]["value"].shape == (16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coca_jax import image_shape
 from coca_jax.config.model import BLOCK, Head, Model
 from coca_jax.config.run import Config, Optimizer
 from coca_jax.config.section import plain, read
@@ -25,9 +26,15 @@ def check(config: Config) -> None:
             f"{config.optimizer.average_share}; set one of them, there is one average"
         )
     patch = config.model.patch_size
-    if any(size % patch or size < patch for _, size in config.image_sizes):
+    if not all(image_shape.divides(patch, size) for _, size in config.image_sizes):
         raise ValueError(
             f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
+        )
+    square = isinstance(config.model.image_size, int)
+    if not all(isinstance(image_shape.shortest(s), int) == square for _, s in config.image_sizes):
+        raise ValueError(
+            f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
+            f"each, as model.image_size={config.model.image_size}"
         )
     check_texts(config)
     check_global(config)
@@ -159,6 +166,13 @@ def check_native(config: Config) -> None:
                 f"data.max_patches={data.max_patches} is of data.resize='native'; set that, or 0"
             )
         return
+    for side in ("image_size", "patch_size"):
+        size = getattr(config.model, side)
+        if not isinstance(size, int):
+            raise ValueError(
+                f"model.{side}={size} does not go with data.resize='native', whose images have any "
+                "shape: give one number, or data.resize='squash'"
+            )
     for name, value, good in (
         ("data.augment", data.augment, ("none", "crop", "inception")),
         ("data.num_frames", data.num_frames, (0,)),
@@ -231,7 +245,7 @@ def check_captioner(model: Model) -> Model:
 def check_model(model: Model) -> Model:
     """The model; raises ValueError that names the first impossible value, and the remedy."""
     model = read(Model, model.to_dict(), "model", old=True)
-    if model.image_size % model.patch_size:
+    if not image_shape.divides(model.patch_size, model.image_size):
         raise ValueError(
             f"model.patch_size={model.patch_size} does not divide "
             f"model.image_size={model.image_size}; choose a divisor"

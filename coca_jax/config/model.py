@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from coca_jax import image_shape
 from coca_jax.config.rules import (
     DEPTH,
     FLAG,
@@ -13,7 +14,7 @@ from coca_jax.config.rules import (
     MAPPING,
     QUERIES,
     SHARE,
-    SIZE,
+    SIDES,
     TEXT,
     THETA,
     WEIGHT,
@@ -25,6 +26,7 @@ from coca_jax.config.rules import (
     whole,
 )  # fmt: skip
 from coca_jax.config.section import Section
+from coca_jax.image_shape import Size
 from coca_jax.models import head_kinds, pooler_kinds
 
 # The keys of Model that say what a block is. All blocks share them, but for those that a tower's
@@ -120,8 +122,8 @@ class Pooler(Section):
 class Model(Section):
     """The paper's architecture at its Base size (Table 1)."""
 
-    image_size: int = key(288, SIZE, "side of the images")
-    patch_size: int = key(18, SIZE, "side of a patch; divides image_size")
+    image_size: Size = key(288, SIDES, "side of the images, or (height, width)")
+    patch_size: Size = key(18, SIDES, "side of a patch, or (height, width); divides image_size")
     family: str = key(
         "coca",
         choice("coca", "clip", "siglip"),
@@ -185,6 +187,17 @@ class Model(Section):
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()
     pooler: Pooler = Pooler()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        return image_shape.grid(self.image_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        rows, columns = self.grid
+        return rows * columns
 
 
 @dataclasses.dataclass(frozen=True)

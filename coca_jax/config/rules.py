@@ -86,7 +86,7 @@ def _stages(value: Any) -> bool:
         return False
     shares = [share for share, _ in value]
     good = all(is_number(share) and share > 0 for share in shares) and sum(shares) <= 1
-    return good and all(SIZE.holds(size) for _, size in value)
+    return good and all(SIDES.holds(size) for _, size in value)
 
 
 def _entries(value: Any) -> bool:
@@ -107,6 +107,10 @@ TEXTS = several(TEXT)
 MAPPING = Rule(is_mapping, "a dict")
 MAPPINGS = Rule(lambda v: is_sequence(v) and all(map(is_mapping, v)), "a tuple of dicts")
 SIZE = whole(1, 16_384, "pixels")
+SIDES = Rule(
+    lambda v: SIZE.holds(v) or (is_sequence(v) and len(v) == 2 and all(map(SIZE.holds, v))),
+    f"{SIZE.words}, or a pair of them (height, width)",
+)
 WIDTH = whole(1, 65_536, "channels")
 QUERIES = whole(1, 65_536, "queries")
 HEADS = whole(1, 4096, "heads")

@@ -29,6 +29,7 @@ from coca_jax.config.rules import (
     whole,
 )  # fmt: skip
 from coca_jax.config.section import Section
+from coca_jax.image_shape import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Config(Section):
     accumulate_steps: int = key(
         1, whole(1, 65_536, "micro-batches"), "per step; the contrastive loss stays exact"
     )
-    image_sizes: tuple[tuple[float, int], ...] = key(
+    image_sizes: tuple[tuple[float, Size], ...] = key(
         (), STAGES, "((share of the steps, image size), ...) before the model's own size"
     )
     text_lengths: tuple[int, ...] = key(

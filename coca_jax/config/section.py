@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+from coca_jax import image_shape
 from coca_jax.config import rules
 
 S = TypeVar("S", bound="Section")
@@ -126,6 +127,8 @@ def _value(kind: Any, value: Any, name: str, old: bool) -> Any:
         if isinstance(item, type) and issubclass(item, Section):
             return tuple(read(item, v, f"{name}[{i}]", old) for i, v in enumerate(value))
         return plain(value)
+    if kind == image_shape.Size:
+        return image_shape.shortest(value)
     if kind in (int, float, bool, str):
         return kind(value)
     return plain(value)

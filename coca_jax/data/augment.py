@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from coca_jax import image_shape
 from coca_jax.data import images, order
+from coca_jax.image_shape import Size
 
 MODES = ("none", "crop", "inception", "drawing", "randaugment")
 CROP_SCALE = 1.15  # 'crop': resize to this many times the size, cut the size
@@ -26,7 +28,7 @@ def plan(
     height: np.ndarray,
     width: np.ndarray,
     keys: np.ndarray,
-    size: int,
+    size: Size,
     *,
     flip: bool = False,
     resize: str = "squash",
@@ -39,17 +41,17 @@ def plan(
         mode: one of MODES.
         how, height, width: int [n], as `images.sniff` gives them.
         keys: uint64 [n]: one per image and visit.
-        size: S, of the result.
+        size: S x T, height and width of the result.
         flip: mirror half of the images.
-        resize: 'crop' (the centre square) or 'squash' or 'native' (all), what is resized before
-            mode's own cut.
+        resize: 'crop' (the centre, in the result's proportions) or 'squash' or 'native' (all), what
+            is resized before mode's own cut.
         fast: decode JPEGs no larger than the result needs.
         randaugment: number of operations one after another, and their magnitude, 0 to 30.
 
     Returns:
         box: int32 [n, 4], the cut (top, left, height, width).
         ratio: int32 [n], 1, 2, 4 or 8: the scale at which a JPEG is decoded, before the cut.
-        shrink: bool [n]: resize the cut to S x S (antialiased) before the warp.
+        shrink: bool [n]: resize the cut to S x T (antialiased) before the warp.
         warp: float32 [n, 2, 3], output pixel (x, y, 1) -> input pixel, of the shrunk cut or, where
             not shrunk, of the cut itself.
         colour: float32 [n, 3, 4]: the linear map of (R, G, B, 1), in [0, 255].
@@ -59,21 +61,23 @@ def plan(
     if mode not in MODES:
         raise ValueError(f"data.augment={mode!r}: use one of {', '.join(MODES)}")
     draw = order.uniform(keys, 32)
-    box = _cuts(mode, _region(height, width, resize), draw)
+    high, wide = image_shape.pair(size)
+    box = _cuts(mode, _region(height, width, resize, (high, wide)), draw)
     affine, colour, background, operation, strength = _maps(mode, keys, draw, randaugment)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
     # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
     # Twice the size is left to the resize, so that the result hardly differs; `fast` leaves once.
-    spare = np.minimum(box[:, 2], box[:, 3]) / (size if fast else 2 * size)
+    needed = 1 if fast else 2
+    spare = np.minimum(box[:, 2] / (needed * high), box[:, 3] / (needed * wide))
     ratio = 2 ** np.clip(np.floor(np.log2(np.maximum(spare, 1))), 0, 3).astype(np.int64)
     ratio = np.where(how == images.JPEG, ratio, 1)
-    large = np.maximum(box[:, 2], box[:, 3]) > 1.5 * size
+    large = (box[:, 2] > 1.5 * high) | (box[:, 3] > 1.5 * wide)
     return dict(
         box=box.astype(np.int32),
         ratio=ratio.astype(np.int32),
         shrink=large,
-        warp=_pixel_maps(affine, box, size, large).astype(np.float32),
+        warp=_pixel_maps(affine, box, (high, wide), large).astype(np.float32),
         colour=colour.astype(np.float32),
         background=background.astype(np.float32),
         op=operation.astype(np.int32),
@@ -116,13 +120,19 @@ def _maps(
     return affine, colour, background, operation, strength
 
 
-def _region(height: np.ndarray, width: np.ndarray, resize: str) -> np.ndarray:
+def _region(
+    height: np.ndarray, width: np.ndarray, resize: str, size: tuple[int, int]
+) -> np.ndarray:
+    """Boxes int64 [n, 4] of images of height and width: what is resized to `size` without a cut of
+    `mode`'s own."""
     zero = np.zeros_like(height)
     if resize in ("squash", "native"):
         return np.stack([zero, zero, height, width], 1).astype(np.int64)
     if resize == "crop":
-        side = np.minimum(height, width)
-        return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1).astype(np.int64)
+        down = np.clip(np.rint(width * size[0] / size[1]), 1, height).astype(np.int64)
+        across = np.clip(np.rint(height * size[1] / size[0]), 1, width).astype(np.int64)
+        box = [(height - down) // 2, (width - across) // 2, down, across]
+        return np.stack(box, 1).astype(np.int64)
     raise ValueError(f"data.resize={resize!r}: use 'squash', 'crop' or 'native'")
 
 
@@ -242,12 +252,17 @@ def _randaugment(
     return affine[:, :2], colour[:, :3], operation, strength
 
 
-def _pixel_maps(affine: np.ndarray, box: np.ndarray, size: int, shrink: np.ndarray) -> np.ndarray:
+def _pixel_maps(
+    affine: np.ndarray, box: np.ndarray, size: tuple[int, int], shrink: np.ndarray
+) -> np.ndarray:
     """Affine maps of the centred unit square, [n, 2, 3], as maps of pixels."""
-    height = np.where(shrink, size, box[:, 2])
-    width = np.where(shrink, size, box[:, 3])
+    high, wide = size
+    height = np.where(shrink, high, box[:, 2])
+    width = np.where(shrink, wide, box[:, 3])
     extent = np.stack([width, height], 1)[:, :, None]  # x first
-    linear = affine[:, :, :2] * extent / size
-    centre = (1 - size) / 2  # of output pixel 0, in output pixels from the centre
-    move = linear.sum(2) * centre + (affine[:, :, 2] + 0.5) * extent[:, :, 0] - 0.5
+    linear = affine[:, :, :2] * extent / np.array([wide, high])
+    centre = (1 - np.array([wide, high])) / 2  # of output pixel 0, in output pixels from the centre
+    # Of squares the sum first, as ever: rounded in another order, pixels of old runs would change.
+    moved = linear.sum(2) * centre[0] if high == wide else (linear * centre).sum(2)
+    move = moved + (affine[:, :, 2] + 0.5) * extent[:, :, 0] - 0.5
     return np.concatenate([linear, move[:, :, None]], 2)

@@ -47,7 +47,7 @@ SEEN = (
 def shape(config: Config) -> tuple[int, ...]:
     """Of the encoder's tokens of one example: (N, W), of a clip (T, N, W)."""
     model = config.model
-    places = (model.image_size // model.patch_size) ** 2 + int(model.image.class_token)
+    places = model.num_patches + int(model.image.class_token)
     frames = (config.data.num_frames,) if config.data.num_frames else ()
     return (*frames, places, model.image.width)
 

@@ -14,7 +14,15 @@ from coca_jax.models import native_layout
 
 def budget(config: Config) -> int:
     """Patches of an image at most: data.max_patches, by default as many as a square one has."""
-    return config.data.max_patches or (config.model.image_size // config.model.patch_size) ** 2
+    return config.data.max_patches or config.model.num_patches
+
+
+def patch_size(config: Config) -> int:
+    """The side of a patch. Raises ValueError for patches that are not square."""
+    size = config.model.patch_size
+    if not isinstance(size, int):
+        raise ValueError(f"model.patch_size={size}: data.resize='native' goes with square patches")
+    return size
 
 
 def grid(height: int, width: int, most: int) -> tuple[int, int]:

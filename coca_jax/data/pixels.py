@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax import image_shape
 from coca_jax.config import Config
 from coca_jax.data import augment, images, native, order, render, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
+from coca_jax.image_shape import Size
 from coca_jax.models import head_kinds, native_layout
 
 Plan = dict[str, np.ndarray]
@@ -32,7 +34,7 @@ class Pixels:
 
     Attributes:
         field: of a batch that they become.
-        shape: of one example: (S, S, 3), of a clip (T, S, S, 3), of a pair (2, S, S, 3); of one in
+        shape: of one example: (S, T, 3), of a clip (F, S, T, 3), of a pair (2, S, T, 3); of one in
             its own aspect ratio (N, P * P * 3 + 4), see data/native.py.
         threads: images decoded at the same time.
     """
@@ -47,7 +49,7 @@ class Pixels:
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
         self._native = None
         if data.resize == "native":
-            self._native = config.model.patch_size, native.budget(config)
+            self._native = native.patch_size(config), native.budget(config)
         self._draw_plan = functools.partial(
             augment.plan,
             data.augment,
@@ -154,19 +156,18 @@ def one_of(draw: Draw, indices: np.ndarray, count: int) -> Draw:
 
 def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
-    size = config.model.image_size
     if config.data.resize == "native":
-        return native.budget(config), native_layout.width(config.model.patch_size)
+        return native.budget(config), native_layout.width(native.patch_size(config))
     images = images_of(config)
     count = images if images > 1 else config.data.num_frames
-    return (*((count,) if count else ()), size, size, 3)
+    return (*((count,) if count else ()), *image_shape.pair(config.model.image_size), 3)
 
 
-def plan_size(config: Config) -> int:
-    """Pixels that the shorter side of an image has at most."""
+def plan_size(config: Config) -> Size:
+    """The size of images; in their own aspect ratio, what the shorter side has at most."""
     if config.data.resize != "native":
         return config.model.image_size
-    return (math.isqrt(native.budget(config)) + 1) * config.model.patch_size
+    return (math.isqrt(native.budget(config)) + 1) * native.patch_size(config)
 
 
 def images_of(config: Config) -> int:

@@ -15,7 +15,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from coca_jax import image_shape
 from coca_jax.data import augment, images, native, videos
+from coca_jax.image_shape import Size
 
 cv2.setNumThreads(1)  # parallel over images, not within one
 
@@ -26,7 +28,7 @@ def render_batch(
     encoded: Sequence[bytes],
     plan: Mapping[str, np.ndarray],
     mode: str,
-    size: int,
+    size: Size,
     fast: bool,
     pool: Executor,
     threads: int,
@@ -38,18 +40,18 @@ def render_batch(
         encoded: n images.
         plan: PLAN's arrays of n rows, from `images.sniff` and `augment.plan`.
         mode: one of augment.MODES.
-        size: S.
+        size: S x T.
         fast: the fast setting of `resize` and of the JPEG decoder.
-        offsets: float [n, T], where in clips their frames are (videos.sample); None: images.
+        offsets: float [n, F], where in clips their frames are (videos.sample); None: images.
 
     Returns:
-        uint8 [n, S, S, 3], of clips [n, T, S, S, 3].
+        uint8 [n, S, T, 3], of clips [n, F, S, T, 3].
 
     Raises:
         ValueError: an image that cannot be decoded.
     """
     frames = () if offsets is None else offsets.shape[1:]
-    out = np.empty((len(encoded), *frames, size, size, 3), np.uint8)
+    out = np.empty((len(encoded), *frames, *image_shape.pair(size), 3), np.uint8)
     rows = iter(range(len(encoded)))  # shared: the next thread that is free takes the next image
     lists = {name: plan[name].tolist() for name in ("how", "box", "ratio", "shrink")}
     arrays = {name: plan[name] for name in PLAN if name not in lists}
@@ -69,9 +71,9 @@ def render_batch(
 
 
 def render(
-    encoded: bytes, plan: Mapping[str, Any], mode: str, size: int, fast: bool = False
+    encoded: bytes, plan: Mapping[str, Any], mode: str, size: Size, fast: bool = False
 ) -> np.ndarray:
-    """One image as planned: uint8 [S, S, 3]. Raises ValueError when it cannot be decoded."""
+    """One image as planned: uint8 [S, T, 3]. Raises ValueError when it cannot be decoded."""
     found = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
     return place(*found, plan, mode, size, fast)
 
@@ -81,11 +83,11 @@ def render_clip(
     offsets: np.ndarray,
     plan: Mapping[str, Any],
     mode: str,
-    size: int,
+    size: Size,
     fast: bool = False,
 ) -> np.ndarray:
-    """The frames of a clip at `offsets`, float [T], all as one image is planned: uint8
-    [T, S, S, 3]. Raises ValueError when it cannot be decoded."""
+    """The frames of a clip at `offsets`, float [F], all as one image is planned: uint8
+    [F, S, T, 3]. Raises ValueError when it cannot be decoded."""
     clip = videos.decode_rgba(encoded, offsets)
     count, still = len(clip), clip.strides[0] == 0
     clip = clip[:1] if still else clip  # all frames are one
@@ -102,7 +104,7 @@ def place(
     alpha: bool,
     plan: Mapping[str, Any],
     mode: str,
-    size: int,
+    size: Size,
     fast: bool = False,
 ) -> np.ndarray:
     """Cuts, resizes and augments decoded pixels as planned.
@@ -114,8 +116,9 @@ def place(
         plan: one row of PLAN's arrays.
 
     Returns:
-        uint8 [S, S, 3].
+        uint8 [S, T, 3].
     """
+    high, wide = image_shape.pair(size)
     pixels = _cut(pixels, ratio, plan)
     if mode in ("drawing", "randaugment"):
         if plan["shrink"]:
@@ -123,7 +126,7 @@ def place(
         pixels = cv2.warpAffine(
             np.ascontiguousarray(pixels),
             plan["warp"],
-            (size, size),
+            (wide, high),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT if alpha else cv2.BORDER_REPLICATE,
             borderValue=plan["background"].tolist(),
@@ -133,7 +136,7 @@ def place(
             if op != augment.KEEP:
                 pixels = operate(pixels, op, strength)
         return pixels
-    return _resized(pixels, (size, size), plan, fast)
+    return _resized(pixels, (high, wide), plan, fast)
 
 
 def render_native(
@@ -194,7 +197,7 @@ def _read(
     return pixels, 1, False
 
 
-def resize(pixels: np.ndarray, size: int | tuple[int, int], fast: bool = False) -> np.ndarray:
+def resize(pixels: np.ndarray, size: Size, fast: bool = False) -> np.ndarray:
     """uint8 [h, w, 3] to size, a square's side or (height, width), antialiased.
 
     The exact way is that of evaluation: PIL's, a triangle as wide as the output's pixels. The fast
@@ -202,7 +205,7 @@ def resize(pixels: np.ndarray, size: int | tuple[int, int], fast: bool = False) 
     triangle's, then interpolates: equal at scales 1 and 2, close between them (a mean difference
     below one level), three times quicker. Above 2 it takes the mean of whole pixels first.
     """
-    high, wide = (size, size) if isinstance(size, int) else size
+    high, wide = image_shape.pair(size)
     if not fast:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         return np.asarray(image.resize((wide, high), Image.Resampling.BILINEAR))
@@ -226,7 +229,7 @@ def _taps(scale: float) -> np.ndarray:
 
 
 def operate(pixels: np.ndarray, op: int, strength: float) -> np.ndarray:
-    """The operations of augment.py that are not linear, on uint8 [S, S, 3]."""
+    """The operations of augment.py that are not linear, on uint8 [S, T, 3]."""
     levels = np.arange(256)
     if op == augment.OUTLINE:
         # Only the darker side of an edge: lines about a pixel wide.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from coca_jax import image_shape
 from coca_jax.config import Model
 from coca_jax.models import pooler_kinds
 
@@ -13,7 +16,7 @@ def model_flops(model: Model) -> int:
     GFLOP for the 2.1B model at 288 pixels and 64 tokens. A training step is three times that.
     """
     image, text, pooler = model.image, model.text, model.pooler
-    num_patches = (model.image_size // model.patch_size) ** 2
+    num_patches, patch_pixels = model.num_patches, math.prod(image_shape.pair(model.patch_size))
     tokens = num_patches + int(image.class_token)
     inside = tokens + image.registers
     length, queries = text.max_len, pooler.num_queries
@@ -28,7 +31,7 @@ def model_flops(model: Model) -> int:
     def mlp(n: int, width: int, dim: int) -> int:
         return (6 if model.gated_mlp else 4) * n * width * dim
 
-    patch = 2 * num_patches * model.patch_size**2 * 3 * image.width
+    patch = 2 * num_patches * patch_pixels * 3 * image.width
     encoder = image.depth * (
         attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import tqdm
 
+from coca_jax.image_shape import Size
+
 if TYPE_CHECKING:
     from coca_jax.inference.explain import Explanation
 
@@ -23,11 +25,12 @@ Record = Mapping[str, Any]
 class Predictor(Protocol):
     """What an evaluator asks of a model; N is at most the evaluator's batch size.
 
-    Images are uint8 [N, S, S, 3], or a list of N images as the records hold them. resize: 'squash'
-    or 'crop', how they come to the model's size.
+    Images are uint8 [N, S, T, 3], or a list of N images as the records hold them. resize: 'squash'
+    or 'crop', how they come to the model's size, image_size.
     """
 
     resize: str
+    image_size: Size
 
     def encode_image(self, images: Any) -> np.ndarray:
         """N images -> float32 [N, E], unit length."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from coca_jax import storage
+from coca_jax import image_shape, storage
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -72,19 +72,20 @@ def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: boo
     for item, reason in zip(items, reasons):
         if reason.attention.ndim > 2:  # of a clip's frames, of which one is shown
             continue
-        item["fit"] = predict.resize
+        item["fit"], item["aspect"] = predict.resize, image_shape.aspect(predict.image_size)
         item["words"] = [
             dict(
                 text=word.text or "end",
                 probability=math.exp(min(word.log_prob, 0.0)),
                 map=_encoded(word.attention),
+                columns=word.attention.shape[1],
             )
             for word in reason.words
         ]
 
 
 def _encoded(attention: np.ndarray) -> str:
-    """A map [G, G] as base64 of uint8, 255 where it is highest."""
+    """A map [R, C] as base64 of uint8, 255 where it is highest."""
     scaled = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
     return base64.b64encode(scaled.tobytes()).decode()
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from coca_jax import image_shape
 from coca_jax.config import Config, Model
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
@@ -204,7 +205,8 @@ def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[C
     )
     return config, (
         f"model: that of {weights.path}, {weights.parameters / 1e6:.1f}M parameters, "
-        f"{config.model.image_size} px, fine-tuned at a rate of {config.optimizer.learning_rate:g}"
+        f"{image_shape.words(config.model.image_size)} px, fine-tuned at a rate of "
+        f"{config.optimizer.learning_rate:g}"
     )
 
 
@@ -220,7 +222,7 @@ def _batch(
     most = 128 if size.width < 256 else 256 if size.width < 512 else 1024
     pairs = affordable(size, facts, machine, minutes)
     if weights:  # six operations a parameter and token, the parameters seen once a token
-        tokens = (config.model.image_size // config.model.patch_size) ** 2 + 32
+        tokens = config.model.num_patches + 32
         pairs = 60 * minutes * machine.flops * EFFICIENCY / (6 * weights.parameters * tokens)
         most = 128
     steps = _USUAL_STEPS / (4 if weights else 1)
@@ -253,7 +255,7 @@ def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]
 
 def _pictures(config: Config, facts: Facts, weights: Weights | None) -> tuple[Config, str]:
     """How pictures vary in training, so that the model does not learn them by heart."""
-    tiny = config.model.image_size <= 32
+    tiny = max(image_shape.pair(config.model.image_size)) <= 32
     mode = "none" if tiny else "drawing" if facts.drawn or not weights else "crop"
     # A mirrored picture is another one where captions say left, or name things in their order,
     # and where the classes are letters or numbers.

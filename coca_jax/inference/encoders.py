@@ -14,6 +14,7 @@ from coca_jax.config import Config, StoredConfig, checks
 from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.image_shape import Size
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
@@ -40,7 +41,7 @@ class Encoders:
             model, vocabulary.size, "use the vocabulary that the model was trained with"
         )
         self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
-        self.image_size: int = model.image_size
+        self.image_size: Size = model.image_size
         self.max_len: int = model.text.max_len
         self.resize: str = config.data.resize
         if num_frames is None:
@@ -55,7 +56,9 @@ class Encoders:
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
         module = self._module(params)
         self._programs = Programs(module, model, self._devices)
-        packed = (model.patch_size, native.budget(config)) if self.resize == "native" else None
+        packed = None
+        if self.resize == "native":
+            packed = native.patch_size(config), native.budget(config)
         self._reader = ImageReader(
             self.image_size, self.resize, self.num_frames, batch_size, self._devices, packed
         )

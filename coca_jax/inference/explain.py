@@ -1,6 +1,6 @@
 """Why a caption reads as it does: how probable each word was, and where the model looked for it.
 
-Shape letters: B images, L text length, T frames of a clip, G patches along a side.
+Shape letters: B images, L text length, T frames of a clip, R x C the grid of patches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Word:
 
     text: without spaces around it, '' for the end symbol. log_prob: of its tokens under the model,
     in nats. alternatives: the most probable tokens in the place of its first one, as (text, log
-    probability). attention: float32 [G, G], of clips [T, G, G], over the picture as the model sees
+    probability). attention: float32 [R, C], of clips [T, R, C], over the picture as the model sees
     it; sums to 1, less the part of a class token.
     """
 
@@ -39,8 +39,8 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """words: of the text, the end symbol last where it came. attention: float32 [G, G], of clips
-    [T, G, G], what the image's embedding is made of."""
+    """words: of the text, the end symbol last where it came. attention: float32 [R, C], of clips
+    [T, R, C], what the image's embedding is made of."""
 
     words: list[Word]
     attention: np.ndarray
@@ -69,7 +69,7 @@ def explanations(
     vocabulary: Vocabulary, ids: Sequence[Sequence[int]], found: tuple, shape: tuple[int, ...]
 ) -> list[Explanation]:
     """ids: of each text, begin symbol first; found: what `program` gave, as NumPy arrays; shape: of
-    a map, (G, G) or (T, G, G)."""
+    a map, (R, C) or (T, R, C)."""
     return [
         Explanation(_words(vocabulary, known, row, shape), row[1].reshape(shape))
         for known, *row in zip(ids, *found)

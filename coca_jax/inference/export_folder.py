@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import export_format, storage
+from coca_jax import export_format, image_shape, storage
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
 
@@ -94,6 +94,7 @@ def sizes(folder: str) -> dict[str, int]:
 def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str:
     """The model card, filled from the configuration and the scores of eval.json."""
     sizes, text = model.config.model, model.config.model.text
+    high, wide = image_shape.pair(sizes.image_size)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     kind = type(model.vocabulary).__name__
     rows = "\n".join(_score_rows(scores))
@@ -102,7 +103,7 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
         name=name,
         title=name.rpartition("/")[2],
         parameters=f"{count:,}",
-        image=f"{sizes.image_size} x {sizes.image_size} pixels, patches of {sizes.patch_size}",
+        image=f"{high} x {wide} pixels, patches of {image_shape.words(sizes.patch_size)}",
         image_encoder=f"{sizes.image.depth} layers of width {sizes.image.width}",
         text_decoder=f"{text.unimodal_depth} unimodal and {text.multimodal_depth} multimodal "
         f"layers of width {text.width}",
@@ -136,15 +137,20 @@ def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
 
 def _preprocessor(model: CoCaModel) -> dict[str, Any]:
     """How images are prepared, in the words of transformers' image processors."""
-    size, crop = model.image_size, model.resize == "crop"
-    square = dict(height=size, width=size)
+    (high, wide), crop = image_shape.pair(model.image_size), model.resize == "crop"
+    size = dict(height=high, width=wide)
+    if crop and high != wide:
+        raise ValueError(
+            f"model.image_size={model.image_size} with data.resize='crop': transformers' image "
+            "processors have no words for that; export without the hub's layout (coca-jax export)"
+        )
     return dict(
         do_convert_rgb=True,
         do_resize=True,
-        size=dict(shortest_edge=size) if crop else square,
+        size=dict(shortest_edge=high) if crop else size,
         resample=3 if crop else 2,  # bicubic, bilinear
         do_center_crop=crop,
-        crop_size=square,
+        crop_size=size,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,

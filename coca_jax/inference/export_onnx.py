@@ -18,7 +18,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import export_format, extras, storage
+from coca_jax import export_format, extras, image_shape, storage
 from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models.pixels import normalise_pixels
@@ -81,13 +81,13 @@ def file(folder: str, name: str, kind: str = "") -> str:
 
 
 class Arrays:
-    """Inputs of the sizes of `model`, `batch` rows: image uint8 [N, S, S, 3], tokens int32 [N, L]
+    """Inputs of the sizes of `model`, `batch` rows: image uint8 [N, S, T, 3], tokens int32 [N, L]
     with valid bool [N, L]."""
 
     def __init__(self, model: CoCaModel, batch: int) -> None:
         rng, vocabulary = np.random.default_rng(0), model.vocabulary
-        side, shape = model.image_size, (batch, model.max_len)
-        self.image = rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+        size, shape = image_shape.pair(model.image_size), (batch, model.max_len)
+        self.image = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
         self.tokens = rng.integers(0, vocabulary.size, shape).astype(np.int32)
         ends = (vocabulary.eos_id, vocabulary.hidden_id)
         self.tokens[np.isin(self.tokens, [i for i in ends if i is not None])] = vocabulary.bos_id

@@ -268,8 +268,7 @@ class CoCaModel(Encoders):
             else:
                 tokens, valid = self._tokenize([text])
                 ids.append(tokens[0, : np.flatnonzero(valid[0])[-1] + 1].tolist())
-        grid = self.image_size // self.config.model.patch_size
-        shape = (self.num_frames,) * bool(self.num_frames) + (grid, grid)
+        shape = (self.num_frames,) * bool(self.num_frames) + self.config.model.grid
         found: list[Explanation] = []
         for pixels in self._reader.batches(images, progress):
             known = ids[len(found) : len(found) + len(pixels)]

@@ -13,9 +13,11 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from coca_jax import image_shape
 from coca_jax.data import image_files, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
+from coca_jax.image_shape import Size
 from coca_jax.inference.devices import Devices
 from coca_jax.models import native_layout
 
@@ -24,7 +26,7 @@ class ImageReader:
     """Reads and resizes as in evaluation.
 
     Args:
-        size: S, of the model's images.
+        size: S x T, of the model's images.
         resize: 'squash' or 'crop', how others come to that size; those of it stay as they are.
         num_frames: T, with which all images are taken for videos; 0: images.
         batch_size: images, or frames, at a time.
@@ -34,7 +36,7 @@ class ImageReader:
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         resize: str,
         num_frames: int,
         batch_size: int,
@@ -48,7 +50,7 @@ class ImageReader:
     def batches(
         self, images: Any, progress: bool, num_frames: int = 0, *, even: bool = False
     ) -> Iterator[np.ndarray]:
-        """uint8 [b, S, S, 3], b even where asked, of videos [b, T, S, S, 3]; the next batch is
+        """uint8 [b, S, T, 3], b even where asked, of videos [b, F, S, T, 3]; the next batch is
         read by threads while one is used."""
         frames = num_frames or self._num_frames
         if self._native and native_data.is_packed(images, *self._native):
@@ -74,20 +76,20 @@ class ImageReader:
                     bar.update(count)
 
     def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
-        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3]; in its own aspect ratio packed,
+        """One image -> uint8 [S, T, 3], one video -> [F, S, T, 3]; in its own aspect ratio packed,
         [N, P * P * 3 + 4], see data/native.py.
 
         num_frames: T; 0: the reader's. Raises ValueError: cannot be decoded.
         """
         if self._native:
             return self._packed(image, num_frames or self._num_frames, *self._native)
-        frames, square = num_frames or self._num_frames, (self._size, self._size)
+        frames, size = num_frames or self._num_frames, image_shape.pair(self._size)
         if image is _ELSEWHERE:
-            return np.zeros(((frames,) if frames else ()) + (*square, 3), np.uint8)
+            return np.zeros(((frames,) if frames else ()) + (*size, 3), np.uint8)
         pictures = videos.decode(image, frames) if frames else [image_data.decode(image)]
         fitted = [
             picture
-            if picture.shape[:2] == square
+            if picture.shape[:2] == size
             else image_data.preprocess_eval(picture, self._size, self._resize)
             for picture in pictures
         ]

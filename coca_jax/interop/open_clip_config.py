@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 from coca_jax.config import BLOCK, Model
+from coca_jax.image_shape import Size
 from coca_jax.interop.open_clip_keys import (
     check_keys,
     check_numbers,
     is_number,
     section_of,
     short,
-    square,
+    sides,
 )
 from coca_jax.models import pooler_kinds
 
@@ -73,8 +74,8 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     image, fusion = config["vision_cfg"], config["multimodal_cfg"]
     text = _text(config["text_cfg"], fusion, config["embed_dim"])
     return dict(
-        image_size=square(image.get("image_size", 224), "vision_cfg.image_size"),
-        patch_size=square(image.get("patch_size", 16), "vision_cfg.patch_size"),
+        image_size=sides(image.get("image_size", 224), "vision_cfg.image_size"),
+        patch_size=sides(image.get("patch_size", 16), "vision_cfg.patch_size"),
         embed_dim=config["embed_dim"],
         dtype="float32",
         image_mean=tuple(preprocess["mean"]),
@@ -195,12 +196,12 @@ def from_model(model: Model) -> dict[str, Any]:
     result: dict[str, Any] = dict(
         embed_dim=model.embed_dim,
         vision_cfg=dict(
-            image_size=model.image_size,
+            image_size=_written(model.image_size),
             layers=image.depth,
             width=image.width,
             head_width=image.width // image.num_heads,
             mlp_ratio=image.mlp_dim / image.width,
-            patch_size=model.patch_size,
+            patch_size=_written(model.patch_size),
             attentional_pool=pooler.kind if second else True,
             attn_pooler_queries=pooler.num_queries,
             attn_pooler_heads=pooler.num_heads,
@@ -238,6 +239,11 @@ def from_model(model: Model) -> dict[str, Any]:
         if own["norm_eps"] != EPSILON:
             result[name]["norm_kwargs"] = {"eps": own["norm_eps"]}
     return result
+
+
+def _written(size: Size) -> int | list[int]:
+    """A size as JSON has it."""
+    return size if isinstance(size, int) else list(size)
 
 
 _SECTIONS = dict(vision_cfg="image", text_cfg="text", multimodal_cfg="multimodal")

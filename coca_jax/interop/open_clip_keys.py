@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from coca_jax import image_shape
+
 _UNSUPPORTED_BLOCK = dict(
     act_kwargs=(None, {}, {"approximate": "none"}, {"approximate": "tanh"}),
     block_type=(None, "default", "custom"),
@@ -166,11 +168,10 @@ def check_keys(section: dict[str, Any], part: str) -> None:
         raise ValueError("text_cfg.embed_cls=False is not supported; only True")
 
 
-def square(size: Any, name: str) -> int:
-    """The side of a square given by one number or by equal ones. Raises ValueError for others."""
-    sizes = list(size) if isinstance(size, (list, tuple)) else [size]
-    if not sizes or any(not is_whole(one) or one != sizes[0] for one in sizes):
-        raise ValueError(f"{name}={short(size)}: only squares are supported")
-    if not 1 <= sizes[0] <= _MOST["image_size"]:
-        raise ValueError(f"{name}={short(size)}: give 1 to {_MOST['image_size']} pixels")
-    return sizes[0]
+def sides(size: Any, name: str) -> image_shape.Size:
+    """A size given by one number or by (height, width). Raises ValueError for anything else."""
+    given = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    most = _MOST["image_size"]
+    if len(given) != 2 or not all(is_whole(one) and 1 <= one <= most for one in given):
+        raise ValueError(f"{name}={short(size)}: give 1 to {most} pixels, or height and width")
+    return image_shape.shortest(given)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_jax import image_shape
 from coca_jax.config import Model
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.open_clip_config import block_options
@@ -83,9 +84,9 @@ class Layout:
     def _image_side(self, model: Model) -> None:
         """`visual` there; image_encoder, the poolers and what leads to the embedding here."""
         image, pooler, dim = model.image, model.pooler, model.text.width
-        width, patch = image.width, model.patch_size
+        width, (high, wide) = image.width, image_shape.pair(model.patch_size)
         kind = pooler_kinds.of(pooler.kind)
-        positions = (model.image_size // patch) ** 2 + 1
+        positions = model.num_patches + 1
         self._add("image_encoder/class_token/value", "visual.class_embedding", (width,))
         self._add(
             "image_encoder/positions/value", "visual.positional_embedding", (positions, width)
@@ -93,8 +94,8 @@ class Layout:
         self._add(
             "image_encoder/patch_embedding/kernel",
             "visual.conv1.weight",
-            (patch * patch * 3, width),
-            shape_there=(width, 3, patch, patch),
+            (high * wide * 3, width),
+            shape_there=(width, 3, high, wide),
             axes=(2, 3, 1, 0),
         )
         if image.pre_norm:

@@ -12,7 +12,7 @@ from typing import Any
 
 from coca_jax.data import bounded_json, files
 from coca_jax.interop import open_clip_config, timm_trunks
-from coca_jax.interop.open_clip_keys import is_number, short, square
+from coca_jax.interop.open_clip_keys import is_number, short, sides
 
 CONFIG_FILE, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -216,14 +216,14 @@ def _model(
     """config.model of towers."""
     clip = family == "clip"
     heads = text["num_heads"] if clip else image["num_heads"]
-    sides = dict(
-        image_size=square(image.pop("size"), "image_size"),
-        patch_size=square(image.pop("patch"), "patch_size"),
+    pixels = dict(
+        image_size=sides(image.pop("size"), "image_size"),
+        patch_size=sides(image.pop("patch"), "patch_size"),
     )
     arrangement = dict(class_token=clip, pre_norm=clip, final_norm=not clip, patch_bias=not clip)
     return dict(
         family=family,
-        **sides,
+        **pixels,
         embed_dim=embed_dim,
         dtype="float32",
         image_mean=tuple(preprocess["mean"]),

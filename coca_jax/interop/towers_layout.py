@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from coca_jax import image_shape
 from coca_jax.config import Model
 from coca_jax.interop.open_clip_config import block_options
 from coca_jax.interop.open_clip_layout import Layout
@@ -41,12 +42,12 @@ class TowersLayout(Layout):
         self._index()
 
     def _patches(self, model: Model, key: str) -> None:
-        width, patch = model.image.width, model.patch_size
+        width, (high, wide) = model.image.width, image_shape.pair(model.patch_size)
         self._add(
             "image_encoder/patch_embedding/kernel",
             f"{key}.weight",
-            (patch * patch * 3, width),
-            shape_there=(width, 3, patch, patch),
+            (high * wide * 3, width),
+            shape_there=(width, 3, high, wide),
             axes=(2, 3, 1, 0),
         )
         if model.image.patch_bias:
@@ -54,7 +55,7 @@ class TowersLayout(Layout):
 
     def _open_clip(self, model: Model, prefix: str) -> None:
         image, text, embed = model.image, model.text, model.embed_dim
-        places = (model.image_size // model.patch_size) ** 2 + 1
+        places = model.num_patches + 1
         self._add("image_encoder/class_token/value", "visual.class_embedding", (image.width,))
         self._add(
             "image_encoder/positions/value", "visual.positional_embedding", (places, image.width)
@@ -82,7 +83,7 @@ class TowersLayout(Layout):
     def _siglip_of_open_clip(self, model: Model) -> None:
         """A trunk of timm, and open_clip's text tower with a bias behind it."""
         image, text, trunk = model.image, model.text, "visual.trunk"
-        places, width = (model.image_size // model.patch_size) ** 2, image.width
+        places, width = model.num_patches, image.width
         self._add(
             "image_encoder/positions/value",
             f"{trunk}.pos_embed",
@@ -140,7 +141,7 @@ class TowersLayout(Layout):
     def _transformers(self, model: Model) -> None:
         image, text, embed = model.image, model.text, model.embed_dim
         clip = model.family == "clip"
-        vision, places = "vision_model", (model.image_size // model.patch_size) ** 2
+        vision, places = "vision_model", model.num_patches
         if clip:
             token = f"{vision}.embeddings.class_embedding"
             self._add("image_encoder/class_token/value", token, (image.width,))

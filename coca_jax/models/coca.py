@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.config import Head, Model, checks
 from coca_jax.models import heads, layers, native, native_layout, pooler_kinds
@@ -265,9 +266,11 @@ class CoCa(nn.Module):
 
     def predict_hidden(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(tokens predicted of images with hidden patches, [B, N, W]; bool [B, N], which)."""
-        side = pixels.shape[1] // self.encoder.patch_size
-        shape = (pixels.shape[0], side * side)
-        count = max(1, round(self.hidden_share * side * side))
+        rows, columns = image_shape.grid(
+            (pixels.shape[1], pixels.shape[2]), self.encoder.patch_size
+        )
+        shape = (pixels.shape[0], rows * columns)
+        count = max(1, round(self.hidden_share * rows * columns))
         hidden = jnp.zeros(shape, bool)
         if self.is_initializing():
             hidden = hidden.at[:, :count].set(True)
@@ -353,7 +356,7 @@ def build(
 def init(model: CoCa, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names (see partitioning.unbox)."""
     encoder, decoder = model.encoder, model.decoder
-    pixels = jnp.zeros((1, encoder.image_size, encoder.image_size, 3), jnp.float32)
+    pixels = jnp.zeros((1, *image_shape.pair(encoder.image_size), 3), jnp.float32)
     tokens = jnp.zeros((1, decoder.max_len), jnp.int32)
     inputs = (pixels, tokens, jnp.ones(tokens.shape, bool))
     if model.task_head is None or model.task_head.kind.shares_pass:

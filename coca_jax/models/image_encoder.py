@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from coca_jax import image_shape
+from coca_jax.image_shape import Size
 from coca_jax.models import block, layers, native, native_layout, rotary
 from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.models.stem import ConvStem
@@ -31,11 +33,11 @@ PARTS = dict(
 
 
 class ImageEncoder(nn.Module):
-    """pixels float [B, S, S, 3], normalised -> tokens [B, N, D] in `dtype`.
+    """pixels float [B, S, T, 3], normalised -> tokens [B, N, D] in `dtype`.
 
-    S is image_size, or another multiple of patch_size: positions are then resampled. Images of any
-    shape are packed, [B, N, P * P * 3 + 4] (see native.py): tokens of padding say nothing, and no
-    other token looks at them.
+    S x T, height and width, is image_size, or of a stage of a size curriculum: positions are then
+    resampled. Images of any shape are packed, [B, N, P * P * 3 + 4] (see native.py): tokens of
+    padding say nothing, and no other token looks at them.
 
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
@@ -46,8 +48,8 @@ class ImageEncoder(nn.Module):
     patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
     """
 
-    image_size: int
-    patch_size: int
+    image_size: Size
+    patch_size: Size
     width: int
     depth: int
     mlp_dim: int
@@ -73,26 +75,24 @@ class ImageEncoder(nn.Module):
         masked: jax.Array | None = None,
     ) -> jax.Array:
         """masked: bool [B, N], patches in whose place a learned token stands, or None."""
-        side, options = pixels.shape[1], self.options
+        options = self.options
         patches = native.read(pixels) if native_layout.is_packed(pixels.shape) else None
         if patches is not None:
             self._check_packed(pixels, masked)
-        elif pixels.shape[1:] != (side, side, 3) or side % self.patch_size:
-            raise ValueError(
-                f"pixels have shape {pixels.shape}; the model takes square RGB images with a side "
-                f"that is a multiple of {self.patch_size}, best {self.image_size}: resize them"
-            )
+        else:
+            self._check_pixels(pixels.shape)
+        size = self.image_size if patches is not None else (pixels.shape[1], pixels.shape[2])
         x = self._embedded(pixels if patches is None else patches.pixels, masked)
         classes = int(self.class_token)
         first = (
             layers.Table((self.width,), axes=("norm",), name="class_token")() if classes else None
         )
         if options.learned:
-            table = self._table(side if patches is None else self.image_size)
+            table = self._table(size)
             own = table[classes:]
             x = x + (own if patches is None else native.table_at(own, patches)).astype(x.dtype)
             first = None if first is None else first.astype(x.dtype) + table[0].astype(x.dtype)
-        rotation = self._rotation(side, patches) if options.rotary else None
+        rotation = self._rotation(size, patches) if options.rotary else None
         if self.patch_dropout and not deterministic:
             kept = kept_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
             x = take_tokens(x, kept)
@@ -126,9 +126,27 @@ class ImageEncoder(nn.Module):
             x = layers.Norm(options, name="final_norm")(x)
         return x
 
+    def _check_pixels(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for pixels that are no images of the model's size, or of another of
+        its proportions."""
+        own = image_shape.pair(self.image_size)
+        if (
+            len(shape) == 4
+            and shape[-1] == 3
+            and image_shape.divides(self.patch_size, (shape[1], shape[2]))
+        ):
+            if own[0] != own[1] or shape[1] == shape[2]:
+                return
+        kind = "square RGB images with a side" if own[0] == own[1] else "RGB images with sides"
+        raise ValueError(
+            f"pixels have shape {shape}; the model takes {kind} that is a multiple of "
+            f"{image_shape.words(self.patch_size)}, best {image_shape.words(self.image_size)}: "
+            "resize them"
+        )
+
     def _check_packed(self, pixels: jax.Array, masked: jax.Array | None) -> None:
         """Raises ValueError for what does not go with images of any shape."""
-        width = native_layout.width(self.patch_size)
+        width = native_layout.width(self._square_patch())
         if pixels.ndim != 3 or pixels.shape[-1] != width:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images [B, S, S, 3] "
@@ -140,8 +158,17 @@ class ImageEncoder(nn.Module):
                 "image.patch_dropout nor hidden patches; use plain patches, or data.resize='squash'"
             )
 
+    def _square_patch(self) -> int:
+        """The side of a patch. Raises ValueError where patches, or images, are not square."""
+        if not isinstance(self.patch_size, int) or not isinstance(self.image_size, int):
+            raise ValueError(
+                f"packed images go with square images and patches, and this model has image_size="
+                f"{self.image_size} and patch_size={self.patch_size}; give pixels of that size"
+            )
+        return self.patch_size
+
     def _embedded(self, pixels: jax.Array, masked: jax.Array | None) -> jax.Array:
-        """pixels [B, S, S, 3], or patches [B, N, P * P * 3] -> [B, N, D], without positions."""
+        """pixels [B, S, T, 3], or patches [B, N, P * P * 3] -> [B, N, D], without positions."""
         options = self.options
         if self.conv_widths:
             sizes = self.conv_widths, self.conv_depths
@@ -164,39 +191,41 @@ class ImageEncoder(nn.Module):
         token = layers.Table((self.width,), axes=("norm",), name="mask_token")()
         return jnp.where(masked[:, :, None], token.astype(x.dtype), x)
 
-    def _table(self, side: int) -> jax.Array:
+    def _table(self, size: Size) -> jax.Array:
         """The learned positions of images of a size, [class token + N, D], float32."""
-        grid, classes = self.image_size // self.patch_size, int(self.class_token)
+        own, classes = image_shape.grid(self.image_size, self.patch_size), int(self.class_token)
         positions = layers.Table(
-            (grid * grid + classes, self.width),
+            (own[0] * own[1] + classes, self.width),
             axes=("position", "embed"),
-            initializer=layers.grid_waves(classes),
+            initializer=layers.grid_waves(classes, own),
             name="positions",
         )()
-        if side == self.image_size:
+        grid = image_shape.grid(size, self.patch_size)
+        if grid == own:
             return positions
         # A stage of a size curriculum: the same places, resampled.
-        patches = positions[classes:].reshape(grid, grid, self.width)
-        shape = (side // self.patch_size,) * 2 + (self.width,)
-        patches = jax.image.resize(patches, shape, "linear").reshape(-1, self.width)
+        patches = positions[classes:].reshape(*own, self.width)
+        patches = jax.image.resize(patches, (*grid, self.width), "linear").reshape(-1, self.width)
         return jnp.concatenate([positions[:classes], patches])
 
-    def _rotation(self, side: int, patches: native.Patches | None) -> jax.Array:
+    def _rotation(self, size: Size, patches: native.Patches | None) -> jax.Array:
         """The rotation of the patches of images of a size, [1, N, K], or of any, [B, N, K]."""
-        own = self.image_size // self.patch_size
+        own = image_shape.grid(self.image_size, self.patch_size)
         if patches is None:
-            places = rotary.grid(side // self.patch_size, own)[None]
+            places = rotary.grid(image_shape.grid(size, self.patch_size), own)[None]
         else:
-            places = native.places_of(patches, own)
+            places = native.places_of(patches, own[0])
         return rotary.of_places(places, self.width // self.num_heads, self.rope_theta)
 
 
-def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """[B, S, S, 3] -> [B, (S / P)^2, P * P * 3]; a patch is flattened (row, column, channel)."""
-    batch, size, _, channels = pixels.shape
-    grid = size // patch_size
-    x = pixels.reshape(batch, grid, patch_size, grid, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, -1)
+def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:
+    """[B, S, T, 3] -> [B, N, P * Q * 3] of patches P x Q, row by row; a patch is flattened (row,
+    column, channel)."""
+    batch, height, width, channels = pixels.shape
+    high, wide = image_shape.pair(patch_size)
+    rows, columns = image_shape.grid((height, width), patch_size)
+    x = pixels.reshape(batch, rows, high, columns, wide, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
 def kept_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:

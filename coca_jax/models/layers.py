@@ -352,20 +352,20 @@ class Table(nn.Module):
         return self.param("value", with_axes(init, *self.axes), self.shape)
 
 
-def grid_waves(extra: int) -> Callable[..., jax.Array]:
-    """Initialiser of positions [extra + G * G, D]: sines and cosines of row and column, as large as
-    the patch embeddings, so that places can be told from the first step on; `extra` rows are 0.
+def grid_waves(extra: int, grid: tuple[int, int]) -> Callable[..., jax.Array]:
+    """Initialiser of positions [extra + R * C, D] of a grid of R x C patches: sines and cosines of
+    row and column, as large as the patch embeddings, so that places can be told from the first step
+    on; `extra` rows are 0.
     """
 
     def init(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-        count, width = shape
-        side = round((count - extra) ** 0.5)
+        width = shape[1]
         quarter = -(-width // 4)
         frequency = 1.0 / 10_000 ** (jnp.arange(quarter) / quarter)
-        angle = jnp.arange(side)[:, None] * frequency  # [G, D / 4]
+        angle = jnp.arange(max(grid))[:, None] * frequency  # [G, D / 4]
         wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
-        rows = jnp.repeat(wave, side, axis=0)
-        columns = jnp.tile(wave, (side, 1))
+        rows = jnp.repeat(wave[: grid[0]], grid[1], axis=0)
+        columns = jnp.tile(wave[: grid[1]], (grid[0], 1))
         table = jnp.concatenate([rows, columns], axis=1)[:, :width]
         return jnp.concatenate([jnp.zeros((extra, width)), table]).astype(dtype)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from coca_jax import image_shape
 from coca_jax.config import Model
+from coca_jax.image_shape import Size
 from coca_jax.models.native_layout import PLACE, is_packed
 
 
@@ -22,10 +24,11 @@ def normalise_pixels(image: jax.Array, model: Model) -> jax.Array:
     return (image.astype(jnp.float32) - mean) / std
 
 
-def shrink(image: jax.Array, size: int) -> jax.Array:
-    """[..., S, S, 3] -> [..., size, size, 3], averaging pixels; as it is when S = size, and where
-    images are packed."""
-    if image.shape[-2] == size or is_packed(image.shape):
+def shrink(image: jax.Array, size: Size) -> jax.Array:
+    """[..., S, T, 3] -> [..., height, width, 3] of `size`, averaging pixels; as it is where they
+    have that size, and where images are packed."""
+    height, width = image_shape.pair(size)
+    if is_packed(image.shape) or image.shape[-3:-1] == (height, width):
         return image
-    shape = image.shape[:-3] + (size, size, 3)
+    shape = image.shape[:-3] + (height, width, 3)
     return jax.image.resize(image.astype(jnp.float32), shape, "linear", antialias=True)

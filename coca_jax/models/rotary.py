@@ -30,11 +30,11 @@ def of_places(places: jax.Array, head_width: int, theta: float) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-def grid(side: int, own_side: int) -> jax.Array:
-    """Places [side * side, 2] of patches, row by row, in units of a grid of own_side patches: the
-    middles of patches of another number on the same picture."""
-    line = (jnp.arange(side) + 0.5) * (own_side / side) - 0.5
-    return jnp.stack(jnp.meshgrid(line, line, indexing="ij"), -1).reshape(side * side, 2)
+def grid(shape: tuple[int, int], own: tuple[int, int]) -> jax.Array:
+    """Places [R * C, 2] of a grid of patches of R x C, row by row, in units of the model's `own`:
+    the middles of patches of another number on the same picture."""
+    lines = [(jnp.arange(n) + 0.5) * (known / n) - 0.5 for n, known in zip(shape, own)]
+    return jnp.stack(jnp.meshgrid(*lines, indexing="ij"), -1).reshape(shape[0] * shape[1], 2)
 
 
 def unturned(batch: int, count: int, head_width: int) -> jax.Array:

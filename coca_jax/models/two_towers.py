@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.config import Model, checks
 from coca_jax.models import block, layers
@@ -206,6 +207,6 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
 
 def init(module: TwoTowers, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names."""
-    side, length = module.encoder.image_size, module.tower.max_len
-    pixels, tokens = jnp.zeros((1, side, side, 3)), jnp.zeros((1, length), jnp.int32)
+    size, length = image_shape.pair(module.encoder.image_size), module.tower.max_len
+    pixels, tokens = jnp.zeros((1, *size, 3)), jnp.zeros((1, length), jnp.int32)
     return module.init(rng, pixels, tokens, jnp.ones(tokens.shape, bool))["params"]

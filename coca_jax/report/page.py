@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from etils import epath
 
-from coca_jax import storage
+from coca_jax import image_shape, storage
 from coca_jax.config.section import flatten
 from coca_jax.report import charts, examples, numbers, run_files, scores
 from coca_jax.report.run_files import RunFiles
@@ -118,7 +118,8 @@ def summary(run: RunFiles) -> str:
         parts.append(f"batch {config['batch_size']:,}")
     model = config.get("model", {})
     if "image_size" in model:
-        parts.append(f"{model['image_size']} px, patch {model.get('patch_size', '?')}")
+        size, patch = (image_shape.words(model.get(k, "?")) for k in ("image_size", "patch_size"))
+        parts.append(f"{size} px, patch {patch}")
     seconds = sum(charts.time_totals(rows).values())
     if seconds:
         parts.append(numbers.duration(seconds))
@@ -165,7 +166,8 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
         for entry in data.get("sources", ())
     ]
     found = {
-        "Model": f"CoCa, {model.get('image_size')} px, patch {model.get('patch_size')}",
+        "Model": f"CoCa, {image_shape.words(model.get('image_size'))} px, "
+        f"patch {image_shape.words(model.get('patch_size'))}",
         "Image encoder": (
             f"width {image.get('width', '?')}, depth {image.get('depth', '?')}" if image else ""
         ),

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
+from coca_jax import image_shape
 from coca_jax import ops as operations
+from coca_jax.image_shape import Size
 from coca_jax.training import text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
@@ -15,7 +17,7 @@ from coca_jax.training.setup import Run
 from coca_jax.training.state import TrainState, state_shardings
 from coca_jax.training.step import make_train_step, size_at
 
-Shape = tuple[int, text_lengths.Lengths]  # image size, lengths of captions
+Shape = tuple[Size, text_lengths.Lengths]  # image size, lengths of captions
 
 
 class Programs:
@@ -32,7 +34,7 @@ class Programs:
         _, shardings = state_shardings(model, config, mesh)
 
         @functools.cache
-        def program(size: int, lengths: text_lengths.Lengths) -> Any:
+        def program(size: Size, lengths: text_lengths.Lengths) -> Any:
             step = make_train_step(model, config, steps, size, lengths)
             options = operations.compiler_options(mesh.devices.flat[0].platform)
             return jax.jit(
@@ -64,4 +66,5 @@ class Programs:
             self._run.begin("compiling the train step")
             return
         size, lengths = shape
-        self._run.say(f"compiling the step for {size} px and captions of {lengths} tokens ...")
+        pixels = image_shape.words(size)
+        self._run.say(f"compiling the step for {pixels} px and captions of {lengths} tokens ...")

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import checkpointing, metrics, run_config, storage
+from coca_jax import checkpointing, image_shape, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data.features import Features
 from coca_jax.evaluators import results
@@ -248,10 +248,10 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
     if run.config.init_from:
         from coca_jax import warm_start
 
-        positions = run.config.init_positions
-        state = warm_start.apply(
-            state, run.config.init_from, run.class_names, positions, run.config.init_parts
-        )
+        config, model = run.config, run.config.model
+        grid = image_shape.grid(model.image_size, model.patch_size)
+        how = (config.init_positions, config.init_parts, grid)
+        state = warm_start.apply(state, config.init_from, run.class_names, *how)
     return state, 0
 
 

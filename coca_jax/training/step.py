@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from coca_jax import lora
+from coca_jax import image_shape, lora
 from coca_jax.config import Config
+from coca_jax.image_shape import Size
 from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
 from coca_jax.ops import packed
@@ -29,14 +30,14 @@ from coca_jax.training.state import TrainState, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim
 
 
-def size_at(config: Config, step: int, steps: int) -> int:
+def size_at(config: Config, step: int, steps: int) -> Size:
     """Image size of a step by config.image_sizes: ((share of the run, size), ...), then the
     model's own (CLIPA: small images first, full size at the end)."""
     done = 0.0
     for share, size in config.image_sizes:
         done += share
         if step < done * steps:
-            return int(size)
+            return image_shape.shortest(size)
     return config.model.image_size
 
 
@@ -96,7 +97,7 @@ def make_train_step(
     model: CoCa,
     config: Config,
     steps: int,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     lengths: Lengths | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics); jit it with the state donated.

@@ -6,15 +6,17 @@ for (const seen of document.querySelectorAll('.seen')) {
   const show = word => {
     canvas.hidden = !word;
     if (!word) return;
-    const map = Uint8Array.from(atob(word.dataset.map), c => c.charCodeAt(0)), side = Math.sqrt(map.length);
-    const small = Object.assign(document.createElement('canvas'), {width: side, height: side});
-    const dark = new ImageData(side, side);
+    const map = Uint8Array.from(atob(word.dataset.map), c => c.charCodeAt(0)), across = +word.dataset.columns || Math.sqrt(map.length), down = map.length / across;
+    const small = Object.assign(document.createElement('canvas'), {width: across, height: down});
+    const dark = new ImageData(across, down);
     map.forEach((value, i) => dark.data.set([8, 12, 24, 215 * (1 - (value / 255) ** 0.8)], 4 * i));
     small.getContext('2d').putImageData(dark, 0, 0);
-    // The picture stands whole in a square; the model saw all of it, squashed, or its middle.
+    // The picture stands whole in a square; the model saw all of it, squashed, or its middle in the
+    // proportions of the model's images.
     const box = img.clientWidth, scale = box / Math.max(img.naturalWidth, img.naturalHeight);
     const sides = [img.naturalWidth * scale, img.naturalHeight * scale];
-    const [w, h] = seen.dataset.fit === 'crop' ? sides.fill(Math.min(...sides)) : sides;
+    const aspect = +seen.dataset.aspect || 1, high = Math.min(sides[0] / aspect, sides[1]);
+    const [w, h] = seen.dataset.fit === 'crop' ? [high * aspect, high] : sides;
     Object.assign(canvas, {width: 2 * w, height: 2 * h});
     Object.assign(canvas.style, {width: w + 'px', height: h + 'px', left: (box - w) / 2 + 'px', top: (box - h) / 2 + 'px'});
     canvas.getContext('2d').drawImage(small, 0, 0, 2 * w, 2 * h);

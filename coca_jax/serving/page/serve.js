@@ -140,15 +140,15 @@ document.addEventListener("paste", (event) => {
 
 let lit = null; // what `heat` shows, for when the window changes
 
-// A map [G][G] over the part of the picture that the model sees; of clips there is none here.
+// A map [R][C] over the part of the picture that the model sees; of clips there is none here.
 function heat(map, says) {
   $("looks").textContent = says;
   const picture = $("shown");
   if (!map || current?.clip || info.num_frames || !picture.naturalWidth) return hideHeat(says);
-  const rows = map.length;
-  const small = make("canvas", { width: rows, height: rows });
+  const rows = map.length, columns = map[0].length;
+  const small = make("canvas", { width: columns, height: rows });
   const most = Math.max(...map.flat());
-  const image = new ImageData(rows, rows);
+  const image = new ImageData(columns, rows);
   map.flat().forEach((value, i) => {
     const strength = most ? value / most : 0;
     // What is not looked at is covered, what is looked at stays clear.
@@ -156,8 +156,10 @@ function heat(map, says) {
   });
   small.getContext("2d").putImageData(image, 0, 0);
   const { width, height } = picture.getBoundingClientRect();
-  const side = Math.min(width, height);
-  const [w, h] = info.resize === "crop" ? [side, side] : [width, height];
+  // The middle of the picture, in the proportions of the model's images.
+  const [high, wide] = [info.image_size, info.image_size].flat().slice(0, 2);
+  const scale = Math.min(width / wide, height / high);
+  const [w, h] = info.resize === "crop" ? [wide * scale, high * scale] : [width, height];
   const canvas = $("heat");
   canvas.width = Math.round(w * devicePixelRatio);
   canvas.height = Math.round(h * devicePixelRatio);
@@ -477,7 +479,7 @@ async function start() {
   $("name").textContent = document.title = info.name;
   const kind = info.num_frames ? `clips of ${info.num_frames} frames` : "pictures";
   const found = info.index ? `, ${plural(info.index.pictures, "picture")} to search` : "";
-  $("about").textContent = `A model of ${kind} at ${info.image_size} pixels${found}.`;
+  $("about").textContent = `A model of ${kind} at ${[].concat(info.image_size).join(" × ")} pixels${found}.`;
   if (info.num_frames) $("file").accept = "image/*,video/*";
   $("tab-search").hidden = !info.index;
   $("tab-ask").hidden = !(info.answers || (info.head && info.head.images === 1));

@@ -1,0 +1,43 @@
+"""Heights and widths: sizes of images and patches are one number of pixels, the side of a square,
+or a pair (height, width). What they mean is said here alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Size = int | tuple[int, int]
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height, width
+
+
+def shortest(size: Any) -> Size:
+    """A size as one number where height and width are equal, else as a pair: as it is kept. size:
+    whole numbers of any type, in any sequence."""
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height) if height == width else (int(height), int(width))
+
+
+def words(size: Any) -> str:
+    """A size in pixels as people read it: '64' or '48 x 96'."""
+    return " x ".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+
+
+def aspect(size: Size) -> float:
+    """Width over height."""
+    height, width = pair(size)
+    return width / height
+
+
+def grid(image: Size, patch: Size) -> tuple[int, int]:
+    """Rows and columns of patches of an image."""
+    (height, width), (rows, columns) = pair(image), pair(patch)
+    return height // rows, width // columns
+
+
+def divides(patch: Size, image: Size) -> bool:
+    """Whether an image is a whole number of patches, one at least, down and across."""
+    return all(side >= part and side % part == 0 for side, part in zip(pair(image), pair(patch)))
