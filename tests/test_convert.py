@@ -264,7 +264,7 @@ def with_keys(config, **sections):
         ("text_cfg", dict(norm_kwargs=dict(eps=1)), "{'eps': 1}: give an eps from"),
         ("text_cfg", dict(act_kwargs=dict(approximate="erf")), "text_cfg.act_kwargs="),
         ("vision_cfg", dict(timm_model_name="vit"), "vision_cfg.timm_model_name='vit'"),
-        ("vision_cfg", dict(image_size=[32, 64]), "only squares"),
+        ("vision_cfg", dict(image_size=[32, 64, 3]), "or height and width"),
         ("multimodal_cfg", dict(context_length=8), "multimodal_cfg.context_length=8"),
     ],
 )
