@@ -68,8 +68,7 @@ def plan(
         affine[draw[:, 4] < 0.5, :, 0] *= -1
     # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
     # Twice the size is left to the resize, so that the result hardly differs; `fast` leaves once.
-    needed = 1 if fast else 2
-    spare = np.minimum(box[:, 2] / (needed * high), box[:, 3] / (needed * wide))
+    spare = np.minimum(box[:, 2] / high, box[:, 3] / wide) / (1 if fast else 2)
     ratio = 2 ** np.clip(np.floor(np.log2(np.maximum(spare, 1))), 0, 3).astype(np.int64)
     ratio = np.where(how == images.JPEG, ratio, 1)
     large = (box[:, 2] > 1.5 * high) | (box[:, 3] > 1.5 * wide)
