@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import tqdm
@@ -168,7 +168,7 @@ class Progress:
     Args:
       total_steps: where the run ends.
       start_step: where it starts or resumes.
-      pairs_per_step: the global batch size.
+      pairs: how many the batches before a step hold, by the step; None: one each.
       enabled: False on all processes but one.
     """
 
@@ -177,12 +177,13 @@ class Progress:
         total_steps: int,
         *,
         start_step: int = 0,
-        pairs_per_step: int = 1,
+        pairs: Callable[[int], int] | None = None,
         enabled: bool = True,
         file: TextIO | None = None,
     ):
         self._file = sys.stderr if file is None else file
-        self._total, self._pairs, self._enabled = total_steps, pairs_per_step, enabled
+        self._total, self._enabled = total_steps, enabled
+        self._pairs = pairs or (lambda step: step)
         self._step, self._time = start_step, time.perf_counter()
         self._bar = None
         if enabled and self._file.isatty():
@@ -202,7 +203,7 @@ class Progress:
         """
         now = time.perf_counter()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
-        rate = steps * self._pairs / seconds
+        rate = (self._pairs(step) - self._pairs(self._step)) / seconds
         self._step, self._time = step, now
         if not self._enabled:
             return rate

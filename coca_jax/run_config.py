@@ -9,6 +9,7 @@ from typing import Any
 from coca_jax import sealed_json, storage
 from coca_jax.config import Config, checks, read
 from coca_jax.config.section import flatten
+from coca_jax.data import stages
 from coca_jax.models import head_kinds, heads
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
@@ -64,28 +65,32 @@ def check_head(config: Config) -> None:
 
 def check_batch(config: Config, parts: int, processes: int) -> None:
     """Raises ValueError when the batch does not split over devices, processes and micro-batches."""
-    size, micro = config.batch_size, config.accumulate_steps
-    if size % (parts * micro):
-        raise ValueError(
-            f"config.batch_size={size} is not a multiple of {parts} batch shards (mesh.data x "
-            f"mesh.fsdp) x accumulate_steps={micro}; choose a multiple of {parts * micro}"
-        )
-    if size % (parts * micro * config.text_parts):
-        raise ValueError(
-            f"config.batch_size={size} is not a multiple of {parts * micro} batch shards and "
-            f"micro-batches x text_parts={config.text_parts}; choose a multiple of "
-            f"{parts * micro * config.text_parts}"
-        )
-    if size % processes:
-        raise ValueError(f"config.batch_size={size} is not a multiple of {processes} processes")
+    micro, sizes = config.accumulate_steps, stages.sizes(config)
+    for number, size in enumerate(sizes):
+        last = number == len(sizes) - 1
+        name = f"config.batch_size={size}" if last else f"config.batch_sizes: {size}"
+        if size % (parts * micro):
+            raise ValueError(
+                f"{name} is not a multiple of {parts} batch shards (mesh.data x "
+                f"mesh.fsdp) x accumulate_steps={micro}; choose a multiple of {parts * micro}"
+            )
+        if size % (parts * micro * config.text_parts):
+            raise ValueError(
+                f"{name} is not a multiple of {parts * micro} batch shards and "
+                f"micro-batches x text_parts={config.text_parts}; choose a multiple of "
+                f"{parts * micro * config.text_parts}"
+            )
+        if size % processes:
+            raise ValueError(f"{name} is not a multiple of {processes} processes")
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
     """A warning where a batch has more rows than the data have examples, else ''."""
-    if config.batch_size <= num_examples:
+    largest = max(stages.sizes(config))
+    if largest <= num_examples:
         return ""
     return (
-        f"warning: config.batch_size={config.batch_size} is more than all {num_examples} examples: "
+        f"warning: config.batch_size={largest} is more than all {num_examples} examples: "
         "each is in a batch several times, as a negative of itself; lower it"
     )
 
@@ -95,7 +100,7 @@ def num_steps(config: Config, num_examples: int) -> int:
 
     Raises ValueError when the epochs amount to no step or the warm-up outlasts them.
     """
-    steps = config.steps or round(config.epochs * num_examples / config.batch_size)
+    steps = stages.steps_of(config, num_examples)
     if steps < 1:
         raise ValueError(
             f"config.epochs={config.epochs} of {num_examples} examples is no step of "

@@ -59,7 +59,7 @@ def test_buckets_exclude_each_other_and_are_taken_once():
 
 def test_progress_prints_rate_losses_and_waiting_share():
     file = io.StringIO()
-    progress = metrics.Progress(100, start_step=50, pairs_per_step=8, file=file)
+    progress = metrics.Progress(100, start_step=50, pairs=lambda step: 8 * step, file=file)
     time.sleep(0.05)
     rate = progress.update(60, {"loss": 1.25, "learning_rate": 1e-5}, data_wait_seconds=0.0)
     assert 10 * 8 / 0.5 < rate <= 10 * 8 / 0.05
@@ -69,7 +69,7 @@ def test_progress_prints_rate_losses_and_waiting_share():
     )
     assert "waiting for data 0%" in line and "left" in line
     quiet = io.StringIO()
-    silent = metrics.Progress(100, pairs_per_step=8, enabled=False, file=quiet)
+    silent = metrics.Progress(100, pairs=lambda step: 8 * step, enabled=False, file=quiet)
     assert silent.update(1, {}, 0.0) > 0
     silent.write("x")
     assert quiet.getvalue() == ""

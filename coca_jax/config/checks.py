@@ -36,6 +36,11 @@ def check(config: Config) -> None:
             f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
             f"each, as model.image_size={config.model.image_size}"
         )
+    if config.batch_sizes and config.data.loader != "direct":
+        raise ValueError(
+            f"config.batch_sizes={config.batch_sizes} does not go with data.loader="
+            f"{config.data.loader!r}; set data.loader='direct', or batch_sizes=()"
+        )
     check_texts(config)
     check_global(config)
     check_locked(config)

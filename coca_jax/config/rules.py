@@ -80,13 +80,14 @@ def several(rule: Rule, count: int | None = None) -> Rule:
     )
 
 
-def _stages(value: Any) -> bool:
-    """((share of the steps, size), ...): shares above 0 that leave some for the model's size."""
+def _stages(value: Any, one: Rule) -> bool:
+    """((share of the steps, size), ...): shares above 0 that leave some for the size at the end,
+    sizes as the rule `one` has them."""
     if not is_sequence(value) or not all(is_sequence(pair) and len(pair) == 2 for pair in value):
         return False
     shares = [share for share, _ in value]
     good = all(is_number(share) and share > 0 for share in shares) and sum(shares) <= 1
-    return good and all(SIDES.holds(size) for _, size in value)
+    return good and all(one.holds(size) for _, size in value)
 
 
 def _entries(value: Any) -> bool:
@@ -123,9 +124,15 @@ WEIGHT = number(0, 1e6)
 RATE = number(0, 1, "of the parameters' own size a step")
 DEVICES = whole(1, 1 << 20, "devices", (-1, "those that are left"))
 STAGES = Rule(
-    _stages,
+    lambda v: _stages(v, SIDES),
     "pairs (share of the steps, size in pixels), such as ((0.3, 128),), whose shares are above "
     "0 and add up to 1 at most",
+)
+EXAMPLES = whole(1, 1 << 24, "examples")
+RAMP = Rule(
+    lambda v: _stages(v, EXAMPLES),
+    "pairs (share of the steps, batch size), such as ((0.2, 64),), whose shares are above 0 and "
+    "add up to 1 at most",
 )
 SOURCES = Rule(
     _entries,

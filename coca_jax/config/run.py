@@ -10,8 +10,10 @@ from coca_jax.config.data import Data
 from coca_jax.config.model import Head, Model
 from coca_jax.config.rules import (
     DEVICES,
+    EXAMPLES,
     INTERVAL,
     MAPPINGS,
+    RAMP,
     RATE,
     SHARE,
     SPAN,
@@ -231,8 +233,9 @@ class Config(Section):
     """Every key of a run, with its default."""
 
     seed: int = key(0, whole(0, (1 << 63) - 1), "of the parameters and the order of the data")
-    batch_size: int = key(
-        256, whole(1, 1 << 24, "examples"), "pairs a step, over all devices and processes"
+    batch_size: int = key(256, EXAMPLES, "pairs a step, over all devices and processes")
+    batch_sizes: tuple[tuple[float, int], ...] = key(
+        (), RAMP, "((share of the steps, batch size), ...) before batch_size"
     )
     steps: int = key(0, STEPS, "of the optimizer; 0: use epochs")
     epochs: float = key(

@@ -1,7 +1,7 @@
 """Batches: what is in one, the batch of a step as a function of the step, and a stream of them.
 
 The batch of a step follows from (config, vocabulary, step) alone: process p of P has the rows
-[p * b, (p + 1) * b) of it, b = batch_size / P, and the whole is the same for any P.
+[p * b, (p + 1) * b) of it, b being the batch size over P, and the whole is the same for any P.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from coca_jax.config import Config
 from coca_jax.data import features as kept_features
 from coca_jax.data import pixels as pixel_work
+from coca_jax.data import stages
 from coca_jax.data.examples import Examples, Tally
-from coca_jax.data.mixture import Mixture
+from coca_jax.data.mixture import Mixture, Rows
 from coca_jax.data.vocabulary import Vocabulary
 
 AHEAD = 2  # batches that are made at the same time, while the one before them is used
@@ -111,7 +112,7 @@ class Batches:
 
     Attributes:
         mixture: the data.
-        rows: which rows of the global batch these are.
+        rows: which rows of the global batch these are, in the last stage of config.batch_sizes.
         pixels: decodes the images, or reads their tokens.
         examples: of each source.
 
@@ -133,7 +134,9 @@ class Batches:
         features: Sequence[kept_features.Features] = (),
     ):
         self.mixture = mixture or Mixture(config)
-        self.rows = self.mixture.rows(process_index, process_count)
+        here = process_index, process_count
+        self._rows = [self.mixture.rows_of(stage, *here) for stage in self.mixture.stages]
+        self.rows = self._rows[-1]
         self.pixels: pixel_work.Pixels | kept_features.Tokens
         if config.data.features:
             self.pixels = kept_features.Tokens(config, features)
@@ -155,14 +158,19 @@ class Batches:
         """
         return self.make(step).arrays
 
+    def rows_at(self, step: int) -> Rows:
+        """Which rows of the global batch of a step these are."""
+        return self._rows[stages.number_at(self.mixture.stages, step)]
+
     def make(self, step: int) -> Made:
         """The batch of a step, and what was bad in it."""
+        own = self.rows_at(step)
         parts = {
-            number: self.examples[number].at(self.rows.positions(number, step))
-            for number, count in enumerate(self.rows.here)
+            number: self.examples[number].at(own.positions(number, step))
+            for number, count in enumerate(own.here)
             if count
         }
-        place = self.rows.place
+        place = own.place
         rows = [(part, row) for part in parts.values() for row in range(len(part.records))]
         rows = [rows[at] for at in place]
         plans = [part.plan for part in parts.values()]
@@ -212,7 +220,7 @@ class Stream(abc.ABC):
     def __next__(self) -> dict[str, np.ndarray]:
         made = self._made = self._made or self._make()
         for number, bad in made.bad.items():
-            self._tallies[number].add(self._batches.rows.here[number], bad)
+            self._tallies[number].add(self._batches.rows_at(self.step).here[number], bad)
         self._made = None
         self.step += 1
         return made.arrays

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from coca_jax.config import Config, Entry
-from coca_jax.data import kinds, order, prepared, sources
+from coca_jax.data import kinds, order, prepared, sources, stages
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.random_access import Source
+from coca_jax.data.stages import Stage
 from coca_jax.data.texts import Draw
 from coca_jax.data.view_index import Indexes
 
@@ -31,8 +32,8 @@ class Mixture:
 
     Attributes:
         entries: of `config.data.sources`.
-        shares: rows of each source in a batch.
-        pattern: int32 [batch], the source of each row.
+        shares: rows of each source in a batch of config.batch_size.
+        pattern: int32 [batch], the source of each row of such a batch.
 
     Raises:
         ValueError: there is no source, or the weights do not give whole numbers of rows.
@@ -47,19 +48,37 @@ class Mixture:
             Entry.of(entry, f"config.data.sources[{i}]")
             for i, entry in enumerate(config.data.sources)
         ]
-        self.shares = shares(self.entries, config.batch_size)
+        for size in stages.sizes(config):
+            self.shares = shares(self.entries, size)
         self.pattern = order.rows(self.shares)
 
+    @functools.cached_property
+    def stages(self) -> list[Stage]:
+        """The stages of the run's batch sizes; one without config.batch_sizes."""
+        grow = bool(self._config.batch_sizes)
+        steps = stages.steps_of(self._config, self.num_examples) if grow else 0
+        return stages.of(self._config, steps, lambda size: shares(self.entries, size))
+
     def rows(self, process_index: int, process_count: int) -> Rows:
-        """The rows of one process.
+        """The rows of one process in a batch of the last stage, config.batch_size.
 
         Raises:
             ValueError: the batch does not split over so many processes.
         """
-        size = len(self.pattern)
-        if size % process_count:
-            raise ValueError(f"batch_size={size} is not divisible by {process_count} processes")
-        return Rows(self.shares, self.pattern, process_index, process_count)
+        return self.rows_of(self.stages[-1], process_index, process_count)
+
+    def rows_of(self, stage: Stage, process_index: int, process_count: int) -> Rows:
+        """The rows of one process in a batch of a stage. Raises as `rows`."""
+        pattern = order.rows(stage.shares)
+        if len(pattern) % process_count:
+            raise ValueError(
+                f"batch_size={len(pattern)} is not divisible by {process_count} processes"
+            )
+        return Rows(stage, pattern, process_index, process_count)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step is in."""
+        return self.stages[stages.number_at(self.stages, step)]
 
     @functools.cached_property
     def sources(self) -> list[Source]:
@@ -90,7 +109,11 @@ class Mixture:
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been gone through after `step` batches."""
-        return [step * share / size for share, size in zip(self.shares, self.sizes)]
+        return [seen / size for seen, size in zip(self.stage(step).seen(step), self.sizes)]
+
+    def pairs(self, step: int) -> int:
+        """Examples in all batches before a step."""
+        return sum(self.stage(step).seen(step))
 
     def indices(self, number: int, positions: np.ndarray) -> np.ndarray:
         """Which example of source `number` stands at each position of its endless stream."""
@@ -102,12 +125,17 @@ class Mixture:
         return Draw(self._config.seed, number, positions)
 
     def describe(self) -> str:
-        """A line for each source: its examples, and its rows of a batch."""
-        return "\n".join(
+        """A line for each source: its examples, and its rows of a batch; one for each stage."""
+        grown = [
+            f"from step {stage.first}: {sum(stage.shares)} rows, {stage.shares} of the sources"
+            for stage in (self.stages if self._config.batch_sizes else ())
+        ]
+        lines = [
             f"source {number}: {source.name}, {source.kind.name}, {len(source)} examples, {share} "
             f"rows of {self._config.batch_size}"
             for number, (source, share) in enumerate(zip(self.sources, self.shares))
-        )
+        ]
+        return "\n".join([*lines, *grown])
 
     def sample_texts(self, limit: int) -> Iterator[str]:
         """Texts as training will see them: a sample of `limit`, spread evenly over the sources."""
@@ -124,13 +152,15 @@ class Mixture:
         Returns:
             dicts of row, source (its name), epoch, index, key, text (as trained on).
         """
-        result: list[dict[str, Any]] = [{} for _ in self.pattern]
-        for number, (source, share) in enumerate(zip(self.sources, self.shares)):
-            positions = step * share + np.arange(share, dtype=np.int64)
+        stage = self.stage(step)
+        pattern = order.rows(stage.shares)
+        result: list[dict[str, Any]] = [{} for _ in pattern]
+        for number, (source, share) in enumerate(zip(self.sources, stage.shares)):
+            positions = stage.seen(step)[number] + np.arange(share, dtype=np.int64)
             picked = self.indices(number, positions)
             records = source.read(picked)
             shown = source.kind.shown(records, self.draw(number, positions))
-            rows = np.flatnonzero(self.pattern == number)
+            rows = np.flatnonzero(pattern == number)
             for row, at, index, record, text in zip(rows, positions, picked, records, shown):
                 result[row] = dict(
                     row=int(row),
@@ -144,7 +174,8 @@ class Mixture:
 
 
 class Rows:
-    """The rows of the global batch that process p of P has: [p * count, (p + 1) * count).
+    """The rows of the global batches of a stage that process p of P has: [p * count, (p + 1) *
+    count).
 
     Attributes:
         process_index, process_count: p and P.
@@ -154,21 +185,19 @@ class Rows:
         place: int64 [count], where each stands when the sources' rows follow one another.
     """
 
-    def __init__(
-        self, shares: list[int], pattern: np.ndarray, process_index: int, process_count: int
-    ):
+    def __init__(self, stage: Stage, pattern: np.ndarray, process_index: int, process_count: int):
         self.process_index, self.process_count = process_index, process_count
         self.count = len(pattern) // process_count
         first = process_index * self.count
-        self._shares = shares
-        self._before = np.bincount(pattern[:first], minlength=len(shares)).tolist()
+        self._stage, count = stage, len(stage.shares)
+        self._before = np.bincount(pattern[:first], minlength=count).tolist()
         self.sources = pattern[first : first + self.count]
-        self.here: list[int] = np.bincount(self.sources, minlength=len(shares)).tolist()
+        self.here: list[int] = np.bincount(self.sources, minlength=count).tolist()
         self.place = np.argsort(np.argsort(self.sources, kind="stable"), kind="stable")
 
     def positions(self, number: int, step: int) -> np.ndarray:
         """Where in its endless stream source `number` stands in these rows of a step: int64."""
-        first = step * self._shares[number] + self._before[number]
+        first = self._stage.seen(step)[number] + self._before[number]
         return first + np.arange(self.here[number], dtype=np.int64)
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -115,7 +115,7 @@ def summary(run: RunFiles) -> str:
     if run.last_step:
         parts.append(f"{run.last_step:,} steps")
     if "batch_size" in config:
-        parts.append(f"batch {config['batch_size']:,}")
+        parts.append(f"batch {batch(config)}")
     model = config.get("model", {})
     if "image_size" in model:
         size, patch = (image_shape.words(model.get(k, "?")) for k in ("image_size", "patch_size"))
@@ -126,6 +126,12 @@ def summary(run: RunFiles) -> str:
     if rows and isinstance(rows[-1].get("loss"), float):
         parts.append(f"final loss {numbers.number(rows[-1]['loss'])}")
     return " \u00b7 ".join(parts)
+
+
+def batch(config: Mapping[str, Any]) -> str:
+    """The batch sizes of a run's config.json, in their order."""
+    sizes = [*(size for _, size in config.get("batch_sizes", ())), config.get("batch_size", 0)]
+    return ", then ".join(f"{size:,}" for size in sizes)
 
 
 def goodput(run: RunFiles) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
             if optimizer
             else ""
         ),
-        "Steps": f"{run.last_step:,} of batch {config.get('batch_size', 0):,}",
+        "Steps": f"{run.last_step:,} of batch {batch(config)}",
         "Precision": model.get("dtype", ""),
         "Seed": str(config.get("seed", "")),
     }

@@ -38,7 +38,7 @@ class Log:
         self._progress = Progress(
             run.steps,
             start_step=start,
-            pairs_per_step=config.batch_size,
+            pairs=run.mixture.pairs,
             enabled=run.main_process,
         )
         self._every, self._steps, self._buckets = config.log.every_steps, run.steps, run.buckets

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import coca_jax
 from coca_jax import cache_folder, partitioning, storage
 from coca_jax.config import Config
+from coca_jax.data import stages
 from coca_jax.data.mixture import head_classes
 from coca_jax.estimate.step import build_step
 
@@ -128,11 +129,13 @@ def _made(jaxpr: Any) -> int:
 
 
 def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
-    """Raises ValueError where a step does not fit, with the settings that do.
+    """Raises ValueError where a step, of the largest batch, does not fit, with settings that do.
 
     say: takes a line before what lasts.
     """
     room = available()
+    if config.batch_sizes:
+        config = config.change({"batch_size": max(stages.sizes(config)), "batch_sizes": ()})
     least, most = bounds_kept(config, mesh)
     if most <= room:
         return

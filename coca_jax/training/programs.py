@@ -17,13 +17,14 @@ from coca_jax.training.setup import Run
 from coca_jax.training.state import TrainState, state_shardings
 from coca_jax.training.step import make_train_step, size_at
 
-Shape = tuple[Size, text_lengths.Lengths]  # image size, lengths of captions
+Shape = tuple[Size, text_lengths.Lengths, int]  # image size, lengths of captions, rows
 
 
 class Programs:
     """`programs(step, state, measured batch)` -> (state, metrics), through the step's program.
 
-    Which program: by the image size of the step (config.image_sizes) and by the batch's lengths.
+    Which program: by the image size of the step (config.image_sizes), by the batch's lengths and
+    by its rows (config.batch_sizes).
     The state is donated. A program's first run is awaited and counted as 'compile'.
     """
 
@@ -49,14 +50,15 @@ class Programs:
 
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
         arrays, lengths = batch
-        shape = (size_at(self._config, step - 1, self._steps), lengths)
+        size, rows = size_at(self._config, step - 1, self._steps), len(arrays["tokens"])
+        shape = size, lengths, rows
         first = shape not in self._compiled
         if first:
             self._say(shape)
             self._compiled.add(shape)
         with self._buckets("compile" if first else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = self._program(*shape)(state, arrays)
+                state, values = self._program(size, lengths)(state, arrays)
             if first:
                 jax.block_until_ready(values)
         return state, values
@@ -65,6 +67,7 @@ class Programs:
         if not self._compiled:
             self._run.begin("compiling the train step")
             return
-        size, lengths = shape
-        pixels = image_shape.words(size)
-        self._run.say(f"compiling the step for {pixels} px and captions of {lengths} tokens ...")
+        size, lengths, rows = shape
+        of = f"batches of {rows}, " if self._config.batch_sizes else ""
+        pixels = f"{of}{image_shape.words(size)} px"
+        self._run.say(f"compiling the step for {pixels} and captions of {lengths} tokens ...")

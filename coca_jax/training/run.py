@@ -11,6 +11,7 @@ import jax
 
 from coca_jax import checkpointing, image_shape, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
+from coca_jax.data import stages
 from coca_jax.data.features import Features
 from coca_jax.evaluators import results
 from coca_jax.importers import indexes
@@ -276,6 +277,6 @@ def announce(run: Run, state: TrainState, start: int) -> None:
     shape = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
     devices = f"{run.mesh.size} {run.mesh.devices.flat[0].platform} device(s) ({shape})"
     run.say(
-        f"{count / 1e6:.1f}M parameters{part} on {devices}; batch {run.config.batch_size}, "
+        f"{count / 1e6:.1f}M parameters{part} on {devices}; batch {stages.words(run.config)}, "
         f"steps {start} to {run.steps}"
     )
