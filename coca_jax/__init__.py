@@ -10,7 +10,7 @@ import typing
 if typing.TYPE_CHECKING:
     from coca_jax.inference import CoCaModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path: str, **options: typing.Any) -> CoCaModel:

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import coca_jax.configs
-from coca_jax import inherit
+from coca_jax import inherit, renamed
 from coca_jax.config import Config, Recipe, read
 
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
@@ -81,7 +81,14 @@ def load(value: str) -> ConfigDict:
             raise ValueError("a recipe is a Python file; its name ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != "configs":
+                raise
+            renamed.say(f"`configs`, which {path} imports,", "`coca_jax.configs`")
+            sys.modules["configs"] = coca_jax.configs
+            spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise ValueError("it has no function get_config()")

@@ -44,6 +44,8 @@ TOLD = (
     "| value |",
     "| | Google Cloud",
     "| | station",
+    "| in 0.1",
+    "| | in 0.1",
     "| | |\n|---|---|\n| [quick",
 )
 

@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "what it costs, what it shows": ("estimate", "report", "serving"),
     "suites": ("suites",),
     "scores and search": ("evaluators", "searching", "recaptioning"),
-    "a trained model": ("", "inference"),
+    "a trained model": ("", "decoding", "inference"),
     "checkpoints": ("checkpointing", "training.goodput"),
     "a step": (
         *("training.step", "training.state", "training.gradients", "training.objectives"),
@@ -55,7 +55,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": (
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
-        *("extras", "image_shape", "metrics", "quiet", "sealed_json", "storage", "trackers"),
+        *("extras", "image_shape", "metrics", "quiet", "renamed", "sealed_json", "storage"),
+        "trackers",
     ),
 }
 

@@ -1,0 +1,152 @@
+"""What version 0.1 wrote, and the names that it had, still work; an old name says the new one."""
+
+import importlib
+import json
+import pathlib
+import sys
+import tarfile
+
+import launch_stand_ins
+import numpy as np
+import pytest
+from launch_stand_ins import launch
+
+import coca_jax
+from coca_jax import cli, recipes
+from coca_jax.config import Config
+from coca_jax.inference.generation import settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests/golden"
+# The commands of 0.1 and what each took, that is not a key of the recipe.
+FLAGS = dict(
+    train="config coordinator num_processes process_id workdir",
+    evaluate="batch_size checkpoint class_names coordinator data dtype image_field java_metrics "
+    "label_field limit name num_beams num_frames num_processes out process_id questions split "
+    "tasks templates text_field where",
+    caption="batch_size checkpoint dtype early_stop length_penalty max_tokens min_tokens "
+    "no_repeat_ngram num_beams num_captions num_frames out prompt repetition_penalty seed "
+    "temperature top_k top_p",
+    prepare="class_names config dedup distance exclude format image_field input label_field "
+    "max_aspect max_pixels max_side max_text min_side min_text out overwrite processes require "
+    "sample seed sentences shards size split step text_field verify where",
+    convert="bpe input model out to",
+    compile="config dump_hlo top topology",
+    export="checkpoint out platforms",
+    report="workdir",
+    benchmark="batch_size beams config memory_every peer repeats seconds tokens",
+)
+METHODS = (
+    "answer caption caption_log_likelihood captions checksum classify encode_image encode_text "
+    "encode_video features forward num_tokens preprocess score similarity zero_shot"
+)
+
+
+def unpacked(name: str, folder: pathlib.Path) -> pathlib.Path:
+    with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_a_checkpoint_of_0_1_loads_and_captions(tmp_path):
+    """That it trains on is in test_train.py."""
+    model = coca_jax.load(str(unpacked("run_0_1", tmp_path)))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    image, text = model.encode_image(pixels), model.encode_text(["a red circle"])
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
+    assert image.shape == (2, 4) and text.shape == (1, 4)
+    assert len(model.caption(list(pixels), max_tokens=3)) == 2
+
+
+def test_a_converted_model_of_0_1_gives_what_it_gave_there(tmp_path):
+    """converted_0_1.tar.xz: what version 0.1 converted and then computed with it."""
+    folder = unpacked("converted_0_1", tmp_path) / "converted_0_1"
+    model = coca_jax.load(str(folder))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    with np.load(folder / "expected.npz") as expected:
+        np.testing.assert_allclose(model.encode_image(pixels), expected["image"], atol=2e-6)
+        text = model.encode_text(["a cat", "two dogs"])
+        np.testing.assert_allclose(text, expected["text"], atol=2e-6)
+    found = [one for (one,) in model.captions(list(pixels), max_tokens=6)]
+    told = json.loads((folder / "captions.json").read_text())
+    assert [one.text for one in found] == [text for text, _ in told]
+    np.testing.assert_allclose([one.log_prob for one in found], [p for _, p in told], rtol=1e-4)
+
+
+def test_every_key_of_0_1_is_one_today():
+    def keys(config, prefix=""):
+        for name, value in config.items():
+            inner = isinstance(value, dict)
+            yield from keys(value, f"{prefix}{name}.") if inner else [prefix + name]
+
+    old = set(keys(json.loads((GOLDEN / "config_0_1.json").read_text())))
+    assert len(old) == 90 and old <= set(keys(Config().to_dict()))
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_command_and_flag_of_0_1_is_one_today(command, monkeypatch):
+    known = flags_of(command, monkeypatch)
+    assert command in cli.COMMANDS and set(FLAGS[command].split()) <= known
+
+
+def flags_of(command: str, monkeypatch) -> set[str]:
+    """The names that a command's flags have, defined apart from those of others."""
+    from absl import flags
+
+    monkeypatch.setattr(flags, "FLAGS", own := flags.FlagValues())
+    monkeypatch.setattr(sys, "argv", [command])
+    for name, value in list(vars(flags).items()):
+        if name.startswith("DEFINE_") and callable(value):
+            monkeypatch.setattr(flags, name, with_values(value, own))
+    importlib.import_module(f"coca_jax.{command}").define_flags()
+    return set(own)
+
+
+def with_values(define, values):
+    return lambda *args, **more: define(*args, **more | dict(flag_values=values))
+
+
+def test_the_model_has_the_methods_of_0_1():
+    from coca_jax.inference import CoCaModel, load
+
+    assert callable(load) and all(callable(getattr(CoCaModel, name)) for name in METHODS.split())
+
+
+def test_the_old_name_of_the_settings_says_the_new_one(capsys):
+    from coca_jax import decoding
+
+    assert decoding.Settings is settings.Settings
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "coca_jax.decoding.Settings is now" in said
+    assert "coca_jax.inference.generation.settings.Settings; the old name works until 0.3" in said
+    with pytest.raises(AttributeError, match="no attribute 'prepare'; see coca_jax.inference"):
+        decoding.prepare  # noqa: B018
+
+
+def test_recipes_that_import_configs_load_and_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "configs", None)  # as where there is none
+    pathlib.Path("mine.py").write_text(
+        "from configs import tiny\n\n\ndef get_config():\n    return tiny.get_config()\n"
+    )
+    assert recipes.load("mine.py").batch_size == recipes.load("tiny").batch_size
+    said = capsys.readouterr().err
+    assert said.startswith("`configs`, which mine.py imports, is now `coca_jax.configs`; the old")
+
+
+def test_the_old_launcher_of_ablations_runs_the_command(tmp_path):
+    python = tmp_path / "venv/bin/python"
+    launch_stand_ins.program(python, f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n')
+    env = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = launch("ablations.sh", "runs/mine", "--config.steps=3", **env)
+    assert done.returncode == 0, done.stderr
+    assert "is now coca-jax ablate examples/ablations.toml --out=runs/mine; the" in done.stderr
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert last == "-m coca_jax ablate examples/ablations.toml --out=runs/mine --config.steps=3"
+
+
+def test_the_old_setting_of_a_slice_s_restarts_is_read(tmp_path):
+    env = {"NAME": "coca", "ZONE": "z", "TYPE": "v4-8", "TRIES": "many"}
+    done = launch("tpu_vm.sh", "run", "--dry_run", "--", "--config=tiny", **env)
+    assert "TRIES is now RESTARTS, of failures alone; the old name works until 0.3" in done.stderr
+    assert done.returncode == 2 and "RESTARTS=many; it must be a whole number" in done.stderr
