@@ -9,7 +9,8 @@
 `measure` takes row by row and keeps each as it comes, so that a stopped one goes on: rows of the
 commit that is checked out are done (--again measures them once more). It says what was there and
 what came. `--quick` leaves out what takes more than three minutes of two cores; without it and
---only it takes hours. What it cannot measure keeps its entry, with its origin; `list` says why.
+--only it takes hours. What the clock measures is left out while the machine has other work, unless
+--busy. What it cannot measure keeps its entry, with its origin; `list` says why.
 
 docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
 `unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
@@ -28,11 +29,12 @@ import sys
 from typing import Any
 
 import marks
-from machine import machine, versions
+from machine import busy, machine, versions
 from measuring import MEASUREMENTS, ROOT, Given, Measurement, of_row, why_not
 
 RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+QUIET = 0.3  # cores that may be busy with other work when the clock measures
 PROGRAM = ("coca_jax", "configs")  # what a figure depends on
 
 
@@ -77,13 +79,21 @@ def rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def measure(chosen: list[Measurement], given: Given, again: bool) -> list[str]:
-    """Measures and keeps, one after the other; the rows that failed."""
+def measure(
+    chosen: list[Measurement], given: Given, again: bool, beside: bool = False
+) -> list[str]:
+    """Measures and keeps, one after the other; the rows that failed or were left out. beside:
+    what the clock measures is measured beside other work, too."""
     failed = []
     for one in chosen:
         rows = read()
         now = commit()
         if not again and all(name in rows and rows[name]["commit"] == now for name in one.rows):
+            continue
+        if one.clock and not beside and (others := busy()) > QUIET:
+            why = f"left out, {others:.1f} cores are busy; --busy measures beside them"
+            print(f"{one.rows[0]}: {why}", file=sys.stderr)
+            failed += one.rows
             continue
         print(f"{one.rows[0]}{' ...' * (len(one.rows) > 1)}: {one.command}", file=sys.stderr)
         try:
@@ -145,6 +155,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only what takes minutes")
     parser.add_argument("--only", default="", help="rows or their beginnings, by commas")
     parser.add_argument("--again", action="store_true", help="also what this commit has")
+    parser.add_argument("--busy", action="store_true", help="the clock's rows, beside other work")
     parser.add_argument("--folder", default=".", help="where the recipes find data/")
     parser.add_argument("--runs", default="runs/figures", help="where runs stay")
     args = parser.parse_args()
@@ -161,7 +172,7 @@ def main() -> None:
         if not chosen:
             raise SystemExit(f"--only={args.only}: nothing measures such a row; see `list`")
         folder, runs = (pathlib.Path(path).absolute() for path in (args.folder, args.runs))
-        failed = measure(chosen, Given(folder, runs), args.again)
+        failed = measure(chosen, Given(folder, runs), args.again, args.busy)
         raise SystemExit(f"not measured: {', '.join(failed)}" if failed else 0)
     elif fill(args.act == "check") and args.act == "check":
         raise SystemExit("run python benchmarks/figures.py write")

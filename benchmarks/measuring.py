@@ -20,7 +20,6 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIB, GIB = 2**20, 2**30
 SEEDS = (0, 1, 2)
-OPEN_CLIP = "open_clip, in turn with ours in the same run"
 Values = dict[str, float]
 Rows = dict[str, Values]
 
@@ -52,7 +51,8 @@ class Given:
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """What `run` gives: these rows. minutes of two cores, about; how: measured, or estimated by a
-    compiler; more: what else stands in each row (unit, seeds, peer)."""
+    compiler; more: what else stands in each row (unit, seeds, peer); clock: whether other work on
+    the machine would be measured with it."""
 
     rows: tuple[str, ...]
     run: Callable[[Given], Rows]
@@ -60,6 +60,7 @@ class Measurement:
     command: str
     how: str = "measured"
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clock: bool = False
 
     @property
     def quick(self) -> bool:
@@ -112,9 +113,9 @@ def run(n):
     both /= np.linalg.norm(both, axis=-1, keepdims=True)
     ranks.retrieval_ranks(*both, np.stack([np.arange(n)] * 2, 1))
 run(64)
-before, start = most(), time.perf_counter()
+before, start = most(), time.process_time()
 run(int(sys.argv[1]))
-print(most() - before, time.perf_counter() - start)
+print(most() - before, time.process_time() - start)
 """
 
 
@@ -341,32 +342,38 @@ MEMORY = {
 BESIDE = (
     "coca-jax benchmark caption --peer --config=finetune_open_clip --config.model.dtype=float32"
 )
+PEER = dict(peer="open_clip, in turn with ours in the same run")
 SEEDED = dict(seeds=list(SEEDS))
 MEASUREMENTS = (
     Measurement(SIZES, sizes, 0.5, "counted of the arrays, and by formula", "estimated"),
-    Measurement(("start",), start, 2, "a process each, the demo's model after two steps"),
-    Measurement(LOSSES, losses, 2, "coca-jax benchmark losses --repeats=3"),
+    Measurement(
+        ("start",), start, 2, "a process each, the demo's model after two steps", clock=True
+    ),
+    Measurement(LOSSES, losses, 2, "coca-jax benchmark losses --repeats=3", clock=True),
     Measurement(PAIRS, retrieval, 1, "coca_jax.evaluators.ranks.retrieval_ranks, a process each"),
     Measurement(
         ("captions/batch_1",),
         captions(1, 1),
         6,
         f"{BESIDE} --batch_size=1",
-        more={"peer": OPEN_CLIP},
+        more=PEER,
+        clock=True,
     ),
     Measurement(
         ("captions/beams_6",),
         captions(1, 6),
         12,
         f"{BESIDE} --batch_size=1 --beams=6",
-        more={"peer": OPEN_CLIP},
+        more=PEER,
+        clock=True,
     ),
     Measurement(
         ("captions/batch_16", "captions/batch_16_ratio"),
         captions(16, 1, 3),
         15,
         f"{BESIDE} --batch_size=16, three times",
-        more={"peer": OPEN_CLIP},
+        more=PEER,
+        clock=True,
     ),
     Measurement(
         tuple(DEMO),

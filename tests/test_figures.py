@@ -1,5 +1,6 @@
 """Figures of README and docs: every one is that of docs/results.json, and can be made again."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -169,6 +170,17 @@ def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
     assert re.search(r"core.*, load \d+\.\d; coca_jax \d", rows["a"]["machine"])
     figures.measure([take("a", 1)], None, True)
     assert calls[-1] == "a"
+
+
+def test_the_clock_s_rows_wait_for_a_quiet_machine(three, monkeypatch, capsys):
+    calls, take = three
+    clock = dataclasses.replace(take("a", 1), clock=True)
+    monkeypatch.setattr(figures, "busy", lambda: 1.2)
+    assert figures.measure([clock, take("c", 5)], None, False) == ["a"] and calls == ["c"]
+    assert "a: left out, 1.2 cores are busy; --busy measures" in capsys.readouterr().err
+    assert figures.measure([clock], None, False, beside=True) == [] and calls == ["c", "a"]
+    monkeypatch.setattr(figures, "busy", lambda: 0.1)
+    assert figures.measure([clock], None, True) == []
 
 
 def test_rows_are_chosen_by_their_beginnings(three, monkeypatch):
