@@ -314,7 +314,7 @@ def test_a_teacher_s_embeddings_reach_the_batch_and_its_loss_is_its_definition(
     config = tiny_config()
     config.batch_size = 8
     config.data.sources = (dict(path=str(tmp_path / "a"), captions="scored"),)
-    config.loss.update(affinity_weight=1.0, teacher_width=16)
+    config.loss.update(affinity_weight=1.0, teacher_width=16, teacher_scale=60.0)
     config.model.text.update(vocab_size=320, max_len=24)
     made = batches.Batches(typed(config), teacher.vocabulary).batch(0)
     image, text = made["teacher_image"], made["teacher_text"]
@@ -339,9 +339,9 @@ def test_a_teacher_s_embeddings_reach_the_batch_and_its_loss_is_its_definition(
         ),
         None,
     )
-    p = softmax(100 * image[known] @ text[known].T)
+    p = softmax(60 * image[known] @ text[known].T)
     q = softmax(3 * own[0][known] @ own[1][known].T)
-    pt = softmax(100 * text[known] @ image[known].T)
+    pt = softmax(60 * text[known] @ image[known].T)
     qt = softmax(3 * own[1][known] @ own[0][known].T)
     wanted = ((p * np.log(p / q)).sum(1) + (pt * np.log(pt / qt)).sum(1)).mean() / 2
     assert float(found) == pytest.approx(wanted, rel=1e-3)

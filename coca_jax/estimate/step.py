@@ -12,23 +12,13 @@ from coca_jax import partitioning
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
-from coca_jax.models import coca
-from coca_jax.training.state import state_shardings
+from coca_jax.training.state import build_model, state_shardings
 from coca_jax.training.step import make_train_step
 
 
 def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
     """(jitted train step, its abstract arguments) exactly as `train` makes them."""
-    model = coca.build(
-        config.model,
-        remat=config.remat,
-        sigmoid=config.loss.contrastive == "sigmoid",
-        bag_of_tokens=config.loss.bag_weight > 0,
-        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
-        platform=mesh.devices.flat[0].platform,
-        head=config.head,
-        num_classes=len(head_classes(config)),
-    )
+    model = build_model(config, mesh, len(head_classes(config)))
     abstract, shardings = state_shardings(model, config, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings

@@ -27,6 +27,7 @@ from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
 from coca_jax.models import coca
 from coca_jax.training import guard
+from coca_jax.training.state import build_model
 from coca_jax.training.stopping import Stop
 
 
@@ -150,17 +151,3 @@ def begin(stop: Stop, work: str) -> None:
     stop.stage(work)
     if jax.process_index() == 0:
         print(f"{work} ...", file=sys.stderr, flush=True)
-
-
-def build_model(config: Config, mesh: Mesh, num_classes: int = 0) -> coca.CoCa:
-    """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
-    return coca.build(
-        config.model,
-        remat=config.remat,
-        sigmoid=config.loss.contrastive == "sigmoid",
-        bag_of_tokens=config.loss.bag_weight > 0,
-        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
-        platform=mesh.devices.flat[0].platform,
-        head=config.head,
-        num_classes=num_classes,
-    )

@@ -35,6 +35,20 @@ class TrainState(flax.struct.PyTreeNode):
     estimates: Any = None
 
 
+def build_model(config: Config, mesh: Mesh, num_classes: int = 0) -> CoCa:
+    """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
+    return coca.build(
+        config.model,
+        remat=config.remat,
+        sigmoid=config.loss.contrastive == "sigmoid",
+        bag_of_tokens=config.loss.bag_weight > 0,
+        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
+        platform=mesh.devices.flat[0].platform,
+        head=config.head,
+        num_classes=num_classes,
+    )
+
+
 def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
     """A fresh state; parameters boxed with their axis names (trace it with jax.eval_shape)."""
     boxed = coca.init(model, rng)
