@@ -35,8 +35,9 @@ class Entry(Section):
     split: str = key("", TEXT, "'': train in training, test in evaluation")
     kind: str = key(
         "caption",
-        choice("caption", "label", "question"),
-        "what trains: texts, class names, or each text as a question that the labels answer",
+        choice("caption", "label", "question", "region"),
+        "what trains: texts, class names, each text as a question that the labels answer, or boxes "
+        "and what is in them",
     )
     weight: float = key(
         1.0, number(0, 1e38, above=True), "its share of a batch, against the other sources"

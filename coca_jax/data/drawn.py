@@ -31,7 +31,7 @@ def open_entry(entry: Entry, split: str) -> Source:
             texts=(scene["text"],) if scene["text"] else (),
             labels=tuple(scene["labels"] or ()),
             key=scene["key"],
-            extra=json.dumps({"scene": scene["scene"]}),
+            extra=json.dumps({"scene": scene["scene"]} | scene["extra"]),
         )
 
     def read(indices: Indices) -> list[Record]:
@@ -39,7 +39,10 @@ def open_entry(entry: Entry, split: str) -> Source:
 
     def read_texts(indices: Indices) -> list[Record]:
         return [
-            Record(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ()), "")
+            Record(
+                *(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ())),
+                *("", json.dumps(t["extra"])),
+            )
             for t in drawn.read_texts(indices)
         ]
 
@@ -50,6 +53,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         read_texts,
         every_text=True,
         every_label=True,
+        every_region=drawn.has_regions,
         fingerprint=f"scenes {split} {kind} {sorted(set(objects))} {len(drawn)}"
         + ("" if entry.scenery == "plain" else f" {entry.scenery}"),
     )

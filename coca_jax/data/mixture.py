@@ -48,6 +48,8 @@ class Mixture:
             Entry.of(entry, f"config.data.sources[{i}]")
             for i, entry in enumerate(config.data.sources)
         ]
+        for entry in self.entries:
+            kinds.of(entry).check(config.data)
         for size in stages.sizes(config):
             self.shares = shares(self.entries, size)
         self.pattern = order.rows(self.shares)

@@ -19,7 +19,8 @@ class Source:
     Attributes:
         name: for messages.
         kind: which of its texts train.
-        every_text, every_label: whether each record is known to have a text, a label.
+        every_text, every_label, every_region: whether each record is known to have a text, a
+            label, a region.
         folder: where an index of it may be kept, '' where there is no such place.
         fingerprint: tells these records, in this order, from all others; '': unknown.
         applied_fields: whether text_field and label_field of its entry were taken when it was
@@ -36,6 +37,7 @@ class Source:
         *,
         every_text: bool = False,
         every_label: bool = False,
+        every_region: bool = False,
         folder: str = "",
         fingerprint: str = "",
         applied_fields: bool = False,
@@ -43,6 +45,7 @@ class Source:
         self.name = name
         self.kind: kinds.Kind = kinds.Caption()
         self.every_text, self.every_label = every_text, every_label
+        self.every_region = every_region
         self.folder, self.fingerprint = folder, fingerprint
         self.applied_fields = applied_fields
         self.class_names: tuple[str, ...] | None = None
@@ -56,7 +59,12 @@ class Source:
     @property
     def complete(self) -> bool:
         """Whether each record is known to have what its kind trains on."""
-        return self.every_text if self.kind.wanted == "text" else self.every_label
+        return self.every(self.kind.wanted)
+
+    def every(self, wanted: str) -> bool:
+        """Whether each record is known to have a 'text', a 'label' or a 'region'."""
+        known = dict(text=self.every_text, label=self.every_label, region=self.every_region)
+        return known[wanted]
 
     def read(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order."""

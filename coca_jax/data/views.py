@@ -78,8 +78,7 @@ class View:
         self._field = entry.questions
         self._answers = frozenset(entry.answers)
         self._given = {k: v for k, v in entry.to_dict().items() if k in _VIEW_KEYS}
-        known = source.every_text if kind.wanted == "text" else source.every_label
-        self._useful_only = training and not known
+        self._useful_only = training and not source.every(kind.wanted)
         self.scans = bool(self._where or self._split_captions or self._asks or self._useful_only)
         self.whole = not self.scans and self.limit >= len(source)
 
@@ -166,7 +165,7 @@ class View:
             return "it is empty"
         return (
             f"kind={self._kind.name!r} but no record has a {self._kind.wanted}; give the other "
-            "kind, or prepare it with --text_field or --label_field"
+            f"kind, or {self._kind.remedy()}"
         )
 
     def select(self, index: Index) -> Source:

@@ -184,8 +184,7 @@ def missing(name: str, need: str, task: str = "this task") -> str:
     """Why data without any caption or label cannot be scored, and what to do."""
     return (
         f"data {name}: no example has a {need}, and {task} needs one; give "
-        f"--tasks={instead(need)}, or --{sources.KINDS[need].wanted}_field=NAME where a field of "
-        "another name holds it"
+        f"--tasks={instead(need)}, or {sources.KINDS[need].remedy()}"
     )
 
 

@@ -295,8 +295,9 @@ def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
     entries = metadata.read_manifest(path)["splits"]
     entry, of = entries[train], kinds.KINDS[kind]
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
+    counted = entry.get(f"with_{of.wanted}")  # of questions and regions nothing is counted
     if of is not kinds.Question:
-        line += f" as {kind}s ({entry[f'with_{of.wanted}']} have one)"
+        line += f" as {kind}s" + ("" if counted is None else f" ({counted} have one)")
     other = kinds.Label if of is kinds.Caption else kinds.Caption
     if not one.kind and entry[f"with_{other.wanted}"]:
         line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
@@ -343,6 +344,8 @@ def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[st
     kind = kinds.KINDS[data["kind"]]
     if kind is kinds.Question:
         return [dict(task, kind="answers")] if loss.captioning_weight else []
+    if kind is kinds.Region:
+        return [dict(task, kind="grounding")] if loss.captioning_weight else []
     if kind is kinds.Label:
         templates = "photo" if config.data.prompts == "varied" else config.data.prompts
         by = "zeroshot" if loss.contrastive_weight else "generative"

@@ -105,6 +105,34 @@ def _noise() -> np.ndarray:
 SIDE = IMAGE_SIZE + 2 * _MARGIN  # of the canvas, pixels
 
 
+def _placed(scene: dict[str, Any], draws: Draws) -> tuple[int, int, float, list[tuple]]:
+    """Returns where the noise begins (row, column), a shade, and (object, masks, x, y, jitter of
+    its colour) of each object, x and y on the canvas: all that is drawn by lot."""
+    oy, ox = draws.below(192 - SIDE), draws.below(192 - SIDE)
+    shade, found = (draws.uniform() - 0.5) * 24, []
+    for o in scene["objects"]:
+        masks = _masks()[o["shape"], o["size"], o["texture"]][draws.below(_VARIANTS)]
+        x, y = ANCHORS[PLACES.index(o["place"])]
+        x += draws.below(5) - 2 + _MARGIN - _PATCH // 2
+        y += draws.below(5) - 2 + _MARGIN - _PATCH // 2
+        found.append((o, masks, x, y, [draws.uniform() * 30 - 15 for _ in range(3)]))
+    return oy, ox, shade, found
+
+
+def boxes(scene: dict[str, Any], draws: Draws) -> list[tuple[float, float, float, float]]:
+    """Returns (top, left, bottom, right) of each object in shares of the picture's side: the pixels
+    that it covers by half at least. draws: as those of `render`."""
+    found = []
+    for _, (_, _, cover), x, y, _ in _placed(scene, draws)[3]:
+        edges = []
+        for start, axis in ((y, 1), (x, 0)):
+            hit = np.flatnonzero(cover[:, :, 0].max(axis) >= 0.5) + start - _MARGIN
+            edges.append(np.clip([hit[0], hit[-1] + 1], 0, IMAGE_SIZE) / IMAGE_SIZE)
+        (top, bottom), (left, right) = (edge.tolist() for edge in edges)
+        found.append((top, left, bottom, right))
+    return found
+
+
 def render(
     scene: dict[str, Any],
     draws: Draws,
@@ -116,20 +144,14 @@ def render(
     behind: what lies behind the objects, float32 [SIDE, SIDE, 3], in place of the scene's plain
     background; light: a factor of each channel, float32 [3] (see scenery.py).
     """
-    masks, noise = _masks(), _noise()
-    oy, ox = draws.below(192 - SIDE), draws.below(192 - SIDE)
-    shade = (draws.uniform() - 0.5) * 24
+    noise = _noise()
+    oy, ox, shade, objects = _placed(scene, draws)
     if behind is None:
         tone = np.asarray(BACKGROUNDS[scene["background"]], np.float32)
         canvas = noise[oy : oy + SIDE, ox : ox + SIDE] + (tone + shade)
     else:
         canvas = behind.copy()
-    for o in scene["objects"]:
-        ink, white, cover = masks[o["shape"], o["size"], o["texture"]][draws.below(_VARIANTS)]
-        x, y = ANCHORS[PLACES.index(o["place"])]
-        x += draws.below(5) - 2 + _MARGIN - _PATCH // 2
-        y += draws.below(5) - 2 + _MARGIN - _PATCH // 2
-        jitter = [draws.uniform() * 30 - 15 for _ in range(3)]
+    for o, (ink, white, cover), x, y, jitter in objects:
         colour = np.asarray(COLOURS[o["colour"]], np.float32) + np.asarray(jitter, np.float32)
         area = canvas[y : y + _PATCH, x : x + _PATCH]
         area *= 1 - cover

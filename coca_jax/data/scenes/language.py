@@ -72,11 +72,14 @@ def _join(parts: Sequence[str], last: str = " and ") -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
 
 
+_LOOKS = ("size", "texture", "colour", "shape")
+
+
 def _groups(scene: dict[str, Any]) -> list[tuple[dict[str, str], list[str]]]:
     """Returns (object, places) for objects alike but for their place, in reading order."""
     groups: dict[tuple[str, ...], tuple[dict[str, str], list[str]]] = {}
     for o in scene["objects"]:
-        key = tuple(o[a] for a in ("size", "texture", "colour", "shape"))
+        key = tuple(o[a] for a in _LOOKS)
         groups.setdefault(key, (o, []))[1].append(o["place"])
     return list(groups.values())
 
@@ -105,6 +108,20 @@ def _noun_phrase(
     if not article:
         return text
     return f"an {text}" if text[0] in "aeiou" else f"a {text}"
+
+
+def names(scene: dict[str, Any]) -> list[str]:
+    """Returns a noun phrase for each object, in the scene's order, that no other object has; with
+    the place where there are others alike."""
+    phrases = []
+    counts = [
+        sum(all(o[a] == other[a] for a in _LOOKS) for other in scene["objects"])
+        for o in scene["objects"]
+    ]
+    for o, count in zip(scene["objects"], counts):
+        where = f" {_place(o['place'], None)}" if count > 1 else ""
+        phrases.append(_noun_phrase(o, 1, None) + where)
+    return phrases
 
 
 def canonical_caption(scene: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.data import kinds
-from coca_jax.data.scenes.drawing import SIDE, render
-from coca_jax.data.scenes.language import full_caption, label_names, noisy_caption
+from coca_jax.data.scenes.drawing import SIDE, boxes, render
+from coca_jax.data.scenes.language import full_caption, label_names, names, noisy_caption
 from coca_jax.data.scenes.scenery import SCENERY, draw
 from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
 
@@ -22,8 +22,9 @@ class Scenes:
 
     Args:
       split: 'train', 'test' (like training) or 'heldout' (compositions that training never shows).
-      kind: 'caption' (one to four objects and an alt-text) or 'label' (one object and its names).
-      objects: how many objects a caption scene may have; all four counts by default.
+      kind: 'caption' (one to four objects and an alt-text), 'label' (one object and its names) or
+        'region' (as captions, and the place of each object that has a name of its own).
+      objects: how many objects a caption or region scene may have; all four counts by default.
       scenery: 'plain' (four backgrounds that have a name), 'varied' (others too, in changing
         light) or 'unseen' (only others, which 'varied' never shows; not for training). The scenes
         and texts of an index are the same in all three, but that captions name no background
@@ -31,7 +32,8 @@ class Scenes:
 
     A record is a dict: `image` uint8 [64, 64, 3]; `text`, one noisy alt-text (in the evaluation
     splits the full caption), None for labels; `labels`, names or None; `key`; `scene`, the
-    attributes. Raises ValueError for an unknown split, kind or count, and IndexError by index.
+    attributes; `extra`, {} or its `regions` (see data/regions.py). Raises ValueError for an unknown
+    split, kind or count, and IndexError by index.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Scenes:
     ):
         if split not in SPLIT_SIZES:
             raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_SIZES)}")
-        if kinds.KINDS.get(kind) not in (kinds.Caption, kinds.Label):
-            raise ValueError(f"kind is {kind!r}; use 'caption' or 'label'")
+        if kinds.KINDS.get(kind) not in (kinds.Caption, kinds.Label, kinds.Region):
+            raise ValueError(f"kind is {kind!r}; use 'caption', 'label' or 'region'")
+        self.has_regions = kinds.KINDS[kind] is kinds.Region
         if scenery not in SCENERY:
             raise ValueError(f"scenery is {scenery!r}; use one of {', '.join(SCENERY)}")
         if scenery == "unseen" and split == "train":
@@ -98,11 +101,18 @@ class Scenes:
         ]
 
     def read_texts(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
-        """Returns only {text, labels} at `indices`: no picture is drawn (vocabulary training)."""
+        """Returns only {text, labels, extra} at `indices`: no picture is drawn (vocabularies)."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         return self._texts(indices, self._scenes(indices))
 
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
+        extras: list[dict[str, Any]] = [{}] * len(indices)
+        if self.has_regions:
+            inks = self._draws(indices, 1, 24)
+            extras = [dict(regions=regions(s, d)) for s, d in zip(scenes, inks)]
+        return [dict(t, extra=e) for t, e in zip(self._worded(indices, scenes), extras)]
+
+    def _worded(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         draws = self._draws(indices, 2, 48)
         if self._labelled:
             noise = draws if self.split == "train" else [None] * len(draws)
@@ -110,6 +120,12 @@ class Scenes:
         if self.split != "train":
             return [dict(text=full_caption(s), labels=None) for s in scenes]
         return [dict(text=noisy_caption(s, d), labels=None) for s, d in zip(scenes, draws)]
+
+
+def regions(scene: dict[str, Any], draws: Draws) -> list[dict[str, Any]]:
+    """The objects of a scene by name and place, as data/regions.py reads them; draws: those that
+    `render` takes."""
+    return [dict(text=t, box=b) for t, b in zip(names(scene), boxes(scene, draws))]
 
 
 def write_folder(out: str, count: int, split: str = "heldout") -> None:

@@ -1,0 +1,113 @@
+"""Where a captioner says things are: boxes that it writes, and what it says of boxes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from coca_jax.data import regions
+from coca_jax.data.regions import Region
+from coca_jax.evaluators import Predictor, Record, in_batches, stack_images
+from coca_jax.evaluators.captioning import canonical_text
+from coca_jax.evaluators.declarations import Evaluator, Metric, Setting
+from coca_jax.evaluators.intervals import with_interval
+from coca_jax.evaluators.results import Spread, encode_png, picture
+
+RIGHT = 0.5  # overlap from which on a box is right, as in referring expressions (RefCOCO)
+
+
+class Grounding(Evaluator):
+    """Scores the regions of data: the place that a model writes for each one's text, and the text
+    that it writes for each one's place, greedy.
+
+    Args:
+      data_name: of the data set, the second part of the metrics' names.
+      batch_size: images at a time.
+      num_examples: pictures kept for the report.
+      progress: shows a bar.
+    """
+
+    kind, order, title = "grounding", 45, "Places"
+    needs, programs = "region", ("caption",)
+    metrics = {
+        "accuracy_50": Metric("Boxes that overlap by half"),
+        "overlap": Metric("Mean overlap of boxes"),
+        "boxes": Metric("Answers that are boxes"),
+        "named": Metric("Boxes named exactly"),
+    }
+    headlines = ("accuracy_50",)
+
+    def __init__(
+        self,
+        data_name: str,
+        *,
+        batch_size: int = 128,
+        num_examples: int = 24,
+        progress: bool = False,
+    ):
+        super().__init__(data_name)
+        self.batch_size, self.num_examples = batch_size, num_examples
+        self.progress = progress
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Grounding:
+        """Takes nothing of the task."""
+        return cls(task["name"], **setting.common(several=False))
+
+    def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields accuracy_50 (boxes whose intersection over union with the right one is at least a
+        half), overlap (the mean of that; 0 where no box is written), boxes (the share of answers
+        that are any) and named (places whose text is written exactly, but for case and
+        punctuation), each of all regions, with intervals.
+
+        A record needs `image` and `extra` with regions (data/regions.py); what has none is passed
+        over. Afterwards `examples` holds pictures with what was written. Raises ValueError where no
+        record has a region.
+        """
+        found: list[tuple[float, bool, bool]] = []
+        shown = Spread(self.num_examples)
+        pairs = ((record, region) for record in records for region in regions_of(record))
+        show = f"{self.name} regions" if self.progress else ""
+        for batch in in_batches(pairs, self.batch_size, show=show):
+            images = stack_images([record for record, _ in batch])
+            asked = [regions.find(region.text) for _, region in batch]
+            places = predict.caption(images, prompt=asked)
+            given = [regions.at(region.box) for _, region in batch]
+            names = predict.caption(images, prompt=given)
+            for (record, region), *written in zip(batch, asked, places, given, names):
+                ask, place, give, name = written
+                box = regions.read(after(place, ask))
+                score = 0.0 if box is None else regions.overlap(box, region.box)
+                right = canonical_text(after(name, give)) == canonical_text(region.text)
+                found.append((score, box is not None, right))
+                shown.offer(functools.partial(_item, record, region, place, score))
+        if not found:
+            raise ValueError(f"{self.name}: no record has a region; check the data and its split")
+        overlap, boxes, named = (np.asarray(column, np.float64) for column in zip(*found))
+        yield from with_interval(f"{self.name}/accuracy_50", (overlap >= RIGHT).astype(float))
+        yield from with_interval(f"{self.name}/overlap", overlap)
+        yield from with_interval(f"{self.name}/boxes", boxes)
+        yield from with_interval(f"{self.name}/named", named)
+        self.examples = dict(kind="captioning", items=shown.items(), worst=[])
+
+
+def regions_of(record: Record) -> list[Region]:
+    """The regions of a record."""
+    extra = record.get("extra") or {}
+    return regions.of(extra if isinstance(extra, str) else json.dumps(extra))
+
+
+def after(text: str, prompt: str) -> str:
+    """What a caption says behind its prompt, however its vocabulary spells that."""
+    return text[len(prompt) :] if text.startswith(prompt) else text.partition(":")[2]
+
+
+def _item(record: Record, region: Region, place: str, score: float) -> dict[str, Any]:
+    """One picture of the report."""
+    image = encode_png(picture(record["image"]))
+    wanted = [f"{regions.numbers(region.box)} (overlap {score:.2f})"]
+    return dict(image=image, caption=place, references=wanted, exact=score >= RIGHT, f1=score)

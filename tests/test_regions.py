@@ -1,0 +1,230 @@
+"""Boxes as text: how they are written and read, where scenes have theirs, what is scored."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from data_cases import take
+from PIL import Image
+from test_heads import train_alone
+
+import coca_jax
+from coca_jax.config import Entry, typed
+from coca_jax.data import kinds, regions, run_vocabulary, scenes, sources, texts
+from coca_jax.data.loaders import open_stream
+from coca_jax.data.mixture import Mixture
+from coca_jax.data.records import Record
+from coca_jax.data.scenes import drawing
+from coca_jax.evaluators import grounding
+from coca_jax.importers.splits import prepare
+
+
+def test_a_box_is_written_and_read():
+    box = (0.0, 0.075, 0.5, 1.0)
+    assert regions.numbers(box) == "00 07 50 99"
+    assert regions.read(" 00 07 50 99") == (0.005, 0.075, 0.505, 0.995)
+    assert regions.read("0 0 0 7 5 0 9 9") == regions.read("00 07 50 99.")  # digit by digit
+    for text in (
+        "",
+        "a red circle",
+        "00 07 50",
+        "50 07 50 99",
+        "12 80 50 20",
+        "at the 00 07 50 99",
+    ):
+        assert regions.read(text) is None, text
+    region = regions.Region("a dog", (0.4, 0.1, 0.9, 0.5))
+    assert regions.forms(region) == ("find a dog: 40 10 90 50", "at 40 10 90 50: a dog")
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        low, size = rng.uniform(0, 0.7, 2), rng.uniform(0.1, 0.3, 2)
+        drawn = (*low, *(low + size))
+        back = regions.read(regions.numbers(drawn))
+        assert np.abs(np.subtract(back, drawn)).max() <= 0.005 + 1e-9
+        assert regions.overlap(back, drawn) > 0.85
+
+
+def test_overlap_is_intersection_over_union():
+    assert regions.overlap((0, 0, 1, 1), (0, 0, 1, 1)) == 1
+    assert regions.overlap((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
+    assert regions.overlap((0, 0, 0.2, 0.2), (0.1, 0.1, 0.3, 0.3)) == pytest.approx(0.01 / 0.07)
+    assert regions.overlap((0, 0, 0.2, 0.2), (0.3, 0, 0.5, 0.2)) == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        5,
+        ["a dog"],
+        [{"text": "a dog"}],
+        [{"text": "", "box": [0, 0, 1, 1]}],
+        [{"text": "a dog", "box": [0, 0, 1]}],
+        [{"text": "a dog", "box": [0, 0, 64, 64]}],
+        [{"text": "a dog", "box": [0.5, 0, 0.5, 1]}],
+        [{"text": "a dog", "box": ["0", 0, 1, 1]}],
+    ],
+)
+def test_what_is_no_region_is_a_line(bad):
+    with pytest.raises(ValueError, match="regions: .* is none; give {'text'.*from 0 to 1"):
+        regions.of(json.dumps({"regions": bad}))
+    with pytest.raises(ValueError, match="record 'a7', regions: "):
+        kinds.Region().trains(Record(b"", (), (), "a7", json.dumps({"regions": bad})))
+    assert regions.of("{}") == [] and regions.of('{"regions": null}') == []
+
+
+def test_scenes_know_where_their_objects_are():
+    source = scenes.Scenes("train", "region")
+    records = source.read(np.arange(120))
+    assert [r["extra"] for r in source.read_texts(np.arange(5))] == [
+        r["extra"] for r in records[:5]
+    ]
+    sizes = {"small": [], "large": []}
+    for index, record in enumerate(records):
+        found = regions.of(json.dumps(record["extra"]))
+        assert len({one.text for one in found}) == len(found) == len(record["scene"]["objects"])
+        for o, one in zip(record["scene"]["objects"], found):
+            assert o["colour"] in one.text and o["shape"] in one.text
+            top, left, bottom, right = one.box
+            sizes[o["size"]].append(max(bottom - top, right - left))
+            x, y, place = left + right, top + bottom, o["place"]  # twice the middle
+            assert ("left" in place) == (x < 0.75) and ("right" in place) == (x > 1.25)
+            assert ("top" in place) == (y < 0.75) and ("bottom" in place) == (y > 1.25)
+        if len(found) == 1:  # what differs from a flat background is the object
+            (draws,) = source._draws(np.array([index]), 1, 24)
+            flat = np.full((drawing.SIDE, drawing.SIDE, 3), 127.0, np.float32)
+            image = drawing.render(record["scene"], draws, flat)
+            hit = np.argwhere((image != 127).any(2))
+            wanted = np.concatenate([hit.min(0), hit.max(0) + 1]) / 64
+            assert np.abs(wanted - found[0].box).max() <= 2 / 64
+    assert max(sizes["small"]) < min(max(sizes["large"]), 0.35) and min(sizes["large"]) > 0.3
+    assert scenes.Scenes("train").read([0])[0]["extra"] == {}
+
+
+def test_each_visit_trains_on_a_region_in_one_of_two_forms():
+    source = sources.open_source(dict(builtin="scenes", kind="region"), training=True)
+    assert isinstance(source.kind, kinds.Region) and len(source) == 200_000  # none is looked at
+    (record,) = source.read([1])
+    found = regions.of(record.extra)
+    draw = texts.Draw(0, 0, np.arange(400))
+    chosen, same = source.kind.choose([record] * 400, {}, draw)
+    assert chosen == same and set(chosen) == {text for one in found for text in regions.forms(one)}
+    assert 150 < sum(text.startswith("find ") for text in chosen) < 250
+    assert source.kind.choose([record], {}, texts.Draw(0, 0, np.array([7])))[0] == [chosen[7]]
+    learned = list(source.kind.vocabulary_texts(source.read_texts([1])[0], 0))
+    assert learned == [text for one in found for text in regions.forms(one)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("augment", "crop"), ("flip", True), ("resize", "crop"), ("num_frames", 2)],
+)
+def test_what_moves_pixels_from_their_boxes_is_refused(key, value):
+    config = typed(tiny_config()).change(
+        {"data.sources": (dict(builtin="scenes", kind="region"),), f"data.{key}": value}
+    )
+    with pytest.raises(ValueError, match=f"data.{key}=.* does not go with a source of kind='reg"):
+        Mixture(config)
+
+
+class Says:
+    """A captioner that writes what it is given, by prompt."""
+
+    def __init__(self, said):
+        self.said, self.asked = said, []
+
+    def caption(self, images, prompt=""):
+        assert len(images) == len(prompt)
+        self.asked += prompt
+        return [f"{one} {self.said[one]}" for one in prompt]
+
+
+def test_places_are_scored():
+    boxes = {
+        "a dog": [0.1, 0.1, 0.5, 0.5],
+        "a cat": [0.5, 0.5, 0.9, 0.9],
+        "a tree": [0, 0, 0.3, 0.3],
+    }
+    listed = [dict(text=text, box=box) for text, box in boxes.items()]
+    image = np.zeros((8, 8, 3), np.uint8)
+    records = [
+        dict(image=image, extra=json.dumps({"regions": listed[:2]})),
+        dict(image=image, extra="{}"),
+        dict(image=image, extra={"regions": listed[2:]}),
+    ]
+    model = Says(
+        {
+            "find a dog:": "10 10 50 50",
+            "find a cat:": "50 50 90 75",  # more than half of it
+            "find a tree:": "a tree",
+            "at 10 10 50 50:": "A dog.",
+            "at 50 50 90 90:": "a dog",
+            "at 00 00 30 30:": "a tree",
+        }
+    )
+    evaluator = grounding.Grounding("s", batch_size=2)
+    found = dict(evaluator.run(model, records))
+    assert found["grounding/s/accuracy_50"] == pytest.approx(2 / 3)
+    cat = regions.overlap(regions.read("50 50 90 75"), (0.5, 0.5, 0.9, 0.9))
+    dog = regions.overlap(regions.read("10 10 50 50"), (0.1, 0.1, 0.5, 0.5))
+    assert 0.6 < cat < 0.65 and found["grounding/s/overlap"] == pytest.approx((cat + dog) / 3)
+    assert found["grounding/s/boxes"] == pytest.approx(2 / 3)
+    assert found["grounding/s/named"] == pytest.approx(2 / 3)
+    assert found["grounding/s/accuracy_50_count"] == 3
+    assert [item["exact"] for item in evaluator.examples["items"]] == [True, True, False]
+    json.dumps(evaluator.examples)
+    with pytest.raises(ValueError, match="grounding/s: no record has a region"):
+        list(grounding.Grounding("s").run(model, records[1:2]))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Prepared pictures, of which every second one has regions."""
+    root = tmp_path_factory.mktemp("regions")
+    (root / "raw").mkdir()
+    lines = []
+    for number in range(12):
+        Image.fromarray(np.full((20, 30, 3), 20 * number, np.uint8)).save(
+            root / f"raw/{number}.png"
+        )
+        line = dict(file_name=f"{number}.png", text=f"picture {number}")
+        if number % 2:
+            line["regions"] = [dict(text=f"thing {number}", box=[0.1, 0.2, 0.3, 0.4])]
+        lines.append(json.dumps(line))
+    (root / "raw/metadata.jsonl").write_text("\n".join(lines) + "\n")
+    prepare("imagefolder", str(root / "raw"), str(root / "data"), progress=False)
+    return root
+
+
+def test_own_data_bring_their_regions(photos):
+    entry = dict(path=str(photos / "data"), kind="region", split="train")
+    source = sources.open_source(Entry.of(entry), training=True)
+    assert len(source) == 6  # those that have one
+    found = source.kind.choose(source.read(range(6)), {}, texts.Draw(0, 0, np.arange(6)))[0]
+    assert all("10 20 30 40" in text and "thing" in text for text in found)
+
+
+def test_a_run_learns_boxes_beside_captions_and_labels(photos):
+    config = tiny_config(image_size=16, patch_size=8)
+    config.model.text.update(vocab_size=420, max_len=20)
+    names = ("caption", "label", "region")
+    drawn = tuple(dict(builtin="scenes", split="train", kind=kind) for kind in names)
+    own = dict(path=str(photos / "data"), kind="region", split="train")
+    config.data.sources = (*drawn, own)
+    config.batch_size, config.steps = 8, 2
+    held = dict(builtin="scenes", split="heldout", kind="region", objects=(1,))
+    config.eval.tasks = (dict(kind="grounding", name="held", data=held, limit=4),)
+    summary = train_alone(config, photos / "run")
+    assert summary["grounding/held/accuracy_50_count"] == 4
+    assert 0 <= summary["grounding/held/boxes"] <= 1
+    vocabulary = run_vocabulary.load_or_train(config, str(photos / "run"))
+    (batch,) = take(open_stream(typed(config), vocabulary), 1)
+    said = [vocabulary.decode(row) for row in batch["tokens"]]
+    assert [("find " in text or "at " in text[:3]) for text in said] == [
+        source >= 2 for source in batch["source"].tolist()
+    ]
+    assert not batch["is_label"][batch["source"] >= 2].any()
+    model = coca_jax.load(str(photos / "run"), devices=jax.devices()[:1])
+    (text,) = model.caption([str(photos / "raw/1.png")], prompt="find thing 1:", max_tokens=18)
+    assert text.startswith("find thing 1:")
