@@ -17,7 +17,7 @@ from coca_jax.searching.pictures import Group, Picture
 if TYPE_CHECKING:
     from coca_jax.inference.model import CoCaModel
 
-PART = 4096  # pictures a part: what a stop loses at most
+PART = 1024  # pictures a part: what a stop loses at most
 VERSION = 1  # of the folder's layout
 
 
