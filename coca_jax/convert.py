@@ -1,7 +1,7 @@
 """Converts open_clip's CoCa weights to an export folder, and an export or a run back.
 
-CLIP, MetaCLIP (open_clip's or transformers' files) and SigLIP (transformers') become models without
-a decoder, for embeddings, zero-shot and search.
+CLIP, MetaCLIP, SigLIP (open_clip's or transformers' files), PE-Core, OpenVision and CLIPA
+(open_clip's) become models without a decoder, for embeddings, zero-shot and search.
 
 Examples:
   coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
@@ -33,6 +33,7 @@ from coca_jax.interop import (
 )
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.interop.towers_layout import TowersLayout
+from coca_jax.models import tower_kinds
 
 CLIP_IDS = 49_408
 WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.CONFIG_FILE
@@ -100,6 +101,11 @@ def from_towers(
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = towers_vocabulary(os.path.dirname(weights), described, bpe)
         checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
+        if towers.get("eos_id", vocabulary.eos_id) != vocabulary.eos_id:
+            raise ValueError(
+                f"{weights}: texts are pooled at the id {towers['eos_id']}, and this tokenizer "
+                f"ends them with {vocabulary.eos_id}; give the model's own as --bpe"
+            )
         suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")
         vocabulary.save(path)
@@ -115,7 +121,7 @@ def towers_vocabulary(folder: str, model: Model, given: str) -> vocabularies.Voc
 
     Raises ValueError where there is none."""
     names = (given,) if given else ("tokenizer.json", "spiece.model", "tokenizer.model")
-    of_clip = model.family == "clip" and model.text.vocab_size == CLIP_IDS
+    of_clip = tower_kinds.of(model.family).causal and model.text.vocab_size == CLIP_IDS
     if of_clip and (not given or not given.endswith(".model")):
         return clip_bpe.ClipBpe(clip_bpe.find_merges(folder, given))
     for name in names:

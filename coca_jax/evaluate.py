@@ -137,9 +137,32 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
         if kind not in found:
             place = f"{args.data} [{data['split']}]"
             raise ValueError(declarations.lacks(place, kinds[kind]))
+    if not found:
+        needs = sorted({kinds[kind].needs for kind in usual})
+        raise ValueError(
+            f"data {args.data} [{data['split']}]: no example has a {' or a '.join(needs)}, so "
+            "there is nothing to score; name their fields as --text_field or --label_field"
+        )
     left = [kind for kind in usual if kind not in found]
     if not args.tasks and left:
         cli.say(f"{args.data} has nothing for {', '.join(left)}: left out")
+    return found
+
+
+def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the tasks that nobody asked for by name, those that the model has programs for; a line on
+    standard error names the others. Raises ValueError where none is left."""
+    found, left = [], []
+    for task in tasks:
+        try:
+            declarations.of(task["kind"]).check_model(model)
+            found.append(task)
+        except ValueError as error:
+            left.append(f"{task['kind']} left out: {str(error).partition(': ')[2]}")
+    for line in left:
+        cli.say(line)
+    if not found:
+        raise ValueError(f"nothing to score: {'; '.join(left)}")
     return found
 
 
@@ -244,6 +267,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         )
     if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
+    if not args.tasks:
+        tasks = able(model, tasks)
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None

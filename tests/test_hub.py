@@ -17,6 +17,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 import coca_jax
 from coca_jax import export_format
 from coca_jax.config import Model, read
+from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
 from coca_jax.interop import hub, open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout
@@ -288,4 +289,23 @@ def test_commands_take_the_names(model, images, server, tmp_path):  # noqa: F811
     done = run("convert", "--input=hf-hub:org/none", f"--out={tmp_path}/none")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
         "error: hf-hub:org/none: there is no such model"
+    )
+
+
+def test_towers_come_with_their_tokenizer_and_preprocessing(server):
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
+    place = server.root / "google/siglip"
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = sizes | dict(vocab_size=320, max_position_embeddings=8, projection_size=16)
+    image = sizes | dict(image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(vision_config=image, text_config=text)
+    transformers.SiglipModel(config).save_pretrained(place)
+    vocabulary.train(["a photo of a cat"] * 9, 310, str(place / "spiece.model"), 0)
+    (place / "preprocessor_config.json").write_text('{"image_mean": [0.25, 0.5, 0.5]}')
+    loaded = coca_jax.load("hf-hub:google/siglip")
+    assert loaded.config.model.image_mean == (0.25, 0.5, 0.5)
+    np.testing.assert_array_equal(
+        loaded.encode_text(["a photo"]), coca_jax.load(str(place)).encode_text(["a photo"])
     )

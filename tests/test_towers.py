@@ -184,7 +184,7 @@ def test_what_is_not_supported_is_named(tmp_path):
     in_open_clip(folder, False)
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_pe_core_base_patch16_224"
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "eva02_base_patch16_clip_224"
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="vision_cfg.timm_model_name"):
         convert.from_open_clip(str(folder), str(tmp_path / "out"))

@@ -250,7 +250,8 @@ def check_captioner(model: Model) -> Model:
 def check_model(model: Model) -> Model:
     """The model; raises ValueError that names the first impossible value, and the remedy."""
     model = read(Model, model.to_dict(), "model", old=True)
-    if not image_shape.divides(model.patch_size, model.image_size):
+    whole = image_shape.divides(model.patch_size, model.image_size)
+    if not whole and (model.family == "coca" or not model.num_patches):
         raise ValueError(
             f"model.patch_size={model.patch_size} does not divide "
             f"model.image_size={model.image_size}; choose a divisor"

@@ -27,7 +27,7 @@ from coca_jax.config.rules import (
 )  # fmt: skip
 from coca_jax.config.section import Section
 from coca_jax.image_shape import Size
-from coca_jax.models import head_kinds, pooler_kinds
+from coca_jax.models import head_kinds, pooler_kinds, tower_kinds
 
 # The keys of Model that say what a block is. All blocks share them, but for those that a tower's
 # own `block` has otherwise.
@@ -60,6 +60,11 @@ class ImageModel(Section):
         0, whole(0, 1024, "tokens"), "learned tokens beside the patches, read by nobody at the end"
     )
     rope_theta: float = key(100.0, THETA, "base of the waves of rotary positions")
+    rope_start: float = key(
+        0.0,
+        number(0, 100),
+        "row and column of the first patch in rotary positions; a class token is at 0",
+    )
     block: Mapping[str, Any] = key(
         {}, MAPPING, "keys of the model's blocks that differ here, as {'norm_eps': 1e-6}"
     )
@@ -110,6 +115,9 @@ class Pooler(Section):
     )
     num_queries: int = key(256, QUERIES, "image tokens that the decoder sees")
     num_heads: int = key(12, HEADS, "of attention")
+    mlp_dim: int = key(
+        0, whole(0, 1 << 20, "channels"), "inside the MLP of towers' pooler; 0: image.mlp_dim"
+    )
     query_std: float = key(0.02, number(0, 100), "standard deviation of the queries at the start")
     project: bool = key(True, FLAG, "a projection from the pooled image to the contrastive space")
     block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of all poolers and the task head")
@@ -126,8 +134,8 @@ class Model(Section):
     patch_size: Size = key(18, SIDES, "side of a patch, or (height, width); divides image_size")
     family: str = key(
         "coca",
-        choice("coca", "clip", "siglip"),
-        "'clip' and 'siglip': towers without a decoder, of converted weights; not for training",
+        choice("coca", *tower_kinds.KINDS),
+        "others than 'coca': towers without a decoder, of converted weights; not for training",
     )
     embed_dim: int = key(768, WIDTH, "of the contrastive space")
     dtype: str = key(
@@ -183,6 +191,11 @@ class Model(Section):
         -1,
         whole(-1, 1 << 24, "id"),
         "behind a text that is padded, of SigLIP; -1: the vocabulary's",
+    )
+    clean: str = key(
+        "canonical",
+        choice("canonical", "lower"),
+        "texts of SigLIP: in lower case without punctuation, or only in lower case",
     )
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()

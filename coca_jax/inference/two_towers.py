@@ -1,4 +1,4 @@
-"""What `coca_jax.load` returns for image and text towers without a decoder: CLIP, SigLIP."""
+"""What `coca_jax.load` returns for image and text towers without a decoder, as CLIP's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.encoders import Encoders
-from coca_jax.models import roles, two_towers
+from coca_jax.models import roles, tower_kinds, two_towers
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -22,11 +22,15 @@ class TwoTowerModel(Encoders):
     It writes no captions and scores no texts by likelihood: such methods are missing.
     """
 
+    @property
+    def family(self) -> str:
+        """Whose towers they are, a name of models/tower_kinds.py."""
+        return self.config.model.family
+
     def __getattr__(self, name: str) -> Any:
         if name in ("caption", "captions", "answer", "score", "caption_log_likelihood", "forward"):
-            family = self.config.model.family
             raise AttributeError(
-                f"{name}: a model of the family {family!r} has no decoder and writes no texts"
+                f"{name}: a model of the family {self.family!r} has no decoder and writes no texts"
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -37,16 +41,20 @@ class TwoTowerModel(Encoders):
     def _tokenize(
         self, texts: Sequence[str], labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """SigLIP's texts have no begin symbol and are padded to the whole length, which the tower
-        reads; without punctuation and in lower case, as it was trained (big_vision's
-        'canonicalize')."""
-        if self.config.model.family == "clip":
-            return text_arrays.tokenize(self.vocabulary, texts, self.max_len)
-        words, pad = self.vocabulary, self.config.model.pad_id
-        tokens = np.full((len(texts), self.max_len), words.pad_id if pad < 0 else pad, np.int32)
+        """A tower that sees all of a text reads its padding too, so texts are padded to the whole
+        length; where they have no end symbol, padding is in its place."""
+        model, words, kind = self.config.model, self.vocabulary, tower_kinds.of(self.family)
+        if kind.causal:
+            return text_arrays.tokenize(words, texts, self.max_len)
+        if kind.cleaned:
+            texts = [canonical(t) if model.clean == "canonical" else t.lower() for t in texts]
+        begin = [words.bos_id] if kind.begins else []
+        end = [words.eos_id] if kind.ends else []
+        pad = words.pad_id if model.pad_id < 0 else model.pad_id
+        tokens = np.full((len(texts), self.max_len), pad, np.int32)
         lengths = np.zeros(len(texts), np.int64)
-        for row, ids in enumerate(words.encode_many([canonical(text) for text in texts])):
-            whole = [*ids[: self.max_len - 1], words.eos_id]
+        for row, ids in enumerate(words.encode_many(texts)):
+            whole = [*begin, *ids[: self.max_len - len(begin) - 1], *end]
             tokens[row, : len(whole)] = whole
             lengths[row] = len(whole)
         return tokens, np.arange(self.max_len)[None] < lengths[:, None]

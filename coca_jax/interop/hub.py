@@ -14,7 +14,7 @@ from typing import Any
 
 from coca_jax import export_format, extras
 from coca_jax.data import bounded_json
-from coca_jax.interop import open_clip_config
+from coca_jax.interop import open_clip_config, towers_config
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
 # (model, tag) -> repository, of open_clip 3.3.0's table of pretrained weights.
@@ -59,7 +59,10 @@ def _apples() -> dict[tuple[str, str], str]:
 
 
 PRETRAINED = OPEN_CLIPS | _apples()
-_SMALL = [export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*"]
+_SMALL = [
+    *(export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*", "spiece.model"),
+    *(towers_config.TOKENIZER, towers_config.PREPROCESSOR),
+]
 
 
 def local(place: str, pretrained: str = "") -> str:
@@ -156,6 +159,8 @@ def _weights(folder: str) -> tuple[str, ...]:
                 return (export_format.HUB_PARAMS, *open_clip_config.WEIGHTS_FILES)
         if found.items() >= export_format.LIBRARY.items():
             return (export_format.HUB_PARAMS,)
+        if str(found.get("model_type")) in towers_config.FAMILIES:
+            return open_clip_config.WEIGHTS_FILES + towers_config.WEIGHTS_FILES
     return open_clip_config.WEIGHTS_FILES
 
 

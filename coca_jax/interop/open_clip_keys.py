@@ -128,6 +128,17 @@ def _check_norm(value: Any, name: str) -> None:
         raise ValueError(f"{name}={short(value)}: give an eps from 1e-12 to 0.01")
 
 
+def mlp_width(section: dict[str, Any], part: str, width: Any) -> int:
+    """The channels inside an MLP on a residual stream of `width`, by the section's mlp_ratio.
+    Raises ValueError for a width or a ratio that can be none."""
+    ratio, most = section.get("mlp_ratio", 4.0), _RATIOS["mlp_ratio"]
+    if not is_whole(width) or not 1 <= width <= _MOST["width"]:
+        raise ValueError(f"{part}.width={short(width)}: give a whole number, 1 to {_MOST['width']}")
+    if not is_number(ratio) or not 0 < ratio <= most:
+        raise ValueError(f"{part}.mlp_ratio={short(ratio)}: give a number above 0, to {most}")
+    return int(width * ratio)
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is an integer; JSON's true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)

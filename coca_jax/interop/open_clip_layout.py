@@ -28,7 +28,8 @@ class Part(NamedTuple):
     """path: 'a/b/c' of a parameter; layer: its index in the stack, or None.
 
     key: of the open_clip tensor; rows: which of its first axis, None for all. shape_there: of those
-    rows; axes: their order here; shape: of the parameter (of one layer).
+    rows; view: the same with axes split, () for none; flip: axes that run backwards here; axes:
+    their order here; shape: of the parameter (of one layer).
     """
 
     path: str
@@ -38,17 +39,22 @@ class Part(NamedTuple):
     shape_there: tuple[int, ...]
     axes: tuple[int, ...]
     shape: tuple[int, ...]
+    view: tuple[int, ...] = ()
+    flip: tuple[int, ...] = ()
 
     def here(self, tensor: np.ndarray) -> np.ndarray:
         """The open_clip tensor's part as it is here, float32."""
         rows = tensor if self.rows is None else tensor[slice(*self.rows)]
-        return rows.reshape(self.shape_there).transpose(self.axes).reshape(self.shape)
+        split = np.flip(rows.reshape(self.view or self.shape_there), self.flip)
+        return split.transpose(self.axes).reshape(self.shape)
 
     def there(self, parameter: np.ndarray) -> np.ndarray:
         """The inverse of `here`; takes the whole (stacked) parameter."""
         value = parameter if self.layer is None else parameter[self.layer]
-        permuted = tuple(self.shape_there[axis] for axis in self.axes)
-        return np.asarray(value).reshape(permuted).transpose(np.argsort(self.axes))
+        split = self.view or self.shape_there
+        permuted = np.asarray(value).reshape(tuple(split[axis] for axis in self.axes))
+        whole = np.flip(permuted.transpose(np.argsort(self.axes)), self.flip)
+        return whole.reshape(self.shape_there)
 
 
 class Layout:
@@ -216,10 +222,12 @@ class Layout:
         axes: tuple[int, ...] | None = None,
         layer: int | None = None,
         rows: tuple[int, int] | None = None,
+        view: tuple[int, ...] = (),
+        flip: tuple[int, ...] = (),
     ) -> None:
         shape_there = shape if shape_there is None else shape_there
         axes = tuple(range(len(shape_there))) if axes is None else axes
-        self.parts.append(Part(path, layer, key, rows, shape_there, axes, shape))
+        self.parts.append(Part(path, layer, key, rows, shape_there, axes, shape, view, flip))
 
     def _norm(self, path: str, key: str, width: int, layer: int | None = None) -> None:
         self._add(f"{path}/scale", f"{key}.weight", (width,), layer=layer)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.interop.open_clip_keys import is_number, short
+from coca_jax.interop.open_clip_keys import is_number, mlp_width, short
 
 # vit_<name>_patch<P>_siglip_<S>: (width, layers, heads, MLP over width).
 TRUNKS: dict[str, tuple[int, int, int, float]] = {
@@ -26,7 +26,9 @@ _TEXT = {
     *("proj_bias", "pool_type", "norm_kwargs", "act_kwargs", "hf_tokenizer_name"),
     "tokenizer_kwargs",
 }
-T5_IDS, T5_PAD = 32_000, 1  # SigLIP's own vocabulary pads with 1, later ones with 0
+# SigLIP's vocabularies (32,000 ids, of several languages 250,000) pad with their end symbol, 1;
+# that of SigLIP 2 has a symbol for it, 0.
+T5_PAD, GEMMA_IDS, GEMMA_PAD = 1, 256_000, 0
 
 
 def is_siglip(cfg: Mapping[str, Any]) -> bool:
@@ -49,7 +51,7 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
     if name not in TRUNKS:
         known = ", ".join(TRUNKS)
         raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of SigLIP's trunks only {known}")
-    numbers = _checked(vision, text, size)
+    _check(vision, text, size)
     width, layers, heads, ratio = TRUNKS[name]
     activation = "gelu" if _TANH.match(match[0]) else "gelu_exact"
     of_text = "gelu" if text.get("act_kwargs") else "gelu_exact"
@@ -63,12 +65,12 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
         image_std=tuple(preprocess["std"]),
         activation=activation,
         norm_eps=EPS,
-        pad_id=T5_PAD if text["vocab_size"] == T5_IDS else 0,
+        pad_id=GEMMA_PAD if text["vocab_size"] == GEMMA_IDS else T5_PAD,
         image=dict(width=width, depth=layers, mlp_dim=int(width * ratio), num_heads=heads),
         text=dict(
             width=text["width"],
             unimodal_depth=text["layers"],
-            mlp_dim=int(text["width"] * numbers["mlp_ratio"]),
+            mlp_dim=mlp_width(text, "text_cfg", text["width"]),
             num_heads=text["heads"],
             vocab_size=text["vocab_size"],
             max_len=text["context_length"],
@@ -78,8 +80,8 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
     )
 
 
-def _checked(vision: Mapping[str, Any], text: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The numbers of text_cfg. Raises ValueError for what SigLIP does not have, naming the key."""
+def _check(vision: Mapping[str, Any], text: Mapping[str, Any], size: int) -> None:
+    """Raises ValueError for what SigLIP does not have, naming the key."""
     tanh = dict(approximate="tanh")
     for part, section, key, allowed in (
         ("vision_cfg", vision, "timm_pool", ("map",)),
@@ -97,10 +99,7 @@ def _checked(vision: Mapping[str, Any], text: Mapping[str, Any], size: int) -> d
         for key, value in section.items():
             if key not in known_keys and value not in (None, False, {}):
                 raise ValueError(f"{part}.{key}={short(value)} is not supported of a SigLIP model")
-    keys = ("context_length", "vocab_size", "width", "heads", "layers")
-    numbers: dict[str, Any] = {key: text.get(key) for key in keys}
-    numbers["mlp_ratio"] = text.get("mlp_ratio", 4.0)
-    for key, value in numbers.items():
+    for key in ("context_length", "vocab_size", "width", "heads", "layers"):
+        value = text.get(key)
         if not is_number(value) or value <= 0:
             raise ValueError(f"text_cfg.{key}={short(value)}: give a number above 0")
-    return numbers

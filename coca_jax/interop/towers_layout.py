@@ -1,5 +1,5 @@
-"""Tensors of CLIP's and SigLIP's image and text towers, as open_clip and transformers name them,
-and the parameters here that they are."""
+"""Tensors of image and text towers, as open_clip and transformers name them, and the parameters
+here that they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from coca_jax import image_shape
 from coca_jax.config import Model
 from coca_jax.interop.open_clip_config import block_options
 from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.models import tower_kinds
+from coca_jax.models.tower_kinds import CLASS, QUERY
 
 STYLES = ("open_clip", "transformers")
 
@@ -18,14 +20,14 @@ class TowersLayout(Layout):
     """The relation for one model.
 
     Args:
-        model: config.model, of the family 'clip' or 'siglip'.
+        model: config.model, of a family of towers.
         names: of the tensors in the file; they tell whose they are.
         logit_bias: whether there is the bias of the sigmoid loss.
     """
 
     def __init__(self, model: Model, names: Iterable[str], logit_bias: bool = False):
         names = set(names)
-        self.parts = []
+        self.parts, self.kind = [], tower_kinds.of(model.family)
         self.blocks = block_options(model)
         self.style = (
             "transformers" if any(n.startswith("vision_model.") for n in names) else STYLES[0]
@@ -35,10 +37,13 @@ class TowersLayout(Layout):
             self._add("logit_bias/value", "logit_bias", ())
         if self.style == "transformers":
             self._transformers(model)
-        elif model.family == "clip":
-            self._open_clip(model, "text." if any(n.startswith("text.") for n in names) else "")
         else:
-            self._siglip_of_open_clip(model)
+            prefix = "text." if any(n.startswith("text.") for n in names) else ""
+            if self.kind.pool == QUERY:
+                self._trunk(model)
+            else:
+                self._image_of_open_clip(model)
+            self._text_of_open_clip(model, prefix)
         self._index()
 
     def _patches(self, model: Model, key: str) -> None:
@@ -53,8 +58,8 @@ class TowersLayout(Layout):
         if model.image.patch_bias:
             self._add("image_encoder/patch_embedding/bias", f"{key}.bias", (width,))
 
-    def _open_clip(self, model: Model, prefix: str) -> None:
-        image, text, embed = model.image, model.text, model.embed_dim
+    def _image_of_open_clip(self, model: Model) -> None:
+        image = model.image
         places = model.num_patches + 1
         self._add("image_encoder/class_token/value", "visual.class_embedding", (image.width,))
         self._add(
@@ -66,12 +71,9 @@ class TowersLayout(Layout):
         blocks, own = "image_encoder/blocks", self.blocks["image"]
         self._stack(blocks, "visual.transformer", image.depth, image.width, image, own)
         self._norm("pooled_norm", "visual.ln_post", image.width)
-        self._add("image_to_joint/kernel", "visual.proj", (image.width, embed))
-        self._text_of_open_clip(model, prefix)
-        self._add("text_to_joint/kernel", f"{prefix}text_projection", (text.width, embed))
+        self._add("image_to_joint/kernel", "visual.proj", (image.width, model.embed_dim))
 
     def _text_of_open_clip(self, model: Model, prefix: str) -> None:
-        """open_clip's text tower without the projection behind it."""
         text, decoder = model.text, "text_decoder"
         tokens, positions = (text.vocab_size, text.width), (text.max_len, text.width)
         self._add(f"{decoder}/token_embedding/value", f"{prefix}token_embedding.weight", tokens)
@@ -79,11 +81,19 @@ class TowersLayout(Layout):
         blocks, own, depth = f"{decoder}/unimodal", self.blocks["text"], text.unimodal_depth
         self._stack(blocks, f"{prefix}transformer", depth, text.width, text, own)
         self._norm(f"{decoder}/unimodal_norm", f"{prefix}ln_final", text.width)
+        joint, shape = f"{prefix}text_projection", (text.width, model.embed_dim)
+        if self.kind.text_bias:
+            self._linear("text_to_joint", joint, shape, None)
+        else:
+            self._add("text_to_joint/kernel", joint, shape)
 
-    def _siglip_of_open_clip(self, model: Model) -> None:
-        """A trunk of timm, and open_clip's text tower with a bias behind it."""
-        image, text, trunk = model.image, model.text, "visual.trunk"
-        places, width = model.num_patches, image.width
+    def _trunk(self, model: Model) -> None:
+        """An image trunk of timm with a pooler: SigLIP's, or PE-Core's."""
+        image, trunk, width = model.image, "visual.trunk", model.image.width
+        places = model.num_patches + image.class_token
+        if image.class_token:
+            token = "image_encoder/class_token/value", f"{trunk}.cls_token"
+            self._add(*token, (width,), shape_there=(1, 1, width))
         self._add(
             "image_encoder/positions/value",
             f"{trunk}.pos_embed",
@@ -91,27 +101,36 @@ class TowersLayout(Layout):
             shape_there=(1, places, width),
         )
         self._patches(model, f"{trunk}.patch_embed.proj")
+        if image.pre_norm:
+            self._norm("image_encoder/pre_norm", f"{trunk}.norm_pre", width)
+        turned = self.blocks["image"]["positions"] != "learned"
         head = (image.num_heads, width // image.num_heads)
         for layer in range(image.depth):
             here, there = "image_encoder/blocks/layers", f"{trunk}.blocks.{layer}"
             self._norm(f"{here}/attention_norm", f"{there}.norm1", width, layer)
             parts = ("query", "key", "value")
-            self._fused(f"{here}/attention", f"{there}.attn.qkv", parts, width, head, layer)
+            qkv = f"{here}/attention", f"{there}.attn.qkv", parts, width, head
+            self._fused(*qkv, layer, turned=turned)
             self._out(f"{here}/attention/out", f"{there}.attn.proj", width, head, layer)
             self._norm(f"{here}/mlp_norm", f"{there}.norm2", width, layer)
             self._linear(f"{here}/mlp/in", f"{there}.mlp.fc1", (width, image.mlp_dim), layer)
             self._linear(f"{here}/mlp/out", f"{there}.mlp.fc2", (image.mlp_dim, width), layer)
         self._norm("image_encoder/final_norm", f"{trunk}.norm", width)
-        path, key = "contrastive_pooler", f"{trunk}.attn_pool"
+        self._pool_of_timm(model, f"{trunk}.attn_pool")
+        if self.kind.projection:
+            joint = f"{trunk}.head", (width, model.embed_dim)
+            self._linear("image_to_joint", *joint, None)
+
+    def _pool_of_timm(self, model: Model, key: str) -> None:
+        path, width, heads = "contrastive_pooler", model.image.width, model.pooler.num_heads
+        head, mlp = (heads, width // heads), model.pooler.mlp_dim or model.image.mlp_dim
         self._add(f"{path}/query/value", f"{key}.latent", (1, width), shape_there=(1, 1, width))
         self._fused(f"{path}/attention", f"{key}.q", ("query",), width, head)
         self._fused(f"{path}/attention", f"{key}.kv", ("key", "value"), width, head)
         self._out(f"{path}/attention/out", f"{key}.proj", width, head)
         self._norm(f"{path}/norm", f"{key}.norm", width)
-        self._linear(f"{path}/mlp/in", f"{key}.mlp.fc1", (width, image.mlp_dim), None)
-        self._linear(f"{path}/mlp/out", f"{key}.mlp.fc2", (image.mlp_dim, width), None)
-        self._text_of_open_clip(model, "text.")
-        self._linear("text_to_joint", "text.text_projection", (text.width, model.embed_dim), None)
+        self._linear(f"{path}/mlp/in", f"{key}.mlp.fc1", (width, mlp), None)
+        self._linear(f"{path}/mlp/out", f"{key}.mlp.fc2", (mlp, width), None)
 
     def _fused(
         self,
@@ -121,14 +140,28 @@ class TowersLayout(Layout):
         width: int,
         head: tuple[int, int],
         layer: int | None = None,
+        turned: bool = False,
     ) -> None:
-        """Projections of attention that are rows of one matrix there."""
+        """Projections of attention that are rows of one matrix there.
+
+        turned: queries and keys have rotary positions. There the numbers of a head are those of
+        columns, then those of rows, and the two that are turned together are neighbours; here rows
+        come first, and the two stand half a head apart (see models/rotary.py).
+        """
+        heads, wide = head
         for index, name in enumerate(parts):
             rows = (index * width, (index + 1) * width) if len(parts) > 1 else None
             more: dict[str, Any] = dict(layer=layer, rows=rows)
-            kernel = f"{path}/{name}/kernel", f"{key}.weight", (width, *head)
-            self._add(*kernel, shape_there=(width, width), axes=(1, 0), **more)
-            self._add(f"{path}/{name}/bias", f"{key}.bias", head, shape_there=(width,), **more)
+            kernel: dict[str, Any] = dict(axes=(1, 0))
+            bias: dict[str, Any] = {}
+            if turned and name != "value":
+                split = (heads, 2, wide // 4, 2)  # heads, column or row, angles, the two numbers
+                kernel = dict(view=(*split, width), flip=(1,), axes=(4, 0, 3, 1, 2))
+                bias = dict(view=split, flip=(1,), axes=(0, 3, 1, 2))
+            weight = f"{path}/{name}/kernel", f"{key}.weight", (width, *head)
+            self._add(*weight, shape_there=(width, width), **(kernel | more))
+            own = f"{path}/{name}/bias", f"{key}.bias", head
+            self._add(*own, shape_there=(width,), **(bias | more))
 
     def _out(
         self, path: str, key: str, width: int, head: tuple[int, int], layer: int | None = None
@@ -140,7 +173,7 @@ class TowersLayout(Layout):
 
     def _transformers(self, model: Model) -> None:
         image, text, embed = model.image, model.text, model.embed_dim
-        clip = model.family == "clip"
+        clip = self.kind.pool == CLASS
         vision, places = "vision_model", model.num_patches
         if clip:
             token = f"{vision}.embeddings.class_embedding"

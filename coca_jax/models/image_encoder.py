@@ -36,15 +36,16 @@ class ImageEncoder(nn.Module):
     """pixels float [B, S, T, 3], normalised -> tokens [B, N, D] in `dtype`.
 
     S x T, height and width, is image_size, or of a stage of a size curriculum: positions are then
-    resampled. Images of any shape are packed, [B, N, P * P * 3 + 4] (see native.py): tokens of
-    padding say nothing, and no other token looks at them.
+    resampled. Of an image_size that is no multiple of patch_size, right and lower edges are cut off,
+    as SigLIP's 384 / 14 has it. Images of any shape are packed, [B, N, P * P * 3 + 4] (see
+    native.py): tokens of padding say nothing, and no other token looks at them.
 
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
     conv_widths, conv_depths: channels and residual blocks of each stage of the convolutional stem;
     each stage halves the resolution, so patch_size must be 2^stages. Empty: plain patches.
     registers: learned tokens beside the patches, which nobody reads behind the last block (Darcet
-    et al. 2024). rope_theta: see rotary.of_places.
+    et al. 2024). rope_theta: see rotary.of_places; rope_start: the first patch's row and column.
     patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
     """
 
@@ -60,6 +61,7 @@ class ImageEncoder(nn.Module):
     patch_bias: bool = True
     registers: int = 0
     rope_theta: float = 100.0
+    rope_start: float = 0.0
     conv_widths: tuple[int, ...] = ()
     conv_depths: tuple[int, ...] = ()
     patch_dropout: float = 0.0
@@ -130,6 +132,8 @@ class ImageEncoder(nn.Module):
         """Raises ValueError for pixels that are no images of the model's size, or of another of
         its proportions."""
         own = image_shape.pair(self.image_size)
+        if shape[1:] == (*own, 3):
+            return
         if (
             len(shape) == 4
             and shape[-1] == 3
@@ -215,15 +219,18 @@ class ImageEncoder(nn.Module):
             places = rotary.grid(image_shape.grid(size, self.patch_size), own)[None]
         else:
             places = native.places_of(patches, own[0])
+        places = places + self.rope_start
         return rotary.of_places(places, self.width // self.num_heads, self.rope_theta)
 
 
 def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:
     """[B, S, T, 3] -> [B, N, P * Q * 3] of patches P x Q, row by row; a patch is flattened (row,
-    column, channel)."""
+    column, channel). What is no whole patch at the right and lower edge is left out."""
     batch, height, width, channels = pixels.shape
     high, wide = image_shape.pair(patch_size)
     rows, columns = image_shape.grid((height, width), patch_size)
+    if (rows * high, columns * wide) != (height, width):
+        pixels = pixels[:, : rows * high, : columns * wide]
     x = pixels.reshape(batch, rows, high, columns, wide, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 

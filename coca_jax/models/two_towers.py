@@ -1,4 +1,5 @@
-"""Towers without a decoder: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023).
+"""Towers without a decoder: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), Perception
+Encoder core (Bolya et al. 2025), OpenVision (Li et al. 2025).
 
 The same encoder and blocks as CoCa's, with other heads. `model.family` says which:
 
@@ -6,6 +7,8 @@ The same encoder and blocks as CoCa's, with other heads. `model.family` says whi
   text is causal, and its end symbol's state is its embedding.
 - 'siglip' (SigLIP, SigLIP 2): the image is pooled by attention with one learned query and an MLP;
   the text sees all of itself, padding too, and its last place is its embedding.
+- 'pe': images as SigLIP's, with a projection behind the pooler; texts as CLIP's.
+- 'openvision' (CLIPA too): the image is the mean of its patches, behind a norm; texts as SigLIP's.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import jax.numpy as jnp
 from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.config import Model, checks
-from coca_jax.models import block, layers
+from coca_jax.models import block, layers, tower_kinds
 from coca_jax.models.coca import normalise
 from coca_jax.models.image_encoder import ImageEncoder
+from coca_jax.models.tower_kinds import CLASS, QUERY, TowerKind
 from coca_jax.ops.reference import wide
 from coca_jax.partitioning import constrain
 
@@ -74,7 +78,7 @@ class TextTower(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """tokens [B, N, D] -> [B, D]: one query attends to all, and an MLP beside it (SigLIP's)."""
+    """tokens [B, N, D] -> [B, D]: one query attends to all, and an MLP beside it."""
 
     num_heads: int
     mlp_dim: int
@@ -96,8 +100,9 @@ class TwoTowers(nn.Module):
 
     encoder: ImageEncoder
     tower: TextTower
-    family: str
+    kind: TowerKind
     pooler_heads: int
+    pooler_mlp: int
     embed_dim: int
     temperature: float = 0.07
     sigmoid: bool = False
@@ -115,16 +120,16 @@ class TwoTowers(nn.Module):
         projection: dict[str, Any] = dict(
             axes=("embed", "joint"), dtype=wide(self.dtype), ops=self.options.ops
         )
-        if self.family == "clip":
-            self.pooled_norm = layers.Norm(self.options)
-            self.image_to_joint = layers.Projection((self.embed_dim,), use_bias=False, **projection)
-        else:
+        kind, joint = self.kind, (self.embed_dim,)
+        if kind.pool == QUERY:
             self.contrastive_pooler = AttentionPooler(
-                self.pooler_heads, self.encoder.mlp_dim, options=self.options
+                self.pooler_heads, self.pooler_mlp, options=self.options
             )
-        self.text_to_joint = layers.Projection(
-            (self.embed_dim,), use_bias=self.family == "siglip", **projection
-        )
+        else:
+            self.pooled_norm = layers.Norm(self.options)
+        if kind.projection:
+            self.image_to_joint = layers.Projection(joint, use_bias=kind.image_bias, **projection)
+        self.text_to_joint = layers.Projection(joint, use_bias=kind.text_bias, **projection)
         self.log_scale = layers.Scalar(-math.log(self.temperature))
         if self.sigmoid:
             self.logit_bias = layers.Scalar(-10.0)
@@ -146,10 +151,15 @@ class TwoTowers(nn.Module):
         return self._pool(encoded), encoded
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
-        if self.family == "clip":
+        if self.kind.pool == QUERY:
+            pooled = self.contrastive_pooler(tokens)
+        elif self.kind.pool == CLASS:
             pooled = self.pooled_norm(tokens[:, 0])
-            return normalise(self.image_to_joint(pooled.astype(wide(self.dtype))))
-        return normalise(self.contrastive_pooler(tokens))
+        else:
+            pooled = self.pooled_norm(tokens[:, int(self.encoder.class_token) :].mean(1))
+        if self.kind.projection:
+            pooled = self.image_to_joint(pooled.astype(wide(self.dtype)))
+        return normalise(pooled)
 
     def encode_text(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """tokens int [B, L], valid bool [B, L] -> float32 [B, E], L2-normalised."""
@@ -169,10 +179,15 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
     """Makes the towers that `config.model` describes. Raises ValueError for sizes that cannot be,
     or towers that this family does not have."""
     model = checks.check_model(model)
-    if model.family == "siglip" and model.embed_dim != model.image.width:
+    kind = tower_kinds.of(model.family)
+    if not kind.projection and model.embed_dim != model.image.width:
         raise ValueError(
-            f"model.embed_dim={model.embed_dim}: SigLIP has no projection behind its pooler, whose "
-            f"width is model.image.width={model.image.width}"
+            f"model.embed_dim={model.embed_dim}: {kind.about} has no projection behind its pooler, "
+            f"whose width is model.image.width={model.image.width}"
+        )
+    if kind.pool == CLASS and not model.image.class_token:
+        raise ValueError(
+            f"model.image.class_token=False: of {kind.about} it is the image; set True"
         )
     ops = operations.choose(platform or jax.default_backend(), model.implementation)
     options = layers.BlockOptions.from_config(model, ops)
@@ -193,11 +208,12 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
             num_heads=text.num_heads,
             vocab_size=text.vocab_size,
             max_len=text.max_len,
-            causal=model.family == "clip",
+            causal=kind.causal,
             options=of_text,
         ),
-        family=model.family,
+        kind=kind,
         pooler_heads=model.pooler.num_heads,
+        pooler_mlp=model.pooler.mlp_dim or model.image.mlp_dim,
         embed_dim=model.embed_dim,
         temperature=model.temperature,
         sigmoid=sigmoid,

@@ -1,4 +1,4 @@
-"""Sets of suites, one of their files damaged, and configurations of CLIP's and SigLIP's towers."""
+"""Sets of suites, one of their files damaged, and configurations of image and text towers."""
 
 from __future__ import annotations
 
@@ -97,8 +97,14 @@ def towers_seeds() -> list[bytes]:
     siglip = text | dict(no_causal_mask=True, proj_bias=True, pool_type="last")
     siglip["norm_kwargs"] = dict(eps=1e-6)
     timm = dict(embed_dim=768, vision_cfg=trunk | dict(image_size=224), text_cfg=siglip)
+    trunk = dict(timm_model_name="vit_pe_core_base_patch16_224", timm_pool="map", timm_proj=None)
+    pe_core = dict(embed_dim=24, vision_cfg=trunk | dict(image_size=224), text_cfg=text)
+    pooled = vision | dict(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    whole = text | dict(pool_type="last", no_causal_mask=True, act_kwargs=dict(approximate="tanh"))
+    whole["tokenizer_kwargs"] = dict(strip_sep_token=True)
+    openvision = dict(embed_dim=24, vision_cfg=pooled, text_cfg=whole)
     trees = [clip, dict(model_type="siglip", **sections)]
-    trees += [dict(model_cfg=tower) for tower in (open_clip, timm)]
+    trees += [dict(model_cfg=tower) for tower in (open_clip, timm, pe_core, openvision)]
     return [json.dumps(tree).encode() for tree in trees]
 
 

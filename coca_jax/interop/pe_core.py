@@ -1,0 +1,117 @@
+"""PE-Core (Perception Encoder, Bolya et al. 2025) as open_clip has it: an image trunk of timm with
+rotary positions and a pooler, and open_clip's text tower. Which trunk, its name says; its sizes are
+timm's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from coca_jax.interop.open_clip_keys import is_number, mlp_width, short
+
+
+class Trunk(NamedTuple):
+    """Sizes of an image trunk. mlp_dim: of its blocks; that of the pooler is four times the width.
+    class_token: whether it has one; the first patch is then at place 1 of both axes, else at 0."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    class_token: bool = True
+
+
+# vit_pe_core_<name>_patch<P>_<S>
+TRUNKS = dict(
+    tiny=Trunk(192, 12, 3, 768),
+    small=Trunk(384, 12, 6, 1536),
+    base=Trunk(768, 12, 12, 3072),
+    large=Trunk(1024, 24, 16, 4096),
+    gigantic=Trunk(1536, 50, 16, 8960, class_token=False),
+)
+POOLER_HEADS, EPS, THETA = 8, 1e-5, 10_000.0
+_NAME = re.compile(r"vit_pe_core_([a-z0-9]+)_patch(\d+)_(\d+)")
+_VISION = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj")
+_TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+_WITHOUT_EFFECT = ("output_tokens", "hf_tokenizer_name", "tokenizer_kwargs")
+
+
+def is_pe_core(cfg: Mapping[str, Any]) -> bool:
+    """Whether open_clip's configuration has a trunk of timm that is PE-Core's."""
+    vision = cfg.get("vision_cfg")
+    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model of PE-Core in open_clip's configuration. preprocess: mean and std.
+
+    Raises ValueError for what changes the model and is not known here, naming the key.
+    """
+    vision, text = cfg["vision_cfg"], cfg.get("text_cfg")
+    if not isinstance(text, dict):
+        raise ValueError(f"text_cfg={short(text)}: not a JSON object")
+    match = _NAME.fullmatch(vision["timm_model_name"])
+    name, patch, size = match[1], int(match[2]), int(match[3])
+    if name not in TRUNKS:
+        known = ", ".join(TRUNKS)
+        raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of PE-Core's trunks only {known}")
+    _check(cfg, vision, text, size)
+    trunk, width = TRUNKS[name], text.get("width", 512)
+    return dict(
+        family="pe",
+        image_size=size,
+        patch_size=patch,
+        embed_dim=cfg.get("embed_dim"),
+        dtype="float32",
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+        activation="gelu_exact",
+        norm_eps=EPS,
+        image=dict(
+            width=trunk.width,
+            depth=trunk.depth,
+            mlp_dim=trunk.mlp_dim,
+            num_heads=trunk.num_heads,
+            class_token=trunk.class_token,
+            pre_norm=True,
+            patch_bias=False,
+            rope_theta=THETA,
+            rope_start=float(trunk.class_token),
+            block=dict(positions="both"),
+        ),
+        text=dict(
+            width=width,
+            unimodal_depth=text.get("layers", 12),
+            mlp_dim=mlp_width(text, "text_cfg", width),
+            num_heads=text.get("heads", 8),
+            vocab_size=text.get("vocab_size", 49408),
+            max_len=text.get("context_length", 77),
+        ),
+        pooler=dict(num_heads=POOLER_HEADS, mlp_dim=4 * trunk.width),
+    )
+
+
+def _check(
+    cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], size: int
+) -> None:
+    """Raises ValueError for what PE-Core does not have, naming the key."""
+    for part, section, key, allowed in (
+        ("vision_cfg.", vision, "timm_pool", ("map",)),
+        ("vision_cfg.", vision, "timm_proj", (None, "")),
+        ("vision_cfg.", vision, "image_size", (size,)),
+        ("", cfg, "quick_gelu", (False, None)),
+    ):
+        if section.get(key) not in allowed:
+            given = short(section.get(key))
+            raise ValueError(f"{part}{key}={given}; of PE-Core only {short(allowed[0])}")
+    for part, section, known in (
+        ("vision_cfg", vision, _VISION),
+        ("text_cfg", text, (*_TEXT, *_WITHOUT_EFFECT)),
+    ):
+        for key, value in section.items():
+            if key not in known and value not in (None, False, {}):
+                raise ValueError(f"{part}.{key}={short(value)} is not supported of PE-Core")
+            if key in _TEXT and not (is_number(value) and value > 0):
+                raise ValueError(f"{part}.{key}={short(value)}: give a number above 0")

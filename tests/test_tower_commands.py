@@ -1,0 +1,139 @@
+"""Commands on towers, from files of the original library to scores, finds and answers: what they
+say is what the original's own embeddings say."""
+
+import json
+import os
+
+import forks
+import numpy as np
+import pytest
+from PIL import Image
+from test_openvision import OPENVISION, SQUASHED, in_open_clip, write_bert
+from test_pe_core import in_open_clip as pe_core
+from test_tower_texts import metaclip_2, siglip_2
+from test_towers import unit
+
+from coca_jax import convert
+
+torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
+open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+pytestmark = pytest.mark.torch
+
+CLASSES = ["cat", "dogs", "park"]
+CAPTIONS = ["a photo of a cat", "two dogs in a park", "it is a park", "two photos", "a dog", "cats"]
+
+
+@pytest.fixture(scope="module")
+def server():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")}
+    with forks.Server(env | {"JAX_PLATFORMS": "cpu"}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Six square pictures with captions and labels."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(1)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for number, text in enumerate(CAPTIONS):
+            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8) // (1 + number % 3)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+            one = dict(file_name=f"{number}.png", text=text, label=CLASSES[number % 3])
+            print(json.dumps(one), file=file)
+    return folder
+
+
+def openvision(folder, monkeypatch):
+    original, words = in_open_clip(folder, OPENVISION, write_bert, SQUASHED)
+    return original.encode_image, lambda texts: original.encode_text(words(texts)), SQUASHED
+
+
+def pe(folder, monkeypatch):
+    original = pe_core(folder, "base", monkeypatch)
+
+    def texts(given):
+        return original.encode_text(open_clip.tokenize(given, context_length=32))
+
+    return original.encode_image, texts, dict(mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def of_transformers(make, numbers):
+    def made(folder, monkeypatch):
+        folder.mkdir()
+        how = make(folder)
+        words = transformers.AutoTokenizer.from_pretrained(folder)
+        original = transformers.AutoModel.from_pretrained(folder).eval()
+
+        def texts(given):
+            given = [text.lower() for text in given] if make is siglip_2 else given
+            ids = words(given, truncation=True, return_tensors="pt", **how).input_ids
+            return original.get_text_features(ids)
+
+        return original.get_image_features, texts, numbers
+
+    made.__name__ = make.__name__
+    return made
+
+
+CLIPS = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+FAMILIES = [
+    *(openvision, pe),
+    of_transformers(siglip_2, dict(mean=[0.5] * 3, std=[0.5] * 3)),
+    of_transformers(metaclip_2, CLIPS),
+]
+
+
+def test_pictures_alone_are_nothing_to_score(server, photos, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/0.png").write_bytes((photos / "0.png").read_bytes())
+    done = server.run(["evaluate", "--checkpoint=none", "--data=bare"], tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert "no example has a caption or a label, so there is nothing to score" in last
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+def test_scores_and_finds_are_those_of_the_originals_embeddings(
+    make, server, photos, tmp_path, monkeypatch
+):
+    image, text, numbers = make(tmp_path / "files", monkeypatch)
+    pixels = np.stack([np.asarray(Image.open(photos / f"{n}.png")) for n in range(6)])
+    pixels = (pixels / 255 - np.array(numbers["mean"])) / np.array(numbers["std"])
+    with torch.no_grad():
+        images = unit(image(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()))
+        texts = unit(text(CAPTIONS))
+        classes = unit(text([f"a photo of {name}" for name in CLASSES]))
+        wanted = unit(text(["two dogs"]))
+    if make is pe:  # of sizes that no public trunk has
+        convert.from_open_clip(str(tmp_path / "files"), str(tmp_path / "weights"))
+    else:
+        done = server.run(["convert", "--input=files", "--out=weights"], tmp_path)
+        assert done.returncode == 0, done.stderr
+    weights = "files" if make is openvision else "weights"  # both are taken; one is faster
+    (tmp_path / "templates.txt").write_text("a photo of {}\n")
+
+    # Without --tasks, captions are left out, and said to be.
+    command = ["evaluate", f"--checkpoint={weights}", f"--data={photos}", "--name=six"]
+    done = server.run([*command, "--templates=templates.txt", "--out=scores"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "captioning left out: this model has no caption" in done.stderr
+    scores = json.loads((tmp_path / "scores/eval.json").read_text())
+    right = (images @ classes.T).argmax(1) == np.arange(6) % 3
+    assert scores["zeroshot/six/top1"] == pytest.approx(right.mean())
+    similarity = images @ texts.T
+    first = similarity.argmax(1) == np.arange(6)
+    assert scores["retrieval/six/image_to_text_r1"] == pytest.approx(first.mean())
+    first = similarity.argmax(0) == np.arange(6)
+    assert scores["retrieval/six/text_to_image_r1"] == pytest.approx(first.mean())
+
+    command = ["search", "index", str(photos), "--checkpoint=weights", "--out=index"]
+    done = server.run(command, tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["pictures"] == 6
+    done = server.run(["search", "query", "two dogs", "--index=index", "--k=6"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    finds = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+    by_place = {os.path.basename(find["image"]): find["score"] for find in finds}
+    for number, score in enumerate((images @ wanted.T)[:, 0]):
+        assert by_place[f"{number}.png"] == pytest.approx(score, abs=2e-3)  # the index has float16
