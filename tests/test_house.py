@@ -49,7 +49,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "models": ("models",),
     "configuration": ("config",),
-    "kinds": ("models.pooler_kinds", "models.head_kinds"),
+    "kinds": ("models.pooler_kinds", "models.head_kinds", "models.tower_kinds"),
     "operations": ("ops",),
     "devices": ("partitioning",),
     "base": (

@@ -36,9 +36,9 @@ class ImageEncoder(nn.Module):
     """pixels float [B, S, T, 3], normalised -> tokens [B, N, D] in `dtype`.
 
     S x T, height and width, is image_size, or of a stage of a size curriculum: positions are then
-    resampled. Of an image_size that is no multiple of patch_size, right and lower edges are cut off,
-    as SigLIP's 384 / 14 has it. Images of any shape are packed, [B, N, P * P * 3 + 4] (see
-    native.py): tokens of padding say nothing, and no other token looks at them.
+    resampled. Where patches do not divide image_size (SigLIP's 384 by 14), right and lower edges
+    are cut off. Images of any shape are packed, [B, N, P * P * 3 + 4] (see native.py): tokens of
+    padding say nothing, and no other token looks at them.
 
     class_token, pre_norm, final_norm, patch_bias: the arrangement of open_clip's encoders against
     the paper's (no class token, no norm before the first block, a norm after the last).
