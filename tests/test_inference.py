@@ -77,8 +77,19 @@ def test_log_likelihoods(model, words, images):
     per_token = model.score(images, TEXTS, per_token=True)
     np.testing.assert_allclose(per_token, scores / count, rtol=1e-6)
     np.testing.assert_array_equal(model.num_tokens(TEXTS), count)
+    pairs = np.array([3, 0, 5]), np.array([1, 4, 4])
+    some, lengths = model.score_pairs(model.image_tokens(images)[1], TEXTS, *pairs)
+    np.testing.assert_allclose(some, scores[pairs], rtol=1e-5)
+    np.testing.assert_array_equal(lengths, count)
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
+
+
+def test_texts_of_like_length_run_together_and_come_back_in_order(model):
+    texts = [" ".join(["a red dog on grass"] * (1 + i % 3)) for i in range(20)] + ["", "b"]
+    alone = np.concatenate([model.encode_text(text) for text in texts])
+    np.testing.assert_allclose(model.encode_text(texts), alone, atol=1e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3  # lengths that are not alike
 
 
 def test_a_caption_and_its_log_probability(model, images):

@@ -25,7 +25,7 @@ from coca_jax.importers.items import Item, Options
 from coca_jax.inference import export_folder
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.recaptioning import choose, engines, flags, shard, whole, writers
-from coca_jax.recaptioning.captioner import Captioner
+from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request, way
 from coca_jax.training import objectives
 
@@ -270,6 +270,18 @@ def test_the_alarm_names_what_is_wrong_and_its_threshold():
     assert collapse.warning(dict(good, distinct=0.02), 100, of_references=0.03) == ""
     assert "0.0010 nats a token" in collapse.warning(dict(good, image_gain=0.001), 100)
     assert collapse.warning(dict(good, distinct=0.02), 5) == ""
+
+
+def test_the_alarm_looks_at_image_tokens_that_are_there(loaded_once, checkpoint):
+    captioner = engines.Captioner(asked(checkpoint, "", ""))
+    pixels = np.random.default_rng(5).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    pictures = [Picture(i, str(i), ["a red circle"], (one,)) for i, one in enumerate(pixels)]
+    found, told = captioner.part(pictures, look=True)  # in batches of 2
+    texts = [one["captions"][0]["text"] for one in found]
+    gain, tokens = collapse.gains(loaded_once, pixels, np.roll(pixels, 2, axis=0), texts)
+    assert told == dict(gain=pytest.approx(gain.sum(), abs=2e-3), tokens=tokens.sum())
+    assert abs(told["gain"]) > 0.1
+    assert captioner.part(pictures[:1])[1] == {} and captioner.part([]) == ([], {})
 
 
 def test_members_are_named_as_their_bytes_are():

@@ -21,6 +21,8 @@ from coca_jax.inference.programs import Programs
 from coca_jax.inference.read_images import ImageReader, as_list, check_frames
 from coca_jax.models import coca, head_kinds, roles
 
+_SORTED = 32  # batches of texts that are sorted by length together
+
 
 class Encoders:
     """The encoders of a model, and its task head; see `model.CoCaModel`, which adds the decoder."""
@@ -115,11 +117,18 @@ class Encoders:
         texts = [texts] if isinstance(texts, str) else list(texts)
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
-            for start in range(0, len(texts), self.batch_size):
-                batch = texts[start : start + self.batch_size]
-                tokens, valid = self._tokenize(batch, labels)
-                parts.append(self._run(self._programs.encode_text, tokens, valid))
-                bar.update(len(batch))
+            for start in range(0, len(texts), _SORTED * self.batch_size):
+                some = texts[start : start + _SORTED * self.batch_size]
+                tokens, valid = self._tokenize(some, labels)
+                # Texts of like length run together: a batch is as long as its longest.
+                order = np.argsort(valid.sum(1), kind="stable")
+                found = []
+                for first in range(0, len(some), self.batch_size):
+                    rows = order[first : first + self.batch_size]
+                    arrays = text_arrays.trimmed(tokens[rows], valid[rows])
+                    found.append(self._run(self._programs.encode_text, *arrays))
+                    bar.update(len(rows))
+                parts.append(joined(found, ())[np.argsort(order)])
         return joined(parts, (self.config.model.embed_dim,))
 
     def encode_tokens(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:

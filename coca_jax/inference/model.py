@@ -12,18 +12,17 @@ import numpy as np
 
 from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
-from coca_jax.inference.devices import pad
-from coca_jax.inference.encoders import Encoders, joined
 from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation import continuous, loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.read_images import as_list
+from coca_jax.inference.scores import Scores
 from coca_jax.inference.texts import Caption
 from coca_jax.models import decoding
 
 
-class CoCaModel(Encoders):
+class CoCaModel(Scores):
     """A model, its vocabulary and its image preprocessing.
 
     Images are paths, PIL images, encoded bytes, arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a
@@ -160,10 +159,6 @@ class CoCaModel(Encoders):
             self.vocabulary, prompt.ids, decoded, by_log_prob=settings.num_beams == 1
         )
 
-    def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
-        """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
-        return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
-
     def image_tokens(self, pixels: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """Embeddings float32 [b, E], L2-normalised, of images uint8 [b, S, S, 3], at most
         `batch_size`; and their image tokens on the devices, [bucket of batch_size, Q, D]."""
@@ -287,74 +282,7 @@ class CoCaModel(Encoders):
             self._programs.module, self.config.model, self._devices, self.vocabulary.size
         )
 
-    # -- scores ---------------------------------------------------------------------------------
-
-    def caption_log_likelihood(
-        self, images: Any, texts: Sequence[str], *, progress: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How probable text i is for image i.
-
-        Returns (sum of log probabilities in nats, float32 [N]; predicted tokens, int32 [N]): all
-        tokens after the begin symbol, the end symbol included. Raises ValueError unless there
-        are as many texts as images.
-        """
-        texts = list(texts)
-        sums, counts = [], []
-        done = 0
-        for pixels in self._reader.batches(images, progress):
-            batch = texts[done : done + len(pixels)]
-            done += len(pixels)
-            if len(batch) != len(pixels):
-                raise ValueError(f"{len(texts)} texts for more images; give one text an image")
-            tokens, valid = self._tokenize(batch)
-            sums.append(self._run(self._programs.log_likelihood, pixels, tokens, valid))
-            counts.append(valid[:, 1:].sum(1).astype(np.int32))
-        if done != len(texts):
-            raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
-        return joined(sums, ()), joined(counts, ()).astype(np.int32)
-
-    def score(
-        self,
-        images: Any,
-        texts: Sequence[str],
-        *,
-        per_token: bool = False,
-        labels: bool = False,
-        progress: bool = False,
-    ) -> np.ndarray:
-        """Log probability of every text for every image, in nats: float32 [N, M].
-
-        Captioning as a classifier, or to rerank what `similarity` retrieves. per_token: divided by
-        the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
-        encoded once.
-        """
-        tokens, valid = self._tokenize(list(texts), labels)
-        with self._devices.context():
-            states = self._programs.text_states(self.params, tokens, valid)
-        rows = []
-        for pixels in self._reader.batches(images, progress):
-            count = len(pixels)
-            with self._devices.context():
-                image = self._image_tokens(pixels, self._devices.bucket(count))
-            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
-            pairs = pairs.reshape(2, -1).astype(np.int32)
-            parts = []
-            for start in range(0, pairs.shape[1], self.batch_size):
-                i, t = pairs[:, start : start + self.batch_size]
-                pair = (pad(x, self._devices.bucket(len(i))) for x in (i, t))
-                with self._devices.context():
-                    out = self._programs.pair_scores(
-                        self.params, image, states, tokens, valid, *pair
-                    )
-                parts.append(np.asarray(out)[: len(i)])
-            rows.append(joined(parts, ()).reshape(count, len(tokens)))
-        scores = joined(rows, (len(tokens),))
-        return scores / valid[:, 1:].sum(1) if per_token else scores
-
-    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
-        """Tokens of each text that `score` predicts, the end symbol included: int32 [M]."""
-        _, valid = self._tokenize(list(texts), labels)
-        return valid[:, 1:].sum(1).astype(np.int32)
+    # -- the whole model ---------------------------------------------------------------------------
 
     def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
         """The whole model on prepared input.

@@ -17,7 +17,12 @@ def tokenize(
     """Tokens and validity [N, L], L the smallest multiple of 16 that leaves a place of padding
     (open_clip's shifted mask reads it) or max_len. labels: with the symbol before label texts."""
     marks = [True] * len(texts) if labels else None
-    tokens, valid = vocabulary.encode_batch(texts, max_len, marks)
+    return trimmed(*vocabulary.encode_batch(texts, max_len, marks))
+
+
+def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and validity [N, max_len], or less -> [N, L], L as in `tokenize`."""
+    max_len = tokens.shape[1]
     used = np.flatnonzero(valid.any(0))
     longest = int(used[-1]) + 1 if len(used) else 1
     length = min(-(-(longest + 1) // 16) * 16, max_len)

@@ -9,10 +9,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import coca_jax
-from coca_jax.evaluators import collapse
 from coca_jax.importers.items import Item
 from coca_jax.recaptioning import flags
 from coca_jax.recaptioning.request import Request, way
@@ -91,17 +92,24 @@ class Captioner:
         shape = model.config.model.patch_size, model.config.data.max_patches
         return (model.image_size, model.resize, *(shape if model.resize == "native" else ()))
 
-    def part(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    def part(
+        self, pictures: Sequence[Picture], look: bool = False
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """What is kept of each image: number, key, captions (text, log_prob, tokens, score, flags,
-        checkpoint, prompt and way by their numbers), originals (text, score), embeddings."""
+        checkpoint, prompt and way by their numbers), originals (text, score), embeddings.
+
+        look: also what the first captions of some images tell of a model that says the same of
+        all (gain, tokens); else {}.
+        """
         if not pictures:
-            return []
+            return [], {}
         written: list[list[dict[str, Any]]] = [[] for _ in pictures]
         finished: list[list[bool]] = [[] for _ in pictures]
-        images = np.zeros((0, 0), np.float32)
+        first_model = self._encode(0, pictures)
+        images = np.concatenate([embedding for embedding, _ in first_model])
         for number in range(len(self.models)):
-            embeddings = self._captions(number, pictures, written, finished)
-            images = images if number else embeddings
+            encoded = self._encode(number, pictures) if number else first_model
+            self._captions(number, pictures, [tokens for _, tokens in encoded], written, finished)
         originals = [picture.texts for picture in pictures]
         texts = [[one["text"] for one in several] for several in written]
         model = self.models[0]
@@ -130,43 +138,57 @@ class Captioner:
                 result["image_emb"] = _packed(images[i : i + 1])
                 result["text_emb"] = _packed(np.concatenate([known, own]))
             found.append(result)
-        return found
+        blocks = [tokens for _, tokens in first_model]
+        return found, self._look(blocks, [one[0] for one in texts]) if look else {}
 
-    def look(self, pictures: Sequence[Picture], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What the first captions of some images tell of a model that says the same of all."""
+    def _look(self, blocks: Sequence[jax.Array], captions: Sequence[str]) -> dict[str, Any]:
+        """How much more probable the first captions are with their own images than with others'.
+
+        blocks: tokens of the images, as `image_tokens` gives them for batches.
+        """
         with self.timed("scores"):
-            some = list(zip(pictures, found))[:_LOOKED_AT]
-            images = np.stack([picture.pixels[0] for picture, _ in some])
-            gain, tokens = collapse.gains(
-                self.models[0],
-                images,
-                np.roll(images, len(images) // 2, axis=0),
-                [one["captions"][0]["text"] for _, one in some],
+            model, texts = self.models[0], captions[:_LOOKED_AT]
+            count, per_block = len(texts), self.request.batch_size
+            used = -(-count // per_block)
+            tokens = jnp.concatenate(blocks[:used]) if used > 1 else blocks[0]
+            own = np.arange(count)
+            place = own // per_block * len(blocks[0]) + own % per_block
+            sums, lengths = model.score_pairs(
+                tokens,
+                texts,
+                np.concatenate([place, np.roll(place, count // 2)]),
+                np.concatenate([own, own]),
             )
-        return dict(gain=round(float(gain.sum()), 3), tokens=int(tokens.sum()))
+        gain = (sums[:count] - sums[count:]).astype(np.float64).sum()
+        return dict(gain=round(float(gain), 3), tokens=int(lengths.sum()))
+
+    def _encode(self, number: int, pictures: Sequence[Picture]) -> list[tuple]:
+        """What `image_tokens` of a model gives of each batch of the pictures."""
+        model, size = self.models[number], self.request.batch_size
+        with self.timed("encoder"):
+            return [
+                model.image_tokens(np.stack([one.pixels[number] for one in pictures[i : i + size]]))
+                for i in range(0, len(pictures), size)
+            ]
 
     def _captions(
         self,
         number: int,
         pictures: Sequence[Picture],
+        tokens: Sequence[jax.Array],
         written: list[list[dict[str, Any]]],
         finished: list[list[bool]],
-    ) -> np.ndarray:
-        """Adds the captions of one model; returns its image embeddings, float32 [N, E]."""
+    ) -> None:
+        """Adds the captions of one model, of images whose tokens are given batch by batch."""
         model, size = self.models[number], self.request.batch_size
-        blocks = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-        with self.timed("encoder"):
-            encoded = [
-                model.image_tokens(np.stack([one.pixels[number] for one in block]))
-                for block in blocks
-            ]
+        counts = [len(pictures[i : i + size]) for i in range(0, len(pictures), size)]
         seeds = [zlib.crc32(picture.key.encode()) for picture in pictures]
         for p, prompt in enumerate(self.request.prompts):
             for w, text in enumerate(self.request.ways):
                 with self.timed("decoder"):
                     several = model.caption_tokens(
-                        [tokens for _, tokens in encoded],
-                        [len(block) for block in blocks],
+                        tokens,
+                        counts,
                         seeds,
                         prompt,
                         way(text),
@@ -185,7 +207,6 @@ class Captioner:
                                 way=w,
                             )
                         )
-        return np.concatenate([embedding for embedding, _ in encoded])
 
 
 def _short(value: Any) -> float:

@@ -92,10 +92,10 @@ def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner)
             quarantined.append(
                 dict(key=item.key, reason=reason, detail=printable(detail)[:_DETAIL])
             )
-    found = captioner.part(good)
+    found, told = captioner.part(good, look=not number)
     part = dict(results=found, quarantined=quarantined, read=sum(map(len, taken)), last=last)
-    if not number and good:
-        part["shuffled"] = captioner.look(good, found)
+    if told:
+        part["shuffled"] = told
     sealed_json.write(path, part)
 
 

@@ -1,0 +1,120 @@
+"""The part of a model that says how probable texts are for images.
+
+Shape letters: N images, M texts, R rows of image tokens, Q image tokens, D width, K pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coca_jax.inference.devices import pad
+from coca_jax.inference.encoders import Encoders, joined
+
+
+class Scores(Encoders):
+    """Adds log probabilities of texts to the encoders; see `model.CoCaModel`."""
+
+    def caption_log_likelihood(
+        self, images: Any, texts: Sequence[str], *, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How probable text i is for image i.
+
+        Returns (sum of log probabilities in nats, float32 [N]; predicted tokens, int32 [N]): all
+        tokens after the begin symbol, the end symbol included. Raises ValueError unless there
+        are as many texts as images.
+        """
+        texts = list(texts)
+        sums, counts = [], []
+        done = 0
+        for pixels in self._reader.batches(images, progress):
+            batch = texts[done : done + len(pixels)]
+            done += len(pixels)
+            if len(batch) != len(pixels):
+                raise ValueError(f"{len(texts)} texts for more images; give one text an image")
+            tokens, valid = self._tokenize(batch)
+            sums.append(self._run(self._programs.log_likelihood, pixels, tokens, valid))
+            counts.append(valid[:, 1:].sum(1).astype(np.int32))
+        if done != len(texts):
+            raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
+        return joined(sums, ()), joined(counts, ()).astype(np.int32)
+
+    def score(
+        self,
+        images: Any,
+        texts: Sequence[str],
+        *,
+        per_token: bool = False,
+        labels: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Log probability of every text for every image, in nats: float32 [N, M].
+
+        Captioning as a classifier, or to rerank what `similarity` retrieves. per_token: divided by
+        the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
+        encoded once.
+        """
+        tokens, valid = self._tokenize(list(texts), labels)
+        with self._devices.context():
+            states = self._programs.text_states(self.params, tokens, valid)
+        rows = []
+        for pixels in self._reader.batches(images, progress):
+            count = len(pixels)
+            with self._devices.context():
+                image = self._image_tokens(pixels, self._devices.bucket(count))
+            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
+            found = self._pair_scores(image, states, tokens, valid, *pairs.reshape(2, -1))
+            rows.append(found.reshape(count, len(tokens)))
+        scores = joined(rows, (len(tokens),))
+        return scores / valid[:, 1:].sum(1) if per_token else scores
+
+    def score_pairs(
+        self, image_tokens: jax.Array, texts: Sequence[str], image: np.ndarray, text: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log probability of text text[k] for image image[k], in nats: float32 [K]; and the number
+        of predicted tokens of each text, int32 [N].
+
+        image_tokens: [R, Q, D] of images, as `image_tokens` gives them. texts: N; image, text:
+        int [K], the pairs by number. Each text runs once through the half that sees text alone.
+        """
+        tokens, valid = self._tokenize(list(texts))
+        with self._devices.context():
+            states = self._programs.text_states(self.params, tokens, valid)
+        found = self._pair_scores(image_tokens, states, tokens, valid, image, text)
+        return found, valid[:, 1:].sum(1).astype(np.int32)
+
+    def _pair_scores(
+        self,
+        image_tokens: jax.Array,
+        states: jax.Array,
+        tokens: np.ndarray,
+        valid: np.ndarray,
+        image: np.ndarray,
+        text: np.ndarray,
+    ) -> np.ndarray:
+        """See `Programs.pair_scores`; pairs int [K] are scored in batches: float32 [K]."""
+        parts = []
+        for start in range(0, len(image), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            count = len(image[rows])
+            pair = (
+                pad(x[rows].astype(np.int32), self._devices.bucket(count)) for x in (image, text)
+            )
+            with self._devices.context():
+                out = self._programs.pair_scores(
+                    self.params, image_tokens, states, tokens, valid, *pair
+                )
+            parts.append(np.asarray(out)[:count])
+        return joined(parts, ())
+
+    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+        """Tokens of each text that `score` predicts, the end symbol included: int32 [M]."""
+        _, valid = self._tokenize(list(texts), labels)
+        return valid[:, 1:].sum(1).astype(np.int32)
+
+    def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
+        """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
+        return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
