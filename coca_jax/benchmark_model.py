@@ -98,7 +98,8 @@ def caption(
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
     # As inference.CoCaModel does.
-    weights = decoding.pack(spec, params, decoding.best_layout(spec, params))
+    spec, layout = decoding.fastest(spec, params)
+    weights = decoding.pack(spec, params, layout)
     pixels = random_batch(config, batch)["image"]
     prompt, lengths = np.full((batch, 1), 3, np.int32), np.ones((batch,), np.int32)
 

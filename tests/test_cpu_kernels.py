@@ -274,7 +274,7 @@ def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path
 
 
 def test_where_the_kernels_are_used(monkeypatch):
-    """Large float32 models on a single CPU device, with heads that the kernels take."""
+    """Large models on a single CPU device, with heads that the kernels take."""
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)
 
     def layout(recipe, devices=1, **text):
@@ -287,10 +287,13 @@ def test_where_the_kernels_are_used(monkeypatch):
             jax.random.key(0),
         )
         spec = decoding.decoder(config.model, num_ids=config.model.text.vocab_size, eos_id=1)
-        return decoding.best_layout(spec, params)
+        spec, layout = decoding.fastest(spec, params)
+        assert spec.dtype == ("float32" if layout == "panels" else config.model.dtype)
+        return layout
 
     assert layout(coca_base) == layout(finetune_open_clip) == "panels"
-    assert layout(coca_base, dtype="bfloat16") == "transposed"
+    assert layout(coca_base, dtype="bfloat16") == "panels"  # in float32
+    assert layout(demo, dtype="bfloat16") == "transposed"
     assert layout(coca_base, devices=2) == "transposed"
     assert layout(coca_base, num_heads=32) == "transposed"  # heads of 24
     assert layout(demo) == "transposed"

@@ -20,6 +20,7 @@ from coca_jax.inference.read_images import as_list
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.texts import Caption
 from coca_jax.models import decoding
+from coca_jax.ops.packed import Layout
 
 
 class CoCaModel(Scores):
@@ -211,19 +212,23 @@ class CoCaModel(Scores):
         )
 
     @functools.cached_property
-    def _spec(self) -> decoding.Decoder:
-        return decoding.decoder(
+    def _decoding(self) -> tuple[decoding.Decoder, Layout]:
+        spec = decoding.decoder(
             self.config.model,
             num_ids=self.vocabulary.size,
             eos_id=self.vocabulary.eos_id,
             hidden_id=self.vocabulary.hidden_id,
         )
+        return decoding.fastest(spec, self.params)
+
+    @property
+    def _spec(self) -> decoding.Decoder:
+        return self._decoding[0]
 
     @functools.cached_property
     def _decoder_weights(self) -> dict:
-        layout = decoding.best_layout(self._spec, self.params)
         with self._devices.context():
-            return decoding.pack(self._spec, self.params, layout)
+            return decoding.pack(self._spec, self.params, self._decoding[1])
 
     def answer(
         self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
@@ -297,10 +302,10 @@ class CoCaModel(Scores):
             raise ValueError(
                 f"token_ids has shape {tokens.shape} for {len(pixels)} images; give [N, L]"
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._spec.vocab_size:
+        ids = self.config.model.text.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < ids:
             raise ValueError(
-                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to "
-                f"{self._spec.vocab_size - 1}"
+                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to {ids - 1}"
             )
         valid = text_arrays.validity(self.vocabulary, tokens)
         with self._devices.context():

@@ -42,7 +42,7 @@ class Cache(NamedTuple):
 
 
 def choose_layout(
-    platform: str, implementation: str, *, num_weights: int, head_widths: set[int], dtype: str
+    platform: str, implementation: str, *, num_weights: int, head_widths: set[int]
 ) -> Layout:
     """The layout in which decoding is fastest.
 
@@ -58,7 +58,7 @@ def choose_layout(
         k % decode_kernels.HEAD == 0 and k <= decode_kernels.WIDEST_HEAD for k in head_widths
     )
     # XLA cannot split the kernels' calls over several devices.
-    alone = jax.device_count() == 1 and dtype == "float32" and fits
+    alone = jax.device_count() == 1 and fits
     if implementation == "auto" and alone and num_weights >= STREAMED:
         if decode_kernels.available():
             return "panels"
