@@ -8,7 +8,9 @@ import pathlib
 import platform
 import time
 
-PACKAGES = ("coca_jax", "jax", "torch", "open_clip_torch", "numpy")
+import coca_jax
+
+PACKAGES = ("jax", "torch", "open_clip_torch", "numpy")
 
 
 def machine() -> str:
@@ -39,7 +41,7 @@ def busy(seconds: float = 2.0) -> float:
 
 def versions() -> dict[str, str]:
     """Of the packages that are installed."""
-    found = {}
+    found = {"coca_jax": coca_jax.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -105,22 +105,22 @@ RETRIEVAL = """
 import resource, sys, time
 import numpy as np
 from coca_jax.evaluators import ranks
+def made(n):
+    both = np.random.default_rng(0).standard_normal((2, n, 64), np.float32)
+    both /= np.linalg.norm(both, axis=-1, keepdims=True)
+    return *both, np.stack([np.arange(n)] * 2, 1)
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-def run(n):
-    rng = np.random.default_rng(0)
-    both = rng.normal(size=(2, n, 64)).astype(np.float32)
-    both /= np.linalg.norm(both, axis=-1, keepdims=True)
-    ranks.retrieval_ranks(*both, np.stack([np.arange(n)] * 2, 1))
-run(64)
+ranks.retrieval_ranks(*made(64))
+given = made(int(sys.argv[1]))
 before, start = most(), time.process_time()
-run(int(sys.argv[1]))
+ranks.retrieval_ranks(*given)
 print(most() - before, time.process_time() - start)
 """
 
 
 def retrieval(given: Given) -> Rows:
-    """Memory above what the process held before, in a process of its own each."""
+    """Memory above what the process held with the embeddings, in a process of its own each."""
 
     def one(n: int) -> Values:
         mib, seconds = given.python("-c", RETRIEVAL, str(n)).split()

@@ -20,6 +20,7 @@ from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.models import coca, decoding
 from coca_jax.models.pixels import normalise_pixels
+from coca_jax.training.state import build_model
 
 Call = Callable[[], Any]
 
@@ -173,16 +174,7 @@ def token_times(
 
 def build(config: Config) -> coca.CoCa:
     """The config's model for this machine's devices."""
-    sigmoid = config.loss.contrastive == "sigmoid"
-    return coca.build(
-        config.model,
-        remat=config.remat,
-        sigmoid=sigmoid,
-        bag_of_tokens=config.loss.bag_weight > 0,
-        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
-        head=config.head,
-        num_classes=len(head_classes(config)),
-    )
+    return build_model(config, None, len(head_classes(config)))
 
 
 def make_params(config: Config) -> Any:

@@ -35,15 +35,16 @@ class TrainState(flax.struct.PyTreeNode):
     estimates: Any = None
 
 
-def build_model(config: Config, mesh: Mesh, num_classes: int = 0) -> CoCa:
-    """The module of `config` for the devices of `mesh`; num_classes: of its task head."""
+def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> CoCa:
+    """The module of `config` for the devices of `mesh`, None: those that there are; num_classes: of
+    its task head."""
     return coca.build(
         config.model,
         remat=config.remat,
         sigmoid=config.loss.contrastive == "sigmoid",
         bag_of_tokens=config.loss.bag_weight > 0,
         hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
-        platform=mesh.devices.flat[0].platform,
+        platform=mesh.devices.flat[0].platform if mesh else None,
         head=config.head,
         num_classes=num_classes,
     )
