@@ -38,6 +38,12 @@ def grid(image: Size, patch: Size) -> tuple[int, int]:
     return height // rows, width // columns
 
 
+def patches(image: Size, patch: Size) -> int:
+    """How many patches an image has."""
+    rows, columns = grid(image, patch)
+    return rows * columns
+
+
 def divides(patch: Size, image: Size) -> bool:
     """Whether an image is a whole number of patches, one at least, down and across."""
     return all(side >= part and side % part == 0 for side, part in zip(pair(image), pair(patch)))

@@ -209,8 +209,7 @@ class Model(Section):
     @property
     def num_patches(self) -> int:
         """Of an image."""
-        rows, columns = self.grid
-        return rows * columns
+        return image_shape.patches(self.image_size, self.patch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
 import numpy as np
 
-from coca_jax import sealed_json
+from coca_jax import image_shape, sealed_json
 from coca_jax.config import Config
 from coca_jax.config.model import BLOCK
 from coca_jax.data import pixels
@@ -47,7 +47,8 @@ SEEN = (
 def shape(config: Config) -> tuple[int, ...]:
     """Of the encoder's tokens of one example: (N, W), of a clip (T, N, W)."""
     model = config.model
-    places = model.num_patches + int(model.image.class_token)
+    patches = image_shape.patches(model.image_size, model.patch_size)
+    places = patches + int(model.image.class_token)
     frames = (config.data.num_frames,) if config.data.num_frames else ()
     return (*frames, places, model.image.width)
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coca_jax import image_shape
 from coca_jax.config import Config
 from coca_jax.models import native_layout
 
 
 def budget(config: Config) -> int:
     """Patches of an image at most: data.max_patches, by default as many as a square one has."""
-    return config.data.max_patches or config.model.num_patches
+    model = config.model
+    return config.data.max_patches or image_shape.patches(model.image_size, model.patch_size)
 
 
 def patch_size(config: Config) -> int:

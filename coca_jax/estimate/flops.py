@@ -16,7 +16,8 @@ def model_flops(model: Model) -> int:
     GFLOP for the 2.1B model at 288 pixels and 64 tokens. A training step is three times that.
     """
     image, text, pooler = model.image, model.text, model.pooler
-    num_patches, patch_pixels = model.num_patches, math.prod(image_shape.pair(model.patch_size))
+    num_patches = image_shape.patches(model.image_size, model.patch_size)
+    patch_pixels = math.prod(image_shape.pair(model.patch_size))
     tokens = num_patches + int(image.class_token)
     inside = tokens + image.registers
     length, queries = text.max_len, pooler.num_queries

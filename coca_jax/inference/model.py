@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coca_jax import image_shape
 from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.explain import Explanation
@@ -268,7 +269,8 @@ class CoCaModel(Scores):
             else:
                 tokens, valid = self._tokenize([text])
                 ids.append(tokens[0, : np.flatnonzero(valid[0])[-1] + 1].tolist())
-        shape = (self.num_frames,) * bool(self.num_frames) + self.config.model.grid
+        grid = image_shape.grid(self.image_size, self.config.model.patch_size)
+        shape = (self.num_frames,) * bool(self.num_frames) + grid
         found: list[Explanation] = []
         for pixels in self._reader.batches(images, progress):
             known = ids[len(found) : len(found) + len(pixels)]
