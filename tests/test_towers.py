@@ -134,6 +134,22 @@ def test_embeddings_equal_those_of_transformers(kind, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_what_is_no_whole_patch_is_cut_off_as_in_transformers(tmp_path):
+    """Images of 384 in patches of 14, as SigLIP's largest has them, are no whole number of them."""
+    image = VISION | dict(num_hidden_layers=1, image_size=37, patch_size=8)
+    text = VISION | dict(num_hidden_layers=1, vocab_size=330, max_position_embeddings=16)
+    config = transformers.SiglipConfig(vision_config=image, text_config=text)
+    original = randomise(transformers.SiglipModel(config))
+    original.save_pretrained(tmp_path)
+    vocabulary.train(["a photo of a cat"] * 9, 310, str(tmp_path / "spiece.model"), 0)
+    model = coca_jax.load(str(tmp_path))
+    photos = np.random.default_rng(0).integers(0, 256, (2, 37, 37, 3), np.uint8)
+    pixels = torch.from_numpy((photos / 127.5 - 1).transpose(0, 3, 1, 2).astype(np.float32))
+    with torch.no_grad():
+        wanted = unit(original.get_image_features(pixels))
+    np.testing.assert_allclose(model.encode_image(photos), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_embeddings_equal_those_of_open_clip(quick, tmp_path):
     original = in_open_clip(tmp_path / "weights", quick)
