@@ -24,13 +24,15 @@ import datetime
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
 
 import marks
+from figure_rows import MEASUREMENTS, of_row, why_not
 from machine import busy, machine, versions
-from measuring import MEASUREMENTS, ROOT, Given, Measurement, of_row, why_not
+from measuring import ROOT, Given, Measurement
 
 RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/figures", help="where runs stay")
     args = parser.parse_args()
     if args.act == "list":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # list | head
         show()
     elif args.act == "measure":
         begin = tuple(filter(None, args.only.split(",")))

@@ -1,4 +1,4 @@
-"""How the rows of docs/results.json are measured again, and which are not, and why.
+"""How rows of docs/results.json are measured; figure_rows.py says which.
 
 A measurement is a function that gives the values of its rows; nearly all of them call commands of
 this package in processes of their own.
@@ -20,6 +20,12 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIB, GIB = 2**20, 2**30
 SEEDS = (0, 1, 2)
+SIZES = tuple(
+    f"sizes/{name}"
+    for name in ("coca_2026_small", "coca_base", "coca_2026_base", "coca_large", "coca_2026_large")
+)
+LOSSES = ("losses/contrastive", "losses/captioning")
+PAIRS = ("retrieval_memory/12500", "retrieval_memory/25000", "retrieval_memory/50000")
 Values = dict[str, float]
 Rows = dict[str, Values]
 
@@ -282,171 +288,3 @@ MOMENTS = dict(
     evaluation="evaluation",
     end="report",
 )
-SIZES = tuple(
-    f"sizes/{name}"
-    for name in ("coca_2026_small", "coca_base", "coca_2026_base", "coca_large", "coca_2026_large")
-)
-LOSSES = ("losses/contrastive", "losses/captioning")
-PAIRS = ("retrieval_memory/12500", "retrieval_memory/25000", "retrieval_memory/50000")
-DEMO = {
-    "demo/zeroshot": "zeroshot/scenes_heldout/top1",
-    "demo/image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
-    "demo/text_to_image": "retrieval/scenes_heldout/text_to_image_r1",
-    "demo/exact": "captioning/scenes_test/exact_match",
-    "demo/exact_heldout": "captioning/scenes_heldout/exact_match",
-    "demo/f1": "captioning/scenes_heldout_many/attribute_f1",
-    "demo/perplexity": "captioning/scenes_heldout_many/perplexity",
-}
-EMOJI = {
-    "emoji/image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
-    "emoji/image_to_text_r5": "retrieval/emoji_openmoji/image_to_text_r5",
-    "emoji/text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
-    "emoji/text_to_image_r5": "retrieval/emoji_openmoji/text_to_image_r5",
-    "emoji/exact": "captioning/emoji_openmoji/exact_match",
-}
-TOP1 = "classification/fashion_mnist/top1"
-QUESTIONS = {
-    "easy_vqa/head": "classification/easy_vqa/top1",
-    "easy_vqa/decoder": "answers/easy_vqa/exact_match",
-}
-TPU = {
-    "2b/v4": "--config=coca_2b --topology=v4:8x16x16",
-    "2b/v5e": "--config=coca_2b --topology=v5e:16x16 --config.accumulate_steps=16",
-    "2b/v5p": "--config=coca_2b --topology=v5p:8x8x8",
-    "2b/v6e": "--config=coca_2b --topology=v6e:16x16 --config.accumulate_steps=8",
-    "2b_576/v4": "--config=coca_2b --topology=v4:8x16x16 --config.model.image_size=576 "
-    "--config.batch_size=16384",
-    "2b_576_accumulated/v4": "--config=coca_2b --topology=v4:8x16x16 "
-    "--config.model.image_size=576 --config.accumulate_steps=4",
-    "large/v4": "--config=coca_large --topology=v4:8x8x8",
-    "large/v4_32": "--config=coca_large --topology=v4:2x4x4 --config.accumulate_steps=16",
-    "large/v5p": "--config=coca_large --topology=v5p:8x8x8",
-    "large/v6e": "--config=coca_large --topology=v6e:16x16 --config.accumulate_steps=2",
-    "large/v5e": "--config=coca_large --topology=v5e:16x16 --config.batch_size=16384",
-    "base/v4": "--config=coca_base --topology=v4:8x8x8",
-    "base/v5e": "--config=coca_base --topology=v5e:16x16 --config.batch_size=32768",
-    "base/v5p": "--config=coca_base --topology=v5p:8x8x8",
-    "base/v6e": "--config=coca_base --topology=v6e:16x16",
-}
-ONE = "--topology=h100:1 --config.batch_size=256 --config.remat=none"
-H100 = {"h100_base/padded": f"--config=coca_base {ONE}"}
-SHARE = "--config=coca_224 --topology=cpu:1 --config.batch_size=64 --config.remat"
-MEMORY = {
-    "none": f"{SHARE}=none",
-    "named": f"{SHARE}=named",
-    "full": f"{SHARE}=full",
-    "full_accumulated": f"{SHARE}=full --config.accumulate_steps=4",
-    "full_eight": "--config=coca_224 --topology=cpu:8 --config.batch_size=512 "
-    "--config.mesh.fsdp=8 --config.remat=full",
-}
-BESIDE = (
-    "coca-jax benchmark caption --peer --config=finetune_open_clip --config.model.dtype=float32"
-)
-PEER = dict(peer="open_clip, in turn with ours in the same run")
-SEEDED = dict(seeds=list(SEEDS))
-MEASUREMENTS = (
-    Measurement(SIZES, sizes, 0.5, "counted of the arrays, and by formula", "estimated"),
-    Measurement(
-        ("start",), start, 2, "a process each, the demo's model after two steps", clock=True
-    ),
-    Measurement(LOSSES, losses, 2, "coca-jax benchmark losses --repeats=3", clock=True),
-    Measurement(PAIRS, retrieval, 1, "coca_jax.evaluators.ranks.retrieval_ranks, a process each"),
-    Measurement(
-        ("captions/batch_1",),
-        captions(1, 1),
-        6,
-        f"{BESIDE} --batch_size=1",
-        more=PEER,
-        clock=True,
-    ),
-    Measurement(
-        ("captions/beams_6",),
-        captions(1, 6),
-        12,
-        f"{BESIDE} --batch_size=1 --beams=6",
-        more=PEER,
-        clock=True,
-    ),
-    Measurement(
-        ("captions/batch_16", "captions/batch_16_ratio"),
-        captions(16, 1, 3),
-        15,
-        f"{BESIDE} --batch_size=16, three times",
-        more=PEER,
-        clock=True,
-    ),
-    Measurement(
-        tuple(DEMO),
-        over_seeds(trained("demo", DEMO)),
-        25,
-        "coca-jax train --config=demo --config.seed=SEED",
-        more=SEEDED,
-    ),
-    *(
-        Measurement(
-            tuple(keys),
-            trained(recipe, keys, weights),
-            minutes,
-            f"coca-jax train --config={recipe}{':RUN' * bool(weights)} --config.seed=SEED",
-            more=SEEDED,
-        )
-        for recipe, weights, minutes, keys in (
-            ("emoji", "", 75, EMOJI),
-            ("fashion_mnist", "", 30, {"fashion_mnist/zeroshot": "zeroshot/fashion_mnist/top1"}),
-            ("fashion_mnist_frozen", "fashion_mnist", 30, {"fashion_mnist/frozen": TOP1}),
-            ("fashion_mnist_finetune", "fashion_mnist", 30, {"fashion_mnist/finetuned": TOP1}),
-            ("easy_vqa", "demo", 40, QUESTIONS),
-        )
-    ),
-    Measurement(
-        tuple(f"kills/{row}" for row in (*MOMENTS, "recovery")),
-        kills,
-        90,
-        "python tests/soak/kills.py --kills=100",
-    ),
-    *(compiled(f"tpu_steps/{row}", of_tpu, flags) for row, flags in TPU.items()),
-    *(compiled(row, of_gpu, flags) for row, flags in H100.items()),
-    *(compiled(f"memory_224/{row}", of_cpu, flags) for row, flags in MEMORY.items()),
-)
-
-# Rows that no measurement gives, by the beginnings of their names.
-NOT_AGAIN = {
-    "demo/whole": "the clock of a fresh clone; run launch/demo.sh",
-    "emoji/whole": "the clock of one run with another captioning weight",
-    "fashion_mnist/": "read off the logs of runs, or of options that the recipe has no more",
-    "easy_vqa/": "read off the logs of runs, or at another rate than the recipe's",
-    "gradients/": "pytest -m torch tests/test_open_clip_parity.py holds them below a bound",
-    "parity/": "pytest -m torch tests/test_open_clip_parity.py holds them below a bound",
-    "h100_": "of forms that are no more, or with flags that were not written down",
-    "tpu_": "parts of a step, by scripts that were not kept; the whole steps are in tpu_steps",
-    "cpu_": "by scripts that were not kept, call by call in turn with torch",
-    "losses/": "other chunks than those of `benchmark losses`",
-    "captions/other_machine": "on a machine that is not there any more",
-    "caption_kernels/": "by a script that was not kept, in turn with and without kernels",
-    "twins/": "needs runs of hours, or data that come with no recipe",
-    "clip_benchmark": "needs CLIP_benchmark and five sets in its layout",
-    "convert_l14": "needs the weights of coca_ViT-L-14, 2.55 GB",
-    "in_place": "its tars and its script were not kept",
-    "input": "its 2,000 JPEGs were not kept; coca-jax benchmark input --peer, on data of your own",
-    "text_lengths/": "by a script that was not kept",
-    "optimizers/": "the demo at a captioning weight of 10, which it has no more",
-    "ablations/": "with options that the demo has no more; coca-jax ablate examples/ablations.toml",
-    "video": "needs runs of hours and foldings whose script was not kept",
-    "recaption": "its tar was not kept",
-    "soak_memory": "python tests/soak/soak.py --minutes=30 prints its own",
-    "fit/": "its drawings were not kept",
-    "bucket_": "counted in the log of a server for tests",
-    "locked/": "its runs were not kept",
-}
-
-
-def of_row(row: str) -> Measurement | None:
-    """What measures a row; None for those of NOT_AGAIN."""
-    return next((one for one in MEASUREMENTS if row in one.rows), None)
-
-
-def why_not(row: str) -> str:
-    """Why a row is not measured again; '' where it is, or where nobody has said."""
-    if of_row(row):
-        return ""
-    return next((why for begin, why in NOT_AGAIN.items() if row.startswith(begin)), "")
