@@ -228,10 +228,12 @@ def test_the_later_layout_s_own_configuration_is_read():
     assert count(tensors) == count(layout.parameters()) == 253_560_065 + added
 
 
-@pytest.mark.parametrize("pool", [True, "cascade", "parallel"])
+@pytest.mark.parametrize("pool", [True, "cascade", "parallel", False])
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
-    config = with_keys(cases.SMALL, vision_cfg=dict(attentional_pool=pool, no_ln_pre=quick_gelu))
+    width = {} if pool else dict(width=48)
+    keys = dict(attentional_pool=pool, no_ln_pre=quick_gelu) | width
+    config = with_keys(cases.SMALL, vision_cfg=keys)
     config = config | dict(quick_gelu=quick_gelu)
     model = read(Model, open_clip_config.to_model(config))
     assert shapes_of(model) == Layout(model).parameters()
@@ -257,7 +259,17 @@ def with_keys(config, **sections):
         ("text_cfg", dict(embed_cls=False), "text_cfg.embed_cls=False"),
         ("text_cfg", dict(pad_id=1), "text_cfg.pad_id=1"),
         ("text_cfg", dict(width=64), "text_cfg.width=64 differs from embed_dim=48"),
-        ("vision_cfg", dict(attentional_pool=False), "vision_cfg.attentional_pool=False"),
+        (
+            "vision_cfg",
+            dict(attentional_pool=False),
+            "text_cfg.width=48 differs from vision_cfg.width=64",
+        ),
+        (
+            "vision_cfg",
+            dict(attentional_pool=False, width=48, head_width=16, final_ln_after_pool=True),
+            "final_ln_after_pool=True without attentional_pool",
+        ),
+        ("vision_cfg", dict(attentional_pool=1), "vision_cfg.attentional_pool=1; only true, fa"),
         ("vision_cfg", dict(scale_heads=True), "vision_cfg.scale_heads=True"),
         ("vision_cfg", dict(ls_init_value=-0.1), "vision_cfg.ls_init_value=-0.1: give a number"),
         ("text_cfg", dict(norm_kwargs=dict(bias=False)), "{'bias': False} is not supported"),

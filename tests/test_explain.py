@@ -74,12 +74,12 @@ def params_of(module: coca.CoCa) -> dict:
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.parametrize("kind", ["cascade", "parallel", "open_clip"])
+@pytest.mark.parametrize("kind", ["cascade", "parallel", "open_clip", "none"])
 def test_attention_of_every_kind_of_pooler(kind):
     """It sums to 1, less what a class token has."""
     config = tiny_config()
     config.model.pooler.kind = kind
-    config.model.image.update(depth=1, class_token=kind == "open_clip")
+    config.model.image.update(depth=1, class_token=kind in ("open_clip", "none"))
     config.model.text.update(unimodal_depth=1, multimodal_depth=1)
     module = attention_maps.recording(coca.build(config.model))
     pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
@@ -88,8 +88,8 @@ def test_attention_of_every_kind_of_pooler(kind):
     seen, whole = run(params_of(module), pixels, tokens, tokens > 0)
     assert seen.shape == (2, 4, 4) and whole.shape == (2, 4)
     assert not np.allclose(seen[0, 0], seen[1, 0])  # of another picture
-    for sums in (seen.sum(-1), whole.sum(-1)):
-        if kind == "open_clip":
+    for sums, loses in ((seen.sum(-1), ("open_clip",)), (whole.sum(-1), ("open_clip", "none"))):
+        if kind in loses:
             assert (sums > 0.3).all() and (sums < 0.99).all()
         else:
             np.testing.assert_allclose(sums, 1, atol=1e-5)

@@ -187,6 +187,7 @@ def check_native(config: Config) -> None:
         ("model.image.patch_dropout", image.patch_dropout, (0,)),
         ("image_sizes", config.image_sizes, ((),)),
         ("loss.hidden_weight", config.loss.hidden_weight, (0,)),
+        ("model.pooler.kind", config.model.pooler.kind, _pooled()),
     ):
         if value not in good:
             raise ValueError(
@@ -199,6 +200,11 @@ def check_native(config: Config) -> None:
             f"head.kind={config.head.kind!r} takes several images, which data.resize='native' does "
             "not; set data.resize='squash'"
         )
+
+
+def _pooled() -> tuple[str, ...]:
+    """The names of kinds with a pooler."""
+    return tuple(name for name, kind in pooler_kinds.KINDS.items() if kind.pools)
 
 
 def check_warmup(optimizer: Optimizer, steps: int) -> None:
@@ -276,7 +282,19 @@ def check_model(model: Model) -> Model:
             f"model.pooler.num_heads={pooler.num_heads} does not divide "
             f"model.text.width={model.text.width}; choose a divisor"
         )
-    pooler_kinds.of(pooler.kind).check(pooler.num_queries)
+    kind = pooler_kinds.of(pooler.kind)
+    kind.check(pooler.num_queries)
+    if model.family == "coca" and not kind.pools:
+        for name, value, good in (
+            ("image.class_token", model.image.class_token, True),
+            ("image.width", model.image.width, model.text.width),
+            ("pooler.project", pooler.project, True),
+        ):
+            if value != good:
+                raise ValueError(
+                    f"model.{name}={value}: without a pooler (model.pooler.kind={pooler.kind!r}) "
+                    f"it must be {good}; set it, or choose another kind"
+                )
     return model
 
 

@@ -111,7 +111,8 @@ class Pooler(Section):
         "cascade",
         choice(*pooler_kinds.KINDS),
         "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
-        "'open_clip': one pooler, whose first query is the image embedding",
+        "'open_clip': one pooler, whose first query is the image embedding; 'none': none, the "
+        "class token is that, and the decoder sees the patches",
     )
     num_queries: int = key(256, QUERIES, "image tokens that the decoder sees")
     num_heads: int = key(12, HEADS, "of attention")

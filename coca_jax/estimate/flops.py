@@ -36,8 +36,8 @@ def model_flops(model: Model) -> int:
     encoder = image.depth * (
         attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )
-    pooled = attention(queries, tokens, text.width, image.width)
     kind = pooler_kinds.of(pooler.kind)
+    pooled = attention(queries, tokens, text.width, image.width) if kind.pools else 0
     if kind.in_cascade:
         pooled += attention(1, queries, text.width)
     elif kind.second_pooler:
@@ -47,7 +47,7 @@ def model_flops(model: Model) -> int:
         attention(with_cls, with_cls, text.width, heads=text.num_heads)
         + mlp(with_cls, text.width, text.mlp_dim)
     )
-    seen = kind.num_seen(queries)
+    seen = kind.num_seen(queries) if kind.pools else num_patches
     multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
     upper = text.multimodal_heads or text.num_heads
     mlps = 2 if text.cross == "open_clip" else 1

@@ -72,7 +72,8 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
     _check_together(config)
     preprocess = check_preprocess(preprocess or {})
     image, fusion = config["vision_cfg"], config["multimodal_cfg"]
-    text = _text(config["text_cfg"], fusion, config["embed_dim"])
+    width, kind = _width(config), pooler_kinds.of(_POOLERS[image.get("attentional_pool", False)])
+    text = _text(config["text_cfg"], fusion, width)
     return dict(
         image_size=sides(image.get("image_size", 224), "vision_cfg.image_size"),
         patch_size=sides(image.get("patch_size", 16), "vision_cfg.patch_size"),
@@ -82,14 +83,14 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         image_std=tuple(preprocess["std"]),
         temperature=0.07,
         activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
-        image=_image(image) | _own_block(image),
+        image=_image(image, not kind.by_query) | _own_block(image),
         text=text | _own_block(config["text_cfg"]) | _own_block(fusion, "multimodal_block"),
         pooler=dict(
-            kind=_POOLERS[image["attentional_pool"]],
+            kind=kind.name,
             num_queries=image.get("attn_pooler_queries", 256),
-            num_heads=image.get("attn_pooler_heads", 8),
+            num_heads=image.get("attn_pooler_heads", 8) if kind.pools else fusion.get("heads", 8),
             query_std=1.0,
-            project=image["attentional_pool"] is True,
+            project=not kind.second_pooler,
         ),
     )
 
@@ -111,45 +112,63 @@ def _own_block(section: dict[str, Any], name: str = "block") -> dict[str, Any]:
     return {name: found} if found else {}
 
 
-_POOLERS: dict[Any, str] = {True: "open_clip", "cascade": "cascade", "parallel": "parallel"}
+_POOLERS: dict[Any, str] = {
+    True: "open_clip",
+    False: "none",
+    "cascade": "cascade",
+    "parallel": "parallel",
+}
+
+
+def _width(config: dict[str, Any]) -> int:
+    """Of texts, and of what the decoder sees of images: without a pooler what the encoder gives,
+    else embed_dim."""
+    image = config["vision_cfg"]
+    pooled = image.get("attentional_pool", False) is not False
+    return config["embed_dim"] if pooled else image.get("width", 768)
 
 
 def _check_together(config: dict[str, Any]) -> None:
-    """Raises ValueError for sections that do not fit together, or no pooler."""
+    """Raises ValueError for sections that do not fit together."""
     image, text, fusion = (config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg"))
-    embed_dim = config["embed_dim"]
     for name, section in (("vision_cfg", image), ("text_cfg", text)):
         if config.get("quick_gelu") and section.get("act_kwargs"):
             raise ValueError(
                 f"{name}.act_kwargs={short(section['act_kwargs'])} beside quick_gelu=true: "
                 "open_clip builds no such model"
             )
+    kind = image.get("attentional_pool", False)
+    if not isinstance(kind, (bool, str)) or kind not in _POOLERS:
+        raise ValueError(
+            f"vision_cfg.attentional_pool={short(kind)}; only true, false, 'cascade' and "
+            "'parallel' are supported"
+        )
+    if kind is False and image.get("final_ln_after_pool", False):
+        raise ValueError(
+            "vision_cfg.final_ln_after_pool=True without attentional_pool is not supported; only "
+            "False"
+        )
+    wanted, of = _width(config), "embed_dim" if kind else "vision_cfg.width"
     for name, width in (("text_cfg.width", text), ("multimodal_cfg.width", fusion)):
-        if width.get("width", 512) != embed_dim:
-            raise ValueError(f"{name}={width.get('width', 512)} differs from embed_dim={embed_dim}")
+        if width.get("width", 512) != wanted:
+            raise ValueError(f"{name}={width.get('width', 512)} differs from {of}={wanted}")
     if fusion.get("context_length", 77) < text.get("context_length", 77):
         raise ValueError(
             f"multimodal_cfg.context_length={fusion.get('context_length', 77)} is shorter than "
             f"text_cfg.context_length={text.get('context_length', 77)}"
         )
-    kind = image.get("attentional_pool", False)
-    if not isinstance(kind, (bool, str)) or kind not in _POOLERS:
-        raise ValueError(
-            f"vision_cfg.attentional_pool={short(kind)}; only models with poolers (true, "
-            "'cascade', 'parallel') are supported"
-        )
     for name, wide, heads in (
         ("vision_cfg.head_width", image.get("width", 768), image.get("head_width", 64)),
-        ("text_cfg.heads", embed_dim, text.get("heads", 8)),
-        ("multimodal_cfg.heads", embed_dim, fusion.get("heads", 8)),
-        ("vision_cfg.attn_pooler_heads", embed_dim, image.get("attn_pooler_heads", 8)),
+        ("text_cfg.heads", wanted, text.get("heads", 8)),
+        ("multimodal_cfg.heads", wanted, fusion.get("heads", 8)),
+        ("vision_cfg.attn_pooler_heads", wanted, image.get("attn_pooler_heads", 8) if kind else 1),
     ):
         if wide % heads:
             raise ValueError(f"{name}={heads} does not divide the width {wide}")
 
 
-def _image(image: dict[str, Any]) -> dict[str, Any]:
-    """`vision_cfg` as config.model.image."""
+def _image(image: dict[str, Any], final_norm: bool) -> dict[str, Any]:
+    """`vision_cfg` as config.model.image; final_norm: whether a norm ends the encoder."""
     width = image.get("width", 768)
     return dict(
         width=width,
@@ -158,7 +177,7 @@ def _image(image: dict[str, Any]) -> dict[str, Any]:
         num_heads=width // image.get("head_width", 64),
         class_token=True,
         pre_norm=not image.get("no_ln_pre", False),
-        final_norm=image["attentional_pool"] is not True,
+        final_norm=final_norm,
         patch_bias=False,
         patch_dropout=image.get("patch_dropout", 0.0),
     )
@@ -191,7 +210,7 @@ def from_model(model: Model) -> dict[str, Any]:
     """
     _check_expressible(model)
     image, text, pooler = model.image, model.text, model.pooler
-    second = pooler_kinds.of(pooler.kind).second_pooler
+    kind = next(given for given, name in _POOLERS.items() if name == pooler.kind)
     depths = dict(context_length=text.max_len, vocab_size=text.vocab_size, width=text.width)
     result: dict[str, Any] = dict(
         embed_dim=model.embed_dim,
@@ -202,7 +221,7 @@ def from_model(model: Model) -> dict[str, Any]:
             head_width=image.width // image.num_heads,
             mlp_ratio=image.mlp_dim / image.width,
             patch_size=_written(model.patch_size),
-            attentional_pool=pooler.kind if second else True,
+            attentional_pool=kind,
             attn_pooler_queries=pooler.num_queries,
             attn_pooler_heads=pooler.num_heads,
             no_ln_pre=not image.pre_norm,
@@ -260,7 +279,7 @@ def block_options(model: Model) -> dict[str, dict[str, Any]]:
 def _check_expressible(model: Model) -> None:
     """Raises ValueError naming the first option of `config.model` that open_clip does not have."""
     image, text, pooler = model.image, model.text, model.pooler
-    legacy = not pooler_kinds.of(pooler.kind).second_pooler
+    kind = pooler_kinds.of(pooler.kind)
     fusion_mlp = text.multimodal_mlp_dim or text.mlp_dim
     only = "open_clip has only"
     for name, value, want in (
@@ -268,12 +287,12 @@ def _check_expressible(model: Model) -> None:
         ("text.cross", text.cross, "open_clip"),
         ("text.tie_embeddings", text.tie_embeddings, False),
         ("text.head_bias", text.head_bias, False),
-        ("text.width", text.width, model.embed_dim),
+        ("text.width", text.width, model.embed_dim if kind.pools else image.width),
         ("the upper half's mlp_dim", fusion_mlp, 4 * text.width),
         ("image.class_token", image.class_token, True),
         ("image.patch_bias", image.patch_bias, False),
-        ("image.final_norm", image.final_norm, not legacy),
-        ("pooler.project", pooler.project, legacy),
+        ("image.final_norm", image.final_norm, not kind.by_query),
+        ("pooler.project", pooler.project, not kind.second_pooler),
         ("image.registers", image.registers, 0),
         ("text.kv_heads", text.kv_heads, 0),
     ):

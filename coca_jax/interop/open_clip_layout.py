@@ -109,14 +109,16 @@ class Layout:
         blocks, key = "image_encoder/blocks", "visual.transformer"
         self._stack(blocks, key, image.depth, width, image, self.blocks["image"])
         if not kind.second_pooler:
-            self._norm("pooled_norm", "visual.ln_post", dim)
+            norm = "pooled_norm" if kind.by_query else "image_encoder/final_norm"
+            self._norm(norm, "visual.ln_post", dim)
             self._add("image_to_joint/kernel", "visual.proj", (dim, model.embed_dim))
         else:
             self._norm("image_encoder/final_norm", "visual.ln_post", width)
             source = dim if kind.in_cascade else width
             self._pooler("contrastive_pooler", "visual.attn_pool_contrastive", 1, source, model)
         queries = pooler.num_queries
-        self._pooler("generative_pooler", "visual.attn_pool", queries, width, model)
+        if kind.pools:
+            self._pooler("generative_pooler", "visual.attn_pool", queries, width, model)
 
     def _text_side(self, model: Model) -> None:
         """`text` and `text_decoder` there; text_decoder and what leads to the embedding here."""

@@ -55,12 +55,16 @@ def maps(
     )
     seen = variables[layers.RECORDED]
     frames = pixels.shape[1] if pixels.ndim == 5 else 1
-    pooled = [x.mean(1) for x in seen["generative_pooler"]["attention"]["weights"]]  # [B, Q, N]
     cross = seen["text_decoder"]["multimodal"][block.STACKED]["cross_attention"]["weights"][0]
     words = cross.mean((0, 2))  # [B, L, Q]
+    if not model.pooler_kind.pools:  # words see patches, and the class token's last look is taken
+        own = seen["image_encoder"]["blocks"][block.STACKED]["attention"]["weights"][0]
+        image = own[-1].mean(1)[:, 0].reshape(len(pixels), -1) / frames
+        return out, words.astype(jnp.float32), _patches(model, image, frames)
+    pooled = [x.mean(1) for x in seen["generative_pooler"]["attention"]["weights"]]  # [B, Q, N]
     # Of clips the first call pooled each frame, for the embedding, the last all of them.
     of_each, of_all = pooled[0], pooled[-1]
-    if not model.pooler_kind.second_pooler:
+    if model.pooler_kind.by_query:
         of_all, image = of_all[:, 1:], of_each[:, 0]
     else:
         image = seen["contrastive_pooler"]["attention"]["weights"][0].mean(1)[:, 0]

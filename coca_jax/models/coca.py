@@ -38,8 +38,7 @@ PARTS = dict(
 
 
 class CoCa(nn.Module):
-    """See `build`. pooler_kind: see pooler_kinds.py; where there is one pooler alone a norm follows
-    it."""
+    """See `build`. pooler_kind: see pooler_kinds.py; a norm follows a pooler that is alone."""
 
     encoder: ImageEncoder
     decoder: TextDecoder
@@ -78,10 +77,11 @@ class CoCa(nn.Module):
         )
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.decoder.copy(name="text_decoder")
-        self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
-        if not self.pooler_kind.second_pooler:
+        if self.pooler_kind.pools:
+            self.generative_pooler = AttentionalPooler(self.num_queries, **pooler)
+        if self.pooler_kind.by_query:
             self.pooled_norm = layers.Norm(self.encoder.options)  # as its final norm
-        else:
+        elif self.pooler_kind.second_pooler:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(
             axes=("embed", "joint"), use_bias=False, dtype=wide(self.dtype), ops=self.options.ops
@@ -133,13 +133,16 @@ class CoCa(nn.Module):
         VideoCoCa (Yan et al. 2022), so that the decoder attends to Q tokens as well.
         """
         if encoded.ndim == 4:
-            each, _ = self.pool(encoded.reshape((-1,) + encoded.shape[2:]))
+            each, tokens = self.pool(encoded.reshape((-1,) + encoded.shape[2:]))
             embedding = normalise(each.reshape(encoded.shape[:2] + (-1,)).mean(1))
-            return embedding, self.pool(all_tokens(encoded))[1]
+            if self.pooler_kind.pools:
+                return embedding, self.pool(all_tokens(encoded))[1]
+            return embedding, tokens.reshape(len(encoded), -1, tokens.shape[-1])
         mask = None if valid is None else valid[:, None, None, :]
-        tokens = self.generative_pooler(encoded, mask)
-        if not self.pooler_kind.second_pooler:
+        tokens = self.generative_pooler(encoded, mask) if self.pooler_kind.pools else encoded
+        if self.pooler_kind.by_query:
             tokens = self.pooled_norm(tokens)
+        if not self.pooler_kind.second_pooler:
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
         else:
             source = (tokens,) if self.pooler_kind.in_cascade else (encoded, mask)
@@ -386,7 +389,7 @@ def count_parameters(params: dict) -> dict[str, int]:
     counts = {
         "encoder": size(params["image_encoder"]),
         "decoder": size({k: v for k, v in decoder.items() if k in table1}),
-        "generative_pooler": size(params["generative_pooler"]),
+        "generative_pooler": size(params.get("generative_pooler", {})),
         "contrastive_pooler": size(params.get("contrastive_pooler", {})),
     }
     total = size(params)

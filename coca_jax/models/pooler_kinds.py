@@ -19,15 +19,23 @@ class PoolerKind:
         second_pooler: whether a pooler of its own makes the embedding; else the first query of the
             only one does.
         in_cascade: whether the second pooler reads what the first one found; else the encoder.
+        pools: whether there is any pooler; else the class token is the embedding and the decoder
+            sees the encoder's tokens of patches.
     """
 
     name: ClassVar[str]
     second_pooler: ClassVar[bool] = True
     in_cascade: ClassVar[bool] = False
+    pools: ClassVar[bool] = True
+
+    @property
+    def by_query(self) -> bool:
+        """Whether the first query of the only pooler makes the embedding."""
+        return self.pools and not self.second_pooler
 
     def num_seen(self, num_queries: int) -> int:
         """Of so many queries, those whose tokens the decoder sees."""
-        return num_queries if self.second_pooler else num_queries - 1
+        return num_queries - self.by_query
 
     def check(self, num_queries: int) -> None:
         """Raises ValueError where no query is left for the decoder."""
@@ -56,7 +64,15 @@ class OpenClip(PoolerKind):
     name, second_pooler = "open_clip", False
 
 
-KINDS: dict[str, type[PoolerKind]] = {kind.name: kind for kind in (Cascade, Parallel, OpenClip)}
+class Without(PoolerKind):
+    """No pooler: open_clip's models without attentional_pool, such as its coca_base."""
+
+    name, second_pooler, pools = "none", False, False
+
+
+KINDS: dict[str, type[PoolerKind]] = {
+    kind.name: kind for kind in (Cascade, Parallel, OpenClip, Without)
+}
 
 
 def of(name: str) -> PoolerKind:
