@@ -125,11 +125,15 @@ class Encoders:
                 found = []
                 for first in range(0, len(some), self.batch_size):
                     rows = order[first : first + self.batch_size]
-                    arrays = text_arrays.trimmed(tokens[rows], valid[rows])
+                    arrays = self._trimmed(tokens[rows], valid[rows])
                     found.append(self._run(self._programs.encode_text, *arrays))
                     bar.update(len(rows))
                 parts.append(joined(found, ())[np.argsort(order)])
         return joined(parts, (self.config.model.embed_dim,))
+
+    def _trimmed(self, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What of texts [N, L], and of their validity, the text tower reads."""
+        return text_arrays.trimmed(tokens, valid)
 
     def encode_tokens(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Texts as ids int32 [N, L], begin symbol first, and which are valid, bool [N, L] ->

@@ -59,6 +59,11 @@ class TwoTowerModel(Encoders):
             lengths[row] = len(whole)
         return tokens, np.arange(self.max_len)[None] < lengths[:, None]
 
+    def _trimmed(self, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All of it where the tower sees the padding too."""
+        causal = tower_kinds.of(self.family).causal
+        return super()._trimmed(tokens, valid) if causal else (tokens, valid)
+
 
 def canonical(text: str) -> str:
     """A text in lower case, without ASCII punctuation and with single spaces."""
