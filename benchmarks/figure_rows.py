@@ -147,7 +147,9 @@ MEASUREMENTS = (
 # Rows that no measurement gives, by the beginnings of their names.
 NOT_AGAIN = {
     "demo/whole": "the clock of a fresh clone; run launch/demo.sh",
-    "emoji/whole": "the clock of one run with another captioning weight",
+    "emoji/core_minutes": "a run bound to one core",
+    "emoji_0_1/": "the recipe of version 0.1",
+    "emoji_0_1/whole": "the clock of one run with another captioning weight",
     "fashion_mnist/": "read off the logs of runs, or of options that the recipe has no more",
     "easy_vqa/": "read off the logs of runs, or at another rate than the recipe's",
     "gradients/": "pytest -m torch tests/test_open_clip_parity.py holds them below a bound",

@@ -13,15 +13,17 @@ from coca_jax.configs import emoji
 
 
 def get_config() -> ConfigDict:
-    """The model of the emoji recipe; one of an image's captions is drawn at each visit."""
+    """The emoji recipe with a deeper stem; one of an image's captions is drawn at each visit."""
     config = emoji.get_config()
     config.batch_size, config.steps = 64, 1500
     config.image_sizes = ((0.5, 32),)
     config.text_lengths = (16, 24, 40)
-    config.model.text.update(vocab_size=3000, max_len=40)
+    config.model.image.conv_depths = (0, 1, 2)
+    config.model.text.update(vocab_size=3000, max_len=40, unimodal_depth=1, multimodal_depth=2)
+    config.loss.captioning_weight, config.optimizer.learning_rate = 1.0, 1.5e-3
     path = "data/tuxpaint"
     config.data.sources = (dict(path=path, split="train", kind="caption"),)
-    config.data.augment = "drawing"
+    config.data.vocabulary_kind = "auto"
     task = dict(name="tuxpaint", data=dict(path=path, split="test"))
     config.eval.tasks = (dict(task, kind="retrieval"), dict(task, kind="captioning"))
     return config
