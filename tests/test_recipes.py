@@ -118,6 +118,9 @@ def test_values_are_replaced_from_the_command_line(parse):
     assert [source["kind"] for source in config.data.sources] == ["caption", "caption"]
     config = parse("--config=tiny", "--config.data.sources=({'path': 'x', 'weight': 0.5},)")
     assert config.data.sources == ({"path": "x", "weight": 0.5},)
+    for given, size in (("(48, 96)", (48, 96)), ("48", 48)):  # a number, or height and width
+        found = parse("--config=tiny", f"--config.model.image_size={given}").model.image_size
+        assert found == size
 
 
 @pytest.mark.parametrize(
