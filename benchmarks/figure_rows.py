@@ -171,6 +171,7 @@ NOT_AGAIN = {
     "video": "needs runs of hours and foldings whose script was not kept",
     "recaption": "its tar was not kept",
     "search_index": "its 2,000 JPEGs were not kept; `time coca-jax search index` on others",
+    "search_kills": "its 2,000 JPEGs were not kept; python benchmarks/search.py kills on others",
     "soak_memory": "python tests/soak/soak.py --minutes=30 prints its own",
     "fit/": "its drawings were not kept",
     "bucket_": "counted in the log of a server for tests",
