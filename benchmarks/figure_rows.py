@@ -20,6 +20,7 @@ from measuring import (
     retrieval,
     sizes,
     start,
+    towers,
     trained,
 )
 
@@ -77,6 +78,14 @@ MEMORY = {
 BESIDE = (
     "coca-jax benchmark caption --peer --config=finetune_open_clip --config.model.dtype=float32"
 )
+# A published size of each family of image and text towers.
+TOWERS = dict(
+    clip="ViT-B-32-quickgelu",
+    siglip="ViT-B-16-SigLIP",
+    pe="PE-Core-T-16-384",
+    openvision="openvision-vit-base-patch16-224",
+)
+SAME = dict(peer="open_clip 3.3.0, on the same weights, images and tokens")
 PEER = dict(peer="open_clip, in turn with ours in the same run")
 SEEDED = dict(seeds=list(SEEDS))
 MEASUREMENTS = (
@@ -138,6 +147,16 @@ MEASUREMENTS = (
         kills,
         90,
         "python tests/soak/kills.py --kills=100",
+    ),
+    *(
+        Measurement(
+            (f"towers/{row}",),
+            towers(row, name),
+            1,
+            f"python benchmarks/towers.py {name}",
+            more=SAME,
+        )
+        for row, name in TOWERS.items()
     ),
     *(compiled(f"tpu_steps/{row}", of_tpu, flags) for row, flags in TPU.items()),
     *(compiled(row, of_gpu, flags) for row, flags in H100.items()),

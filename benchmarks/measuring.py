@@ -225,6 +225,12 @@ def over_seeds(run: Callable[[Given], Rows]) -> Callable[[Given], Rows]:
     return means
 
 
+def towers(row: str, name: str) -> Callable[[Given], Rows]:
+    """How far a family's towers, of a size, are from the library's that they come from."""
+    script = str(ROOT / "benchmarks/towers.py")
+    return lambda given: {f"towers/{row}": json.loads(given.python(script, name).splitlines()[-1])}
+
+
 def compiled(row: str, values: Callable[[dict[str, Any]], Values], flags: str) -> Measurement:
     """A row by `coca-jax compile` with these flags."""
 
