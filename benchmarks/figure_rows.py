@@ -31,7 +31,8 @@ DEMO = {
     "demo/exact": "captioning/scenes_test/exact_match",
     "demo/exact_heldout": "captioning/scenes_heldout/exact_match",
     "demo/f1": "captioning/scenes_heldout_many/attribute_f1",
-    "demo/perplexity": "captioning/scenes_heldout_many/perplexity",
+    "demo/zeroshot_unseen": "zeroshot/scenes_unseen/top1",
+    "demo/exact_unseen": "captioning/scenes_unseen/exact_match",
 }
 EMOJI = {
     "emoji/image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
@@ -166,6 +167,7 @@ MEASUREMENTS = (
 # Rows that no measurement gives, by the beginnings of their names.
 NOT_AGAIN = {
     "demo/whole": "the clock of a fresh clone; run launch/demo.sh",
+    "demo_0_1/": "the recipe of version 0.1",
     "emoji/core_minutes": "a run bound to one core",
     "emoji_0_1/": "the recipe of version 0.1",
     "emoji_0_1/whole": "the clock of one run with another captioning weight",
