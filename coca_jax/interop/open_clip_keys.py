@@ -4,6 +4,7 @@ what their values may be. The files are strangers', so nothing is taken for gran
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from coca_jax import image_shape
@@ -186,3 +187,24 @@ def sides(size: Any, name: str) -> image_shape.Size:
     if len(given) != 2 or not all(is_whole(one) and 1 <= one <= most for one in given):
         raise ValueError(f"{name}={short(size)}: give 1 to {most} pixels, or height and width")
     return image_shape.shortest(given)
+
+
+def timm_name(cfg: Mapping[str, Any]) -> str:
+    """The trunk of timm that open_clip's configuration names; '' where it names none."""
+    vision = cfg.get("vision_cfg")
+    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def text_sizes(text: dict[str, Any]) -> dict[str, Any]:
+    """Of config.model.text, what open_clip's text_cfg says of the sizes, with its defaults. Raises
+    ValueError for a width or an mlp_ratio that can be none."""
+    width = text.get("width", 512)
+    return dict(
+        width=width,
+        unimodal_depth=text.get("layers", 12),
+        mlp_dim=mlp_width(text, "text_cfg", width),
+        num_heads=text.get("heads", 8),
+        vocab_size=text.get("vocab_size", 49408),
+        max_len=text.get("context_length", 77),
+    )

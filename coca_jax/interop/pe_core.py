@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coca_jax.interop.open_clip_keys import is_number, mlp_width, short
+from coca_jax.interop.open_clip_keys import is_number, short, text_sizes, timm_name
 
 
 class Trunk(NamedTuple):
@@ -39,9 +39,7 @@ _WITHOUT_EFFECT = ("output_tokens", "hf_tokenizer_name", "tokenizer_kwargs")
 
 def is_pe_core(cfg: Mapping[str, Any]) -> bool:
     """Whether open_clip's configuration has a trunk of timm that is PE-Core's."""
-    vision = cfg.get("vision_cfg")
-    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(timm_name(cfg)) is not None
 
 
 def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
         known = ", ".join(TRUNKS)
         raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of PE-Core's trunks only {known}")
     _check(cfg, vision, text, size)
-    trunk, width = TRUNKS[name], text.get("width", 512)
+    trunk = TRUNKS[name]
     return dict(
         family="pe",
         image_size=size,
@@ -81,14 +79,7 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
             rope_start=float(trunk.class_token),
             block=dict(positions="both"),
         ),
-        text=dict(
-            width=width,
-            unimodal_depth=text.get("layers", 12),
-            mlp_dim=mlp_width(text, "text_cfg", width),
-            num_heads=text.get("heads", 8),
-            vocab_size=text.get("vocab_size", 49408),
-            max_len=text.get("context_length", 77),
-        ),
+        text=text_sizes(text),
         pooler=dict(num_heads=POOLER_HEADS, mlp_dim=4 * trunk.width),
     )
 

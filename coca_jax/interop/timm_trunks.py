@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.interop.open_clip_keys import is_number, mlp_width, short
+from coca_jax.interop.open_clip_keys import is_number, mlp_width, short, timm_name
 
 # vit_<name>_patch<P>_siglip_<S>: (width, layers, heads, MLP over width).
 TRUNKS: dict[str, tuple[int, int, int, float]] = {
@@ -33,9 +33,7 @@ T5_PAD, GEMMA_IDS, GEMMA_PAD = 1, 256_000, 0
 
 def is_siglip(cfg: Mapping[str, Any]) -> bool:
     """Whether open_clip's configuration has a trunk of timm that is SigLIP's."""
-    vision = cfg.get("vision_cfg")
-    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(timm_name(cfg)) is not None
 
 
 def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.interop import open_clip_config, pe_core, timm_trunks
-from coca_jax.interop.open_clip_keys import is_number, is_whole, mlp_width, short, sides
+from coca_jax.interop.open_clip_keys import is_number, is_whole, mlp_width, short, sides, text_sizes
 from coca_jax.models import tower_kinds
 from coca_jax.models.tower_kinds import CLASS, QUERY
 
@@ -168,14 +168,9 @@ def text_model(
 ) -> dict[str, Any]:
     """config.model.text of open_clip's text_cfg; image, own: dict(activation, eps) of the blocks of
     both towers."""
-    width, names = text.get("width", 512), dict(activation="activation", eps="norm_eps")
+    names = dict(activation="activation", eps="norm_eps")
     return dict(
-        width=width,
-        unimodal_depth=text.get("layers", 12),
-        mlp_dim=mlp_width(text, "text_cfg", width),
-        num_heads=text.get("heads", 8),
-        vocab_size=text.get("vocab_size", 49408),
-        max_len=text.get("context_length", 77),
+        text_sizes(text),
         block={name: own[key] for key, name in names.items() if own[key] != image[key]},
     )
 
