@@ -79,8 +79,10 @@ def request_of_flags(folder: str) -> Any:
     from coca_jax.importers import own_data
 
     args, named = flags.FLAGS, own_data.parse(folder)
-    if kinds.KINDS.get(named.kind) is kinds.Question or named.weight != 1.0:
-        raise ValueError(f"{folder}: fit takes FOLDER, FOLDER:caption or FOLDER:label")
+    able = [name for name, kind in kinds.KINDS.items() if kind.counted]
+    if named.kind not in ("", *able) or named.weight != 1.0:
+        takes = " or ".join(f"FOLDER:{name}" for name in able)
+        raise ValueError(f"{folder}: fit takes FOLDER, {takes}")
     path = named.path
     if "://" not in path and not path.startswith("tfds:"):
         path = os.path.abspath(path)

@@ -1,12 +1,18 @@
 """Kinds are asked, not compared: no file but the one that parses a kind's name knows it."""
 
 import ast
+import dataclasses
+import json
 import pathlib
 
 import pytest
 
+from coca_jax.config import Entry, typed
+from coca_jax.configs import base
 from coca_jax.data import kinds
+from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations
+from coca_jax.importers import own_data
 from coca_jax.models import head_kinds, pooler_kinds
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "coca_jax"
@@ -51,6 +57,67 @@ def test_no_kind_is_compared_by_its_name(what):
         if names & set(known)
     ]
     assert not found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_source_is_asked_for_its_class(path):
+    """Whoever asks `isinstance(kind, kinds.Label)` must be edited for a kind that is alike."""
+    classes = {f"kinds.{one.__name__}" for one in kinds.KINDS.values()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            asked = node.args
+        names = {ast.unparse(one) for part in asked for one in ast.walk(part)
+                 if isinstance(one, ast.Attribute)}  # fmt: skip
+        assert not names & classes, f"{path}:{node.lineno}"
+
+
+class Amount(kinds.Kind):
+    """How many objects a drawn scene has: a kind that the package does not know."""
+
+    name, wanted, has_classes, drawn = "amount", "scene", False, "captions"
+
+    @classmethod
+    def tasks(cls, config):
+        return [dict(kind="captioning")]
+
+    def trains(self, record):
+        return bool(record.extra)
+
+    def choose(self, records, classes, draw):
+        chosen = [f"{len(json.loads(r.extra)['scene']['objects'])} objects" for r in records]
+        return chosen, chosen
+
+    def vocabulary_texts(self, record, number):
+        yield from self.choose([record], {}, None)[0]
+
+
+def test_a_new_kind_is_one_class(monkeypatch):
+    """What trains, learns a vocabulary, is inspected and set up for scores asks the class alone."""
+    monkeypatch.setitem(kinds.KINDS, "amount", Amount)
+    scenes = dict(builtin="scenes")
+    data = typed(base.get_config()).change({"batch_size": 4, "data.sources": (scenes,)})
+    found = Mixture(data)
+    # Of files and flags config/data.py refuses a kind that it does not name.
+    found.entries = [dataclasses.replace(found.entries[0], kind="amount")]
+    assert found.sources[0].complete
+    shown = [row["text"] for row in found.step_examples(0)]
+    assert all(text in {f"{n} objects" for n in (1, 2, 3, 4)} for text in shown)
+    assert set(found.sample_texts(50)) == {f"{n} objects" for n in (1, 2, 3, 4)}
+    task = own_data.evaluations(data, dict(builtin="scenes", kind="amount"), "held")
+    assert [one["kind"] for one in task] == ["captioning"]
+
+
+def test_what_kinds_name_is_there():
+    config = typed(base.get_config())
+    for name in kinds.KINDS:
+        assert Entry(kind=name) == Entry.of(dict(kind=name))  # config/data.py names them too
+    for kind in kinds.KINDS.values():
+        for task in kind.tasks(config):
+            evaluator = declarations.of(task["kind"])
+            assert set(task) - {"kind"} <= set(evaluator.options), kind.name
 
 
 def test_every_evaluator_declares_what_the_others_read():

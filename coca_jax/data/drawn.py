@@ -41,7 +41,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         return [
             Record(
                 *(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ())),
-                *("", json.dumps(t["extra"])),
+                *("", json.dumps({"scene": t["scene"]} | t["extra"])),
             )
             for t in drawn.read_texts(indices)
         ]
@@ -51,9 +51,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         len(drawn),
         read,
         read_texts,
-        every_text=True,
-        every_label=True,
-        every_region=drawn.has_regions,
+        every=("text", "label", drawn.kind.wanted),
         fingerprint=f"scenes {split} {kind} {sorted(set(objects))} {len(drawn)}"
         + ("" if entry.scenery == "plain" else f" {entry.scenery}"),
     )

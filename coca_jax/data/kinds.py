@@ -1,19 +1,22 @@
 """What of a record trains: its captions, its labels, the questions about it, or its regions.
 
 A source has one kind (`kind=` of its entry in config.data.sources). This file alone parses that
-name; all else calls the methods.
+name; all else asks the kind: what its records need, which examples they are, their texts, what
+scores them, how messages call them. To add one: a class here, in KINDS, and its name in
+config/data.py.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from coca_jax.config import Data, Entry
-from coca_jax.data import regions, texts
+from coca_jax.config import Config, Data, Entry
+from coca_jax.data import prompts as prompt_sets
+from coca_jax.data import questions, regions, texts
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
@@ -28,14 +31,40 @@ class Kind(abc.ABC):
     Attributes:
         name: in config.data.sources.
         wanted: the field that a record must have to train, as messages call it.
+        counted: whether manifests count the records that have that, so that data can be told to be
+            of this kind.
         has_classes: whether a record's labels are classes that a task head can learn.
+        declared: whether these are the classes that a data set declares.
         is_label: whether its texts are made of class names.
+        asks: whether a model learns to answer questions from it.
+        drawn: what builtin='scenes' draws for it: 'captions', 'names', or '' for nothing.
+        divides: whether a record is as many examples as `examples` says, and not one.
+        gives: what each example has then, of 'text' and 'label'.
     """
 
     name: ClassVar[str]
     wanted: ClassVar[str] = "label"
+    counted: ClassVar[bool] = False
     has_classes: ClassVar[bool] = True
+    declared: ClassVar[bool] = True
     is_label: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
+    drawn: ClassVar[str] = ""
+    divides: bool = False
+    gives: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, entry: Entry) -> Kind:
+        """By what an entry of config.data.sources says of it."""
+        del entry
+        return cls()
+
+    def configured(self, entry: Entry, data: Data) -> Kind:
+        """This kind with what training alone takes of an entry and of config.data.
+
+        Raises ValueError or FileNotFoundError for what cannot be read."""
+        del entry, data
+        return self
 
     @classmethod
     def remedy(cls) -> str:
@@ -46,9 +75,40 @@ class Kind(abc.ABC):
         """Raises ValueError for what of config.data does not go with this kind."""
         return
 
+    @classmethod
+    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+        """What scores held-out data of this kind in a run without a task head: the evaluator of
+        each task (`kind`) with its options, by the losses that have a weight."""
+        del config
+        return []
+
+    @classmethod
+    def counted_as(cls, split: Mapping[str, Any]) -> str:
+        """As what the records of a manifest's split train, and how many of them can, for people."""
+        count = split.get(f"with_{cls.wanted}")
+        return f" as {cls.name}s" + ("" if count is None else f" ({count} have one)")
+
     def trains(self, record: Record) -> bool:
         """Whether a record has what trains."""
         return bool(record.labels)
+
+    def examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
+        """Of a kind that divides: (number, labels) of each example that a record is. Raises
+        ValueError naming a record that cannot be read so."""
+        raise NotImplementedError(f"{type(self).__name__} divides no record")
+
+    def example(self, record: Record, part: int, number: int) -> Record:
+        """The example of this number in a record that is divided; number: among all."""
+        raise NotImplementedError(f"{type(self).__name__} divides no record")
+
+    def nothing(self, training: bool) -> str:
+        """Why data that have records have no example of this kind, for people."""
+        if self.divides or not training:
+            return "it is empty"
+        return (
+            f"kind={self.name!r} but no record has a {self.wanted}; give the other kind, or "
+            f"{self.remedy()}"
+        )
 
     @abc.abstractmethod
     def choose(
@@ -89,13 +149,36 @@ class Caption(Kind):
     """Each image trains on one of its texts, another one at each visit.
 
     synthetic: of what `recaption` wrote, how often a caption is taken and not an original text,
-    each by its score; None: all texts alike.
+    each by its score; None: all texts alike. divides: each text is an example of its own.
     """
 
     name, wanted, has_classes = "caption", "text", False
+    counted, drawn = True, "captions"
 
-    def __init__(self, synthetic: float | None = None):
-        self.synthetic = synthetic
+    def __init__(self, synthetic: float | None = None, divides: bool = False):
+        self.synthetic, self.divides = synthetic, divides
+        self.gives = frozenset({"text"} if divides else ())
+
+    @classmethod
+    def of(cls, entry: Entry) -> Caption:
+        """By `captions` and `synthetic`."""
+        scored = entry.captions == "scored"
+        return cls(entry.synthetic if scored else None, entry.captions == "all")
+
+    @classmethod
+    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+        """Retrieval, and captions beside the references."""
+        loss = config.loss
+        weights = dict(retrieval=loss.contrastive_weight, captioning=loss.captioning_weight)
+        return [dict(kind=kind) for kind, weight in weights.items() if weight]
+
+    def examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
+        """Each of the texts."""
+        return [(part, record.labels) for part in range(len(record.texts))]
+
+    def example(self, record: Record, part: int, number: int) -> Record:
+        """The record with one of its texts."""
+        return record._replace(texts=(record.texts[part],))
 
     def trains(self, record: Record) -> bool:
         """Whether a record has a text."""
@@ -122,9 +205,21 @@ class Label(Kind):
     """Class names as text: all of them, shuffled and joined behind a prompt, as in the paper."""
 
     name, is_label = "label", True
+    counted, drawn = True, "names"
 
-    def __init__(self, prompts: Sequence[str] = ("{}",)):
+    def __init__(self, prompts: Sequence[str] = prompt_sets.BARE):
         self.prompts = prompts
+
+    def configured(self, entry: Entry, data: Data) -> Label:
+        """With the prompts of the entry, or those of all."""
+        return Label(prompt_sets.load(entry.prompts or data.prompts))
+
+    @classmethod
+    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+        """Classes by embedding, or by what the decoder thinks of each name."""
+        templates = "photo" if config.data.prompts == "varied" else config.data.prompts
+        by = "zeroshot" if config.loss.contrastive_weight else "generative"
+        return [dict(kind=by, templates=templates)]
 
     def choose(
         self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
@@ -139,9 +234,52 @@ class Label(Kind):
 
 
 class Question(Kind):
-    """A record's text is a question about its image, and its labels are the answers."""
+    """A record's text is a question about its image, and its labels are the answers.
 
-    name = "question"
+    field: of `extra`, which lists questions and answers; '': the texts and labels. answers: only
+    questions that one of these answers; none: all.
+    """
+
+    name, declared, asks, divides = "question", False, True, True
+    gives = frozenset({"text", "label"})
+
+    def __init__(self, field: str = "", answers: Sequence[str] = ()):
+        self.field, self.answers = field, frozenset(answers)
+
+    @classmethod
+    def of(cls, entry: Entry) -> Question:
+        """By `questions` and `answers`."""
+        return cls(entry.questions, entry.answers)
+
+    @classmethod
+    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+        """The answers that the decoder writes."""
+        return [dict(kind="answers")] if config.loss.captioning_weight else []
+
+    @classmethod
+    def counted_as(cls, split: Mapping[str, Any]) -> str:
+        """Nothing: how many questions there are is not counted."""
+        return ""
+
+    def examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
+        """Each question that one of the wanted answers answers."""
+        return [
+            (part, answers)
+            for part, (_, answers) in enumerate(questions.of(record, self.field))
+            if not self.answers or self.answers.intersection(answers)
+        ]
+
+    def example(self, record: Record, part: int, number: int) -> Record:
+        """A question as text, its answers as labels; its number makes the key its own."""
+        question, answers = questions.of(record, self.field)[part]
+        key = f"{record.key}?{number}"
+        return record._replace(texts=(question,), labels=answers, key=key)
+
+    def nothing(self, training: bool) -> str:
+        """Where questions were looked for."""
+        place = f"in its field {self.field!r}" if self.field else "as text and label"
+        among = f", one of {sorted(self.answers)}" if self.answers else ""
+        return f"kind={self.name!r} but no record has a question and an answer ({place}{among})"
 
     def choose(
         self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
@@ -165,8 +303,8 @@ class Question(Kind):
         self, vocabulary: Vocabulary, chosen: Sequence[str], max_len: int, label_token: bool
     ) -> Encoded:
         """Question and answer in one row, each encoded by itself (Vocabulary.encode_answers)."""
-        questions, _, answers = zip(*(text.partition(texts.ANSWER) for text in chosen))
-        return vocabulary.encode_answers(questions, answers, max_len)
+        asked, _, answers = zip(*(text.partition(texts.ANSWER) for text in chosen))
+        return vocabulary.encode_answers(asked, answers, max_len)
 
 
 class Region(Kind):
@@ -174,6 +312,12 @@ class Region(Kind):
     the place of what is named (see regions.py)."""
 
     name, wanted, has_classes = "region", "region", False
+    drawn = "captions"
+
+    @classmethod
+    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+        """The places that the decoder writes, and what it says of places."""
+        return [dict(kind="grounding")] if config.loss.captioning_weight else []
 
     @classmethod
     def remedy(cls) -> str:
@@ -229,6 +373,4 @@ KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Que
 
 def of(entry: Entry) -> Kind:
     """The kind of an entry of config.data.sources."""
-    if entry.kind == Caption.name:
-        return Caption(entry.synthetic if entry.captions == "scored" else None)
-    return KINDS[entry.kind]()
+    return KINDS[entry.kind].of(entry)

@@ -94,9 +94,7 @@ class Mixture:
             for entry in self.entries
         ]
         for source, entry in zip(found, self.entries):
-            if isinstance(source.kind, kinds.Label):
-                prompts = entry.prompts or self._config.data.prompts
-                source.kind = kinds.Label(prompt_sets.load(prompts))
+            source.kind = source.kind.configured(entry, self._config.data)
         return found
 
     @property
@@ -224,7 +222,7 @@ def shares(entries: Sequence[Entry], batch_size: int) -> list[int]:
 
 def declared_classes(entry: Entry) -> list[str]:
     """The class names that a data set declares, in its order; [] where only its records tell."""
-    if isinstance(kinds.of(entry), kinds.Question):
+    if not kinds.of(entry).declared:
         return []
     if entry.path and not entry.label_field:
         return prepared.read_manifest(entry.path).get("class_names") or []
@@ -259,7 +257,8 @@ def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, .
     mixture = mixture or Mixture(config)
     numbers = [n for n, entry in enumerate(mixture.entries) if kinds.of(entry).has_classes]
     if not numbers:
-        raise ValueError(f"head.kind={head.kind!r} needs a source of kind 'label' or 'question'")
+        able = " or ".join(repr(name) for name, one in kinds.KINDS.items() if one.has_classes)
+        raise ValueError(f"head.kind={head.kind!r} needs a source of kind {able}")
     if not head.classes:
         found = [
             declared_classes(mixture.entries[n]) or mixture.sources[n].labels() for n in numbers

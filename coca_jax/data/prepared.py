@@ -75,8 +75,7 @@ def open_split(path: str, split: str) -> Source:
         sum(counts),
         read,
         read_texts,
-        every_text=splits[split]["with_text"] == sum(counts),
-        every_label=splits[split]["with_label"] == sum(counts),
+        every=[has for has in ("text", "label") if splits[split][f"with_{has}"] == sum(counts)],
         folder=path,
         fingerprint=" ".join([split, *(shard["sha256"] for shard in shards)]),
     )

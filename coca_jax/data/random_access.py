@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,8 +19,7 @@ class Source:
     Attributes:
         name: for messages.
         kind: which of its texts train.
-        every_text, every_label, every_region: whether each record is known to have a text, a
-            label, a region.
+        every: what each record is known to have, of what kinds want: 'text', 'label', 'region'.
         folder: where an index of it may be kept, '' where there is no such place.
         fingerprint: tells these records, in this order, from all others; '': unknown.
         applied_fields: whether text_field and label_field of its entry were taken when it was
@@ -35,17 +34,14 @@ class Source:
         read: Reader,
         read_texts: Reader | None = None,
         *,
-        every_text: bool = False,
-        every_label: bool = False,
-        every_region: bool = False,
+        every: Iterable[str] = (),
         folder: str = "",
         fingerprint: str = "",
         applied_fields: bool = False,
     ):
         self.name = name
         self.kind: kinds.Kind = kinds.Caption()
-        self.every_text, self.every_label = every_text, every_label
-        self.every_region = every_region
+        self.every = frozenset(every)
         self.folder, self.fingerprint = folder, fingerprint
         self.applied_fields = applied_fields
         self.class_names: tuple[str, ...] | None = None
@@ -59,12 +55,7 @@ class Source:
     @property
     def complete(self) -> bool:
         """Whether each record is known to have what its kind trains on."""
-        return self.every(self.kind.wanted)
-
-    def every(self, wanted: str) -> bool:
-        """Whether each record is known to have a 'text', a 'label' or a 'region'."""
-        known = dict(text=self.every_text, label=self.every_label, region=self.every_region)
-        return known[wanted]
+        return self.kind.wanted in self.every
 
     def read(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order."""

@@ -68,8 +68,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         f"seqio {task.name} [{split}]",
         count,
         read,
-        every_text=texts == count,
-        every_label=labels == count,
+        every=[has for has, some in (("text", texts), ("label", labels)) if some == count],
         applied_fields=True,
     )
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +105,11 @@ def choose_labels(
     place = draw.uniform(CLASS)[:, 0]
     known = [[name for name in names if name in classes] or names for names in labels]
     return [names[int(u * len(names))] if names else "" for names, u in zip(known, place)]
+
+
+def json_text(value: Any) -> str:
+    """A value of JSON as text; half a surrogate pair, which JSON may hold, becomes '?'."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def text_hash(text: str) -> int:

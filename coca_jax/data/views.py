@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from coca_jax.config import Entry
 from coca_jax.data import kinds
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
+from coca_jax.data.texts import json_text
 from coca_jax.data.view_index import Index, Indexes
 
 _LONG = 50_000  # records; to look at more takes long enough to say so
@@ -73,13 +74,9 @@ class View:
         self.source, self._kind, self._training = source, kind, training
         self._where = dict(entry.where)
         self.limit = entry.limit or len(source)
-        self._split_captions = isinstance(kind, kinds.Caption) and entry.captions == "all"
-        self._asks = isinstance(kind, kinds.Question)
-        self._field = entry.questions
-        self._answers = frozenset(entry.answers)
         self._given = {k: v for k, v in entry.to_dict().items() if k in _VIEW_KEYS}
-        self._useful_only = training and not source.every(kind.wanted)
-        self.scans = bool(self._where or self._split_captions or self._asks or self._useful_only)
+        self._useful_only = training and kind.wanted not in source.every
+        self.scans = bool(self._where or kind.divides or self._useful_only)
         self.whole = not self.scans and self.limit >= len(source)
 
     def mark(self) -> str:
@@ -116,10 +113,9 @@ class View:
                 "%s: %d of %d records have a %s",
                 *(self.source.name, len(rows), taken, self._kind.wanted),
             )
-        has_parts = self._split_captions or self._asks
         return Index(
             np.array(rows, np.int64),
-            np.array(parts, np.int64) if has_parts else None,
+            np.array(parts, np.int64) if self._kind.divides else None,
             tuple(sorted(names)) if self._kind.has_classes else None,
         )
 
@@ -140,15 +136,11 @@ class View:
 
     def _examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
         """(part, labels) of each example that a record is."""
-        if self._asks:
-            asked = _questions(record, self._field, self.source.name)
-            return [
-                (part, answers)
-                for part, (_, answers) in enumerate(asked)
-                if not self._answers or self._answers.intersection(answers)
-            ]
-        if self._split_captions:
-            return [(part, record.labels) for part in range(len(record.texts))]
+        if self._kind.divides:
+            try:
+                return self._kind.examples(record)
+            except ValueError as error:
+                raise ValueError(f"data source {self.source.name}: {error}") from None
         if self._training and not self._kind.trains(record):
             return []
         return [(0, record.labels)]
@@ -157,33 +149,17 @@ class View:
         """Why no example is left."""
         if self._where and not taken:
             return f"no record has {self._where}"
-        if self._asks:
-            place = f"in its field {self._field!r}" if self._field else "as text and label"
-            among = f", one of {sorted(self._answers)}" if self._answers else ""
-            return f"kind='question' but no record has a question and an answer ({place}{among})"
-        if self._split_captions or not self._training:
-            return "it is empty"
-        return (
-            f"kind={self._kind.name!r} but no record has a {self._kind.wanted}; give the other "
-            f"kind, or {self._kind.remedy()}"
-        )
+        return self._kind.nothing(self._training)
 
     def select(self, index: Index) -> Source:
         """The source that has the examples of an index."""
-        source, rows, parts = self.source, index.rows, index.parts
+        source, rows, parts, kind = self.source, index.rows, index.parts, self._kind
 
         def taken(records: list[Record], wanted: np.ndarray) -> list[Record]:
             if parts is None:
                 return records
-            which = parts[wanted].tolist()
-            if not self._asks:
-                return [r._replace(texts=(r.texts[part],)) for r, part in zip(records, which)]
-            result = []
-            for record, part, number in zip(records, which, wanted.tolist()):
-                question, answers = _questions(record, self._field, source.name)[part]
-                key = f"{record.key}?{number}"
-                result.append(record._replace(texts=(question,), labels=answers, key=key))
-            return result
+            which = zip(records, parts[wanted].tolist(), wanted.tolist())
+            return [kind.example(record, part, number) for record, part, number in which]
 
         def read(indices: Indices) -> list[Record]:
             wanted = np.asarray(indices, np.int64)
@@ -193,16 +169,13 @@ class View:
             wanted = np.asarray(indices, np.int64)
             return taken(source.read_texts(rows[wanted]), wanted)
 
-        have = {self._kind.wanted} if self._useful_only else set()
-        have |= {"text", "label"} if self._asks else set()
-        have |= {"text"} if self._split_captions else set()
+        have = {kind.wanted} if self._useful_only else set()
         found = Source(
             source.name,
             len(rows),
             read,
             read_texts,
-            every_text=source.every_text or "text" in have,
-            every_label=source.every_label or "label" in have,
+            every=source.every | kind.gives | have,
         )
         found.class_names = index.class_names
         return found
@@ -218,11 +191,6 @@ def _matches(extra: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return True
 
 
-def _text(value: Any) -> str:
-    """A value of JSON as text; half a surrogate pair, which JSON may hold, becomes '?'."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
 def _refield(source: Source, text_field: str, label_field: str) -> Source:
     """The source whose texts or labels come from fields of `extra`."""
     if not text_field and not label_field:
@@ -232,7 +200,7 @@ def _refield(source: Source, text_field: str, label_field: str) -> Source:
         if isinstance(value, Mapping):  # texts by language
             value = list(value.values())
         values = value if isinstance(value, list) else [value]
-        return tuple(_text(v) for v in values if v not in (None, ""))
+        return tuple(json_text(v) for v in values if v not in (None, ""))
 
     def change(record: Record) -> Record:
         extra = json.loads(record.extra)
@@ -250,21 +218,3 @@ def _refield(source: Source, text_field: str, label_field: str) -> Source:
         folder=source.folder,
         fingerprint=source.fingerprint,
     )
-
-
-def _questions(record: Record, field: str, name: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The questions of a record with their answers; without a field, its texts and labels."""
-    if not field:
-        return [(text, record.labels) for text in record.texts if record.labels]
-    found = json.loads(record.extra).get(field) or []
-    try:
-        pairs = [(item["question"], item["answer"]) for item in found]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"data source {name}: field {field!r} of {record.key!r} must list "
-            "{question, answer} objects"
-        ) from None
-    listed: list[tuple[Any, Sequence[Any]]] = [
-        (q, a if isinstance(a, list) else [a]) for q, a in pairs
-    ]
-    return [(_text(q), tuple(_text(one) for one in a)) for q, a in listed if q and a]

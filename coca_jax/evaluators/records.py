@@ -46,7 +46,7 @@ class Records:
 
             source: Any = Scenes(entry.split or "test", entry.kind, entry.objects, entry.scenery)
         else:
-            if need and not isinstance(kinds.of(entry), kinds.Question):  # those have both
+            if need and kinds.KINDS[need].wanted not in kinds.of(entry).gives:
                 entry = dataclasses.replace(entry, kind=need)
             source = unprepared.open_source(entry, "test")
         self._source = source

@@ -115,10 +115,10 @@ def bring_in(
 
 def only(facts: look.Facts, kind: str) -> look.Facts:
     """The facts as if there were texts of one kind alone; '': as they are."""
-    of = kinds.KINDS.get(kind)
-    if of is kinds.Caption:
+    wanted = kinds.KINDS[kind].wanted if kind else ""
+    if wanted == "text":
         return dataclasses.replace(facts, labels=0, test_labels=0, classes=())
-    if of is kinds.Label:
+    if wanted == "label":
         return dataclasses.replace(facts, captions=0, test_captions=0)
     return facts
 

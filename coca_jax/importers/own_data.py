@@ -295,12 +295,10 @@ def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
     entries = metadata.read_manifest(path)["splits"]
     entry, of = entries[train], kinds.KINDS[kind]
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
-    counted = entry.get(f"with_{of.wanted}")  # of questions and regions nothing is counted
-    if of is not kinds.Question:
-        line += f" as {kind}s" + ("" if counted is None else f" ({counted} have one)")
-    other = kinds.Label if of is kinds.Caption else kinds.Caption
-    if not one.kind and entry[f"with_{other.wanted}"]:
-        line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
+    line += of.counted_as(entry)
+    for other in kinds.KINDS.values():
+        if not one.kind and other.counted and other is not of and entry[f"with_{other.wanted}"]:
+            line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
     if held:
         line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
     else:
@@ -337,22 +335,6 @@ def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[st
 
     data: an entry of path, split and kind; name: of the data set in the scores.
     """
-    head, loss = config.head.kind, config.loss
-    if head:
-        return [dict(kind="classification", name=name, data=data, limit=_AT_MOST)]
-    task = dict(name=name, data=data, limit=_AT_MOST)
-    kind = kinds.KINDS[data["kind"]]
-    if kind is kinds.Question:
-        return [dict(task, kind="answers")] if loss.captioning_weight else []
-    if kind is kinds.Region:
-        return [dict(task, kind="grounding")] if loss.captioning_weight else []
-    if kind is kinds.Label:
-        templates = "photo" if config.data.prompts == "varied" else config.data.prompts
-        by = "zeroshot" if loss.contrastive_weight else "generative"
-        return [dict(task, kind=by, templates=templates)]
-    found = []
-    if loss.contrastive_weight:
-        found.append(dict(task, kind="retrieval"))
-    if loss.captioning_weight:
-        found.append(dict(task, kind="captioning"))
-    return found
+    by_head = [dict(kind="classification")]
+    tasks = by_head if config.head.kind else kinds.KINDS[data["kind"]].tasks(config)
+    return [dict(name=name, data=data, limit=_AT_MOST) | task for task in tasks]

@@ -145,7 +145,7 @@ def _about(server: Server, name: str) -> dict[str, Any]:
             reads_text=kind.reads_text,
             classes=len(model.class_names),
         ),
-        answers=any(isinstance(kinds.of(Entry.of(one)), kinds.Question) for one in sources),
+        answers=any(kinds.of(Entry.of(one)).asks for one in sources),
         index=None if server.index is None else dict(pictures=len(server.index.names)),
         limits=dict(bytes=limits.bytes, pixels=limits.pixels, images=limits.images),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,11 @@ class Scenes:
     ):
         if split not in SPLIT_SIZES:
             raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_SIZES)}")
-        if kinds.KINDS.get(kind) not in (kinds.Caption, kinds.Label, kinds.Region):
-            raise ValueError(f"kind is {kind!r}; use 'caption', 'label' or 'region'")
-        self.has_regions = kinds.KINDS[kind] is kinds.Region
+        drawn = [name for name, one in kinds.KINDS.items() if one.drawn]
+        if kind not in drawn:
+            *names, last = map(repr, drawn)
+            raise ValueError(f"kind is {kind!r}; use {', '.join(names)} or {last}")
+        self.kind = kinds.KINDS[kind]
         if scenery not in SCENERY:
             raise ValueError(f"scenery is {scenery!r}; use one of {', '.join(SCENERY)}")
         if scenery == "unseen" and split == "train":
@@ -55,7 +57,7 @@ class Scenes:
         objects = tuple(sorted(set(objects)))
         if not objects or not set(objects) <= {1, 2, 3, 4}:
             raise ValueError(f"objects is {objects}; use counts from 1 to 4")
-        self.split, self._labelled = split, kinds.KINDS[kind].is_label
+        self.split, self._labelled = split, self.kind.drawn == "names"
         shares = {1: 0.4, 2: 0.25, 3: 0.2, 4: 0.15}
         counts = (1,) if self._labelled else objects
         self._counts = tuple((shares[n], n) for n in counts)
@@ -101,15 +103,17 @@ class Scenes:
         ]
 
     def read_texts(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
-        """Returns only {text, labels, extra} at `indices`: no picture is drawn (vocabularies)."""
+        """Returns only {text, labels, extra, scene} at `indices`: no picture is drawn (for
+        vocabularies)."""
         indices = np.asarray(indices, np.int64).reshape(-1)
-        return self._texts(indices, self._scenes(indices))
+        scenes = self._scenes(indices)
+        return [dict(t, scene=s) for t, s in zip(self._texts(indices, scenes), scenes)]
 
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         extras: list[dict[str, Any]] = [{}] * len(indices)
-        if self.has_regions:
-            inks = self._draws(indices, 1, 24)
-            extras = [dict(regions=regions(s, d)) for s, d in zip(scenes, inks)]
+        if self.kind.wanted in EXTRAS:
+            inks, more = self._draws(indices, 1, 24), EXTRAS[self.kind.wanted]
+            extras = [more(s, d) for s, d in zip(scenes, inks)]
         return [dict(t, extra=e) for t, e in zip(self._worded(indices, scenes), extras)]
 
     def _worded(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
@@ -126,6 +130,13 @@ def regions(scene: dict[str, Any], draws: Draws) -> list[dict[str, Any]]:
     """The objects of a scene by name and place, as data/regions.py reads them; draws: those that
     `render` takes."""
     return [dict(text=t, box=b) for t, b in zip(names(scene), boxes(scene, draws))]
+
+
+# What a kind wants -> the fields of `extra` that hold it, of a scene and the draws of `render`;
+# 'text', 'label' and what a kind makes of `scene` itself need none.
+EXTRAS: dict[str, Callable[[dict[str, Any], Draws], dict[str, Any]]] = {
+    "region": lambda scene, draws: dict(regions=regions(scene, draws))
+}
 
 
 def write_folder(out: str, count: int, split: str = "heldout") -> None:
