@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+from coca_jax.data import unreachable
 from coca_jax.storage import filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
@@ -105,7 +106,10 @@ def read_image(path: str) -> bytes:
 def open_binary(path: str) -> Any:
     """A file to read, seekable. Raises OSError where it cannot be, as of a pipe or a device."""
     system, plain = filesystem(path)
-    if not is_remote(path) and not stat.S_ISREG(os.stat(plain).st_mode):
+    if is_remote(path):
+        with unreachable.asking(path):
+            return unreachable.Asked(system.open(plain, "rb"), path)
+    if not stat.S_ISREG(os.stat(plain).st_mode):
         raise OSError(f"{path}: not a regular file")
     return system.open(plain, "rb")
 
@@ -122,7 +126,8 @@ def open_unpacked(path: str) -> Iterator[Any]:
 def size(path: str) -> int:
     """Bytes of a file."""
     system, plain = filesystem(path)
-    return system.size(plain)
+    with unreachable.asking(path):
+        return system.size(plain)
 
 
 def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:

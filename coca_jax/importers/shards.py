@@ -16,7 +16,7 @@ from typing import Any
 from array_record.python import array_record_module
 
 from coca_jax import storage
-from coca_jax.data import files, records
+from coca_jax.data import files, records, unreachable
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, dedup, in_place
 from coca_jax.importers.items import Item, Options, Unit, printable
@@ -76,15 +76,38 @@ def importer(name: str) -> Any:
 
 
 def read_items(job: Job) -> Iterator[Item]:
-    """The items of a job's units, in order. A file that cannot be opened is one problem item."""
+    """The items of a job's units, in order. A file that cannot be opened is one problem item.
+
+    Raises:
+        Unreachable: the store of a file did not give it; what is behind the gap is not known.
+    """
     module = importer(job.format)
     for unit in job.units:
+        items = module.read(unit, job.options)
+        while (item := _next_item(items, unit)) is not None:
+            item.key = printable(item.key)
+            yield item
+
+
+def _next_item(items: Iterator[Item], unit: Unit) -> Item | None:
+    """The next item of a unit, None after the last one. Raises Unreachable."""
+    with unreachable.noting() as failures:
         try:
-            for item in module.read(unit, job.options):
-                item.key = printable(item.key)
-                yield item
-        except OSError as error:  # it was there when the import was planned
-            yield Item(printable(unit.path), problem="damaged_archive", detail=str(error))
+            item = next(items, None)
+        except Exception as error:
+            remote = files.is_remote(unit.path) and not isinstance(error, FileNotFoundError)
+            of_store = isinstance(error, OSError) or storage.is_of_network(error)
+            if remote and of_store and not failures:
+                failures.append((unit.path, error))
+            if not failures and not isinstance(error, OSError):
+                raise
+            # It was there when the import was planned.
+            item = Item(printable(unit.path), problem="damaged_archive", detail=str(error))
+    for path, why in failures:
+        # An image by a URL of the web may lie on a host that is no more; that row alone is lost.
+        if path == unit.path or not path.startswith(("http://", "https://")):
+            raise unreachable.error(path, why) from why
+    return item
 
 
 def _judged(number: int, item: Item, job: Job) -> tuple[bytes, Record | None, str, str]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import tqdm
 
 from coca_jax import storage
-from coca_jax.data import files
+from coca_jax.data import files, unreachable
 from coca_jax.importers import dedup, in_place, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit, printable
 
@@ -178,7 +178,8 @@ def plan(
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
     else:
-        units = module.plan(input, split, options)
+        with unreachable.required():
+            units = module.plan(input, split, options)
         if not units:
             raise ValueError(f"--input={input}: it is empty")
         in_place.check(format, units, options)
