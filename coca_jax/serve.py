@@ -133,8 +133,12 @@ def _load() -> tuple[Any, Any]:
 
     size, frames = image_shape.pair(model.image_size), model.num_frames
     picture = np.zeros((1, *([frames] * bool(frames)), *size, 3), np.uint8)
-    *_, last = model.stream_captions(picture)
-    model.explain(picture, last[0])
+    if model.writes_captions:
+        *_, last = model.stream_captions(picture)
+        model.explain(picture, last[0])
+    else:  # weights that only embed
+        cli.say("this model has no decoder: no captions, the rest of the page and the API")
+        model.zero_shot(picture, ["a label"], ["{}"])
     return model, index
 
 

@@ -274,6 +274,7 @@ def test_the_page_and_what_watches_the_server(client):
     assert "http://" not in page and "https://" not in page  # nothing of others
     info = json.loads(client.get("/api/info")[2])
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
+    assert info["captions"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     text = client.get("/metrics")[2].decode()
     assert re.search(r'coca_jax_requests_total{path="/api/caption",status="200"} \d', text)

@@ -1,8 +1,15 @@
 """Commands on towers, from files of the original library to scores, finds and answers: what they
 say is what the original's own embeddings say."""
 
+import importlib.util
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 
 import forks
 import numpy as np
@@ -10,6 +17,7 @@ import pytest
 from PIL import Image
 from test_openvision import OPENVISION, SQUASHED, in_open_clip, write_bert
 from test_pe_core import in_open_clip as pe_core
+from test_suites import write_tars
 from test_tower_texts import metaclip_2, siglip_2
 from test_towers import unit
 
@@ -43,6 +51,23 @@ def photos(tmp_path_factory):
             one = dict(file_name=f"{number}.png", text=text, label=CLASSES[number % 3])
             print(json.dumps(one), file=file)
     return folder
+
+
+@pytest.fixture(scope="module")
+def sets(photos, tmp_path_factory):
+    """The same six in CLIP_benchmark's layout, once with classes and once with captions."""
+    root = tmp_path_factory.mktemp("sets")
+    pictures = [(photos / f"{number}.png").read_bytes() for number in range(6)]
+    (root / "labelled").mkdir()
+    (root / "labelled/classnames.txt").write_text("\n".join(CLASSES) + "\n")
+    (root / "labelled/zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
+    rows = [dict(png=p, cls=str(n % 3).encode()) for n, p in enumerate(pictures)]
+    write_tars(root / "labelled", "test", rows)
+    (root / "captions").mkdir()
+    (root / "captions/dataset_type.txt").write_text("retrieval\n")
+    rows = [dict(png=p, txt=text.encode()) for p, text in zip(pictures, CAPTIONS)]
+    write_tars(root / "captions", "test", rows)
+    return root
 
 
 def openvision(folder, monkeypatch):
@@ -96,7 +121,7 @@ def test_pictures_alone_are_nothing_to_score(server, photos, tmp_path):
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 def test_scores_and_finds_are_those_of_the_originals_embeddings(
-    make, server, photos, tmp_path, monkeypatch
+    make, server, photos, sets, tmp_path, monkeypatch
 ):
     image, text, numbers = make(tmp_path / "files", monkeypatch)
     pixels = np.stack([np.asarray(Image.open(photos / f"{n}.png")) for n in range(6)])
@@ -121,6 +146,14 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     assert "captioning left out: this model has no caption" in done.stderr
     scores = json.loads((tmp_path / "scores/eval.json").read_text())
     right = (images @ classes.T).argmax(1) == np.arange(6) % 3
+
+    command = ["evaluate", "--checkpoint=weights", "--suite=clip_benchmark", f"--root={sets}"]
+    done = server.run([*command, "--out=suite"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    suite = json.loads((tmp_path / "suite/eval.json").read_text())
+    assert suite["suite/labelled/acc1"] == pytest.approx(right.mean())
+    recall = (images @ texts.T).argmax(1) == np.arange(6)
+    assert suite["suite/captions/text_retrieval_recall@1"] == pytest.approx(recall.mean())
     assert scores["zeroshot/six/top1"] == pytest.approx(right.mean())
     similarity = images @ texts.T
     first = similarity.argmax(1) == np.arange(6)
@@ -137,3 +170,65 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     by_place = {os.path.basename(find["image"]): find["score"] for find in finds}
     for number, score in enumerate((images @ wanted.T)[:, 0]):
         assert by_place[f"{number}.png"] == pytest.approx(score, abs=2e-3)  # the index has float16
+
+
+def posted(address, picture, **fields):
+    """(status, answer) of a form with a picture."""
+    mark = "a mark between fields"
+    parts = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    ]
+    head = f'--{mark}\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+    body = b"".join([*parts, head.encode(), picture, f"\r\n--{mark}--\r\n".encode()])
+    how = {"Content-Type": f'multipart/form-data; boundary="{mark}"'}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, how)) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_serve_answers_what_towers_can_and_refuses_captions(photos, tmp_path, monkeypatch):
+    if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
+        pytest.skip("needs the extra 'serve'")
+    image, text, numbers = openvision(tmp_path / "files", monkeypatch)
+    convert.from_open_clip(str(tmp_path / "files"), str(tmp_path / "weights"))
+    command = [sys.executable, "-m", "coca_jax", "serve", "--port=0"]
+    process = subprocess.Popen(
+        [*command, f"--checkpoint={tmp_path / 'weights'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"},
+    )
+    said = ""
+    while "serving at" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    assert "this model has no decoder" in said
+    address = re.search(r"http://127.0.0.1:\d+", said)[0] + "/api/"
+    picture = (photos / "1.png").read_bytes()
+    pixels = np.asarray(Image.open(photos / "1.png"))[None] / 255
+    pixels = (pixels - np.array(numbers["mean"])) / np.array(numbers["std"])
+    with torch.no_grad():
+        wanted = unit(image(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()))[0]
+        first = unit(text([f"a photo of a {name}" for name in CLASSES])) @ wanted
+    try:
+        status, found = posted(f"{address}embed", picture, text="two dogs")
+        assert status == 200
+        np.testing.assert_allclose(found["images"][0], wanted, atol=1e-5)
+        status, found = posted(f"{address}zero_shot", picture, label="\n".join(CLASSES))
+        assert status == 200
+        assert found["results"][0]["labels"][0]["label"] == CLASSES[int(first.argmax())]
+        asked = dict(caption={}, explain=dict(text="cats"), answer=dict(question="what?"))
+        for name, fields in asked.items():
+            status, found = posted(f"{address}{name}", picture, **fields)
+            assert status == 404 and "has no decoder" in found["error"]
+        with urllib.request.urlopen(f"{address}info") as answer:
+            assert json.loads(answer.read())["captions"] is False
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ _SORTED = 32  # batches of texts that are sorted by length together
 
 class Encoders:
     """The encoders of a model, and its task head; see `model.CoCaModel`, which adds the decoder."""
+
+    writes_captions: ClassVar[bool] = False  # whether there is a decoder
 
     def __init__(
         self,

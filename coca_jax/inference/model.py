@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -55,6 +55,8 @@ class CoCaModel(Scores):
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.
     """
+
+    writes_captions: ClassVar[bool] = True
 
     # -- captions -------------------------------------------------------------------------------
 

@@ -13,6 +13,10 @@ from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.encoders import Encoders
 from coca_jax.models import roles, tower_kinds, two_towers
 
+OF_A_DECODER = (
+    *("caption", "captions", "stream_captions", "explain", "answer", "score"),
+    *("caption_log_likelihood", "forward"),
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -28,7 +32,7 @@ class TwoTowerModel(Encoders):
         return self.config.model.family
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("caption", "captions", "answer", "score", "caption_log_likelihood", "forward"):
+        if name in OF_A_DECODER:
             raise AttributeError(
                 f"{name}: a model of the family {self.family!r} has no decoder and writes no texts"
             )

@@ -137,6 +137,7 @@ def _about(server: Server, name: str) -> dict[str, Any]:
         num_frames=model.num_frames,
         max_tokens=model.max_len,
         embedding=config.model.embed_dim,
+        captions=model.writes_captions,
         head=None
         if kind is None
         else dict(

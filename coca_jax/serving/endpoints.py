@@ -88,8 +88,14 @@ def _pictures(values: Values) -> list[np.ndarray]:
     return values["image"]
 
 
+def _check_writes(server: Server) -> None:
+    if not server.model.writes_captions:
+        raise Refused(404, "this model has no decoder and writes no texts; ask /api/zero_shot")
+
+
 async def caption(server: Server, values: Values) -> Any:
     """Captions; one picture's may be streamed."""
+    _check_writes(server)
     settings, explain = forms.settings(values), values["explain"]
     items = [(pixels, values["prompt"]) for pixels in _pictures(values)]
     if not values["stream"]:
@@ -115,6 +121,7 @@ async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
 
 async def explain(server: Server, values: Values) -> Any:
     """A text's words beside each picture."""
+    _check_writes(server)
     items = [(pixels, values["text"]) for pixels in _pictures(values)]
     return dict(results=await server.batcher.answers(works.Explain(), items))
 
@@ -147,6 +154,7 @@ async def head(server: Server, values: Values) -> Any:
 
 async def answer(server: Server, values: Values) -> Any:
     """What the decoder writes behind a question."""
+    _check_writes(server)
     items = [(pixels, values["question"]) for pixels in _pictures(values)]
     return dict(results=await server.batcher.answers(works.Answer(), items))
 

@@ -482,6 +482,11 @@ async function start() {
   $("about").textContent = `A model of ${kind} at ${[].concat(info.image_size).join(" × ")} pixels${found}.`;
   if (info.num_frames) $("file").accept = "image/*,video/*";
   $("tab-search").hidden = !info.index;
+  if (!info.captions) {
+    $("tab-caption").hidden = true;
+    openTab($("tab-labels"));
+    $("panel-caption").hidden = true;
+  }
   $("tab-ask").hidden = !(info.answers || (info.head && info.head.images === 1));
   if (info.head && !info.head.reads_text) {
     $("tab-ask").textContent = "Classes";
