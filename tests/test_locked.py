@@ -220,8 +220,56 @@ def test_a_slowly_tuned_encoder_has_its_own_rate():
     assert found["generative_pooler/query/value"] == 1.0
 
 
+def keeping(start):
+    config = locked_run(start, augmentations=0)
+    config.init_parts = "all"
+    config.optimizer.update(image_learning_rate=-1.0, keep_embeddings=True)
+    config.loss.contrastive_weight = 0.0
+    return config
+
+
+def test_embeddings_are_kept_bit_for_bit_while_captions_learn(start, words, tmp_path):
+    config = keeping(start)
+    config.data.vocabulary = str(words)
+    train_alone(config, str(tmp_path / "run"))
+    before = flat(warm_start.read(str(start))[0])
+    after = flat(checkpointing.load_params(str(tmp_path / "run"))[0])
+    moved = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert {name.split("/")[1] for name in moved} == {"multimodal", "multimodal_norm", "head"}
+    names = {name for name in after if name.startswith("text_decoder/multimodal/")}
+    assert len(moved & names) > len(names) / 2
+
+
+@pytest.mark.parametrize("kind", ["cascade", "parallel", "open_clip"])
+def test_what_is_kept_is_what_embeddings_are_made_of(kind):
+    """Gradients of both embeddings are there exactly where keep_embeddings does not train."""
+    config = typed(keeping("x")).change({"model.pooler.kind": kind})
+    model = coca.build(config.model)
+    params = partitioning.unbox(coca.init(model, rng(0)))
+    image = jax.random.normal(rng(1), (2, config.model.image_size, config.model.image_size, 3))
+    tokens = np.arange(8).reshape(2, 4) + 5
+
+    def embeddings(params):
+        one = model.apply({"params": params}, image, method="encode_image")[0]
+        two = model.apply({"params": params}, tokens, tokens > 0, method="encode_text")
+        return (one @ rng_matrix + two @ rng_matrix).sum()
+
+    rng_matrix = jax.random.normal(rng(2), (config.model.embed_dim, 3))
+    slopes = flat(jax.grad(embeddings)(params))
+    free = flat(trainable(params, config))
+    parts = {name.split("/")[0] for name in free}
+    assert ("generative_pooler" in parts) == (kind == "parallel")
+    assert not any(np.asarray(slopes[name]).any() for name in free)
+    rest = [n for n in slopes if n not in free and not n.endswith(("key/bias", "log_scale"))]
+    assert sum(np.asarray(slopes[n]).any() for n in rest) > 0.9 * len(rest)
+
+
 def test_an_encoder_without_weights_is_not_locked(tmp_path):
     config = locked_run("")
     config.init_parts = "all"
     with pytest.raises(ValueError, match="image_learning_rate=0 locks the image encoder and needs"):
         setup.check(typed(config), str(tmp_path))
+    with pytest.raises(ValueError, match="keep_embeddings keeps what weights have"):
+        setup.check(typed(keeping("")), str(tmp_path))
+    with pytest.raises(ValueError, match="contrastive_weight=1.0 does not go with .*keep_embed"):
+        run_config.check(typed(keeping("x")).change({"loss.contrastive_weight": 1.0}))

@@ -73,7 +73,7 @@ def frozen_encoder(config: Config) -> bool:
     optimizer = config.optimizer
     if config.head.kind:
         return optimizer.encoder_learning_rate == 0
-    return optimizer.image_learning_rate == 0
+    return optimizer.image_learning_rate == 0 or optimizer.keep_embeddings
 
 
 def check_locked(config: Config) -> None:
@@ -86,6 +86,18 @@ def check_locked(config: Config) -> None:
             f"optimizer.image_learning_rate={rate} goes with no task head and no LoRA; with a head "
             "set optimizer.encoder_learning_rate"
         )
+    if optimizer.keep_embeddings:
+        for name, value, good in (
+            ("config.head.kind", config.head.kind, ""),
+            ("optimizer.lora_rank", optimizer.lora_rank, 0),
+            ("optimizer.image_learning_rate", rate, -1.0),
+            ("loss.contrastive_weight", config.loss.contrastive_weight, 0.0),
+        ):
+            if value != good:
+                raise ValueError(
+                    f"{name}={value!r} does not go with optimizer.keep_embeddings, which trains "
+                    f"what captions alone depend on; set {good!r}"
+                )
     if rate > 0 and not optimizer.learning_rate:
         raise ValueError(
             f"optimizer.image_learning_rate={rate} is a share of learning_rate=0; set both above 0"

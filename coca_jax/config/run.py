@@ -11,6 +11,7 @@ from coca_jax.config.model import Head, Model
 from coca_jax.config.rules import (
     DEVICES,
     EXAMPLES,
+    FLAG,
     INTERVAL,
     MAPPINGS,
     RAMP,
@@ -131,6 +132,9 @@ class Optimizer(Section):
     )
     l2_to_start: float = key(
         0.0, number(0, 10), "decoupled decay towards where the run started, not towards 0"
+    )
+    keep_embeddings: bool = key(
+        False, FLAG, "trains only what captions alone depend on: retrieval stays bit for bit"
     )
     lora_rank: int = key(
         0,

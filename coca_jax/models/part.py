@@ -16,6 +16,7 @@ class Part:
     serves: of SERVES. tower: whose layers it lies below, in or above (`place`), '' for none; towers
     are what layer decay counts. optional: weights to start from may lack it. wide: it is computed
     in float32 in any case. positions: how positions are fitted to another size: 'grid' or 'text'.
+    captions_alone: no embedding depends on it, only captions do.
     """
 
     serves: str
@@ -24,3 +25,4 @@ class Part:
     optional: bool = False
     wide: bool = False
     positions: str = ""
+    captions_alone: bool = False

@@ -16,6 +16,7 @@ import jax
 
 from coca_jax.models import block, coca, image_encoder, layers, text_decoder
 from coca_jax.models.part import STACK, Part
+from coca_jax.models.pooler_kinds import PoolerKind
 
 # Stacks in the order in which a tower runs them, see `Role.stack`.
 PARTS: dict[tuple[str, ...], Part] = {
@@ -92,6 +93,15 @@ def select(tree: dict, wanted: Any, names: tuple[str, ...] = ()) -> dict:
                 found[key] = value
         elif wanted(part_of(path)):
             found[key] = value
+    return found
+
+
+def of_captions(tree: dict, pooler: PoolerKind) -> dict:
+    """What of a tree by parameters captions alone depend on: without it, both embeddings are the
+    same. The generative pooler is among it where the contrastive one does not read it."""
+    found = select(tree, lambda part: part.captions_alone)
+    if pooler.second_pooler and not pooler.in_cascade:
+        found["generative_pooler"] = tree["generative_pooler"]
     return found
 
 

@@ -19,9 +19,9 @@ PARTS = dict(
     cls=Part("contrastive", "text", BOTTOM),
     unimodal=Part("decoding", "text", STACK),
     unimodal_norm=Part("contrastive", "text"),
-    multimodal=Part("decoding", "text", STACK),
-    multimodal_norm=Part("decoding", "text"),
-    head=Part("captioning", "text"),
+    multimodal=Part("decoding", "text", STACK, captions_alone=True),
+    multimodal_norm=Part("decoding", "text", captions_alone=True),
+    head=Part("captioning", "text", captions_alone=True),
 )
 
 

@@ -82,6 +82,11 @@ def check(config: Config, workdir: str) -> Mesh:
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
             "weights that it has; without any set -1"
         )
+    if config.optimizer.keep_embeddings and not config.init_from:
+        raise ValueError(
+            "optimizer.keep_embeddings keeps what weights have and needs init_from; without any "
+            "set it to False"
+        )
     return mesh
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from coca_jax import lora, partitioning
 from coca_jax.config import Config
-from coca_jax.models import coca, roles
+from coca_jax.models import coca, pooler_kinds, roles
 from coca_jax.models.coca import CoCa
 from coca_jax.ops.global_contrastive import UNSEEN
 from coca_jax.optimizer import averages, make_optimizer
@@ -85,12 +85,14 @@ def trainable(params: dict, config: Config) -> dict:
     """The part of a tree of parameters (or of anything by parameter) that the run trains.
 
     Everything without a head, or with image_learning_rate 0 all but the image encoder; with
-    lora_rank the adapted kernels. With a head: the head, and unless
-    encoder_learning_rate is 0 what its loss and the losses beside it depend on; weight decay would
-    shrink what has no gradient.
+    keep_embeddings what captions alone depend on; with lora_rank the adapted kernels. With a head:
+    the head, and unless encoder_learning_rate is 0 what its loss and the losses beside it depend
+    on; weight decay would shrink what has no gradient.
     """
     if config.optimizer.lora_rank:
         return roles.adapted(params, config.optimizer.lora)
+    if config.optimizer.keep_embeddings:
+        return roles.of_captions(params, pooler_kinds.of(config.model.pooler.kind))
     if not config.head.kind:
         if config.optimizer.image_learning_rate:
             return params
