@@ -18,7 +18,15 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from coca_jax import activity, checkpoint_places, checkpoint_record, checksums, sealed_json, storage
+from coca_jax import (
+    activity,
+    checkpoint_places,
+    checkpoint_record,
+    checksums,
+    lean_saves,
+    sealed_json,
+    storage,
+)
 from coca_jax.checkpoint_record import Damaged
 from coca_jax.config import StoredConfig, read
 from coca_jax.training.state import TrainState, merge
@@ -38,6 +46,7 @@ class Checkpoints:
     def __init__(self, workdir: str, *, keep: int = 3, run: dict[str, Any] | None = None) -> None:
         self.directory = checkpoint_places.place(workdir) / "checkpoints"
         self._keep, self._run, self._opened = keep, run or {}, 0
+        lean_saves.enable()
         self._open()
 
     def _open(self) -> None:

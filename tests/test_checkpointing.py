@@ -1,10 +1,13 @@
 """Checkpoints keep what was saved, notice every damage, go back one, and outlive failing saves."""
 
+import gc
+import importlib
 import json
 import pathlib
 import random
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import checkpoint_record, checkpointing, checksums, sealed_json
+from coca_jax import checkpoint_record, checkpointing, checksums, lean_saves, sealed_json
 from coca_jax.checkpoint_record import Damaged, Misfit
 from coca_jax.training.state import TrainState
 
@@ -101,6 +104,33 @@ def test_checksums_of_every_type_agree_with_the_compiled_ones(dtype):
     with jax.enable_x64(True):
         compiled = int(jax.jit(lambda x: checksums.sum_of(x, jnp))(jnp.asarray(x)))
     assert checksums.of_tree({"x": x}) == {"x": compiled}
+
+
+def test_a_save_leaves_no_memory_behind(tmp_path):
+    """TensorStore keeps the strings of each answer for ever: more than 1,000 blocks in a save."""
+    checkpoints = checkpointing.Checkpoints(str(tmp_path), run=RUN)
+    counts = []
+    for step in range(1, 13):
+        checkpoints.save(step, state_of(step))
+        checkpoints.wait_for(step)
+        gc.collect()
+        counts.append(sys.getallocatedblocks())
+    checkpoints.close()
+    assert (counts[-1] - counts[3]) / 8 < 200, counts
+
+
+def test_a_folder_is_asked_for_once_and_every_array_gets_what_orbax_says():
+    utils = importlib.import_module(lean_saves.MODULE)
+    lean_saves.enable()
+    build = getattr(utils, lean_saves.SPEC)
+    for folder, name in [("/a", "x"), ("/a", "y"), ("/b", "x"), ("/b", None)]:
+        assert build(folder, name) == build.__wrapped__(folder, name)
+    build("/a", "x")["base"]["path"] = "elsewhere"  # what one caller does to it is not kept
+    assert build("/a", "x")["base"]["path"] == build.__wrapped__("/a", "x")["base"]["path"]
+    calls = []
+    of_array = lean_saves.by_folder(lambda folder, **options: calls.append(folder) or {"f": folder})
+    assert [of_array("/a", name)["path"] for name in "xyz"] == ["x", "y", "z"]
+    assert calls == ["/a"] and of_array("/b") == {"f": "/b"}
 
 
 def damage(path, how, rng):

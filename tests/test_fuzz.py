@@ -1,6 +1,7 @@
 """Some hundred damaged and hostile inputs of every kind; tests/fuzz/run.py reads more of them."""
 
 import pathlib
+import random
 import re
 import sys
 
@@ -19,6 +20,17 @@ def test_no_input_of_any_kind_gives_more_than_a_line():
     assert not [(account.kind, account.findings) for account in accounts if account.findings]
     refused = sum(account.outcomes["refused"] for account in accounts)
     assert 0 < refused < sum(account.inputs for account in accounts) == 20 * len(KINDS)
+
+
+def test_an_input_is_a_function_of_its_number_alone():
+    kind = load("jsonl")
+    (seed,) = kind.seeds()
+
+    def drawn(number):
+        return kind.mutate(random.Random(number), seed)
+
+    first = [drawn(number) for number in range(300)]
+    assert [drawn(number) for number in range(299, -1, -1)] == first[::-1]
 
 
 HUGE = b"{'descr': '<f2', 'fortran_order': False, 'shape': (1000000000000, 4), }".ljust(117) + b"\n"

@@ -55,7 +55,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": (
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
-        *("extras", "image_shape", "metrics", "quiet", "renamed", "sealed_json", "storage"),
+        *(
+            "extras",
+            "image_shape",
+            "lean_saves",
+            "metrics",
+            "quiet",
+            "renamed",
+            "sealed_json",
+            "storage",
+        ),
         "trackers",
     ),
 }

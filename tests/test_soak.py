@@ -41,10 +41,12 @@ def test_slopes_are_those_of_the_second_half():
     seconds = np.arange(0, 600, 5.0)
     steps = 10 * seconds
     memory = np.where(seconds < 200, 100 + seconds, 300 + 3 * (steps - 2000) / 1000)
-    rows = np.stack([seconds, steps, memory, 9 + seconds * 0, 40 + seconds * 0], 1)
+    files = 9 + 30 * (np.arange(len(seconds)) % 3 == 1) + (seconds > 400)
+    rows = np.stack([seconds, steps, memory, files, 40 + seconds * 0], 1)
     found = soak.summary(rows)
     assert found["mib_per_1000_steps"] == pytest.approx(3)
-    assert found["files_per_1000_steps"] == pytest.approx(0, abs=1e-9)
+    assert found["files_at_rest_first"] == 9 and found["files_at_rest_last"] == 10
+    assert found["most_files"] == 40
     assert found["steps_a_second_first"] == found["steps_a_second_last"] == pytest.approx(10)
 
 

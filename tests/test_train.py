@@ -116,13 +116,16 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
     assert step == read_metrics(tmp_path)[-1]["step"] > 0
 
 
-def test_a_run_of_version_0_1_goes_on(tmp_path):
-    """tests/golden/run_0_1.tar.xz: step 2 of 4, written by version 0.1, and all its metrics."""
-    with tarfile.open("tests/golden/run_0_1.tar.xz") as archive:
+@pytest.mark.parametrize("version", ["0_1", "0_2"])
+def test_a_run_of_an_earlier_version_goes_on(version, tmp_path):
+    """tests/golden/run_*.tar.xz: step 2 of 4, written by that version, and all its metrics. That
+    of 0.2 has a record with checksums, format 1."""
+    with tarfile.open(f"tests/golden/run_{version}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     want = read_metrics(tmp_path)
     params, old = checkpointing.load_params(str(tmp_path))
     assert sum(x.size for x in jax.tree.leaves(params)) == 4_449
+    assert (tmp_path / "checkpoints/2/record").exists() == (version != "0_1")
     config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
     config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
     half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)

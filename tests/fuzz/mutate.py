@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -69,7 +70,7 @@ def tree(rng: random.Random, value: Any, most: int = 3) -> Any:
         holder, key = rng.choice(places)
         kind = rng.randrange(8)
         if kind <= 3:
-            holder[key] = rng.choice(LEAVES)
+            holder[key] = copy.deepcopy(rng.choice(LEAVES))
         elif kind == 4 and holder is not root:
             del holder[key]
         elif kind == 5:
@@ -81,7 +82,7 @@ def tree(rng: random.Random, value: Any, most: int = 3) -> Any:
             factor = rng.choice((-1, 0, 0.5, 2, 1000, 1e9))
             holder[key] = type(holder[key])(holder[key] * factor) if holder[key] == 1 else factor
         elif isinstance(holder[key], dict):
-            holder[key][rng.choice(TEXTS)] = rng.choice(LEAVES)
+            holder[key][rng.choice(TEXTS)] = copy.deepcopy(rng.choice(LEAVES))
         elif isinstance(holder[key], list):
             holder[key] = holder[key] * rng.choice((0, 2, 50))
         else:

@@ -14,6 +14,8 @@ status is 1; the last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,22 +26,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-WAIT_SECONDS = 30.0
+WAIT_SECONDS, START_SECONDS = 30.0, 600.0
+AHEAD = 32  # inputs that a worker is asked for at a time: on a busy machine it waits for nobody
 
 
 class Worker:
-    """A process that reads inputs of some kinds, and that is started again when it has died."""
+    """A process that reads inputs, and that is started again when it has died."""
 
-    def __init__(self, kinds: Sequence[str], seed: int):
+    def __init__(self, seed: int):
         self._scratch = tempfile.TemporaryDirectory()
         self.folder = pathlib.Path(self._scratch.name)
         self._said = tempfile.TemporaryFile()
-        command = [sys.executable, str(HERE / "worker.py"), str(seed), str(self.folder), *kinds]
+        command = [sys.executable, str(HERE / "worker.py"), str(seed), str(self.folder)]
         paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
@@ -48,31 +50,62 @@ class Worker:
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
-        if self.answer(600) is None:  # else it has imported what it needs
+        self._known: set[str] = set()
+        self._gone = False
+        self._kept = b""  # answers that were not asked for yet
+        if self.answer() is None:  # else it has imported what all need
             self._said.seek(0)
             text = self._said.read()[-2000:].decode(errors="replace")
             self.end()
             raise RuntimeError(f"the worker did not start: {text}")
 
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """What the worker says next; None where it says nothing in time or has died."""
-        if not self._selector.select(seconds):
-            return None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+    def answer(self, kind: str = "") -> dict[str, Any] | None:
+        """What the worker says next; None where it says nothing in time or has died. At its start
+        and before the first input of a kind it has more time: it imports and makes the good files.
+        """
+        seconds = WAIT_SECONDS if kind in self._known else START_SECONDS
+        self._known.add(kind)
+        begin, waited = time.monotonic(), self._waited()
+        while b"\n" not in self._kept:
+            left = begin + seconds + self._waited() - waited - time.monotonic()
+            if left <= 0:
+                return None
+            if not self._selector.select(left):
+                continue  # a busy machine may have kept it from running: that does not count
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                self._gone = True
+                return None
+            self._kept += data
+        line, _, self._kept = self._kept.partition(b"\n")
+        return json.loads(line)
 
-    def read(self, kind: str, number: int) -> dict[str, Any] | None:
-        """How reading an input went; None where nobody knows."""
-        self._process.stdin.write(f"{kind} {number}\n".encode())
-        self._process.stdin.flush()
-        return self.answer(WAIT_SECONDS)
+    def _waited(self) -> float:
+        """Seconds that the worker was ready to run and had no processor."""
+        with contextlib.suppress(OSError):  # it has died
+            known = pathlib.Path(f"/proc/{self._process.pid}/schedstat").read_text().split()
+            return int(known[1]) / 1e9
+        return 0.0
+
+    def ask(self, kind: str, number: int) -> None:
+        """Asks for an input to be read; `answer` tells of one after the other."""
+        with contextlib.suppress(BrokenPipeError):  # it has died: the next answer is None
+            self._process.stdin.write(f"{kind} {number}\n".encode())
+            self._process.stdin.flush()
+
+    def input_of(self, kind: str, number: int) -> bytes:
+        """An input that gave a finding, or the last one."""
+        kept = self.folder / f"kept-{kind}-{number}"
+        return (kept if kept.exists() else self.folder / kind / "input").read_bytes()
 
     def end(self) -> str:
         """Kills the worker; how it had ended before, '' where it ran."""
         try:
-            status = self._process.wait(0.2)
+            status = self._process.wait(10 if self._gone else 0.2)
         except subprocess.TimeoutExpired:
             status = None
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").splitlines() or [""]
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -84,7 +117,7 @@ class Worker:
         self._scratch.cleanup()
         if status is None:
             return ""
-        return signal.Signals(-status).name if status < 0 else f"status {status}"
+        return signal.Signals(-status).name if status < 0 else f"status {status}: {said[-1][:200]}"
 
 
 @dataclasses.dataclass
@@ -94,9 +127,19 @@ class Account:
     kind: str
     inputs: int = 0
     findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     worst_seconds: float = 0.0
     worst_mib: float = 0.0
+
+    def note(self, found: dict[str, Any] | None) -> str:
+        """Counts an answer of the worker; the finding, '' for none or where there is no answer."""
+        self.inputs += 1
+        if found is None:
+            return ""
+        self.outcomes[found["outcome"]] += 1
+        self.worst_seconds = max(self.worst_seconds, found["seconds"])
+        self.worst_mib = max(self.worst_mib, found["mib"])
+        return found["finding"]
 
 
 def fuzz(
@@ -104,28 +147,34 @@ def fuzz(
 ) -> Iterator[Account]:
     """Reads inputs of some kinds, one kind after the other, and tells of each; of a kind as many as
     are read in so many seconds."""
-    worker = Worker(kinds, seed)
+    worker = Worker(seed)
     for kind in kinds:
         account, end = Account(kind), time.monotonic() + seconds
-        for number in numbers:
-            if time.monotonic() > end:
+        asked: collections.deque[int] = collections.deque()  # the worker need not wait for us
+        rest = iter(numbers)
+        while True:
+            while len(asked) < AHEAD and time.monotonic() <= end:
+                number = next(rest, None)
+                if number is None:
+                    break
+                worker.ask(kind, number)
+                asked.append(number)
+            if not asked:
                 break
-            found = worker.read(kind, number)
-            account.inputs += 1
-            if found is not None:
-                what = found["finding"]
-                account.outcomes[found["outcome"]] += 1
-                account.worst_seconds = max(account.worst_seconds, found["seconds"])
-                account.worst_mib = max(account.worst_mib, found["mib"])
+            number = asked.popleft()
+            found = worker.answer(kind)
+            what = account.note(found)
             if save and (found is None or what or len(numbers) == 1):
                 os.makedirs(save, exist_ok=True)
-                data = (worker.folder / kind / "input").read_bytes()
-                (pathlib.Path(save) / f"{kind}-{seed}-{number}").write_bytes(data)
+                place = pathlib.Path(save) / f"{kind}-{seed}-{number}"
+                place.write_bytes(worker.input_of(kind, number))
             if found is None or what.startswith("memory"):
                 ended = worker.end()
                 if found is None:
                     what = f"died: {ended}" if ended else f"no answer in {WAIT_SECONDS:.0f} s"
-                worker = Worker(kinds, seed)
+                worker = Worker(seed)
+                for later in asked:
+                    worker.ask(kind, later)
             if what:
                 account.findings.append(dict(number=number, what=what))
         yield account

@@ -1,4 +1,4 @@
-"""The process that reads the inputs: SEED FOLDER KIND...."""
+"""The process that reads the inputs: SEED FOLDER."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 import kinds
 
 SECONDS = 2.0  # of processor time, of one reading
+ADDRESSES = 6 << 30  # bytes that may be reserved beside those of the start
 ALLOWED = (ValueError, OSError)  # what a command turns into one line
 MEMORY = ("MemoryError", "llocate", "bad_alloc")  # an error that says so asked for too much
 
@@ -66,33 +68,44 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def prepare(name: str, folder: pathlib.Path) -> tuple[list[bytes], float]:
+    """The good files of a kind, each read once, for what libraries set up once is neither slow nor
+    large later; and the memory after that, in MiB."""
+    folder.mkdir()
+    os.chdir(folder)
+    kinds.surroundings(folder)
+    kind = kinds.load(name)
+    seeds = kind.seeds()
+    for one in seeds:
+        (folder / "input").write_bytes(one)
+        outcome(kind, folder / "input")
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + ADDRESSES, hard))
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # what `peak` tells begins anew
+    return seeds, peak()
+
+
 def main() -> None:
     """Answers each line `KIND NUMBER` with one of JSON, on a channel that nothing else writes."""
-    seed, top, *names = sys.argv[1:]
+    seed, top = sys.argv[1], pathlib.Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    seeds: dict[str, list[bytes]] = {}
-    for name in names:
-        folder = pathlib.Path(top) / name
-        folder.mkdir(exist_ok=True)
-        os.chdir(folder)
-        kinds.surroundings(folder)
-        seeds[name] = kinds.load(name).seeds()
-        for one in seeds[name]:  # what libraries set up once is neither slow nor large later
-            (folder / "input").write_bytes(one)
-            outcome(kinds.load(name), folder / "input")
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    most = pages * os.sysconf("SC_PAGESIZE") + (6 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    memory = peak()
+    prepared: dict[str, tuple[list[bytes], float]] = {}
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         name, number = line.split()
-        kind, path = kinds.load(name), pathlib.Path(top) / name / "input"
+        kind, path = kinds.load(name), top / name / "input"
+        if name not in prepared:
+            prepared[name] = prepare(name, path.parent)
+        seeds, memory = prepared[name]
         os.chdir(path.parent)
         rng = random.Random(f"{name} {seed} {number}")
-        path.write_bytes(kind.mutate(rng, rng.choice(seeds[name])))
-        print(json.dumps(read(kind, path, memory)), file=answers, flush=True)
+        path.write_bytes(kind.mutate(rng, rng.choice(seeds)))
+        found = read(kind, path, memory)
+        if found["finding"]:
+            shutil.copy(path, top / f"kept-{name}-{number}")
+        print(json.dumps(found), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -56,20 +56,22 @@ def kill(
     seconds: list[float] = []
     problems: list[str] = []
     for number, name in enumerate(kinds):
-        in_start_up = rng.random() < 0.25
+        in_start_up = number > 0 and rng.random() < 0.25
         if time.monotonic() > end:
             break
-        if in_start_up and number:  # the launcher has just started both again
+        if in_start_up:  # the launcher has just started both again
             wanted = lambda line: "starting JAX" in line  # noqa: E731
         else:
             wanted = kills.step_of
-        if not life.wait_for(wanted):
+        for _ in range(1 if in_start_up else rng.randint(1, 2 * kills.EVERY)):
+            begun = life.wait_for(wanted)
+        if not begun:
             break
-        time.sleep(rng.uniform(0, 3.0))
+        time.sleep(rng.uniform(0, 0.3 if wanted is kills.step_of else 3.0))
         found = processes_of(life.process.pid)
         victim = rng.randrange(processes)
         if victim not in found:
-            break
+            continue  # it has just ended
         sent, seen = time.monotonic(), len(life.lines)
         os.kill(found[victim], getattr(signal, name))
         life._seen = seen

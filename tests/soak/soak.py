@@ -3,8 +3,8 @@
     python tests/soak/soak.py --minutes=30
 
 Samples the process from outside every five seconds. The last line of output is one JSON object: the
-slope of resident memory and of open files over the second half, by least squares, and steps a
-second in the first and in the last fifth of the time after the first minute.
+slope of resident memory over the second half, by least squares, and open files between two saves
+and steps a second in the first and in the last fifth of the time after the first minute.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def summary(rows: np.ndarray) -> dict[str, float]:
         steps=float(rows[-1, 1]),
         mib_at_the_end=float(rows[-1, 2]),
         mib_per_1000_steps=float(np.polyfit(thousands, half[:, 2], 1)[0]),
-        files_per_1000_steps=float(np.polyfit(thousands, half[:, 3], 1)[0]),
+        files_at_rest_first=float(warm[:fifth, 3].min()),  # a save holds some thirty for a moment
+        files_at_rest_last=float(warm[-fifth:, 3].min()),
         most_files=float(rows[:, 3].max()),
         most_threads=float(rows[:, 4].max()),
         steps_a_second_first=speed(warm[:fifth]),
