@@ -1,14 +1,20 @@
 """A device that holds other values than its replicas is found and named."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from conftest import tiny_config
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import partitioning
-from coca_jax.training.replicas import Corrupted, Replicas
+from coca_jax.metrics import TimeBuckets
+from coca_jax.recipes import typed
+from coca_jax.training import programs, replicas
+from coca_jax.training.replicas import Corrupted, Replicas, computed_twice
 
 
 @pytest.fixture
@@ -75,3 +81,51 @@ def test_several_arrays_and_an_even_split(mesh):
     with pytest.raises(Corrupted) as error:  # nobody can say which half is right
         Replicas(mesh, 10)(30, even)
     assert all(str(device) in str(error.value) for device in jax.devices()[:8])
+
+
+class Chip:
+    """A device by name."""
+
+    platform = "tpu"
+
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+def test_only_tpus_compute_twice():
+    with pytest.raises(ValueError, match="TPUs alone, and these are cpu devices; .*compare_every"):
+        computed_twice(jax.devices()[0])
+    pair, one = computed_twice(Chip("TPU v4")), computed_twice(Chip("TPU v5 lite"))
+    assert "xla_tpu_sdc_replicate_llo" in one and "xla_tpu_sdc_replicate_llo" not in pair
+    assert one["xla_tpu_enable_sdc_checker"] and pair["xla_tpu_enable_sdc_checker"]
+
+
+def test_a_step_in_so_many_is_computed_twice(monkeypatch):
+    """Which program a step runs, and with what it was compiled."""
+    options = []
+
+    def jit(step, *, compiler_options, **_):
+        options.append(compiler_options)
+        return lambda state, arrays: (state, {"loss": np.zeros(())})
+
+    monkeypatch.setattr(programs.operations, "compiler_options", lambda platform: {})
+    monkeypatch.setattr(programs, "state_shardings", lambda *_: (None, None))
+    monkeypatch.setattr(programs, "make_train_step", lambda *_: None)
+    monkeypatch.setattr(replicas, "computed_twice", lambda device: {"twice": True})
+    config = tiny_config()
+    config.faults.recheck_every_steps = 3
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    said = []
+    run = types.SimpleNamespace(model=None, config=typed(config), mesh=one, steps=9)
+    run.buckets, run.say, run.begin = TimeBuckets(), said.append, said.append
+    step_fn = programs.Programs(run)
+    monkeypatch.setattr(programs.jax, "jit", jit)
+    batch = {"tokens": np.zeros((4, 8))}, (8, 8)
+    ran = []
+    for step in range(1, 8):
+        before = len(options)
+        step_fn(step, 0, batch)
+        ran.append(len(options) - before)
+    assert ran == [1, 0, 1, 0, 0, 0, 0]  # compiled once each
+    assert ["twice" in given for given in options] == [False, True]
+    assert "computes all twice" in said[1]

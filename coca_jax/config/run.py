@@ -201,6 +201,11 @@ class Faults(Section):
         whole(0, 1_000_000_000, "steps, 0 being never"),
         "and before each save: checksums of what several devices hold alike",
     )
+    recheck_every_steps: int = key(
+        0,
+        whole(0, 1_000_000_000, "steps, 0 being never"),
+        "TPUs alone: such a step computes everything twice, and XLA compares",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

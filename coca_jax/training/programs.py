@@ -10,14 +10,15 @@ import jax
 from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.image_shape import Size
-from coca_jax.training import text_lengths
+from coca_jax.training import replicas, text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
 from coca_jax.training.setup import Run
 from coca_jax.training.state import TrainState, state_shardings
 from coca_jax.training.step import make_train_step, size_at
 
-Shape = tuple[Size, text_lengths.Lengths, int]  # image size, lengths of captions, rows
+# Image size, lengths of captions, rows, whether all is computed twice.
+Shape = tuple[Size, text_lengths.Lengths, int, bool]
 
 
 class Programs:
@@ -33,11 +34,13 @@ class Programs:
         model, config, mesh, steps = run.model, run.config, run.mesh, run.steps
         self._config, self._steps, self._buckets = config, steps, run.buckets
         _, shardings = state_shardings(model, config, mesh)
+        device, self._recheck = mesh.devices.flat[0], config.faults.recheck_every_steps
+        again = replicas.computed_twice(device) if self._recheck else {}
 
         @functools.cache
-        def program(size: Size, lengths: text_lengths.Lengths) -> Any:
+        def program(size: Size, lengths: text_lengths.Lengths, twice: bool) -> Any:
             step = make_train_step(model, config, steps, size, lengths)
-            options = operations.compiler_options(mesh.devices.flat[0].platform)
+            options = operations.compiler_options(device.platform) | (again if twice else {})
             return jax.jit(
                 step,
                 donate_argnums=0,
@@ -51,14 +54,15 @@ class Programs:
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
         arrays, lengths = batch
         size, rows = size_at(self._config, step - 1, self._steps), len(arrays["tokens"])
-        shape = size, lengths, rows
+        twice = bool(self._recheck) and step % self._recheck == 0
+        shape = size, lengths, rows, twice
         first = shape not in self._compiled
         if first:
             self._say(shape)
             self._compiled.add(shape)
         with self._buckets("compile" if first else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = self._program(size, lengths)(state, arrays)
+                state, values = self._program(size, lengths, twice)(state, arrays)
             if first:
                 jax.block_until_ready(values)
         return state, values
@@ -67,7 +71,10 @@ class Programs:
         if not self._compiled:
             self._run.begin("compiling the train step")
             return
-        size, lengths, rows = shape
+        size, lengths, rows, twice = shape
         of = f"batches of {rows}, " if self._config.batch_sizes else ""
+        again = "that computes all twice " if twice else ""
         pixels = f"{of}{image_shape.words(size)} px"
-        self._run.say(f"compiling the step for {pixels} and captions of {lengths} tokens ...")
+        self._run.say(
+            f"compiling the step for {pixels} and captions of {lengths} tokens {again}..."
+        )
