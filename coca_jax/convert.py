@@ -217,6 +217,8 @@ def _find_weights(path: str) -> str:
     for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
+    if storage.place(path, "checkpoints").exists():
+        raise ValueError(f"--input={path} is a run of coca_jax; --to=open_clip converts it")
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 
@@ -291,6 +293,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
+    storage.check_out(out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)

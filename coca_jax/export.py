@@ -75,8 +75,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--batch={args.batch}: give at least 1 row")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
-    if storage.is_remote(args.out):
-        storage.check_writable(args.out)
+    storage.check_out(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
     from coca_jax.inference import export_folder

@@ -195,7 +195,7 @@ def change(config: Config, given: Mapping[str, Any] | None = None) -> Config:
         if given.get(this) and not given.get(other):
             config = config.change({other: 0})
     warmup = config.optimizer.warmup_steps
-    if config.steps and "optimizer.warmup_steps" not in given and warmup >= config.steps:
+    if config.steps > 0 and "optimizer.warmup_steps" not in given and warmup >= config.steps:
         config = config.change({"optimizer.warmup_steps": config.steps // 10})
     return config
 
@@ -316,7 +316,11 @@ def settle() -> list[str]:
             config[other] = type(config[other])(0)
     optimizer = config.get("optimizer", {})
     warmup = optimizer.get("warmup_steps", 0)
-    if given.get("steps") and "optimizer.warmup_steps" not in given and warmup >= config.steps:
+    if (
+        given.get("steps", 0) > 0
+        and "optimizer.warmup_steps" not in given
+        and warmup >= config.steps
+    ):
         optimizer.warmup_steps = config.steps // 10
         lines.append(
             f"--config.steps={config.steps} is no longer than optimizer.warmup_steps={warmup}; "

@@ -235,6 +235,19 @@ def check_writable(workdir: str | os.PathLike[str]) -> None:
         raise ValueError(f"{folder} cannot be written ({error}); give another folder") from None
 
 
+def check_out(folder: str | os.PathLike[str]) -> None:
+    """Whether a model may be written to a folder, before any work: `check_writable`, and no run in
+    it, whose config.json would be another one.
+
+    Raises:
+        ValueError: it may not.
+    """
+    found = place(folder)
+    if (found / "checkpoints").exists() or (found / "metrics.jsonl").exists():
+        raise ValueError(f"--out={folder} is the folder of a run; give another one")
+    check_writable(folder)
+
+
 def reach(path: epath.Path) -> bool:
     """Whether a file or folder is there. Raises ValueError when a bucket cannot be asked."""
     return answer(path, path.exists) if is_remote(path) else path.exists()

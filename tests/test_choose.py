@@ -186,7 +186,9 @@ def test_data_that_cannot_train_say_what_would():
             Facts(train=100, fields=("description", "id")),
             "its other fields are description, id. Name the",
         ),
-        (Facts(train=9, captions=9), "9 pictures are too few .* give 20 at the very least"),
+        (Facts(train=9, captions=9), "can be used: 9, too few .* give 20 at the very least"),
+        (Facts(train=1, captions=1), "can be used: 1, too few"),
+        (Facts(train=0, left_out=(("bad_utf8", 30),)), r"none .* can be used \(30 bad_utf8\)"),
         (Facts(train=99, labels=99, classes=("cat",)), "all labels are 'cat': with one class"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -103,3 +103,20 @@ def test_help_is_quick_complete_and_no_failure(name, helped):
     flags = {argument.split("=")[0] for argument in STARTS[name] if argument.startswith("--")}
     assert all(f"\n  {flag}" in text for flag in flags)
     assert ("coca_large" in text) == (name in ("train", "compile", "benchmark", "prepare"))
+
+
+WRITERS = {
+    "export": ["--checkpoint=weights.bin", "--out=run"],
+    "convert": ["--input=weights.bin", "--out=run"],
+    "blend": ["--base=weights.bin", "--checkpoint=weights.bin", "--out=run"],
+}
+
+
+def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"no weights")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text("{}")
+    for status, _, errors in run_all(tmp_path, WRITERS).values():
+        assert status == 2
+        assert "error: --out=run is the folder of a run; give another one" in errors
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]

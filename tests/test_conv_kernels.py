@@ -85,21 +85,26 @@ def test_bfloat16_rounds_operands_alone():
         np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
 
 
-def test_arrays_split_over_devices_take_xlas():
-    """The kernel's call is one that XLA cannot split."""
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_each_device_convolves_its_own_images(shape):
+    """As one device does, gradients of what all devices share included."""
+    x, kernel, bias = _arrays(8, 8, 8, 16, 32)
+    alone = _gradients(Cpu(), x, kernel, bias, 2, RELU)
+    with jax.set_mesh(partitioning.make_mesh(*shape, jax.devices()[: np.prod(shape)])):
+        split = _gradients(Cpu(), x, kernel, bias, 2, RELU)
+    for a, b in zip(alone, split):
+        np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
+
+
+def test_what_the_kernel_is_called_for():
     x, kernel, bias = (jnp.float32(a) for a in _arrays(8, 8, 8, 16, 32))
 
-    def run(x):
-        return Cpu().convolve(x, kernel, bias, 1, jnp.float32, RELU)
+    def calls(form, images=8):
+        run = jax.jit(lambda x: form.convolve(x, kernel, bias, 1, jnp.float32, RELU))
+        return "coca_jax_convolution" in run.lower(x[:images]).as_text()
 
-    def calls():
-        return "coca_jax_convolution" in jax.jit(lambda x: run(x)).lower(x).as_text()
-
-    assert calls()
+    assert calls(Cpu())
+    assert not calls(ops.choose("cpu", "xla"))
     with jax.set_mesh(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
-        assert not calls()
-    xla = ops.choose("cpu", "xla")
-    assert (
-        "coca_jax"
-        not in jax.jit(lambda x: xla.convolve(x, kernel, bias, 1, jnp.float32)).lower(x).as_text()
-    )
+        assert calls(Cpu())
+        assert not calls(Cpu(), images=3)  # not evenly over the devices

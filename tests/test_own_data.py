@@ -125,6 +125,31 @@ def test_a_folder_of_nothing_says_what_it_has(tmp_path):
         formats.guess(str(tmp_path / "absent"))
 
 
+def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
+    beside, listed = tmp_path / "beside", tmp_path / "listed"
+    for folder in (beside, listed):
+        folder.mkdir()
+        for i in range(3):
+            (folder / f"{i}.PNG").write_bytes(picture(i))
+            (folder / f"{i}.TXT").write_text(f"straße {i}", encoding="utf-16")
+    (listed / "list.csv").write_text(
+        "filepath;text\n" + "".join(f"{i}.PNG;red, {i}\n" for i in "012")
+    )
+    for folder, format, texts in (
+        (beside, "sidecars", {f"straße {i}" for i in range(3)}),
+        (listed, "csv", {f"red, {i}" for i in range(3)}),
+    ):
+        assert formats.guess(str(folder)) == format
+        splits.prepare(format, str(folder), str(tmp_path / format), processes=1, progress=False)
+        read = sources.open_source(str(tmp_path / format))
+        assert {record.texts[0] for record in read} == texts
+    with pytest.raises(ValueError, match="--out=.* is --input; give a folder of its own"):
+        splits.prepare("csv", str(listed), f"{listed}/")
+    (listed / "list.csv").write_text("picture,words\n" + "".join(f"{i}.PNG,red\n" for i in "012"))
+    with pytest.raises(ValueError, match="give --image_field=NAME, one of picture, words"):
+        splits.prepare("csv", str(listed), str(tmp_path / "new"), processes=1, progress=False)
+
+
 def test_a_holdout_is_a_function_of_the_pictures(tmp_path):
     """The same pictures are held out whatever the format and order, twins on the same side, bad
     ones listed once."""

@@ -179,8 +179,10 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
         "tiny": (_bytes(3, size=(4, 4)), b"too small"),
         "wide": (_bytes(4, size=(400, 16)), b"a banner"),
     }
+    encodings = {4: "utf-8-sig", 5: "utf-16"}  # as editors on Windows write
     for i in range(7):  # among them a PNG with the wrong extension
-        members[f"fine{i}"] = (_bytes(i, "PNG" if i == 3 else "JPEG"), f"a fine one {i}".encode())
+        text = f"a fine one {i}".encode(encodings.get(i, "utf-8"))
+        members[f"fine{i}"] = (_bytes(i, "PNG" if i == 3 else "JPEG"), text)
     path = tmp_path / "faults.tar"
     with tarfile.open(path, "w") as archive:
         for key, (image, text) in members.items():

@@ -125,8 +125,9 @@ def test_an_index_of_other_weights_or_a_damaged_one_is_refused(model, folder, tm
         parts.Parts(str(tmp_path / "i"))
     with pytest.raises(ValueError, match="holds something that is no index"):
         parts.Parts(str(folder))
-    with pytest.raises(FileNotFoundError, match="no index there"):
-        index.Index(str(tmp_path / "none"))
+    for other in (tmp_path / "none", folder):
+        with pytest.raises(FileNotFoundError, match="no index there; make it: search index"):
+            index.Index(str(other))
 
 
 def test_a_picture_finds_itself_and_weights_move_the_query(model, folder, tmp_path):  # noqa: F811

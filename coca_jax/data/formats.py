@@ -97,13 +97,21 @@ def _has_sidecars(names: list[str]) -> bool:
     return 2 * sum(name in texts for name in pictures) > len(pictures)
 
 
+def separator(header: str) -> str:
+    """What separates the columns of a list with this first line: a tab where it has one, a
+    semicolon where it has no comma (as spreadsheets write in much of Europe), else a comma."""
+    if "\t" in header:
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _lists_images(path: str) -> bool:
     """Whether the header of a list has a column of image files."""
     if path.lower().endswith(_SUFFIXES["jsonl"]):
         return _names_an_image(path)
     with files.open_binary(path) as file:
         header = file.readline(65_536).decode("utf-8", "replace").removeprefix("\ufeff")
-    row = next(csv.reader(io.StringIO(header), delimiter="\t" if "\t" in header else ","), [])
+    row = next(csv.reader(io.StringIO(header), delimiter=separator(header)), [])
     return bool(set(IMAGE_COLUMNS) & {column.strip() for column in row})
 
 

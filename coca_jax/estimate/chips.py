@@ -135,7 +135,7 @@ def get_slice(topology: str) -> Slice:
     Raises ValueError for an unknown chip or shape, or where the compiler of its kind is missing.
     """
     name, _, size = topology.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)*", size):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise ValueError(
             f"--topology={topology!r}; write it as v4:8x16x16, v5e:16x16, h100:8 or cpu:8"
         )

@@ -109,13 +109,18 @@ def choose(
 def check(facts: Facts) -> None:
     """Raises ValueError for data that cannot train, with what would help."""
     total = facts.train + facts.test
-    if not kinds(facts):
-        if facts.labels and len(facts.classes) == 1:
-            raise ValueError(
-                f"all labels are {facts.classes[0]!r}: with one class there is nothing to tell "
-                "apart; give pictures of two classes or more, or captions"
-            )
-        without = dict(facts.left_out).get("missing_text", 0)
+    without = dict(facts.left_out).get("missing_text", 0)
+    if not total and facts.left_out and not without:
+        raise ValueError(
+            f"none of the pictures can be used ({facts.problems}); `coca-jax prepare` lists what "
+            "is wrong with each one"
+        )
+    if not kinds(facts) and facts.labels and len(facts.classes) == 1:
+        raise ValueError(
+            f"all labels are {facts.classes[0]!r}: with one class there is nothing to tell "
+            "apart; give pictures of two classes or more, or captions"
+        )
+    if not kinds(facts) and (facts.captions + facts.labels < total or without):
         fields = f"; its other fields are {', '.join(facts.fields)}" if facts.fields else ""
         raise ValueError(
             f"{facts.captions} of {total + without} pictures have a caption and {facts.labels} a "
@@ -124,9 +129,10 @@ def check(facts: Facts) -> None:
             '{"file_name": ..., "text": ...}'
         )
     if total < LEAST:
+        found = f" ({facts.problems} left out)" if facts.left_out else ""
         raise ValueError(
-            f"{total} pictures are too few to learn from and to test on; give {LEAST} at the very "
-            "least, and some thousands for a model from scratch"
+            f"pictures with a text that can be used: {total}{found}, too few to learn from and to "
+            f"test on; give {LEAST} at the very least, and some thousands for a model from scratch"
         )
 
 

@@ -70,6 +70,11 @@ class Facts:
     fields: tuple[str, ...] = ()
     tokens: tuple[int, int, int] = (0, 0, 0)
 
+    @property
+    def problems(self) -> str:
+        """`left_out` in words: '3 unreadable_image, 1 missing_text'."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out)
+
 
 class Scan:
     """Goes through the items of some data once.

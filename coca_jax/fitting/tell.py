@@ -37,8 +37,7 @@ def facts_in_words(facts: Facts, where: str) -> list[str]:
             f"({shown}), the largest {facts.largest_class:.0%}"
         )
     if facts.left_out:
-        bad = ", ".join(f"{count} {reason}" for reason, count in facts.left_out)
-        lines.append(f"left out: {bad}")
+        lines.append(f"left out: {facts.problems}")
     lines.append(f"held out for the scores: {facts.test:,}; to train on: {facts.train:,}")
     return lines
 

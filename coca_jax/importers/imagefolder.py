@@ -223,7 +223,8 @@ def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -
     first, _, other = options.image_field.partition(",")
     name = take(fields, first, IMAGE_COLUMNS)
     if not isinstance(name, str) or not name:
-        detail = f"the row names no image file; it has {sorted(map(str, fields))}"
+        there = ", ".join(sorted(map(str, fields)))
+        detail = f"no column of an image file; give --image_field=NAME, one of {there}"
         return Located(Item(where, problem="missing_image", detail=detail))
     second = fields.pop(other, None) if other else ""
     if other and (not isinstance(second, str) or not second):

@@ -7,7 +7,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from coca_jax.data import bounded_json, files
+from coca_jax.data import bounded_json, files, formats
 
 MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row or a caption's file too; more is damage
 _BLOCK = 1 << 20
@@ -112,8 +112,8 @@ class _CsvLines:
 
 
 def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
-    """Rows of a CSV file as dicts; tabs separate where the header has one, else commas. A row that
-    the format does not allow comes as its error.
+    """Rows of a CSV file as dicts; what separates them: `formats.separator`. A row that the format
+    does not allow comes as its error.
 
     Raises:
         ValueError: the file has no header that can be read.
@@ -126,7 +126,7 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
             source.take_back(0)
             # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers
             # keep it only where it does not open the field, so quotes count as pandas counts them.
-            rows = csv.DictReader(source, delimiter="\t" if "\t" in head else ",")
+            rows = csv.DictReader(source, delimiter=formats.separator(head))
             columns = rows.fieldnames
         except csv.Error as error:
             raise ValueError(f"{path}: its first line names no columns: {error}") from None

@@ -20,12 +20,13 @@ def nothing_usable(
 ) -> str:
     """The line for an input of which nothing can be used.
 
-    listed: the quarantined examples, {reason, detail}.
+    listed: the quarantined examples, {key, reason, detail}.
     """
     reasons = Counter(entry["reason"] for entry in listed)
     text = f"--input={input}: none of {read} examples can be used: "
     if set(reasons) != {"missing_text"} or filtered:
-        return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}"
+        first = f"; the first: {listed[0]['key']}: {listed[0]['detail']}" if listed else ""
+        return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]
     text += "none has a caption or a class name; "

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping
 
 from coca_jax.data import files, named_files
 from coca_jax.data.formats import MEDIA, SIDECARS
@@ -36,17 +36,24 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of the images of a folder, by name."""
     system, plain = files.filesystem(unit.path)
-    there = {posixpath.basename(name.rstrip("/")) for name in system.ls(plain, detail=False)}
-    images = sorted(name for name in there if name.lower().endswith(MEDIA))
+    names = [posixpath.basename(name.rstrip("/")) for name in system.ls(plain, detail=False)]
+    images = sorted(name for name in names if name.lower().endswith(MEDIA))
+    there = {_lower_suffix(name): name for name in sorted(names)}
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
     for name in images[unit.start : unit.stop]:
         key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
 
-def _item(key: str, name: str, there: Set[str], unit: Unit, options: Options) -> Item:
+def _lower_suffix(name: str) -> str:
+    """'a.B.TXT' -> 'a.B.txt': cameras and old systems write suffixes in capitals."""
+    stem, suffix = posixpath.splitext(name)
+    return stem + suffix.lower()
+
+
+def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Options) -> Item:
     """An image with what lies beside it. Raises OSError, ValueError for a text that may not be
-    read."""
+    read. there: the files of the folder, by their names with small suffixes."""
     image = load_image(Item(key), unit.path, name, unit, options)
     if image.problem:
         return image
@@ -58,7 +65,7 @@ def _item(key: str, name: str, there: Set[str], unit: Unit, options: Options) ->
         if stem + beside in there:
             try:
                 roots = (unit.root, *options.allow_paths)
-                path = named_files.resolve(unit.path, stem + beside, roots)
+                path = named_files.resolve(unit.path, there[stem + beside], roots)
             except named_files.Outside as error:
                 return Item(key, problem="outside_input", detail=str(error))
             read_text = functools.partial(files.read_bounded, path, lines.MAX_ROW_BYTES)

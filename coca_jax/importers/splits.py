@@ -109,6 +109,8 @@ def prepare(
     """
     options = options or Options()
     module = shards.importer(format)
+    if files.filesystem(str(input)) == files.filesystem(str(out)):
+        raise ValueError(f"--out={out} is --input; give a folder of its own")
     if not str(out).isascii() and printable(str(out)) != str(out):
         raise ValueError(f"--out={printable(str(out))}: the name of the folder is not UTF-8")
     manifest = metadata.read_manifest(out)

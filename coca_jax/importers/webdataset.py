@@ -14,6 +14,7 @@ from coca_jax.importers.items import (
     Item,
     Options,
     Unit,
+    decode_text,
     guarded,
     names,
     strings,
@@ -125,8 +126,10 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
     found.second_span = group.span(second, path, file_bytes)
     try:
         fields = bounded_json.parse(members["json"]) if "json" in members else {}
-        text = members["txt"].decode() if "txt" in members and not options.text_field else None
-        label = members["cls"].decode() if "cls" in members and not options.label_field else None
+        text = decode_text(members["txt"]) if "txt" in members and not options.text_field else None
+        label = (
+            decode_text(members["cls"]) if "cls" in members and not options.label_field else None
+        )
     except UnicodeDecodeError as error:
         found.problem, found.detail = "bad_utf8", str(error)
         return found
@@ -142,3 +145,7 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
         found.problem, found.detail = "bad_label", str(error)
     found.extra = fields
     return found
+
+
+def _text(members: dict[str, bytes], suffix: str) -> str | None:
+    return decode_text(members[suffix]) if suffix in members else None

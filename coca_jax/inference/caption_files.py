@@ -90,6 +90,8 @@ def caption_files(
         for path, found in batch:
             if path not in by_path:
                 text = " ".join(str(found).split())
+                if text in ("", path):  # some file systems tell no more than the name
+                    text = f"cannot be read ({type(found).__name__})"
                 yield dict(image=path, error=text if path in text else f"{path}: {text}")
                 continue
             texts = [dict(caption=c.text, score=round(c.log_prob, 4)) for c in by_path[path]]

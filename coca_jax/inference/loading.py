@@ -54,7 +54,9 @@ def load(
     compile_cache.use()
     place = storage.place(path)
     if not storage.reach(place):
-        raise FileNotFoundError(f"{path} does not exist; give a run, an export or weights")
+        raise FileNotFoundError(
+            f"{path} does not exist; give a run, an export, weights or hf-hub:OWNER/NAME"
+        )
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
         if not export_format.has_checksums(path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
+from coca_jax import storage
 from coca_jax.inference import read_ahead
 from coca_jax.searching import nearest, pictures
 from coca_jax.searching.parts import Done, Parts
@@ -131,8 +132,9 @@ class Index:
     """
 
     def __init__(self, folder: str):
-        parts = Parts(folder)
-        if not parts.about:
+        place = storage.place(folder)
+        parts = Parts(folder) if (place / "index.json").exists() else None
+        if parts is None:
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
         self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
         self.names, self.captions = parts.names(), parts.captions()

@@ -103,8 +103,8 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
         wanted = DATACOMP if suite == "datacomp" else _listed(suite)
         found = [(key, path) for key in wanted if (path := _find(root, key))]
     if not found:
-        some = ", ".join([*wanted][:3]) or "folders with test/nshards.txt"
-        raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}, ..")
+        some = f"none of {', '.join([*wanted][:3])} ..." if wanted else "no test/nshards.txt in any"
+        raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}")
     here = [Task(key, wanted[key][0], folders.read(p, split), wanted[key][1]) for key, p in found]
     there = {key for key, _ in found}
     return here, [key for key in wanted if key not in there]

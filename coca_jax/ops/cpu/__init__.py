@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from coca_jax import partitioning
 from coca_jax.ops.cpu import conv_kernels
 from coca_jax.ops.reference import (
     NORM_EPSILON,
@@ -27,7 +28,6 @@ from coca_jax.ops.reference import (
     whole_mask,
     wide,
 )
-from coca_jax.partitioning import active_mesh
 
 # Since 0.10 jaxlib has two libraries for a CPU. YNNPACK's convolutions take twice the time of
 # Eigen's, forward and backward; products are left to it. See docs/performance.md.
@@ -44,10 +44,22 @@ def compiler_options() -> dict[str, Any]:
     return dict(OPTIONS)
 
 
-def one_device() -> bool:
-    """Whether no mesh splits arrays here: XLA cannot split the call of a kernel."""
-    mesh = active_mesh()
-    return mesh is None or mesh.size == 1
+def _by_images(function: Any, images: int) -> Any | None:
+    """function(images [B, ...], *weights) -> [B, ...] run by each device on its own images, as XLA
+    cannot split the call of a kernel; None where `images` do not divide over the devices."""
+    mesh = partitioning.active_mesh()
+    if mesh is None or mesh.size == 1:
+        return function
+    if images % partitioning.batch_parts(mesh):
+        return None
+    own, whole = partitioning.spec("batch"), partitioning.spec()
+
+    def run(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        specs = (own,) + (whole,) * len(weights)
+        split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+        return split(x, *weights)
+
+    return run
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -131,7 +143,7 @@ def _column_sum(x: jax.Array) -> jax.Array:
 class Cpu(Reference):
     """Two-dimensional products: XLA repacks the operands of batched ones on a CPU.
 
-    kernels: use `conv_kernels`, which XLA did not make itself, where arrays are on one device.
+    kernels: use `conv_kernels`, which XLA did not make itself.
     """
 
     kernels: bool = True
@@ -166,18 +178,20 @@ class Cpu(Reference):
         # In float32 also of rounded operands, and of an image's few channels too: XLA would convert
         # bfloat16 to and fro.
         result = wide(dtype)
-        kernels = self.kernels and result == jnp.float32 and one_device()
-        if not (kernels and conv_kernels.fits(x, kernel, stride) and conv_kernels.available()):
+        rectify = before is not None and before.name == "relu" and x.dtype == dtype == jnp.float32
+        kernels = self.kernels and result == jnp.float32 and conv_kernels.fits(x, kernel, stride)
+        run = functools.partial(conv_kernels.convolve, stride=stride, rectify=rectify)
+        run = _by_images(run, x.shape[0]) if kernels and conv_kernels.available() else None
+        if run is None:
             x = before(x) if before else x
             x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
             return self.add_bias(convolve(x, kernel, stride), bias.astype(result))
-        rectify = before is not None and before.name == "relu" and x.dtype == dtype == jnp.float32
         if rectify:  # a ReLU commutes with its factors, which are the kernel's as well
             kernel = kernel * (before.scale * before.gain)
         elif before:
             x = before(x)
         x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
-        return conv_kernels.convolve(x, kernel, bias.astype(result), stride, rectify)
+        return run(x, kernel, bias.astype(result))
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         return add_bias(x, bias)
