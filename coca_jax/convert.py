@@ -217,7 +217,7 @@ def _find_weights(path: str) -> str:
     for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
-    if storage.place(path, "checkpoints").exists():
+    if (storage.place(path) / "checkpoints").exists():
         raise ValueError(f"--input={path} is a run of coca_jax; --to=open_clip converts it")
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 

@@ -109,6 +109,8 @@ def test_images_of_every_kind_and_batches_agree(model, images, tmp_path):
     embeddings = model.encode_image(kinds)
     np.testing.assert_allclose(embeddings, np.broadcast_to(embeddings[:1], (5, 16)), atol=1e-6)
     np.testing.assert_allclose(model.encode_image(str(path)), embeddings[:1], atol=1e-6)
+    with path.open("rb") as file:
+        np.testing.assert_allclose(model.encode_image(file), embeddings[:1], atol=1e-6)
     many = np.concatenate([images, images, images])  # three batches
     np.testing.assert_allclose(
         model.encode_image(many), np.tile(model.encode_image(images), (3, 1)), atol=1e-5
@@ -155,6 +157,12 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         model.caption(images, ["a", "b"])
     with pytest.raises(ValueError, match="type int"):
         model.encode_image(3)
+    with pytest.raises(ValueError, match="an image of type NoneType"):
+        model.encode_image([None])
+    with pytest.raises(ValueError, match=r"texts\[1\]=None: give a str"):
+        model.encode_text(["a cat", None])
+    with pytest.raises(ValueError, match="class_names='cat': give a list"):
+        model.zero_shot(images, "cat")
 
 
 def test_import_is_cheap_and_without_tensorflow():

@@ -159,8 +159,8 @@ def decode(image: Any) -> np.ndarray:
     """Any image to uint8 RGB [h, w, 3], upright, transparency over white.
 
     Args:
-        image: encoded bytes, a path or URL, a PIL image, or an array [h, w], [h, w, 1 | 3 | 4] of
-            uint8, uint16 or floats in [0, 1].
+        image: encoded bytes, a path or URL, an open file, a PIL image, or an array [h, w],
+            [h, w, 1 | 3 | 4] of uint8, uint16 or floats in [0, 1].
 
     Raises:
         ValueError: naming the image, when it cannot be decoded.
@@ -176,8 +176,16 @@ def decode(image: Any) -> np.ndarray:
         pixels = decode_rgba(bytes(image))
     elif isinstance(image, Image.Image):
         pixels = to_rgba(image)
+    elif hasattr(image, "read"):
+        pixels = decode_rgba(image.read())
     else:
-        pixels = _array(np.asarray(image))
+        array = np.asarray(image)
+        if array.dtype == object:
+            raise ValueError(
+                f"an image of type {type(image).__name__}; give a path, encoded bytes, an open "
+                "file, a PIL image or an array"
+            )
+        pixels = _array(array)
     return over(pixels) if pixels.shape[-1] == 4 else pixels
 
 

@@ -114,9 +114,12 @@ class Encoders:
         """Texts -> float32 [N, E], L2-normalised.
 
         labels: the texts are class names in prompts; a model trained with data.label_token then
-        sees its label symbol before them.
+        sees its label symbol before them. Raises ValueError for what is not text.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{number}]={text!r}: give a str")
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):
@@ -165,6 +168,8 @@ class Encoders:
         template without '{}' or no class.
         """
         templates = prompt_sets.check(templates)
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names={class_names!r}: give a list of the names")
         if not len(class_names):
             raise ValueError("class_names is empty; give the names to choose among")
         texts = [template.replace("{}", name) for name in class_names for template in templates]

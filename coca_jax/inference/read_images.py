@@ -109,8 +109,8 @@ _ELSEWHERE = object()  # in place of an image that another process decodes
 
 
 def as_list(images: Any, clips: bool = False) -> Sequence:
-    """Images as a sequence: one path, PIL image, encoded image or array [h, w(, c)] becomes a list
-    of one, a folder the images in it and below; arrays [N, h, w, c] and lists stay.
+    """Images as a sequence: one path, PIL image, encoded image, open file or array [h, w(, c)]
+    becomes a list of one, a folder the images in it and below; arrays [N, h, w, c] and lists stay.
 
     Raises ValueError for anything else, FileNotFoundError for a path that does not exist.
 
@@ -118,7 +118,7 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
     """
     if isinstance(images, (str, os.PathLike)):
         return image_files.find([os.fspath(images)], video=clips)
-    if isinstance(images, (bytes, bytearray, memoryview, Image.Image)):
+    if isinstance(images, (bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
         return [images]
     if hasattr(images, "ndim"):
         if not 2 <= images.ndim <= 4 + clips:
