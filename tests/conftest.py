@@ -22,11 +22,15 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from coca_jax import partitioning  # noqa: E402
+from coca_jax import compile_cache, partitioning  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+needs_bfloat16 = pytest.mark.skipif(
+    not shutil.which("c++") or "avx512_bf16" not in compile_cache.processor().split(),
+    reason="needs a C++ compiler and a processor with AVX512_BF16",
+)
 
 
 def tiny_config(**model) -> ConfigDict:

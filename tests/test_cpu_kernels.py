@@ -276,6 +276,7 @@ def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path
 def test_where_the_kernels_are_used(monkeypatch):
     """Large models on a single CPU device, with heads that the kernels take."""
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "available_in_bfloat16", lambda: False)
 
     def layout(recipe, devices=1, **text):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
@@ -288,11 +289,15 @@ def test_where_the_kernels_are_used(monkeypatch):
         )
         spec = decoding.decoder(config.model, num_ids=config.model.text.vocab_size, eos_id=1)
         spec, layout = decoding.fastest(spec, params)
-        assert spec.dtype == ("float32" if layout == "panels" else config.model.dtype)
+        assert spec.dtype == ("float32" if "panels" in layout else config.model.dtype)
         return layout
 
     assert layout(coca_base) == layout(finetune_open_clip) == "panels"
     assert layout(coca_base, dtype="bfloat16") == "panels"  # in float32
+    monkeypatch.setattr(cpu_kernels, "available_in_bfloat16", lambda: True)
+    assert layout(coca_base, dtype="bfloat16") == "bfloat16_panels"
+    assert layout(coca_base, dtype="bfloat16", mlp_dim=3001) == "panels"  # pairs alone
+    assert layout(coca_base) == "panels"
     assert layout(demo, dtype="bfloat16") == "transposed"
     assert layout(coca_base, devices=2) == "transposed"
     assert layout(coca_base, num_heads=32) == "transposed"  # heads of 24

@@ -119,7 +119,7 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
         unknown = module.options.beyond(packing.KNOWN_OPTIONS)
         if module.kv_heads:
             unknown["kv_heads"] = module.kv_heads
-        if layout == "panels" and module.options.activation not in decode_kernels.ACTIVATIONS:
+        if layout in packed.PANELS and module.options.activation not in decode_kernels.ACTIVATIONS:
             unknown["activation"] = module.options.activation
         depth = jax.tree.leaves(stack)[0].shape[0]
         split = [jax.tree.map(lambda x, i=i: x[i], stack["layers"]) for i in range(depth)]
@@ -136,11 +136,11 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     kernel = text["head"]["kernel"]["value"] if "head" in text else embedding.T
     bias = text["head"]["bias"]["value"] if "bias" in text.get("head", {}) else None
     norm = packing.last_norm(text["multimodal_norm"], spec.multimodal.options)
-    panels = layout == "panels" and "epsilon" not in norm
+    panels = layout in packed.PANELS and "epsilon" not in norm
     if panels and bias is None:
         bias = jnp.zeros(kernel.shape[1])
     # As `transposed` the softmax layer's output would cost more to transpose than the layout gives.
-    head = packed.pack_matrix(kernel, bias, spec.dtype, "panels" if panels else "kernel")
+    head = packed.pack_matrix(kernel, bias, spec.dtype, layout if panels else "kernel")
     positions = text["positions"]["value"].astype(spec.dtype) if "positions" in text else None
     return dict(
         embedding=embedding.astype(spec.dtype),
@@ -156,8 +156,9 @@ def fastest(spec: Decoder, params: dict) -> tuple[Decoder, Layout]:
     """How decoding is fastest on this machine: the spec to decode by, and the layout, see
     ops/packed.py.
 
-    Panels compute in float32, whatever the model's dtype: on a CPU that is faster than bfloat16's
-    products by XLA at any number of rows.
+    With panels all but products computes in float32, whatever the model's dtype; the products do
+    too where the processor has none of bfloat16: that is faster than bfloat16's products by XLA at
+    any number of rows.
     """
     text = params["text_decoder"]
     width = text["token_embedding"]["value"].shape[1]
@@ -166,8 +167,12 @@ def fastest(spec: Decoder, params: dict) -> tuple[Decoder, Layout]:
         spec.implementation,
         num_weights=sum(x.size for x in jax.tree.leaves(text)),
         head_widths={width // spec.unimodal.num_heads, width // spec.multimodal.num_heads},
+        mlp_widths={spec.unimodal.mlp_dim, spec.multimodal.mlp_dim},
+        dtype=spec.dtype,
     )
-    return dataclasses.replace(spec, dtype="float32") if layout == "panels" else spec, layout
+    if layout in packed.PANELS:
+        spec = dataclasses.replace(spec, dtype="float32")
+    return spec, layout
 
 
 def image_caches(
@@ -179,8 +184,10 @@ def image_caches(
     themselves (decode_kernels.image_attention; more captions share the reading of keys, so those
     are less work).
     """
-    if width == 1 and "shared" in weights["multimodal"][0]["packed"].get("cross_attention", {}):
-        return packed.shared_tokens(image_tokens, spec.multimodal.cross == "open_clip")
+    cross = weights["multimodal"][0]["packed"].get("cross_attention", {})
+    if width == 1 and "shared" in cross:
+        dtype = cross["shared"]["query"].dtype
+        return packed.shared_tokens(image_tokens, spec.multimodal.cross == "open_clip", dtype)
     return [
         _apply(spec.multimodal, layer, image_tokens, method="image_cache")
         for layer in weights["multimodal"]

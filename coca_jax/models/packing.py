@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -97,12 +98,12 @@ def _pack_cross(part: dict, norm: dict | None, dtype: Any, layout: Layout) -> di
     )
     if norm is not None:
         found["context_norm"] = norm
-    if layout == "panels":
-        found["shared"] = _shared(part, norm)
+    if layout in packed.PANELS:
+        found["shared"] = _shared(part, norm, packed.PANELS[layout])
     return found
 
 
-def _shared(part: dict, norm: dict | None) -> dict:
+def _shared(part: dict, norm: dict | None, dtype: Any) -> dict:
     """Keys and values moved to the query's side, see decode_kernels.image_attention.
 
     What the bias of the keys adds is the same at every token, and so nothing to the softmax.
@@ -113,8 +114,9 @@ def _shared(part: dict, norm: dict | None) -> dict:
         bias = bias + jnp.einsum("d,dhk->hk", norm["bias"], value).reshape(-1)
         key, value = (norm["scale"][:, None, None] * x for x in (key, value))
     padded = jnp.pad(value, ((0, -value.shape[0] % decode_kernels.PANEL), (0, 0), (0, 0)))
+    panels = jax.vmap(functools.partial(decode_kernels.panels, dtype=dtype))
     return dict(
-        query=jax.vmap(decode_kernels.panels)(key.transpose(1, 2, 0)),
-        value=jax.vmap(decode_kernels.panels)(padded.transpose(1, 0, 2)),
+        query=panels(key.transpose(1, 2, 0)),
+        value=panels(padded.transpose(1, 0, 2)),
         bias=bias,
     )

@@ -7,7 +7,8 @@ matrix with the score's 1 / sqrt(K) in it, and a matrix is a dict whose key name
   kernel      [D, F], as XLA multiplies on an accelerator.
   transposed  [F, D], multiplied from the left. XLA's product on a CPU packs its right operand at
               each call, which then is the few rows of a step and not the matrix.
-  panels      blocks of 32 columns for `cpu/decode_kernels`, which run a part in one call.
+  panels      blocks of 32 columns for `cpu/decode_kernels`, which run a part in one call; float32,
+              or in the layout 'bfloat16_panels' bfloat16.
 
 Every dict may have a bias too. `block.Block` says in which order the parts run; it asks `knows`
 which of its parts were packed, and runs the others by its own modules.
@@ -30,8 +31,9 @@ NEVER = -1e30  # score of what must not be seen or chosen; a sum of many of them
 STREAMED = 2**23  # parameters of a text decoder that no cache holds: 32 MiB of them
 
 # How matrices are packed; 'reference' packs none, and Block's own modules decode.
-Layout = Literal["reference", "kernel", "transposed", "panels"]
-LAYOUTS = ("reference", "kernel", "transposed", "panels")
+Layout = Literal["reference", "kernel", "transposed", "panels", "bfloat16_panels"]
+LAYOUTS = ("reference", "kernel", "transposed", "panels", "bfloat16_panels")
+PANELS = {"panels": jnp.float32, "bfloat16_panels": jnp.bfloat16}  # their dtypes
 
 
 class Cache(NamedTuple):
@@ -42,11 +44,17 @@ class Cache(NamedTuple):
 
 
 def choose_layout(
-    platform: str, implementation: str, *, num_weights: int, head_widths: set[int]
+    platform: str,
+    implementation: str,
+    *,
+    num_weights: int,
+    head_widths: set[int],
+    mlp_widths: set[int],
+    dtype: str,
 ) -> Layout:
     """The layout in which decoding is fastest.
 
-    platform: of the devices; implementation: model.implementation. num_weights: of the text
+    platform: of the devices; implementation, dtype: of the model. num_weights: of the text
     decoder. 'panels' is for weights that no cache holds: a small model's are in cache, where the
     kernels gain nothing, and compiling them would delay its first caption by seconds.
     """
@@ -60,19 +68,22 @@ def choose_layout(
     # XLA cannot split the kernels' calls over several devices.
     alone = jax.device_count() == 1 and fits
     if implementation == "auto" and alone and num_weights >= STREAMED:
+        halves = dtype == "bfloat16" and all(width % 2 == 0 for width in mlp_widths)
+        if halves and decode_kernels.available_in_bfloat16():
+            return "bfloat16_panels"
         if decode_kernels.available():
             return "panels"
     return "transposed"
 
 
 def pack_matrix(kernel: jax.Array, bias: jax.Array | None, dtype: Any, layout: Layout) -> dict:
-    """One matrix [D, F] with its bias [F] in the form of a layout, in `dtype`; panels in float32.
+    """One matrix [D, F] with its bias [F] in the form of a layout, in `dtype`; panels in their own.
 
     A bias stays float32.
     """
     kernel = kernel.astype(dtype)
-    if layout == "panels":
-        packed = dict(panels=decode_kernels.panels(kernel))
+    if layout in PANELS:
+        packed = dict(panels=decode_kernels.panels(kernel, PANELS[layout]))
     else:
         packed = dict(transposed=kernel.T) if layout == "transposed" else dict(kernel=kernel)
     return packed if bias is None else packed | dict(bias=bias.reshape(-1))
@@ -200,13 +211,13 @@ def image_cache(weights: dict, tokens: jax.Array, heads: int, dtype: Any) -> Cac
     return Cache(key.astype(dtype), value.astype(dtype))
 
 
-def shared_tokens(tokens: jax.Array, standard: bool) -> jax.Array:
-    """Image tokens [B, Q, D] as all blocks in panels read them: float32, D padded to whole panels;
+def shared_tokens(tokens: jax.Array, standard: bool, dtype: Any) -> jax.Array:
+    """Image tokens [B, Q, D] as all blocks in panels of `dtype` read them, D in whole panels;
     standard: standardised first, where blocks have a norm of their own over them."""
     if standard:
         tokens = standardise(tokens)
     pad = -tokens.shape[2] % decode_kernels.PANEL
-    return jnp.pad(tokens.astype(jnp.float32), ((0, 0), (0, 0), (0, pad)))
+    return jnp.pad(tokens.astype(dtype), ((0, 0), (0, 0), (0, pad)))
 
 
 def mlp(x: jax.Array, weights: dict, activation: str) -> jax.Array:

@@ -27,17 +27,18 @@ FLAGS = (
 
 
 @functools.cache
-def register(source: pathlib.Path, names: tuple[str, ...], without: str) -> bool:
+def register(source: pathlib.Path, names: tuple[str, ...], without: str, define: str = "") -> bool:
     """Compiles a source file and registers its kernels, coca_jax_{name}, with JAX; False, with a
     warning that says why, where it cannot.
 
-    without: what the kernels' lack costs, for the warning. The compiler is CXX of the environment,
+    without: what the kernels' lack costs, for the warning. define: a macro to compile it with. The
+    compiler is CXX of the environment,
     or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
     """
     if os.environ.get("COCA_JAX_CPU_KERNELS") == "0":
         return False
     try:
-        library = ctypes.CDLL(str(_build(source)))
+        library = ctypes.CDLL(str(_build(source, define)))
     except (OSError, ValueError) as error:
         logging.getLogger("coca_jax").warning(
             "%s: %s. Install g++ or clang++, or name a C++ compiler in CXX; "
@@ -52,10 +53,10 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str) -> bool
     return True
 
 
-def _build(source: pathlib.Path) -> pathlib.Path:
+def _build(source: pathlib.Path, define: str) -> pathlib.Path:
     """The compiled library. Raises ValueError with the compiler's words, or OSError."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
-    command += ["-isystem", jax.ffi.include_dir()]
+    command += [f"-D{define}"] * bool(define) + ["-isystem", jax.ffi.include_dir()]
     texts = source.read_text(), SHARED.read_text()
     made_for = (texts, command, jax.__version__, compile_cache.processor())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]

@@ -1,19 +1,84 @@
-// The kernels of a decoding step on a CPU, float32; see decode_kernels.py.
+// The kernels of a decoding step on a CPU; see decode_kernels.py.
+//
+// All is float32; with COCA_JAX_BFLOAT16 the operands of products with weights and with image
+// tokens are bfloat16, in pairs that one instruction multiplies, and their sums float32.
 //
 // A step has a few rows and hundreds of megabytes of weights, so what counts is to read those once,
 // in order, while computing. Each kernel is a residual part of a decoder block: one call from XLA,
 // inside which threads go through its phases together.
 
+#include <array>
 #include <cmath>
 #include <string_view>
 #include <utility>
 
 #include "team.h"
 
+#ifdef COCA_JAX_BFLOAT16
+#ifndef __AVX512BF16__
+#error "bfloat16 kernels are for a processor, and a compiler, with AVX512_BF16"
+#endif
+#include <immintrin.h>
+#define SYMBOL(name) coca_jax_bfloat16_##name
+#else
+#define SYMBOL(name) coca_jax_##name
+#endif
+
 namespace {
 
+// Number: of an operand of a product; a word of 32 bits holds kPair of them. Below, panels and the
+// rows that they multiply are words, passed as floats whatever is in them.
+#ifdef COCA_JAX_BFLOAT16
+constexpr int kPair = 2;
+struct __attribute__((may_alias)) Number {
+  uint16_t bits;
+};
+using Numbers = ffi::Buffer<ffi::BF16>;
+
+inline Vector AddProduct(Vector sum, Vector a, Vector b) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+inline Vector Broadcast(const float* word) {
+  int32_t bits;
+  std::memcpy(&bits, word, sizeof(bits));
+  return (Vector)_mm512_set1_epi32(bits);
+}
+
+inline void Store(Number* to, Vector v) {
+  const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+}
+
+// The first `count` of `from`, whole vectors.
+inline void Put(Number* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)Load(from + i));
+    const int64_t few = std::min<int64_t>(kLanes, count - i);
+    _mm256_mask_storeu_epi16(to + i, static_cast<__mmask16>((1u << few) - 1), rounded);
+  }
+}
+#else
+constexpr int kPair = 1;
+using Number = float;
+using Numbers = Floats;
+
+inline Vector AddProduct(Vector sum, Vector a, Vector b) { return sum + a * b; }
+
+inline Vector Broadcast(const float* word) { return *word - Vector{}; }
+
+#endif
+
+inline void Put(float* to, const float* from, int64_t count) { std::copy_n(from, count, to); }
+
+inline const float* Words(const Number* numbers) { return reinterpret_cast<const float*>(numbers); }
+
+inline const Number* Data(Numbers& buffer) {
+  return reinterpret_cast<const Number*>(buffer.typed_data());
+}
+
 constexpr int kPanel = 32;   // columns of a panel
-constexpr int kDepth = 128;  // of a panel, multiplied at a time: 16 KiB
+constexpr int kDepth = 128;  // words of a panel, multiplied at a time: 16 KiB
 constexpr int kTile = 32;    // rows for which a panel's sums are kept
 constexpr float kNormEpsilon = 1e-5f;  // ops.reference.NORM_EPSILON
 
@@ -26,11 +91,14 @@ constexpr int kRows = 6, kColumns = 16;
 
 // Rows of floats. Scratch has them an odd number of lines apart: rows 2^n apart fall into the same
 // sets of the cache.
-struct Rows {
-  float* data;
+template <typename T>
+struct RowsOf {
+  T* data;
   int64_t stride;
-  float* operator[](int64_t row) const { return data + row * stride; }
+  T* operator[](int64_t row) const { return data + row * stride; }
 };
+using Rows = RowsOf<float>;
+using Operands = RowsOf<Number>;
 
 constexpr int64_t Panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
 constexpr int64_t Stride(int64_t width) { return Panels(width) * kPanel + kLine; }
@@ -41,8 +109,14 @@ Rows ScratchRows(int64_t rows, int64_t width) {
   return {Scratch<use>(rows * Stride(width)), Stride(width)};
 }
 
-// sums [R, kColumns] += x [R, depth] @ weights [depth, kColumns]; rows `stride`, `x_stride` and
-// `step` apart. Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
+template <int use>
+Operands ScratchOperands(int64_t rows, int64_t width) {
+  const Rows words = ScratchRows<use>(rows, width / kPair);
+  return {reinterpret_cast<Number*>(words.data), words.stride * kPair};
+}
+
+// sums [R, kColumns] += x [R, depth] @ weights [depth, kColumns]; words, rows `stride`, `x_stride`
+// and `step` apart. Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
 template <int R, bool both>
 void Multiply(const float* weights, int64_t step, const float* x, int64_t x_stride, int64_t depth,
               float* sums, int64_t stride, const float* ahead) {
@@ -56,8 +130,8 @@ void Multiply(const float* weights, int64_t step, const float* x, int64_t x_stri
     Vector weight[kVectors];
     for (int v = 0; v < kVectors; ++v) weight[v] = Load(weights + k * step + v * kLanes);
     for (int r = 0; r < R; ++r) {
-      const Vector factor = x[r * x_stride + k] - Vector{};
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += weight[v] * factor;
+      const Vector factor = Broadcast(x + r * x_stride + k);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = AddProduct(sum[r][v], weight[v], factor);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -87,19 +161,20 @@ constexpr auto kCounts = std::make_integer_sequence<int, kRows>();
 
 // A product of a phase: x [rows, depth] @ panels [ceil(width / 32), depth, 32], for each group.
 struct Product {
-  Rows x;
+  Operands x;
   int64_t rows, depth, width;
-  const float* panels;
+  const float* panels;  // words
   int64_t groups = 1, group_offset = 0;  // of x, from group to group
 };
 
 // One phase: finish(row, group, column, sums, columns) gets up to 32 columns of a row at a time.
 template <typename Finish>
 void Multiply(Member& member, const Product& product, const Finish& finish) {
-  const int64_t count = Panels(product.width), size = product.depth * kPanel;
+  const int64_t count = Panels(product.width), depth = product.depth / kPair;
+  const int64_t size = depth * kPanel, x_stride = product.x.stride / kPair;
   const int64_t all = product.groups * count;
   // Panels claimed at once: 64 KiB of them.
-  const int64_t chunk = std::max<int64_t>(1, 4 * kDepth / product.depth);
+  const int64_t chunk = std::max<int64_t>(1, 4 * kDepth / depth);
   member.Each((all + chunk - 1) / chunk, [&](int64_t part, int64_t following) {
     float* sums = Scratch<0>(kTile * kPanel);
     const int64_t end = std::min(all, (part + 1) * chunk);
@@ -107,16 +182,16 @@ void Multiply(Member& member, const Product& product, const Finish& finish) {
       const int64_t group = i / count, column = i % count * kPanel;
       const int64_t next = std::min(i + 1 < end ? i + 1 : following * chunk, all - 1);
       const float* panel = product.panels + i * size;
-      const float* x = product.x.data + group * product.group_offset;
+      const float* x = Words(product.x.data + group * product.group_offset);
       const int64_t columns = std::min<int64_t>(kPanel, product.width - column);
       for (int64_t first = 0; first < product.rows; first += kTile) {
         const int64_t rows = std::min<int64_t>(kTile, product.rows - first);
         std::fill_n(sums, rows * kPanel, 0.0f);
-        for (int64_t k = 0; k < product.depth; k += kDepth)
-          MultiplyRows(kCounts, rows, panel + k * kPanel, kPanel, x + first * product.x.stride + k,
-                       product.x.stride, std::min<int64_t>(kDepth, product.depth - k), sums, kPanel,
-                       k + kDepth < product.depth ? panel + (k + kDepth) * kPanel
-                                                  : product.panels + next * size);
+        for (int64_t k = 0; k < depth; k += kDepth)
+          MultiplyRows(kCounts, rows, panel + k * kPanel, kPanel, x + first * x_stride + k,
+                       x_stride, std::min<int64_t>(kDepth, depth - k), sums, kPanel,
+                       k + kDepth < depth ? panel + (k + kDepth) * kPanel
+                                          : product.panels + next * size);
         for (int64_t r = 0; r < rows; ++r)
           finish(first + r, group, column, sums + r * kPanel, columns);
       }
@@ -145,7 +220,7 @@ float Total(int64_t count, const Term& term) {
 
 // One phase: rows x [rows, width], standardised, times `scale` plus `shift`; whole vectors.
 void Norm(Member& member, const float* x, int64_t rows, int64_t width, const float* scale,
-          const float* shift, Rows out) {
+          const float* shift, Operands out) {
   constexpr int64_t kTogether = 16;
   member.Each((rows + kTogether - 1) / kTogether, [&](int64_t part, int64_t) {
     for (int64_t r = part * kTogether; r < std::min(rows, (part + 1) * kTogether); ++r) {
@@ -235,6 +310,7 @@ using AttendOf = void (*)(const float*, const float*, const float*, const bool*,
                           float*, float*);
 constexpr AttendOf kAttend[] = {Attend<1>, Attend<2>, Attend<3>, Attend<4>,
                                 Attend<5>, Attend<6>, Attend<7>, Attend<8>};
+constexpr int kWidest = 8 * kLine;  // of a head
 
 // x [B, N, D] and what all kernels do with it at first.
 struct Input {
@@ -248,9 +324,12 @@ struct Input {
 };
 
 // Writes sums + bias to rows.
-auto Biased(Rows out, const float* bias) {
+template <typename T>
+auto Biased(RowsOf<T> out, const float* bias) {
   return [=](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
-    for (int64_t i = 0; i < columns; ++i) out[row][column + i] = sums[i] + bias[column + i];
+    float part[kPanel];
+    for (int64_t i = 0; i < columns; ++i) part[i] = sums[i] + bias[column + i];
+    Put(out[row] + column, part, columns);
   };
 }
 
@@ -263,16 +342,18 @@ auto Residual(const Input& in, const float* bias, float* y) {
   };
 }
 
-bool Fits(Floats& panels, int64_t depth, int64_t width) {
+// Whether panels are of a kernel [depth, width]: [.., width / 32, depth / kPair, 32], and pairs.
+bool Fits(Numbers& panels, int64_t depth, int64_t width) {
   const auto dims = panels.dimensions();
-  const auto n = dims.size();
-  return dims[n - 3] == Panels(width) && dims[n - 2] == depth && dims[n - 1] == kPanel;
+  const auto n = dims.size() - (kPair - 1);
+  return dims[n - 3] == Panels(width) && dims[n - 2] * kPair == depth && dims[n - 1] == kPanel &&
+         (kPair == 1 || dims[n] == kPair);
 }
 
 // x + attention over the past. N new tokens an image, whose keys and values go to slots slot ...
 // slot + N - 1. key, value [B, H, M, K], in place; mask [B, N, M].
-ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats qkv,
-                         Floats qkv_bias, Floats out, Floats out_bias,
+ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Numbers qkv,
+                         Floats qkv_bias, Numbers out, Floats out_bias,
                          ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> slot, Floats key,
                          Floats value, ffi::Result<Floats> y, ffi::Result<Floats> new_key,
                          ffi::Result<Floats> new_value) {
@@ -288,12 +369,12 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
   if (first < 0 || first + in.queries > slots)
     return ffi::Error::InvalidArgument("self attention: no such slot");
   const AttendOf attend = kAttend[width / kLine - 1];
-  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Operands normed = ScratchOperands<1>(in.rows, in.width);
   const Rows joint = ScratchRows<2>(in.rows, 3 * in.width);
   float *keys = key.typed_data(), *values = value.typed_data(), *to = y->typed_data();
   const bool* shown = mask.typed_data();
-  const float *qkv_panels = qkv.typed_data(), *qkv_shift = qkv_bias.typed_data();
-  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
+  const float *qkv_panels = Words(Data(qkv)), *qkv_shift = qkv_bias.typed_data();
+  const float *out_panels = Words(Data(out)), *out_shift = out_bias.typed_data();
   Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
     Multiply(member, {normed, in.rows, in.width, 3 * in.width, qkv_panels},
@@ -315,8 +396,10 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
       }
       for (int64_t n = 0; n < in.queries; ++n) {
         const int64_t row = b * in.queries + n;
+        float found[kWidest];
         attend(joint[row] + h * width, keys + cache, values + cache, shown + row * slots, slots,
-               ahead, scores, normed[row] + h * width);
+               ahead, scores, found);
+        Put(normed[row] + h * width, found, width);
       }
     });
     Multiply(member, {normed, in.rows, in.width, in.width, out_panels},
@@ -327,7 +410,7 @@ ffi::Error SelfAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats sh
 
 // x + attention over keys and values [B, H, M, K] of images.
 ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift,
-                                Floats query, Floats query_bias, Floats out, Floats out_bias,
+                                Numbers query, Floats query_bias, Numbers out, Floats out_bias,
                                 Floats key, Floats value, ffi::Result<Floats> y) {
   const Input in(x, scale, shift);
   const int64_t heads = key.dimensions()[1], slots = key.dimensions()[2];
@@ -337,11 +420,11 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
       !Fits(out, in.width, in.width))
     return ffi::Error::InvalidArgument("cached image attention: shapes do not fit");
   const AttendOf attend = kAttend[width / kLine - 1];
-  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Operands normed = ScratchOperands<1>(in.rows, in.width);
   const Rows asked = ScratchRows<2>(in.rows, in.width);
   const float *keys = key.typed_data(), *values = value.typed_data();
-  const float *query_panels = query.typed_data(), *query_shift = query_bias.typed_data();
-  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
+  const float *query_panels = Words(Data(query)), *query_shift = query_bias.typed_data();
+  const float *out_panels = Words(Data(out)), *out_shift = out_bias.typed_data();
   float* to = y->typed_data();
   Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
@@ -352,8 +435,10 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
       const int64_t ahead = (std::min(following, in.batch * heads - 1) - part) * slots * width;
       for (int64_t n = 0; n < in.queries; ++n) {
         const int64_t row = b * in.queries + n;
+        float found[kWidest];
         attend(asked[row] + h * width, keys + cache, values + cache, nullptr, slots, ahead,
-               Scratch<0>(slots), normed[row] + h * width);
+               Scratch<0>(slots), found);
+        Put(normed[row] + h * width, found, width);
       }
     });
     Multiply(member, {normed, in.rows, in.width, in.width, out_panels},
@@ -365,6 +450,110 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
 constexpr int kQueries = 8;  // rows that look at an image's tokens together
 constexpr int kTokens = 8;   // image tokens whose scores stay in registers
 
+#ifdef COCA_JAX_BFLOAT16
+// scores [T, 8] of the queries turned [width / 4, 8, 4] and tokens [T, width]; 16 numbers beyond
+// them are overwritten. Asks for half as many numbers at `ahead` on its way.
+template <int T>
+void Scores(const Number* turned, const Number* tokens, int64_t width, float* scores,
+            const Number* ahead) {
+  Vector sum[T] = {};  // of each query two: of the first two and of the last two of four numbers
+  for (int64_t k = 0; k < width; k += 4) {
+    if (k % kPanel == 0)
+      for (int t = 0; t < T / 2; ++t) __builtin_prefetch(ahead + t * width + k, 0, 2);
+    const Vector query = Load(Words(turned + k * kQueries));
+    for (int t = 0; t < T; ++t) {
+      int64_t four;
+      std::memcpy(&four, tokens + t * width + k, sizeof(four));
+      sum[t] = AddProduct(sum[t], query, (Vector)_mm512_set1_epi64(four));
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  for (int t = 0; t < T; t += 2) {
+    const __m512 one = (__m512)sum[t], two = (__m512)sum[std::min(t + 1, T - 1)];
+    Store(scores + t * kQueries, (Vector)_mm512_permutex2var_ps(one, even, two) +
+                                     (Vector)_mm512_permutex2var_ps(one, odd, two));
+  }
+}
+
+// out [R, 32] = weights [count / 2, 8, 2] turned @ tokens [count, 32], rows of which are `width`
+// apart, each row times its factor. Asks for the lines at `ahead`.
+template <int R>
+void Weighted(const float* weights, const float* factors, const Number* tokens, int64_t count,
+              int64_t width, Number* out, int64_t stride, const Number* ahead) {
+  // Two rows of tokens are put together in pairs where they are: `low` has the columns 0 to 3 of
+  // each 8, `high` the others.
+  Vector low[R] = {}, high[R] = {};
+  for (int64_t m = 0; m < count; m += 2) {
+    __builtin_prefetch(ahead + m / 2 * kPanel, 0, 2);
+    const __m512i first = _mm512_loadu_si512(tokens + m * width);
+    const __m512i second =
+        m + 1 < count ? _mm512_loadu_si512(tokens + (m + 1) * width) : _mm512_setzero_si512();
+    const Vector lows = (Vector)_mm512_unpacklo_epi16(first, second);
+    const Vector highs = (Vector)_mm512_unpackhi_epi16(first, second);
+    for (int r = 0; r < R; ++r) {
+      const Vector weight = Broadcast(weights + m / 2 * kQueries + r);
+      low[r] = AddProduct(low[r], lows, weight);
+      high[r] = AddProduct(high[r], highs, weight);
+    }
+  }
+  const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i right = _mm512_or_si512(left, _mm512_set1_epi32(8));
+  for (int r = 0; r < R; ++r) {
+    const __m512 some = (__m512)low[r], others = (__m512)high[r];
+    Number* to = out + r * stride;
+    Store(to, (Vector)_mm512_permutex2var_ps(some, left, others) * factors[r]);
+    Store(to + kLanes, (Vector)_mm512_permutex2var_ps(some, right, others) * factors[r]);
+  }
+}
+
+template <int... R>
+constexpr auto WeightedOf(std::integer_sequence<int, R...>) {
+  return std::array{Weighted<R + 1>...};
+}
+
+// As below.
+void AttendTokens(const Number* tokens, int64_t count, int64_t width, Operands queries, int few,
+                  const Number* ahead) {
+  auto* turned = reinterpret_cast<Number*>(Scratch<3>(width / kPair * kQueries));
+  float* scores = Scratch<4>((count + 2) * kQueries);
+  float* weights = Scratch<5>((count + 1) / 2 * kQueries);
+  std::memset(turned, 0, width * kQueries * sizeof(Number));
+  for (int r = 0; r < few; ++r)
+    for (int64_t k = 0; k < width; k += 4)
+      std::memcpy(turned + k * kQueries + 4 * r, queries[r] + k, 4 * sizeof(Number));
+  int64_t m = 0;
+  for (; m + kTokens <= count; m += kTokens)
+    Scores<kTokens>(turned, tokens + m * width, width, scores + m * kQueries,
+                    ahead + m / 2 * width);
+  for (; m < count; ++m)
+    Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+  // Of an odd count the last row has a partner without weight.
+  std::fill_n(scores + count * kQueries, kQueries, -INFINITY);
+  float highest[2 * kQueries], total[2 * kQueries] = {}, factors[kQueries];
+  std::fill_n(highest, 2 * kQueries, -INFINITY);
+  for (m = 0; m < count; m += 2)
+    for (int i = 0; i < 2 * kQueries; ++i)
+      highest[i] = std::max(highest[i], scores[m * kQueries + i]);
+  for (int r = 0; r < kQueries; ++r)
+    highest[r] = highest[r + kQueries] = std::max(highest[r], highest[r + kQueries]);
+  const __m512i paired = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  for (m = 0; m < count; m += 2) {
+    float* two = scores + m * kQueries;
+    for (int i = 0; i < 2 * kQueries; ++i) {
+      two[i] = Exp(two[i] - highest[i]);
+      total[i] += two[i];
+    }
+    const Vector pairs = (Vector)_mm512_permutexvar_ps(paired, (__m512)Load(two));
+    Store(reinterpret_cast<Number*>(weights + m / 2 * kQueries), pairs);
+  }
+  for (int r = 0; r < kQueries; ++r) factors[r] = 1.0f / (total[r] + total[r + kQueries]);
+  static constexpr auto weighted = WeightedOf(std::make_integer_sequence<int, kQueries>());
+  for (int64_t k = 0; k < width; k += kPanel)
+    weighted[few - 1](weights, factors, tokens + k, count, width, queries[0] + k, queries.stride,
+                      ahead + (count * width + k * count) / 2);
+}
+#else
 // scores [T, 8] of the queries turned [width, 8] and tokens [T, width]. Asks for half as many
 // numbers at `ahead` on its way.
 template <int T>
@@ -386,7 +575,7 @@ void Scores(const float* turned, const float* tokens, int64_t width, float* scor
 
 // `few` <= 8 queries over tokens [count, width] as keys and values; the result takes their place.
 // Asks for as many numbers at `ahead` on its way.
-void AttendTokens(const float* tokens, int64_t count, int64_t width, Rows queries, int few,
+void AttendTokens(const float* tokens, int64_t count, int64_t width, Operands queries, int few,
                   const float* ahead) {
   const int64_t padded = Stride(count);
   float* turned = Scratch<3>(width * kQueries);
@@ -424,13 +613,14 @@ void AttendTokens(const float* tokens, int64_t count, int64_t width, Rows querie
     }
   }
 }
+#endif
 
 // x + attention over image tokens [B, Q, D'] that all heads and layers share, D' = D in whole
 // panels. in_keys [H, D' / 32, K, 32] takes a query to the tokens' space, from_values
 // [H, ceil(K / 32), D', 32] takes what it finds back.
-ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats query,
-                          Floats query_bias, Floats out, Floats out_bias, Floats in_keys,
-                          Floats from_values, Floats value_bias, Floats tokens,
+ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Numbers query,
+                          Floats query_bias, Numbers out, Floats out_bias, Numbers in_keys,
+                          Numbers from_values, Floats value_bias, Numbers tokens,
                           ffi::Result<Floats> y) {
   const Input in(x, scale, shift);
   const int64_t heads = in_keys.dimensions()[0], width = in.width / heads;
@@ -439,13 +629,14 @@ ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats s
       !Fits(in_keys, width, wide) || !Fits(from_values, wide, width) ||
       !Fits(out, in.width, in.width))
     return ffi::Error::InvalidArgument("image attention: shapes do not fit");
-  const Rows normed = ScratchRows<1>(in.rows, in.width);
-  const Rows asked = ScratchRows<2>(in.rows, in.width);
-  const Rows looking = ScratchRows<6>(in.rows * heads, wide);
-  const float *query_panels = query.typed_data(), *query_shift = query_bias.typed_data();
-  const float *key_panels = in_keys.typed_data(), *value_panels = from_values.typed_data();
-  const float *out_panels = out.typed_data(), *out_shift = out_bias.typed_data();
-  const float *image = tokens.typed_data(), *value_shift = value_bias.typed_data();
+  const Operands normed = ScratchOperands<1>(in.rows, in.width);
+  const Operands asked = ScratchOperands<2>(in.rows, in.width);
+  const Operands looking = ScratchOperands<6>(in.rows * heads, wide);
+  const float *query_panels = Words(Data(query)), *query_shift = query_bias.typed_data();
+  const float *key_panels = Words(Data(in_keys)), *value_panels = Words(Data(from_values));
+  const float *out_panels = Words(Data(out)), *out_shift = out_bias.typed_data();
+  const Number *image = Data(tokens), *after = Data(from_values);
+  const float* value_shift = value_bias.typed_data();
   float* to = y->typed_data();
   // An image's rows stay together, to share its tokens, unless there are more threads than images.
   const int64_t each = in.queries * heads;
@@ -457,7 +648,7 @@ ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats s
              Biased(asked, query_shift));
     Multiply(member, {asked, in.rows, width, wide, key_panels, heads, width},
              [&](int64_t row, int64_t head, int64_t column, const float* sums, int64_t columns) {
-               std::copy_n(sums, columns, looking[row * heads + head] + column);
+               Put(looking[row * heads + head] + column, sums, columns);
              });
     member.Each(in.batch * splits, [&](int64_t part, int64_t following) {
       const int64_t b = part / splits, split = part % splits, first = split * each / splits;
@@ -465,14 +656,15 @@ ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats s
       AttendTokens(image + b * count * wide, count, wide,
                    {looking[b * each + first], looking.stride},
                    static_cast<int>((split + 1) * each / splits - first),
-                   next < in.batch ? image + next * count * wide : value_panels);
+                   next < in.batch ? image + next * count * wide : after);
     });
-    const Rows found{looking.data, heads * looking.stride};
+    const Operands found{looking.data, heads * looking.stride};
     Multiply(member, {found, in.rows, wide, width, value_panels, heads, looking.stride},
              [&](int64_t row, int64_t head, int64_t column, const float* sums, int64_t columns) {
                const int64_t at = head * width + column;
-               for (int64_t i = 0; i < columns; ++i)
-                 asked[row][at + i] = sums[i] + value_shift[at + i];
+               float part[kPanel];
+               for (int64_t i = 0; i < columns; ++i) part[i] = sums[i] + value_shift[at + i];
+               Put(asked[row] + at, part, columns);
              });
     Multiply(member, {asked, in.rows, in.width, in.width, out_panels},
              Residual(in, out_shift, to));
@@ -483,14 +675,16 @@ ffi::Error ImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Floats s
 template <Activation kind>
 void Mlp(ffi::ThreadPool& pool, const Input& in, int64_t hidden, const float* up,
          const float* up_bias, const float* down, const float* down_bias, float* y) {
-  const Rows normed = ScratchRows<1>(in.rows, in.width);
-  const Rows inner = ScratchRows<2>(in.rows, hidden);
+  const Operands normed = ScratchOperands<1>(in.rows, in.width);
+  const Operands inner = ScratchOperands<2>(in.rows, hidden);
   Together(pool, Panels(in.width), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
     Multiply(member, {normed, in.rows, in.width, hidden, up},
              [&](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
+               float part[kPanel];
                for (int64_t i = 0; i < columns; ++i)
-                 inner[row][column + i] = Activate<kind>(sums[i] + up_bias[column + i]);
+                 part[i] = Activate<kind>(sums[i] + up_bias[column + i]);
+               Put(inner[row] + column, part, columns);
              });
     Multiply(member, {inner, in.rows, hidden, in.width, down}, Residual(in, down_bias, y));
   });
@@ -499,15 +693,15 @@ void Mlp(ffi::ThreadPool& pool, const Input& in, int64_t hidden, const float* up
 constexpr char kActivation[] = "activation";
 
 // x + the MLP of width up_bias.size.
-ffi::Error ResidualMlp(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats up,
-                       Floats up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y,
+ffi::Error ResidualMlp(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Numbers up,
+                       Floats up_bias, Numbers down, Floats down_bias, ffi::Result<Floats> y,
                        ffi::Attr<std::string_view, kActivation> activation) {
   const Input in(x, scale, shift);
   const int64_t hidden = up_bias.dimensions()[0];
   if (!Fits(up, in.width, hidden) || !Fits(down, hidden, in.width))
     return ffi::Error::InvalidArgument("mlp: shapes do not fit");
   const auto run = [&](auto kind) {
-    Mlp<kind()>(pool, in, hidden, up.typed_data(), up_bias.typed_data(), down.typed_data(),
+    Mlp<kind()>(pool, in, hidden, Words(Data(up)), up_bias.typed_data(), Words(Data(down)),
                 down_bias.typed_data(), y->typed_data());
     return ffi::Error::Success();
   };
@@ -521,15 +715,15 @@ ffi::Error ResidualMlp(ffi::ThreadPool pool, Floats x, Floats scale, Floats shif
 }
 
 // Logits [B, N, V] of states x before the last norm, and their log-sum-exp [B, N].
-ffi::Error Logits(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Floats panels,
+ffi::Error Logits(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Numbers panels,
                   Floats bias, ffi::Result<Floats> y, ffi::Result<Floats> log_sum_exp) {
   const Input in(x, scale, shift);
   const int64_t vocabulary = bias.dimensions()[0];
   if (!Fits(panels, in.width, vocabulary))
     return ffi::Error::InvalidArgument("logits: shapes do not fit");
-  const Rows normed = ScratchRows<1>(in.rows, in.width);
+  const Operands normed = ScratchOperands<1>(in.rows, in.width);
   const Rows out{y->typed_data(), vocabulary};
-  const float *weights = panels.typed_data(), *add = bias.typed_data();
+  const float *weights = Words(Data(panels)), *add = bias.typed_data();
   float* sums = log_sum_exp->typed_data();
   Together(pool, Panels(vocabulary), [=](Member& member) {
     Norm(member, in.x, in.rows, in.width, in.scale, in.shift, normed);
@@ -547,8 +741,8 @@ ffi::Error Logits(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Fl
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_self_attention, SelfAttention);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_image_attention, ImageAttention);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_cached_image_attention, CachedImageAttention);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_mlp, ResidualMlp);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_logits, Logits);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(self_attention), SelfAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(image_attention), ImageAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(cached_image_attention), CachedImageAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(mlp), ResidualMlp);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(logits), Logits);

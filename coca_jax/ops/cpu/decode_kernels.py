@@ -2,15 +2,21 @@
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
 step of decoding has. Numbers: docs/performance.md, "Captions beside open_clip".
+
+The kernels are compiled twice, for panels of float32 and of bfloat16. The latter, for processors
+that multiply pairs of those, round the other operand of each product too, and image tokens; sums
+and all between products are float32.
 """
 
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from coca_jax import compile_cache
 from coca_jax.ops.cpu import build
 
 PANEL = 32  # columns of a panel
@@ -27,10 +33,22 @@ def available() -> bool:
     )
 
 
-def panels(kernel: jax.Array) -> jax.Array:
-    """[D, F] as the kernels read it, float32 [ceil(F / 32), D, 32], padded with zeros."""
+def available_in_bfloat16() -> bool:
+    """The same of those for bfloat16; False without a word on a processor that lacks it."""
+    if "avx512_bf16" not in compile_cache.processor().split():
+        return False
+    names = tuple(f"bfloat16_{name}" for name in KERNELS)
+    without = "Captions of bfloat16 models on this CPU are computed in float32, which takes longer"
+    return build.register(SOURCE, names, without, "COCA_JAX_BFLOAT16")
+
+
+def panels(kernel: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """[D, F] as the kernels read it, padded with zeros: float32 [ceil(F / 32), D, 32], or bfloat16
+    [ceil(F / 32), D / 2, 32, 2] of an even D."""
     depth, width = kernel.shape
-    kernel = jnp.pad(kernel.astype(jnp.float32), ((0, 0), (0, -width % PANEL)))
+    kernel = jnp.pad(kernel.astype(dtype), ((0, 0), (0, -width % PANEL)))
+    if kernel.dtype == jnp.bfloat16:
+        return kernel.reshape(depth // 2, 2, -1, PANEL).transpose(2, 0, 3, 1)
     return kernel.reshape(depth, -1, PANEL).transpose(1, 0, 2)
 
 
@@ -55,7 +73,9 @@ def self_attention(
     at least one true in each row; what it hides is not read.
     """
     shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, key, value)]
-    call = jax.ffi.ffi_call("coca_jax_self_attention", shapes, input_output_aliases={9: 1, 10: 2})
+    call = jax.ffi.ffi_call(
+        _target("self_attention", qkv), shapes, input_output_aliases={9: 1, 10: 2}
+    )
     slot = jnp.asarray(slot, jnp.int32)
     y, key, value = call(x, *_norm(norm), *_dense(qkv), *_dense(out), mask, slot, key, value)
     return y, key, value
@@ -64,7 +84,8 @@ def self_attention(
 def image_attention(
     x: jax.Array, norm: dict, query: dict, out: dict, shared: dict, tokens: jax.Array
 ) -> jax.Array:
-    """Attention to image tokens [B, Q, D'] that all layers share, D' = D padded to whole panels.
+    """Attention to image tokens [B, Q, D'] that all layers share, D' = D padded to whole panels; of
+    the panels' dtype.
 
     q (x Wk)^T = (q Wk^T) x^T, and the weights times (x Wv) are (the weights times x) Wv. That is
     more arithmetic for a row, but all layers read the same tokens, which stay in cache, where keys
@@ -74,7 +95,7 @@ def image_attention(
     and bias=[D], the values'.
     """
     weights = (shared["query"], shared["value"], shared["bias"])
-    call = jax.ffi.ffi_call("coca_jax_image_attention", _like(x))
+    call = jax.ffi.ffi_call(_target("image_attention", query), _like(x))
     return call(x, *_norm(norm), *_dense(query), *_dense(out), *weights, tokens)
 
 
@@ -82,13 +103,13 @@ def cached_image_attention(
     x: jax.Array, norm: dict, query: dict, out: dict, key: jax.Array, value: jax.Array
 ) -> jax.Array:
     """Attention to keys and values of images, float32 [B, H, Q, K]."""
-    call = jax.ffi.ffi_call("coca_jax_cached_image_attention", _like(x))
+    call = jax.ffi.ffi_call(_target("cached_image_attention", query), _like(x))
     return call(x, *_norm(norm), *_dense(query), *_dense(out), key, value)
 
 
 def mlp(x: jax.Array, norm: dict, weights: dict, activation: str) -> jax.Array:
     """The MLP with weights["in"] and weights["out"]; activation: of ACTIVATIONS."""
-    call = jax.ffi.ffi_call("coca_jax_mlp", _like(x))
+    call = jax.ffi.ffi_call(_target("mlp", weights["in"]), _like(x))
     parts = (*_dense(weights["in"]), *_dense(weights["out"]))
     return call(x, *_norm(norm), *parts, activation=activation)
 
@@ -97,10 +118,16 @@ def log_probs(x: jax.Array, norm: dict, head: dict) -> jax.Array:
     """The log-softmax of the head of the normed x, nothing added: float32 [B, N, F]."""
     shapes = ((*x.shape[:2], head["bias"].shape[0]), x.shape[:2])
     call = jax.ffi.ffi_call(
-        "coca_jax_logits", [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        _target("logits", head), [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     )
     logits, log_sum_exp = call(x, *_norm(norm), *_dense(head))
     return logits - log_sum_exp[..., None]
+
+
+def _target(name: str, layer: dict) -> str:
+    """The kernel of that name for the panels of a layer."""
+    halves = layer["panels"].dtype == jnp.bfloat16
+    return f"coca_jax_bfloat16_{name}" if halves else f"coca_jax_{name}"
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

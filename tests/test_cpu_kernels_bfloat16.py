@@ -1,0 +1,186 @@
+"""The kernels of decoding in bfloat16 against those in float32, which have their own tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import needs_bfloat16, params_of, tiny_config
+
+from coca_jax import compile_cache
+from coca_jax.models import coca, decoding
+from coca_jax.ops.cpu import build
+from coca_jax.ops.cpu import decode_kernels as cpu_kernels
+
+HALVES = jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    assert cpu_kernels.available() and cpu_kernels.available_in_bfloat16()
+    return cpu_kernels
+
+
+class Numbers:
+    """Random numbers, and layers of them that lose nothing in bfloat16."""
+
+    def __init__(self, *seed):
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, *shape, scale=1.0):
+        return (scale * self.rng.normal(size=shape)).astype(np.float32)
+
+    def norm(self, width):
+        return dict(scale=1 + self(width, scale=0.1), bias=self(width, scale=0.1))
+
+    def dense(self, depth, width):
+        kernel = self(depth, width, scale=depth**-0.5).astype(HALVES)
+        return dict(kernel=kernel, bias=self(width, scale=0.1))
+
+
+def packed(layer, dtype):
+    return dict(panels=cpu_kernels.panels(layer["kernel"], dtype), bias=layer["bias"])
+
+
+def assert_near(run, x=0.0, most=0.01):
+    """What run(bfloat16) gives is what run(float32) gives: at most 1% of what is added to x apart,
+    root mean square; a rounding is 0.2%."""
+    found, want = (np.asarray(run(dtype)) for dtype in (HALVES, jnp.float32))
+    assert found.shape == want.shape and found.dtype == np.float32
+    apart = np.sqrt(np.square(found - want).mean() / np.square(want - x).mean())
+    assert 0 < apart < most
+
+
+def test_panels_are_pairs_of_rows():
+    kernel = np.arange(4 * 33, dtype=np.float32).reshape(4, 33)
+    found = np.asarray(cpu_kernels.panels(kernel, HALVES)).astype(np.float32)
+    assert found.shape == (2, 2, 32, 2)
+    np.testing.assert_array_equal(found[0, 1, 5], kernel[2:, 5])
+    np.testing.assert_array_equal(found[1, 0, 0], kernel[:2, 32])
+    assert not found[1, :, 1:].any()
+
+
+SHAPES = [(1, 1, 16, 1), (2, 3, 48, 3), (16, 1, 80, 5), (3, 40, 64, 1), (9, 1, 544, 17)]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("batch, queries, width, heads", SHAPES)
+def test_parts_equal_those_in_float32(kernels, batch, queries, width, heads):
+    numbers = Numbers(width)
+    x, norm, head = numbers(batch, queries, width), numbers.norm(width), width // heads
+    for vocabulary in (17, 513):
+        last = numbers.dense(width, vocabulary)
+        assert_near(lambda dtype, last=last: kernels.log_probs(x, norm, packed(last, dtype)))
+    up, down = numbers.dense(width, 3 * width + 8), numbers.dense(3 * width + 8, width)
+
+    def mlp(dtype):
+        weights = {"in": packed(up, dtype), "out": packed(down, dtype)}
+        return kernels.mlp(x, norm, weights, "gelu_exact")
+
+    assert_near(mlp, x)
+    slots, slot = queries + 7, 4
+    qkv, out = numbers.dense(width, 3 * width), numbers.dense(width, width)
+    key, value = (numbers(batch, heads, slots, head) for _ in range(2))
+    mask = numbers.rng.random((batch, queries, slots)) < 0.5
+    mask[..., slot] = True
+
+    def attention(which):
+        return lambda dtype: kernels.self_attention(
+            x, norm, packed(qkv, dtype), packed(out, dtype), mask, slot, key, value
+        )[which]
+
+    assert_near(attention(0), x)
+    assert_near(attention(1))
+    assert_near(attention(2))
+    query = numbers.dense(width, width)
+    assert_near(
+        lambda dtype: kernels.cached_image_attention(
+            x, norm, packed(query, dtype), packed(out, dtype), key, value
+        ),
+        x,
+    )
+
+
+def shared_attention(kernels, numbers, x, heads, tokens):
+    """image_attention of random layers over tokens [B, Q, D], by dtype."""
+    width, pad = x.shape[-1], -x.shape[-1] % 32
+    head = width // heads
+    norm, query, out = numbers.norm(width), *(numbers.dense(width, width) for _ in range(2))
+    key, value = (numbers(width, heads, head, scale=width**-0.5) for _ in range(2))
+    value = np.pad(value, ((0, pad), (0, 0), (0, 0)))
+    image = np.pad(tokens, ((0, 0), (0, 0), (0, pad)))
+    bias = numbers(width)
+
+    def run(dtype):
+        panels = jax.vmap(lambda kernel: kernels.panels(kernel, dtype))
+        shared = dict(
+            query=panels(key.transpose(1, 2, 0)), value=panels(value.transpose(1, 0, 2)), bias=bias
+        )
+        layers = (packed(query, dtype), packed(out, dtype))
+        return kernels.image_attention(x, norm, *layers, shared, image.astype(dtype))
+
+    return run
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("count", [1, 16, 50, 255])
+@pytest.mark.parametrize("batch, queries, width, heads", SHAPES[:4])
+def test_image_attention_equals_that_in_float32(kernels, batch, queries, width, heads, count):
+    numbers = Numbers(width, count)
+    x, tokens = numbers(batch, queries, width), numbers(batch, count, width)
+    assert_near(shared_attention(kernels, numbers, x, heads, tokens), x, 0.015)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("count", [8, 15])
+def test_an_image_is_read_alone_and_nan_stays(kernels, count):
+    """An odd token is paired with zeros, not with the next image."""
+    numbers = Numbers(count)
+    x, tokens = numbers(2, 1, 64), numbers(2, count, 64)
+    run = shared_attention(kernels, numbers, x, 2, tokens)
+    tokens = tokens.copy()
+    tokens[1] = np.nan
+    found = np.asarray(shared_attention(kernels, Numbers(count), x, 2, tokens)(HALVES))
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+    x[0, 0, 3] = np.nan
+    assert np.isnan(np.asarray(run(HALVES))[0]).all()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("cross", ["paper", "open_clip"])
+def test_a_model_chooses_the_tokens_of_float32(kernels, cross):
+    """Wherever its two most probable ones are apart by more than rounding."""
+    config = tiny_config().model
+    config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130, cross=cross)
+    config.pooler.num_heads = 2
+    params = params_of(coca.build(config))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    params = jax.tree.unflatten(tree, leaves)
+    numbers, spec = Numbers(0), decoding.decoder(config, num_ids=130, eos_id=1)
+    image_tokens = numbers(3, config.pooler.num_queries, 96)
+    tokens, slots = numbers.rng.integers(130, size=(3, 8)), np.arange(8)
+    mask = np.broadcast_to(slots <= slots[:, None], (3, 8, 8))
+
+    def log_probs(layout):
+        weights = decoding.pack(spec, params, layout)
+        caches = decoding.empty_caches(spec, weights, 3, 8)
+        image = decoding.image_caches(spec, weights, image_tokens)
+        assert image.dtype == (HALVES if "bfloat16" in layout else jnp.float32)
+        places = np.broadcast_to(slots, (3, 8))
+        states = decoding.run_tokens(spec, weights, tokens, places, mask, 0, caches, image)[0]
+        return np.asarray(decoding.log_probs_of(weights, states))
+
+    found, want = log_probs("bfloat16_panels"), log_probs("panels")
+    apart = np.sqrt(np.square(found - want).mean())
+    assert 0 < apart < 0.03 * want.std()
+    best = np.sort(want, -1)[..., -2:]
+    sure = best[..., 1] - best[..., 0] > 6 * apart
+    assert sure.mean() > 0.5
+    np.testing.assert_array_equal(found.argmax(-1)[sure], want.argmax(-1)[sure])
+
+
+def test_another_processor_gets_none_without_a_word(monkeypatch):
+    monkeypatch.setattr(compile_cache, "processor", lambda: "flags : avx2 avx512f")
+    monkeypatch.setattr(build, "register", None)
+    assert cpu_kernels.available_in_bfloat16() is False
