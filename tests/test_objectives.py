@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from coca_jax.config import Loss, typed
+from coca_jax.configs import base
+from coca_jax.models import roles
 from coca_jax.training import objectives
 
 ROWS, LENGTH, WIDTH, VOCAB = 8, 6, 4, 11
@@ -154,3 +157,14 @@ def test_a_tangent_has_the_gradient_of_its_loss(kind):
 
     for name, found in jax.jit(jax.grad(parts))(outputs).items():
         np.testing.assert_allclose(found, slopes[name], rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+def test_losses_and_parts_of_the_model_speak_of_the_same():
+    """A word that one of them alone has would train nothing, or leave a layer as it was drawn."""
+    weights = {name: 1.0 for name in vars(Loss()) if name.endswith("_weight")}
+    change = {"loss": weights | dict(teacher_width=4), "optimizer.ema": 0.9}
+    config = typed(base.get_config()).change(change)
+    question = config.change({"head.kind": "answer", "loss.hidden_weight": 0.0})
+    losses = [objective.of(question, objectives.REFERENCE) for objective in objectives.OBJECTIVES]
+    words = frozenset().union(*(loss.serves for loss in losses))
+    assert words == {part.serves for part in roles.PARTS.values()}

@@ -15,9 +15,7 @@ from coca_jax.training.step import make_train_step, size_at, teacher_of
 
 
 def build(config):
-    sigmoid, bag = config.loss.contrastive == "sigmoid", config.loss.bag_weight > 0
-    hidden = config.loss.hidden_share if config.loss.hidden_weight else 0.0
-    return coca.build(config.model, sigmoid=sigmoid, bag_of_tokens=bag, hidden_share=hidden)
+    return coca.build(config.model, loss=config.loss)
 
 
 def fresh(config):

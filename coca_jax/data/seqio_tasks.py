@@ -27,7 +27,7 @@ except ImportError as missing:
 
 from coca_jax.config import Config
 from coca_jax.data import batches as direct
-from coca_jax.data.batches import Batches, Made, Stream
+from coca_jax.data.batches import Batches, Field, Made, Stream
 from coca_jax.data.examples import Examples
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.records import Record
@@ -39,6 +39,7 @@ tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
 MIXTURE = "coca_jax.train"
 _SPEC = seqio.FeatureConverter.FeatureSpec
 
+_OF_TEXT = ("tokens", "text_valid", "text_id", "prompt_len")  # fields of Examples.tokens
 _BLOCK = 64  # examples that a preprocessor takes at a time
 
 
@@ -134,12 +135,17 @@ class RecordSource(seqio.DataSource):
         mixture: the training data.
         examples: of the source.
         start_step: the first step.
+        fields: of a batch (batches.fields).
     """
 
     supports_arbitrary_sharding = True  # a shard is the rows of one process
 
-    def __init__(self, mixture: Mixture, examples: Examples, start_step: int):
+    def __init__(
+        self, mixture: Mixture, examples: Examples, start_step: int, fields: Mapping[str, Field]
+    ):
         self._mixture, self._examples, self._start_step = mixture, examples, start_step
+        made = (*_OF_TEXT, examples.pixels.field)  # by what follows
+        self._marks = {name: field for name, field in fields.items() if name not in made}
         # No number of examples: seqio would keep a small set in memory, and this one never ends.
         super().__init__(splits=("train",))
 
@@ -155,16 +161,16 @@ class RecordSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: Any,
     ) -> tf.data.Dataset:
-        """Examples of {image, second, text, same, position, is_label, class_id, source, index}.
+        """Examples of {image, second, text, same, position}, and the fields of Examples.marks.
 
         They are in the shuffled order of the run already: `shuffle` and `seed` change nothing.
         """
         shard = shard_info or seqio.ShardInfo(0, 1)
         rows = self._mixture.rows(shard.index, shard.num_shards)
         examples, number = self._examples, self._examples.number
-        names = dict(image=tf.string, second=tf.string, text=tf.string, same=tf.string,
-                     position=tf.int64, is_label=tf.bool, class_id=tf.int32, source=tf.int32,
-                     index=tf.int64)  # fmt: skip
+        raw = dict(image="string", second="string", text="string", same="string", position="int64")
+        names = {name: (tf.as_dtype(dtype), ()) for name, dtype in raw.items()}
+        names |= {name: (tf.as_dtype(f.dtype), f.shape) for name, f in self._marks.items()}
 
         def read(step: np.ndarray) -> list[np.ndarray]:
             part = examples.at(rows.positions(number, int(step)))
@@ -179,8 +185,9 @@ class RecordSource(seqio.DataSource):
             return [found[name] for name in names]
 
         def block(step: tf.Tensor) -> dict[str, tf.Tensor]:
-            values = tf.numpy_function(read, [step], list(names.values()))
-            return {name: tf.ensure_shape(v, (None,)) for name, v in zip(names, values)}
+            values = tf.numpy_function(read, [step], [dtype for dtype, _ in names.values()])
+            shapes = [(None, *shape) for _, shape in names.values()]
+            return {n: tf.ensure_shape(v, s) for n, v, s in zip(names, values, shapes)}
 
         steps = tf.data.Dataset.range(self._start_step, np.iinfo(np.int64).max)
         if not rows.here[number]:
@@ -190,14 +197,13 @@ class RecordSource(seqio.DataSource):
 
 def tokenize(examples: Examples, config: Config) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     """seqio preprocessor: `text` to tokens, text_valid, text_id and prompt_len."""
-    names = ("tokens", "text_valid", "text_id", "prompt_len")
-    statement = direct.fields(config)
-    outputs = {name: (tf.as_dtype(statement[name].dtype), statement[name].shape) for name in names}
+    made = [(name, direct.fields(config)[name]) for name in _OF_TEXT]
+    outputs = {name: (tf.as_dtype(field.dtype), field.shape) for name, field in made}
 
     def encode(block: dict[str, np.ndarray]) -> list[np.ndarray]:
         texts, same = ([t.decode() for t in block[name].tolist()] for name in ("text", "same"))
         found = examples.tokens(texts, same)
-        return [found[name] for name in names]
+        return [found[name] for name in _OF_TEXT]
 
     def apply(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return _in_blocks(dataset, _BLOCK, encode, outputs)
@@ -229,7 +235,7 @@ def register(
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
             name,
-            source=RecordSource(batches.mixture, examples, start_step),
+            source=RecordSource(batches.mixture, examples, start_step, direct.fields(config)),
             preprocessors=[tokenize(examples, config)],
             output_features=features,
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax import image_shape
 from coca_jax import ops as operations
-from coca_jax.config import Head, Model, checks
+from coca_jax.config import Head, Loss, Model, checks
 from coca_jax.models import heads, layers, native, native_layout, pooler_kinds
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
 from coca_jax.models.outputs import Outputs
@@ -299,8 +299,7 @@ def build(
     *,
     remat: str = "none",
     sigmoid: bool = False,
-    bag_of_tokens: bool = False,
-    hidden_share: float = 0.0,
+    loss: Loss | None = None,
     platform: str | None = None,
     head: Head | None = None,
     num_classes: int = 0,
@@ -309,14 +308,13 @@ def build(
 
     remat: of all towers, see block.Stack; 'auto': what is best on the platform.
     sigmoid: whether it has the learned bias of the sigmoid loss.
-    bag_of_tokens: whether it has the layer from images to the tokens of their texts.
-    hidden_share: of the patches that are hidden in a second pass and predicted; 0: no such pass.
+    loss: `config.loss`, of a model that trains: it has the layers and passes that these losses add.
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
     decides how operations run (see `coca_jax.ops`), not what they compute.
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
     Raises ValueError for sizes that cannot be (see `checks.check_model`).
     """
-    model = checks.check_captioner(model)
+    model, loss = checks.check_captioner(model), loss or Loss()
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.implementation)
     if model.dtype == "float64" and not (
@@ -346,9 +344,9 @@ def build(
         image_projection=model.pooler.project,
         embed_dim=model.embed_dim,
         temperature=model.temperature,
-        sigmoid=sigmoid,
-        bag_of_tokens=bag_of_tokens,
-        hidden_share=hidden_share,
+        sigmoid=sigmoid or loss.contrastive == "sigmoid",
+        bag_of_tokens=loss.bag_weight > 0,
+        hidden_share=loss.hidden_share if loss.hidden_weight else 0.0,
         token_dropout=model.pooler.token_dropout,
         task_head=heads.build(head, model, num_classes, ops) if head and head.kind else None,
         options=options(),

@@ -26,7 +26,7 @@ class Objective(abc.ABC):
         fields: the fields of the batch that it reads.
         couples: whether its value compares rows with each other, so that it needs all of a batch.
         weight: of its value in the loss that is minimised.
-        serves: what it trains, of models.part.SERVES: the parts of the model on which it depends.
+        serves: what it trains: `serves` of the parts of the model on which it depends.
     """
 
     name: ClassVar[str]

@@ -41,9 +41,7 @@ def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> CoCa
     return coca.build(
         config.model,
         remat=config.remat,
-        sigmoid=config.loss.contrastive == "sigmoid",
-        bag_of_tokens=config.loss.bag_weight > 0,
-        hidden_share=config.loss.hidden_share if config.loss.hidden_weight else 0.0,
+        loss=config.loss,
         platform=mesh.devices.flat[0].platform if mesh else None,
         head=config.head,
         num_classes=num_classes,
