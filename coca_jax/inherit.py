@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    from coca_jax.config import Section
 
 
 def leave(config: ConfigDict, *keys: str) -> None:
@@ -52,7 +55,7 @@ def _left(group: ConfigDict, prefix: str) -> Iterator[str]:
             yield prefix + name
 
 
-def _place(config: Any, key: str) -> tuple[Any, str]:
+def _place(config: ConfigDict | Section, key: str) -> tuple[Any, str]:
     """(the section that a key is in, its last name)."""
     *groups, last = key.split(".")
     return functools.reduce(getattr, groups, config), last

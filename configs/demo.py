@@ -5,6 +5,8 @@ combinations of colour and shape never occur in training; the evaluation asks fo
 Backgrounds and light vary, and some scenes stand before what training never shows.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from coca_jax.configs import base
@@ -38,6 +40,14 @@ def get_config() -> ConfigDict:
         max_len=34,
     )
     config.model.pooler.update(num_queries=16, num_heads=4)
+    _train(config)
+    config.eval.tasks = _tasks()
+    config.checkpoint.every_steps = 200
+    return config
+
+
+def _train(config: ConfigDict) -> None:
+    """What is learned, from what."""
     # Equal label texts are the rule in a batch, so they are positives. At the paper's weights the
     # contrastive gradient in the encoder is eight times the captioning one here; with 30 captions
     # end as good as those of captioning alone, and retrieval is no worse.
@@ -55,13 +65,17 @@ def get_config() -> ConfigDict:
         dict(builtin="scenes", split="train", kind="label", weight=1.0, scenery="varied"),
     )
     config.data.prompts = "varied"
+
+
+def _tasks() -> tuple[dict[str, Any], ...]:
+    """Scores of scenes whose combinations, or backgrounds, training never shows."""
     seen = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     one = dict(builtin="scenes", split="heldout", kind="caption", objects=(1,))
     many = dict(builtin="scenes", split="heldout", kind="caption", objects=(2, 3, 4))
     label = dict(builtin="scenes", split="heldout", kind="label")
     every = dict(builtin="scenes", split="heldout", kind="caption")
     unseen = dict(builtin="scenes", split="test", scenery="unseen")
-    config.eval.tasks = (
+    return (
         dict(kind="zeroshot", name="scenes_heldout", data=label, limit=1000),
         dict(kind="retrieval", name="scenes_heldout", data=every, limit=500),
         dict(kind="captioning", name="scenes_test", data=seen, limit=500),
@@ -75,5 +89,3 @@ def get_config() -> ConfigDict:
             limit=500,
         ),
     )
-    config.checkpoint.every_steps = 200
-    return config

@@ -140,16 +140,52 @@ def test_no_module_imports_itself_in_a_circle():
         visit(name, ())
 
 
-def test_no_file_is_over_400_lines_and_no_function_over_60():
-    long = [f"{n}: {len(p.read_text().splitlines())} lines" for n, p in SOURCES.items()]
-    assert not [text for text in long if int(text.split()[-2]) > 400]
-    for name, tree in TREES.items():
+# What belongs to the program and is no part of the package, but for configs, which is: recipes,
+# measurements, how machines are started.
+BESIDE = {
+    str(path.relative_to(ROOT)): path
+    for folder, kind in (("configs", "*.py"), ("benchmarks", "*.py"), ("launch", "*.sh"))
+    for path in sorted((ROOT / folder).rglob(kind))
+}
+PROGRAM = TREES | {
+    name: ast.parse(path.read_text()) for name, path in BESIDE.items() if path.suffix == ".py"
+}
+
+
+def test_no_file_is_over_400_lines():
+    assert {"configs/demo.py", "benchmarks/figures.py", "launch/test.sh"} <= set(BESIDE)
+    for name, path in (SOURCES | BESIDE).items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{name}: {lines} lines"
+
+
+def functions(tree: ast.AST):
+    found = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return (node for node in ast.walk(tree) if isinstance(node, found))
+
+
+def test_no_function_is_over_60_lines():
+    for name, tree in PROGRAM.items():
         if name.startswith("ops."):  # kernels may be longer
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                lines = (node.end_lineno or 0) - node.lineno + 1
-                assert lines <= 60, f"{name}.{node.name} has {lines} lines"
+        for node in functions(tree):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= 60, f"{name}.{node.name} has {lines} lines"
+
+
+def test_a_configuration_has_a_type():
+    """Config, a section of it, or ConfigDict at the edge: never Any. What a run's files hold is a
+    mapping of JSON, and so is what other programs wrote (`cfg`)."""
+    for name, tree in PROGRAM.items():
+        for node in functions(tree):
+            given = node.args
+            for one in (*given.posonlyargs, *given.args, *given.kwonlyargs):
+                if re.search(r"(^|_)config$", one.arg):
+                    kind = "" if one.annotation is None else ast.unparse(one.annotation)
+                    kind = kind.removesuffix(" | None")
+                    assert kind not in ("", "Any", "object", "dict"), (
+                        f"{name}.{node.name}: {one.arg}"
+                    )
 
 
 def test_no_file_is_a_drawer_for_everything():

@@ -21,6 +21,7 @@ from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
 
+REGION = 8  # what a draw is for, as those of texts.py
 NO_CLASS = -1
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, text_valid, prompt_len
 
@@ -348,7 +349,7 @@ class Region(Kind):
     ) -> tuple[list[str], list[str]]:
         """A region in one of its forms; equal texts are equal."""
         chosen = []
-        for record, (which, form) in zip(records, draw.uniform(texts.REGION, 2)):
+        for record, (which, form) in zip(records, draw.uniform(REGION, 2)):
             found = _regions(record)
             text = regions.forms(found[int(which * len(found))])[int(2 * form)] if found else ""
             chosen.append(text)

@@ -169,7 +169,9 @@ class RecordSource(seqio.DataSource):
         rows = self._mixture.rows(shard.index, shard.num_shards)
         examples, number = self._examples, self._examples.number
         raw = dict(image="string", second="string", text="string", same="string", position="int64")
-        names = {name: (tf.as_dtype(dtype), ()) for name, dtype in raw.items()}
+        names: dict[str, tuple[Any, tuple[int, ...]]] = {
+            name: (tf.as_dtype(dtype), ()) for name, dtype in raw.items()
+        }
         names |= {name: (tf.as_dtype(f.dtype), f.shape) for name, f in self._marks.items()}
 
         def read(step: np.ndarray) -> list[np.ndarray]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from coca_jax.data import order
 
-# What a draw is for: keeps the choices made for one example independent of one another.
-CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES, FIXED, REGION = range(1, 9)
+# What a draw is for: keeps the choices made for one example independent of one another. Kinds of
+# sources that choose otherwise count on from here (kinds.py).
+CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES, FIXED = range(1, 8)
 # Between a question and its answer in one text: the head sees what is before it.
 ANSWER = "\x1f"
 SCORE_SCALE = 0.05  # cosine by which a text has to be better to be drawn e times as often
