@@ -110,7 +110,7 @@ setuptools.setup(
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "serve": SERVE,
-        "ray": ["ray>=2.40"],  # recaption --engine=ray
+        "ray": ["ray>=2.40"],  # --engine=ray
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         "onnx": ["jax2onnx>=0.17", "onnx>=1.18", "onnxruntime>=1.22"],  # takes an older Orbax
         "video": ["av>=18.1"],

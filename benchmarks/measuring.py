@@ -231,6 +231,32 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
     return lambda given: {f"towers/{row}": json.loads(given.python(script, name).splitlines()[-1])}
 
 
+def in_place(given: Given) -> Rows:
+    """100,000 pairs in tars: importing them, batches, and the same from a bucket."""
+    script = str(ROOT / "benchmarks/in_place.py")
+    told = json.loads(given.python(script, str(given.runs / "in_place")).splitlines()[-1])
+    if not all((*told["same"].values(), told["s3"]["same"])):
+        raise RuntimeError(f"batches differ: {told['same']}, from S3 {told['s3']['same']}")
+    columns = ("mb", "pairs")
+    found: Rows = {
+        f"in_place/{row}": {column: told["rates"][name][column] for column in columns}
+        for row, name in IMPORTS.items()
+    }
+    batches = told["batches"]
+    found |= {f"in_place_batches/{row}": dict(value=batches[row]) for row in ("copy", "in_place")}
+    found["in_place_batches/share"] = dict(share=batches["quotient"])
+    return found | {"in_place_s3": {name: told["s3"][name] for name in ("first", "again", "disk")}}
+
+
+IMPORTS = dict(
+    tar="read",
+    index_noverify="index_noverify",
+    copy_noverify="copy_noverify",
+    index="index",
+    copy="copy",
+)
+
+
 def compiled(row: str, values: Callable[[dict[str, Any]], Values], flags: str) -> Measurement:
     """A row by `coca-jax compile` with these flags."""
 

@@ -88,17 +88,17 @@ def texts(pictures: np.ndarray) -> np.ndarray:
 
 def graph(args: argparse.Namespace) -> dict[str, Any]:
     """Builds an index by the package's own code, and asks it, a query at a time."""
-    from coca_jax.searching import index, nearest
+    from coca_jax.searching import embedding, index, nearest, pictures
     from coca_jax.searching.parts import Parts
 
     drawn = dict(clustered=Clustered, uniform=Uniform)[args.kind]()
     parts, count = Parts(args.out), args.vectors
     if not parts.about:
         x = drawn.draw(count, 1)
-        about = dict(version=index.VERSION, model="0" * 64, checkpoint="none", width=WIDTH)
+        about = dict(version=embedding.VERSION, model="0" * 64, checkpoint="none", width=WIDTH)
         parts.begin(about)
-        for start in range(0, count, index.PART):
-            rows = x[start : start + index.PART].astype(np.float32)
+        for start in range(0, count, pictures.PART):
+            rows = x[start : start + pictures.PART].astype(np.float32)
             names = [(f"photos/{start + i:07d}.jpg", "") for i in range(len(rows))]
             parts.write("drawn", rows, names, {}, start + len(rows) == count)
     wall, spent = time.perf_counter(), time.process_time()

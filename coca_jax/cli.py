@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, quiet, recipes
+from coca_jax import compile_cache, engines, quiet, recipes
 from coca_jax.training import stopping
 
 COMMANDS = {
@@ -174,7 +174,8 @@ def help_text(name: str, module: Any) -> str:
 def _own_flags(module: Any) -> list[flags.Flag]:
     """The flags that the command defines, or takes over from others in `SHARES_FLAGS_OF`; none of
     the libraries'."""
-    names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ()), recipes.__name__]
+    names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ())]
+    names += [engines.__name__, recipes.__name__]
     return [flag for name in names for flag in flags.FLAGS.get_flags_for_module(name)]
 
 

@@ -5,8 +5,10 @@ the files tell.
 --holdout keeps a share of the images apart as a split 'test'. The result is ArrayRecord shards
 with a manifest, which tensorflow-datasets reads as well, or with --in_place an index, by which the
 images are read where they lie. Run the same command again after a kill:
-finished shards stay, and the result is the same to the byte. What cannot be used is listed, with
-the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered is checked.
+finished shards stay, and the result is the same to the byte. With --shard=i/n each of n jobs
+writes a share of the shards, and the same command without --shard joins them. What cannot be used
+is listed, with the reason, in DIR/SPLIT-quarantine.jsonl; read = written + quarantined + filtered
+is checked.
 
 Examples:
   coca-jax prepare --input=photos/ --out=data/mine --holdout=0.1
@@ -27,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from coca_jax import cli, recipes
+from coca_jax import cli, engines, recipes
 from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
@@ -132,6 +134,7 @@ def define_flags() -> None:
     flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
     flags.DEFINE_string("class_names", "", "Text file with the names of numbered classes.")
     flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.")
+    engines.define_flags()
     flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.")
     flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
     flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
@@ -226,19 +229,34 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         processes=flags.FLAGS.processes,
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
+        engine=engines.of_flags(),
     )
     cli.say(f"reading {flags.FLAGS.input}")
     where = (format, flags.FLAGS.input, flags.FLAGS.out)
     if not flags.FLAGS.holdout:
         result = prepare(*where, **keywords)
+        if "waiting" in result:
+            return _told(result)
         print(f"{result['written']} of {result['read']} examples -> {result['out']}")
         return result
     result, held = prepare_with_holdout(*where, flags.FLAGS.holdout, **keywords)
+    if "waiting" in result:
+        return _told(result)
     print(
         f"{result['written']} of {result['read']} examples -> {result['out']} "
         f"[{result['split']}], {held['written']} -> [{held['split']}]"
     )
     return result | {"held_out": held}
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    """Says what a job of several leaves to do."""
+    left, count = result["waiting"], result["shards"]
+    what = (
+        f"{left} of {count} shards are not there yet" if left else f"all {count} shards are there"
+    )
+    cli.say(f"{what}; the same command without --shard joins them")
+    return result
 
 
 if __name__ == "__main__":

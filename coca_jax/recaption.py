@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, storage
+from coca_jax import cli, engines, storage
 from coca_jax.data import formats
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
@@ -54,11 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 0, "Images captioned at a time; 0: 4 x batch_size.", lower_bound=0)
     flags.DEFINE_integer("part", 512, "Images between two savings.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
-    flags.DEFINE_string("shard", "", "i/n: do each n-th shard from the i-th, from 0.")
-    flags.DEFINE_enum("engine", "local", ["local", "ray"], "ray: on the cluster of RAY_ADDRESS.")
-    flags.DEFINE_integer(
-        "workers", 0, "ray: processes; 0: one a GPU, else one a node.", lower_bound=0
-    )
+    engines.define_flags()
     flags.DEFINE_string("text_field", "", "Field of the original texts.")
     flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
     flags.DEFINE_multi_string(
@@ -107,20 +103,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"unexpected argument {argv[1]!r}; give --input={argv[1]}")
     start, request = time.time(), _request()
     cli.say(f"reading {request.input}")
-    from coca_jax.recaptioning import engines, whole
+    from coca_jax.recaptioning import running, whole
 
-    whole.mine([], flags.FLAGS.shard)  # a wrong --shard is told before anything is written
+    engine = engines.of_flags()  # a wrong --shard is told before anything is written
     storage.check_writable(request.out)
     jobs = whole.plan(request)
-    own = whole.mine(jobs, flags.FLAGS.shard)
-    told = whole.finished(request) or engines.run(
-        request,
-        jobs,
-        own,
-        engine=flags.FLAGS.engine,
-        workers=flags.FLAGS.workers,
-        say=cli.say,
-        progress=sys.stderr.isatty(),
+    told = whole.finished(request) or running.run(
+        request, jobs, engine, say=cli.say, progress=sys.stderr.isatty()
     )
     seconds = round(time.time() - start, 2)
     if "waiting" in told:

@@ -18,6 +18,7 @@ Examples:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, storage
+from coca_jax import cli, engines, storage
 from coca_jax.data import formats
 
 
@@ -38,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("index", "", "query, duplicates, clusters: a folder of `index`.")
     flags.DEFINE_integer("batch_size", 64, "index: pictures at a time.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    engines.define_flags()
     flags.DEFINE_integer("k", 10, "query: pictures to find.", lower_bound=1)
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
     flags.DEFINE_float("threshold", 0.95, "duplicates: least cosine similarity of a pair.")
@@ -64,18 +66,22 @@ def _need(**given: Any) -> None:
             raise ValueError(f"--{name} is missing; `coca-jax search --help` shows examples")
 
 
-def _load(checkpoint: str) -> Any:
-    cli.say(f"loading {checkpoint}")
+def _loader(checkpoint: str) -> Callable[[], Any]:
     import coca_jax
 
     how = dict(dtype=flags.FLAGS.dtype, batch_size=flags.FLAGS.batch_size)
-    return coca_jax.load(checkpoint, num_frames=0, **how)
+    return functools.partial(coca_jax.load, checkpoint, num_frames=0, **how)
+
+
+def _load(checkpoint: str) -> Any:
+    cli.say(f"loading {checkpoint}")
+    return _loader(checkpoint)()
 
 
 def _index(inputs: list[str]) -> dict[str, Any]:
     from coca_jax.searching.parts import Parts
 
-    args = flags.FLAGS
+    args, engine = flags.FLAGS, engines.of_flags()
     _need(checkpoint=args.checkpoint, out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
@@ -84,26 +90,29 @@ def _index(inputs: list[str]) -> dict[str, Any]:
         if not input.lower().endswith(formats.MEDIA):
             cli.say(f"{input}: read as {formats.guess(input)}")
     storage.check_writable(args.out)
-    model = _load(args.checkpoint)
-    from coca_jax.searching import index
+    apart = engine.name != "local" or engine.share
+    model = None if apart else _load(args.checkpoint)
+    from coca_jax.searching import index, staged
 
-    result: dict[str, Any] = dict(out=args.out, new=0, skipped=0)
-    for input in inputs:
-        done = index.add(
-            model,
-            input,
-            parts,
-            checkpoint=args.checkpoint,
-            batch_size=args.batch_size,
-            say=cli.say,
-            progress=sys.stderr.isatty(),
-        )
-        result |= dict(pictures=done["pictures"])
-        for name in ("new", "skipped"):
-            result[name] += done[name]
-    if result["new"] and result["pictures"] >= index.nearest.EXACT_BELOW:
-        cli.say(f"building the graph of {result['pictures']} pictures")
+    groups = index.groups(inputs, parts)
+    how = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
+    how |= dict(progress=sys.stderr.isatty())
+    if apart:
+        waiting = staged.stage(_loader(args.checkpoint), groups, parts, engine, **how)
+        if engine.share:
+            return _apart(args.out, len(groups), waiting)
+    done = index.add(model, groups, parts, say=cli.say, **how)
+    if done["new"] and done["pictures"] >= index.nearest.EXACT_BELOW:
+        cli.say(f"building the graph of {done['pictures']} pictures")
+    result = dict(out=args.out) | {key: done[key] for key in ("new", "skipped", "pictures")}
     return result | dict(search=index.finish(parts, progress=sys.stderr.isatty()))
+
+
+def _apart(out: str, shards: int, waiting: int) -> dict[str, Any]:
+    """What a job of several did."""
+    left = f"{waiting} of {shards} shards are not there yet" if waiting else "all shards are there"
+    cli.say(f"{left}; the same command without --shard joins them")
+    return dict(out=out, shards=shards, waiting=waiting)
 
 
 def _open() -> Any:

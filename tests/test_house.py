@@ -56,6 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
         *(
+            "engines",
             "extras",
             "image_shape",
             "lean_saves",

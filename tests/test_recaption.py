@@ -20,11 +20,12 @@ from coca_jax.config import Entry, typed
 from coca_jax.data import batches, kinds, sources
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw, choose_scored
+from coca_jax.engines import Engine
 from coca_jax.evaluators import caption_metrics, collapse
 from coca_jax.importers.items import Item, Options
 from coca_jax.inference import export_folder
 from coca_jax.inference.generation.settings import Settings
-from coca_jax.recaptioning import choose, engines, flags, shard, whole, writers
+from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request, way
 from coca_jax.training import objectives
@@ -58,7 +59,7 @@ def loaded_once(checkpoint):
         return first[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "Captioner", loaded)
+        patch.setattr(running, "Captioner", loaded)
         yield loaded(asked(checkpoint, checkpoint, "", format="parquet")).models[0]
 
 
@@ -87,9 +88,8 @@ def asked(checkpoint, input, out, **how) -> Request:
 
 
 def do(request: Request, share: str = "") -> dict:
-    jobs = whole.plan(request)
-    own = whole.mine(jobs, share)
-    return engines.run(request, jobs, own, say=lambda text: None, progress=False)
+    engine = Engine(share=share)
+    return running.run(request, whole.plan(request), engine, say=lambda text: None, progress=False)
 
 
 def tree(root) -> dict[str, bytes]:
@@ -178,7 +178,7 @@ def test_shards_done_apart_are_those_done_at_once(checkpoint, tars, calm, tmp_pa
     assert do(request, "0/2")["count"] == 20
     assert tree(tmp_path / "out") == tree(calm[0])
     with pytest.raises(ValueError, match=r"--shard=2/2: give i/n"):
-        whole.mine([], "2/2")
+        Engine(share="2/2")
     with pytest.raises(ValueError, match="was begun with ways="):
         whole.plan(asked(checkpoint, tars, tmp_path / "out", embeddings=True, ways=("greedy",)))
     with pytest.raises(ValueError, match="holds something else"):
@@ -273,7 +273,7 @@ def test_the_alarm_names_what_is_wrong_and_its_threshold():
 
 
 def test_the_alarm_looks_at_image_tokens_that_are_there(loaded_once, checkpoint):
-    captioner = engines.Captioner(asked(checkpoint, "", ""))
+    captioner = running.Captioner(asked(checkpoint, "", ""))
     pixels = np.random.default_rng(5).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     pictures = [Picture(i, str(i), ["a red circle"], (one,)) for i, one in enumerate(pixels)]
     found, told = captioner.part(pictures, look=True)  # in batches of 2

@@ -42,7 +42,8 @@ def tree(root) -> dict[str, bytes]:
 
 def embed(model, input, out, **how):  # noqa: F811
     how = dict(checkpoint="here", batch_size=4, part=4, say=lambda text: None) | how
-    return index.add(model, str(input), parts.Parts(str(out)), **how)
+    there = parts.Parts(str(out))
+    return index.add(model, index.groups([str(input)], there, how["part"]), there, **how)
 
 
 def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa: F811

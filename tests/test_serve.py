@@ -63,7 +63,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def searched(model, folder):
     how = dict(checkpoint="here", batch_size=4, say=lambda text: None)
-    index.add(model, str(folder / "pictures"), parts.Parts(str(folder / "index")), **how)
+    new = parts.Parts(str(folder / "index"))
+    index.add(model, index.groups([str(folder / "pictures")], new), new, **how)
     return index.Index(str(folder / "index"))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import importlib
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -164,7 +166,7 @@ class _Part:
         self._data = f"{job.part}.array_record"
         remote = files.is_remote(self._data)
         name = f"shard-{int(job.options.held_out)}"
-        self._local = os.path.join(folder, name) if remote else f"{self._data}.tmp"
+        self._local = os.path.join(folder, name) if remote else _begun(self._data)
         options = "group_size:1,uncompressed"
         self._writer = array_record_module.ArrayRecordWriter(self._local, options)
         self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0)
@@ -211,6 +213,14 @@ class _Part:
         return account
 
 
+def _begun(data: str) -> str:
+    """A new name for a local shard that is not whole; what a killed process left is removed. A
+    process that is only taken for dead may write on, but not into the file of the one after it."""
+    for path in glob.glob(f"{glob.escape(data)}.*.tmp"):
+        os.remove(path)
+    return f"{data}.{uuid.uuid4().hex[:8]}.tmp"
+
+
 def _put(local: str, data: str) -> None:
     """Gives a finished file its place, whole or not at all."""
     if not files.is_remote(data):
@@ -223,9 +233,9 @@ def _put(local: str, data: str) -> None:
 
 def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, str]]:
     """(number in the shard, key, content, look) of each item that can be used; kept on disk."""
-    path = f"{job.part}.hashes.json"
-    if files.exists(path):
-        return [tuple(entry) for entry in json.loads(files.read(path))]
+    known = scanned(job)
+    if known is not None:
+        return known
     found = []
     for number, item in enumerate(read_items(job)):
         report(1)
@@ -235,8 +245,16 @@ def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, s
                 found.append((number, item.key, *dedup.fingerprint(item.image)))
         except Exception:  # `write` says what is wrong with it
             continue
-    storage.write_bytes(path, json.dumps(found).encode())
+    storage.write_bytes(f"{job.part}.hashes.json", json.dumps(found).encode())
     return found
+
+
+def scanned(job: Job) -> list[tuple[int, str, str, str]] | None:
+    """What `scan` has found, or None."""
+    path = f"{job.part}.hashes.json"
+    if not files.exists(path):
+        return None
+    return [tuple(entry) for entry in json.loads(files.read(path))]
 
 
 def sha256(path: str) -> str:

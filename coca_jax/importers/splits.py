@@ -6,22 +6,19 @@ and the result is the same to the byte.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
-
-import tqdm
 
 from coca_jax import storage
 from coca_jax.data import files, unreachable
-from coca_jax.importers import dedup, in_place, metadata, remarks, shards
+from coca_jax.engines import Engine
+from coca_jax.importers import in_place, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit, printable
+from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
 
@@ -88,6 +85,7 @@ def prepare(
     shard_count: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    engine: Engine | None = None,
     beside: tuple[str, Options] | None = None,
 ) -> dict[str, Any]:
     """Imports one split; see the module's text.
@@ -95,12 +93,15 @@ def prepare(
     Args:
         split: the name that it gets.
         read_split: the one that is read, where the input tells several; '': `split`.
+        engine: who does the shards; None: `processes` of this machine, 0: one per core.
         beside: another split of the same examples, and its options: its shards are written as well,
             in the same pass, for a call for that split to take.
 
     Returns:
         split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
-        images with texts and with labels, bytes, out.
+        images with texts and with labels, bytes, out. Of an engine with a share: split, out,
+        shards, and waiting, the number of those that are not there; a call without a share then
+        joins them.
 
     Raises:
         FileNotFoundError: no input.
@@ -111,6 +112,8 @@ def prepare(
     module = shards.importer(format)
     if files.filesystem(str(input)) == files.filesystem(str(out)):
         raise ValueError(f"--out={out} is --input; give a folder of its own")
+    if engine and engine.share and overwrite:  # a job that starts late would begin once more
+        raise ValueError("--overwrite and --shard exclude each other; give another --out")
     if not str(out).isascii() and printable(str(out)) != str(out):
         raise ValueError(f"--out={printable(str(out))}: the name of the folder is not UTF-8")
     manifest = metadata.read_manifest(out)
@@ -127,13 +130,15 @@ def prepare(
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
-    processes = processes or len(os.sched_getaffinity(0))
-    if options.dedup != "none" or options.exclude:
-        jobs = _deduplicate(jobs, options, processes, progress)
-    elif beside and (overwrite or beside[0] not in manifest["splits"]):
-        jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
-    accounts = _run(jobs, processes, progress)
-    return _finish(out, split, work, jobs, accounts, request, classes)
+    if options.dedup == "none" and not options.exclude:
+        if beside and (overwrite or beside[0] not in manifest["splits"]):
+            work_beside = files.join(out, f".unfinished-{beside[0]}")
+            jobs = _with_twins(jobs, str(input), work_beside, beside[1])
+    found = written(jobs, options, Hands(engine or Engine(), processes, progress))
+    if engine and engine.share:
+        waiting = sum(account is None for account in found)
+        return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
+    return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
 
 
 def _request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -212,78 +217,6 @@ def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
     shard_count = max(1, min(shard_count, len(units)))
     edges = [len(units) * i // shard_count for i in range(shard_count + 1)]
     return [list(units[a:b]) for a, b in zip(edges, edges[1:])]
-
-
-def _deduplicate(
-    jobs: list[shards.Job], options: Options, processes: int, progress: bool
-) -> list[shards.Job]:
-    """Reads everything once for its fingerprints, and tells each job what to leave out."""
-    scanned = _parallel(shards.scan, jobs, processes, progress, "fingerprints")
-    found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
-    exclude = []
-    for path in options.exclude:
-        for data in dedup.evaluation_images(path):
-            try:
-                exclude.append(dedup.fingerprint(data))
-            except ValueError:
-                continue  # what cannot be decoded cannot be evaluated on
-    drop = dedup.decide(found, options.dedup, options.distance, exclude)
-    return [
-        dataclasses.replace(
-            job, drop={number: why for (shard, number), why in drop.items() if shard == job.number}
-        )
-        for job in jobs
-    ]
-
-
-def _run(jobs: list[shards.Job], processes: int, progress: bool) -> list[dict[str, Any]]:
-    """Writes the shards that an earlier run has not finished."""
-    accounts = {job.number: shards.finished(job) for job in jobs}
-    todo = [job for job in jobs if not accounts[job.number]]
-    if not todo:
-        return [account for account in accounts.values() if account]
-    for job, account in zip(todo, _parallel(shards.write, todo, processes, progress, "prepare")):
-        accounts[job.number] = account
-    return [account for job in jobs if (account := accounts[job.number])]
-
-
-_queue: Any = None  # in a worker: where it reports what it has read
-
-
-def _start_worker(queue: Any) -> None:
-    global _queue
-    _queue = queue
-
-
-def _work(function: Callable, job: shards.Job) -> Any:
-    return function(job, _queue.put)
-
-
-def _parallel(
-    function: Callable, jobs: list[shards.Job], processes: int, progress: bool, what: str
-) -> list[Any]:
-    """function(job, report) for each job, in parallel, showing how far it is."""
-    known = all(unit.rows for job in jobs for unit in job.units)
-    total = sum(unit.rows for job in jobs for unit in job.units) if known else None
-    with tqdm.tqdm(
-        total=total, desc=what, unit=" examples", file=sys.stderr, disable=not progress
-    ) as bar:
-        # In-memory files exist in this process only.
-        here = any("memory://" in path for j in jobs for path in (j.work, j.units[0].path))
-        if min(processes, len(jobs)) <= 1 or here:
-            return [function(job, bar.update) for job in jobs]
-        context = multiprocessing.get_context("spawn")
-        queue = context.SimpleQueue()
-        with concurrent.futures.ProcessPoolExecutor(
-            min(processes, len(jobs)), context, _start_worker, (queue,)
-        ) as pool:
-            futures = [pool.submit(_work, function, job) for job in jobs]
-            waiting = set(futures)
-            while waiting:
-                _, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-                while not queue.empty():
-                    bar.update(queue.get())
-            return [future.result() for future in futures]
 
 
 def _finish(

@@ -71,20 +71,6 @@ def begin(request: Request, checksums: Sequence[str]) -> None:
         )
 
 
-def mine(jobs: Sequence[Job], text: str) -> list[Job]:
-    """The shards of --shard=i/n: every n-th from the i-th, which counts from 0.
-
-    Raises:
-        ValueError: not two such numbers.
-    """
-    if not text:
-        return list(jobs)
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise ValueError(f"--shard={text}: give i/n, i from 0 to n - 1, such as 0/8")
-    return list(jobs[int(i) :: int(n)])
-
-
 def name(request: Request, jobs: Sequence[Job], job: Job) -> str:
     """The file of a shard."""
     suffix = SUFFIXES[request.to]

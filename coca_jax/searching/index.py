@@ -2,66 +2,74 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tqdm
 
 from coca_jax import storage
-from coca_jax.inference import read_ahead
-from coca_jax.searching import nearest, pictures
-from coca_jax.searching.parts import Done, Parts
-from coca_jax.searching.pictures import Group, Picture
+from coca_jax.data import files
+from coca_jax.importers.items import printable
+from coca_jax.searching import embedding, nearest, pictures, staged
+from coca_jax.searching.parts import STAGED, Parts
+from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
     from coca_jax.inference.model import CoCaModel
 
-PART = 1024  # pictures a part: what a stop loses at most
-VERSION = 1  # of the folder's layout
+
+def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
+    """The pictures at `inputs` that `parts` does not hold.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing to read.
+    """
+    known = set(parts.names()) | parts.skipped.keys()
+    found: dict[Any, Group] = {}
+    for input in inputs:
+        for group in pictures.groups(input, known, part):
+            known.update(printable(name) for name, _ in group.files)
+            found.setdefault(group.key or group.files, group)
+    return list(found.values())
 
 
 def add(
-    model: CoCaModel,
-    input: str,
+    model: CoCaModel | None,
+    groups: Sequence[Group],
     parts: Parts,
     *,
     checkpoint: str,
     batch_size: int,
-    part: int = PART,
+    part: int = pictures.PART,
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Embeds the pictures at `input` that `parts` does not hold, and writes them as new parts.
+    """Writes new parts: what others have staged, then what `model` embeds.
 
-    The folder is the same to the byte whether or not runs before this one were ended in between.
+    The folder is the same to the byte whether or not runs before this one were ended in between,
+    and whoever embedded.
+
+    Args:
+        model: None where all groups are staged.
 
     Returns:
         new, already_there, skipped: numbers of pictures; pictures: in the index.
 
     Raises:
-        FileNotFoundError, ValueError: nothing to read, or an index of another model.
+        ValueError: an index of another model.
     """
-    width = model.config.model.embed_dim
-    about = dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint, width=width)
-    known = set(parts.names()) | parts.skipped.keys()
-    groups = pictures.groups(input, known)
-    parts.begin(about)
+    if model:
+        parts.begin(embedding.about(model, checkpoint))
     before, skipped_before = len(parts.names()), len(parts.skipped)
     total = sum(group.count for group in groups)
     with tqdm.tqdm(total=total or None, unit="picture", disable=not progress) as bar:
         for group in groups:
-            done = parts.done.get(group.key, Done()) if group.key else Done()
-            bar.update(done.pictures)
-            if done.whole:
-                continue
-            left = itertools.islice(group.read(), done.pictures, None)
-            for chunk, last in _chunks(left, part):
-                if not chunk and not group.key:
-                    continue  # no new files; an empty archive is written down, as done
-                _add_part(model, group, chunk, last, parts, batch_size, say)
-                bar.update(len(chunk))
+            if staged.take(parts, group, say):
+                bar.update(group.count)
+            elif model:
+                embedding.add(model, group, parts, batch_size, part, say, bar.update)
+            staged.remove(parts.folder, group)
     new = len(parts.names()) - before
     return dict(
         new=new,
@@ -71,47 +79,13 @@ def add(
     )
 
 
-def _add_part(
-    model: CoCaModel,
-    group: Group,
-    chunk: list[Picture],
-    last: bool,
-    parts: Parts,
-    batch_size: int,
-    say: Callable[[str], None],
-) -> None:
-    rows, found, skipped = [], [np.zeros((0, parts.about["width"]), np.float32)], {}
-
-    def read(picture: Picture) -> np.ndarray:
-        if picture.problem:
-            raise ValueError(picture.problem)
-        return model.preprocess(picture.image)
-
-    for batch in read_ahead.batches(chunk, read, batch_size):
-        good = [(picture, x) for picture, x in batch if isinstance(x, np.ndarray)]
-        for picture, why in batch:
-            if not isinstance(why, np.ndarray):
-                skipped[picture.name] = " ".join(str(why).split())
-                say(f"skipped {picture.name}: {skipped[picture.name]}")
-        if good:
-            found.append(model.encode_image(np.stack([x for _, x in good])))
-            rows += [(picture.name, picture.caption) for picture, _ in good]
-    parts.write(group.key, np.concatenate(found), rows, skipped, last)
-
-
-def _chunks(items: Iterator[Picture], size: int) -> Iterator[tuple[list[Picture], bool]]:
-    """Lists of `size`, and whether each is the last; one empty list where there is nothing."""
-    chunk = list(itertools.islice(items, size))
-    while True:
-        following = list(itertools.islice(items, 1))
-        yield chunk, not following
-        if not following:
-            return
-        chunk = following + list(itertools.islice(items, size - 1))
-
-
 def finish(parts: Parts, *, progress: bool = False) -> str:
-    """Builds the graph of a large index; returns 'exact' or 'graph', how it is searched."""
+    """Removes what was staged and not asked for in the end, and builds the graph of a large index.
+
+    Returns:
+        'exact' or 'graph', how it is searched.
+    """
+    storage.remove(files.join(parts.folder, STAGED))
     count = len(parts.names())
     if count < nearest.EXACT_BELOW:
         return "exact"

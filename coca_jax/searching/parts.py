@@ -3,6 +3,7 @@
     img_emb/img_emb_N.npy         float16 [n, E], L2-normalised
     metadata/metadata_N.parquet   image_path, caption: one row a row of the embeddings
     index.json                    the model, and what was indexed
+    staged/                       indexes of shards that are done and not yet joined; see staged.py
 
 A part is there when its parquet file is: that is written last, and says in its schema's metadata
 which pictures of which group the part holds, so that a run that was ended goes on where it was.
@@ -27,6 +28,7 @@ from coca_jax.data import bounded_json
 _KEY = b"coca_jax"
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
+STAGED = "staged"
 
 
 @dataclasses.dataclass
@@ -56,7 +58,7 @@ class Parts:
         if (place / "index.json").exists():
             self.about = sealed_json.read(place / "index.json")
             _check(self.about, f"{folder}/index.json")
-        elif place.exists() and any(place.iterdir()):
+        elif place.exists() and any(path.name != STAGED for path in place.iterdir()):
             raise ValueError(f"{folder} holds something that is no index; give a new folder")
         self.done: dict[str, Done] = {}
         self.skipped: dict[str, str] = {}
@@ -98,11 +100,7 @@ class Parts:
         Raises:
             ValueError: another model.
         """
-        if self.about and self.about["model"] != about["model"]:
-            raise ValueError(
-                f"--out={self.folder} was made by another model ({self.about['checkpoint']}); "
-                "embeddings of two models do not compare: give a new folder"
-            )
+        check_model(self.folder, self.about, about)
         if not self.about:
             self.about = about
             (storage.place(self.folder) / "metadata").mkdir(parents=True, exist_ok=True)
@@ -132,6 +130,17 @@ class Parts:
         storage.write_bytes(place / f"metadata/metadata_{number}.parquet", out.getvalue())
         self._take(table)
 
+    def take(self, other: Parts, start: int) -> None:
+        """Adds the parts of another index of the same model that begin at picture `start` or
+        after it."""
+        before = 0
+        for number, table in enumerate(other._tables):
+            said = json.loads(table.schema.metadata[_KEY])
+            if before >= start:
+                rows = list(zip(*(table[name].to_pylist() for name in COLUMNS)))
+                self.write(said["group"], other._part(number), rows, said["skipped"], said["last"])
+            before += len(table) + len(said["skipped"])
+
     def names(self) -> list[str]:
         """Of all pictures, in the order of the embeddings."""
         return self._column("image_path")
@@ -149,15 +158,24 @@ class Parts:
         Raises:
             ValueError: a part is missing or damaged.
         """
-        found = []
-        for number, table in enumerate(self._tables):
-            path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
-            try:
-                part = _array(path.read_bytes(), (len(table), self.about["width"]))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path} is damaged ({error}); index again") from None
-            found.append(part)
+        found = [self._part(number) for number in range(len(self._tables))]
         return np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
+
+    def _part(self, number: int) -> np.ndarray:
+        path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
+        try:
+            return _array(path.read_bytes(), (len(self._tables[number]), self.about["width"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); index again") from None
+
+
+def check_model(folder: str, there: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raises ValueError where the index of `folder`, {} for a new one, is another model's."""
+    if there and there["model"] != about["model"]:
+        raise ValueError(
+            f"--out={folder} was made by another model ({there['checkpoint']}); embeddings of two "
+            "models do not compare: give a new folder"
+        )
 
 
 def _check(about: dict[str, Any], place: str) -> None:

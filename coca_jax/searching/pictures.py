@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 from coca_jax.data import files, formats, image_files
 from coca_jax.importers import imagefolder, shards
 from coca_jax.importers.items import Item, Options, Unit, printable
+
+PART = 1024  # pictures a part of an index: what a stop loses at most
+_OPTIONS = Options(verify=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +27,34 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Pictures that are read one after the other. key: the same at the next start, '' for files,
-    which are told by their names. count: how many to expect, 0: not known."""
+    """Pictures that are read one after the other, by one process.
+
+    Attributes:
+        key: the same at the next start; '' for files, which are told by their names.
+        count: how many to expect; 0: not known.
+        files: (path, caption) of each file.
+        unit, format: of what is no folder of files, its part and how it is read.
+    """
 
     key: str
-    read: Callable[[], Iterator[Picture]]
     count: int = 0
+    files: tuple[tuple[str, str], ...] = ()
+    unit: Unit | None = None
+    format: str = ""
+
+    def read(self) -> Iterator[Picture]:
+        """The pictures, in order."""
+        if self.unit is None:
+            return (Picture(printable(name), name, caption) for name, caption in self.files)
+        path = self.unit.path
+        items = shards.importer(self.format).read(self.unit, _OPTIONS)
+        return (_picture(path, item) for item in items)
 
 
-def groups(path: str, known: Collection[str]) -> list[Group]:
+def groups(path: str, known: Collection[str], part: int = PART) -> list[Group]:
     """The pictures at a path (folder, tar, glob, parquet, list, prepared data, 'tfds:NAME').
 
-    known: names of files that are done: they are left out.
+    known: names of files that are done: they are left out. part: files a group.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no picture.
@@ -45,26 +64,19 @@ def groups(path: str, known: Collection[str]) -> list[Group]:
     else:
         format = formats.guess(path)
     if format in ("imagefolder", "sidecars"):
-        return [_files(path, known)]
+        captions = _captions(path)
+        names = [name for name in image_files.find([path]) if printable(name) not in known]
+        told = [(name, captions.get(name, "")) for name in names]
+        cut = (tuple(told[start : start + part]) for start in range(0, len(told), part))
+        return [Group("", len(some), some) for some in cut]
     input = path.removeprefix("tfds:") if format == "tfds" else path
-    module, options = shards.importer(format), Options(verify=False)
+    module = shards.importer(format)
     splits = module.splits(input) if format == "prepared" else [""]
-    units = [unit for split in splits for unit in module.plan(input, split, options)]
-
-    def group(unit: Unit) -> Group:
-        def read() -> Iterator[Picture]:
-            return (_picture(unit.path, item) for item in module.read(unit, options))
-
-        return Group(f"{unit.path}:{unit.start}-{unit.stop}", read, unit.rows)
-
-    return [group(unit) for unit in units]
-
-
-def _files(path: str, known: Collection[str]) -> Group:
-    captions = _captions(path)
-    names = [name for name in image_files.find([path]) if printable(name) not in known]
-    read = (Picture(printable(name), name, captions.get(name, "")) for name in names)
-    return Group("", lambda: read, len(names))
+    units = [unit for split in splits for unit in module.plan(input, split, _OPTIONS)]
+    return [
+        Group(f"{unit.path}:{unit.start}-{unit.stop}", unit.rows, unit=unit, format=format)
+        for unit in units
+    ]
 
 
 def _captions(path: str) -> dict[str, str]:

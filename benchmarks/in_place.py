@@ -1,0 +1,262 @@
+"""Training from tars where they lie, beside a copy, on tars that are drawn for it.
+
+    python benchmarks/in_place.py DIR                  # 100,000 pairs in 10 tars, about 3 GB
+    python benchmarks/in_place.py DIR --pairs=2000 --tars=2 --seconds=2
+
+makes DIR/tars (JPEGs of 256 pixels, each a few hundred times, with captions and img2dataset's JSON
+of their own), an index and a copy of them, and prints as JSON:
+
+- read, index, copy: bytes and pairs a processor second, tar by tar in turn, from the page cache
+- batches: input images a processor second in place and from the copy, in turn, and the quotient
+- same: whether batches of the index are those of the copy; after a resume; of 2 and 4 processes
+- s3: from moto's server on this machine (--s3_tars of them): whether batches are the same, and
+  records a processor second (without the server's) the first time, again, and from the disk
+
+A benchmark, no test; tests/test_in_place.py holds the same on small data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coca_jax import benchmark_input
+from coca_jax.config import typed
+from coca_jax.configs import base
+from coca_jax.data import run_vocabulary, sources
+from coca_jax.data.loaders import open_stream
+from coca_jax.importers.items import Options
+from coca_jax.importers.splits import prepare
+
+DRAWN = 250  # pictures; the others are the same again under another name and caption
+SIDE = 256
+BATCH, IMAGE = 64, 224
+STEPS = 4  # whose batches are compared
+ROWS = 2048  # that are read from a bucket
+
+
+def jpegs() -> list[bytes]:
+    """Pictures of soft shapes with grain, about 25 kB each."""
+    found = []
+    for seed in range(DRAWN):
+        rng = np.random.default_rng(seed)
+        small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        pixels = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(pixels + rng.normal(0, 9, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", quality=85)
+        found.append(out.getvalue())
+    return found
+
+
+def make(folder: pathlib.Path, pairs: int, count: int) -> list[pathlib.Path]:
+    """Writes the tars that are not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:05d}.tar" for number in range(count)]
+    pictures = [] if all(path.exists() for path in paths) else jpegs()
+    for number, path in enumerate(paths):
+        if path.exists():
+            continue
+        new = path.with_suffix(".new")
+        with tarfile.open(new, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for n in range(number * pairs // count, (number + 1) * pairs // count):
+                key, text = f"{n:09d}", f"picture {n % DRAWN} for the {n // DRAWN}th time"
+                told = dict(caption=text, url=f"https://example.com/{n}.jpg", key=key)
+                told |= dict(status="success", width=SIDE, height=SIDE, original_width=2 * SIDE)
+                members = dict(jpg=pictures[n % DRAWN], txt=text.encode())
+                members["json"] = json.dumps(told).encode()
+                for suffix, data in members.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        new.rename(path)
+    return paths
+
+
+def spent(work: Callable[[], Any]) -> float:
+    """Processor seconds of this process and of those that it waited for."""
+    before = os.times()
+    work()
+    after = os.times()
+    return sum(after[:4]) - sum(before[:4])
+
+
+def imported(tars: list[pathlib.Path], out: pathlib.Path, verify: bool, in_place: bool) -> None:
+    options = Options(in_place=in_place, verify=verify)
+    path = str(tars[0]) if len(tars) == 1 else str(tars[0].parent)
+    prepare("webdataset", path, str(out), options=options, processes=1, progress=False)
+
+
+def rates(tars: list[pathlib.Path], pairs: int) -> dict[str, dict[str, float]]:
+    """Megabytes and pairs a processor second of reading and importing, tar by tar in turn."""
+    for path in tars:
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+    seconds = dict(read=0.0, index_noverify=0.0, copy_noverify=0.0, index=0.0, copy=0.0)
+    with tempfile.TemporaryDirectory(dir=tars[0].parent.parent) as scratch:
+        for path in tars:
+            for name in seconds:
+                if name == "read":
+                    command = ["cat", str(path)]
+                    seconds[name] += spent(
+                        lambda c=command: subprocess.run(c, stdout=subprocess.DEVNULL, check=True)
+                    )
+                    continue
+                out = pathlib.Path(scratch) / name
+                how = dict(verify="noverify" not in name, in_place=name.startswith("index"))
+                seconds[name] += spent(lambda p=path, o=out, h=how: imported([p], o, **h))
+                shutil.rmtree(out)
+    size = sum(path.stat().st_size for path in tars) / 1e6
+    return {
+        name: dict(mb=size / took, pairs=pairs / took, seconds=took)
+        for name, took in seconds.items()
+    }
+
+
+def config_of(path: str) -> Any:
+    config = base.get_config()
+    config.batch_size, config.model.image_size = BATCH, IMAGE
+    config.model.text.vocab_size, config.model.text.max_len = 400, 32
+    config.data.sources = (dict(path=path),)
+    config.data.num_threads = 1
+    return typed(config)
+
+
+def take(batches: Iterator[Any], count: int) -> list[Any]:
+    return [next(batches) for _ in range(count)]
+
+
+def equal(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(
+        np.array_equal(one[key], other[key]) for one, other in zip(some, others) for key in one
+    )
+
+
+def same(index: str, copy: str) -> dict[str, bool]:
+    """Whether batches are the same in place, after a resume and for several processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = run_vocabulary.load_or_train(config_of(copy), folder)
+    whole = take(open_stream(config_of(copy), vocabulary), STEPS)
+    here = config_of(index)
+    found = dict(in_place=equal(whole, take(open_stream(here, vocabulary), STEPS)))
+    resumed = take(open_stream(here, vocabulary, start_step=2), STEPS - 2)
+    found["resumed"] = equal(whole[2:], resumed)
+    for count in (2, 4):
+        parts = [
+            take(open_stream(here, vocabulary, process_index=p, process_count=count), 2)
+            for p in range(count)
+        ]
+        joined = [
+            {key: np.concatenate([part[step][key] for part in parts]) for key in whole[step]}
+            for step in range(2)
+        ]
+        found[f"processes_{count}"] = equal(whole[:2], joined)
+    return found
+
+
+def batches(index: str, copy: str, seconds: float, repeats: int) -> dict[str, float]:
+    """Input images a processor second, the best of each in turn, and their quotient."""
+    found: dict[str, list[float]] = dict(in_place=[], copy=[])
+    for _ in range(repeats):
+        for name, path in (("copy", copy), ("in_place", index)):
+            told = benchmark_input.measure(config_of(path), seconds)
+            found[name].append(told["images_per_second_per_core"])
+    best = {name: max(values) for name, values in found.items()}
+    return best | dict(quotient=best["in_place"] / best["copy"])
+
+
+@contextlib.contextmanager
+def bucket(cache: pathlib.Path) -> Iterator[Any]:
+    """The file system of a server of moto's, in a process of its own, with a bucket 'bucket'."""
+    import fsspec
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.2)
+        os.environ |= dict(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", XDG_CACHE_HOME=str(cache))
+        os.environ |= dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
+        os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        yield system
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def from_s3(tars: list[pathlib.Path], folder: pathlib.Path) -> dict[str, Any]:
+    """The same tars in a bucket: batches, and records a processor second of this process."""
+    with bucket(folder / "cache") as system:
+        for path in tars:
+            system.put_file(str(path), f"bucket/tars/{path.name}")
+        options = dict(options=Options(in_place=True, verify=False), processes=1, progress=False)
+        url, disk = str(folder / "of_s3"), str(folder / "of_disk")
+        names = f"{{00000..{len(tars) - 1:05d}}}.tar"
+        found: dict[str, Any] = {}
+        for out, root in ((url, "s3://bucket/tars"), (disk, str(tars[0].parent))):
+            took = spent(lambda o=out, r=root: prepare("webdataset", f"{r}/{names}", o, **options))
+            found["index_s3_seconds" if out == url else "index_disk_seconds"] = took
+        with tempfile.TemporaryDirectory() as scratch:
+            vocabulary = run_vocabulary.load_or_train(config_of(disk), scratch)
+        there = take(open_stream(config_of(url), vocabulary), STEPS)
+        found["same"] = equal(there, take(open_stream(config_of(disk), vocabulary), STEPS))
+        rows = np.random.default_rng(0).permutation(len(sources.open_source(disk)))[:ROWS]
+        for name, path in (("first", url), ("again", url), ("disk", disk)):
+            source = sources.open_source(path)
+            found[name] = ROWS / spent(
+                lambda s=source: [s.read(rows[at : at + BATCH]) for at in range(0, ROWS, BATCH)]
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--pairs", type=int, default=100_000)
+    parser.add_argument("--tars", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--s3_tars", type=int, default=1)
+    parser.add_argument("--rated_tars", type=int, default=2, help="whose import is timed, in turn")
+    args = parser.parse_args()
+    tars = make(args.folder / "tars", args.pairs, args.tars)
+    index, copy = args.folder / "index", args.folder / "copy"
+    told: dict[str, Any] = dict(
+        pairs=args.pairs, gb=sum(path.stat().st_size for path in tars) / 1e9
+    )
+    rated = tars[: args.rated_tars]
+    told["rates"] = rates(rated, len(rated) * args.pairs // args.tars)
+    told["whole_index_seconds"] = spent(lambda: imported(tars, index, False, True))
+    imported(tars, copy, False, False)
+    told["same"] = same(str(index), str(copy))
+    told["batches"] = batches(str(index), str(copy), args.seconds, args.repeats)
+    if args.s3_tars:
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            told["s3"] = from_s3(tars[: args.s3_tars], pathlib.Path(scratch))
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Does the shards of an import: their fingerprints, then the shards, on whichever engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tqdm
+
+from coca_jax.engines import Engine
+from coca_jax.importers import dedup, shards
+from coca_jax.importers.items import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Hands:
+    """engine: who does the shards. processes: of engine 'local'; 0: one per core. progress: shows
+    how far they are."""
+
+    engine: Engine = Engine()
+    processes: int = 0
+    progress: bool = True
+
+    def do(self, function: Callable, jobs: list[shards.Job], what: str) -> list[Any]:
+        """function(job, report) for each job, in their order."""
+        known = all(unit.rows for job in jobs for unit in job.units)
+        total = sum(unit.rows for job in jobs for unit in job.units) if known else None
+        processes = self.processes or len(os.sched_getaffinity(0))
+        # In-memory files exist in this process only.
+        if any("memory://" in path for job in jobs for path in (job.work, job.units[0].path)):
+            processes = 1
+        with tqdm.tqdm(
+            total=total, desc=what, unit=" examples", file=sys.stderr, disable=not self.progress
+        ) as bar:
+            return self.engine.run(function, jobs, bar.update, processes=processes)
+
+
+def written(jobs: list[shards.Job], options: Options, hands: Hands) -> list[dict[str, Any] | None]:
+    """Writes the shards that no earlier run has finished, and returns what was written of each;
+    None of one that is another's to write, or waits for what others have still to read."""
+    if options.dedup != "none" or options.exclude:
+        hands.do(shards.scan, hands.engine.own(jobs), "fingerprints")
+        scanned = [shards.scanned(job) for job in jobs]
+        known = [entries for entries in scanned if entries is not None]
+        if len(known) < len(jobs):
+            return [None] * len(jobs)
+        jobs = _deduplicated(jobs, known, options)
+    found = {job.number: shards.finished(job) for job in jobs}
+    left = [job for job in hands.engine.own(jobs) if not found[job.number]]
+    found |= zip((job.number for job in left), hands.do(shards.write, left, "prepare"))
+    return list(found.values())
+
+
+def _deduplicated(
+    jobs: list[shards.Job], scanned: list[list[tuple[int, str, str, str]]], options: Options
+) -> list[shards.Job]:
+    """Tells each job what to leave out, by the fingerprints of all."""
+    found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
+    exclude = []
+    for path in options.exclude:
+        for data in dedup.evaluation_images(path):
+            try:
+                exclude.append(dedup.fingerprint(data))
+            except ValueError:
+                continue  # what cannot be decoded cannot be evaluated on
+    drop = dedup.decide(found, options.dedup, options.distance, exclude)
+    return [
+        dataclasses.replace(
+            job, drop={number: why for (shard, number), why in drop.items() if shard == job.number}
+        )
+        for job in jobs
+    ]

@@ -1,0 +1,128 @@
+"""Groups of pictures that workers have embedded apart, each into a small index of its own.
+
+OUT/staged/NAME/   an index of one group: its parts get their numbers when all are joined
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tqdm
+
+from coca_jax import storage
+from coca_jax.data import files
+from coca_jax.engines import Engine, Report
+from coca_jax.searching import embedding, pictures
+from coca_jax.searching.parts import STAGED, Done, Parts, check_model
+from coca_jax.searching.pictures import Group
+
+if TYPE_CHECKING:
+    from coca_jax.inference.model import CoCaModel
+
+
+def stage(
+    load: Callable[[], CoCaModel],
+    groups: Sequence[Group],
+    parts: Parts,
+    engine: Engine,
+    *,
+    checkpoint: str,
+    batch_size: int,
+    part: int = pictures.PART,
+    progress: bool = False,
+) -> int:
+    """Embeds the engine's share of the groups, each apart, where that is not done.
+
+    Args:
+        load: gives the model; pickled to the workers.
+        part: pictures a part.
+
+    Returns:
+        How many groups others have still to embed.
+
+    Raises:
+        ValueError: an index of another model.
+    """
+    left = [one for one in groups if not _joined(parts, one)]
+    own = [one for one in engine.own(left) if not _whole(parts.folder, one)]
+    work = Work(load, parts.folder, dict(parts.about), checkpoint, batch_size, part)
+    with tqdm.tqdm(
+        total=sum(one.count for one in own) or None, unit="picture", disable=not progress
+    ) as bar:
+        engine.run(work, own, bar.update, models=True)
+    return sum(not _whole(parts.folder, one) for one in left)
+
+
+class Work:
+    """Embeds a group into an index of its own; loads the model at the first one.
+
+    Args:
+        about: index.json of the index that is added to, {} for a new one: made by the same model.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], CoCaModel],
+        out: str,
+        about: dict[str, Any],
+        checkpoint: str,
+        batch_size: int,
+        part: int,
+    ):
+        self._load, self._out, self._about = load, out, about
+        self._checkpoint, self._batch_size, self._part = checkpoint, batch_size, part
+        self._model: CoCaModel | None = None
+
+    def __call__(self, group: Group, report: Report) -> None:
+        """Raises ValueError: another model than that of the index."""
+        if self._model is None:
+            self._model = self._load()
+        told = embedding.about(self._model, self._checkpoint)
+        check_model(self._out, self._about, told)
+        own = Parts(_place(self._out, group))
+        own.begin(told)
+        embedding.add(
+            self._model, group, own, self._batch_size, self._part, lambda text: None, report
+        )
+
+
+def take(parts: Parts, group: Group, say: Callable[[str], None]) -> bool:
+    """Adds what is staged of a group to the index; returns whether that is all of the group.
+
+    Raises:
+        ValueError: another model embedded it.
+    """
+    place = _place(parts.folder, group)
+    if not files.exists(files.join(place, "index.json")):
+        return False
+    staged = Parts(place)
+    parts.begin(staged.about)
+    start = parts.done.get(group.key, Done()).pictures if group.key else 0
+    for name in staged.skipped.keys() - parts.skipped.keys():
+        say(f"skipped {name}: {staged.skipped[name]}")
+    parts.take(staged, start)
+    return staged.done.get(group.key, Done()).whole
+
+
+def remove(folder: str, group: Group) -> None:
+    """Removes what was staged of a group."""
+    storage.remove(_place(folder, group))
+
+
+def _place(folder: str, group: Group) -> str:
+    told = group.key or "\n".join(name for name, _ in group.files)
+    digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
+    return files.join(folder, f"{STAGED}/{digest[:32]}")
+
+
+def _joined(parts: Parts, group: Group) -> bool:
+    return bool(group.key) and parts.done.get(group.key, Done()).whole
+
+
+def _whole(folder: str, group: Group) -> bool:
+    place = _place(folder, group)
+    if not files.exists(files.join(place, "index.json")):
+        return False
+    return Parts(place).done.get(group.key, Done()).whole
