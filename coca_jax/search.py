@@ -91,14 +91,16 @@ def _index(inputs: list[str]) -> dict[str, Any]:
             cli.say(f"{input}: read as {formats.guess(input)}")
     storage.check_writable(args.out)
     apart = engine.name != "local" or engine.share
-    model = None if apart else _load(args.checkpoint)
+    cli.say(f"loading {args.checkpoint}")
+    load = _loader(args.checkpoint)
+    model = None if apart else load()
     from coca_jax.searching import index, staged
 
     groups = index.groups(inputs, parts)
     how = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
     how |= dict(progress=sys.stderr.isatty())
     if apart:
-        waiting = staged.stage(_loader(args.checkpoint), groups, parts, engine, **how)
+        waiting = staged.stage(load, groups, parts, engine, **how)
         if engine.share:
             return _apart(args.out, len(groups), waiting)
     done = index.add(model, groups, parts, say=cli.say, **how)

@@ -69,6 +69,8 @@ def add(
                 bar.update(group.count)
             elif model:
                 embedding.add(model, group, parts, batch_size, part, say, bar.update)
+            elif not staged.joined(parts, group):
+                raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
             staged.remove(parts.folder, group)
     new = len(parts.names()) - before
     return dict(

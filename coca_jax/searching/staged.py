@@ -45,7 +45,7 @@ def stage(
     Raises:
         ValueError: an index of another model.
     """
-    left = [one for one in groups if not _joined(parts, one)]
+    left = [one for one in groups if not joined(parts, one)]
     own = [one for one in engine.own(left) if not _whole(parts.folder, one)]
     work = Work(load, parts.folder, dict(parts.about), checkpoint, batch_size, part)
     with tqdm.tqdm(
@@ -117,7 +117,8 @@ def _place(folder: str, group: Group) -> str:
     return files.join(folder, f"{STAGED}/{digest[:32]}")
 
 
-def _joined(parts: Parts, group: Group) -> bool:
+def joined(parts: Parts, group: Group) -> bool:
+    """Whether the index holds all of a group; of files it is only asked for those that are new."""
     return bool(group.key) and parts.done.get(group.key, Done()).whole
 
 
