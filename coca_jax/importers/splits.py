@@ -110,35 +110,36 @@ def prepare(
     """
     options = options or Options()
     module = shards.importer(format)
-    if files.filesystem(str(input)) == files.filesystem(str(out)):
-        raise ValueError(f"--out={out} is --input; give a folder of its own")
+    _check_place(str(input), str(out))
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
-    if not str(out).isascii() and printable(str(out)) != str(out):
-        raise ValueError(f"--out={printable(str(out))}: the name of the folder is not UTF-8")
     manifest = metadata.read_manifest(out)
     request = _request(format, str(input), options)
     if split in manifest["splits"] and not overwrite:
         if _whole(manifest["splits"][split].get("request")) == request:
             return _summary(out, split, manifest)
-        raise ValueError(
-            f"--out={out} already holds a split {split!r} made with other options; give "
-            "--overwrite, or another --out or --split"
-        )
+        why = f"--out={out} already holds a split {split!r} made with other options"
+        raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
-    if options.dedup == "none" and not options.exclude:
-        if beside and (overwrite or beside[0] not in manifest["splits"]):
-            work_beside = files.join(out, f".unfinished-{beside[0]}")
-            jobs = _with_twins(jobs, str(input), work_beside, beside[1])
+    if beside and (overwrite or beside[0] not in manifest["splits"]):
+        jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
     if engine and engine.share:
         waiting = sum(account is None for account in found)
         return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
+
+
+def _check_place(input: str, out: str) -> None:
+    """Raises ValueError for a folder that cannot be written to."""
+    if files.filesystem(input) == files.filesystem(out):
+        raise ValueError(f"--out={out} is --input; give a folder of its own")
+    if not out.isascii() and printable(out) != out:
+        raise ValueError(f"--out={printable(out)}: the name of the folder is not UTF-8")
 
 
 def _request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -150,7 +151,10 @@ def _request(format: str, input: str, options: Options) -> dict[str, Any]:
 def _with_twins(
     jobs: list[shards.Job], input: str, work: str, options: Options
 ) -> list[shards.Job]:
-    """The jobs, each with that of its units for another split, in `work`, where it is not done."""
+    """The jobs, each with that of its units for another split, in `work`, where it is not done and
+    what is left out does not depend on other shards."""
+    if options.dedup != "none" or options.exclude:
+        return jobs
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
     request = _request(jobs[0].format, input, options)
