@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ if importlib.metadata.version("jax") < "0.12":  # XLA ends the process at a flag
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import forks  # noqa: E402
 import fsspec  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -25,6 +27,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from coca_jax import compile_cache, partitioning  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
+from coca_jax.training import state  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(
@@ -76,6 +79,8 @@ def random_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
 LONGEST = (
     *("docs", "train_step", "processes", "decoding", "models", "questions", "train", "compile"),
     *("heads", "buckets", "ops", "fit", "finetuning", "install", "spikes", "benchmark", "memory"),
+    *("evaluators", "open_clip_parity", "native", "stopping", "towers", "tower_texts", "pe_core"),
+    *("openvision", "tower_commands", "videos", "without_pooler", "without_tensorflow"),
 )
 
 
@@ -87,13 +92,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _drawn(model: coca.CoCa, seed: int) -> dict:
-    init = jax.jit(lambda key: partitioning.unbox(coca.init(model, key)))
-    return init(jax.random.key(seed))
+    """`coca.init`, in boxes."""
+    return jax.jit(lambda key: coca.init(model, key))(jax.random.key(seed))
 
 
 def params_of(model: coca.CoCa, seed: int = 0) -> dict:
     """New parameters of a module, drawn once for all tests of a process that build the same."""
-    return jax.tree.map(lambda x: x, _drawn(model, seed))  # dictionaries of the caller's own
+    return jax.tree.map(lambda x: x, partitioning.unbox(_drawn(model, seed)))  # the caller's own
+
+
+def fresh_state(model: coca.CoCa, config: ConfigDict, mesh) -> state.TrainState:
+    """`init_state` without compiling its draw, which takes longer than a train step."""
+    drawn = _drawn(model, 0)  # not below: there it would be traced
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coca, "init", lambda *_: drawn)
+        return state.init_state(model, config, mesh)
 
 
 @pytest.fixture
@@ -126,6 +139,15 @@ def _set(settings):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks at them once
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """A `forks.Server` for whatever runs a command as a user does, on one device."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    env = os.environ | {"XLA_FLAGS": COMPILE_FAST, "PYTHONPATH": str(root)}
+    with forks.Server(env) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

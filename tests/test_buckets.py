@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket: an S3 server and a server that stands for GCS."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -209,11 +210,11 @@ def test_arrays_are_tried_before_any_work(folder):
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_bucket_that_is_not_there_ends_the_command(scheme, request, tmp_path):
+def test_a_bucket_that_is_not_there_ends_the_command(scheme, request, commands, tmp_path):
     request.getfixturevalue(scheme)
-    command = [sys.executable, "-m", "coca_jax.train", "--config=tiny"]
-    command.append(f"--workdir={scheme}://nowhere/run")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    where = {k: v for k, v in os.environ.items() if k not in commands.env}  # the fixture's
+    command = ["train", "--config=tiny", f"--workdir={scheme}://nowhere/run"]
+    done = commands.run(command, tmp_path, where, timeout=200)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {scheme}://nowhere/run: there is no bucket 'nowhere'")
     assert done.stderr.count("\n") == 1

@@ -6,8 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import threading
 
 import fsspec
@@ -101,15 +99,14 @@ def test_read_done_drops_a_line_cut_short(tmp_path):
         caption_files.read_done(str(path))
 
 
-def test_command_resumes_and_reports(model, folder, tmp_path):  # noqa: F811
+def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa: F811
     export_programs.export(model, str(tmp_path / "model"))
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "coca_jax.caption", f"--checkpoint={tmp_path}/model"]
-    command += ["--max_tokens=4", f"--out={out}"]
+    command = ["caption", f"--checkpoint={tmp_path}/model", "--max_tokens=4", f"--out={out}"]
 
     def run(*arguments):
         env = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
+        done = commands.run([*command, *arguments], tmp_path, env)
         lines = done.stdout.strip().splitlines()
         return done.returncode, lines, done.stderr
 

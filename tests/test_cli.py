@@ -1,6 +1,7 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
 import os
+import runpy
 import sys
 
 import forks
@@ -120,3 +121,12 @@ def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
         assert status == 2
         assert "error: --out=run is the folder of a run; give another one" in errors
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # imported by other tests
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_python_m_starts_the_same_command(name, monkeypatch):
+    begun = []
+    monkeypatch.setattr(cli, "command", begun.append)
+    runpy.run_module(f"coca_jax.{name}", run_name="__main__")
+    assert begun == [name]

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 import tracemalloc
 
 import jax
@@ -522,10 +520,9 @@ def test_arrays_that_fit_no_tree(names):
         export_format.unflatten({name: np.zeros(1) for name in names})
 
 
-def test_the_command(source, tmp_path):
+def test_the_command(source, commands, tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "coca_jax.convert", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        return commands.run(["convert", *arguments], tmp_path)
 
     done = run(f"--input={source}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,12 @@
 """A fit from a folder to a caption, its resuming, its recipe, and the mistakes people make."""
 
+import functools
 import io
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -15,7 +15,7 @@ import coca_jax
 from coca_jax import recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
-from coca_jax.fitting import look, recipe, run
+from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import splits
 from coca_jax.importers.items import Item
@@ -76,14 +76,20 @@ def done(folder, tmp_path_factory):
     """A fit that was stopped after three steps and went on: its workdir, summary and lines."""
     workdir, said = str(tmp_path_factory.mktemp("run") / "fit"), []
     request = Request(folder=str(folder), minutes=0.2)
+    one = jax.devices()[:1]  # as a user's machine has; programs for eight take longer to compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
-        with pytest.raises(stopping.Preempted, match="step 3 is saved"):
-            run.fit(request, workdir, change=few_steps, say=said.append)
-    first = pathlib.Path(workdir, "recipe.py").read_text()
-    said.append("again")
-    summary = run.fit(request, workdir, change=lambda config: 1 / 0, say=said.append)
-    assert pathlib.Path(workdir, "recipe.py").read_text() == first
+        patch.setattr(jax, "devices", lambda *_: one)
+        patch.setattr(jax, "local_devices", lambda *_: one)
+        quick = functools.partial(measure.measure, least_seconds=0.0)  # its four steps
+        patch.setattr(measure, "measure", quick)
+        with patch.context() as stopped:
+            stopped.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
+            with pytest.raises(stopping.Preempted, match="step 3 is saved"):
+                run.fit(request, workdir, change=few_steps, say=said.append)
+        first = pathlib.Path(workdir, "recipe.py").read_text()
+        said.append("again")
+        summary = run.fit(request, workdir, change=lambda config: 1 / 0, say=said.append)
+        assert pathlib.Path(workdir, "recipe.py").read_text() == first
     return workdir, summary, said
 
 
@@ -225,22 +231,16 @@ def test_looking_counts_what_is_there():
     assert not look.drawn([noise.getvalue()] * 3)
 
 
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "coca_jax.fit", *arguments], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr.strip().splitlines()
-
-
-def test_the_command_says_mistakes_in_a_line(tmp_path):
+def test_the_command_says_mistakes_in_a_line(commands, tmp_path):
     (tmp_path / "empty").mkdir()
     workdir = f"--workdir={tmp_path / 'run'}"
     for arguments, message in (
         ([str(tmp_path / "empty"), workdir], "the folder is empty; give images, tars, parquet"),
         ([str(tmp_path / "nowhere"), workdir], "nowhere: no such file or folder"),
     ):
-        code, _, lines = command(*arguments)
-        assert code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+        done = commands.run(["fit", *arguments], tmp_path)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and lines[-1].startswith("error: ") and message in lines[-1]
         assert lines[0].startswith("fitting ") and len(lines) <= 3
     assert not os.path.exists(tmp_path / "run" / "fit.json")
 
@@ -255,6 +255,6 @@ def test_the_command_says_mistakes_in_a_line(tmp_path):
         (["x", "--workdir=y", "--config.batch_sise=8"], "no key 'batch_sise'; did you mean"),
     ],
 )
-def test_flags_that_cannot_be(arguments, message):
-    code, _, lines = command(*arguments)
-    assert code == 2 and message in lines[-1], lines
+def test_flags_that_cannot_be(commands, arguments, message, tmp_path):
+    done = commands.run(["fit", *arguments], tmp_path)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr

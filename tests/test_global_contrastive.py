@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_config
+from conftest import fresh_state, random_batch, tiny_config
 from test_checkpointing import RUN, restore, state_of
 
 from coca_jax import checkpointing, partitioning
@@ -12,7 +12,6 @@ from coca_jax.config import checks, typed
 from coca_jax.models import coca
 from coca_jax.ops import contrastive
 from coca_jax.ops.global_contrastive import UNSEEN, Estimates, global_contrastive_loss
-from coca_jax.training.state import init_state
 from coca_jax.training.step import make_train_step
 
 COUNT, WIDTH = 12, 5
@@ -117,7 +116,7 @@ def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     config.loss.update(contrastive="global", global_examples=40, captioning_weight=0.0)
     config.accumulate_steps = 4
     model = coca.build(config.model)
-    state = init_state(model, config, one_device_mesh)
+    state = fresh_state(model, config, one_device_mesh)
     batch = random_batch(config) | dict(example=np.arange(2, 34, 2, dtype=np.int32))
     step = jax.jit(make_train_step(model, config, 5))
     after, metrics = step(state, partitioning.place_batch(one_device_mesh, batch))

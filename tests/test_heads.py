@@ -24,6 +24,8 @@ from coca_jax.training.state import init_state, state_shardings, trainable
 from coca_jax.training.step import make_train_step
 from coca_jax.training.stopping import Preempted
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 CLASSES = 5
 
 

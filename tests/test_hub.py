@@ -252,21 +252,20 @@ def test_a_file_damaged_on_its_way_is_told(model, server, tmp_path):  # noqa: F8
     assert not export_format.is_export(tmp_path)
 
 
-def test_commands_take_the_names(model, images, server, tmp_path):  # noqa: F811
+def test_commands_take_the_names(model, images, server, commands, tmp_path):  # noqa: F811
     from PIL import Image
 
     export_folder.write_hub(model, str(server.root / "org/birds"), "org/birds")
     shutil.copytree(server.root / "org/birds", tmp_path / "given")
     Image.fromarray(images[0]).save(tmp_path / "a.png")
-    env = os.environ | {
+    env = {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),
         "XDG_CACHE_HOME": str(tmp_path),
     }
 
     def run(command, *arguments):
-        line = [sys.executable, "-m", f"coca_jax.{command}", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, env=env)
+        return commands.run([command, *arguments], tmp_path, env)
 
     done = run("caption", "--checkpoint=hf-hub:org/birds", "--max_tokens=4", f"{tmp_path}/a.png")
     assert done.returncode == 0, done.stderr

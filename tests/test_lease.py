@@ -127,10 +127,10 @@ def test_in_a_bucket_too(s3, monkeypatch):
     assert not (storage.place(workdir) / lease.FILE).exists()
 
 
-def test_a_second_train_in_the_workdir_is_one_line_and_status_2(tmp_path):
+def test_a_second_train_in_the_workdir_is_one_line_and_status_2(commands, tmp_path):
     process = holder(tmp_path)
-    command = [sys.executable, "-m", "coca_jax", "train", "--config=tiny", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    command = ["train", "--config=tiny", f"--workdir={tmp_path}"]
+    done = commands.run(command, ROOT, timeout=120)
     process.kill()
     process.wait()
     assert done.returncode == 2

@@ -402,16 +402,11 @@ def test_errors_name_the_remedy(tmp_path):
         _prepare("zip", tmp_path, tmp_path / "o4")
 
 
-def test_commands(tmp_path):
+def test_commands(commands, tmp_path):
     _tar(tmp_path / "a.tar", 12)
 
     def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "coca_jax.prepare", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = commands.run(["prepare", *arguments], tmp_path)
         return done.returncode, done.stdout.strip().splitlines(), done.stderr
 
     code, lines, _ = run(

@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import fsspec
 import jax
@@ -19,12 +18,12 @@ from coca_jax.metrics import read_metrics
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def launch(workdir, processes, devices, *flags):
-    """Trains configs/tiny.py by launch/local.sh."""
+def launch(commands, workdir, processes, devices, *flags):
+    """Trains configs/tiny.py by launch/local.sh, whose Python is the server of forks."""
     command = ["bash", "launch/local.sh", str(processes), f"--devices={devices}", "--"]
     command += ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    env |= {"PYTHON": sys.executable, "XLA_FLAGS": COMPILE_FAST}
+    env |= {"PYTHON": str(commands.bin / "python"), "XLA_FLAGS": COMPILE_FAST}
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -39,9 +38,9 @@ def launch(workdir, processes, devices, *flags):
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
+def one_device(commands, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("one"))
-    return workdir, launch(workdir, 1, 1)
+    return workdir, launch(commands, workdir, 1, 1)
 
 
 def forget_the_end(workdir):
@@ -55,26 +54,26 @@ def assert_same(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got[1], want[1])
 
 
-def test_one_device_saves_and_four_of_two_processes_go_on(one_device, tmp_path):
+def test_one_device_saves_and_four_of_two_processes_go_on(one_device, commands, tmp_path):
     workdir = str(shutil.copytree(one_device[0], tmp_path / "copy"))
     forget_the_end(workdir)
-    assert_same(launch(workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
+    assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
 
 
-def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, tmp_path):
+def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, commands, tmp_path):
     workdir = str(tmp_path / "two")
-    split = launch(workdir, 2, 4, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    split = launch(commands, workdir, 2, 4, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     assert_same(split, one_device[1])
     forget_the_end(workdir)
-    assert_same(launch(workdir, 1, 1), one_device[1])
+    assert_same(launch(commands, workdir, 1, 1), one_device[1])
 
 
-def test_two_processes_go_on_in_a_bucket(one_device, s3):
+def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
     workdir = f"{s3}/processes"
     system = fsspec.filesystem("s3")
     system.put(f"{one_device[0]}/", "bucket/processes/", recursive=True)
     system.rm("bucket/processes/checkpoints/5", recursive=True)
-    assert_same(launch(workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
+    assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
     written = system.find("bucket/processes/checkpoints/5/params")
     assert {part for name in written for part in name.split("/") if part.startswith("ocdbt.")} == {
         *("ocdbt.process_0", "ocdbt.process_1")

@@ -5,7 +5,6 @@ import itertools
 import json
 import pathlib
 import subprocess
-import sys
 import tarfile
 
 import jax
@@ -294,10 +293,9 @@ def test_members_are_named_as_their_bytes_are():
     assert Item("a").problem == ""
 
 
-def test_the_command_tells_a_wrong_way_before_it_loads_anything(tars, tmp_path):
-    command = [sys.executable, "-m", "coca_jax.recaption", "--checkpoint=none", f"--input={tars}"]
-    command += [f"--out={tmp_path / 'out'}", "--how=loud"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_command_tells_a_wrong_way_before_it_loads_anything(tars, commands, tmp_path):
+    command = ["recaption", "--checkpoint=none", f"--input={tars}", f"--out={tmp_path / 'out'}"]
+    done = commands.run([*command, "--how=loud"], tmp_path)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "error: --how=loud: begin with one of greedy, beams" in done.stderr.splitlines()[-1]
 

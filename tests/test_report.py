@@ -7,8 +7,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -190,12 +188,11 @@ def test_parts_without_a_file_are_left_out(tmp_path):
     assert report.write_report(tmp_path).read_text().count("<polyline") == 1
 
 
-def test_command_prints_one_json_line_and_explains_bad_input(run, tmp_path):
-    command = [sys.executable, "-m", "coca_jax.report"]
-    done = subprocess.run([*command, f"--workdir={run}"], capture_output=True, text=True)
+def test_command_prints_one_json_line_and_explains_bad_input(run, commands, tmp_path):
+    done = commands.run(["report", f"--workdir={run}"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"report": str(run / "report.html")}
-    bad = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
+    bad = commands.run(["report", f"--workdir={tmp_path}"], tmp_path)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "run train" in bad.stderr
 
 

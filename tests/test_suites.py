@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 
 import jax
@@ -345,7 +343,7 @@ def test_bad_sets_are_a_line(tmp_path, name, text, says):
     assert "\n" not in str(error.value)
 
 
-def test_command_asks_for_what_it_lacks(tmp_path):
-    command = [sys.executable, "-m", "coca_jax.evaluate", "--suite=datacomp", "--checkpoint=x"]
-    done = subprocess.run([*command, f"--root={tmp_path}"], capture_output=True, text=True)
+def test_command_asks_for_what_it_lacks(commands, tmp_path):
+    command = ["evaluate", "--suite=datacomp", "--checkpoint=x", f"--root={tmp_path}"]
+    done = commands.run(command, tmp_path)
     assert done.returncode == 2 and "holds no data set of --suite=datacomp" in done.stderr

@@ -1,8 +1,6 @@
 """CLIP, MetaCLIP and SigLIP: files with random weights, against open_clip and transformers."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -182,12 +180,11 @@ def test_siglip_of_open_clip_equals_its_own(tanh, tmp_path, monkeypatch):
     np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
 
 
-def test_what_needs_a_decoder_says_so(tmp_path):
+def test_what_needs_a_decoder_says_so(commands, tmp_path):
     in_open_clip(tmp_path / "weights", False)
     Image.fromarray(PHOTOS[0]).save(tmp_path / "photo.png")
-    command = [sys.executable, "-m", "coca_jax", "caption"]
-    command += [f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photo.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["caption", f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photo.png")]
+    done = commands.run(command, tmp_path)
     assert done.returncode == 2 and "has no decoder" in done.stderr.splitlines()[-1]
     model = coca_jax.load(str(tmp_path / "weights"))
     with pytest.raises(AttributeError, match="has no decoder"):

@@ -240,9 +240,9 @@ def test_epochs_become_steps():
     assert run_config.num_steps(config, 64) == 10
 
 
-def test_unknown_keys_are_refused_by_the_command(tmp_path):
-    command = [sys.executable, "-m", "coca_jax.train", "--config=configs/demo.py"]
-    command += [f"--workdir={tmp_path}", "--config.batch_sise=8"]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_unknown_keys_are_refused_by_the_command(commands, tmp_path):
+    recipe = pathlib.Path(__file__).parent.parent / "configs/demo.py"
+    command = ["train", f"--config={recipe}", f"--workdir={tmp_path}", "--config.batch_sise=8"]
+    result = commands.run(command, tmp_path)
     assert result.returncode == 2
     assert "batch_sise" in result.stderr and "batch_size" in result.stderr

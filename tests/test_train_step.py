@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import params_of, random_batch, tiny_config
+from conftest import fresh_state, params_of, random_batch, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.models import coca, roles
@@ -146,7 +146,7 @@ def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
     config.model.text.update(width=32, mlp_dim=64)
     config.loss.update(duplicate_texts="ignore", caption_chunk=8, contrastive_chunk=4)
     alone = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    start = jax.device_get(init_state(build(config), config, alone))
+    start = jax.device_get(fresh_state(build(config), config, alone))
     want_losses, want = run(config, alone, start)
     for sizes in meshes:
         losses, params = run(config, partitioning.make_mesh(*sizes), start)
@@ -198,7 +198,7 @@ def test_little_of_the_state_is_replicated(optimizer):
 
 def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
     model = build(config)
-    state = init_state(model, config, one_device_mesh)
+    state = fresh_state(model, config, one_device_mesh)
     params = dict(state.params)
     params["image_to_joint"] = jax.tree.map(lambda x: x * jnp.nan, params["image_to_joint"])
     step = jax.jit(make_train_step(model, config, 5))
@@ -218,7 +218,7 @@ def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
         name=optimizer, learning_rate=1e-2, schedule="constant", weight_decay=0.0
     )
     model = build(config)
-    state = init_state(model, config, one_device_mesh)
+    state = fresh_state(model, config, one_device_mesh)
     step = jax.jit(make_train_step(model, config, 200), donate_argnums=0)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     for _ in range(200):
@@ -230,7 +230,7 @@ def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
 def test_averaged_parameters_lag_behind(config, one_device_mesh):
     config.optimizer.ema = 0.5
     model = build(config)
-    start = init_state(model, config, one_device_mesh)
+    start = fresh_state(model, config, one_device_mesh)
     step = jax.jit(make_train_step(model, config, 5))
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     after, _ = step(start, batch)
