@@ -70,8 +70,8 @@ class Pixels:
         data.augmentations one of so many of its record (`indices`, int64 [n], in their source).
 
         Returns:
-            render.PLAN's arrays of n rows, and of clips `offsets`, float64 [n, T]: which frames
-            are taken (videos.sample).
+            Those of `augment.plan`, of n rows, and of clips `offsets`, float64 [n, T]: which
+            frames are taken (videos.sample).
         """
         if self._fixed and indices is not None:
             draw = one_of(draw, indices, self._fixed)

@@ -6,8 +6,7 @@ threads decode in parallel. No TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -20,54 +19,6 @@ from coca_jax.data import augment, images, native, videos
 from coca_jax.image_shape import Size
 
 cv2.setNumThreads(1)  # parallel over images, not within one
-
-PLAN = ("how", "box", "ratio", "shrink", "warp", "colour", "background", "op", "strength")
-
-
-def render_batch(
-    encoded: Sequence[bytes],
-    plan: Mapping[str, np.ndarray],
-    mode: str,
-    size: Size,
-    fast: bool,
-    pool: Executor,
-    threads: int,
-    offsets: np.ndarray | None = None,
-) -> np.ndarray:
-    """Decodes and augments images by `threads` threads of `pool`.
-
-    Args:
-        encoded: n images.
-        plan: PLAN's arrays of n rows, from `images.sniff` and `augment.plan`.
-        mode: one of augment.MODES.
-        size: S x T.
-        fast: the fast setting of `resize` and of the JPEG decoder.
-        offsets: float [n, F], where in clips their frames are (videos.sample); None: images.
-
-    Returns:
-        uint8 [n, S, T, 3], of clips [n, F, S, T, 3].
-
-    Raises:
-        ValueError: an image that cannot be decoded.
-    """
-    frames = () if offsets is None else offsets.shape[1:]
-    out = np.empty((len(encoded), *frames, *image_shape.pair(size), 3), np.uint8)
-    rows = iter(range(len(encoded)))  # shared: the next thread that is free takes the next image
-    lists = {name: plan[name].tolist() for name in ("how", "box", "ratio", "shrink")}
-    arrays = {name: plan[name] for name in PLAN if name not in lists}
-
-    def work() -> None:
-        for row in rows:
-            one = {name: values[row] for name, values in lists.items()}
-            one |= {name: values[row] for name, values in arrays.items()}
-            if offsets is None:
-                out[row] = render(encoded[row], one, mode, size, fast)
-            else:
-                out[row] = render_clip(encoded[row], offsets[row], one, mode, size, fast)
-
-    for task in [pool.submit(work) for _ in range(min(threads, len(encoded)))]:
-        task.result()
-    return out
 
 
 def render(
@@ -113,7 +64,7 @@ def place(
         pixels: uint8 [h, w, 3], over plan["background"] where there was transparency.
         ratio: the scale at which they were decoded is one over this.
         alpha: whether there was transparency: then the background goes on around the picture.
-        plan: one row of PLAN's arrays.
+        plan: one row of what `augment.plan` gives.
 
     Returns:
         uint8 [S, T, 3].
