@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -218,16 +219,9 @@ def read_item(folder: epath.Path, item: str, target: Any) -> Any:
         stored = checksums.shapes(_metadata(folder, item))
     checkpoint_record.check_fits(folder, item, stored, target)
     _ignore_late_answers()
-    handler = ocp.StandardCheckpointHandler()
-    try:
+    with _reading(folder / item) as handler:
         tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
         jax.block_until_ready(tree)
-    except Exception as error:
-        if not checkpoint_record.is_damage(error):
-            raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
-        raise Damaged(f"{folder / item} cannot be read: {_first_line(error)}") from error
-    finally:
-        handler.close()
     if record is not None:
         checkpoint_record.check_contents(folder, item, record, tree)
     return tree
@@ -249,14 +243,22 @@ def _ignore_late_answers() -> None:
 
 def _metadata(folder: epath.Path, item: str) -> Any:
     """The abstract arrays that an item holds, as Orbax noted them."""
-    handler = ocp.StandardCheckpointHandler()
-    try:
+    with _reading(folder / item) as handler:
         found = handler.metadata(folder / item)
         return getattr(found, "tree", found)
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[ocp.StandardCheckpointHandler]:
+    """What reads an item. Raises Damaged where what it holds is no item, OSError where a store or
+    the machine does not give it."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        yield handler
     except Exception as error:
         if not checkpoint_record.is_damage(error):
-            raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
-        raise Damaged(f"{folder / item} cannot be read: {_first_line(error)}") from error
+            raise OSError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise Damaged(f"{path} cannot be read: {_first_line(error)}") from error
     finally:
         handler.close()
 

@@ -10,10 +10,11 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,21 +66,38 @@ def from_open_clip(
     config = _config(*_model_config(weights, model, tensors))
     described = read(Model, config["model"], f"{weights}: model")
     layout = Layout(described, logit_bias="logit_bias" in tensors)
-    try:
+    with naming(weights):
         layout.check(tensors)
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from None
     merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
     vocabulary = clip_bpe.ClipBpe(merges)
     checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, "vocabulary.bpe.gz")
-        vocabulary.save(path)
-        try:
-            export_format.write_export(out, layout.read(tensors), config, path)
-        except ValueError as error:  # numbers that are none
-            raise ValueError(f"{weights}: {error}") from None
+    write(out, weights, lambda: layout.read(tensors), config, vocabulary, ".bpe.gz")
     return config, layout
+
+
+@contextlib.contextmanager
+def naming(weights: str) -> Iterator[None]:
+    """Messages about what the weights hold begin with their path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
+
+
+def write(
+    out: str,
+    weights: str,
+    params: Callable[[], dict[str, Any]],
+    config: dict[str, Any],
+    vocabulary: vocabularies.Vocabulary,
+    suffix: str,
+) -> None:
+    """Writes an export. Raises ValueError naming the weights, as for numbers that are none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, f"vocabulary{suffix}")
+        vocabulary.save(path)
+        with naming(weights):
+            export_format.write_export(out, params(), config, path)
 
 
 def from_towers(
@@ -93,26 +111,18 @@ def from_towers(
     config: dict[str, Any] = dict(model=towers["model"])
     config |= dict(preprocess=dict(resize=towers["resize"], **numbers), tokenizer=dict(kind="own"))
     described = read(Model, config["model"], f"{weights}: model")
-    try:
+    with naming(weights):
         layout = TowersLayout(checks.check_model(described), tensors, "logit_bias" in tensors)
         layout.check(tensors)
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = towers_vocabulary(os.path.dirname(weights), described, bpe)
-        checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
-        if towers.get("eos_id", vocabulary.eos_id) != vocabulary.eos_id:
-            raise ValueError(
-                f"{weights}: texts are pooled at the id {towers['eos_id']}, and this tokenizer "
-                f"ends them with {vocabulary.eos_id}; give the model's own as --bpe"
-            )
-        suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
-        path = os.path.join(scratch, f"vocabulary{suffix}")
-        vocabulary.save(path)
-        try:
-            export_format.write_export(out, layout.read(tensors), config, path)
-        except ValueError as error:  # numbers that are none
-            raise ValueError(f"{weights}: {error}") from None
+    vocabulary = towers_vocabulary(os.path.dirname(weights), described, bpe)
+    checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
+    if towers.get("eos_id", vocabulary.eos_id) != vocabulary.eos_id:
+        raise ValueError(
+            f"{weights}: texts are pooled at the id {towers['eos_id']}, and this tokenizer "
+            f"ends them with {vocabulary.eos_id}; give the model's own as --bpe"
+        )
+    suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
+    write(out, weights, lambda: layout.read(tensors), config, vocabulary, suffix)
     return config, layout
 
 

@@ -147,6 +147,31 @@ class Evaluator(abc.ABC):
         """Yields (name, value)."""
 
 
+class Pictured(Evaluator):
+    """An evaluator that keeps pictures for the report.
+
+    Args:
+      data_name: of the data set, the second part of the metrics' names.
+      batch_size: images at a time.
+      num_examples: pictures kept; by default `pictures`.
+      progress: shows a bar.
+    """
+
+    pictures: ClassVar[int] = 24
+
+    def __init__(
+        self,
+        data_name: str,
+        *,
+        batch_size: int = 128,
+        num_examples: int | None = None,
+        progress: bool = False,
+    ):
+        super().__init__(data_name)
+        self.batch_size, self.progress = batch_size, progress
+        self.num_examples = self.pictures if num_examples is None else num_examples
+
+
 @functools.cache
 def kinds() -> dict[str, type[Evaluator]]:
     """Every evaluator by its name, in order: the modules of this folder are read for them."""

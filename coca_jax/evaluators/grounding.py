@@ -13,22 +13,16 @@ from coca_jax.data import regions
 from coca_jax.data.regions import Region
 from coca_jax.evaluators import Predictor, Record, in_batches, stack_images
 from coca_jax.evaluators.captioning import canonical_text
-from coca_jax.evaluators.declarations import Evaluator, Metric, Setting
+from coca_jax.evaluators.declarations import Metric, Pictured, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 
 RIGHT = 0.5  # overlap from which on a box is right, as in referring expressions (RefCOCO)
 
 
-class Grounding(Evaluator):
+class Grounding(Pictured):
     """Scores the regions of data: the place that a model writes for each one's text, and the text
     that it writes for each one's place, greedy.
-
-    Args:
-      data_name: of the data set, the second part of the metrics' names.
-      batch_size: images at a time.
-      num_examples: pictures kept for the report.
-      progress: shows a bar.
     """
 
     kind, order, title = "grounding", 45, "Places"
@@ -40,18 +34,6 @@ class Grounding(Evaluator):
         "named": Metric("Boxes named exactly"),
     }
     headlines = ("accuracy_50",)
-
-    def __init__(
-        self,
-        data_name: str,
-        *,
-        batch_size: int = 128,
-        num_examples: int = 24,
-        progress: bool = False,
-    ):
-        super().__init__(data_name)
-        self.batch_size, self.num_examples = batch_size, num_examples
-        self.progress = progress
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Grounding:

@@ -11,7 +11,7 @@ import numpy as np
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
 from coca_jax.evaluators.captioning import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
-from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 from coca_jax.models.head_kinds import HeadKind
@@ -43,7 +43,7 @@ def question_of(record: Record, name: str) -> str:
     return texts[0]
 
 
-class OfRecords(Evaluator):
+class OfRecords(Pictured):
     """What takes a question or statement from each record."""
 
     flags = (QUESTIONS,)
@@ -63,14 +63,7 @@ class OfRecords(Evaluator):
 
 
 class Classification(OfRecords):
-    """Scores the task head of a model.
-
-    Args:
-      data_name: of the data set, the second part of the metrics' names.
-      batch_size: images at a time.
-      num_examples: pictures kept for the report.
-      progress: shows a bar.
-    """
+    """Scores the task head of a model."""
 
     kind, order, title = "classification", 50, "Classification by the task head"
     programs = ("classify",)
@@ -78,19 +71,7 @@ class Classification(OfRecords):
         "nll": Metric("Negative log-likelihood, nats", Scale.PLAIN, lower=True),
         "unknown_labels": Metric("Labels that the head lacks", Scale.PLAIN, lower=True),
     }
-    headlines = HEADLINES
-
-    def __init__(
-        self,
-        data_name: str,
-        *,
-        batch_size: int = 256,
-        num_examples: int = 16,
-        progress: bool = False,
-    ):
-        super().__init__(data_name)
-        self.batch_size, self.num_examples = batch_size, num_examples
-        self.progress = progress
+    headlines, pictures = HEADLINES, 16
 
     @classmethod
     def check_model(cls, model: Any) -> None:
@@ -141,27 +122,12 @@ class Classification(OfRecords):
 
 
 class Answers(OfRecords):
-    """Scores the answers that the decoder writes behind questions.
-
-    Args: as of `Classification`.
-    """
+    """Scores the answers that the decoder writes behind questions."""
 
     kind, order, title = "answers", 60, "Written answers"
     programs = ("answer",)
     metrics = {"exact_match": Metric("Exact match")}
     headlines = ("exact_match",)
-
-    def __init__(
-        self,
-        data_name: str,
-        *,
-        batch_size: int = 128,
-        num_examples: int = 24,
-        progress: bool = False,
-    ):
-        super().__init__(data_name)
-        self.batch_size, self.num_examples = batch_size, num_examples
-        self.progress = progress
 
     @classmethod
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -4,8 +4,9 @@ what their values may be. The files are strangers', so nothing is taken for gran
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from coca_jax import image_shape
 
@@ -194,6 +195,48 @@ def timm_name(cfg: Mapping[str, Any]) -> str:
     vision = cfg.get("vision_cfg")
     name = vision.get("timm_model_name") if isinstance(vision, dict) else None
     return name if isinstance(name, str) else ""
+
+
+class TimmTrunk(NamedTuple):
+    """An image trunk of timm, as its name says it. full: the whole name."""
+
+    full: str
+    name: str
+    patch_size: int
+    image_size: int
+
+
+def timm_trunk(
+    cfg: Mapping[str, Any], pattern: re.Pattern[str], known: Iterable[str], whose: str
+) -> TimmTrunk:
+    """The trunk of a configuration whose `timm_name` matches: (name, patch, image size) are the
+    groups of the pattern.
+
+    Raises ValueError where the name is not among the known, or text_cfg is no section.
+    """
+    if not isinstance(cfg.get("text_cfg"), dict):
+        raise ValueError(f"text_cfg={short(cfg.get('text_cfg'))}: not a JSON object")
+    full = timm_name(cfg)
+    name, patch, size = pattern.fullmatch(full).groups()
+    if name not in known:
+        raise ValueError(
+            f"vision_cfg.timm_model_name={full}: of {whose} trunks only {', '.join(known)}"
+        )
+    return TimmTrunk(full, name, int(patch), int(size))
+
+
+def timm_model(
+    cfg: Mapping[str, Any], preprocess: Mapping[str, Any], trunk: TimmTrunk
+) -> dict[str, Any]:
+    """Of config.model, what is said alike of all trunks of timm. preprocess: mean and std."""
+    return dict(
+        image_size=trunk.image_size,
+        patch_size=trunk.patch_size,
+        embed_dim=cfg.get("embed_dim"),
+        dtype="float32",
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+    )
 
 
 def text_sizes(text: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coca_jax.interop.open_clip_keys import is_number, short, text_sizes, timm_name
+from coca_jax.interop.open_clip_keys import (
+    is_number,
+    short,
+    text_sizes,
+    timm_model,
+    timm_name,
+    timm_trunk,
+)
 
 
 class Trunk(NamedTuple):
@@ -47,24 +54,12 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
 
     Raises ValueError for what changes the model and is not known here, naming the key.
     """
-    vision, text = cfg["vision_cfg"], cfg.get("text_cfg")
-    if not isinstance(text, dict):
-        raise ValueError(f"text_cfg={short(text)}: not a JSON object")
-    match = _NAME.fullmatch(vision["timm_model_name"])
-    name, patch, size = match[1], int(match[2]), int(match[3])
-    if name not in TRUNKS:
-        known = ", ".join(TRUNKS)
-        raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of PE-Core's trunks only {known}")
-    _check(cfg, vision, text, size)
-    trunk = TRUNKS[name]
-    return dict(
+    named = timm_trunk(cfg, _NAME, TRUNKS, "PE-Core's")
+    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
+    _check(cfg, vision, text, named.image_size)
+    trunk = TRUNKS[named.name]
+    return timm_model(cfg, preprocess, named) | dict(
         family="pe",
-        image_size=size,
-        patch_size=patch,
-        embed_dim=cfg.get("embed_dim"),
-        dtype="float32",
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
         activation="gelu_exact",
         norm_eps=EPS,
         image=dict(

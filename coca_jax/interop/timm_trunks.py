@@ -7,7 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.interop.open_clip_keys import is_number, mlp_width, short, timm_name
+from coca_jax.interop.open_clip_keys import (
+    is_number,
+    short,
+    text_sizes,
+    timm_model,
+    timm_name,
+    timm_trunk,
+)
 
 # vit_<name>_patch<P>_siglip_<S>: (width, layers, heads, MLP over width).
 TRUNKS: dict[str, tuple[int, int, int, float]] = {
@@ -41,39 +48,20 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
 
     Raises ValueError for what changes the model and is not known here, naming the key.
     """
-    vision, text = cfg["vision_cfg"], cfg.get("text_cfg")
-    if not isinstance(text, dict):
-        raise ValueError(f"text_cfg={short(text)}: not a JSON object")
-    match = _NAME.fullmatch(vision["timm_model_name"])
-    name, patch, size = match[1], int(match[2]), int(match[3])
-    if name not in TRUNKS:
-        known = ", ".join(TRUNKS)
-        raise ValueError(f"vision_cfg.timm_model_name={match[0]}: of SigLIP's trunks only {known}")
-    _check(vision, text, size)
-    width, layers, heads, ratio = TRUNKS[name]
-    activation = "gelu" if _TANH.match(match[0]) else "gelu_exact"
+    named = timm_trunk(cfg, _NAME, TRUNKS, "SigLIP's")
+    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
+    _check(vision, text, named.image_size)
+    width, layers, heads, ratio = TRUNKS[named.name]
+    activation = "gelu" if _TANH.match(named.full) else "gelu_exact"
     of_text = "gelu" if text.get("act_kwargs") else "gelu_exact"
-    return dict(
+    return timm_model(cfg, preprocess, named) | dict(
         family="siglip",
-        image_size=size,
-        patch_size=patch,
-        embed_dim=cfg.get("embed_dim"),
-        dtype="float32",
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
         activation=activation,
         norm_eps=EPS,
         pad_id=GEMMA_PAD if text["vocab_size"] == GEMMA_IDS else T5_PAD,
         image=dict(width=width, depth=layers, mlp_dim=int(width * ratio), num_heads=heads),
-        text=dict(
-            width=text["width"],
-            unimodal_depth=text["layers"],
-            mlp_dim=mlp_width(text, "text_cfg", text["width"]),
-            num_heads=text["heads"],
-            vocab_size=text["vocab_size"],
-            max_len=text["context_length"],
-            block={} if of_text == activation else dict(activation=of_text),
-        ),
+        text=text_sizes(text)
+        | dict(block={} if of_text == activation else dict(activation=of_text)),
         pooler=dict(num_heads=heads),
     )
 
