@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.models.layers import RECORDED, Attention, BlockOptions, LayerScale, Mlp, Norm
@@ -208,6 +209,8 @@ class Stack(nn.Module):
         loop = ops.layer_loop(fields | known | self.options.beyond(known), self.remat)
         if loop is not None and not self.is_initializing():
             return loop(self.variables["params"][STACKED], x, mask, context)
+        if self._is_narrow() and not self.is_mutable_collection(RECORDED):
+            return self._by_number(fields, x, mask, context, rotation)[:, :length]
         block: Any = Block
         if self.remat != "none":
             # A loop keeps what is made again apart from what was; without one the compiler would
@@ -224,3 +227,25 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=STACKED, options=self.options, **fields)
         return layers(x, mask, context, rotation)[0][:, :length]
+
+    def _is_narrow(self) -> bool:
+        """Whether there are bfloat16 parameters, which only inference has, and a way to them."""
+        if self.is_initializing() or self.options.ops.layer_of is None:
+            return False
+        leaves = jax.tree.leaves(self.variables["params"][STACKED])
+        return any(leaf.dtype == jnp.bfloat16 for leaf in leaves)
+
+    def _by_number(self, fields: dict[str, Any], x: jax.Array, *inputs: Any) -> jax.Array:
+        """The stack as a loop over numbers, which takes each layer's parameters by `layer_of`."""
+        params, narrow = self.variables["params"][STACKED], self.options.ops.layer_of
+        assert narrow is not None
+
+        def of(leaf: jax.Array, number: jax.Array) -> jax.Array:
+            return narrow(leaf, number) if leaf.dtype == jnp.bfloat16 else leaf[number]
+
+        def run(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            own = jax.tree.map(lambda leaf: of(leaf, number), params)
+            block = Block(options=self.options, parent=None, **fields)
+            return block.apply({"params": own}, x, *inputs)[0], None
+
+        return jax.lax.scan(run, x, jnp.arange(self.depth))[0]

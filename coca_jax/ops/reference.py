@@ -305,6 +305,11 @@ class Reference:
         del depth
         return 1
 
+    @property
+    def layer_of(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """What takes layer i of bfloat16 parameters [L, ...], where a scan's own way is slow."""
+        return None
+
     def layer_loop(self, block: dict[str, Any], remat: str) -> Callable[..., jax.Array] | None:
         """A loop over a stack's layers written out for a platform, or None: a scan of Block.
 

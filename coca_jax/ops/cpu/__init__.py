@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -139,6 +140,23 @@ def _column_sum(x: jax.Array) -> jax.Array:
     return (jnp.ones((1, rows.shape[0]), x.dtype) @ rows)[0]
 
 
+@jax.custom_vjp
+def layer_by_bits(stack: jax.Array, number: jax.Array) -> jax.Array:
+    """Layer `number` of bfloat16 [L, ...], as integers: XLA has no slices of bfloat16 here, and
+    would convert the whole stack to float32 at each call, and every slice of that back."""
+    bits = jax.lax.bitcast_convert_type(stack, jnp.uint16)
+    layer = jax.lax.dynamic_index_in_dim(bits, number, keepdims=False)
+    return jax.lax.bitcast_convert_type(layer, jnp.bfloat16)
+
+
+def _layer_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, None]:
+    stack, number = residuals
+    return jnp.zeros_like(stack).at[number].set(g), None
+
+
+layer_by_bits.defvjp(lambda stack, i: (layer_by_bits(stack, i), (stack, i)), _layer_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cpu(Reference):
     """Two-dimensional products: XLA repacks the operands of batched ones on a CPU.
@@ -161,6 +179,10 @@ class Cpu(Reference):
 
     def kernel_dtype(self, dtype: Any) -> Any:
         return wide(dtype)
+
+    @property
+    def layer_of(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        return layer_by_bits
 
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype))
