@@ -45,6 +45,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "array-record>=0.8",
         "etils[epath]>=1.12",
+        "filelock>=3.12",  # JAX keeps compiled programs below a size only with it
         "flax>=0.12.8,<0.13",
         "fsspec[http]>=2024.6",
         "ftfy>=6.1",

@@ -14,6 +14,8 @@ import os
 import re
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -145,6 +147,26 @@ def _pipe_may_close() -> Iterator[None]:
 def say(text: str) -> None:
     """What the command does now, on standard error: before whatever takes more than a second."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(text: str, every: float = 10.0) -> Iterator[None]:
+    """Says what the command waits for, and inside, each `every` seconds, for how long already: for
+    what has no steps that a bar could count."""
+    say(f"{text} ...")
+    start, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every):
+            say(f"{text} ... {time.monotonic() - start:.0f} s so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def fail(text: str) -> NoReturn:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.
 
 
 def from_open_clip(
-    weights: str, out: str, model: str = "", bpe: str = ""
+    weights: str, out: str, model: str = "", bpe: str = "", *, progress: bool = False
 ) -> tuple[dict[str, Any], Layout]:
     """Converts an open_clip checkpoint to the export folder `out`.
 
@@ -49,6 +50,7 @@ def from_open_clip(
         weights: a .safetensors file, a file of torch.save, or a folder with one of them.
         model: name of a released model or path of a JSON; '' finds it (see the flags).
         bpe: path of the tokenizer's merges; '': those beside the weights, else CLIP's.
+        progress: show a bar while the weights are written.
 
     Returns:
         (the configuration written, the layout).
@@ -62,7 +64,7 @@ def from_open_clip(
     tensors = read_weights(weights)
     towers = towers_config.find(weights, model)
     if towers is not None:
-        return from_towers(weights, tensors, towers, out, bpe)
+        return from_towers(weights, tensors, towers, out, bpe, progress=progress)
     config = _config(*_model_config(weights, model, tensors))
     described = read(Model, config["model"], f"{weights}: model")
     layout = Layout(described, logit_bias="logit_bias" in tensors)
@@ -71,7 +73,7 @@ def from_open_clip(
     merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
     vocabulary = clip_bpe.ClipBpe(merges)
     checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
-    write(out, weights, lambda: layout.read(tensors), config, vocabulary, ".bpe.gz")
+    write(out, weights, lambda: layout.read(tensors), config, vocabulary, ".bpe.gz", progress)
     return config, layout
 
 
@@ -91,20 +93,27 @@ def write(
     config: dict[str, Any],
     vocabulary: vocabularies.Vocabulary,
     suffix: str,
+    progress: bool,
 ) -> None:
     """Writes an export. Raises ValueError naming the weights, as for numbers that are none."""
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, f"vocabulary{suffix}")
         vocabulary.save(path)
         with naming(weights):
-            export_format.write_export(out, params(), config, path)
+            export_format.write_export(out, params(), config, path, progress=progress)
 
 
 def from_towers(
-    weights: str, tensors: dict[str, np.ndarray], towers: dict[str, Any], out: str, bpe: str
+    weights: str,
+    tensors: dict[str, np.ndarray],
+    towers: dict[str, Any],
+    out: str,
+    bpe: str,
+    *,
+    progress: bool = False,
 ) -> tuple[dict[str, Any], Layout]:
-    """Converts image and text towers to the export folder `out`; towers: of towers_config.find.
-    Returns and raises as `from_open_clip`."""
+    """Converts image and text towers to the export folder `out`; towers: of towers_config.find;
+    progress: show a bar. Returns and raises as `from_open_clip`."""
     # Old files hold the numbers of the places, which are no parameters.
     tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
     numbers = {name: list(towers[name]) for name in ("mean", "std")}
@@ -122,7 +131,7 @@ def from_towers(
             f"ends them with {vocabulary.eos_id}; give the model's own as --bpe"
         )
     suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
-    write(out, weights, lambda: layout.read(tensors), config, vocabulary, suffix)
+    write(out, weights, lambda: layout.read(tensors), config, vocabulary, suffix, progress)
     return config, layout
 
 
@@ -158,8 +167,9 @@ def _config(model_cfg: Any, preprocess_cfg: Any, place: str) -> dict[str, Any]:
     )
 
 
-def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
-    """Writes an export folder or a run as open_clip's safetensors and configuration.
+def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict[str, Any], Layout]:
+    """Writes an export folder or a run as open_clip's safetensors and configuration; progress: show
+    a bar.
 
     Returns:
         (open_clip's model configuration, the layout).
@@ -192,7 +202,7 @@ def to_open_clip(source: str, out: str) -> tuple[dict[str, Any], Layout]:
         model_cfg["init_logit_bias"] = float(np.asarray(bias))
     os.makedirs(out, exist_ok=True)
     tensors = layout.write(export_format.flatten(params))
-    safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors)
+    safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors, progress=progress)
     preprocess = dict(
         mean=list(config.model.image_mean),
         std=list(config.model.image_std),
@@ -307,11 +317,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)
-    cli.say(f"reading {source}")
-    if flags.FLAGS.to == "open_clip":
-        _, layout = to_open_clip(source, out)
-    else:
-        _, layout = from_open_clip(source, out, flags.FLAGS.model, flags.FLAGS.bpe)
+    bar, said = sys.stderr.isatty(), f"converting {source}"
+    with contextlib.nullcontext(cli.say(said)) if bar else cli.waiting(said):
+        if flags.FLAGS.to == "open_clip":
+            _, layout = to_open_clip(source, out, progress=bar)
+        else:
+            given = flags.FLAGS.model, flags.FLAGS.bpe
+            _, layout = from_open_clip(source, out, *given, progress=bar)
     cli.say(f"wrote {out}")
     return dict(
         out=out,

@@ -94,12 +94,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     from coca_jax.inference import export_programs
 
-    cli.say("compiling the programs")
-    files = export_programs.export(model, args.out, args.platforms)
+    with cli.waiting("compiling the programs"):
+        files = export_programs.export(model, args.out, args.platforms)
     summary = _told(files)
     if jax.default_backend() in args.platforms:
-        cli.say("running the written programs beside the model")
-        summary["differences"] = export_programs.check(model, args.out)
+        with cli.waiting("running the written programs beside the model"):
+            summary["differences"] = export_programs.check(model, args.out)
     return summary
 
 
@@ -126,8 +126,8 @@ def _to_onnx(model: CoCaModel) -> dict[str, Any]:
     from coca_jax.inference import export_onnx
 
     args = flags.FLAGS
-    cli.say("converting the programs and running them beside the model")
-    found = export_onnx.export(model, args.out, batch=args.batch, int8=args.int8)
+    with cli.waiting("converting the programs and running them beside the model"):
+        found = export_onnx.export(model, args.out, batch=args.batch, int8=args.int8)
     return _told(found.pop("files")) | found
 
 

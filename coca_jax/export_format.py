@@ -90,6 +90,7 @@ def write_export(
     vocabulary_path: str | os.PathLike[str],
     *,
     hub: bool = False,
+    progress: bool = False,
 ) -> None:
     """Writes an export folder; what stands in its folder of programs already is made part of it.
 
@@ -99,6 +100,7 @@ def write_export(
         config: 'model', and 'preprocess' {'resize', 'mean', 'std'}; 'tokenizer' is added.
         vocabulary_path: the tokenizer's file, copied.
         hub: in the layout of the hub.
+        progress: show a bar while the arrays are written.
 
     Raises:
         FileNotFoundError: no such vocabulary.
@@ -107,7 +109,7 @@ def write_export(
     os.makedirs(directory, exist_ok=True)
     tensors = {path: blocks(path, array) for path, array in flatten(params).items()}
     params_name = HUB_PARAMS if hub else PARAMS
-    safetensors_file.write(os.path.join(directory, params_name), tensors)
+    safetensors_file.write(os.path.join(directory, params_name), tensors, progress=progress)
     name = ("tokenizer" if hub else "vocabulary") + _suffixes(vocabulary_path)
     target = os.path.join(directory, name)
     if os.path.abspath(target) != os.path.abspath(vocabulary_path):

@@ -74,8 +74,8 @@ def _loader(checkpoint: str) -> Callable[[], Any]:
 
 
 def _load(checkpoint: str) -> Any:
-    cli.say(f"loading {checkpoint}")
-    return _loader(checkpoint)()
+    with cli.waiting(f"loading {checkpoint}"):
+        return _loader(checkpoint)()
 
 
 def _index(inputs: list[str]) -> dict[str, Any]:
@@ -119,10 +119,10 @@ def _apart(out: str, shards: int, waiting: int) -> dict[str, Any]:
 
 def _open() -> Any:
     _need(index=flags.FLAGS.index)
-    cli.say(f"reading {flags.FLAGS.index}")
-    from coca_jax.searching.index import Index
+    with cli.waiting(f"reading {flags.FLAGS.index}"):
+        from coca_jax.searching.index import Index
 
-    return Index(flags.FLAGS.index)
+        return Index(flags.FLAGS.index)
 
 
 def _query(wanted: list[str]) -> dict[str, Any]:

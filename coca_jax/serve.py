@@ -112,33 +112,35 @@ def _load() -> tuple[Any, Any]:
     """The model, its first programs compiled, and the index or None."""
     args, index = flags.FLAGS, None
     if args.index:
-        cli.say(f"reading {args.index}")
-        from coca_jax.searching.index import Index
+        with cli.waiting(f"reading {args.index}"):
+            from coca_jax.searching.index import Index
 
-        index = Index(args.index)
+            index = Index(args.index)
         args.checkpoint = args.checkpoint or index.checkpoint
-    cli.say(f"loading {args.checkpoint}")
-    import coca_jax
+    with cli.waiting(f"loading {args.checkpoint}"):
+        import coca_jax
 
-    model = coca_jax.load(
-        args.checkpoint,
-        dtype=args.dtype,
-        batch_size=args.batch_size * max(args.num_frames or 1, 1),
-        num_frames=args.num_frames,
-    )
-    if index:
-        index.check(model)
-    cli.say("compiling the first programs")
+        model = coca_jax.load(
+            args.checkpoint,
+            dtype=args.dtype,
+            batch_size=args.batch_size * max(args.num_frames or 1, 1),
+            num_frames=args.num_frames,
+        )
+        if index:
+            index.check(model)
     import numpy as np
 
     size, frames = image_shape.pair(model.image_size), model.num_frames
     picture = np.zeros((1, *([frames] * bool(frames)), *size, 3), np.uint8)
-    if model.writes_captions:
-        *_, last = model.stream_captions(picture)
-        model.explain(picture, last[0])
-    else:  # weights that only embed
+    if not model.writes_captions:  # weights that only embed
         cli.say("this model has no decoder: no captions, the rest of the page and the API")
-        model.zero_shot(picture, ["a label"], ["{}"])
+        with cli.waiting("compiling what scores labels"):
+            model.zero_shot(picture, ["a label"], ["{}"])
+        return model, index
+    with cli.waiting("compiling what writes captions (1 of 2)"):
+        *_, last = model.stream_captions(picture)
+    with cli.waiting("compiling what explains them (2 of 2)"):
+        model.explain(picture, last[0])
     return model, index
 
 

@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import time
 
 import forks
 import pytest
@@ -71,7 +72,7 @@ def started(tmp_path_factory):
 def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     status, _, errors = started[name]
     first, *others = errors.splitlines()
-    words = {"prepare": "reading list.csv", "convert": "reading weights.bin"}
+    words = {"prepare": "reading list.csv", "convert": "converting weights.bin"}
     words |= dict.fromkeys(
         ("evaluate", "caption", "search", "serve", "export", "blend"), "loading weights"
     )
@@ -130,3 +131,13 @@ def test_python_m_starts_the_same_command(name, monkeypatch):
     monkeypatch.setattr(cli, "command", begun.append)
     runpy.run_module(f"coca_jax.{name}", run_name="__main__")
     assert begun == [name]
+
+
+def test_what_waits_says_for_how_long(capsys):
+    with cli.waiting("compiling", every=0.02):
+        time.sleep(0.1)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "compiling ..."
+    assert others and set(others) <= {f"compiling ... {n} s so far" for n in range(5)}
+    time.sleep(0.05)
+    assert not capsys.readouterr().err

@@ -59,6 +59,16 @@ def test_words_have_their_probabilities(model, images):  # noqa: F811
         model.explain(images[:2], TEXTS)
 
 
+def test_texts_of_any_length_run_by_one_program(model, images):  # noqa: F811
+    """A first caption longer than those before it does not wait for a compiler."""
+    long = " ".join(["red"] * model.max_len)
+    (before,) = model.explain(images[:1], ["a"])
+    programs = model._explain._cache_size()
+    (after,) = model.explain(images[:1], [long])
+    assert len(before.words) == 2 and len(after.words) >= 8  # some tokens each
+    assert model._explain._cache_size() == programs
+
+
 def test_attention_is_over_the_patches(model, images):  # noqa: F811
     for explained in model.explain(images, TEXTS):
         maps = [explained.attention, *(word.attention for word in explained.words)]

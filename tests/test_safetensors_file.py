@@ -85,3 +85,11 @@ def test_files_that_are_cut_short(tmp_path):
             safetensors_file.read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none"):
         safetensors_file.read(tmp_path / "none")
+
+
+def test_a_bar_counts_the_bytes(tmp_path, capsys):
+    blocks = Blocks((4, 250), lambda: [np.ones(250, np.float32)] * 4)
+    safetensors_file.write(tmp_path / "x", {"a": blocks}, progress=True)
+    assert "4.00k/4.00k" in capsys.readouterr().err
+    safetensors_file.write(tmp_path / "x", {"a": blocks})
+    assert not capsys.readouterr().err

@@ -278,6 +278,7 @@ class CoCaModel(Scores):
             known = ids[len(found) : len(found) + len(pixels)]
             if len(known) != len(pixels):
                 raise ValueError(f"{len(ids)} texts for more images; give one text an image")
+            # As long as texts may be, so that one program serves all: the picture is what costs.
             rows = text_arrays.known_rows(self.vocabulary, known, self.max_len)
             arrays = self._run(self._explain, pixels, *rows)
             found += explain.explanations(self.vocabulary, known, arrays, shape)

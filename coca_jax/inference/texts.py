@@ -30,12 +30,9 @@ def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def known_rows(
-    vocabulary: Vocabulary, ids: Sequence[Sequence[int]], max_len: int
+    vocabulary: Vocabulary, ids: Sequence[Sequence[int]], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and validity [N, L] of texts whose ids are known, begin symbol first; L as in
-    `tokenize`."""
-    longest = max(len(row) for row in ids)
-    length = min(-(-(longest + 1) // 16) * 16, max_len)
+    """Tokens and validity [N, length] of texts whose ids are known, begin symbol first."""
     tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)
     valid = np.zeros(tokens.shape, bool)
     for i, row in enumerate(ids):

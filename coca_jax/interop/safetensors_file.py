@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+import tqdm
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -77,8 +78,11 @@ def _view(path: str, data: np.ndarray, name: str, entry: Any) -> np.ndarray:
         raise ValueError(f"{path}: {name} of {len(shape)} axes: {error}") from None
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Blocks]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Blocks], *, progress: bool = False
+) -> None:
     """Writes float32 arrays, block by block; the file appears under its name when complete.
+    progress: show a bar of its bytes.
 
     Raises:
         ValueError: an array's blocks do not add up to its shape.
@@ -92,12 +96,15 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Blocks]) -> None:
     text += b" " * (-len(text) % 8)  # the arrays start aligned
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        bar = tqdm.tqdm(total=offset, unit="B", unit_scale=True, disable=not progress)
+        with bar, open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, blocks in tensors.items():
                 before = file.tell()
                 for block in blocks.parts():
-                    file.write(np.ascontiguousarray(block, "<f4").data)
+                    data = np.ascontiguousarray(block, "<f4").data
+                    file.write(data)
+                    bar.update(data.nbytes)
                 if file.tell() - before != 4 * math.prod(blocks.shape):
                     raise ValueError(
                         f"{name}: its blocks do not add up to its shape {blocks.shape}"
