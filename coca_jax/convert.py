@@ -318,7 +318,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)
     bar, said = sys.stderr.isatty(), f"converting {source}"
-    with contextlib.nullcontext(cli.say(said)) if bar else cli.waiting(said):
+    if bar:
+        cli.say(said)
+    with contextlib.nullcontext() if bar else cli.waiting(said):
         if flags.FLAGS.to == "open_clip":
             _, layout = to_open_clip(source, out, progress=bar)
         else:
