@@ -1,3 +1,8 @@
+// On a phone what is long begins folded: the headlines say the most of it.
+if (matchMedia('(max-width: 600px)').matches) {
+  for (const fold of document.querySelectorAll('.fold')) fold.open = false;
+}
+
 // Where the model looked for a word: what it did not look at is covered.
 for (const seen of document.querySelectorAll('.seen')) {
   const canvas = seen.querySelector('canvas'), img = seen.querySelector('img');
