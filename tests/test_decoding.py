@@ -1,6 +1,7 @@
 """Decoding against the plain forward pass, brute force and itself."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -415,6 +416,13 @@ def test_sampling_is_reproducible_by_seed(model):
     assert not np.array_equal(first[0], first[1])
 
 
+@functools.cache
+def sampler(plan):
+    """Compiled once for all numbers; arguments all: of constants XLA would compute the draws while
+    it compiles, a minute long."""
+    return jax.jit(lambda *args: choice._sample(plan, *args))
+
+
 def draws_of(logs, count, steps=1, width=1, seed=0, **how):
     """Tokens [count, width] of each step: `count` images with the same next token's logs [V]."""
     plan = Plan(width, width, 1, False, True, len(how) > 1, False, 0, True)
@@ -426,8 +434,7 @@ def draws_of(logs, count, steps=1, width=1, seed=0, **how):
         rows=np.arange(count, dtype=np.uint32),
     )
     allowed = jnp.broadcast_to(jnp.asarray(logs, jnp.float32), (count, width, len(logs)))
-    # Arguments all: of constants XLA would compute the draws while it compiles, a minute long.
-    draw = jax.jit(lambda *args: choice._sample(plan, *args))
+    draw = sampler(plan)
     return [np.asarray(draw(numbers, allowed, jnp.int32(step))) for step in range(steps)]
 
 

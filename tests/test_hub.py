@@ -258,11 +258,7 @@ def test_commands_take_the_names(model, images, server, commands, tmp_path):  # 
     export_folder.write_hub(model, str(server.root / "org/birds"), "org/birds")
     shutil.copytree(server.root / "org/birds", tmp_path / "given")
     Image.fromarray(images[0]).save(tmp_path / "a.png")
-    env = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
+    env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
 
     def run(command, *arguments):
         return commands.run([command, *arguments], tmp_path, env)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import params_of, tiny_config
 from PIL import Image
 from test_heads import train_alone
 
 import coca_jax
-from coca_jax import image_shape, partitioning, run_config, sealed_json, warm_start
+from coca_jax import image_shape, run_config, sealed_json, warm_start
 from coca_jax.config import Config, Model, checks, read, typed
 from coca_jax.configs import base
 from coca_jax.data import augment, images, order, render
@@ -111,18 +111,16 @@ def test_an_image_is_seen_by_its_height_and_width(positions):
 
     def build(size, patch):
         config = typed(tiny_config(image_size=size, patch_size=patch, positions=positions)).model
-        module = coca.build(config)
-        params = jax.jit(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))()
-        noise = np.random.default_rng(1)
-        return module, jax.tree.map(
-            lambda x: x + 0.05 * noise.normal(size=x.shape).astype(x.dtype), params
-        )
+        return coca.build(config)
 
     def run(module, params, pixels):
         return module.apply({"params": params}, pixels, method="encode_image")[0]
 
-    square, params = build(16, 8)
-    wide, _ = build((8, 32), (4, 16))
+    square, wide = build(16, 8), build((8, 32), (4, 16))
+    noise = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: x + 0.05 * noise.normal(size=x.shape).astype(x.dtype), params_of(square)
+    )
     pixels = np.random.default_rng(2).normal(size=(2, 16, 16, 3)).astype(np.float32)
     patches = image_encoder.patchify(pixels, 8).reshape(2, 2, 2, 4, 16, 3)
     stretched = patches.transpose(0, 1, 3, 2, 4, 5).reshape(2, 8, 32, 3)
@@ -141,7 +139,7 @@ def test_a_convolutional_stem_takes_wide_images():
         {"model.image.conv_widths": (4, 8), "model.image.conv_depths": (1, 0)}
     )
     module = coca.build(config.model)
-    params = jax.jit(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))()
+    params = params_of(module)
     pixels = np.random.default_rng(0).normal(size=(2, 8, 16, 3)).astype(np.float32)
     found = module.apply({"params": params}, pixels, method="encode_pixels")
     assert found.shape == (2, 8, 16) and np.isfinite(found).all()

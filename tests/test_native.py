@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import params_of, tiny_config
 from data_cases import equal
 from PIL import Image
 
 import coca_jax
-from coca_jax import partitioning, run_config
+from coca_jax import run_config
 from coca_jax.config import checks, typed
 from coca_jax.data import native, run_vocabulary
 from coca_jax.data.batches import Batches
@@ -61,7 +61,7 @@ def model(request):
     config = typed(tiny_config(image_size=16, patch_size=4))
     config = config.change({f"model.{k}": v for k, v in VARIANTS[request.param].items()})
     module = coca.build(config.model)
-    params = jax.jit(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))()
+    params = params_of(module)
     noise = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + 0.05 * noise.normal(size=x.shape).astype(x.dtype), params)
     run = jax.jit(lambda params, x: module.apply({"params": params}, x, method="encode_image"))
@@ -113,7 +113,7 @@ def test_every_form_of_the_operations_gives_the_same():
     images = np.stack([native.pack(picture(*shape, 3), 4, 16) for shape in ((8, 12), (4, 64))])
     pixels = normalise_pixels(jnp.asarray(images), config)
     reference = coca.build(dataclasses.replace(config, implementation="reference"))
-    params = jax.jit(lambda: partitioning.unbox(coca.init(reference, jax.random.key(0))))()
+    params = params_of(reference)
 
     def run(module, params):
         embedding, tokens = module.apply({"params": params}, pixels, method="encode_image")
