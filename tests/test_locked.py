@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import fresh_state, params_of
 from test_heads import train_alone
 from test_train import tiny_run
 
@@ -17,7 +18,7 @@ from coca_jax.models import coca, two_towers
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import locked, setup, stopping
 from coca_jax.training.gradients import loss_and_metrics
-from coca_jax.training.state import init_state, trainable
+from coca_jax.training.state import trainable
 
 ROWS = 80  # 40 images, 2 augmentations
 
@@ -43,7 +44,7 @@ def words(tmp_path_factory):
 def start(words, tmp_path_factory):
     """Weights of the model, as an export."""
     config = typed(tiny_run())
-    params = jax.device_get(partitioning.unbox(coca.init(coca.build(config.model), rng(5))))
+    params = jax.device_get(params_of(coca.build(config.model), 5))
     folder = tmp_path_factory.mktemp("start") / "weights"
     export_format.write_export(folder, params, {"model": config.model.to_dict()}, words)
     return folder
@@ -84,7 +85,7 @@ def of_place(config, workdir):
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), stopping.current())
-        state = init_state(run.model, run.config, mesh)
+        state = fresh_state(run.model, run.config, mesh)
         state = warm_start.apply(state, run.config.init_from, parts="image")
         return run, state, locked.keep(run, state)
 
@@ -174,7 +175,8 @@ def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_pat
     sizes["activation"] = "quick_gelu" if clip else "gelu"
     model = read(Model, sizes)
     towers = two_towers.build(model)
-    params = jax.device_get(partitioning.unbox(two_towers.init(towers, rng(3))))
+    params = jax.jit(lambda key: partitioning.unbox(two_towers.init(towers, key)))(rng(3))
+    params = jax.device_get(params)
     export_format.write_export(tmp_path / "towers", params, {"model": model.to_dict()}, words)
     config = locked_run(tmp_path / "towers", features=str(tmp_path / "features"))
     config.data.update(augment="none", augmentations=0, vocabulary=str(words))
@@ -245,7 +247,7 @@ def test_what_is_kept_is_what_embeddings_are_made_of(kind):
     """Gradients of both embeddings are there exactly where keep_embeddings does not train."""
     config = typed(keeping("x")).change({"model.pooler.kind": kind})
     model = coca.build(config.model)
-    params = partitioning.unbox(coca.init(model, rng(0)))
+    params = params_of(model)
     image = jax.random.normal(rng(1), (2, config.model.image_size, config.model.image_size, 3))
     tokens = np.arange(8).reshape(2, 4) + 5
 
@@ -255,7 +257,7 @@ def test_what_is_kept_is_what_embeddings_are_made_of(kind):
         return (one @ rng_matrix + two @ rng_matrix).sum()
 
     rng_matrix = jax.random.normal(rng(2), (config.model.embed_dim, 3))
-    slopes = flat(jax.grad(embeddings)(params))
+    slopes = flat(jax.jit(jax.grad(embeddings))(params))
     free = flat(trainable(params, config))
     parts = {name.split("/")[0] for name in free}
     assert ("generative_pooler" in parts) == (kind == "parallel")
