@@ -25,6 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from coca_jax import compile_cache, partitioning  # noqa: E402
+from coca_jax.config import Config, typed  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
 from coca_jax.training import state  # noqa: E402
@@ -55,6 +56,11 @@ def tiny_config(**model) -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-3, warmup_steps=1)
     config.model.update(model)
     return config
+
+
+def tiny(**changes) -> Config:
+    """`tiny_config` as the program has it inside, with other values: {'loss.bag_weight': 1.0}."""
+    return typed(tiny_config()).change(changes)
 
 
 def random_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import tiny
 
 from coca_jax.config import Loss, typed
 from coca_jax.configs import base
@@ -50,10 +50,9 @@ def rows_of(inputs, rows):
 
 
 def config_of(**loss):
-    config = tiny_config()
-    config.head.update(kind="classification", weight=0.5, label_smoothing=0.1)
-    config.loss.update(duplicate_texts="positives", **loss)
-    return config
+    head = dict(kind="classification", weight=0.5, label_smoothing=0.1)
+    text = {"model.text.vocab_size": VOCAB}
+    return tiny(head=head, loss=dict(duplicate_texts="positives", **loss), **text)
 
 
 def read(objective, inputs):
@@ -67,9 +66,9 @@ def test_a_run_has_the_losses_that_have_a_weight():
     assert [o.name for o in found] == ["head_loss", "contrastive_loss", "captioning_loss"]
     assert [o.weight for o in found] == [0.5, 1.0, 2.0]
     assert not objectives.head_alone(found)
-    config.loss.update(contrastive_weight=0.0, captioning_weight=0.0)
+    config = config_of(contrastive_weight=0.0, captioning_weight=0.0)
     assert objectives.head_alone(objectives.of(config))
-    config.head.kind, config.loss.contrastive_weight = "", 3.0
+    config = config.change({"head.kind": "", "loss.contrastive_weight": 3.0})
     assert [o.name for o in objectives.of(config)] == ["contrastive_loss"]
 
 
@@ -78,7 +77,6 @@ def test_values_and_metrics_of_parts_add_up(chunk):
     """Of five rows and three, of which the last part may have no class or no label."""
     inputs = inputs_of()
     config = config_of(caption_chunk=chunk, z_loss=1e-2, bag_weight=1.0)
-    config.model.text.vocab_size = VOCAB
     for objective in objectives.of(config):
         if objective.couples:
             continue
@@ -97,7 +95,6 @@ def test_a_bag_of_tokens_is_a_softmax_with_rare_tokens_as_its_target():
     """By hand in NumPy: each token once a text, by the logarithm of one over its share of texts."""
     inputs = inputs_of() | dict(tokens=jnp.asarray(inputs_of()["tokens"]).at[:, 0].set(3))
     config = config_of(bag_weight=1.0)
-    config.model.text.vocab_size = VOCAB
     bag = objectives.of(config)[-1]
     totals = bag.totals({name: inputs[name] for name in bag.fields})
     tokens, valid = np.asarray(inputs["tokens"]), np.asarray(inputs["text_valid"])

@@ -5,6 +5,7 @@ a real model. Differences are in units of the learning rate, which every update 
 as; TOLERANCE is that of float32 sums over six steps.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import update_rules
-from conftest import tiny_config
+from conftest import tiny, tiny_config
 
 import coca_jax
 from coca_jax import optimizer, partitioning, recipes
@@ -111,13 +112,9 @@ def flat(tree):
 
 
 def make_config(**changes):
-    config = tiny_config()
-    config.optimizer.update(
-        name="adamw", learning_rate=0.05, warmup_steps=2, schedule="linear", weight_decay=0.0
-    )
-    config.optimizer.update(beta1=0.9, beta2=0.99, clip_norm=1.0, layer_decay=1.0)
-    config.optimizer.update(changes)
-    return config
+    rule = dict(name="adamw", schedule="linear", beta1=0.9, beta2=0.99, clip_norm=1.0)
+    rates = dict(learning_rate=0.05, warmup_steps=2, weight_decay=0.0, layer_decay=1.0)
+    return tiny(optimizer=rule | rates | changes)
 
 
 def ours(config, gradients, start=None):
@@ -239,21 +236,22 @@ def test_adafactor_keeps_what_the_paper_keeps():
 
 def test_decay_head_and_layers_each_have_their_own_rate():
     config = make_config(layer_decay=0.5, encoder_learning_rate=0.005, weight_decay=0.3)
-    config.head.kind = "classification"
+    config = config.change({"head.kind": "classification"})
     gradients = [gradients_of(step) for step in range(3)]
     factors = functools.partial(factor, encoder=0.1, decay=0.5)
     assert_steps_are_those_of_the_definition(config, gradients, TOLERANCE, factors)
-    config.optimizer.encoder_learning_rate = -1.0  # as learning_rate
+    config = config.change({"optimizer.encoder_learning_rate": -1.0})  # as learning_rate
     factors = functools.partial(factor, decay=0.5)
     assert_steps_are_those_of_the_definition(config, gradients[:2], TOLERANCE, factors)
-    config.head.kind, config.optimizer.encoder_learning_rate = "", 0.005  # no head: no effect
+    headless = {"head.kind": "", "optimizer.encoder_learning_rate": 0.005}
+    config = config.change(headless)  # where that has no effect
     assert_steps_are_those_of_the_definition(config, gradients[:2], TOLERANCE, factors)
 
 
 def test_frozen_parts_keep_every_bit_and_have_no_state():
     """The clipped norm is that of the head alone."""
     config = make_config(encoder_learning_rate=0.0, weight_decay=0.3, ema=0.5)
-    config.head.kind = "classification"
+    config = config.change({"head.kind": "classification"})
     gradients = [gradients_of(step) for step in range(3)]
     head = [
         {n: g for n, g in found.items() if n.startswith("head/classifier")} for found in gradients
@@ -350,7 +348,7 @@ def test_impossible_schedules_and_rules_are_named():
     with pytest.raises(ValueError, match="optimizer.schedule='step'; choose from"):
         rates("step", 0, 4, 0)
     with pytest.raises(ValueError, match="optimizer.name='sgd'"):
-        optimizer.make_optimizer(make_config(name="sgd").optimizer)
+        optimizer.make_optimizer(dataclasses.replace(make_config().optimizer, name="sgd"))
 
 
 @pytest.mark.parametrize(
