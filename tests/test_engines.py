@@ -129,6 +129,7 @@ def test_indexed_by_shares_and_joined(model, tars, tmp_path, monkeypatch, kind):
 @pytest.fixture(scope="module")
 def ray():
     module = pytest.importorskip("ray", reason="needs the extra 'ray'")
+    os.environ["RAY_worker_niceness"] = "0"  # 15 by default, which is slow beside other tests
     for last in (False, False, True):
         try:
             module.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
