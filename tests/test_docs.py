@@ -37,13 +37,14 @@ SMALL = [
     "--config.model.pooler.num_heads=2",
 ]
 SHORT = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup_steps=0"]
+QUICK = [*SHORT, "--config.eval.tasks=()", "--config.text_lengths=()", "--config.text_parts=1"]
 # Flags that make a command small: those of the first pattern that it matches.
 ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"train .*--config=\S*:", SHORT),  # the model is that of the weights
-    (r"train .*--config=(demo|emoji|tiny)", [*SHORT, "--config.eval.tasks=()"]),
+    (r"train .*--config=(demo|emoji|tiny)", QUICK),
     (r"train .*--config=\S+recipe.py", SHORT),
     (r"train ", [*SMALL, *SHORT]),
-    (r"fit .*--dry_run", []),
+    (r"fit .*--dry_run", ["--minutes=0.1"]),  # the choice of the others, whose programs are kept
     (r"fit ", ["--minutes=0.1", "--config.steps=3"]),
     (r"benchmark input", ["--seconds=1"]),
     (r"benchmark ", [*SMALL, "--repeats=1", "--batch_size=2"]),
@@ -51,7 +52,8 @@ ADDED: tuple[tuple[str, list[str]], ...] = (
 )
 
 
-def picture(seed: int, size: int = 40) -> Image.Image:
+def picture(seed: int, size: int = 32) -> Image.Image:
+    """Of a size for which `fit` takes its smallest model."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size, size))
@@ -114,6 +116,7 @@ def site(tmp_path_factory) -> pathlib.Path:
         elif (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, dirs_exist_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation"]  # setuptools is here
     done = subprocess.run(
         [*command, f"--target={target}", str(source)], capture_output=True, text=True
     )
@@ -247,8 +250,7 @@ def test_a_page_s_commands_and_examples_do_what_it_says(page, walk):
 
 # What takes the place of a notebook's cell of parameters, so that it is quick.
 PARAMETERS = {
-    "train_and_caption.ipynb": 'RUN = "runs/notebook"; FLAGS = ["--config.steps=2", '
-    '"--config.batch_size=8", "--config.optimizer.warmup_steps=0", "--config.eval.tasks=()"]',
+    "train_and_caption.ipynb": f'RUN = "runs/notebook"; FLAGS = {QUICK}',
     "search_a_folder.ipynb": 'WEIGHTS = "runs/demo"; FOLDER = "pictures"',
 }
 
