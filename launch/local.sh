@@ -86,12 +86,15 @@ stop() { # the first request lets train save, the second does not
   ((starting)) || pass_on
 }
 trap stop INT TERM HUP
+trap '' PIPE # nobody reads standard error any more: the run goes on
+
+say() { echo "local.sh: $*" >&2 || true; }
 
 pass_on() {
   if ((${#pids[@]} == 0)); then
     return 0 # between two starts
   elif ((asked == 1)); then
-    echo "local.sh: asking ${#pids[@]} process(es) to save and stop, for up to $grace s; once more ends them at once" >&2
+    say "asking ${#pids[@]} process(es) to save and stop, for up to $grace s; once more ends them at once"
     tell TERM
     bound "$grace"
   else
@@ -132,7 +135,7 @@ watch() {
     if [[ -z ${ended:-} ]]; then continue; fi # a signal to this script woke it: go on waiting
     if [[ $ended == "$timer" ]]; then
       timer=""
-      echo "local.sh: killing ${#pids[@]} process(es) that did not end" >&2
+      say "killing ${#pids[@]} process(es) that did not end"
       for id in "${pids[@]}"; do kill -KILL -- "-$id" 2>/dev/null || true; done
       continue
     fi
@@ -144,7 +147,7 @@ watch() {
       continue
     elif ((one != 0 && one != 75 && asked == 0)); then
       failed=1
-      echo "local.sh: a process ended with status $one: ending the other ${#pids[@]}" >&2
+      say "a process ended with status $one: ending the other ${#pids[@]}"
       tell TERM
       bound "$abort"
     elif [[ -z $timer ]]; then

@@ -175,6 +175,34 @@ def test_a_request_to_stop_that_comes_before_train_can_answer_counts_as_saved(tm
     assert process.wait(30) == 75, process.stderr.read()
 
 
+DIES_ONCE = """
+import os, pathlib, signal, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+lives = pathlib.Path(flags["workdir"], flags["process_id"])
+lives.write_text(lives.read_text() + "x" if lives.exists() else "x")
+if lives.read_text() == "x":
+    time.sleep(0.2 if flags["process_id"] == "1" else 60)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_launcher_that_nobody_listens_to_goes_on(tmp_path):
+    """Its standard error is a pipe without a reader, as when the program behind `|` has ended."""
+    script = stand_in(tmp_path, DIES_ONCE)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["bash", str(script), "2", "--", f"--workdir={tmp_path}"],
+        stderr=writer,
+        cwd=script.parent.parent,
+        env=environment(ABORT="1"),
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert [(tmp_path / number).read_text() for number in "01"] == ["xx", "xx"]
+
+
 def test_a_dry_run_prints_one_command_a_process():
     flags = ["--", "--config=configs/coca_2b.py", "--workdir=gs://bucket/a run"]
     done = local(LAUNCH / "local.sh", "3", "--dry_run", *flags, PORT="4321")
