@@ -115,14 +115,14 @@ scenes.Scenes.read = stall
 def get_config():
     config = tiny.get_config()
     config.steps = 50
-    config.faults.hang_minutes = 0.1
+    config.faults.hang_minutes = 0.4
     return config
 """
 
 
 @pytest.mark.slow
 def test_train_of_a_source_that_stalls_ends_with_75(tmp_path):
-    """Trains a few steps; the source then gives nothing for longer than the bound of 6 seconds."""
+    """Trains a few steps; the source then gives nothing for longer than the bound of 24 seconds."""
     (tmp_path / "recipe.py").write_text(RECIPE)
     command = [sys.executable, "-m", "coca_jax", "train", f"--config={tmp_path}/recipe.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -131,7 +131,7 @@ def test_train_of_a_source_that_stalls_ends_with_75(tmp_path):
         capture_output=True,
         text=True,
         env=env,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 75, done.stderr[-3000:]
     last = done.stderr.splitlines()[-1]
