@@ -192,6 +192,7 @@ NOT_AGAIN = {
     "video": "needs runs of hours and foldings whose script was not kept",
     "recaption": "its tars were not kept",
     "demo_resumed": "by hand: kill a run of the demo, start it again",
+    "clock": "a new user's, by hand: the commands of docs/quick_start.md in a fresh clone",
     "serve_": "an hour, and a machine without other work; python benchmarks/serve.py",
     "search_million/": "its index was not kept; python benchmarks/search.py graph makes another",
     "search_embed": "its JPEGs were not kept; python benchmarks/search.py embed on others",
