@@ -20,3 +20,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (root / source).read_text().replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """A link out of docs/ to one of them is one beside the page here."""
+    for source, name in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({name}")
+    return markdown
