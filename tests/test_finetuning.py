@@ -150,7 +150,7 @@ def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(ada
         np.testing.assert_allclose(again[name], tuned[name], atol=1e-5)
 
 
-def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch):
+def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
     """The scores of a tiny model say little: the probe's are given here, the run is a real one."""
     from coca_jax.evaluators import tasks
 
@@ -167,6 +167,10 @@ def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch):
     with pytest.raises(guard.LostTooMuch):  # not by starting it again
         train_alone(guarded_run(), tmp_path)
     assert (tmp_path / "report.html").exists()
+    (tmp_path / history.FILE).unlink()  # of a run that began without a guard, say
+    given[4] = 0.1
+    train_alone(guarded_run(), tmp_path)
+    assert "eval.guard is silent" in capfd.readouterr().err
 
 
 def test_guard_and_lora_say_what_they_need():

@@ -83,7 +83,7 @@ def test_every_recipe_of_the_package_loads_from_any_folder(name, elsewhere):
         ("own", "did you mean own.py"),
         (
             "nowhere/x.py",
-            "--config=nowhere/x.py: no such recipe.* Recipes: .*, tiny, tuxpaint, vqa",
+            "--config=nowhere/x.py: no such recipe.* Recipes: .*, tuxpaint, tuxpaint_tuned, vqa",
         ),
         (".", "is a folder"),
         ("own.py", "own.py, line 3: expected ':'"),

@@ -119,6 +119,10 @@ class Evaluation:
         config, workdir = self._run.config.eval, self._run.workdir
         if config.guard and not step and not history.has(workdir, 0):
             self(0, state)
+        if config.guard and step and not history.has(workdir, 0):
+            self._run.say(
+                "warning: eval.guard is silent: this run has no scores from before the first step"
+            )
         if config.guard == "stop" and step:
             for row in history.read(workdir):
                 if row["step"] == step and (line := guard.judge(workdir, config, **row)):
