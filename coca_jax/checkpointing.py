@@ -105,6 +105,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except Exception as error:
             problem = error
+        lean_saves.give_back()
         if _agree(problem is None):
             return
         self._reopen()

@@ -4,11 +4,14 @@ TensorStore (0.1.86, its newest version when this was written) never frees the s
 that it gives to Python, and Orbax asks it for some at every array of every save: 280 KiB in a save
 of 320 arrays, for as long as the run lives. What Orbax asks for is the same for all arrays of a
 folder, and what it counts is only logged: now it asks once for a folder, and does not count.
+
+What the threads of a save have freed, the C library keeps in pieces: it is given back.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import importlib
 from collections.abc import Callable
@@ -44,3 +47,19 @@ def by_folder(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         return spec if name is None else spec | {"path": name}
 
     return of_array
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's function; other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives free memory back to the system, to be called after a save; about a millisecond."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
