@@ -135,6 +135,15 @@ def test_report_is_one_file_and_shows_every_score(run):
         assert 10 <= xy[:, 1].min() and xy[:, 1].max() <= 236
 
 
+def test_what_is_long_can_be_folded_and_is_on_a_phone(run):
+    page = report.write_report(run).read_text()
+    folds = page.count('<details class="card fold" open><summary><h3>')
+    assert folds >= page.count('<section id="scores">') + page.count('<section id="card">') == 2
+    assert folds == page.count('class="card fold"')  # none begins closed where there is room
+    script = page[page.index("matchMedia('(max-width: 600px)')") :]
+    assert "'.fold'" in script[:150] and "fold.open = false" in script[:150]
+
+
 def test_text_from_data_is_escaped(tmp_path):
     attack = "<script>alert(1)</script>'\""
     item = dict(image="AAAA", caption=attack, references=[attack], exact=False, f1=0.0)
