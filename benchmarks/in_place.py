@@ -243,18 +243,23 @@ def main() -> None:
     args = parser.parse_args()
     tars = make(args.folder / "tars", args.pairs, args.tars)
     index, copy = args.folder / "index", args.folder / "copy"
-    told: dict[str, Any] = dict(
-        pairs=args.pairs, gb=sum(path.stat().st_size for path in tars) / 1e9
-    )
+    told: dict[str, Any] = {}
+
+    def tell(**found: Any) -> None:
+        """Says at once what was found: the rest takes minutes more."""
+        told.update(found)
+        print(json.dumps(found), file=sys.stderr, flush=True)
+
+    tell(pairs=args.pairs, gb=sum(path.stat().st_size for path in tars) / 1e9)
     rated = tars[: args.rated_tars]
-    told["rates"] = rates(rated, len(rated) * args.pairs // args.tars)
-    told["whole_index_seconds"] = spent(lambda: imported(tars, index, False, True))
+    tell(rates=rates(rated, len(rated) * args.pairs // args.tars))
+    tell(whole_index_seconds=spent(lambda: imported(tars, index, False, True)))
     imported(tars, copy, False, False)
-    told["same"] = same(str(index), str(copy))
-    told["batches"] = batches(str(index), str(copy), args.seconds, args.repeats)
+    tell(same=same(str(index), str(copy)))
+    tell(batches=batches(str(index), str(copy), args.seconds, args.repeats))
     if args.s3_tars:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            told["s3"] = from_s3(tars[: args.s3_tars], pathlib.Path(scratch))
+            tell(s3=from_s3(tars[: args.s3_tars], pathlib.Path(scratch)))
     print(json.dumps(told))
 
 
