@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from measuring import (
+    IMPORTS,
     LOSSES,
     MOMENTS,
     PAIRS,
@@ -11,6 +12,7 @@ from measuring import (
     Measurement,
     captions,
     compiled,
+    in_place,
     kills,
     losses,
     of_cpu,
@@ -159,6 +161,15 @@ MEASUREMENTS = (
         )
         for row, name in TOWERS.items()
     ),
+    Measurement(
+        (
+            *(f"in_place/{row}" for row in IMPORTS),
+            *(f"in_place_batches/{row}" for row in ("copy", "in_place", "share")),
+        ),
+        in_place,
+        6,
+        "python benchmarks/in_place.py DIR",
+    ),
     *(compiled(f"tpu_steps/{row}", of_tpu, flags) for row, flags in TPU.items()),
     *(compiled(row, of_gpu, flags) for row, flags in H100.items()),
     *(compiled(f"memory_224/{row}", of_cpu, flags) for row, flags in MEMORY.items()),
@@ -184,7 +195,8 @@ NOT_AGAIN = {
     "twins/": "needs runs of hours, or data that come with no recipe",
     "clip_benchmark": "needs CLIP_benchmark and five sets in its layout",
     "convert_l14": "needs the weights of coca_ViT-L-14, 2.55 GB",
-    "in_place": "its tars and its script were not kept",
+    "in_place_reading": "its tars were not kept",
+    "in_place_s3": "its tars were not kept; benchmarks/in_place.py --s3_tars=1 on small ones",
     "input": "its 2,000 JPEGs were not kept; coca-jax benchmark input --peer, on data of your own",
     "text_lengths/": "by a script that was not kept",
     "optimizers/": "the demo at a captioning weight of 10, which it has no more",

@@ -232,11 +232,11 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
 
 
 def in_place(given: Given) -> Rows:
-    """100,000 pairs in tars: importing them, batches, and the same from a bucket."""
+    """100,000 pairs in tars: importing them, and batches."""
     script = str(ROOT / "benchmarks/in_place.py")
     told = json.loads(given.python(script, str(given.runs / "in_place")).splitlines()[-1])
-    if not all((*told["same"].values(), told["s3"]["same"])):
-        raise RuntimeError(f"batches differ: {told['same']}, from S3 {told['s3']['same']}")
+    if not all(told["same"].values()):
+        raise RuntimeError(f"batches differ: {told['same']}")
     columns = ("mb", "pairs")
     found: Rows = {
         f"in_place/{row}": {column: told["rates"][name][column] for column in columns}
@@ -245,7 +245,7 @@ def in_place(given: Given) -> Rows:
     batches = told["batches"]
     found |= {f"in_place_batches/{row}": dict(value=batches[row]) for row in ("copy", "in_place")}
     found["in_place_batches/share"] = dict(share=batches["quotient"])
-    return found | {"in_place_s3": {name: told["s3"][name] for name in ("first", "again", "disk")}}
+    return found
 
 
 IMPORTS = dict(
