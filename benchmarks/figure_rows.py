@@ -203,6 +203,7 @@ NOT_AGAIN = {
     "ablations/": "with options that the demo has no more; coca-jax ablate examples/ablations.toml",
     "video": "needs runs of hours and foldings whose script was not kept",
     "recaption": "its tars were not kept",
+    "step_b32/": "coca-jax benchmark train --peer prints its own",
     "demo_resumed": "by hand: kill a run of the demo, start it again",
     "clock": "a new user's, by hand: the commands of docs/quick_start.md in a fresh clone",
     "serve_": "an hour, and a machine without other work; python benchmarks/serve.py",
