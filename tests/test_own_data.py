@@ -11,7 +11,7 @@ from PIL import Image
 from coca_jax import evaluate, prepare
 from coca_jax.config import typed
 from coca_jax.configs import base
-from coca_jax.data import formats, sources
+from coca_jax.data import files, formats, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations, records
 from coca_jax.importers import own_data, splits, unprepared
@@ -148,6 +148,19 @@ def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
     (listed / "list.csv").write_text("picture,words\n" + "".join(f"{i}.PNG,red\n" for i in "012"))
     with pytest.raises(ValueError, match="give --image_field=NAME, one of picture, words"):
         splits.prepare("csv", str(listed), str(tmp_path / "new"), processes=1, progress=False)
+
+
+def test_lists_of_names_are_text(tmp_path):
+    names = tmp_path / "names"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        names.write_text("Kätzchen\r\nHund\n", encoding=encoding, newline="")
+        assert files.read_lines(str(names)) == ["Kätzchen", "Hund"]
+    names.write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(ValueError, match="names: no text, it has zero bytes"):
+        files.read_lines(str(names))
+    names.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="names: not UTF-8 text"):
+        files.read_lines(str(names))
 
 
 def test_a_holdout_is_a_function_of_the_pictures(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fnmatch
 import os
@@ -45,16 +46,25 @@ def read(path: str) -> bytes:
     return read_bounded(path)
 
 
+def decode_text(data: bytes) -> str:
+    """The contents of a text file: UTF-8, or UTF-16 where its first two bytes say so, as editors on
+    Windows write it. Raises UnicodeDecodeError for another encoding."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
+
+
 def read_lines(path: str) -> list[str]:
     """The lines of a text file, without their ends.
 
     Raises:
-        OSError, ValueError: as `read_bounded`; or it is not UTF-8.
+        OSError, ValueError: as `read_bounded`; or it is no text in UTF-8.
     """
     try:
-        text = read_bounded(path, MAX_TEXT_FILE).decode("utf-8")
+        text = decode_text(read_bounded(path, MAX_TEXT_FILE))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: no text, it has zero bytes")
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 

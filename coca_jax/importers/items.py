@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -136,13 +135,6 @@ def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options)
 def printable(text: str) -> str:
     """Text that is UTF-8: half a surrogate pair, or a byte of a file name, becomes its number."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def decode_text(data: bytes) -> str:
-    """The contents of a text file: UTF-8, or UTF-16 where its first two bytes say so, as editors on
-    Windows write it. Raises UnicodeDecodeError for another encoding."""
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if marked else "utf-8-sig")
 
 
 def strings(value: Any) -> list[str]:

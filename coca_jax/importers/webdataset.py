@@ -14,7 +14,6 @@ from coca_jax.importers.items import (
     Item,
     Options,
     Unit,
-    decode_text,
     guarded,
     names,
     strings,
@@ -126,10 +125,8 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
     found.second_span = group.span(second, path, file_bytes)
     try:
         fields = bounded_json.parse(members["json"]) if "json" in members else {}
-        text = decode_text(members["txt"]) if "txt" in members and not options.text_field else None
-        label = (
-            decode_text(members["cls"]) if "cls" in members and not options.label_field else None
-        )
+        text = None if options.text_field else _text(members, "txt")
+        label = None if options.label_field else _text(members, "cls")
     except UnicodeDecodeError as error:
         found.problem, found.detail = "bad_utf8", str(error)
         return found
@@ -148,4 +145,4 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
 
 
 def _text(members: dict[str, bytes], suffix: str) -> str | None:
-    return decode_text(members[suffix]) if suffix in members else None
+    return files.decode_text(members[suffix]) if suffix in members else None
