@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_cpu_kernels
 from conftest import needs_bfloat16, params_of, tiny_config
 
 from coca_jax import compile_cache
@@ -20,21 +21,12 @@ def kernels():
     return cpu_kernels
 
 
-class Numbers:
+class Numbers(test_cpu_kernels.Numbers):
     """Random numbers, and layers of them that lose nothing in bfloat16."""
 
-    def __init__(self, *seed):
-        self.rng = np.random.default_rng(seed)
-
-    def __call__(self, *shape, scale=1.0):
-        return (scale * self.rng.normal(size=shape)).astype(np.float32)
-
-    def norm(self, width):
-        return dict(scale=1 + self(width, scale=0.1), bias=self(width, scale=0.1))
-
     def dense(self, depth, width):
-        kernel = self(depth, width, scale=depth**-0.5).astype(HALVES)
-        return dict(kernel=kernel, bias=self(width, scale=0.1))
+        layer = super().dense(depth, width)
+        return layer | dict(kernel=layer["kernel"].astype(HALVES))
 
 
 def packed(layer, dtype):
