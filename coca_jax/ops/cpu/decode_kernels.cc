@@ -450,6 +450,21 @@ ffi::Error CachedImageAttention(ffi::ThreadPool pool, Floats x, Floats scale, Fl
 constexpr int kQueries = 8;  // rows that look at an image's tokens together
 constexpr int kTokens = 8;   // image tokens whose scores stay in registers
 
+template <int T>
+void Scores(const Number* turned, const Number* tokens, int64_t width, float* scores,
+            const Number* ahead);
+
+// The `Scores` of all `count` tokens.
+inline void AllScores(const Number* turned, const Number* tokens, int64_t count, int64_t width,
+                      float* scores, const Number* ahead) {
+  int64_t m = 0;
+  for (; m + kTokens <= count; m += kTokens)
+    Scores<kTokens>(turned, tokens + m * width, width, scores + m * kQueries,
+                    ahead + m / 2 * width);
+  for (; m < count; ++m)
+    Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+}
+
 #ifdef COCA_JAX_BFLOAT16
 // scores [T, 8] of the queries turned [width / 4, 8, 4] and tokens [T, width]; 16 numbers beyond
 // them are overwritten. Asks for half as many numbers at `ahead` on its way.
@@ -522,23 +537,18 @@ void AttendTokens(const Number* tokens, int64_t count, int64_t width, Operands q
   for (int r = 0; r < few; ++r)
     for (int64_t k = 0; k < width; k += 4)
       std::memcpy(turned + k * kQueries + 4 * r, queries[r] + k, 4 * sizeof(Number));
-  int64_t m = 0;
-  for (; m + kTokens <= count; m += kTokens)
-    Scores<kTokens>(turned, tokens + m * width, width, scores + m * kQueries,
-                    ahead + m / 2 * width);
-  for (; m < count; ++m)
-    Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+  AllScores(turned, tokens, count, width, scores, ahead);
   // Of an odd count the last row has a partner without weight.
   std::fill_n(scores + count * kQueries, kQueries, -INFINITY);
   float highest[2 * kQueries], total[2 * kQueries] = {}, factors[kQueries];
   std::fill_n(highest, 2 * kQueries, -INFINITY);
-  for (m = 0; m < count; m += 2)
+  for (int64_t m = 0; m < count; m += 2)
     for (int i = 0; i < 2 * kQueries; ++i)
       highest[i] = std::max(highest[i], scores[m * kQueries + i]);
   for (int r = 0; r < kQueries; ++r)
     highest[r] = highest[r + kQueries] = std::max(highest[r], highest[r + kQueries]);
   const __m512i paired = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-  for (m = 0; m < count; m += 2) {
+  for (int64_t m = 0; m < count; m += 2) {
     float* two = scores + m * kQueries;
     for (int i = 0; i < 2 * kQueries; ++i) {
       two[i] = Exp(two[i] - highest[i]);
@@ -584,27 +594,22 @@ void AttendTokens(const float* tokens, int64_t count, int64_t width, Operands qu
   std::fill_n(turned, width * kQueries, 0.0f);
   for (int r = 0; r < few; ++r)
     for (int64_t k = 0; k < width; ++k) turned[k * kQueries + r] = queries[r][k];
-  int64_t m = 0;
-  for (; m + kTokens <= count; m += kTokens)
-    Scores<kTokens>(turned, tokens + m * width, width, scores + m * kQueries,
-                    ahead + m / 2 * width);
-  for (; m < count; ++m)
-    Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+  AllScores(turned, tokens, count, width, scores, ahead);
   float highest[kQueries], total[kQueries] = {};
   std::fill_n(highest, kQueries, -INFINITY);
-  for (m = 0; m < count; ++m)
+  for (int64_t m = 0; m < count; ++m)
     for (int r = 0; r < kQueries; ++r)
       highest[r] = std::max(highest[r], scores[m * kQueries + r]);
-  for (m = 0; m < count; ++m)
+  for (int64_t m = 0; m < count; ++m)
     for (int r = 0; r < kQueries; ++r) {
       float& score = scores[m * kQueries + r];
       score = Exp(score - highest[r]);
       total[r] += score;
     }
   for (int r = 0; r < few; ++r)
-    for (m = 0; m < count; ++m) weights[r * padded + m] = scores[m * kQueries + r] / total[r];
+    for (int64_t m = 0; m < count; ++m) weights[r * padded + m] = scores[m * kQueries + r] / total[r];
   for (int r = 0; r < few; ++r) std::fill_n(queries[r], width, 0.0f);
-  for (m = 0; m < count; m += kDepth) {
+  for (int64_t m = 0; m < count; m += kDepth) {
     const int64_t depth = std::min<int64_t>(kDepth, count - m);
     for (int64_t k = 0; k < width; k += kPanel) {
       const int64_t done = count * width + m * width + k * depth;  // of twice as many
