@@ -103,7 +103,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # together: the first to go would take the others down
             stopping.leave(str(stop), stopping.EXIT_AGAIN)
-    return summary if jax.process_index() == 0 else None
+        first = jax.process_index() == 0
+        if jax.process_count() > 1:
+            # Before the result is told: where a peer fails in its last instants, a launcher starts
+            # all again, and the result would be told twice.
+            jax.distributed.shutdown()
+    return summary if first else None
 
 
 if __name__ == "__main__":

@@ -17,9 +17,17 @@ here=$root/.worker
 python=${VENV:-$root/.venv}/bin/python
 mkdir -p "$here"
 
-running() { # is the process of that number still ours?
+running() { # is the process of that number still ours? It may end while this looks.
   [[ -s $here/pid ]] && kill -0 "$(cat "$here/pid")" 2>/dev/null &&
-    tr '\0' ' ' <"/proc/$(cat "$here/pid")/cmdline" | grep -q coca_jax.train
+    grep -qs coca_jax.train "/proc/$(cat "$here/pid")/cmdline"
+}
+
+ended() { # waits until the parent of train has left its status, for up to 5 s: it may be killed too
+  for _ in {1..50}; do
+    [[ ! -e $here/status ]] || return 0
+    sleep 0.1
+  done
+  return 1
 }
 
 # Becomes the parent of train, which leaves its status behind.
@@ -49,18 +57,16 @@ run() {
     until [[ -s $here/pid ]]; do sleep 0.1; done
   fi
   tail -n "$lines" --pid="$(cat "$here/pid")" -f "$here/log"
-  for _ in {1..50}; do
-    [[ ! -e $here/status ]] || exit "$(cat "$here/status")"
-    sleep 0.1
-  done
-  exit 137 # its parent was killed with it
+  ended || exit 137 # its parent was killed with it
+  exit "$(cat "$here/status")"
 }
 
 stop() {
   running || { echo "train is not running"; return; }
   kill -TERM "$(cat "$here/pid")"
   while running; do sleep 0.2; done
-  echo "train has stopped with status $(cat "$here/status" 2>/dev/null || echo unknown)"
+  ended || { echo "train has stopped, and nothing left its status"; return; }
+  echo "train has stopped with status $(cat "$here/status")"
 }
 
 command=${1:-}
