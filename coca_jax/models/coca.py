@@ -13,7 +13,7 @@ import numpy as np
 from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.config import Head, Loss, Model, checks
-from coca_jax.models import heads, layers, native, native_layout, pooler_kinds
+from coca_jax.models import draws, heads, layers, native, native_layout, pooler_kinds
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
 from coca_jax.models.outputs import Outputs
 from coca_jax.models.part import Part
@@ -356,6 +356,11 @@ def build(
 
 def init(model: CoCa, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names (see partitioning.unbox)."""
+    return draws.together(functools.partial(init_alone, model))(rng)
+
+
+def init_alone(model: CoCa, rng: jax.Array) -> dict:
+    """`init` as Flax does it, each parameter by itself: the reference of draws.together."""
     encoder, decoder = model.encoder, model.decoder
     pixels = jnp.zeros((1, *image_shape.pair(encoder.image_size), 3), jnp.float32)
     tokens = jnp.zeros((1, decoder.max_len), jnp.int32)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.config import BLOCK, Model
-from coca_jax.models import rotary
+from coca_jax.models import draws, rotary
 from coca_jax.ops import packed
 from coca_jax.ops.reference import (
     ACTIVATIONS,
@@ -295,7 +295,7 @@ class Projection(nn.Module):
         in_shape = self.in_shape or (width,)
         kernel = self.param(
             "kernel",
-            with_axes(nn.initializers.truncated_normal(self.init_scale * width**-0.5), *self.axes),
+            with_axes(draws.truncated_normal(self.init_scale * width**-0.5), *self.axes),
             in_shape + self.features,
         )
         y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
@@ -348,7 +348,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = self.initializer or nn.initializers.normal(self.init_std)
+        init = self.initializer or draws.normal(self.init_std)
         return self.param("value", with_axes(init, *self.axes), self.shape)
 
 

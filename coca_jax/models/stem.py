@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from coca_jax.models import draws
 from coca_jax.ops.reference import Before, Reference
 from coca_jax.partitioning import with_axes
 
@@ -36,7 +37,7 @@ class Convolution(nn.Module):
         kernel = self.param(
             "kernel",
             with_axes(
-                nn.initializers.truncated_normal((9 * channels) ** -0.5),
+                draws.truncated_normal((9 * channels) ** -0.5),
                 *("kernel_row", "kernel_column", "channel", "embed"),
             ),
             (3, 3, channels, self.features),
