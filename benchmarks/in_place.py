@@ -9,9 +9,9 @@ of their own), an index and a copy of them, and prints as JSON:
 - read, index, copy: bytes and pairs a processor second, tar by tar in turn, from the page cache
 - batches: input images a processor second in place and from the copy, in turn, and the quotient
 - same: whether batches of the index are those of the copy; after a resume; of 2 and 4 processes
-- s3: from moto's server on this machine (--s3_tars of them; let them be small, since it copies a
-  whole tar for each range): whether batches are the same, and records a processor second (without
-  the server's) the first time, again, and from the disk
+- s3: the first --s3_tars of them behind s3_server.py on this machine, and here: processor seconds
+  of this process for an index, input images a processor second here, from there, and again from
+  what the disk keeps, their quotients, and whether batches are the same; --s3_only: no more
 
 A benchmark, no test; tests/test_in_place.py holds the same on small data.
 """
@@ -25,22 +25,21 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import s3_server
 from PIL import Image
 
 from coca_jax import benchmark_input
 from coca_jax.config import typed
 from coca_jax.configs import base
-from coca_jax.data import run_vocabulary, sources
+from coca_jax.data import run_vocabulary
 from coca_jax.data.loaders import open_stream
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare
@@ -50,7 +49,7 @@ SIDE = 256
 BATCH, IMAGE = 64, 224
 READS = 10
 STEPS = 4  # whose batches are compared
-ROWS = 2048  # that are read from a bucket
+S3_STEPS = 64  # of batches from a bucket
 
 
 def jpegs() -> list[bytes]:
@@ -187,53 +186,46 @@ def batches(index: str, copy: str, seconds: float, repeats: int) -> dict[str, fl
 
 
 @contextlib.contextmanager
-def bucket(cache: pathlib.Path) -> Iterator[Any]:
-    """The file system of a server of moto's, in a process of its own, with a bucket 'bucket'."""
-    import fsspec
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.2)
+def bucket(folder: pathlib.Path, cache: pathlib.Path) -> Iterator[str]:
+    """The URL of a folder as a bucket of a server on this machine, in a process of its own."""
+    with s3_server.serving(folder) as port:
         os.environ |= dict(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", XDG_CACHE_HOME=str(cache))
         os.environ |= dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
         os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
-        yield system
-    finally:
-        server.terminate()
-        server.wait()
+        yield f"s3://{s3_server.NAME}"
 
 
-def from_s3(tars: list[pathlib.Path], folder: pathlib.Path) -> dict[str, Any]:
-    """The same tars in a bucket: batches, and records a processor second of this process."""
-    with bucket(folder / "cache") as system:
-        for path in tars:
-            system.put_file(str(path), f"bucket/tars/{path.name}")
+def timed_batches(path: str, steps: int) -> tuple[float, list[Any]]:
+    """Processor seconds of the first `steps` batches, opening left out, and the batches."""
+    with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = run_vocabulary.load_or_train(config_of(path), scratch)
+    stream, found = open_stream(config_of(path), vocabulary), []
+    found.append(next(stream))
+    took = spent(lambda: found.extend(take(stream, steps)))
+    stream.close()
+    return took, found
+
+
+def from_s3(tars: list[pathlib.Path], folder: pathlib.Path, steps: int) -> dict[str, Any]:
+    """The same tars in a bucket and here: index and batches, by processor seconds of this process,
+    the server's left out. first: nothing was read before; again: what the disk keeps of that."""
+    with bucket(tars[0].parent, folder / "cache") as url:
         options = dict(options=Options(in_place=True, verify=False), processes=1, progress=False)
-        url, disk = str(folder / "of_s3"), str(folder / "of_disk")
+        there, here = str(folder / "of_s3"), str(folder / "of_disk")
         names = f"{{00000..{len(tars) - 1:05d}}}.tar"
         found: dict[str, Any] = {}
-        for out, root in ((url, "s3://bucket/tars"), (disk, str(tars[0].parent))):
-            took = spent(lambda o=out, r=root: prepare("webdataset", f"{r}/{names}", o, **options))
-            found["index_s3_seconds" if out == url else "index_disk_seconds"] = took
-        with tempfile.TemporaryDirectory() as scratch:
-            vocabulary = run_vocabulary.load_or_train(config_of(disk), scratch)
-        there = take(open_stream(config_of(url), vocabulary), STEPS)
-        found["same"] = equal(there, take(open_stream(config_of(disk), vocabulary), STEPS))
-        rows = np.random.default_rng(0).permutation(len(sources.open_source(disk)))[:ROWS]
-        for name, path in (("first", url), ("again", url), ("disk", disk)):
-            source = sources.open_source(path)
-            found[name] = ROWS / spent(
-                lambda s=source: [s.read(rows[at : at + BATCH]) for at in range(0, ROWS, BATCH)]
+        for name, out, root in (("here", here, str(tars[0].parent)), ("s3", there, url)):
+            found[f"index_{name}"] = spent(
+                lambda o=out, r=root: prepare("webdataset", f"{r}/{names}", o, **options)
             )
+        made = {}
+        for name, path in (("here", here), ("first", there), ("again", there)):
+            took, made[name] = timed_batches(path, steps)
+            found[f"batches_{name}"] = steps * BATCH / took
+    found["same"] = all(equal(made["here"], made[name]) for name in ("first", "again"))
+    found["index_factor"] = found["index_s3"] / found["index_here"]
+    for name in ("first", "again"):
+        found[f"{name}_factor"] = found["batches_here"] / found[f"batches_{name}"]
     return found
 
 
@@ -245,10 +237,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--s3_tars", type=int, default=0)
+    parser.add_argument("--s3_only", action="store_true")
+    parser.add_argument("--s3_steps", type=int, default=S3_STEPS)
     parser.add_argument("--rated_tars", type=int, default=2, help="whose import is timed, in turn")
     args = parser.parse_args()
     tars = make(args.folder / "tars", args.pairs, args.tars)
-    index, copy = args.folder / "index", args.folder / "copy"
     told: dict[str, Any] = {}
 
     def tell(**found: Any) -> None:
@@ -257,16 +250,25 @@ def main() -> None:
         print(json.dumps(found), file=sys.stderr, flush=True)
 
     tell(pairs=args.pairs, gb=sum(path.stat().st_size for path in tars) / 1e9)
+    if not args.s3_only:
+        tell_of_all(tell, args, tars)
+    if args.s3_tars:
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            tell(s3=from_s3(tars[: args.s3_tars], pathlib.Path(scratch), args.s3_steps))
+    print(json.dumps(told))
+
+
+def tell_of_all(
+    tell: Callable[..., None], args: argparse.Namespace, tars: list[pathlib.Path]
+) -> None:
+    """Tells of all tars, here."""
+    index, copy = args.folder / "index", args.folder / "copy"
     rated = tars[: args.rated_tars]
     tell(rates=rates(rated, len(rated) * args.pairs // args.tars))
     tell(whole_index_seconds=spent(lambda: imported(tars, index, False, True)))
     imported(tars, copy, False, False)
     tell(same=same(str(index), str(copy)))
     tell(batches=batches(str(index), str(copy), args.seconds, args.repeats))
-    if args.s3_tars:
-        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            tell(s3=from_s3(tars[: args.s3_tars], pathlib.Path(scratch)))
-    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -232,11 +232,13 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
 
 
 def in_place(given: Given) -> Rows:
-    """100,000 pairs in tars: importing them, and batches."""
+    """100,000 pairs in tars: importing them, and batches, here and from a server's bucket."""
     script = str(ROOT / "benchmarks/in_place.py")
-    told = json.loads(given.python(script, str(given.runs / "in_place")).splitlines()[-1])
-    if not all(told["same"].values()):
-        raise RuntimeError(f"batches differ: {told['same']}")
+    folder = str(given.runs / "in_place")
+    told = json.loads(given.python(script, folder, "--s3_tars=10").splitlines()[-1])
+    same, bucket = told["same"], told["s3"]
+    if not (all(same.values()) and bucket["same"]):
+        raise RuntimeError(f"batches differ: {same}, from the bucket: {not bucket['same']}")
     columns = ("mb", "pairs")
     found: Rows = {
         f"in_place/{row}": {column: told["rates"][name][column] for column in columns}
@@ -245,7 +247,8 @@ def in_place(given: Given) -> Rows:
     batches = told["batches"]
     found |= {f"in_place_batches/{row}": dict(value=batches[row]) for row in ("copy", "in_place")}
     found["in_place_batches/share"] = dict(share=batches["quotient"])
-    return found
+    factors = {name: bucket[f"{name}_factor"] for name in ("index", "first", "again")}
+    return found | dict(in_place_s3=factors)
 
 
 IMPORTS = dict(
