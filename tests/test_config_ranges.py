@@ -74,6 +74,7 @@ ABSURD = {
     "loss.contrastive_chunk": (-1, 1.5),
     "loss.caption_chunk": (-1,),
     "loss.hidden_weight": (-1.0,),
+    "loss.imitation_weight": (-1.0, INF),
     "loss.hidden_share": (0.0, 1.0),
     "loss.global_rate": (0.0, 1.1),
     "loss.global_examples": (-1, 1.5),

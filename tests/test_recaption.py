@@ -15,7 +15,8 @@ from conftest import tiny_config
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax.config import Entry, typed
+from coca_jax.config import Entry, checks, typed
+from coca_jax.configs import tiny
 from coca_jax.data import batches, kinds, sources
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw, choose_scored
@@ -316,7 +317,7 @@ def test_training_draws_captions_by_their_score():
     assert chosen.count("a") == pytest.approx(2000, abs=150)
 
 
-def test_a_teacher_s_embeddings_reach_the_batch_and_its_loss_is_its_definition(
+def test_a_teacher_s_embeddings_reach_the_batch_and_its_losses_are_their_definitions(
     loaded_once, checkpoint, tars, tmp_path
 ):
     teacher, how = loaded_once, dict(to="array_record", text="all", embeddings=True)
@@ -325,6 +326,7 @@ def test_a_teacher_s_embeddings_reach_the_batch_and_its_loss_is_its_definition(
     config.batch_size = 8
     config.data.sources = (dict(path=str(tmp_path / "a"), captions="scored"),)
     config.loss.update(affinity_weight=1.0, teacher_width=16, teacher_scale=60.0)
+    config.loss.imitation_weight = 1.0
     config.model.text.update(vocab_size=320, max_len=24)
     made = batches.Batches(typed(config), teacher.vocabulary).batch(0)
     image, text = made["teacher_image"], made["teacher_text"]
@@ -338,23 +340,46 @@ def test_a_teacher_s_embeddings_reach_the_batch_and_its_loss_is_its_definition(
     known = np.arange(8) != 2
     rng = np.random.default_rng(0)
     own = rng.normal(size=(2, 8, 16)).astype(np.float32)
-    (loss,) = (one for one in objectives.of(typed(config)) if one.name == "affinity_loss")
-    found, _ = loss.value(
-        dict(
-            teacher_image=image * known[:, None],
-            teacher_text=text,
-            image_embedding=own[0],
-            text_embedding=own[1],
-            scale=np.float32(3),
-        ),
-        None,
+    losses = {one.name: one for one in objectives.of(typed(config))}
+    given = dict(
+        teacher_image=image * known[:, None],
+        teacher_text=text,
+        image_embedding=own[0],
+        text_embedding=own[1],
+        scale=np.float32(3),
     )
+    found, _ = losses["affinity_loss"].value(given, None)
     p = softmax(60 * image[known] @ text[known].T)
     q = softmax(3 * own[0][known] @ own[1][known].T)
     pt = softmax(60 * text[known] @ image[known].T)
     qt = softmax(3 * own[1][known] @ own[0][known].T)
     wanted = ((p * np.log(p / q)).sum(1) + (pt * np.log(pt / qt)).sum(1)).mean() / 2
     assert float(found) == pytest.approx(wanted, rel=1e-3)
+
+    loss = losses["imitation_loss"]
+    halves = [{k: v if k == "scale" else v[rows] for k, v in given.items()}
+              for rows in (np.s_[:3], np.s_[3:])]  # fmt: skip
+    found = sum(float(loss.value(half, loss.totals(given))[0]) for half in halves)
+    cosines = (own[0] * image).sum(1)[known].mean(), (own[1] * text).sum(1)[known].mean()
+    assert found == pytest.approx(2 - sum(cosines), rel=1e-5)
+    _, means = loss.value(given, loss.totals(given))
+    assert float(means["image_imitation"][0] / means["image_imitation"][1]) == pytest.approx(
+        cosines[0], rel=1e-5
+    )
+
+
+def test_a_teacher_s_width_must_be_told_and_be_that_of_who_imitates_it():
+    config = tiny.get_config()
+    config.loss.imitation_weight = 1.0
+    with pytest.raises(ValueError, match=r"imitation_weight=1.0 and loss.teacher_width=0; set one"):
+        checks.check(typed(config))
+    config.loss.teacher_width = config.model.embed_dim + 8
+    with pytest.raises(
+        ValueError, match=r"with those of loss.teacher_width=\d+; set model.embed_dim"
+    ):
+        checks.check(typed(config))
+    config.loss.update(imitation_weight=0.0, affinity_weight=1.0)
+    checks.check(typed(config))
 
 
 def softmax(x):

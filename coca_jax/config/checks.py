@@ -57,15 +57,28 @@ def check(config: Config) -> None:
         )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
-    if bool(config.loss.affinity_weight) != bool(config.loss.teacher_width):
-        raise ValueError(
-            f"loss.affinity_weight={config.loss.affinity_weight} and loss.teacher_width="
-            f"{config.loss.teacher_width}; set both (the width is that of the model whose "
-            "embeddings `recaption --embeddings` wrote) or neither"
-        )
+    taught(config)
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):
         raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")
+
+
+def taught(config: Config) -> None:
+    """Raises ValueError for a distillation without the width of its embeddings, or of another."""
+    loss = config.loss
+    if bool(loss.affinity_weight or loss.imitation_weight) != bool(loss.teacher_width):
+        raise ValueError(
+            f"loss.affinity_weight={loss.affinity_weight}, loss.imitation_weight="
+            f"{loss.imitation_weight} and loss.teacher_width={loss.teacher_width}; set one of both "
+            "weights and the width (that of the model whose embeddings `recaption --embeddings` "
+            "wrote), or none"
+        )
+    if loss.imitation_weight and loss.teacher_width != config.model.embed_dim:
+        raise ValueError(
+            f"loss.imitation_weight={loss.imitation_weight} compares embeddings of model.embed_dim="
+            f"{config.model.embed_dim} numbers with those of loss.teacher_width="
+            f"{loss.teacher_width}; set model.embed_dim to that, or use loss.affinity_weight"
+        )
 
 
 def frozen_encoder(config: Config) -> bool:

@@ -51,10 +51,15 @@ class Loss(Section):
         0.5, number(0, 1, above=True, below=True), "of the patches that are hidden for it"
     )
     affinity_weight: float = key(
-        0.0, WEIGHT, "of the distillation from embeddings that `recaption` wrote into the data"
+        0.0,
+        WEIGHT,
+        "of a teacher's similarities, by embeddings that `recaption` wrote into the data",
+    )
+    imitation_weight: float = key(
+        0.0, WEIGHT, "of those embeddings themselves; needs a model.embed_dim of their width"
     )
     teacher_width: int = key(
-        0, whole(0, 65_536, "numbers"), "width of those embeddings, where affinity_weight is set"
+        0, whole(0, 65_536, "numbers"), "width of those embeddings, where one of both is set"
     )
     teacher_scale: float = key(
         100.0, number(0, 1000, above=True), "factor on the teacher's cosines before its softmax"

@@ -1,4 +1,5 @@
-"""What a student learns of the similarities that a teacher sees in a batch."""
+"""What a student learns of a teacher's embeddings, which the data hold: the similarities that it
+sees in a batch, and where it puts each image and text."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class Affinity(Configured):
 
     def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
         image, text = inputs["teacher_image"], inputs["teacher_text"]
-        known = (jnp.abs(image).sum(1) > 0) & (jnp.abs(text).sum(1) > 0)
+        known = is_known(inputs)
         teacher = self.scale * image @ text.T
         own = inputs["image_embedding"], inputs["text_embedding"]
         student = inputs["scale"] * own[0].astype(jnp.float32) @ own[1].astype(jnp.float32).T
@@ -46,6 +47,52 @@ class Affinity(Configured):
         count = known.sum().astype(jnp.float32)
         loss = rows.sum() / jnp.maximum(count, 1)
         return loss, {"affinity_rows": (count, jnp.float32(known.size))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imitation(Configured):
+    """Distillation of a teacher's embeddings: how far the student's image and text are from the
+    teacher's, 1 - cosine each, their sum over the rows that have both (feature distillation of
+    CLIP-KD, Yang et al. 2024, which takes the squared distance: twice that). What the towers are to
+    give is known from the first step, and is the same at each."""
+
+    weight: float
+
+    name = "imitation_loss"
+    shown = ("imitation_loss",)
+    outputs = ("image_embedding", "text_embedding")
+    fields = ("teacher_image", "teacher_text")
+    serves = Affinity.serves
+
+    @classmethod
+    def of(cls, config: Config, ops: Reference) -> Imitation:
+        return cls(config.loss.imitation_weight)
+
+    def totals(self, batch: Inputs) -> jax.Array:
+        """Rows with a teacher's embeddings, float32, at least 1."""
+        return jnp.maximum(is_known(batch).sum(), 1).astype(jnp.float32)
+
+    def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
+        known = is_known(inputs)
+        cosines = {
+            side: (inputs[f"{side}_embedding"].astype(jnp.float32) * inputs[f"teacher_{side}"]).sum(
+                1
+            )
+            for side in ("image", "text")
+        }
+        loss = jnp.where(known, 2 - cosines["image"] - cosines["text"], 0.0).sum() / totals
+        count = known.sum().astype(jnp.float32)
+        return loss, {
+            f"{side}_imitation": (jnp.where(known, cosine, 0.0).sum(), count)
+            for side, cosine in cosines.items()
+        }
+
+
+def is_known(inputs: Inputs) -> jax.Array:
+    """Which rows have a teacher's embeddings, bool [B]; those without have zeros."""
+    return (jnp.abs(inputs["teacher_image"]).sum(1) > 0) & (
+        jnp.abs(inputs["teacher_text"]).sum(1) > 0
+    )
 
 
 def affinity(teacher: jax.Array, student: jax.Array, known: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from coca_jax.config import Config
 from coca_jax.models import head_kinds
 from coca_jax.ops import captioning, contrastive, global_contrastive
 from coca_jax.ops.reference import Reference
-from coca_jax.training.affinity import Affinity
+from coca_jax.training.affinity import Affinity, Imitation
 from coca_jax.training.image_losses import BagOfTokens, HiddenPatches
 from coca_jax.training.objective import Configured, Inputs, Means, Objective, by_source
 
@@ -202,7 +202,7 @@ class Captioning(Configured):
 # In the order in which they are added.
 OBJECTIVES: tuple[type[Configured], ...] = (
     *(Head, Contrastive, GlobalContrastive, Captioning, BagOfTokens, HiddenPatches),
-    Affinity,
+    *(Affinity, Imitation),
 )
 
 
