@@ -19,6 +19,7 @@ from measuring import (
     of_gpu,
     of_tpu,
     over_seeds,
+    recaption_kills,
     retrieval,
     sizes,
     start,
@@ -150,6 +151,12 @@ MEASUREMENTS = (
         kills,
         90,
         "python tests/soak/kills.py --kills=100",
+    ),
+    Measurement(
+        ("recaption_kills", "recaption_kills_bfloat16"),
+        recaption_kills,
+        20,
+        "python tests/soak/recaption.py --checkpoint=runs/demo --kills=100 --dtype=DTYPE",
     ),
     *(
         Measurement(

@@ -225,6 +225,48 @@ def over_seeds(run: Callable[[Given], Rows]) -> Callable[[Given], Rows]:
     return means
 
 
+def reinforced(given: Given) -> Rows:
+    """A recipe on recaptioned data beside the one that it is from, of twice its steps, and the run
+    that wrote the captions: R@1 of both ways, per cent, mean and range."""
+    teacher = given.runs / "emoji/seed0"
+    given.coca("train", "--config=emoji", f"--workdir={teacher}", "--config.seed=0")
+    out = ("--input=data/emoji", "--out=data/emoji_rich", "--to=array_record", "--text=all")
+    given.coca("recaption", f"--checkpoint={teacher}", *out, "--embeddings", *WAYS)
+    runs = dict(plain=("emoji", "--config.steps=1200"), student=("emoji_reinforced",))
+    scores = {"teacher": [json.loads((teacher / "eval.json").read_text())]}
+    for row, (recipe, *flags) in runs.items():
+        scores[row] = []
+        for seed in SEEDS:
+            workdir = given.runs / f"reinforced_{row}" / f"seed{seed}"
+            words = (f"--config={recipe}", f"--workdir={workdir}", f"--config.seed={seed}")
+            given.coca("train", *words, *flags)
+            scores[row].append(json.loads((workdir / "eval.json").read_text()))
+    found: Rows = {}
+    for row, told in scores.items():
+        found[f"reinforced/{row}"] = {}
+        for way in ("image_to_text", "text_to_image"):
+            each = [100 * one[f"retrieval/emoji_openmoji/{way}_r1"] for one in told]
+            means = {way: statistics.mean(each), f"{way}_low": min(each), f"{way}_high": max(each)}
+            found[f"reinforced/{row}"] |= means if len(each) > 1 else {way: each[0]}
+    return found
+
+
+WAYS = ("--how=greedy,max_tokens=15", "--how=nucleus,top_p=0.9,num_captions=3,max_tokens=15")
+
+
+def recaption_kills(given: Given) -> Rows:
+    """The demo's model captions pictures and is killed a hundred times, in either type."""
+    demo = given.runs / "demo/seed0"
+    given.coca("train", "--config=demo", f"--workdir={demo}", "--config.seed=0")
+    script = str(ROOT / "tests/soak/recaption.py")
+    found: Rows = {}
+    for row, dtype in (("recaption_kills", "float32"), ("recaption_kills_bfloat16", "bfloat16")):
+        flags = (f"--checkpoint={demo}", f"--dtype={dtype}")
+        told = json.loads(given.python(script, *flags).splitlines()[-1])
+        found[row] = dict(kills=told["kills"], differences=len(told["differences"]))
+    return found
+
+
 def towers(row: str, name: str) -> Callable[[Given], Rows]:
     """How far a family's towers, of a size, are from the library's that they come from."""
     script = str(ROOT / "benchmarks/towers.py")

@@ -8,6 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from test_inference import model, words  # noqa: F401
+
+from coca_jax.inference import export_folder
 
 SOAK = pathlib.Path(__file__).parent / "soak"
 sys.path.insert(0, str(SOAK))
@@ -71,3 +74,11 @@ def test_a_clock_that_jumps_and_a_process_that_sleeps():
     faults = ["asleep", "numbers"] + (["clock"] if shutil.which("faketime") else [])
     done, found = run("faults.py", *faults)
     assert done.returncode == 0, found
+
+
+@pytest.mark.slow
+def test_recaptioning_that_is_killed_ends_the_same(model, tmp_path):  # noqa: F811
+    export_folder.write(model, str(tmp_path / "export"))
+    done, found = run("recaption.py", f"--checkpoint={tmp_path}/export", "--kills=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert found["kills"] == 3 and found["differences"] == [] and found["files"] > 5
