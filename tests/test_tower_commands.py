@@ -18,8 +18,8 @@ from PIL import Image
 from test_openvision import OPENVISION, SQUASHED, in_open_clip, write_bert
 from test_pe_core import in_open_clip as pe_core
 from test_suites import write_tars
-from test_tower_texts import metaclip_2, siglip_2
-from test_towers import unit
+from test_tower_texts import metaclip_2, siglip, siglip_2
+from test_towers import in_transformers, unit
 
 from coca_jax import convert
 
@@ -84,6 +84,16 @@ def pe(folder, monkeypatch):
     return original.encode_image, texts, dict(mean=[0.5] * 3, std=[0.5] * 3)
 
 
+def clip(folder, monkeypatch):
+    folder.mkdir()
+    original = in_transformers("clip", folder)
+    return (
+        original.get_image_features,
+        lambda texts: original.get_text_features(open_clip.tokenize(texts)),
+        CLIPS,
+    )
+
+
 def of_transformers(make, numbers):
     def made(folder, monkeypatch):
         folder.mkdir()
@@ -104,7 +114,8 @@ def of_transformers(make, numbers):
 
 CLIPS = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
 FAMILIES = [
-    *(openvision, pe),
+    *(openvision, pe, clip),
+    of_transformers(siglip, dict(mean=[0.5] * 3, std=[0.5] * 3)),
     of_transformers(siglip_2, dict(mean=[0.5] * 3, std=[0.5] * 3)),
     of_transformers(metaclip_2, CLIPS),
 ]
