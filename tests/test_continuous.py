@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_decoding import LENGTH, PANELS, PROMPT, make
+from decoding_cases import LENGTH, PANELS, PROMPT, make
 
 from coca_jax.inference.generation import continuous, loop
 from coca_jax.inference.generation.settings import Settings

@@ -1,67 +1,16 @@
 """Decoding against the plain forward pass, brute force and itself."""
 
 import dataclasses
-import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import needs_compiler, params_of, tiny_config
+from decoding_cases import EOS, LENGTH, PROMPT, VOCAB, make, own, run
 
-from coca_jax import partitioning
-from coca_jax.inference.generation import choice, loop
+from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.generation.state import Plan
-from coca_jax.models import coca, decoding
-from coca_jax.ops.cpu import decode_kernels as cpu_kernels
-
-EOS, VOCAB = 1, 7
-
-
-PANELS, OPEN_CLIP_PANELS = (
-    pytest.param(kind, marks=needs_compiler) for kind in ("panels", "open_clip_panels")
-)
-
-
-KINDS = ["paper", "open_clip", "reference", "open_clip_reference", "modern", "modern_open_clip"]
-KINDS += [PANELS, OPEN_CLIP_PANELS]
-
-
-MODERN = dict(
-    modern=dict(
-        qk_norm=True, norm="rms", bias=False, positions="rope", gated_mlp=True, layer_scale=0.5
-    ),
-    modern_open_clip=dict(
-        norm_eps=1e-2,
-        bias=False,
-        positions="both",
-        activation="silu",
-        text=dict(block=dict(bias=True, qk_norm=True, qk_norm_kind="layer")),
-    ),
-)
-
-
-@pytest.mark.parametrize(
-    "change", [{}, dict(activation="silu"), dict(norm="rms"), dict(text=dict(kv_heads=2))], ids=str
-)
-def test_panels_are_left_to_blocks_that_their_kernels_know(change):
-    """Of shapes alone: nothing is packed of a block that has what they do not compute."""
-    config = tiny_config().model
-    config.text.update(change.get("text", {}))
-    config.update({k: v for k, v in change.items() if k != "text"})
-    module, spec = coca.build(config), decoding.decoder(config, num_ids=64, eos_id=EOS)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
-    weights = jax.eval_shape(lambda p: decoding.pack(spec, p, "panels"), params)
-    packed = set() if change else {"attention", "cross_attention", "mlp"}
-    assert set(weights["multimodal"][0]["packed"]) == packed
-    assert ("panels" in weights["head"]) == ("norm" not in change)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def each_model(request):
-    return make(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -77,66 +26,6 @@ def small():
 @pytest.fixture(scope="module")
 def wide():
     return make(vocab=30)
-
-
-def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
-    """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
-    options = dict(
-        paper={},
-        open_clip=dict(cross="open_clip", head_bias=False),
-        tied=dict(tie_embeddings=True),
-        reference={},
-        modern=dict(kv_heads=2),  # nothing of these two is packed
-        modern_open_clip=dict(cross="open_clip", head_bias=False, kv_heads=1, multimodal_heads=2),
-        open_clip_reference=dict(cross="open_clip", head_bias=False),
-        panels=dict(num_heads=1),  # a head of 16
-        open_clip_panels=dict(cross="open_clip", head_bias=False, num_heads=1),
-    )[kind]
-    config = tiny_config().model
-    config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
-    config.text.update(text)
-    config.image.depth = 1
-    modern = dict(MODERN.get(kind, {}))
-    config.text.update(modern.pop("text", {}))
-    config.update(modern)
-    module = coca.build(config)
-    params = params_of(module)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
-    pixels = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
-    encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image")[1])
-    image_tokens = encode(params, pixels)
-
-    @jax.jit
-    def log_probs(rows, tokens):
-        valid = tokens != (-1 if hidden_id is None else hidden_id)
-        out = module.apply({"params": params}, pixels[rows], tokens, valid)
-        return jax.nn.log_softmax(out.logits)
-
-    spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
-    layout = next((name for name in ("panels", "reference") if kind.endswith(name)), "kernel")
-    assert layout != "panels" or cpu_kernels.available()
-    pack = jax.jit(lambda params: decoding.pack(spec, params, layout))
-    return spec, pack(params), image_tokens, log_probs
-
-
-PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned
-LENGTH = np.array([1, 2, 3], np.int32)
-
-
-def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
-    spec, weights, image_tokens, _ = model
-    out = loop.generate(
-        spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
-    )
-    return jax.tree.map(np.asarray, out)
-
-
-def own(prompt, length, tokens, count):
-    """One row's prompt and new tokens."""
-    return np.concatenate([prompt[len(prompt) - length :], tokens[:count]]).astype(np.int32)
 
 
 @pytest.mark.parametrize(
@@ -157,104 +46,6 @@ def test_log_probs_are_those_of_the_forward_pass_for_ragged_prompts(model, how):
         places = np.arange(LENGTH[row] - 1, len(tokens) - 1)
         total = np.asarray(expected)[places, tokens[places + 1]].sum()
         assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
-
-
-@pytest.mark.parametrize("cls_mask", ["shifted", "exact"])
-def test_an_id_that_counts_as_padding_is_hidden_in_prompts_and_captions(cls_mask):
-    """As in the forward pass, whose text_valid is false wherever the id stands: the lower half
-    does not see the key of the next token (shifted), or its own."""
-    hidden = 6
-    model = make("open_clip", hidden_id=hidden, cls_mask=cls_mask, unimodal_depth=2)
-    blind = (dataclasses.replace(model[0], hidden_id=None), *model[1:])
-    prompt = np.array([[3, 5, 6, 2], [0, 3, 2, 6], [0, 0, 0, 3]], np.int32)
-    length = np.array([4, 3, 1], np.int32)
-    produced = 0
-    for how in ({}, dict(num_beams=3, num_captions=3), dict(temperature=1.5, num_captions=3)):
-        out = run(model, prompt, length, **how)
-        for row, caption in itertools.product(range(3), range(out.tokens.shape[1])):
-            count = out.length[row, caption]
-            tokens = own(prompt[row], length[row], out.tokens[row, caption], count)
-            produced += hidden in out.tokens[row, caption, : count - 2]
-            padded = np.pad(tokens, (0, 8 - len(tokens)))[None]
-            expected = np.asarray(model[3](np.array([row]), padded)[0])
-            places = np.arange(length[row] - 1, len(tokens) - 1)
-            total = expected[places, tokens[places + 1]].sum()
-            assert out.log_prob[row, caption] == pytest.approx(total, abs=2e-5)
-            if not how:
-                assert (expected[places].argmax(-1) == tokens[places + 1]).all()
-    assert produced >= 3
-    assert (
-        np.abs(run(blind, prompt, length).log_prob - run(model, prompt, length).log_prob).max()
-        > 0.01
-    )
-
-
-def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
-    """Ragged prompts in one batch, then two beams of their own that share a cache."""
-    spec, weights, image_tokens, log_probs = each_model
-    slots, steps, width = PROMPT.shape[1], 4, 2
-    image = jax.jit(lambda *args: decoding.image_caches(spec, *args))(weights, image_tokens)
-    caches = decoding.empty_caches(spec, weights, 3, slots - 1 + steps * width)
-    prefill = jax.jit(lambda *args: decoding.prefill(spec, *args))
-    caches = prefill(weights, PROMPT, LENGTH, caches, image)
-    run_tokens = jax.jit(lambda *args: decoding.run_tokens(spec, *args))
-    new = np.random.default_rng(0).integers(0, VOCAB, (3, width, steps)).astype(np.int32)
-    parents = np.array([[0, 1], [1, 0], [0, 0], [0, 1]])  # beams cross and die
-    past = np.zeros((width, steps, width), bool)
-    text = [[own(PROMPT[b], LENGTH[b], [], 0)] * width for b in range(3)]
-    token = np.repeat(PROMPT[:, -1:], width, axis=1)
-    prompt_mask = np.arange(slots - 1)[None] >= (slots - LENGTH)[:, None]
-    for step in range(steps):
-        past[:, step] = np.eye(width, dtype=bool)
-        own_past = np.broadcast_to(past.reshape(1, width, -1), (3, width, steps * width))
-        shared = np.broadcast_to(prompt_mask[:, None], (3, width, slots - 1))
-        states, caches = run_tokens(
-            weights,
-            token,
-            np.broadcast_to(LENGTH[:, None] - 1 + step, (3, width)),
-            np.concatenate([shared, own_past], axis=2),
-            slots - 1 + step * width,
-            caches,
-            image,
-        )
-        found = jax.jit(decoding.log_probs_of)(weights, states)
-        for b, w in itertools.product(range(3), range(width)):
-            padded = np.pad(text[b][w], (0, 8 - len(text[b][w])))[None]  # one shape to compile
-            expected = log_probs(np.array([b]), padded)[0, len(text[b][w]) - 1]
-            np.testing.assert_allclose(found[b, w], expected, atol=1e-5)
-        past = past[parents[step]]
-        for b in range(3):
-            old = [text[b][parent] for parent in parents[step]]
-            text[b] = [np.append(old[w], new[b, w, step]) for w in range(width)]
-        token = new[:, :, step]
-
-
-@pytest.mark.parametrize("layout", ["transposed", PANELS])
-def test_layouts_of_the_weights_give_the_same_captions(layout):
-    """Also where rows are padded to eight (6 of them), which is never seen."""
-    config = tiny_config().model
-    config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130)
-    config.pooler.num_heads = 2
-    module = coca.build(config)
-    params = params_of(module)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
-    image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 96))
-    spec = decoding.decoder(config, num_ids=130, eos_id=EOS)
-    assert layout == "transposed" or cpu_kernels.available()
-    plain, other = (decoding.pack(spec, params, name) for name in ("kernel", layout))
-    shape = dict(transposed=(288, 96), panels=(9, 96, 32))[layout]
-    assert other["unimodal"][0]["packed"]["attention"]["qkv"][layout].shape == shape
-    for beams in (1, 2):
-        settings = Settings(num_beams=beams, max_tokens=8)
-        ours, want = (
-            loop.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
-            for weights in (other, plain)
-        )
-        np.testing.assert_array_equal(ours.tokens, want.tokens)
-        np.testing.assert_allclose(ours.log_prob, want.log_prob, atol=2e-5)
 
 
 def test_greedy_takes_the_most_probable_token(model):
@@ -414,74 +205,6 @@ def test_sampling_is_reproducible_by_seed(model):
     again = [run(model, temperature=1.0, num_captions=2, seed=seed).tokens for seed in range(3)]
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], first[1])
-
-
-@functools.cache
-def sampler(plan):
-    """Compiled once for all numbers; arguments all: of constants XLA would compute the draws while
-    it compiles, a minute long."""
-    return jax.jit(lambda *args: choice._sample(plan, *args))
-
-
-def draws_of(logs, count, steps=1, width=1, seed=0, **how):
-    """Tokens [count, width] of each step: `count` images with the same next token's logs [V]."""
-    plan = Plan(width, width, 1, False, True, len(how) > 1, False, 0, True)
-    numbers = dict(
-        temperature=np.float32(how["temperature"]),
-        top_k=np.int32(how.get("top_k", len(logs))),
-        top_p=np.float32(how.get("top_p", 1.0)),
-        seed=np.uint32(seed),
-        rows=np.arange(count, dtype=np.uint32),
-    )
-    allowed = jnp.broadcast_to(jnp.asarray(logs, jnp.float32), (count, width, len(logs)))
-    draw = sampler(plan)
-    return [np.asarray(draw(numbers, allowed, jnp.int32(step))) for step in range(steps)]
-
-
-def filtered(logs, temperature, top_k=0, top_p=1.0):
-    """The distribution to sample from, float64 [V]: temperature, then top-k, then top-p of that."""
-    probs = np.exp(logs / temperature - np.max(logs / temperature))
-    order = np.argsort(-probs)
-    probs[order[top_k or len(probs) :]] = 0
-    probs /= probs.sum()
-    enough = np.searchsorted(np.cumsum(probs[order]), top_p) + 1
-    probs[order[enough:]] = 0
-    return probs / probs.sum()
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(temperature=1.0),
-        dict(temperature=0.5),
-        dict(temperature=1.0, top_k=20),
-        dict(temperature=2.0, top_p=0.7),
-        dict(temperature=1.3, top_k=40, top_p=0.8),
-    ],
-)
-@pytest.mark.parametrize("vocab", [5, 600])
-def test_samples_follow_the_filtered_distribution(vocab, how):
-    """Chi-square of 8,000 draws within 3.3 standard deviations (Wilson and Hilferty 1931), no token
-    outside the set; also of more tokens than one block of the running sum holds."""
-    logs = 1.5 * np.random.default_rng(vocab).normal(size=vocab)
-    how = how | (dict(top_k=3) if vocab == 5 and "top_k" in how else {})
-    found = np.bincount(draws_of(logs, 8_000, **how)[0][:, 0], minlength=vocab)
-    even = 8_000 * filtered(logs, **how)
-    assert (found[even == 0] == 0).all()
-    few = even < 5
-    cells = [(found[~few], even[~few]), (found[few].sum(), even[few].sum())]
-    found, even = (np.concatenate([a, [b]]) for a, b in zip(*cells))
-    free = (even > 0).sum() - 1
-    ratio = ((found - even) ** 2 / np.maximum(even, 1e-9)).sum() / free
-    assert abs(ratio ** (1 / 3) - 1 + 2 / (9 * free)) / np.sqrt(2 / (9 * free)) < 3.3
-
-
-def test_images_captions_steps_and_seeds_draw_apart():
-    """Of two equally probable tokens, half of the pairs agree."""
-    a, b = draws_of(np.zeros(2), 2_000, steps=2, width=2, temperature=1.0)
-    (other,) = draws_of(np.zeros(2), 2_000, width=2, seed=1, temperature=1.0)
-    for one, two in ((a[1:], a[:-1]), (a[:, 0], a[:, 1]), (a, b), (a, other)):
-        assert 0.45 < (one == two).mean() < 0.55
 
 
 def test_minimum_and_maximum_length(model):

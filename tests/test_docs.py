@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tarfile
 
+import conversion_cases
 import docs_walk
 import forks
 import numpy as np
 import pytest
-import test_convert
 from conftest import COMPILE_FAST
 from docs_walk import ROOT, Step
 from PIL import Image
@@ -232,7 +232,7 @@ def walk(tmp_path_factory, site):
     for number, name in enumerate(("cat.jpg", "dog.jpg", "shapes.png", "more/cat.jpg")):
         picture(100 + number).save(folder / name)
     (folder / "launch").symlink_to(ROOT / "launch")
-    test_convert.write_source(folder / "DIR", test_convert.small_weights())
+    conversion_cases.write_source(folder / "DIR", conversion_cases.small_weights())
     clips(folder / "CLIPS", 6)
     for name in ("a.mp4", "b.gif"):  # content decides, not the name
         shutil.copy(folder / "CLIPS/0.gif", folder / name)

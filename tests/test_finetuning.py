@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_heads import train_alone
+from one_device import train_alone
 from test_train import tiny_run
 
 from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start

@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from test_heads import train_alone
+from one_device import train_alone
 from test_train import tiny_run
 
 from coca_jax.evaluators import history, results, tasks

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import params_of, tiny_config
+from one_device import train_alone
 from PIL import Image
-from test_heads import train_alone
 
 import coca_jax
 from coca_jax import image_shape, run_config, sealed_json, warm_start

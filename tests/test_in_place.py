@@ -1,70 +1,22 @@
-"""Data read in place: the records and batches of a copy, over damages, processes and buckets."""
+"""Data read in place: the batches of a copy, over changes, processes, buckets and kills."""
 
 import dataclasses
-import gzip
-import io
-import json
-import random
 import shutil
-import tarfile
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from data_cases import data_config, equal, take
-from PIL import Image
+from in_place_cases import make, picture, write_tar
 
 from coca_jax.config import typed
-from coca_jax.data import files, formats, prepared, range_cache, references, run_vocabulary, sources
+from coca_jax.data import files, prepared, range_cache, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.importers import indexes, own_data, shards, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 from coca_jax.searching import pictures
-
-KEPT = ("count", "with_text", "with_label", "read", "quarantined", "filtered")
-
-
-def picture(seed, side=20):
-    out = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((side, side)).save(out, "JPEG")
-    return out.getvalue()
-
-
-def write_tar(path, first, count, mode="w"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for n in range(first, first + count):
-            told = json.dumps(dict(url=f"http://x/{n}", width=20)).encode()
-            for suffix, data in (("jpg", picture(n)), ("txt", f"no. {n}".encode()), ("json", told)):
-                info = tarfile.TarInfo(f"{n:06d}.{suffix}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-
-
-def make(format, input, out, *, in_place, **options):
-    options = Options(in_place=in_place, **options)
-    return prepare(format, str(input), str(out), options=options, processes=1, progress=False)
-
-
-def both(format, input, out, split="train", **options):
-    """The sources of a copy and of an index, whose accounts must agree."""
-    for name in ("copy", "index"):
-        make(format, input, out / name, in_place=name == "index", **options)
-    told = [prepared.read_manifest(str(out / name)) for name in ("copy", "index")]
-    assert [told[0]["splits"][split][key] for key in KEPT] == [
-        told[1]["splits"][split][key] for key in KEPT
-    ]
-    assert told[0]["class_names"] == told[1]["class_names"]
-    left_out = [
-        (out / name / f"{split}-quarantine.jsonl").read_text() for name in ("copy", "index")
-    ]
-    assert left_out[0] == left_out[1]
-    return [sources.open_source(str(out / name), split) for name in ("copy", "index")]
 
 
 @pytest.fixture(scope="module")
@@ -139,79 +91,6 @@ def test_batches_are_those_of_a_copy_for_any_number_of_processes_and_after_a_res
             assert equal(joined, whole[step])
 
 
-def test_image_files_that_lists_name(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = []
-    for n in range(9):
-        (folder / f"{n}.jpg").write_bytes(picture(n))
-        rows.append(dict(file_name=f"{n}.jpg", second=f"{(n + 1) % 9}.jpg", text=f"no. {n}"))
-    lines = [json.dumps(row) for row in rows]
-    lines += [json.dumps(dict(file_name="gone.jpg", text="x")), "{"]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    copy, index = both("imagefolder", folder, tmp_path / "a")
-    assert len(copy) == 9 and list(copy) == list(index)
-    pairs = both("imagefolder", folder, tmp_path / "b", image_field="file_name,second")
-    assert list(pairs[0]) == list(pairs[1]) and pairs[1].read([2])[0].second == picture(3)
-    (folder / "list.csv").write_text("filepath,title\n" + "".join(f"{n}.jpg,t{n}\n" for n in "012"))
-    copy, index = both("csv", folder / "list.csv", tmp_path / "c")
-    assert len(copy) == 3 and list(copy) == list(index)
-
-
-@pytest.mark.parametrize(
-    ("codec", "version", "encoding"),
-    [
-        *(("none", "1.0", "PLAIN"), ("snappy", "1.0", "PLAIN"), ("zstd", "2.0", "dictionary")),
-        *(("lz4", "1.0", "dictionary"), ("gzip", "2.0", "DELTA_LENGTH_BYTE_ARRAY")),
-    ],
-)
-def test_parquet_with_bytes_in_pages(codec, version, encoding, tmp_path):
-    pictures = [picture(n) for n in range(30)] + [None] + [picture(3)] * 2
-    column = [dict(bytes=data, path="x.jpg") for data in pictures]
-    table = pa.table(dict(image=column, other=pictures[::-1], text=["a", "b", "c"] * 11))
-    chosen = dict(use_dictionary=encoding == "dictionary")
-    if encoding != "dictionary":
-        chosen["column_encoding"] = {name: encoding for name in ("image.bytes", "other")}
-    pages = dict(data_page_size=2000, dictionary_pagesize_limit=4000, write_batch_size=4)
-    file = tmp_path / "a.parquet"
-    pq.write_table(
-        *(table, file), row_group_size=12, compression=codec, data_page_version=version,
-        **chosen, **pages,
-    )  # fmt: skip
-    copy, index = both("parquet", file, tmp_path / "out")
-    assert len(copy) == 32 and list(copy) == list(index)
-    order = random.Random(0).sample(range(32), 32)
-    assert index.read(order) == copy.read(order)
-    pairs = both("parquet", file, tmp_path / "pairs", image_field="image,other")
-    assert list(pairs[0]) == list(pairs[1]) and pairs[1].read([0])[0].second == picture(3)
-
-
-def test_damaged_tars_are_handled_as_a_copy_handles_them(tmp_path):
-    rng = random.Random(0)
-    write_tar(tmp_path / "whole.tar", 0, 5)
-    whole = (tmp_path / "whole.tar").read_bytes()
-    reasons: set[str] = set()
-    for number in range(30):
-        data = bytearray(whole)
-        at = rng.randrange(len(data) - 600)
-        how = number % 3
-        if how == 0:
-            data[at : at + 40] = rng.randbytes(40)
-        elif how == 1:
-            del data[at : at + rng.choice((1, 512, 2000))]
-        else:
-            del data[at:]
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "damaged.tar").write_bytes(data)
-        write_tar(folder / "good.tar", 50, 2)
-        copy, index = both("webdataset", folder, folder / "out")
-        assert len(copy) >= 2 and list(copy) == list(index), number
-        told = prepared.read_manifest(str(folder / "out/index"))["splits"]["train"]
-        reasons |= set(told["quarantined"])
-    assert {"damaged_archive", "missing_text"} <= reasons
-
-
 def test_what_was_changed_since_is_named_and_another_stands_in(tars, tmp_path):
     data = shutil.copytree(tars, tmp_path / "data")
     make("webdataset", data, data / "index", in_place=True)
@@ -232,39 +111,6 @@ def test_what_was_changed_since_is_named_and_another_stands_in(tars, tmp_path):
     tar.write_bytes(whole + bytes(512))
     with pytest.raises(ValueError, match="index the data again"):
         sources.open_source(str(data / "index")).read([1])
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        *(b"", b"{}", b"[1]", b'["a",1,2,3,4,5,6]', b'["a",10,5,6,0]', b'["../a",9,0,9,0]'),
-        *(
-            b'["a/../../b",9,0,9,0]',
-            b'["s3://a::b",9,0,9,0]',
-            b'["a",1e9,0,9,0]',
-            b"[" * 9999,
-            b'["http://x/y",9,0,9,0]',
-        ),
-        b'["a",99,0,9,0,["snappy",0,5,3,9]]',
-    ],
-)
-def test_references_that_cannot_be(data):
-    with pytest.raises(ValueError, match="reference"):
-        references.load(data, "/data")
-
-
-def test_compressed_archives_say_so_and_are_copied(tmp_path, capsys):
-    write_tar(tmp_path / "data/0.tar.gz", 0, 30, "w:gz")
-    with pytest.raises(ValueError, match="0.tar.gz is compressed .* `coca-jax prepare` without"):
-        make("webdataset", tmp_path / "data", tmp_path / "out", in_place=True)
-    shutil.move(tmp_path / "data/0.tar.gz", tmp_path / "data/0.tar")
-    with pytest.raises(ValueError, match="0.tar is compressed"):
-        make("webdataset", tmp_path / "data", tmp_path / "out", in_place=True)
-    with pytest.raises(ValueError, match="--max_side=9 encodes"):
-        make("webdataset", tmp_path / "data", tmp_path / "out", in_place=True, max_side=9)
-    path = own_data.prepared(str(tmp_path / "data"), str(tmp_path / "run"))
-    assert "importing it into" in capsys.readouterr().err
-    assert "root" not in prepared.read_manifest(path)["splits"]["train"]
 
 
 def test_data_that_a_flag_names_are_read_in_place(tmp_path, capsys):
@@ -358,78 +204,6 @@ def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path,
     (tmp_path / "data/1.tar.gz").touch()
     with pytest.raises(ValueError, match="1.tar.gz is compressed .* `coca-jax prepare` without"):
         unprepared.open_source(entry, "test")
-
-
-def test_texts_in_files_beside_images_are_those_of_a_tar(tmp_path):
-    """img2dataset's output `files` beside its output `webdataset`, with its lists in parquet."""
-    told = dict(url="http://x/1", width=20, caption="no.")
-    for shard in range(2):
-        write_tar(tmp_path / f"tars/{shard:05d}.tar", shard * 7, 7)
-        folder = tmp_path / f"files/{shard:05d}"
-        with tarfile.open(tmp_path / f"tars/{shard:05d}.tar") as archive:
-            archive.extractall(folder, filter="data")
-        pq.write_table(pa.table(dict(key=["1"], **{k: [v] for k, v in told.items()})),
-                       tmp_path / f"files/{shard:05d}.parquet")  # fmt: skip
-    assert formats.guess(str(tmp_path / "files")) == "sidecars"
-    tar = both("webdataset", tmp_path / "tars", tmp_path / "a")[0]
-    copy, index = both("sidecars", tmp_path / "files", tmp_path / "b")
-    assert list(copy) == list(index) and [r.key for r in copy][:2] == [
-        "00000/000000",
-        "00000/000001",
-    ]
-    assert [r._replace(key="") for r in copy] == [r._replace(key="") for r in tar]
-    (tmp_path / "files/00000/000003.txt").unlink()
-    (tmp_path / "files/00000/000003.txt").symlink_to("/etc/passwd")
-    (tmp_path / "files/00000/000004.json").write_text("{")
-    (tmp_path / "files/00001/000010.txt").write_bytes(b"\xff")
-    for name in ("00000/000005.txt", "00000/000005.json"):
-        (tmp_path / "files" / name).unlink()
-    both("sidecars", tmp_path / "files", tmp_path / "c")
-    lines = (tmp_path / "c/index/train-quarantine.jsonl").read_text().splitlines()
-    assert {entry["key"]: entry["reason"] for entry in map(json.loads, lines)} == {
-        "00000/000003": "outside_input",
-        "00000/000004": "bad_json",
-        "00000/000005": "missing_text",
-        "00001/000010": "bad_utf8",
-    }
-
-
-def test_lists_of_json_lines_packed_or_not(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    noise = lambda n: random.Random(n).randbytes(600).hex()  # noqa: E731
-    for n in range(5):
-        (folder / f"{n}.jpg").write_bytes(picture(n))
-    rows = [
-        json.dumps(dict(image=f"{n}.jpg", caption=f"no. {n}", noise=noise(n))) for n in range(5)
-    ]
-    whole = ("\n".join([*rows[:3], "{", "", *rows[3:]]) + "\n").encode()
-    frames = [pa.compress(part, "zstd", asbytes=True) for part in (whole[:60], whole[60:])]
-    gzipped = gzip.compress(whole)
-    found = {}
-    for name, data in (
-        ("list.jsonl", whole),
-        ("list.jsonl.zst", b"".join(frames)),
-        ("list.jsonl.gz", gzipped),
-        ("metadata.jsonl.zst", frames[0] + frames[1]),
-        ("cut.jsonl.gz", gzipped[:-12]),
-    ):
-        (folder / name).write_bytes(data)
-        format = formats.guess(str(folder))
-        assert format == ("imagefolder" if name.startswith("metadata") else "jsonl")
-        copy, index = both(format, folder, tmp_path / name)
-        assert list(copy) == list(index)
-        found[name] = [(record.key, record.texts) for record in copy]
-        told = prepared.read_manifest(str(tmp_path / name / "copy"))["splits"]["train"]
-        assert set(told["quarantined"]) - {"bad_json"} == (
-            {"damaged_archive"} if name.startswith("cut") else set()
-        )
-        (folder / name).unlink()
-    good = [(f"{n}.jpg", (f"no. {n}",)) for n in range(5)]
-    cut = found.pop("cut.jsonl.gz")
-    assert all(records == good for records in found.values()) and cut == good[:4]
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert formats.guess(str(folder)) == "imagefolder"
 
 
 def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):

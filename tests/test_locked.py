@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import fresh_state, params_of
-from test_heads import train_alone
+from one_device import train_alone
 from test_train import tiny_run
 
 from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, warm_start

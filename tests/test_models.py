@@ -1,7 +1,5 @@
 """The model: exact sizes, what each part may see, what padding may not change."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,7 @@ from conftest import params_of, random_batch, tiny_config
 
 from coca_jax import partitioning
 from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, decoding, layers, roles, rotary, stem
-from coca_jax.ops.reference import ACTIVATIONS
+from coca_jax.models import coca, decoding, roles
 
 
 def initialise(model, seed=0):
@@ -206,97 +203,6 @@ def test_the_forms_of_all_platforms_agree(options):
     np.testing.assert_allclose(outputs[0], outputs[2], atol=1e-5)
 
 
-def test_queries_and_keys_are_normed_in_each_head():
-    """Against the formula in NumPy; their size no longer matters, and the key's bias does."""
-    options = layers.BlockOptions(qk_norm=True)
-    attention = layers.Attention(8, 2, options=options)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-    params = partitioning.unbox(attention.init(jax.random.key(1), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-
-    def project(name):
-        return np.einsum("bnd,dhk->bnhk", x, params[name]["kernel"]) + params[name]["bias"]
-
-    def normed(name):
-        y = project(name)
-        inverse = 1 / np.sqrt(np.square(y).mean(-1, keepdims=True) + 1e-5)
-        return y * inverse * params[f"{name}_norm"]["scale"]
-
-    scores = np.einsum("bnhk,bmhk->bhnm", normed("query"), normed("key")) / 2
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    mixed = np.einsum("bhnm,bmhk->bnhk", weights, project("value"))
-    want = np.einsum("bnhk,hkd->bnd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
-    np.testing.assert_allclose(attention.apply({"params": params}, x), want, atol=2e-6)
-    larger = jax.tree.map(lambda p: 50.0 * p, params["query"])
-    got = attention.apply({"params": params | {"query": larger}}, x)
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    bias = jax.grad(lambda p: attention.apply({"params": p}, x)[0, 0, 0])(params)["key"]["bias"]
-    assert jnp.abs(bias).max() > 1e-4
-
-
-def test_rotary_positions_turn_pairs_by_their_place():
-    """Against complex numbers; and a score depends on the distance alone."""
-    places = jnp.array([[0, 3, 7, 11]])
-    rotation = rotary.of_places(places[..., None], 8, 100.0)
-    x = jax.random.normal(jax.random.key(0), (1, 4, 16))
-    got = np.asarray(rotary.rotate(x, rotation, 2)).reshape(4, 2, 8)
-    heads = np.asarray(x).reshape(4, 2, 8)
-    angle = np.asarray(places)[0][:, None] * 100.0 ** (-np.arange(4) / 4)
-    turned = (heads[..., :4] + 1j * heads[..., 4:]) * np.exp(1j * angle)[:, None]
-    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-    later = rotary.rotate(x, rotary.of_places(places[..., None] + 5, 8, 100.0), 2)
-    scores = [np.einsum("bnd,bmd->nm", y, y) for y in (rotary.rotate(x, rotation, 2), later)]
-    np.testing.assert_allclose(*scores, atol=1e-4)
-
-
-def test_rotary_positions_of_patches_go_by_row_and_column():
-    rotation = rotary.of_places(rotary.grid((3, 3), (3, 3)), 8, 100.0).reshape(3, 3, 2, 2, 2)
-    rows, columns = rotation[:, :, :, 0], rotation[:, :, :, 1]  # [row, column, cos or sin, wave]
-    np.testing.assert_array_equal(rows[:, 0], rows[:, 2])
-    np.testing.assert_array_equal(columns[0], columns[2])
-    np.testing.assert_allclose(rows[2, 0, 1], np.sin([2, 0.2]), rtol=1e-6)
-    np.testing.assert_array_equal(rows[:, 0], columns[0])
-    halved = rotary.grid((6, 6), (3, 3)).reshape(
-        6, 6, 2
-    )  # twice as many patches of the same picture
-    np.testing.assert_allclose(halved[:2, 0, 0].mean(), 0.0, atol=1e-6)
-    np.testing.assert_allclose(halved[4:, 0, 0].mean(), 2.0, atol=1e-6)
-
-
-def test_heads_that_share_keys_are_heads_with_equal_keys():
-    grouped, whole = layers.Attention(12, 4, kv_heads=2), layers.Attention(12, 4)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
-    params = partitioning.unbox(grouped.init(jax.random.key(1), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    assert params["key"]["kernel"].shape == (12, 2, 3)
-    repeated = {
-        name: jax.tree.map(lambda p: jnp.repeat(p, 2, axis=p.ndim - 2), params[name])
-        for name in ("key", "value")
-    }
-    got = grouped.apply({"params": params}, x)
-    want = whole.apply({"params": params | repeated}, x)
-    np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-def test_gated_mlps_and_norms_are_their_formulas():
-    options = layers.BlockOptions(gated_mlp=True, activation="silu", bias=False, norm="rms")
-    x = 3 * jax.random.normal(jax.random.key(0), (2, 5, 8)) + 1
-    mlp = layers.Mlp(12, options=options)
-    params = partitioning.unbox(mlp.init(jax.random.key(1), x)["params"])
-    gate, up, out = (np.asarray(params[name]["kernel"]) for name in ("gate", "in", "out"))
-    gated = x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)
-    np.testing.assert_allclose(mlp.apply({"params": params}, x), gated @ out, atol=1e-5)
-    scale = jnp.linspace(0.5, 2, 8)
-    got = layers.Norm(options).apply({"params": {"scale": scale}}, x)
-    want = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * scale
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    plain = dataclasses.replace(options, norm="layer", norm_eps=0.5)
-    got = layers.Norm(plain).apply({"params": {"scale": scale}}, x)
-    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5) * scale
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-
 def test_a_model_without_biases_has_none_and_every_parameter_has_a_role():
     config = tiny_config()
     change(config, OPTIONS["modern"])
@@ -386,31 +292,3 @@ def test_float64_is_refused_where_it_would_not_be_float64(config):
             coca.build(config.model, platform="tpu")
         with pytest.raises(ValueError, match="decoding needs 'float32' or 'bfloat16'"):
             decoding.decoder(config.model, num_ids=64, eos_id=1)
-
-
-@pytest.mark.parametrize("channels,stride", [(3, 2), (8, 1)])
-def test_convolution_standardises_its_kernel(channels, stride):
-    """Also of images, whose few channels take another way through unfolded pixels."""
-    layer = stem.Convolution(16, stride=stride)
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, channels))
-    params = partitioning.unbox(layer.init(jax.random.key(1), x)["params"])
-    kernel = params["kernel"] * 5 + 0.3  # neither scale nor mean of a kernel matters
-    params = params | {"gain": jnp.linspace(0.5, 2, 16), "bias": jnp.linspace(-1, 1, 16)}
-    centred = kernel - kernel.mean((0, 1, 2))
-    unit = centred / jnp.sqrt(jnp.square(centred).sum((0, 1, 2)))
-    want = jax.lax.conv_general_dilated(
-        x, unit, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    want = want * params["gain"] + params["bias"]
-    got = layer.apply({"params": params | {"kernel": kernel}}, x)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    np.testing.assert_allclose(layer.apply({"params": params}, x), want, atol=1e-4)
-
-
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
-    module = stem.ConvStem((64, 64), (1, 2), activation, jnp.float32)
-    pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-    features = module.apply(module.init(jax.random.key(1), pixels), pixels)
-    assert features.shape == (8, 8, 8, 64)
-    assert 0.6 < features.std((0, 1, 2)).mean() < 1.4

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import tiny_config
+from one_device import train_alone as train
 from PIL import Image
-from test_heads import train_alone as train
 
 import coca_jax
 from coca_jax.data import mixture, run_vocabulary, sources, vocabulary

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from data_cases import take
+from one_device import train_alone
 from PIL import Image
-from test_heads import train_alone
 
 import coca_jax
 from coca_jax.config import Entry, typed

@@ -5,15 +5,10 @@ import http.client
 import importlib.util
 import io
 import json
-import os
 import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
-import time
 import uuid
 import zlib
 
@@ -31,8 +26,6 @@ if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_cl
 import uvicorn  # noqa: E402
 
 from coca_jax.serving import app, openapi, running, uploads, works  # noqa: E402
-from coca_jax.serving.batcher import Batcher  # noqa: E402
-from coca_jax.serving.refusals import Refused  # noqa: E402
 
 KEY = "a key of many letters"
 
@@ -346,46 +339,6 @@ def test_requests_run_together_and_none_is_lost(client, model):
     assert items == 60 and count < 50
 
 
-class Slow:
-    """A work that waits until it is let go, and refuses the item 'bad'."""
-
-    def __init__(self):
-        self.go, self.batches = threading.Event(), []
-
-    def run(self, model, items):
-        self.go.wait(10)
-        self.batches.append(list(items))
-        if "bad" in items:
-            raise ValueError("bad: no such thing")
-        yield [item.upper() for item in items]
-
-
-def test_a_batch_is_bounded_and_one_bad_item_spoils_none():
-    import asyncio
-
-    batcher, work = Batcher(None, batch_size=4, wait=0.05, depth=5), Slow()
-
-    async def ask():
-        jobs = [asyncio.create_task(batcher.answers(work, [x])) for x in ("a", "b", "bad", "c")]
-        await asyncio.sleep(0.5)  # taken, and held
-        more = [asyncio.create_task(batcher.answers(work, [x])) for x in "defgh"]
-        await asyncio.sleep(0.1)
-        with pytest.raises(Refused, match="too many requests"):
-            await batcher.answers(work, ["i"])
-        more[4].cancel()  # whoever asked has left
-        await asyncio.sleep(0.1)
-        work.go.set()
-        return await asyncio.gather(*jobs, *more, return_exceptions=True)
-
-    found = asyncio.run(ask())
-    batcher.stop()
-    assert found[:2] == [["A"], ["B"]] and found[3:8] == [["C"], ["D"], ["E"], ["F"], ["G"]]
-    assert isinstance(found[2], ValueError) and isinstance(found[8], asyncio.CancelledError)
-    assert work.batches == [["a", "b", "bad", "c"], ["a"], ["b"], ["bad"], ["c"], list("defg")]
-    with pytest.raises(Refused, match="stopping"):
-        asyncio.run(batcher.answers(work, ["late"]))
-
-
 def test_a_defect_is_not_shown(client, monkeypatch):
     def fails(self, model, items):
         raise RuntimeError("a secret")
@@ -393,50 +346,3 @@ def test_a_defect_is_not_shown(client, monkeypatch):
     monkeypatch.setattr(works.Answer, "run", fails)
     status, answer = client.post("/api/answer", ("image", png(0)), ("question", "red"))
     assert status == 500 and "secret" not in answer["error"]
-
-
-def command(*arguments: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "coca_jax", "serve", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | env,
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ((), "--checkpoint is missing"),
-        (("--checkpoint=x", "--host=0.0.0.0"), "needs a key"),
-        (("--checkpoint=none", "--port=0"), "none does not exist"),
-    ],
-)
-def test_what_the_command_refuses(commands, arguments, says, tmp_path):
-    done = commands.run(["serve", *arguments], tmp_path, {"COCA_JAX_SERVE_KEY": ""}, timeout=120)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow  # two starts of the command
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_in_order(model, tmp_path, number):
-    from coca_jax.inference import export_programs
-
-    export_programs.export(model, str(tmp_path / "export"))
-    process = command(f"--checkpoint={tmp_path / 'export'}", "--port=0")
-    said = ""
-    while "serving at" not in said:
-        line = process.stderr.readline()
-        assert line, said
-        said += line
-    port = int(re.search(r"http://127.0.0.1:(\d+)", said)[1])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", "/healthz")
-    assert connection.getresponse().read() == b'{"status":"ok"}'
-    start = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert json.loads(out.splitlines()[-1])["requests"] == 1
-    assert "Traceback" not in err and time.monotonic() - start < 30

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_heads import train_alone
+from one_device import train_alone
 from test_train import tiny_run
 
 from coca_jax import checkpointing

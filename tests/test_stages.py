@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from data_cases import data_config, equal, take, write_data
-from test_heads import train_alone
+from one_device import train_alone
 
 from coca_jax import checkpointing, optimizer, run_config
 from coca_jax.config import Config, checks, read, typed

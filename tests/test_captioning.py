@@ -1,0 +1,113 @@
+"""Scores of captions: hand-made figures, several references, captions kept over a kill."""
+
+import base64
+import json
+import math
+
+import numpy as np
+import pytest
+from evaluator_cases import Fake, picture
+
+from coca_jax.data import scenes
+from coca_jax.evaluators import captioning
+from coca_jax.inference.explain import Explanation, Word
+
+
+def test_captioning_of_scenes_scores_attributes_and_perplexity():
+    records = scenes.Scenes("heldout", objects=(1,)).read(np.arange(20))
+    captions = [scenes.canonical_caption(r["scene"]) for r in records]
+    for i in (3, 8):
+        captions[i] = "a large purple hexagon"
+    for i, record in enumerate(records):
+        record["image"] = picture(i)
+    evaluator = captioning.Captioning("s", scorer=captioning.score_scene, batch_size=6)
+    got = dict(evaluator.run(Fake(captions=captions), records))
+    assert got["captioning/s/exact_match"] == pytest.approx(0.9)
+    assert got["captioning/s/attribute_f1"] == pytest.approx(0.9, abs=0.03)
+    assert got["captioning/s/perplexity"] == pytest.approx(math.exp(0.5))
+    assert got["captioning/s/perplexity_low"] == pytest.approx(math.exp(0.5))
+    assert got["captioning/s/exact_match_count"] == 20 == got["captioning/s/perplexity_count"]
+    assert evaluator.examples["items"][3]["exact"] is False
+
+
+def test_captions_of_the_report_have_their_words_where_asked():
+    seen = np.array([[0.5, 0.25], [0.25, 0.0]], np.float32)
+
+    class Looks(Fake):
+        resize, image_size = "crop", 4
+
+        def explain(self, images, texts):
+            assert [np.asarray(image).shape for image in images] == [(4, 4, 3)] * len(texts)
+            words = [[Word(w, math.log(0.5), [], seen) for w in [*t.split(), ""]] for t in texts]
+            return [Explanation(row, seen) for row in words]
+
+    records = [dict(image=picture(i), text="a cat") for i in range(3)]
+    for wanted in (True, False):
+        evaluator = captioning.Captioning("s", attention=wanted)
+        list(evaluator.run(Looks(captions=["a cat", "a dog", "a cat"]), records))
+        json.dumps(evaluator.examples)  # nothing but what the report shows
+        items = evaluator.examples["items"] + evaluator.examples["worst"]
+        assert len(items) == 4 and all(("words" in item) == wanted for item in items)
+        if wanted:
+            assert [word["text"] for word in items[1]["words"]] == ["a", "dog", "end"]
+            word = items[1]["words"][0]
+            assert word["probability"] == pytest.approx(0.5) and items[1]["fit"] == "crop"
+            assert list(base64.b64decode(word["map"])) == [255, 128, 128, 0]
+
+
+def test_captioning_with_several_references():
+    records = [
+        dict(image=picture(0), text=["A dog, running.", "a brown dog"]),
+        dict(image=picture(1), text="two cats"),
+    ]
+    evaluator = captioning.Captioning("d")
+    got = dict(evaluator.run(Fake(captions=["a dog  running", "two dogs"]), records))
+    assert got["captioning/d/exact_match"] == 0.5
+    assert got["captioning/d/word_f1"] == pytest.approx(0.75)
+    assert got["captioning/d/perplexity_count"] == 3
+    assert "perplexity" not in "".join(
+        dict(captioning.Captioning("d", perplexity=False).run(Fake(captions=["x", "y"]), records))
+    )
+
+
+def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
+    captions = [f"caption {i % 7}" for i in range(20)]
+    records = [dict(image=picture(i), text=[f"caption {i}", ""], key=i) for i in range(20)]
+
+    class Killed(Fake):
+        made = 0
+
+        def caption(self, images, **how):
+            assert how == {"num_beams": 2}
+            if self.made >= self.stop:
+                raise KeyboardInterrupt
+            self.made += len(images)
+            return super().caption(images)
+
+    def run(model, request, data=records):
+        outputs = captioning.Outputs(tmp_path / "o.jsonl", request, write=True)
+        evaluator = captioning.Captioning("x", batch_size=6, outputs=outputs, how=dict(num_beams=2))
+        return dict(evaluator.run(model, data))
+
+    model = Killed(captions=captions)
+    model.stop = 12
+    with pytest.raises(KeyboardInterrupt):
+        run(model, dict(weights="1"))
+    path = tmp_path / "o.jsonl"
+    assert len(path.read_text().splitlines()) == 13
+    path.write_text(path.read_text()[:-5])  # killed within a line
+    model.made, model.stop = 0, 100
+    whole = run(model, dict(weights="1"))
+    assert model.made == 9  # the cut line and the eight that were missing
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["caption"] for line in lines[1:]] == captions
+    plain = dict(captioning.Captioning("x", batch_size=6).run(Fake(captions=captions), records))
+    assert whole == plain and whole["captioning/x/perplexity_count"] == 40
+    for request, data, again in (
+        (dict(weights="1"), records, 0),
+        (dict(weights="2"), records, 20),
+        (dict(weights="2"), [dict(r, key=r["key"] + (i > 4)) for i, r in enumerate(records)], 15),
+    ):
+        model.made = 0
+        run(model, request, data)
+        assert model.made == again

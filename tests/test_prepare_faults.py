@@ -1,0 +1,201 @@
+"""prepare: what it leaves out and says so, faults, duplicates, data without texts, odd tars."""
+
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from prepare_cases import add_member, draw, encode, import_data, reasons_of, write_tar
+
+from coca_jax.configs import base
+from coca_jax.data import run_vocabulary, sources
+from coca_jax.data.loaders import open_stream
+from coca_jax.importers import dedup, tar_members
+
+
+def test_faults_end_in_quarantine_with_reasons(tmp_path):
+    good, bomb = encode(1), io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    whole = encode(2, size=(300, 200))
+    members = {
+        "good": (good, b"a good one"),
+        "truncated": (whole[: len(whole) // 2], b"cut"),
+        "zero": (b"", b"nothing"),
+        "bomb": (bomb.getvalue(), b"400 megapixels"),
+        "longtext": (good, b"word " * 100_000),
+        "html": (b"<html>not found</html>", b"wrong extension"),
+        "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n", b"a program, not a picture"),
+        "utf8": (good, b"caf\xe9"),
+        "notext": (good, None),
+        "emptytext": (good, b"  \n"),
+        "noimage": (None, b"text only"),
+        "tiny": (encode(3, size=(4, 4)), b"too small"),
+        "wide": (encode(4, size=(400, 16)), b"a banner"),
+    }
+    encodings = {4: "utf-8-sig", 5: "utf-16"}  # as editors on Windows write
+    for i in range(7):  # among them a PNG with the wrong extension
+        text = f"a fine one {i}".encode(encodings.get(i, "utf-8"))
+        members[f"fine{i}"] = (encode(i, "PNG" if i == 3 else "JPEG"), text)
+    path = tmp_path / "faults.tar"
+    with tarfile.open(path, "w") as archive:
+        for key, (image, text) in members.items():
+            if image is not None:
+                add_member(archive, f"{key}.jpg", image)
+            if text is not None:
+                add_member(archive, f"{key}.txt", text)
+        add_member(archive, "good.jpg", good)  # its key once more
+        add_member(archive, "good.txt", b"again")
+        add_member(archive, "lost.jpg", whole)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(whole[-200:])])  # the archive is half-written
+    result = import_data(
+        "webdataset", path, tmp_path / "out", max_pixels=100_000_000, min_side=8, max_aspect=4.0
+    )
+    reasons = {}
+    for line in (tmp_path / "out/train-quarantine.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        reasons.setdefault(entry["key"].split("/")[1], []).append(entry["reason"])
+    assert reasons == {
+        "truncated": ["damaged_image"],
+        "zero": ["empty_image"],
+        "bomb": ["too_many_pixels"],
+        "longtext": ["text_too_long"],
+        "html": ["unreadable_image"],
+        "postscript": ["unreadable_image"],
+        "utf8": ["bad_utf8"],
+        "notext": ["missing_text"],
+        "emptytext": ["missing_text"],
+        "noimage": ["missing_image"],
+        "tiny": ["image_too_small"],
+        "wide": ["aspect"],
+        "good": ["duplicate_key"],
+        "lost": ["damaged_archive"],
+    }
+    assert (result["read"], result["written"]) == (22, 8)
+    assert sum(result["quarantined"].values()) == 14
+    left = {"a good one", *(f"a fine one {i}" for i in range(7))}
+    assert {r.texts[0] for r in sources.open_source(str(tmp_path / "out"))} == left
+    config = base.get_config()  # and training on what is left works
+    config.batch_size, config.model.image_size = 8, 16
+    config.model.text.update(vocab_size=400, max_len=24)
+    config.data.max_bad_fraction = 0.0
+    config.data.sources = (dict(path=str(tmp_path / "out")),)
+    found = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
+    batches = open_stream(config, found)
+    for _ in range(2):
+        batch = next(batches)
+        assert {found.decode(tokens) for tokens in batch["tokens"]} == left
+        assert len(np.unique(batch["image"], axis=0)) == 8 - 1  # 'good' and 'fine1' look the same
+    assert batches.skipped() == [0]
+
+
+def test_duplicates_by_content_by_look_and_against_evaluation(tmp_path):
+    images = [encode(i, size=(96, 72)) for i in range(6)]
+    again = io.BytesIO()
+    Image.open(io.BytesIO(images[1])).resize((80, 60)).save(again, "JPEG", quality=60)
+    images += [images[0], again.getvalue()]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i, image in enumerate(images):
+            add_member(archive, f"{i}.jpg", image)
+            add_member(archive, f"{i}.txt", b"text")
+    (tmp_path / "eval").mkdir()
+    Image.open(io.BytesIO(images[3])).save(tmp_path / "eval" / "e.png")
+    for mode, excluded, reasons in (
+        ("none", (), {}),
+        ("content", (), {"a.tar/6": "duplicate_image"}),
+        ("perceptual", (), {"a.tar/6": "duplicate_image", "a.tar/7": "near_duplicate"}),
+        ("none", (str(tmp_path / "eval"),), {"a.tar/3": "in_evaluation"}),
+    ):
+        out = tmp_path / f"{mode}{len(excluded)}"
+        import_data("webdataset", tmp_path / "a.tar", out, dedup=mode, exclude=excluded)
+        assert reasons_of(out) == reasons
+
+
+def test_looks_tell_images_apart():
+    found = [dedup.look(np.asarray(draw(i, (64, 64)))) for i in range(200)]
+    bits = np.unpackbits(np.stack(found), axis=1)
+    apart = [(bits[i] != bits[j]).sum() for i in range(200) for j in range(i)]
+    assert min(apart) > 12
+
+
+def test_errors_name_the_remedy(tmp_path):
+    write_tar(tmp_path / "a.tar", 3)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        import_data("webdataset", tmp_path / "absent", tmp_path / "o1")
+    with pytest.raises(FileNotFoundError, match="parquet"):
+        import_data("parquet", tmp_path, tmp_path / "o2")
+    with pytest.raises(ValueError, match="none of 3 examples"):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / "o3", require="label")
+    with pytest.raises(ValueError, match="--format=zip"):
+        import_data("zip", tmp_path, tmp_path / "o4")
+
+
+def _folder(folder, rows, **fields):
+    folder.mkdir()
+    for i in range(rows):
+        (folder / f"{i}.jpg").write_bytes(encode(i))
+    lines = [
+        json.dumps({"file_name": f"{i}.jpg"} | {k: v(i) for k, v in fields.items()})
+        for i in range(rows)
+    ]
+    if fields:
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_data_without_texts_are_told_apart_with_what_would_give_them(tmp_path, capsys):
+    odd = _folder(tmp_path / "odd", 3, description=lambda i: f"thing {i}", id=lambda i: i)
+    message = "fields are description, id: name one with --text_field or --label_field"
+    with pytest.raises(ValueError, match=f"none of 3 .* {message}"):
+        import_data("imagefolder", odd, tmp_path / "o1")
+    empty = _folder(tmp_path / "empty", 3, text=lambda i: "  ")
+    with pytest.raises(ValueError, match="none has a caption or a class name"):
+        import_data("imagefolder", empty, tmp_path / "o2")
+    assert not (tmp_path / "o1").exists() or not list((tmp_path / "o1").glob("*.array_record"))
+    capsys.readouterr()
+    numbers = _folder(tmp_path / "numbers", 4, label=lambda i: i % 2)
+    import_data("imagefolder", numbers, tmp_path / "o3")
+    assert "class names are numbers (0, 1, ...)" in capsys.readouterr().err
+    half = _folder(tmp_path / "half", 4, text=lambda i: "a thing" if i % 2 else "")
+    import_data("imagefolder", half, tmp_path / "o4")
+    said = capsys.readouterr().err
+    assert "2 of 4 examples left out (2 missing_text)" in said and "train-quarantine.jsonl" in said
+
+
+def test_headers_of_tars_are_read_as_tarfile_reads_them():
+    """By the short way for plain files, and by tarfile's own for all others."""
+    rng, buffers = random.Random(0), []
+    for name in ("a.jpg", "ä.txt", "n" * 100, "d/" * 60 + "x", "l" * 300):
+        for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.type = 9 << 20, 17, rng.choice((b"0", b"\0", b"5"))
+            try:
+                data = info.tobuf(format)
+            except ValueError:  # a name that USTAR cannot have
+                continue
+            buffers += [data[i : i + 512] for i in range(0, len(data), 512)]
+    for buffer in list(buffers):
+        for at in (*rng.sample(range(512), 20), *range(124, 136), *range(148, 157), 345):
+            damaged = bytearray(buffer)
+            damaged[at] = rng.choice(b"\0 0789\xff\x80a")
+            buffers.append(bytes(damaged))
+            damaged[148:156] = b"%06o\0 " % (256 + sum(damaged) - sum(damaged[148:156]))
+            buffers.append(bytes(damaged))
+
+    def read(kind, buffer):
+        try:
+            found = kind.frombuf(buffer, "utf-8", "surrogateescape")
+            return found.name, found.size, found.type
+        except tarfile.HeaderError as error:
+            return type(error)
+
+    same, lenient = 0, 0
+    for buffer in [b"", b"\0" * 512, b"x" * 100, *buffers]:
+        found, wanted = read(tar_members._Header, buffer), read(tarfile.TarInfo, buffer)
+        same += found == wanted
+        # A plain file's owner and dates are not looked at.
+        lenient += found != wanted and wanted is tarfile.InvalidHeaderError and found[2] == b"0"
+    assert same + lenient == len(buffers) + 3 and same > 0.9 * len(buffers)

@@ -1,0 +1,98 @@
+"""What scores come with: intervals, the items that are shown, results joined and as a table."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from coca_jax.evaluators import intervals, results
+
+
+def test_intervals_of_other_figures_agree_with_theory():
+    rng = np.random.default_rng(8)
+    totals, hits = np.asarray([400, 100]), np.asarray([200, 90])
+    low, high = intervals.limits(intervals.mean_of_classes(hits, totals))
+    half = 1.96 * 0.5 * math.sqrt(0.25 / 400 + 0.09 / 100)
+    assert low == pytest.approx(0.7 - half, abs=0.01) and high == pytest.approx(
+        0.7 + half, abs=0.01
+    )
+    covered = 0
+    for _ in range(200):
+        low, high = intervals.median_limits(rng.exponential(size=101))
+        covered += low <= math.log(2) <= high
+    assert 180 <= covered <= 199
+    assert intervals.median_limits(np.asarray([2.0, 1.0])) == (1, 2)  # few values: all of them
+    assert intervals.median_limits(np.asarray([5.0])) == (5, 5)
+    sums = intervals.resampled_sums(np.ones((7, 2)), resamples=130)
+    assert sums.shape == (130, 2) and (sums == 7).all()
+
+
+def test_bootstrap_agrees_with_theory_and_is_deterministic():
+    rng = np.random.default_rng(4)
+    for n in (400, 20_000):
+        hits = rng.uniform(size=n) < 0.7
+        mean, low, high = intervals.bootstrap(hits)
+        assert mean == pytest.approx(hits.mean())
+        half = 1.96 * math.sqrt(mean * (1 - mean) / n)
+        assert high - mean == pytest.approx(half, rel=0.15)
+        assert mean - low == pytest.approx(half, rel=0.15)
+        assert intervals.bootstrap(hits) == (mean, low, high)
+    _, low, high = intervals.bootstrap(np.sort(hits))  # neighbours alike: blocks are drawn
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    assert intervals.bootstrap(np.ones(5)) == (1, 1, 1)
+    assert intervals.bootstrap(np.asarray([1.0, 6.0]), np.asarray([1.0, 2.0]))[0] == 7 / 3
+    with pytest.raises(ValueError, match="0 examples"):
+        intervals.bootstrap(np.zeros(0))
+    with pytest.raises(ValueError, match="3 examples with weights of sum 0.0"):
+        intervals.bootstrap(np.ones(3), np.zeros(3))
+    samples = np.append(np.linspace(0, 1, 1001), [np.nan] * 50)  # resamples of no example
+    assert intervals.limits(samples) == pytest.approx((0.025, 0.975))
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 8, 9, 1000])
+def test_shown_items_are_spread(length):
+    spread, made = results.Spread(8), []
+    for i in range(length):
+        spread.offer(lambda i=i: made.append(i) or i)
+    items = spread.items()
+    assert len(items) == min(8, length) and items == sorted(set(items))
+    assert len(made) < 80
+    if length == 1000:
+        assert items[0] == 0 and items[-1] > 850 and max(np.diff(items)) < 200
+
+
+def test_the_worst_are_kept_whatever_their_place():
+    rng = np.random.default_rng(0)
+    badness = np.round(rng.normal(size=500), 1)  # with ties
+    worst, made = results.Worst(6), []
+    for number, value in enumerate(badness.tolist()):
+        worst.offer(value, lambda number=number: made.append(number) or number)
+    order = sorted(range(500), key=lambda i: (-badness[i], i))  # of equal ones the first
+    assert worst.items() == order[:6] and len(made) < 80
+    none = results.Worst(0)
+    none.offer(1.0, lambda: pytest.fail("made"))
+    assert none.items() == []
+
+
+def test_results_are_merged(tmp_path):
+    results.save_results(tmp_path, {"zeroshot/a/top1": 0.5, "b": float("nan")})
+    results.save_results(tmp_path, {"zeroshot/a/top1": np.float32(0.75), "c": 1})
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert saved == {"zeroshot/a/top1": 0.75, "b": None, "c": 1}
+    results.save_examples(tmp_path, "zeroshot/a", dict(kind="zeroshot"))
+    results.save_examples(tmp_path, "retrieval/a", dict(kind="retrieval"))
+    assert list(json.loads((tmp_path / "eval_examples.json").read_text())) == [
+        *("zeroshot/a", "retrieval/a")
+    ]
+    big = np.zeros((300, 200, 3), np.uint8)
+    assert results.thumbnail(big).shape == (96, 64, 3)
+
+
+def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
+    scores = {"a/b/r1": 0.5, "a/b/r1_low": 0.4, "a/b/r1_high": 0.6, "a/b/r1_count": 1200.0}
+    lines = results.table(scores | {"a/b/num_examples": 1200.0})
+    assert [line.split() for line in lines] == [
+        ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
+        ["a/b/num_examples", "1200.0000"],
+    ]

@@ -1,0 +1,155 @@
+"""Retrieval against the full matrix of scores, with repeated and several captions."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from evaluator_cases import Fake, picture, unit
+
+from coca_jax.evaluators import retrieval, zeroshot
+from coca_jax.evaluators.ranks import TIE, retrieval_ranks
+
+
+def plain_ranks(images, texts, pairs):
+    scores = images.astype(np.float64) @ texts.astype(np.float64).T
+    match = np.zeros(scores.shape, bool)
+    match[pairs[:, 0], pairs[:, 1]] = True
+    both = []
+    for s, r in ((scores, match), (scores.T, match.T)):
+        best = np.where(r, s, -np.inf).max(1, keepdims=True)
+        ranks = ((s >= best - TIE) & ~r).sum(1)
+        both.append(np.where(r.any(1), ranks, -1))
+    return both
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+def test_retrieval_ranks_equal_the_full_matrix_in_any_tiling(chunk):
+    rng = np.random.default_rng(2)
+    texts = unit(rng, 83, 16)
+    owner = rng.integers(0, 80, 150)  # the last texts have no image
+    images = zeroshot.normalise(texts[owner] + 0.35 * rng.normal(size=(150, 16)))
+    images = images.astype(np.float32)
+    extra = np.stack([rng.integers(0, 150, 60), rng.integers(0, 80, 60)], 1)
+    pairs = np.concatenate([np.stack([np.arange(150), owner], 1), extra])
+    got = retrieval_ranks(images, texts, pairs, chunk=chunk)
+    for ranks, expected in zip(got, plain_ranks(images, texts, pairs)):
+        np.testing.assert_array_equal(ranks, expected)
+    assert (got[1][80:] == -1).all() and got[0].max() > 3
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_ties_count_against_the_model(chunk):
+    images = np.tile(np.eye(4, dtype=np.float32)[:1], (10, 1))
+    pairs = np.stack([np.arange(10), np.arange(10)], 1)
+    by_image, by_text = retrieval_ranks(images, images.copy(), pairs, chunk=chunk)
+    assert (by_image == 9).all() and (by_text == 9).all()  # all equal: the match comes last
+
+
+def test_retrieval_end_to_end_with_repeated_and_several_captions():
+    rng = np.random.default_rng(3)
+    table = {}
+
+    def text(t):
+        return table.setdefault(t, unit(rng, 12))
+
+    captions = [[f"caption {i}", f"other {i}"] for i in range(40)] + [["twice"], ["twice"]]
+    for several in captions:
+        for t in several:
+            text(t)
+    images = [zeroshot.normalise(text(s[0]) + 0.4 * rng.normal(size=12)) for s in captions]
+    images = np.stack(images).astype(np.float32)
+    records = [dict(image=picture(i), text=s) for i, s in enumerate(captions)]
+    evaluator = retrieval.Retrieval("toy", extra_texts=["nobody", "twice"], batch_size=16, chunk=9)
+    got = dict(evaluator.run(Fake(images, text), records))
+
+    texts = list(dict.fromkeys(t for s in captions for t in s)) + ["nobody"]
+    scores = images @ np.stack([text(t) for t in texts]).T
+    order = np.argsort(-scores, 1)
+    hits = [texts[order[i, 0]] in s for i, s in enumerate(captions)]
+    assert got["retrieval/toy/image_to_text_r1"] == pytest.approx(np.mean(hits))
+    hits5 = [any(texts[t] in s for t in order[i, :5]) for i, s in enumerate(captions)]
+    assert got["retrieval/toy/image_to_text_r5"] == pytest.approx(np.mean(hits5))
+    queries = [t for s in captions for t in s]
+    found = [np.argmax(scores[:, texts.index(t)]) for t in queries]
+    back = [t in captions[i] for t, i in zip(queries, found)]
+    assert got["retrieval/toy/text_to_image_r1"] == pytest.approx(np.mean(back))
+    assert got["retrieval/toy/text_to_image_r1_count"] == 82
+    assert got["retrieval/toy/num_texts"] == 82 and got["retrieval/toy/num_images"] == 42
+    recalls = [
+        got[f"retrieval/toy/{d}_r{k}"]
+        for d in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    ]
+    assert got["retrieval/toy/mean_recall"] == pytest.approx(np.mean(recalls))
+    assert 0 < np.mean(hits) < 1
+    items = evaluator.examples["items"]
+    assert len(items) == 8 and items[0]["texts"][0]["text"] == texts[order[0, 0]]
+    found = [text for item in items for text in item["texts"]]
+    truths = [item["truth"] for item in items for _ in item["texts"]]
+    assert [text["correct"] for text in found] == [t["text"] in s for t, s in zip(found, truths)]
+    assert 0 < sum(text["correct"] for text in found) < len(found)
+    twice = evaluator.examples["text_items"][-1]
+    assert twice["text"] == "twice" and len(twice["images"]) == 5
+    json.dumps(evaluator.examples)
+
+
+def test_equal_images_are_one_candidate():
+    """A, A again with another caption, and B. A's captions are found although A occurs twice."""
+    eye = np.eye(3, dtype=np.float32)
+    table = {"a": eye[0], "also a": eye[0], "b": eye[1]}
+    model = Fake(eye, lambda t: table[t])
+    texts = ["a", "also a", "b"]
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 0, 1), texts)]
+    got = dict(retrieval.Retrieval("toy").run(model, records))
+    assert got["retrieval/toy/num_images"] == 2 and got["retrieval/toy/num_texts"] == 3
+    assert got["retrieval/toy/image_to_text_r1_count"] == 3
+    assert got["retrieval/toy/mean_recall"] == 1 == got["retrieval/toy/mean_recall_low"]
+    # Other pixels with the same embedding are two candidates, and the tie counts as wrong.
+    model.image = eye[[0, 0, 1]]
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 1, 2), texts)]
+    got = dict(retrieval.Retrieval("toy").run(model, records))
+    assert got["retrieval/toy/text_to_image_r1"] == pytest.approx(1 / 3)
+    assert got["retrieval/toy/text_to_image_r5"] == 1
+    # Each record is a query: three of one image that finds another text, one that is right.
+    eye = np.eye(4, dtype=np.float32)
+    table = {"a": eye[1], "also a": eye[1], "too": eye[1], "b": eye[2], "x": eye[0]}
+    model = Fake(eye[[0, 2]], lambda t: table[t])
+    records = [dict(image=picture(n), text=t) for n, t in zip((0, 0, 0, 1), table)]
+    got = dict(retrieval.Retrieval("toy", extra_texts=["x"]).run(model, records))
+    assert got["retrieval/toy/image_to_text_r1"] == 1 / 4
+    # Behind x, and behind b, which is no nearer than the right ones: rank 3 of a's, 1 of b's.
+    assert got["retrieval/toy/image_to_text_median_rank"] == 3
+    model.image = np.full((2, 4), np.nan, np.float32)
+    with pytest.raises(ValueError, match="image embeddings: 2 of 2 are not finite"):
+        dict(retrieval.Retrieval("toy").run(model, records))
+
+
+def test_retrieval_intervals_draw_records_with_all_their_captions():
+    """Five captions that always share their fate are no more evidence than one."""
+    rng = np.random.default_rng(7)
+    found = rng.random(200) < 0.5
+    images = unit(rng, 200, 16)
+    wrong = unit(rng, 200, 16)
+    table = {f"{i} {c}": images[i] if found[i] else wrong[i] for i in range(200) for c in range(5)}
+    records = [dict(image=picture(i), text=[f"{i} {c}" for c in range(5)]) for i in range(200)]
+    got = dict(retrieval.Retrieval("toy").run(Fake(images, lambda t: table[t]), records))
+    share = got["retrieval/toy/text_to_image_r1"]
+    assert share == pytest.approx(found.mean(), abs=0.03)
+    half = 1.96 * math.sqrt(share * (1 - share) / 200)
+    width = got["retrieval/toy/text_to_image_r1_high"] - got["retrieval/toy/text_to_image_r1_low"]
+    assert width / 2 == pytest.approx(half, rel=0.15)
+    assert got["retrieval/toy/text_to_image_r1_count"] == 1000
+    assert got["retrieval/toy/mean_recall_count"] == 1200
+    low, high = (got[f"retrieval/toy/image_to_text_median_rank_{e}"] for e in ("low", "high"))
+    assert low <= got["retrieval/toy/image_to_text_median_rank"] <= high
+
+
+def test_retrieval_of_one_record_and_of_none():
+    model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
+    got = dict(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text="x")]))
+    assert got["retrieval/toy/image_to_text_r10"] == 1 == got["retrieval/toy/text_to_image_r1"]
+    with pytest.raises(ValueError, match="no record"):
+        list(retrieval.Retrieval("toy").run(model, []))
+    with pytest.raises(ValueError, match="record k has no text"):
+        list(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text=None, key="k")]))

@@ -1,0 +1,92 @@
+"""Which parameters of real models are decayed, which are Muon's, and that each has a role."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+from conftest import tiny_config
+from optimizer_cases import KEY
+
+import coca_jax
+from coca_jax import optimizer, partitioning, recipes
+from coca_jax.models import coca, roles
+
+
+@pytest.fixture(scope="module")
+def model_params():
+    """Shapes of a model with everything: a convolutional stem, a head, the sigmoid loss's bias."""
+    config = tiny_config(patch_size=4)
+    config.model.image.update(conv_widths=(8, 8), conv_depths=(1, 1))
+    config.head.kind = "answer"
+    model = coca.build(config.model, sigmoid=True, head=config.head, num_classes=3)
+    return jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+
+
+def test_weight_decay_by_names_of_a_real_model(model_params):
+    """Kernels, tables and queries; neither biases, norms, gains, [CLS] nor scalars."""
+    tables = {
+        "contrastive_pooler/query/value",
+        "generative_pooler/query/value",
+        "head/pooler/query/value",
+        "image_encoder/positions/value",
+        "text_decoder/positions/value",
+        "text_decoder/token_embedding/value",
+        "text_decoder/head/kernel/value",
+    }
+    mask = {
+        "/".join(k.key for k in path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(optimizer.is_matrix(model_params))
+    }
+    assert tables < set(mask)
+    kernels = {name for name in mask if name.endswith("/kernel")}
+    assert len(kernels) > 40
+    assert {name for name, value in mask.items() if value} == tables | kernels
+
+
+def test_muon_takes_the_kernels_of_a_real_model(model_params):
+    """(axes that are summed over, axes of the outputs); layers stay apart."""
+    axes = jax.tree_util.tree_leaves_with_path(
+        optimizer.kernel_axes(model_params),
+        is_leaf=lambda x: x is None or isinstance(x, optimizer.MuonDimensionNumbers),
+    )
+    found = {"/".join(k.key for k in path): value for path, value in axes}
+    assert {n for n, v in found.items() if v} == {n for n in found if n.endswith("/kernel")}
+    for name, value in found.items():
+        if value is None:
+            continue
+        first = int("/layers/" in name)  # of an array without its axis of layers
+        if name.split("/")[-2] in ("query", "key", "value"):
+            wanted = (0,), (1, 2)
+        elif name.endswith("attention/out/kernel"):
+            wanted = (0, 1), (2,)
+        elif "/stem/" in name:
+            wanted = (0, 1, 2), (3,)
+        else:
+            wanted = (0,), (1,)
+        assert value == tuple(tuple(first + i for i in side) for side in wanted), name
+
+
+def test_every_parameter_of_every_recipe_has_a_role():
+    """A part or a kind of parameter that no module describes is refused by name."""
+    for recipe in recipes.names():
+        model = recipes.load(recipe).model
+        module = coca.build(model, sigmoid=True)
+        params = jax.eval_shape(lambda m=module: partitioning.unbox(coca.init(m, KEY)))
+        found = jax.tree.leaves(roles.map_with_roles(lambda role, _: role.kind, params))
+        assert set(found) - {"bias"} == {"kernel", "norm", "table"}
+        assert ("bias" in found) == model.bias
+    for names, remedy in {
+        ("image_encoder", "memory", "value"): "add it to the PARTS",
+        ("text_decoder", "unimodal", "layers", "mlp", "gate"): "add 'gate' to LEAVES",
+    }.items():
+        with pytest.raises(ValueError, match=f"{'/'.join(names)}.*{remedy}"):
+            roles.role_of(names)
+
+
+def test_no_parameter_is_named_outside_the_models():
+    package = pathlib.Path(coca_jax.__file__).parent
+    names = re.compile(r"""["'/](image_encoder|text_decoder|log_scale|unimodal_norm)["'/]""")
+    for file in package.rglob("*.py"):
+        if file.relative_to(package).parts[0] not in ("models", "interop"):
+            assert not names.search(file.read_text()), file

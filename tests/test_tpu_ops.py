@@ -1,0 +1,203 @@
+"""The form for TPUs: its kernels, interpreted, and its arithmetic against plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_cases import arrays, assert_close_with_gradients, plain_attention
+
+from coca_jax import ops, partitioning
+from coca_jax.models import block, layers
+from coca_jax.ops import reference
+from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_the_plain_form(dtype, tolerance, masked):
+    inputs = arrays(2, 9, 24, count=3, dtype=dtype)
+    mask = reference.causal_mask(9, 9) if masked else None
+    assert_close_with_gradients(
+        lambda q, k, v: forms.attend(q, k, v, mask, 3),
+        lambda q, k, v: plain_attention(q, k, v, mask, 3),
+        inputs,
+        tolerance,
+    )
+
+
+def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
+    query, key, value = arrays(1, 4, 8, count=3)
+    mask = jnp.zeros((1, 1, 4, 4), bool).at[..., 1:, :].set(True)
+
+    def total(q, k, v):
+        return forms.attend(q * 1e4, k, v, mask, 1).sum()
+
+    for x in jax.tree.leaves(jax.value_and_grad(total, (0, 1, 2))(query, key, value)):
+        assert jnp.isfinite(x).all()
+
+
+# Heads 64 and 88 wide share tiles of 128 lanes; three of 88 leave the last tile half full.
+@pytest.mark.parametrize(
+    "n,m,heads,width,mask",
+    [
+        (32, 32, 4, 64, None),
+        (17, 17, 3, 88, "rows"),
+        (16, 40, 3, 88, None),
+        (24, 24, 2, 64, "all"),
+        (72, 72, 4, 64, "rows"),  # in pairs: so many queries otherwise go one by one
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
+    rng = np.random.default_rng(0)
+
+    def array(length):
+        return jnp.asarray(rng.normal(size=(2, length, heads * width)) * 2, jnp.bfloat16)
+
+    query, key, value, gradient = array(n), array(m), array(m), array(n)
+    seen = None
+    if mask:
+        seen = reference.causal_mask(n, n)
+        if mask == "rows":
+            seen &= jnp.asarray(rng.random((2, 1, 1, m)) > 0.3).at[..., 0].set(True)
+    bias = None if seen is None else jnp.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE)
+    out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
+    kept, options = [query, key, value, out], {"pairs": n > 64}
+    if stacked:  # the middle one of three layers; what stands beside it must stay
+        kept = [jnp.stack([x + 1, x, x - 1]) for x in kept]
+        stack = jnp.full((3,) + out.shape, 7, out.dtype)
+        options["index"] = 1
+        got = attention_kernel.forward(
+            query, key, value, bias, heads, stack=stack, **options, interpret=True
+        )
+        assert (got[0] == 7).all() and (got[2] == 7).all()
+        got = got[1]
+    else:
+        got = attention_kernel.forward(query, key, value, bias, heads, **options, interpret=True)
+    gradients = attention_kernel.backward(
+        *kept[:3], bias, kept[3], gradient, heads, **options, interpret=True
+    )
+    for ours, wanted in zip((got, *gradients), (out, *pull(gradient))):
+        ours, wanted = ours.astype(jnp.float32), wanted.astype(jnp.float32)
+        assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
+
+
+def test_kernels_take_no_more_than_fits_a_core():
+    def fits(n, m, width, dtype=jnp.bfloat16):
+        shape = jax.ShapeDtypeStruct
+        return attention_kernel.fits(shape((2, n, width), dtype), shape((2, m, width), dtype))
+
+    assert fits(256, 256, 1408) and fits(65, 65, 768) and fits(64, 256, 1408)
+    assert not fits(1024, 1024, 1408) and not fits(1, 256, 768)
+    assert not fits(64, 64, 768, jnp.float32)
+
+
+@pytest.mark.parametrize("n", [16, 65])
+def test_norm_kernel_equals_the_plain_gradients(n):
+    rng = np.random.default_rng(0)
+    x, gradient, beside = (
+        jnp.asarray(rng.normal(size=(4, n, 96)) + shift, jnp.bfloat16) for shift in (3, 0, 0)
+    )
+    scale = jnp.asarray(rng.normal(size=96), jnp.float32)
+    mean, inverse = forms.statistics(x, 1e-5)
+    wanted = forms.norm_gradients(x, mean, inverse, scale, gradient)
+    stack = jnp.stack([x - 1, x])
+    dx, sums = norm_kernel.backward(
+        stack, scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
+    )
+    for got, want in (
+        (dx, beside + wanted[0]),
+        (sums[:, 0].sum(0), wanted[1]),
+        (sums[:, 1].sum(0), wanted[2]),
+        (sums[:, 2].sum(0), dx.astype(jnp.float32).sum((0, 1))),
+    ):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        assert jnp.abs(got - want).max() <= 1e-2 * jnp.abs(want).max()
+
+
+def test_a_single_query_is_padded_to_what_the_kernel_takes():
+    query, key, value = arrays(2, 256, 256, count=3, dtype=jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda q: forms.attend(q, key, value, None, 4))(query[:, :1]))
+    assert "name=attention_4_heads" in text and "bf16[2,16,256]" in text
+    assert_close_with_gradients(
+        lambda q, k, v: forms.attend(q, k, v, None, 4),
+        lambda q, k, v: plain_attention(q, k, v, None, 4),
+        (query[:, :1], key, value),
+        2e-2,
+    )
+
+
+@pytest.mark.parametrize("cross", [None, "paper"])
+def test_layers_written_out_equal_a_scan_of_blocks(cross):
+    """Gradients included, against the same arithmetic differentiated by JAX."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 10, 32)), jnp.bfloat16)
+    context = jnp.asarray(rng.normal(size=(2, 7, 32)), jnp.bfloat16) if cross else None
+    mask = (
+        reference.causal_mask(10, 10)
+        & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
+    )
+    options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
+    shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
+    written, scanned = (
+        block.Stack(remat=remat, options=shared, **options) for remat in ("named", "none")
+    )
+    params = partitioning.unbox(scanned.init(jax.random.key(0), x, mask, context))
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
+    weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def run(stack):
+        def scalar(params, x, context):
+            return (stack.apply(params, x, mask, context).astype(jnp.float32) * weight).sum()
+
+        arguments = (0, 1, 2) if cross else (0, 1)
+        # Else the compiler keeps some bfloat16 values in float32, and others in the other form.
+        exact = jax.jit(
+            jax.value_and_grad(scalar, arguments),
+            compiler_options={"xla_allow_excess_precision": False},
+        )
+        return exact(params, x, context)
+
+    (ours, our_gradients), (value, gradients) = run(written), run(scanned)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
+    for got, want in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients)):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        assert jnp.abs(got - want).max() <= 1.5e-2 * jnp.abs(want).max() + 1e-6
+
+
+def test_norm_equals_the_plain_form_with_a_large_mean():
+    (x,) = arrays(4, 9, 64, dtype=jnp.bfloat16)
+    x = x + jnp.asarray(30, jnp.bfloat16)
+    scale, bias = arrays(64, count=2)
+
+    def plain(x, scale, bias):
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return (centred * inverse * scale + bias).astype(jnp.bfloat16)
+
+    assert_close_with_gradients(
+        lambda *a: forms.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
+    )
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_gelu_and_bias_equal_the_plain_forms(dtype, tolerance):
+    (x,) = arrays(4, 9, 16, dtype=dtype)
+    (bias,) = arrays(16, dtype=dtype)
+
+    def plain(x, bias):
+        return jax.nn.gelu(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
+
+    assert_close_with_gradients(forms.bias_gelu, plain, (x * 3, bias), tolerance)
+    assert_close_with_gradients(forms.add_bias, lambda x, b: x + b, (x, bias), tolerance)
+
+
+def test_sums_on_the_matrix_unit_keep_float32_accuracy():
+    (x,) = arrays(8, 1408)
+    np.testing.assert_allclose(
+        forms.row_sum(jnp.square(x))[:, 0], np.square(np.asarray(x)).sum(-1), rtol=1e-5
+    )
+    whole = jnp.round(x * 8)  # exact in bfloat16
+    np.testing.assert_allclose(forms.column_sum(whole), whole.sum(0), rtol=1e-6)
