@@ -144,25 +144,40 @@ def _run_one(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """One equation; the body of a scan (a stack of layers) and of a call in waves too."""
     params = eqn.params
     if eqn.primitive.name in ("jit", "pjit", "closed_call"):
-        return _run(params["jaxpr"].jaxpr, params["jaxpr"].consts, values)
+        return _run(*_body(eqn), values)
     if eqn.primitive.name != "scan":
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
         return list(results) if eqn.primitive.multiple_results else [results]
-    consts, carried = params["num_consts"], params["num_carry"]
+    jaxpr, held = _body(eqn)
+    # Told by their ranks, for versions of jax name them differently: what is the same in all rounds
+    # and what is carried come first and are as the body sees them; a round takes and gives an item
+    # of each of the others.
+    carried = sum(map(_same_rank, eqn.outvars, jaxpr.outvars))
+    whole = sum(map(_same_rank, eqn.invars, jaxpr.invars))
+    consts = whole - carried
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        given = [*values[:consts], *carry, *xs]
-        results = _run(params["jaxpr"].jaxpr, params["jaxpr"].consts, given)
+        results = _run(jaxpr, held, [*values[:consts], *carry, *xs])
         return results[:carried], results[carried:]
 
     carry, stacked = jax.lax.scan(
         body,
-        values[consts : consts + carried],
-        values[consts + carried :],
+        values[consts:whole],
+        values[whole:],
         length=params["length"],
         reverse=params["reverse"],
     )
     return [*carry, *stacked]
+
+
+def _body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
+    """The jaxpr that a call or a scan runs, and its constants."""
+    closed = eqn.params["jaxpr"]
+    return getattr(closed, "jaxpr", closed), closed.consts
+
+
+def _same_rank(outside: Any, inside: Any) -> bool:
+    return len(outside.aval.shape) == len(inside.aval.shape)
 
 
 def _fold_in(pairs: Sequence[Sequence[Any]]) -> list[jax.Array]:
