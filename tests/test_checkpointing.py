@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -270,3 +271,68 @@ def test_what_a_killed_save_left_is_removed(workdir):
     shutil.copytree(workdir / "checkpoints/5", left)
     assert restore(workdir)[1] == 5
     assert not left.exists()
+
+
+def test_a_save_that_cannot_begin_is_told_and_later_steps_can_be_dropped(workdir, monkeypatch):
+    checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
+    with pytest.raises(checkpointing.SaveFailed, match="could not save step 9"):
+        checkpoints.wait_for(9)  # which nobody began
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(checkpointing.SaveFailed, match="step 7: OSError: disk full"):
+        checkpoints.save(7, state_of(7))
+    checkpoints.save(7, state_of(7))
+    checkpoints.wait_for(7)
+    assert checkpoints.steps() == [3, 5, 7]
+    checkpoints.drop_after(5)
+    assert checkpoints.steps() == [3, 5]
+    checkpoints.close()
+
+
+def test_a_step_may_be_damaged_twice(workdir):
+    """Its numbers, which are others than the record says; each damaged one is kept."""
+    for name in ("5.damaged", "5.damaged2"):
+        file = workdir / "checkpoints/5/record/metadata"
+        record = sealed_json.read(file)
+        record["items"]["params"]["bias"][1] ^= 1
+        file.write_text(json.dumps(sealed_json.seal(record)))
+        _, step, lines = restore(workdir)
+        assert step == 3 and "params/bias holds other values than were saved" in lines[0]
+        assert (workdir / "checkpoints" / name).is_dir()
+        checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
+        checkpoints.save(5, state_of(5))
+        checkpoints.wait_for(5)
+        checkpoints.close()
+
+
+def test_a_record_that_is_not_whole_is_damage(workdir):
+    folder = epath.Path(workdir / "checkpoints/5")
+    file = workdir / "checkpoints/5/record/metadata"
+    text = file.read_text()
+    assert checkpoint_record.read(folder)["config"] == RUN
+    for bad in ("{", text.replace(sealed_json.KEY, "sha256_of_the_rset"), text.replace("abc", "")):
+        assert bad != text
+        file.write_text(bad)
+        with pytest.raises(Damaged, match="metadata is damaged"):
+            checkpoint_record.read(folder)
+    shutil.rmtree(file.parent)
+    with pytest.raises(Damaged, match="record/metadata is missing"):
+        checkpoint_record.read(folder)
+
+
+@pytest.mark.parametrize(
+    "error, damage",
+    [
+        (FileNotFoundError("d/0"), True),
+        (NotADirectoryError("d"), True),
+        (ValueError("DATA_LOSS: checksum mismatch"), True),
+        (OSError(5, "Input/output error"), False),
+        (MemoryError(), False),
+        (ValueError("UNAVAILABLE: connection refused"), False),
+    ],
+)
+def test_what_storage_says_of_itself_is_no_damage(error, damage):
+    assert checkpoint_record.is_damage(error) == damage

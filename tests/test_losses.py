@@ -1,6 +1,7 @@
 """Both losses against their definitions in float64: values and gradients, every option."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,17 @@ def test_the_mean_of_both_directions_is_half_their_sum():
             for reduction in ("sum", "mean")
         )
         assert_equal(half, [share * x for x in whole], 1e-6)
+
+
+def test_scores_are_never_wider_than_the_chunk():
+    """Which keeps the memory of a large batch: of 24 texts in chunks of 7, tiles of 6."""
+    image, text, _ = embeddings()
+
+    def loss(image, text):
+        return contrastive_loss(image, text, jnp.float32(20.0), chunk=7)[0]
+
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(image, text))
+    assert set(re.findall(rf"f32\[{B},(\d+)\]", program)) == {"1", "6", str(E)}
 
 
 def test_large_scale_stays_finite():
