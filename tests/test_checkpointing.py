@@ -301,6 +301,7 @@ def test_a_step_may_be_damaged_twice(workdir):
         file.write_text(json.dumps(sealed_json.seal(record)))
         _, step, lines = restore(workdir)
         assert step == 3 and "params/bias holds other values than were saved" in lines[0]
+        assert "going on from step 3, 2 steps are trained again" in lines[0]
         assert (workdir / "checkpoints" / name).is_dir()
         checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
         checkpoints.save(5, state_of(5))
