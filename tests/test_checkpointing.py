@@ -287,8 +287,9 @@ def test_a_save_that_cannot_begin_is_told_and_later_steps_can_be_dropped(workdir
     checkpoints.save(7, state_of(7))
     checkpoints.wait_for(7)
     assert checkpoints.steps() == [3, 5, 7]
-    checkpoints.drop_after(5)
-    assert checkpoints.steps() == [3, 5]
+    for step in (6, 5):
+        checkpoints.drop_after(step)
+        assert checkpoints.steps() == [3, 5]
     checkpoints.close()
 
 
