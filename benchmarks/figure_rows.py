@@ -213,6 +213,7 @@ NOT_AGAIN = {
     "step_b32/": "coca-jax benchmark train --peer prints its own",
     "demo_resumed": "by hand: kill a run of the demo, start it again",
     "clock": "a new user's, by hand: the commands of docs/quick_start.md in a fresh clone",
+    "versions/": "needs version 0.1 in an environment of its own; python benchmarks/versions.py",
     "serve_": "an hour, and a machine without other work; python benchmarks/serve.py",
     "search_million/": "its index was not kept; python benchmarks/search.py graph makes another",
     "search_embed": "its JPEGs were not kept; python benchmarks/search.py embed on others",
