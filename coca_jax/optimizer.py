@@ -99,17 +99,26 @@ def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(adam, decay)
     if optimizer.name == "muon":
-        kernels = optax.chain(
-            scale_by_muon(
-                ns_steps=MUON_ITERATIONS,
-                beta=MUON_MOMENTUM,
-                weight_dimension_numbers=kernel_axes,
-            ),
-            optax.stateless(_equal_rms),
+        momentum = scale_by_muon(
+            ns_steps=MUON_ITERATIONS, beta=MUON_MOMENTUM, weight_dimension_numbers=kernel_axes
         )
+        kernels = optax.chain(_in_a_loop(momentum), optax.stateless(_equal_rms))
         rest = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(optax.partition(dict(kernel=kernels, rest=rest), _parts), decay)
     raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor', 'adamw' or 'muon'")
+
+
+def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon with its iterations as a loop, not one after the other in the program: those of a small
+    model were half of what its step compiled. optax loops where each has coefficients of its own;
+    the state keeps the three that it always had."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        each = jnp.tile(state.ns_coeffs, (MUON_ITERATIONS, 1))
+        updates, new = muon.update(updates, state._replace(ns_coeffs=each), params)
+        return updates, new._replace(ns_coeffs=state.ns_coeffs)
+
+    return optax.GradientTransformation(muon.init, update)
 
 
 class Start(NamedTuple):
