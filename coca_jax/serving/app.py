@@ -28,6 +28,7 @@ from coca_jax.serving.uploads import Limits
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/serve.css": ("serve.css", "text/css; charset=utf-8"),
+    "/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
     "/serve.js": ("serve.js", "text/javascript; charset=utf-8"),
 }
 

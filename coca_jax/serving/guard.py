@@ -26,7 +26,7 @@ HEADERS = {
 }
 _HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 _DISCARD_BYTES, _DISCARD_SECONDS = 1 << 28, 10
-OPEN = ("/", "/serve.css", "/serve.js", "/healthz")  # hold nothing of the model
+OPEN = ("/", "/serve.css", "/pictures.js", "/serve.js", "/healthz")  # hold nothing of the model
 
 
 class Guard:

@@ -18,7 +18,7 @@ import jax
 
 from coca_jax import cache_folder, compile_cache
 
-SHARED = pathlib.Path(__file__).with_name("team.h")
+HEADERS = tuple(sorted(pathlib.Path(__file__).parent.glob("*.h")))  # what the sources share
 # No -ffast-math: the library would switch off denormal numbers in the whole process.
 FLAGS = (
     "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
@@ -57,7 +57,7 @@ def _build(source: pathlib.Path, define: str) -> pathlib.Path:
     """The compiled library. Raises ValueError with the compiler's words, or OSError."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
     command += [f"-D{define}"] * bool(define) + ["-isystem", jax.ffi.include_dir()]
-    texts = source.read_text(), SHARED.read_text()
+    texts = [file.read_text() for file in (source, *HEADERS)]
     made_for = (texts, command, jax.__version__, compile_cache.processor())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
     folder = cache_folder.folder()

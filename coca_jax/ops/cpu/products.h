@@ -1,0 +1,284 @@
+// Products of the few rows of a step with weights in panels, and what stands around them: norms,
+// sums, biases. What a number is, float32 or bfloat16, is said here.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <utility>
+
+#include "team.h"
+
+#ifdef COCA_JAX_BFLOAT16
+#ifndef __AVX512BF16__
+#error "bfloat16 kernels are for a processor, and a compiler, with AVX512_BF16"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Number: of an operand of a product; a word of 32 bits holds kPair of them. Below, panels and the
+// rows that they multiply are words, passed as floats whatever is in them.
+#ifdef COCA_JAX_BFLOAT16
+constexpr int kPair = 2;
+struct __attribute__((may_alias)) Number {
+  uint16_t bits;
+};
+using Numbers = ffi::Buffer<ffi::BF16>;
+
+inline Vector AddProduct(Vector sum, Vector a, Vector b) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+inline Vector Broadcast(const float* word) {
+  int32_t bits;
+  std::memcpy(&bits, word, sizeof(bits));
+  return (Vector)_mm512_set1_epi32(bits);
+}
+
+inline void Store(Number* to, Vector v) {
+  const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+}
+
+// The first `count` of `from`, whole vectors.
+inline void Put(Number* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)Load(from + i));
+    const int64_t few = std::min<int64_t>(kLanes, count - i);
+    _mm256_mask_storeu_epi16(to + i, static_cast<__mmask16>((1u << few) - 1), rounded);
+  }
+}
+#else
+constexpr int kPair = 1;
+using Number = float;
+using Numbers = Floats;
+
+inline Vector AddProduct(Vector sum, Vector a, Vector b) { return sum + a * b; }
+
+inline Vector Broadcast(const float* word) { return *word - Vector{}; }
+
+#endif
+
+inline void Put(float* to, const float* from, int64_t count) { std::copy_n(from, count, to); }
+
+inline const float* Words(const Number* numbers) { return reinterpret_cast<const float*>(numbers); }
+
+inline const Number* Data(Numbers& buffer) {
+  return reinterpret_cast<const Number*>(buffer.typed_data());
+}
+
+constexpr int kPanel = 32;   // columns of a panel
+constexpr int kDepth = 128;  // words of a panel, multiplied at a time: 16 KiB
+constexpr int kTile = 32;    // rows for which a panel's sums are kept
+constexpr float kNormEpsilon = 1e-5f;  // ops.reference.NORM_EPSILON
+
+// Rows and columns whose sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kColumns = 32;
+#else
+constexpr int kRows = 6, kColumns = 16;
+#endif
+
+// Rows of floats. Scratch has them an odd number of lines apart: rows 2^n apart fall into the same
+// sets of the cache.
+template <typename T>
+struct RowsOf {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+using Rows = RowsOf<float>;
+using Operands = RowsOf<Number>;
+
+constexpr int64_t Panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
+constexpr int64_t Stride(int64_t width) { return Panels(width) * kPanel + kLine; }
+
+// Scratch of the calling thread for all that take part.
+template <int use>
+Rows ScratchRows(int64_t rows, int64_t width) {
+  return {Scratch<use>(rows * Stride(width)), Stride(width)};
+}
+
+template <int use>
+Operands ScratchOperands(int64_t rows, int64_t width) {
+  const Rows words = ScratchRows<use>(rows, width / kPair);
+  return {reinterpret_cast<Number*>(words.data), words.stride * kPair};
+}
+
+// sums [R, kColumns] += x [R, depth] @ weights [depth, kColumns]; words, rows `stride`, `x_stride`
+// and `step` apart. Asks for the 128 bytes (both) or 64 bytes at ahead + 32 k for each k on its way.
+template <int R, bool both>
+void Multiply(const float* weights, int64_t step, const float* x, int64_t x_stride, int64_t depth,
+              float* sums, int64_t stride, const float* ahead) {
+  constexpr int kVectors = kColumns / kLanes;
+  Vector sum[R][kVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * stride + v * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead + k * kPanel, 0, 2);
+    if (both) __builtin_prefetch(ahead + k * kPanel + kLine, 0, 2);
+    Vector weight[kVectors];
+    for (int v = 0; v < kVectors; ++v) weight[v] = Load(weights + k * step + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vector factor = Broadcast(x + r * x_stride + k);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = AddProduct(sum[r][v], weight[v], factor);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) Store(sums + r * stride + v * kLanes, sum[r][v]);
+}
+
+// The same for any number of rows and a whole panel, in passes.
+template <int... R>
+void MultiplyRows(std::integer_sequence<int, R...>, int64_t rows, const float* weights,
+                  int64_t step, const float* x, int64_t x_stride, int64_t depth, float* sums,
+                  int64_t stride, const float* ahead) {
+  using Of = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                      const float*);
+  static constexpr Of once[] = {Multiply<R + 1, true>...}, again[] = {Multiply<R + 1, false>...};
+  const int64_t splits = (rows + kRows - 1) / kRows, passes = splits * (kPanel / kColumns);
+  for (int64_t p = 0; p < passes; ++p) {
+    const int64_t split = p % splits, column = p / splits * kColumns;
+    const int64_t first = split * rows / splits, few = (split + 1) * rows / splits - first;
+    // Half of the lines ahead in one pass and half in the next.
+    (passes == 1 ? once : again)[few - 1](weights + column, step, x + first * x_stride, x_stride,
+                                          depth, sums + first * stride + column, stride,
+                                          ahead + (p % 2) * kLine);
+  }
+}
+
+constexpr auto kCounts = std::make_integer_sequence<int, kRows>();
+
+// A product of a phase: x [rows, depth] @ panels [ceil(width / 32), depth, 32], for each group.
+struct Product {
+  Operands x;
+  int64_t rows, depth, width;
+  const float* panels;  // words
+  int64_t groups = 1, group_offset = 0;  // of x, from group to group
+};
+
+// One phase: finish(row, group, column, sums, columns) gets up to 32 columns of a row at a time.
+template <typename Finish>
+void Multiply(Member& member, const Product& product, const Finish& finish) {
+  const int64_t count = Panels(product.width), depth = product.depth / kPair;
+  const int64_t size = depth * kPanel, x_stride = product.x.stride / kPair;
+  const int64_t all = product.groups * count;
+  // Panels claimed at once: 64 KiB of them.
+  const int64_t chunk = std::max<int64_t>(1, 4 * kDepth / depth);
+  member.Each((all + chunk - 1) / chunk, [&](int64_t part, int64_t following) {
+    float* sums = Scratch<0>(kTile * kPanel);
+    const int64_t end = std::min(all, (part + 1) * chunk);
+    for (int64_t i = part * chunk; i < end; ++i) {
+      const int64_t group = i / count, column = i % count * kPanel;
+      const int64_t next = std::min(i + 1 < end ? i + 1 : following * chunk, all - 1);
+      const float* panel = product.panels + i * size;
+      const float* x = Words(product.x.data + group * product.group_offset);
+      const int64_t columns = std::min<int64_t>(kPanel, product.width - column);
+      for (int64_t first = 0; first < product.rows; first += kTile) {
+        const int64_t rows = std::min<int64_t>(kTile, product.rows - first);
+        std::fill_n(sums, rows * kPanel, 0.0f);
+        for (int64_t k = 0; k < depth; k += kDepth)
+          MultiplyRows(kCounts, rows, panel + k * kPanel, kPanel, x + first * x_stride + k,
+                       x_stride, std::min<int64_t>(kDepth, depth - k), sums, kPanel,
+                       k + kDepth < depth ? panel + (k + kDepth) * kPanel
+                                          : product.panels + next * size);
+        for (int64_t r = 0; r < rows; ++r)
+          finish(first + r, group, column, sums + r * kPanel, columns);
+      }
+    }
+  });
+}
+
+inline float Sum(Vector v) {
+  float part[kLanes];
+  std::memcpy(part, &v, sizeof(part));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// Sum of term(0) ... term(count - 1), vectors, in four sums that need not wait for each other.
+template <typename Term>
+float Total(int64_t count, const Term& term) {
+  Vector sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int s = 0; s < 4; ++s) sums[s] += term(i + s);
+  for (; i < count; ++i) sums[0] += term(i);
+  return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// One phase: rows x [rows, width], standardised, times `scale` plus `shift`; whole vectors.
+void Norm(Member& member, const float* x, int64_t rows, int64_t width, const float* scale,
+          const float* shift, Operands out) {
+  constexpr int64_t kTogether = 16;
+  member.Each((rows + kTogether - 1) / kTogether, [&](int64_t part, int64_t) {
+    for (int64_t r = part * kTogether; r < std::min(rows, (part + 1) * kTogether); ++r) {
+      const auto at = [from = x + r * width](int64_t i) { return Load(from + i * kLanes); };
+      const int64_t count = width / kLanes;
+      const float mean = Total(count, at) / width;
+      const float squares =
+          Total(count, [&](int64_t i) { return (at(i) - mean) * (at(i) - mean); });
+      const float factor = 1.0f / std::sqrt(squares / width + kNormEpsilon);
+      for (int64_t i = 0; i < count; ++i)
+        Store(out[r] + i * kLanes, (at(i) - mean) * factor * Load(scale + i * kLanes) +
+                                       Load(shift + i * kLanes));
+    }
+  });
+}
+
+// exp(x) for x <= 88, to a few units in the last place; below -87, exp(-87).
+inline float Exp(float x) {
+  x = std::max(x, -87.0f);
+  const float n = std::floor(x * 1.44269504f + 0.5f);
+  // ln 2 in two parts, the first of few bits, so that n times it is exact.
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float series = 1.0f / 5040.0f;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    series = series * r + c;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return series * power;
+}
+
+// x [B, N, D] and what all kernels do with it at first.
+struct Input {
+  const float *x, *scale, *shift;
+  int64_t batch, queries, rows, width;
+  Input(Floats& x, Floats& scale, Floats& shift)
+      : x(x.typed_data()), scale(scale.typed_data()), shift(shift.typed_data()) {
+    const auto dims = x.dimensions();
+    batch = dims[0], queries = dims[1], width = dims[2], rows = batch * queries;
+  }
+};
+
+// Writes sums + bias to rows.
+template <typename T>
+auto Biased(RowsOf<T> out, const float* bias) {
+  return [=](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
+    float part[kPanel];
+    for (int64_t i = 0; i < columns; ++i) part[i] = sums[i] + bias[column + i];
+    Put(out[row] + column, part, columns);
+  };
+}
+
+// Writes x + sums + bias to y, both [rows, width].
+auto Residual(const Input& in, const float* bias, float* y) {
+  return [x = in.x, width = in.width, bias, y](int64_t row, int64_t, int64_t column,
+                                               const float* sums, int64_t columns) {
+    const int64_t at = row * width + column;
+    for (int64_t i = 0; i < columns; ++i) y[at + i] = x[at + i] + (sums[i] + bias[column + i]);
+  };
+}
+
+// Whether panels are of a kernel [depth, width]: [.., width / 32, depth / kPair, 32], and pairs.
+bool Fits(Numbers& panels, int64_t depth, int64_t width) {
+  const auto dims = panels.dimensions();
+  const auto n = dims.size() - (kPair - 1);
+  return dims[n - 3] == Panels(width) && dims[n - 2] * kPair == depth && dims[n - 1] == kPanel &&
+         (kPair == 1 || dims[n] == kPair);
+}
+
+}  // namespace

@@ -1,0 +1,182 @@
+"use strict";
+// The page's pictures, what asks the server about them, and where the model looks; serve.js, which
+// stands after it in the page, has what is asked.
+
+const $ = (id) => document.getElementById(id);
+const make = (tag, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const percent = (p) => (p >= 0.9995 ? "100" : p < 0.0995 ? (100 * p).toFixed(1) : (100 * p).toFixed(0)) + "%";
+const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
+
+let info = null;
+let pictures = []; // {file, url, clip, captions}
+let current = null;
+let asking = null; // AbortController of what is under way
+
+// -- asking ------------------------------------------------------------------------------------
+
+const storedKey = () => sessionStorage.getItem("key") || "";
+
+async function ask(path, form, signal) {
+  const headers = storedKey() ? { Authorization: `Bearer ${storedKey()}` } : {};
+  const how = form ? { method: "POST", body: form, headers, signal } : { headers, signal };
+  let response;
+  try {
+    response = await fetch(path, how);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer; is it still running?");
+  }
+  if (response.status === 401) {
+    $("lock").hidden = false;
+    $("key").focus();
+  }
+  if (!response.ok) {
+    const said = await response.json().catch(() => ({}));
+    throw new Error(said.error || `The server answered ${response.status}`);
+  }
+  return response;
+}
+
+// Does `work` while the form's button waits; says what it came to.
+async function during(form, says, work) {
+  asking?.abort();
+  const own = (asking = Object.assign(new AbortController(), { form }));
+  const button = form.querySelector("button");
+  button.disabled = true;
+  $("error").textContent = "";
+  $("status").textContent = says;
+  try {
+    $("status").textContent = (await work(own.signal)) || "";
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      $("status").textContent = "";
+      $("error").textContent = error.message;
+    }
+  } finally {
+    // Where the same form was sent again meanwhile, that one's end frees its button.
+    if (asking === own || asking.form !== form) button.disabled = false;
+  }
+}
+
+function withPicture(values) {
+  if (!current) throw new Error("Choose a picture first.");
+  const form = new FormData();
+  form.append("image", current.file);
+  for (const [name, value] of Object.entries(values)) form.append(name, value);
+  return form;
+}
+
+// -- pictures ----------------------------------------------------------------------------------
+
+function add(files) {
+  const limits = info?.limits;
+  $("error").textContent = "";
+  for (const file of files) {
+    if (limits && file.size > limits.bytes - 4096) {
+      $("error").textContent = `${file.name} is larger than ${limits.bytes >> 20} MiB; make it smaller.`;
+      continue;
+    }
+    const clip = file.type.startsWith("video/");
+    pictures.push({ file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture" });
+  }
+  pictures.splice(0, pictures.length - 48).forEach((old) => URL.revokeObjectURL(old.url));
+  if (files.length && pictures.length) show(pictures[pictures.length - 1], true);
+}
+
+function list() {
+  $("chosen").hidden = pictures.length < 2;
+  $("chosen").replaceChildren(
+    ...pictures.map((one) => {
+      const inside = one.clip ? make("span", { textContent: "▶" }) : make("img", { src: one.url, alt: "" });
+      const button = make("button", { type: "button", onclick: () => show(one, false) }, inside);
+      button.setAttribute("aria-label", one.name);
+      button.setAttribute("aria-pressed", String(one === current));
+      return make("li", {}, button);
+    })
+  );
+}
+
+function show(one, isNew) {
+  current = one;
+  list();
+  $("view").hidden = false;
+  $("shown").hidden = one.clip;
+  $("clip").hidden = !one.clip;
+  if (one.clip) $("clip").src = one.url;
+  else Object.assign($("shown"), { src: one.url, alt: one.name });
+  hideHeat();
+  for (const id of ["labels", "answers"]) $(id).replaceChildren();
+  if (one.captions) results(one.captions);
+  else $("captions").replaceChildren();
+  if (isNew && !$("panel-caption").hidden) $("caption-form").requestSubmit();
+}
+
+$("file").addEventListener("change", (event) => {
+  add(event.target.files);
+  event.target.value = "";
+});
+for (const kind of ["dragenter", "dragover"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault();
+    $("drop").classList.add("over");
+  });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) $("drop").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  add(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) add(event.clipboardData.files);
+});
+
+// -- where the model looks ---------------------------------------------------------------------
+
+let lit = null; // what `heat` shows, for when the window changes
+
+// A map [R][C] over the part of the picture that the model sees; of clips there is none here.
+function heat(map, says) {
+  $("looks").textContent = says;
+  const picture = $("shown");
+  if (!map || current?.clip || info.num_frames || !picture.naturalWidth) return hideHeat(says);
+  const rows = map.length, columns = map[0].length;
+  const small = make("canvas", { width: columns, height: rows });
+  const most = Math.max(...map.flat());
+  const image = new ImageData(columns, rows);
+  map.flat().forEach((value, i) => {
+    const strength = most ? value / most : 0;
+    // What is not looked at is covered, what is looked at stays clear.
+    image.data.set([8, 12, 24, Math.round(215 * (1 - Math.pow(strength, 0.8)))], 4 * i);
+  });
+  small.getContext("2d").putImageData(image, 0, 0);
+  const { width, height } = picture.getBoundingClientRect();
+  // The middle of the picture, in the proportions of the model's images.
+  const [high, wide] = [info.image_size, info.image_size].flat().slice(0, 2);
+  const scale = Math.min(width / wide, height / high);
+  const [w, h] = info.resize === "crop" ? [wide * scale, high * scale] : [width, height];
+  const canvas = $("heat");
+  canvas.width = Math.round(w * devicePixelRatio);
+  canvas.height = Math.round(h * devicePixelRatio);
+  Object.assign(canvas.style, {
+    width: `${w}px`, height: `${h}px`, left: `${(width - w) / 2}px`, top: `${(height - h) / 2}px`,
+  });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  canvas.classList.add("on");
+  lit = [map, says];
+}
+
+function hideHeat(says = "") {
+  lit = null;
+  $("heat").classList.remove("on");
+  $("looks").textContent = says;
+}
+addEventListener("resize", () => lit && heat(...lit));
