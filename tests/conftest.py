@@ -87,7 +87,7 @@ LONGEST = (
     *("docs", "train_step", "processes", "decoding", "decoder", "models", "questions", "train"),
     *("compile", "head_runs", "heads", "buckets", "tpu_ops", "ops", "fit", "finetuning", "install"),
     *("spikes", "benchmark", "memory", "open_clip_parity", "open_clip_layouts", "native", "clips"),
-    *("stopping", "towers", "tower_texts", "pe_core", "openvision", "tower_commands", "retrieval"),
+    *("stopping", "towers", "tower_texts", "pe_core", "openvision", "tower_commands", "roles"),
     *("without_pooler", "without_tensorflow"),
 )
 
