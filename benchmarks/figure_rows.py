@@ -20,6 +20,7 @@ from measuring import (
     of_tpu,
     over_seeds,
     recaption_kills,
+    reinforced,
     retrieval,
     sizes,
     start,
@@ -157,6 +158,13 @@ MEASUREMENTS = (
         recaption_kills,
         20,
         "python tests/soak/recaption.py --checkpoint=runs/demo --kills=100 --dtype=DTYPE",
+    ),
+    Measurement(
+        tuple(f"reinforced/{row}" for row in ("plain", "student", "teacher", "exact")),
+        reinforced,
+        80,
+        "coca-jax train --config=emoji_reinforced, and --config=emoji --config.steps=1200",
+        more=SEEDED,
     ),
     *(
         Measurement(

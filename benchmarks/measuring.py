@@ -248,7 +248,8 @@ def reinforced(given: Given) -> Rows:
             each = [100 * one[f"retrieval/emoji_openmoji/{way}_r1"] for one in told]
             means = {way: statistics.mean(each), f"{way}_low": min(each), f"{way}_high": max(each)}
             found[f"reinforced/{row}"] |= means if len(each) > 1 else {way: each[0]}
-    return found
+    exact = {row: 100 * scores[row][0]["captioning/emoji_openmoji/exact_match"] for row in runs}
+    return found | {"reinforced/exact": exact}
 
 
 WAYS = ("--how=greedy,max_tokens=15", "--how=nucleus,top_p=0.9,num_captions=3,max_tokens=15")
