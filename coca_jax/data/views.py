@@ -128,10 +128,12 @@ class View:
                 found = read(range(start, min(start + 256, len(source))))
                 for row, record in enumerate(found, start):
                     yield row, record
-        except RuntimeError as error:  # array_record's own, of a damaged shard
+        except RuntimeError:
+            # array_record's own. Its threads read at the same time: of which of several damaged
+            # places it speaks is chance, and is not said.
             raise ValueError(
                 f"data source {self.source.name}: a record after number {row} cannot be read "
-                f"({error}), and {self._given} needs all of them; prepare it again"
+                f"(a shard is damaged), and {self._given} needs all of them; prepare it again"
             ) from None
 
     def _examples(self, record: Record) -> list[tuple[int, tuple[str, ...]]]:
