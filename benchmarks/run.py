@@ -1,10 +1,11 @@
 """One row of the benchmark: so many CPU minutes of training on a data set, then its scores.
 
-    python benchmarks/run.py --row=coca_jax --data=scenes --seed=0
-    python benchmarks/run.py --row=open_clip_coca --data=emoji --seed=1 --folder=data --minutes=28
+    python benchmarks/run.py --row=coca_jax --data=scenes
+    python benchmarks/run.py --row=open_clip_coca --data=emoji --seed 1 2 --folder=data --minutes=6
 
 Two short runs say what start and compilation cost and what a step costs; from that follow the steps
-that fit the minutes. Then the row trains and is scored, and its line is added to results.json. What
+that fit the minutes, for all seeds. Then the row trains and is scored, and its line is added to
+results.json. What
 counts is the CPU time of the training process and its children, start and compilation included, on
 the cores that the command may use (taskset -c 0,1 for two).
 """
@@ -29,7 +30,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 TRIALS = (8, 40)  # steps of the two short runs
 
 
-def call(act: str, args: argparse.Namespace, steps: int, workdir: str) -> tuple[dict, float]:
+def call(
+    act: str, args: argparse.Namespace, seed: int, steps: int, workdir: str
+) -> tuple[dict, float]:
     """(what the script of the row prints at last, its CPU seconds)."""
     script = HERE / ("torch_row.py" if ROWS[args.row].torch else "jax_row.py")
     with tempfile.TemporaryDirectory() as cache:  # nothing compiled is taken from before
@@ -41,7 +44,7 @@ def call(act: str, args: argparse.Namespace, steps: int, workdir: str) -> tuple[
         )
         before = spent()
         command = [sys.executable, str(script), act, args.row, args.data, args.folder]
-        command += [str(steps), str(args.seed), workdir]
+        command += [str(steps), str(seed), workdir]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command[1:])} failed")
@@ -56,7 +59,8 @@ def spent() -> float:
 
 def fitting(args: argparse.Namespace, scratch: str) -> int:
     """The steps that fit the minutes, by the two short runs."""
-    took = [call("train", args, n, os.path.join(scratch, f"trial-{n}"))[1] for n in TRIALS]
+    seed = args.seed[0]
+    took = [call("train", args, seed, n, os.path.join(scratch, f"trial-{n}"))[1] for n in TRIALS]
     step = max((took[1] - took[0]) / (TRIALS[1] - TRIALS[0]), 1e-3)
     start = max(took[0] - TRIALS[0] * step, 0.0)
     steps = int((60 * args.minutes - start) / step)
@@ -79,12 +83,31 @@ def add(path: pathlib.Path, line: dict[str, Any]) -> None:
     path.write_text(json.dumps([*rows, line], indent=1) + "\n")
 
 
+def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[str, Any]:
+    """Trains the row with a seed and scores it: its line of results.json."""
+    told, seconds = call("train", args, seed, steps, workdir)
+    scores = call("score", args, seed, steps, workdir)[0]["scores"]
+    return dict(
+        row=args.row,
+        data=args.data,
+        seed=seed,
+        minutes=0.0 if args.steps else args.minutes,
+        cpu_minutes=round(seconds / 60, 2),
+        steps=steps,
+        pairs=told["pairs"],
+        machine=machine(),
+        versions=versions(),
+        date=datetime.date.today().isoformat(),
+        scores={name: scores[name] for name in DATA[args.data].shown if name in scores},
+    )
+
+
 def main() -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", required=True, choices=ROWS)
     parser.add_argument("--data", required=True, choices=DATA)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument("--minutes", type=float, default=0.0, help="of CPU; 0: the data set's")
     parser.add_argument(
         "--steps", type=int, default=0, help="in place of minutes; not for the table"
@@ -96,24 +119,10 @@ def main() -> None:
     args.folder = os.path.abspath(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
         steps = args.steps or fitting(args, scratch)
-        workdir = os.path.join(scratch, "run")
-        told, seconds = call("train", args, steps, workdir)
-        scores = call("score", args, steps, workdir)[0]["scores"]
-    line = dict(
-        row=args.row,
-        data=args.data,
-        seed=args.seed,
-        minutes=0.0 if args.steps else args.minutes,
-        cpu_minutes=round(seconds / 60, 2),
-        steps=steps,
-        pairs=told["pairs"],
-        machine=machine(),
-        versions=versions(),
-        date=datetime.date.today().isoformat(),
-        scores={name: scores[name] for name in DATA[args.data].shown if name in scores},
-    )
-    add(pathlib.Path(args.out), line)
-    print(json.dumps(line))
+        for seed in args.seed:
+            line = run(args, seed, steps, os.path.join(scratch, f"seed-{seed}"))
+            add(pathlib.Path(args.out), line)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
