@@ -45,7 +45,7 @@ class Row:
 DATA = {
     "scenes": Data(
         "demo",
-        4.0,
+        3.0,
         (
             "zeroshot/scenes_heldout/top1",
             "retrieval/scenes_heldout/image_to_text_r1",
@@ -58,7 +58,7 @@ DATA = {
     ),
     "emoji": Data(
         "emoji",
-        6.0,
+        3.0,
         (
             "retrieval/emoji_openmoji/image_to_text_r1",
             "retrieval/emoji_openmoji/text_to_image_r1",
@@ -68,7 +68,7 @@ DATA = {
         4,
         128,
     ),
-    "fashion_mnist": Data("fashion_mnist", 2.0, ("zeroshot/fashion_mnist/top1",), 96, 3, 64),
+    "fashion_mnist": Data("fashion_mnist", 1.0, ("zeroshot/fashion_mnist/top1",), 96, 3, 64),
 }
 
 ROWS = {
