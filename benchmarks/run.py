@@ -68,9 +68,9 @@ def fitting(args: argparse.Namespace, scratch: str) -> int:
         f"start {start:.0f} s, a step {step:.3f} s of CPU: {steps} steps in {args.minutes:g} min",
         file=sys.stderr,
     )
-    if steps < TRIALS[1]:
+    if steps < TRIALS[0]:
         raise SystemExit(
-            f"--minutes={args.minutes:g} is less than {TRIALS[1]} steps take; give more"
+            f"--minutes={args.minutes:g} is less than {TRIALS[0]} steps take; give more"
         )
     return steps
 
