@@ -26,10 +26,11 @@ def table(lines: list[dict]) -> str:
             if line["data"] == name and line["minutes"]:
                 key = (line["row"], line["minutes"], line["machine"])
                 found.setdefault(key, []).append(line)
-        heads = ["row", "CPU minutes", "seeds", "pairs", *data.shown, "machine"]
+        heads = ["row", "CPU minutes", "spent", "seeds", "pairs", *data.shown, "machine"]
         parts.append(f"### {name}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for (row, minutes, machine), of in sorted(found.items()):
-            cells = [row, f"{minutes:g}", str(len(of))]
+            spent = statistics.mean(line["cpu_minutes"] for line in of)
+            cells = [row, f"{minutes:g}", f"{spent:.1f}", str(len(of))]
             cells.append(f"{statistics.mean(line['pairs'] for line in of):,.0f}")
             cells += [shown([line["scores"].get(key) for line in of]) for key in data.shown]
             parts[-1] += f"\n| {' | '.join([*cells, machine])} |"

@@ -30,13 +30,14 @@ def test_the_table_is_that_of_the_results():
 
 def test_a_table_shows_mean_and_range_of_seeds_and_leaves_trials_out():
     line = dict(row="coca_jax", data="fashion_mnist", minutes=10.0, pairs=1000, machine="one")
+    line["cpu_minutes"] = 9.96
     lines = [
         line | dict(seed=seed, scores={"zeroshot/fashion_mnist/top1": value})
         for seed, value in enumerate((0.90, 0.92, 0.91))
     ]
     lines.append(line | dict(seed=0, minutes=0.0, scores={"zeroshot/fashion_mnist/top1": 0.1}))
     made = table.table(lines)
-    assert "| coca_jax | 10 | 3 | 1,000 | 91.0 (90.0 to 92.0) | one |" in made
+    assert "| coca_jax | 10 | 10.0 | 3 | 1,000 | 91.0 (90.0 to 92.0) | one |" in made
     assert made.count("| coca_jax ") == 1 and made.count("No run yet.") == 2
 
 
