@@ -100,10 +100,10 @@ def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
 
 def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):
     """Start 30 s, a step 0.5 s."""
-    monkeypatch.setattr(run, "call", lambda act, args, steps, place: ({}, 30 + 0.5 * steps))
-    assert run.fitting(argparse.Namespace(minutes=2.0), str(tmp_path)) == 180
-    with pytest.raises(SystemExit, match="is less than 40 steps take"):
-        run.fitting(argparse.Namespace(minutes=0.5), str(tmp_path))
+    monkeypatch.setattr(run, "call", lambda act, args, seed, steps, place: ({}, 30 + 0.5 * steps))
+    assert run.fitting(argparse.Namespace(minutes=2.0, seed=[0]), str(tmp_path)) == 180
+    with pytest.raises(SystemExit, match="is less than 8 steps take"):
+        run.fitting(argparse.Namespace(minutes=0.5, seed=[0]), str(tmp_path))
 
 
 def test_drawings_are_found_under_the_names_of_their_packages():
