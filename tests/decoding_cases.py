@@ -29,6 +29,14 @@ MODERN = dict(
 )
 
 
+def moved(params, by):
+    """The parameters with noise of standard deviation `by`: norms and biases have numbers too."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, leaves)
+
+
 def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
     options = dict(
@@ -50,11 +58,7 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     config.text.update(modern.pop("text", {}))
     config.update(modern)
     module = coca.build(config)
-    params = params_of(module)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
+    params = moved(params_of(module), 0.3)
     pixels = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
     encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image")[1])
     image_tokens = encode(params, pixels)

@@ -7,7 +7,18 @@ import jax
 import numpy as np
 import pytest
 from conftest import params_of, tiny_config
-from decoding_cases import EOS, LENGTH, OPEN_CLIP_PANELS, PANELS, PROMPT, VOCAB, make, own, run
+from decoding_cases import (
+    EOS,
+    LENGTH,
+    OPEN_CLIP_PANELS,
+    PANELS,
+    PROMPT,
+    VOCAB,
+    make,
+    moved,
+    own,
+    run,
+)
 
 from coca_jax import partitioning
 from coca_jax.inference.generation import loop
@@ -117,11 +128,7 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130)
     config.pooler.num_heads = 2
     module = coca.build(config)
-    params = params_of(module)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
+    params = moved(params_of(module), 0.1)
     image_tokens = jax.random.normal(jax.random.key(2), (3, config.pooler.num_queries, 96))
     spec = decoding.decoder(config, num_ids=130, eos_id=EOS)
     assert layout == "transposed" or cpu_kernels.available()

@@ -64,3 +64,13 @@ def test_a_model_s_draw_is_a_program_of_a_third_of_the_size():
     jax.tree.map(np.testing.assert_array_equal, together(key), alone(key))
     lines = [len(program.as_text().splitlines()) for program in (together, alone)]
     assert 3 * lines[0] < lines[1]
+
+
+@pytest.mark.parametrize("impl", ["rbg", "threefry2x32"])
+def test_keys_of_another_kind_are_drawn_with_as_jax_does(impl):
+    def alone(key):
+        return [draws.normal(1.0)(jax.random.fold_in(key, n), (3, n)) for n in (1, 2)]
+
+    key = jax.random.key(4, impl=impl)
+    got, want = jax.jit(draws.together(alone))(key), jax.jit(alone)(key)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

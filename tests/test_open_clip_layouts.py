@@ -22,6 +22,21 @@ open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip instal
 pytestmark = pytest.mark.torch
 
 
+def there_and_back(model_config, theirs):
+    """Parameters from open_clip's module; written again they are its tensors, to the bit."""
+    layout = Layout(model_config)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    layout.check(state)
+
+    def whole(shape, parts):
+        return np.concatenate([np.ravel(part) for part in parts()]).reshape(shape)
+
+    read_in = {path: whole(b.shape, b.parts) for path, b in layout.read(state).items()}
+    for key, (shape, parts) in layout.write(read_in).items():
+        np.testing.assert_array_equal(whole(shape, parts), state[key])
+    return export_format.unflatten(read_in)
+
+
 @pytest.mark.parametrize("pool", ["cascade", "parallel"])
 def test_two_poolers_and_the_corrected_mask(pool):
     """coca2's arrangement. open_clip 3.3.0 has its parts, but joins them wrongly and has no
@@ -51,15 +66,7 @@ def test_two_poolers_and_the_corrected_mask(pool):
             tensor.copy_(torch.from_numpy(cases.redraw(name, tuple(tensor.shape))))
     theirs.eval()
     model_config = read(Model, open_clip_config.to_model(config))
-    layout = Layout(model_config)
-    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    layout.check(state)
-    params = export_format.unflatten(
-        {
-            path: np.concatenate([np.ravel(part) for part in blocks.parts()]).reshape(blocks.shape)
-            for path, blocks in layout.read(state).items()
-        }
-    )
+    params = there_and_back(model_config, theirs)
     tokens, pixels = cases.captions(530, 12), cases.pixels(6, 32)
     out = forward(coca.build(model_config), params, pixels, tokens)
     wanted = oracle.run(theirs, pixels, tokens)
@@ -67,9 +74,6 @@ def test_two_poolers_and_the_corrected_mask(pool):
     assert relative(out.image_embedding, wanted["image_features"]) < 2e-5
     assert relative(out.text_embedding, wanted["text_features"]) < 2e-5
     assert relative(np.asarray(out.logits[:, :-1])[labels], wanted["logits"][labels]) < 2e-5
-    for key, (shape, parts) in layout.write(export_format.flatten(params)).items():
-        back = np.concatenate([np.ravel(part) for part in parts()]).reshape(shape)
-        np.testing.assert_array_equal(back, state[key])
 
 
 BLOCKS = dict(
@@ -103,18 +107,7 @@ def test_other_layouts_come_in_and_go_back(changes):
     back = open_clip_config.from_model(model_config)
     assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
     json.dumps(back)
-    layout = Layout(model_config)
-    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    layout.check(state)
-    params = export_format.unflatten(
-        {
-            path: np.concatenate([np.ravel(part) for part in blocks.parts()]).reshape(blocks.shape)
-            for path, blocks in layout.read(state).items()
-        }
-    )
-    for key, (shape, parts) in layout.write(export_format.flatten(params)).items():
-        written = np.concatenate([np.ravel(part) for part in parts()]).reshape(shape)
-        np.testing.assert_array_equal(written, state[key])
+    params = there_and_back(model_config, theirs)
     tokens, pixels = cases.captions(530, 12), cases.pixels(6, model_config.image_size)
     ours = coca.build(model_config)
     for (value, gradients), (loss, wanted) in zip(
