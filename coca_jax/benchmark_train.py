@@ -11,12 +11,11 @@ import jax
 import numpy as np
 
 from coca_jax import benchmark_peer, compile_cache, partitioning, run_config
-from coca_jax import ops as operations
 from coca_jax.benchmark_model import build, random_batch, timed
 from coca_jax.config import Config
-from coca_jax.training import text_lengths
-from coca_jax.training.state import init_state, state_shardings
-from coca_jax.training.step import make_train_step
+from coca_jax.training import programs, text_lengths
+from coca_jax.training.state import init_state
+from coca_jax.training.step import of_step
 
 Batch = dict[str, np.ndarray]
 
@@ -90,29 +89,22 @@ def ours(config: Config) -> Callable[[Batch], Any]:
     """A function that takes one step on a batch, and its metrics."""
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-    programs: dict[text_lengths.Lengths, Any] = {}
+    compiled: dict[text_lengths.Lengths, Any] = {}
     with jax.set_mesh(mesh):
         model = build(config)
         state = init_state(model, config, mesh)
-        _, shardings = state_shardings(model, config, mesh)
-
-    def program(lengths: text_lengths.Lengths) -> Any:
-        steps = config.steps or 1000
-        return jax.jit(
-            make_train_step(model, config, steps, None, lengths),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=operations.compiler_options(mesh.devices.flat[0].platform),
-        )
 
     def step(batch: Batch) -> Any:
         nonlocal state
         lengths = lengths_of(batch, config)
         with jax.set_mesh(mesh):
-            if lengths not in programs:
-                programs[lengths] = program(lengths)
+            if lengths not in compiled:
+                size, steps = config.model.image_size, config.steps or 1000
+                compiled[lengths] = programs.program(
+                    model, of_step(config), steps, mesh, size, lengths, False
+                )
             placed = partitioning.place_batch(mesh, batch)
-            state, metrics = programs[lengths](state, placed)
+            state, metrics = compiled[lengths](state, placed)
         return metrics
 
     return step

@@ -29,7 +29,7 @@ from coca_jax import compile_cache, partitioning  # noqa: E402
 from coca_jax.config import Config, typed  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
-from coca_jax.training import state  # noqa: E402
+from coca_jax.training import programs, state, step  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(
@@ -121,6 +121,7 @@ def fresh_state(model: coca.CoCa, config: ConfigDict, mesh) -> state.TrainState:
     drawn = _drawn(model, 0)  # not below: there it would be traced
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coca, "init", lambda *_: drawn)
+        patch.setattr(state, "_draw", state._draw.__wrapped__)  # kept, it would draw for others
         return state.init_state(model, config, mesh)
 
 
@@ -134,6 +135,17 @@ def one_device_mesh():
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture
+def nothing_kept():
+    """Steps are traced anew, and what is traced of stand-ins is not kept."""
+    kept = (programs.program, step._kept_train_step)
+    for each in kept:
+        each.cache_clear()
+    yield
+    for each in kept:
+        each.cache_clear()
 
 
 @pytest.fixture(scope="module")

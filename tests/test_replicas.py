@@ -100,6 +100,7 @@ def test_only_tpus_compute_twice():
     assert one["xla_tpu_enable_sdc_checker"] and pair["xla_tpu_enable_sdc_checker"]
 
 
+@pytest.mark.usefixtures("nothing_kept")
 def test_a_step_in_so_many_is_computed_twice(monkeypatch):
     """Which program a step runs, and with what it was compiled."""
     options = []
@@ -110,7 +111,7 @@ def test_a_step_in_so_many_is_computed_twice(monkeypatch):
 
     monkeypatch.setattr(programs.operations, "compiler_options", lambda platform: {})
     monkeypatch.setattr(programs, "state_shardings", lambda *_: (None, None))
-    monkeypatch.setattr(programs, "make_train_step", lambda *_: None)
+    monkeypatch.setattr(programs, "shared_train_step", lambda *_: None)
     monkeypatch.setattr(replicas, "computed_twice", lambda device: {"twice": True})
     config = tiny_config()
     config.faults.recheck_every_steps = 3

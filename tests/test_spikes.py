@@ -9,7 +9,7 @@ from test_train import tiny_run
 from coca_jax import checkpointing
 from coca_jax.config import typed
 from coca_jax.metrics import read_metrics
-from coca_jax.training import left_out, run, spikes, stopping
+from coca_jax.training import gradients, left_out, run, spikes, step, stopping
 from coca_jax.training.spikes import Detector, Spikes, WentUp
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -103,9 +103,13 @@ def spiking(monkeypatch):
     return config, shown
 
 
+@pytest.mark.usefixtures("nothing_kept")
 def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monkeypatch, capfd):
-    """Seen at step 15, the third of the spike: back to 10, without the batches 12 to 15."""
+    """Seen at step 15, the third of the spike: back to 10, without the batches 12 to 15. The step
+    is traced once, by all runs together."""
     config, shown = spiking
+    plain, traced = gradients.value_and_gradients, []
+    monkeypatch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
     train_alone(config, tmp_path / "calm")
     told = capfd.readouterr().err
     assert "going back to step 10 and leaving out the batches of the steps 12 to 15" in told
@@ -131,3 +135,4 @@ def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monke
     params = [checkpointing.load_params(str(tmp_path / n))[0] for n in ("calm", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *params)
     assert run.Batches is left_out.Batches
+    assert len(traced) == 1

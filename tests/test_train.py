@@ -182,6 +182,7 @@ class Endless(objectives.Captioning):
         return dataclasses.replace(super().of(config, ops), weight=float("inf"))
 
 
+@pytest.mark.usefixtures("nothing_kept")
 def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)

@@ -13,7 +13,7 @@ from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
 from coca_jax.training.state import build_model, state_shardings
-from coca_jax.training.step import make_train_step
+from coca_jax.training.step import of_step, shared_train_step
 
 
 def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
@@ -23,7 +23,7 @@ def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    step = make_train_step(model, config, config.steps or 1_000_000)
+    step = shared_train_step(model, of_step(config), config.steps or 1_000_000)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return jitted, (state, abstract_batch(config, mesh))
 

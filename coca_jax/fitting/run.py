@@ -156,11 +156,11 @@ def decide(
             name=name,
             vocabulary=os.path.abspath(words),
             weights=start,
-            bytes_needed=memory.needed,
         )
         draft = choose.choose(facts, machine, request.minutes, size, **keywords)
         tokens = token_lengths(draft.config, facts, size, workdir, say)
         measured_facts = dataclasses.replace(facts, tokens=tokens)
+        keywords["bytes_needed"] = memory.needed
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
         choice = dataclasses.replace(choice, config=change(choice.config))
         speed = measure.measure(choice.config)

@@ -23,7 +23,8 @@ from coca_jax import cache_folder, partitioning, storage
 from coca_jax.config import Config
 from coca_jax.data import stages
 from coca_jax.data.mixture import head_classes
-from coca_jax.estimate.step import build_step
+from coca_jax.estimate.step import abstract_batch, build_step
+from coca_jax.training.state import of_state
 
 # On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.
 QUICK = {
@@ -104,7 +105,9 @@ def _key(config: Config, mesh: Mesh) -> str:
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sources]
     platform = mesh.devices.flat[0].platform
     classes = len(head_classes(config))
-    known = (jax.__version__, stats, platform, dict(mesh.shape), config.to_dict(), classes)
+    model = (repr(of_state(config).config), config.remat, config.accumulate_steps, classes)
+    batch = {name: (x.shape, str(x.dtype)) for name, x in abstract_batch(config, mesh).items()}
+    known = (jax.__version__, stats, platform, dict(mesh.shape), model, batch)
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
@@ -205,5 +208,5 @@ def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    most = bounds(config, mesh)[1]
+    most = bounds_kept(config, mesh)[1]
     return most if most <= available() // 2 else _bytes_or_all(config, mesh)

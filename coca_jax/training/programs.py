@@ -6,49 +6,64 @@ import functools
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from coca_jax import image_shape
 from coca_jax import ops as operations
 from coca_jax.image_shape import Size
+from coca_jax.models.coca import CoCa
 from coca_jax.training import replicas, text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
 from coca_jax.training.setup import Run
-from coca_jax.training.state import TrainState, state_shardings
-from coca_jax.training.step import make_train_step, size_at
+from coca_jax.training.state import Alike, TrainState, state_shardings
+from coca_jax.training.step import of_step, shared_train_step, size_at
 
 # Image size, lengths of captions, rows, whether all is computed twice.
 Shape = tuple[Size, text_lengths.Lengths, int, bool]
+
+
+@functools.lru_cache(maxsize=8)
+def program(
+    model: CoCa,
+    alike: Alike,
+    steps: int,
+    mesh: Mesh,
+    size: Size,
+    lengths: text_lengths.Lengths,
+    twice: bool,
+) -> Any:
+    """The jitted train step, the same one for all runs of a process whose steps are alike, so that
+    the next run neither traces nor compiles it. alike: by `of_step`. The state is donated."""
+    device = mesh.devices.flat[0]
+    _, shardings = state_shardings(model, alike.config, mesh)
+    again = replicas.computed_twice(device) if twice else {}
+    return jax.jit(
+        shared_train_step(model, alike, steps, size, lengths),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=operations.compiler_options(device.platform) | again,
+    )
 
 
 class Programs:
     """`programs(step, state, measured batch)` -> (state, metrics), through the step's program.
 
     Which program: by the image size of the step (config.image_sizes), by the batch's lengths and
-    by its rows (config.batch_sizes).
-    The state is donated. A program's first run is awaited and counted as 'compile'.
+    by its rows (config.batch_sizes). The state is donated.
+    A program's first run is awaited and counted as 'compile'.
     """
 
     def __init__(self, run: Run):
         self._run = run
-        model, config, mesh, steps = run.model, run.config, run.mesh, run.steps
-        self._config, self._steps, self._buckets = config, steps, run.buckets
-        _, shardings = state_shardings(model, config, mesh)
-        device, self._recheck = mesh.devices.flat[0], config.faults.recheck_every_steps
-        again = replicas.computed_twice(device) if self._recheck else {}
-
-        @functools.cache
-        def program(size: Size, lengths: text_lengths.Lengths, twice: bool) -> Any:
-            step = make_train_step(model, config, steps, size, lengths)
-            options = operations.compiler_options(device.platform) | (again if twice else {})
-            return jax.jit(
-                step,
-                donate_argnums=0,
-                out_shardings=(shardings, None),
-                compiler_options=options,
-            )
-
-        self._program = program
+        self._config, self._steps, self._buckets = run.config, run.steps, run.buckets
+        self._recheck = run.config.faults.recheck_every_steps
+        if self._recheck:
+            replicas.computed_twice(run.mesh.devices.flat[0])  # raises where it cannot be
+        # Kept here too, for a run may have more of them than are kept beside it.
+        self._program = functools.cache(
+            functools.partial(program, run.model, of_step(run.config), run.steps, run.mesh)
+        )
         self._compiled: set[Shape] = set()
 
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:

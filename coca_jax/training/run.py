@@ -127,10 +127,11 @@ def steps(
 
     Raises Preempted after a save, when asked to stop.
     """
+    step_fn = Programs(run)
     while True:
         spikes.begin(start)
         try:
-            return steps_from(run, state, start, checkpoints, evaluate, good, spikes)
+            return steps_from(run, state, start, step_fn, checkpoints, evaluate, good, spikes)
         except WentUp as error:
             spike = error.with_traceback(None)  # whose frames hold the state
         del state
@@ -164,6 +165,7 @@ def steps_from(
     run: Run,
     state: TrainState,
     start: int,
+    step_fn: Programs,
     checkpoints: checkpointing.Checkpoints,
     evaluate: hooks.Evaluation,
     good: goodput.Goodput,
@@ -187,7 +189,7 @@ def steps_from(
             start,
             run.steps,
             feed=feed,
-            step_fn=Programs(run),
+            step_fn=step_fn,
             log=log,
             check=skipping.Skipping(run, state, spikes.left_out),
             spikes=spikes,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from coca_jax import lora, partitioning
-from coca_jax.config import Config
+from coca_jax.config import Config, Optimizer, Recipe, typed
 from coca_jax.models import coca, pooler_kinds, roles
 from coca_jax.models.coca import CoCa
 from coca_jax.ops.global_contrastive import UNSEEN
@@ -114,26 +116,37 @@ def state_shardings(model: CoCa, config: Config, mesh: Mesh) -> tuple[TrainState
 
     Raises ValueError when a parameter cannot be split evenly over the mesh.
     """
-    return _shardings(model, _Trained(config), mesh)
+    return _shardings(model, of_state(config), mesh)
 
 
-class _Trained:
-    """A config, equal to others that train the same parameters by the same rule."""
+class Alike:
+    """A config by which something is kept: equal to others that say the same."""
 
     def __init__(self, config: Config):
         self.config = config
-        self._key = repr((config.optimizer, config.loss, config.head))
+        self._said = repr(config)  # a model's blocks are mappings, which have no hash
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._said)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Trained) and self._key == other._key
+        return isinstance(other, Alike) and self._said == other._said
+
+
+def of_state(config: Recipe) -> Alike:
+    """What a fresh state follows from beside the module, all else as by default: equal for configs
+    that train the same parameters by the same rule, at whatever rates."""
+    config = typed(config)
+    plain = Optimizer()
+    rates = ("learning_rate", "warmup_steps", "schedule", "decay_share")
+    optimizer = dataclasses.replace(config.optimizer, **{k: getattr(plain, k) for k in rates})
+    sections: dict[str, Any] = dict(model=config.model, head=config.head, loss=config.loss)
+    return Alike(Config(**sections, optimizer=optimizer))
 
 
 @functools.lru_cache(maxsize=4)  # a start asks four times, and a trace of the model takes a second
-def _shardings(model: CoCa, trained: _Trained, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    config = trained.config
+def _shardings(model: CoCa, alike: Alike, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    config = alike.config
     boxed = jax.eval_shape(lambda: make_state(model, config, jax.random.key(0)))
     specs = partitioning.param_specs(boxed.params, mesh)
     abstract = boxed.replace(params=partitioning.unbox(boxed.params))
@@ -152,10 +165,16 @@ def _shardings(model: CoCa, trained: _Trained, mesh: Mesh) -> tuple[TrainState, 
 
 def init_state(model: CoCa, config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made directly in its place on the mesh from config.seed."""
-    _, sharding = state_shardings(model, config, mesh)
+    return _draw(model, of_state(config), mesh)(config.seed)
+
+
+@functools.lru_cache(maxsize=4)  # its program may take longer to compile than a step's
+def _draw(model: CoCa, alike: Alike, mesh: Mesh) -> Callable[[int], TrainState]:
+    """A seed -> the state of `init_state`, compiled once in a process."""
+    _, sharding = _shardings(model, alike, mesh)
 
     def init(seed: jax.Array) -> TrainState:
-        state = make_state(model, config, jax.random.key(seed))
+        state = make_state(model, alike.config, jax.random.key(seed))
         return state.replace(params=partitioning.unbox(state.params))
 
-    return jax.jit(init, out_shardings=sharding)(config.seed)
+    return jax.jit(init, out_shardings=sharding)

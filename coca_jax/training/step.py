@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from coca_jax import image_shape, lora
-from coca_jax.config import Config
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.image_shape import Size
 from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
@@ -26,7 +27,7 @@ from coca_jax.optimizer import (
 from coca_jax.training.gradients import Metrics, value_and_gradients
 from coca_jax.training.objectives import ESTIMATE
 from coca_jax.training.parts import Batch, merge_rows, split_rows
-from coca_jax.training.state import TrainState, merge, trainable
+from coca_jax.training.state import Alike, TrainState, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim
 
 
@@ -122,6 +123,35 @@ def make_train_step(
         return state, metrics | of_update
 
     return train_step
+
+
+def of_step(config: Recipe) -> Alike:
+    """What a train step follows from beside its module, all else as by default: equal for configs
+    whose steps are the same program."""
+    config = typed(config)
+    keys = ("seed", "accumulate_steps", "text_parts", "model", "head", "loss", "optimizer")
+    return Alike(Config(**{key: getattr(config, key) for key in keys}))
+
+
+def shared_train_step(
+    model: CoCa,
+    alike: Alike,
+    steps: int,
+    image_size: Size | None = None,
+    lengths: Lengths | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`make_train_step`, the same function each time that it would compute the same: JAX keeps what
+    it traced of a function, and to trace a step takes seconds. alike: by `of_step`."""
+    longest = alike.config.model.text.max_len
+    size = image_size or alike.config.model.image_size
+    return _kept_train_step(model, alike, steps, size, lengths or (longest, longest))
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_train_step(
+    model: CoCa, alike: Alike, steps: int, size: Size, lengths: Lengths
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    return make_train_step(model, alike.config, steps, size, lengths)
 
 
 def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> Batch:
