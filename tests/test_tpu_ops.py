@@ -9,7 +9,7 @@ from ops_cases import arrays, assert_close_with_gradients, plain_attention
 from coca_jax import ops, partitioning
 from coca_jax.models import block, layers
 from coca_jax.ops import reference
-from coca_jax.ops.tpu import attention_kernel, forms, norm_kernel
+from coca_jax.ops.tpu import attention, attention_kernel, forms, long_attention_kernel, norm_kernel
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
@@ -18,7 +18,7 @@ def test_attention_equals_the_plain_form(dtype, tolerance, masked):
     inputs = arrays(2, 9, 24, count=3, dtype=dtype)
     mask = reference.causal_mask(9, 9) if masked else None
     assert_close_with_gradients(
-        lambda q, k, v: forms.attend(q, k, v, mask, 3),
+        lambda q, k, v: attention.attend(q, k, v, mask, 3),
         lambda q, k, v: plain_attention(q, k, v, mask, 3),
         inputs,
         tolerance,
@@ -30,7 +30,7 @@ def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
     mask = jnp.zeros((1, 1, 4, 4), bool).at[..., 1:, :].set(True)
 
     def total(q, k, v):
-        return forms.attend(q * 1e4, k, v, mask, 1).sum()
+        return attention.attend(q * 1e4, k, v, mask, 1).sum()
 
     for x in jax.tree.leaves(jax.value_and_grad(total, (0, 1, 2))(query, key, value)):
         assert jnp.isfinite(x).all()
@@ -92,7 +92,67 @@ def test_kernels_take_no_more_than_fits_a_core():
     assert not fits(64, 64, 768, jnp.float32)
 
 
-@pytest.mark.parametrize("n", [16, 65])
+# Blocks of 32 queries meet blocks of 32 keys; heads as above.
+@pytest.mark.parametrize(
+    "n,m,heads,width,pairs", [(64, 96, 3, 88, False), (64, 64, 4, 64, True), (16, 64, 1, 64, False)]
+)
+def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pairs, monkeypatch):
+    for name in ("MOST_FORWARD", "MOST_QUERIES", "MOST_KEYS"):
+        monkeypatch.setattr(long_attention_kernel, name, 32)
+    query, key, value, gradient = (
+        arrays(2, length, heads * width, dtype=jnp.bfloat16, seed=seed)[0] * 2
+        for seed, length in enumerate((n, m, m, n))
+    )
+    out, pull = jax.vjp(lambda *x: plain_attention(*x, None, heads), query, key, value)
+    stack = jnp.full((3,) + out.shape, 7, out.dtype)
+    options = dict(index=1, pairs=pairs, interpret=True)
+    operands = [jnp.stack([x + 1, x, x - 1]) for x in (query, key, value)]
+    got, sums = long_attention_kernel.forward(*operands, heads, stack=stack, **options)
+    assert (got[0] == 7).all() and (got[2] == 7).all()
+    scores = jnp.einsum(
+        "bnhk,bmhk->bnhm", *(reference.split_heads(x, heads) for x in (query, key)),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    wanted = jax.nn.logsumexp(scores * width**-0.5, -1)
+    np.testing.assert_allclose(sums[..., :heads], wanted, rtol=1e-4, atol=1e-4)
+    kept = (jnp.stack([out - 1, out, out]), gradient, jnp.stack([sums + 1, sums, sums]))
+    gradients = long_attention_kernel.backward(*operands, *kept, heads, **options)
+    for ours, wanted in zip((got[1], *gradients), (out, *pull(gradient))):
+        ours, wanted = ours.astype(jnp.float32), wanted.astype(jnp.float32)
+        assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
+
+
+def test_long_sequences_take_the_kernels_for_them():
+    """On a CPU the program beside the kernels runs; its results are the plain form's."""
+    query, key, value = arrays(1, 512, 64, count=3, dtype=jnp.bfloat16)
+
+    def attend(q, k, v):
+        return attention.attend(q, k, v, None, 1)
+
+    text = str(jax.make_jaxpr(jax.grad(lambda q: attend(q, key, value).sum()))(query))
+    assert "name=long_attention_1_heads" in text
+    assert "name=long_attention_gradient_1_heads" in text
+    assert_close_with_gradients(
+        attend, lambda q, k, v: plain_attention(q, k, v, None, 1), (query, key, value), 2e-2
+    )
+    single = str(jax.make_jaxpr(attend)(query[:, :1], *arrays(1, 8192, 64, count=2)))
+    assert "long_attention" not in single  # float32
+    mask = reference.causal_mask(512, 512)
+    masked = jax.make_jaxpr(lambda q: attention.attend(q, key, value, mask, 1))(query)
+    assert "long_attention" not in str(masked)
+
+    def fits(n, m, width):
+        shape = jax.ShapeDtypeStruct
+        bfloat16 = jnp.bfloat16
+        return long_attention_kernel.fits(
+            shape((2, n, width), bfloat16), shape((2, m, width), bfloat16)
+        )
+
+    assert fits(1024, 1024, 1408) and fits(256, 1024, 1408) and fits(16, 1024, 1408)
+    assert not fits(1028, 1028, 1408) and not fits(4096, 4096, 1408)
+
+
+@pytest.mark.parametrize("n", [16, 65, 512])
 def test_norm_kernel_equals_the_plain_gradients(n):
     rng = np.random.default_rng(0)
     x, gradient, beside = (
@@ -117,26 +177,32 @@ def test_norm_kernel_equals_the_plain_gradients(n):
 
 def test_a_single_query_is_padded_to_what_the_kernel_takes():
     query, key, value = arrays(2, 256, 256, count=3, dtype=jnp.bfloat16)
-    text = str(jax.make_jaxpr(lambda q: forms.attend(q, key, value, None, 4))(query[:, :1]))
+    text = str(jax.make_jaxpr(lambda q: attention.attend(q, key, value, None, 4))(query[:, :1]))
     assert "name=attention_4_heads" in text and "bf16[2,16,256]" in text
     assert_close_with_gradients(
-        lambda q, k, v: forms.attend(q, k, v, None, 4),
+        lambda q, k, v: attention.attend(q, k, v, None, 4),
         lambda q, k, v: plain_attention(q, k, v, None, 4),
         (query[:, :1], key, value),
         2e-2,
     )
 
 
-@pytest.mark.parametrize("cross", [None, "paper"])
-def test_layers_written_out_equal_a_scan_of_blocks(cross):
+@pytest.mark.parametrize("cross,long", [(None, False), ("paper", False), (None, True)])
+def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
     """Gradients included, against the same arithmetic differentiated by JAX."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 10, 32)), jnp.bfloat16)
+    length = 16 if long else 10
+    x = jnp.asarray(rng.normal(size=(2, length, 32)), jnp.bfloat16)
     context = jnp.asarray(rng.normal(size=(2, 7, 32)), jnp.bfloat16) if cross else None
     mask = (
         reference.causal_mask(10, 10)
         & jnp.asarray([[True] * 10, [True] * 6 + [False] * 4])[:, None, None]
     )
+    if long:  # 16 tokens stand for what is too long for one block
+        mask = None
+        monkeypatch.setattr(attention_kernel, "MOST_WEIGHTS", 0)
+        weights = jax.make_jaxpr(lambda x: attention.forward(x, x, x, None, 4))(x)
+        assert weights.out_avals[1].shape == (2, 16, attention_kernel.LANES)
     options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
     shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
     written, scanned = (

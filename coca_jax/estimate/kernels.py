@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax.ops.tpu import attention_kernel, norm_kernel
+from coca_jax.ops.tpu import attention_kernel, long_attention_kernel, norm_kernel
 
 SCHEDULE = "pre-delay_hlo-static-per-bundle-utilization"  # a line a bundle, idle ones included
 
@@ -59,6 +59,8 @@ def work(name: str, types: list[str]) -> tuple[int, int]:
     batch, n, width = arrays[0][-3:]
     if name.startswith("norm_gradient"):
         return batch // norm_kernel.rows_per_step(batch, n), 4 * 2 * batch * n * width
+    if name.startswith("long_attention"):
+        return long_attention_kernel.work(name, arrays)
     m = arrays[1][-2]
     each = 4 if "gradient" in name else 2  # arrays by queries, and as many by keys
     return batch, each * 2 * batch * (n + m) * width
@@ -107,6 +109,8 @@ def _call(name: str) -> Callable[..., Any]:
         return lambda index, x, scale, gradient, beside: norm_kernel.backward(
             x, scale[0], gradient, beside, epsilon=1e-5, index=index
         )
+    if name.startswith("long_attention"):
+        return long_attention_kernel.replay(name)
     return attention_kernel.replay(name)
 
 

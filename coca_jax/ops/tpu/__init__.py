@@ -1,4 +1,5 @@
-"""Operations as the TPU compiler runs them best; see forms.py, the kernels and layer_loop.py."""
+"""Operations as the TPU compiler runs them best; see forms.py, attention.py, layer_loop.py and
+the kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.ops.reference import NORM_EPSILON, Reference, say_once, whole_mask
-from coca_jax.ops.tpu import forms, layer_loop
+from coca_jax.ops.tpu import attention, forms, layer_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Tpu(Reference):
         causal: bool = False,
     ) -> jax.Array:
         mask = whole_mask(mask, causal, query.shape[1])
-        return forms.attend(query, key, value, mask, heads, kernels=self.kernels)
+        return attention.attend(query, key, value, mask, heads, kernels=self.kernels)
 
     def layer_loop(self, block: dict[str, Any], remat: str) -> Callable[..., jax.Array] | None:
         """layer_loop.run where it knows every option of the block; it keeps what the remat policy

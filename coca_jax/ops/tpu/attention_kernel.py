@@ -136,12 +136,13 @@ def _call(
     )(jnp.asarray(index, jnp.int32).reshape(1), *inputs)
 
 
-def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """The product of two matrices over an axis of each, float32."""
     contract = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
-class _Group:
+class Group:
     """Heads that go through the products together, one below the other: lanes low to high of the
     width, in tiles that span lanes start to stop."""
 
@@ -152,6 +153,7 @@ class _Group:
         self.stop = min(-(-self.high // LANES) * LANES, total)
 
     def of(self, ref: Any) -> jax.Array:
+        """The group's tiles of a block."""
         return ref[:, self.start : self.stop]
 
     def spread(self, x: jax.Array) -> jax.Array:
@@ -159,6 +161,7 @@ class _Group:
         return jnp.concatenate([self._alone(x, head) for head in self.heads])
 
     def repeat(self, x: jax.Array) -> jax.Array:
+        """[N, lanes] -> [heads N, lanes]: the same for each head."""
         return jnp.concatenate([x] * len(self.heads))
 
     def merge(self, x: jax.Array) -> jax.Array:
@@ -172,10 +175,11 @@ class _Group:
         return _keep(x, first, first + self.width)
 
 
-def _groups(heads: int, width: int, total: int, queries: int, pairs: bool) -> list[_Group]:
+def heads_together(heads: int, width: int, total: int, queries: int, pairs: bool) -> list[Group]:
+    """All heads in groups: of two for few queries and where `pairs` are wanted, else of one."""
     few = queries <= 64  # they leave the units waiting
     size = 2 if heads % 2 == 0 and (few or pairs) else 1
-    return [_Group(range(h, h + size), width, total) for h in range(0, heads, size)]
+    return [Group(range(h, h + size), width, total) for h in range(0, heads, size)]
 
 
 def _keep(x: jax.Array, low: int, high: int) -> jax.Array:
@@ -186,13 +190,13 @@ def _keep(x: jax.Array, low: int, high: int) -> jax.Array:
     return jnp.where((lane >= low) & (lane < high), x, jnp.zeros_like(x))
 
 
-class _Writer:
+class Writer:
     """Gathers the groups' shares of a result and stores each tile once its last head is in."""
 
     def __init__(self, ref: Any):
         self.ref, self.open = ref, dict[int, jax.Array]()
 
-    def add(self, group: _Group, x: jax.Array, scale: float = 1.0) -> None:
+    def add(self, group: Group, x: jax.Array, scale: float = 1.0) -> None:
         """x: float32, the group's tiles, zeros in lanes of other groups."""
         for tile in range(group.start, group.stop, LANES):
             end = min(tile + LANES, group.stop)
@@ -200,22 +204,26 @@ class _Writer:
             if tile in self.open:
                 piece = self.open.pop(tile) + piece
             if group.high >= end:
-                self.ref[:, tile:end] = (piece * scale).astype(self.ref.dtype)
+                self.store(tile, end, piece * scale)
             else:
                 self.open[tile] = piece
+
+    def store(self, start: int, stop: int, x: jax.Array) -> None:
+        """Lanes that are complete."""
+        self.ref[:, start:stop] = x.astype(self.ref.dtype)
 
 
 def _weights(query: jax.Array, key: jax.Array, bias: Any, scale: float) -> tuple:
     """(exp(score - maximum) float32 [N, M], one over its sums [N, 1])."""
-    scores = _dot(query, key, 1, 1)
+    scores = dot(query, key, 1, 1)
     if bias is not None:
         scores = scores + bias
     exps = jnp.exp((scores - scores.max(1, keepdims=True)) * scale)
     return exps, 1 / exps.sum(1, keepdims=True)
 
 
-def _staggered(
-    groups: list[_Group], start: Callable[[_Group], Any], finish: Callable[..., None]
+def staggered(
+    groups: list[Group], start: Callable[[Group], Any], finish: Callable[..., None]
 ) -> None:
     """finish(group, *start(group)) for each, a finish two heads behind the starts: the core's units
     wait less for results, since loads are not moved before the stores of another group."""
@@ -233,7 +241,7 @@ def _forward(query, key, value, *rest, heads, masked, pairs):
     bias, out = rest if masked else (None, *rest)
     total = query.shape[1]
     width = total // heads
-    writer = _Writer(out)
+    writer = Writer(out)
 
     def start(group):
         q = group.spread(group.of(query))
@@ -242,9 +250,9 @@ def _forward(query, key, value, *rest, heads, masked, pairs):
         return exps.astype(q.dtype), inverse, group.of(value)
 
     def finish(group, exps, inverse, v):
-        writer.add(group, group.merge(_dot(exps, v, 1, 0) * inverse))
+        writer.add(group, group.merge(dot(exps, v, 1, 0) * inverse))
 
-    _staggered(_groups(heads, width, total, query.shape[0], pairs), start, finish)
+    staggered(heads_together(heads, width, total, query.shape[0], pairs), start, finish)
 
 
 def _backward(query, key, value, out, gradient, *rest, heads, masked, pairs):
@@ -252,7 +260,7 @@ def _backward(query, key, value, out, gradient, *rest, heads, masked, pairs):
     total = query.shape[1]
     width = total // heads
     scale = width**-0.5
-    to_query, to_key, to_value = _Writer(d_query), _Writer(d_key), _Writer(d_value)
+    to_query, to_key, to_value = Writer(d_query), Writer(d_key), Writer(d_value)
 
     def start(group):
         q, k, v = group.spread(group.of(query)), group.of(key), group.of(value)
@@ -263,15 +271,15 @@ def _backward(query, key, value, out, gradient, *rest, heads, masked, pairs):
         o = group.repeat(group.of(out)).astype(jnp.float32)
         inner = (o * g).sum(1, keepdims=True)
         g = g.astype(q.dtype)
-        d_scores = (exps * (_dot(g, v, 1, 1) - inner)).astype(q.dtype)
+        d_scores = (exps * (dot(g, v, 1, 1) - inner)).astype(q.dtype)
         return q, k, g, exps.astype(q.dtype), d_scores
 
     def finish(group, q, k, g, exps, d_scores):
-        to_value.add(group, _dot(exps, g, 0, 0))
-        to_query.add(group, group.merge(_dot(d_scores, k, 1, 0)), scale)
-        to_key.add(group, _dot(d_scores, q, 0, 0), scale)
+        to_value.add(group, dot(exps, g, 0, 0))
+        to_query.add(group, group.merge(dot(d_scores, k, 1, 0)), scale)
+        to_key.add(group, dot(d_scores, q, 0, 0), scale)
 
-    _staggered(_groups(heads, width, total, query.shape[0], pairs), start, finish)
+    staggered(heads_together(heads, width, total, query.shape[0], pairs), start, finish)
 
 
 def replay(name: str) -> Callable[..., Any]:

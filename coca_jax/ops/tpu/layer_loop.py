@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.tpu import forms
+from coca_jax.ops.tpu import attention, forms
 from coca_jax.partitioning import constrain, local_map
 
 Weights = dict[str, jax.Array]
@@ -196,10 +196,13 @@ def _attention(layer, name, x, context, mask, options, keep):
     if keep.stacked:  # from and to the stacks, so that nothing is written twice
         names = [f"{name}/{part}" for part in ("attended", "query", "key", "value")]
         stack, *operands = (keep.found[n] for n in names)
-        stack = forms.attend_into(stack, keep.index, *operands, mask, options.heads)
+        stack, sums = attention.attend_into(stack, keep.index, *operands, mask, options.heads)
         keep.found[names[0]], out = stack, stack[keep.index]
     else:
-        out = keep(f"{name}/attended", forms.attend(query, key, value, mask, options.heads))
+        out, sums = attention.forward(query, key, value, mask, options.heads)
+        keep(f"{name}/attended", out)
+    if sums is not None:  # of long sequences
+        keep(f"{name}/sums", sums)
     return _dense(layer, f"{name}/out", out)
 
 
@@ -271,8 +274,9 @@ def _attention_backward(gradients, layer, name, kept, x, context, mask, heads, g
     query, key, value, out = (
         kept.stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
     )
-    d_query, d_key, d_value = forms.attend_backward(
-        query, key, value, mask, out, g, kept.index, heads
+    sums = kept.stacks.get(f"{name}/sums")
+    d_query, d_key, d_value = attention.backward(
+        query, key, value, mask, out, g, kept.index, heads, sums
     )
     source = x if context is None else context
     dx = _dense_backward(gradients, layer, f"{name}/query", x, d_query)

@@ -25,7 +25,14 @@ def fits(x: jax.Array) -> bool:
     """Whether x [..., B, N, D] can run as this kernel: N in whole tiles, since XLA lays other
     lengths out with the batch inside, and would copy."""
     n, width = x.shape[-2:]
-    return x.dtype == jnp.bfloat16 and n % 16 == 0 and 2 * 2 * 4 * n * width <= MOST_BYTES
+    if x.dtype != jnp.bfloat16 or n % 16:
+        return False
+    return 2 * 2 * 4 * at_once(n) * width <= MOST_BYTES
+
+
+def at_once(n: int) -> int:
+    """Tokens of a row of n, in whole tiles, that are a block: all or, of long rows, a share."""
+    return next((r for r in range(ROWS, 0, -16) if n % r == 0), n) if n > ROWS else n
 
 
 def rows_per_step(batch: int, n: int) -> int:
@@ -47,15 +54,18 @@ def backward(
 
     x: bfloat16 [B, N, D], or a stack [L, B, N, D] of which `index` is meant; scale: float32 [D].
     gradient: of y, bfloat16 [B, N, D]; beside: of x where it goes on, likewise.
-    Returns (gradient of x, bfloat16 [B, N, D]; float32 [B, 3, D], sums over N of: the gradient of
-    scale, that of the norm's bias, the first result).
+    Returns (gradient of x, bfloat16 [B, N, D]; float32 [B, 3, D], or more rows than B of shorter
+    parts, sums over N of: the gradient of scale, that of the norm's bias, the first result).
     """
-    batch, n, width = gradient.shape
+    shape = gradient.shape
+    n, width = at_once(shape[1]), shape[2]  # shares of long rows are rows of their own
+    x, gradient, beside = (a.reshape((*a.shape[:-3], -1, n, width)) for a in (x, gradient, beside))
+    batch = gradient.shape[0]
     rows = rows_per_step(batch, n)
     block = pl.BlockSpec((rows, n, width), lambda b, i: (b, 0, 0))
     of_stack = pl.BlockSpec((None, rows, n, width), lambda b, i: (i[0], b, 0, 0))
     kernel = functools.partial(_backward, epsilon=epsilon)
-    return pl.pallas_call(
+    dx, sums = pl.pallas_call(
         lambda index, *refs: kernel(*refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -76,6 +86,7 @@ def backward(
         name="norm_gradient",
         interpret=interpret,
     )(jnp.asarray(index, jnp.int32).reshape(1), x, scale[None], gradient, beside)
+    return dx.reshape(shape), sums
 
 
 def _backward(x, scale, gradient, beside, dx, sums, *, epsilon):
