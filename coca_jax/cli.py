@@ -51,6 +51,8 @@ HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 def main() -> None:
     """`coca-jax`: hands over to a sub-command, or lists them."""
     arguments = sys.argv[1:]
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in HELP_FLAGS:
         print(usage())
     elif arguments[0] in ("--version", "-version"):

@@ -281,7 +281,10 @@ def _model_config(
         wanted = shapes["visual.positional_embedding"]
         if positions is not None and tuple(positions.shape) == wanted:
             return config, {}, name
-    raise ValueError(f"{weights}: not a released model; give its JSON configuration as --model")
+    raise ValueError(
+        f"{weights}: not a released model; put its open_clip_config.json beside it, or convert it "
+        f"first: coca-jax convert --input={weights} --model=CONFIG.json --out=weights"
+    )
 
 
 def define_flags() -> None:

@@ -18,6 +18,7 @@ Examples:
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if args.dry_run:
         with open(found["recipe"]) as file:
             print(file.read())
-        cli.say(f"to train it: coca-jax train --config={found['recipe']} --workdir={args.workdir}")
+        recipe, workdir = shlex.quote(found["recipe"]), shlex.quote(args.workdir)
+        cli.say(f"to train it: coca-jax train --config={recipe} --workdir={workdir}")
     return found
 
 

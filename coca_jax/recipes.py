@@ -115,6 +115,22 @@ def typed(config: Recipe) -> Config:
     return config if isinstance(config, Config) else read(Config, inherit.fill(config))
 
 
+def check_weights(config: ConfigDict) -> None:
+    """Raises ValueError where the recipe on the command line begins from weights, by the argument
+    `weights` of its get_config(), and neither that nor `init_from` gives any: such a run would
+    begin from random ones and say nothing."""
+    value, _ = split(flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+    if not value or ":" in value or config.init_from:
+        return
+    for part in ast.parse(find(value).read_text()).body:
+        if isinstance(part, ast.FunctionDef) and part.name == "get_config":
+            if "weights" in (argument.arg for argument in part.args.args):
+                raise ValueError(
+                    f"--config={value} begins from weights: give a run, an export or what "
+                    f"`convert` wrote as --config={value}:WEIGHTS or --config.init_from=WEIGHTS"
+                )
+
+
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
     """A recipe may import its neighbours, and what lies in the current folder."""

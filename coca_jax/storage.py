@@ -62,12 +62,23 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in text and not text.startswith("file://")
 
 
+_ONE_SLASH = re.compile(r"(gs|gcs|s3|https?|az|abfs|hdfs|hf):/[^/]")  # of a URL
+
+
+def check_slashes(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a URL with one slash, which would be a local folder called 'gs:'."""
+    text = os.fspath(path)
+    if _ONE_SLASH.match(text):
+        raise ValueError(f"{text}: a URL has two slashes, {text.replace(':/', '://', 1)}")
+
+
 def filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
     """The fsspec file system of a path or URL of any kind, and the path in it.
 
     Raises:
-        ValueError: the URL's kind is unknown, or needs a package that is not installed.
+        ValueError: the URL's kind is unknown, has one slash, or needs a package that is not there.
     """
+    check_slashes(path)
     try:
         return fsspec.url_to_fs(os.fspath(path))
     except ImportError as error:
@@ -81,9 +92,11 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
     """The path of a run, or of a file in it: absolute where it is local.
 
     Raises:
-        ValueError: a URL of another kind than gs:// and s3://, or the package for it is missing.
+        ValueError: a URL of another kind than gs:// and s3://, one with one slash, or the package
+            for it is missing.
     """
     text = os.fspath(path)
+    check_slashes(text)
     if not is_remote(text):
         return epath.Path(os.path.abspath(text.removeprefix("file://")))
     scheme = text.split("://", 1)[0]

@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError(
             "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"
         )
+    recipes.check_weights(flags.FLAGS.config)
+    storage.check_slashes(flags.FLAGS.workdir)
     if storage.is_remote(flags.FLAGS.workdir):
         storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:

@@ -15,10 +15,10 @@ NAMES = (
 )
 
 
-def get_config(weights: str = "") -> ConfigDict:
-    """weights: the run or export to start from, that of configs/demo.py; '': its model, fresh."""
-    config = adapt.get_config(weights)
-    if not weights:
+def get_config(start: str = "") -> ConfigDict:
+    """start: the run or export to start from, that of configs/demo.py; '': its model, fresh."""
+    config = adapt.get_config(start)
+    if not start:
         config.model = demo.get_config().model
     config.batch_size, config.steps = 32, 2400
     # In the demo's vocabulary the longest question and answer take 31.

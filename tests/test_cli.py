@@ -47,7 +47,7 @@ def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
 def test_alone_it_lists_every_command_in_a_line(arguments, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coca-jax", *arguments])
     cli.main()

@@ -15,6 +15,7 @@ from coca_jax.data import files, formats, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations, records
 from coca_jax.importers import own_data, splits, unprepared
+from coca_jax.importers.items import Options
 
 
 def picture(seed):
@@ -145,9 +146,45 @@ def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
         assert {record.texts[0] for record in read} == texts
     with pytest.raises(ValueError, match="--out=.* is --input; give a folder of its own"):
         splits.prepare("csv", str(listed), f"{listed}/")
-    (listed / "list.csv").write_text("picture,words\n" + "".join(f"{i}.PNG,red\n" for i in "012"))
+    (listed / "list.csv").write_text("picture,words\n" + "".join(f"{i},red\n" for i in "012"))
     with pytest.raises(ValueError, match="give --image_field=NAME, one of picture, words"):
         splits.prepare("csv", str(listed), str(tmp_path / "new"), processes=1, progress=False)
+
+
+def test_a_list_above_its_pictures_is_read_whatever_its_columns_are_called(tmp_path):
+    def brought(**options):
+        keywords = dict(options=Options(**options), processes=1, progress=False)
+        return splits.prepare_with_holdout(
+            "csv", str(tmp_path), str(tmp_path / "p"), 0.3, **keywords
+        )
+
+    (tmp_path / "Bilder/2024").mkdir(parents=True)
+    rows = ["Nr;Bilddatei;Beschreibung"]
+    for i in range(12):
+        (tmp_path / f"Bilder/2024/Bild {i}.PNG").write_bytes(picture(i))
+        rows.append(f"{i};Bilder\\2024\\Bild {i}.PNG;rot {i}")  # as Windows writes paths
+    (tmp_path / "Export.csv").write_text("\ufeff" + "\r\n".join(rows), newline="")
+    assert formats.guess(str(tmp_path)) == "csv"  # not one class called 'Bilder, 2024'
+    # The cause is named, not the share of the holdout; and nothing is left.
+    with pytest.raises(ValueError, match="fields are Beschreibung, Nr: name one with --text_field"):
+        brought()
+    kept, held = brought(text_field="Beschreibung")
+    assert kept["with_text"] + held["with_text"] == 12
+    (tmp_path / "Export.csv").write_text("\r\n".join(rows), encoding="utf-16", newline="")
+    assert formats.guess(str(tmp_path)) == "csv"
+    with pytest.raises(ValueError, match="Export.csv is text in UTF-16; save it in UTF-8"):
+        splits.prepare("csv", str(tmp_path), str(tmp_path / "q"), processes=1, progress=False)
+
+
+def test_one_folder_of_pictures_is_no_class(tmp_path, capsys):
+    by_class(tmp_path / "a", 12, ("train2017",))
+    (tmp_path / "a/annotations").mkdir()
+    (tmp_path / "a/annotations/captions.json").write_text("{}")
+    own_data.bring_in(own_data.layout(str(tmp_path / "a")), str(tmp_path / "p"), holdout=0.3)
+    said = capsys.readouterr().err
+    assert said.count("all pictures") == 1
+    assert "a: all pictures have the one class 'train2017', the name of their folder" in said
+    assert "not read as they are: annotations/captions.json" in said
 
 
 def test_lists_of_names_are_text(tmp_path):

@@ -13,7 +13,7 @@ from prepare_cases import add_member, draw, encode, import_data, reasons_of, wri
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, tar_members
+from coca_jax.importers import dedup, shards, tar_members
 
 
 def test_faults_end_in_quarantine_with_reasons(tmp_path):
@@ -199,3 +199,21 @@ def test_headers_of_tars_are_read_as_tarfile_reads_them():
         # A plain file's owner and dates are not looked at.
         lenient += found != wanted and wanted is tarfile.InvalidHeaderError and found[2] == b"0"
     assert same + lenient == len(buffers) + 3 and same > 0.9 * len(buffers)
+
+
+def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", 3)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file/out/.unfinished-train/plan.json cannot be written"):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / "file/out")
+
+    class Full(shards.array_record_module.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device; at byte 671744")
+
+    monkeypatch.setattr(shards.array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="part-00000.array_record cannot be written: .*No space left"):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / "out", processes=1)
+    monkeypatch.undo()
+    assert import_data("webdataset", tmp_path / "a.tar", tmp_path / "out")["written"] == 3

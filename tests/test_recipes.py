@@ -109,6 +109,16 @@ def test_a_recipe_that_cannot_be_had_is_one_line(value, message, elsewhere):
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_that_begins_from_weights_asks_for_them(parse):
+    for name in ("finetune_open_clip", "imagenet_frozen", "tuxpaint_tuned"):
+        config = parse(f"--config={name}")
+        with pytest.raises(ValueError, match=f"{name} begins from weights: .* --config={name}:W"):
+            recipes.check_weights(config)
+    recipes.check_weights(parse("--config=finetune_open_clip", "--config.init_from=weights"))
+    recipes.check_weights(parse("--config=easy_vqa"))  # says that it has a model of its own
+    recipes.check_weights(parse("--config=tiny"))
+
+
 def test_values_are_replaced_from_the_command_line(parse):
     config = parse(
         *("--config.batch_size=8", "--config", "tiny", "--config.optimizer.learning_rate", "0.5"),

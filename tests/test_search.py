@@ -50,7 +50,7 @@ def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa:
     said: list[str] = []
     result = embed(model, folder, tmp_path / "i", say=said.append)
     assert result == dict(new=10, already_there=0, skipped=1, pictures=10)
-    assert len(said) == 1 and "broken.png" in said[0]
+    assert len(said) == 1 and said[0].count("broken.png") == 1
     names, rows = [], []
     for number in range(3):  # 11 files, four a part
         rows.append(np.load(tmp_path / f"i/img_emb/img_emb_{number}.npy"))

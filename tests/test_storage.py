@@ -25,6 +25,13 @@ def _find(system, plain):
     return [name.lstrip("/") for name in system.find(plain)]
 
 
+@pytest.mark.parametrize("url", ["gs:/bucket/run", "s3:/bucket", "https:/host/a.tar"])
+def test_a_url_with_one_slash_is_no_folder(url):
+    for use in (storage.place, storage.filesystem, storage.check_slashes):
+        with pytest.raises(ValueError, match=f"{url}: a URL has two slashes, ...?.?.?://"):
+            use(url)
+
+
 def test_files_are_written_whole_or_not_at_all(folder):
     path = storage.place(folder) / "a" / "b.json"
     for text in ("first", "zweite, länger", ""):

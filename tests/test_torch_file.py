@@ -115,6 +115,10 @@ def test_files_that_are_something_else(tmp_path):
     text.write_text("hello")
     with pytest.raises(ValueError, match="PyTorch 1.6"):
         torch_file.read(text)
+    whole = archive(tmp_path / "whole.pt", b"N.").read_bytes()
+    text.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short, as by a download that broke off"):
+        torch_file.read(text)
     with pytest.raises(ValueError, match="no data.pkl"):
         torch_file.read(archive(tmp_path / "b.pt", b"", name="archive/other"))
     script = archive(tmp_path / "c.pt", b"N.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from coca_jax.data import bounded_json, files, images, videos
 
@@ -61,7 +63,7 @@ def guess(path: str) -> str:
         return "sidecars"
     if found == "jsonl" or (found == "csv" and pictures):
         lists = [name for name in names if name.lower().endswith(_SUFFIXES[found])]
-        if not any(_lists_images(files.join(path, name)) for name in lists[:8]):
+        if not any(_lists_images(path, name, set(names)) for name in lists[:8]):
             found = ""  # a table of something else beside folders of images
     if found or pictures:
         return found or "imagefolder"
@@ -105,27 +107,60 @@ def separator(header: str) -> str:
     return ";" if ";" in header and "," not in header else ","
 
 
-def _lists_images(path: str) -> bool:
-    """Whether the header of a list has a column of image files."""
-    if path.lower().endswith(_SUFFIXES["jsonl"]):
-        return _names_an_image(path)
+def image_field(row: Mapping[str, Any]) -> str:
+    """The field of a list's row that names an image: one of the usual names, else the only one
+    whose text ends as the names of pictures do; '' where there is none."""
+    usual = [name for name in IMAGE_COLUMNS if row.get(name) not in (None, "", [])]
+    by_text = [
+        name
+        for name, value in row.items()
+        if isinstance(value, str) and value.strip().lower().endswith(MEDIA)
+    ]
+    return usual[0] if usual else by_text[0] if len(by_text) == 1 else ""
+
+
+def beside(path: str) -> list[str]:
+    """Files in a folder of pictures that may hold their texts, and are not read with them."""
+    return [name for name in _names(path) if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
+
+
+def _lists_images(folder: str, name: str, names: set[str]) -> bool:
+    """Whether a list has a column of image files: by its name, or by a picture that is there."""
+    packed = name.lower().endswith(_SUFFIXES["jsonl"])
+    row = (
+        _first_object(files.join(folder, name)) if packed else _first_row(files.join(folder, name))
+    )
+    if set(IMAGE_COLUMNS) & set(row):
+        return True
+    named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), named)) in names
+
+
+def _first_row(path: str) -> dict[str, str]:
+    """The first row of a table, by column; without a row its columns."""
     with files.open_binary(path) as file:
-        header = file.readline(65_536).decode("utf-8", "replace").removeprefix("\ufeff")
-    row = next(csv.reader(io.StringIO(header), delimiter=separator(header)), [])
-    return bool(set(IMAGE_COLUMNS) & {column.strip() for column in row})
+        data = file.read(65_536)
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
+    text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
+    header = text.partition("\n")[0]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator(header))
+    try:
+        columns, first = next(rows, []), next(rows, [])
+    except csv.Error:
+        return {}
+    return dict.fromkeys((name.strip() for name in columns), "") | dict(zip(columns, first))
 
 
-def _names_an_image(path: str) -> bool:
-    """Whether the first object of a list has a field of an image's file."""
+def _first_object(path: str) -> dict[str, Any]:
+    """The first object of a list."""
     packed, line = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b""
     try:
         with files.open_unpacked(path) if packed else files.open_binary(path) as file:
             while b"\n" not in line and len(line) < 1 << 20 and (block := file.read(64)):
                 line += block
-        row = bounded_json.parse(line.split(b"\n", 1)[0])
+        return bounded_json.parse(line.split(b"\n", 1)[0])
     except (ValueError, OSError):
-        return False
-    return bool(set(IMAGE_COLUMNS) & set(row))
+        return {}
 
 
 def _contents(names: list[str]) -> str:

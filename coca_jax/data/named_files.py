@@ -44,6 +44,8 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{name!r} is no name of a file")
     path = files.join(folder, name)
+    if "\\" in name and not files.is_remote(path) and not os.path.lexists(path):
+        path = files.join(folder, name.replace("\\", "/"))  # as lists from Windows have it
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
     found = _canonical(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,7 +76,8 @@ def write_recipe(
     kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
     config, why = decide(request, facts, (place, splits, name), start, workdir, change, say)
-    title = f"{name}: the choice of `coca-jax fit {request.folder} --minutes={request.minutes:g}`."
+    folder = shlex.quote(request.folder)
+    title = f"{name}: the choice of `coca-jax fit {folder} --minutes={request.minutes:g}`."
     new = path.with_suffix(".py.new")
     new.write_text(recipe.source(config, title, why))
     os.replace(new, path)

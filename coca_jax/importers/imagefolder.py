@@ -8,8 +8,8 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.data import bounded_json, files, named_files
-from coca_jax.data.formats import IMAGE_COLUMNS, MEDIA, METADATA
+from coca_jax.data import bounded_json, files, formats, named_files
+from coca_jax.data.formats import MEDIA, METADATA
 from coca_jax.importers import lines
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -100,6 +100,7 @@ def line_units(path: str, root: str) -> list[Unit]:
         return split_units(path, _count(path), ROWS_PER_UNIT, root)
     units, start, position, rows = [], 0, 0, 0
     with files.open_binary(path) as file:
+        lines.refuse_utf16(path, file)
         for line, size in lines.lines(file):
             position += size
             rows += line is None or bool(line.strip())
@@ -206,7 +207,8 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
         fields = bounded_json.parse(line)
     except ValueError as error:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
-        return Located(Item(where, problem=reason, detail=str(error)))
+        detail = str(error) if reason == "bad_utf8" else f"a line is to be a JSON object: {error}"
+        return Located(Item(where, problem=reason, detail=detail))
     return _located(where, unit, fields, options)
 
 
@@ -221,7 +223,7 @@ def row(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Op
 def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -> Located:
     folder = posixpath.dirname(unit.path)
     first, _, other = options.image_field.partition(",")
-    name = take(fields, first, IMAGE_COLUMNS)
+    name = take(fields, first or formats.image_field(fields), ())
     if not isinstance(name, str) or not name:
         there = ", ".join(sorted(map(str, fields)))
         detail = f"no column of an image file; give --image_field=NAME, one of {there}"

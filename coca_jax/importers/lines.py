@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import csv
 from collections.abc import Iterator
@@ -57,6 +58,15 @@ def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
             if position > most:
                 raise ValueError(f"{path} unpacks to more than {most} bytes")
             yield line, size
+
+
+def refuse_utf16(path: str, file: BinaryIO) -> None:
+    """Raises ValueError for a list in UTF-16, as spreadsheets call it "Unicode text"; the file
+    stands at its beginning then and now."""
+    start = file.read(2)
+    file.seek(0)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError(f"{path} is text in UTF-16; save it in UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
 class _CsvLines:
@@ -116,9 +126,10 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
     does not allow comes as its error.
 
     Raises:
-        ValueError: the file has no header that can be read.
+        ValueError: the file has no header that can be read, or is UTF-16.
     """
     with files.open_binary(path) as file:
+        refuse_utf16(path, file)
         source = _CsvLines(file)
         try:
             head = next(source, "").removeprefix("\ufeff")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import files
+from coca_jax.data import files, formats
 
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
@@ -32,7 +32,26 @@ def nothing_usable(
     text += "none has a caption or a class name; "
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
-    return f"{text}{HOW_TO_CAPTION}"
+    return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+
+
+def _unread(input: str) -> str:
+    """Which files in a folder of pictures may hold what is missed."""
+    names = formats.beside(input)
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"; not read as they are: {shown}"
+
+
+def _one_class(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The line for pictures of a single folder, whose name is taken for their class."""
+    if len(classes) != 1 or found["with_text"] or found["with_label"] < found["count"]:
+        return []
+    return [
+        f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
+        f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
+    ]
 
 
 def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
@@ -45,6 +64,9 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
         place = files.join(out, f"{split}-quarantine.jsonl")
         lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
     classes = manifest["class_names"]
+    request = found.get("request") or {}
+    if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
+        lines += _one_class(found, classes, request["input"])
     if classes and all(name.lstrip("-").isdigit() for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,11 +67,25 @@ def prepare_with_holdout(
         keywords_here = keywords | dict(split=held_split, options=apart, beside=beside)
         held = prepare(format, input, out, **keywords_here)
     except ValueError:  # another share is another import
-        if not known and files.exists(work):
-            system, plain_work = files.filesystem(work)
-            system.rm(plain_work, recursive=True)
+        if known or not files.exists(work):
+            raise
+        why = _why_none(work, input)
+        system, plain_work = files.filesystem(work)
+        system.rm(plain_work, recursive=True)
+        if why:  # and not the share
+            raise ValueError(why) from None
         raise
     return prepare(format, input, out, split=split, options=options, **keywords), held
+
+
+def _why_none(work: str, input: str) -> str:
+    """The line for an import whose shards are there and hold nothing; '' for any other."""
+    names = [n for n in files.listing(work) if re.fullmatch(r"part-\d+\.json", n)]
+    accounts = [json.loads(files.read(files.join(work, name))) for name in names]
+    listed = [entry for account in accounts for entry in account["quarantined"]]
+    if not listed or any(account["count"] for account in accounts):
+        return ""
+    return remarks.nothing_usable(input, sum(a["read"] for a in accounts), listed, {})
 
 
 def prepare(
@@ -197,7 +212,12 @@ def plan(
         groups = _group(units, shard_count)
         kept = {"request": request}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
-        storage.write_bytes(path, json.dumps(kept).encode())
+        try:
+            storage.write_bytes(path, json.dumps(kept).encode())
+        except OSError as error:
+            raise OSError(
+                f"--out: {path} cannot be written ({error}); give another folder"
+            ) from None
     root = in_place.root_of(input) if options.in_place else ""
     return [
         shards.Job(number, tuple(group), format, options, work, root)

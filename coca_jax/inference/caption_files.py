@@ -91,7 +91,8 @@ def caption_files(
             if path not in by_path:
                 text = " ".join(str(found).split())
                 if text in ("", path):  # some file systems tell no more than the name
-                    text = f"cannot be read ({type(found).__name__})"
+                    there = "; is it there, does its host answer?" if "://" in path else ""
+                    text = f"cannot be read ({type(found).__name__}){there}"
                 yield dict(image=path, error=text if path in text else f"{path}: {text}")
                 continue
             texts = [dict(caption=c.text, score=round(c.log_prob, 4)) for c in by_path[path]]

@@ -69,6 +69,10 @@ def _archive(path: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile:
+        with open(path, "rb") as file:
+            begun = file.read(4) == b"PK\3\4"
+        if begun:  # the list of what it holds stands at its end
+            raise _Refused("cut short, as by a download that broke off; get it again") from None
         raise _Refused(
             "not a zip archive of torch.save; files older than PyTorch 1.6 must be saved again "
             "with a newer one"

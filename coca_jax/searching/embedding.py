@@ -64,8 +64,9 @@ def _add_part(
         good = [(picture, x) for picture, x in batch if isinstance(x, np.ndarray)]
         for picture, why in batch:
             if not isinstance(why, np.ndarray):
-                skipped[picture.name] = " ".join(str(why).split())
-                say(f"skipped {picture.name}: {skipped[picture.name]}")
+                text = " ".join(str(why).split())
+                skipped[picture.name] = text
+                say(f"skipped {text if picture.name in text else f'{picture.name}: {text}'}")
         if good:
             found.append(model.encode_image(np.stack([x for _, x in good])))
             rows += [(picture.name, picture.caption) for picture, _ in good]
