@@ -92,8 +92,7 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
     """The path of a run, or of a file in it: absolute where it is local.
 
     Raises:
-        ValueError: a URL of another kind than gs:// and s3://, one with one slash, or the package
-            for it is missing.
+        ValueError: a URL of another kind than gs:// and s3://, or its package is missing.
     """
     text = os.fspath(path)
     check_slashes(text)
