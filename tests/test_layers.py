@@ -10,7 +10,7 @@ import pytest
 
 from coca_jax import partitioning
 from coca_jax.models import layers, rotary, stem
-from coca_jax.ops.reference import ACTIVATIONS
+from coca_jax.ops.reference import ACTIVATIONS, Reference
 
 
 def test_queries_and_keys_are_normed_in_each_head():
@@ -45,15 +45,15 @@ def test_queries_and_keys_are_normed_in_each_head():
 def test_rotary_positions_turn_pairs_by_their_place():
     """Against complex numbers; and a score depends on the distance alone."""
     places = jnp.array([[0, 3, 7, 11]])
-    rotation = rotary.of_places(places[..., None], 8, 100.0)
+    rotation, rotate = rotary.of_places(places[..., None], 8, 100.0), Reference().rotate
     x = jax.random.normal(jax.random.key(0), (1, 4, 16))
-    got = np.asarray(rotary.rotate(x, rotation, 2)).reshape(4, 2, 8)
+    got = np.asarray(rotate(x, rotation, 2)).reshape(4, 2, 8)
     heads = np.asarray(x).reshape(4, 2, 8)
     angle = np.asarray(places)[0][:, None] * 100.0 ** (-np.arange(4) / 4)
     turned = (heads[..., :4] + 1j * heads[..., 4:]) * np.exp(1j * angle)[:, None]
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-    later = rotary.rotate(x, rotary.of_places(places[..., None] + 5, 8, 100.0), 2)
-    scores = [np.einsum("bnd,bmd->nm", y, y) for y in (rotary.rotate(x, rotation, 2), later)]
+    later = rotate(x, rotary.of_places(places[..., None] + 5, 8, 100.0), 2)
+    scores = [np.einsum("bnd,bmd->nm", y, y) for y in (rotate(x, rotation, 2), later)]
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 

@@ -20,8 +20,8 @@ FORMS = [ops.Cpu(), ops.Gpu(cudnn=False), ops.Tpu(), ops.Tpu(kernels=False)]
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.description)
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_every_operation_of_every_form_equals_the_reference(form, dtype, tolerance):
-    """dense, add_bias, bias_activation, layer_norm, convolve (of images too) and attend (masked,
-    causal, across)."""
+    """dense, add_bias, bias_activation, gate, rotate, layer_norm, convolve (of images too) and
+    attend (masked, causal, across)."""
     plain = ops.Reference()
     x, y, z = arrays(2, 9, 24, count=3, dtype=dtype)
     (kernel,) = arrays(24, 40)
@@ -39,6 +39,10 @@ def test_every_operation_of_every_form_equals_the_reference(form, dtype, toleran
     check(lambda f, h, b: f.add_bias(h, b), hidden, wide_bias)
     for activation in reference.ACTIVATIONS:
         check(lambda f, h, b: f.bias_activation(h, b, activation), hidden, wide_bias)  # noqa: B023
+        check(lambda f, *a: f.gate(*a, activation), hidden, hidden[::-1] + 1)  # noqa: B023
+    angles = arrays(2, 9, 4, seed=3)[0]
+    rotation = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+    check(lambda f, x: f.rotate(x, rotation, 3), x)
     check(lambda f, x, s, b: f.layer_norm(x, s, b, dtype), x * 3 + 1, scale, bias)
     for mask, causal in ((None, False), (None, True), (valid, True)):
         mask, causal = plain.prepare_mask(mask, causal, 9)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.config import BLOCK, Model
-from coca_jax.models import draws, rotary
+from coca_jax.models import draws
 from coca_jax.ops import packed
 from coca_jax.ops.reference import (
     ACTIVATIONS,
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         if self.options.qk_norm:
             query = self.query_norm(query)
         if rotation is not None:
-            query = rotary.rotate(query, rotation, self.num_heads)
+            query = self.options.ops.rotate(query, rotation, self.num_heads)
         return checkpoint_name(query, "qkv")
 
     def keys_and_values(
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         if self.options.qk_norm:
             key = self.key_norm(key)
         if rotation is not None:
-            key = rotary.rotate(key, rotation, self.num_kv_heads)
+            key = self.options.ops.rotate(key, rotation, self.num_kv_heads)
         return checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
 
     def __call__(
@@ -325,8 +325,8 @@ class Mlp(nn.Module):
         inward: dict[str, Any] = dict(axes=("embed", "mlp"), **options)
         activation, shape = self.options.activation, (self.mlp_dim,)
         if self.options.gated_mlp:
-            gate = Projection(shape, activation=activation, name="gate", **inward)(x)
-            hidden = checkpoint_name(Projection(shape, name="in", **inward)(x), "mlp") * gate
+            gate, hidden = (Projection(shape, name=n, **inward)(x) for n in ("gate", "in"))
+            hidden = self.options.ops.gate(gate, hidden, activation)
         else:
             hidden = Projection(shape, activation=activation, name="in", **inward)(x)
         hidden = constrain(hidden, "batch", "length", "act_mlp")

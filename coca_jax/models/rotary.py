@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021): queries and keys are turned by their places, so that a score
 depends on how far two tokens are apart.
 
+`Reference.rotate` (ops/reference.py) turns; this makes rotations.
 A rotation is float32 [B or 1, N, K]: the cosines of a head's K / 2 angles, and their sines. Number
 i of a head's first half and number i of its second one are turned together by angle i. A token at
 no place, as a class token, has angles of 0. Of images the first half of the angles goes by the row
@@ -13,8 +14,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-
-from coca_jax.ops.reference import merge_heads, split_heads, wide
 
 
 def of_places(places: jax.Array, head_width: int, theta: float) -> jax.Array:
@@ -41,12 +40,3 @@ def unturned(batch: int, count: int, head_width: int) -> jax.Array:
     """The rotation of `count` tokens at no place."""
     angles = jnp.zeros((batch, count, head_width // 2), jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-
-def rotate(x: jax.Array, rotation: jax.Array, heads: int) -> jax.Array:
-    """x [B, N, H K] turned by a rotation [B or 1, N, K], in x's dtype."""
-    precision = wide(x.dtype)
-    cos, sin = jnp.split(rotation[:, :, None].astype(precision), 2, -1)
-    first, second = jnp.split(split_heads(x, heads).astype(precision), 2, -1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return merge_heads(turned.astype(x.dtype))

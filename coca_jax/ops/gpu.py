@@ -57,6 +57,19 @@ class Gpu(Reference):
         rows = x.reshape(-1, x.shape[-1])  # as the product has them, which takes the activation in
         return bias_activation(rows, bias, activation).reshape(x.shape)
 
+    def gate(self, gate: jax.Array, x: jax.Array, activation: str) -> jax.Array:
+        return gated(gate, x, activation)
+
+    def rotate(self, x: jax.Array, rotation: jax.Array, heads: int) -> jax.Array:
+        # Halves change places by a reversal, which a pass over x takes in; slices and what joins
+        # them would be written, and so would their gradients.
+        precision = wide(x.dtype)
+        halves = x.reshape((*x.shape[:2], heads, 2, -1)).astype(precision)
+        cos, sin = jnp.split(rotation[:, :, None, None].astype(precision), 2, -1)
+        across = jnp.concatenate([-sin, sin], -2)
+        turned = halves * cos + jax.lax.rev(halves, (3,)) * across
+        return turned.astype(x.dtype).reshape(x.shape)
+
     def prepare_mask(
         self, mask: jax.Array | None, causal: bool, length: int
     ) -> tuple[jax.Array | None, bool]:
@@ -258,6 +271,30 @@ def _backward(activation, saved, g):
 
 
 bias_activation.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(gate: jax.Array, x: jax.Array, activation: str) -> jax.Array:
+    """An activation of ACTIVATIONS of `gate` [..., F] times x [..., F]. For the gradient these two
+    are kept, and both gradients come out of one pass; GELU is a part of the product that makes
+    `gate`, see _activated."""
+    return _gated_forward(gate, x, activation)[0]
+
+
+def _gated_forward(gate, x, activation):
+    gate, x = _named(gate, "mlp"), _named(x, "mlp")
+    return _activated(gate, activation) * x, (gate, x)
+
+
+def _gated_backward(activation, saved, g):
+    gate, x = jax.lax.optimization_barrier(saved)
+    exact = gate.astype(wide(gate.dtype))
+    value = ACTIVATIONS[activation](exact).astype(gate.dtype)
+    slope = _slope(gate, activation).astype(gate.dtype)
+    return jax.lax.optimization_barrier((g * x * slope, g * value))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 @jax.custom_vjp

@@ -220,6 +220,11 @@ class Reference:
         """An activation of ACTIVATIONS of x [..., F] plus bias [F], in x's dtype."""
         return ACTIVATIONS[activation](checkpoint_name(self.add_bias(x, bias), "mlp"))
 
+    def gate(self, gate: jax.Array, x: jax.Array, activation: str) -> jax.Array:
+        """An activation of ACTIVATIONS of `gate` [..., F] times x [..., F], in their dtype."""
+        gate, x = checkpoint_name((gate, x), "mlp")
+        return ACTIVATIONS[activation](gate) * x
+
     def layer_norm(
         self,
         x: jax.Array,
@@ -242,6 +247,14 @@ class Reference:
         x = x.astype(wide(x.dtype))
         inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
         return (x * inverse * scale).astype(dtype)
+
+    def rotate(self, x: jax.Array, rotation: jax.Array, heads: int) -> jax.Array:
+        """x [B, N, H K] turned by a rotation [B or 1, N, K] (models/rotary.py), in x's dtype."""
+        precision = wide(x.dtype)
+        cos, sin = jnp.split(rotation[:, :, None].astype(precision), 2, -1)
+        first, second = jnp.split(split_heads(x, heads).astype(precision), 2, -1)
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return merge_heads(turned.astype(x.dtype))
 
     def prepare_mask(
         self, mask: jax.Array | None, causal: bool, length: int
