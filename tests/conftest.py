@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before JAX starts; the smallest configuration there is."""
 
+import atexit
 import functools
 import gc
 import importlib.metadata
@@ -8,6 +9,7 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import tempfile
 import uuid
 
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -28,6 +30,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from coca_jax import compile_cache, partitioning  # noqa: E402
 from coca_jax.config import Config, typed  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
+from coca_jax.data import run_vocabulary  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
 from coca_jax.training import programs, state, step  # noqa: E402
 
@@ -114,6 +117,21 @@ def _drawn(model: coca.CoCa, seed: int) -> dict:
 def params_of(model: coca.CoCa, seed: int = 0) -> dict:
     """New parameters of a module, drawn once for all tests of a process that build the same."""
     return jax.tree.map(lambda x: x, partitioning.unbox(_drawn(model, seed)))  # the caller's own
+
+
+@functools.cache
+def scenes_words() -> str:
+    """A vocabulary of 320 pieces of drawn scenes' texts, trained once for all runs of a process
+    that would train the same again: it takes as long as to compile a step."""
+    folder = tempfile.mkdtemp(prefix="words-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = tiny_config()
+    config.model.text.vocab_size = 320
+    config.data.sources = tuple(
+        dict(builtin="scenes", split="train", kind=kind) for kind in ("caption", "label")
+    )
+    run_vocabulary.load_or_train(typed(config), folder)
+    return f"{folder}/{run_vocabulary.VOCABULARY_FILE}"
 
 
 def fresh_state(model: coca.CoCa, config: ConfigDict, mesh) -> state.TrainState:

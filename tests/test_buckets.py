@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import scenes_words, tiny_config
 from test_train import COMPARED
 
 import coca_jax
@@ -36,6 +36,7 @@ def small_run(workdir):
     config.model.pooler.update(num_queries=1, num_heads=1)
     config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
     config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.data.vocabulary = scenes_words()
     config.log.every_steps, config.checkpoint.every_steps = 1, 2
     one = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(one):
@@ -79,6 +80,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     workdir = f"{s3}/killed"
     code = (
         f"import os, signal, sys, time; sys.path.insert(0, {TESTS!r})\n"
+        f"import conftest; conftest.scenes_words = lambda: {scenes_words()!r}\n"
         "from test_buckets import small_run\n"
         "from coca_jax import storage\n"
         "from coca_jax.training import stopping\n"

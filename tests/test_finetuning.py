@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
@@ -112,6 +113,7 @@ def test_positions_are_spread_and_the_first_ones_stay():
 
 def guarded_run(**changes):
     config = tiny_run(4, **changes)
+    config.data.vocabulary = scenes_words()
     config.optimizer.ema = 0.0
     data = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     config.eval.tasks = (dict(kind="retrieval", name="probe", data=data, limit=24),)
@@ -124,6 +126,7 @@ def adapted(tmp_path_factory):
     """A run that trains LoRA's factors alone, from another one's weights."""
     folder = tmp_path_factory.mktemp("adapted")
     first = tiny_run(2)
+    first.data.vocabulary = scenes_words()
     first.optimizer.ema = 0.0
     train_alone(first, folder / "first")
     config = guarded_run(init_from=str(folder / "first"))

@@ -4,6 +4,7 @@ import json
 
 import jax
 import pytest
+from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
@@ -13,6 +14,7 @@ from coca_jax.training import hooks
 
 def scored_run(captioning=True):
     config = tiny_run(4)
+    config.data.vocabulary = scenes_words()
     label = dict(builtin="scenes", split="heldout", kind="label")
     captions = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     config.eval.tasks = (

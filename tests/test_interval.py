@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
@@ -50,6 +51,7 @@ def test_more_hosts_have_less_left():
 def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(saving, "FIRST", 3)
     config = tiny_run(steps=7)
+    config.data.vocabulary = scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
     config.checkpoint.every = "auto"
     config.checkpoint.mean_hours_between_failures = 1e-9  # every few microseconds: save always

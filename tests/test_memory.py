@@ -2,12 +2,19 @@
 
 import jax
 import pytest
+from one_device import train_alone
 from test_train import tiny_run
 
 from coca_jax import cache_folder, partitioning
 from coca_jax.config import typed
 from coca_jax.training import memory
-from coca_jax.training.run import train
+
+
+def small_run(**changes):
+    """With one loss: half as much to trace and to compile."""
+    config = tiny_run(**changes)
+    config.loss.captioning_weight = 0.0
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +24,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def counted(mesh):
-    config = tiny_run()
+    config = small_run()
     return memory.step_bytes(config, mesh), memory.bounds(config, mesh)
 
 
@@ -29,23 +36,23 @@ def test_the_compiler_s_count_lies_between_the_bounds(counted):
 
 def test_a_step_that_fits_is_not_compiled_for_the_question(mesh, monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
-    memory.check(tiny_run(), mesh, say=pytest.fail)
+    memory.check(small_run(), mesh, say=pytest.fail)
 
 
 def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, monkeypatch, tmp_path):
     monkeypatch.setattr(cache_folder, "folder", lambda: tmp_path)
     plain, traced = memory.bounds, []
     monkeypatch.setattr(memory, "bounds", lambda *of: traced.append(of) or plain(*of))
-    first = memory.bounds_kept(typed(tiny_run()), mesh)
-    assert first == memory.bounds_kept(typed(tiny_run()), mesh) and len(traced) == 1
-    assert memory.bounds_kept(typed(tiny_run(batch_size=64)), mesh)[1] > first[1]
+    first = memory.bounds_kept(typed(small_run()), mesh)
+    assert first == memory.bounds_kept(typed(small_run()), mesh) and len(traced) == 1
+    assert memory.bounds_kept(typed(small_run(batch_size=64)), mesh)[1] > first[1]
     (tmp_path / memory.KEPT).write_text('{"damaged": [')
-    assert memory.bounds_kept(typed(tiny_run()), mesh) == first and len(traced) == 3
+    assert memory.bounds_kept(typed(small_run()), mesh) == first and len(traced) == 3
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):
     """The settings are the compiler's word: the same step in parts, within the room."""
-    config, found = tiny_run(batch_size=64), counted[0]
+    config, found = small_run(batch_size=64), counted[0]
     whole = memory.step_bytes(config, mesh)
     room = (whole + found) // 2
     monkeypatch.setattr(memory, "available", lambda: room)
@@ -66,6 +73,6 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
 def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(ValueError, match="not even the smallest batch fits"):
-        train(tiny_run(), str(tmp_path / "run"))
+        train_alone(small_run(), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()

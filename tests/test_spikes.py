@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
@@ -97,6 +98,7 @@ def spiking(monkeypatch):
 
     monkeypatch.setattr(Spikes, "_look", see)
     config = tiny_run(steps=24)
+    config.data.vocabulary = scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
     config.faults.spike_deviations, config.faults.spike_batches = 20.0, 4
     config.checkpoint.every_steps = 5

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import scenes_words, tiny_config
 from data_cases import data_config, equal, take, write_data
 from one_device import train_alone
 
@@ -133,6 +133,7 @@ def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     config = tiny_config(image_size=16, patch_size=8)
     config.model.text.update(vocab_size=320, max_len=12)
     config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.data.vocabulary = scenes_words()
     config.batch_sizes, config.batch_size, config.steps = ((0.5, 8),), 16, 6
     config.log.every_steps = 1
     config = typed(config)

@@ -92,7 +92,8 @@ def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
 
 
 def test_micro_batches_of_two_lengths_are_four_parts():
-    """What all rows share has a fourth of its gradient in each (see `gradients.linearise`)."""
+    """What all rows share has a fourth of its gradient in each (see `gradients.linearise`), and
+    what is joined of them stands where it stood."""
     config = _config(4)
     config.accumulate_steps = 2
     batch = text_lengths.arrange(_batch(config, LENGTHS), config)
@@ -102,12 +103,17 @@ def test_micro_batches_of_two_lengths_are_four_parts():
         micro = [{name: x[i] for name, x in stacked.items()} for i in range(2)]
         found = [part for rows_ in micro for part in parts.by_length(rows_)]
         assert [len(part["tokens"]) for part in found] == rows and parts.count == len(rows)
+        for rows_ in micro:
+            joined = parts.join([part["image"] for part in parts.by_length(rows_)])
+            np.testing.assert_array_equal(joined, rows_["image"])
 
 
 def test_the_smallest_lengths_that_hold_the_captions():
     config = _config(1, text_lengths=(6, 4))
     found = [text_lengths.choose(config, (n, n))[1] for n in (3, 4, 5, 6, 7, 8)]
     assert found == [4, 4, 6, 6, 8, 8]
+    longer = _config(1, text_lengths=(4, 12))  # than the model's texts
+    assert text_lengths.choose(longer, (8, 8)) == (8, 8)
     with config.unlocked():
         config.model.text.cls_mask = "shifted"
     found = [text_lengths.choose(config, (n, n))[0] for n in (3, 4, 6, 8)]
@@ -125,6 +131,8 @@ def test_every_batch_comes_once_with_its_own_lengths():
         found = list(itertools.islice(measured(itertools.cycle(placed), config), 4))
         assert [lengths for _, lengths in found] == [(4, 4), (4, 8), (6, 6), (4, 6)]
         assert all(batch is wanted for (batch, _), wanted in zip(found, placed))
+        config.text_parts = 1  # then all rows are measured as one
+        assert next(measured(iter(placed[1:]), config))[1] == (8, 8)
         config.text_lengths = ()
         assert next(measured(iter(placed), config))[1] == (8, 8)
 

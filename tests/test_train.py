@@ -13,7 +13,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILE_FAST, tiny_config
+from conftest import COMPILE_FAST, scenes_words, tiny_config
 
 from coca_jax import checkpointing, partitioning, run_config
 from coca_jax.data import vocabulary
@@ -78,10 +78,14 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     reached = stopping.Stop.reached
     monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
+    config = tiny_run()
+    config.data.vocabulary = scenes_words()  # what the whole run trained
     with pytest.raises(Preempted, match="step 3 is saved"):
-        train(tiny_run(), str(tmp_path))
+        train(config, str(tmp_path))
     monkeypatch.setattr(stopping.Stop, "reached", reached)
-    train(tiny_run(), str(tmp_path))
+    train(config, str(tmp_path))
+    kept = [pathlib.Path(run, "vocabulary.model").read_bytes() for run in (whole[0], tmp_path)]
+    assert kept[0] == kept[1]
     for a, b in zip(read_metrics(whole[0]), read_metrics(tmp_path), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
     want, _ = checkpointing.load_params(whole[0])
@@ -186,6 +190,7 @@ class Endless(objectives.Captioning):
 def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)
+    config.data.vocabulary = scenes_words()
     config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
     with pytest.raises(ValueError, match=r"of 5 steps in a row \(1 to 5\) are not finite") as error:
         train(config, str(tmp_path))
