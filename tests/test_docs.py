@@ -36,20 +36,19 @@ SMALL = [
     *("--config.model.text.max_len=24", "--config.model.pooler.num_queries=4"),
     "--config.model.pooler.num_heads=2",
 ]
-# Without a convolutional stem, which has more to compile than the rest of the image encoder.
+# Without a convolutional stem, which has more to compile than the rest of an image encoder.
 PLAIN = ["--config.model.image.conv_widths=()", "--config.model.image.conv_depths=()"]
 SHORT = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup_steps=0"]
 QUICK = [*SHORT, "--config.eval.tasks=()", "--config.text_lengths=()", "--config.text_parts=1"]
+DEMO = [*SMALL, "--config.model.image_size=64", *PLAIN, *QUICK]  # a page names this size
 # Flags that make a command small: those of the first pattern that it matches.
 ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"train .*--config=\S*:", SHORT),  # the model is that of the weights
-    (r"train .*--config=(demo|emoji|tiny)", [*SMALL, *PLAIN, *QUICK]),
+    (r"train .*--config=(demo|emoji|tiny)", DEMO),
     (r"train .*--config=\S+recipe.py", SHORT),
     (r"train ", [*SMALL, *SHORT]),
-    (
-        r"fit .*--dry_run",
-        ["--minutes=0.1", *PLAIN],
-    ),  # the choice of the others, whose programs are kept
+    # The choice of the other fits, whose programs are kept.
+    (r"fit .*--dry_run", ["--minutes=0.1", *PLAIN]),
     (r"fit ", ["--minutes=0.1", "--config.steps=3", *PLAIN]),
     (r"evaluate .*captioning", ["--nojava_metrics"]),  # METEOR's tables take Java 5 s to read
     (r"benchmark input", ["--seconds=1"]),
@@ -256,7 +255,7 @@ def test_a_page_s_commands_and_examples_do_what_it_says(page, walk):
 
 # What takes the place of a notebook's cell of parameters, so that it is quick.
 PARAMETERS = {
-    "train_and_caption.ipynb": f'RUN = "runs/notebook"; FLAGS = {[*SMALL, *PLAIN, *QUICK]}',
+    "train_and_caption.ipynb": f'RUN = "runs/notebook"; FLAGS = {DEMO}',
     "search_a_folder.ipynb": 'WEIGHTS = "runs/demo"; FOLDER = "pictures"',
 }
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny
 from optimizer_cases import (
     ENCODER,
     KERNELS,
@@ -28,6 +29,8 @@ from optimizer_cases import (
 )
 
 from coca_jax import optimizer
+from coca_jax.training import step as train_steps
+from coca_jax.training.state import TrainState
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,21 @@ def test_muon_updates_of_kernels_are_orthogonal_and_of_one_size():
         np.testing.assert_allclose(
             moved[name], flat(louder[-1].params)[name], atol=1e-4 * config.optimizer.learning_rate
         )
+
+
+def test_every_step_and_every_seed_draw_anew(monkeypatch):
+    """What drops out by chance in a step; the same where the step is done again."""
+
+    def drawn(seed, number):
+        state = TrainState(jnp.int32(number), jnp.int32(0), {}, (), None)
+        batch = dict(tokens=jnp.zeros((1, 8), jnp.int32), text_valid=jnp.ones((1, 8), bool))
+        train_step = train_steps.make_train_step(None, tiny(seed=seed), STEPS)
+        return tuple(train_step(state, batch)[1]["drawn"].tolist())
+
+    def gradients(params, model, config, batch, rng, lengths):
+        return None, {"drawn": jax.random.key_data(rng)}
+
+    monkeypatch.setattr(train_steps, "value_and_gradients", gradients)
+    monkeypatch.setattr(train_steps, "make_update", lambda *_: lambda state, _: (state, {}))
+    found = {drawn(seed, number) for seed in (0, 1) for number in (0, 1, 2)}
+    assert len(found) == 6 and drawn(1, 2) in found

@@ -154,48 +154,6 @@ def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, want)
 
 
-@pytest.mark.parametrize(
-    "names, shape, axis",
-    [
-        (("layers", "embed", "heads", "head_width"), (3, 64, 8, 16), 1),
-        (("layers", "heads", "head_width", "embed"), (3, 8, 16, 64), 1),
-        (("layers", "heads", "head_width", "embed"), (3, 6, 16, 64), 3),  # 6 heads: not by 4
-        (("layers", "mlp", "embed"), (3, 256, 64), 1),
-        (("layers", "embed", "mlp"), (3, 64, 256), 1),
-        (("vocab", "embed"), (1000, 64), 0),
-        (("vocab", "embed"), (1001, 64), 1),
-        (("position", "embed"), (16, 64), 1),
-        (("layers", "heads", "head_width"), (3, 8, 16), None),  # a bias
-        (("layers", "norm"), (3, 64), None),
-    ],
-)
-def test_fsdp_splits_the_outermost_axis_that_it_divides(names, shape, axis):
-    spec = partitioning.param_spec(names, shape, partitioning.make_mesh(2, 4, 1))
-    split = [i for i, x in enumerate(spec) if x is not None and "fsdp" in (x, *x)]
-    assert split == ([] if axis is None else [axis])
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
-def test_little_of_the_state_is_replicated(optimizer):
-    from coca_jax.configs import coca_large
-
-    config = coca_large.get_config()
-    config.optimizer.name = optimizer
-    mesh = partitioning.make_mesh(1, 8, 1)
-    abstract, shardings = state_shardings(coca.build(config.model), config, mesh)
-    whole = replicated = 0
-    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings)):
-        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-        whole += size
-        if sharding.is_fully_replicated:
-            replicated += size
-    assert replicated / whole < 0.005
-    if optimizer == "adafactor":
-        columns = abstract.opt_state[0].v_col["text_decoder"]["token_embedding"]["value"]
-        spec = shardings.opt_state[0].v_col["text_decoder"]["token_embedding"]["value"].spec
-        assert columns.shape == (64_000,) and tuple(spec) == (("tensor", "fsdp"),)
-
-
 def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
     model = build(config)
     state = fresh_state(model, config, one_device_mesh)
