@@ -122,6 +122,27 @@ def test_a_save_leaves_no_memory_behind(tmp_path):
     assert (counts[1] - counts[0]) / 8 < 200, counts
 
 
+def test_devices_share_the_writing_of_large_arrays_alone(tmp_path, monkeypatch):
+    """A slice is a program of its own: one for each device and array of a MiB a device."""
+    plain, cut = jax.lax.slice_in_dim, []
+
+    def counted(x, **how):
+        cut.append(x.shape)
+        return plain(x, **how)
+
+    monkeypatch.setattr(jax.lax, "slice_in_dim", counted)
+    mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
+    params = {"small": np.ones((64, 64), np.float32), "large": np.ones((2048, 1024), np.float32)}
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    checkpoints = checkpointing.Checkpoints(str(tmp_path), run=RUN)
+    checkpoints.save(1, state_of(1, ema=False).replace(params=params))
+    checkpoints.wait_for(1)
+    checkpoints.close()
+    assert cut == [(2048, 1024)] * 8
+    sealed_json.write(tmp_path / "config.json", RUN)
+    assert_equal(checkpointing.load_params(str(tmp_path))[0], params)
+
+
 def test_what_was_freed_in_pieces_is_given_back():
     """64 MiB in blocks of 4 KiB, one in eight of which stays, as saves leave them."""
     lean_saves.give_back()

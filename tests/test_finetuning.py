@@ -53,13 +53,21 @@ def test_lora_is_adam_on_two_factors():
         return sum(jnp.sum((x - g) ** 4) for x, g in zip(*map(jax.tree.leaves, (params, goal))))
 
     adam = optax.adam(0.01, 0.8, 0.9)
+
+    @jax.jit
+    def ours(params, state):
+        return lora.step(params, jax.grad(loss)(params), state, optimizer, 0.01)
+
+    @jax.jit
+    def theirs(factors, moments):
+        gradients = jax.grad(lambda f: loss(with_factors(f)))(factors)
+        updates, moments = adam.update(gradients, moments, factors)
+        return optax.apply_updates(factors, updates), moments
+
     factors, moments = first, adam.init(first)
     for _ in range(5):
-        params, state = lora.step(params, jax.grad(loss)(params), state, optimizer, 0.01)
-        updates, moments = adam.update(
-            jax.grad(lambda f: loss(with_factors(f)))(factors), moments, factors
-        )
-        factors = optax.apply_updates(factors, updates)
+        params, state = ours(params, state)
+        factors, moments = theirs(factors, moments)
     wanted = with_factors(factors)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), params, wanted)
     moved = jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), params, start))
@@ -125,7 +133,7 @@ def guarded_run(**changes):
 def adapted(tmp_path_factory):
     """A run that trains LoRA's factors alone, from another one's weights."""
     folder = tmp_path_factory.mktemp("adapted")
-    first = tiny_run(2)
+    first = tiny_run(4)  # as the guarded run, with whose step it shares a program
     first.data.vocabulary = scenes_words()
     first.optimizer.ema = 0.0
     train_alone(first, folder / "first")

@@ -40,8 +40,8 @@ def test_a_batch_of_all_examples_has_the_loss_and_gradient_of_softmax(scale, red
         )[0]
 
     inputs = (image, text, jnp.float32(scale))
-    want, wanted = jax.value_and_grad(whole, (0, 1, 2))(*inputs)
-    got, found = jax.value_and_grad(ours, (0, 1, 2))(*inputs)
+    want, wanted = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(*inputs)
+    got, found = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*inputs)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)

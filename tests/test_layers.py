@@ -13,13 +13,20 @@ from coca_jax.models import layers, rotary, stem
 from coca_jax.ops.reference import ACTIVATIONS, Reference
 
 
+def waved(params):
+    """Parameters that are no longer zero, with signs that differ."""
+    wave = (0.1 * np.cos(np.arange(p.size)).reshape(p.shape) for p in jax.tree.leaves(params))
+    moved = [np.asarray(p) + w.astype(p.dtype) for p, w in zip(jax.tree.leaves(params), wave)]
+    return jax.tree.unflatten(jax.tree.structure(params), moved)
+
+
 def test_queries_and_keys_are_normed_in_each_head():
     """Against the formula in NumPy; their size no longer matters, and the key's bias does."""
     options = layers.BlockOptions(qk_norm=True)
     attention = layers.Attention(8, 2, options=options)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-    params = partitioning.unbox(attention.init(jax.random.key(1), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, 8)))
+    params = waved(partitioning.unbox(jax.jit(attention.init)(jax.random.key(1), x)["params"]))
+    attend = jax.jit(lambda params, x: attention.apply({"params": params}, x))
 
     def project(name):
         return np.einsum("bnd,dhk->bnhk", x, params[name]["kernel"]) + params[name]["bias"]
@@ -34,12 +41,11 @@ def test_queries_and_keys_are_normed_in_each_head():
     weights /= weights.sum(-1, keepdims=True)
     mixed = np.einsum("bhnm,bmhk->bnhk", weights, project("value"))
     want = np.einsum("bnhk,hkd->bnd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
-    np.testing.assert_allclose(attention.apply({"params": params}, x), want, atol=2e-6)
+    np.testing.assert_allclose(attend(params, x), want, atol=2e-6)
     larger = jax.tree.map(lambda p: 50.0 * p, params["query"])
-    got = attention.apply({"params": params | {"query": larger}}, x)
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    bias = jax.grad(lambda p: attention.apply({"params": p}, x)[0, 0, 0])(params)["key"]["bias"]
-    assert jnp.abs(bias).max() > 1e-4
+    np.testing.assert_allclose(attend(params | {"query": larger}, x), want, atol=1e-4)
+    gradient = jax.jit(jax.grad(lambda params: attend(params, x)[0, 0, 0]))(params)
+    assert np.abs(gradient["key"]["bias"]).max() > 1e-4
 
 
 def test_rotary_positions_turn_pairs_by_their_place():
@@ -74,15 +80,14 @@ def test_rotary_positions_of_patches_go_by_row_and_column():
 def test_heads_that_share_keys_are_heads_with_equal_keys():
     grouped, whole = layers.Attention(12, 4, kv_heads=2), layers.Attention(12, 4)
     x = jax.random.normal(jax.random.key(0), (2, 5, 12))
-    params = partitioning.unbox(grouped.init(jax.random.key(1), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    params = waved(partitioning.unbox(jax.jit(grouped.init)(jax.random.key(1), x)["params"]))
     assert params["key"]["kernel"].shape == (12, 2, 3)
     repeated = {
-        name: jax.tree.map(lambda p: jnp.repeat(p, 2, axis=p.ndim - 2), params[name])
+        name: jax.tree.map(lambda p: np.repeat(p, 2, axis=p.ndim - 2), params[name])
         for name in ("key", "value")
     }
-    got = grouped.apply({"params": params}, x)
-    want = whole.apply({"params": params | repeated}, x)
+    got = jax.jit(grouped.apply)({"params": params}, x)
+    want = jax.jit(whole.apply)({"params": params | repeated}, x)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -127,6 +132,7 @@ def test_convolution_standardises_its_kernel(channels, stride):
 def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
     module = stem.ConvStem((64, 64), (1, 2), activation, jnp.float32)
     pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-    features = module.apply(module.init(jax.random.key(1), pixels), pixels)
+    draw = jax.jit(lambda x: module.apply(module.init(jax.random.key(1), x), x))
+    features = np.asarray(draw(pixels))
     assert features.shape == (8, 8, 8, 64)
     assert 0.6 < features.std((0, 1, 2)).mean() < 1.4

@@ -73,6 +73,6 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
 def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(ValueError, match="not even the smallest batch fits"):
-        train_alone(small_run(), tmp_path / "run")
+        train_alone(typed(small_run()), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -16,6 +16,7 @@ from coca_jax import checkpointing
 from coca_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
+WORDS = "vocabulary.model"
 
 
 def launch(commands, workdir, processes, devices, *flags):
@@ -61,11 +62,12 @@ def test_one_device_saves_and_four_of_two_processes_go_on(one_device, commands, 
 
 
 def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, commands, tmp_path):
-    workdir = str(tmp_path / "two")
-    split = launch(commands, workdir, 2, 4, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    workdir, words = str(tmp_path / "two"), f"--config.data.vocabulary={one_device[0]}/{WORDS}"
+    four = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    split = launch(commands, workdir, 2, 4, *four, words)
     assert_same(split, one_device[1])
     forget_the_end(workdir)
-    assert_same(launch(commands, workdir, 1, 1), one_device[1])
+    assert_same(launch(commands, workdir, 1, 1, words), one_device[1])
 
 
 def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
@@ -73,7 +75,8 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
     system = fsspec.filesystem("s3")
     system.put(f"{one_device[0]}/", "bucket/processes/", recursive=True)
     system.rm("bucket/processes/checkpoints/5", recursive=True)
-    assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
+    # Each process has a half of every parameter.
+    assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=4"), one_device[1])
     written = system.find("bucket/processes/checkpoints/5/params")
     assert {part for name in written for part in name.split("/") if part.startswith("ocdbt.")} == {
         *("ocdbt.process_0", "ocdbt.process_1")
