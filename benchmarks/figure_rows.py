@@ -194,6 +194,7 @@ MEASUREMENTS = (
 # Rows that no measurement gives, by the beginnings of their names.
 NOT_AGAIN = {
     "demo/whole": "the clock of a fresh clone; run launch/demo.sh",
+    "averaging/": "the recipes with another schedule, a core each; run the commands",
     "demo_0_1/": "the recipe of version 0.1",
     "emoji/core_minutes": "a run bound to one core",
     "emoji_0_1/": "the recipe of version 0.1",
