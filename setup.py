@@ -39,7 +39,7 @@ setuptools.setup(
         "coca_jax.report": ["templates/*", "templates/layouts/*"],
         "coca_jax.serving": ["page/*"],
     },
-    entry_points={"console_scripts": ["coca-jax = coca_jax.cli:main"]},
+    entry_points={"console_scripts": ["coca-jax = coca_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",

@@ -1,12 +1,24 @@
-"""`python -m coca_jax` is the command `coca-jax`."""
+"""`coca-jax`, and `python -m coca_jax`, up to the imports of its commands."""
+
+from __future__ import annotations
 
 import sys
 
-from coca_jax.training import stopping
 
-if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
-    stopping.install()  # before the imports of cli: a request to stop may come at any moment
+def main() -> None:
+    """Runs `cli.main`. Whoever asks it to stop while that is imported is heard as well."""
+    try:
+        from coca_jax.training import stopping
 
-from coca_jax import cli  # noqa: E402
+        if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
+            stopping.install()
+        from coca_jax import cli
 
-cli.main()
+        cli.main()
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,7 @@ class Checkpoints:
             return
         self._reopen()
         why = "on another process" if problem is None else _first_line(problem)
-        raise SaveFailed(f"could not finish a save: {why}") from problem
+        raise SaveFailed(f"could not finish a save in {self.directory}: {why}") from problem
 
     def wait_for(self, step: int) -> None:
         """`wait`, and SaveFailed unless `step` is then among the whole ones."""

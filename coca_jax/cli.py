@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, engines, quiet, recipes
+from coca_jax import compile_cache, engines, extras, quiet, recipes
 from coca_jax.training import stopping
 
 COMMANDS = {
@@ -106,6 +107,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
     sys.argv = [f"coca-jax {name}", *([] if wants_help else given)]
     quiet.environment()
+    check_platforms(os.environ.get("JAX_PLATFORMS", ""))
     if name != "compile":  # it says how long the compiler took
         compile_cache.use()
     module = importlib.import_module(f"coca_jax.{name}")
@@ -122,6 +124,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
         # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+            quiet.checkpoints()
         # One process that was given a coordinator speaks through Gloo too.
         if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 0:
             quiet.standard_output()
@@ -132,8 +135,23 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
                     print(json.dumps(result), flush=True)
         except (ValueError, OSError) as error:
             fail(str(error))
+        except RuntimeError as error:
+            if "Unable to initialize backend" not in str(error):
+                raise
+            fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {error}")
 
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
+
+
+def check_platforms(wanted: str) -> None:
+    """Fails for a JAX_PLATFORMS of GPUs alone where JAX's package for them is missing: JAX itself
+    would end with an AssertionError without a text."""
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if wanted in ("cuda", "gpu") and not any(map(importlib.util.find_spec, plugins)):
+        fail(
+            f"JAX_PLATFORMS={wanted}: JAX has no CUDA in this environment; unset it to run on the "
+            f"CPU, or {extras.remedy('cuda')}"
+        )
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--batch={args.batch}: give at least 1 row")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
+    if args.format == "onnx":
+        _onnx().packages()
     storage.check_out(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
@@ -122,12 +124,16 @@ def _to_hub(model: CoCaModel) -> dict[str, Any]:
     return summary
 
 
-def _to_onnx(model: CoCaModel) -> dict[str, Any]:
+def _onnx() -> Any:
     from coca_jax.inference import export_onnx
 
+    return export_onnx
+
+
+def _to_onnx(model: CoCaModel) -> dict[str, Any]:
     args = flags.FLAGS
     with cli.waiting("converting the programs and running them beside the model"):
-        found = export_onnx.export(model, args.out, batch=args.batch, int8=args.int8)
+        found = _onnx().export(model, args.out, batch=args.batch, int8=args.int8)
     return _told(found.pop("files")) | found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+_OF_SAVES = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")  # of Orbax
 GOOGLE, ACCELERATORS = "0x1ae0", ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
 
 
@@ -50,6 +52,26 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
+
+
+def checkpoints() -> None:
+    """Drops what Orbax and TensorStore print of saves and restores that fail: two hundred lines of
+    tracebacks where the disk is full, a traceback an array where files are missing. Whoever saves
+    or restores says in a line what went wrong."""
+    logging.getLogger("absl").addFilter(_not_of_saves)
+    before = sys.unraisablehook
+
+    def hook(found: sys.UnraisableHookArgs, /) -> None:
+        # Other reads come to their end after the first one that failed has closed the loop.
+        if found.object is not None or str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
+
+
+def _not_of_saves(record: logging.LogRecord) -> bool:
+    path = pathlib.PurePath(record.pathname)
+    return "orbax" not in path.parts or path.name not in _OF_SAVES
 
 
 def has_accelerator() -> bool:

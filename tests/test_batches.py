@@ -11,6 +11,7 @@ from PIL import Image
 from coca_jax import prepare
 from coca_jax.config import typed
 from coca_jax.data import images, prompts, run_vocabulary, sources, texts
+from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, class_names
 from coca_jax.evaluators import tasks
@@ -289,6 +290,14 @@ def test_vocabulary_of_a_run(mixture, data, tmp_path):
     config.data.vocabulary = str(tmp_path / "given.model")
     given = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     assert given.checksum == vocabulary.checksum and (tmp_path / "run/vocabulary.model").exists()
+    # A start that is refused leaves no vocabulary behind for the next one to meet.
+    config.model.text.vocab_size = 300
+    with pytest.raises(ValueError, match="vocab_size=300 is less"):
+        run_vocabulary.load_or_train(config, str(tmp_path / "refused"))
+    assert not (tmp_path / "refused/vocabulary.model").exists()
+    vocabularies.train(["other texts"] * 50, 320, tmp_path / "run/vocabulary.model", 0)
+    with pytest.raises(ValueError, match="or remove that file: no run began here yet"):
+        run_vocabulary.load_or_train(config, str(tmp_path / "run"))
 
 
 def test_label_texts_shuffle_names_and_prompts():

@@ -1,14 +1,18 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
+import importlib.util
+import logging
 import os
 import runpy
+import subprocess
 import sys
 import time
+import types
 
 import forks
 import pytest
 
-from coca_jax import cli
+from coca_jax import cli, quiet
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
 STARTS = {
@@ -54,6 +58,48 @@ def test_alone_it_lists_every_command_in_a_line(arguments, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
     assert named == list(cli.COMMANDS) == list(STARTS)
+
+
+def test_a_platform_that_jax_has_no_package_for_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for wanted in ("", "cpu", "cuda,cpu", "tpu"):
+        cli.check_platforms(wanted)
+    with pytest.raises(SystemExit, match="2"):
+        cli.check_platforms("cuda")
+    said = capsys.readouterr().err
+    assert said.startswith("error: JAX_PLATFORMS=cuda: JAX has no CUDA in this environment; unset")
+    assert "pip install" in said and said.count("\n") == 1
+
+
+def test_ctrl_c_while_commands_are_imported_is_a_line():
+    code = "import os, signal, sys; from coca_jax.__main__ import main; light = set(sys.modules)\n"
+    code += "assert not {'absl', 'coca_jax.cli', 'ml_collections'} & light\n"
+    code += "sys.argv = ['coca-jax', 'caption']\n"
+    code += "class Early:\n    def find_spec(self, name, path=None, target=None):\n"
+    code += "        if name == 'coca_jax.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.meta_path.insert(0, Early())\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "ended by Ctrl-C\n")
+
+
+def test_a_save_or_restore_that_fails_is_the_run_s_line_and_not_orbax_s(monkeypatch):
+    absl, passed = logging.getLogger("absl"), []
+    monkeypatch.setattr(absl, "filters", [])
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: passed.append(found.exc_value))
+    quiet.checkpoints()
+    errors = [RuntimeError("Event loop is closed"), RuntimeError("another")]
+    for error in errors:
+        args = dict(exc_type=RuntimeError, exc_value=error, object=None)
+        sys.unraisablehook(types.SimpleNamespace(**args))
+    assert passed == errors[1:]
+    for name, shown in (
+        ("x/orbax/checkpoint/_src/futures/future.py", False),
+        ("x/orbax/checkpoint/checkpoint_manager.py", False),
+        ("x/orbax/checkpoint/_src/handlers/pytree_checkpoint_handler.py", True),
+        ("x/mine/future.py", True),
+    ):
+        record = logging.LogRecord("absl", logging.ERROR, name, 1, "no space", (), None)
+        assert bool(absl.filter(record)) is shown
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 import coca_jax
+from coca_jax import export
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.models.pixels import normalise_pixels
 
@@ -128,3 +130,13 @@ def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path
 
 def wanted_of(found):
     return found.image_embedding, found.text_embedding, found.image_tokens, found.logits
+
+
+def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    given = dict(checkpoint="nowhere", out=str(tmp_path / "out"), format="onnx", push="")
+    args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch=1)
+    monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=args))
+    with pytest.raises(ValueError, match="--format=onnx needs jax2onnx: pip install"):
+        export.main(["export"])
+    assert not (tmp_path / "out").exists()

@@ -38,9 +38,11 @@ def load_or_train(
     if storage.place(path).exists():
         vocabulary = vocabularies.load(path)
         if given is not None and given.checksum != vocabulary.checksum:
+            began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
             raise ValueError(
                 f"data.vocabulary={place} (sha256 {given.checksum[:12]}) is not "
                 f"what {path} holds ({vocabulary.checksum[:12]}); use a new workdir"
+                + ("" if began else ", or remove that file: no run began here yet")
             )
     elif process_index:
         deadline = time.time() + 3600
@@ -50,6 +52,7 @@ def load_or_train(
             time.sleep(1)
         vocabulary = vocabularies.load(path)
     elif given is not None:
+        _check(config, given)  # before anything is left in the workdir
         given.save(path)
         vocabulary = given
     else:
@@ -63,10 +66,14 @@ def load_or_train(
             "vocabulary: %d pieces trained in %.1f s -> %s",
             *(vocabulary.size, time.time() - started, path),
         )
+    _check(config, vocabulary)
+    return vocabulary
+
+
+def _check(config: Config, vocabulary: Vocabulary) -> None:
     checks.check_vocabulary(config.model, vocabulary.size)
     if config.data.label_token and vocabulary.label_id is None:
         raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
-    return vocabulary
 
 
 def _load_given(place: str, named: bool) -> Vocabulary:

@@ -107,6 +107,10 @@ def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     directory, _ = checkpointing.find_step(path)
     params, config = checkpointing.load_params(path)
     file = directory.parent / "vocabulary.model"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing, the run's own vocabulary; copy it there from where the run was"
+        )
     words = vocabulary.load(str(file))
     if config.vocabulary_checksum not in ("", words.checksum):
         raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
