@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import COMPILE_FAST
+from docs_walk import ROOT
 
 from coca_jax import checkpointing, quiet
 from coca_jax.metrics import read_metrics
@@ -260,3 +261,20 @@ def test_thirty_times_at_random_moments(whole, cache, tmp_path, capsys):
             run += 1
     with capsys.disabled():
         print("", *seen, sep="\n")
+
+
+def test_ctrl_c_in_an_import_ends_at_once_and_elsewhere_unwinds(tmp_path):
+    """Raised inside a library that is being loaded, KeyboardInterrupt crashed jaxlib."""
+    ask = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+    (tmp_path / "loaded.py").write_text(
+        f"try:\n    {ask}except BaseException:\n    print('seen')\n"
+    )
+    begin = "from coca_jax.training import stopping; stopping.end_on_interrupt()\n"
+    for code, status, said in (
+        ("import loaded", 130, ("", "ended by Ctrl-C\n")),
+        (f"try:\n    {ask}except KeyboardInterrupt:\n    print('unwound')", 0, ("unwound\n", "")),
+    ):
+        command = [sys.executable, "-c", begin + code]
+        env = dict(os.environ, PYTHONPATH=f"{ROOT}:{tmp_path}")
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert (done.returncode, (done.stdout, done.stderr)) == (status, said)

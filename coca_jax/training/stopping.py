@@ -228,11 +228,12 @@ def end_on_interrupt() -> None:
     """For a command that saves nothing, before its imports: Ctrl-C ends it within GRACE seconds.
 
     KeyboardInterrupt is raised as usual, so that unfinished files are removed; where the main
-    thread is inside C++ and does not see it, or a library swallows it, the process ends anyway.
+    thread is inside C++ and does not see it, or a library swallows it, the process ends anyway. In
+    an import it ends at once: raised there, it can be a segmentation fault of the library's.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupted)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def watch() -> None:
@@ -242,6 +243,14 @@ def end_on_interrupt() -> None:
         leave("ended by Ctrl-C", EXIT_AT_ONCE)
 
     threading.Thread(target=watch, name="interrupt", daemon=True).start()
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            leave("ended by Ctrl-C", EXIT_AT_ONCE)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def current() -> Stop:
