@@ -13,7 +13,6 @@ import time
 
 import pytest
 from conftest import COMPILE_FAST
-from docs_walk import ROOT
 
 from coca_jax import checkpointing, quiet
 from coca_jax.metrics import read_metrics
