@@ -186,3 +186,26 @@ def test_a_source_that_cannot_be_read_at_all_stops_the_run(run, monkeypatch):
         next(stream)
     stream.close()
     assert np.array_equal(mixture.rows(0, 1).here, [4, 4])
+
+
+def test_texts_that_are_too_long_for_the_model_are_said_once(caplog):
+    config = data_config(dict(builtin="scenes", weight=1.0), batch=64)
+    config.model.image_size = 8
+    vocabulary = run_vocabulary.vocabularies.train(["a red circle", "blue"] * 9, 300, "memory://v")
+
+    def warnings(max_len):
+        config.model.text.max_len = max_len
+        stream = DirectStream(Batches(config, vocabulary))
+        caplog.clear()
+        taken = take(stream, 12)
+        stream.close()
+        full = sum(int(batch["text_valid"][:, -1].sum()) for batch in taken[:8])
+        return full, [line for line in caplog.messages if "max_len" in line]
+
+    full, said = warnings(100)
+    assert 26 < full < 512 and said == [
+        f"scenes [train]: {full} of the first 512 texts fill all model.text.max_len=100 tokens, "
+        "and what is longer loses its end; raise it to learn them whole"
+    ]
+    full, said = warnings(600)
+    assert full == 0 and said == []

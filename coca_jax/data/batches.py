@@ -18,7 +18,7 @@ from coca_jax.config import Config
 from coca_jax.data import features as kept_features
 from coca_jax.data import pixels as pixel_work
 from coca_jax.data import stages
-from coca_jax.data.examples import Examples, Tally
+from coca_jax.data.examples import Examples, Lengths, Tally
 from coca_jax.data.mixture import Mixture, Rows
 from coca_jax.data.vocabulary import Vocabulary
 
@@ -209,6 +209,7 @@ class Stream(abc.ABC):
         self._batches, self.step = batches, start_step
         self._made: Made | None = None
         self._tallies = [Tally(e.source, e.max_bad_fraction) for e in batches.examples]
+        self._lengths = [Lengths(e.source.name, e.max_len) for e in batches.examples]
 
     @abc.abstractmethod
     def _make(self) -> Made:
@@ -219,8 +220,11 @@ class Stream(abc.ABC):
 
     def __next__(self) -> dict[str, np.ndarray]:
         made = self._made = self._made or self._make()
+        full = made.arrays["source"][made.arrays["text_valid"][:, -1]]
         for number, bad in made.bad.items():
-            self._tallies[number].add(self._batches.rows_at(self.step).here[number], bad)
+            rows = self._batches.rows_at(self.step).here[number]
+            self._tallies[number].add(rows, bad)
+            self._lengths[number].add(rows, int((full == number).sum()))
         self._made = None
         self.step += 1
         return made.arrays

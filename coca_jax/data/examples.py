@@ -38,6 +38,7 @@ class Examples:
         number: of it.
         pixels: decodes its images.
         max_bad_fraction: of undecodable images that are tolerated.
+        max_len: tokens that a text may have.
 
     Raises:
         ValueError: data.label_token is set and the vocabulary has no such symbol.
@@ -62,11 +63,12 @@ class Examples:
         self._skip_unknown = config.head.unknown == "skip"
         self.teacher_width = config.loss.teacher_width
         self.max_bad_fraction = config.data.max_bad_fraction
+        self.max_len = config.model.text.max_len
         self._tokenize = Tokenizer(
             functools.partial(
                 self._kind.encode,
                 vocabulary,
-                max_len=config.model.text.max_len,
+                max_len=self.max_len,
                 label_token=config.data.label_token,
             )
         )
@@ -228,6 +230,35 @@ def too_many(source: Source, bad: Mapping[int, str], seen: int, fraction: float)
         f"data source {source.name}: {len(bad)} undecodable images among {seen} seen, more than "
         f"data.max_bad_fraction={fraction:g} allows; first: {next(iter(bad.values()))}"
     )
+
+
+class Lengths:
+    """Looks whether many of a source's first texts are as long as a text may be: most of those were
+    longer and lost their end, which no loss shows.
+
+    Args:
+        name: of the source.
+        max_len: tokens that a text may have, begin and end included.
+    """
+
+    FIRST, SHARE = 512, 0.05  # texts to look at; as many of them are no chance
+
+    def __init__(self, name: str, max_len: int):
+        self._name, self._max_len = name, max_len
+        self._seen = self._full = 0
+
+    def add(self, rows: int, full: int) -> None:
+        """Counts a batch's rows of the source, and those that have all of the tokens; says it in
+        the log, once, where they are many."""
+        if self._seen >= self.FIRST:
+            return
+        self._seen, self._full = self._seen + rows, self._full + full
+        if self._seen >= self.FIRST and self._full > self.SHARE * self._seen:
+            logging.warning(
+                "%s: %d of the first %d texts fill all model.text.max_len=%d tokens, and what is "
+                "longer loses its end; raise it to learn them whole",
+                *(self._name, self._full, self._seen, self._max_len),
+            )
 
 
 class Tally:
