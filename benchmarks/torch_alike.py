@@ -200,7 +200,7 @@ class Alike(nn.Module):
         image = self.generative_pooler(self.final_norm(x))
         pooled = self.image_to_joint(self.contrastive_pooler(image)[:, 0])
         length = tokens.shape[1]
-        x = self.token_embedding[tokens] + self.text_positions[:length]
+        x = F.embedding(tokens, self.token_embedding) + self.text_positions[:length]
         last = (self.cls + self.text_positions[-1]).expand(len(x), 1, -1)
         x = torch.cat([x, last], 1)
         seen = F.pad(valid, (0, 1), value=True)[:, None, None, :]

@@ -141,10 +141,6 @@ class Run:
         config = config.change({"image_sizes": (), "batch_size": self.data.batch})
         if not self.row.drawing:
             config = config.change({"data.augment": "none"})
-        if self.row.compact:  # names alone, where they also come as labels in prompts
-            names = tuple(e for e in config.data.sources if e.kind == "caption")
-            if data == "emoji":
-                config = config.change({"data.sources": names})
         self.config = config
         vocabulary = Words(False).bpe
         self.batches = Batches(config, vocabulary)

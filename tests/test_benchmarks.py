@@ -9,10 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from coca_jax import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(ROOT))
 
+import emoji  # noqa: E402
 import settings  # noqa: E402
 import table  # noqa: E402
 
@@ -98,6 +102,58 @@ def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
         assert np.isfinite(scores["captioning/scenes_test/perplexity"])
 
 
+def few_emoji(folder):
+    """Twelve names drawn by four vendors each, prepared as data/emoji is."""
+    (folder / "raw").mkdir()
+    lines = []
+    for number in range(48):
+        color, which = divmod(number, 4)
+        picture = Image.new("RGBA", (72, 72), (20 * color, 255 - 20 * color, 60 * which, 255))
+        picture.save(folder / f"raw/{number}.png")
+        about = dict(vendor=list(emoji.VENDORS)[which], concept=str(color), label=["colors"])
+        text = f"colour {color} of {12 - color}"
+        lines.append(dict(file_name=f"{number}.png", text=text, **about))
+    (folder / "raw/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prepare.prepare("imagefolder", str(folder / "raw"), str(folder / "emoji"), progress=False)
+
+
+@pytest.mark.torch
+def test_the_reference_learns_names_of_drawings(tmp_path, monkeypatch):
+    """By its light ConvNet, Muon, and CLIP's ids that occur; of a vendor that it has not seen all
+    drawings are scored, among all names."""
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    import torch
+    import torch_row
+
+    few_emoji(tmp_path)
+    small(monkeypatch)
+    small_data = settings.Data("emoji", 1.0, (), width=32, heads=2, batch=8)
+    monkeypatch.setitem(settings.DATA, "emoji", small_data)
+    made = torch_row.Run("torch_reference", "emoji", str(tmp_path), 12, 0)
+    sizes = [(m.in_channels, m.out_channels, m.stride[0]) for m in made.model.visual.conv1[::3]]
+    assert sizes == [
+        (3, 32, 2),
+        (32, 64, 2),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 32, 1),
+    ]
+    rules = torch_row.optimizers(made.model, made.row)
+    assert [type(rule) for rule in rules] == [torch.optim.AdamW, torch.optim.Muon]
+    assert {group["lr"] for rule in rules for group in rule.param_groups} == {1.5e-3}
+    assert (
+        made.words.size == 2 + 10 + 2 + 2
+    )  # two words, ten digits, padding and others, two symbols
+    batch = torch_row.DirectStream(made.batches)
+    assert {str(t) for t in next(batch)["is_label"]} == {"False"}
+    assert made.train(str(tmp_path / "run")) == 12 * 8
+    scores = made.score(str(tmp_path / "run"))
+    made.batches.close()
+    assert scores["retrieval/emoji_openmoji/num_images"] == 12
+    assert 0 <= scores["captioning/emoji_openmoji/exact_match"] <= 1
+
+
 def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):
     """Start 30 s, a step 0.5 s."""
     monkeypatch.setattr(run, "call", lambda act, args, seed, steps, place: ({}, 30 + 0.5 * steps))
@@ -107,8 +163,6 @@ def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):
 
 
 def test_drawings_are_found_under_the_names_of_their_packages():
-    import emoji
-
     one = dict(unified="2764-FE0F", non_qualified="2764")
     assert emoji.places(one, "a/{lower}.png") == ["a/2764-fe0f.png", "a/2764.png", "a/2764.png"]
     blue = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="2" height="2" '
