@@ -65,6 +65,8 @@ if [[ $ACCELERATOR == nvidia-* ]]; then
   processes+=", \"--process_id=\$(JOB_COMPLETION_INDEX)\""
   ((hosts > 1)) || processes=""
 else
+  [[ $ACCELERATOR == tpu-* ]] ||
+    fail "ACCELERATOR=$ACCELERATOR; it is a node label, as tpu-v5-lite-podslice or nvidia-h100-80gb"
   [[ ${TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "set TOPOLOGY, for example 16x16"
   chips=${CHIPS:-4} replicas=${SLICES:-1} resource=google.com/tpu
   whole CHIPS "$chips"

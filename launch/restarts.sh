@@ -18,6 +18,14 @@ for setting in RESTARTS PAUSE STEADY; do
   }
 done
 
+# The value of --workdir among train's flags; nothing where they have none.
+workdir_of() {
+  local flag
+  for flag in "$@"; do
+    [[ $flag != --workdir=* ]] || printf '%s' "${flag#--workdir=}"
+  done
+}
+
 # Succeeds when a run that ended with STATUS is to be started again, and says why on standard error.
 starts_again() {
   local ran=$((SECONDS - started))

@@ -38,6 +38,7 @@ gpus=${GPUS:-8}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$gpus; it must be a whole number above 0"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+[[ -n $(workdir_of "$@") ]] || fail "give --workdir=DIR behind --, on a disk that all nodes share"
 if [[ -n ${SETUP:-} ]]; then
   python=python3
 else

@@ -56,6 +56,11 @@ place=(--zone="$ZONE")
 [[ -z ${PROJECT:-} ]] || place+=(--project="$PROJECT")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+if [[ $command == run || $command == all ]]; then
+  workdir=$(workdir_of "${train_flags[@]}")
+  [[ $workdir == gs://* || $workdir == /* ]] ||
+    fail "--workdir=$workdir; give gs://BUCKET/run, or the full path of a disk that all workers share"
+fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if ((!dry_run)) && ! command -v gcloud >/dev/null; then

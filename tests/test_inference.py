@@ -11,7 +11,7 @@ from PIL import Image
 
 from coca_jax import inference
 from coca_jax.data import vocabulary
-from coca_jax.inference import export_programs
+from coca_jax.inference import export_programs, loading
 from coca_jax.models import coca
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
@@ -172,3 +172,12 @@ def test_import_is_cheap_and_without_tensorflow():
         "import coca_jax.inference; assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_without_its_vocabulary_says_what_is_missing(tmp_path, monkeypatch):
+    from coca_jax import checkpointing
+
+    monkeypatch.setattr(checkpointing, "find_step", lambda path: (tmp_path / "checkpoints", 1))
+    monkeypatch.setattr(checkpointing, "load_params", lambda path: ({}, None))
+    with pytest.raises(FileNotFoundError, match="vocabulary.model is missing, the run's own"):
+        loading._read_run(str(tmp_path))

@@ -152,6 +152,7 @@ def test_gke_quotes_whatever_it_is_given():
         (SLICE | {"TOPOLOGY": "3x3"}, FLAGS, "does not divide"),
         (SLICE | {"NAME": "Coca 1"}, FLAGS, "NAME=Coca 1"),
         (SLICE, ["--", "--workdir=runs/a"], "--workdir=runs/a"),
+        (SLICE | {"ACCELERATOR": "v5e"}, FLAGS, "ACCELERATOR=v5e; it is a node label"),
         (SLICE | {"RESTARTS": "many"}, FLAGS, "RESTARTS=many"),
         (SLICE, [], "after --"),
     ],
@@ -179,6 +180,16 @@ def test_tpu_pod_names_the_missing_setting(missing):
     env = {k: v for k, v in TPU.items() if k != missing}
     done = launch("tpu_vm.sh", "create", "--dry_run", **env)
     assert done.returncode == 2 and f"set {missing}" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "all"])
+@pytest.mark.parametrize("flags", [["--config=tiny"], ["--config=tiny", "--workdir=runs/a"]])
+def test_tpu_pod_wants_a_workdir_that_all_workers_see_before_it_rents_one(command, flags):
+    done = launch("tpu_vm.sh", command, "--dry_run", "--", *flags, **TPU)
+    assert done.returncode == 2 and "give gs://BUCKET/run, or the full path" in done.stderr
+    assert not done.stdout
+    done = launch("slurm.sh", "--dry_run", "--", flags[0])
+    assert done.returncode == 2 and "give --workdir=DIR behind --" in done.stderr
 
 
 def test_slurm_script_runs_one_task_a_gpu():
