@@ -105,12 +105,14 @@ def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
     assert kernels.work(name, list(types)) == (8, moved)
     stack = ["s32[1]", "bf16[40,32,64,1408]", "f32[1,1408]", *["bf16[32,64,1408]"] * 2]
     assert kernels.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
+    rows = ["s32[1]", "bf16[40,8,1024,1408]", "f32[1,1408]", *["bf16[8,1024,1408]"] * 2]
+    assert kernels.work("norm_gradient", rows)[0] == 8 * 4  # a row in four steps
     long = ["s32[1]", *["bf16[8,1024,1408]"] * 3]  # 128 queries a step, and backward 256 keys
     one = 2 * 8 * 1024 * 1408
     assert kernels.work("long_attention_16_heads", long) == (8 * 8, 4 * one)
     gradient = [*long, *["bf16[8,1024,1408]"] * 2, "f32[8,1024,128]"]
-    passes = 3 * 4 + 1 + 4  # queries, results and gradients for each block of keys; results
-    assert kernels.work("long_attention_gradient_16_heads", gradient) == (8 * 4 * 8, passes * one)
+    # Queries, results and gradients for each block of keys; results.
+    assert kernels.work("long_attention_gradient_16_heads", gradient) == (8 * 4 * 8, 17 * one)
 
 
 @pytest.mark.tpu_backend
@@ -119,12 +121,11 @@ def test_the_compiler_s_schedule_of_a_kernel_is_counted(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # libtpu does not know all of a CPU's
     short, long = (["s32[1]", *[f"bf16[8,{n},256]"] * 3] for n in (64, 256))
     row = "bf16[8,1024,256]"
-    gradient = ["s32[1]", *[row] * 5, "f32[8,1024,128]"]
     calls = [
         ("attention_4_heads", short),
         ("attention_4_heads", long),
         ("long_attention_4_heads", ["s32[1]", *[row] * 3]),
-        ("long_attention_gradient_4_heads", gradient),
+        ("long_attention_gradient_4_heads", ["s32[1]", *[row] * 5, "f32[8,1024,128]"]),
     ]
     few, many, *blocks = kernels.bundles("v5e:2x2", {}, calls)
     # The weights of 4 heads of 256 x 256 are 256 registers' worth; each is exponentiated, at least.

@@ -58,7 +58,9 @@ def work(name: str, types: list[str]) -> tuple[int, int]:
     arrays = [shape for dtype, shape in map(parse, types) if dtype == "bfloat16"]
     batch, n, width = arrays[0][-3:]
     if name.startswith("norm_gradient"):
-        return batch // norm_kernel.rows_per_step(batch, n), 4 * 2 * batch * n * width
+        part = norm_kernel.at_once(n)
+        steps = batch // norm_kernel.rows_per_step(batch, part) * (n // part)
+        return steps, 4 * 2 * batch * n * width
     if name.startswith("long_attention"):
         return long_attention_kernel.work(name, arrays)
     m = arrays[1][-2]

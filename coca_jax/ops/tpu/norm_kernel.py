@@ -57,36 +57,35 @@ def backward(
     Returns (gradient of x, bfloat16 [B, N, D]; float32 [B, 3, D], or more rows than B of shorter
     parts, sums over N of: the gradient of scale, that of the norm's bias, the first result).
     """
-    shape = gradient.shape
-    n, width = at_once(shape[1]), shape[2]  # shares of long rows are rows of their own
-    x, gradient, beside = (a.reshape((*a.shape[:-3], -1, n, width)) for a in (x, gradient, beside))
-    batch = gradient.shape[0]
+    batch, length, width = gradient.shape
+    n = at_once(length)
+    parts = length // n  # of a row, where it is long: then a step takes one
     rows = rows_per_step(batch, n)
-    block = pl.BlockSpec((rows, n, width), lambda b, i: (b, 0, 0))
-    of_stack = pl.BlockSpec((None, rows, n, width), lambda b, i: (i[0], b, 0, 0))
+    block = pl.BlockSpec((rows, n, width), lambda b, p, i: (b, p, 0))
+    of_stack = pl.BlockSpec((None, rows, n, width), lambda b, p, i: (i[0], b, p, 0))
+    of_sums = pl.BlockSpec((rows, 3, width), lambda b, p, i: (b * parts + p, 0, 0))
     kernel = functools.partial(_backward, epsilon=epsilon)
-    dx, sums = pl.pallas_call(
+    return pl.pallas_call(
         lambda index, *refs: kernel(*refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch // rows,),
+            grid=(batch // rows, parts),
             in_specs=[
                 block if x.ndim == 3 else of_stack,
-                pl.BlockSpec((1, width), lambda b, i: (0, 0)),
+                pl.BlockSpec((1, width), lambda b, p, i: (0, 0)),
                 block,
                 block,
             ],
-            out_specs=[block, pl.BlockSpec((rows, 3, width), lambda b, i: (b, 0, 0))],
+            out_specs=[block, of_sums],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, n, width), gradient.dtype),
-            jax.ShapeDtypeStruct((batch, 3, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, width), gradient.dtype),
+            jax.ShapeDtypeStruct((batch * parts, 3, width), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="norm_gradient",
         interpret=interpret,
     )(jnp.asarray(index, jnp.int32).reshape(1), x, scale[None], gradient, beside)
-    return dx.reshape(shape), sums
 
 
 def _backward(x, scale, gradient, beside, dx, sums, *, epsilon):
