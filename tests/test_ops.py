@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ops_cases import arrays, assert_close_with_gradients
 
@@ -78,6 +79,38 @@ def test_options_of_the_compiler_are_ones_that_it_knows():
     assert ops.compiler_options("gpu") == ops.compiler_options("cuda") == gpu.COMPILER_OPTIONS
     run = jax.jit(lambda x: x + 1, compiler_options=ops.compiler_options("cpu"))
     assert run(1.0) == 2.0
+
+
+def test_a_step_on_a_cpu_writes_moments_in_place():
+    """Without the compiler's option each of AdamW's two would be copied whole first."""
+    options = dict(ops.compiler_options("cpu"))
+    if not options.pop("xla_cpu_copy_insertion_use_region_analysis", False):
+        pytest.skip("this jaxlib has no such option")
+    rule = optax.adamw(0.1)
+    params = {name: arrays(256, 256, seed=seed)[0] for seed, name in enumerate("ab")}
+    gradients = jax.tree.map(lambda x: x + 1, params)
+
+    def step(state, gradients):
+        params, moments = state
+        finite = jnp.isfinite(gradients["a"][0, 0])
+        updates, new = rule.update(gradients, moments, params)
+        moved = jax.tree.map(jnp.add, params, updates)
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), (moved, new), state)
+
+    def compiled(options):
+        run = jax.jit(step, donate_argnums=0, compiler_options=options)
+        return run.lower((params, rule.init(params)), gradients).compile()
+
+    both = [compiled(o) for o in (ops.compiler_options("cpu"), options)]
+    temporaries = [program.memory_analysis().temp_size_in_bytes for program in both]
+    moments = 2 * 2 * 256 * 256 * 4
+    assert temporaries[0] < 0.1 * moments < 0.9 * moments <= temporaries[1]
+    own, other = (
+        jax.tree.leaves(program(jax.tree.map(jnp.array, (params, rule.init(params))), gradients))
+        for program in both
+    )
+    for x, y in zip(own, other):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("queries,keys", [(1, 9), (9, 9), (8, 8), (8, 5)])

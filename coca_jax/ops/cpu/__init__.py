@@ -31,18 +31,26 @@ from coca_jax.ops.reference import (
 )
 
 # Since 0.10 jaxlib has two libraries for a CPU. YNNPACK's convolutions take twice the time of
-# Eigen's, forward and backward; products are left to it. See docs/performance.md.
-OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# Eigen's, forward and backward; products are left to it. Without the second, both of AdamW's
+# moments are copied whole before they are written in place. See docs/performance.md.
+OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+}
 
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """OPTIONS where this jaxlib knows them, else {}."""
+    """Those of OPTIONS that this jaxlib knows."""
+    return {name: value for name, value in OPTIONS.items() if _known({name: value})}
+
+
+def _known(options: dict[str, Any]) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=OPTIONS).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        return {}
-    return dict(OPTIONS)
+        return False
+    return True
 
 
 def _by_images(function: Any, images: int) -> Any | None:
