@@ -5,6 +5,8 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -80,6 +82,17 @@ def test_flags_that_cannot_be(tmp_path):
         own_data.parse("x:label:0")
     with pytest.raises(ValueError, match="names no path"):
         own_data.parse(":label")
+
+
+def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):
+    with pytest.raises(OSError, match="https://nowhere.invalid/a.tar cannot be reached: "):
+        formats.guess("https://nowhere.invalid/a.tar")
+    table = pa.table({"URL": ["https://nowhere.invalid/1.jpg"], "TEXT": ["one"]})
+    pq.write_table(table, tmp_path / "laion.parquet")
+    with pytest.raises(ValueError, match=r"\['URL', 'TEXT'\]; pictures by URL alone are fetched"):
+        splits.prepare("parquet", str(tmp_path), str(tmp_path / "p"), processes=1, progress=False)
+    with pytest.raises(FileNotFoundError, match="as the recipe's first lines say, or name your"):
+        sources.open_source(str(tmp_path / "absent"))
 
 
 def test_a_folder_tells_its_format_and_splits(tmp_path):

@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from coca_jax import storage
 from coca_jax.data import bounded_json, files, images, videos
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
@@ -33,6 +34,7 @@ def guess(path: str) -> str:
 
     Raises:
         FileNotFoundError: nothing there.
+        OSError: its store or host does not answer.
         ValueError: a folder without anything that can be read, or a file of no known kind; the
             text says what there is.
     """
@@ -47,7 +49,14 @@ def guess(path: str) -> str:
                 "images, tars, parquet, CSV or TSV"
             )
         return found
-    if not system.isdir(plain):
+    try:
+        folder = system.isdir(plain)
+    except Exception as error:
+        if not storage.is_of_network(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"{path} cannot be reached: {why}") from error
+    if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder")
     names = list(_names(path))
     tops = {name for name in names if "/" not in name}

@@ -30,7 +30,10 @@ def read_manifest(path: str) -> dict[str, Any]:
     if found is not None:
         return found
     if files.is_remote(path) or not os.path.exists(path):
-        raise FileNotFoundError(f"data source {path}: no such folder, or no {MANIFEST} in it")
+        raise FileNotFoundError(
+            f"data source {path}: no such folder, or no {MANIFEST} in it; write it with "
+            "`coca-jax prepare --out=` as the recipe's first lines say, or name your own by --data="
+        )
     raise ValueError(
         f"data source {path}: not prepared data (no {MANIFEST}); run `python -m coca_jax.prepare "
         f"--format={formats.guess(path)} --input={path} --out=DIR` and give path=DIR"

@@ -56,7 +56,9 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
             if field and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
         if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
-            raise ValueError(f"{file}: which column holds images? --image_field of {columns}")
+            urls = any(name.lower().endswith("url") for name in columns)
+            more = "; pictures by URL alone are fetched first, by img2dataset" if urls else ""
+            raise ValueError(f"{file}: which column holds images? --image_field of {columns}{more}")
         units += split_units(file, rows, ROWS_PER_UNIT, root)
     return units
 
