@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from measuring import (
+    ALIKE,
     IMPORTS,
     LOSSES,
     MOMENTS,
@@ -10,6 +11,7 @@ from measuring import (
     SEEDS,
     SIZES,
     Measurement,
+    alike,
     captions,
     compiled,
     in_place,
@@ -100,6 +102,14 @@ MEASUREMENTS = (
     ),
     Measurement(LOSSES, losses, 2, "coca-jax benchmark losses --repeats=3", clock=True),
     Measurement(PAIRS, retrieval, 1, "coca_jax.evaluators.ranks.retrieval_ranks, a process each"),
+    Measurement(
+        tuple(f"alike/{row}" for row in ALIKE),
+        alike,
+        2,
+        "taskset -c 0 python benchmarks/alike.py --repeats=7",
+        more=dict(unit="s", peer="PyTorch's model of the same layers, eager, in turn"),
+        clock=True,
+    ),
     Measurement(
         ("captions/batch_1",),
         captions(1, 1),

@@ -188,6 +188,20 @@ def captions(batch: int, beams: int, times: int = 1) -> Callable[[Given], Rows]:
     return run
 
 
+ALIKE = ("step_16", "step_8", "stem")
+
+
+def alike(given: Given) -> Rows:
+    """Seconds of a core of the emoji recipe's step, and of its stem, and of PyTorch's alike."""
+    told = json.loads(given.python(str(ROOT / "benchmarks/alike.py")).splitlines()[-1])
+
+    def one(times: Values) -> Values:
+        ours, torch = times["cpu_seconds"], times["peer_cpu_seconds"]
+        return dict(ours=ours, torch=torch, torch_ours=torch / ours)
+
+    return {f"alike/{row}": one(told[row]) for row in ALIKE}
+
+
 def trained(recipe: str, keys: dict[str, str], weights: str = "") -> Callable[[Given], Rows]:
     """Trains a recipe with three seeds (a run that is there goes on, one that is done stays) and
     takes these scores of eval.json, per cent but for those in PLAIN. weights: the recipe from whose
