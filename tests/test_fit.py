@@ -19,7 +19,7 @@ from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import splits
 from coca_jax.importers.items import Item
-from coca_jax.training import stopping
+from coca_jax.training import lease, stopping
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
 SHAPES = ("circle", "square")
@@ -258,3 +258,12 @@ def test_the_command_says_mistakes_in_a_line(commands, tmp_path):
 def test_flags_that_cannot_be(commands, arguments, message, tmp_path):
     done = commands.run(["fit", *arguments], tmp_path)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_workdir_in_which_somebody_trains_is_refused_before_anything_is_written(tmp_path):
+    folder = drawn_folder(tmp_path / "pictures", 4)
+    (tmp_path / "run").mkdir()
+    with lease.held(str(tmp_path / "run")):  # that run has not come to its config.json yet
+        with pytest.raises(lease.Held, match="run is in use: process"):
+            run.fit(Request(str(folder)), str(tmp_path / "run"))
+        assert os.listdir(tmp_path / "run") == ["lease.json"]

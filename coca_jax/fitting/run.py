@@ -23,7 +23,7 @@ from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import own_data
 from coca_jax.importers.items import Options
 from coca_jax.inference import export_programs
-from coca_jax.training import memory, stopping
+from coca_jax.training import lease, memory, stopping
 from coca_jax.training import run as training
 
 Say = Callable[[str], None]
@@ -54,10 +54,11 @@ def fit(
     kept = Kept(workdir, request)
     compile_cache.use()  # measuring, training and captions share programs
     path = pathlib.Path(workdir) / RECIPE
-    if path.exists():
-        say(f"{path} holds the choice that was made before")
-    else:
-        write_recipe(path, request, workdir, kept, change, say)
+    with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
+        if path.exists():
+            say(f"{path} holds the choice that was made before")
+        else:
+            write_recipe(path, request, workdir, kept, change, say)
     result = dict(workdir=str(workdir), recipe=str(path))
     if dry_run:
         return result
