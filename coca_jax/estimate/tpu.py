@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,11 +92,35 @@ def _scheduled(
     body: dict[str, hlo.Instruction],
 ) -> int | None:
     """Of a fusion with a schedule: its bundles, or the time to move its bytes at the memory's full
-    rate, which bundles do not show, whichever is more."""
+    rate, which bundles do not show, whichever is more. None where the bundles would be faster than
+    the chip's peak: of some loops of products they do not say how often they run."""
     if found.opcode != "fusion" or found.name not in bundles:
+        return None
+    products = _products(module, hlo.called(found)["calls"]) / chip.peak * chip.hertz
+    if bundles[found.name] < 0.99 * products:
         return None
     moved = traffic.of_fusion(module, found, body)
     return max(bundles[found.name], round(moved / chip.stream * chip.hertz))
+
+
+def _numbers(type_: str) -> int:
+    """Of an array of this type."""
+    found = re.search(r"\[([\d,]*)\]", type_)
+    return math.prod(int(n) for n in found[1].split(",") if n) if found else 0
+
+
+def _products(module: hlo.Module, computation: str) -> float:
+    """FLOPs of the products in a fusion; those over a batch count more than they are."""
+    body, total = module.computations[computation], 0.0
+    for found in body.values():
+        if found.opcode in ("dot", "convolution"):
+            left, right, out = (
+                _numbers(x) for x in (*(body[o].type for o in found.operands[:2]), found.type)
+            )
+            total += 2 * out * math.sqrt(left * right / max(1, out))  # out times what is summed
+        elif found.opcode == "fusion":
+            total += _products(module, hlo.called(found)["calls"])
+    return total
 
 
 def kernel_cycles(cost: hlo.Cost, chip: Tpu) -> dict[tuple[str, tuple[str, ...]], int]:
