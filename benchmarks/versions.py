@@ -14,7 +14,7 @@ old clone's. Prints a JSON line: {"old": {...}, "new": {...}}, medians over the 
     images, images_mib         of emoji a second of processor time in `benchmark input`; memory
     install_mib                the environment's packages, without byte code
     captions_1, captions_16,   processor seconds of 60 tokens from pixels: one image, 16, one with 6
-    beams_6, encode_32         beams; of 32 images' embeddings; float32, coca_ViT-B-32's sizes
+    beams_6, encode_16         beams; of 16 images' embeddings; float32, coca_ViT-B-32's sizes
 
 The last line is of --only=work: both versions stay, and their calls take turns; beside it stands
 "ratio", of each the median of old / new over the turns. The others are of --only=starts. Caches are
@@ -90,7 +90,7 @@ WORK = {
     "captions_1": ("caption", 1, 60, 1, 1),
     "captions_16": ("caption", 16, 60, 1, 1),
     "beams_6": ("caption", 1, 60, 6, 1),
-    "encode_32": ("encode", 32, 1),
+    "encode_16": ("encode", 16, 1),
 }
 
 
