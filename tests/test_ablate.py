@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import pytest
 
-from coca_jax import metrics, partitioning, recipes, sealed_json
+from coca_jax import ablate, metrics, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
 from coca_jax.training import run as training
 from coca_jax.training import stopping
@@ -190,3 +191,13 @@ def test_the_example_is_a_table():
     config = found.variants[3].config(dict(seed=2))
     assert (config.model.pooler.num_queries, config.steps, config.seed) == (1, 7, 2)
     assert config.batch_size == recipes.typed(recipes.load("demo")).batch_size
+
+
+def test_the_folder_of_a_run_is_no_place_for_an_ablation(tmp_path, monkeypatch):
+    path = written(tmp_path, "config = 'tiny'\n[variants.a]")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    given = types.SimpleNamespace(out=str(tmp_path / "run"), minutes=0.0)
+    monkeypatch.setattr(ablate, "flags", types.SimpleNamespace(FLAGS=given))
+    monkeypatch.setattr(recipes, "changes", dict)
+    with pytest.raises(ValueError, match="run is the folder of a run; give another one"):
+        ablate.main(["ablate", path])
