@@ -143,9 +143,11 @@ def check_resumable(
         and not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if changed:
+        remedy = "use a new --workdir or the same config"
+        if len(changed) == 1 and changed[0].startswith("steps: "):
+            remedy += f"; to train on from its weights, --config.init_from={workdir} with a new one"
         raise ValueError(
-            f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); "
-            "use a new --workdir or the same config"
+            f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); {remedy}"
         )
     if classes != list(class_names):
         raise ValueError(

@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
         name="muon",
         learning_rate=2.5e-3,
         warmup_steps=100,
-        schedule="cosine",
+        schedule="constant",  # and the mean of the last parameters, as in the demo
+        average_share=0.4,
         weight_decay=0.1,
         beta2=0.98,
     )

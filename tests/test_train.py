@@ -214,6 +214,10 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
     config.model.qk_norm = True
     with pytest.raises(ValueError, match="model.qk_norm: False there, True here"):
         run_config.check_resumable(config, old, "runs/old")
+    config.model.qk_norm = False
+    config.steps += 100
+    with pytest.raises(ValueError, match="same config; to train on .*--config.init_from=runs/old"):
+        run_config.check_resumable(config, old, "runs/old")
 
 
 @pytest.mark.parametrize(
