@@ -75,6 +75,8 @@ def test_ctrl_c_while_commands_are_imported_is_a_line():
     code = "import os, signal, sys; from coca_jax.__main__ import main; light = set(sys.modules)\n"
     code += "assert not {'absl', 'coca_jax.cli', 'ml_collections'} & light\n"
     code += "sys.argv = ['coca-jax', 'caption']\n"
+    # Who runs the tests in the background of a shell has them begin with Ctrl-C ignored.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "class Early:\n    def find_spec(self, name, path=None, target=None):\n"
     code += "        if name == 'coca_jax.cli': os.kill(os.getpid(), signal.SIGINT)\n"
     code += "sys.meta_path.insert(0, Early())\nmain()"

@@ -124,7 +124,7 @@ def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
     positions = {"visual.positional_embedding": np.broadcast_to(np.float32(0), shape)}
     found, *_ = convert._model_config(str(tmp_path / "x.bin"), "", positions)
     assert found is open_clip_config.RELEASED["coca_ViT-B-32"]
-    with pytest.raises(ValueError, match="give its JSON configuration as --model"):
+    with pytest.raises(ValueError, match="convert .* --model=CONFIG.json --out=weights"):
         convert._model_config(str(tmp_path / "x.bin"), "", {})
     with pytest.raises(FileNotFoundError, match="--model=coca_ViT-Z"):
         convert._model_config(str(tmp_path / "x.bin"), "coca_ViT-Z", {})

@@ -38,6 +38,7 @@ import multiprocessing
 import os
 import pathlib
 import py_compile
+import resource
 import shutil
 import signal
 import sys
@@ -50,6 +51,8 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_SECONDS = 1200  # a fault that hangs is one that is seen
+# So is one that computes on: so many times the processor seconds of the tests without a fault.
+LIMIT_TIMES, LIMIT_LEAST = 4, 60
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "build", "dist")
 FORK = multiprocessing.get_context("fork")
 IMPORTED = (
@@ -92,11 +95,13 @@ class SeersFirst:
         items.sort(key=lambda item: place.get(item.nodeid, len(place)))
 
 
-def run_tests(copy: pathlib.Path, tests: list[str], first: SeersFirst) -> tuple[int, str]:
-    """pytest in the copy until the first failure: its exit status (124: it took too long) and what
-    it said."""
+def run_tests(
+    copy: pathlib.Path, tests: list[str], first: SeersFirst, seconds: int = LIMIT_SECONDS
+) -> tuple[int, str]:
+    """pytest in the copy until the first failure: its exit status (124: it took too long, below 0:
+    it crashed, or had more processor seconds than these) and what it said."""
     said = copy.with_name("said.txt")
-    process = FORK.Process(target=_pytest, args=(copy, tests, first, said))
+    process = FORK.Process(target=_pytest, args=(copy, tests, first, said, seconds))
     process.start()
     process.join(LIMIT_SECONDS)
     if process.is_alive():
@@ -106,9 +111,12 @@ def run_tests(copy: pathlib.Path, tests: list[str], first: SeersFirst) -> tuple[
     return process.exitcode, said.read_text(errors="replace")
 
 
-def _pytest(copy: pathlib.Path, tests: list[str], first: SeersFirst, said: pathlib.Path) -> None:
+def _pytest(
+    copy: pathlib.Path, tests: list[str], first: SeersFirst, said: pathlib.Path, seconds: int
+) -> None:
     """The fork: a process group of its own."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -131,8 +139,10 @@ def find(copy: pathlib.Path, file: str, old: str) -> list[pathlib.Path]:
     return []
 
 
-def run_fault(copy: pathlib.Path, module: dict, fault: dict, first: SeersFirst) -> tuple[str, str]:
-    """(what became of one fault, the first failure or '')."""
+def run_fault(
+    copy: pathlib.Path, module: dict, fault: dict, first: SeersFirst, seconds: int
+) -> tuple[str, str]:
+    """(what became of one fault, the first failure or ''). seconds: of the processor, at most."""
     if "equivalent" in fault:
         return "equivalent", fault["equivalent"]
     places = find(copy, fault.get("file", module["file"]), fault["old"])
@@ -141,7 +151,7 @@ def run_fault(copy: pathlib.Path, module: dict, fault: dict, first: SeersFirst) 
     path, text = places[0], places[0].read_text()
     path.write_text(text.replace(fault["old"], fault["new"]))
     try:
-        status, said = run_tests(copy, fault.get("tests", module["tests"]), first)
+        status, said = run_tests(copy, fault.get("tests", module["tests"]), first, seconds)
     finally:
         path.write_text(text)
     if status == 0:
@@ -167,13 +177,16 @@ def run_module(name: str, only: str) -> dict[str, int]:
         checked = py_compile.PycInvalidationMode.CHECKED_HASH
         compileall.compile_dir(copy, quiet=1, invalidation_mode=checked)
         wanted = [tuple(fault.get("tests", module["tests"])) for fault in faults]
+        limits = {}
         for tests in dict.fromkeys(wanted):
+            start = _cpu_seconds()
             status, said = run_tests(copy, list(tests), first)
+            limits[tests] = LIMIT_LEAST + round(LIMIT_TIMES * (_cpu_seconds() - start))
             if status:
                 raise SystemExit(f"{said[-3000:]}\n{' '.join(tests)} fails without a fault")
-        for fault in faults:
+        for fault, tests in zip(faults, wanted):
             start = _cpu_seconds()
-            outcome, detail = run_fault(copy, module, fault, first)
+            outcome, detail = run_fault(copy, module, fault, first, limits[tests])
             counts[outcome] += 1
             seconds = _cpu_seconds() - start
             print(f"{name}: {outcome:10} {seconds:4.1f} s  {fault['name']}  {detail}", flush=True)
