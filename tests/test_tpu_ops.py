@@ -122,7 +122,7 @@ def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pai
         assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
 
 
-def test_long_sequences_take_the_kernels_for_them():
+def test_long_sequences_take_the_kernels_for_them(caplog):
     """On a CPU the program beside the kernels runs; its results are the plain form's."""
     query, key, value = arrays(1, 512, 64, count=3, dtype=jnp.bfloat16)
 
@@ -138,8 +138,11 @@ def test_long_sequences_take_the_kernels_for_them():
     single = str(jax.make_jaxpr(attend)(query[:, :1], *arrays(1, 8192, 64, count=2)))
     assert "long_attention" not in single  # float32
     mask = reference.causal_mask(512, 512)
-    masked = jax.make_jaxpr(lambda q: attention.attend(q, key, value, mask, 1))(query)
+    reference.say_once.cache_clear()
+    with caplog.at_level("WARNING", "coca_jax"):
+        masked = jax.make_jaxpr(lambda q: attention.attend(q, key, value, mask, 1))(query)
     assert "long_attention" not in str(masked)
+    assert "attention of 512 tokens to 512 runs as XLA makes it" in caplog.text
 
     def fits(n, m, width):
         shape = jax.ShapeDtypeStruct

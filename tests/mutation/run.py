@@ -52,7 +52,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_SECONDS = 1200  # a fault that hangs is one that is seen
 # So is one that computes on: so many times the processor seconds of the tests without a fault.
-LIMIT_TIMES, LIMIT_LEAST = 4, 60
+LIMIT_TIMES, LIMIT_LEAST = 2, 30
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "build", "dist")
 FORK = multiprocessing.get_context("fork")
 IMPORTED = (

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import partitioning
+from coca_jax.ops.reference import say_once
 from coca_jax.ops.tpu import attention_kernel, long_attention_kernel
 from coca_jax.ops.tpu.forms import parts_of, per_device
 from coca_jax.partitioning import active_mesh
@@ -166,6 +167,12 @@ def _on_device(kernel, plain, arrays, mask, heads):
     query, key = arrays["query"], arrays["key"]
     long = kernel in (long_attention_kernel.forward, long_attention_kernel.backward)
     if not (long or (_even(query, heads) and attention_kernel.fits(query, key))):
+        tokens = query.shape[-2], key.shape[-2]
+        if math.prod(tokens) > attention_kernel.MOST_WEIGHTS:
+            say_once(
+                f"attention of {tokens[0]:,} tokens to {tokens[1]:,} runs as XLA makes it: of so "
+                "many the kernels take bfloat16 without a mask, multiples of 16 up to about 2,500"
+            )
         return plain(**arrays, mask=mask, heads=heads)
 
     pairs = query.shape[-1] // heads <= 64 and _wide_matrix_unit()
