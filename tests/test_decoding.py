@@ -148,10 +148,13 @@ def beam_search(next_logs, width, count, limit, penalty=1.0, early_stop=True):
         dict(num_beams=4, num_captions=4, no_repeat_ngram=1, length_penalty=1.5),
         dict(num_beams=5, num_captions=2, max_tokens=3, early_stop=False),
         dict(num_beams=3, num_captions=3, repetition_penalty=1.7),
+        dict(num_beams=3, num_captions=3, no_repeat_ngram=2),
+        dict(num_beams=1, num_captions=1, no_repeat_ngram=3),
+        dict(num_beams=1, num_captions=1, min_tokens=3, repetition_penalty=1.7),
     ],
 )
 def test_beam_search_is_that_of_its_definition(model, how):
-    """With few beams: what they drop matters, and when they stop."""
+    """With few beams: what they drop matters, and when they stop. One beam is greedy decoding."""
     out = run(model, **how)
     for row in range(3):
         prompt = own(PROMPT[row], LENGTH[row], [], 0).tolist()
@@ -166,10 +169,11 @@ def test_beam_search_is_that_of_its_definition(model, how):
             said.update({tuple(t + [v]): x for t, xs in zip(rows, logs) for v, x in enumerate(xs)})
             ruled = logs.copy()
             for number, tokens in enumerate(rows):
-                seen = list(set(prompt + tokens))
-                ruled[number, seen] *= how.get("repetition_penalty", 1.0)
-                if how.get("no_repeat_ngram"):
-                    ruled[number, seen] = -np.inf
+                past, size = prompt + tokens, how.get("no_repeat_ngram", 0)
+                ruled[number, list(set(past))] *= how.get("repetition_penalty", 1.0)
+                for end in range(size - 1, len(past)) if size else ():
+                    if past[end - size + 1 : end] == past[len(past) - size + 1 :]:
+                        ruled[number, past[end]] = -np.inf
                 if len(tokens) < how.get("min_tokens", 0):
                     ruled[number, EOS] = -np.inf
             return ruled
@@ -218,6 +222,14 @@ def test_minimum_and_maximum_length(model):
         assert (out.length == least + 1).all() and (out.tokens[:, :, least:] == EOS).all()
     assert (run(model, max_tokens=2).length <= 2).all()
     assert (run(model, max_tokens=2, num_beams=2).length <= 2).all()
+
+
+def test_of_equal_tokens_the_first_is_taken(model):
+    spec, weights, image_tokens, log_probs = model
+    bias = jnp.zeros(VOCAB).at[3:5].set(1e9)  # so large that float32 has no more room
+    equal = (spec, weights | dict(head=weights["head"] | dict(bias=bias)), image_tokens, log_probs)
+    out = run(equal)
+    assert all((row[0, : n[0]] == 3).all() for row, n in zip(out.tokens, out.length))
 
 
 @pytest.mark.parametrize("size", [1, 2])
