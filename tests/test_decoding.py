@@ -232,6 +232,15 @@ def test_of_equal_tokens_the_first_is_taken(model):
     assert all((row[0, : n[0]] == 3).all() for row, n in zip(out.tokens, out.length))
 
 
+def test_a_program_has_room_for_all_tokens_and_serves_several_lengths(model):
+    spec, lengths = dataclasses.replace(model[0], max_len=64), np.ones(3, np.int32)
+    room = {
+        tokens: loop.planned(spec, lengths, Settings(max_tokens=tokens), None, None)[0].steps
+        for tokens in (1, 16, 17, 40, 60)
+    }
+    assert room == {1: 16, 16: 16, 17: 32, 40: 48, 60: 63}  # 64 with the begin symbol
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_no_ngram_repeats(wide, size):
     for how in ({}, dict(num_beams=3)) if size == 2 else ({},):
