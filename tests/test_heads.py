@@ -9,6 +9,7 @@ from conftest import params_of, random_batch, tiny_config
 from coca_jax import optimizer, partitioning
 from coca_jax.models import coca
 from coca_jax.models.pixels import normalise_pixels
+from coca_jax.training import objectives
 from coca_jax.training.gradients import value_and_gradients
 from coca_jax.training.objectives import head_loss
 from coca_jax.training.state import init_state, state_shardings, trainable
@@ -227,6 +228,16 @@ def test_accumulated_head_gradients_are_those_of_the_whole_batch(kind, captionin
     for name in want_metrics:
         if np.isfinite(want_metrics[name]):
             np.testing.assert_allclose(got_metrics[name], want_metrics[name], rtol=1e-4)
+
+
+def test_rows_without_a_class_do_not_count_in_the_mean_of_the_head():
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    class_id = jnp.asarray([0, -1, 2, -1], jnp.int32)
+    head = objectives.Head(1.0, 0.0, False)
+    total = head.totals(dict(class_id=class_id))
+    loss, _ = head.value(dict(class_id=class_id, class_logits=jnp.asarray(logits)), total)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(loss, -(logs[0, 0] + logs[2, 2]) / 2, rtol=1e-5)
 
 
 def test_the_head_does_not_see_the_answer():

@@ -122,6 +122,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, kind, steps)
     assert_close(got_metrics, want_metrics, 1e-5)
 
 
+def test_gradients_are_those_of_the_loss_that_is_told(config):
+    config.loss.captioning_weight = 3.0
+    model, params, batch = fresh(config)
+    got, _ = compute_gradients(params, model, config, batch)
+
+    def told(params):
+        return loss_and_metrics(params, model, config, batch, jax.random.key(0))[0]
+
+    assert_close(got, jax.jit(jax.grad(told))(params), 1e-5)
+
+
 def run(config, mesh, start, steps=5):
     """Losses and parameters after some steps on the mesh from the same host-side start."""
     with jax.set_mesh(mesh):
