@@ -46,8 +46,10 @@ def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, mon
     first = memory.bounds_kept(typed(small_run()), mesh)
     assert first == memory.bounds_kept(typed(small_run()), mesh) and len(traced) == 1
     assert memory.bounds_kept(typed(small_run(batch_size=64)), mesh)[1] > first[1]
+    memory.bounds_kept(typed(small_run(text_lengths=(4,), text_parts=2)), mesh)
+    assert len(traced) == 3
     (tmp_path / memory.KEPT).write_text('{"damaged": [')
-    assert memory.bounds_kept(typed(small_run()), mesh) == first and len(traced) == 3
+    assert memory.bounds_kept(typed(small_run()), mesh) == first and len(traced) == 4
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):

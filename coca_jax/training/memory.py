@@ -105,7 +105,8 @@ def _key(config: Config, mesh: Mesh) -> str:
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sources]
     platform = mesh.devices.flat[0].platform
     classes = len(head_classes(config))
-    model = (repr(of_state(config).config), config.remat, config.accumulate_steps, classes)
+    parts = (config.remat, config.accumulate_steps, config.text_parts)
+    model = (repr(of_state(config).config), *parts, classes)
     batch = {name: (x.shape, str(x.dtype)) for name, x in abstract_batch(config, mesh).items()}
     known = (jax.__version__, stats, platform, dict(mesh.shape), model, batch)
     return hashlib.sha256(repr(known).encode()).hexdigest()
