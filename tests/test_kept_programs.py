@@ -1,0 +1,136 @@
+"""A step or a state is kept by what of the configuration it follows from: all that it reads."""
+
+import copy
+import dataclasses
+
+import jax
+import pytest
+from conftest import tiny
+
+from coca_jax import partitioning
+from coca_jax.config import Config, Section
+from coca_jax.config.section import inner
+from coca_jax.estimate.step import abstract_batch
+from coca_jax.training import state, step
+
+STEPS, LENGTHS = 100, (4, 8)
+MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
+CASES = {
+    "muon": {
+        **{"optimizer.name": "muon", "optimizer.l2_to_start": 0.1, "optimizer.ema": 0.9},
+        **{"accumulate_steps": 2, "text_parts": 2, "loss.bag_weight": 1.0},
+        "loss.hidden_weight": 1.0,
+    },
+    "global loss": {
+        **{"loss.contrastive": "global", "loss.global_examples": 32},
+        **{"optimizer.average_share": 0.5, "optimizer.image_learning_rate": 0.0},
+    },
+    "head": {
+        **{
+            "head.kind": "classification",
+            "head.weight": 1.0,
+            "optimizer.encoder_learning_rate": 1e-4,
+        },
+        **{"optimizer.layer_decay": 0.9, "optimizer.schedule": "wsd", "optimizer.ema": 0.9},
+    },
+    "frozen with a head": {
+        **{"head.kind": "answer", "optimizer.encoder_learning_rate": 0.0},
+        **{"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0},
+    },
+    "lora": {"optimizer.lora_rank": 2, "optimizer.name": "adafactor"},
+    "captions alone": {
+        **{"optimizer.keep_embeddings": True, "model.pooler.kind": "parallel"},
+        **{"loss.contrastive_weight": 0.0, "optimizer.name": "adafactor"},
+    },
+    "a teacher": {
+        **{"loss.affinity_weight": 1.0, "loss.imitation_weight": 1.0, "loss.teacher_width": 16},
+        "loss.contrastive": "sigmoid",
+    },
+}
+
+
+def paths(section: type[Section] = Config, prefix: str = "") -> dict[type, str]:
+    """Where each section stands in a configuration: {Loss: 'loss.', ...}."""
+    found = {section: prefix}
+    for field in dataclasses.fields(section):
+        if below := inner(section, field.name):
+            found |= paths(below, f"{prefix}{field.name}.")
+    return found
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The keys that are read while the test runs, by their dotted names."""
+    found: set[str] = set()
+    places = paths()
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in places}
+
+    def read(self, name):
+        if name in names.get(type(self), ()) and not inner(type(self), name):
+            found.add(places[type(self)] + name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(Section, "__getattribute__", read, raising=False)
+    return found
+
+
+def otherwise(config: Config, key: str) -> Config:
+    """`config` with a value of `key` that no other has; no rule is asked."""
+    changed = section = copy.copy(config)
+    *groups, last = key.split(".")
+    for group in groups:
+        object.__setattr__(section, group, copy.copy(getattr(section, group)))
+        section = getattr(section, group)
+    object.__setattr__(section, last, "another value")
+    return changed
+
+
+def built(name: str):
+    config = tiny(**MODEL, **CASES[name])
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return config, mesh, state.build_model(config, mesh, 3 if config.head.kind else 0)
+
+
+def missing(of, config: Config, reads: set[str]) -> list[str]:
+    """The keys that were read and do not tell `of` of two configurations apart."""
+    return sorted(key for key in reads if of(otherwise(config, key)) == of(config))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
+    config, mesh, model = built(name)
+    alike = state.of_state(config)
+    with jax.set_mesh(mesh):
+        reads.clear()
+        state._shardings.__wrapped__(model, alike, mesh)
+        state._draw.__wrapped__(model, alike, mesh).eval_shape(0)
+    found = set(reads)
+    assert {"optimizer.ema", "optimizer.lora_rank", "loss.contrastive"} <= found
+    assert not missing(state.of_state, config, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
+    config, mesh, model = built(name)
+    alike = step.of_step(config)
+    with jax.set_mesh(mesh):
+        abstract, _ = state.state_shardings(model, config, mesh)
+        batch = abstract_batch(config, mesh)
+        reads.clear()
+        function = step.make_train_step(model, alike.config, STEPS, None, LENGTHS)
+        jax.eval_shape(function, abstract, batch)
+    found = set(reads)
+    always = {"seed", "accumulate_steps", "text_parts", "model.image_size"}
+    always |= {"optimizer.learning_rate", "optimizer.clip_norm", "loss.captioning_weight"}
+    assert always <= found
+    assert not missing(step.of_step, config, found)
+
+
+def test_what_neither_reads_does_not_tell_them_apart():
+    """So that runs of a process that differ in these share what is traced and compiled."""
+    config = tiny()
+    for key in ("steps", "batch_size", "init_from", "data.num_threads", "log.every_steps"):
+        assert step.of_step(otherwise(config, key)) == step.of_step(config), key
+        assert state.of_state(otherwise(config, key)) == state.of_state(config), key
+    for key in ("seed", "optimizer.learning_rate", "optimizer.schedule", "text_parts"):
+        assert state.of_state(otherwise(config, key)) == state.of_state(config), key
