@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
     names = dict(path=path, split="train", where=where)
     task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)
-    config.eval.tasks = (dict(task, kind="retrieval"), dict(task, kind="captioning"))
+    find = dict(task, kind="retrieval", rerank=20)
+    config.eval.tasks = (find, dict(task, kind="captioning"))
     config.checkpoint.every_steps = 300
     return config

@@ -81,6 +81,13 @@ def test_log_likelihoods(model, words, images):
     some, lengths = model.score_pairs(model.image_tokens(images)[1], TEXTS, *pairs)
     np.testing.assert_allclose(some, scores[pairs], rtol=1e-5)
     np.testing.assert_array_equal(lengths, count)
+    chosen = [[2, 0], [], [5], [1], [0, 1, 2, 3, 4], [3]]
+    for row, numbers, found in zip(scores, chosen, model.score_some(images, TEXTS, chosen)):
+        np.testing.assert_allclose(found, row[numbers], rtol=1e-5)
+    with pytest.raises(ValueError, match="5 lists for more images"):
+        model.score_some(images, TEXTS, chosen[:5])
+    with pytest.raises(ValueError, match="7 lists for 6 images"):
+        model.score_some(images, TEXTS, [*chosen, [1]])
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
 

@@ -8,6 +8,7 @@ import pytest
 from evaluator_cases import Fake, picture, unit
 
 from coca_jax.evaluators import retrieval, zeroshot
+from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
 
@@ -153,3 +154,74 @@ def test_retrieval_of_one_record_and_of_none():
         list(retrieval.Retrieval("toy").run(model, []))
     with pytest.raises(ValueError, match="record k has no text"):
         list(retrieval.Retrieval("toy").run(model, [dict(image=picture(0), text=None, key="k")]))
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_reranked_queries_are_ordered_by_similarity_and_captioner_together(batch_size):
+    """Against the full matrices: the shortlist by cosine, then 10 times cosine + log p."""
+    rng = np.random.default_rng(7)
+    embeddings, captioner = unit(rng, 30, 8), rng.normal(scale=2, size=(24, 30))
+    images = zeroshot.normalise(embeddings[:24] + 0.5 * rng.normal(size=(24, 8)))
+    images = images.astype(np.float32)
+    model = Fake(images, lambda t: embeddings[int(t)])
+    model.score = lambda pixels, texts: np.asarray(
+        [[captioner[p[0, 0, 0], int(t)] for t in texts] for p in pixels], np.float32
+    )
+    # Two records of one image, two images of one text, and six texts of no image.
+    numbers = [*range(24), 3]
+    texts = [str(i) for i in range(23)] + ["22", "9"]
+    records = [dict(image=picture(n), text=t) for n, t in zip(numbers, texts)]
+    extra = [str(t) for t in range(23, 30)]
+    evaluator = retrieval.Retrieval("toy", rerank=4, extra_texts=extra, batch_size=batch_size)
+    got = dict(evaluator.run(model, iter(records)))
+
+    similarity = images @ embeddings.T
+    match = np.zeros((24, 30), bool)
+    match[numbers, [int(t) for t in texts]] = True
+    both = 10 * similarity + captioner
+
+    def ranks(similarity, both, match):
+        order = np.argsort(-similarity, 1)
+        found = []
+        for i, row in enumerate(order):
+            first = sorted(row[:4], key=lambda t: -both[i, t])
+            found.append(int(match[i, [*first, *row[4:]]].argmax()))
+        return np.asarray(found)
+
+    by_image = ranks(similarity, both, match)[numbers]
+    by_text = ranks(similarity.T, both.T, match.T)[[int(t) for t in texts]]
+    for name, places in (("image_to_text", by_image), ("text_to_image", by_text)):
+        for k in (1, 5, 10):
+            assert got[f"retrieval/toy/reranked_{name}_r{k}"] == pytest.approx(np.mean(places < k))
+        assert got[f"retrieval/toy/reranked_{name}_median_rank"] == np.median(places) + 1
+    assert got["retrieval/toy/reranked_image_to_text_r1"] != got["retrieval/toy/image_to_text_r1"]
+    plain = dict(retrieval.Retrieval("toy", extra_texts=extra).run(model, records))
+    assert plain.items() < got.items() and not any("reranked" in name for name in plain)
+
+
+def test_a_captioner_that_is_sure_puts_what_is_on_the_shortlist_first():
+    rng = np.random.default_rng(8)
+    texts = unit(rng, 40, 6)
+    images = zeroshot.normalise(texts + rng.normal(size=texts.shape)).astype(np.float32)
+    model = Fake(images, lambda t: texts[int(t)])
+    model.score = lambda pixels, names: np.asarray(
+        [[0.0 if p[0, 0, 0] == int(t) else -1e3 for t in names] for p in pixels], np.float32
+    )
+    records = [dict(image=picture(i), text=str(i)) for i in range(40)]
+    got = dict(retrieval.Retrieval("toy", rerank=10).run(model, records))
+    for name in ("image_to_text", "text_to_image"):
+        first, ten = (got[f"retrieval/toy/{name}_r{k}"] for k in (1, 10))
+        assert first < ten < 1 and got[f"retrieval/toy/reranked_{name}_r1"] == ten
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, True, "ten"])
+def test_what_cannot_be_a_number_of_candidates_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"rerank={wrong!r}.*number of candidates"):
+        retrieval.Retrieval.from_task(dict(name="toy", rerank=wrong), Setting())
+
+
+def test_a_model_without_a_captioner_cannot_rerank():
+    towers = type("Towers", (), dict(encode_image=None, encode_text=None))()
+    retrieval.Retrieval.check_model(towers, dict(kind="retrieval"))
+    with pytest.raises(ValueError, match="rerank=16 needs a captioner"):
+        retrieval.Retrieval.check_model(towers, dict(kind="retrieval", rerank=16))

@@ -31,6 +31,7 @@ class Predictor(Protocol):
 
     resize: str
     image_size: Size
+    scale: float  # of cosine similarities as logits
 
     def encode_image(self, images: Any) -> np.ndarray:
         """N images -> float32 [N, E], unit length."""
@@ -48,6 +49,11 @@ class Predictor(Protocol):
 
     def score(self, images: Any, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """Returns the log probability of text j for image i in nats, float32 [N, M]."""
+
+    def score_some(
+        self, images: Any, texts: Sequence[str], chosen: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Returns the log probability in nats of texts[chosen[i]] for image i, for each image."""
 
     def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """Returns the tokens that `score` predicts of each text, int [M]."""

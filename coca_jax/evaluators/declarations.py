@@ -24,7 +24,13 @@ from coca_jax.importers import unprepared
 
 # Keys of every task; an evaluator may have options of its own.
 TASK = ("kind", "name", "data", "limit", "known_only", "candidates")
-WITH_JAX = ("linear", "ranks", "tasks", "unfinished")  # files of this folder without evaluators
+WITH_JAX = (
+    "linear",
+    "ranks",
+    "rerank",
+    "tasks",
+    "unfinished",
+)  # files of this folder without evaluators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +132,8 @@ class Evaluator(abc.ABC):
             task["data"]["kind"] = cls.needs
 
     @classmethod
-    def check_model(cls, model: Any) -> None:
-        """Raises ValueError for a model that cannot be scored so, before any work."""
+    def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
+        """Raises ValueError for a model that a task cannot score, before any work."""
         lacking = [name for name in cls.programs if not hasattr(model, name)]
         if lacking:
             raise ValueError(f"task {cls.kind!r}: this model has no {', '.join(lacking)}")

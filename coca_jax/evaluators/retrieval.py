@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from coca_jax.evaluators import (
     record_texts,
     stack_images,
 )
-from coca_jax.evaluators.declarations import Evaluator, Metric, Scale, Setting
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
 from coca_jax.evaluators.records import candidates
@@ -26,6 +26,18 @@ from coca_jax.evaluators.results import encode_png, picture
 
 _CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
+_METRICS = (
+    {
+        f"{to}_r{k}": (f"{name} R@{k}", Scale.PERCENT, False)
+        for to, name in _TITLES.items()
+        for k in _CUTOFFS
+    }
+    | {"mean_recall": ("Mean recall", Scale.PERCENT, False)}
+    | {
+        f"{to}_median_rank": (f"{name} median rank", Scale.PLAIN, True)
+        for to, name in _TITLES.items()
+    }
+)
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
 
 
@@ -47,6 +59,13 @@ class _Encoded:
     texts_of: list[list[int]]
     kept: list[np.ndarray]
 
+    def matches(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each caption of each record: its image and text, int64 [C, 2]; and its record, [C]."""
+        counts = [len(numbers) for numbers in self.texts_of]
+        record_of = np.repeat(np.arange(len(counts)), counts)
+        caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in self.texts_of])
+        return np.stack([np.asarray(self.image_of)[record_of], caption], 1), record_of
+
 
 class Retrieval(Evaluator):
     """Finds the text of an image and the image of a text.
@@ -54,6 +73,8 @@ class Retrieval(Evaluator):
     Args:
       data_name: of the data set, the second part of the metrics' names.
       extra_texts: candidates that belong to no image, e.g. all names a model might know.
+      rerank: the first so many candidates of each query are ordered anew by similarity and
+        captioner together (rerank.py), and scored beside; 0: none.
       batch_size: images or texts at a time.
       chunk: side of a tile of the similarity matrix.
       num_examples: queries of each direction kept for the report.
@@ -66,67 +87,126 @@ class Retrieval(Evaluator):
 
     kind, order, title, usual = "retrieval", 30, "Retrieval", True
     needs, programs = "caption", ("encode_image", "encode_text")
+    flags = (Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),)
+    options = ("rerank",)
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
-    metrics = (
-        {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in _CUTOFFS}
-        | {"mean_recall": Metric("Mean recall")}
-        | {
-            f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)
-            for to, name in _TITLES.items()
-        }
-    )
+    metrics = {
+        f"{kind}{metric}": Metric(f"{title}{said}", scale, lower=lower)
+        for kind, said in (("", ""), ("reranked_", ", reranked"))
+        for metric, (title, scale, lower) in _METRICS.items()
+    }
 
     def __init__(
         self,
         data_name: str,
         *,
         extra_texts: Sequence[str] = (),
+        rerank: int = 0,
         batch_size: int = 256,
         chunk: int = 4096,
         num_examples: int = 8,
         progress: bool = False,
     ):
         super().__init__(data_name)
-        self.extra_texts = list(extra_texts)
+        self.extra_texts, self.rerank = list(extra_texts), rerank
         self.batch_size, self.chunk, self.num_examples = batch_size, chunk, num_examples
         self.progress = progress
 
     @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --rerank."""
+        super().from_flags(task, flags)
+        if flags.rerank:
+            task["rerank"] = flags.rerank
+
+    @classmethod
+    def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
+        """Refuses to rerank by a model without a captioner."""
+        super().check_model(model, task)
+        if task.get("rerank") and not hasattr(model, "score_some"):
+            raise ValueError(
+                f"task {cls.kind!r}: rerank={task['rerank']} needs a captioner, and this model has "
+                "image and text towers alone; leave rerank out"
+            )
+
+    @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Retrieval:
-        """task: candidates, a data entry whose texts are further candidates."""
-        extra = candidates(task)
-        return cls(task["name"], extra_texts=extra, **setting.common())
+        """task: candidates, a data entry whose texts are further candidates; rerank."""
+        extra, rerank = candidates(task), task.get("rerank", 0)
+        if type(rerank) is not int or rerank < 0:
+            raise ValueError(
+                f"task {cls.kind!r}: rerank={rerank!r}: give the number of candidates to order anew"
+            )
+        return cls(task["name"], extra_texts=extra, rerank=rerank, **setting.common())
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, and their intervals.
+        """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, and their intervals;
+        with `rerank` also reranked_image_to_text_r1 and so on.
 
         A record needs `image` and `text`, one caption or several (any of them is right); one
         without raises ValueError. Every record is a query of image-to-text, every caption of every
         record one of text-to-image. The bootstrap draws records with all their captions, as those
-        are not independent. Afterwards `examples` holds queries and what they found.
+        are not independent. Records are read twice to rerank. Afterwards `examples` holds queries
+        and what they found.
         """
-        found = self._encode(predict, records)
-        counts = np.asarray([len(numbers) for numbers in found.texts_of])
-        record_of = np.repeat(np.arange(len(counts)), counts)  # of each caption
-        caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in found.texts_of])
-        image_of = np.asarray(found.image_of)
-        matches = np.stack([image_of[record_of], caption], 1)
         from coca_jax.evaluators.ranks import retrieval_ranks  # JAX, which declarations do without
 
-        image_ranks, text_ranks = retrieval_ranks(
-            found.images, found.embeddings, matches, chunk=self.chunk
-        )
+        if self.rerank:
+            records = records if isinstance(records, Sized) else list(records)
+        found = self._encode(predict, records)
+        matches, record_of = found.matches()
+        ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
         self.examples = self._examples(found, matches)
-        self.examples |= dict(map=self._map(found, matches, image_ranks < 1))
-        yield from self._metrics(
-            dict(
-                image_to_text=(image_ranks[image_of], np.arange(len(counts))),
-                text_to_image=(text_ranks[caption], record_of),
-            ),
-            counts,
-        )
+        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
+        yield from self._metrics("", ranks, found, matches, record_of)
+        if self.rerank:
+            ranks = self._reranked(predict, records, found, matches, ranks)
+            yield from self._metrics("reranked_", ranks, found, matches, record_of)
         yield f"{self.name}/num_images", float(len(found.images))
         yield f"{self.name}/num_texts", float(len(found.texts))
+
+    def _reranked(
+        self,
+        predict: Predictor,
+        records: Iterable[Record],
+        found: _Encoded,
+        matches: np.ndarray,
+        ranks: tuple[np.ndarray, np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ranks of each image and each text, after the captioner has looked at the first."""
+        from coca_jax.evaluators import rerank  # JAX too
+
+        texts = rerank.shortlists(found.images, found.embeddings, self.rerank)
+        images = rerank.shortlists(found.embeddings, found.images, self.rerank)
+        number = len(found.images)
+        by_image = np.stack([np.repeat(np.arange(number), texts.shape[1]), texts.ravel()], 1)
+        by_text = np.stack([images.ravel(), np.repeat(np.arange(len(images)), images.shape[1])], 1)
+        pairs = rerank.PairScores(number, np.concatenate([by_image, by_text]))
+        show = f"{self.name} reranked images" if self.progress else ""
+        done = 0
+        for batch in in_batches(zip(records, found.image_of), self.batch_size, show=show):
+            new: list[Record] = []
+            for record, image in batch:
+                if image == done + len(new):  # the first record of this image
+                    new.append(record)
+            if new:
+                chosen = [pairs.texts(done + i) for i in range(len(new))]
+                scores = predict.score_some(stack_images(new), found.texts, chosen)
+                for i, score in enumerate(scores):
+                    similar = found.embeddings[chosen[i]] @ found.images[done + i]
+                    pairs.put(done + i, score + predict.scale * similar)
+            done += len(new)
+        texts_of: list[set[int]] = [set() for _ in range(number)]
+        images_of: list[set[int]] = [set() for _ in found.texts]
+        for i, t in matches.tolist():
+            texts_of[i].add(t)
+            images_of[t].add(i)
+        of_images = pairs.get(np.arange(number)[:, None], texts)
+        of_texts = pairs.get(images, np.arange(len(images))[:, None])
+        return (
+            rerank.reranked(ranks[0], texts, of_images, texts_of),
+            rerank.reranked(ranks[1], images, of_texts, images_of),
+        )
 
     def _encode(self, predict: Predictor, records: Iterable[Record]) -> _Encoded:
         """Each different image and text once."""
@@ -138,7 +218,7 @@ class Retrieval(Evaluator):
         parts: list[np.ndarray] = []
         kept: list[np.ndarray] = []
         for batch in in_batches(records, self.batch_size, show=show and f"{show} images"):
-            new = []
+            new: list[Record] = []
             for record in batch:
                 texts = record_texts(record, self.name)
                 texts_of.append([text_numbers.setdefault(t, len(text_numbers)) for t in texts])
@@ -161,14 +241,24 @@ class Retrieval(Evaluator):
         return _Encoded(images, embeddings, texts, image_of, texts_of, kept)
 
     def _metrics(
-        self, by_direction: Mapping[str, tuple[np.ndarray, np.ndarray]], counts: np.ndarray
+        self,
+        prefix: str,
+        ranks: tuple[np.ndarray, np.ndarray],
+        found: _Encoded,
+        matches: np.ndarray,
+        record_of: np.ndarray,
     ) -> Iterator[tuple[str, float]]:
-        """by_direction: (rank, record) of each query; counts: captions of each record."""
+        """prefix: of the names; ranks: of each image's best text and each text's best image."""
+        counts = np.bincount(record_of)  # captions of each record
+        by_direction = dict(  # (rank, record) of each query
+            image_to_text=(ranks[0][np.asarray(found.image_of)], np.arange(len(counts))),
+            text_to_image=(ranks[1][matches[:, 1]], record_of),
+        )
         # What each record adds to: hits at each cut-off in each direction, and queries.
         hits = np.stack(
             [
-                np.bincount(owner, ranks < k, minlength=len(counts))
-                for ranks, owner in by_direction.values()
+                np.bincount(owner, places < k, minlength=len(counts))
+                for places, owner in by_direction.values()
                 for k in _CUTOFFS
             ],
             1,
@@ -179,19 +269,19 @@ class Retrieval(Evaluator):
             np.concatenate([s[:, :3] / s[:, 6:7], s[:, 3:6] / s[:, 7:8]], 1)
             for s in (stats.sum(0, keepdims=True), drawn)
         ]
-        names = [f"{direction}_r{k}" for direction in by_direction for k in _CUTOFFS]
+        names = [f"{prefix}{direction}_r{k}" for direction in by_direction for k in _CUTOFFS]
         queries = [len(counts)] * 3 + [int(counts.sum())] * 3
         for column, (metric, number) in enumerate(zip(names, queries)):
             value = shares[0][0, column]
             interval = limits(shares[1][:, column])
             yield from scored(f"{self.name}/{metric}", value, interval, number)
-        for direction, (ranks, _) in by_direction.items():
-            low, high = median_limits(ranks)
-            metric = f"{self.name}/{direction}_median_rank"
-            yield from scored(metric, np.median(ranks) + 1, (low + 1, high + 1), len(ranks))
+        for direction, (places, _) in by_direction.items():
+            low, high = median_limits(places)
+            metric = f"{self.name}/{prefix}{direction}_median_rank"
+            yield from scored(metric, np.median(places) + 1, (low + 1, high + 1), len(places))
         means = [s.mean(1) for s in shares]
         yield from scored(
-            f"{self.name}/mean_recall", means[0][0], limits(means[1]), sum(queries) // 3
+            f"{self.name}/{prefix}mean_recall", means[0][0], limits(means[1]), sum(queries) // 3
         )
 
     def _map(self, found: _Encoded, matches: np.ndarray, right: np.ndarray) -> dict[str, Any]:

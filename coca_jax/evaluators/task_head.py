@@ -74,9 +74,9 @@ class Classification(OfRecords):
     headlines, pictures = HEADLINES, 16
 
     @classmethod
-    def check_model(cls, model: Any) -> None:
+    def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
         """Refuses a model without a task head."""
-        super().check_model(model)
+        super().check_model(model, task)
         if model.head_kind is None:
             raise ValueError(
                 f"task {cls.kind!r}: this model has no task head; score it with zeroshot, or train "

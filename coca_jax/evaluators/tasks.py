@@ -49,7 +49,7 @@ def run_tasks(
     """
     tasks = [_plain(task) for task in tasks]
     for task in tasks:
-        declarations.of(task["kind"]).check_model(model)
+        declarations.of(task["kind"]).check_model(model, task)
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)

@@ -149,6 +149,11 @@ class Encoders:
             parts.append(self._run(self._programs.encode_text, tokens[rows], valid[rows]))
         return joined(parts, (self.config.model.embed_dim,))
 
+    @property
+    def scale(self) -> float:
+        """The inverse of the temperature, which cosine similarities are multiplied by as logits."""
+        return float(np.exp(np.asarray(roles.log_scale(self.params))))
+
     def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T
@@ -179,8 +184,7 @@ class Encoders:
             .mean(1)
         )
         classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-        scale = np.exp(np.asarray(roles.log_scale(self.params)))
-        logits = scale * self.encode_image(images, progress=progress) @ classes.T
+        logits = self.scale * self.encode_image(images, progress=progress) @ classes.T
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
 

@@ -71,6 +71,39 @@ class Scores(Encoders):
         scores = joined(rows, (len(tokens),))
         return scores / valid[:, 1:].sum(1) if per_token else scores
 
+    def score_some(
+        self,
+        images: Any,
+        texts: Sequence[str],
+        chosen: Sequence[np.ndarray],
+        *,
+        progress: bool = False,
+    ) -> list[np.ndarray]:
+        """Log probability, in nats, of some of the texts for each image: to rerank what was found.
+
+        chosen: for each image the numbers of its texts, int [k]. Returns float32 [k] of each image.
+        An image is encoded once, and a text once for each batch of images. Raises ValueError unless
+        there is a choice for each image.
+        """
+        found: list[np.ndarray] = []
+        for pixels in self._reader.batches(images, progress):
+            lists = [np.asarray(c, np.int64) for c in chosen[len(found) : len(found) + len(pixels)]]
+            if len(lists) != len(pixels):
+                raise ValueError(f"chosen has {len(chosen)} lists for more images; give one each")
+            used, text = np.unique(np.concatenate(lists), return_inverse=True)
+            lengths = [len(one) for one in lists]
+            # As many texts as a power of two, so that few shapes are compiled.
+            some = [texts[i] for i in used.tolist()]
+            some += [""] * (self._devices.bucket(len(some)) - len(some))
+            with self._devices.context():
+                image = self._image_tokens(pixels, self._devices.bucket(len(pixels)))
+            rows = np.repeat(np.arange(len(pixels)), lengths)
+            scores, _ = self.score_pairs(image, some, rows, text)
+            found += np.split(scores, np.cumsum(lengths)[:-1])
+        if len(found) != len(chosen):
+            raise ValueError(f"chosen has {len(chosen)} lists for {len(found)} images")
+        return found
+
     def score_pairs(
         self, image_tokens: jax.Array, texts: Sequence[str], image: np.ndarray, text: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
