@@ -155,7 +155,7 @@ def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, left = [], []
     for task in tasks:
         try:
-            declarations.of(task["kind"]).check_model(model)
+            declarations.of(task["kind"]).check_model(model, task)
             found.append(task)
         except ValueError as error:
             left.append(f"{task['kind']} left out: {str(error).partition(': ')[2]}")

@@ -31,7 +31,10 @@ class Predictor(Protocol):
 
     resize: str
     image_size: Size
-    scale: float  # of cosine similarities as logits
+
+    @property
+    def scale(self) -> float:
+        """What cosine similarities are multiplied by as logits."""
 
     def encode_image(self, images: Any) -> np.ndarray:
         """N images -> float32 [N, E], unit length."""
