@@ -51,6 +51,7 @@ setuptools.setup(
         "ftfy>=6.1",
         "jax>=0.10.2,<0.13",
         "jinja2>=3.1",  # the report
+        "markupsafe>=2.1",
         "ml-collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
@@ -66,6 +67,7 @@ setuptools.setup(
         "scipy>=1.13",
         "sentencepiece>=0.2.1",
         "simplejpeg>=1.8",
+        "tensorstore>=0.1.71",  # through Orbax; arrays in a bucket
         "tqdm>=4.66",
     ],
     extras_require={
@@ -85,7 +87,6 @@ setuptools.setup(
             "mypy==2.4.1",
             "pytest>=8",
             "pytest-xdist>=3.8",
-            "pyyaml>=6",
             "ray>=2.40",
             "resvg-py>=0.2",  # benchmarks/emoji.py
             "ruff==0.17.6",

@@ -122,7 +122,7 @@ MEASUREMENTS = (
         ("captions/beams_6",),
         captions(1, 6),
         12,
-        f"{BESIDE} --batch_size=1 --beams=6",
+        f"{BESIDE} --batch_size=1 --num_beams=6",
         more=PEER,
         clock=True,
     ),

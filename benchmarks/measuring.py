@@ -166,7 +166,7 @@ def captions(batch: int, beams: int, times: int = 1) -> Callable[[Given], Rows]:
         found = [
             given.coca(
                 *("benchmark", "caption", "--peer", "--config=finetune_open_clip"),
-                *("--config.model.dtype=float32", f"--batch_size={batch}", f"--beams={beams}"),
+                *("--config.model.dtype=float32", f"--batch_size={batch}", f"--num_beams={beams}"),
                 f"--repeats={1 if batch > 1 else 3}",
             )
             for _ in range(times)

@@ -8,7 +8,7 @@ ours, and `input` its webdataset pipeline over the same records, both in one thr
 Examples:
   coca-jax benchmark train --config=demo
   coca-jax benchmark encode --config=coca_base --batch_size=8 --repeats=3
-  coca-jax benchmark caption --config=finetune_open_clip --beams=6 --peer
+  coca-jax benchmark caption --config=finetune_open_clip --num_beams=6 --peer
   coca-jax benchmark train --config=finetune_open_clip --config.batch_size=16 --texts=FILE --peer
   coca-jax benchmark input --config=coca_224 --seconds=30
   coca-jax benchmark losses
@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, recipes
+from coca_jax import cli, recipes, renamed
 from coca_jax.config import typed
 
 KINDS = ("train", "encode", "caption", "input", "losses")
@@ -33,7 +33,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.")
     flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.")
-    flags.DEFINE_integer("beams", 1, "Beams in caption.", lower_bound=1)
+    flags.DEFINE_integer("num_beams", 1, "Beams in caption.", lower_bound=1)
+    flags.DEFINE_integer("beams", None, "What --num_beams was called in 0.1.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.")
     flags.DEFINE_float(
         "memory_every", 0.0, "Seconds between `input`'s looks at its memory; 0: none."
@@ -47,7 +48,10 @@ def measure(kind: str) -> dict[str, Any]:
     from coca_jax import benchmark_input, benchmark_model, benchmark_train
 
     args = flags.FLAGS
-    config, batch = typed(args.config), args.batch_size or 16
+    config, batch, beams = typed(args.config), args.batch_size or 16, args.num_beams
+    if args.beams is not None:
+        renamed.say("--beams", "--num_beams")
+        beams = args.beams
     if kind == "input":
         return benchmark_input.read_input(
             config, args.seconds, args.memory_every, args.repeats, args.peer
@@ -56,7 +60,7 @@ def measure(kind: str) -> dict[str, Any]:
         return benchmark_train.train(config, args.repeats, args.peer, args.texts)
     if kind == "encode":
         return benchmark_model.encode(config, batch, args.repeats, args.peer)
-    return benchmark_model.caption(config, batch, args.tokens, args.beams, args.repeats, args.peer)
+    return benchmark_model.caption(config, batch, args.tokens, beams, args.repeats, args.peer)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, recipes
+from coca_jax.estimate import goodput
 
 GIB = 2**30
 
@@ -101,8 +102,6 @@ def show_gpu(result: dict[str, Any]) -> None:
 
 def show_goodput() -> dict[str, Any]:
     """What is left for steps on so many hosts, which fail now and then."""
-    from coca_jax.estimate import goodput
-
     given = flags.FLAGS
     found = goodput.estimate(
         given.hosts, given.host_hours, given.save_seconds, given.restart_seconds
@@ -129,7 +128,9 @@ def define_flags() -> None:
     flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
     flags.DEFINE_integer("hosts", 0, "Hosts of the run: says the goodput to expect; 0: does not.")
     flags.DEFINE_float(
-        "host_hours", 6334.0, "Mean hours between failures of one host; the default: Llama 3's."
+        "host_hours",
+        round(goodput.HOST_HOURS),
+        "Mean hours between failures of one host; the default: Llama 3's.",
     )
     flags.DEFINE_float("save_seconds", 10.0, "That a save holds the steps up, for --hosts.")
     flags.DEFINE_float("restart_seconds", 300.0, "From a failure to the next step, for --hosts.")

@@ -13,14 +13,14 @@ params is the flat dict of params.safetensors. A caption is decode_step from the
 step 0 on, each time with the token that was chosen.
 
 --format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
---batch rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start gives
-what the decoder reads of the image and then the state; decode_step takes both, the token and its
-place, and gives log probabilities and the state. onnxruntime runs each beside the model.
+--batch_size rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start
+gives what the decoder reads of the image and then the state; decode_step takes both, the token and
+its place, and gives log probabilities and the state. onnxruntime runs each beside the model.
 
 Examples:
   coca-jax export --checkpoint=runs/demo --out=exported
   coca-jax export --checkpoint=runs/demo --out=exported --platforms=cpu,tpu,cuda
-  coca-jax export --checkpoint=runs/demo --out=exported --format=onnx --batch=8 --int8
+  coca-jax export --checkpoint=runs/demo --out=exported --format=onnx --batch_size=8 --int8
   coca-jax export --checkpoint=runs/demo --out=for_hub --format=hub --push=me/demo
 """
 
@@ -52,7 +52,7 @@ def define_flags() -> None:
         "folder: weights and programs; hub: weights, tokenizer and card as the hub has them; onnx: "
         "weights, and programs for onnxruntime.",
     )
-    flags.DEFINE_integer("batch", 1, "Rows that the programs of --format=onnx take at a time.")
+    flags.DEFINE_integer("batch_size", 1, "Rows that the programs of --format=onnx take at a time.")
     flags.DEFINE_bool("int8", False, "With --format=onnx: also programs with weights of 8 bits.")
     flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
@@ -69,10 +69,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "[--push=org/name]"
         )
     export_format.check_platforms(args.platforms)
-    if args.format != "onnx" and (args.int8 or args.batch != 1):
-        raise ValueError("--batch and --int8 belong to --format=onnx")
-    if args.batch < 1:
-        raise ValueError(f"--batch={args.batch}: give at least 1 row")
+    if args.format != "onnx" and (args.int8 or args.batch_size != 1):
+        raise ValueError("--batch_size and --int8 belong to --format=onnx")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size={args.batch_size}: give at least 1 row")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if args.format == "onnx":
@@ -133,7 +133,7 @@ def _onnx() -> Any:
 def _to_onnx(model: CoCaModel) -> dict[str, Any]:
     args = flags.FLAGS
     with cli.waiting("converting the programs and running them beside the model"):
-        found = _onnx().export(model, args.out, batch=args.batch, int8=args.int8)
+        found = _onnx().export(model, args.out, batch=args.batch_size, int8=args.int8)
     return _told(found.pop("files")) | found
 
 

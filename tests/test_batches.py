@@ -14,7 +14,7 @@ from coca_jax.data import images, prompts, run_vocabulary, sources, texts
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, class_names
-from coca_jax.evaluators import tasks
+from coca_jax.evaluators import declarations
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import items
 
@@ -332,7 +332,8 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
         task = dict(kind="zeroshot", name="x", data={}, class_names=["cat", "dog"], templates=name)
-        assert tasks.make_evaluator(task).prompts == prompts.load(name)
+        evaluator = declarations.of("zeroshot").from_task(task, declarations.Setting())
+        assert evaluator.prompts == prompts.load(name)
 
 
 def test_damaged_png_header_counts_as_bad():

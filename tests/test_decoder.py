@@ -53,7 +53,7 @@ def each_model(request):
 
 @pytest.mark.parametrize("cls_mask", ["shifted", "exact"])
 def test_an_id_that_counts_as_padding_is_hidden_in_prompts_and_captions(cls_mask):
-    """As in the forward pass, whose text_valid is false wherever the id stands: the lower half
+    """As in the forward pass, whose text_valid is false wherever the id stands: the unimodal half
     does not see the key of the next token (shifted), or its own."""
     hidden = 6
     model = make("open_clip", hidden_id=hidden, cls_mask=cls_mask, unimodal_depth=2)

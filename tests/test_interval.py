@@ -7,8 +7,9 @@ import pytest
 from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
+from test_version_0_1 import flags_of
 
-from coca_jax import checkpointing, run_config
+from coca_jax import checkpointing, compile, run_config
 from coca_jax.config import typed
 from coca_jax.estimate import goodput
 from coca_jax.training import saving
@@ -67,3 +68,22 @@ def test_what_cannot_be_is_refused():
     config.checkpoint.every = "never"
     with pytest.raises(ValueError, match="checkpoint.every='never'"):
         run_config.check(typed(config))
+
+
+def test_the_command_says_what_so_many_hosts_leave(monkeypatch, capsys):
+    assert {"hosts", "host_hours", "save_seconds", "restart_seconds"} <= flags_of(
+        "compile", monkeypatch
+    )
+    compile.flags.FLAGS(["compile", "--hosts=64", "--save_seconds=20", "--restart_seconds=600"])
+    compile.check_goodput()
+    found = compile.show_goodput()
+    assert found == goodput.estimate(64, round(goodput.HOST_HOURS), 20.0, 600.0)
+    assert capsys.readouterr().out.startswith("64 host(s) fail every 99.0 h: with a save every")
+    compile.flags.FLAGS(["compile", "--hosts=4000", "--host_hours=1"])
+    assert compile.show_goodput()["expected_goodput"] < 0.01
+    assert capsys.readouterr().out == "4000 hosts fail too often to train\n"
+    for flag in ("--host_hours=0", "--save_seconds=nan", "--restart_seconds=-1", "--hosts=-1"):
+        compile.flags.FLAGS(["compile", "--host_hours=5", "--save_seconds=1", flag])
+        with pytest.raises(ValueError, match=rf"{flag}(\.0)?: give a number"):
+            compile.check_goodput()
+        compile.flags.FLAGS(["compile", "--hosts=1", "--save_seconds=1", "--restart_seconds=1"])

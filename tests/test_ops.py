@@ -144,7 +144,7 @@ class CudnnByXla(ops.Gpu):
 
 @pytest.mark.parametrize("causal,masked,turned", [(False, False, True), (True, True, False)])
 def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turned):
-    """An odd length: the encoder's without a mask, the lower half's with valid tokens."""
+    """An odd length: the encoder's without a mask, the unimodal half's with valid tokens."""
     x = arrays(2, 9, 16, dtype=jnp.bfloat16)[0]
     mask = (jnp.arange(9) < jnp.asarray([[9], [6]]))[:, None, None] if masked else None
     turns = rotary.of_places(jnp.arange(9)[None, :, None], 8, 100.0) if turned else None

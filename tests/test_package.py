@@ -1,7 +1,9 @@
 """The source archive and the wheel: what they hold, and the recipes and commands of the wheel."""
 
+import ast
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -132,3 +134,53 @@ def test_the_command_of_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     wrong = run(wheel, tmp_path, SCRIPT, "train", "--config=coca_lrge", "--workdir=run")
     assert wrong.returncode == 2 and "did you mean coca_large" in wrong.stderr
     assert wrong.stderr.count("\n") == 1
+
+
+# Modules whose distribution has another name.
+OF_MODULE = dict(
+    PIL="pillow",
+    absl="absl_py",
+    cv2="opencv_python_headless",
+    google="protobuf",
+    open_clip="open_clip_torch",
+    open_clip_train="open_clip_torch",
+    orbax="orbax_checkpoint",
+    yaml="pyyaml",
+)
+NOT_IMPORTED = {"filelock"}  # JAX's, see setup.py
+
+
+def distributions() -> tuple[set[str], set[str]]:
+    """What setup.py asks for at every install, and all that its extras name."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    found: list[set[str]] = [set(), set()]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if name := re.match(r"[A-Za-z][\w.-]*(?=$|[\[<>=])", node.value):
+                found[1].add(name[0].lower().replace("-", "_"))
+        if isinstance(node, ast.keyword) and node.arg == "install_requires":
+            wanted = [re.match(r"[\w.-]+", one)[0] for one in ast.literal_eval(node.value)]
+            found[0] = {name.lower().replace("-", "_") for name in wanted}
+    return found[0], found[1]
+
+
+def imported() -> dict[str, str]:
+    """{distribution: a file that imports it} of the package and its recipes."""
+    found = {}
+    for path in (*(ROOT / "coca_jax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            for module in (name.split(".")[0] for name in modules):
+                if module not in sys.stdlib_module_names and module != "coca_jax":
+                    found[OF_MODULE.get(module, module).lower()] = str(path)
+    return found
+
+
+def test_what_is_imported_is_asked_for_and_the_other_way_round():
+    always, named = distributions()
+    used = imported()
+    assert len(always) > 20 and len(used) > 30
+    assert not {name: path for name, path in used.items() if name not in named}
+    assert always - set(used) == NOT_IMPORTED

@@ -252,6 +252,19 @@ def test_the_better_text_is_kept_by_score():
     assert choose.quantile([one, bad], "all", 0.5) == 0.2
 
 
+def test_the_least_score_is_that_of_both_flags(monkeypatch):
+    """--min_score and --quantile: the higher of both."""
+    one = result([("alt", 0.2)], [("good", 0.3)])
+    monkeypatch.setattr(shard, "results", lambda job: [one])
+
+    def least(**how):
+        return shard.threshold(["a job"], asked("c", "in", "out", text="all", **how))
+
+    assert least() == float("-inf") and least(min_score=0.1) == 0.1
+    assert least(quantile=0.9, min_score=0.1) == choose.quantile([one], "all", 0.9) > 0.1
+    assert least(quantile=0.9, min_score=0.7) == 0.7
+
+
 def test_self_bleu_is_bleu_against_all_others():
     texts = ["a red cat on a mat", "a red cat on a chair", "two dogs", "a a a b", "a red cat"]
     said = [caption_metrics.tokenize(text) for text in texts]

@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
 from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+from test_version_0_1 import flags_of
+
+from coca_jax import serve
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
@@ -44,6 +48,56 @@ def command(*arguments: str, **env: str) -> subprocess.Popen:
 def test_what_the_command_refuses(commands, arguments, says, tmp_path):
     done = commands.run(["serve", *arguments], tmp_path, {"COCA_JAX_SERVE_KEY": ""}, timeout=120)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsys):
+    """All but model and socket: what is built, how long it waits at the end, its summary."""
+    from coca_jax.serving import app, running, uploads
+
+    (tmp_path / "key").write_text("a-key-of-20-letters.\n")
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(
+        [
+            *("serve", "--checkpoint=runs/demo/", f"--key_file={tmp_path / 'key'}", "--port=0"),
+            *("--wait_ms=20", "--queue=7", "--max_megabytes=3", "--max_pixels=1000"),
+            *("--max_images=2", "--grace=4"),
+        ]
+    )
+    small = types.SimpleNamespace(batch_size=12, num_frames=4)
+    monkeypatch.setattr(serve, "_load", lambda: (small, None))
+    built, served, stopped = {}, {}, []
+
+    def build(model, **given):
+        built.update(given, model=model)
+        numbers = types.SimpleNamespace(answered=5)
+        return "application", types.SimpleNamespace(stop=lambda: stopped.append(1)), numbers
+
+    def run(application, listening, *, grace, ready):
+        served.update(application=application, grace=grace)
+        ready()
+        listening.close()
+
+    monkeypatch.setattr(app, "build", build)
+    monkeypatch.setattr(running, "serve", run)
+    done = serve.main(["serve"])
+    assert done["requests"] == 5 and stopped == [1]
+    assert served == dict(application="application", grace=4)
+    assert "serving at http://127.0.0.1:" in capsys.readouterr().err
+    assert built.pop("limits") == uploads.Limits(3, 1000, 2) and built.pop("model") is small
+    assert built == dict(
+        name="demo",
+        index=None,
+        key="a-key-of-20-letters.",
+        loopback=True,
+        batch_size=3,
+        wait=0.02,
+        depth=7,
+    )
+    (tmp_path / "key").write_text("short")
+    with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
+        serve.main(["serve"])
+    with pytest.raises(ValueError, match="x: serve takes flags alone"):
+        serve.main(["serve", "x"])
 
 
 @pytest.mark.slow  # two starts of the command

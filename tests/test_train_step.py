@@ -79,7 +79,7 @@ def test_every_parameter_gets_a_finite_gradient(config, kind):
             assert np.abs(g).max() > 0, name
 
 
-def test_without_captioning_the_upper_half_is_untouched(config):
+def test_without_captioning_the_multimodal_half_is_untouched(config):
     config.loss.captioning_weight = 0.0
     model, params, batch = fresh(config)
     grads, _ = compute_gradients(params, model, config, batch)

@@ -150,3 +150,14 @@ def test_the_old_setting_of_a_slice_s_restarts_is_read(tmp_path):
     done = launch("tpu_vm.sh", "run", "--dry_run", "--", "--config=tiny", **env)
     assert "TRIES is now RESTARTS, of failures alone; the old name works until 0.3" in done.stderr
     assert done.returncode == 2 and "RESTARTS=many; it must be a whole number" in done.stderr
+
+
+def test_the_old_name_of_a_benchmark_s_beams_is_read(monkeypatch, capsys):
+    from coca_jax import benchmark, benchmark_model
+
+    flags_of("benchmark", monkeypatch)
+    benchmark.flags.FLAGS(["benchmark", "--beams=3"])
+    monkeypatch.setattr(benchmark, "typed", lambda config: config)
+    monkeypatch.setattr(benchmark_model, "caption", lambda config, batch, tokens, beams, *_: beams)
+    assert benchmark.measure("caption") == 3
+    assert "--beams is now --num_beams; the old name works until 0.3" in capsys.readouterr().err

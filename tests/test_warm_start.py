@@ -1,12 +1,16 @@
 """Starting from other weights: exact copies, resized positions, clear refusals."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
 
 from coca_jax import export_format, warm_start
+from coca_jax.config import typed
 from coca_jax.models import coca
+from coca_jax.training import run
 from coca_jax.training.state import init_state
 
 
@@ -76,3 +80,16 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
         warm_start.apply(state, str(tmp_path / "export"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
         warm_start.apply(state, str(tmp_path / "nothing"))
+
+
+def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):
+    config = tiny_config()
+    config.init_from, config.init_positions, config.init_parts = "weights", "interpolate", "image"
+    monkeypatch.setattr(run, "init_state", lambda *_: "fresh")
+    monkeypatch.setattr(warm_start, "apply", lambda *given: given)
+    of = types.SimpleNamespace(config=typed(config), model=None, mesh=None, class_names=("cat",))
+    of.begin = lambda text: None
+    none = types.SimpleNamespace(steps=lambda: [])
+    given, start = run.restore_or_begin(of, none)
+    assert start == 0
+    assert given == ("fresh", "weights", ("cat",), "interpolate", "image", (2, 2))

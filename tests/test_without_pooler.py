@@ -29,7 +29,6 @@ def test_captions_written_from_a_cache_are_those_of_the_whole_pass(words, images
         lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params_of(module)
     )
     assert not {"generative_pooler", "contrastive_pooler", "pooled_norm"} & set(params)
-    assert coca.count_parameters(params)["generative_pooler"] == 0
     model = inference.CoCaModel(config, params, words, batch_size=8, devices=jax.devices()[:1])
     tokens, _ = words.encode_batch(TEXTS, model.max_len)
     out = model.forward((images / 255 - 0.5) / 0.5, tokens)

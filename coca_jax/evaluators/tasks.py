@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from coca_jax.evaluators import Predictor, declarations, history, results
-from coca_jax.evaluators.declarations import Evaluator, Setting
+from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import records_of
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.models.head_kinds import HeadKind
@@ -25,12 +25,6 @@ class Model(Predictor, Protocol):
 
     def checksum(self) -> str:
         """Tells these weights from others."""
-
-
-def make_evaluator(task: Mapping[str, Any], setting: Setting | None = None) -> Evaluator:
-    """The evaluator of one task: dict(kind, name, data, and what that kind takes, which the
-    `from_task` of its evaluator says). Raises ValueError for an unknown kind."""
-    return declarations.of(task["kind"]).from_task(task, setting or Setting())
 
 
 def run_tasks(

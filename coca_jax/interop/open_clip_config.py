@@ -288,7 +288,7 @@ def _check_expressible(model: Model) -> None:
         ("text.tie_embeddings", text.tie_embeddings, False),
         ("text.head_bias", text.head_bias, False),
         ("text.width", text.width, model.embed_dim if kind.pools else image.width),
-        ("the upper half's mlp_dim", fusion_mlp, 4 * text.width),
+        ("text.multimodal_mlp_dim", fusion_mlp, 4 * text.width),
         ("image.class_token", image.class_token, True),
         ("image.patch_bias", image.patch_bias, False),
         ("image.final_norm", image.final_norm, not kind.by_query),

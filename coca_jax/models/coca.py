@@ -374,26 +374,3 @@ def init_alone(model: CoCa, rng: jax.Array) -> dict:
         module.classify(jnp.stack([pixels] * images, 1), tokens, valid.sum(1))
 
     return model.init(rng, *inputs, method=both)["params"]
-
-
-def count_parameters(params: dict) -> dict[str, int]:
-    """Parameters by part, split as in the paper's Table 1.
-
-    'encoder' and 'decoder' hold what Table 1 counts (blocks, embeddings, softmax layer);
-    'generative_pooler' and 'contrastive_pooler' it leaves out; 'extras' are the text positions,
-    [CLS], the decoder's two last norms, the projections to the joint space, temperature and bias.
-    """
-
-    def size(tree: Any) -> int:
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-    decoder = params["text_decoder"]
-    table1 = ("token_embedding", "unimodal", "multimodal", "head")
-    counts = {
-        "encoder": size(params["image_encoder"]),
-        "decoder": size({k: v for k, v in decoder.items() if k in table1}),
-        "generative_pooler": size(params.get("generative_pooler", {})),
-        "contrastive_pooler": size(params.get("contrastive_pooler", {})),
-    }
-    total = size(params)
-    return counts | {"extras": total - sum(counts.values()), "total": total}

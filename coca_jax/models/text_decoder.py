@@ -26,14 +26,14 @@ PARTS = dict(
 
 
 class TextDecoder(nn.Module):
-    """Lower half: text alone, with [CLS] appended; upper half: cross-attends to the image.
+    """Unimodal half: text alone, with [CLS] appended; multimodal half: cross-attends to the image.
 
     cls_mask: 'exact' ([CLS] sees every valid token and itself) or 'shifted' (open_clip's released
     models: the validity mask stands one place too far right).
-    cross: the layout of the upper half's blocks, see block.Block.
-    multimodal_heads, multimodal_mlp_dim: of the upper half; None: as in the lower half.
+    cross: the layout of the multimodal half's blocks, see block.Block.
+    multimodal_heads, multimodal_mlp_dim: of the multimodal half; None: as in the unimodal one.
     kv_heads: of both halves' attention, see layers.Attention. rope_theta: see rotary.of_places.
-    multimodal_options: of the upper half's blocks; None: `options`, as of the lower half.
+    multimodal_options: of the multimodal half's blocks; None: `options`, as of the unimodal one.
     """
 
     width: int
@@ -57,7 +57,7 @@ class TextDecoder(nn.Module):
 
     @property
     def upper(self) -> layers.BlockOptions:
-        """Of the upper half's blocks."""
+        """Of the multimodal half's blocks."""
         return self.multimodal_options or self.options
 
     def setup(self) -> None:
@@ -128,7 +128,7 @@ class TextDecoder(nn.Module):
         return self.multimodal_norm(x).astype(self.options.dtype)
 
     def _rotation(self, length: int, text_valid: jax.Array) -> jax.Array | None:
-        """Of `length` tokens and a [CLS] behind each text in the lower half, [B, L + 1, K]."""
+        """Of `length` tokens and a [CLS] behind each text in the unimodal half, [B, L + 1, K]."""
         if not self.options.rotary:
             return None
         places = jnp.broadcast_to(jnp.arange(length)[None], text_valid.shape)

@@ -67,7 +67,7 @@ def write(to: str, path: str, examples: Iterator[Example]) -> tuple[int, int]:
 
 class _Counted:
     def __init__(self, examples: Iterator[Example]) -> None:
-        self._examples, self.images, self.with_text, self.with_label = examples, 0, 0, 0
+        self._examples, self.images, self.with_text = examples, 0, 0
 
     def __iter__(self) -> Iterator[Example]:
         for example in self._examples:
