@@ -3,6 +3,8 @@
     python benchmarks/figures.py list
     python benchmarks/figures.py measure --quick
     python benchmarks/figures.py measure --only=demo,losses --folder=. --runs=runs/figures
+    python benchmarks/figures.py measure --quick --clock --minutes=25   # in a quiet hour
+    python benchmarks/figures.py changes        # before and after, and what got worse
     python benchmarks/figures.py write          # the numbers behind the marks of the pages
     python benchmarks/figures.py check          # says whether they are another
 
@@ -10,11 +12,14 @@
 commit that is checked out are done (--again measures them once more). It says what was there and
 what came. `--quick` leaves out what takes more than three minutes of two cores; without it and
 --only it takes hours. What the clock measures is left out while the machine has other work, unless
---busy. What it cannot measure keeps its entry, with its origin; `list` says why.
+--busy; --clock takes such rows alone. With --minutes it begins nothing that would not be done by
+then, and the next call goes on. What it cannot measure keeps its entry, with its origin; `list`
+says why.
 
 docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
 `unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
-it was not written down), `date`, `machine`, `command`, `peer`, `note`.
+it was not written down), `date`, `machine`, `command`, `peer`, `note`, and, once it was measured
+again, `before`: values, commit and date of the last other commit.
 """
 
 from __future__ import annotations
@@ -27,8 +32,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
+import changes
 import marks
 from figure_rows import MEASUREMENTS, of_row, why_not
 from machine import busy, machine, versions
@@ -73,6 +80,10 @@ def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> di
     row |= dict(how=one.how) | one.more
     row |= dict(commit=commit(), date=datetime.date.today().isoformat())
     row |= dict(machine=f"{machine()}, {busy}; {packages}", command=one.command)
+    if "values" in old and old["commit"] == row["commit"]:
+        return row | ({"before": old["before"]} if "before" in old else {})
+    if "values" in old:
+        row["before"] = {key: old.get(key) for key in ("values", "commit", "date")}
     return row
 
 
@@ -82,11 +93,16 @@ def rounded(value: float) -> float:
 
 
 def measure(
-    chosen: list[Measurement], given: Given, again: bool, beside: bool = False
+    chosen: list[Measurement],
+    given: Given,
+    again: bool,
+    beside: bool = False,
+    minutes: float = float("inf"),
 ) -> list[str]:
     """Measures and keeps, one after the other; the rows that failed or were left out. beside:
-    what the clock measures is measured beside other work, too."""
-    failed = []
+    what the clock measures is measured beside other work, too. minutes: what would not be done by
+    then is left out."""
+    failed, end = [], time.monotonic() + 60 * minutes
     for one in chosen:
         rows = read()
         now = commit()
@@ -95,6 +111,10 @@ def measure(
         if one.clock and not beside and (others := busy()) > QUIET:
             why = f"left out, {others:.1f} cores are busy; --busy measures beside them"
             print(f"{one.rows[0]}: {why}", file=sys.stderr)
+            failed += one.rows
+            continue
+        if time.monotonic() + 60 * one.minutes > end:
+            print(f"{one.rows[0]}: left for the next call, --minutes are over", file=sys.stderr)
             failed += one.rows
             continue
         print(f"{one.rows[0]}{' ...' * (len(one.rows) > 1)}: {one.command}", file=sys.stderr)
@@ -153,8 +173,10 @@ def show() -> None:
 def main() -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("act", choices=("list", "measure", "write", "check"))
+    parser.add_argument("act", choices=("list", "measure", "changes", "write", "check"))
     parser.add_argument("--quick", action="store_true", help="only what takes minutes")
+    parser.add_argument("--clock", action="store_true", help="only what the clock measures")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="that it may take")
     parser.add_argument("--only", default="", help="rows or their beginnings, by commas")
     parser.add_argument("--again", action="store_true", help="also what this commit has")
     parser.add_argument("--busy", action="store_true", help="the clock's rows, beside other work")
@@ -164,6 +186,10 @@ def main() -> None:
     if args.act == "list":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # list | head
         show()
+    elif args.act == "changes":
+        found = changes.compared(read(), of_row)
+        print(changes.table(found))
+        raise SystemExit(int(any(mark == "worse" for *_, mark in found)))
     elif args.act == "measure":
         begin = tuple(filter(None, args.only.split(",")))
         chosen = [
@@ -171,11 +197,12 @@ def main() -> None:
             for one in MEASUREMENTS
             if (not begin or any(row.startswith(begin) for row in one.rows))
             and (one.quick or not args.quick)
+            and (one.clock or not args.clock)
         ]
         if not chosen:
             raise SystemExit(f"--only={args.only}: nothing measures such a row; see `list`")
         folder, runs = (pathlib.Path(path).absolute() for path in (args.folder, args.runs))
-        failed = measure(chosen, Given(folder, runs), args.again, args.busy)
+        failed = measure(chosen, Given(folder, runs), args.again, args.busy, args.minutes)
         raise SystemExit(f"not measured: {', '.join(failed)}" if failed else 0)
     elif fill(args.act == "check") and args.act == "check":
         raise SystemExit("run python benchmarks/figures.py write")

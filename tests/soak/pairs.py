@@ -54,6 +54,7 @@ def kill(
     rng.shuffle(kinds)
     counts: collections.Counter[str] = collections.Counter()
     seconds: list[float] = []
+    restarts: dict[str, list[float]] = {"SIGKILL": [], "SIGSTOP": []}
     problems: list[str] = []
     for number, name in enumerate(kinds):
         in_start_up = number > 0 and rng.random() < 0.25
@@ -80,6 +81,7 @@ def kill(
             break
         again = time.monotonic() - sent
         counts[f"{name}{' in start-up' if in_start_up else ''}"] += 1
+        restarts[name].append(again)
         if not in_start_up:
             before = life._seen
             if not life.wait_for(kills.step_of):
@@ -93,4 +95,5 @@ def kill(
     status = life.end(limit=3600)
     if status != 0:
         problems.append(f"the launcher ended with {status}: {life.text()}")
-    return dict(kills=sum(counts.values()), by=dict(counts), problems=problems, seconds=seconds)
+    found = dict(kills=sum(counts.values()), by=dict(counts), problems=problems, seconds=seconds)
+    return found | dict(restarts=restarts)

@@ -1,0 +1,186 @@
+"""The rows that take from ten minutes to hours: trained models, killed trainings."""
+
+from __future__ import annotations
+
+import measuring_faults as faults
+import measuring_runs as runs
+from measuring import SEEDS, Measurement
+
+SEEDED = dict(seeds=list(SEEDS))
+FIRST = dict(seeds=[0])
+SCORES = dict(higher=("*",))
+TRAIN = "coca-jax train --config"
+TRAINED = (
+    Measurement(
+        tuple(runs.DEMO), runs.one_run("demo", runs.DEMO), 6, f"{TRAIN}=demo", more=FIRST, **SCORES
+    ),
+    Measurement(
+        (*runs.EMOJI, "emoji/core_minutes", "twins/emoji"),
+        runs.emoji,
+        50,
+        f"{TRAIN}=emoji --config.seed=SEED, bound to one core",
+        more=dict(seeds=[0, 1]),
+        higher=("seed_*", "exact", "bleu4", "rouge_l", "cider_d"),
+        lower=("emoji/core_minutes:value",),
+    ),
+    Measurement(
+        tuple(
+            f"fashion_mnist/{row}"
+            for row in ("zeroshot", "linear_probe", "nearest", "narrow_pooler", "minutes")
+        ),
+        runs.fashion_mnist,
+        40,
+        f"{TRAIN}=fashion_mnist, coca-jax evaluate --tasks=linear_probe,knn, "
+        f"{TRAIN}=fashion_mnist_frozen:RUN --config.head.width=96 --config.head.num_heads=3",
+        more=SEEDED,
+        higher=("seed_*", "value"),
+    ),
+    *(
+        Measurement(
+            (f"fashion_mnist/{row}",),
+            runs.trained(
+                f"fashion_mnist_{name}", {f"fashion_mnist/{row}": runs.TOP1}, "fashion_mnist"
+            ),
+            30,
+            f"{TRAIN}=fashion_mnist_{name}:RUN --config.seed=SEED",
+            more=SEEDED,
+            **SCORES,
+        )
+        for row, name in (("frozen", "frozen"), ("finetuned", "finetune"))
+    ),
+    Measurement(
+        (
+            *runs.QUESTIONS,
+            *(f"{row}_twice_the_rate" for row in runs.QUESTIONS),
+            "easy_vqa/minutes",
+        ),
+        runs.easy_vqa,
+        90,
+        f"{TRAIN}=easy_vqa:RUN --config.seed=SEED, also --config.optimizer.learning_rate=0.003",
+        more=SEEDED,
+        higher=("seed_*",),
+    ),
+    Measurement(
+        tuple(f"reinforced/{row}" for row in ("plain", "student", "teacher", "exact")),
+        runs.reinforced,
+        80,
+        f"{TRAIN}=emoji_reinforced, and {TRAIN}=emoji --config.steps=1200",
+        more=SEEDED,
+        **SCORES,
+    ),
+    Measurement(
+        tuple(f"averaging/{row}" for row in runs.AVERAGING),
+        runs.averaging,
+        35,
+        f"{TRAIN}=demo and {TRAIN}=emoji --config.steps=1200, both also with "
+        "--config.optimizer.schedule=cosine --config.optimizer.average_share=0",
+        more=FIRST,
+    ),
+    Measurement(
+        tuple(f"optimizers/{row}" for row in runs.OPTIMIZERS),
+        runs.optimizers,
+        45,
+        f"{TRAIN}=demo --config.loss.captioning_weight=10 --config.optimizer.name=RULE "
+        "--config.steps=STEPS --config.seed=SEED",
+        more=SEEDED,
+    ),
+    Measurement(
+        tuple(f"ablations/{row}" for row in runs.ABLATIONS),
+        runs.ablations,
+        110,
+        "coca-jax ablate benchmarks/ablations.toml --out=DIR",
+        more=SEEDED,
+    ),
+    Measurement(
+        ("fit/captions", "fit/labels"),
+        runs.fits,
+        14,
+        "coca-jax fit FOLDER --minutes=5, on what benchmarks/pictures.py draws",
+        higher=("image_to_text", "text_to_image", "word_f1", "top1"),
+        slack=0.1,
+    ),
+    Measurement(
+        ("tuned/before", "tuned/plain", "tuned/keep"),
+        runs.tuned,
+        10,
+        f"{TRAIN}=tuxpaint_tuned:RUN, also with --config.steps=100 "
+        "--config.optimizer.keep_embeddings=False --config.data.features= "
+        "--config.data.augmentations=0",
+        more=FIRST,
+        higher=("tuned/keep:*",),
+    ),
+    Measurement(
+        tuple(f"locked/{row}" for row in ("before", "captioner", "joint", "short")),
+        runs.locked,
+        14,
+        f"{TRAIN}=benchmarks/locked_recipe.py:KIND,STEPS",
+        more=FIRST,
+        higher=("exact", "image_to_text", "text_to_image"),
+    ),
+    Measurement(
+        ("twins/tuxpaint",),
+        runs.tuxpaint,
+        60,
+        f"{TRAIN}=tuxpaint",
+        more=FIRST,
+        higher=("mean_recall", "bleu4", "cider_d"),
+    ),
+    Measurement(
+        (*(f"video/{row}" for row in runs.VIDEO), "twins/animated_emoji"),
+        runs.animated,
+        12,
+        "coca-jax evaluate --checkpoint=runs/emoji --data=data/animated_emoji --num_frames=FRAMES; "
+        f"{TRAIN}=animated_emoji:RUN --config.data.num_frames=FRAMES",
+        more=FIRST,
+        higher=("*_frame", "*_frames", "frozen_?", "finetuned_?"),
+    ),
+)
+FAULTS = (
+    Measurement(
+        tuple(f"kills/{row}" for row in (*faults.MOMENTS, "recovery")),
+        faults.kills,
+        90,
+        "python tests/soak/kills.py --kills=100",
+    ),
+    Measurement(
+        ("pairs/kills", "pairs/stops", "pairs/recovery"),
+        faults.pair_kills,
+        30,
+        "python tests/soak/kills.py --kills=20 --stops=5 --processes=2",
+    ),
+    Measurement(
+        ("recaption_kills", "recaption_kills_bfloat16"),
+        faults.recaption_kills,
+        20,
+        "python tests/soak/recaption.py --checkpoint=runs/demo --kills=100 --dtype=DTYPE",
+        lower=("differences",),
+    ),
+    Measurement(
+        ("search_kills",),
+        faults.search_kills,
+        10,
+        "python benchmarks/search.py kills FOLDER --checkpoint=runs/demo",
+        lower=("differences",),
+    ),
+    Measurement(
+        ("fuzzed",),
+        faults.fuzzed,
+        40,
+        "python tests/fuzz/run.py all --count=3600 --seed=22",
+        lower=("findings",),
+    ),
+    Measurement(
+        ("soak/last",),
+        faults.soaked,
+        30,
+        "taskset -c 0 python tests/soak/soak.py --minutes=30",
+        lower=("mib_end", "files_last"),
+    ),
+    Measurement(
+        ("serve_idle",),
+        faults.idle,
+        60,
+        "python benchmarks/serve.py --idle=PID",
+        lower=("mib_last", "files"),
+    ),
+)

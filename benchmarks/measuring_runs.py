@@ -1,0 +1,383 @@
+"""Rows of models that are trained: minutes to hours, and data in the folder's `data/`."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pictures
+from measuring import HERE, SEEDS, Given, Rows, Values, children
+
+DEMO = {
+    "demo/zeroshot": "zeroshot/scenes_heldout/top1",
+    "demo/image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
+    "demo/text_to_image": "retrieval/scenes_heldout/text_to_image_r1",
+    "demo/exact": "captioning/scenes_test/exact_match",
+    "demo/exact_heldout": "captioning/scenes_heldout/exact_match",
+    "demo/f1": "captioning/scenes_heldout_many/attribute_f1",
+    "demo/zeroshot_unseen": "zeroshot/scenes_unseen/top1",
+    "demo/exact_unseen": "captioning/scenes_unseen/exact_match",
+}
+EMOJI = {
+    "emoji/image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
+    "emoji/image_to_text_r5": "retrieval/emoji_openmoji/image_to_text_r5",
+    "emoji/text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
+    "emoji/text_to_image_r5": "retrieval/emoji_openmoji/text_to_image_r5",
+    "emoji/exact": "captioning/emoji_openmoji/exact_match",
+}
+TOP1 = "classification/fashion_mnist/top1"
+QUESTIONS = {
+    "easy_vqa/head": "classification/easy_vqa/top1",
+    "easy_vqa/decoder": "answers/easy_vqa/exact_match",
+}
+EMOJI_CAPTIONS = ("exact_match", "bleu4", "rouge_l", "cider_d")
+AVERAGING = {
+    "demo_zeroshot_unseen": "zeroshot/scenes_unseen/top1",
+    "demo_exact_heldout": "captioning/scenes_heldout/exact_match",
+    "demo_exact_unseen": "captioning/scenes_unseen/exact_match",
+    "demo_f1": "captioning/scenes_heldout_many/attribute_f1",
+    "demo_image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
+    "emoji_image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
+    "emoji_text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
+    "emoji_exact": "captioning/emoji_openmoji/exact_match",
+}
+COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
+OPTIMIZERS = {
+    "zeroshot": "zeroshot/scenes_heldout/top1",
+    "image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
+    "text_to_image": "retrieval/scenes_heldout/text_to_image_r1",
+    "exact": "captioning/scenes_test/exact_match",
+    "exact_heldout": "captioning/scenes_heldout/exact_match",
+    "f1": "captioning/scenes_heldout_many/attribute_f1",
+}
+PLAIN = ("attribute_f1", "perplexity", "bleu4", "rouge_l", "cider_d", "word_f1")  # not per cent
+
+
+def shown(told: Mapping[str, float], key: str) -> float:
+    """A score as pages have it: per cent but for those in PLAIN."""
+    plain = key.endswith((*PLAIN, *(f"{name}_{end}" for name in PLAIN for end in ("low", "high"))))
+    return told[key] * (1 if plain else 100)
+
+
+def interval(told: Mapping[str, float], key: str, name: str) -> Values:
+    """{name, name_low, name_high} of a score."""
+    ends = ("", "_low", "_high")
+    return {f"{name}{end}": shown(told, f"{key}{end}") for end in ends}
+
+
+def run_of(
+    given: Given, recipe: str, name: str = "", flags: Sequence[str] = (), seed: int = 0,
+    weights: str = "", one_core: bool = False,
+) -> pathlib.Path:  # fmt: skip
+    """The folder of a run, `name` (the recipe's) below the runs; one that is there goes on, one
+    that is done stays. weights: the run of the same seed from which it starts."""
+    workdir = given.runs / (name or recipe) / f"seed{seed}"
+    if not (workdir / "eval.json").exists():
+        config = f"{recipe}:{given.runs / weights / f'seed{seed}'}" if weights else recipe
+        words = (f"--config={config}", f"--workdir={workdir}", f"--config.seed={seed}", *flags)
+        given.coca("train", *words, one_core=one_core)
+    return workdir
+
+
+def scores(run: pathlib.Path) -> dict[str, float]:
+    return json.loads((run / "eval.json").read_text())
+
+
+def minutes(run: pathlib.Path) -> float:
+    """That a run took, evaluation included."""
+    life = json.loads((run / "goodput.json").read_text())["life"]["seconds"]
+    return sum(life.values()) / 60
+
+
+def one_run(recipe: str, keys: dict[str, str]) -> Callable[[Given], Rows]:
+    """Seed 0 with the intervals over the examples."""
+
+    def run(given: Given) -> Rows:
+        told = scores(run_of(given, recipe))
+        found = {row: interval(told, key, "value") for row, key in keys.items()}
+        names = dict(value="value", value_low="low", value_high="high")
+        return {row: {names[k]: v for k, v in of.items()} for row, of in found.items()}
+
+    return run
+
+
+def trained(
+    recipe: str, keys: dict[str, str], weights: str = "", name: str = "", flags: Sequence[str] = ()
+) -> Callable[[Given], Rows]:
+    """A recipe with three seeds, each seed's scores; on one core."""
+
+    def run(given: Given) -> Rows:
+        found: dict[str, Values] = {row: {} for row in keys}
+        for seed in SEEDS:
+            told = scores(run_of(given, recipe, name, flags, seed, weights, one_core=True))
+            for row, key in keys.items():
+                found[row][f"seed_{seed}"] = shown(told, key)
+        return found
+
+    return run
+
+
+def emoji(given: Given) -> Rows:
+    """Seeds 0 and 1 on one core, the intervals of seed 0, and its minutes and captions."""
+    runs = [run_of(given, "emoji", seed=seed, one_core=True) for seed in (0, 1)]
+    told = [scores(run) for run in runs]
+    found: Rows = {}
+    for row, key in EMOJI.items():
+        found[row] = {f"seed_{n}": shown(one, key) for n, one in enumerate(told)}
+        found[row] |= {end: shown(told[0], f"{key}_{end}") for end in ("low", "high")}
+    names = dict(exact_match="exact")
+    captions: Values = {}
+    for key in EMOJI_CAPTIONS:
+        captions |= interval(told[0], f"captioning/emoji_openmoji/{key}", names.get(key, key))
+    return found | {"emoji/core_minutes": dict(value=minutes(runs[0])), "twins/emoji": captions}
+
+
+def fashion_mnist(given: Given) -> Rows:
+    """The recipe with three seeds; probes of seed 0's encoder; a narrower head; minutes."""
+    found = trained("fashion_mnist", {"fashion_mnist/zeroshot": "zeroshot/fashion_mnist/top1"})(
+        given
+    )
+    run = run_of(given, "fashion_mnist")
+    flags = ("--data=data/fashion_mnist", "--name=fashion_mnist", f"--out={run}/probes")
+    given.coca("evaluate", f"--checkpoint={run}", "--tasks=linear_probe,knn", *flags)
+    told = json.loads((run / "probes/eval.json").read_text())
+    for row, kind in (("linear_probe", "linear_probe"), ("nearest", "knn")):
+        found[f"fashion_mnist/{row}"] = dict(value=100 * told[f"{kind}/fashion_mnist/top1"])
+    narrow = ("--config.head.width=96", "--config.head.num_heads=3")
+    name = "fashion_mnist_narrow"
+    told = scores(run_of(given, "fashion_mnist_frozen", name, narrow, weights="fashion_mnist"))
+    found["fashion_mnist/narrow_pooler"] = dict(value=100 * told[TOP1])
+    return found | {"fashion_mnist/minutes": dict(minutes=minutes(run))}
+
+
+def easy_vqa(given: Given) -> Rows:
+    """From runs of the demo, three seeds; at twice the recipe's rate, too."""
+    for seed in SEEDS:
+        run_of(given, "demo", seed=seed)
+    found = trained("easy_vqa", QUESTIONS, "demo")(given)
+    twice = {f"{row}_twice_the_rate": key for row, key in QUESTIONS.items()}
+    flags = ("--config.optimizer.learning_rate=0.003",)
+    found |= trained("easy_vqa", twice, "demo", "easy_vqa_twice", flags)(given)
+    return found | {"easy_vqa/minutes": dict(minutes=minutes(run_of(given, "easy_vqa")))}
+
+
+def averaging(given: Given) -> Rows:
+    """A rate that falls beside a mean, equal steps, seed 0, one core."""
+    short = ("--config.steps=1200",)
+    ways = {
+        "demo": (run_of(given, "demo", "demo_cosine", COSINE, one_core=True), given.demo()),
+        "emoji": (
+            run_of(given, "emoji", "emoji_1200_cosine", (*short, *COSINE), one_core=True),
+            run_of(given, "emoji", "emoji_1200", short, one_core=True),
+        ),
+    }
+    found: Rows = {}
+    for row, key in AVERAGING.items():
+        told = [scores(run) for run in ways[row.partition("_")[0]]]
+        values = dict(zip(("cosine", "mean"), (shown(one, key) for one in told), strict=True))
+        found[f"averaging/{row}"] = values
+    return found
+
+
+def optimizers(given: Given) -> Rows:
+    """The demo at a captioning weight of 10 by AdamW and by Muon."""
+    found: Rows = {f"optimizers/{row}": {} for row in OPTIMIZERS}
+    for rule, steps in (("adamw", 3400), ("muon", 2600)):
+        flags = (f"--config.optimizer.name={rule}", f"--config.steps={steps}")
+        for seed in SEEDS:
+            more = (*flags, "--config.loss.captioning_weight=10")
+            told = scores(run_of(given, "demo", f"demo_{rule}", more, seed))
+            for row, key in OPTIMIZERS.items():
+                found[f"optimizers/{row}"][f"{rule}_{seed}"] = shown(told, key)
+    return found
+
+
+def ablations(given: Given) -> Rows:
+    """Variants of the demo by `ablate`, three seeds each: means, of some the range too."""
+    out = given.runs / "ablations"
+    given.python("-m", "coca_jax", "ablate", str(HERE / "ablations.toml"), f"--out={out}")
+    told = json.loads((out / "results.json").read_text())["variants"]
+    found: Rows = {}
+    for row, keys in ABLATIONS.items():
+        values: Values = {}
+        for name in keys:
+            each = [shown(run["scores"], SCORES[name]) for run in told[row]["runs"].values()]
+            values[name] = statistics.mean(each)
+            if row in RANGED:
+                values |= {f"{name}_low": min(each), f"{name}_high": max(each)}
+        found[f"ablations/{row}"] = values
+    return found
+
+
+SCORES = dict(
+    zero_shot="zeroshot/scenes_heldout/top1",
+    r_1_image_to_text="retrieval/scenes_heldout/image_to_text_r1",
+    r_1_text_to_image="retrieval/scenes_heldout/text_to_image_r1",
+    exact_captions="captioning/scenes_test/exact_match",
+    the_same_held_out="captioning/scenes_heldout/exact_match",
+    f1_of_2_to_4_objects="captioning/scenes_heldout_many/attribute_f1",
+    perplexity_of_these="captioning/scenes_heldout_many/perplexity",
+)
+RANGED = ("both", "both_10")
+ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} | {
+    "contrastive": tuple(SCORES)[:3],
+    "captioning": tuple(SCORES)[3:],
+}
+
+
+def fits(given: Given) -> Rows:
+    """`fit` on drawn pictures of two shapes, with captions and in folders of colours."""
+    found: Rows = {}
+    for kind in ("captions", "labels"):
+        place = pictures.drawn(kind, given.runs / f"pictures/{kind}", 500)
+        run = given.runs / f"fit_{kind}_{time.time_ns()}"
+        start, spent = time.perf_counter(), children()
+        given.coca("fit", str(place), "--minutes=5", f"--workdir={run}")
+        took, spent = time.perf_counter() - start, children() - spent
+        told, rows = scores(run), (run / "metrics.jsonl").read_text().splitlines()
+        values: Values = dict(steps=json.loads(rows[-1])["step"], minutes=int(took // 60))
+        values |= dict(seconds=round(took % 60), cpu_seconds=spent)
+        for name, (begin, end) in FITTED[kind].items():
+            of = (v for key, v in told.items() if key.startswith(begin) and key.endswith(end))
+            values[name] = 100 * next(of)
+        found[f"fit/{kind}"] = values
+    return found
+
+
+FITTED = dict(
+    captions=dict(
+        image_to_text=("retrieval/", "image_to_text_r1"),
+        text_to_image=("retrieval/", "text_to_image_r1"),
+        word_f1=("captioning/", "word_f1"),
+        exact=("captioning/", "exact_match"),
+    ),
+    labels=dict(top1=("zeroshot/", "top1")),
+)
+
+
+def reinforced(given: Given) -> Rows:
+    """A recipe on recaptioned data beside the one that it is from, of twice its steps, and the run
+    that wrote the captions: R@1 of both ways, per cent, mean and range."""
+    teacher = run_of(given, "emoji", one_core=True)
+    out = ("--input=data/emoji", "--out=data/emoji_rich", "--to=array_record", "--text=all")
+    given.coca("recaption", f"--checkpoint={teacher}", *out, "--embeddings", *WAYS)
+    runs = dict(
+        plain=("emoji", "emoji_1200", ("--config.steps=1200",)),
+        student=("emoji_reinforced", "emoji_reinforced", ()),
+    )
+    told = {"teacher": [scores(teacher)]}
+    for row, (recipe, name, flags) in runs.items():
+        told[row] = [
+            scores(run_of(given, recipe, name, flags, seed, one_core=True)) for seed in SEEDS
+        ]
+    found: Rows = {}
+    for row, some in told.items():
+        found[f"reinforced/{row}"] = {}
+        for way in ("image_to_text", "text_to_image"):
+            each = [100 * one[f"retrieval/emoji_openmoji/{way}_r1"] for one in some]
+            means = {way: statistics.mean(each), f"{way}_low": min(each), f"{way}_high": max(each)}
+            found[f"reinforced/{row}"] |= means if len(each) > 1 else {way: each[0]}
+    exact = {row: 100 * told[row][0]["captioning/emoji_openmoji/exact_match"] for row in runs}
+    return found | {"reinforced/exact": exact}
+
+
+WAYS = ("--how=greedy,max_tokens=15", "--how=nucleus,top_p=0.9,num_captions=3,max_tokens=15")
+
+
+def tuned(given: Given) -> Rows:
+    """A run on emoji, tuned on Tux Paint's stamps, plainly and so that it stays able."""
+    start = run_of(given, "emoji", one_core=True)
+    plain = ("--config.steps=100", "--config.optimizer.keep_embeddings=False")
+    plain += ("--config.data.features=", "--config.data.augmentations=0")
+    runs = dict(plain=("tuxpaint_plain", plain), keep=("tuxpaint_tuned", ()))
+    found: Rows = {}
+    for row, (name, flags) in runs.items():
+        run = run_of(given, f"tuxpaint_tuned:{start}", name, flags, one_core=True)
+        first = json.loads((run / "evaluations.jsonl").read_text().splitlines()[0])["scores"]
+        for where, told in (("before", first), (row, scores(run))):
+            values: Values = {}
+            for name, key in TUNED.items():
+                values |= interval(told, key, name)
+            found[f"tuned/{where}"] = values
+    return found
+
+
+TUNED = dict(
+    recall="retrieval/emoji_openmoji/mean_recall",
+    cider_d="captioning/tuxpaint/cider_d",
+    word_f1="captioning/tuxpaint/word_f1",
+)
+
+
+def animated(given: Given) -> Rows:
+    """Clips by one frame and by eight: a run on emoji as it is, and tuned to their groups."""
+    start = run_of(given, "emoji", one_core=True)
+    found: Rows = {f"video/{row}": {} for row in VIDEO}
+    for frames in (1, 8):
+        flags = ("--data=data/animated_emoji", "--split=test", f"--num_frames={frames}")
+        out = given.runs / f"animated_{frames}"
+        tasks = "--tasks=retrieval,zeroshot,linear_probe"
+        given.coca(
+            "evaluate", f"--checkpoint={start}", tasks, "--name=clips", f"--out={out}", *flags
+        )
+        told = json.loads((out / "eval.json").read_text())
+        for row, key in VIDEO.items():
+            name = f"{frames}_frame{'s' * (frames > 1)}"
+            found[f"video/{row}"] |= interval(told, key, name)
+        for row, rate in (("frozen", 0.0), ("finetuned", 3e-4)):
+            more = (f"--config.data.num_frames={frames}",)
+            more += (f"--config.optimizer.encoder_learning_rate={rate}",)
+            run = run_of(given, f"animated_emoji:{start}", f"animated_{row}_{frames}", more)
+            key = "classification/animated_emoji/top1"
+            found.setdefault("twins/animated_emoji", {}).update(
+                interval(scores(run), key, f"{row}_{frames}")
+            )
+    return found
+
+
+VIDEO = dict(
+    clip_to_name="retrieval/clips/image_to_text_r1",
+    name_to_clip="retrieval/clips/text_to_image_r1",
+    zeroshot_group="zeroshot/clips/top1",
+    logistic="linear_probe/clips/top1",
+)
+
+
+def locked(given: Given) -> Rows:
+    """A captioner on a locked encoder beside both losses from scratch, on three groups of emoji."""
+    recipe = f"{HERE}/locked_recipe.py"
+
+    def of(name: str, words: str) -> pathlib.Path:
+        return run_of(given, f"{recipe}:{words}", f"locked_{name}", one_core=True)
+
+    start, short = of("contrastive", "contrastive,700"), of("short", "contrastive,400")
+    named = dict(before=start, captioner=of("captioner", f"captioner,700,{start}"))
+    named |= dict(joint=of("joint", "joint,700"), short=of("on_short", f"captioner,500,{short}"))
+    found: Rows = {}
+    for row, run in named.items():
+        told, values = scores(run), dict(minutes=minutes(run))
+        if row != "before":
+            values |= interval(told, "captioning/emoji_openmoji/exact_match", "exact")
+        if row == "short":
+            values["minutes"] += minutes(short)
+        else:
+            for way in ("image_to_text", "text_to_image"):
+                values[way] = shown(told, f"retrieval/emoji_openmoji/{way}_r1")
+        found[f"locked/{row}"] = values
+    return found
+
+
+def tuxpaint(given: Given) -> Rows:
+    """Stamps with captions in many languages, from scratch."""
+    told = scores(run_of(given, "tuxpaint"))
+    values: Values = {}
+    for way in ("image_to_text", "text_to_image"):
+        values |= {
+            f"{way}_r{n}": shown(told, f"retrieval/tuxpaint/{way}_r{n}") for n in (1, 10)
+        }
+    values |= interval(told, "retrieval/tuxpaint/mean_recall", "mean_recall")
+    captions = {key: told[f"captioning/tuxpaint/{key}"] for key in ("bleu4", "rouge_l", "cider_d")}
+    return {"twins/tuxpaint": values | captions}
