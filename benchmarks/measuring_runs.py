@@ -375,9 +375,7 @@ def tuxpaint(given: Given) -> Rows:
     told = scores(run_of(given, "tuxpaint"))
     values: Values = {}
     for way in ("image_to_text", "text_to_image"):
-        values |= {
-            f"{way}_r{n}": shown(told, f"retrieval/tuxpaint/{way}_r{n}") for n in (1, 10)
-        }
+        values |= {f"{way}_r{n}": shown(told, f"retrieval/tuxpaint/{way}_r{n}") for n in (1, 10)}
     values |= interval(told, "retrieval/tuxpaint/mean_recall", "mean_recall")
     captions = {key: told[f"captioning/tuxpaint/{key}"] for key in ("bleu4", "rouge_l", "cider_d")}
     return {"twins/tuxpaint": values | captions}
