@@ -74,7 +74,8 @@ def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> di
     """The line of a row that was just measured."""
     busy = f"load {os.getloadavg()[0]:.1f}"
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    order = sorted(values, key=list(old["values"]).index) if "values" in old else values
+    known = list(old.get("values", {}))  # pages go by the order
+    order = [key for key in known if key in values] + [key for key in values if key not in known]
     row: dict[str, Any] = dict(values={key: rounded(values[key]) for key in order})
     row |= {"unit": old["unit"]} if "unit" in old else {}
     row |= dict(how=one.how) | one.more

@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import changes  # noqa: E402
 import figure_rows  # noqa: E402
 import marks  # noqa: E402
 import measuring  # noqa: E402
@@ -172,8 +173,72 @@ def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
     assert list(rows["a"]["values"]) == ["value", "high"]  # pages go by the order
     assert rows["a"] | {"unit": "%", "seeds": [3], "commit": "abc1234"} == rows["a"]
     assert re.search(r"core.*, load \d+\.\d; coca_jax \d", rows["a"]["machine"])
-    figures.measure([take("a", 1)], None, True)
-    assert calls[-1] == "a"
+    assert rows["a"]["before"] == dict(values=dict(value=2.0, high=1), commit=None, date=None)
+    assert "before" not in rows["b"]
+    figures.measure([take("a", 1.5)], None, True)
+    assert calls[-1] == "a"  # on the same commit: what was before is that of another one
+    assert figures.read()["a"]["before"]["values"]["value"] == 2.0
+
+
+def test_a_value_that_is_new_or_gone_does_not_stop_the_others(three):
+    _, take = three
+    one = dataclasses.replace(take("a", 1), run=lambda given: {"a": dict(other=3.0, value=2.0)})
+    assert figures.measure([one], None, False) == []
+    assert figures.read()["a"]["values"] == dict(value=2.0, other=3.0)
+
+
+def test_what_would_not_be_done_in_time_is_left_for_the_next_call(three, capsys):
+    calls, take = three
+    assert figures.measure([take("a", 7), take("c", 5)], None, False, minutes=6) == ["a"]
+    assert calls == ["c"] and "a: left for the next call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "before, after, sign, mark",
+    [
+        (dict(value=90.0, low=88, high=92), 88.5, 1, ""),
+        (dict(value=90.0, low=88, high=92), 87.5, 1, "worse"),
+        (dict(value=90.0, low=88, high=92), 95.0, -1, "worse"),
+        (dict(value=2.0), 2.05, -1, ""),
+        (dict(value=2.0), 2.1, -1, "worse"),
+        (dict(value=2.0), 1.0, -1, ""),
+        (dict(value=-0.1), 0.1, -1, "worse"),
+        (dict(value=2.0), 4.0, 0, ""),
+    ],
+)
+def test_worse_is_beyond_the_interval_or_the_slack_on_the_wrong_side(before, after, sign, mark):
+    ways = {1: dict(higher=("value",)), -1: dict(lower=("r:value",)), 0: {}}[sign]
+    one = measuring.Measurement(("r",), None, 1, "", **ways)
+    rows = {"r": dict(values=dict(value=after), before=dict(values=before)), "s": dict(values={})}
+    [line] = changes.compared(rows, lambda name: one)
+    assert line[0] == "r:value" and line[-1] == mark
+    rows["r"]["reason"] = "the encoder is larger"
+    [line] = changes.compared(rows, lambda name: one)
+    assert line[-1] == f"worse: {rows['r']['reason']}" * bool(mark)
+
+
+def test_seeds_are_compared_by_their_mean_and_range():
+    one = measuring.Measurement(("r",), None, 1, "", higher=("*",))
+    before = dict(seed_0=4.0, seed_1=6.0, low=3.0, high=7.0)
+    for after, mark in ((4.5, ""), (3.5, "worse")):
+        row = dict(values=dict(seed_0=after, seed_1=after), before=dict(values=before))
+        [line] = changes.compared(dict(r=row), lambda name: one)
+        assert line == ("r:mean", "5", f"{after:g}", f"{after / 5 - 1:+.1%}", mark)
+
+
+def test_the_table_of_changes_counts_what_has_no_reason(three, monkeypatch, capsys):
+    calls, take = three
+    one = dataclasses.replace(take("a", 1), higher=("value",))
+    figures.measure([one], None, False)
+    monkeypatch.setattr(figures, "of_row", lambda name: one)
+    monkeypatch.setattr(sys, "argv", ["figures.py", "changes"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        figures.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "| a:value | 2 | 1 | -50.0% | worse |" in said
+    assert "1 values measured again, 1 worse, 1 of them without a reason" in said
 
 
 def test_the_clock_s_rows_wait_for_a_quiet_machine(three, monkeypatch, capsys):
@@ -185,6 +250,11 @@ def test_the_clock_s_rows_wait_for_a_quiet_machine(three, monkeypatch, capsys):
     assert figures.measure([clock], None, False, beside=True) == [] and calls == ["c", "a"]
     monkeypatch.setattr(figures, "busy", lambda: 0.1)
     assert figures.measure([clock], None, True) == []
+    monkeypatch.setattr(figures, "MEASUREMENTS", (take("c", 1), clock))
+    monkeypatch.setattr(sys, "argv", ["figures.py", "measure", "--clock", "--again"])
+    with pytest.raises(SystemExit):
+        figures.main()
+    assert calls == ["c", "a", "a", "a"]
 
 
 def test_rows_are_chosen_by_their_beginnings(three, monkeypatch):
