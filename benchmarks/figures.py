@@ -125,6 +125,7 @@ def measure(
             print(f"  failed: {error!r}", file=sys.stderr)
             failed += one.rows
             continue
+        rows = read()  # others may have measured meanwhile
         for name in one.rows:
             old = rows.get(name, {})
             for key, value in found[name].items():

@@ -1,0 +1,133 @@
+"""How figures are measured: what is drawn for them, and what is made of runs that are there."""
+
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import figure_rows  # noqa: E402
+import locked_recipe  # noqa: E402
+import measuring  # noqa: E402
+import measuring_runs  # noqa: E402
+import pictures  # noqa: E402
+import pictures_recipe  # noqa: E402
+import released_recipe  # noqa: E402
+import text_lengths  # noqa: E402
+
+from coca_jax.config import typed  # noqa: E402
+
+
+@pytest.fixture
+def given(tmp_path):
+    return measuring.Given(tmp_path, tmp_path / "runs")
+
+
+def run(given, name, seed=0, **scores):
+    """A run that is done."""
+    folder = given.runs / name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(scores))
+    life = dict(life=dict(seconds=dict(step=90.0, eval=30.0)))
+    (folder / "goodput.json").write_text(json.dumps(life))
+    return folder
+
+
+def with_interval(key, value):
+    return {key: value, f"{key}_low": value - 0.1, f"{key}_high": value + 0.1}
+
+
+def test_pictures_are_drawn_once_and_alike(tmp_path):
+    folder = pictures.drawn("jpegs", tmp_path / "jpegs", 3)
+    data = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    sizes = [Image.open(io.BytesIO(one)).size for one in data]
+    assert len(data) == 3 and all(375 <= side <= 640 for size in sizes for side in size)
+    assert 30_000 < np.mean([len(one) for one in data]) < 100_000
+    assert len((folder / "metadata.jsonl").read_text().splitlines()) == 3
+    (folder / "00000.jpg").unlink()
+    assert len(list(pictures.drawn("jpegs", folder, 3).glob("*.jpg"))) == 2  # it is there
+    again = pictures.drawn("jpegs", tmp_path / "again", 3)
+    assert [path.read_bytes() for path in sorted(again.glob("*.jpg"))] == data
+
+
+def test_shapes_have_captions_that_say_what_is_there(tmp_path):
+    folder = pictures.drawn("captions", tmp_path / "captions", 40)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len({line["text"] for line in lines}) > 35
+    for line in lines[:10]:
+        colour = line["text"].split()[1]
+        seen = Image.open(folder / line["file_name"]).getcolors(maxcolors=10_000)
+        assert Image.new("RGB", (1, 1), colour).getpixel((0, 0)) in [rgb for _, rgb in seen]
+    labels = pictures.drawn("labels", tmp_path / "labels", 40)
+    assert {path.name for path in labels.iterdir()} == set(pictures.COLOURS)
+
+
+def test_texts_are_cut_as_the_program_cuts_them():
+    made = text_lengths.config(4)
+    counts = np.full(16, 5)
+    counts[3] = 30  # goes to the long quarter
+    assert text_lengths.cut(counts, made) == (8, 32)
+    assert text_lengths.share((8, 32), 4) == (3 * 8 + 32) / 4 / 64
+    assert text_lengths.cut(counts, text_lengths.config(1)) == (32, 32)
+    assert text_lengths.share((32, 32), 1) == 0.5
+    assert 0 < text_lengths.saved(24) < text_lengths.saved(16) < 0.75
+
+
+def test_runs_that_are_there_are_not_trained_again(given):
+    scores = {}
+    for key in measuring_runs.EMOJI.values():
+        scores |= with_interval(key, 0.5)
+    for key in measuring_runs.EMOJI_CAPTIONS:
+        scores |= with_interval(f"captioning/emoji_openmoji/{key}", 0.4)
+    for seed in (0, 1):
+        run(given, "emoji", seed, **scores)
+    found = measuring_runs.emoji(given)
+    row = dict(seed_0=50.0, seed_1=50.0, low=40.0, high=60.0)
+    assert found["emoji/exact"] == pytest.approx(row | dict(seed_0=40, seed_1=40, low=30, high=50))
+    assert found["emoji/image_to_text"] == pytest.approx(row)
+    assert found["emoji/core_minutes"] == dict(value=2.0)
+    assert found["twins/emoji"]["exact"] == pytest.approx(40.0)
+    assert found["twins/emoji"]["bleu4_low"] == pytest.approx(0.3)  # no share of a hundred
+
+
+def test_seed_0_stands_with_the_intervals_of_its_examples(given):
+    run(given, "demo", **with_interval("a/top1", 0.8), **with_interval("b/attribute_f1", 0.7))
+    found = measuring_runs.one_run("demo", {"x": "a/top1", "y": "b/attribute_f1"})(given)
+    assert found["x"] == pytest.approx(dict(value=80, low=70, high=90))
+    assert found["y"] == pytest.approx(dict(value=0.7, low=0.6, high=0.8))
+
+
+def test_three_seeds_of_a_recipe(given):
+    for seed in range(3):
+        run(given, "tiny", seed, **{"a/top1": seed / 10})
+    found = measuring_runs.trained("tiny", {"x": "a/top1"})(given)
+    assert found == {"x": dict(seed_0=0.0, seed_1=10.0, seed_2=20.0)}
+
+
+def test_the_recipes_of_benchmarks_are_whole():
+    assert typed(pictures_recipe.get_config("data/x")).data.sources[0].path == "data/x"
+    assert typed(released_recipe.get_config("coca_ViT-L-14")).model.image.depth == 24
+    captioner = typed(locked_recipe.get_config("captioner,500,runs/a"))
+    assert captioner.init_from == "runs/a" and captioner.steps == 500
+    assert set(captioner.data.sources[0].where["label"]) == set(locked_recipe.GROUPS)
+    assert [task["kind"] for task in captioner.eval.tasks] == ["retrieval", "captioning"]
+    contrastive = typed(locked_recipe.get_config("contrastive,700"))
+    assert [task["kind"] for task in contrastive.eval.tasks] == ["retrieval"]
+
+
+def test_a_failed_command_is_told_by_its_last_line(given):
+    with pytest.raises(RuntimeError, match="status 3: too bad"):
+        given.python("-c", "import sys; print('too bad', file=sys.stderr); sys.exit(3)")
+    assert json.loads(given.python("-c", "print(1)", one_core=True)) == 1
+
+
+def test_quick_rows_of_the_clock_come_first_and_fit_an_hour():
+    """A quiet hour gets through them in order, whatever comes later."""
+    one = [m for m in figure_rows.MEASUREMENTS if m.clock and m.quick]
+    assert one == [m for m in figure_rows.MEASUREMENTS[: len(one)]]
+    assert sum(m.minutes for m in one) < 25
