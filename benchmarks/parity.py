@@ -38,6 +38,7 @@ from conversion_cases import as_tensors, each_loss, forward, relative  # noqa: E
 from measuring import children, environment  # noqa: E402
 
 from coca_jax import convert, export_format  # noqa: E402
+from coca_jax.config import Model  # noqa: E402
 from coca_jax.interop import open_clip_config  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
 
@@ -84,7 +85,9 @@ def last(losses: Iterable[tuple[float, Any]]) -> Any:
     return collections.deque(losses, maxlen=1)[0][1]
 
 
-def gradients(theirs: Any, config: Any, params: Any, pixels: Any, tokens: Any) -> dict[str, float]:
+def gradients(
+    theirs: Any, config: Model, params: Any, pixels: Any, tokens: Any
+) -> dict[str, float]:
     """Of the captioning loss, the second of the two."""
     exact = copy.deepcopy(theirs).double()
     exact.set_grad_checkpointing(True)
