@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from coca_jax import partitioning
+from coca_jax.ops import cpu
 from coca_jax.ops.captioning import captioning_loss, weighted_captioning_loss
 from coca_jax.ops.contrastive import contrastive_loss
 from coca_jax.ops.gpu import Gpu
@@ -266,3 +267,26 @@ def test_chunks_as_a_gpu_runs_them_give_what_the_reference_gives(dtype):
     ]
     jax.tree.map(np.testing.assert_array_equal, *found)
     assert np.abs(found[0][1][1]).max() > 0.01
+
+
+def test_a_cpu_takes_fewer_tokens_of_a_large_vocabulary_at_a_time(monkeypatch):
+    """In even chunks; what comes out is the reference's in chunks of that size, bit for bit."""
+    assert cpu.Cpu().caption_chunk(1216, 49408) == 608
+    assert cpu.Cpu().caption_chunk(2048, 512) == 2048
+    states, kernel, bias, targets, mask = caption_inputs(8, batch=5, length=8)
+    vocab = kernel.shape[1]
+    monkeypatch.setattr(cpu, "MOST_LOGITS", 15 * vocab)
+
+    def ours(ops, chunk, states, kernel, bias):
+        return captioning_loss(states, kernel, bias, targets, mask, chunk=chunk, ops=ops)
+
+    programs = [
+        jax.jit(
+            jax.value_and_grad(functools.partial(ours, ops, chunk), (0, 1, 2), has_aux=True)
+        ).trace(states, kernel, bias)
+        for ops, chunk in ((cpu.Cpu(), 1000), (Reference(), 14))
+    ]
+    assert f"f32[14,{vocab}]" in str(programs[0].jaxpr)
+    assert f"f32[40,{vocab}]" not in str(programs[0].jaxpr)
+    found = [program.lower().compile()(states, kernel, bias) for program in programs]
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -82,7 +82,7 @@ def test_options_of_the_compiler_are_ones_that_it_knows():
 
 
 def test_a_step_on_a_cpu_writes_moments_in_place():
-    """Without the compiler's option each of AdamW's two would be copied whole first."""
+    """Without the compiler's option most of AdamW's would be copied whole first."""
     options = dict(ops.compiler_options("cpu"))
     if not options.pop("xla_cpu_copy_insertion_use_region_analysis", False):
         pytest.skip("this jaxlib has no such option")
@@ -104,11 +104,38 @@ def test_a_step_on_a_cpu_writes_moments_in_place():
     both = [compiled(o) for o in (ops.compiler_options("cpu"), options)]
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in both]
     moments = 2 * 2 * 256 * 256 * 4
-    assert temporaries[0] < 0.1 * moments < 0.9 * moments <= temporaries[1]
+    assert temporaries[0] < 0.1 * moments < 0.7 * moments <= temporaries[1]
     own, other = (
         jax.tree.leaves(program(jax.tree.map(jnp.array, (params, rule.init(params))), gradients))
         for program in both
     )
+    for x, y in zip(own, other):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_step_on_a_cpu_makes_zeros_for_gradients_when_a_loop_adds_to_them():
+    """Without the compiler's option those of all stacks lie there while the forward pass runs."""
+    options = dict(ops.compiler_options("cpu"))
+    if not options.pop("xla_cpu_scheduler_type", ""):
+        pytest.skip("this jaxlib has no such option")
+    stacks, rows = arrays(4, 64, 64, count=4), jnp.ones((64, 64))
+
+    def step(stacks, x):
+        def loss(stacks):
+            y = x
+            for stack in stacks:
+                y = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y, stack)[0]
+            return jnp.square(y).sum()
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, stacks, jax.grad(loss)(stacks))
+
+    both = [
+        jax.jit(step, donate_argnums=0, compiler_options=o).lower(stacks, rows).compile()
+        for o in (ops.compiler_options("cpu"), options)
+    ]
+    temporaries = [program.memory_analysis().temp_size_in_bytes for program in both]
+    assert temporaries[0] + 2 * stacks[0].nbytes < temporaries[1]
+    own, other = (program(jax.tree.map(jnp.array, stacks), rows) for program in both)
     for x, y in zip(own, other):
         np.testing.assert_array_equal(x, y)
 

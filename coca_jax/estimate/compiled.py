@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coca_jax import ops as operations
 from coca_jax import partitioning, run_config
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.estimate import flops, gpu, hlo, schedule, tpu
@@ -93,7 +94,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()
         if slice_.chip is None:
-            options = {}
+            options = operations.compiler_options("cpu")
         elif isinstance(slice_.chip, Gpu):
             options, answers = gpu.OPTIONS, gpu.answering_for(slice_.chip)
         with jax.set_mesh(mesh), answers:

@@ -49,10 +49,11 @@ def captioning_loss(
         the products with the softmax layer, log-sum-exp runs in float32.
       kernel: float32 [D, V]; bias: float32 [V] or None.
       targets: int [B, L], already shifted; mask: bool [B, L], True at real targets.
-      chunk: tokens projected at a time on each device; 0: all. With chunks only real targets are
-        projected, and the gradients are made in the forward pass, so logits [B, L, V] never exist.
+      chunk: tokens projected at a time on each device, at most; 0: all. With chunks only real
+        targets are projected, and the gradients are made in the forward pass, so logits [B, L, V]
+        never exist.
       z_loss: weight of the squared log-sum-exp.
-      ops: how the chunks' loop and products run.
+      ops: how the chunks' loop and products run, and how many fewer tokens a chunk may have.
 
     Returns:
       (loss, negative log-likelihood of each target, float32 [B, L], 0 where masked, no gradient).
@@ -173,7 +174,7 @@ def _caption_rows(
     """Loss and gradients over one device's rows and its share of the vocabulary."""
     dtype, width, count = wide(states.dtype), states.shape[-1], targets.size
     local_vocab = kernel.shape[1]
-    chunk = min(options.chunk, count)
+    chunk = options.ops.caption_chunk(min(options.chunk, count), local_vocab)
     padding = -count % chunk
     # Real targets first, so that the last chunks may hold padding only.
     order = jnp.argsort(weights.reshape(-1) <= 0, stable=True)

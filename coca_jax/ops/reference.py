@@ -308,6 +308,12 @@ class Reference:
         """function(carry) where `wanted`, bool [], holds, and `carry` as it is elsewhere."""
         return jax.lax.cond(wanted, function, lambda unchanged: unchanged, carry)
 
+    def caption_chunk(self, tokens: int, vocab: int) -> int:
+        """How many tokens the softmax layer takes at a time where `tokens` are allowed, of logits
+        over `vocab` ids."""
+        del vocab
+        return tokens
+
     def for_next_product(self, x: jax.Array) -> jax.Array:
         """x, from which a second product makes its operand: another array to the compiler, so that
         each product makes its operand on the way in and none is stored."""

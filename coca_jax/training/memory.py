@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 import coca_jax
 from coca_jax import cache_folder, partitioning, storage
+from coca_jax import ops as operations
 from coca_jax.config import Config
 from coca_jax.data import stages
 from coca_jax.data.mixture import head_classes
@@ -62,8 +63,9 @@ def step_bytes(config: Config, mesh: Mesh) -> int:
     """
     with jax.set_mesh(mesh):
         step, arguments = build_step(config, mesh)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        compiled = step.lower(*arguments).compile(compiler_options=QUICK if on_cpu else None)
+        platform = mesh.devices.flat[0].platform
+        options = operations.compiler_options(platform) | (QUICK if platform == "cpu" else {})
+        compiled = step.lower(*arguments).compile(compiler_options=options)
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + outputs

@@ -32,11 +32,14 @@ from coca_jax.ops.reference import (
 
 # Since 0.10 jaxlib has two libraries for a CPU. YNNPACK's convolutions take twice the time of
 # Eigen's, forward and backward; products are left to it. Without the second, both of AdamW's
-# moments are copied whole before they are written in place. See docs/performance.md.
+# moments are copied whole before they are written in place. Without the third the zeros that loops
+# add gradients to are made when a step begins, for all stacks. See docs/performance.md.
 OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_copy_insertion_use_region_analysis": True,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
+MOST_LOGITS = 2**25  # in float32 at a time, 128 MiB; fewer than this make no step slower
 
 
 @functools.cache
@@ -195,6 +198,10 @@ class Cpu(Reference):
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype))
         return rows.reshape(x.shape[:-1] + kernel.shape[1:])
+
+    def caption_chunk(self, tokens: int, vocab: int) -> int:
+        parts = max(1, -(-tokens * vocab // MOST_LOGITS))
+        return -(-tokens // parts)
 
     def convolve(
         self,
