@@ -39,7 +39,7 @@ OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
-MOST_LOGITS = 2**25  # in float32 at a time, 128 MiB; fewer than this make no step slower
+MOST_LOGITS = 2**25  # at a time, 128 MiB in float32
 
 
 @functools.cache
