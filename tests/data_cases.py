@@ -49,6 +49,18 @@ def data_config(*entries, batch=8, **data_keys):
     return config
 
 
+def three_sources(data, where=None, **data_keys):
+    """Of what `write_data` made: captions twice as often as labels, and each text of c by itself.
+    where: of c."""
+    return data_config(
+        dict(path=str(data / "a"), kind="caption", weight=2.0),
+        dict(path=str(data / "b"), kind="label"),
+        dict(path=str(data / "c"), kind="caption", captions="all", where=where or {}),
+        augment="drawing",
+        **data_keys,
+    )
+
+
 def take(batches, count):
     return [next(batches) for _ in range(count)]
 

@@ -1,10 +1,24 @@
 """Runs on one device of the eight, which compile faster."""
 
 import jax
+from conftest import tiny_config
 
 from coca_jax import partitioning, run_config
 from coca_jax.metrics import TimeBuckets
 from coca_jax.training.run import train_on
+
+
+def smallest_run():
+    """Four steps of captions by the smallest model that there can be; its words are not set."""
+    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
+    config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
+    half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
+    config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)
+    config.model.pooler.update(num_queries=1, num_heads=1)
+    config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
+    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config.log.every_steps, config.checkpoint.every_steps = 1, 2
+    return config
 
 
 def train_alone(config, workdir):

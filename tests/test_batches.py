@@ -5,7 +5,17 @@ import json
 
 import numpy as np
 import pytest
-from data_cases import COLOURS, damage, data_config, equal, picture, take, write_data, write_folder
+from data_cases import (
+    COLOURS,
+    damage,
+    data_config,
+    equal,
+    picture,
+    take,
+    three_sources,
+    write_data,
+    write_folder,
+)
 from PIL import Image
 
 from coca_jax import prepare
@@ -26,12 +36,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixture(data):
-    config = data_config(
-        dict(path=str(data / "a"), kind="caption", weight=2.0),
-        dict(path=str(data / "b"), kind="label"),
-        dict(path=str(data / "c"), kind="caption", captions="all"),
-        augment="drawing",
-    )
+    config = three_sources(data)
     return config, run_vocabulary.load_or_train(config, str(data / "workdir"))
 
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import scenes_words, tiny_config
+from conftest import scenes_words
+from one_device import smallest_run, train_alone
 from test_train import COMPARED
 
 import coca_jax
-from coca_jax import checkpoint_places, checkpointing, partitioning, report, storage
+from coca_jax import checkpoint_places, checkpointing, report, storage
 from coca_jax.evaluators import tasks
-from coca_jax.metrics import TimeBuckets, read_metrics
-from coca_jax.training import run
+from coca_jax.metrics import read_metrics
 from coca_jax.training.state import TrainState
 from coca_jax.training.stopping import Preempted, Stop
 
@@ -29,18 +29,9 @@ TESTS = str(pathlib.Path(__file__).parent)
 
 def small_run(workdir):
     """Trains four steps on one device."""
-    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
-    config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
-    half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
-    config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)
-    config.model.pooler.update(num_queries=1, num_heads=1)
-    config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
-    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config = smallest_run()
     config.data.vocabulary = scenes_words()
-    config.log.every_steps, config.checkpoint.every_steps = 1, 2
-    one = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(one):
-        return run.train_on(one, config, workdir, TimeBuckets())
+    return train_alone(config, workdir)
 
 
 @pytest.fixture(scope="module")

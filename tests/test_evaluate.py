@@ -10,8 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
 from PIL import Image
+from test_inference import tiny_parts
 
 from coca_jax import export_format, inference, prepare
 from coca_jax.data import vocabulary
@@ -19,7 +19,6 @@ from coca_jax.evaluators import class_names, tasks
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import unprepared
 from coca_jax.importers.items import Options
-from coca_jax.models import coca
 
 ROOT = pathlib.Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
@@ -54,13 +53,7 @@ def parts(tmp_path_factory):
     path = tmp_path_factory.mktemp("words") / "vocabulary.model"
     texts = [f"a {c} thing, picture {i} in {c}" for i in range(30) for c in COLOURS]
     words = vocabulary.train(texts, 300, str(path), 0)
-    config = tiny_config()
-    config.model.image.depth = 1
-    config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
-    module = coca.build(config.model)
-    params = params_of(module)
-    keys = iter(jax.random.split(jax.random.key(1), 500))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    config, params = tiny_parts()
     return config, jax.device_get(params), words
 
 

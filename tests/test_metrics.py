@@ -3,6 +3,7 @@
 import io
 import json
 import time
+import types
 
 import pytest
 
@@ -32,24 +33,29 @@ def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
 
 def test_non_finite_values_become_null(tmp_path):
     writer = metrics.MetricWriter(tmp_path / "new")
-    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1})
+    writer.write(1, {"loss": float("nan"), "gradient_norm": float("inf"), "skipped": 1})
     writer.close()
     text = (tmp_path / "new" / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
-        **{"step": 1, "loss": None, "grad_norm": None, "skipped": 1.0}
+        **{"step": 1, "loss": None, "gradient_norm": None, "skipped": 1.0}
     }
 
 
-def test_buckets_exclude_each_other_and_are_taken_once():
+def test_buckets_exclude_each_other_and_are_taken_once(monkeypatch):
+    now = [100.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    monkeypatch.setattr(metrics, "time", clock)
     buckets = metrics.TimeBuckets()
     with buckets("step"):
-        time.sleep(0.02)
+        now[0] += 2.0
         with buckets("data_wait"):
-            time.sleep(0.05)
+            now[0] += 5.0
+        now[0] += 1.0
+    now[0] += 64.0  # in none
     taken = buckets.take()
     assert set(taken) == {f"{name}_seconds" for name in metrics.BUCKETS}
-    assert 0.05 <= taken["data_wait_seconds"] < 0.2
-    assert 0.02 <= taken["step_seconds"] < taken["data_wait_seconds"]
+    assert taken["data_wait_seconds"] == 5.0 and taken["step_seconds"] == 3.0
+    assert sum(taken.values()) == 8.0
     assert sum(buckets.take().values()) == 0
     assert buckets.total()["data_wait_seconds"] == pytest.approx(taken["data_wait_seconds"])
     with pytest.raises(ValueError, match="time bucket is 'saving'; use one of init"):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from data_cases import damage, data_config, picture, take, write_data, write_folder
+from data_cases import damage, data_config, picture, take, three_sources, write_data, write_folder
 
 from coca_jax.data import images, run_vocabulary, sources
 from coca_jax.data.batches import Batches
@@ -29,13 +29,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixture(data):
-    config = data_config(
-        dict(path=str(data / "a"), kind="caption", weight=2.0),
-        dict(path=str(data / "b"), kind="label"),
-        dict(path=str(data / "c"), kind="caption", captions="all", where={"group": 1}),
-        augment="drawing",
-        label_token=True,
-    )
+    config = three_sources(data, where={"group": 1}, label_token=True)
     return config, run_vocabulary.load_or_train(config, str(data / "seqio"))
 
 

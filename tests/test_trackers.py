@@ -14,7 +14,7 @@ from coca_jax import metrics, trackers
 from coca_jax.config import typed
 from coca_jax.training import setup
 
-VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "grad_norm": math.nan}
+VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "gradient_norm": math.nan}
 
 
 def write_run(name, workdir, start=0, steps=(1, 2)):
@@ -101,7 +101,7 @@ write_run("trackio", {str(workdir)!r})
     with sqlite3.connect(database) as opened:
         rows = opened.execute("select step, metrics from metrics order by step").fetchall()
     found = {step: json.loads(text) for step, text in rows}
-    assert set(found) == {1, 2} and found[2]["loss"] == 3.0 and "grad_norm" not in found[2]
+    assert set(found) == {1, 2} and found[2]["loss"] == 3.0 and "gradient_norm" not in found[2]
 
 
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog):

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import COMPILE_FAST, scenes_words, tiny_config
+from one_device import smallest_run, train_alone
 
-from coca_jax import checkpointing, partitioning, run_config
+from coca_jax import checkpointing, run_config
 from coca_jax.data import vocabulary
-from coca_jax.metrics import TimeBuckets, read_metrics
+from coca_jax.metrics import read_metrics
 from coca_jax.train import train
-from coca_jax.training import goodput, objectives, run, stopping
+from coca_jax.training import goodput, objectives, stopping
 from coca_jax.training.stopping import Preempted
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -130,17 +131,7 @@ def test_a_run_of_an_earlier_version_goes_on(version, tmp_path):
     params, old = checkpointing.load_params(str(tmp_path))
     assert sum(x.size for x in jax.tree.leaves(params)) == 4_449
     assert (tmp_path / "checkpoints/2/record").exists() == (version != "0_1")
-    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
-    config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
-    half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
-    config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)
-    config.model.pooler.update(num_queries=1, num_heads=1)
-    config.batch_size, config.steps, config.optimizer.ema = 4, 4, 0.9
-    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
-    config.log.every_steps, config.checkpoint.every_steps = 1, 2
-    one = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(one):
-        run.train_on(one, config, str(tmp_path), TimeBuckets())
+    train_alone(smallest_run(), tmp_path)
     for a, b in zip(read_metrics(tmp_path), want, strict=True):
         for name in COMPARED:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4)

@@ -45,7 +45,7 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
     ("Learning rate", "rate", ("learning_rate",)),
     ("Throughput", "pairs/s", ("pairs_per_second",)),
     ("Goodput", "share of the time that went to steps", ("goodput",)),
-    ("Gradient norm", "norm", ("grad_norm", "gradient_norm")),
+    ("Gradient norm", "norm", ("gradient_norm",)),
     ("Temperature", "temperature", ("temperature",)),
 )
 
