@@ -19,7 +19,7 @@ says why.
 docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
 `unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
 it was not written down), `date`, `machine`, `command`, `peer`, `note`, and, once it was measured
-again, `before`: values, commit and date of the last other commit.
+again, `before`: values, commit, date and note of the last other commit.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> di
         return row | ({"before": old["before"]} if "before" in old else {})
     if "values" in old:
         row["before"] = {key: old.get(key) for key in ("values", "commit", "date")}
+        row["before"] |= {"note": old["note"]} if "note" in old else {}
     return row
 
 
@@ -164,12 +165,15 @@ def fill(check: bool) -> bool:
 def show() -> None:
     """Each row: how it came about, when, at which commit, where it stands, how it comes again."""
     places = {page.name: marks.named(page.read_text()) for page in PAGES}
-    for name, row in read().items():
+    rows = read()
+    for name, row in rows.items():
         one = of_row(name)
         again = f"{'quick' if one.quick else 'long'}: {one.command}" if one else why_not(name)
         on = " ".join(page for page, names in places.items() if name in names)
         origin = f"{row['how']} {row['date']} {row['commit'] or 'commit unknown'}"
         print(f"{name:34} {row.get('unit', ''):8} {origin:36} {on}\n    {again}")
+    without = sum(of_row(name) is None for name in rows)
+    print(f"{len(rows)} rows, {len(rows) - without} with a command")
 
 
 def main() -> None:

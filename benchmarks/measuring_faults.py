@@ -156,18 +156,19 @@ def server(given: Given) -> Iterator[tuple[str, int]]:
         port = free.getsockname()[1]
     command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), sys.executable, "-m", "coca_jax"]
     command += ["serve", f"--checkpoint={given.demo()}", f"--port={port}"]
-    process = subprocess.Popen(command, env=environment(), text=True, stderr=subprocess.PIPE)
-    assert process.stderr
+    given.runs.mkdir(parents=True, exist_ok=True)
+    log = given.runs / f"serve_{port}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment(), stderr=file)
     try:
-        for line in process.stderr:
-            if "serving at" in line:
-                break
-        else:
-            raise RuntimeError(f"serve ended with status {process.wait()}")
+        while "serving at" not in log.read_text():
+            if process.poll() is not None:
+                raise RuntimeError(f"serve ended with status {process.returncode}: {log}")
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate()
+        process.wait()
 
 
 def loaded(given: Given) -> Rows:

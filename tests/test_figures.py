@@ -173,7 +173,8 @@ def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
     assert list(rows["a"]["values"]) == ["value", "high"]  # pages go by the order
     assert rows["a"] | {"unit": "%", "seeds": [3], "commit": "abc1234"} == rows["a"]
     assert re.search(r"core.*, load \d+\.\d; coca_jax \d", rows["a"]["machine"])
-    assert rows["a"]["before"] == dict(values=dict(value=2.0, high=1), commit=None, date=None)
+    before = dict(values=dict(value=2.0, high=1), commit=None, date=None, note="earlier")
+    assert rows["a"]["before"] == before
     assert "before" not in rows["b"]
     figures.measure([take("a", 1.5)], None, True)
     assert calls[-1] == "a"  # on the same commit: what was before is that of another one
