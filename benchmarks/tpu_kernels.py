@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_kernels.py        # needs libtpu, no TPU
 
-Prints a line of JSON: for heads of 64 (12 of them) and of 88 (16), forward and backward, bundles
+Prints a line of JSON: for 16 heads of 64 and of 88, forward and backward, bundles
 of a row of the batch over its heads, by queries x keys (256 of an image, 64 or 65 of a text, which
 is masked); and of 1,024 queries over 1,024 keys, in blocks, bundles times steps.
 """
@@ -14,7 +14,7 @@ import json
 from coca_jax.estimate import chips, kernels
 
 BATCH = 8
-WIDTHS = {64: 12, 88: 16}  # of a head: how many heads
+WIDTHS = {64: 16, 88: 16}  # of a head: how many heads
 LENGTHS = ((256, 256), (65, 65), (64, 64), (64, 256))
 LONG = 1024
 
