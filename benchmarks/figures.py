@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what this commit has")
     parser.add_argument("--busy", action="store_true", help="the clock's rows, beside other work")
     parser.add_argument("--folder", default=".", help="where the recipes find data/")
-    parser.add_argument("--runs", default="runs/figures", help="where runs stay")
+    parser.add_argument("--runs", default="runs/figures", help="where runs stay, by commit")
     args = parser.parse_args()
     if args.act == "list":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # list | head
@@ -208,6 +208,7 @@ def main() -> None:
         if not chosen:
             raise SystemExit(f"--only={args.only}: nothing measures such a row; see `list`")
         folder, runs = (pathlib.Path(path).absolute() for path in (args.folder, args.runs))
+        runs /= commit() or "unknown"
         failed = measure(chosen, Given(folder, runs), args.again, args.busy, args.minutes)
         raise SystemExit(f"not measured: {', '.join(failed)}" if failed else 0)
     elif fill(args.act == "check") and args.act == "check":

@@ -28,7 +28,8 @@ Rows = dict[str, Values]
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """folder: the recipes find their `data/` there; runs: where runs stay, so that they go on."""
+    """folder: the recipes find their `data/` there; runs: where runs of this commit stay, so that
+    they go on. Beside it lies what is the same for all commits."""
 
     folder: pathlib.Path
     runs: pathlib.Path
@@ -57,11 +58,17 @@ class Given:
         told = self.python("-m", "coca_jax", *words, one_core=one_core, **more)
         return json.loads(told.splitlines()[-1])
 
+    @property
+    def drawn(self) -> pathlib.Path:
+        """Where drawn pictures stay."""
+        return self.runs.parent / "pictures"
+
     def demo(self) -> pathlib.Path:
-        """The demo's run with seed 0, trained unless it is there."""
-        run = self.runs / "demo/seed0"
+        """A run of the demo, of whichever commit, to serve or to search with; trained unless it is
+        there."""
+        run = self.runs.parent / "demo"
         if not (run / "eval.json").exists():
-            self.coca("train", "--config=demo", f"--workdir={run}", "--config.seed=0")
+            self.coca("train", "--config=demo", f"--workdir={run}")
         return run
 
 

@@ -75,7 +75,7 @@ def pair_kills(given: Given) -> Rows:
 
 def search_kills(given: Given) -> Rows:
     """`search index` of drawn JPEGs, killed ten times."""
-    folder = pictures.drawn("jpegs", given.runs / "pictures/jpegs5000", 5000)
+    folder = pictures.drawn("jpegs", given.drawn / "jpegs5000", 5000)
     told = given.script("search.py", "kills", str(folder), f"--checkpoint={given.demo()}")
     return dict(search_kills=dict(kills=told["kills"], differences=int(not told["same"])))
 

@@ -123,7 +123,7 @@ def start(given: Given) -> Rows:
 
 def in_place(given: Given) -> Rows:
     """100,000 pairs in tars: importing them, and batches, here and from a server's bucket."""
-    told = given.script("in_place.py", str(given.runs / "in_place"), "--s3_tars=10")
+    told = given.script("in_place.py", str(given.runs.parent / "in_place"), "--s3_tars=10")
     same, bucket = told["same"], told["s3"]
     if not (all(same.values()) and bucket["same"]):
         raise RuntimeError(f"batches differ: {same}, from the bucket: {not bucket['same']}")
@@ -241,12 +241,12 @@ def input_memory(given: Given) -> Rows:
 
 def jpegs(given: Given) -> str:
     """A folder of 2,000 drawn JPEGs."""
-    return str(pictures.drawn("jpegs", given.runs / "pictures/jpegs", 2000))
+    return str(pictures.drawn("jpegs", given.drawn / "jpegs", 2000))
 
 
 def jpeg_data(given: Given) -> str:
     """The same as `prepare` makes them."""
-    out = given.runs / "pictures/data"
+    out = given.drawn / "data"
     if not (out / "dataset_info.json").exists():
         flags = (f"--input={jpegs(given)}", f"--out={out}", "--split=train")
         given.python("-m", "coca_jax", "prepare", "--format=imagefolder", *flags)

@@ -96,7 +96,7 @@ def read_beside(given: Given) -> Rows:
 
 def steps_beside(given: Given) -> Rows:
     """A step of coca_ViT-B-32's sizes and open_clip's, on short captions and full ones."""
-    file = given.runs / "pictures/sentences.txt"
+    file = given.drawn / "sentences.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(pictures.sentences(795)) + "\n")
     base = ("--config=finetune_open_clip", "--config.batch_size=16", "--peer", "--repeats=3")
@@ -114,8 +114,8 @@ def steps_beside(given: Given) -> Rows:
 def recaptioned(given: Given) -> Rows:
     """Pictures a second of `recaption` at coca_ViT-B-32's shapes, with and without kept programs,
     and of open_clip's `generate`, in float32 and bfloat16."""
-    tar = pictures.drawn("tar", given.runs / "pictures/795.tar", 795)
-    weights = given.runs / "pictures/b32"
+    tar = pictures.drawn("tar", given.drawn / "795.tar", 795)
+    weights = given.drawn / "b32"
     if not weights.exists():
         given.script("recaption_peer.py", "weights", str(weights))
     rows: Rows = {row: {} for row in RECAPTION}

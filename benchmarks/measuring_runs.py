@@ -168,7 +168,10 @@ def averaging(given: Given) -> Rows:
     """A rate that falls beside a mean, equal steps, seed 0, one core."""
     short = ("--config.steps=1200",)
     ways = {
-        "demo": (run_of(given, "demo", "demo_cosine", COSINE, one_core=True), given.demo()),
+        "demo": (
+            run_of(given, "demo", "demo_cosine", COSINE, one_core=True),
+            run_of(given, "demo"),
+        ),
         "emoji": (
             run_of(given, "emoji", "emoji_1200_cosine", (*short, *COSINE), one_core=True),
             run_of(given, "emoji", "emoji_1200", short, one_core=True),
@@ -232,7 +235,7 @@ def fits(given: Given) -> Rows:
     """`fit` on drawn pictures of two shapes, with captions and in folders of colours."""
     found: Rows = {}
     for kind in ("captions", "labels"):
-        place = pictures.drawn(kind, given.runs / f"pictures/{kind}", 500)
+        place = pictures.drawn(kind, given.drawn / kind, 500)
         run = given.runs / f"fit_{kind}_{time.time_ns()}"
         start, spent = time.perf_counter(), children()
         given.coca("fit", str(place), "--minutes=5", f"--workdir={run}")
