@@ -122,7 +122,7 @@ def measure(
         print(f"{one.rows[0]}{' ...' * (len(one.rows) > 1)}: {one.command}", file=sys.stderr)
         try:
             found = one.run(given)
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others are measured
             print(f"  failed: {error!r}", file=sys.stderr)
             failed += one.rows
             continue
@@ -189,15 +189,16 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where the recipes find data/")
     parser.add_argument("--runs", default="runs/figures", help="where runs stay, by commit")
     args = parser.parse_args()
+    begin = tuple(filter(None, args.only.split(",")))
     if args.act == "list":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # list | head
         show()
     elif args.act == "changes":
-        found = changes.compared(read(), of_row)
+        rows = {k: row for k, row in read().items() if not begin or k.startswith(begin)}
+        found = changes.compared(rows, of_row)
         print(changes.table(found))
         raise SystemExit(int(any(mark == "worse" for *_, mark in found)))
     elif args.act == "measure":
-        begin = tuple(filter(None, args.only.split(",")))
         chosen = [
             one
             for one in MEASUREMENTS
