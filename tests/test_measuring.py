@@ -14,12 +14,15 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks
 import figure_rows  # noqa: E402
 import locked_recipe  # noqa: E402
 import measuring  # noqa: E402
+import measuring_faults  # noqa: E402
+import measuring_peers  # noqa: E402
 import measuring_runs  # noqa: E402
 import pictures  # noqa: E402
 import pictures_recipe  # noqa: E402
 import released_recipe  # noqa: E402
 import text_lengths  # noqa: E402
 
+from coca_jax.ablating import table  # noqa: E402
 from coca_jax.config import typed  # noqa: E402
 
 
@@ -131,3 +134,71 @@ def test_quick_rows_of_the_clock_come_first_and_fit_an_hour():
     one = [m for m in figure_rows.MEASUREMENTS if m.clock and m.quick]
     assert one == [m for m in figure_rows.MEASUREMENTS[: len(one)]]
     assert sum(m.minutes for m in one) < 25
+
+
+class Told(measuring.Given):
+    """Scripts and commands answer with what they are given."""
+
+    def __init__(self, *given, answer):
+        super().__init__(*given)
+        object.__setattr__(self, "answer", answer)  # it is frozen
+
+    def script(self, name, *words, one_core=False):
+        return self.answer(name, words)
+
+    def coca(self, *words, one_core=False, **more):
+        return self.answer(words[0], words)
+
+
+def test_kills_of_pairs_say_how_long_a_restart_took(tmp_path):
+    told = dict(restarts=dict(SIGKILL=[1.0, 5.0], SIGSTOP=[42.0, 61.0, 50.0]), longest=83.0)
+    told["median_seconds_from_kill_to_first_new_step"] = 29.0
+    found = measuring_faults.pair_kills(Told(tmp_path, tmp_path, answer=lambda *_: told))
+    assert found["pairs/kills"] == dict(kills=2, restart_most_seconds=5.0)
+    stops = dict(stops=3, restart_least_seconds=42.0, restart_most_seconds=61.0)
+    assert found["pairs/stops"] == stops
+    assert found["pairs/recovery"] == dict(median_seconds=29.0, most_seconds=83.0)
+
+
+def test_damages_are_read_off_what_the_tests_print(monkeypatch, given):
+    said = {
+        "tests/test_checkpointing.py": "Counter({'as it was': 142, 'went back': 58})\n.\n1 passed",
+        "tests/test_damaged_weights.py": "exported {'told in a line': 111, 'told as a warning': 5}"
+        "\n.hub {'told in a line': 106}\n..2 passed",
+    }
+    monkeypatch.setattr(measuring_faults, "tests", lambda given, file, *words: said[file])
+    found = measuring_faults.damaged(given)
+    row = dict(damages=200, line=58, warned=0, no_effect=142, used=0)
+    assert found["damaged/checkpoint"] == row
+    assert found["damaged/export"] == dict(damages=116, line=111, warned=5, no_effect=0, used=0)
+    assert found["damaged/hub"]["line"] == 106
+
+
+def test_fuzzing_is_summed_over_its_kinds(tmp_path):
+    one = dict(inputs=3600, findings=[], worst_seconds=0.5, worst_mib=10)
+    told = [one, one | dict(worst_seconds=0.8, findings=[1])]
+    found = measuring_faults.fuzzed(Told(tmp_path, tmp_path, answer=lambda *_: told))
+    values = dict(inputs=7200, kinds=2, findings=1, most_seconds=0.8, most_mib=10)
+    assert found == {"fuzzed": values}
+
+
+def test_input_is_told_with_its_peer(tmp_path):
+    def answer(name, words):
+        rate = 700 if "--config.data.fast_resize=True" in words else 400
+        names = ("", "_low", "_high")
+        key = "images_per_second_per_core"
+        ours = {f"{key}{end}": rate for end in names}
+        return ours | {f"peer_{key}{end}": 200 for end in names} | dict(times_peer=rate / 200)
+
+    (tmp_path / "pictures/data").mkdir(parents=True)
+    (tmp_path / "pictures/data/dataset_info.json").touch()
+    found = measuring_peers.read_beside(Told(tmp_path, tmp_path / "runs", answer=answer))
+    assert found["input/plain"]["ratio"] == 2.0 and found["input/fast"]["ratio"] == 3.5
+    assert found["input/fast"]["ours_low"] == 700 and found["input/fast"]["peer_high"] == 200
+
+
+def test_the_ablations_of_training_md_are_those_of_their_table():
+    found = table.read(str(measuring.HERE / "ablations.toml"), {})
+    assert {one.name for one in found.variants} == set(measuring_runs.ABLATIONS)
+    assert tuple(found.seeds) == measuring.SEEDS
+    assert all(dict(one.values)["steps"] == 2600 for one in found.variants)
