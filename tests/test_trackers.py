@@ -1,11 +1,13 @@
 """Trackers: what each holds of a run, offline, and that none of them can stop one."""
 
+import importlib.machinery
 import json
 import math
 import pathlib
 import sqlite3
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import tiny_config
@@ -102,6 +104,55 @@ write_run("trackio", {str(workdir)!r})
         rows = opened.execute("select step, metrics from metrics order by step").fetchall()
     found = {step: json.loads(text) for step, text in rows}
     assert set(found) == {1, 2} and found[2]["loss"] == 3.0 and "gradient_norm" not in found[2]
+
+
+class Service(types.ModuleType):
+    """In the place of a service's package: what it was asked and told."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.runs, self.told, self.ended = [], [], 0
+
+    def init(self, **how):
+        self.runs.append(how)
+        return self
+
+    def log(self, values, step):
+        self.told.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+
+@pytest.fixture
+def service(request, monkeypatch):
+    """A `Service` of that name, for this test alone."""
+    stand_in = Service(request.param)
+    own = f"coca_jax.trackers.{request.param}"
+    monkeypatch.setitem(sys.modules, request.param, stand_in)
+    monkeypatch.delitem(sys.modules, own, raising=False)
+    monkeypatch.setenv(f"{request.param.upper()}_PROJECT", "ours")
+    yield stand_in
+    sys.modules.pop(own, None)
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"], indirect=True)
+def test_a_service_gets_each_step_and_the_same_run_when_it_goes_on(service, tmp_path):
+    """Without its package: what it is asked and told. With it, see above."""
+    name, workdir = service.__name__, tmp_path / "mine"
+    write_run(name, workdir)
+    write_run(name, workdir, start=2, steps=(3,))
+    first, second = service.runs
+    assert first == second and service.ended == 2
+    assert first["name"].startswith("mine-") and len(first["name"]) == len("mine-") + 8
+    assert (first["project"], first["resume"], first["config"]) == ("ours", "allow", {"seed": 7})
+    if name == "wandb":
+        assert first["id"] == first["name"] and first["dir"] == str(workdir)
+    assert [(step, told["loss"]) for step, told in service.told] == [(1, 1.5), (2, 3.0), (3, 4.5)]
+    assert all(told["contrastive_loss/label"] == 0.25 for _, told in service.told)
+    finite = [all(map(math.isfinite, told.values())) for _, told in service.told]
+    assert finite == [name == "trackio"] * 3  # W&B shows NaN as such
 
 
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog):
