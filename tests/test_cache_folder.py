@@ -1,11 +1,15 @@
 """The folder of compiled things: this user's alone, or another one."""
 
 import os
+import platform
+import re
 import stat
+import sys
+import types
 
 import pytest
 
-from coca_jax import cache_folder
+from coca_jax import cache_folder, compile_cache
 
 
 @pytest.fixture
@@ -75,3 +79,44 @@ def test_without_a_home_nothing_is_made_in_the_current_folder(folder, tmp_path, 
     other = folder()
     assert other.parent == tmp_path / "tmp" and other != found and _mode(other) == 0o700
     other.rmdir()
+
+
+def test_programs_are_kept_where_the_user_says_or_else_below_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_cache.cache_folder, "folder", lambda: tmp_path)
+    monkeypatch.setattr(compile_cache.os, "environ", environ := {})
+    monkeypatch.setitem(sys.modules, "jax", None)  # not imported yet: through the environment
+    compile_cache.use()
+    place = environ["JAX_COMPILATION_CACHE_DIR"]
+    assert re.fullmatch(re.escape(f"{tmp_path}/compiled-") + "[0-9a-f]{8}", place)
+    assert environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(4 << 30)
+    environ.clear()
+    environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
+    compile_cache.use()
+    assert environ == {"JAX_COMPILATION_CACHE_DIR": "mine"}
+    told = {}
+    config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=told.__setitem__)
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(config=config))
+    compile_cache.use()
+    assert told["jax_compilation_cache_dir"] == place and len(told) == 3
+    told.clear()
+    config.jax_compilation_cache_dir = "mine"
+    compile_cache.use()
+    assert not told
+
+
+def test_another_processor_has_another_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_cache.cache_folder, "folder", lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    places = []
+    for flags in ("flags : avx2\n", "flags : avx2 avx512f\n", "model name : x\n"):
+        monkeypatch.setattr(compile_cache.os, "environ", environ := {})
+        monkeypatch.setattr(compile_cache.pathlib.Path, "read_text", lambda _, text=flags: text)
+        compile_cache.use()
+        places.append(environ["JAX_COMPILATION_CACHE_DIR"])
+    assert len(set(places)) == 3
+
+    def absent(_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(compile_cache.pathlib.Path, "read_text", absent)  # as on macOS
+    assert compile_cache.processor().startswith(platform.machine())

@@ -1,13 +1,16 @@
 """The command that serves a model: what it refuses, and how a signal ends it."""
 
+import asyncio
 import http.client
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -98,6 +101,47 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         serve.main(["serve"])
     with pytest.raises(ValueError, match="x: serve takes flags alone"):
         serve.main(["serve", "x"])
+
+
+def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
+    """A signal while one is open: it is answered, the next is not; a second signal ends at once."""
+    from coca_jax.serving import running
+
+    held, go_on, ended, answers = (threading.Event(), threading.Event(), [], [])
+
+    async def app(scope, receive, send):
+        held.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await send(dict(type="http.response.start", status=200, headers=[]))
+        await send(dict(type="http.response.body", body=b"done"))
+
+    def ask():
+        connection = http.client.HTTPConnection(*listening.getsockname()[:2], timeout=60)
+        connection.request("GET", "/")
+        held.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(6000):
+            if ended:
+                break
+            os.kill(os.getpid(), signal.SIGTERM)  # one of them is the second
+            time.sleep(0.01)
+        go_on.set()
+        answers.append(connection.getresponse().read())
+
+    listening = running.listen("127.0.0.1", 0)
+    assert re.fullmatch(r"http://127.0.0.1:\d+", running.url(listening))
+    with pytest.raises(ValueError, match="cannot listen there .*; give another --port"):
+        running.listen("127.0.0.1", listening.getsockname()[1])
+    monkeypatch.setattr(running.os, "_exit", ended.append)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    client = threading.Thread(target=ask)
+    running.serve(app, listening, grace=60, ready=client.start)
+    client.join()
+    assert answers == [b"done"] and ended[0] == running.AT_ONCE == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(OSError):
+        socket.create_connection(listening.getsockname()[:2], timeout=5)
 
 
 @pytest.mark.slow  # two starts of the command

@@ -1,0 +1,161 @@
+"""Parts of the suites that need neither a model nor the peer: lists of pairs, the probe, the
+adapter."""
+
+import importlib
+import io
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_jax.suites import clip_benchmark, linear_probe, pairs
+
+
+def png(colour, size=(10, 8)):
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def colours(data):
+    """Of a picture's left and right half, as mean RGB."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    half = pixels.shape[1] // 2
+    return [pixels[:, part].mean((0, 1)).round().tolist() for part in np.s_[:half, half:]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures below `images`, of which the first is half red and half blue."""
+    (tmp_path / "images").mkdir()
+    pixels = np.zeros((8, 10, 3), np.uint8)
+    pixels[:, :5, 0] = pixels[:, 5:, 2] = 200
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
+    for name in ("b", "c"):
+        (tmp_path / "images" / f"{name}.png").write_bytes(png((0, 50, 0)))
+    return tmp_path
+
+
+def write(folder, name, rows):
+    lines = "\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows)
+    (folder / name).write_text(lines)
+    return str(folder / name)
+
+
+def test_each_layout_of_pairs_gives_its_examples(folder):
+    winoground = dict(image_0="a", image_1="b", caption_0="one", caption_1="two")
+    path = write(folder, "examples.jsonl", [winoground])
+    (one,) = pairs.examples(path)
+    assert one["texts"] == ["one", "two"] and len(one["images"]) == 2
+    assert one["images"][0] == (folder / "images/a.png").read_bytes()
+    vil = dict(cue="colour", candidates=["a", "b", "c"], associations='["c", "a"]')
+    (one,) = pairs.examples(write(folder, "vil.jsonl", [vil]))
+    assert (one["cue"], one["right"], len(one["images"])) == ("colour", [2, 0], 3)
+    aro = dict(image_path="a.png", true_caption="blue", false_caption="red")
+    aro |= dict(bbox_x=5, bbox_y=0, bbox_w=5, bbox_h=8)
+    (one,) = pairs.examples(write(folder, "aro.json", [aro]))
+    assert one["texts"] == ["blue", "red"] and colours(one["images"][0]) == [[0, 0, 200]] * 2
+    (folder / "notes.json").write_text("[1, 2]")
+    (folder / "broken.json").write_text("{")
+    names = [place.name for place in pairs.lists(str(folder))]
+    assert names == ["aro.json", "examples.jsonl", "vil.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(caption_0=7), "caption_0=7 is not a text"),
+        (dict(image_0=7), "image 7 is not a name"),
+        (dict(image_0="../a"), "does not lie below the list's folder"),
+        (dict(image_0="http://x/a.png"), "does not lie below the list's folder"),
+        (dict(image_0="absent"), "no image absent beside it, nor in images, val2017"),
+    ],
+)
+def test_a_bad_pair_is_a_line(folder, change, says):
+    row = dict(image_0="a", image_1="b", caption_0="one", caption_1="two") | change
+    path = write(folder, "examples.jsonl", [row])
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        list(pairs.examples(path))
+
+
+def test_a_row_of_no_layout_and_numbers_that_are_none_are_a_line(folder):
+    good = dict(image_path="a.png", true_caption="blue", false_caption="red")
+    with pytest.raises(ValueError, match="row 1: .* is no such pair"):
+        list(pairs.examples(write(folder, "aro.json", [good, dict(image_path="a.png")])))
+    boxed = good | dict(bbox_x="left", bbox_y=0, bbox_w=5, bbox_h=8)
+    with pytest.raises(ValueError, match="bbox_x=left is not a number of pixels"):
+        list(pairs.examples(write(folder, "aro.json", [boxed])))
+    vil = dict(cue="colour", candidates="[1, 2]", associations="[]")
+    with pytest.raises(ValueError, match=r"\[1, 2\] is not a list of names"):
+        list(pairs.examples(write(folder, "vil.jsonl", [vil])))
+
+
+@pytest.mark.torch
+def test_the_probe_learns_what_a_line_parts_and_draws_alike():
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 6, dtype=np.float32)
+    classes = rng.integers(0, 3, 300)
+    features = centres[classes] + 0.2 * rng.normal(size=(300, 6)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    train, test = (features[:200], classes[:200]), (features[200:], classes[200:])
+    found = linear_probe.guesses(*train, test[0])
+    assert (found == test[1]).mean() > 0.97
+    assert (found == linear_probe.guesses(*train, test[0])).all()
+    shuffled = linear_probe.guesses(train[0], rng.permutation(train[1]), test[0])
+    assert (shuffled == test[1]).mean() < 0.6
+
+
+@pytest.mark.torch
+def test_the_adapter_gives_what_the_model_gives_as_tensors():
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def encode_batch(texts, length, marks):
+        seen.append((texts, length, marks))
+        ids = np.arange(len(texts) * length).reshape(len(texts), length)
+        return ids, ids % 2 == 0
+
+    def encode_tokens(ids, valid):
+        assert ids.dtype == np.int32 and valid.dtype == bool
+        return ids.sum(1, keepdims=True) * valid.sum(1, keepdims=True)
+
+    model = types.SimpleNamespace(
+        vocabulary=types.SimpleNamespace(encode_batch=encode_batch),
+        max_len=4,
+        preprocess=lambda image: np.asarray(image.resize((2, 2))),
+        encode_image=lambda images: images.reshape(len(images), -1).astype(np.float64),
+        encode_tokens=encode_tokens,
+    )
+    adapter = clip_benchmark.Adapter(model, labels=True)
+    assert adapter.eval() is adapter and adapter.to("cpu") is adapter
+    tokens = adapter.tokenizer("a cat")
+    assert tokens.shape == (1, 2, 4) and seen == [(["a cat"], 4, [True])]
+    assert adapter.encode_text(adapter.tokenizer(["a", "b"])).tolist() == [[12.0], [44.0]]
+    pixels = adapter.transform(Image.new("RGB", (6, 6), (9, 8, 7)))
+    assert pixels.shape == (2, 2, 3)
+    found = adapter.encode_image(pixels[None])
+    assert found.dtype == torch.float32 and found.tolist() == [[9, 8, 7] * 4]
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.1, 0.3]])
+    assert clip_benchmark.accuracy(scores, torch.tensor([2, 0]), (1, 2)) == [0.5, 1.0]
+
+
+def test_the_adapter_joins_the_peer_s_kinds_or_says_what_it_lacks(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="--pretrained=best: choose from captions, labels"):
+        clip_benchmark.load("runs/demo", "best")
+    monkeypatch.setitem(sys.modules, "clip_benchmark.models", None)
+    with pytest.raises(SystemExit) as ended:
+        clip_benchmark.main()
+    assert ended.value.code == 2
+    assert "CLIP_benchmark cannot be imported" in capsys.readouterr().err
+    peer = types.SimpleNamespace(TYPE2FUNC={}, MODEL_TYPES=["open_clip"], accuracy=None)
+    ran = []
+    peer.main = lambda: ran.append(peer.TYPE2FUNC["coca_jax"])
+    monkeypatch.setattr(importlib, "import_module", lambda name: peer)
+    clip_benchmark.main()
+    clip_benchmark.register()
+    assert ran == [clip_benchmark.load] and peer.accuracy is clip_benchmark.accuracy
+    assert peer.MODEL_TYPES == ["open_clip", "coca_jax"]
