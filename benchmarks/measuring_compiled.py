@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
-from measuring import GIB, HERE, Given, Measurement, Rows, Values
+from measuring import GIB, HERE, MIB, Given, Measurement, Rows, Values
 
 TPU = {
     "2b/v4": "--config=coca_2b --topology=v4:8x16x16",
@@ -99,7 +100,47 @@ def of_cpu(told: dict[str, Any]) -> Values:
     return dict(gib=told["bytes_per_device"]["total"] / GIB)
 
 
+TEMPORARIES = """
+import json
+import jax
+from coca_jax import ops, partitioning, recipes
+from coca_jax.config import typed
+from coca_jax.estimate.step import build_step
+from coca_jax.ops import cpu
+recipe = recipes.load("finetune_open_clip")
+recipe.batch_size = 16
+def counted(options, most_logits):
+    jax.clear_caches()
+    cpu.MOST_LOGITS = most_logits
+    mesh = partitioning.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        step, arguments = build_step(typed(recipe), mesh)
+        program = step.lower(*arguments).compile(compiler_options=options)
+    return program.memory_analysis().temp_size_in_bytes
+own = ops.compiler_options("cpu")
+usual = {key: value for key, value in own.items() if key != "xla_cpu_scheduler_type"}
+most = cpu.MOST_LOGITS
+print(json.dumps([counted(usual, 2**40), counted(own, 2**40), counted(own, most)]))
+"""
+
+
+def temporaries(given: Given) -> Rows:
+    """Of a step of coca_ViT-B-32's sizes on a CPU: in XLA's usual order, in ours, with chunks of
+    logits too."""
+    found = json.loads(given.python("-c", TEMPORARIES).splitlines()[-1])
+    return {"step_b32/temporaries": dict(zip(("usual", "order", "both"), (b / MIB for b in found)))}
+
+
 MEASUREMENTS = (
+    Measurement(
+        ("step_b32/temporaries",),
+        temporaries,
+        1,
+        "the step of finetune_open_clip, 16 pairs, compiled with ops.compiler_options or without",
+        "estimated",
+        more=dict(unit="MiB"),
+        lower=("both",),
+    ),
     *(compiled(f"memory_224/{row}", of_cpu, flags, 2) for row, flags in MEMORY.items()),
     Measurement(
         tuple(f"tpu_kernels/{row}" for row in KERNELS),
