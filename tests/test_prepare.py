@@ -219,6 +219,26 @@ def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(tmp
     assert found[2].image == encode(2)
 
 
+def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    write_tar(tmp_path / "a.tar", 5)
+    import_data("webdataset", tmp_path / "a.tar", tmp_path / "tfds" / "mine" / "1.0.0")
+    entry = dict(tfds="mine", data_dir=str(tmp_path / "tfds"), text_field="text")
+    source = sources.open_source(entry)
+    assert (source.name, len(source)) == ("tfds mine [train]", 5)
+    for index, record in zip((3, 0), source.read([3, 0]), strict=True):
+        assert record.texts == (f"caption {index}",) and record.image == encode(index)
+        assert record.key == str(index)
+    with pytest.raises(ValueError, match="no field 'title'; it has .*'text'"):
+        sources.open_source(entry | dict(text_field="title"))
+    for wrong in (dict(tfds="absent"), dict(split="test")):
+        with pytest.raises(ValueError, match="; use `python -m coca_jax.prepare") as error:
+            sources.open_source(entry | wrong)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no such data: Dataset absent not found$"):
+        import_data("tfds", "absent", tmp_path / "out")
+
+
 def test_whatever_imports_tensorflow_keeps_it_off_gpus():
     package = pathlib.Path(__file__).parent.parent / "coca_jax"
     imports = re.compile(r"^\s*(import|from) (tensorflow|seqio)", re.M)

@@ -44,6 +44,12 @@ def _keep_tensorflow_off_gpus() -> None:
         logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
 
 
+def why(error: Exception) -> str:
+    """What an error of TFDS says in its first line; below stand all data sets that it knows."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" :.")
+
+
 def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(tfds=...) of config.data.sources: a TFDS data set that is already prepared in
     the random-access format `array_record`.
@@ -62,7 +68,7 @@ def open_entry(entry: Entry, split: str) -> Source:
             split=split, decoders={image_field: tfds.decode.SkipDecoding()}
         )
     except Exception as error:  # TFDS raises its own kinds for each way to be absent
-        raise ValueError(f"data source tfds={name!r} [{split}]: {error}; {hint}") from None
+        raise ValueError(f"data source tfds={name!r} [{split}]: {why(error)}; {hint}") from None
     features = builder.info.features
     for field in (image_field, text_field, label_field):
         if field and field not in features and field != "label":

@@ -34,7 +34,8 @@ def _builder(name: str) -> Any:
             return tfds.builder_from_directory(name)
         return tfds.builder(name)
     except Exception as error:  # TFDS has a type for each way to be absent
-        raise ValueError(f"--input={name}: tensorflow-datasets has no such data: {error}") from None
+        why = tfds_source.why(error)
+        raise ValueError(f"--input={name}: tensorflow-datasets has no such data: {why}") from None
 
 
 def _check_features(folder: str) -> None:
