@@ -1,5 +1,8 @@
 """Caption metrics against pycocoevalcap: its figures for a fixed sample, and itself where it is."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 
@@ -119,6 +122,71 @@ def test_what_cannot_run_says_why(monkeypatch):
     assert "pip install" in cm.why_not("spice")
     with pytest.raises(ValueError, match="METEOR: the package pycocoevalcap is missing"):
         cm.meteor([["a"]], [[["a"]]])
+
+
+JAVA = """#!{python} -S
+import sys
+for line in sys.stdin:
+    kind, *parts = line.rstrip("\\n").split(" ||| ")
+    if "fall" in line:
+        sys.exit("out of memory")
+    if kind == "SCORE":  # numbers of references, and of the caption's words
+        print(len(parts) - 1, len(parts[-1].split()), flush=True)
+    else:
+        for part in (*parts, " ".join(parts)):
+            print(sum(map(int, part.split())) / 10, flush=True)
+"""
+SPICE = """
+class Spice:
+    def compute_score(self, truth, said):
+        if "fall" in said[0]:
+            raise OSError("no java")
+        scores = [float(said[i][0] in truth[i]) if truth[i] else float("nan") for i in truth]
+        return 0.5, [{"All": {"f": score}} for score in scores]
+"""
+
+
+@pytest.fixture
+def java_metrics(tmp_path, monkeypatch):
+    """In the place of Java and of the package, which are large: what speaks as they do."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = tmp_path / "pycocoevalcap"
+    for part in ("meteor", "spice/lib"):
+        (package / part).mkdir(parents=True)
+    (package / "meteor" / "meteor.py").write_text("METEOR_JAR = 'meteor.jar'\n")
+    (package / "spice" / "spice.py").write_text(SPICE)
+    (package / "__init__.py").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "java").write_text(JAVA.format(python=sys.executable))
+    (tmp_path / "bin" / "java").chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    yield package
+    for name in [name for name in sys.modules if name.split(".")[0] == "pycocoevalcap"]:
+        del sys.modules[name]
+
+
+def test_meteor_is_asked_for_each_image_and_then_for_the_set(java_metrics):
+    captions = [["a", "dog"], ["a", "|||", "cat", "runs"]]
+    references = [[["a", "dog"], ["dog"]], [["cat"]]]
+    whole, each = cm.meteor(captions, references)
+    assert each.tolist() == [(2 + 2) / 10, (1 + 3) / 10] and whole == 0.8  # a cat runs
+    with pytest.raises(ValueError, match="^METEOR ended too soon: out of memory$"):
+        cm.meteor([["fall"]], [[["a"]]])
+
+
+def test_spice_gives_a_figure_an_image(java_metrics):
+    assert "its language models are not there" in cm.why_not("spice") and not cm.why_not("meteor")
+    with pytest.raises(ValueError, match="SPICE: its language models are not there"):
+        cm.spice(["a"], [["a"]])
+    (java_metrics / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar").touch()
+    assert cm.spice(["a", "b", "c"], [["a"], ["a"], []]).tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="SPICE did not run: no java"):
+        cm.spice(["fall"], [["a"]])
+    (java_metrics.parent / "bin" / "java").unlink()
+    os.environ["PATH"] = str(java_metrics.parent / "bin")
+    assert cm.why_not("meteor") == "java is not installed"
 
 
 HINDI = "\u090f\u0915 \u092e\u0947\u0902\u0922\u0915"
