@@ -42,7 +42,7 @@ CLOCK = (
     Measurement(
         ("start",),
         parts.start,
-        0.5,
+        1.5,
         "a process each, the demo's model after two steps",
         clock=True,
         lower=("first_seconds", "second_seconds"),
@@ -108,7 +108,7 @@ CLOCK = (
     Measurement(
         ("demo_resumed",),
         parts.resumed,
-        1,
+        2,
         f"{TRAIN}=demo --config.log.every_steps=1, killed and started again",
         more=dict(unit="s"),
         clock=True,
@@ -118,7 +118,7 @@ CLOCK = (
     Measurement(
         ("serve_load",),
         faults.loaded,
-        2,
+        1,
         "python benchmarks/serve.py URL picture.jpg --pid=PID, the third such run",
         clock=True,
         lower=("lost", "core_ms"),
