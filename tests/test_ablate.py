@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import types
 
 import jax
@@ -157,6 +158,47 @@ def test_equal_minutes_are_steps_by_a_pace_that_is_measured_once(tmp_path, monke
     assert run["minutes"] == pytest.approx(sum(row["processor_time"] for row in rows) / 60)
     monkeypatch.setattr(training, "train", None)  # nothing is left to do
     running.ablate(found, str(out), 0.002, quietly)
+
+
+def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
+    tmp_path, monkeypatch
+):
+    """With a stand-in for training: a step takes 0.5 s, of the second variant 1 s."""
+    ran, said = [], []
+
+    def train(config, workdir):
+        name = "pace" if workdir.endswith(".pace") else workdir.removeprefix(f"{out}/")
+        ran.append((name, config.steps))
+        if (name, config.seed) == ("again/seed3", 3) and len(ran) < 9:
+            raise ValueError("the loss\nis not finite")
+        took = 0.5 if config.checkpoint.keep > 1 else 1.0
+        rows = [dict(step=n + 1, loss=2.0, processor_time=took) for n in range(config.steps)]
+        place = pathlib.Path(workdir)
+        place.mkdir(parents=True)
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return dict(steps=config.steps, **{"retrieval/x/image_to_text_r1": 0.25})
+
+    monkeypatch.setattr(training, "train", train)
+    found, out = table.read(written(tmp_path, TABLE), {}), tmp_path / "out"
+    told = running.ablate(found, str(out), 0.5, said.append)
+    assert told["runs"] == 3 and told["failed"] == {"again, seed 3": "the loss is not finite"}
+    paces = [("pace", running.PACE)] * 2
+    assert ran == [paces[0], ("both/seed0", 60), paces[1], ("again/seed0", 30)] + [
+        ("both/seed3", 60),
+        ("again/seed3", 30),
+    ]
+    assert "both: 0.5 s a step, so 60 steps" in said and not (out / ".pace").exists()
+    assert "run 4 of 4: again, seed 3" in said
+    ran += [None] * 3
+    told = running.ablate(found, str(out), 0.5, said.append)
+    assert told == dict(out=str(out), results=str(out / "results.json"), runs=4, failed={})
+    assert ran[9:] == [("again/seed3", 30)]
+    done = sealed_json.read(out / "again/seed3" / outcome.DONE)
+    assert (done["steps"], done["minutes"]) == (30, 0.5)
+    assert done["scores"]["retrieval/x/image_to_text_r1"] == 0.25
+    endless = table.read(written(tmp_path, TABLE.replace("steps = 2", "steps = 0")), {})
+    with pytest.raises(ValueError, match="variant both: give steps or epochs, or --minutes"):
+        running.ablate(endless, str(tmp_path / "other"), 0, quietly)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import pytest
 from conftest import tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
+from test_version_0_1 import flags_of
 
 from coca_jax import (
     benchmark,
     benchmark_input,
+    benchmark_losses,
     benchmark_model,
     benchmark_peer,
     benchmark_train,
@@ -134,6 +136,40 @@ def test_a_peer_is_compared_in_its_own_precision():
     config.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="--config.model.dtype=float32"):
         benchmark_peer.build(config.model)
+
+
+def test_losses_are_their_definitions_and_beside_them(monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 8, 4)))
+    naive = benchmark_losses.naive_contrastive(image, text, 7.0)
+    ours = benchmark_losses.contrastive_loss(image, text, np.float32(7), chunk=4)[0]
+    np.testing.assert_allclose(naive, ours, rtol=1e-5)
+    found = benchmark_losses.contrastive(16, 4, 8, 4, repeats=2)
+    assert found["time_ratio"] == found["ours_seconds"] / found["naive_seconds"] > 0
+    assert 0 < found["ours_seconds_spread"] < 60
+    states, kernel = (rng.normal(size=of).astype("float32") for of in ((2, 3, 4), (4, 11)))
+    targets, mask = rng.integers(0, 11, (2, 3)), np.array([[1, 1, 0], [1, 0, 0]], bool)
+    given = states, kernel, np.zeros(11, np.float32), targets, mask
+    naive = benchmark_losses.naive_captioning(*given)
+    np.testing.assert_allclose(naive, benchmark_losses.captioning_loss(*given)[0], rtol=1e-5)
+    told = benchmark_losses.captioning(64, 8, 500, 8, 2, 64, repeats=1)
+    assert told["memory_ratio"] < 0.5  # of 64 x 8 x 500 logits there are 64 x 500
+    monkeypatch.setattr(benchmark_losses, "contrastive", lambda *_: found)
+    monkeypatch.setattr(benchmark_losses, "captioning", lambda *_: told)
+    assert benchmark_losses.run(1) == dict(contrastive=found, captioning=told)
+    assert f"({told['memory_ratio']:.3f}), time" in capsys.readouterr().out
+
+
+def test_flags_of_another_benchmark_are_refused(monkeypatch):
+    flags_of("benchmark", monkeypatch)
+    for kind, flag, says in (
+        ("train", "", "benchmark train needs --config=NAME"),
+        ("losses", "--peer", "--peer compares .*, not `losses`"),
+        ("losses", "--texts=t", "--texts gives captions to `train`, not to `losses`"),
+    ):
+        benchmark.flags.FLAGS(["benchmark", "--nopeer", "--texts=", *filter(None, [flag])])
+        with pytest.raises(ValueError, match=says):
+            benchmark.main(["benchmark", kind])
 
 
 def test_unknown_benchmarks_are_named():

@@ -5,10 +5,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import params_of, tiny_config
 
 from coca_jax import export_format, warm_start
 from coca_jax.config import typed
+from coca_jax.fitting import weights
 from coca_jax.models import coca
 from coca_jax.training import run
 from coca_jax.training.state import init_state
@@ -93,3 +94,26 @@ def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):
     given, start = run.restore_or_begin(of, none)
     assert start == 0
     assert given == ("fresh", "weights", ("cat",), "interpolate", "image", (2, 2))
+
+
+def test_what_a_fit_reads_of_weights(tmp_path):
+    """An export's model, size, resizing and words; what is no such folder is a line."""
+    config = tiny_config()
+    params = params_of(coca.build(config.model))
+    (tmp_path / "vocabulary.model").write_bytes(b"-")
+    given = {"model": config.model.to_dict(), "preprocess": {"resize": "crop"}}
+    host, words = jax.device_get(params), tmp_path / "vocabulary.model"
+    export_format.write_export(tmp_path / "export", host, given, words)
+    found = weights.read(str(tmp_path / "export"))
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert found.model == typed(config).model and found.resize == "crop"
+    assert found.path == str(tmp_path / "export")
+    assert found.vocabulary == str(tmp_path / "export" / "vocabulary.model")
+    with pytest.raises(ValueError, match="vocabulary.model is a file: convert it first"):
+        weights.read(str(words))
+    with pytest.raises(FileNotFoundError, match="absent: no such folder; give a run or an export"):
+        weights.read(str(tmp_path / "absent"))
+    given["preprocess"]["resize"] = "native"
+    export_format.write_export(tmp_path / "native", host, given, words)
+    with pytest.raises(ValueError, match="its images keep their aspect ratio"):
+        weights.read(str(tmp_path / "native"))

@@ -42,9 +42,9 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
     folder = pathlib.Path(out)
     for variant in table.variants:
         config = variant.config(dict(steps=1) if minutes else None)
-        run_config.check(config)
         if not (config.steps or config.epochs):
             raise ValueError(f"variant {variant.name}: give steps or epochs, or --minutes")
+        run_config.check(config)
     plan = Plan(folder / PLAN, minutes)
     plan.check(table.variants)
     total, number, failed = len(table.seeds) * len(table.variants), 0, {}
