@@ -209,17 +209,20 @@ COUNTED = (
         )
         for row, name in TOWERS.items()
     ),
-    Measurement(
-        (
-            *(f"parity/{row}" for row in ("small", "b32", "l14")),
-            *(f"gradients/{dtype}" for dtype in ("float32", "float64")),
-            "convert_l14",
-        ),
-        peers.parity,
-        5,
-        "python benchmarks/parity.py NAME, coca_ViT-B-32 with --gradients",
-        more=SAME,
-        **DIFFERENCE,
+    *(
+        Measurement(
+            (f"parity/{row}", *more),
+            peers.parity(row, name),
+            minutes,
+            f"python benchmarks/parity.py {name}{flags}",
+            more=SAME,
+            **DIFFERENCE,
+        )
+        for row, name, minutes, flags, more in (
+            ("small", "small", 1, "", ()),
+            ("b32", "coca_ViT-B-32", 3, " --gradients", ("gradients/float32", "gradients/float64")),
+            ("l14", "coca_ViT-L-14", 3, "", ("convert_l14",)),
+        )
     ),
     Measurement(
         ("soak/leak", "soak/given_back", "soak/texts"),

@@ -60,19 +60,22 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
     return lambda given: {f"towers/{row}": given.script("towers.py", name)}
 
 
-def parity(given: Given) -> Rows:
-    """Outputs of three sizes of CoCa, gradients of one, and what converting the largest takes."""
-    named = dict(small="small", b32="coca_ViT-B-32", l14="coca_ViT-L-14")
-    found: Rows = {}
-    for row, name in named.items():
+def parity(row: str, name: str) -> Callable[[Given], Rows]:
+    """Outputs of a size of CoCa; of B/32 gradients too, and of L/14 what converting it takes."""
+
+    def run(given: Given) -> Rows:
         told = given.script("parity.py", name, *(["--gradients"] if row == "b32" else []))
         keys = [f"{key}{suffix}" for key in OUTPUTS for suffix in ("", "_bfloat16")]
-        found[f"parity/{row}"] = {key: told[key] for key in keys}
+        found: Rows = {f"parity/{row}": {key: told[key] for key in keys}}
         if row == "b32":
             for dtype in ("float32", "float64"):
                 found[f"gradients/{dtype}"] = dict(value=told[f"gradient_{dtype}"])
-    seconds, mib = told["convert_core_seconds"], told["convert_mib"]
-    return found | dict(convert_l14=dict(seconds=seconds, gb=mib * MIB / 1e9))
+        if row == "l14":
+            seconds, mib = told["convert_core_seconds"], told["convert_mib"]
+            found["convert_l14"] = dict(seconds=seconds, gb=mib * MIB / 1e9)
+        return found
+
+    return run
 
 
 OUTPUTS = ("image", "text", "logits")
