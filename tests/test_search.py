@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_version_0_1 import flags_of
 
+import coca_jax
+from coca_jax import search
 from coca_jax.inference import export_programs
 from coca_jax.searching import alike, index, nearest, parts
 
@@ -246,6 +249,47 @@ def test_clusters_are_the_groups_that_there_are():
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "coca_jax", "search", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_each_part_of_the_command(model, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """In this process, with a model that is there already."""
+    flags_of("search", monkeypatch)
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: model)
+    (folder / "b/twin.png").write_bytes((folder / "a/0.png").read_bytes())
+    out = str(tmp_path / "i")
+
+    def call(*asked, **given):
+        search.flags.FLAGS.unparse_flags()
+        search.flags.FLAGS(["search", *(f"--{name}={value}" for name, value in given.items())])
+        result = search.main(["search", *asked])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()], result
+
+    _, done = call("index", str(folder), checkpoint="here", out=out, batch_size=4)
+    assert (done["new"], done["skipped"], done["pictures"]) == (11, 1, 11)
+    assert done["search"] == "exact" and done["out"] == out
+    picture = str(folder / "a/0.png")
+    found, done = call("query", picture, "red", index=out, k=3, weights="1,0")
+    twins = [picture, str(folder / "b/twin.png")]
+    assert sorted(one["image"] for one in found[:2]) == twins and found[0]["score"] > 0.999
+    assert (done["texts"], done["images"], done["found"]) == (["red"], [picture], 3)
+    found, done = call("duplicates", index=out, threshold=0.999)
+    assert any(set(twins) <= set(group["images"]) for group in found) and done["pictures"] == 11
+    assert done["duplicates"] == sum(len(group["images"]) - 1 for group in found)
+    found, done = call("clusters", index=out, clusters=2)
+    assert sum(one["size"] for one in found) == 11 and done["clusters"] == 2
+    _, done = call("index", str(folder), checkpoint="here", out=str(tmp_path / "j"), shard="1/2")
+    assert (done["waiting"], done["shards"]) == (1, 1)  # the first of two does it
+    for asked, given, says in (
+        (("query", "red"), {}, "--index is missing"),
+        (("query",), dict(index=out), "give what to look for"),
+        (("query", "red"), dict(index=out, weights="a"), "--weights=a: give numbers"),
+        (("query", "red"), dict(index=out, weights="1,2"), "2 weights for 1 texts"),
+        (("index",), dict(checkpoint="here", out=out), "give what to index"),
+        (("find",), {}, "'find' is none of them"),
+        ((), {}, "none is given"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call(*asked, **dict(index="", weights="", out="") | given)
 
 
 @pytest.mark.slow  # three starts of the command; docs/search.md is walked in every run of the suite
