@@ -9,11 +9,14 @@ import optax
 import pytest
 from conftest import scenes_words
 from one_device import train_alone
+from test_inference import tiny_model, words  # noqa: F401
 from test_train import tiny_run
+from test_version_0_1 import flags_of
 
 from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start
 from coca_jax.config import Optimizer
-from coca_jax.evaluators import history
+from coca_jax.evaluators import history, tasks
+from coca_jax.inference import export_folder
 from coca_jax.models import roles
 from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
@@ -215,3 +218,64 @@ def test_mixing_goes_from_one_to_the_other_and_has_a_chart():
     assert "share of the way" in figure and "Retrieval between both models" in figure
     assert charts.blended([dict(share=1)]) == charts.blended("rubbish") == []
     assert json.dumps(rows)
+
+
+def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """In this process, with two models of which one has a change of rank 2 in a kernel."""
+    base, tuned = (tiny_model(words, devices=jax.devices()[:1]) for _ in range(2))
+    first = blend.to_host(base.params)
+    rng = np.random.default_rng(0)
+    kernel = first["text_to_joint"]["kernel"]
+    change = rng.normal(size=(len(kernel), 2)) @ rng.normal(size=(2, kernel.shape[1]))
+    moved = first | {"text_to_joint": {"kernel": (kernel + change).astype(np.float32)}}
+    tuned.set_params(moved)
+    models = dict(base=base, tuned=tuned)
+    monkeypatch.setattr(blend.coca_jax, "load", lambda place, **how: models[place])
+    written = []
+    monkeypatch.setattr(export_folder, "write", lambda model, out: written.append(out))
+    flags_of("blend", monkeypatch)
+
+    def call(*given):
+        base.set_params(first)
+        blend.flags.FLAGS.unparse_flags()
+        for name in ("shares", "checkpoint", "adapter", "data", "rank"):
+            blend.flags.FLAGS[name].unparse()
+        blend.flags.FLAGS(["blend", "--base=base", *given])
+        return blend.main(["blend"])
+
+    def kernel_now():
+        return np.asarray(base.params["text_to_joint"]["kernel"])
+
+    out = str(tmp_path / "half")
+    assert call("--checkpoint=tuned", "--shares=0.5", f"--out={out}") == dict(out=out, share=0.5)
+    np.testing.assert_allclose(kernel_now(), kernel + change / 2, atol=1e-5)
+    assert written == [out]
+    adapter = str(tmp_path / "adapter")
+    told = call("--checkpoint=tuned", "--rank=2", f"--out={adapter}")
+    assert (told["kernels"], told["numbers"]) == (1, 2 * sum(kernel.shape)) and told["kept"] > 0.999
+    assert call(f"--adapter={adapter}", f"--out={out}2")["share"] == 1.0
+    np.testing.assert_allclose(kernel_now(), moved["text_to_joint"]["kernel"], atol=1e-4)
+
+    def run_tasks(model, asked, folder):
+        score = float(np.abs(kernel_now() - kernel).mean() / np.abs(change).mean())
+        return {"retrieval/x/image_to_text_r1": score, "retrieval/x/odd": 1.0}
+
+    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
+    monkeypatch.setattr(blend.evaluate, "tasks_of_flags", lambda: ["a task"])
+    given = ("--checkpoint=tuned", "--data=x", "--shares=0,0.25,1", f"--out={tmp_path}/curve")
+    curve = call(*given)["curve"]
+    assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
+    scores = [row["scores"]["retrieval/x/image_to_text_r1"] for row in curve]
+    np.testing.assert_allclose(scores, [0, 0.25, 1], atol=1e-4)
+    assert json.loads((tmp_path / "curve/blend.json").read_text())["curve"] == curve
+    assert "share  retrieval/x/image_to_text_r1" in capsys.readouterr().out
+    for given, says in (
+        (("--checkpoint=tuned", "--adapter=a", "--out=o"), "give --base=DIR, --checkpoint"),
+        (("--checkpoint=tuned", "--shares=0,1", "--out=o"), "one to write, or give --data"),
+        (("--checkpoint=tuned", "--rank=-1", "--out=o"), "--rank=-1: a whole number"),
+        (("--checkpoint=base", "--rank=2", f"--out={tmp_path}/o"), "both models are the same"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call(*given)
+    with pytest.raises(FileNotFoundError, match="no adapter.safetensors; write one with --rank"):
+        call(f"--adapter={tmp_path}", f"--out={tmp_path}/o")
