@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,12 @@ def add(path: pathlib.Path, line: dict[str, Any]) -> None:
 def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[str, Any]:
     """Trains the row with a seed and scores it: its line of results.json."""
     told, seconds = call("train", args, seed, steps, workdir)
-    scores = call("score", args, seed, steps, workdir)[0]["scores"]
+    try:
+        scores = call("score", args, seed, steps, workdir)[0]["scores"]
+    except SystemExit:
+        kept = shutil.copytree(workdir, tempfile.mkdtemp(prefix=f"{args.row}-"), dirs_exist_ok=True)
+        print(f"what was trained is kept in {kept}", file=sys.stderr)
+        raise
     return dict(
         row=args.row,
         data=args.data,

@@ -201,7 +201,8 @@ class Run:
                 ]
                 if not lacking:
                     setting = Setting(batch_size=128, workdir=workdir, request={"row": workdir})
-                    scores |= run_task(predictor, dict(task), setting)
+                    task = {key: value for key, value in task.items() if key != "rerank"}
+                    scores |= run_task(predictor, task, setting)  # embeddings are compared
         return scores
 
 
