@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import export
@@ -135,8 +136,63 @@ def wanted_of(found):
 def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     given = dict(checkpoint="nowhere", out=str(tmp_path / "out"), format="onnx", push="")
-    args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch=1)
+    args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch_size=1)
     monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=args))
     with pytest.raises(ValueError, match="--format=onnx needs jax2onnx: pip install"):
         export.main(["export"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_path, capsys):
+    """What it asks of what writes; that is tested above and in test_hub.py."""
+    loaded = types.SimpleNamespace(captions=None)
+    calls = []
+
+    def writes(*given, **how):
+        calls.append((*given[1:], *how.items()))
+        return {"a": 1_000, "b": 234}
+
+    monkeypatch.setattr(export.coca_jax, "load", lambda place: loaded)
+    for module, name in (
+        (export_folder, "check"),
+        (export_folder, "write_hub"),
+        (export_programs, "export"),
+        (export_programs, "check"),
+    ):
+        monkeypatch.setattr(module, name, writes)
+    monkeypatch.setattr(export_onnx, "packages", lambda: None)
+    onnx = dict(files={"c": 5}, differences=0.5)
+    monkeypatch.setattr(export_onnx, "export", lambda *_, **how: onnx | how)
+    monkeypatch.setattr(export.hub, "push", lambda folder, name, private: f"{name} {private}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval.json").write_text('{"score": 1}')
+    flags_of("export", monkeypatch)
+
+    def call(out, *given):
+        for name in ("format", "batch_size", "int8", "push", "private"):
+            export.flags.FLAGS[name].unparse()
+        place = f"--checkpoint={tmp_path / 'run'}"
+        export.flags.FLAGS(["export", place, f"--out={tmp_path / out}", *given])
+        return export.main(["export"])
+
+    told = call("programs")
+    assert told["bytes"] == 1_234 and told["differences"] == {"a": 1_000, "b": 234}
+    assert "1,000 bytes" in capsys.readouterr().out
+    told = call("hub", "--format=hub", "--push=org/name", "--private")
+    assert told["url"] == "org/name True"
+    assert (str(tmp_path / "hub"), "org/name", {"score": 1}) in calls
+    call("mine", "--format=hub")
+    assert calls[-1] == (str(tmp_path / "mine"), "org/mine", {"score": 1})
+    told = call("onnx", "--format=onnx", "--batch_size=8", "--int8")
+    assert (told["batch"], told["int8"], told["bytes"], told["differences"]) == (8, True, 5, 0.5)
+    for given, says in (
+        (["--int8"], "--batch_size and --int8 belong to --format=onnx"),
+        (["--batch_size=4"], "--batch_size and --int8 belong to --format=onnx"),
+        (["--format=onnx", "--batch_size=0"], "--batch_size=0: give at least 1 row"),
+        (["--push=org/name"], "--push=org/name: only with --format=hub"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call("no", *given)
+    del loaded.captions
+    with pytest.raises(ValueError, match="a model without a decoder has no program for captions"):
+        call("no")
