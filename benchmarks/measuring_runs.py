@@ -26,6 +26,8 @@ EMOJI = {
     "emoji/image_to_text_r5": "retrieval/emoji_openmoji/image_to_text_r5",
     "emoji/text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
     "emoji/text_to_image_r5": "retrieval/emoji_openmoji/text_to_image_r5",
+    "emoji/reranked_image_to_text": "retrieval/emoji_openmoji/reranked_image_to_text_r1",
+    "emoji/reranked_text_to_image": "retrieval/emoji_openmoji/reranked_text_to_image_r1",
     "emoji/exact": "captioning/emoji_openmoji/exact_match",
 }
 TOP1 = "classification/fashion_mnist/top1"
@@ -120,19 +122,25 @@ def trained(
     return run
 
 
+def demo(given: Given) -> Rows:
+    """Seed 0 with its intervals, seeds 1 and 2 beside."""
+    found = one_run("demo", DEMO)(given)
+    for seed in SEEDS[1:]:
+        told = scores(run_of(given, "demo", seed=seed))
+        for row, key in DEMO.items():
+            found[row][f"seed_{seed}"] = shown(told, key)
+    return found
+
+
 def emoji(given: Given) -> Rows:
-    """Seeds 0 and 1 on one core, the intervals of seed 0, and its minutes and captions."""
-    runs = [run_of(given, "emoji", seed=seed, one_core=True) for seed in (0, 1)]
-    told = [scores(run) for run in runs]
-    found: Rows = {}
-    for row, key in EMOJI.items():
-        found[row] = {f"seed_{n}": shown(one, key) for n, one in enumerate(told)}
-        found[row] |= {end: shown(told[0], f"{key}_{end}") for end in ("low", "high")}
+    """Seed 0 on all cores with its intervals, and its minutes and captions."""
+    found = one_run("emoji", EMOJI)(given)
+    run = run_of(given, "emoji")
     names = dict(exact_match="exact")
     captions: Values = {}
     for key in EMOJI_CAPTIONS:
-        captions |= interval(told[0], f"captioning/emoji_openmoji/{key}", names.get(key, key))
-    return found | {"emoji/core_minutes": dict(value=minutes(runs[0])), "twins/emoji": captions}
+        captions |= interval(scores(run), f"captioning/emoji_openmoji/{key}", names.get(key, key))
+    return found | {"emoji/minutes": dict(value=minutes(run)), "twins/emoji": captions}
 
 
 def fashion_mnist(given: Given) -> Rows:
@@ -264,7 +272,7 @@ FITTED = dict(
 def reinforced(given: Given) -> Rows:
     """A recipe on recaptioned data beside the one that it is from, of twice its steps, and the run
     that wrote the captions: R@1 of both ways, per cent, mean and range."""
-    teacher = run_of(given, "emoji", one_core=True)
+    teacher = run_of(given, "emoji")
     out = ("--input=data/emoji", "--out=data/emoji_rich", "--to=array_record", "--text=all")
     given.coca("recaption", f"--checkpoint={teacher}", *out, "--embeddings", *WAYS)
     runs = dict(
@@ -292,7 +300,7 @@ WAYS = ("--how=greedy,max_tokens=15", "--how=nucleus,top_p=0.9,num_captions=3,ma
 
 def tuned(given: Given) -> Rows:
     """A run on emoji, tuned on Tux Paint's stamps, plainly and so that it stays able."""
-    start = run_of(given, "emoji", one_core=True)
+    start = run_of(given, "emoji")
     plain = ("--config.steps=100", "--config.optimizer.keep_embeddings=False")
     plain += ("--config.data.features=", "--config.data.augmentations=0")
     runs = dict(plain=("tuxpaint_plain", plain), keep=("tuxpaint_tuned", ()))
@@ -317,7 +325,7 @@ TUNED = dict(
 
 def animated(given: Given) -> Rows:
     """Clips by one frame and by eight: a run on emoji as it is, and tuned to their groups."""
-    start = run_of(given, "emoji", one_core=True)
+    start = run_of(given, "emoji")
     found: Rows = {f"video/{row}": {} for row in VIDEO}
     for frames in (1, 8):
         flags = ("--data=data/animated_emoji", "--split=test", f"--num_frames={frames}")
