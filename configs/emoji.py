@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     """
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 7200
+    config.steps = 5600
     config.image_sizes = ((0.3, 32),)
     config.text_lengths = (8, 16)  # names are short
     config.model.update(

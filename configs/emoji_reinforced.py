@@ -11,7 +11,7 @@ from coca_jax.configs import emoji
 
 
 def get_config() -> ConfigDict:
-    """A twelfth of the steps: what both towers are to give is known from the first step."""
+    """A ninth of the steps: what both towers are to give is known from the first step."""
     config = emoji.get_config()
     config.steps = 600
     config.optimizer.schedule, config.optimizer.average_share = "cosine", 0.0
