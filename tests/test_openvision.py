@@ -21,7 +21,7 @@ LONG = "a photo of two dogs in a park, " * 4
 VISION = dict(image_size=32, layers=2, width=48, patch_size=8, head_width=12)
 TEXT = dict(context_length=20, vocab_size=40, width=40, heads=4, layers=2)
 # As the public files have them, but for the sizes.
-WORDS = dict(
+BERT = dict(
     hf_tokenizer_name="bert-base-uncased",
     tokenizer_kwargs=dict(strip_sep_token=True),
     pool_type="last",
@@ -31,12 +31,12 @@ OPENVISION = dict(
     embed_dim=24,
     vision_cfg=VISION
     | dict(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True, norm_kwargs=dict(eps=1e-6)),
-    text_cfg=TEXT | WORDS | dict(act_kwargs=dict(approximate="tanh"), norm_kwargs=dict(eps=1e-6)),
+    text_cfg=TEXT | BERT | dict(act_kwargs=dict(approximate="tanh"), norm_kwargs=dict(eps=1e-6)),
 )
 CLIPA = dict(
     embed_dim=24,
     vision_cfg=VISION | dict(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True),
-    text_cfg=TEXT | WORDS,
+    text_cfg=TEXT | BERT,
 )
 SQUASHED = dict(
     mean=[0.485, 0.456, 0.406],
