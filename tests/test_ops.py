@@ -79,6 +79,9 @@ def test_options_of_the_compiler_are_ones_that_it_knows():
     assert ops.compiler_options("gpu") == ops.compiler_options("cuda") == gpu.COMPILER_OPTIONS
     run = jax.jit(lambda x: x + 1, compiler_options=ops.compiler_options("cpu"))
     assert run(1.0) == 2.0
+    # Collectives meet in the order that the compiler gives them by itself.
+    alone, several = ops.compiler_options("cpu"), ops.compiler_options("cpu", devices=8)
+    assert several.items() <= alone.items() and "xla_cpu_scheduler_type" not in several
 
 
 def test_a_step_on_a_cpu_writes_moments_in_place():

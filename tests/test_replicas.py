@@ -109,7 +109,7 @@ def test_a_step_in_so_many_is_computed_twice(monkeypatch):
         options.append(compiler_options)
         return lambda state, arrays: (state, {"loss": np.zeros(())})
 
-    monkeypatch.setattr(programs.operations, "compiler_options", lambda platform: {})
+    monkeypatch.setattr(programs.operations, "compiler_options", lambda *_: {})
     monkeypatch.setattr(programs, "state_shardings", lambda *_: (None, None))
     monkeypatch.setattr(programs, "shared_train_step", lambda *_: None)
     monkeypatch.setattr(replicas, "computed_twice", lambda device: {"twice": True})

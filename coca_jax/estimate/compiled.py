@@ -94,7 +94,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()
         if slice_.chip is None:
-            options = operations.compiler_options("cpu")
+            options = operations.compiler_options("cpu", mesh.size)
         elif isinstance(slice_.chip, Gpu):
             options, answers = gpu.OPTIONS, gpu.answering_for(slice_.chip)
         with jax.set_mesh(mesh), answers:

@@ -18,10 +18,10 @@ from coca_jax.ops.tpu import Tpu
 IMPLEMENTATIONS = ("auto", "xla", "reference")
 
 
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Options of XLA's compiler for a train step on devices of a platform."""
+def compiler_options(platform: str, devices: int = 1) -> dict[str, Any]:
+    """Options of XLA's compiler for a train step on so many devices of a platform."""
     if platform == "cpu":
-        return cpu.compiler_options()
+        return cpu.compiler_options(devices)
     return gpu.COMPILER_OPTIONS if platform in ("gpu", "cuda") else {}
 
 

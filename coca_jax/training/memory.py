@@ -64,7 +64,9 @@ def step_bytes(config: Config, mesh: Mesh) -> int:
     with jax.set_mesh(mesh):
         step, arguments = build_step(config, mesh)
         platform = mesh.devices.flat[0].platform
-        options = operations.compiler_options(platform) | (QUICK if platform == "cpu" else {})
+        options = operations.compiler_options(platform, mesh.size) | (
+            QUICK if platform == "cpu" else {}
+        )
         compiled = step.lower(*arguments).compile(compiler_options=options)
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes

@@ -42,7 +42,7 @@ def program(
         shared_train_step(model, alike, steps, size, lengths),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=operations.compiler_options(device.platform) | again,
+        compiler_options=operations.compiler_options(device.platform, mesh.size) | again,
     )
 
 

@@ -34,18 +34,21 @@ from coca_jax.ops.reference import (
 # Eigen's, forward and backward; products are left to it. Without the second, both of AdamW's
 # moments are copied whole before they are written in place. Without the third the zeros that loops
 # add gradients to are made when a step begins, for all stacks. See docs/performance.md.
+ORDER = "xla_cpu_scheduler_type"
 OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_copy_insertion_use_region_analysis": True,
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    ORDER: "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
 MOST_LOGITS = 2**25  # at a time, 128 MiB in float32
 
 
 @functools.cache
-def compiler_options() -> dict[str, Any]:
-    """Those of OPTIONS that this jaxlib knows."""
-    return {name: value for name, value in OPTIONS.items() if _known({name: value})}
+def compiler_options(devices: int = 1) -> dict[str, Any]:
+    """Those of OPTIONS that this jaxlib knows; of several devices, whose collectives must meet in
+    one order, the compiler's own order stays."""
+    wanted = OPTIONS if devices == 1 else {k: v for k, v in OPTIONS.items() if k != ORDER}
+    return {name: value for name, value in wanted.items() if _known({name: value})}
 
 
 def _known(options: dict[str, Any]) -> bool:
