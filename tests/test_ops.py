@@ -86,7 +86,8 @@ def test_options_of_the_compiler_are_ones_that_it_knows():
 
 def test_a_step_on_a_cpu_writes_moments_in_place():
     """Without the compiler's option most of AdamW's would be copied whole first."""
-    options = dict(ops.compiler_options("cpu"))
+    own = ops.compiler_options("cpu", devices=8)  # without the order, which spares a part too
+    options = dict(own)
     if not options.pop("xla_cpu_copy_insertion_use_region_analysis", False):
         pytest.skip("this jaxlib has no such option")
     rule = optax.adamw(0.1)
@@ -104,10 +105,10 @@ def test_a_step_on_a_cpu_writes_moments_in_place():
         run = jax.jit(step, donate_argnums=0, compiler_options=options)
         return run.lower((params, rule.init(params)), gradients).compile()
 
-    both = [compiled(o) for o in (ops.compiler_options("cpu"), options)]
+    both = [compiled(o) for o in (own, options)]
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in both]
     moments = 2 * 2 * 256 * 256 * 4
-    assert temporaries[0] < 0.1 * moments < 0.7 * moments <= temporaries[1]
+    assert temporaries[0] < 0.1 * moments < 0.9 * moments <= temporaries[1]
     own, other = (
         jax.tree.leaves(program(jax.tree.map(jnp.array, (params, rule.init(params))), gradients))
         for program in both

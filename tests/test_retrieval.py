@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax.evaluators import retrieval, zeroshot
+from coca_jax.evaluators import rerank, retrieval, zeroshot
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
@@ -225,3 +225,11 @@ def test_a_model_without_a_captioner_cannot_rerank():
     retrieval.Retrieval.check_model(towers, dict(kind="retrieval"))
     with pytest.raises(ValueError, match="rerank=16 needs a captioner"):
         retrieval.Retrieval.check_model(towers, dict(kind="retrieval", rerank=16))
+
+
+def test_a_reranked_tie_counts_against_the_model():
+    """Sums of log probabilities near -20 differ by some 1e-6 for no reason."""
+    lists = np.array([[0, 1], [0, 1], [1, 2]])
+    scores = np.array([[-20.0, -20.00005], [-20.0, -20.001], [0.0, -1.0]], np.float32)
+    found = rerank.reranked(np.array([0, 0, 7]), lists, scores, [{0}, {0}, {5}])
+    np.testing.assert_array_equal(found, [1, 0, 7])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coca_jax.inference.explain import Explanation
 
 Record = Mapping[str, Any]
+LIKELIHOOD_TIE = 1e-4  # nats; log likelihoods closer than this are equal
 
 
 class Predictor(Protocol):

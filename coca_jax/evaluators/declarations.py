@@ -24,13 +24,7 @@ from coca_jax.importers import unprepared
 
 # Keys of every task; an evaluator may have options of its own.
 TASK = ("kind", "name", "data", "limit", "known_only", "candidates")
-WITH_JAX = (
-    "linear",
-    "ranks",
-    "rerank",
-    "tasks",
-    "unfinished",
-)  # files of this folder without evaluators
+WITH_JAX = ("linear", "ranks", "tasks", "unfinished")  # files of this folder without evaluators
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coca_jax.evaluators.ranks import TIE
+from coca_jax.evaluators import LIKELIHOOD_TIE
 
 _ROWS = 1024  # queries whose scores exist at a time
 
@@ -71,11 +71,11 @@ def reranked(
         matches: for each query, the candidates that match.
 
     Returns:
-        int64 [N]. Ties count against the model, as in `ranks.retrieval_ranks`.
+        int64 [N]. Ties count against the model, as those of likelihoods do elsewhere.
     """
     found = ranks.copy()
     for query, (some, score) in enumerate(zip(lists, scores)):
         right = np.asarray([candidate in matches[query] for candidate in some.tolist()])
         if right.any():
-            found[query] = int((~right & (score >= score[right].max() - TIE)).sum())
+            found[query] = int((~right & (score >= score[right].max() - LIKELIHOOD_TIE)).sum())
     return found

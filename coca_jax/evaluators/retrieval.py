@@ -16,6 +16,7 @@ from coca_jax.evaluators import (
     encode_texts,
     in_batches,
     record_texts,
+    rerank,
     stack_images,
 )
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
@@ -27,14 +28,10 @@ from coca_jax.evaluators.results import encode_png, picture
 _CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 _METRICS = (
-    {
-        f"{to}_r{k}": (f"{name} R@{k}", Scale.PERCENT, False)
-        for to, name in _TITLES.items()
-        for k in _CUTOFFS
-    }
-    | {"mean_recall": ("Mean recall", Scale.PERCENT, False)}
+    {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in _CUTOFFS}
+    | {"mean_recall": Metric("Mean recall")}
     | {
-        f"{to}_median_rank": (f"{name} median rank", Scale.PLAIN, True)
+        f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)
         for to, name in _TITLES.items()
     }
 )
@@ -90,10 +87,9 @@ class Retrieval(Evaluator):
     flags = (Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),)
     options = ("rerank",)
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
-    metrics = {
-        f"{kind}{metric}": Metric(f"{title}{said}", scale, lower=lower)
-        for kind, said in (("", ""), ("reranked_", ", reranked"))
-        for metric, (title, scale, lower) in _METRICS.items()
+    metrics = _METRICS | {
+        f"reranked_{name}": dataclasses.replace(metric, title=f"{metric.title}, reranked")
+        for name, metric in _METRICS.items()
     }
 
     def __init__(
@@ -174,8 +170,6 @@ class Retrieval(Evaluator):
         ranks: tuple[np.ndarray, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ranks of each image and each text, after the captioner has looked at the first."""
-        from coca_jax.evaluators import rerank  # JAX too
-
         texts = rerank.shortlists(found.images, found.embeddings, self.rerank)
         images = rerank.shortlists(found.embeddings, found.images, self.rerank)
         number = len(found.images)

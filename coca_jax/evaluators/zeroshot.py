@@ -10,6 +10,7 @@ import numpy as np
 
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluators import (
+    LIKELIHOOD_TIE,
     Predictor,
     Record,
     check_finite,
@@ -165,7 +166,7 @@ class Generative(ByPrompts):
         super().__init__(data_name)
         # Log probabilities of one text in two batches differ by about 1e-5.
         self._new_tally = lambda shown=num_examples: Tally(
-            self.name, class_names, labels, tie=1e-4, num_examples=shown
+            self.name, class_names, labels, tie=LIKELIHOOD_TIE, num_examples=shown
         )
         self._new_tally()
         self.class_names = list(class_names)
