@@ -177,11 +177,11 @@ class Retrieval(Evaluator):
         by_text = np.stack([images.ravel(), np.repeat(np.arange(len(images)), images.shape[1])], 1)
         pairs = rerank.PairScores(number, np.concatenate([by_image, by_text]))
         show = f"{self.name} reranked images" if self.progress else ""
-        done = 0
-        for batch in in_batches(zip(records, found.image_of), self.batch_size, show=show):
+        done, image_of = 0, iter(found.image_of)
+        for batch in in_batches(records, self.batch_size, show=show):
             new: list[Record] = []
-            for record, image in batch:
-                if image == done + len(new):  # the first record of this image
+            for record in batch:
+                if next(image_of) == done + len(new):  # the first record of its image
                     new.append(record)
             if new:
                 chosen = [pairs.texts(done + i) for i in range(len(new))]
