@@ -11,10 +11,11 @@ from coca_jax import partitioning
 from coca_jax.config import Config, Section
 from coca_jax.config.section import inner
 from coca_jax.estimate.step import abstract_batch
-from coca_jax.training import state, step
+from coca_jax.training import memory, state, step
 
 STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
+MODEL |= {"data.sources": (dict(builtin="scenes", kind="label"),)}  # a head's classes are theirs
 CASES = {
     "muon": {
         **{"optimizer.name": "muon", "optimizer.l2_to_start": 0.1, "optimizer.ema": 0.9},
@@ -75,13 +76,16 @@ def reads(monkeypatch):
 
 
 def otherwise(config: Config, key: str) -> Config:
-    """`config` with a value of `key` that no other has; no rule is asked."""
+    """`config` with another value of `key`, of a number the next one; no rule is asked."""
     changed = section = copy.copy(config)
     *groups, last = key.split(".")
     for group in groups:
         object.__setattr__(section, group, copy.copy(getattr(section, group)))
         section = getattr(section, group)
-    object.__setattr__(section, last, "another value")
+    value = getattr(section, last)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    other = value + 1 if number else OTHER.get(key, "another value")
+    object.__setattr__(section, last, other)
     return changed
 
 
@@ -96,6 +100,17 @@ def missing(of, config: Config, reads: set[str]) -> list[str]:
     return sorted(key for key in reads if of(otherwise(config, key)) == of(config))
 
 
+OTHER = {"head.kind": "pair"}  # a batch is asked for of a kind that there is
+# A step's arrays are the same whatever these are.
+RATES = {"seed", *(f"optimizer.{k}" for k in ("learning_rate", "warmup_steps", "schedule"))}
+RATES |= {"optimizer.decay_share"}
+
+
+def bounds_key(mesh: jax.sharding.Mesh):
+    """What the bounds of a step's memory are kept by."""
+    return lambda config: memory._key(config, mesh)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
     config, mesh, model = built(name)
@@ -107,6 +122,7 @@ def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
     found = set(reads)
     assert {"optimizer.ema", "optimizer.lora_rank", "loss.contrastive"} <= found
     assert not missing(state.of_state, config, found)
+    assert not missing(bounds_key(mesh), config, found - RATES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,6 +140,7 @@ def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
     always |= {"optimizer.learning_rate", "optimizer.clip_norm", "loss.captioning_weight"}
     assert always <= found
     assert not missing(step.of_step, config, found)
+    assert not missing(bounds_key(mesh), config, found - RATES)
 
 
 def test_what_neither_reads_does_not_tell_them_apart():
@@ -134,3 +151,20 @@ def test_what_neither_reads_does_not_tell_them_apart():
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
     for key in ("seed", "optimizer.learning_rate", "optimizer.schedule", "text_parts"):
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
+
+
+def test_bounds_are_kept_by_the_module_the_batch_and_the_mesh_too(tmp_path):
+    """And not by what no step reads, nor by rates: a run that goes on with others asks no more."""
+    config, mesh, _ = built("head")
+    for number in (2, 3):
+        (tmp_path / str(number)).write_text("".join(f"class {i}\n" for i in range(number)))
+    two, three = (config.change({"head.classes": str(tmp_path / n)}) for n in "23")
+    kept = bounds_key(mesh)
+    others = [two, three, *(otherwise(config, k) for k in ("remat", "batch_size"))]
+    keys = [kept(config), *map(kept, others)]
+    keys.append(memory._key(config, partitioning.make_mesh(1, 2, 1, devices=jax.devices()[:2])))
+    keys.append(memory._key(config, partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])))
+    assert len(set(keys)) == 7
+    every = ("log.every_steps", "checkpoint.every_steps", "eval.every_steps")
+    for key in (*every, "steps", "init_from", "data.num_threads", *RATES):
+        assert kept(otherwise(config, key)) == kept(config), key
