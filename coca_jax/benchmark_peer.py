@@ -74,12 +74,12 @@ def trainer(config: Config) -> Callable[[np.ndarray, np.ndarray], float]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
             found = peer(_images(pixels), torch.from_numpy(tokens).long())
             values = {k: v for k, v in found.items() if k != "logit_bias"}
-            total = sum(loss(**values))
+            total: Any = sum(loss(**values))
         total.backward()
         if options.clip_norm:
             torch.nn.utils.clip_grad_norm_(peer.parameters(), options.clip_norm)
         rule.step()
-        return float(total)
+        return float(total.detach())
 
     return step
 

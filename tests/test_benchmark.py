@@ -71,6 +71,34 @@ def test_the_peer_runs_at_the_same_sizes():
     )
 
 
+def test_the_peer_learns_from_captions_of_a_file(tmp_path):
+    """Its first loss is that of chance, log 4 among the batch and twice log 300 a word; the same
+    batch again loses less."""
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    config = peer_config()
+    config.batch_size, config.text_lengths, config.optimizer.name = 4, (8, 9), "adamw"
+    config.optimizer.learning_rate = 0.02
+    config = read(Config, config.to_dict())
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(f"a picture of {n} small things" for n in range(9)))
+    first, second = benchmark_train.batches(config, str(file))
+    assert first["text_valid"].sum(1).tolist() == [8] * 4  # [start], six words, [end]
+    assert (first["tokens"] != second["tokens"]).sum() == 4  # the numbers
+    assert benchmark_train.lengths_of(first, config) == (9, 9)  # their mask looks a place beyond
+    step = benchmark_train.theirs(config)
+    losses = [step(first) for _ in range(4)]
+    np.testing.assert_allclose(losses[0], np.log(4) + 2 * np.log(300), rtol=0.02)
+    assert losses[0] - losses[-1] > 0.2
+    (full,) = benchmark_train.batches(config, "")
+    assert full["text_valid"].all() and (full["tokens"] > 0).all()
+    narrow = benchmark_train.theirs(config.change({"model.dtype": "bfloat16"}))
+    np.testing.assert_allclose(narrow(first), losses[0], rtol=0.02)
+    with pytest.raises(ValueError, match="has 9 captions, a batch 10; give more"):
+        benchmark_train.batches(config.change({"batch_size": 10}), str(file))
+    with pytest.raises(ValueError, match="optimizer.name='muon'; add --config.optimizer.name=adam"):
+        benchmark_peer.trainer(config.change({"optimizer.name": "muon"}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path, dtype):

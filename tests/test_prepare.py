@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from prepare_cases import add_member, digests_of, encode, import_data, write_tar
+from prepare_cases import add_member, digests_of, encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import records, sources
+from coca_jax.importers import prepared
+from coca_jax.importers.items import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -98,6 +100,34 @@ def test_the_same_pairs_from_every_format(tmp_path):
     import_data("imagefolder", tmp_path / "classes", tmp_path / "out" / "classes")
     found = list(sources.open_source(str(tmp_path / "out" / "classes")))
     assert sorted(r.labels for r in found) == [("big dog",), ("cat",)]
+
+
+def test_prepared_data_give_their_other_fields_and_their_only_split(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = []
+    for number, kind in enumerate((0, 1, 9)):
+        (tmp_path / f"raw/{number}.jpg").write_bytes(encode(number))
+        row = dict(
+            file_name=f"{number}.jpg", text="plain", alt=f"no. {number}", kind=kind, site="x"
+        )
+        rows.append(json.dumps(row) + "\n")
+    (tmp_path / "raw/metadata.jsonl").write_text("".join(rows))
+    first, again = str(tmp_path / "first"), tmp_path / "again"
+    import_data("imagefolder", tmp_path / "raw", first)
+    fields = dict(text_field="alt", label_field="kind", class_names=("cat", "dog"))
+    result = import_data("prepared", first, again, **fields)
+    assert (result["written"], result["quarantined"]) == (2, {"bad_label": 1})
+    assert list(reasons_of(again).values()) == ["bad_label"]
+    found = sources.open_source(str(again)).read(range(2))
+    assert [(r.texts, r.labels, r.image) for r in found] == [
+        ((f"no. {n}",), (name,), encode(n)) for n, name in enumerate(("cat", "dog"))
+    ]
+    assert all(json.loads(r.extra)["site"] == "x" for r in found)
+    (unit,) = prepared.plan(first, "", Options())  # where nobody names a split
+    assert (unit.path, unit.stop) == (f"{first}@train", 3)
+    import_data("imagefolder", tmp_path / "raw", first, split="val")
+    with pytest.raises(ValueError, match=r"no split ''; it has \['train', 'val'\]"):
+        prepared.plan(first, "", Options())
 
 
 def test_where_sample_and_shrinking(tmp_path):

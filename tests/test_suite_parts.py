@@ -5,13 +5,14 @@ import importlib
 import io
 import json
 import sys
+import tarfile
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax.suites import clip_benchmark, linear_probe, pairs
+from coca_jax.suites import clip_benchmark, folders, linear_probe, pairs
 
 
 def png(colour, size=(10, 8)):
@@ -94,6 +95,113 @@ def test_a_row_of_no_layout_and_numbers_that_are_none_are_a_line(folder):
 
 
 @pytest.mark.torch
+def array(values):
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
+def tar_set(folder, members, **files):
+    """A set of one tar with one example of these members; files: its texts by their names."""
+    texts = dict(classnames="red\nblue\n", zeroshot_classification_templates="a {c}\n") | files
+    (folder / "test").mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "test/nshards.txt").write_text("1\n")
+    with tarfile.open(folder / "test/0.tar", "w") as tar:
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"some/s0.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def test_an_example_s_group_and_captions_are_where_sets_have_them(tmp_path):
+    image = dict(jpg=b"of the jpg", png=b"of the png")  # of several the first that the peer takes
+    of_class = image | dict(cls=b"1")
+    for number, (members, group) in enumerate(
+        (
+            (of_class | dict(npy=array([7, 3])), dict(group=7)),
+            (of_class | dict(json=b'{"income": "low"}'), dict(group="low")),
+            (of_class | dict(json=b'{"caption": "a"}'), {}),
+        )
+    ):
+        found = folders.read(tar_set(tmp_path / str(number), members))
+        assert found.one_label and found.templates == ("a {}",)
+        assert list(found.examples()) == [dict(image=b"of the png", target=1) | group]
+    for number, (members, texts) in enumerate(
+        (
+            (dict(txt=b"one\ntwo\n"), ["one", "two"]),
+            (dict(json=b'{"captions": ["one", "two"]}'), ["one", "two"]),
+            (dict(json=b'{"text": "one"}'), ["one"]),
+        )
+    ):
+        kind = dict(dataset_type="Retrieval\n")
+        found = folders.read(tar_set(tmp_path / f"texts{number}", image | members, **kind))
+        assert not found.one_label
+        assert list(found.examples()) == [dict(image=b"of the png", texts=texts)]
+
+
+HUGE = array(np.zeros(10)).replace(b"(10,)", b"(%d,)" % 10**13).replace(b" " * 12, b"", 1)
+
+
+@pytest.mark.parametrize(
+    "members, kind, says",
+    [
+        (dict(cls=b"1"), "classification", r"0.tar/some/s0: no image, one of .webp, .png, .jpg"),
+        (dict(png=b"x"), "classification", r"0.tar/some/s0: no .cls, but \['png'\]"),
+        (dict(png=b"x", cls=b"red"), "classification", "0.tar/some/s0: invalid literal"),
+        (dict(png=b"x"), "multilabel", r"0.tar/some/s0: no .npy, but \['png'\]"),
+        (dict(png=b"x", npy=b""), "multilabel", "0.tar/some/s0: .npy is damaged: EOF"),
+        (dict(png=b"x", npy=b"PK"), "multilabel", "0.tar/some/s0: .npy is damaged"),
+        (
+            dict(png=b"x", npy=HUGE),
+            "multilabel",
+            "0.tar/some/s0: .npy is damaged: .*10000000000000",
+        ),
+        (dict(png=b"x", cls=b"0", npy=array([])), "classification", ".npy holds 0 float64"),
+        (dict(png=b"x", cls=b"0", npy=array([np.inf])), "classification", "give finite numbers"),
+        (dict(png=b"x", cls=b"0", npy=array(["a"])), "classification", ".npy holds 1 <U1"),
+        (dict(png=b"x"), "retrieval", "0.tar/some/s0: no caption, as lines of .txt or captions"),
+        (dict(png=b"x", json=b'{"text": [3]}'), "retrieval", "0.tar/some/s0: no caption, as lines"),
+        (dict(png=b"x" * 1001, cls=b"1"), "classification", "0.tar/some/s0.png has 1001 bytes"),
+    ],
+)
+def test_an_example_that_lacks_something_is_a_line(tmp_path, monkeypatch, members, kind, says):
+    monkeypatch.setattr(folders, "MAX_MEMBER", 1000)
+    found = folders.read(tar_set(tmp_path / "set", members, dataset_type=kind))
+    with pytest.raises(ValueError, match=says) as error:
+        list(found.examples())
+    assert "\n" not in str(error.value)
+
+
+def test_folders_of_pictures_and_lists_of_pairs_are_sets_too(folder, tmp_path_factory):
+    """One folder a class: labels; a list with texts: captions."""
+    plain = tmp_path_factory.mktemp("plain")
+    for name in ("blue", "dark_red"):
+        (plain / "test" / name).mkdir(parents=True)
+        (plain / "test" / name / "0.png").write_bytes(png(name.partition("_")[2] or name))
+    found = folders.read(str(plain))
+    assert (found.kind, found.class_names) == ("classification", ("blue", "dark red"))
+    assert found.one_label and "a photo of a {}" in found.templates
+    assert [one["target"] for one in found.examples()] == [0, 1]
+    assert [colours(one["image"])[0] for one in found.examples()] == [[0, 0, 255], [255, 0, 0]]
+    texts = tmp_path_factory.mktemp("texts")
+    (texts / "a.png").write_bytes(png("blue"))
+    (texts / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "all blue"}\n')
+    found = folders.read(str(texts))
+    assert (found.kind, found.class_names, found.one_label) == ("retrieval", (), False)
+    assert list(found.examples()) == [dict(image=png("blue"), texts=["all blue"])]
+    row = dict(filename="b.png", caption="dark", negative_caption="light")
+    write(folder, "swap.json", {"0": row})
+    found = folders.read(str(folder))
+    assert (found.kind, found.layout) == ("selection", "pairs")
+    assert [one["texts"] for one in found.examples()] == [["dark", "light"]]
+    assert folders.is_set(str(folder), "test") and not folders.is_set(str(texts), "test")
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
+        folders.read(str(texts / "none"))
+
+
 def test_the_probe_learns_what_a_line_parts_and_draws_alike():
     pytest.importorskip("torch")
     rng = np.random.default_rng(0)

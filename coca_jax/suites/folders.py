@@ -87,7 +87,7 @@ class Folder:
             if self.kind == TEXTS:
                 return dict(image=image, texts=_captions(members, extra))
             if self.kind == SEVERAL:
-                return dict(image=image, target=_array(members["npy"]).reshape(-1) > 0)
+                return dict(image=image, target=_numbers(members["npy"]) > 0)
             found = dict(image=image, target=self._class(members["cls"]))
             group = _group(members, extra)
         except KeyError as error:
@@ -197,12 +197,19 @@ def _captions(members: Mapping[str, bytes], extra: Mapping[str, Any]) -> list[st
     return list(texts)
 
 
-def _array(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+def _numbers(data: bytes) -> np.ndarray:
+    """What an .npy holds, [N], N above 0. Raises ValueError for a damaged one, or one without."""
+    try:
+        found = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).reshape(-1)
+    except (ValueError, MemoryError) as error:  # a shape may be any
+        raise ValueError(f".npy is damaged: {error}") from None
+    if not found.size or found.dtype.kind not in "biuf" or not np.isfinite(found).all():
+        raise ValueError(f".npy holds {found.size} {found.dtype}; give finite numbers, one or more")
+    return found
 
 
 def _group(members: Mapping[str, bytes], extra: Mapping[str, Any]) -> Any:
     """What group an example belongs to: a number, a name or None."""
     if "npy" in members:
-        return int(_array(members["npy"]).reshape(-1)[0])
+        return int(_numbers(members["npy"])[0])
     return next((extra[name] for name in GROUPS if name in extra), None)
