@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from coca_jax.configs import coca_2b, coca_base, coca_large
-from coca_jax.estimate import chips, flops, gpu, hlo, kernels, schedule, tpu
+from coca_jax.estimate import chips, flops, hlo, kernels, schedule, tpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
@@ -343,58 +343,3 @@ def test_a_small_step_compiles_for_a_gpu_with_flash_attention(tmp_path):
     # GELU and its bias are part of the three MLPs' first product.
     assert text.count('"epilogue":"BIAS_GELU_AUX"') == 3
     assert not re.search(r"(bf16|f32)\[16,2,16,16\]", text)  # [B, H, N, M] of the encoder
-
-
-def test_a_gpu_s_kernels_are_bounded_by_bytes_and_products():
-    """A loop of three runs around a product, a fusion that slices what it reads, a copy."""
-    launched, unknown = gpu.kernels(GPU_STEP)
-    found = {k.name: (k.flops, k.bytes, k.runs) for k in launched}
-    assert not unknown
-    assert found["gemm"] == (2 * 64 * 32 * 16, 2 * (64 * 16 + 16 * 32 + 64 * 32), 3)
-    assert found["slice"] == (0, 4 * (16 + 16 + 1), 3)  # a row of eight, the result, the index
-    assert found["copy"] == (0, 2 * 4 * 128, 1)
-    h100 = chips.GPUS["h100"]
-    large = gpu.Kernel("k", "", flops=h100.peak, bytes=0, runs=1)
-    assert large.seconds(h100) == pytest.approx(1 / gpu.PRODUCT_SHARE + gpu.LAUNCH)
-    wide = gpu.Kernel("k", "", flops=0, bytes=h100.stream, runs=1)
-    assert wide.seconds(h100) == pytest.approx(1 / gpu.MEMORY_SHARE + gpu.LAUNCH)
-
-
-GPU_STEP = """HloModule m
-
-%fused (p: f32[8,16], i: s32[]) -> f32[1,16] {
-  %p = f32[8,16]{1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  ROOT %row = f32[1,16]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,16}
-}
-
-%body (t: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
-  %t = (s32[], f32[8,16]{1,0}) parameter(0)
-  %n = s32[] get-tuple-element(%t), index=0
-  %x = f32[8,16]{1,0} get-tuple-element(%t), index=1
-  %a = bf16[64,16]{1,0} constant({...})
-  %b = bf16[16,32]{1,0} constant({...})
-  %gemm = (bf16[64,32]{1,0}, s8[4096]{0}) custom-call(%a, %b), \
-custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
-{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
-  %slice = f32[1,16]{1,0} fusion(%x, %n), kind=kLoop, calls=%fused
-  ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%n, %x)
-}
-
-%condition (t.1: (s32[], f32[8,16])) -> pred[] {
-  %t.1 = (s32[], f32[8,16]{1,0}) parameter(0)
-  ROOT %yes = pred[] constant(true)
-}
-
-ENTRY %main (x.1: f32[8,16]) -> f32[128] {
-  %x.1 = f32[8,16]{1,0} parameter(0)
-  %start = s32[] constant(0)
-  %init = (s32[], f32[8,16]{1,0}) tuple(%start, %x.1)
-  %loop = (s32[], f32[8,16]{1,0}) while(%init), condition=%condition, body=%body, \
-backend_config={"known_trip_count":{"n":"3"}}
-  %last = f32[8,16]{1,0} get-tuple-element(%loop), index=1
-  %flat = f32[128]{0} bitcast(%last)
-  ROOT %copy = f32[128]{0} copy(%flat)
-}
-"""
