@@ -1,8 +1,10 @@
 """Trackers: what each holds of a run, offline, and that none of them can stop one."""
 
 import importlib.machinery
+import importlib.util
 import json
 import math
+import os
 import pathlib
 import sqlite3
 import subprocess
@@ -16,6 +18,7 @@ from coca_jax import metrics, trackers
 from coca_jax.config import typed
 from coca_jax.training import setup
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "gradient_norm": math.nan}
 
 
@@ -27,23 +30,39 @@ def write_run(name, workdir, start=0, steps=(1, 2)):
     writer.close()
 
 
+@pytest.fixture
+def tensorboard_x(monkeypatch):
+    """The package, which may stand beside the environment, see .ci/run: inside, every run of a
+    process would write its files."""
+    beside = os.environ.get("COCA_JAX_TRACKERS", str(ROOT / ".venv" / "tracker-packages"))
+    before = set(sys.modules)
+    if importlib.util.find_spec("tensorboardX") is None and os.path.isdir(beside):
+        monkeypatch.syspath_prepend(beside)
+        places = [os.environ.get("PYTHONPATH", ""), beside]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+    if importlib.util.find_spec("tensorboardX") is None:
+        pytest.skip("needs the extra 'tensorboard'")
+    yield
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "tensorboardX" or name == "coca_jax.trackers.tensorboard":
+            del sys.modules[name]
+
+
 def events_of(workdir):
     """Event protos of all files, the oldest file first."""
-    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
-    from tensorboardX.proto.event_pb2 import Event
+    from coca_jax.trackers.tensorboard import event_pb2  # by itself the package takes torch in
 
     found = []
     for file in sorted((workdir / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime_ns):
         data = file.read_bytes()
         while data:  # records: length uint64, its checksum uint32, bytes, their checksum uint32
             length = int.from_bytes(data[:8], "little")
-            found.append(Event.FromString(data[12 : 12 + length]))
+            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return found
 
 
-def test_tensorboard_file_holds_the_scalars_without_tensorflow(tmp_path):
-    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
+def test_tensorboard_file_holds_the_scalars_without_tensorflow(tmp_path, tensorboard_x):
     code = f"""
 import sys
 from coca_jax import trackers
@@ -59,8 +78,7 @@ assert not {{"tensorflow", "torch", "boto3", "google.cloud.storage"}} & set(sys.
     assert found == {"loss": 1.5, "contrastive_loss/label": 0.5}
 
 
-def test_tensorboard_drops_steps_that_a_resumed_run_does_again(tmp_path):
-    pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
+def test_tensorboard_drops_steps_that_a_resumed_run_does_again(tmp_path, tensorboard_x):
     write_run("tensorboard", tmp_path, steps=(1, 2, 3))
     write_run("tensorboard", tmp_path, start=2, steps=(3, 4))
     (restart,) = [event for event in events_of(tmp_path) if event.HasField("session_log")]
