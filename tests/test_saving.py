@@ -1,0 +1,102 @@
+"""What a run does when its disk is full: goes on, tries again, and says so where it cannot end."""
+
+import contextlib
+import resource
+import time
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+from test_checkpointing import assert_equal, restore, state_of
+
+from coca_jax import checkpointing
+from coca_jax.metrics import TimeBuckets
+from coca_jax.training import saving
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can be longer than 100 bytes. Gives what makes room again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def free():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield free
+    finally:
+        free()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run of 100 steps that saves every 10, alone, and tries again at once."""
+    monkeypatch.setattr(saving, "RETRY", (0.0,))
+    monkeypatch.setattr(saving, "LAST_RETRY", (0.0, 0.0))
+    said: list[str] = []
+    config = tiny(**{"checkpoint.every_steps": 10, "steps": 100})
+    return types.SimpleNamespace(
+        config=config,
+        steps=100,
+        buckets=TimeBuckets(),
+        stop=types.SimpleNamespace(alone=True),
+        said=said,
+        say=said.append,
+        checkpoints=checkpointing.Checkpoints(str(tmp_path)),
+        workdir=tmp_path,
+    )
+
+
+def settle(run):
+    """Waits as long as steps would that come behind a save."""
+    while run.checkpoints.busy():
+        time.sleep(0.01)
+
+
+def test_a_full_disk_costs_no_step_and_the_next_one_is_saved_when_there_is_room(run):
+    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    assert [step for step in range(1, 101) if save.due(step)] == [*range(10, 101, 10)]
+    assert save(10, state_of(10)) == 10
+    settle(run)
+    with full_disk():
+        save(20, state_of(20))
+        settle(run)
+        assert save.due(21)  # at once, by RETRY above, and not ten steps later
+    (line,) = run.said
+    assert line.startswith("warning: could not ") and "step 10 stays the newest" in line
+    assert save(21, state_of(21)) == 21
+    settle(run)
+    assert not save.due(22) and save.due(30)
+    save.close()
+    state, step, _ = restore(run.workdir)
+    assert step == 21 and run.checkpoints.steps() == [10, 21]
+    assert_equal(state, state_of(21))
+
+
+def test_the_last_save_is_tried_several_times(run):
+    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    save(10, state_of(10), last=True)
+    with full_disk() as free:
+        with pytest.raises(checkpointing.SaveFailed) as error:
+            save(99, state_of(99), last=True)
+        assert len(run.said) == 3  # at first, and after each pause of LAST_RETRY
+        assert str(error.value) == "step 99 could not be saved; step 10 is the newest"
+        run.say = lambda line: (run.said.append(line), free())  # somebody deletes something
+        assert save(100, state_of(100), last=True) == 100
+    assert len(run.said) == 4 and run.checkpoints.steps() == [10, 100]
+    save.close()
+
+
+def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
+    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    save(10, state_of(10), last=True)
+    skipped = state_of(20).replace(skipped=state_of(10).skipped + 10)
+    assert save(20, skipped) == 10
+    assert run.said == ["step 20 is not saved: every step since 10 was skipped"]
+    one = skipped.replace(skipped=jnp.int32(skipped.skipped - 1))
+    assert save(20, one, last=True) == 20 and run.checkpoints.steps() == [10, 20]
+    assert int(np.asarray(restore(run.workdir, state_of(0))[0].skipped)) == int(one.skipped)
+    save.close()
