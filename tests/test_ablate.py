@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import types
 
 import jax
@@ -130,6 +131,29 @@ def test_the_table_and_the_page_show_every_variant(done):
     outcome.write(some, folder, 0, {"again, seed 3": "it diverged"})
     assert "| again | 2 | 2 | 1.5 | 2 (2 to 2) | - |" in (folder / "results.md").read_text()
     assert "it diverged" in (folder / "report.html").read_text()
+
+
+def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, commands, tmp_path):
+    """On runs that are done already, and then with a variant whose data are not there."""
+    out = shutil.copytree(done[1], tmp_path / "out")
+    places = [out / "table.toml", f"--out={out}"]
+    told = commands.run(["ablate", *map(str, places)], tmp_path)
+    assert told.returncode == 0, told.stderr
+    *lines, last = told.stdout.splitlines()
+    assert "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |" in lines
+    assert json.loads(last) | dict(out="") == dict(
+        out="", results=str(out / "results.json"), runs=4, failed={}
+    )
+    missing = '[variants.missing]\n"data.sources" = [{path = "none"}]\n'
+    written(out, TABLE + missing)
+    told = commands.run(["ablate", *map(str, places)], tmp_path)
+    assert told.returncode == 1
+    failed = "missing, seed 0, missing, seed 3"
+    end = f"error: these runs failed ({out}/results.json says why): {failed}"
+    assert told.stderr.splitlines()[-1] == end and "Traceback" not in told.stderr
+    assert "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |" in told.stdout
+    why = json.loads((out / "results.json").read_text())["failed"]["missing, seed 0"]
+    assert why.startswith("data source none: no such folder")
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):

@@ -24,15 +24,29 @@ from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
 
 
-def test_rates_are_work_over_time():
+def test_rates_are_work_over_time(monkeypatch, capsys):
+    """By the command, which prints each number and what it ran on."""
     config = tiny_config()
     config.mesh.update(data=8)
-    result = benchmark_train.train(config, repeats=2)
-    np.testing.assert_allclose(result["pairs_per_second"] * result["seconds"], config.batch_size)
+    flags_of("benchmark", monkeypatch)
+
+    def run(kind, *more):
+        benchmark.flags.FLAGS.unparse_flags()
+        benchmark.flags.FLAGS(["benchmark", "--repeats=2", *more])
+        benchmark.flags.FLAGS.config = config
+        result = benchmark.main(["benchmark", kind])
+        assert (result["benchmark"], result["devices"]) == (kind, 8)
+        said = capsys.readouterr()
+        assert f"seconds                      {result['seconds']:12.4f}\n" in said.out
+        return result, said.err
+
+    result, _ = run("train")
+    np.testing.assert_allclose(result["pairs_per_second"] * result["seconds"], 16)
     assert result["seconds_low"] <= result["seconds"] <= result["seconds_high"]
-    result = benchmark_model.encode(config, batch=4, repeats=2)
+    result, _ = run("encode", "--batch_size=4")
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
-    result = benchmark_model.caption(config, batch=2, tokens=5, beams=2, repeats=2)
+    result, said = run("caption", "--batch_size=2", "--tokens=5", "--beams=2")
+    assert "--num_beams" in said  # what the flag of 0.1 is called now
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
     quotient = result["late_token_seconds"] / result["early_token_seconds"]
     np.testing.assert_allclose(result["late_over_early"], quotient)

@@ -1,6 +1,11 @@
 """What a TPU step is estimated at where the compiler's schedule cannot be right."""
 
-from coca_jax.estimate import chips, tpu
+import types
+
+import jax
+import pytest
+
+from coca_jax.estimate import chips, compiled, tpu
 
 PRODUCT = """HloModule m, is_scheduled=true
 
@@ -29,3 +34,18 @@ def test_bundles_that_would_beat_the_peak_are_not_counted():
 
     assert found(70_000)["scheduled_cycles"] == 70_000
     assert found(2_000)["scheduled_cycles"] == 90_000 and not found(2_000)["scheduled_share"]
+
+
+def test_a_program_that_jaxlib_cannot_parse_is_read_from_the_compiler_s_dump(tmp_path):
+    """As it is on chips with a SparseCore: the one file of the step behind code generation."""
+
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: unknown opcode")
+
+    program = types.SimpleNamespace(as_text=as_text)
+    for name in ("0001.jit_other.after_codegen", "0002.jit_train_step.before_optimizations"):
+        (tmp_path / f"{name}.txt").write_text("another")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="unknown opcode"):
+        compiled.optimised_text(program, str(tmp_path))
+    (tmp_path / "0002.jit_train_step.after_codegen.txt").write_text(PRODUCT)
+    assert compiled.optimised_text(program, str(tmp_path)) == PRODUCT
