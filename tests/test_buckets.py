@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket: an S3 server and a server that stands for GCS."""
 
+import json
 import os
 import pathlib
 import signal
@@ -16,7 +17,7 @@ from one_device import smallest_run, train_alone
 from test_train import COMPARED
 
 import coca_jax
-from coca_jax import checkpoint_places, checkpointing, report, storage
+from coca_jax import bucket_arrays, checkpoint_places, checkpointing, report, storage
 from coca_jax.evaluators import tasks
 from coca_jax.metrics import read_metrics
 from coca_jax.training.state import TrainState
@@ -211,3 +212,32 @@ def test_a_bucket_that_is_not_there_ends_the_command(scheme, request, commands, 
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {scheme}://nowhere/run: there is no bucket 'nowhere'")
     assert done.stderr.count("\n") == 1
+
+
+def test_arrays_are_written_with_the_credentials_that_s3fs_finds(tmp_path, monkeypatch):
+    session = pytest.importorskip("botocore.session", reason="needs the extra 's3'")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    keys, config, none = (str(tmp_path / name) for name in ("keys", "config", "none"))
+    pathlib.Path(keys).write_text("[mine]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    made = json.dumps(dict(Version=1, AccessKeyId="a", SecretAccessKey="b"))
+    pathlib.Path(config).write_text(f"[profile made]\ncredential_process = echo '{made}'\n")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def found(profile=None, credentials_file=keys, config_file=config):
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", credentials_file)
+        monkeypatch.setenv("AWS_CONFIG_FILE", config_file)
+        here = session.Session(profile=profile)
+        return bucket_arrays._credentials(here, here.get_credentials())
+
+    files = dict(config_file=config, credentials_file=keys)
+    assert found("mine") == dict(type="profile", profile="mine", **files)
+    files = dict(
+        config_file=os.devnull, credentials_file=keys
+    )  # TensorStore logs what is not there
+    assert found("mine", config_file=none) == dict(type="profile", profile="mine", **files)
+    assert found("made") == dict(type="default", profile="made")
+    assert found(None, none, none) == dict(type="anonymous")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    assert found() == dict(type="environment")

@@ -18,9 +18,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import tiny_config
 from PIL import Image
 from prepare_cases import add_member, digests_of, encode, import_data, reasons_of, write_tar
+from test_version_0_1 import flags_of
 
+from coca_jax import prepare as command
 from coca_jax.data import records, sources
 from coca_jax.importers import prepared
 from coca_jax.importers.items import Options
@@ -275,6 +278,58 @@ def test_whatever_imports_tensorflow_keeps_it_off_gpus():
     found = [p for p in package.rglob("*.py") if imports.search(p.read_text())]
     off = 'set_visible_devices([], "GPU")'
     assert found and [p for p in found if off not in p.read_text()] == []
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The command in this process: what it returns."""
+    flags_of("prepare", monkeypatch)
+
+    def run(*asked, **given):
+        arguments = ["prepare", *(f"--{name}={value}" for name, value in given.items())]
+        monkeypatch.setattr(sys, "argv", arguments)
+        command.flags.FLAGS.unparse_flags()
+        command.flags.FLAGS(arguments)
+        return command.main(["prepare", *asked])
+
+    return run
+
+
+def test_flags_choose_examples_hold_some_out_and_share_the_work(call, tmp_path, capsys):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", 12, 12 * number)
+    both = dict(input=tmp_path / "*.tar", processes=1)
+    found = call(**both, out=tmp_path / "w", where="width=3,5,20")
+    assert (found["written"], found["filtered"]) == (3, {"where": 21})
+    found = call(**both, out=tmp_path / "h", holdout=0.3)
+    assert found["written"] + found["held_out"]["written"] == 24
+    assert "-> [test]\n" in capsys.readouterr().out and 1 < found["held_out"]["written"] < 16
+    shared = dict(both, out=tmp_path / "s", shards=2)
+    told = [call(**shared, shard=f"{number}/2")["waiting"] for number in range(2)]
+    assert told == [1, 0]
+    said = capsys.readouterr().err
+    assert "1 of 2 shards are not there yet; the same command without --shard joins" in said
+    assert "all 2 shards are there; the same command" in said
+    assert call(**shared)["written"] == 24
+
+
+def test_flags_that_cannot_be_are_a_line(call, tmp_path):
+    (tmp_path / "names.txt").write_text("")
+    given = dict(input=tmp_path, out=tmp_path / "out", format="imagefolder")
+    for asked, more, says in (
+        ((), dict(where="width"), "--where=width: write field=value or field=value,value"),
+        ((), dict(class_names=tmp_path / "names.txt"), "names.txt: it is empty"),
+        ((), dict(sample=1.5), "--sample=1.5: give a share above 0, at most 1"),
+        ((), dict(input=""), "--input is missing"),
+        (("vocabulary",), dict(out=""), "prepare vocabulary needs --input and --out"),
+        (("inspect",), {}, "prepare inspect needs --config=NAME"),
+        (("look",), {}, "unexpected argument 'look'; use 'vocabulary', 'inspect' or flags"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call(*asked, **given | more)
+    with pytest.raises(ValueError, match="--step=-1: steps count from 0"):
+        command.inspect(tiny_config(), -1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_commands(commands, tmp_path):
