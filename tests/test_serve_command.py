@@ -15,10 +15,13 @@ import time
 import types
 
 import jax
+import numpy as np
 import pytest
 from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+from test_search import embed, encoded
 from test_version_0_1 import flags_of
 
+import coca_jax
 from coca_jax import serve
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
@@ -101,6 +104,42 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         serve.main(["serve"])
     with pytest.raises(ValueError, match="x: serve takes flags alone"):
         serve.main(["serve", "x"])
+
+
+def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, tmp_path):
+    """Captions and what explains them; then a visitor waits for no compiler. By an index alone the
+    model is that of its pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(encoded(number))
+    embed(model, folder, tmp_path / "index", checkpoint="runs/mine")
+    asked, compiled = [], []
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: asked.append((place, how)) or model)
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(["serve", f"--index={tmp_path / 'index'}", "--batch_size=8"])
+    found, index = serve._load()
+    assert found is model and len(index.names) == 3
+    assert asked == [("runs/mine", dict(dtype=None, batch_size=8, num_frames=None))]
+
+    def listen(event, *_, **__):
+        compiled.append(event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        picture = np.full((1, 16, 16, 3), 200, np.uint8)
+        *_, last = model.stream_captions(picture)
+        model.explain(picture, last[0])
+        assert not any(compiled)
+        jax.jit(lambda x: x * 3 - 1)(picture)
+        assert any(compiled)  # they would be seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    params = jax.tree.map(lambda x: x + 1, model.params)
+    other = type(model)(model.config, params, model.vocabulary, devices=jax.devices()[:1])
+    monkeypatch.setattr(coca_jax, "load", lambda *_, **__: other)
+    with pytest.raises(ValueError, match="was made by runs/mine with other weights; give that"):
+        serve._load()
 
 
 def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
