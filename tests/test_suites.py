@@ -10,11 +10,12 @@ import pytest
 from conftest import params_of, tiny_config
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
+from test_version_0_1 import flags_of
 
-from coca_jax import inference
+from coca_jax import evaluate, inference
 from coca_jax.data import vocabulary
 from coca_jax.models import coca
-from coca_jax.suites import comparing, folders, measuring, metrics, pairs, running, tables
+from coca_jax.suites import folders, measuring, metrics, pairs, running, tables
 
 RNG = np.random.default_rng(0)
 CLASSES = ["red", "green", "blue", "dark", "pale", "brown"]
@@ -266,14 +267,19 @@ def test_interval_of_a_difference_is_paired():
         metrics.difference("acc1", dict(target=target, guess=first), dict(target=1 + target))
 
 
-def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch):
+def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch, capsys):
     found, missing = tables.tasks("clip_benchmark", str(root))
     assert [task.key for task in found] == [
         *("captions", "crepe", "several", "vtab/colours", "wds_fairness-geode_test")
     ]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     how = dict(suite="clip_benchmark", name="tiny")
-    scores, lines = running.run(model, found, one, **how)
+    flags_of("evaluate", monkeypatch)
+    flags = [f"--{k}={v}" for k, v in dict(how, checkpoint="runs/x", root=root, out=one).items()]
+    evaluate.flags.FLAGS(["evaluate", *flags])
+    monkeypatch.setattr(inference, "load", lambda *_, **__: model)
+    scores = evaluate.main(["evaluate"])
+    lines = capsys.readouterr().out.splitlines()
     assert scores == json.loads((tmp_path / "one" / "eval.json").read_text())
     assert scores["suite/crepe/acc_count"] == 24
     assert scores["suite/clip_benchmark/average"] == pytest.approx(
@@ -288,8 +294,8 @@ def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch):
     changed = jax.tree.map(lambda x: x + 0.05, model.params)
     other = inference.CoCaModel(model.config, changed, model.vocabulary, batch_size=16)
     again, _ = running.run(other, found, two, **how)
-    rows = comparing.compare(one, [two])
-    assert len(rows) == 5 and len(comparing.lines(rows, one)) == 7
+    rows = evaluate.compare([one, two])["rows"]
+    assert len(rows) == 5 and len(capsys.readouterr().out.splitlines()) == 7
     for row in rows:
         name = f"suite/{row['data']}/{row['metric']}"
         assert row["difference"] == pytest.approx(again[name] - scores[name])
