@@ -129,11 +129,20 @@ def _peak(name: str, config: dict[str, Any], batch: Batch) -> int:
     typed = read(Config, config)
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     benchmark_peer.import_torch()
+
+    def work() -> None:
+        step: Callable[[Batch], Any] = (ours if name == "ours" else theirs)(typed)
+        for _ in range(2):
+            jax.block_until_ready(step(batch))
+
+    return added(work)
+
+
+def added(work: Callable[[], None]) -> int:
+    """What `work` adds to the memory of this process at its peak, in bytes, 1 at least (Linux)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _memory("VmRSS")
-    step: Callable[[Batch], Any] = (ours if name == "ours" else theirs)(typed)
-    for _ in range(2):
-        jax.block_until_ready(step(batch))
+    work()
     return max(1, _memory("VmHWM") - before)
 
 

@@ -138,6 +138,14 @@ def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path,
         benchmark_train.batches(config, str(tmp_path / "texts.txt"))
 
 
+def test_a_peak_counts_what_is_given_back_too():
+    def work():
+        np.ones(64 << 17)  # 64 MiB, of which nothing stays
+
+    assert 60 << 20 < benchmark_train.added(work) < 80 << 20
+    assert benchmark_train.added(lambda: None) < 4 << 20  # and not a peak of before
+
+
 def test_the_peer_reads_the_same_records(tmp_path):
     pytest.importorskip("open_clip_train", reason="needs the extra 'parity'")
     rng = np.random.default_rng(0)

@@ -4,7 +4,9 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
+import sys
 
 import fsspec
 import jax
@@ -81,3 +83,43 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
     assert {part for name in written for part in name.split("/") if part.startswith("ocdbt.")} == {
         *("ocdbt.process_0", "ocdbt.process_1")
     }
+
+
+SHARES = """
+import json, sys
+import jax, numpy as np
+from coca_jax import partitioning, quiet
+from coca_jax.inference import devices
+quiet.standard_output()
+partitioning.start_processes(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+there, params = devices.place({"scale": np.arange(6.0)}, jax.devices())
+rows = there.put(np.arange(5.0), there.bucket(5))
+whole = there.jit(lambda rows, params: rows * params["scale"][2])(rows, params)
+told = dict(own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
+print(json.dumps(told | dict(one=[float(np.asarray(s.data)[0]) for s in rows.addressable_shards])))
+"""
+
+
+def test_rows_of_a_model_s_batch_lie_on_the_devices_of_both_processes():
+    """Five rows are eight on four devices: a process reads its four, both have every result."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {COMPILE_FAST}"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARES, str(number), port],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    first, second = (json.loads(out) for out, _ in said)
+    assert first.pop("own") == [True] * 4 + [False] * 4
+    assert second.pop("own") == [False] * 4 + [True] * 4
+    assert (first.pop("one"), second.pop("one")) == ([0.0, 2.0], [4.0, 0.0])  # of each device
+    assert first == second == dict(whole=[0.0, 2.0, 4.0, 6.0, 8.0, 0.0, 0.0, 0.0])
