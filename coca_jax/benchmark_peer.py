@@ -97,11 +97,9 @@ def build(model: Model, training: bool = False) -> Any:
             f"--peer runs in float32 but model.dtype={model.dtype!r}; "
             "add --config.model.dtype=float32"
         )
-    try:
-        import torch
-        from open_clip.coca_model import CoCa
-    except ImportError as error:
-        raise ValueError("--peer needs open_clip: pip install '.[parity]'") from error
+    torch = import_torch()
+    from open_clip.coca_model import CoCa
+
     config = open_clip_config.from_model(model)
     peer = CoCa(**{k: v for k, v in config.items() if k != "custom_text"})
     generator = torch.Generator().manual_seed(0)
