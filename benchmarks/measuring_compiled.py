@@ -26,6 +26,7 @@ TPU = {
     "base/v5e": "--config=coca_base --topology=v5e:16x16 --config.batch_size=32768",
     "base/v5p": "--config=coca_base --topology=v5p:8x8x8",
     "base/v6e": "--config=coca_base --topology=v6e:16x16",
+    "coca_2026_base/v4": "--config=coca_2026_base --topology=v4:8x8x8",
 }
 ONE = "--topology=h100:1 --config.batch_size=256 --config.remat=none"
 H100 = {

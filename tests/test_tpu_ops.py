@@ -97,7 +97,7 @@ def test_kernels_take_no_more_than_fits_a_core():
     "n,m,heads,width,pairs", [(64, 96, 3, 88, False), (64, 64, 4, 64, True), (16, 64, 1, 64, False)]
 )
 def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pairs, monkeypatch):
-    for name in ("MOST_FORWARD", "MOST_QUERIES", "MOST_KEYS"):
+    for name in ("MOST_FORWARD", "MOST_QUERIES", "MOST_KEYS", "LEAST"):
         monkeypatch.setattr(long_attention_kernel, name, 32)
     query, key, value, gradient = (
         arrays(2, length, heads * width, dtype=jnp.bfloat16, seed=seed)[0] * 2
@@ -153,6 +153,8 @@ def test_long_sequences_take_the_kernels_for_them(caplog):
 
     assert fits(1024, 1024, 1408) and fits(256, 1024, 1408) and fits(16, 1024, 1408)
     assert not fits(1028, 1028, 1408) and not fits(4096, 4096, 1408)
+    # Blocks of 80 x 160 tokens, and of 16 x 16: those took four times what XLA's form does.
+    assert fits(320, 320, 768) and not fits(272, 272, 768)
 
 
 @pytest.mark.parametrize("n", [16, 65, 512])

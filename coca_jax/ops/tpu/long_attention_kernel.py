@@ -34,6 +34,7 @@ from coca_jax.ops.tpu.attention_kernel import (
 )
 
 MOST_FORWARD = 128  # queries a step forward, at most
+LEAST = 64  # rows of a block that is not all there are; 16 x 16 take four times what XLA's form does
 MOST_QUERIES, MOST_KEYS = 128, 256  # of a step backward, at most
 # Of a core's memory, 16 MiB on v4: what blocks and sums may take backward, and forward together
 # with what the compiler keeps there for each weight of a head.
@@ -74,8 +75,10 @@ def blocks_backward(n: int, m: int, width: int) -> tuple[int, int]:
 
 
 def _divisors(length: int, most: int) -> list[int]:
-    """Rows of a block that divide `length` into whole tiles, the most first."""
-    return [r for r in range(most, 0, -FEWEST) if length % r == 0]
+    """Rows of a block that divide `length` into whole tiles, the most first: those of 272, which
+    only 16 divides, are none."""
+    tiles = (r for r in range(most, 0, -FEWEST) if length % r == 0)
+    return [r for r in tiles if r >= LEAST or r == length]
 
 
 def forward(
