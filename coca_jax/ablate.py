@@ -21,7 +21,7 @@ first. These, and the minutes in the results, are of steps and waiting for data:
 saves and evaluations are left out. On a CPU they are minutes of processor time over all cores.
 
 Examples:
-  coca-jax ablate configs/ablations.toml --out=runs/ablations
+  coca-jax ablate examples/ablations.toml --out=runs/ablations
   coca-jax ablate table.toml --out=runs/table --minutes=10 --config.batch_size=64
 """
 
