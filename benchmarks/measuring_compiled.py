@@ -71,7 +71,7 @@ KERNELS = ("forward_64", "backward_64", "forward_88", "backward_88", "long_64", 
 
 
 def of_tpu(told: dict[str, Any]) -> Values:
-    """The columns of performance.md's first table, by `estimated_cycles`; and MFU by the schedule."""
+    """The columns of performance.md's table, by `estimated_cycles`; MFU by the schedule too."""
     share = told["mfu_compute_only_by_estimated_cycles"]
     seconds = told["estimated_compute_seconds"] * told["estimated_mfu_compute_only"] / share
     links = told["collective_bound_seconds"]

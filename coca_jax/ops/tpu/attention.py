@@ -171,8 +171,8 @@ def _on_device(kernel, plain, arrays, mask, heads):
         if math.prod(tokens) > attention_kernel.MOST_WEIGHTS:
             say_once(
                 f"attention of {tokens[0]:,} tokens to {tokens[1]:,} runs as XLA makes it: of so "
-                "many the kernels take bfloat16 without a mask, up to about 2,500 that a multiple of "
-                "16 from 64 to 128 divides"
+                "many the kernels take bfloat16 without a mask, up to about 2,500 that a multiple "
+                "of 16 from 64 to 128 divides"
             )
         return plain(**arrays, mask=mask, heads=heads)
 

@@ -34,7 +34,7 @@ from coca_jax.ops.tpu.attention_kernel import (
 )
 
 MOST_FORWARD = 128  # queries a step forward, at most
-LEAST = 64  # rows of a block that is not all there are; 16 x 16 take four times what XLA's form does
+LEAST = 64  # rows of a block that is not all there are; 16 x 16 take four times XLA's form
 MOST_QUERIES, MOST_KEYS = 128, 256  # of a step backward, at most
 # Of a core's memory, 16 MiB on v4: what blocks and sums may take backward, and forward together
 # with what the compiler keeps there for each weight of a head.
