@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import measuring_ablations as ablations
 import measuring_faults as faults
 import measuring_runs as runs
 from measuring import SEEDS, Measurement
@@ -90,11 +91,18 @@ TRAINED = (
         more=SEEDED,
     ),
     Measurement(
-        tuple(f"ablations/{row}" for row in runs.ABLATIONS),
-        runs.ablations,
+        tuple(f"ablations/{row}" for row in ablations.ABLATIONS),
+        ablations.ablations,
         110,
         "coca-jax ablate benchmarks/ablations.toml --out=DIR",
         more=SEEDED,
+    ),
+    Measurement(
+        tuple(f"options/{row}" for row in ablations.OPTIONS),
+        ablations.options,
+        90,
+        "taskset -c 0 coca-jax ablate benchmarks/options.toml --out=DIR --minutes=2",
+        more=SEEDED | dict(unit="%"),
     ),
     Measurement(
         ("fit/captions", "fit/labels"),

@@ -206,39 +206,6 @@ def optimizers(given: Given) -> Rows:
     return found
 
 
-def ablations(given: Given) -> Rows:
-    """Variants of the demo by `ablate`, three seeds each: means, of some the range too."""
-    out = given.runs / "ablations"
-    given.python("-m", "coca_jax", "ablate", str(HERE / "ablations.toml"), f"--out={out}")
-    told = json.loads((out / "results.json").read_text())["variants"]
-    found: Rows = {}
-    for row, keys in ABLATIONS.items():
-        values: Values = {}
-        for name in keys:
-            each = [shown(run["scores"], SCORES[name]) for run in told[row]["runs"].values()]
-            values[name] = statistics.mean(each)
-            if row in RANGED:
-                values |= {f"{name}_low": min(each), f"{name}_high": max(each)}
-        found[f"ablations/{row}"] = values
-    return found
-
-
-SCORES = dict(
-    zero_shot="zeroshot/scenes_heldout/top1",
-    r_1_image_to_text="retrieval/scenes_heldout/image_to_text_r1",
-    r_1_text_to_image="retrieval/scenes_heldout/text_to_image_r1",
-    exact_captions="captioning/scenes_test/exact_match",
-    the_same_held_out="captioning/scenes_heldout/exact_match",
-    f1_of_2_to_4_objects="captioning/scenes_heldout_many/attribute_f1",
-    perplexity_of_these="captioning/scenes_heldout_many/perplexity",
-)
-RANGED = ("both", "both_10")
-ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} | {
-    "contrastive": tuple(SCORES)[:3],
-    "captioning": tuple(SCORES)[3:],
-}
-
-
 def fits(given: Given) -> Rows:
     """`fit` on drawn pictures of two shapes, with captions and in folders of colours."""
     found: Rows = {}

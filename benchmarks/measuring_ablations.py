@@ -1,0 +1,70 @@
+"""Rows of variants that `coca-jax ablate` trains, by the tables beside this file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from measuring import HERE, Given, Rows, Values
+from measuring_runs import shown
+
+SCORES = dict(
+    zero_shot="zeroshot/scenes_heldout/top1",
+    r_1_image_to_text="retrieval/scenes_heldout/image_to_text_r1",
+    r_1_text_to_image="retrieval/scenes_heldout/text_to_image_r1",
+    exact_captions="captioning/scenes_test/exact_match",
+    the_same_held_out="captioning/scenes_heldout/exact_match",
+    f1_of_2_to_4_objects="captioning/scenes_heldout_many/attribute_f1",
+    perplexity_of_these="captioning/scenes_heldout_many/perplexity",
+)
+NAMED = dict(
+    image_to_text="retrieval/emoji_openmoji/image_to_text_r1",
+    text_to_image="retrieval/emoji_openmoji/text_to_image_r1",
+    exact="captioning/emoji_openmoji/exact_match",
+)
+OPTIONS = ("recipe", "adamw", "rms_norm", "rope", "geglu", "global", "bag")
+RANGED = ("both", "both_10")
+ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} | {
+    "contrastive": tuple(SCORES)[:3],
+    "captioning": tuple(SCORES)[3:],
+}
+
+
+def ablations(given: Given) -> Rows:
+    """Variants of the demo by `ablate`, three seeds each: means, of some the range too."""
+    runs = _ablated(given, "ablations")
+    return {
+        f"ablations/{row}": _spread(runs[row], {name: SCORES[name] for name in keys}, row in RANGED)
+        for row, keys in ABLATIONS.items()
+    }
+
+
+def options(given: Given) -> Rows:
+    """Options alone, in two CPU minutes of emoji's steps, three seeds: means and ranges."""
+    runs = _ablated(given, "options", "--minutes=2")
+    return {
+        f"options/{row}": dict(steps=each[0]["steps"]) | _spread(each, NAMED, True)
+        for row, each in runs.items()
+    }
+
+
+def _ablated(given: Given, table: str, *flags: str) -> dict[str, list[dict[str, Any]]]:
+    """What `ablate` says of the runs of each variant of a table beside this file."""
+    out = given.runs / table
+    place = str(HERE / f"{table}.toml")
+    given.python("-m", "coca_jax", "ablate", place, f"--out={out}", *flags)
+    told = json.loads((out / "results.json").read_text())["variants"]
+    return {row: list(found["runs"].values()) for row, found in told.items()}
+
+
+def _spread(runs: list[dict[str, Any]], names: Mapping[str, str], ranged: bool) -> Values:
+    """The mean of each score over the seeds, and their range if `ranged`."""
+    values: Values = {}
+    for name, key in names.items():
+        each = [shown(run["scores"], key) for run in runs]
+        values[name] = statistics.mean(each)
+        if ranged:
+            values |= {f"{name}_low": min(each), f"{name}_high": max(each)}
+    return values
