@@ -38,16 +38,20 @@ CASES = {
         **{"head.kind": "answer", "optimizer.encoder_learning_rate": 0.0},
         **{"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0},
     },
-    "lora": {"optimizer.lora_rank": 2, "optimizer.name": "adafactor"},
+    "lora": {
+        **{"optimizer.lora_rank": 2, "optimizer.name": "adafactor"},
+        "model.pooler.token_dropout": 0.5,
+    },
     "captions alone": {
         **{"optimizer.keep_embeddings": True, "model.pooler.kind": "parallel"},
         **{"loss.contrastive_weight": 0.0, "optimizer.name": "adafactor"},
     },
     "a teacher": {
         **{"loss.affinity_weight": 1.0, "loss.imitation_weight": 1.0, "loss.teacher_width": 16},
-        "loss.contrastive": "sigmoid",
+        **{"loss.contrastive": "sigmoid", "model.image.patch_dropout": 0.5},
     },
 }
+DRAWING = ("muon", "lora", "a teacher")
 
 
 def paths(section: type[Section] = Config, prefix: str = "") -> dict[type, str]:
@@ -134,9 +138,12 @@ def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
         batch = abstract_batch(config, mesh)
         reads.clear()
         function = step.make_train_step(model, alike.config, STEPS, None, LENGTHS)
-        jax.eval_shape(function, abstract, batch)
+        program = str(jax.make_jaxpr(function)(abstract, batch))
     found = set(reads)
-    always = {"seed", "accumulate_steps", "text_parts", "model.image_size"}
+    assert step.draws(config) == (name in DRAWING) == ("random_bits" in program)
+    if not step.draws(config):
+        found.remove("seed")  # of a key that no number is drawn by
+    always = {"accumulate_steps", "text_parts", "model.image_size"}
     always |= {"optimizer.learning_rate", "optimizer.clip_norm", "loss.captioning_weight"}
     assert always <= found
     assert not missing(step.of_step, config, found)
@@ -149,6 +156,7 @@ def test_what_neither_reads_does_not_tell_them_apart():
     for key in ("steps", "batch_size", "init_from", "data.num_threads", "log.every_steps"):
         assert step.of_step(otherwise(config, key)) == step.of_step(config), key
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
+    assert step.of_step(otherwise(config, "seed")) == step.of_step(config)
     for key in ("seed", "optimizer.learning_rate", "optimizer.schedule", "text_parts"):
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
 

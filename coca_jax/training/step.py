@@ -125,11 +125,19 @@ def make_train_step(
     return train_step
 
 
+def draws(config: Config) -> bool:
+    """Whether a step draws numbers: which patches and image tokens it leaves out or hides."""
+    model = config.model
+    left_out = model.image.patch_dropout or model.pooler.token_dropout
+    return bool(left_out or config.loss.hidden_weight)
+
+
 def of_step(config: Recipe) -> Alike:
     """What a train step follows from beside its module, all else as by default: equal for configs
-    whose steps are the same program."""
+    whose steps are the same program. Runs of other seeds share it unless a step draws."""
     config = typed(config)
-    keys = ("seed", "accumulate_steps", "text_parts", "model", "head", "loss", "optimizer")
+    keys = ["accumulate_steps", "text_parts", "model", "head", "loss", "optimizer"]
+    keys += ["seed"] * draws(config)
     return Alike(Config(**{key: getattr(config, key) for key in keys}))
 
 
