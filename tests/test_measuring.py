@@ -14,6 +14,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks
 import figure_rows  # noqa: E402
 import locked_recipe  # noqa: E402
 import measuring  # noqa: E402
+import measuring_ablations
 import measuring_faults  # noqa: E402
 import measuring_peers  # noqa: E402
 import measuring_runs  # noqa: E402
@@ -209,6 +210,12 @@ def test_input_is_told_with_its_peer(tmp_path):
 
 def test_the_ablations_of_training_md_are_those_of_their_table():
     found = table.read(str(measuring.HERE / "ablations.toml"), {})
-    assert {one.name for one in found.variants} == set(measuring_runs.ABLATIONS)
+    assert {one.name for one in found.variants} == set(measuring_ablations.ABLATIONS)
     assert tuple(found.seeds) == measuring.SEEDS
     assert all(dict(one.values)["steps"] == 2600 for one in found.variants)
+
+
+def test_the_options_of_blocks_md_are_those_of_their_table():
+    found = table.read(str(measuring.HERE / "options.toml"), {})
+    assert tuple(one.name for one in found.variants) == measuring_ablations.OPTIONS
+    assert tuple(found.seeds) == measuring.SEEDS
