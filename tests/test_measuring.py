@@ -14,7 +14,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks
 import figure_rows  # noqa: E402
 import locked_recipe  # noqa: E402
 import measuring  # noqa: E402
-import measuring_ablations
+import measuring_ablations  # noqa: E402
 import measuring_faults  # noqa: E402
 import measuring_peers  # noqa: E402
 import measuring_runs  # noqa: E402
