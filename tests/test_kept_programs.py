@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import flax
 import jax
 import pytest
 from conftest import tiny
@@ -11,7 +12,7 @@ from coca_jax import partitioning
 from coca_jax.config import Config, Section
 from coca_jax.config.section import inner
 from coca_jax.estimate.step import abstract_batch
-from coca_jax.training import memory, state, step
+from coca_jax.training import gradients, memory, state, step
 
 STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
@@ -140,14 +141,25 @@ def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
         function = step.make_train_step(model, alike.config, STEPS, None, LENGTHS)
         program = str(jax.make_jaxpr(function)(abstract, batch))
     found = set(reads)
-    assert step.draws(config) == (name in DRAWING) == ("random_bits" in program)
-    if not step.draws(config):
+    assert gradients.draws(config) == (name in DRAWING) == ("random_bits" in program)
+    if not gradients.draws(config):
         found.remove("seed")  # of a key that no number is drawn by
     always = {"accumulate_steps", "text_parts", "model.image_size"}
     always |= {"optimizer.learning_rate", "optimizer.clip_norm", "loss.captioning_weight"}
     assert always <= found
     assert not missing(step.of_step, config, found)
     assert not missing(bounds_key(mesh), config, found - RATES)
+
+
+def test_a_module_that_draws_unknown_to_the_step_is_refused():
+    """Its draws would be those of one seed in all runs."""
+    config, mesh, _ = built("head")
+    model = state.build_model(config.change({"model.image.patch_dropout": 0.5}), mesh, 3)
+    with jax.set_mesh(mesh):
+        abstract, _ = state.state_shardings(model, config, mesh)
+        function = step.make_train_step(model, config, STEPS, None, LENGTHS)
+        with pytest.raises(flax.errors.InvalidRngError, match="patch_dropout"):
+            jax.eval_shape(function, abstract, abstract_batch(config, mesh))
 
 
 def test_what_neither_reads_does_not_tell_them_apart():

@@ -190,6 +190,19 @@ def run_parts(
     return [(cut, forward(model, config, params, cut, key)) for cut, key in zip(cuts, keys)]
 
 
+def draws(config: Config) -> bool:
+    """Whether a step draws numbers: which patches and image tokens it leaves out or hides."""
+    model = config.model
+    left_out = model.image.patch_dropout or model.pooler.token_dropout
+    return bool(left_out or config.loss.hidden_weight)
+
+
+def _rngs(config: Config, rng: jax.Array) -> dict[str, jax.Array]:
+    """For Flax's modules: none where nothing is drawn, so that a module which draws and is not
+    named in `draws` is refused, and does not draw alike in runs of all seeds."""
+    return {"patch_dropout": rng} if draws(config) else {}
+
+
 def forward(model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array) -> coca.Outputs:
     """One training pass over the batch -> coca.Outputs."""
     outputs: Any = model.apply(
@@ -200,7 +213,7 @@ def forward(model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Arr
         batch.get("prompt_len"),
         encoded=batch.get("encoded"),
         deterministic=False,
-        rngs={"patch_dropout": rng},
+        rngs=_rngs(config, rng),
     )
     return outputs
 
@@ -221,7 +234,7 @@ def classify(
         batch["prompt_len"],
         encoded=batch.get("encoded"),
         deterministic=False,
-        rngs={"patch_dropout": rng},
+        rngs=_rngs(config, rng),
         method="classify",
     )
     return coca.Outputs(*(None,) * 8, class_logits=logits)

@@ -24,7 +24,7 @@ from coca_jax.optimizer import (
     make_schedule,
     rate_factors,
 )
-from coca_jax.training.gradients import Metrics, value_and_gradients
+from coca_jax.training.gradients import Metrics, draws, value_and_gradients
 from coca_jax.training.objectives import ESTIMATE
 from coca_jax.training.parts import Batch, merge_rows, split_rows
 from coca_jax.training.state import Alike, TrainState, merge, trainable
@@ -123,13 +123,6 @@ def make_train_step(
         return state, metrics | of_update
 
     return train_step
-
-
-def draws(config: Config) -> bool:
-    """Whether a step draws numbers: which patches and image tokens it leaves out or hides."""
-    model = config.model
-    left_out = model.image.patch_dropout or model.pooler.token_dropout
-    return bool(left_out or config.loss.hidden_weight)
 
 
 def of_step(config: Recipe) -> Alike:
