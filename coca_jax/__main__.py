@@ -8,10 +8,10 @@ import sys
 def main() -> None:
     """Runs `cli.main`. Whoever asks it to stop while that is imported is heard as well."""
     try:
-        from coca_jax.training import stopping
+        from coca_jax.training import start, stopping
 
         if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
-            stopping.install()
+            start.begin()
         from coca_jax import cli
 
         cli.main()

@@ -24,6 +24,7 @@ from coca_jax import (
     checkpoint_places,
     checkpoint_record,
     checksums,
+    freed_memory,
     lean_saves,
     sealed_json,
     storage,
@@ -105,7 +106,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except Exception as error:
             problem = error
-        lean_saves.give_back()
+        freed_memory.give_back()
         if _agree(problem is None):
             return
         self._reopen()

@@ -20,9 +20,9 @@ docs/config.md says what each key means; an unknown key is refused with the near
 from __future__ import annotations
 
 if __name__ == "__main__":  # before all other imports: a request to stop may come at any moment
-    from coca_jax.training import stopping
+    from coca_jax.training import start
 
-    stopping.install()
+    start.begin()
 
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402

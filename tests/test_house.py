@@ -58,6 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *(
             "engines",
             "extras",
+            "freed_memory",
             "image_shape",
             "lean_saves",
             "metrics",
