@@ -94,7 +94,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
         said = contextlib.redirect_stderr(quiet.Lasting(sys.stderr))  # type: ignore[type-var]
     else:
         if (name, *given[:1]) == ("benchmark", "train"):
-            freed_memory.keep()
+            freed_memory.begin()
         stopping.end_on_interrupt()
     try:
         with said:

@@ -3,7 +3,9 @@
 XLA takes the memory of a train step anew each time, and glibc returns blocks of that size to the
 system at once: the kernel then clears every page again in the next step, a fifth to a third of a
 small model's time on a CPU. With one arena, which neither maps blocks on their own nor gives its
-end back, a step finds the pages of the one before.
+end back, a step finds the pages of the one before. In return small things that outlive a step may
+lie in the gap that it leaves, and the process holds up to that much more: so memory is kept only
+where there is enough of it.
 """
 
 from __future__ import annotations
@@ -17,22 +19,31 @@ from collections.abc import Callable
 
 from coca_jax import quiet
 
-_OPTIONS = {-8: 1, -4: 0, -1: -1}  # M_ARENA_MAX 1, M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1  # mallopt's names
+_begun = False
 
 
-def keep() -> bool:
-    """Has freed memory kept for what comes next, and says whether it is. To be called before JAX's
-    first computation: its threads choose their arenas there.
+def begin() -> None:
+    """Makes it possible to keep memory: one arena for all threads. To be called before a command
+    starts any, for a thread that has an arena shares it with later ones.
 
     Nothing changes where an accelerator trains, where the C library is another one, and where the
     user has set it up (GLIBC_TUNABLES=glibc.malloc..., MALLOC_ARENA_MAX and the like).
     """
+    global _begun
     own = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     own |= any(name.startswith("MALLOC_") for name in os.environ)
     set_option = _function("mallopt")
-    if own or set_option is None or not _on_cpu():
-        return False
-    return all(set_option(option, value) for option, value in _OPTIONS.items())
+    if not own and set_option is not None and _on_cpu():
+        _begun = bool(set_option(ARENA_MAX, 1))
+
+
+def keep() -> bool:
+    """Has freed memory kept for what comes next, and says whether it is; not without `begin`."""
+    set_option = _function("mallopt")
+    return bool(
+        _begun and set_option and set_option(MMAP_MAX, 0) and set_option(TRIM_THRESHOLD, -1)
+    )
 
 
 def give_back() -> None:

@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     """
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 5600
+    config.steps = 8000
     config.image_sizes = ((0.3, 32),)
-    config.text_lengths = (8, 16)  # names are short
+    config.text_lengths, config.text_parts = (7,), 4  # three names in four have at most six tokens
     config.model.update(
         image_size=48, patch_size=8, embed_dim=160, dtype="float32", activation="relu"
     )

@@ -13,7 +13,9 @@ from coca_jax import freed_memory
 STEPS = """
 import json, resource, sys
 from coca_jax import freed_memory
-kept = freed_memory.keep() if sys.argv[1] == "keep" else False
+if sys.argv[1] == "begin":
+    freed_memory.begin()
+kept = freed_memory.keep()
 import jax, jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +41,7 @@ def pages(what, **environment):
 
 @pytest.mark.skipif(freed_memory._function("mallopt") is None, reason="not glibc")
 def test_steps_clear_no_pages_again():
-    kept, faults = pages("keep")
+    kept, faults = pages("begin")
     assert kept and faults < 200
     kept, faults = pages("leave")
     assert not kept and faults > 10_000
@@ -58,9 +60,11 @@ def test_other_devices_and_a_users_settings_are_left_alone(monkeypatch, environm
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     options = []
+    monkeypatch.setattr(freed_memory, "_begun", False)
     monkeypatch.setattr(freed_memory, "_function", lambda _: lambda *pair: options.append(pair))
-    freed_memory.keep()
-    assert len(options) == 1  # on a CPU, and refused at the first option
+    freed_memory.begin()
+    assert options == [(freed_memory.ARENA_MAX, 1)]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    freed_memory.begin()
     assert not freed_memory.keep() and len(options) == 1

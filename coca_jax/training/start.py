@@ -7,7 +7,7 @@ from coca_jax.training import stopping
 
 
 def begin() -> None:
-    """Keeps the memory of a step for the next one, and watches the signals that end a run; in this
-    order, for a thread that was there before would have an arena of its own."""
-    freed_memory.keep()
+    """Makes way for steps that keep their memory, and watches the signals that end a run; in this
+    order, for that starts a thread."""
+    freed_memory.begin()
     stopping.install()
