@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch_alike import Alike, normalised, stepper
 
-from coca_jax import benchmark_train, freed_memory, ops, recipes
+from coca_jax import benchmark_train, huge_pages, ops, recipes
 from coca_jax.benchmark_model import build, make_params, random_batch, timed
 from coca_jax.config import Config, typed
 from coca_jax.models.pixels import normalise_pixels
@@ -101,7 +101,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 8])
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    freed_memory.begin()  # of both, for they share a process
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = typed(recipes.load(given.config))
     found = steps(config, given.lengths, given.repeats)
@@ -110,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.begin_again()
     main()

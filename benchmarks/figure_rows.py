@@ -64,6 +64,16 @@ CLOCK = (
         clock=True,
         higher=("torch_ours",),
     ),
+    Measurement(
+        ("huge_pages",),
+        parts.huge_pages,
+        1,
+        "taskset -c 1 coca-jax benchmark train --config=emoji --repeats=9; again with "
+        "GLIBC_TUNABLES=glibc.malloc.hugetlb=0",
+        more=dict(unit="s"),
+        clock=True,
+        higher=("times",),
+    ),
     beside("batch_1", 1, 1, 1.5),
     Measurement(
         ("search_embed",),

@@ -10,6 +10,7 @@ import sys
 
 from settings import config_of
 
+from coca_jax import huge_pages
 from coca_jax.train import train
 
 
@@ -25,4 +26,5 @@ def main(act: str, row: str, data: str, folder: str, steps: str, seed: str, work
 
 
 if __name__ == "__main__":
+    huge_pages.begin_again()
     main(*sys.argv[1:])

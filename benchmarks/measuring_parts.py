@@ -61,6 +61,15 @@ def losses(given: Given) -> Rows:
     }
 
 
+def huge_pages(given: Given) -> Rows:
+    """Seconds of a core that a step takes with huge pages, and where a user has refused them."""
+    words = ("benchmark", "train", "--config=emoji", "--repeats=9")
+    with_them = given.coca(*words, one_core=True)["cpu_seconds"]
+    refused = dict(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    without = given.coca(*words, one_core=True, **refused)["cpu_seconds"]
+    return {"huge_pages": dict(without_s=without, with_s=with_them, times=without / with_them)}
+
+
 CHUNKS = """
 import json
 from coca_jax.benchmark_losses import captioning, contrastive

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import freed_memory
+from coca_jax import lean_saves
 from coca_jax.checkpointing import Checkpoints
 from coca_jax.data.texts import Tokenizer
 from coca_jax.training.state import TrainState
@@ -40,14 +40,14 @@ def saves() -> tuple[float, float]:
     """(objects a save leaves behind, milliseconds of giving memory back)."""
     arrays = {f"layer_{n}": jnp.full((16, 16), n, jnp.float32) for n in range(ARRAYS // 2)}
     state = TrainState(jnp.int32(0), jnp.int32(0), arrays, dict(moments=arrays), None)
-    blocks, took, give_back = [], [], freed_memory.give_back
+    blocks, took, give_back = [], [], lean_saves.give_back
 
     def timed() -> None:
         start = time.perf_counter()
         give_back()
         took.append(time.perf_counter() - start)
 
-    freed_memory.give_back = timed
+    lean_saves.give_back = timed
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder, keep=2)
         for step in range(FIRST + MORE):

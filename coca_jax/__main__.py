@@ -12,6 +12,8 @@ def main() -> None:
 
         if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
             start.begin()
+        elif sys.argv[1:3] == ["benchmark", "train"]:
+            start.with_huge_pages()
         from coca_jax import cli
 
         cli.main()

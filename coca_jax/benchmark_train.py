@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import benchmark_peer, compile_cache, freed_memory, partitioning, run_config
+from coca_jax import benchmark_peer, compile_cache, partitioning, run_config
 from coca_jax.benchmark_model import build, random_batch, timed
 from coca_jax.config import Config
 from coca_jax.training import programs, text_lengths
@@ -87,7 +87,6 @@ def lengths_of(batch: Batch, config: Config) -> text_lengths.Lengths:
 
 def ours(config: Config) -> Callable[[Batch], Any]:
     """A function that takes one step on a batch, and its metrics."""
-    freed_memory.keep()
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     compiled: dict[text_lengths.Lengths, Any] = {}
@@ -127,8 +126,6 @@ def _peak(name: str, config: dict[str, Any], batch: Batch) -> int:
     from coca_jax.config import read
 
     compile_cache.use()  # compiling is not what is measured
-    if name == "ours":
-        freed_memory.begin()
     typed = read(Config, config)
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     benchmark_peer.import_torch()

@@ -24,7 +24,6 @@ from coca_jax import (
     checkpoint_places,
     checkpoint_record,
     checksums,
-    freed_memory,
     lean_saves,
     sealed_json,
     storage,
@@ -106,7 +105,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except Exception as error:
             problem = error
-        freed_memory.give_back()
+        lean_saves.give_back()
         if _agree(problem is None):
             return
         self._reopen()

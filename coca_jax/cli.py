@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, engines, extras, freed_memory, quiet, recipes
-from coca_jax.training import start, stopping
+from coca_jax import compile_cache, engines, extras, quiet, recipes
+from coca_jax.training import stopping
 
 COMMANDS = {
     "fit": "from a folder of pictures to a trained model: looks, chooses, says why, trains",
@@ -87,23 +87,21 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
     Ctrl-C with 130, or as training/stopping.py says where the command saves.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
     said: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if name in stopping.SAVED:
-        start.begin()
+        stopping.install()
         said = contextlib.redirect_stderr(quiet.Lasting(sys.stderr))  # type: ignore[type-var]
     else:
-        if (name, *given[:1]) == ("benchmark", "train"):
-            freed_memory.begin()
         stopping.end_on_interrupt()
     try:
         with said:
-            _start(name, given)
+            _start(name, arguments)
     except KeyboardInterrupt:
         stopping.leave(f"coca-jax {name}: ended by Ctrl-C", stopping.EXIT_AT_ONCE)
 
 
-def _start(name: str, given: list[str]) -> None:
+def _start(name: str, arguments: Sequence[str] | None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
     before = given[: given.index("--")] if "--" in given else given
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
@@ -176,11 +174,11 @@ def waiting(text: str, every: float = 10.0) -> Iterator[None]:
     """Says what the command waits for, and inside, each `every` seconds, for how long already: for
     what has no steps that a bar could count."""
     say(f"{text} ...")
-    began, over = time.monotonic(), threading.Event()
+    start, over = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not over.wait(every):
-            say(f"{text} ... {time.monotonic() - began:.0f} s so far")
+            say(f"{text} ... {time.monotonic() - start:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -8,11 +8,14 @@ folder, and what it counts is only logged: now it asks once for a folder, and do
 An array that several devices hold whole is cut by Orbax into a slice for each of them to write,
 each by a program of its own: a hundred programs at the first save of a small model. Arrays with
 less than a MiB for each are written by one.
+
+What the threads of a save have freed, the C library keeps in pieces: it is given back.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import importlib
 from collections.abc import Callable
@@ -56,3 +59,19 @@ def by_folder(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         return spec if name is None else spec | {"path": name}
 
     return of_array
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's function; other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives free memory back to the system, to be called after a save; about a millisecond."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     """
     config = base.get_config()
     config.batch_size = 128
-    config.steps = 8000
+    config.steps = 7200
     config.image_sizes = ((0.3, 32),)
     config.text_lengths, config.text_parts = (7,), 4  # three names in four have at most six tokens
     config.model.update(

@@ -18,14 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import (
-    checkpoint_record,
-    checkpointing,
-    checksums,
-    freed_memory,
-    lean_saves,
-    sealed_json,
-)
+from coca_jax import checkpoint_record, checkpointing, checksums, lean_saves, sealed_json
 from coca_jax.checkpoint_record import Damaged, Misfit
 from coca_jax.training.state import TrainState
 
@@ -152,13 +145,13 @@ def test_devices_share_the_writing_of_large_arrays_alone(tmp_path, monkeypatch):
 
 def test_what_was_freed_in_pieces_is_given_back():
     """64 MiB in blocks of 4 KiB, one in eight of which stays, as saves leave them."""
-    freed_memory.give_back()
+    lean_saves.give_back()
     kept = [bytearray(4000) for _ in range(16_384)]
     before = resident()
     kept = kept[::8]
     between = resident()
-    freed_memory.give_back()
-    if not freed_memory._function("malloc_trim"):
+    lean_saves.give_back()
+    if not lean_saves._trim():
         pytest.skip("not glibc")
     assert between > before - 8 and resident() < before - 24 and len(kept) == 2048
 

@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *(
             "engines",
             "extras",
-            "freed_memory",
+            "huge_pages",
             "image_shape",
             "lean_saves",
             "metrics",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import compile_cache, freed_memory, inference, recipes
+from coca_jax import compile_cache, inference, recipes
 from coca_jax.config import Config
 from coca_jax.data import files, kinds, vocabulary
 from coca_jax.data.mixture import Mixture
@@ -166,8 +166,6 @@ def decide(
         keywords["bytes_needed"] = memory.needed
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
         choice = dataclasses.replace(choice, config=change(choice.config))
-        if memory.ample(choice.config):
-            freed_memory.keep()  # as the training will, whose time is told by this
         speed = measure.measure(choice.config)
         last = number == len(candidates) - 1 or start is not None
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import coca_jax
-from coca_jax import cache_folder, freed_memory, partitioning, storage
+from coca_jax import cache_folder, partitioning, storage
 from coca_jax import ops as operations
 from coca_jax.config import Config
 from coca_jax.data import stages
@@ -138,7 +138,6 @@ def _made(jaxpr: Any) -> int:
 
 def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     """Raises ValueError where a step, of the largest batch, does not fit, with settings that do.
-    Where twice as much would, the process keeps what a step frees for the next one.
 
     say: takes a line before what lasts.
     """
@@ -146,16 +145,13 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     if config.batch_sizes:
         config = config.change({"batch_size": max(stages.sizes(config)), "batch_sizes": ()})
     least, most = bounds_kept(config, mesh)
-    if most <= room:  # twice what is needed, and more
-        freed_memory.keep()
+    if most <= room:
         return
     need = least
     if least <= room:
         say("asking the compiler whether a step fits the memory ...")
         need = _bytes_or_all(config, mesh)
         if need <= room:
-            if 2 * need <= room:
-                freed_memory.keep()
             return
     say("it does not; looking for settings that do ...")
     raise ValueError(refusal(config, mesh, need, room))
@@ -211,12 +207,6 @@ def _bytes_or_all(config: Config, mesh: Mesh) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return 2**62
-
-
-def ample(config: Config) -> bool:
-    """Whether a step on this machine's devices fits by the bound from above: twice, and more."""
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    return bounds_kept(config, mesh)[1] <= available()
 
 
 def needed(config: Config) -> int:

@@ -1,13 +1,25 @@
-"""What a command that trains does before all else, even before its imports."""
+"""What a program that trains does before all else, even before its imports."""
 
 from __future__ import annotations
 
-from coca_jax import freed_memory
+import pathlib
+import sys
+
+from coca_jax import huge_pages
 from coca_jax.training import stopping
 
 
 def begin() -> None:
-    """Makes way for steps that keep their memory, and watches the signals that end a run; in this
-    order, for that starts a thread."""
-    freed_memory.begin()
+    """Takes huge pages, and watches the signals that end a run."""
+    with_huge_pages()
     stopping.install()
+
+
+def with_huge_pages() -> None:
+    """Starts once more with huge pages where that helps, if this process is a command of this
+    package and not one that calls its functions."""
+    main = sys.modules["__main__"]
+    module = getattr(getattr(main, "__spec__", None), "name", "")
+    script = pathlib.Path(getattr(main, "__file__", None) or "").name
+    if module.split(".")[0] == "coca_jax" or script == "coca-jax":
+        huge_pages.begin_again()

@@ -1,0 +1,98 @@
+"""A step on a CPU takes huge pages, where the system gives them to those who ask."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from coca_jax import huge_pages
+
+# A result of 64 MiB, 16,384 small pages or 32 huge ones, is freed before the next one.
+STEPS = """
+import sys
+from coca_jax import huge_pages
+huge_pages.begin_again()
+import json, resource
+import jax, jax.numpy as jnp
+import numpy as np
+
+run, x = jax.jit(lambda x: jnp.outer(x, x)), np.ones(4096, np.float32)
+faults = []
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps([float(np.median(faults)), sys.argv[1:]]))
+"""
+RECIPE = """
+import os, sys
+def get_config():
+    raise ValueError(f"{os.environ.get('GLIBC_TUNABLES')} {sys.argv[1:]}")
+"""
+CPU = {"JAX_PLATFORMS": "cpu"}
+needs_asking = pytest.mark.skipif(
+    not huge_pages.OF_THE_SYSTEM.exists()
+    or "[madvise]" not in huge_pages.OF_THE_SYSTEM.read_text(),
+    reason="the system gives huge pages to all or to nobody",
+)
+
+
+def environment(**more):
+    """Without what the tests set for XLA, or a user for glibc."""
+    mine = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", huge_pages.SETTINGS)}
+    return mine | CPU | more
+
+
+def pages(**more):
+    """(pages that the kernel clears for a step, the arguments that arrived)."""
+    run = [sys.executable, "-c", STEPS, "a b", "--c='d'"]
+    found = subprocess.run(run, env=environment(**more), capture_output=True, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@needs_asking
+def test_a_step_clears_few_pages():
+    faults, arguments = pages()
+    assert faults < 300 and arguments == ["a b", "--c='d'"]
+    faults, arguments = pages(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert faults > 10_000 and arguments == ["a b", "--c='d'"]
+
+
+@needs_asking
+@pytest.mark.parametrize("module", ["coca_jax train", "coca_jax.train"])
+def test_a_command_that_trains_starts_with_them(module, tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    flags = [f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/a run"]
+    run = [sys.executable, "-m", *module.split(), *flags]
+    own = {huge_pages.SETTINGS: "glibc.malloc.tcache_count=7"}
+    done = subprocess.run(run, env=environment(**own), capture_output=True, text=True)
+    wanted = "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1"
+    assert done.returncode == 2
+    assert f"{wanted} {flags[::-1]}" in done.stderr or f"{wanted} {flags}" in done.stderr
+
+
+@needs_asking
+def test_other_devices_and_a_user_s_value_are_left_alone(monkeypatch):
+    monkeypatch.delenv(huge_pages.SETTINGS, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert huge_pages.helps()
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert not huge_pages.helps()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv(huge_pages.SETTINGS, "glibc.malloc.hugetlb=0")
+    assert not huge_pages.helps()
+
+
+def test_nothing_begins_again_where_it_would_not_help(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv(huge_pages.SETTINGS, raising=False)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("began again"))
+    for text in ("[always] madvise never", "always madvise [never]"):
+        (tmp_path / "enabled").write_text(text)
+        monkeypatch.setattr(huge_pages, "OF_THE_SYSTEM", tmp_path / "enabled")
+        huge_pages.begin_again()
+    monkeypatch.setattr(huge_pages, "OF_THE_SYSTEM", tmp_path / "none")
+    huge_pages.begin_again()
+    assert huge_pages.SETTINGS not in os.environ
