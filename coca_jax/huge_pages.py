@@ -11,8 +11,6 @@ searched at every allocation, and small things in the gap of a step doubled what
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import sys
@@ -51,5 +49,13 @@ def _on_cpu() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     if wanted:
         return wanted.split(",")[0] == "cpu"
+    return not (quiet.has_accelerator() and _has_plugin())
+
+
+def _has_plugin() -> bool:
+    """Whether JAX's package for some accelerator is here."""
+    import importlib.metadata  # of ten milliseconds, in which a signal would not be answered
+    import importlib.util
+
     able = importlib.metadata.entry_points(group="jax_plugins")
-    return not ((able or importlib.util.find_spec("libtpu")) and quiet.has_accelerator())
+    return bool(able) or importlib.util.find_spec("libtpu") is not None
