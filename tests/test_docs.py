@@ -186,7 +186,7 @@ class Walk:
                 script = re.search(r"launch/[\w.]+", text)
                 assert script and (ROOT / script[0]).exists(), text
             return
-        text = re.sub(r":runs/\w+", ":runs/demo", text)  # weights that are there
+        text = re.sub(r":(runs/\w+|weights)", ":runs/demo", text)  # weights that are there
         words = re.sub(r"^python3? -m coca_jax\.?", "coca-jax ", text).split()
         if words[0] == "coca-jax":
             done = self.server.run(words[1:], self.folder, {forks.PARSE: "1"})
@@ -243,6 +243,8 @@ def walk(tmp_path_factory, site):
     found = Walk(folder, site)
     # What launch/demo.sh trains, by the program that the wheel installs; all others are forks.
     found.shell("coca-jax train --config=demo --workdir=runs/demo", found.env)
+    # What README begins with, which other pages go on with in whichever order they are read.
+    found.shell("coca-jax prepare --input=FOLDER --out=data/mine --holdout=0.1")
     yield found
     found.end()
 

@@ -270,6 +270,8 @@ def test_the_page_and_what_watches_the_server(client):
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
     assert info["captions"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
+    image = ("image", png(0))
+    assert client.post("/api/caption", image)[0] == 200 and client.get("/none")[0] == 404
     text = client.get("/metrics")[2].decode()
     assert re.search(r'coca_jax_requests_total{path="/api/caption",status="200"} \d', text)
     assert re.search(r'coca_jax_requests_total{path="other",status="404"} \d', text)
