@@ -12,9 +12,6 @@ def main() -> None:
 
         if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
             start.begin()
-        elif sys.argv[1:3] == ["benchmark", "train"] and "--peer" not in sys.argv:
-            # The peer would have them too, as it has them nowhere else.
-            start.with_huge_pages()
         from coca_jax import cli
 
         cli.main()

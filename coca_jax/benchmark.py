@@ -23,6 +23,7 @@ from absl import flags
 
 from coca_jax import cli, recipes, renamed
 from coca_jax.config import typed
+from coca_jax.training import start
 
 KINDS = ("train", "encode", "caption", "input", "losses")
 
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--peer compares `train`, `encode`, `caption` and `input`, not `losses`")
     if flags.FLAGS.texts and kind != "train":
         raise ValueError(f"--texts gives captions to `train`, not to `{kind}`")
+    if kind == "train" and not flags.FLAGS.peer:  # the peer would have them too, as nowhere else
+        start.with_huge_pages()
     cli.say(f"benchmark {kind}: starting JAX")
     import jax
 

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 import coca_jax
 from coca_jax import compile_cache, engines, extras, quiet, recipes
-from coca_jax.training import stopping
+from coca_jax.training import start, stopping
 
 COMMANDS = {
     "fit": "from a folder of pictures to a trained model: looks, chooses, says why, trains",
@@ -89,7 +89,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     """
     said: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if name in stopping.SAVED:
-        stopping.install()
+        start.begin()  # again, or at last: `python -m coca_jax.fit` comes straight here
         said = contextlib.redirect_stderr(quiet.Lasting(sys.stderr))  # type: ignore[type-var]
     else:
         stopping.end_on_interrupt()
@@ -174,11 +174,11 @@ def waiting(text: str, every: float = 10.0) -> Iterator[None]:
     """Says what the command waits for, and inside, each `every` seconds, for how long already: for
     what has no steps that a bar could count."""
     say(f"{text} ...")
-    start, over = time.monotonic(), threading.Event()
+    began, over = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not over.wait(every):
-            say(f"{text} ... {time.monotonic() - start:.0f} s so far")
+            say(f"{text} ... {time.monotonic() - began:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -6,7 +6,7 @@ time in pages of 4 KiB, next to nothing in pages of 2 MiB. glibc asks for those 
 it reads when a program starts (glibc.malloc.hugetlb), so the program starts once more with it.
 
 Keeping the memory in the process (mallopt) was slower: the pieces that compiling leaves are
-searched at every allocation, and small things in the gap of a step doubled what was held.
+searched at every allocation, and small things in the gap of a step made a third more be held.
 """
 
 from __future__ import annotations
