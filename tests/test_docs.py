@@ -244,6 +244,7 @@ def walk(tmp_path_factory, site):
     # What launch/demo.sh trains, by the program that the wheel installs; all others are forks.
     found.shell("coca-jax train --config=demo --workdir=runs/demo", found.env)
     # What README begins with, which other pages go on with in whichever order they are read.
+    found.shell("coca-jax fit FOLDER --workdir=runs/mine --minutes=10")
     found.shell("coca-jax prepare --input=FOLDER --out=data/mine --holdout=0.1")
     yield found
     found.end()
