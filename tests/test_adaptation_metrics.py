@@ -11,7 +11,6 @@ from coca_jax.evaluators import linear, probes
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
 
-RNG = np.random.default_rng(0)
 NAMES = [f"class {i}" for i in range(7)]
 
 
@@ -35,10 +34,11 @@ def records_of(labels):
 
 
 def test_top1_and_top5_equal_a_plain_count():
-    logits = RNG.normal(size=(300, 7))
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(300, 7))
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    truth = RNG.integers(0, 7, 300)
-    second = RNG.integers(0, 7, 300)
+    truth = rng.integers(0, 7, 300)
+    second = rng.integers(0, 7, 300)
     labels = [
         [NAMES[t]] if i % 3 else [NAMES[t], NAMES[s]] for i, (t, s) in enumerate(zip(truth, second))
     ]
@@ -83,8 +83,9 @@ def test_written_answers_are_compared_as_words():
 
 def blobs(count, spread=1.0):
     centres = np.random.default_rng(1).normal(size=(7, 12))
-    classes = RNG.integers(0, 7, count)
-    features = centres[classes] + spread * RNG.normal(size=(count, 12))
+    rng = np.random.default_rng(count)
+    classes = rng.integers(0, 7, count)
+    features = centres[classes] + spread * rng.normal(size=(count, 12))
     return features.astype(np.float32), classes
 
 
@@ -103,7 +104,8 @@ def test_logistic_regression_equals_scikit_learn(l2):
 
 def test_l2_is_chosen_on_the_held_out_part():
     features, classes = blobs(500, spread=2.0)
-    features = np.concatenate([features, RNG.normal(size=(500, 150))], 1).astype(np.float32)
+    noise = np.random.default_rng(4).normal(size=(500, 150))
+    features = np.concatenate([features, noise], 1).astype(np.float32)
     l2, weights = linear.choose_l2(features, classes, 7, seed=3)
     order = np.random.default_rng(3).permutation(500)
     test, train = order[:50], order[50:]
@@ -142,8 +144,9 @@ def test_a_probe_learns_from_its_training_records(maker):
             return images.reshape(len(images), -1, 3).mean(1).astype(np.float32)
 
     def records(count):
-        shades = RNG.integers(0, 3, count)
-        noise = RNG.integers(0, 120, (count, 4, 4, 3))
+        rng = np.random.default_rng(count)
+        shades = rng.integers(0, 3, count)
+        noise = rng.integers(0, 120, (count, 4, 4, 3))
         images = (noise + 130 * np.eye(3)[shades][:, None, None]).astype(np.uint8)
         return [dict(image=i, labels=[NAMES[s]], key="k") for i, s in zip(images, shades)]
 

@@ -24,14 +24,13 @@ from coca_jax.training import guard
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
-RNG = np.random.default_rng(0)
-
 
 def kernels():
     """Parameters of two blocks' attention: stacked, by head on one side or on the other."""
+    rng = np.random.default_rng(0)
     shapes = dict(query=(2, 6, 2, 3), value=(2, 6, 2, 3), out=(2, 2, 3, 6))
     attention = {
-        k: dict(kernel=jnp.asarray(RNG.normal(size=s), jnp.float32)) for k, s in shapes.items()
+        k: dict(kernel=jnp.asarray(rng.normal(size=s), jnp.float32)) for k, s in shapes.items()
     }
     return dict(image_encoder=dict(blocks=dict(layers=dict(attention=attention))))
 
@@ -81,7 +80,8 @@ def test_what_changed_is_kept_apart_and_put_back():
     base = jax.tree.map(np.asarray, kernels())
     changed = jax.tree.map(np.copy, base)
     attention = changed["image_encoder"]["blocks"]["layers"]["attention"]
-    change = RNG.normal(size=(2, 6, 2)) @ RNG.normal(size=(2, 2, 6))
+    rng = np.random.default_rng(1)
+    change = rng.normal(size=(2, 6, 2)) @ rng.normal(size=(2, 2, 6))
     attention["query"]["kernel"] += change.reshape(2, 6, 2, 3).astype(np.float32)
     factors = lora.extract(changed, base, 2)
     assert [x.shape for x in factors.values()] == [(2, 6, 2), (2, 2, 6)]
