@@ -205,6 +205,14 @@ def test_no_file_is_a_drawer_for_everything():
     ]
 
 
+def test_tests_share_no_generator():
+    """What a test draws from its file's generator would depend on the tests before it."""
+    made = re.compile(r"^\w+ = (?:\w+\.)*(?:default_rng|RandomState|Random)\([^()]*\)$", re.M)
+    assert made.search("RNG = np.random.default_rng(0)")
+    files = [path for path in (ROOT / "tests").rglob("*.py") if made.search(path.read_text())]
+    assert not files
+
+
 def outside(*rooms: str) -> dict[str, ast.Module]:
     """The sources that stand in none of the rooms."""
     return {

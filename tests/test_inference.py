@@ -17,7 +17,7 @@ from coca_jax.models import coca
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_compile_cache():
     jax.config.update("jax_enable_compilation_cache", False)
     yield
