@@ -91,9 +91,8 @@ def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):
     pq.write_table(table, tmp_path / "laion.parquet")
     with pytest.raises(ValueError, match=r"\['URL', 'TEXT'\]; pictures by URL alone are fetched"):
         splits.prepare("parquet", str(tmp_path), str(tmp_path / "p"), processes=1, progress=False)
-    with pytest.raises(
-        FileNotFoundError, match="as the recipe's first lines say, or train on your"
-    ):
+    line = r"--out=\S+/absent` \(a recipe's first lines show how\), or name data of your own"
+    with pytest.raises(FileNotFoundError, match=line):
         sources.open_source(str(tmp_path / "absent"))
 
 

@@ -32,8 +32,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     if files.is_remote(path) or not os.path.exists(path):
         raise FileNotFoundError(
             f"data source {path}: no such folder, or no {MANIFEST} in it; write it with "
-            "`coca-jax prepare --out=` as the recipe's first lines say, or train on your own by "
-            "`coca-jax train --data=`"
+            f"`coca-jax prepare --out={path}` (a recipe's first lines show how), or name data of "
+            "your own (--data= of train and evaluate)"
         )
     raise ValueError(
         f"data source {path}: not prepared data (no {MANIFEST}); run `python -m coca_jax.prepare "
