@@ -219,7 +219,10 @@ def test_a_tar_that_makes_tarfile_raise_anything(tmp_path):
     pax = info.tobuf(tarfile.USTAR_FORMAT) + attributes + data[:1024]
     (tmp_path / "a.tar").write_bytes(data[: 8 * 512] + pax + bytes(10240))
     result, found = _prepare("webdataset", tmp_path, tmp_path / "out")
-    assert result["written"] == 1 and [reason for reason, _ in found] == ["damaged_archive"]
+    ((reason, detail),) = found
+    # From Python 3.13 on, tarfile calls it no header: then the example before it is whole.
+    whole = 2 if detail.startswith("BadEnd: no header at byte 4608") else 1
+    assert result["written"] == whole and reason == "damaged_archive"
 
 
 METADATA = [b"{", b"[]", b"null", b'{"info": 1}', b'{"info": {"features": [1]}}',

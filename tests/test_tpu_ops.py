@@ -210,8 +210,10 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
         assert weights.out_avals[1].shape == (2, 16, attention_kernel.LANES)
     options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
     shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
-    written, scanned = (
-        block.Stack(remat=remat, options=shared, **options) for remat in ("named", "none")
+    plain = layers.BlockOptions(dtype=jnp.float32, ops=ops.Reference())
+    written, scanned, true = (
+        block.Stack(remat=remat, options=form, **options)
+        for remat, form in (("named", shared), ("none", shared), ("none", plain))
     )
     params = partitioning.unbox(jax.jit(scanned.init)(jax.random.key(0), x, mask, context))
     params = jax.tree.map(
@@ -234,9 +236,13 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
     (ours, our_gradients), (value, gradients) = run(written), run(scanned)
     assert float(ours) == pytest.approx(float(value), rel=1e-4)
     assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
-    for got, want in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients)):
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        assert np.abs(got - want).max() <= 1.5e-2 * np.abs(want).max() + 1e-6
+    leaves = (jax.tree.leaves(found) for found in (our_gradients, gradients, run(true)[1]))
+    for got, want, precise in zip(*leaves, strict=True):
+        got, want, precise = (np.asarray(x, np.float32) for x in (got, want, precise))
+        # Some versions of XLA round the scan's values at other places, farther from float32.
+        known = min(np.abs(want - precise).max(), 2e-2 * np.abs(precise).max())
+        apart = np.abs(got - want).max() - 1.5e-2 * np.abs(want).max()
+        assert apart <= 1e-6 or np.abs(got - precise).max() <= known
 
 
 def test_norm_equals_the_plain_form_with_a_large_mean():
