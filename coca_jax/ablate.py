@@ -12,9 +12,9 @@ TABLE is a TOML file: a recipe, the seeds, what all variants have otherwise, and
 
 The first variant is what the others are compared with; a variant may name its own `config`, and
 `metrics` lists the names of eval.json that are shown (by default each evaluator's headlines).
---config.key=value goes over all variants. After each run DIR/results.json, DIR/results.md and
-DIR/report.html are written anew; the runs are DIR/VARIANT/seedN. After a kill the same command goes
-on: runs that are done stay, one that was interrupted goes on at its checkpoint.
+--config.key=value and --data go over all variants. After each run DIR/results.json, DIR/results.md
+and DIR/report.html are written anew; the runs are DIR/VARIANT/seedN. After a kill the same command
+goes on: runs that are done stay, one that was interrupted goes on at its checkpoint.
 
 With --minutes each variant has the steps that it makes in so many minutes, by a few that are timed
 first. These, and the minutes in the results, are of steps and waiting for data: start, compilation,
@@ -23,6 +23,7 @@ saves and evaluations are left out. On a CPU they are minutes of processor time 
 Examples:
   coca-jax ablate examples/ablations.toml --out=runs/ablations
   coca-jax ablate table.toml --out=runs/table --minutes=10 --config.batch_size=64
+  coca-jax ablate table.toml --out=runs/mine --data=data/mine
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("out", None, "A local folder for the runs and the results; made when new.")
     flags.DEFINE_float("minutes", 0.0, "Of each run, in place of its steps.")
+    recipes.define_data()
     recipes.define_overrides("the table names the recipe: ablate TABLE.toml --out=DIR")
 
 
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.training import stopping
 
     try:
+        found = running.with_data(found, args.data, args.out)
         result = running.ablate(found, args.out, args.minutes, cli.say)
     except stopping.Preempted as stop:
         stopping.leave(str(stop), stopping.EXIT_AGAIN)

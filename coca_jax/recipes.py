@@ -180,6 +180,18 @@ def define_flag(note: str = "") -> None:
     config_flags.DEFINE_config_dict("config", config, note + HELP, sys_argv=rest)
 
 
+def define_data() -> None:
+    """Defines `--data`, own data in place of a recipe's, for `own_data.of_command`. To stand
+    before `--config`, whose messages name it."""
+    flags.DEFINE_multi_string(
+        "data",
+        [],
+        "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
+        "caption, label or question. Repeatable. Where it is not prepared, an index is made on the "
+        "way, and it is read in place.",
+    )
+
+
 def define_overrides(refusal: str) -> None:
     """Defines `--config.key=value` for the keys of `base`, for a command that chooses the recipe
     itself: `changes` and `change` then give what the user wants otherwise.

@@ -30,7 +30,7 @@ from typing import Any  # noqa: E402
 from absl import flags  # noqa: E402
 
 from coca_jax import cli, recipes, storage  # noqa: E402
-from coca_jax.config import Config, Recipe  # noqa: E402
+from coca_jax.config import Recipe  # noqa: E402
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -43,32 +43,11 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
-    flags.DEFINE_multi_string(
-        "data",
-        [],
-        "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label or question. Repeatable. Where it is not prepared, an index is made on the "
-        "way, and it is read in place.",
-    )
-    recipes.define_flag()  # after --data, which its messages name
+    recipes.define_data()
+    recipes.define_flag()
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
-
-
-def use_data(config: Config, named: Sequence[str], workdir: str) -> Config:
-    """The config with the data of --data in place of the recipe's, indexed where that is needed.
-
-    Raises ValueError or OSError for bad data, or for a bad config before anything is prepared.
-    """
-    import jax
-
-    from coca_jax import run_config
-    from coca_jax.importers import own_data
-
-    sources = tuple(dict(path=own_data.parse(text).path) for text in named)
-    run_config.check(config.change({"data.sources": sources}))
-    return own_data.apply(config, named, workdir, main_process=jax.process_index() == 0)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -88,6 +67,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     import jax
 
     from coca_jax import checkpointing, partitioning
+    from coca_jax.importers import own_data
     from coca_jax.training import replicas, stopping
 
     partitioning.start_processes(
@@ -95,8 +75,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     )
     with stopping.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
-        if flags.FLAGS.data:
-            config = use_data(config, flags.FLAGS.data, flags.FLAGS.workdir)
+        first = jax.process_index() == 0
+        config = own_data.of_command(
+            config, flags.FLAGS.data, flags.FLAGS.workdir, main_process=first
+        )
         try:
             summary = train(config, flags.FLAGS.workdir)
         except (replicas.Corrupted, checkpointing.SaveFailed) as error:
@@ -105,7 +87,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # together: the first to go would take the others down
             stopping.leave(str(stop), stopping.EXIT_AGAIN)
-        first = jax.process_index() == 0
         if jax.process_count() > 1:
             # Before the result is told: where a peer fails in its last instants, a launcher starts
             # all again, and the result would be told twice.

@@ -9,9 +9,11 @@ import types
 
 import jax
 import pytest
+from PIL import Image
 
 from coca_jax import ablate, metrics, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
+from coca_jax.data import sources
 from coca_jax.training import run as training
 from coca_jax.training import stopping
 
@@ -134,7 +136,7 @@ def test_the_table_and_the_page_show_every_variant(done):
 
 
 def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, commands, tmp_path):
-    """On runs that are done already, and then with a variant whose data are not there."""
+    """On runs that are done already, and then with a variant whose weights are not there."""
     out = shutil.copytree(done[1], tmp_path / "out")
     places = [out / "table.toml", f"--out={out}"]
     told = commands.run(["ablate", *map(str, places)], tmp_path)
@@ -144,7 +146,7 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, c
     assert json.loads(last) | dict(out="") == dict(
         out="", results=str(out / "results.json"), runs=4, failed={}
     )
-    missing = '[variants.missing]\n"data.sources" = [{path = "none"}]\n'
+    missing = '[variants.missing]\ninit_from = "none"\n'
     written(out, TABLE + missing)
     told = commands.run(["ablate", *map(str, places)], tmp_path)
     assert told.returncode == 1
@@ -153,7 +155,7 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, c
     assert told.stderr.splitlines()[-1] == end and "Traceback" not in told.stderr
     assert "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |" in told.stdout
     why = json.loads((out / "results.json").read_text())["failed"]["missing, seed 0"]
-    assert why.startswith("data source none: no such folder")
+    assert why.startswith("no checkpoint under none")
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -267,3 +269,31 @@ def test_the_folder_of_a_run_is_no_place_for_an_ablation(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "changes", dict)
     with pytest.raises(ValueError, match="run is the folder of a run; give another one"):
         ablate.main(["ablate", path])
+
+
+def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = table.read(written(tmp_path, TABLE.replace('"tiny"', '"emoji"')), {})
+    with pytest.raises(FileNotFoundError, match="data/emoji: no such folder.*of train, ablat"):
+        running.ablate(found, "out", 0, quietly)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        picture = Image.new("RGB", (24, 24), (6 * number, 90, 90))
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"a shade of number {number}")
+    found = table.read(written(tmp_path, TABLE), {})
+    mine = running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"))
+    assert capsys.readouterr().err.count("are held out") == 1  # told once, not for each variant
+    for variant in mine.variants:
+        config = variant.config()
+        (source,), tasks = config.data.sources, config.eval.tasks
+        assert source.path == str(tmp_path / "out/data/pictures") and source.split == "train"
+        assert {task["kind"] for task in tasks} == {"retrieval", "captioning"}
+        assert all(task["data"]["split"] == "test" for task in tasks)
+        assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
+    assert mine.variants[1].values["checkpoint.keep"] == 1
+    assert running.with_data(found, [], "out") is found

@@ -9,6 +9,7 @@ change little; elsewhere they are the clock's.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pathlib
 import shutil
@@ -20,6 +21,10 @@ import jax
 from coca_jax import metrics, run_config, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
+from coca_jax.config import Entry
+from coca_jax.config.section import plain
+from coca_jax.data import sources
+from coca_jax.importers import own_data
 from coca_jax.training import run as training
 
 PLAN = "plan.json"
@@ -36,8 +41,9 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
         minutes: of each run, or 0 for the steps that the configs say.
         say: takes lines for people.
 
-    Returns dict(out, results, runs, failed). Raises ValueError for configs that cannot be, before
-    anything is trained, and where `out` holds another table; Preempted when asked to stop.
+    Returns dict(out, results, runs, failed). Raises ValueError or OSError for configs and data
+    that cannot be, before anything is trained, and where `out` holds another table; Preempted when
+    asked to stop.
     """
     folder = pathlib.Path(out)
     for variant in table.variants:
@@ -45,6 +51,8 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
         if not (config.steps or config.epochs):
             raise ValueError(f"variant {variant.name}: give steps or epochs, or --minutes")
         run_config.check(config)
+        for entry in config.data.sources:
+            sources.open_whole(Entry.of(entry))
     plan = Plan(folder / PLAN, minutes)
     plan.check(table.variants)
     total, number, failed = len(table.seeds) * len(table.variants), 0, {}
@@ -64,6 +72,21 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
                 outcome.write(table, folder, minutes, failed)
     results = outcome.write(table, folder, minutes, failed)
     return dict(out=str(folder), results=str(results), runs=total - len(failed), failed=failed)
+
+
+def with_data(table: Table, named: Sequence[str], out: str) -> Table:
+    """The table with the data of `--data` in place of its recipes', indexed in `out`/data where
+    they are not prepared. Raises as `own_data.of_command`."""
+    if not named:
+        return table
+    variants = []
+    for number, variant in enumerate(table.variants):
+        # What is indexed for the first is told once; the others find it.
+        config = own_data.of_command(variant.config(), named, out, main_process=not number)
+        own = {"data.sources": config.data.sources, "eval.tasks": config.eval.tasks}
+        values = {**variant.values, **{key: plain(value) for key, value in own.items()}}
+        variants.append(dataclasses.replace(variant, values=values))
+    return dataclasses.replace(table, variants=tuple(variants))
 
 
 def one_run(variant: Variant, values: Mapping[str, Any], place: pathlib.Path) -> None:

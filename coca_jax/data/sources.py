@@ -37,9 +37,13 @@ def open_source(
         ValueError, FileNotFoundError: what is wrong with it, in one line.
     """
     entry = Entry.of(entry)
+    return views.narrow(open_whole(entry, split), entry, training=training, indexes=indexes)
+
+
+def open_whole(entry: Entry, split: str = "train") -> Source:
+    """All records of an entry's split, also those that it leaves out. Raises as `open_source`."""
     places = [place for place in PLACES if getattr(entry, place)]
     if len(places) != 1:
         raise ValueError(f"data source {entry.to_dict()}: give exactly one of {', '.join(PLACES)}")
     place = importlib.import_module(f"coca_jax.data.{PLACES[places[0]]}")
-    source = place.open_entry(entry, entry.split or split)
-    return views.narrow(source, entry, training=training, indexes=indexes)
+    return place.open_entry(entry, entry.split or split)

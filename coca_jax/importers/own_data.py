@@ -103,6 +103,20 @@ def apply(
     )
 
 
+def of_command(
+    config: Config, texts: Sequence[str], workdir: str, *, main_process: bool = True
+) -> Config:
+    """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and for a bad
+    config before anything is indexed."""
+    if not texts:
+        return config
+    from coca_jax import run_config  # it knows models, whose libraries others do not need here
+
+    places = tuple(dict(path=parse(text).path) for text in texts)
+    run_config.check(config.change({"data.sources": places}))
+    return apply(config, texts, workdir, main_process=main_process)
+
+
 def folder_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path: its last part, numbered where two share it."""
     names: list[str] = []
