@@ -105,6 +105,14 @@ TRAINED = (
         more=SEEDED | dict(unit="%"),
     ),
     Measurement(
+        ("packing/squash", "packing/native"),
+        ablations.packing,
+        20,
+        "taskset -c 0 coca-jax ablate benchmarks/packing.toml --data=data/gimp_help "
+        "--data=data/stamps --out=DIR --minutes=2",
+        more=SEEDED | dict(unit="%, steps, images a second of a core"),
+    ),
+    Measurement(
         ("fit/captions", "fit/labels"),
         runs.fits,
         14,

@@ -24,6 +24,11 @@ NAMED = dict(
     text_to_image="retrieval/emoji_openmoji/text_to_image_r1",
     exact="captioning/emoji_openmoji/exact_match",
 )
+SHAPES = {
+    f"{data}_{way}": f"retrieval/{data}_test/{way}_r5"
+    for data in ("gimp_help", "stamps")
+    for way in ("image_to_text", "text_to_image")
+}
 OPTIONS = ("recipe", "adamw", "rms_norm", "rope", "geglu", "global", "bag")
 RANGED = ("both", "both_10")
 ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} | {
@@ -48,6 +53,19 @@ def options(given: Given) -> Rows:
         f"options/{row}": dict(steps=each[0]["steps"]) | _spread(each, NAMED, True)
         for row, each in runs.items()
     }
+
+
+def packing(given: Given) -> Rows:
+    """Pictures of every shape, squashed and packed, in two CPU minutes of steps, three seeds."""
+    data = [f"--data=data/{name}" for name in ("gimp_help", "stamps")]
+    runs = _ablated(given, "packing", "--minutes=2", *data)
+    rows = {}
+    for row, each in runs.items():
+        rates = [64 * run["steps"] / (60 * run["minutes"]) for run in each]
+        rows[f"packing/{row}"] = dict(
+            steps=each[0]["steps"], images=statistics.mean(rates)
+        ) | _spread(each, SHAPES, True)
+    return rows
 
 
 def _ablated(given: Given, table: str, *flags: str) -> dict[str, list[dict[str, Any]]]:
