@@ -134,9 +134,9 @@ def test_label_token_stands_after_begin(mixture):
     assert np.array_equal(batch["tokens"][:, 1] == vocabulary.label_id, batch["is_label"])
 
 
-def test_pixels_equal_those_of_evaluation(data):
+def test_pixels_equal_those_of_evaluation(data, tmp_path):
     config = data_config(dict(path=str(data / "c")), prompts="plain")
-    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
         wanted = images.preprocess_eval(picture(int(index)), 16)
@@ -144,9 +144,9 @@ def test_pixels_equal_those_of_evaluation(data):
 
 
 @pytest.mark.parametrize("mode", ["crop", "inception", "drawing", "randaugment"])
-def test_augmentations_change_pixels_and_repeat(data, mode):
+def test_augmentations_change_pixels_and_repeat(data, mode, tmp_path):
     config = data_config(dict(path=str(data / "c")), augment=mode, flip=True)
-    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     first, second = (next(open_stream(config, vocabulary)) for _ in range(2))
     assert equal(first, second)
     plain = np.stack([images.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
@@ -208,7 +208,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
                 assert np.abs(pixels.astype(int) - wanted).mean() <= (6 if fast else 4)
 
 
-def test_undecodable_images_are_stepped_over(data, tmp_path):
+def test_undecodable_images_are_stepped_over(tmp_path):
     folder = write_folder(tmp_path / "raw", 30)
     for index in (3, 4, 20):
         damage(folder / f"{index:04d}.png")
@@ -217,7 +217,7 @@ def test_undecodable_images_are_stepped_over(data, tmp_path):
         "imagefolder", str(folder), out, options=items.Options(verify=False), progress=False
     )
     config = data_config(dict(path=out), max_bad_fraction=0.2)
-    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     batches = open_stream(config, vocabulary)
     whole = take(batches, 15)
     seen = np.concatenate([b["index"] for b in whole])
@@ -232,7 +232,7 @@ def test_undecodable_images_are_stepped_over(data, tmp_path):
         take(open_stream(config, vocabulary), 15)
 
 
-def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
+def test_a_damaged_shard_costs_only_its_damaged_record(tmp_path):
     folder = write_folder(tmp_path / "raw", 30)
     prepare.prepare("imagefolder", str(folder), str(tmp_path / "out"), progress=False)
     shard = tmp_path / "out" / "train-00000-of-00001.array_record"
@@ -241,10 +241,13 @@ def test_a_damaged_shard_costs_only_its_damaged_record(data, tmp_path):
     content[place : place + 4] = bytes(4)
     shard.write_bytes(content)
     config = data_config(dict(path=str(tmp_path / "out")), max_bad_fraction=0.2)
-    vocabulary = run_vocabulary.load_or_train(config, str(data / "workdir2"))
+    vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))  # of the other texts
     batches = open_stream(config, vocabulary)
     seen = np.concatenate([b["index"] for b in take(batches, 15)])
     assert set(seen.tolist()) == set(range(30)) - {9}
+    source = sources.open_source(config.data.sources[0])
+    with pytest.raises(ValueError, match="record 9 cannot be read .a shard is damaged"):
+        source.labels()
 
 
 def test_where_text_field_and_limit(data):

@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from coca_jax import activity
 from coca_jax.config import Config
 from coca_jax.data import teachers
 from coca_jax.data.features import Tokens
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
-from coca_jax.data.random_access import Source
+from coca_jax.data.random_access import UNREAD, Source, read_all, read_one
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw, Tokenizer
 from coca_jax.data.vocabulary import Vocabulary
-
-UNREAD = Record(b"", ("",), ("",), "")  # in the place of a record that cannot be read
 
 
 class Examples:
@@ -193,30 +190,6 @@ class Part:
         if examples.teacher_width:
             found |= teachers.embeddings(self.records, chosen, examples.teacher_width)
         return found
-
-
-def read_all(source: Source, indices: np.ndarray) -> tuple[list[Record], dict[int, str]]:
-    """Records of a source, and {row: why} of those that cannot be read."""
-    try:
-        with activity.doing(f"reading {source.name}"):
-            return source.read(indices), {}
-    except Exception:  # array_record raises RuntimeError for the whole of a read
-        records, unread = [], {}
-        for row, index in enumerate(indices.tolist()):
-            record, why = read_one(source, index)
-            records.append(record)
-            if why:
-                unread[row] = why
-        return records, unread
-
-
-def read_one(source: Source, index: int) -> tuple[Record, str]:
-    """A record, or one without an image and why it cannot be read."""
-    try:
-        with activity.doing(f"reading {source.name}"):
-            return source.read([index])[0], ""
-    except Exception as error:  # of a damaged shard, or of whatever the data lie on
-        return UNREAD, f"cannot be read: {error}"
 
 
 def _named(record: Record, index: int, why: str) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from coca_jax import activity
 from coca_jax.data import kinds
 from coca_jax.data.records import Record
 
 Indices = Sequence[int] | np.ndarray
 Reader = Callable[[Indices], list[Record]]
+UNREAD = Record(b"", ("",), ("",), "")  # in the place of a record that cannot be read
 
 
 class Source:
@@ -70,11 +72,54 @@ class Source:
             yield from self.read(range(start, min(start + 256, len(self))))
 
     def labels(self) -> list[str]:
-        """The distinct labels of all records, sorted; reads them all where they are not known."""
+        """The distinct labels of all records, sorted; reads them all where they are not known.
+
+        Raises ValueError where a shard is damaged.
+        """
         if self.class_names is None:
             found: set[str] = set()
             for start in range(0, len(self), 1024):
-                for record in self.read_texts(range(start, min(start + 1024, len(self)))):
+                part = np.arange(start, min(start + 1024, len(self)))
+                records, unread = read_all(self, part, texts=True)
+                if unread:
+                    raise ValueError(
+                        f"data source {self.name}: record {start + min(unread)} cannot be read (a "
+                        "shard is damaged), and its classes are those of all records; prepare it "
+                        "again, or name them"
+                    )
+                for record in records:
                     found.update(record.labels)
             self.class_names = tuple(sorted(found))
         return list(self.class_names)
+
+
+def read_all(
+    source: Source, indices: np.ndarray, texts: bool = False
+) -> tuple[list[Record], dict[int, str]]:
+    """Records of a source, and {row: why} of those that cannot be read.
+
+    With `texts` they are those of `read_texts`, and only damage is passed over: where the data do
+    not answer, that is raised, for nobody counts how many are missing.
+    """
+    read, passed = (source.read_texts, RuntimeError) if texts else (source.read, Exception)
+    try:
+        with activity.doing(f"reading {source.name}"):
+            return read(indices), {}
+    except passed:  # array_record raises RuntimeError for the whole of a read
+        records, unread = [], {}
+        for row, index in enumerate(indices.tolist()):
+            record, why = read_one(source, index, texts)
+            records.append(record)
+            if why:
+                unread[row] = why
+        return records, unread
+
+
+def read_one(source: Source, index: int, texts: bool = False) -> tuple[Record, str]:
+    """A record, or one without an image and why it cannot be read; `texts` as of `read_all`."""
+    read, passed = (source.read_texts, RuntimeError) if texts else (source.read, Exception)
+    try:
+        with activity.doing(f"reading {source.name}"):
+            return read([index])[0], ""
+    except passed as error:  # of a damaged shard, or of whatever the data lie on
+        return UNREAD, f"cannot be read: {error}"

@@ -11,9 +11,9 @@ import numpy as np
 
 from coca_jax import checksums, partitioning
 from coca_jax.data import features
-from coca_jax.data.examples import read_all
 from coca_jax.data.features import Features
 from coca_jax.data.pixels import Pixels
+from coca_jax.data.random_access import read_all
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.models import roles
