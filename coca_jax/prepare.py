@@ -33,7 +33,7 @@ from coca_jax import cli, engines, recipes
 from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.random_access import read_all
+from coca_jax.data.random_access import read_whole_texts
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
@@ -93,11 +93,8 @@ def train_vocabulary(
         source = sources.open_source(path)
         count = min(len(source), -(-sentences // len(paths)))
         picked = order.indices(np.arange(count), len(source), 0, number)
-        for start in range(0, count, 1024):
-            records, unread = read_all(source, picked[start : start + 1024], texts=True)
-            for row, record in enumerate(records):
-                if row not in unread:
-                    texts.extend(record.texts or [", ".join(record.labels)])
+        for _, record in read_whole_texts(source, picked):
+            texts.extend(record.texts or [", ".join(record.labels)])
     trained = vocabulary.train(texts, size, out, kind=kind)
     print(f"{trained.size} pieces from {len(texts)} texts -> {out}")
     return dict(pieces=trained.size, sentences=len(texts), sha256=trained.checksum, out=out)

@@ -277,6 +277,11 @@ def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, m
     with pytest.raises(FileNotFoundError, match="data/emoji: no such folder.*of train, ablat"):
         running.ablate(found, "out", 0, quietly)
     assert not (tmp_path / "out").exists()
+    for name in ("both/seed0", "both/seed3", "again/seed0", "again/seed3"):  # done before they went
+        (tmp_path / "out" / name).mkdir(parents=True)
+        contents = dict(steps=2, minutes=1.5, scores={"train/batches/loss": 2.0})
+        sealed_json.write(tmp_path / "out" / name / outcome.DONE, contents)
+    assert running.ablate(found, "out", 0, quietly)["runs"] == 4
 
 
 def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):

@@ -51,8 +51,10 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
         if not (config.steps or config.epochs):
             raise ValueError(f"variant {variant.name}: give steps or epochs, or --minutes")
         run_config.check(config)
-        for entry in config.data.sources:
-            sources.open_whole(Entry.of(entry))
+        places = (folder / variant.name / f"seed{seed}" for seed in table.seeds)
+        if not all((place / outcome.DONE).exists() for place in places):
+            for entry in config.data.sources:
+                sources.open_whole(Entry.of(entry))
     plan = Plan(folder / PLAN, minutes)
     plan.check(table.variants)
     total, number, failed = len(table.seeds) * len(table.variants), 0, {}

@@ -12,7 +12,7 @@ import numpy as np
 from coca_jax.config import Config, Entry
 from coca_jax.data import kinds, order, prepared, sources, stages
 from coca_jax.data import prompts as prompt_sets
-from coca_jax.data.random_access import Source, read_all
+from coca_jax.data.random_access import Source, read_whole_texts
 from coca_jax.data.stages import Stage
 from coca_jax.data.texts import Draw
 from coca_jax.data.view_index import Indexes
@@ -138,16 +138,12 @@ class Mixture:
         return "\n".join([*lines, *grown])
 
     def sample_texts(self, limit: int) -> Iterator[str]:
-        """Texts as training will see them: a sample of `limit`, spread evenly over the sources.
-        What a damaged shard does not give is left out, as training leaves it out."""
+        """Texts as training will see them: a sample of `limit`, spread evenly over the sources."""
         for number, source in enumerate(self.sources):
             count = min(len(source), -(-limit // len(self.sources)))
             picked = self.indices(number, np.arange(count))
-            for start in range(0, count, 1024):
-                records, unread = read_all(source, picked[start : start + 1024], texts=True)
-                for row, record in enumerate(records):
-                    if row not in unread:
-                        yield from source.kind.vocabulary_texts(record, start + row)
+            for row, record in read_whole_texts(source, picked):
+                yield from source.kind.vocabulary_texts(record, row)
 
     def step_examples(self, step: int) -> list[dict[str, Any]]:
         """Which examples the batch of a step holds, row by row, without decoding an image.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
 from coca_jax import activity
 from coca_jax.data import kinds
@@ -82,15 +83,27 @@ class Source:
                 part = np.arange(start, min(start + 1024, len(self)))
                 records, unread = read_all(self, part, texts=True)
                 if unread:
+                    row = min(unread)
                     raise ValueError(
-                        f"data source {self.name}: record {start + min(unread)} cannot be read (a "
-                        "shard is damaged), and its classes are those of all records; prepare it "
-                        "again, or name them"
+                        f"data source {self.name}: record {start + row} {unread[row]}; the classes "
+                        "are those of all records, so prepare it again, or name the classes"
                     )
                 for record in records:
                     found.update(record.labels)
             self.class_names = tuple(sorted(found))
         return list(self.class_names)
+
+
+def read_whole_texts(source: Source, indices: np.ndarray) -> Iterator[tuple[int, Record]]:
+    """(row, record) of the records at `indices`, as `read_texts` gives them. What a damaged shard
+    does not give is left out, as training leaves it out, and a warning says how many."""
+    left: list[str] = []
+    for start in range(0, len(indices), 1024):
+        records, unread = read_all(source, indices[start : start + 1024], texts=True)
+        left += unread.values()
+        yield from ((start + n, one) for n, one in enumerate(records) if n not in unread)
+    if left:
+        logging.warning("%s: %d texts are left out; first: %s", source.name, len(left), left[0])
 
 
 def read_all(
