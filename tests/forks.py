@@ -13,6 +13,7 @@ name: `python -m coca_jax...` goes to the server too, any other Python is the re
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -105,6 +106,7 @@ def serve(place: str, blocked: Sequence[str] = ()) -> None:
             importlib.import_module(f"coca_jax.{name}")
         for name in ("checkpointing", "inference", "training.run", "importers.splits"):
             importlib.import_module(f"coca_jax.{name}")
+    gc.freeze()  # what is imported stays
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
