@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -356,7 +357,12 @@ def build(
 
 def init(model: CoCa, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names (see partitioning.unbox)."""
-    return draws.together(functools.partial(init_alone, model))(rng)
+    return _draw(model)(rng)
+
+
+@functools.lru_cache(maxsize=4)  # a start asks twice, of shapes and of numbers
+def _draw(model: CoCa) -> Callable[[jax.Array], dict]:
+    return draws.together(functools.partial(init_alone, model))
 
 
 def init_alone(model: CoCa, rng: jax.Array) -> dict:

@@ -86,19 +86,28 @@ def together(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
     """`function` of a key, a typed scalar, with its keys and small draws computed together.
 
     Equal to `function` to the bit where jax's keys are those of Threefry; nothing is changed
-    where they are not.
+    where they are not. `function` is traced once, whatever the result is asked for.
     """
+
+    @functools.cache
+    def traced(key: Any, wide: bool) -> tuple[Jaxpr, Sequence[Any], Any]:
+        """The function's draws, their constants and the tree of the results. key: its dtype; wide:
+        whether numbers may have 64 bits, which a trace reads of jax's settings."""
+        scalar = jax.ShapeDtypeStruct((), key)
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(scalar)
+        # Without the forward pass in which the parameters are made.
+        jaxpr, _ = partial_eval.dce_jaxpr(
+            closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True
+        )
+        return jaxpr, closed.consts, jax.tree.structure(shapes)
 
     def evaluated(key: jax.Array) -> Any:
         by_place = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
         if not by_place or str(jax.random.key_impl(key)) != "threefry2x32":
             return function(key)
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(key)
-        # Without the forward pass in which the parameters are made.
-        jaxpr, _ = partial_eval.dce_jaxpr(
-            closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True
-        )
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(jaxpr, closed.consts, [key]))
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        jaxpr, consts, tree = traced(key.dtype, wide)
+        return jax.tree.unflatten(tree, _run(jaxpr, consts, [key]))
 
     return evaluated
 
