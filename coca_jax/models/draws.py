@@ -90,9 +90,9 @@ def together(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
     """
 
     @functools.cache
-    def traced(key: Any, wide: bool) -> tuple[Jaxpr, Sequence[Any], Any]:
-        """The function's draws, their constants and the tree of the results. key: its dtype; wide:
-        whether numbers may have 64 bits, which a trace reads of jax's settings."""
+    def traced(key: Any, wide: bool, mesh: Any) -> tuple[Jaxpr, Sequence[Any], Any]:
+        """The function's draws, their constants and the tree of the results. key: its dtype; wide,
+        mesh: whether numbers may have 64 bits and where they lie, which a trace reads itself."""
         scalar = jax.ShapeDtypeStruct((), key)
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(scalar)
         # Without the forward pass in which the parameters are made.
@@ -106,7 +106,7 @@ def together(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
         if not by_place or str(jax.random.key_impl(key)) != "threefry2x32":
             return function(key)
         wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-        jaxpr, consts, tree = traced(key.dtype, wide)
+        jaxpr, consts, tree = traced(key.dtype, wide, jax.sharding.get_abstract_mesh())
         return jax.tree.unflatten(tree, _run(jaxpr, consts, [key]))
 
     return evaluated
