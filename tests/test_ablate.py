@@ -164,7 +164,7 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
     running.Plan(tmp_path / "plan.json", 0).check(found.variants[:1])  # the others stay
     text = TABLE.replace("keep = 1", "keep = 2")
     changed = table.read(written(tmp_path, text), {})
-    with pytest.raises(ValueError, match="holds another variant 'again'"):
+    with pytest.raises(ValueError, match="'again': checkpoint.keep is 1 there, 2 here; give"):
         running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
         running.Plan(tmp_path / "plan.json", 2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -289,10 +290,19 @@ def test_errors_come_before_the_work(data, tmp_path):
         open_stream(data_config(dict(path=path)), vocabulary, process_count=3)
 
 
-def test_vocabulary_of_a_run(mixture, data, tmp_path):
+def test_vocabulary_of_a_run(mixture, data, tmp_path, caplog):
     config, vocabulary = mixture
+    # Of a start that was stopped, whose data may have been others: used, and said to be.
     again = run_vocabulary.load_or_train(config, str(data / "workdir"))
     assert again.checksum == vocabulary.checksum
+    assert (
+        f"the {vocabulary.size} pieces of {data}/workdir/vocabulary.model are used" in caplog.text
+    )
+    shutil.copytree(data / "workdir", tmp_path / "began")
+    (tmp_path / "began/config.json").touch()
+    caplog.clear()
+    run_vocabulary.load_or_train(config, str(tmp_path / "began"))
+    assert not caplog.text
     config = config.copy_and_resolve_references()
     config.model.text.vocab_size = 300
     with pytest.raises(ValueError, match="vocab_size=300 is less"):

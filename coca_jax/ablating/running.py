@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import pathlib
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,6 +116,22 @@ def seconds(row: Mapping[str, Any]) -> float:
     return (row.get("step_seconds") or 0.0) + (row.get("data_wait_seconds") or 0.0)
 
 
+def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In which keys two variants, each dict(recipe, values), are not the same; long values cut."""
+    there, here = (
+        dict(recipe=one.get("recipe")) | dict(one.get("values") or {}) for one in (kept, asked)
+    )
+    keys = [key for key in here | there if there.get(key) != here.get(key)]
+    shown = (
+        f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in keys
+    )
+    return "; ".join([*itertools.islice(shown, 3), *(["and so on"] if len(keys) > 3 else [])])
+
+
+def _short(value: Any) -> str:
+    return "not set" if value is None else textwrap.shorten(repr(value), 60, placeholder=" ...")
+
+
 class Plan:
     """What was asked for and, at equal minutes, the steps of each variant: plan.json."""
 
@@ -136,9 +154,8 @@ class Plan:
             kept = self._kept["variants"].setdefault(variant.name, asked | dict(steps=0))
             if {key: kept.get(key) for key in asked} != asked:
                 raise ValueError(
-                    f"{self._path.parent} holds another variant {variant.name!r}, with "
-                    f"{kept.get('recipe')} and {kept.get('values')}; give this one another name, "
-                    "or give another --out"
+                    f"{self._path.parent} holds another variant {variant.name!r}: "
+                    f"{differences(kept, asked)}; give this one another name, or give another --out"
                 )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         sealed_json.write(self._path, self._kept)

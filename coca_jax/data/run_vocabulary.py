@@ -37,8 +37,15 @@ def load_or_train(
     given = _load_given(place, bool(config.data.vocabulary)) if place else None
     if storage.place(path).exists():
         vocabulary = vocabularies.load(path)
+        began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
+        if given is None and not began and not process_index:
+            # Of a start that was stopped, or put there. Its data may have been others.
+            logging.warning(
+                "the %d pieces of %s are used; no run began here, so remove that file to train new "
+                "ones on the run's own texts",
+                *(vocabulary.size, path),
+            )
         if given is not None and given.checksum != vocabulary.checksum:
-            began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
             raise ValueError(
                 f"data.vocabulary={place} (sha256 {given.checksum[:12]}) is not "
                 f"what {path} holds ({vocabulary.checksum[:12]}); use a new workdir"
