@@ -18,7 +18,13 @@ from torch import nn
 
 from coca_jax.config import Config, Model
 from coca_jax.models.stem import RESIDUAL_GAIN, unit_activation
-from coca_jax.optimizer import MUON_ITERATIONS, MUON_MOMENTUM, MUON_RMS, make_schedule
+from coca_jax.optimizer import (
+    MUON_ITERATIONS,
+    MUON_MOMENTUM,
+    MUON_RMS,
+    learning_rate,
+    make_schedule,
+)
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
 
@@ -287,7 +293,8 @@ def stepper(config: Config) -> tuple[Alike, Callable[[dict[str, np.ndarray]], fl
     betas = (options.beta1, options.beta2)
     adam = torch.optim.AdamW(groups, betas=betas, fused=True)
     muon = Muon(kernels, options.weight_decay)
-    rates = np.asarray(make_schedule(options, config.steps)(jnp.arange(config.steps)))
+    schedule = make_schedule(options, config.steps)
+    rates = np.asarray(learning_rate(options.schedule, schedule, jnp.arange(config.steps)))
     taken = 0
 
     def step(batch: dict[str, np.ndarray]) -> float:

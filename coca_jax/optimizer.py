@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,35 +20,72 @@ MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
 MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
 
 
-def make_schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """step -> learning rate: linear warm-up from 0, then 'linear' or 'cosine' to 0, or 'constant',
-    or 'wsd': constant, and over the last decay_share of the steps down to 0 as 1 - sqrt(share of
-    them), which can start from any step of a constant run (Haegele et al. 2024).
+DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by the share of the decay that is over
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+    "constant": lambda t: jnp.ones_like(t),
+    "wsd": lambda t: 1 - jnp.sqrt(t),
+}
+
+
+class Schedule(NamedTuple):
+    """What a step must know of its run's length and rates. Numbers, which a compiled step is given:
+    runs that differ in these alone share its program.
+
+    peak: float32, the learning rate after `warmup` steps. decay_from, decay_steps: from which step
+    on it falls, and for how many. average_from: the first step that is averaged (average_share).
+    All int32 but peak, and scalars.
+    """
+
+    peak: Any
+    warmup: Any
+    decay_from: Any
+    decay_steps: Any
+    average_from: Any
+
+
+def make_schedule(optimizer: Optimizer, steps: int) -> Schedule:
+    """The schedule of a run of so many steps: see `learning_rate`.
 
     Raises ValueError for an unknown schedule or a warm-up longer than the run.
     """
-    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     checks.check_warmup(optimizer, steps)
-    decays: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "linear": lambda t: 1 - t,
-        "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
-        "constant": lambda t: jnp.ones_like(t),
-        "wsd": lambda t: 1 - jnp.sqrt(t),
-    }
-    if optimizer.schedule not in decays:
-        raise ValueError(f"optimizer.schedule={optimizer.schedule!r}; choose from {list(decays)}")
-    decay = decays[optimizer.schedule]
-    first = warmup  # of the steps that decay
+    if optimizer.schedule not in DECAYS:
+        raise ValueError(f"optimizer.schedule={optimizer.schedule!r}; choose from {list(DECAYS)}")
+    first = optimizer.warmup_steps
     if optimizer.schedule == "wsd":
-        first = max(warmup, steps - max(1, round(optimizer.decay_share * steps)))
+        first = max(first, steps - max(1, round(optimizer.decay_share * steps)))
+    average_from = steps - max(1, round(optimizer.average_share * steps))
+    numbers = (optimizer.warmup_steps, first, max(1, steps - first), average_from)
+    return Schedule(np.float32(optimizer.learning_rate), *map(np.int32, numbers))
 
-    def schedule(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum(1.0, (step + 1) / max(1, warmup)) if warmup else 1.0
-        progress = jnp.clip((step - first) / max(1, steps - first), 0.0, 1.0)
-        return peak * rise * decay(progress)
 
-    return schedule
+def learning_rate(kind: str, schedule: Schedule, step: jax.Array) -> jax.Array:
+    """The learning rate of a step, float32: linear warm-up from 0, then 'linear' or 'cosine' to 0,
+    or 'constant', or 'wsd': constant, and over the last decay_share of the steps down to 0 as
+    1 - sqrt(share of them), which can start from any step of a constant run (Haegele et al. 2024).
+    """
+    step = jnp.asarray(step, jnp.float32)
+    rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(1, schedule.warmup))
+    progress = jnp.clip((step - schedule.decay_from) / schedule.decay_steps, 0.0, 1.0)
+    return schedule.peak * rise * DECAYS[kind](progress)
+
+
+def without_schedule(optimizer: Optimizer) -> Optimizer:
+    """The optimizer as a step's program has it: what `Schedule` holds is as by default, and rates
+    of parts are multiples of the learning rate."""
+    parts = ("encoder_learning_rate", "image_learning_rate")
+    rates = {part: getattr(optimizer, part) for part in parts}
+    relative = {k: v / optimizer.learning_rate for k, v in rates.items() if v > 0}
+    plain = Optimizer()
+    return dataclasses.replace(
+        optimizer,
+        learning_rate=1.0,
+        warmup_steps=plain.warmup_steps,
+        decay_share=plain.decay_share,
+        average_share=float(optimizer.average_share > 0),
+        **relative,
+    )
 
 
 def averages(optimizer: Optimizer) -> bool:
@@ -55,13 +93,12 @@ def averages(optimizer: Optimizer) -> bool:
     return optimizer.ema > 0 or optimizer.average_share > 0
 
 
-def average_decay(optimizer: Optimizer, step: jax.Array, steps: int) -> Any:
+def average_decay(optimizer: Optimizer, schedule: Schedule, step: jax.Array) -> Any:
     """The share that the average of a step has in that of the next one. Over the last part of a
     run (average_share) the average is the mean of the parameters behind each of its steps."""
     if not optimizer.average_share:
         return optimizer.ema
-    first = steps - max(1, round(optimizer.average_share * steps))
-    counted = jnp.maximum(step - first, 0).astype(jnp.float32)
+    counted = jnp.maximum(step - schedule.average_from, 0).astype(jnp.float32)
     return counted / (counted + 1)
 
 

@@ -313,6 +313,12 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Numpy arrays, the same on every process, as arrays that each device of the mesh has whole."""
+    make = functools.partial(jax.make_array_from_callback, sharding=NamedSharding(mesh, P()))
+    return jax.tree.map(lambda x: make(np.shape(x), data_callback=lambda _: x), tree)
+
+
 def check_divisible(mesh: Mesh, abstract: Any, specs: Any) -> None:
     """Raises ValueError naming the first parameter that the mesh cannot split evenly."""
 

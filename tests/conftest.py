@@ -32,6 +32,7 @@ from coca_jax.config import Config, typed  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.data import run_vocabulary  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
+from coca_jax.optimizer import make_schedule  # noqa: E402
 from coca_jax.training import programs, state, step  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
@@ -132,6 +133,14 @@ def scenes_words() -> str:
     )
     run_vocabulary.load_or_train(typed(config), folder)
     return f"{folder}/{run_vocabulary.VOCABULARY_FILE}"
+
+
+def train_step_of(model: coca.CoCa, config: ConfigDict, steps: int, *of, **how):
+    """(state, batch) -> (state, metrics): the step of a run of so many steps, jitted. of: what
+    `make_train_step` takes besides; how: what `jax.jit` does."""
+    function = jax.jit(step.make_train_step(model, config, *of), **how)
+    schedule = make_schedule(config.optimizer, steps)
+    return lambda state, batch: function(state, batch, schedule)
 
 
 def fresh_state(model: coca.CoCa, config: ConfigDict, mesh) -> state.TrainState:

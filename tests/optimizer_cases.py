@@ -113,11 +113,12 @@ def ours(config, gradients, start=None):
     ema = trained if optimizer.averages(config.optimizer) else None
     zero = jnp.zeros((), jnp.int32)
     states = [TrainState(zero, zero, params, rule.init(trained), ema)]
-    update = jax.jit(make_update(config, STEPS))
+    update = jax.jit(make_update(config))
+    schedule = optimizer.make_schedule(config.optimizer, STEPS)
     metrics = []
     for found in gradients:
         chosen = trainable(nested(found), config)
-        state, values = update(states[-1], chosen)
+        state, values = update(states[-1], chosen, schedule)
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(values))
     return states, metrics

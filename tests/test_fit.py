@@ -19,7 +19,7 @@ from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import splits
 from coca_jax.importers.items import Item
-from coca_jax.training import lease, stopping
+from coca_jax.training import gradients, lease, step, stopping
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
 SHAPES = ("circle", "square")
@@ -72,14 +72,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(folder, tmp_path_factory):
-    """A fit that was stopped after three steps and went on: its workdir, summary and lines."""
-    workdir, said = str(tmp_path_factory.mktemp("run") / "fit"), []
+def fitted(folder, tmp_path_factory):
+    """A fit that was stopped after three steps and went on: its workdir, summary and lines, and how
+    often a step was traced."""
+    workdir, said, traced = str(tmp_path_factory.mktemp("run") / "fit"), [], []
+    plain = gradients.value_and_gradients
     request = Request(folder=str(folder), minutes=0.2)
     one = jax.devices()[:1]  # as a user's machine has; programs for eight take longer to compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(jax, "local_devices", lambda *_: one)
+        patch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
         quick = functools.partial(measure.measure, least_seconds=0.0)  # its four steps
         patch.setattr(measure, "measure", quick)
         with patch.context() as stopped:
@@ -90,7 +93,17 @@ def done(folder, tmp_path_factory):
         said.append("again")
         summary = run.fit(request, workdir, change=lambda config: 1 / 0, say=said.append)
         assert pathlib.Path(workdir, "recipe.py").read_text() == first
-    return workdir, summary, said
+    return workdir, summary, said, len(traced)
+
+
+@pytest.fixture
+def done(fitted):
+    return fitted[:3]
+
+
+def test_a_step_is_traced_once(fitted):
+    """By the steps that are timed, which are as of a longer run, and by the run."""
+    assert fitted[3] == 1
 
 
 def test_a_fit_leaves_a_model_that_captions(done, folder):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh_state, random_batch, tiny_config
+from conftest import fresh_state, random_batch, tiny_config, train_step_of
 from test_checkpointing import RUN, restore, state_of
 
 from coca_jax import checkpointing, partitioning
@@ -12,7 +12,6 @@ from coca_jax.config import checks, typed
 from coca_jax.models import coca
 from coca_jax.ops import contrastive
 from coca_jax.ops.global_contrastive import UNSEEN, Estimates, global_contrastive_loss
-from coca_jax.training.step import make_train_step
 
 COUNT, WIDTH = 12, 5
 
@@ -118,7 +117,7 @@ def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     model = coca.build(config.model)
     state = fresh_state(model, config, one_device_mesh)
     batch = random_batch(config) | dict(example=np.arange(2, 34, 2, dtype=np.int32))
-    step = jax.jit(make_train_step(model, config, 5))
+    step = train_step_of(model, config, 5)
     after, metrics = step(state, partitioning.place_batch(one_device_mesh, batch))
     for table in after.estimates.values():
         seen = np.flatnonzero(np.asarray(table) > UNSEEN / 2)

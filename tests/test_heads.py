@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import params_of, random_batch, tiny_config
+from conftest import params_of, random_batch, tiny_config, train_step_of
 
 from coca_jax import optimizer, partitioning
 from coca_jax.models import coca
@@ -13,7 +13,6 @@ from coca_jax.training import objectives
 from coca_jax.training.gradients import value_and_gradients
 from coca_jax.training.objectives import head_loss
 from coca_jax.training.state import init_state, state_shardings, trainable
-from coca_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -59,7 +58,7 @@ def head_batch(config, seed=0):
 def run_steps(config, mesh, steps=2):
     model = build(config)
     start = init_state(model, config, mesh)
-    step = jax.jit(make_train_step(model, config, 100))
+    step = train_step_of(model, config, 100)
     state = start
     for i in range(steps):
         state, metrics = step(state, partitioning.place_batch(mesh, head_batch(config, i)))

@@ -12,6 +12,7 @@ from coca_jax import partitioning
 from coca_jax.config import Config, Section
 from coca_jax.config.section import inner
 from coca_jax.estimate.step import abstract_batch
+from coca_jax.optimizer import make_schedule
 from coca_jax.training import gradients, memory, state, step
 
 STEPS, LENGTHS = 100, (4, 8)
@@ -90,6 +91,8 @@ def otherwise(config: Config, key: str) -> Config:
     value = getattr(section, last)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     other = value + 1 if number else OTHER.get(key, "another value")
+    if key == "optimizer.average_share" and value:
+        other = 0.0  # a program knows whether there is an average; from when on is a number
     object.__setattr__(section, last, other)
     return changed
 
@@ -109,6 +112,7 @@ OTHER = {"head.kind": "pair"}  # a batch is asked for of a kind that there is
 # A step's arrays are the same whatever these are.
 RATES = {"seed", *(f"optimizer.{k}" for k in ("learning_rate", "warmup_steps", "schedule"))}
 RATES |= {"optimizer.decay_share"}
+SCHEDULED = ("learning_rate", "warmup_steps", "decay_share")  # which a step is given as numbers
 
 
 def bounds_key(mesh: jax.sharding.Mesh):
@@ -136,16 +140,18 @@ def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
     alike = step.of_step(config)
     with jax.set_mesh(mesh):
         abstract, _ = state.state_shardings(model, config, mesh)
-        batch = abstract_batch(config, mesh)
+        batch, schedule = abstract_batch(config, mesh), make_schedule(config.optimizer, STEPS)
         reads.clear()
-        function = step.make_train_step(model, alike.config, STEPS, None, LENGTHS)
-        program = str(jax.make_jaxpr(function)(abstract, batch))
+        function = step.make_train_step(model, alike.config, None, LENGTHS)
+        program = str(jax.make_jaxpr(function)(abstract, batch, schedule))
     found = set(reads)
     assert gradients.draws(config) == (name in DRAWING) == ("random_bits" in program)
     if not gradients.draws(config):
         found.remove("seed")  # of a key that no number is drawn by
+    if config.optimizer.encoder_learning_rate == 0:
+        found.remove("optimizer.learning_rate")  # no part of any
     always = {"accumulate_steps", "text_parts", "model.image_size"}
-    always |= {"optimizer.learning_rate", "optimizer.clip_norm", "loss.captioning_weight"}
+    always |= {"optimizer.schedule", "optimizer.clip_norm", "loss.captioning_weight"}
     assert always <= found
     assert not missing(step.of_step, config, found)
     assert not missing(bounds_key(mesh), config, found - RATES)
@@ -157,9 +163,10 @@ def test_a_module_that_draws_unknown_to_the_step_is_refused():
     model = state.build_model(config.change({"model.image.patch_dropout": 0.5}), mesh, 3)
     with jax.set_mesh(mesh):
         abstract, _ = state.state_shardings(model, config, mesh)
-        function = step.make_train_step(model, config, STEPS, None, LENGTHS)
+        function = step.make_train_step(model, config, None, LENGTHS)
+        arguments = abstract_batch(config, mesh), make_schedule(config.optimizer, STEPS)
         with pytest.raises(flax.errors.InvalidRngError, match="patch_dropout"):
-            jax.eval_shape(function, abstract, abstract_batch(config, mesh))
+            jax.eval_shape(function, abstract, *arguments)
 
 
 def test_what_neither_reads_does_not_tell_them_apart():
@@ -168,7 +175,8 @@ def test_what_neither_reads_does_not_tell_them_apart():
     for key in ("steps", "batch_size", "init_from", "data.num_threads", "log.every_steps"):
         assert step.of_step(otherwise(config, key)) == step.of_step(config), key
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
-    assert step.of_step(otherwise(config, "seed")) == step.of_step(config)
+    for key in ("seed", *(f"optimizer.{key}" for key in SCHEDULED)):
+        assert step.of_step(otherwise(config, key)) == step.of_step(config), key
     for key in ("seed", "optimizer.learning_rate", "optimizer.schedule", "text_parts"):
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
 

@@ -198,13 +198,13 @@ def test_every_step_and_every_seed_draw_anew(monkeypatch):
     def drawn(seed, number):
         state = TrainState(jnp.int32(number), jnp.int32(0), {}, (), None)
         batch = dict(tokens=jnp.zeros((1, 8), jnp.int32), text_valid=jnp.ones((1, 8), bool))
-        train_step = train_steps.make_train_step(None, tiny(seed=seed), STEPS)
-        return tuple(train_step(state, batch)[1]["drawn"].tolist())
+        train_step = train_steps.make_train_step(None, tiny(seed=seed))
+        return tuple(train_step(state, batch, None)[1]["drawn"].tolist())
 
     def gradients(params, model, config, batch, rng, lengths):
         return None, {"drawn": jax.random.key_data(rng)}
 
     monkeypatch.setattr(train_steps, "value_and_gradients", gradients)
-    monkeypatch.setattr(train_steps, "make_update", lambda *_: lambda state, _: (state, {}))
+    monkeypatch.setattr(train_steps, "make_update", lambda *_: lambda state, *_: (state, {}))
     found = {drawn(seed, number) for seed in (0, 1) for number in (0, 1, 2)}
     assert len(found) == 6 and drawn(1, 2) in found

@@ -107,7 +107,7 @@ def test_a_step_in_so_many_is_computed_twice(monkeypatch):
 
     def jit(step, *, compiler_options, **_):
         options.append(compiler_options)
-        return lambda state, arrays: (state, {"loss": np.zeros(())})
+        return lambda state, arrays, schedule: (state, {"loss": np.zeros(())})
 
     monkeypatch.setattr(programs.operations, "compiler_options", lambda *_: {})
     monkeypatch.setattr(programs, "state_shardings", lambda *_: (None, None))

@@ -15,7 +15,8 @@ from coca_jax.config import Optimizer
 def rates(kind, warmup, steps, count, peak=0.8):
     options = Optimizer(learning_rate=peak, warmup_steps=warmup, schedule=kind, decay_share=0.25)
     schedule = optimizer.make_schedule(options, steps)
-    return np.array([schedule(jnp.int32(step)) for step in range(count)], np.float64)
+    rates = [optimizer.learning_rate(kind, schedule, jnp.int32(step)) for step in range(count)]
+    return np.array(rates, np.float64)
 
 
 def test_schedules_step_by_step():

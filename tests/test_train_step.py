@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh_state, params_of, random_batch, tiny_config
+from conftest import fresh_state, params_of, random_batch, tiny_config, train_step_of
 
 from coca_jax import partitioning
 from coca_jax.models import coca, roles
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
 from coca_jax.training.state import init_state, state_shardings
-from coca_jax.training.step import make_train_step, size_at, teacher_of
+from coca_jax.training.step import size_at, teacher_of
 
 
 def build(config):
@@ -139,7 +139,7 @@ def run(config, mesh, start, steps=5):
         model = build(config)
         _, shardings = state_shardings(model, config, mesh)
         state = jax.device_put(start, shardings)
-        step = jax.jit(make_train_step(model, config, steps), out_shardings=(shardings, None))
+        step = train_step_of(model, config, steps, out_shardings=(shardings, None))
         losses = []
         for i in range(steps):
             batch = partitioning.place_batch(mesh, random_batch(config, i))
@@ -170,7 +170,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
     state = fresh_state(model, config, one_device_mesh)
     params = dict(state.params)
     params["image_to_joint"] = jax.tree.map(lambda x: x * jnp.nan, params["image_to_joint"])
-    step = jax.jit(make_train_step(model, config, 5))
+    step = train_step_of(model, config, 5)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     after, metrics = step(state.replace(params=params), batch)
     assert int(after.step) == 1 and int(after.skipped) == 1
@@ -188,7 +188,7 @@ def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
     )
     model = build(config)
     state = fresh_state(model, config, one_device_mesh)
-    step = jax.jit(make_train_step(model, config, 200), donate_argnums=0)
+    step = train_step_of(model, config, 200, donate_argnums=0)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     for _ in range(200):
         state, metrics = step(state, batch)
@@ -200,7 +200,7 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
     config.optimizer.ema = 0.5
     model = build(config)
     start = fresh_state(model, config, one_device_mesh)
-    step = jax.jit(make_train_step(model, config, 5))
+    step = train_step_of(model, config, 5)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
     after, _ = step(start, batch)
     jax.tree.map(
@@ -243,7 +243,7 @@ def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     again = jax.jit(lambda s, b: teacher_of(s, model, config, b))(state, batch)
     np.testing.assert_allclose(again["teacher_tokens"], once, atol=1e-5)
     config.accumulate_steps = 1
-    step, errors = jax.jit(make_train_step(model, config, 100)), []
+    step, errors = train_step_of(model, config, 100), []
     for _ in range(60):
         state, metrics = step(state, batch)
         errors.append(float(metrics["hidden_loss"]))
@@ -267,7 +267,7 @@ def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
     model = build(config)
     state = init_state(model, config, one_device_mesh)
     batch = partitioning.place_batch(one_device_mesh, random_batch(config))
-    after, metrics = jax.jit(make_train_step(model, config, 8, 16))(state, batch)
+    after, metrics = train_step_of(model, config, 8, 16)(state, batch)
     assert np.isfinite(metrics["loss"])
     shape = after.params["image_encoder"]["positions"]["value"].shape
     assert shape == (16, 16)  # the table stays that of full-size images

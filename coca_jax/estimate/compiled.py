@@ -98,10 +98,10 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         elif isinstance(slice_.chip, Gpu):
             options, answers = gpu.OPTIONS, gpu.answering_for(slice_.chip)
         with jax.set_mesh(mesh), answers:
-            step, (state, batch) = build_step(config, mesh)
-            params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
+            step, arguments = build_step(config, mesh)
+            params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(arguments[0].params))
             start = time.perf_counter()
-            lowered = step.lower(state, batch)
+            lowered = step.lower(*arguments)
             try:
                 compiled = lowered.compile(compiler_options=options)
             except jax.errors.JaxRuntimeError as error:

@@ -12,20 +12,27 @@ from coca_jax import partitioning
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
+from coca_jax.optimizer import make_schedule
 from coca_jax.training.state import build_model, state_shardings
 from coca_jax.training.step import of_step, shared_train_step
 
 
-def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
-    """(jitted train step, its abstract arguments) exactly as `train` makes them."""
+def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any, Any]]:
+    """(jitted train step, its abstract arguments (state, batch, schedule)) exactly as `train` makes
+    them."""
     model = build_model(config, mesh, len(head_classes(config)))
     abstract, shardings = state_shardings(model, config, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    step = shared_train_step(model, of_step(config), config.steps or 1_000_000)
+    step = shared_train_step(model, of_step(config))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted, (state, abstract_batch(config, mesh))
+    whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    schedule = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=whole),
+        make_schedule(config.optimizer, config.optimizer.warmup_steps + 1),  # of any length
+    )
+    return jitted, (state, abstract_batch(config, mesh), schedule)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -80,10 +80,11 @@ def bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     array that the traced step ever makes, a loop's as often as it runs.
     """
     with jax.set_mesh(mesh):
-        step, (state, batch) = build_step(config, mesh)
-        kept = sum(_bytes(x) for x in jax.tree.leaves((state, batch)))
+        step, arguments = build_step(config, mesh)
+        state = arguments[0]
+        kept = sum(_bytes(x) for x in jax.tree.leaves(arguments))
         gradients = sum(_bytes(x) for x in jax.tree.leaves(state.ema or state.params))
-        made = _made(jax.make_jaxpr(step)(state, batch).jaxpr)
+        made = _made(jax.make_jaxpr(step)(*arguments).jaxpr)
     return (kept + gradients) // mesh.size, kept + made
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coca_jax import image_shape
+from coca_jax import image_shape, partitioning
 from coca_jax import ops as operations
 from coca_jax.image_shape import Size
 from coca_jax.models.coca import CoCa
+from coca_jax.optimizer import make_schedule
 from coca_jax.training import replicas, text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
@@ -27,7 +28,6 @@ Shape = tuple[Size, text_lengths.Lengths, int, bool]
 def program(
     model: CoCa,
     alike: Alike,
-    steps: int,
     mesh: Mesh,
     size: Size,
     lengths: text_lengths.Lengths,
@@ -39,7 +39,7 @@ def program(
     _, shardings = state_shardings(model, alike.config, mesh)
     again = replicas.computed_twice(device) if twice else {}
     return jax.jit(
-        shared_train_step(model, alike, steps, size, lengths),
+        shared_train_step(model, alike, size, lengths),
         donate_argnums=0,
         out_shardings=(shardings, None),
         compiler_options=operations.compiler_options(device.platform, mesh.size) | again,
@@ -62,8 +62,10 @@ class Programs:
             replicas.computed_twice(run.mesh.devices.flat[0])  # raises where it cannot be
         # Kept here too, for a run may have more of them than are kept beside it.
         self._program = functools.cache(
-            functools.partial(program, run.model, of_step(run.config), run.steps, run.mesh)
+            functools.partial(program, run.model, of_step(run.config), run.mesh)
         )
+        schedule = make_schedule(run.config.optimizer, run.steps)
+        self._schedule = partitioning.replicate(run.mesh, schedule)
         self._compiled: set[Shape] = set()
 
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
@@ -77,7 +79,7 @@ class Programs:
             self._compiled.add(shape)
         with self._buckets("compile" if first else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = self._program(size, lengths, twice)(state, arrays)
+                state, values = self._program(size, lengths, twice)(state, arrays, self._schedule)
             if first:
                 jax.block_until_ready(values)
         return state, values

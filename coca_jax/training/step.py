@@ -17,18 +17,22 @@ from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
 from coca_jax.ops import packed
 from coca_jax.optimizer import (
+    Schedule,
     average_decay,
     averages,
     clip_by_global_norm,
+    learning_rate,
     make_optimizer,
-    make_schedule,
     rate_factors,
+    without_schedule,
 )
 from coca_jax.training.gradients import Metrics, draws, value_and_gradients
 from coca_jax.training.objectives import ESTIMATE
 from coca_jax.training.parts import Batch, merge_rows, split_rows
 from coca_jax.training.state import Alike, TrainState, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim
+
+TrainStep = Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]
 
 
 def size_at(config: Config, step: int, steps: int) -> Size:
@@ -43,9 +47,9 @@ def size_at(config: Config, step: int, steps: int) -> Size:
 
 
 def make_update(
-    config: Config, steps: int
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """(state, gradients of what is trained) -> (the next state, metrics of the update).
+    config: Config,
+) -> Callable[[TrainState, Any, Schedule], tuple[TrainState, Metrics]]:
+    """(state, gradients of what is trained, schedule) -> (the next state, metrics of the update).
 
     params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
     the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
@@ -54,14 +58,14 @@ def make_update(
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
-    schedule, optimizer = make_schedule(config.optimizer, steps), make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer)
 
-    def update(state: TrainState, gradients: Any) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, gradients: Any, schedule: Schedule) -> tuple[TrainState, Metrics]:
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)
         gradients = clip_by_global_norm(gradients, norm, config.optimizer.clip_norm)
         trained = trainable(state.params, config)
-        rate = schedule(state.step)
+        rate = learning_rate(config.optimizer.schedule, schedule, state.step)
         if config.optimizer.lora_rank:
             moved, opt_state = lora.step(
                 trained, gradients, state.opt_state, config.optimizer, rate
@@ -74,7 +78,7 @@ def make_update(
             )
         ema = state.ema
         if averages(config.optimizer):
-            decay = average_decay(config.optimizer, state.step, steps)
+            decay = average_decay(config.optimizer, schedule, state.step)
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
 
         def keep_finite(new: Any, old: Any) -> Any:
@@ -97,20 +101,21 @@ def make_update(
 def make_train_step(
     model: CoCa,
     config: Config,
-    steps: int,
     image_size: Size | None = None,
     lengths: Lengths | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics); jit it with the state donated.
+) -> TrainStep:
+    """(state, batch, schedule) -> (state, metrics); jit it with the state donated.
 
     image_size: of a stage of the size curriculum; default: the model's.
     lengths: of captions, from text_lengths.choose; default: the model's max_len.
     """
-    update = make_update(config, steps)
+    update = make_update(config)
     image_size = image_size or config.model.image_size
     length = lengths[1] if lengths else config.model.text.max_len
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, schedule: Schedule
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = trim(batch, length)
         if "image" in batch:
@@ -118,7 +123,7 @@ def make_train_step(
         batch |= kept_of(state, batch) | teacher_of(state, model, config, batch)
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng, lengths)
         before = state.skipped
-        state, of_update = update(state, gradients)
+        state, of_update = update(state, gradients, schedule)
         state, metrics = keep(state, batch, metrics, state.skipped == before)
         return state, metrics | of_update
 
@@ -127,32 +132,31 @@ def make_train_step(
 
 def of_step(config: Recipe) -> Alike:
     """What a train step follows from beside its module, all else as by default: equal for configs
-    whose steps are the same program. Runs of other seeds share it unless a step draws."""
+    whose steps are the same program. Runs of other lengths and rates share it, and of other seeds
+    unless a step draws."""
     config = typed(config)
-    keys = ["accumulate_steps", "text_parts", "model", "head", "loss", "optimizer"]
+    keys = ["accumulate_steps", "text_parts", "model", "head", "loss"]
     keys += ["seed"] * draws(config)
-    return Alike(Config(**{key: getattr(config, key) for key in keys}))
+    sections: dict[str, Any] = {key: getattr(config, key) for key in keys}
+    return Alike(Config(**sections, optimizer=without_schedule(config.optimizer)))
 
 
 def shared_train_step(
     model: CoCa,
     alike: Alike,
-    steps: int,
     image_size: Size | None = None,
     lengths: Lengths | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """`make_train_step`, the same function each time that it would compute the same: JAX keeps what
     it traced of a function, and to trace a step takes seconds. alike: by `of_step`."""
     longest = alike.config.model.text.max_len
     size = image_size or alike.config.model.image_size
-    return _kept_train_step(model, alike, steps, size, lengths or (longest, longest))
+    return _kept_train_step(model, alike, size, lengths or (longest, longest))
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_train_step(
-    model: CoCa, alike: Alike, steps: int, size: Size, lengths: Lengths
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    return make_train_step(model, alike.config, steps, size, lengths)
+def _kept_train_step(model: CoCa, alike: Alike, size: Size, lengths: Lengths) -> TrainStep:
+    return make_train_step(model, alike.config, size, lengths)
 
 
 def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> Batch:
