@@ -54,9 +54,10 @@ def test_draws_together_are_those_alone_to_the_bit():
     assert len(np.unique(kernels)) == kernels.size == 48  # each layer has its own
 
 
-def test_a_model_s_draw_is_a_program_of_a_third_of_the_size():
+@pytest.mark.parametrize("remat", ["none", "named"])  # which wraps each layer
+def test_a_model_s_draw_is_a_program_of_a_third_of_the_size(remat):
     config = tiny()
-    model, key = coca.build(config.model, loss=config.loss), jax.random.key(1)
+    model, key = coca.build(config.model, loss=config.loss, remat=remat), jax.random.key(1)
     together, alone = (
         jax.jit(lambda key, init=init: init(model, key)).lower(key).compile()
         for init in (coca.init, coca.init_alone)

@@ -78,6 +78,8 @@ def _normal(bits: jax.Array) -> jax.Array:
     return erfinv(_uniform(bits, np.nextafter(np.float32(-1), np.float32(0)), np.float32(1)))
 
 
+# What runs a jaxpr once, by the names of several versions of jax; the last two are nn.remat's.
+CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")
 # The draws by the names that their calls have in a jaxpr.
 _KINDS = dict(_draw_truncated=_truncated, _draw_normal=_normal)
 
@@ -152,7 +154,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 def _run_one(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """One equation; the body of a scan (a stack of layers) and of a call in waves too."""
     params = eqn.params
-    if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+    if eqn.primitive.name in CALLS:
         return _run(*_body(eqn), values)
     if eqn.primitive.name != "scan":
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
@@ -182,7 +184,7 @@ def _run_one(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 def _body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr that a call or a scan runs, and its constants."""
     closed = eqn.params["jaxpr"]
-    return getattr(closed, "jaxpr", closed), closed.consts
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
 def _same_rank(outside: Any, inside: Any) -> bool:
