@@ -13,6 +13,7 @@ import numpy as np
 from coca_jax import benchmark_peer, compile_cache, partitioning, run_config
 from coca_jax.benchmark_model import build, random_batch, timed
 from coca_jax.config import Config
+from coca_jax.optimizer import make_schedule
 from coca_jax.training import programs, text_lengths
 from coca_jax.training.state import init_state
 from coca_jax.training.step import of_step
@@ -93,18 +94,20 @@ def ours(config: Config) -> Callable[[Batch], Any]:
     with jax.set_mesh(mesh):
         model = build(config)
         state = init_state(model, config, mesh)
+        schedule = make_schedule(config.optimizer, config.steps or 1000)
+        schedule = partitioning.replicate(mesh, schedule)
 
     def step(batch: Batch) -> Any:
         nonlocal state
         lengths = lengths_of(batch, config)
         with jax.set_mesh(mesh):
             if lengths not in compiled:
-                size, steps = config.model.image_size, config.steps or 1000
+                size = config.model.image_size
                 compiled[lengths] = programs.program(
-                    model, of_step(config), steps, mesh, size, lengths, False
+                    model, of_step(config), mesh, size, lengths, False
                 )
             placed = partitioning.place_batch(mesh, batch)
-            state, metrics = compiled[lengths](state, placed)
+            state, metrics = compiled[lengths](state, placed, schedule)
         return metrics
 
     return step
