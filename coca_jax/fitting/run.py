@@ -177,7 +177,7 @@ def decide(
     say("the choice:")
     for line in why:
         say(f"  {line}")
-    left = (config.steps * speed.step + speed.compile) / 60
+    left = config.steps * speed.step / 60  # what was timed is compiled
     say(f"about {left:.1f} minutes of training follow, then the scores, captions and the export")
     return config, why
 
