@@ -105,6 +105,13 @@ TRAINED = (
         more=SEEDED | dict(unit="%"),
     ),
     Measurement(
+        tuple(f"options_demo/{row}" for row in ablations.OPTIONS),
+        ablations.options_demo,
+        80,
+        "taskset -c 0 coca-jax ablate benchmarks/options_demo.toml --out=DIR --minutes=2",
+        more=SEEDED | dict(unit="%"),
+    ),
+    Measurement(
         ("packing/squash", "packing/native"),
         ablations.packing,
         20,
