@@ -49,19 +49,18 @@ def ablations(given: Given) -> Rows:
 
 def options(given: Given) -> Rows:
     """Options alone, in two CPU minutes of emoji's steps, three seeds: means and ranges."""
-    runs = _ablated(given, "options", "--minutes=2")
-    return {
-        f"options/{row}": dict(steps=each[0]["steps"]) | _spread(each, NAMED, True)
-        for row, each in runs.items()
-    }
+    return _alone(given, "options", NAMED)
 
 
 def options_demo(given: Given) -> Rows:
     """The same in two CPU minutes of the demo's steps."""
-    runs = _ablated(given, "options_demo", "--minutes=2")
-    names = {name: SCORES[name] for name in OF_OPTIONS}
+    return _alone(given, "options_demo", {name: SCORES[name] for name in OF_OPTIONS})
+
+
+def _alone(given: Given, table: str, names: Mapping[str, str]) -> Rows:
+    runs = _ablated(given, table, "--minutes=2")
     return {
-        f"options_demo/{row}": dict(steps=each[0]["steps"]) | _spread(each, names, True)
+        f"{table}/{row}": dict(steps=each[0]["steps"]) | _spread(each, names, True)
         for row, each in runs.items()
     }
 

@@ -48,8 +48,8 @@ CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
-# Python looks for garbage after 700 new objects. A traced model is some hundred thousand that stay,
-# and to look through them again and again takes a tenth of a start.
+# Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
+# that stay, and to look through them again and again takes a tenth of a start.
 NEW_OBJECTS = 50_000
 
 
