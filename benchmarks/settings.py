@@ -77,7 +77,7 @@ ROWS = {
     "open_clip_clip": Row("open_clip's CLIP of the same towers: no captions", captions=False),
     "torch_reference": Row(
         "open_clip's CoCa class with our augmentation, Muon, equal texts positive, a light ConvNet "
-        "before one layer, and the ids that occur as vocabulary",
+        "before one layer, and the ids that occur as vocabulary; margins stay",
         layers=(1, 2, 1),
         drawing=True,
         stem=True,

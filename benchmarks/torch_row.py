@@ -22,7 +22,7 @@ from settings import DATA, ROWS, Row, config_of
 from torch_models import build
 
 from coca_jax.config import Config
-from coca_jax.data import images
+from coca_jax.data import images, resizing
 from coca_jax.data.batches import Batches, DirectStream
 from coca_jax.data.pixels import Pixels
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe, find_merges
@@ -137,6 +137,7 @@ class Run:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.row, self.data = ROWS[row], DATA[data]
         config = config_of(data, folder, steps, seed)
+        config = config.change({"data.resize": "squash"})  # cut margins are of our recipe
         # One size and all of a text: what open_clip trains with.
         config = config.change({"image_sizes": (), "batch_size": self.data.batch})
         if not self.row.drawing:
@@ -220,7 +221,7 @@ class Predictor:
 
     def _pixels(self, given: Any) -> torch.Tensor:
         size, resize = self._run.config.model.image_size, self._run.config.data.resize
-        made = [images.preprocess_eval(images.decode(one), size, resize) for one in given]
+        made = [resizing.preprocess_eval(images.decode(one), size, resize) for one in given]
         return normalised(np.stack(made))
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:

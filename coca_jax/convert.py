@@ -186,10 +186,10 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
-    if config.data.resize == "native":
+    if config.data.resize in ("native", "trim"):
         raise ValueError(
-            f"{source}: data.resize='native', and open_clip's CoCa takes square images; train with "
-            "'crop' or 'squash'"
+            f"{source}: data.resize={config.data.resize!r}, for which open_clip has no words: it "
+            "crops or squashes images to squares; train with 'crop' or 'squash'"
         )
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)

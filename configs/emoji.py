@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.data.sources = (dict(path=path, split="train", kind="caption", where=where),)
     config.data.vocabulary_kind = "bpe"
     config.data.augment = "drawing"
+    config.data.resize = "trim"  # vendors leave more or less room around the same thing
     unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
     names = dict(path=path, split="train", where=where)
     task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(learning_rate=1.5e-3, schedule="cosine", average_share=0.0)
     path = "data/tuxpaint"
     config.data.sources = (dict(path=path, split="train", kind="caption"),)
-    config.data.vocabulary_kind = "auto"
+    config.data.vocabulary_kind, config.data.resize = "auto", "squash"
     task = dict(name="tuxpaint", data=dict(path=path, split="test"))
     config.eval.tasks = (dict(task, kind="retrieval"), dict(task, kind="captioning"))
     return config

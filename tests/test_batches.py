@@ -21,7 +21,7 @@ from PIL import Image
 
 from coca_jax import prepare
 from coca_jax.config import typed
-from coca_jax.data import images, prompts, run_vocabulary, sources, texts
+from coca_jax.data import images, prompts, resizing, run_vocabulary, sources, texts
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, class_names
@@ -140,7 +140,7 @@ def test_pixels_equal_those_of_evaluation(data, tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
-        wanted = images.preprocess_eval(picture(int(index)), 16)
+        wanted = resizing.preprocess_eval(picture(int(index)), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 1
 
 
@@ -150,7 +150,7 @@ def test_augmentations_change_pixels_and_repeat(data, mode, tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     first, second = (next(open_stream(config, vocabulary)) for _ in range(2))
     assert equal(first, second)
-    plain = np.stack([images.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
+    plain = np.stack([resizing.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
     changed = np.abs(first["image"].astype(int) - plain).mean((1, 2, 3))
     assert (changed > 0.5).mean() > 0.5
 
@@ -179,7 +179,7 @@ def test_every_format_and_transparency_give_right_pixels(tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
-        wanted = images.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
+        wanted = resizing.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 6, rows[index]
 
 
@@ -205,7 +205,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
         batch = next(open_stream(config, vocabulary))
         if mode == "none":
             for pixels, index in zip(batch["image"], batch["index"]):
-                wanted = images.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
+                wanted = resizing.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
                 assert np.abs(pixels.astype(int) - wanted).mean() <= (6 if fast else 4)
 
 

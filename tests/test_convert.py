@@ -25,7 +25,7 @@ from conversion_cases import (
 import coca_jax
 from coca_jax import convert, export_format, partitioning, recipes, sealed_json, warm_start
 from coca_jax.config import Model, read
-from coca_jax.data import images
+from coca_jax.data import images, resizing
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -108,7 +108,7 @@ def test_exported_programs_hide_id_0_as_the_model_does(export, tmp_path):
 def test_preprocessing_equals_torchvision(golden):
     reference = golden["pixels"]
     for image, wanted in zip(cases.odd_images(len(reference)), reference):
-        got = images.preprocess_eval(images.decode(image), wanted.shape[0], "crop")
+        got = resizing.preprocess_eval(images.decode(image), wanted.shape[0], "crop")
         difference = np.abs(got.astype(int) - wanted).max()
         assert difference <= 2, (image.mode, image.size, difference)
 

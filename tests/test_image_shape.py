@@ -16,7 +16,7 @@ import coca_jax
 from coca_jax import image_shape, run_config, sealed_json, warm_start
 from coca_jax.config import Config, Model, checks, read, typed
 from coca_jax.configs import base
-from coca_jax.data import augment, images, order, render
+from coca_jax.data import augment, images, order, render, resizing
 from coca_jax.estimate.flops import model_flops
 from coca_jax.importers.splits import prepare
 from coca_jax.models import coca, image_encoder, layers, rotary
@@ -179,7 +179,7 @@ def test_pixels_keep_height_and_width_apart(size):
                 assert (found[: size[0] // 2 - 1] == 200).all() and (
                     found[size[0] // 2 + 1 :] == 0
                 ).all()
-                wanted = images.preprocess_eval(pixels, size, resize)
+                wanted = resizing.preprocess_eval(pixels, size, resize)
                 assert np.abs(found.astype(int) - wanted).mean() < 3
     # What is cut has the proportions of the result.
     tall = augment.plan("none", how, *sides, order.key(1, 2), size, resize="crop")["box"][0]

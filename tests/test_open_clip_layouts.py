@@ -12,7 +12,7 @@ from conversion_cases import as_tensors, each_loss, forward, relative, with_keys
 
 from coca_jax import export_format
 from coca_jax.config import Model, read
-from coca_jax.data import images
+from coca_jax.data import images, resizing
 from coca_jax.interop import open_clip_config
 from coca_jax.interop.open_clip_layout import Layout
 from coca_jax.models import coca
@@ -137,7 +137,7 @@ def test_preprocessing_of_100_odd_images():
     std = np.asarray(open_clip_config.STD, np.float32)
     for image in cases.odd_images(100):
         rgb = images.decode(image)
-        got = images.preprocess_eval(rgb, 224, "crop").astype(np.float32) / 255
+        got = resizing.preprocess_eval(rgb, 224, "crop").astype(np.float32) / 255
         # To RGB first, as open_clip's own loader does.
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0) * std + mean
         assert np.abs(got - wanted).max() <= 2 / 255, (image.mode, image.size)
@@ -153,6 +153,6 @@ def test_preprocessing_of_odd_images_to_sizes_that_are_not_square(size):
     transform = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     for image in cases.odd_images(30):
         rgb = images.decode(image)
-        got = images.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
+        got = resizing.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0)
         assert got.shape == (*size, 3) and np.abs(got - wanted).max() <= 2 / 255, image.size

@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from coca_jax.data import augment, images, order, render
+from coca_jax.data import augment, images, order, render, resizing
 
 
 def _photo(width, height, seed=0):
@@ -42,7 +42,7 @@ def test_unaugmented_pixels_are_those_of_evaluation(side):
         data = _encode(_photo(*side), format)
         found, plan = _render(data, "none", 64)
         assert plan["ratio"] == (2 if side == (500, 375) and format == "JPEG" else 1)
-        wanted = images.preprocess_eval(images.decode(data), 64)
+        wanted = resizing.preprocess_eval(images.decode(data), 64)
         if plan["ratio"] == 1:
             assert np.array_equal(found, wanted)
         else:
@@ -84,7 +84,7 @@ def test_jpegs_that_the_fast_decoder_refuses_are_read_by_the_careful_one():
     with pytest.raises(ValueError):
         simplejpeg.decode_jpeg(data)
     found, _ = _render(data, "none", 32)
-    assert np.array_equal(found, images.preprocess_eval(images.decode(data), 32))
+    assert np.array_equal(found, resizing.preprocess_eval(images.decode(data), 32))
     with pytest.raises(ValueError, match="damaged image"):
         _render(whole[: len(whole) // 2], "none", 32)
 

@@ -44,6 +44,7 @@ def check(config: Config) -> None:
     check_texts(config)
     check_global(config)
     check_locked(config)
+    check_trim(config)
     check_native(config)
     if config.loss.hidden_weight and not config.optimizer.ema:
         raise ValueError(
@@ -185,6 +186,16 @@ def check_global(config: Config) -> None:
             )
     if loss.global_examples == 1:
         raise ValueError("loss.global_examples=1: there is nothing to compare with; give 2 or more")
+
+
+def check_trim(config: Config) -> None:
+    """Raises ValueError for a cut at random of images whose plain margins are cut already."""
+    if config.data.resize == "trim" and config.data.augment in ("crop", "inception"):
+        raise ValueError(
+            f"data.augment={config.data.augment!r} does not go with data.resize='trim', which "
+            "leaves what an image shows; set 'none', 'drawing' or 'randaugment', or "
+            "data.resize='squash'"
+        )
 
 
 def check_native(config: Config) -> None:

@@ -120,9 +120,10 @@ class Data(Section):
     flip: bool = key(False, FLAG, "random left-right flip")
     resize: str = key(
         "squash",
-        choice("squash", "crop", "native"),
-        "evaluation and plain resize; 'crop': the shortest side fits, the rest goes; 'native': "
-        "images keep their aspect ratio, in as many patches as fit max_patches",
+        choice("squash", "crop", "trim", "native"),
+        "evaluation and plain resize; 'crop': the shortest side fits, the rest goes; 'trim': plain "
+        "margins go, as around drawings; 'native': images keep their aspect ratio, in as many "
+        "patches as fit max_patches",
     )
     max_patches: int = key(
         0, whole(0, 65_025, "patches"), "of resize='native'; 0: as many as a square image has"

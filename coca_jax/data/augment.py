@@ -13,6 +13,7 @@ from coca_jax.data import images, order
 from coca_jax.image_shape import Size
 
 MODES = ("none", "crop", "inception", "drawing", "randaugment")
+LARGE = 1.5  # times the result: what is larger is shrunk to it before it is warped
 CROP_SCALE = 1.15  # 'crop': resize to this many times the size, cut the size
 INCEPTION_AREA = (0.08, 1.0)  # Szegedy et al. 2015: share of the image's area ...
 INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut
@@ -43,13 +44,13 @@ def plan(
         keys: uint64 [n]: one per image and visit.
         size: S x T, height and width of the result.
         flip: mirror half of the images.
-        resize: 'crop' (the centre, in the result's proportions) or 'squash' or 'native' (all), what
-            is resized before mode's own cut.
+        resize: 'crop' (the centre, in the result's proportions), 'squash' or 'native' (all), or
+            'trim' (what is within plain margins): what is resized before mode's own cut.
         fast: decode JPEGs no larger than the result needs.
         randaugment: number of operations one after another, and their magnitude, 0 to 30.
 
     Returns:
-        box: int32 [n, 4], the cut (top, left, height, width).
+        box: int32 [n, 4], the cut (top, left, height, width); with 'trim' of an image of S x T.
         ratio: int32 [n], 1, 2, 4 or 8: the scale at which a JPEG is decoded, before the cut.
         shrink: bool [n]: resize the cut to S x T (antialiased) before the warp.
         warp: float32 [n, 2, 3], output pixel (x, y, 1) -> input pixel, of the shrunk cut or, where
@@ -71,7 +72,7 @@ def plan(
     spare = np.minimum(box[:, 2] / high, box[:, 3] / wide) / (1 if fast else 2)
     ratio = 2 ** np.clip(np.floor(np.log2(np.maximum(spare, 1))), 0, 3).astype(np.int64)
     ratio = np.where(how == images.JPEG, ratio, 1)
-    large = (box[:, 2] > 1.5 * high) | (box[:, 3] > 1.5 * wide)
+    large = (box[:, 2] > LARGE * high) | (box[:, 3] > LARGE * wide)
     return dict(
         box=box.astype(np.int32),
         ratio=ratio.astype(np.int32),
@@ -127,12 +128,14 @@ def _region(
     zero = np.zeros_like(height)
     if resize in ("squash", "native"):
         return np.stack([zero, zero, height, width], 1).astype(np.int64)
+    if resize == "trim":  # of what is left, which is not known yet: render.py scales this to it
+        return np.stack([zero, zero, zero + size[0], zero + size[1]], 1).astype(np.int64)
     if resize == "crop":
         down = np.clip(np.rint(width * size[0] / size[1]), 1, height).astype(np.int64)
         across = np.clip(np.rint(height * size[1] / size[0]), 1, width).astype(np.int64)
         box = [(height - down) // 2, (width - across) // 2, down, across]
         return np.stack(box, 1).astype(np.int64)
-    raise ValueError(f"data.resize={resize!r}: use 'squash', 'crop' or 'native'")
+    raise ValueError(f"data.resize={resize!r}: use 'squash', 'crop', 'trim' or 'native'")
 
 
 def _cut(box: np.ndarray, draw: np.ndarray, share_h: np.ndarray, share_w: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Any image to uint8 RGB, and the resizing of evaluation. PIL and numpy only, no TensorFlow."""
+"""Any image to uint8 RGB. PIL and numpy only, no TensorFlow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from coca_jax import image_shape
 from coca_jax.data import files
-from coca_jax.image_shape import Size
 
 MAX_PIXELS = 120_000_000  # of an image or frame; decoding takes about 7 bytes for each
 # The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
@@ -206,56 +204,6 @@ def _array(array: np.ndarray) -> np.ndarray:
     elif array.dtype != np.uint8:
         raise ValueError(f"image array of {array.dtype}: give uint8, uint16 or floats in [0, 1]")
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
-
-
-def preprocess_eval(image: np.ndarray, size: Size, mode: str = "squash") -> np.ndarray:
-    """The resizing of evaluation, antialiased.
-
-    Args:
-        image: uint8 [h, w, 3].
-        size: S x T, height and width of the result.
-        mode: 'squash' stretches to it, bilinear; 'crop' scales, bicubic, until both sides are
-            filled and one fits, and takes the centre, as CLIP and open_clip do.
-
-    Returns:
-        uint8 [S, T, 3].
-    """
-    high, wide = image_shape.pair(size)
-    if mode == "squash":
-        squashed = Image.fromarray(image).resize((wide, high), Image.Resampling.BILINEAR)
-        return np.asarray(squashed)
-    if mode == "crop":
-        return _resize_crop(image, high, wide)
-    raise ValueError(f"resize mode {mode!r}: use 'squash' or 'crop'")
-
-
-def _resize_crop(image: np.ndarray, high: int, wide: int) -> np.ndarray:
-    """What torchvision's Resize(size, BICUBIC) and CenterCrop(size) give of squares, and timm's
-    ResizeKeepRatio in the place of the first of others."""
-    image = _shorten(image, 512 * -(-max(high, wide) // min(high, wide)))
-    if high == wide:
-        short = min(image.shape[:2])
-        height, width = (
-            high if side == short else int(high * side / short) for side in image.shape[:2]
-        )
-    else:
-        ratio = min(image.shape[0] / high, image.shape[1] / wide)
-        height, width = (round(side / ratio) for side in image.shape[:2])
-    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    top, left = int(round((height - high) / 2)), int(round((width - wide) / 2))
-    return np.asarray(scaled.crop((left, top, left + wide, top + high)))
-
-
-def _shorten(image: np.ndarray, most: int) -> np.ndarray:
-    """The middle of an image more than `most` times as long as wide: the rest would be cut off
-    after it had been scaled to gigabytes. The centre stays where it is, to the half pixel."""
-    short = min(image.shape[:2])
-
-    def middle(side: int) -> slice:
-        keep = min(side, most * short + (side - most * short) % 2)
-        return slice((side - keep) // 2, (side + keep) // 2)
-
-    return image[middle(image.shape[0]), middle(image.shape[1])]
 
 
 def encode_bmp(pixels: np.ndarray) -> bytes:

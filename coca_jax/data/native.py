@@ -6,10 +6,10 @@ import bisect
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from coca_jax import image_shape
 from coca_jax.config import Config
+from coca_jax.data import resizing
 from coca_jax.models import native_layout
 
 
@@ -59,9 +59,9 @@ def fitted(image: np.ndarray, patch_size: int, most: int) -> np.ndarray:
     """The resizing of evaluation: uint8 [h, w, 3] -> packed [N, P * P * 3 + 4], N being `most`."""
     height, width = image.shape[:2]
     rows, columns = grid(height, width, most)
-    size = (columns * patch_size, rows * patch_size)
-    if image.shape[1::-1] != size:
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    size = (rows * patch_size, columns * patch_size)
+    if image.shape[:2] != size:
+        image = resizing.bilinear(image, size)
     return pack(image, patch_size, most)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from coca_jax import image_shape
 from coca_jax.config import Config
-from coca_jax.data import augment, images, native, order, render, texts, videos
+from coca_jax.data import augment, images, native, order, render, resizing, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.image_shape import Size
@@ -130,7 +130,7 @@ class Pixels:
             step |= {name: values[row] for name, values in arrays.items()}
             if self._native:
                 return render.render_native(record.image, step, *self._native, self._fast)
-            how = (step, self._mode, self._size, self._fast)
+            how = (step, self._mode, self._size, self._fast, self._resize == "trim")
             if self._frames:
                 return render.render_clip(record.image, step["offsets"], *how)
             return render.render(record.image, *how)
@@ -140,7 +140,7 @@ class Pixels:
     def _pair(self, record: Record, row: int) -> np.ndarray:
         """Both images as in evaluation."""
         pixels = (images.decode(data) for data in (record.image, record.second))
-        return np.stack([images.preprocess_eval(p, self._size, self._resize) for p in pixels])
+        return np.stack([resizing.preprocess_eval(p, self._size, self._resize) for p in pixels])
 
     def close(self) -> None:
         """Ends the threads."""

@@ -6,27 +6,35 @@ threads decode in parallel. No TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from coca_jax import image_shape
-from coca_jax.data import augment, images, native, videos
+from coca_jax.data import augment, images, native, resizing, videos
 from coca_jax.image_shape import Size
 
 cv2.setNumThreads(1)  # parallel over images, not within one
 
 
 def render(
-    encoded: bytes, plan: Mapping[str, Any], mode: str, size: Size, fast: bool = False
+    encoded: bytes,
+    plan: Mapping[str, Any],
+    mode: str,
+    size: Size,
+    fast: bool = False,
+    trim: bool = False,
 ) -> np.ndarray:
-    """One image as planned: uint8 [S, T, 3]. Raises ValueError when it cannot be decoded."""
-    found = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
-    return place(*found, plan, mode, size, fast)
+    """One image as planned: uint8 [S, T, 3]. trim: without its plain margins, as planned with
+    resize='trim'. Raises ValueError when it cannot be decoded."""
+    pixels, ratio, alpha = _read(encoded, plan["how"], plan["ratio"], plan["background"], fast)
+    if trim:
+        (pixels,), plan = _trimmed([pixels], plan, mode, size, fast)
+    return place(pixels, ratio, alpha or trim, plan, mode, size, fast)
 
 
 def render_clip(
@@ -36,6 +44,7 @@ def render_clip(
     mode: str,
     size: Size,
     fast: bool = False,
+    trim: bool = False,
 ) -> np.ndarray:
     """The frames of a clip at `offsets`, float [F], all as one image is planned: uint8
     [F, S, T, 3]. Raises ValueError when it cannot be decoded."""
@@ -45,7 +54,10 @@ def render_clip(
     alpha = clip.shape[-1] == 4
     if alpha:
         clip = images.over(clip, plan["background"])
-    placed = np.stack([place(frame, 1, alpha, plan, mode, size, fast) for frame in clip])
+    frames = list(clip)
+    if trim:
+        frames, plan = _trimmed(frames, plan, mode, size, fast)
+    placed = np.stack([place(f, 1, alpha or trim, plan, mode, size, fast) for f in frames])
     return placed.repeat(count, 0) if still else placed
 
 
@@ -100,6 +112,29 @@ def render_native(
     rows, columns = native.grid(height, width, most)
     size = (rows * patch_size, columns * patch_size)
     return native.pack(_resized(_cut(found, ratio, plan), size, plan, fast), patch_size, most)
+
+
+def _trimmed(
+    frames: Sequence[np.ndarray], plan: Mapping[str, Any], mode: str, size: Size, fast: bool
+) -> tuple[list[np.ndarray], Mapping[str, Any]]:
+    """The frames of a clip without their plain margins, and its plan for what they are then.
+
+    It was drawn for frames of `size`, as nothing was known of what they show. Large ones become
+    that; others keep their pixels, and the map of the plan is scaled to them.
+    """
+    wanted = np.array(image_shape.pair(size))
+    left, colour = resizing.cut(frames)
+    if mode == "none" or (left[0].shape[:2] > augment.LARGE * wanted).any():
+        scaled = functools.partial(resize, fast=fast)
+        left = [resizing.fit(pixels, colour, size, scaled) for pixels in left]
+    else:
+        left = [resizing.framed(pixels, colour, size) for pixels in left]
+    height, width = left[0].shape[:2]
+    grown = (np.array([width, height]) / wanted[::-1])[:, None]
+    # Of pixels' centres, which lie half a pixel from their edges.
+    half = np.array([0, 0, 0.5])
+    warp = ((plan["warp"] + half) * grown - half).astype(np.float32)
+    return left, {**plan, "box": (0, 0, height, width), "warp": warp, "background": colour}
 
 
 def _cut(pixels: np.ndarray, ratio: int, plan: Mapping[str, Any]) -> np.ndarray:
@@ -158,8 +193,7 @@ def resize(pixels: np.ndarray, size: Size, fast: bool = False) -> np.ndarray:
     """
     high, wide = image_shape.pair(size)
     if not fast:
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        return np.asarray(image.resize((wide, high), Image.Resampling.BILINEAR))
+        return resizing.bilinear(pixels, (high, wide))
     height, width = pixels.shape[:2]
     whole_h, whole_w = -(-height // (2 * high)), -(-width // (2 * wide))
     if whole_h > 1 or whole_w > 1:

@@ -26,7 +26,7 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
-from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
+from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
 
@@ -69,7 +69,8 @@ def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: boo
     if not wanted or not items or predict.resize == "native":  # maps are of square images
         return
     reasons = predict.explain(images, [item["caption"] for item in items])
-    for item, reason in zip(items, reasons):
+    for item, reason, raw in zip(items, reasons, images):
+        item["image"] = encode_png(seen(raw, predict))
         if reason.attention.ndim > 2:  # of a clip's frames, of which one is shown
             continue
         item["fit"], item["aspect"] = predict.resize, image_shape.aspect(predict.image_size)

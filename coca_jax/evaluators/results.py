@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from coca_jax import storage
-from coca_jax.data import videos
+from coca_jax.data import resizing, videos
+from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
 
@@ -105,6 +106,15 @@ def picture(image: Any) -> np.ndarray:
     """Returns a small copy of an image as records hold it, encoded bytes or uint8 [h, w, 3]; of an
     animation or a video file its middle frame."""
     return thumbnail(videos.decode(image, 1)[0])
+
+
+def seen(image: Any, predict: Predictor) -> np.ndarray:
+    """Returns `picture`, without what the model never sees: plain margins, where it cuts them."""
+    small = picture(image)
+    if predict.resize != "trim":
+        return small
+    (left,), colour = resizing.cut([small])
+    return resizing.framed(left, colour, predict.image_size)
 
 
 def encode_png(image: np.ndarray) -> str:

@@ -61,9 +61,9 @@ def write_hub(
 
     name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes.
     """
+    preprocessor = json.dumps(_preprocessor(model), indent=2)  # or it refuses, before it writes
     with storage.local_folder(out) as folder:
         storage.write_text(os.path.join(folder, CARD), card(model, name, scores or {}))
-        preprocessor = json.dumps(_preprocessor(model), indent=2)
         storage.write_text(os.path.join(folder, PREPROCESSOR), preprocessor)
         write(model, folder, hub=True)
         return sizes(folder)
@@ -137,6 +137,11 @@ def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
 
 def _preprocessor(model: CoCaModel) -> dict[str, Any]:
     """How images are prepared, in the words of transformers' image processors."""
+    if model.resize == "trim":
+        raise ValueError(
+            "data.resize='trim': transformers' image processors have no words for that; export "
+            "without the hub's layout (coca-jax export)"
+        )
     (high, wide), crop = image_shape.pair(model.image_size), model.resize == "crop"
     size = dict(height=high, width=wide)
     if crop and high != wide:

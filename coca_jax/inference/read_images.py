@@ -14,7 +14,7 @@ import tqdm
 from PIL import Image
 
 from coca_jax import image_shape
-from coca_jax.data import image_files, videos
+from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
 from coca_jax.image_shape import Size
@@ -27,7 +27,8 @@ class ImageReader:
 
     Args:
         size: S x T, of the model's images.
-        resize: 'squash' or 'crop', how others come to that size; those of it stay as they are.
+        resize: 'squash', 'crop' or 'trim', how others come to that size; those of it stay as they
+            are, but with 'trim' only arrays, which `preprocess` may have made.
         num_frames: T, with which all images are taken for videos; 0: images.
         batch_size: images, or frames, at a time.
         devices: of the model; a process reads the rows of its own alone.
@@ -86,13 +87,14 @@ class ImageReader:
         frames, size = num_frames or self._num_frames, image_shape.pair(self._size)
         if image is _ELSEWHERE:
             return np.zeros(((frames,) if frames else ()) + (*size, 3), np.uint8)
-        pictures = videos.decode(image, frames) if frames else [image_data.decode(image)]
-        fitted = [
-            picture
-            if picture.shape[:2] == size
-            else image_data.preprocess_eval(picture, self._size, self._resize)
-            for picture in pictures
-        ]
+        pictures = list(videos.decode(image, frames)) if frames else [image_data.decode(image)]
+        trim = self._resize == "trim"
+        if pictures[0].shape[:2] == size and not (trim and not isinstance(image, np.ndarray)):
+            fitted = pictures
+        elif trim:
+            fitted = resizing.trim(pictures, size)
+        else:
+            fitted = [resizing.preprocess_eval(one, size, self._resize) for one in pictures]
         return np.stack(fitted) if frames else fitted[0]
 
     def _packed(self, image: Any, frames: int, patch_size: int, most: int) -> np.ndarray:

@@ -141,11 +141,13 @@ document.addEventListener("paste", (event) => {
 
 let lit = null; // what `heat` shows, for when the window changes
 
-// A map [R][C] over the part of the picture that the model sees; of clips there is none here.
+// A map [R][C] over the part of the picture that the model sees; of clips there is none here,
+// nor where margins were cut away: the page does not know how much.
 function heat(map, says) {
   $("looks").textContent = says;
   const picture = $("shown");
-  if (!map || current?.clip || info.num_frames || !picture.naturalWidth) return hideHeat(says);
+  const unseen = current?.clip || info.num_frames || info.resize === "trim" || !picture.naturalWidth;
+  if (!map || unseen) return hideHeat(says);
   const rows = map.length, columns = map[0].length;
   const small = make("canvas", { width: columns, height: rows });
   const most = Math.max(...map.flat());
