@@ -83,6 +83,14 @@ TRAINED = (
         more=FIRST,
     ),
     Measurement(
+        tuple(f"margins/{row}" for row in runs.MARGINS),
+        runs.margins,
+        25,
+        f"{TRAIN}=emoji --config.steps=1200, and with --config.data.resize=squash",
+        more=FIRST,
+        **SCORES,
+    ),
+    Measurement(
         tuple(f"optimizers/{row}" for row in runs.OPTIMIZERS),
         runs.optimizers,
         45,

@@ -46,6 +46,14 @@ AVERAGING = {
     "emoji_text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
     "emoji_exact": "captioning/emoji_openmoji/exact_match",
 }
+MARGINS = {
+    "image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
+    "text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
+    "reranked_image_to_text": "retrieval/emoji_openmoji/reranked_image_to_text_r1",
+    "reranked_text_to_image": "retrieval/emoji_openmoji/reranked_text_to_image_r1",
+    "exact": "captioning/emoji_openmoji/exact_match",
+}
+SHORT = ("--config.steps=1200",)
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
 OPTIMIZERS = {
     "zeroshot": "zeroshot/scenes_heldout/top1",
@@ -174,15 +182,14 @@ def easy_vqa(given: Given) -> Rows:
 
 def averaging(given: Given) -> Rows:
     """A rate that falls beside a mean, equal steps, seed 0, one core."""
-    short = ("--config.steps=1200",)
     ways = {
         "demo": (
             run_of(given, "demo", "demo_cosine", COSINE, one_core=True),
             run_of(given, "demo"),
         ),
         "emoji": (
-            run_of(given, "emoji", "emoji_1200_cosine", (*short, *COSINE), one_core=True),
-            run_of(given, "emoji", "emoji_1200", short, one_core=True),
+            run_of(given, "emoji", "emoji_1200_cosine", (*SHORT, *COSINE), one_core=True),
+            run_of(given, "emoji", "emoji_1200", SHORT, one_core=True),
         ),
     }
     found: Rows = {}
@@ -191,6 +198,19 @@ def averaging(given: Given) -> Rows:
         values = dict(zip(("cosine", "mean"), (shown(one, key) for one in told), strict=True))
         found[f"averaging/{row}"] = values
     return found
+
+
+def margins(given: Given) -> Rows:
+    """Drawings with their margins and without, equal steps, seed 0, one core."""
+    squash = (*SHORT, "--config.data.resize=squash")
+    ways = dict(
+        squash=scores(run_of(given, "emoji", "emoji_1200_squash", squash, one_core=True)),
+        trim=scores(run_of(given, "emoji", "emoji_1200", SHORT, one_core=True)),
+    )
+    return {
+        f"margins/{row}": {way: shown(told, key) for way, told in ways.items()}
+        for row, key in MARGINS.items()
+    }
 
 
 def optimizers(given: Given) -> Rows:
