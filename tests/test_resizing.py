@@ -109,6 +109,19 @@ def test_the_frames_of_a_clip_are_cut_alike():
     assert places[0] < 7 and 18 < places[1] < 22 and places[2] > 33
 
 
+def test_drawn_pictures_and_still_clips_are_cut_as_others():
+    """Their pixels do not lie in order in memory, or are the same for all frames."""
+    pixels = with_room(thing(31), 5, 9, 3, 8)
+    drawn = images.read_bmp(images.encode_bmp(pixels))
+    assert np.array_equal(resizing.cut([drawn])[0][0], thing(31))
+    wanted = resizing.preprocess_eval(pixels, 48, "trim")
+    assert np.array_equal(resizing.preprocess_eval(drawn, 48, "trim"), wanted)
+    still = np.broadcast_to(pixels, (3, *pixels.shape))
+    assert all(np.array_equal(one, wanted) for one in resizing.trim(still, 48))
+    found = rendered(images.encode_bmp(pixels), "none", 48, 0, trim=True)
+    assert np.array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("side", [40, 64, 300])
 def test_what_trains_unaugmented_is_what_is_evaluated(side, fast):

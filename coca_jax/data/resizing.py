@@ -91,15 +91,13 @@ def cut(frames: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     any of them shows.
     """
     colour = frames[0][0, 0].copy()
-    low, high = (np.clip(colour + np.array(d), 0, 255) for d in (-PLAIN, PLAIN))
+    low = tuple(max(level - PLAIN, 0) for level in colour.tolist())
+    high = tuple(min(level + PLAIN, 255) for level in colour.tolist())
     plain = functools.reduce(cv2.bitwise_and, (cv2.inRange(one, low, high) for one in frames))
-    box = []
-    for axis in (1, 0):
-        inked = np.flatnonzero(cv2.reduce(plain, axis, cv2.REDUCE_MIN).ravel() == 0)
-        if not len(inked):
-            return list(frames), colour
-        box.append(slice(inked[0], inked[-1] + 1))
-    return [frame[tuple(box)] for frame in frames], colour
+    left, top, width, height = cv2.boundingRect(cv2.bitwise_not(plain))
+    if not width:
+        return list(frames), colour
+    return [frame[top : top + height, left : left + width] for frame in frames], colour
 
 
 def trim(frames: Sequence[np.ndarray], size: Size) -> list[np.ndarray]:
@@ -128,8 +126,7 @@ def framed(pixels: np.ndarray, colour: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _amid(pixels: np.ndarray, colour: np.ndarray, full: tuple[int, int]) -> np.ndarray:
-    out = np.empty((*full, 3), np.uint8)
-    out[:] = colour
     top, left = ((whole - own) // 2 for whole, own in zip(full, pixels.shape))
-    out[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    return out
+    bottom, right = full[0] - pixels.shape[0] - top, full[1] - pixels.shape[1] - left
+    around = (top, bottom, left, right)
+    return cv2.copyMakeBorder(pixels, *around, cv2.BORDER_CONSTANT, value=colour.tolist())
