@@ -46,13 +46,7 @@ AVERAGING = {
     "emoji_text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
     "emoji_exact": "captioning/emoji_openmoji/exact_match",
 }
-MARGINS = {
-    "image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
-    "text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
-    "reranked_image_to_text": "retrieval/emoji_openmoji/reranked_image_to_text_r1",
-    "reranked_text_to_image": "retrieval/emoji_openmoji/reranked_text_to_image_r1",
-    "exact": "captioning/emoji_openmoji/exact_match",
-}
+MARGINS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.endswith("_r5")}
 SHORT = ("--config.steps=1200",)
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
 OPTIMIZERS = {

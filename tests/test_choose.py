@@ -174,6 +174,10 @@ def test_weights_bring_their_model_and_gentle_rates():
     assert config.init_from == "runs/demo" and config.model.image_size == 64
     assert config.data.vocabulary == "runs/demo/v.model" and config.data.resize == "crop"
     assert config.optimizer.learning_rate == 5e-4
+    assert config.data.augment == "crop"
+    trimming = chosen(CAPTIONS, weights=dataclasses.replace(small, resize="trim")).config
+    assert trimming.data.resize == "trim" and trimming.data.augment == "drawing"
+    run_config.check(trimming)
     large = dataclasses.replace(small, parameters=150_000_000)
     config = chosen(CAPTIONS, weights=large, seconds=8.0).config
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)

@@ -70,9 +70,9 @@ def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: boo
         return
     reasons = predict.explain(images, [item["caption"] for item in items])
     for item, reason, raw in zip(items, reasons, images):
-        item["image"] = encode_png(seen(raw, predict))
         if reason.attention.ndim > 2:  # of a clip's frames, of which one is shown
             continue
+        item["image"] = encode_png(seen(raw, predict))  # what the map lies over
         item["fit"], item["aspect"] = predict.resize, image_shape.aspect(predict.image_size)
         item["words"] = [
             dict(

@@ -262,7 +262,8 @@ def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]
 def _pictures(config: Config, facts: Facts, weights: Weights | None) -> tuple[Config, str]:
     """How pictures vary in training, so that the model does not learn them by heart."""
     tiny = max(image_shape.pair(config.model.image_size)) <= 32
-    mode = "none" if tiny else "drawing" if facts.drawn or not weights else "crop"
+    cut = weights is not None and weights.resize != "trim"  # which leaves nothing to cut
+    mode = "none" if tiny else "crop" if cut and not facts.drawn else "drawing"
     # A mirrored picture is another one where captions say left, or name things in their order,
     # and where the classes are letters or numbers.
     letters = all(len(name) <= 2 or name.isdigit() for name in facts.classes)
