@@ -29,6 +29,7 @@ from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.interop import (
     hub,
     open_clip_config,
+    open_clip_preprocess,
     safetensors_file,
     torch_file,
     towers_config,
@@ -155,16 +156,11 @@ def towers_vocabulary(folder: str, model: Model, given: str) -> vocabularies.Voc
 def _config(model_cfg: Any, preprocess_cfg: Any, place: str) -> dict[str, Any]:
     """The configuration of the export; errors name `place`, where open_clip's comes from."""
     try:
-        preprocess = open_clip_config.check_preprocess(preprocess_cfg)
+        preprocess = open_clip_preprocess.read(preprocess_cfg)
         model = open_clip_config.to_model(model_cfg, preprocess_cfg)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
-    numbers = {name: list(preprocess[name]) for name in ("mean", "std")}
-    return dict(
-        model=model,
-        preprocess=dict(resize="crop", **numbers),
-        tokenizer=dict(kind="clip_bpe"),
-    )
+    return dict(model=model, preprocess=preprocess, tokenizer=dict(kind="clip_bpe"))
 
 
 def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict[str, Any], Layout]:
@@ -186,11 +182,10 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
-    if config.data.resize in ("native", "trim"):
-        raise ValueError(
-            f"{source}: data.resize={config.data.resize!r}, for which open_clip has no words: it "
-            "crops or squashes images to squares; train with 'crop' or 'squash'"
-        )
+    try:
+        preprocess = open_clip_preprocess.write(config.model, config.data.resize)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
@@ -203,12 +198,6 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     os.makedirs(out, exist_ok=True)
     tensors = layout.write(export_format.flatten(params))
     safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors, progress=progress)
-    preprocess = dict(
-        mean=list(config.model.image_mean),
-        std=list(config.model.image_std),
-        interpolation="bicubic",
-        resize_mode="shortest",
-    )
     written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
     written[checked_files.KEY] = checked_files.describe(out, [WEIGHTS_NAME])
     sealed = json.dumps(sealed_json.seal(written), indent=2)

@@ -173,6 +173,18 @@ def test_the_sigmoid_loss_s_bias_goes_both_ways(tmp_path):
     assert safetensors_file.read(tmp_path / "back" / convert.WEIGHTS_NAME)["logit_bias"] == -9.5
 
 
+def test_images_that_are_squashed_are_so_in_open_clip_too(tmp_path):
+    source = write_source(tmp_path / "in", small_weights())
+    path = source / convert.CONFIG_NAME
+    given = dict(resize_mode="squash", interpolation="bilinear", mean=[0.5] * 3, std=[0.25] * 3)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(preprocess_cfg=given)))
+    convert.from_open_clip(str(source), str(tmp_path / "out"))
+    assert export_format.read_config(tmp_path / "out").data.resize == "squash"
+    convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
+    written = json.loads((tmp_path / "back" / convert.CONFIG_NAME).read_text())
+    assert written["preprocess_cfg"] == given
+
+
 def test_converting_holds_no_second_copy(tmp_path):
     config = with_keys(cases.SMALL, vision_cfg=dict(layers=24, width=256))
     model = read(Model, open_clip_config.to_model(config))

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import open_clip_cases as cases
 import pytest
+from conftest import tiny_config
 from conversion_cases import SMALL, shapes_of, with_keys
 from ml_collections import ConfigDict
 
 from coca_jax import convert
-from coca_jax.config import Model, read
-from coca_jax.interop import open_clip_config
+from coca_jax.config import Model, read, typed
+from coca_jax.interop import open_clip_config, open_clip_preprocess
 from coca_jax.interop.open_clip_layout import Layout, count
 
 
@@ -133,7 +134,21 @@ def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
 @pytest.mark.parametrize("key", ["interpolation", "resize_mode"])
 def test_other_preprocessing_is_refused(key):
     with pytest.raises(ValueError, match=f"preprocess_cfg.{key}='other'"):
-        open_clip_config.check_preprocess({key: "other"})
+        open_clip_preprocess.read({key: "other"})
+    with pytest.raises(
+        ValueError, match="interpolation='bilinear'; of .*'shortest' only 'bicubic'"
+    ):
+        open_clip_preprocess.read(dict(interpolation="bilinear"))
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_how_images_are_resized_survives_open_clip_s_file(resize):
+    config = tiny_config(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    model = typed(config).model
+    found = open_clip_preprocess.read(open_clip_preprocess.write(model, resize))
+    assert found == dict(resize=resize, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    with pytest.raises(ValueError, match="data.resize='native', for which open_clip has no words"):
+        open_clip_preprocess.write(model, "native")
 
 
 ODD = [  # keys of open_clip_config.json, what is said of them

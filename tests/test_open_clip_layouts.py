@@ -8,12 +8,13 @@ import json
 import numpy as np
 import open_clip_cases as cases
 import pytest
+from conftest import tiny_config
 from conversion_cases import as_tensors, each_loss, forward, relative, with_keys
 
 from coca_jax import export_format
-from coca_jax.config import Model, read
+from coca_jax.config import Model, read, typed
 from coca_jax.data import images, resizing
-from coca_jax.interop import open_clip_config
+from coca_jax.interop import open_clip_config, open_clip_preprocess
 from coca_jax.interop.open_clip_layout import Layout
 from coca_jax.models import coca
 
@@ -128,16 +129,18 @@ def test_other_layouts_come_in_and_go_back(changes):
     assert relative(np.asarray(out.logits[:, :-1])[labels], wanted["logits"][labels]) < 1e-5
 
 
-def test_preprocessing_of_100_odd_images():
-    from open_clip.transform import image_transform
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_preprocessing_of_100_odd_images(resize):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
     from PIL import Image
 
-    transform = image_transform(224, is_train=False)
-    mean = np.asarray(open_clip_config.MEAN, np.float32)
-    std = np.asarray(open_clip_config.STD, np.float32)
+    config = tiny_config(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    said = open_clip_preprocess.write(typed(config).model, resize)
+    transform = image_transform_v2(PreprocessCfg(size=224, **said), is_train=False)
+    mean, std = (np.asarray(said[name], np.float32) for name in ("mean", "std"))
     for image in cases.odd_images(100):
         rgb = images.decode(image)
-        got = resizing.preprocess_eval(rgb, 224, "crop").astype(np.float32) / 255
+        got = resizing.preprocess_eval(rgb, 224, resize).astype(np.float32) / 255
         # To RGB first, as open_clip's own loader does.
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0) * std + mean
         assert np.abs(got - wanted).max() <= 2 / 255, (image.mode, image.size)

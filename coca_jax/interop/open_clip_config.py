@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from coca_jax.config import BLOCK, Model
 from coca_jax.image_shape import Size
+from coca_jax.interop import open_clip_preprocess
 from coca_jax.interop.open_clip_keys import (
     check_keys,
     check_numbers,
-    is_number,
     section_of,
     short,
     sides,
@@ -27,8 +26,6 @@ WEIGHTS_FILES = (
     "mobileclip2_coca.pt",
 )
 EPSILON = 1e-5  # of its norms where nothing else is said
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _released(embed_dim: int, image: dict[str, Any], heads: int) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         check_keys(section, part)
         check_numbers(section, part)
     _check_together(config)
-    preprocess = check_preprocess(preprocess or {})
+    numbers = open_clip_preprocess.read(preprocess)
     image, fusion = config["vision_cfg"], config["multimodal_cfg"]
     width, kind = _width(config), pooler_kinds.of(_POOLERS[image.get("attentional_pool", False)])
     text = _text(config["text_cfg"], fusion, width)
@@ -79,8 +76,8 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         patch_size=sides(image.get("patch_size", 16), "vision_cfg.patch_size"),
         embed_dim=config["embed_dim"],
         dtype="float32",
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
+        image_mean=tuple(numbers["mean"]),
+        image_std=tuple(numbers["std"]),
         temperature=0.07,
         activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_exact",
         image=_image(image, not kind.by_query) | _own_block(image),
@@ -333,29 +330,3 @@ def _check_blocks(towers: dict[str, dict[str, Any]]) -> None:
                 f"model.activation={own['activation']!r} ({tower}): open_clip has only "
                 f"{' and '.join(map(repr, known))} there, or 'quick_gelu' in all towers"
             )
-
-
-def check_preprocess(preprocess: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` with its defaults filled in.
-
-    Raises:
-        ValueError: another resizing than the shortest side, bicubic, and the centre.
-    """
-    if not isinstance(preprocess, dict):
-        raise ValueError(f"preprocess_cfg={short(preprocess)}: not a JSON object")
-    filled = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest") | preprocess
-    for key, least in (("mean", -math.inf), ("std", 0.0)):
-        values: Any = filled[key]
-        whole = isinstance(values, (list, tuple)) and len(values) == 3
-        if not whole or not all(is_number(value) and value > least for value in values):
-            above = "" if least else ", above 0"
-            raise ValueError(
-                f"preprocess_cfg.{key}={short(values)}: give three numbers{above}, of red, green "
-                "and blue"
-            )
-    for key, want in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
-        if filled[key] not in (want, None):
-            raise ValueError(
-                f"preprocess_cfg.{key}={short(filled[key])}; only {want!r} is supported"
-            )
-    return filled

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.data import bounded_json, files
-from coca_jax.interop import open_clip_config, towers_open_clip
+from coca_jax.interop import open_clip_config, open_clip_preprocess, towers_open_clip
 from coca_jax.interop.open_clip_keys import short
 
 CONFIG_FILE, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -159,10 +159,6 @@ def _preprocessor(folder: str, clip: bool) -> dict[str, Any]:
     path = os.path.join(folder, PREPROCESSOR)
     given = bounded_json.parse(files.read_bounded(path)) if os.path.isfile(path) else {}
     half = (0.5, 0.5, 0.5)
-    mean, std = (open_clip_config.MEAN, open_clip_config.STD) if clip else (half, half)
-    numbers = dict(mean=given.get("image_mean", mean), std=given.get("image_std", std))
-    filled = open_clip_config.check_preprocess(numbers)
-    cut = given.get("do_center_crop", clip)
-    return dict(
-        resize="crop" if cut else "squash", mean=list(filled["mean"]), std=list(filled["std"])
-    )
+    numbers = {k: given[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in given}
+    mode = "shortest" if given.get("do_center_crop", clip) else "squash"
+    return open_clip_preprocess.read(numbers, mode, *(() if clip else (half, half)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.interop import open_clip_config, pe_core, timm_trunks
+from coca_jax.interop import open_clip_preprocess, pe_core, timm_trunks
 from coca_jax.interop.open_clip_keys import is_number, is_whole, mlp_width, short, sides, text_sizes
 from coca_jax.models import tower_kinds
 from coca_jax.models.tower_kinds import CLASS, QUERY
@@ -37,38 +37,12 @@ def read(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]:
     `model_cfg` and `preprocess_cfg`. Raises ValueError for what is not supported, naming the key.
     """
     if timm_trunks.is_siglip(cfg):
-        how = preprocessing(preprocess_cfg, "squash", (0.5,) * 3, (0.5,) * 3)
+        how = open_clip_preprocess.read(preprocess_cfg, "squash", (0.5,) * 3, (0.5,) * 3)
         return dict(model=timm_trunks.to_model(cfg, how), **how)
     if pe_core.is_pe_core(cfg):
-        how = preprocessing(preprocess_cfg, "squash", (0.5,) * 3, (0.5,) * 3)
+        how = open_clip_preprocess.read(preprocess_cfg, "squash", (0.5,) * 3, (0.5,) * 3)
         return dict(model=pe_core.to_model(cfg, how), **how)
     return _of_own_towers(cfg, preprocess_cfg)
-
-
-def preprocessing(
-    given: Any,
-    mode: str = "shortest",
-    mean: tuple[float, ...] = open_clip_config.MEAN,
-    std: tuple[float, ...] = open_clip_config.STD,
-) -> dict[str, Any]:
-    """dict(resize, mean, std) of open_clip's `preprocess_cfg`, or of what it leaves out. Images
-    that are squashed may be resized in any way there; here it is bilinear."""
-    filled: dict[str, Any] = dict(mean=mean, std=std)
-    if isinstance(given, dict):
-        filled |= {key: value for key, value in given.items() if key != "resize_mode"}
-        mode = given.get("resize_mode") or mode
-        if mode not in ("squash", "shortest"):
-            raise ValueError(f"preprocess_cfg.resize_mode={short(mode)}; 'squash' or 'shortest'")
-        if mode == "squash" and filled.get("interpolation") in ("bilinear", "random"):
-            del filled["interpolation"]
-    elif given is not None:
-        raise ValueError(f"preprocess_cfg={short(given)}: not a JSON object")
-    filled = open_clip_config.check_preprocess(filled)
-    return dict(
-        resize="squash" if mode == "squash" else "crop",
-        mean=list(filled["mean"]),
-        std=list(filled["std"]),
-    )
 
 
 def _of_own_towers(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any]:
@@ -88,7 +62,7 @@ def _of_own_towers(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any
     family = _family(image, text)
     options = {p: _block(cfg, s, p) for p, s in (("vision_cfg", image), ("text_cfg", text))}
     own, of_text = options["vision_cfg"], options["text_cfg"]
-    how = preprocessing(preprocess_cfg)
+    how = open_clip_preprocess.read(preprocess_cfg)
     width, head = image.get("width", 768), image.get("head_width", 64)
     if width % head:
         raise ValueError(f"vision_cfg.head_width={head} does not divide the width {width}")
