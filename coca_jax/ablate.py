@@ -38,7 +38,7 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, recipes, storage  # noqa: E402
+from coca_jax import cli, out_folder, recipes  # noqa: E402
 from coca_jax.ablating import table  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--out={args.out}: the runs go to a local folder; give one")
     cli.say(f"ablating {argv[1]} in {args.out}")
     found = table.read(argv[1], recipes.changes())
-    storage.check_out(args.out)  # the page of all runs would take the place of that run's own
+    out_folder.check(args.out)  # the page of all runs would take the place of that run's own
     cli.say("starting JAX")
 
     from coca_jax.ablating import running

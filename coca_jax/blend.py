@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, evaluate, export_format, storage
+from coca_jax import cli, evaluate, export_format, out_folder, storage
 from coca_jax.evaluators import declarations
 from coca_jax.interop import safetensors_file
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--shares={','.join(args.shares)}: one to write, or give --data")
     if args.rank < 0 or (args.rank and args.adapter):
         raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
-    storage.check_out(args.out)
+    out_folder.check(args.out)
     cli.say(f"loading {args.base}")
     base = coca_jax.load(args.base, dtype="float32")
     first = to_host(base.params)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from coca_jax import checked_files, cli, export_format, sealed_json, storage
+from coca_jax import checked_files, cli, export_format, out_folder, sealed_json, storage
 from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
 from coca_jax.data import vocabulary as vocabularies
@@ -305,7 +305,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
-    storage.check_out(out)
+    out_folder.check(out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)

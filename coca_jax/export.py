@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, export_format, storage
+from coca_jax import cli, export_format, out_folder, storage
 from coca_jax.interop import hub
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if args.format == "onnx":
         _onnx().packages()
-    storage.check_out(args.out)
+    out_folder.check(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint)
     from coca_jax.inference import export_folder

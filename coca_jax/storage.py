@@ -247,19 +247,6 @@ def check_writable(workdir: str | os.PathLike[str]) -> None:
         raise ValueError(f"{folder} cannot be written ({error}); give another folder") from None
 
 
-def check_out(folder: str | os.PathLike[str]) -> None:
-    """Whether a model may be written to a folder, before any work: `check_writable`, and no run in
-    it, whose config.json would be another one.
-
-    Raises:
-        ValueError: it may not.
-    """
-    found = place(folder)
-    if (found / "checkpoints").exists() or (found / "metrics.jsonl").exists():
-        raise ValueError(f"--out={folder} is the folder of a run; give another one")
-    check_writable(folder)
-
-
 def reach(path: epath.Path) -> bool:
     """Whether a file or folder is there. Raises ValueError when a bucket cannot be asked."""
     return answer(path, path.exists) if is_remote(path) else path.exists()
@@ -346,10 +333,11 @@ def move_folder(path: epath.Path, target: epath.Path) -> None:
 
 @contextmanager
 def local_folder(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A local folder to write files in that belong in `path`: `path` itself, or for a bucket a
-    temporary one, whose files are put there at the end."""
+    """A local folder to write files in that belong in `path`: `path` itself, made when missing, or
+    for a bucket a temporary one, whose files are put there at the end."""
     target = place(path)
     if not is_remote(target):
+        target.mkdir(parents=True, exist_ok=True)
         yield str(target)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -55,18 +55,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": (
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
-        *(
-            "engines",
-            "extras",
-            "huge_pages",
-            "image_shape",
-            "lean_saves",
-            "metrics",
-            "quiet",
-            "renamed",
-            "sealed_json",
-            "storage",
-        ),
+        *("engines", "extras", "huge_pages", "image_shape", "lean_saves", "metrics", "out_folder"),
+        *("quiet", "renamed", "sealed_json", "storage"),
         "trackers",
     ),
 }

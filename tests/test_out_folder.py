@@ -1,0 +1,32 @@
+"""The folder that a command will write to: looked at, and left as it was."""
+
+import pytest
+
+from coca_jax import out_folder
+
+
+def test_a_folder_that_was_missing_is_missing_afterwards(tmp_path):
+    out_folder.check(tmp_path / "some" / "where")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_there_keeps_what_it_holds(tmp_path):
+    (tmp_path / "there").mkdir()
+    out_folder.check(tmp_path / "there")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    (tmp_path / "there" / "mine.txt").write_text("words")
+    out_folder.check(tmp_path / "there")
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_run_is_no_place_for_a_model(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="is the folder of a run; give another one"):
+        out_folder.check(tmp_path)
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written .*; give another folder"):
+        out_folder.check(tmp_path / "file" / "model")
