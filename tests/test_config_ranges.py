@@ -76,6 +76,7 @@ ABSURD = {
     "loss.hidden_weight": (-1.0,),
     "loss.imitation_weight": (-1.0, INF),
     "loss.hidden_share": (0.0, 1.0),
+    "loss.min_temperature": (-0.1, NAN, 101.0),
     "loss.global_rate": (0.0, 1.1),
     "loss.global_examples": (-1, 1.5),
     "loss.bag_weight": (-1.0, INF),

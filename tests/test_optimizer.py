@@ -143,6 +143,29 @@ def test_averages_follow_the_parameters_of_each_step():
     assert ours(make_config(), [gradients_of(0)])[0][-1].ema is None
 
 
+def test_the_temperature_falls_no_lower_than_asked_and_rises_again():
+    """Three steps towards lower ones and three back: held at 0.5 = exp(-log_scale), and from there
+    as if it had never been pushed on; nothing else moves otherwise."""
+    config = make_config(schedule="constant", beta1=0.0, clip_norm=0.0, ema=0.5)
+    gradients = [gradients_of(step) for step in range(STEPS)]
+    for step, found in enumerate(gradients):
+        found["log_scale/value"] = np.float32(-1 if step < 3 else 1)
+    start = draw(0, 0.3) | {"log_scale/value": np.float32(np.log(2) - 0.06)}
+    free, _ = ours(config, gradients, start)
+    held, _ = ours(config.change({"loss.min_temperature": 0.5}), gradients, start)
+    at = lambda states, part: [float(getattr(s, part)["log_scale"]["value"]) for s in states]  # noqa: E731
+    rates = 0.05 * np.array([0.5, 1, 1, -1, -1, -1])
+    np.testing.assert_allclose(np.diff(at(free, "params")), rates, rtol=1e-4)
+    bound = np.float32(np.log(2))
+    assert at(held, "params")[2:4] == [bound, bound] and max(at(free, "params")) > bound + 0.06
+    np.testing.assert_allclose(np.diff(at(held, "params"))[3:], rates[3:], rtol=1e-4)
+    assert max(at(held, "ema")) <= bound
+    for one, other in zip(free, held):
+        for name, values in flat(one.params).items():
+            if name != "log_scale/value":
+                np.testing.assert_array_equal(values, flat(other.params)[name], err_msg=name)
+
+
 def test_metrics_of_an_update():
     """The rate of this step, and the norm before it is clipped."""
     gradients = [gradients_of(step) for step in range(STEPS)]

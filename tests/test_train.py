@@ -221,6 +221,10 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
         (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan"),
         (dict(optimizer=dict(learning_rate=1e6)), "optimizer.learning_rate=1000000.0"),
         (dict(checkpoint=dict(max_skipped=-1)), "checkpoint.max_skipped=-1"),
+        (
+            dict(loss=dict(min_temperature=0.1)),
+            "min_temperature=0.1 is above model.temperature=0.07",
+        ),
     ],
 )
 def test_bad_configs_are_refused_before_any_work(tmp_path, changes, message):

@@ -42,7 +42,7 @@ def check(config: Config) -> None:
             f"{config.data.loader!r}; set data.loader='direct', or batch_sizes=()"
         )
     check_texts(config)
-    check_global(config)
+    check_contrastive(config)
     check_locked(config)
     check_trim(config)
     check_native(config)
@@ -169,9 +169,15 @@ def check_texts(config: Config) -> None:
         )
 
 
-def check_global(config: Config) -> None:
-    """Raises ValueError for what the contrastive loss against all examples does not go with."""
+def check_contrastive(config: Config) -> None:
+    """Raises ValueError for a temperature that starts below its bound, and for what the loss
+    against all examples does not go with."""
     loss = config.loss
+    if loss.min_temperature > config.model.temperature:
+        raise ValueError(
+            f"loss.min_temperature={loss.min_temperature} is above model.temperature="
+            f"{config.model.temperature}, with which a run starts; raise that, or lower this"
+        )
     if loss.contrastive != "global" or not loss.contrastive_weight:
         return
     for name, value, good in (

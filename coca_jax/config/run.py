@@ -69,6 +69,11 @@ class Loss(Section):
         choice("softmax", "sigmoid", "global"),
         "its form; 'global': softmax against all examples, by means kept of each (SogCLR)",
     )
+    min_temperature: float = key(
+        0.0,
+        number(0, 100, "0 being no bound"),
+        "the temperature of the similarities is learned, but falls no lower; 0: no bound",
+    )
     global_rate: float = key(
         0.6, number(0, 1, above=True), "of 'global': the share of a batch in an example's mean"
     )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from coca_jax.models import block, coca, image_encoder, layers, text_decoder
 from coca_jax.models.part import STACK, Part
@@ -167,3 +168,11 @@ def sigmoid_bias(params: dict) -> Any:
 def log_scale(params: dict) -> Any:
     """The logarithm of the similarity's inverse temperature."""
     return params["log_scale"]["value"]
+
+
+def with_temperature(params: dict, least: float) -> dict:
+    """Parameters, or those that are trained, with the similarity's temperature `least` at least."""
+    if not least or "log_scale" not in params:
+        return params
+    bounded = jax.tree.map(lambda x: jnp.minimum(x, -math.log(least)), params["log_scale"])
+    return params | {"log_scale": bounded}

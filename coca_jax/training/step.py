@@ -13,6 +13,7 @@ import optax
 from coca_jax import image_shape, lora
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.image_shape import Size
+from coca_jax.models import roles
 from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
 from coca_jax.ops import packed
@@ -53,7 +54,8 @@ def make_update(
 
     params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
     the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
-    with its weight decay; ema <- ema x decay + params x (1 - decay), of the new parameters, where
+    with its weight decay; the temperature of the similarities goes no lower than
+    loss.min_temperature; ema <- ema x decay + params x (1 - decay), of the new parameters, where
     decay is optimizer.average_decay.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
@@ -76,6 +78,7 @@ def make_update(
             moved = jax.tree.map(
                 lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
             )
+        moved = roles.with_temperature(moved, config.loss.min_temperature)
         ema = state.ema
         if averages(config.optimizer):
             decay = average_decay(config.optimizer, schedule, state.step)
