@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     config.text_lengths = (16, 24, 40)
     config.model.image.conv_depths = (0, 1, 2)
     config.model.text.update(vocab_size=3000, max_len=40, unimodal_depth=1, multimodal_depth=2)
-    config.loss.captioning_weight = 1.0
+    config.loss.update(captioning_weight=1.0, min_temperature=0.0)
+    config.model.temperature = 0.07
     config.optimizer.update(learning_rate=1.5e-3, schedule="cosine", average_share=0.0)
     path = "data/tuxpaint"
     config.data.sources = (dict(path=path, split="train", kind="caption"),)
