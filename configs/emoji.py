@@ -61,14 +61,13 @@ def get_config() -> ConfigDict:
         beta2=0.98,
     )
     path, where = "data/emoji", {"vendor": VENDORS}
-    config.data.sources = (dict(path=path, split="train", kind="caption", where=where),)
+    names = dict(path=path, split="train", where=where)
+    config.data.sources = (dict(names, kind="caption"),)
     config.data.vocabulary_kind = "bpe"
     config.data.augment = "drawing"
     config.data.resize = "trim"  # vendors leave more or less room around the same thing
     unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
-    names = dict(path=path, split="train", where=where)
     task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)
-    find = dict(task, kind="retrieval", rerank=20)
-    config.eval.tasks = (find, dict(task, kind="captioning"))
+    config.eval.tasks = (dict(task, kind="retrieval", rerank=20), dict(task, kind="captioning"))
     config.checkpoint.every_steps = 300
     return config
