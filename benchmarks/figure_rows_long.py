@@ -78,7 +78,7 @@ TRAINED = (
         tuple(f"averaging/{row}" for row in runs.AVERAGING),
         runs.averaging,
         35,
-        f"{TRAIN}=demo and {TRAIN}=emoji --config.steps=1200, both also with "
+        f"{TRAIN}=demo and {TRAIN}=emoji {' '.join(runs.SQUASHED)}, both also with "
         "--config.optimizer.schedule=cosine --config.optimizer.average_share=0",
         more=FIRST,
     ),
@@ -86,7 +86,15 @@ TRAINED = (
         tuple(f"margins/{row}" for row in runs.MARGINS),
         runs.margins,
         25,
-        f"{TRAIN}=emoji --config.steps=1200, and with --config.data.resize=squash",
+        f"{TRAIN}=emoji --config.steps=1200 {' '.join(runs.FREE)}, and {' '.join(runs.SQUASHED)}",
+        more=FIRST,
+        **SCORES,
+    ),
+    Measurement(
+        tuple(f"temperature/{row}" for row in runs.MARGINS),
+        runs.temperature,
+        100,
+        f"{TRAIN}=emoji, and with {' '.join(runs.FREE)}",
         more=FIRST,
         **SCORES,
     ),

@@ -17,7 +17,8 @@ def get_config(given: str) -> ConfigDict:
     config = emoji.get_config()
     config.batch_size, config.steps = 64, int(steps)
     config.image_sizes, config.text_lengths = (), ()
-    config.data.resize = "squash"  # as it was when this was measured
+    config.data.resize = "squash"  # as it was when this was measured, as the next two
+    config.loss.min_temperature, config.model.temperature = 0.0, 0.07
     config.optimizer.update(warmup_steps=60, schedule="cosine", average_share=0.0)
     config.checkpoint.every_steps = 10_000
     if kind == "contrastive":

@@ -48,6 +48,8 @@ AVERAGING = {
 }
 MARGINS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.endswith("_r5")}
 SHORT = ("--config.steps=1200",)
+FREE = ("--config.loss.min_temperature=0", "--config.model.temperature=0.07")
+SQUASHED = (*SHORT, *FREE, "--config.data.resize=squash")  # the emoji recipe as it was
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
 OPTIMIZERS = {
     "zeroshot": "zeroshot/scenes_heldout/top1",
@@ -182,8 +184,8 @@ def averaging(given: Given) -> Rows:
             run_of(given, "demo"),
         ),
         "emoji": (
-            run_of(given, "emoji", "emoji_1200_cosine", (*SHORT, *COSINE), one_core=True),
-            run_of(given, "emoji", "emoji_1200", SHORT, one_core=True),
+            run_of(given, "emoji", "emoji_1200_cosine", (*SQUASHED, *COSINE), one_core=True),
+            run_of(given, "emoji", "emoji_1200_squash", SQUASHED, one_core=True),
         ),
     }
     found: Rows = {}
@@ -196,13 +198,25 @@ def averaging(given: Given) -> Rows:
 
 def margins(given: Given) -> Rows:
     """Drawings with their margins and without, equal steps, seed 0, one core."""
-    squash = (*SHORT, "--config.data.resize=squash")
+    trim = (*SHORT, *FREE)
     ways = dict(
-        squash=scores(run_of(given, "emoji", "emoji_1200_squash", squash, one_core=True)),
-        trim=scores(run_of(given, "emoji", "emoji_1200", SHORT, one_core=True)),
+        squash=scores(run_of(given, "emoji", "emoji_1200_squash", SQUASHED, one_core=True)),
+        trim=scores(run_of(given, "emoji", "emoji_1200_trim", trim, one_core=True)),
     )
     return {
         f"margins/{row}": {way: shown(told, key) for way, told in ways.items()}
+        for row, key in MARGINS.items()
+    }
+
+
+def temperature(given: Given) -> Rows:
+    """The emoji with a temperature that is learned freely and with the recipe's, seed 0."""
+    ways = dict(
+        free=scores(run_of(given, "emoji", "emoji_free", FREE)),
+        held=scores(run_of(given, "emoji")),
+    )
+    return {
+        f"temperature/{row}": {way: shown(told, key) for way, told in ways.items()}
         for row, key in MARGINS.items()
     }
 
