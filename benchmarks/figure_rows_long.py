@@ -83,7 +83,7 @@ TRAINED = (
         more=FIRST,
     ),
     Measurement(
-        tuple(f"margins/{row}" for row in runs.MARGINS),
+        tuple(f"margins/{row}" for row in runs.DRAWINGS),
         runs.margins,
         25,
         f"{TRAIN}=emoji --config.steps=1200 {' '.join(runs.FREE)}, and {' '.join(runs.SQUASHED)}",
@@ -91,7 +91,7 @@ TRAINED = (
         **SCORES,
     ),
     Measurement(
-        tuple(f"temperature/{row}" for row in runs.MARGINS),
+        tuple(f"temperature/{row}" for row in runs.DRAWINGS),
         runs.temperature,
         100,
         f"{TRAIN}=emoji, and with {' '.join(runs.FREE)}",

@@ -46,7 +46,7 @@ AVERAGING = {
     "emoji_text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
     "emoji_exact": "captioning/emoji_openmoji/exact_match",
 }
-MARGINS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.endswith("_r5")}
+DRAWINGS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.endswith("_r5")}
 SHORT = ("--config.steps=1200",)
 FREE = ("--config.loss.min_temperature=0", "--config.model.temperature=0.07")
 SQUASHED = (*SHORT, *FREE, "--config.data.resize=squash")  # the emoji recipe as it was
@@ -203,10 +203,7 @@ def margins(given: Given) -> Rows:
         squash=scores(run_of(given, "emoji", "emoji_1200_squash", SQUASHED, one_core=True)),
         trim=scores(run_of(given, "emoji", "emoji_1200_trim", trim, one_core=True)),
     )
-    return {
-        f"margins/{row}": {way: shown(told, key) for way, told in ways.items()}
-        for row, key in MARGINS.items()
-    }
+    return beside("margins", ways)
 
 
 def temperature(given: Given) -> Rows:
@@ -215,9 +212,14 @@ def temperature(given: Given) -> Rows:
         free=scores(run_of(given, "emoji", "emoji_free", FREE)),
         held=scores(run_of(given, "emoji")),
     )
+    return beside("temperature", ways)
+
+
+def beside(name: str, ways: Mapping[str, Mapping[str, float]]) -> Rows:
+    """What the runs on emoji of some ways, by name, found: a row a score."""
     return {
-        f"temperature/{row}": {way: shown(told, key) for way, told in ways.items()}
-        for row, key in MARGINS.items()
+        f"{name}/{row}": {way: shown(told, key) for way, told in ways.items()}
+        for row, key in DRAWINGS.items()
     }
 
 
