@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from conftest import tiny
 
 import coca_jax
 from coca_jax import export_format, recipes
-from coca_jax.config import Config, Entry, Mesh, keys, page, read, typed
+from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
 from coca_jax.evaluators import declarations
@@ -158,3 +159,11 @@ def test_a_task_s_unknown_key_is_refused_with_the_nearest():
     wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
     with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
         declarations.check([wrong])
+
+
+def test_weights_may_start_below_the_bound_of_the_temperature():
+    """A new run may not: `model.temperature` is where it starts."""
+    config = tiny(**{"loss.min_temperature": 0.1, "data.sources": (dict(builtin="scenes"),)})
+    with pytest.raises(ValueError, match="min_temperature=0.1 is above model.temperature=0.07"):
+        checks.check(config)
+    checks.check(config.change({"init_from": "runs/before"}))

@@ -153,7 +153,10 @@ def test_the_temperature_falls_no_lower_than_asked_and_rises_again():
     start = draw(0, 0.3) | {"log_scale/value": np.float32(np.log(2) - 0.06)}
     free, _ = ours(config, gradients, start)
     held, _ = ours(config.change({"loss.min_temperature": 0.5}), gradients, start)
-    at = lambda states, part: [float(getattr(s, part)["log_scale"]["value"]) for s in states]  # noqa: E731
+
+    def at(states, part):
+        return [float(getattr(state, part)["log_scale"]["value"]) for state in states]
+
     rates = 0.05 * np.array([0.5, 1, 1, -1, -1, -1])
     np.testing.assert_allclose(np.diff(at(free, "params")), rates, rtol=1e-4)
     bound = np.float32(np.log(2))

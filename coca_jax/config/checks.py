@@ -173,7 +173,7 @@ def check_contrastive(config: Config) -> None:
     """Raises ValueError for a temperature that starts below its bound, and for what the loss
     against all examples does not go with."""
     loss = config.loss
-    if loss.min_temperature > config.model.temperature:
+    if loss.min_temperature > config.model.temperature and not config.init_from:
         raise ValueError(
             f"loss.min_temperature={loss.min_temperature} is above model.temperature="
             f"{config.model.temperature}, with which a run starts; raise that, or lower this"

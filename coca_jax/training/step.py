@@ -78,7 +78,7 @@ def make_update(
             moved = jax.tree.map(
                 lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
             )
-        moved = roles.with_temperature(moved, config.loss.min_temperature)
+            moved = roles.with_temperature(moved, config.loss.min_temperature)
         ema = state.ema
         if averages(config.optimizer):
             decay = average_decay(config.optimizer, schedule, state.step)
