@@ -4,10 +4,10 @@
     python benchmarks/run.py --row=open_clip_coca --data=emoji --seed 1 2 --folder=data --minutes=6
 
 Two short runs say what start and compilation cost and what a step costs; from that follow the steps
-that fit the minutes, for all seeds. Then the row trains and is scored, and its line is added to
-results.json. What
-counts is the CPU time of the training process and its children, start and compilation included, on
-the cores that the command may use (taskset -c 0,1 for two).
+that fit the minutes, for all seeds; seeds that are run later take as many as those of the same
+row, minutes and machine did. Then the row trains and is scored, and its line is added to
+results.json. What counts is the CPU time of the training process and its children, start and
+compilation included, on the cores that the command may use (taskset -c 0,1 for two).
 """
 
 from __future__ import annotations
@@ -84,6 +84,21 @@ def add(path: pathlib.Path, line: dict[str, Any]) -> None:
     path.write_text(json.dumps([*rows, line], indent=1) + "\n")
 
 
+def of_other_seeds(args: argparse.Namespace) -> int:
+    """The steps that other seeds of the row took, in the same minutes on such a machine; 0 where
+    there are none, or not all took as many."""
+    path = pathlib.Path(args.out)
+    lines = json.loads(path.read_text()) if path.exists() else []
+    same = dict(row=args.row, data=args.data, minutes=args.minutes, machine=machine())
+    lines = [line for line in lines if all(line[key] == same[key] for key in same)]
+    steps = {line["steps"] for line in lines if line["seed"] not in args.seed}
+    if len(steps) != 1:
+        return 0
+    (found,) = steps
+    print(f"{found} steps, as other seeds of this row took: {path}", file=sys.stderr)
+    return found
+
+
 def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[str, Any]:
     """Trains the row with a seed and scores it: its line of results.json."""
     told, seconds = call("train", args, seed, steps, workdir)
@@ -124,7 +139,7 @@ def main() -> None:
     args.minutes = args.minutes or DATA[args.data].minutes
     args.folder = os.path.abspath(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
-        steps = args.steps or fitting(args, scratch)
+        steps = args.steps or of_other_seeds(args) or fitting(args, scratch)
         for seed in args.seed:
             line = run(args, seed, steps, os.path.join(scratch, f"seed-{seed}"))
             add(pathlib.Path(args.out), line)

@@ -162,6 +162,22 @@ def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):
         run.fitting(argparse.Namespace(minutes=0.5, seed=[0]), str(tmp_path))
 
 
+def test_a_later_seed_takes_the_steps_of_the_others(monkeypatch, tmp_path):
+    out = tmp_path / "results.json"
+    given = argparse.Namespace(row="a", data="scenes", minutes=2.0, seed=[1], out=str(out))
+    assert run.of_other_seeds(given) == 0  # no file yet
+    monkeypatch.setattr(run, "machine", lambda: "here")
+    line = dict(row="a", data="scenes", seed=0, minutes=2.0, machine="here", steps=180)
+    others = (dict(row="b"), dict(data="emoji"), dict(minutes=3.0), dict(machine="there"))
+    for other in (*others, dict(seed=1)):  # the last is of the seed that comes again
+        run.add(out, line | dict(steps=7) | other)
+    assert run.of_other_seeds(given) == 0
+    run.add(out, line)
+    assert run.of_other_seeds(given) == 180
+    run.add(out, line | dict(seed=2, steps=181))
+    assert run.of_other_seeds(given) == 0
+
+
 def test_drawings_are_found_under_the_names_of_their_packages():
     one = dict(unified="2764-FE0F", non_qualified="2764")
     assert emoji.places(one, "a/{lower}.png") == ["a/2764-fe0f.png", "a/2764.png", "a/2764.png"]
