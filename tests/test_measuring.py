@@ -23,6 +23,7 @@ import pictures_recipe  # noqa: E402
 import released_recipe  # noqa: E402
 import text_lengths  # noqa: E402
 
+from coca_jax import run_config  # noqa: E402
 from coca_jax.ablating import table  # noqa: E402
 from coca_jax.config import typed  # noqa: E402
 
@@ -219,3 +220,19 @@ def test_the_options_of_blocks_md_are_those_of_their_table():
     found = table.read(str(measuring.HERE / "options.toml"), {})
     assert tuple(one.name for one in found.variants) == measuring_ablations.OPTIONS
     assert tuple(found.seeds) == measuring.SEEDS
+
+
+@pytest.mark.parametrize("path", sorted(measuring.HERE.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_variant_of_the_tables_is_a_run_that_can_be(path):
+    """A recipe that changes may not go with what a table sets over it any more."""
+    for variant in table.read(str(path), {}).variants:
+        run_config.check(variant.config())
+
+
+def test_the_rows_of_packing_differ_in_how_images_are_resized():
+    one, other = table.read(str(measuring.HERE / "packing.toml"), {}).variants
+    assert {one.name: one.config().data.resize, other.name: other.config().data.resize} == {
+        "squash": "squash",
+        "native": "native",
+    }
+    assert one.config().change({"data.resize": "native"}) == other.config()
