@@ -225,8 +225,13 @@ def test_the_options_of_blocks_md_are_those_of_their_table():
 @pytest.mark.parametrize("path", sorted(measuring.HERE.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_variant_of_the_tables_is_a_run_that_can_be(path):
     """A recipe that changes may not go with what a table sets over it any more."""
+    refused = {}
     for variant in table.read(str(path), {}).variants:
-        run_config.check(variant.config())
+        try:
+            run_config.check(variant.config())
+        except ValueError as error:
+            refused[variant.name] = str(error)
+    assert refused == {}
 
 
 def test_the_rows_of_packing_differ_in_how_images_are_resized():
