@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax import partitioning
-from coca_jax.ops.cpu import conv_kernels
+from coca_jax.ops.cpu import attention_kernels, conv_kernels, turn_kernels
 from coca_jax.ops.reference import (
     NORM_EPSILON,
     Before,
@@ -59,11 +59,17 @@ def _known(options: dict[str, Any]) -> bool:
     return True
 
 
+def _alone() -> bool:
+    """Whether all is on one device."""
+    mesh = partitioning.active_mesh()
+    return mesh is None or mesh.size == 1
+
+
 def _by_images(function: Any, images: int) -> Any | None:
     """function(images [B, ...], *weights) -> [B, ...] run by each device on its own images, as XLA
     cannot split the call of a kernel; None where `images` do not divide over the devices."""
     mesh = partitioning.active_mesh()
-    if mesh is None or mesh.size == 1:
+    if mesh is None or _alone():
         return function
     if images % partitioning.batch_parts(mesh):
         return None
@@ -77,23 +83,26 @@ def _by_images(function: Any, images: int) -> Any | None:
     return run
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    """[N, D] x [D, F] multiplied in `dtype` with wide results, forward and backward."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, w: jax.Array, dtype: Any, kernels: bool = False) -> jax.Array:
+    """[N, D] x [D, F] multiplied in `dtype` with wide results, forward and backward. kernels: use
+    `turn_kernels` where they are."""
     return jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=wide(dtype))
 
 
-def _forward(x, w, dtype):
-    return product(x, w, dtype), (x, w)
+def _forward(x, w, dtype, kernels):
+    return product(x, w, dtype, kernels), (x, w)
 
 
-def _backward(dtype, residuals, g):
+def _backward(dtype, kernels, residuals, g):
     x, w = residuals
-    g = g.astype(dtype)
+    exact, g = g, g.astype(dtype)
     result = wide(dtype)
     dx = jax.lax.dot_general(
         g, w.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=result
     )
+    if kernels and dtype == jnp.bfloat16 and x.dtype == jnp.float32 and turn_kernels.available():
+        return dx.astype(x.dtype), turn_kernels.weight_gradient(x, exact).astype(w.dtype)
     dw = jax.lax.dot_general(
         x.astype(dtype), g, (((0,), (0,)), ((), ())), preferred_element_type=result
     )
@@ -199,7 +208,8 @@ class Cpu(Reference):
         return layer_by_bits
 
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-        rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype))
+        kernels = self.kernels and _alone()
+        rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype), kernels)
         return rows.reshape(x.shape[:-1] + kernel.shape[1:])
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
@@ -260,6 +270,9 @@ class Cpu(Reference):
         causal: bool = False,
     ) -> jax.Array:
         mask = whole_mask(mask, causal, query.shape[1])
+        if self.kernels and _alone() and query.dtype == jnp.float32:
+            out = attention_kernels.attend(query, key, value, mask, heads)
+            return checkpoint_name(out, "attended")
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         out = attend(query, key, value, mask, wide(value.dtype))
         return checkpoint_name(merge_heads(out), "attended")

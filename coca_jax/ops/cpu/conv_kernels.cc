@@ -4,25 +4,15 @@
 // two levels of cache: a convolution is a sum over the nine taps of a kernel, and the pixels that a
 // tap sees of a zero-padded image lie at an offset that is the same for all of a row.
 
-#include <utility>
-
 #include "team.h"
+#include "tiles.h"
 
 namespace {
 
-// Vectors of columns, and sums at most, that stay in registers; columns of a panel of weights.
-#if defined(__AVX512F__)
-constexpr int kVectors = 4, kSums = 24;
-#else
-constexpr int kVectors = 2, kSums = 12;
-#endif
-constexpr int64_t kPanel = 64;
+constexpr int64_t kPanel = 64;    // columns of a panel of weights
 constexpr int64_t kDepth = 64;    // rows of a panel used at a time: 16 KiB of the first cache
 constexpr int64_t kPixels = 144;  // of images whose share of a kernel's gradient is summed together
 constexpr int64_t kChannels = 64;  // of a kernel's gradient that one part of the work sums
-
-// Pixels or channels multiplied together with so many vectors; eight sums keep the units busy.
-constexpr int Most(int vectors) { return vectors == 1 ? 8 : kSums / vectors; }
 
 inline float Rectified(float x) { return x > 0 ? x : 0; }
 
@@ -32,27 +22,6 @@ inline void Copy(const float* from, int64_t count, bool rectify, float* to) {
     for (int64_t i = 0; i < count; ++i) to[i] = Rectified(from[i]);
   else
     std::memcpy(to, from, 4 * count);
-}
-
-// The entry for a number of rows and vectors in a table of instances of Form<rows, vectors>.
-template <template <int, int> class Form, int V, int... R>
-auto Instance(std::integer_sequence<int, R...>, int64_t rows) {
-  static constexpr decltype(&Form<1, 1>::Run) runs[] = {&Form<R + 1, V>::Run...};
-  return runs[rows - 1];
-}
-
-template <template <int, int> class Form, int V = kVectors>
-auto Instance(int64_t rows, int64_t vectors) {
-  if constexpr (V > 1)
-    if (vectors < V) return Instance<Form, V / 2>(rows, vectors);
-  return Instance<Form, V>(std::make_integer_sequence<int, Most(V)>(), rows);
-}
-
-// The vectors multiplied together from a column on: 1, 2 or 4 of the panel's that are left.
-int64_t VectorsAt(int64_t column, int64_t columns) {
-  int64_t vectors = kVectors;
-  while (vectors > 1 && vectors * kLanes > columns - column) vectors /= 2;
-  return vectors;
 }
 
 // A piece of a product: `depth` numbers of the input at an offset from a pixel's, and their rows of

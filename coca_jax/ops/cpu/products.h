@@ -190,14 +190,6 @@ void Multiply(Member& member, const Product& product, const Finish& finish) {
   });
 }
 
-inline float Sum(Vector v) {
-  float part[kLanes];
-  std::memcpy(part, &v, sizeof(part));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
-}
-
 // Sum of term(0) ... term(count - 1), vectors, in four sums that need not wait for each other.
 template <typename Term>
 float Total(int64_t count, const Term& term) {
@@ -226,21 +218,6 @@ void Norm(Member& member, const float* x, int64_t rows, int64_t width, const flo
                                        Load(shift + i * kLanes));
     }
   });
-}
-
-// exp(x) for x <= 88, to a few units in the last place; below -87, exp(-87).
-inline float Exp(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::floor(x * 1.44269504f + 0.5f);
-  // ln 2 in two parts, the first of few bits, so that n times it is exact.
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float series = 1.0f / 5040.0f;
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    series = series * r + c;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return series * power;
 }
 
 // x [B, N, D] and what all kernels do with it at first.

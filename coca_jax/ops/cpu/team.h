@@ -1,15 +1,15 @@
-// What the kernels for a CPU share: a vector register, threads that work through phases together,
-// and memory of their own.
+// What the kernels for a CPU share: threads that work through phases together, and memory of their
+// own.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -22,26 +22,6 @@ struct ffi::CtxBinding<ffi::ThreadPool> {
 };
 
 namespace {
-
-constexpr int kLine = 16;  // floats of a line of the cache
-
-// Floats of a vector register.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-
-inline Vector Load(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
 
 // What threads of one kernel share. `phase` numbers count up in each of them alike.
 struct Shared {
