@@ -102,8 +102,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    cut_to = {"text_lengths": tuple(given.lengths), "text_parts": 1}
-    config = typed(recipes.load(given.config)).change(cut_to)
+    changed = {"text_lengths": tuple(given.lengths), "text_parts": 1, "model.dtype": "float32"}
+    config = typed(recipes.load(given.config)).change(changed)
     found = steps(config, given.lengths, given.repeats)
     found["stem"] = stem(config, 3 * given.repeats)
     print(json.dumps(found))

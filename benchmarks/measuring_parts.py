@@ -63,7 +63,7 @@ def losses(given: Given) -> Rows:
 
 def huge_pages(given: Given) -> Rows:
     """Seconds of a core that a step takes with huge pages, and where a user has refused them."""
-    words = ("benchmark", "train", "--config=emoji", "--repeats=9")
+    words = ("benchmark", "train", "--config=emoji", "--config.model.dtype=float32", "--repeats=9")
     with_them = given.coca(*words, one_core=True)["cpu_seconds"]
     refused = dict(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     without = given.coca(*words, one_core=True, **refused)["cpu_seconds"]

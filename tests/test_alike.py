@@ -22,7 +22,7 @@ def small_config() -> Config:
     """The emoji recipe with every kind of layer, and little of each."""
     config = ConfigDict(recipes.load("emoji").to_dict(), convert_dict=True)
     config.batch_size, config.steps, config.text_lengths = 4, 10, ()
-    config.model.update(image_size=8, patch_size=4, embed_dim=16)
+    config.model.update(image_size=8, patch_size=4, embed_dim=16, dtype="float32")
     config.model.image.update(width=16, mlp_dim=32, num_heads=2)
     config.model.image.update(conv_widths=(16, 32), conv_depths=(0, 2))
     config.model.text.update(width=16, mlp_dim=32, num_heads=2, vocab_size=40, max_len=6)

@@ -76,7 +76,6 @@ def test_where_it_runs(monkeypatch):
     assert calls(Cpu(), jnp.bfloat16) == 2
     assert calls(Cpu(), jnp.float32) == 0
     assert calls(Cpu(kernels=False), jnp.bfloat16) == 0
-    assert calls(Cpu(), jnp.bfloat16, x.astype(jnp.bfloat16)) == 0
     with jax.set_mesh(partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
         assert calls(Cpu(), jnp.bfloat16) == 0
     monkeypatch.setattr(turn_kernels, "available", lambda: False)

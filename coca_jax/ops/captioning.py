@@ -260,12 +260,8 @@ def _chunk(x, y, w, kernel, bias, vocab_axis, chunk, options, with_gradients, i,
     if x.dtype == jnp.bfloat16:
         exp = options.ops.for_next_product(exp)
     ones = ((0, 0), (0, EXTRA))
-    d_kernel = d_kernel + jax.lax.dot_general(
-        jnp.pad(rows, ones, constant_values=1) if options.biased else rows,
-        gradient(exp).astype(x.dtype),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=dtype,
-    )
+    rows = jnp.pad(rows, ones, constant_values=1) if options.biased else rows
+    d_kernel = d_kernel + options.ops.weight_gradient(rows, gradient(exp).astype(x.dtype))
     return _Sums(loss, nll, d_x, d_kernel)
 
 

@@ -96,13 +96,13 @@ def _forward(x, w, dtype, kernels):
 
 def _backward(dtype, kernels, residuals, g):
     x, w = residuals
-    exact, g = g, g.astype(dtype)
+    g = g.astype(dtype)
     result = wide(dtype)
     dx = jax.lax.dot_general(
         g, w.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=result
     )
-    if kernels and dtype == jnp.bfloat16 and x.dtype == jnp.float32 and turn_kernels.available():
-        return dx.astype(x.dtype), turn_kernels.weight_gradient(x, exact).astype(w.dtype)
+    if kernels and dtype == jnp.bfloat16 and turn_kernels.available():
+        return dx.astype(x.dtype), turn_kernels.weight_gradient(x, g).astype(w.dtype)
     dw = jax.lax.dot_general(
         x.astype(dtype), g, (((0,), (0,)), ((), ())), preferred_element_type=result
     )
@@ -211,6 +211,11 @@ class Cpu(Reference):
         kernels = self.kernels and _alone()
         rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype), kernels)
         return rows.reshape(x.shape[:-1] + kernel.shape[1:])
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        if self.kernels and _alone() and x.dtype == jnp.bfloat16 and turn_kernels.available():
+            return turn_kernels.weight_gradient(x, g)
+        return super().weight_gradient(x, g)
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
         parts = max(1, -(-tokens * vocab // MOST_LOGITS))

@@ -26,9 +26,9 @@ def available() -> bool:
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x [N, D] turned times g [N, F], float32, rounded to bfloat16 -> [D, F], summed in float32."""
-    rounded = g.astype(jnp.bfloat16)
-    product = jnp.dot(turn(x), rounded, preferred_element_type=jnp.float32)
+    """x [N, D] turned times g [N, F], both rounded to bfloat16 -> [D, F], summed in float32."""
+    left, right = turn(x.astype(jnp.float32)), g.astype(jnp.bfloat16)
+    product = jnp.dot(left, right, preferred_element_type=jnp.float32)
     result = jax.ShapeDtypeStruct(product.shape, product.dtype)
     return jax.ffi.ffi_call("coca_jax_keep", result, input_output_aliases={0: 0})(product)
 
