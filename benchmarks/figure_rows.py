@@ -107,6 +107,27 @@ CLOCK = (
         lower=("caption_kernels/*",),
     ),
     Measurement(
+        (
+            *(f"cpu_attention/{shape}" for shape in parts.ATTENTION),
+            *(f"cpu_weight_gradients/{shape}" for shape in parts.WEIGHTS),
+        ),
+        parts.training_kernels,
+        1,
+        "taskset -c 0 python benchmarks/cpu_training.py",
+        more=dict(unit="ms"),
+        clock=True,
+        lower=("cpu_attention/*:kernels", "cpu_weight_gradients/*:bfloat16_kernels"),
+    ),
+    Measurement(
+        ("step_emoji",),
+        parts.step_dtypes,
+        1,
+        "taskset -c 1 coca-jax benchmark train --config=emoji --config.model.dtype=float32, bfloat16",
+        more=dict(unit="s"),
+        clock=True,
+        lower=("step_emoji",),
+    ),
+    Measurement(
         tuple(f"caption_kernels/{row}" for row in parts.WITHOUT),
         parts.without_kernels,
         2.5,

@@ -165,6 +165,25 @@ def kernels(given: Given) -> Rows:
     return found | {f"caption_kernels/bfloat16_{name}": row for name, row in parts}
 
 
+def training_kernels(given: Given) -> Rows:
+    """Attention and the gradients of weights, by XLA and by our kernels."""
+    told = given.script("cpu_training.py", one_core=True)
+    found: Rows = {f"cpu_attention/{name}": row for name, row in told["attention"].items()}
+    weights = told["weight_gradients"].items()
+    return found | {f"cpu_weight_gradients/{name}": row for name, row in weights}
+
+
+def step_dtypes(given: Given) -> Rows:
+    """Seconds of a core that a step of the emoji recipe takes in either type."""
+    times = {}
+    for dtype in ("float32", "bfloat16"):
+        flags = ("--config=emoji", f"--config.model.dtype={dtype}", "--repeats=15")
+        times[dtype] = given.coca("benchmark", "train", *flags, one_core=True)["cpu_seconds"]
+    return {"step_emoji": times | dict(share=times["bfloat16"] / times["float32"])}
+
+
+ATTENTION = ("36_by_36", "50_by_50", "76_by_255", "197_by_197")
+WEIGHTS = ("4608_640_160", "800_768_3072", "304_520_49408")
 WAYS = ("xla", "kernels")
 CONVOLUTIONS = ("32_64_24_s2", "64_64_12", "64_128_12_s2", "128_128_6")
 DECODING = ("mlp", "self_attention", "image_attention", "logits")

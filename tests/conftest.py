@@ -16,6 +16,10 @@ COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 if importlib.metadata.version("jax") < "0.12":  # XLA ends the process at a flag that it forgot
     # The older emitters compile a train step in less than half of the time.
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib") < "0.11":
+    # Of eight devices on two cores that have other work one may be late; after 40 s XLA would end
+    # the process.
+    COMPILE_FAST += " --xla_cpu_collective_call_terminate_timeout_seconds=240"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
