@@ -122,7 +122,8 @@ CLOCK = (
         ("step_emoji",),
         parts.step_dtypes,
         1,
-        "taskset -c 1 coca-jax benchmark train --config=emoji --config.model.dtype=float32, bfloat16",
+        "taskset -c 1 coca-jax benchmark train --config=emoji "
+        "--config.model.dtype=float32, bfloat16",
         more=dict(unit="s"),
         clock=True,
         lower=("step_emoji",),
@@ -174,6 +175,16 @@ CLOCK = (
         clock=True,
         higher=("captions", "full"),
         lower=("memory_*",),
+    ),
+    Measurement(
+        ("step_b32/by_kernels",),
+        peers.step_by_kernels,
+        5,
+        "coca-jax benchmark train --config=finetune_open_clip --config.batch_size=16 --peer "
+        "--config.model.dtype=bfloat16, COCA_JAX_CPU_KERNELS=0 and 1",
+        more=PEER,
+        clock=True,
+        higher=("kernels",),
     ),
     Measurement(
         ("clock", "serve_start"),

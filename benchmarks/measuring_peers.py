@@ -114,6 +114,22 @@ def steps_beside(given: Given) -> Rows:
     return found
 
 
+def step_by_kernels(given: Given) -> Rows:
+    """The same step in bfloat16 on full captions, with our kernels and without."""
+    flags = ("--config=finetune_open_clip", "--config.batch_size=16", "--peer", "--repeats=3")
+    values: Values = {}
+    for name, wanted in (("without", "0"), ("kernels", "1")):
+        told = given.coca(
+            "benchmark",
+            "train",
+            *flags,
+            "--config.model.dtype=bfloat16",
+            COCA_JAX_CPU_KERNELS=wanted,
+        )
+        values[name] = told["times_peer"]
+    return {"step_b32/by_kernels": values}
+
+
 def recaptioned(given: Given) -> Rows:
     """Pictures a second of `recaption` at coca_ViT-B-32's shapes, with and without kept programs,
     and of open_clip's `generate`, in float32 and bfloat16."""
