@@ -144,6 +144,19 @@ def test_without_a_compiler_training_is_as_before(monkeypatch):
         np.testing.assert_array_equal(b, a)
 
 
+def test_gradients_of_each_example_by_vmap():
+    *operands, weights = _operands(3, 8, 12, 2, 16)
+
+    def loss(query, key, value, weights):
+        one = (x[None] for x in (query, key, value))
+        return (weights * Cpu().attend(*one, None, 2)[0]).sum()
+
+    each = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*operands, weights)
+    _, *want = _gradients(Cpu(), [*operands, weights], None, 2)
+    for a, b in zip(want, each):
+        np.testing.assert_allclose(b, a, atol=1e-6 * max(1, abs(a).max()))
+
+
 def test_forward_alone_equals_the_definition():
     query, key, value, _ = _operands(2, 8, 12, 2, 16)
     got = Cpu().attend(query, key, value, None, 2)

@@ -72,6 +72,13 @@ def test_what_is_done_with_it_is_not_taken_into_the_product(change):
     np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
 
 
+def test_gradients_of_each_example_by_vmap():
+    x, g = _matrix(3, 64).reshape(3, 8, 8), _matrix(4, 48).reshape(3, 8, 8)
+    each = jax.jit(jax.vmap(turn_kernels.weight_gradient))(x, g)
+    for a, b, got in zip(x, g, each):
+        np.testing.assert_array_equal(got, turn_kernels.weight_gradient(a, b))
+
+
 def test_where_it_runs(monkeypatch):
     x, w = _matrix(8, 16), _matrix(16, 24)
 

@@ -47,15 +47,18 @@ def _forward(query, key, value, mask, heads):
     shown = shown.reshape((1,) * (4 - shown.ndim) + shown.shape)
     operands = (query, key, value, shown)
     result = jax.ShapeDtypeStruct(query.shape, jnp.float32)
-    return jax.ffi.ffi_call("coca_jax_attention", result)(*operands, heads=heads), operands
+    return _call("attention", result)(*operands, heads=heads), operands
 
 
 def _backward(heads, operands, g):
     if callable(operands):  # the gradient of `_plain`
         return *operands(g), None
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in operands[:3]]
-    call = jax.ffi.ffi_call("coca_jax_attention_gradients", results)
-    return *call(*operands, g, heads=heads), None
+    return *_call("attention_gradients", results)(*operands, g, heads=heads), None
+
+
+def _call(name, result):
+    return jax.ffi.ffi_call(f"coca_jax_{name}", result, vmap_method="sequential")
 
 
 attend.defvjp(_forward, _backward)

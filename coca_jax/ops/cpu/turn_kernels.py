@@ -30,10 +30,13 @@ def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     left, right = turn(x.astype(jnp.float32)), g.astype(jnp.bfloat16)
     product = jnp.dot(left, right, preferred_element_type=jnp.float32)
     result = jax.ShapeDtypeStruct(product.shape, product.dtype)
-    return jax.ffi.ffi_call("coca_jax_keep", result, input_output_aliases={0: 0})(product)
+    keep = jax.ffi.ffi_call(
+        "coca_jax_keep", result, input_output_aliases={0: 0}, vmap_method="sequential"
+    )
+    return keep(product)
 
 
 def turn(x: jax.Array) -> jax.Array:
     """float32 [R, C] -> bfloat16 [C, R], rounded to nearest, ties to even."""
     result = jax.ShapeDtypeStruct(x.shape[::-1], jnp.bfloat16)
-    return jax.ffi.ffi_call("coca_jax_turn", result)(x)
+    return jax.ffi.ffi_call("coca_jax_turn", result, vmap_method="sequential")(x)
