@@ -112,7 +112,7 @@ CLOCK = (
             *(f"cpu_weight_gradients/{shape}" for shape in parts.WEIGHTS),
         ),
         parts.training_kernels,
-        1,
+        0.7,
         "taskset -c 0 python benchmarks/cpu_training.py",
         more=dict(unit="ms"),
         clock=True,
@@ -179,7 +179,7 @@ CLOCK = (
     Measurement(
         ("step_b32/by_kernels",),
         peers.step_by_kernels,
-        5,
+        8,
         "coca-jax benchmark train --config=finetune_open_clip --config.batch_size=16 --peer "
         "--config.model.dtype=bfloat16, COCA_JAX_CPU_KERNELS=0 and 1",
         more=PEER,
