@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.text_lengths, config.text_parts = (7,), 4  # three names in four have at most six tokens
     config.model.update(
         image_size=48, patch_size=8, embed_dim=160, dtype="bfloat16", activation="relu"
-    )  # as exact as float32 here, in two thirds of the time where a processor multiplies it
+    )  # as exact as float32 here, in 0.7 of the time where a processor multiplies it
     # Lower ones sort the drawings of three hands better than those of a fourth.
     config.model.temperature = config.loss.min_temperature = 0.1
     config.model.image.update(

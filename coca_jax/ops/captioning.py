@@ -261,7 +261,7 @@ def _chunk(x, y, w, kernel, bias, vocab_axis, chunk, options, with_gradients, i,
         exp = options.ops.for_next_product(exp)
     ones = ((0, 0), (0, EXTRA))
     rows = jnp.pad(rows, ones, constant_values=1) if options.biased else rows
-    d_kernel = d_kernel + options.ops.weight_gradient(rows, gradient(exp).astype(x.dtype))
+    d_kernel = d_kernel + options.ops.weight_gradient(rows, gradient(exp), x.dtype)
     return _Sums(loss, nll, d_x, d_kernel)
 
 

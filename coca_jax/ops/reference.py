@@ -308,10 +308,11 @@ class Reference:
         """function(carry) where `wanted`, bool [], holds, and `carry` as it is elsewhere."""
         return jax.lax.cond(wanted, function, lambda unchanged: unchanged, carry)
 
-    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """x [N, D] turned times g [N, F], of one dtype -> [D, F], summed and kept wide."""
+    def weight_gradient(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
+        """x [N, D] turned times g [N, F], multiplied in `dtype` -> [D, F], summed and kept wide."""
         sums = (((0,), (0,)), ((), ()))
-        return jax.lax.dot_general(x, g, sums, preferred_element_type=wide(x.dtype))
+        x, g = x.astype(dtype), g.astype(dtype)
+        return jax.lax.dot_general(x, g, sums, preferred_element_type=wide(dtype))
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
         """How many tokens the softmax layer takes at a time where `tokens` are allowed, of logits

@@ -101,11 +101,7 @@ def _backward(dtype, kernels, residuals, g):
     dx = jax.lax.dot_general(
         g, w.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=result
     )
-    if kernels and dtype == jnp.bfloat16 and turn_kernels.available():
-        return dx.astype(x.dtype), turn_kernels.weight_gradient(x, g).astype(w.dtype)
-    dw = jax.lax.dot_general(
-        x.astype(dtype), g, (((0,), (0,)), ((), ())), preferred_element_type=result
-    )
+    dw = Cpu(kernels=kernels).weight_gradient(x, g, dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -208,14 +204,14 @@ class Cpu(Reference):
         return layer_by_bits
 
     def dense(self, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-        kernels = self.kernels and _alone()
-        rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype), kernels)
+        rows = product(x.reshape((-1, x.shape[-1])), kernel, jnp.dtype(dtype), self.kernels)
         return rows.reshape(x.shape[:-1] + kernel.shape[1:])
 
-    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        if self.kernels and _alone() and x.dtype == jnp.bfloat16 and turn_kernels.available():
+    def weight_gradient(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
+        halves = dtype == jnp.bfloat16 and _alone()
+        if self.kernels and halves and turn_kernels.available():
             return turn_kernels.weight_gradient(x, g)
-        return super().weight_gradient(x, g)
+        return super().weight_gradient(x, g, dtype)
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
         parts = max(1, -(-tokens * vocab // MOST_LOGITS))
