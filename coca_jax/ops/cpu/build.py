@@ -31,9 +31,8 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     """Compiles a source file and registers its kernels, coca_jax_{name}, with JAX; False, with a
     warning that says why, where it cannot.
 
-    without: what the kernels' lack costs, for the warning. define: a macro to compile it with. The
-    compiler is CXX of the environment,
-    or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
+    without: what the kernels' lack costs, for the warning. define: a macro to compile it with.
+    The compiler is CXX of the environment, or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
     """
     if os.environ.get("COCA_JAX_CPU_KERNELS") == "0":
         return False
