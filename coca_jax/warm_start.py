@@ -91,6 +91,14 @@ def check_place(path: str) -> None:
         )
 
 
+def check_weights(path: str) -> None:
+    """Raises FileNotFoundError where `path`, a folder here, has no weights to start from, and what
+    `check_place` raises."""
+    check_place(path)
+    if not export_format.is_export(path):
+        checkpointing.find_steps(path)
+
+
 def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:
     """The parameters at `path`, a nested dict of arrays on the host or the first device, the
     classes of its task head, and the rows and columns of patches that its positions are of."""

@@ -17,10 +17,11 @@ from conftest import COMPILE_FAST, scenes_words, tiny_config
 from one_device import smallest_run, train_alone
 
 from coca_jax import checkpointing, run_config
+from coca_jax.config import typed
 from coca_jax.data import vocabulary
 from coca_jax.metrics import read_metrics
 from coca_jax.train import train
-from coca_jax.training import goodput, objectives, stopping
+from coca_jax.training import goodput, objectives, setup, stopping
 from coca_jax.training.stopping import Preempted
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -195,6 +196,14 @@ def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, mon
 def test_a_workdir_refuses_another_config(whole):
     with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
         train(tiny_run(seed=1), whole[0])
+
+
+def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_later(tmp_path, whole):
+    config = tiny_run(init_from=str(tmp_path / "typo"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint under .*typo"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run/vocabulary.model").exists()
+    setup.check(typed(config), whole[0])  # a run that has saved a step goes on without them
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():

@@ -66,6 +66,14 @@ class Run:
             print(line, file=sys.stderr, flush=True)
 
 
+def _goes_on(workdir: str) -> bool:
+    """Whether a run there has saved a step: it does not read again what it started from."""
+    try:
+        return bool(checkpointing.find_steps(workdir)[1])
+    except FileNotFoundError:
+        return False
+
+
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     run_config.check(config)
@@ -75,8 +83,8 @@ def check(config: Config, workdir: str) -> Mesh:
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
     checkpoint_places.check_writable(workdir)
-    if config.init_from and not storage.is_remote(config.init_from):
-        warm_start.check_place(config.init_from)
+    if config.init_from and not storage.is_remote(config.init_from) and not _goes_on(workdir):
+        warm_start.check_weights(config.init_from)
     if config.optimizer.image_learning_rate == 0 and not config.init_from:
         raise ValueError(
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
