@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import sys
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def say(old: str, new: str) -> None:
     """Says on standard error what `old` is called now."""
     print(f"{old} is now {new}; the old name works until 0.3", file=sys.stderr, flush=True)
+
+
+def one_of(value: T, new: str, old_value: T, old: str) -> T:
+    """What is given by its new or its old name; an empty value is none.
+
+    Raises ValueError where both are given.
+    """
+    if not old_value:
+        return value
+    if value:
+        raise ValueError(f"{old} is the old name of {new}, which is given too; leave {old} out")
+    say(old, new)
+    return old_value

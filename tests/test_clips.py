@@ -282,7 +282,7 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
 def test_zero_shot_and_retrieval_of_videos(video_model, data, tmp_path):
     entry = dict(path=str(data / "out"), split="test")
     asked = [
-        dict(kind="zeroshot", name="clips", data=dict(entry, kind="label"), templates="bare"),
+        dict(kind="zeroshot", name="clips", data=dict(entry, kind="label"), prompts="bare"),
         dict(kind="retrieval", name="clips", data=entry),
     ]
     scores = tasks.run_tasks(video_model, asked, str(tmp_path))

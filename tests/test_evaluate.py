@@ -62,7 +62,7 @@ def tasks_for(folder, **changes):
     label = dict(data, kind="label")
     names = ["red", "green", "blue", "dark", "thing", "picture"]
     return [
-        dict(kind="zeroshot", name="c", data=label, class_names=names, templates="plain"),
+        dict(kind="zeroshot", name="c", data=label, class_names=names, prompts="plain"),
         dict(kind="generative", name="c", data=label, class_names=names),
         dict(kind="retrieval", name="c", data=data, **changes),
         dict(kind="captioning", name="c", data=data, decode=dict(max_tokens=8)),
@@ -278,7 +278,7 @@ def test_two_processes_share_the_work(on_one, parts, folder, tmp_path):
         port = free.getsockname()[1]
     flags = [f"--checkpoint={tmp_path}/model", f"--data={folder}", f"--out={tmp_path}/out"]
     flags += ["--tasks=zeroshot,generative,retrieval,captioning", "--name=c", "--nojava_metrics"]
-    flags += [f"--class_names={names}", "--templates=plain", "--batch_size=8"]
+    flags += [f"--class_names={names}", "--prompts=plain", "--batch_size=8"]
     both = [command(i, 2, port, *flags) for i in range(2)]
     said = [process.communicate(timeout=400) for process in both]
     assert [p.returncode for p in both] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]

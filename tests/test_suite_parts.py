@@ -127,7 +127,7 @@ def test_an_example_s_group_and_captions_are_where_sets_have_them(tmp_path):
         )
     ):
         found = folders.read(tar_set(tmp_path / str(number), members))
-        assert found.one_label and found.templates == ("a {}",)
+        assert found.one_label and found.prompts == ("a {}",)
         assert list(found.examples()) == [dict(image=b"of the png", target=1) | group]
     for number, (members, texts) in enumerate(
         (
@@ -183,7 +183,7 @@ def test_folders_of_pictures_and_lists_of_pairs_are_sets_too(folder, tmp_path_fa
         (plain / "test" / name / "0.png").write_bytes(png(name.partition("_")[2] or name))
     found = folders.read(str(plain))
     assert (found.kind, found.class_names) == ("classification", ("blue", "dark red"))
-    assert found.one_label and "a photo of a {}" in found.templates
+    assert found.one_label and "a photo of a {}" in found.prompts
     assert [one["target"] for one in found.examples()] == [0, 1]
     assert [colours(one["image"])[0] for one in found.examples()] == [[0, 0, 255], [255, 0, 0]]
     texts = tmp_path_factory.mktemp("texts")

@@ -148,11 +148,11 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
         done = server.run(["convert", "--input=files", "--out=weights"], tmp_path)
         assert done.returncode == 0, done.stderr
     weights = "files" if make is openvision else "weights"  # both are taken; one is faster
-    (tmp_path / "templates.txt").write_text("a photo of {}\n")
+    (tmp_path / "prompts.txt").write_text("a photo of {}\n")
 
     # Without --tasks, captions are left out, and said to be.
     command = ["evaluate", f"--checkpoint={weights}", f"--data={photos}", "--name=six"]
-    done = server.run([*command, "--templates=templates.txt", "--out=scores"], tmp_path)
+    done = server.run([*command, "--prompts=prompts.txt", "--out=scores"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "captioning left out: this model has no caption" in done.stderr
     scores = json.loads((tmp_path / "scores/eval.json").read_text())

@@ -14,6 +14,7 @@ from launch_stand_ins import launch
 import coca_jax
 from coca_jax import cli, recipes
 from coca_jax.config import Config
+from coca_jax.evaluators import declarations
 from coca_jax.inference.generation import settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -161,3 +162,30 @@ def test_the_old_name_of_a_benchmark_s_beams_is_read(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_model, "caption", lambda config, batch, tokens, beams, *_: beams)
     assert benchmark.measure("caption") == 3
     assert "--beams is now --num_beams; the old name works until 0.3" in capsys.readouterr().err
+
+
+def test_the_old_name_of_prompts_is_read(tmp_path, capsys, monkeypatch):
+    """In the flags of evaluate, in a task of a recipe and in a call."""
+    from absl import flags
+
+    flags_of("evaluate", monkeypatch)
+    flags.FLAGS(["evaluate", "--templates=plain", "--class_names=names.txt"])
+    zero_shot = declarations.of("zeroshot")
+    task = dict(name="x", data={}, kind="zeroshot")
+    zero_shot.from_flags(task, flags.FLAGS)
+    assert (task["prompts"], task["class_names"]) == ("plain", "names.txt")
+    said = "--templates is now --prompts; the old name works until 0.3\n"
+    assert capsys.readouterr().err == said
+    task = dict(name="x", data={}, class_names=["cat", "dog"], templates="plain")
+    made = zero_shot.from_task(task, declarations.Setting())
+    assert made.prompts == ("a photo of the {}",)
+    assert "templates is now a task's prompts" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the old name of a task's prompts, which is given too"):
+        zero_shot.from_task(dict(task, prompts="bare"), declarations.Setting())
+    model = coca_jax.load(str(unpacked("run_0_1", tmp_path)))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    names, prompts = ["a red circle", "a blue square"], ["{}", "one {}"]
+    old = model.zero_shot(pixels, names, templates=prompts)
+    assert "templates is now prompts; the old name works" in capsys.readouterr().err
+    np.testing.assert_array_equal(old, model.zero_shot(pixels, names, prompts))
+    assert not capsys.readouterr().err

@@ -218,9 +218,9 @@ class Label(Kind):
     @classmethod
     def tasks(cls, config: Config) -> list[dict[str, Any]]:
         """Classes by embedding, or by what the decoder thinks of each name."""
-        templates = "photo" if config.data.prompts == "varied" else config.data.prompts
+        prompts = "photo" if config.data.prompts == "varied" else config.data.prompts
         by = "zeroshot" if config.loss.contrastive_weight else "generative"
-        return [dict(kind=by, templates=templates)]
+        return [dict(kind=by, prompts=prompts)]
 
     def choose(
         self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw

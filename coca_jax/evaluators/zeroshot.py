@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax import renamed
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluators import (
     LIKELIHOOD_TIE,
@@ -24,7 +25,11 @@ from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
 
-FLAGS = (Flag("templates", "", "Prompt set or text file for classification."), class_names.FLAG)
+FLAGS = (
+    Flag("prompts", "", "Prompt set or text file for classification."),
+    Flag("templates", "", "The old name of --prompts."),
+    class_names.FLAG,
+)
 _TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
 
 
@@ -57,21 +62,26 @@ class ByPrompts(Evaluator):
     """What classifies by texts made of class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
-    options = ("class_names", "templates")
+    options = ("class_names", "prompts", "templates")
     default_prompts = "photo"
     several_batches = True
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --templates and --class_names."""
+        """Takes --prompts and --class_names."""
         super().from_flags(task, flags)
-        task |= dict(templates=flags.templates, class_names=flags.class_names)
+        prompts = renamed.one_of(flags.prompts, "--prompts", flags.templates, "--templates")
+        task |= dict(prompts=prompts, class_names=flags.class_names)
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
-        """task: class_names, a list or a file for `class_names.read_class_names`; templates."""
+        """task: class_names, a list or a file for `class_names.read_class_names`; prompts, a set
+        or a file for `prompts.load`."""
         names, labels = class_names.names_and_labels(task)
-        prompts = prompt_sets.load(task.get("templates") or cls.default_prompts)
+        prompts = renamed.one_of(
+            task.get("prompts", ""), "a task's prompts", task.get("templates", ""), "templates"
+        )
+        prompts = prompt_sets.load(prompts or cls.default_prompts)
         common = setting.common(several=cls.several_batches)
         made: Any = cls
         return made(task["name"], names, prompts, labels=labels, **common)

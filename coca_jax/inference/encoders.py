@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from coca_jax import renamed
 from coca_jax.config import Config, StoredConfig, checks
 from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
@@ -162,27 +163,27 @@ class Encoders:
         self,
         images: Any,
         class_names: Sequence[str],
-        templates: Sequence[str] = prompt_sets.PHOTO,
+        prompts: Sequence[str] | None = None,
         *,
+        templates: Sequence[str] | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
 
-        A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); templates
-        hold '{}' once. The probabilities use the model's temperature. Raises ValueError for a
-        template without '{}' or no class.
+        A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
+        hold '{}' once; default: the three of `data.prompts.PHOTO`. The probabilities use the
+        model's temperature. Raises ValueError for a prompt without '{}' or no class.
+        templates: the old name of prompts.
         """
-        templates = prompt_sets.check(templates)
+        prompts = renamed.one_of(prompts, "prompts", templates, "templates")
+        prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
         if not len(class_names):
             raise ValueError("class_names is empty; give the names to choose among")
-        texts = [template.replace("{}", name) for name in class_names for template in templates]
-        mean = (
-            self.encode_text(texts, labels=True)
-            .reshape(len(class_names), len(templates), -1)
-            .mean(1)
-        )
+        texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
+        embeddings = self.encode_text(texts, labels=True)
+        mean = embeddings.reshape(len(class_names), len(prompts), -1).mean(1)
         classes = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
         logits = self.scale * self.encode_image(images, progress=progress) @ classes.T
         weights = np.exp(logits - logits.max(-1, keepdims=True))

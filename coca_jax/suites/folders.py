@@ -38,7 +38,7 @@ MAX_MEMBER = 256 << 20
 class Folder:
     """A data set. kind: one of TYPES, or 'selection'. layout: 'tars', 'pairs' or 'plain'.
 
-    class_names, templates: of classification; templates hold '{}'.
+    class_names, prompts: of classification; prompts hold '{}'.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Folder:
     kind: str
     layout: str
     class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def one_label(self) -> bool:

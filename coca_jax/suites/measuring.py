@@ -51,7 +51,7 @@ def probe(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") 
 
 def _classes(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
     title = show and f"{show} texts"
-    classes = class_embeddings(model, folder.class_names, folder.templates, size, show=title)
+    classes = class_embeddings(model, folder.class_names, folder.prompts, size, show=title)
     scores, target, group = [], [], []
     for batch in in_batches(folder.examples(), size, show=show and f"{show} images"):
         scores.append(normalise(_embed(model, batch)) @ classes.T)

@@ -74,7 +74,7 @@ def _data(task: Task) -> str:
     place = storage.place(folder.path)
     files = sorted(place.glob(f"{folder.split}/*.tar")) if place.is_dir() else [place]
     sizes = [file.stat().length for file in files]
-    texts = [folder.kind, *folder.class_names, *folder.templates]
+    texts = [folder.kind, *folder.class_names, *folder.prompts]
     return json.dumps([folder.path, folder.split, sizes, texts])
 
 
