@@ -1,8 +1,5 @@
-"""The kernels of decoding on a CPU against NumPy in float64, and life without a compiler."""
+"""The kernels of decoding on a CPU against NumPy in float64."""
 
-import os
-import subprocess
-import sys
 from concurrent import futures
 
 import jax
@@ -229,48 +226,6 @@ def test_callers_at_once_do_not_disturb_each_other(kernels):
 
     with futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(again, range(len(inputs))))
-
-
-def without(compiler: str, folder) -> tuple[bool, str]:
-    """(available, what was logged) in a new process whose compiler is `compiler`."""
-    code = "from coca_jax.ops.cpu import decode_kernels as k; print(k.available(), k.available())"
-    env = dict(os.environ, CXX=compiler, XDG_CACHE_HOME=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split()
-    assert first == second
-    return first == "True", done.stderr
-
-
-def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
-    for compiler, reason in (
-        ("no-such-compiler", "there is no C++ compiler 'no-such-compiler'"),
-        ("false", "false cannot compile decode_kernels.cc"),
-    ):
-        works, said = without(compiler, tmp_path)
-        assert not works and said.count(reason) == 1 and "Install g++" in said
-    assert not list(tmp_path.rglob("*.so"))
-
-
-@needs_compiler
-def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path):
-    quick = tmp_path / "quick-c++"  # the last of several -O counts
-    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-    quick.chmod(0o755)
-    folder = tmp_path / "cache"
-    assert without(str(quick), folder) == (True, "")
-    (library,) = folder.rglob("*.so")
-    made = library.stat().st_mtime_ns
-    assert without(str(quick), folder) == (True, "")
-    assert library.stat().st_mtime_ns == made and len(list(library.parent.iterdir())) == 1
-    whole = library.read_bytes()
-    library.write_bytes(whole[:-1] + b"\xff")  # other contents than its name tells
-    assert without(str(quick), folder) == (True, "")
-    assert library.read_bytes() == whole  # compiled again in its place
-    library.chmod(0o777)
-    before = library.stat().st_ino
-    assert without(str(quick), folder) == (True, "")
-    assert library.stat().st_ino != before and library.stat().st_mode & 0o777 == 0o700
 
 
 def test_where_the_kernels_are_used(monkeypatch):

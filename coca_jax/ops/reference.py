@@ -14,7 +14,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -313,6 +314,13 @@ class Reference:
         sums = (((0,), (0,)), ((), ()))
         x, g = x.astype(dtype), g.astype(dtype)
         return jax.lax.dot_general(x, g, sums, preferred_element_type=wide(dtype))
+
+    def begin_kernels(self, dtype: Any, convolutions: bool) -> Sequence[Future[Any]]:
+        """Begins to compile, beside other work, the kernels that are compiled on this machine and
+        that a train step of a model in `dtype` calls. convolutions: whether its stem has some. What
+        it gives is done when they are."""
+        del dtype, convolutions
+        return ()
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
         """How many tokens the softmax layer takes at a time where `tokens` are allowed, of logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from coca_jax import (
     checkpoint_places,
     checkpointing,
     metrics,
+    ops,
     partitioning,
     run_config,
     storage,
@@ -105,6 +107,8 @@ def prepare(
 
     Raises ValueError when the data or what `workdir` holds does not fit the config.
     """
+    form = ops.choose(mesh.devices.flat[0].platform, config.model.implementation)
+    kernels = form.begin_kernels(config.model.dtype, bool(config.model.image.conv_widths))
     begin(stop, "reading data")
     declarations.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
@@ -118,6 +122,9 @@ def prepare(
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     steps = run_config.num_steps(config, mixture.num_examples)
     model = build_model(config, mesh, len(class_names))
+    if futures.wait(kernels, timeout=1).not_done:
+        begin(stop, "compiling kernels for this processor, once")
+        futures.wait(kernels)
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
 
 

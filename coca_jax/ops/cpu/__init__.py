@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from coca_jax import partitioning
-from coca_jax.ops.cpu import attention_kernels, conv_kernels, turn_kernels
+from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, turn_kernels
 from coca_jax.ops.reference import (
     NORM_EPSILON,
     Before,
@@ -192,6 +193,13 @@ class Cpu(Reference):
     @property
     def remat(self) -> str:
         return "named"  # writing and reading the stacks costs more than computing again
+
+    def begin_kernels(self, dtype: Any, convolutions: bool) -> Sequence[Future[Any]]:
+        if not self.kernels or build.switched_off():
+            return ()
+        halves = jnp.dtype(dtype) == jnp.bfloat16
+        used = [attention_kernels, *[conv_kernels] * convolutions, *[turn_kernels] * halves]
+        return [build.begin(kernels.SOURCE) for kernels in used]
 
     def stream_dtype(self, dtype: Any) -> Any:
         return wide(dtype)

@@ -1,8 +1,9 @@
 """Kernels of C++ for a CPU: compiled at first use by the machine's own compiler, for its own
-processor, and kept in the cache folder."""
+processor, and kept in the cache folder. Several at once, where who needs them begins in time."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -25,6 +26,24 @@ FLAGS = (
     " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 )
 
+Library = concurrent.futures.Future[pathlib.Path]
+_compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
+
+
+def begin(source: pathlib.Path, define: str = "") -> Library:
+    """Begins to compile a source file and does not wait; no failure is told before `register`."""
+    return _begun(source, define)
+
+
+@functools.cache
+def _begun(source: pathlib.Path, define: str) -> Library:
+    return _compilers.submit(_build, source, define)
+
+
+def switched_off() -> bool:
+    """Whether the environment says that there are to be no kernels (COCA_JAX_CPU_KERNELS=0)."""
+    return os.environ.get("COCA_JAX_CPU_KERNELS") == "0"
+
 
 @functools.cache
 def register(source: pathlib.Path, names: tuple[str, ...], without: str, define: str = "") -> bool:
@@ -34,10 +53,10 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     without: what the kernels' lack costs, for the warning. define: a macro to compile it with.
     The compiler is CXX of the environment, or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
     """
-    if os.environ.get("COCA_JAX_CPU_KERNELS") == "0":
+    if switched_off():
         return False
     try:
-        library = ctypes.CDLL(str(_build(source, define)))
+        library = ctypes.CDLL(str(begin(source, define).result()))
     except (OSError, ValueError) as error:
         logging.getLogger("coca_jax").warning(
             "%s: %s. Install g++ or clang++, or name a C++ compiler in CXX; "

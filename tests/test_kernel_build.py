@@ -1,0 +1,122 @@
+"""How kernels of C++ come to be: compiled once, several at a time, and life without a compiler."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent import futures
+
+from conftest import needs_compiler, tiny_config
+
+from coca_jax import partitioning
+from coca_jax.config import typed
+from coca_jax.metrics import TimeBuckets
+from coca_jax.ops.cpu import Cpu
+from coca_jax.training import setup, stopping
+
+
+def without(compiler: str, folder) -> tuple[bool, str]:
+    """(available, what was logged) in a new process whose compiler is `compiler`."""
+    code = "from coca_jax.ops.cpu import decode_kernels as k; print(k.available(), k.available())"
+    env = dict(os.environ, CXX=compiler, XDG_CACHE_HOME=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first == second
+    return first == "True", done.stderr
+
+
+def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
+    for compiler, reason in (
+        ("no-such-compiler", "there is no C++ compiler 'no-such-compiler'"),
+        ("false", "false cannot compile decode_kernels.cc"),
+    ):
+        works, said = without(compiler, tmp_path)
+        assert not works and said.count(reason) == 1 and "Install g++" in said
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path):
+    quick = tmp_path / "quick-c++"  # the last of several -O counts
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    quick.chmod(0o755)
+    folder = tmp_path / "cache"
+    assert without(str(quick), folder) == (True, "")
+    (library,) = folder.rglob("*.so")
+    made = library.stat().st_mtime_ns
+    assert without(str(quick), folder) == (True, "")
+    assert library.stat().st_mtime_ns == made and len(list(library.parent.iterdir())) == 1
+    whole = library.read_bytes()
+    library.write_bytes(whole[:-1] + b"\xff")  # other contents than its name tells
+    assert without(str(quick), folder) == (True, "")
+    assert library.read_bytes() == whole  # compiled again in its place
+    library.chmod(0o777)
+    before = library.stat().st_ino
+    assert without(str(quick), folder) == (True, "")
+    assert library.stat().st_ino != before and library.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+def test_those_of_a_step_are_compiled_at_the_same_time(tmp_path):
+    """Each compiler waits until all three have been started."""
+    together = tmp_path / "together-c++"
+    together.write_text(
+        f"""#!/bin/sh
+touch {tmp_path}/started-$$
+for i in $(seq 300); do
+  [ $(ls {tmp_path} | grep -c started) -ge 3 ] && exec c++ "$@" -O0
+  sleep 0.1
+done
+exit 1
+"""
+    )
+    together.chmod(0o755)
+    code = """
+from coca_jax import ops
+from coca_jax.ops.cpu import attention_kernels, conv_kernels, turn_kernels
+print(len(ops.choose("cpu", "xla").begin_kernels("bfloat16", True)))
+kernels = ops.choose("cpu").begin_kernels("bfloat16", True)
+print(len(kernels), len(ops.choose("cpu").begin_kernels("float32", False)))
+print(*[one.available() for one in (attention_kernels, conv_kernels, turn_kernels)])
+"""
+    env = dict(os.environ, CXX=str(together), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["0", "3 1", "True True True"]
+    assert len(list(tmp_path.glob("started-*"))) == 3  # none twice
+    env["COCA_JAX_CPU_KERNELS"] = "0"
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["0", "0 0", "False False False"]
+
+
+def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
+    config = tiny_config()
+    config.model.text.vocab_size = 320
+    config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
+    config = typed(config)
+    asked = []
+
+    def lines(workdir: str, compiled: futures.Future) -> list[str]:
+        monkeypatch.setattr(Cpu, "begin_kernels", lambda _, *how: asked.append(how) or [compiled])
+        mesh = partitioning.make_mesh(8, 1, 1)
+        setup.prepare(mesh, config, workdir, TimeBuckets(), stopping.current())
+        assert compiled.done()
+        return capsys.readouterr().err.splitlines()
+
+    ready: futures.Future[pathlib.Path] = futures.Future()
+    ready.set_result(tmp_path)
+    assert lines(str(tmp_path / "a"), ready) == ["reading data ..."]
+    late: futures.Future[pathlib.Path] = futures.Future()
+    real = setup.begin
+
+    def begin(stop, work):
+        real(stop, work)
+        if work.startswith("compiling"):
+            late.set_result(tmp_path)
+
+    monkeypatch.setattr(setup, "begin", begin)
+    said = lines(str(tmp_path / "b"), late)
+    assert said == ["reading data ...", "compiling kernels for this processor, once ..."]
+    assert asked == [("float32", False)] * 2
