@@ -23,7 +23,7 @@ from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import own_data
 from coca_jax.importers.items import Options
 from coca_jax.inference import export_programs
-from coca_jax.training import lease, memory, stopping
+from coca_jax.training import lease, memory, setup, stopping
 from coca_jax.training import run as training
 
 Say = Callable[[str], None]
@@ -161,7 +161,9 @@ def decide(
             weights=start,
         )
         draft = choose.choose(facts, machine, request.minutes, size, **keywords)
+        kernels = setup.begin_kernels(draft.config, machine.platform)
         tokens = token_lengths(draft.config, facts, size, workdir, say)
+        setup.wait_for_kernels(kernels, stopping.current())
         measured_facts = dataclasses.replace(facts, tokens=tokens)
         keywords["bytes_needed"] = memory.needed
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)

@@ -107,8 +107,7 @@ def prepare(
 
     Raises ValueError when the data or what `workdir` holds does not fit the config.
     """
-    form = ops.choose(mesh.devices.flat[0].platform, config.model.implementation)
-    kernels = form.begin_kernels(config.model.dtype, bool(config.model.image.conv_widths))
+    kernels = begin_kernels(config, mesh.devices.flat[0].platform)
     begin(stop, "reading data")
     declarations.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
@@ -122,9 +121,7 @@ def prepare(
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     steps = run_config.num_steps(config, mixture.num_examples)
     model = build_model(config, mesh, len(class_names))
-    if futures.wait(kernels, timeout=1).not_done:
-        begin(stop, "compiling kernels for this processor, once")
-        futures.wait(kernels)
+    wait_for_kernels(kernels, stop)
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
 
 
@@ -164,6 +161,22 @@ def check_vocabulary(config: Config, old: dict[str, Any], workdir: str) -> None:
             f"{place} (sha256 {found[:12]}) is not the vocabulary that the run of {workdir} was "
             f"trained with ({bound[:12]}); put that one back, or use a new --workdir"
         )
+
+
+Kernels = Sequence[futures.Future[Any]]
+
+
+def begin_kernels(config: Config, platform: str) -> Kernels:
+    """See `Reference.begin_kernels`: of the config's train step."""
+    form = ops.choose(platform, config.model.implementation)
+    return form.begin_kernels(config.model.dtype, bool(config.model.image.conv_widths))
+
+
+def wait_for_kernels(kernels: Kernels, stop: Stop) -> None:
+    """Waits until they are compiled, and says so where that takes more than a second."""
+    if futures.wait(kernels, timeout=1).not_done:
+        begin(stop, "compiling kernels for this processor, once")
+        futures.wait(kernels)
 
 
 def begin(stop: Stop, work: str) -> None:
