@@ -4,6 +4,7 @@ processor, and kept in the cache folder. Several at once, where who needs them b
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,9 +12,11 @@ import logging
 import os
 import pathlib
 import shlex
+import shutil
 import stat
 import subprocess
 import tempfile
+import time
 
 import jax
 
@@ -25,6 +28,9 @@ FLAGS = (
     "-std=c++17 -O3 -march=native -fPIC -shared -pthread"
     " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 )
+
+SCRATCH = "compiling-"  # folders in which compilers write
+ABANDONED = 3600.0  # seconds: none takes so long
 
 Library = concurrent.futures.Future[pathlib.Path]
 _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
@@ -82,7 +88,8 @@ def _build(source: pathlib.Path, define: str) -> pathlib.Path:
     for library in folder.glob(f"cpu_kernels-{key}-*.so"):
         if _is_whole(library):
             return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    _clear(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         made = pathlib.Path(scratch) / "kernels.so"
         try:
             done = subprocess.run(
@@ -97,6 +104,14 @@ def _build(source: pathlib.Path, define: str) -> pathlib.Path:
         library = folder / f"cpu_kernels-{key}-{_digest(made)}.so"
         made.replace(library)
     return library
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Removes what compilations that were killed have left behind."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(FileNotFoundError):  # one that ends just now
+            if time.time() - scratch.stat().st_mtime > ABANDONED:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_whole(library: pathlib.Path) -> bool:
