@@ -80,22 +80,25 @@ exit 1
     )
     together.chmod(0o755)
     code = """
-from coca_jax import ops
+import jax
+from coca_jax import ops, partitioning
 from coca_jax.ops.cpu import attention_kernels, conv_kernels, turn_kernels
 print(len(ops.choose("cpu", "xla").begin_kernels("bfloat16", True)))
 kernels = ops.choose("cpu").begin_kernels("bfloat16", True)
 print(len(kernels), len(ops.choose("cpu").begin_kernels("float32", False)))
+with jax.set_mesh(partitioning.make_mesh(8, 1, 1)):
+    print(len(ops.choose("cpu").begin_kernels("bfloat16", True)))  # others need one device
 print(*[one.available() for one in (attention_kernels, conv_kernels, turn_kernels)])
 """
     env = dict(os.environ, CXX=str(together), XDG_CACHE_HOME=str(tmp_path / "cache"))
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["0", "3 1", "True True True"]
+    assert done.stdout.splitlines() == ["0", "3 1", "1", "True True True"]
     assert len(list(tmp_path.glob("started-*"))) == 3  # none twice
     env["COCA_JAX_CPU_KERNELS"] = "0"
     done = subprocess.run(run, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["0", "0 0", "False False False"]
+    assert done.stdout.splitlines() == ["0", "0 0", "0", "False False False"]
 
 
 def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):

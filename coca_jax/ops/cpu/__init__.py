@@ -198,8 +198,9 @@ class Cpu(Reference):
         if not self.kernels or build.switched_off():
             return ()
         halves = jnp.dtype(dtype) == jnp.bfloat16
-        used = [attention_kernels, *[conv_kernels] * convolutions, *[turn_kernels] * halves]
-        return [build.begin(kernels.SOURCE) for kernels in used]
+        used = [attention_kernels, *[turn_kernels] * halves] if _alone() else []
+        used += [conv_kernels] * convolutions
+        return [build.begin(kernels.SOURCE, "") for kernels in used]
 
     def stream_dtype(self, dtype: Any) -> Any:
         return wide(dtype)

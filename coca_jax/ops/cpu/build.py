@@ -36,13 +36,9 @@ Library = concurrent.futures.Future[pathlib.Path]
 _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
 
 
-def begin(source: pathlib.Path, define: str = "") -> Library:
-    """Begins to compile a source file and does not wait; no failure is told before `register`."""
-    return _begun(source, define)
-
-
 @functools.cache
-def _begun(source: pathlib.Path, define: str) -> Library:
+def begin(source: pathlib.Path, define: str) -> Library:
+    """Begins to compile a source file and does not wait; no failure is told before `register`."""
     return _compilers.submit(_build, source, define)
 
 
