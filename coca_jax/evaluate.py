@@ -177,6 +177,7 @@ def tasks_of_flags() -> list[dict[str, Any]]:
         task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
         task |= dict(data=dict(data), limit=args.limit)
         declarations.of(kind).from_flags(task, args)
+        declarations.of(kind).check_task(task)
         tasks.append(task)
     return tasks
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+@functools.cache
 def say(old: str, new: str) -> None:
-    """Says on standard error what `old` is called now."""
+    """Says on standard error what `old` is called now, once in a process."""
     print(f"{old} is now {new}; the old name works until 0.3", file=sys.stderr, flush=True)
 
 

@@ -161,6 +161,12 @@ def test_a_task_s_unknown_key_is_refused_with_the_nearest():
         declarations.check([wrong])
 
 
+def test_a_task_s_unknown_prompts_are_refused_before_any_work():
+    wrong = dict(kind="generative", name="mine", data=dict(builtin="scenes"), prompts="fotos")
+    with pytest.raises(ValueError, match="prompts is 'fotos'; use one of bare, plain, photo"):
+        declarations.check([wrong])
+
+
 def test_weights_may_start_below_the_bound_of_the_temperature():
     """A new run may not: `model.temperature` is where it starts."""
     config = tiny(**{"loss.min_temperature": 0.1, "data.sources": (dict(builtin="scenes"),)})

@@ -12,7 +12,7 @@ import pytest
 from launch_stand_ins import launch
 
 import coca_jax
-from coca_jax import cli, recipes
+from coca_jax import cli, recipes, renamed
 from coca_jax.config import Config
 from coca_jax.evaluators import declarations
 from coca_jax.inference.generation import settings
@@ -41,6 +41,11 @@ METHODS = (
     "answer caption caption_log_likelihood captions checksum classify encode_image encode_text "
     "encode_video features forward num_tokens preprocess score similarity zero_shot"
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_said_yet():
+    renamed.say.cache_clear()
 
 
 def unpacked(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -180,8 +185,10 @@ def test_the_old_name_of_prompts_is_read(tmp_path, capsys, monkeypatch):
     made = zero_shot.from_task(task, declarations.Setting())
     assert made.prompts == ("a photo of the {}",)
     assert "templates is now a task's prompts" in capsys.readouterr().err
+    zero_shot.from_task(task, declarations.Setting())
+    assert not capsys.readouterr().err  # it is said once
     with pytest.raises(ValueError, match="the old name of a task's prompts, which is given too"):
-        zero_shot.from_task(dict(task, prompts="bare"), declarations.Setting())
+        declarations.check([dict(task, kind="zeroshot", prompts="bare")])
     model = coca_jax.load(str(unpacked("run_0_1", tmp_path)))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     names, prompts = ["a red circle", "a blue square"], ["{}", "one {}"]

@@ -126,6 +126,11 @@ class Evaluator(abc.ABC):
             task["data"]["kind"] = cls.needs
 
     @classmethod
+    def check_task(cls, task: Mapping[str, Any]) -> None:
+        """Raises ValueError or FileNotFoundError for options that cannot be, before any work."""
+        check_keys(task, cls)
+
+    @classmethod
     def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
         """Raises ValueError for a model that a task cannot score, before any work."""
         lacking = [name for name in cls.programs if not hasattr(model, name)]
@@ -220,12 +225,12 @@ def instead(need: str) -> str:
 
 def check(tasks: Sequence[Any]) -> None:
     """Raises ValueError or FileNotFoundError for the first of a run's evaluations that is unknown,
-    whose data are not there, or hold nothing that it needs, as far as that can be told without
-    reading images."""
+    whose options cannot be, whose data are not there, or hold nothing that it needs, as far as that
+    can be told without reading images."""
     for task in tasks:
         task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
         data, evaluator = dict(task.get("data") or {}), of(task.get("kind", ""))
-        check_keys(task, evaluator)
+        evaluator.check_task(task)
         if not data.get("path"):
             continue
         data.setdefault("split", "test")

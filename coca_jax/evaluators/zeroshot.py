@@ -74,14 +74,24 @@ class ByPrompts(Evaluator):
         task |= dict(prompts=prompts, class_names=flags.class_names)
 
     @classmethod
+    def prompts_of(cls, task: Mapping[str, Any]) -> Sequence[str]:
+        """Raises ValueError for a set that there is not, or both names of the option."""
+        prompts = renamed.one_of(
+            task.get("prompts", ""), "a task's prompts", task.get("templates", ""), "templates"
+        )
+        return prompt_sets.load(prompts or cls.default_prompts)
+
+    @classmethod
+    def check_task(cls, task: Mapping[str, Any]) -> None:
+        super().check_task(task)
+        cls.prompts_of(task)
+
+    @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
         """task: class_names, a list or a file for `class_names.read_class_names`; prompts, a set
         or a file for `prompts.load`."""
         names, labels = class_names.names_and_labels(task)
-        prompts = renamed.one_of(
-            task.get("prompts", ""), "a task's prompts", task.get("templates", ""), "templates"
-        )
-        prompts = prompt_sets.load(prompts or cls.default_prompts)
+        prompts = cls.prompts_of(task)
         common = setting.common(several=cls.several_batches)
         made: Any = cls
         return made(task["name"], names, prompts, labels=labels, **common)
