@@ -9,7 +9,7 @@ import pytest
 from evaluator_cases import Fake, picture
 
 from coca_jax.data import scenes
-from coca_jax.evaluators import captioning
+from coca_jax.evaluators import caption_match, captioning
 from coca_jax.inference.explain import Explanation, Word
 
 
@@ -20,7 +20,7 @@ def test_captioning_of_scenes_scores_attributes_and_perplexity():
         captions[i] = "a large purple hexagon"
     for i, record in enumerate(records):
         record["image"] = picture(i)
-    evaluator = captioning.Captioning("s", scorer=captioning.score_scene, batch_size=6)
+    evaluator = captioning.Captioning("s", scorer=caption_match.score_scene, batch_size=6)
     got = dict(evaluator.run(Fake(captions=captions), records))
     assert got["captioning/s/exact_match"] == pytest.approx(0.9)
     assert got["captioning/s/attribute_f1"] == pytest.approx(0.9, abs=0.03)

@@ -14,7 +14,6 @@ from coca_jax import export_format, recipes
 from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
-from coca_jax.evaluators import declarations
 from coca_jax.ops import reference
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
@@ -147,24 +146,6 @@ def test_inside_a_configuration_is_no_mapping():
         if bags.search(line) or reads.search(line)
     ]
     assert not found
-
-
-def test_a_task_s_unknown_key_is_refused_with_the_nearest():
-    known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
-    for task in known:
-        declarations.check_keys(task, declarations.of(task["kind"]))
-    wrong = dict(kind="zeroshot", name="mine", data=dict(path="data/mine"), template="photo")
-    with pytest.raises(ValueError, match="zeroshot of mine: no key 'template'; did you .*'templa"):
-        declarations.check([wrong])
-    wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
-    with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
-        declarations.check([wrong])
-
-
-def test_a_task_s_unknown_prompts_are_refused_before_any_work():
-    wrong = dict(kind="generative", name="mine", data=dict(builtin="scenes"), prompts="fotos")
-    with pytest.raises(ValueError, match="prompts is 'fotos'; use one of bare, plain, photo"):
-        declarations.check([wrong])
 
 
 def test_weights_may_start_below_the_bound_of_the_temperature():

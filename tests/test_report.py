@@ -15,6 +15,7 @@ from PIL import Image
 from coca_jax import metrics, report
 from coca_jax.data import scenes
 from coca_jax.evaluators import (
+    caption_match,
     captioning,
     classification,
     history,
@@ -96,7 +97,7 @@ def make_run(folder):
     for evaluator, records in (
         (zeroshot.ZeroShot("scenes_heldout", scenes.class_names()), one),
         (retrieval.Retrieval("scenes_heldout"), many),
-        (captioning.Captioning("scenes_heldout", scorer=captioning.score_scene), one),
+        (captioning.Captioning("scenes_heldout", scorer=caption_match.score_scene), one),
     ):
         results.save_results(folder, dict(evaluator.run(Model(records), records)))
         results.save_examples(folder, evaluator.name, evaluator.examples)

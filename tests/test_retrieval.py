@@ -8,7 +8,6 @@ import pytest
 from evaluator_cases import Fake, picture, unit
 
 from coca_jax.evaluators import rerank, retrieval, zeroshot
-from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
 
@@ -216,8 +215,9 @@ def test_a_captioner_that_is_sure_puts_what_is_on_the_shortlist_first():
 
 @pytest.mark.parametrize("wrong", [-1, 2.5, True, "ten"])
 def test_what_cannot_be_a_number_of_candidates_is_refused(wrong):
+    task = dict(kind="retrieval", name="toy", data=dict(builtin="scenes"), rerank=wrong)
     with pytest.raises(ValueError, match=f"rerank={wrong!r}.*number of candidates"):
-        retrieval.Retrieval.from_task(dict(name="toy", rerank=wrong), Setting())
+        retrieval.Retrieval.check_task(task)
 
 
 def test_a_model_without_a_captioner_cannot_rerank():

@@ -7,14 +7,14 @@ import functools
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from coca_jax import image_shape, storage
+from coca_jax.config import rules
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -24,35 +24,11 @@ from coca_jax.evaluators import (
     record_texts,
     stack_images,
 )
-from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
+from coca_jax.evaluators.caption_match import Scorer, score_references, score_scene
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting, called
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
-
-Scorer = Callable[[str, Record], tuple[bool, float]]
-
-
-def canonical_text(text: str) -> str:
-    """Returns the text in lower case, without punctuation, with single spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-def score_scene(caption: str, record: Record) -> tuple[bool, float]:
-    """Returns (all attributes right, attribute F1) for a drawn scene (data/scenes.py)."""
-    from coca_jax.data import scenes
-
-    return scenes.score_caption(caption, record["scene"])
-
-
-def score_references(caption: str, record: Record) -> tuple[bool, float]:
-    """Returns (equal to a reference, best F1 of words), both after `canonical_text`."""
-    said = canonical_text(caption)
-    references = [canonical_text(text) for text in record_texts(record, "captioning")]
-    return said in references, max(_word_f1(said.split(), r.split()) for r in references)
-
-
-def _word_f1(said: list[str], wanted: list[str]) -> float:
-    common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
-    return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+from coca_jax.inference.generation.settings import Settings
 
 
 def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
@@ -165,7 +141,7 @@ class Captioning(Evaluator):
     """
 
     kind, order, title, usual = "captioning", 40, "Captioning", True
-    options = ("decode", "java_metrics", "attention")
+    options = dict(decode=rules.MAPPING, java_metrics=rules.FLAG, attention=rules.FLAG)
     needs, programs = "caption", ("caption", "caption_log_likelihood")
     flags = (
         Flag("num_beams", 1, "Beams of the captions.", least=1),
@@ -220,6 +196,14 @@ class Captioning(Evaluator):
             task["decode"] = dict(num_beams=flags.num_beams)
         if task["data"].get("builtin"):
             task["data"]["objects"] = (1,)  # what exact match is defined for
+
+    @classmethod
+    def check_task(cls, task: Mapping[str, Any]) -> None:
+        super().check_task(task)
+        try:
+            Settings.of(task.get("decode") or {})
+        except ValueError as error:
+            raise ValueError(f"{called(task)}: decode: {error}") from None
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Captioning:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coca_jax.config import rules
+from coca_jax.config.rules import Rule
 from coca_jax.data import prompts
-from coca_jax.evaluators.declarations import Flag
+from coca_jax.evaluators.declarations import Flag, called
 from coca_jax.importers import unprepared
 
 FLAG = Flag("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
+RULE = Rule(
+    lambda v: rules.TEXT.holds(v) or rules.TEXTS.holds(v),
+    "the names, a tuple of texts, or a text file with one a line",
+)
 
 
 def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -21,6 +27,26 @@ def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return read_class_names(given, declared) if given else (declared, declared)
 
 
+def check(task: Mapping[str, Any]) -> None:
+    """Raises ValueError or FileNotFoundError for class names of a task that cannot be, whatever the
+    data are: they are not read."""
+    given = task.get("class_names")
+    if not given:
+        return
+    names = _lines(given)[0] if isinstance(given, str) else list(given)
+    file = f" {given}" if isinstance(given, str) else ""
+    check_distinct(names, f"{called(task)}: class_names{file}")
+
+
+def check_distinct(names: Sequence[str], where: str = "class_names") -> None:
+    """Raises ValueError when names repeat or there are fewer than two."""
+    distinct = len(set(names))
+    if distinct < 2 or distinct != len(names):
+        raise ValueError(
+            f"{where} holds {len(names)} names, {distinct} distinct; give two or more, each once"
+        )
+
+
 def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
     """Class names from a text file, one a line: (names for the prompts, labels in the data).
 
@@ -28,18 +54,31 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
     candidates. Lines without a tab are the data's own class names, or, when none of them is, as
     many as the data declares, in its order. Raises ValueError for anything else.
     """
-    lines = [line.strip() for line in prompts.read_lines(path)]
-    lines = [line for line in lines if line]
-    pairs = [line.split("\t") for line in lines if "\t" in line]
-    if pairs:
-        if len(pairs) != len(lines) or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"class_names {path}: every line needs one tab, label<TAB>name")
-        return [name.strip() for _, name in pairs], [label.strip() for label, _ in pairs]
-    if set(lines) & set(declared):
-        return lines, lines
-    if len(lines) != len(declared):
+    names, labels = _lines(path)
+    if labels:
+        return names, labels
+    if set(names) & set(declared):
+        return names, names
+    if len(names) != len(declared):
         raise ValueError(
-            f"class_names {path}: {len(lines)} names, none a class of the data, which has "
+            f"class_names {path}: {len(names)} names, none a class of the data, which has "
             f"{len(declared)} ({', '.join(declared[:3])}, ..); give as many, or label<TAB>name"
         )
-    return lines, list(declared)
+    return names, list(declared)
+
+
+def _lines(path: str) -> tuple[list[str], list[str]]:
+    """(names, labels) of the lines of a file; no labels where no line has a tab."""
+    try:
+        lines = [line.strip() for line in prompts.read_lines(path)]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"class_names {path}: no such file; give a text file with a class name a line"
+        ) from None
+    lines = [line for line in lines if line]
+    pairs = [line.split("\t") for line in lines if "\t" in line]
+    if not pairs:
+        return lines, []
+    if len(pairs) != len(lines) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"class_names {path}: every line needs one tab, label<TAB>name")
+    return [name.strip() for _, name in pairs], [label.strip() for label, _ in pairs]

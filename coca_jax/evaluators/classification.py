@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from coca_jax.evaluators import Record
+from coca_jax.evaluators.class_names import check_distinct
 from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
@@ -50,12 +51,7 @@ class Tally:
         num_examples: int = 16,
     ):
         labels = list(class_names if labels is None else labels)
-        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
-            distinct = len(set(class_names))
-            raise ValueError(
-                f"class_names holds {len(class_names)} names, {distinct} distinct; "
-                "give two or more, each once"
-            )
+        check_distinct(class_names)
         if len(set(labels)) != len(class_names):
             raise ValueError(
                 f"labels holds {len(set(labels))} distinct labels for {len(class_names)} "

@@ -18,12 +18,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import coca_jax.evaluators
+from coca_jax.config import Entry, rules
+from coca_jax.config.rules import Rule
 from coca_jax.data import kinds as sources
 from coca_jax.evaluators import Record
 from coca_jax.importers import unprepared
 
-# Keys of every task; an evaluator may have options of its own.
-TASK = ("kind", "name", "data", "limit", "known_only", "candidates")
+RECORDS = Rule(
+    lambda v: rules.is_whole(v) and v >= 0, "a whole number of records, from the first on; 0: all"
+)
+DATA = Rule(rules.is_mapping, "a dict, such as dict(path='data/mine', split='test')")
+# Keys of every task, and what each may be; an evaluator may have options of its own.
+TASK = dict(
+    kind=rules.TEXT,
+    name=Rule(lambda v: isinstance(v, str) and bool(v), "a text, by which its scores are called"),
+    data=DATA,
+    limit=RECORDS,
+    known_only=rules.FLAG,
+    candidates=DATA,
+)
+_NEEDED = ("kind", "name", "data")
 WITH_JAX = ("linear", "ranks", "tasks", "unfinished")  # files of this folder without evaluators
 
 
@@ -91,7 +105,7 @@ class Evaluator(abc.ABC):
         programs: the methods of a model that it calls.
         usual: whether `evaluate` runs it unasked, where the data have what it needs.
         flags: of `evaluate`, read in `from_flags`.
-        options: keys of a task that it takes beside TASK.
+        options: keys of a task that it takes beside TASK, and what each may be.
         metrics: name -> how the report shows it; one that is not declared is shown by its name.
         headlines: metrics that stand at the top of the report, the first of them large.
     Of an instance:
@@ -109,7 +123,7 @@ class Evaluator(abc.ABC):
     programs: ClassVar[tuple[str, ...]] = ()
     usual: ClassVar[bool] = False
     flags: ClassVar[tuple[Flag, ...]] = ()
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, Rule]] = {}
     metrics: ClassVar[Mapping[str, Metric]] = {}
     headlines: ClassVar[tuple[str, ...]] = ()
 
@@ -127,7 +141,8 @@ class Evaluator(abc.ABC):
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:
-        """Raises ValueError or FileNotFoundError for options that cannot be, before any work."""
+        """Raises ValueError or FileNotFoundError for options that cannot be, before any work. It
+        reads no data."""
         check_keys(task, cls)
 
     @classmethod
@@ -141,6 +156,12 @@ class Evaluator(abc.ABC):
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
         """The data entry that this evaluator reads for a task."""
         return dict(task["data"])
+
+    @classmethod
+    def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The data entries that it reads besides, with their splits."""
+        candidates = task.get("candidates")
+        return [dict(dict(split="train"), **candidates)] if candidates else []
 
     @classmethod
     @abc.abstractmethod
@@ -226,31 +247,63 @@ def instead(need: str) -> str:
 def check(tasks: Sequence[Any]) -> None:
     """Raises ValueError or FileNotFoundError for the first of a run's evaluations that is unknown,
     whose options cannot be, whose data are not there, or hold nothing that it needs, as far as that
-    can be told without reading images."""
+    can be told without reading images; and for two of one kind and name."""
+    seen = set()
     for task in tasks:
         task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
-        data, evaluator = dict(task.get("data") or {}), of(task.get("kind", ""))
+        evaluator = of(task.get("kind", ""))
         evaluator.check_task(task)
-        if not data.get("path"):
-            continue
-        data.setdefault("split", "test")
-        found, name = unprepared.splits(data), f"{data['path']} [{data['split']}]"
-        if found and data["split"] not in found:
-            raise ValueError(
-                f"eval.tasks, {evaluator.kind} of {task.get('name')}: data {data['path']} have no "
-                f"split {data['split']!r}; they have {', '.join(found)}"
-            )
-        if not suited([evaluator.kind], data):
-            raise ValueError(f"eval.tasks: {lacks(name, evaluator)}")
+        name = called(task)
+        if name in seen:
+            raise ValueError(f"{name} is there twice; give one of them another name")
+        seen.add(name)
+        data = dict(dict(split="test"), **task["data"])
+        for one in (data, *evaluator.more_data(task)):
+            _check_split(one, name)
+        if data.get("path") and not suited([evaluator.kind], data):
+            place = f"{data['path']} [{data['split']}]"
+            raise ValueError(f"eval.tasks: {lacks(place, evaluator)}")
+
+
+def _check_split(data: Mapping[str, Any], task: str) -> None:
+    """Raises ValueError or FileNotFoundError for data of a task that are not there, or without the
+    split."""
+    try:
+        entry = Entry.of(data, "data")
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from None
+    if not entry.path and not entry.tfds:
+        return
+    found = unprepared.splits(entry)
+    whole = entry.split.partition("[")[0]  # TFDS reads 'test[:1000]' too
+    if found and whole not in found:
+        raise ValueError(
+            f"{task}: data {entry.path or entry.tfds} have no split {entry.split!r}; "
+            f"they have {', '.join(found)}"
+        )
+
+
+def called(task: Mapping[str, Any]) -> str:
+    """What messages call a task."""
+    return f"eval.tasks, {task['kind']} of {task.get('name')}"
 
 
 def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
-    """Raises ValueError for a key that tasks of this kind do not have, with the nearest one."""
-    known = (*TASK, *evaluator.options)
-    for key in task:
+    """Raises ValueError for a key that tasks of this kind do not have, with the nearest one, a
+    value that cannot be, or a key that is needed and not there."""
+    known = dict(TASK, **evaluator.options)
+    name = called(dict(task, kind=evaluator.kind))
+    for key, value in task.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-            raise ValueError(
-                f"eval.tasks, {evaluator.kind} of {task.get('name')}: no key {key!r}; {remedy}"
-            )
+            raise ValueError(f"{name}: no key {key!r}; {remedy}")
+        if not known[key].holds(value):
+            raise ValueError(f"{name}: {key}={value!r}: give {known[key].words}")
+    for key in _NEEDED:
+        if key not in task:
+            raise ValueError(f"{name}: no {key!r}; give {known[key].words}")
+    if task.get("known_only") and not task.get("candidates"):
+        raise ValueError(
+            f"{name}: known_only=True needs candidates, whose texts are the known ones"
+        )

@@ -12,7 +12,7 @@ import numpy as np
 from coca_jax.data import regions
 from coca_jax.data.regions import Region
 from coca_jax.evaluators import Predictor, Record, in_batches, stack_images
-from coca_jax.evaluators.captioning import canonical_text
+from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.declarations import Metric, Pictured, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture

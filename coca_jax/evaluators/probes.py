@@ -11,7 +11,7 @@ import numpy as np
 
 from coca_jax.evaluators import Record, check_finite, class_names, in_batches, stack_images
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
-from coca_jax.evaluators.declarations import Evaluator, Metric, Scale, Setting
+from coca_jax.evaluators.declarations import DATA, RECORDS, Evaluator, Metric, Scale, Setting
 from coca_jax.evaluators.records import Records
 
 Encode = Callable[[Any], np.ndarray]
@@ -32,7 +32,7 @@ class Probe(Evaluator):
     """
 
     needs, programs = "label", ("features",)
-    options = ("class_names", "train", "train_limit")
+    options = dict(class_names=class_names.RULE, train=DATA, train_limit=RECORDS)
     metrics, headlines = METRICS, HEADLINES
 
     def __init__(
@@ -54,10 +54,24 @@ class Probe(Evaluator):
         self.batch_size, self.progress = batch_size, progress
 
     @classmethod
+    def check_task(cls, task: Mapping[str, Any]) -> None:
+        super().check_task(task)
+        class_names.check(task)
+
+    @classmethod
+    def train_data(cls, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The data entry that it learns from."""
+        return dict(task.get("train") or dict(task["data"], split="train"))
+
+    @classmethod
+    def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [*super().more_data(task), dict(dict(split="test"), **cls.train_data(task))]
+
+    @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Probe:
         """task: train, a data entry to learn from, by default the split 'train' of the same data;
         train_limit; class_names."""
-        train = dict(task.get("train") or dict(task["data"], split="train"))
+        train = cls.train_data(task)
         names, _ = class_names.names_and_labels(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0))
         limits = [task.get("limit", 0), task.get("train_limit", 0)]

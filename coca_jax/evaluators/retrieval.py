@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.config import rules
 from coca_jax.evaluators import (
     Predictor,
     Record,
@@ -85,7 +86,7 @@ class Retrieval(Evaluator):
     kind, order, title, usual = "retrieval", 30, "Retrieval", True
     needs, programs = "caption", ("encode_image", "encode_text")
     flags = (Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),)
-    options = ("rerank",)
+    options = dict(rerank=rules.whole(0, 1 << 30, "candidates to order anew"))
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
     metrics = _METRICS | {
         f"reranked_{name}": dataclasses.replace(metric, title=f"{metric.title}, reranked")
@@ -129,10 +130,6 @@ class Retrieval(Evaluator):
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Retrieval:
         """task: candidates, a data entry whose texts are further candidates; rerank."""
         extra, rerank = candidates(task), task.get("rerank", 0)
-        if type(rerank) is not int or rerank < 0:
-            raise ValueError(
-                f"task {cls.kind!r}: rerank={rerank!r}: give the number of candidates to order anew"
-            )
         return cls(task["name"], extra_texts=extra, rerank=rerank, **setting.common())
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
-from coca_jax.evaluators.captioning import canonical_text
+from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval

@@ -38,12 +38,14 @@ def run_tasks(
     only records whose text the candidates hold. Scores of tasks that an earlier, killed call with
     the same weights finished are taken over.
 
-    Raises ValueError for an unknown kind of task, or one that the model has no program for, before
-    any of them runs.
+    Raises ValueError for an unknown kind of task, options that cannot be, or one that the model has
+    no program for, before any of them runs.
     """
     tasks = [_plain(task) for task in tasks]
     for task in tasks:
-        declarations.of(task["kind"]).check_model(model, task)
+        evaluator = declarations.of(task["kind"])
+        evaluator.check_task(task)
+        evaluator.check_model(model, task)
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from coca_jax import renamed
+from coca_jax.config import rules
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluators import (
     LIKELIHOOD_TIE,
@@ -62,7 +63,7 @@ class ByPrompts(Evaluator):
     """What classifies by texts made of class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
-    options = ("class_names", "prompts", "templates")
+    options = dict(class_names=class_names.RULE, prompts=rules.TEXT, templates=rules.TEXT)
     default_prompts = "photo"
     several_batches = True
 
@@ -85,6 +86,7 @@ class ByPrompts(Evaluator):
     def check_task(cls, task: Mapping[str, Any]) -> None:
         super().check_task(task)
         cls.prompts_of(task)
+        class_names.check(task)
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:

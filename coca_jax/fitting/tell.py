@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config, keys
-from coca_jax.evaluators.captioning import score_references
+from coca_jax.evaluators.caption_match import score_references
 from coca_jax.evaluators.records import Records
 from coca_jax.fitting.choose import FEW, kinds
 from coca_jax.fitting.look import Facts

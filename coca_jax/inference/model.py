@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -87,7 +86,7 @@ class CoCaModel(Scores):
         seeds: a number for each image that makes its random numbers its own; default: its place in
         the list. With the same `seed` and number an image gets the same captions in any company.
         """
-        settings = _settings(how)
+        settings = Settings.of(how)
         captions: list[list[Caption]] = []
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):
@@ -116,7 +115,7 @@ class CoCaModel(Scores):
 
         prompts, seeds: one for each image. Raises ValueError as `captions`, and for beams.
         """
-        settings = _settings(how)
+        settings = Settings.of(how)
         batches = list(self._reader.batches(images, False))
         if len(batches) > 1:
             raise ValueError(f"more images than batch_size={self.batch_size} are streamed at once")
@@ -322,11 +321,3 @@ def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """What `loop.generate` takes of the rows of a batch of `size`, of which the first are real."""
     padded = np.pad(rows.astype(np.uint32), (0, size - len(rows)))
     return dict(rows=padded, active=np.arange(size) < len(rows))
-
-
-def _settings(how: dict[str, Any]) -> Settings:
-    try:
-        return Settings(**how)
-    except TypeError as error:
-        names = ", ".join(f.name for f in dataclasses.fields(Settings))
-        raise ValueError(f"unknown option of captions ({error}); choose from {names}") from None

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from coca_jax.config import rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,26 @@ class Settings:
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
 
+    @classmethod
+    def of(cls, how: Mapping[str, Any]) -> Settings:
+        """Settings by their names. Raises ValueError for a name that there is not, a value of
+        another type, and what `Settings` refuses."""
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        for name, value in how.items():
+            if name not in kinds:
+                near = difflib.get_close_matches(name, kinds, n=1)
+                remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
+                raise ValueError(f"unknown option of captions {name!r}; {remedy}")
+            if not _TYPES[kinds[name]].holds(value):
+                raise ValueError(f"{name}={value!r}: give {_TYPES[kinds[name]].words}")
+        return cls(**how)
 
+
+_TYPES = {
+    int: rules.Rule(rules.is_whole, "a whole number"),
+    float: rules.Rule(rules.is_number, "a number"),
+    bool: rules.FLAG,
+}
 # What each means, for the flags of commands and the fields of forms.
 NOTES = dict(
     max_tokens="New tokens at most.",

@@ -1,0 +1,89 @@
+"""Evaluations that a recipe asks for in the wrong words are refused before it trains."""
+
+import pytest
+from PIL import Image
+
+from coca_jax import recipes
+from coca_jax.config import typed
+from coca_jax.evaluators import declarations
+
+
+def test_a_task_s_unknown_key_is_refused_with_the_nearest():
+    known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
+    for task in known:
+        declarations.check_keys(task, declarations.of(task["kind"]))
+    wrong = dict(kind="zeroshot", name="mine", data=dict(path="data/mine"), template="photo")
+    with pytest.raises(ValueError, match="zeroshot of mine: no key 'template'; did you .*'templa"):
+        declarations.check([wrong])
+    wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
+    with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
+        declarations.check([wrong])
+
+
+SCENES = dict(builtin="scenes")
+WRONG = [
+    (dict(prompts="fotos"), "prompts is 'fotos'; use one of bare, plain, photo"),
+    (dict(limit=-3), "zeroshot of mine: limit=-3: give a whole number of records.*0: all"),
+    (dict(limit="many"), "limit='many': give a whole number"),
+    (dict(data="data/mine"), r"data='data/mine': give a dict, such as dict\(path='data/mine'"),
+    (dict(data=dict(path="x", pth="y")), "zeroshot of mine: data.pth: no key.*data.path"),
+    (dict(class_names="names.txt"), "class_names names.txt: no such file"),
+    (dict(class_names=["cat", "cat"]), "of mine: class_names holds 2 names, 1 distinct"),
+    (dict(class_names=3), "class_names=3: give the names.*or a text file"),
+    (dict(kind="retrieval", candidates="texts"), "candidates='texts': give a dict"),
+    (dict(kind="retrieval", known_only=True), "known_only=True needs candidates"),
+    (dict(kind="retrieval", candidates=dict(path="no/such")), "data source no/such"),
+    (dict(kind="captioning", attention="no"), "attention='no': give True or False"),
+    (dict(kind="captioning", decode=3), "decode=3: give a dict"),
+    (dict(kind="captioning", decode=dict(num_beam=3)), "'num_beam'; did you mean 'num_beams'"),
+    (dict(kind="captioning", decode=dict(num_beams=3.5)), "num_beams=3.5: give a whole number"),
+    (dict(kind="captioning", decode=dict(num_beams=0)), "decode: num_beams=0: must be at least 1"),
+    (dict(kind="knn", train_limit=-1), "train_limit=-1: give a whole number of records"),
+    (dict(kind="knn", train=dict(path="no/such")), "data source no/such"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_what_a_task_cannot_have_is_refused_before_any_work(change, message):
+    task = dict(dict(kind="zeroshot", name="mine", data=SCENES), **change)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        declarations.check([task])
+
+
+@pytest.mark.parametrize("key", ["name", "data"])
+def test_a_task_without_what_each_needs_is_refused(key):
+    task = dict(kind="zeroshot", name="mine", data=SCENES)
+    del task[key]
+    with pytest.raises(ValueError, match=f"no {key!r}; give a "):
+        declarations.check([task])
+
+
+def test_two_tasks_of_one_kind_need_two_names():
+    """The second would take the place of the first in eval.json."""
+    task = dict(kind="zeroshot", name="mine", data=SCENES)
+    declarations.check([task, dict(task, name="other"), dict(task, kind="retrieval")])
+    with pytest.raises(ValueError, match="zeroshot of mine is there twice"):
+        declarations.check([task, task])
+
+
+def test_a_file_of_class_names_is_read_before_any_work(tmp_path):
+    path = tmp_path / "names.txt"
+    task = dict(kind="zeroshot", name="mine", data=SCENES, class_names=str(path))
+    path.write_text("red circle\tcircle\nblue square\tsquare\n")
+    declarations.check([task])
+    path.write_text("red circle\tcircle\nblue square\tcircle\n")
+    with pytest.raises(ValueError, match="names.txt holds 2 names, 1 distinct"):
+        declarations.check([task])
+    path.write_text("red circle\tcircle\nblue square\n")
+    with pytest.raises(ValueError, match="every line needs one tab"):
+        declarations.check([task])
+
+
+def test_a_split_that_a_probe_learns_from_must_be_there(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "a.png")
+    task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path)))
+    with pytest.raises(ValueError, match="knn of mine: data .* have no split 'train'; .* test"):
+        declarations.check([task])
+    declarations.check([dict(task, kind="zeroshot")])
