@@ -179,3 +179,11 @@ def test_bad_heads_are_refused(tmp_path, section, changes, message):
     with pytest.raises(ValueError, match=message):
         train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_tasks_for_a_head_are_refused_before_a_run_without_one_trains(tmp_path):
+    config = tiny_run()
+    config.eval.tasks = scenes_run().eval.tasks
+    with pytest.raises(ValueError, match="'classification': this model has no task head"):
+        train(config, str(tmp_path))
+    assert not list(tmp_path.glob("checkpoints/*")) and not list(tmp_path.glob("metrics*"))

@@ -42,10 +42,7 @@ def run_tasks(
     no program for, before any of them runs.
     """
     tasks = [_plain(task) for task in tasks]
-    for task in tasks:
-        evaluator = declarations.of(task["kind"])
-        evaluator.check_task(task)
-        evaluator.check_model(model, task)
+    check(model, tasks)
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)
@@ -78,6 +75,14 @@ def run_tasks(
             history.add(workdir, step, of_tasks)
     unfinished.close()
     return scores
+
+
+def check(model: Model, tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for what `run_tasks` refuses before any of them runs."""
+    for task in tasks:
+        evaluator = declarations.of(task["kind"])
+        evaluator.check_task(task)
+        evaluator.check_model(model, task)
 
 
 def _plain(task: Any) -> Any:

@@ -115,8 +115,9 @@ class Evaluation:
     def catch_up(self, step: int, state: TrainState) -> None:
         """Evaluates after `step`, from which a run goes on, where it was left before or in that;
         with a guard before the first step as well. Raises guard.LostTooMuch for a run that ended
-        so."""
+        so, and ValueError for tasks that this model cannot do."""
         config, workdir = self._run.config.eval, self._run.workdir
+        self._check(state)
         if config.guard and not step and not history.has(workdir, 0):
             self(0, state)
         if config.guard and step and not history.has(workdir, 0):
@@ -129,6 +130,15 @@ class Evaluation:
                     raise guard.LostTooMuch(line)
         if step and self.due(step) and not history.has(self._run.workdir, step):
             self(step, state)
+
+    def _check(self, state: TrainState) -> None:
+        if not self._run.config.eval.tasks:
+            return
+        from coca_jax.evaluators import tasks
+
+        model = self._model_of(state)
+        tasks.check(model, self._run.config.eval.tasks)
+        model.set_params({})
 
     def due(self, step: int) -> bool:
         """Whether the loop evaluates after `step`. The last evaluation comes after the loop."""
