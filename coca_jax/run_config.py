@@ -98,7 +98,7 @@ def remark_batch(config: Config, num_examples: int) -> str:
 def num_steps(config: Config, num_examples: int) -> int:
     """Optimizer steps of the run: config.steps, or config.epochs passes over the data.
 
-    Raises ValueError when the epochs amount to no step or the warm-up outlasts them.
+    Raises ValueError when the epochs amount to no step, or the warm-up or a profile outlasts them.
     """
     steps = stages.steps_of(config, num_examples)
     if steps < 1:
@@ -106,7 +106,7 @@ def num_steps(config: Config, num_examples: int) -> int:
             f"config.epochs={config.epochs} of {num_examples} examples is no step of "
             f"batch_size={config.batch_size}; raise the one or lower the other"
         )
-    checks.check_warmup(config.optimizer, steps)
+    checks.check_length(config, steps)
     return steps
 
 

@@ -121,7 +121,7 @@ ABSURD = {
     "eval.every_steps": (-1,),
     "eval.tasks": ((5,), "x"),
     "log.every_steps": (0,),
-    "log.profile_steps": ((5,), (-1, 3)),
+    "log.profile_steps": ((5,), (-1, 3), (0, 3), (10, 5)),
     "log.trackers": (("mlflow",), "wandb"),
 }
 

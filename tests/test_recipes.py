@@ -6,10 +6,11 @@ import sys
 
 import pytest
 from absl import flags
+from conftest import tiny
 from ml_collections import ConfigDict
 
 from coca_jax import cli, recipes, run_config
-from coca_jax.data import run_vocabulary
+from coca_jax.data import mixture, run_vocabulary
 
 OWN = "from coca_jax.configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
 
@@ -198,6 +199,13 @@ def test_a_vocabulary_that_is_not_there_names_its_key(tmp_path):
     config.data.vocabulary = str(tmp_path / "none.model")
     with pytest.raises(FileNotFoundError, match="^data.vocabulary=.*none.model: no such"):
         run_vocabulary.load_or_train(config, str(tmp_path))
+
+
+def test_a_file_of_classes_that_is_not_there_names_its_key():
+    source = (dict(builtin="scenes", kind="label"),)
+    config = tiny(**{"data.sources": source, "head.kind": "classification"})
+    with pytest.raises(FileNotFoundError, match="^head.classes=none.txt: no such file"):
+        mixture.head_classes(config.change({"head.classes": "none.txt"}))
 
 
 def test_a_batch_larger_than_the_data_is_remarked_on():

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import update_rules
+from conftest import tiny
 from optimizer_cases import make_config
 
 from coca_jax import optimizer
-from coca_jax.config import Optimizer
+from coca_jax.config import Optimizer, checks
 
 
 def rates(kind, warmup, steps, count, peak=0.8):
@@ -50,3 +51,12 @@ def test_impossible_schedules_and_rules_are_named():
         rates("step", 0, 4, 0)
     with pytest.raises(ValueError, match="optimizer.name='sgd'"):
         optimizer.make_optimizer(dataclasses.replace(make_config().optimizer, name="sgd"))
+
+
+def test_a_profile_behind_the_run_is_refused():
+    """It would never be taken."""
+    config = tiny(**{"data.sources": (dict(builtin="scenes"),), "log.profile_steps": (5, 7)})
+    checks.check_length(config, 5)
+    checks.check_length(config, 0)  # a run whose steps are not known yet
+    with pytest.raises(ValueError, match=r"profile_steps=\(5, 7\) is behind the run's 4 steps"):
+        checks.check_length(config, 4)

@@ -6,6 +6,7 @@ from PIL import Image
 from coca_jax import recipes
 from coca_jax.config import typed
 from coca_jax.evaluators import declarations
+from coca_jax.evaluators.records import Records
 
 
 def test_a_task_s_unknown_key_is_refused_with_the_nearest():
@@ -27,6 +28,9 @@ WRONG = [
     (dict(limit="many"), "limit='many': give a whole number"),
     (dict(data="data/mine"), r"data='data/mine': give a dict, such as dict\(path='data/mine'"),
     (dict(data=dict(path="x", pth="y")), "zeroshot of mine: data.pth: no key.*data.path"),
+    (dict(data=dict(builtin="scene")), "builtin='scene': there is 'scenes'"),
+    (dict(data=dict(SCENES, split="val")), "split is 'val'; use one of train, test, heldout"),
+    (dict(data=dict(split="test")), "give exactly one of path, builtin"),
     (dict(class_names="names.txt"), "class_names names.txt: no such file"),
     (dict(class_names=["cat", "cat"]), "of mine: class_names holds 2 names, 1 distinct"),
     (dict(class_names=3), "class_names=3: give the names.*or a text file"),
@@ -87,3 +91,12 @@ def test_a_split_that_a_probe_learns_from_must_be_there(tmp_path):
     with pytest.raises(ValueError, match="knn of mine: data .* have no split 'train'; .* test"):
         declarations.check([task])
     declarations.check([dict(task, kind="zeroshot")])
+
+
+@pytest.mark.parametrize(
+    ("need", "kind", "field"), [("label", "caption", "labels"), ("caption", "label", "text")]
+)
+def test_scenes_are_drawn_for_what_a_task_needs(need, kind, field):
+    """As the records of a folder are read: a task's data need not say what its kind says."""
+    records = Records(dict(SCENES, kind=kind), limit=3, need=need)
+    assert len(records) == 3 and all(record[field] for record in records)

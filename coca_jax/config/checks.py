@@ -19,7 +19,7 @@ def check(config: Config) -> None:
         raise ValueError(
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
         )
-    check_warmup(config.optimizer, config.steps)
+    check_length(config, config.steps)
     if config.optimizer.ema and config.optimizer.average_share:
         raise ValueError(
             f"optimizer.ema={config.optimizer.ema} and optimizer.average_share="
@@ -247,6 +247,16 @@ def check_native(config: Config) -> None:
 def _pooled() -> tuple[str, ...]:
     """The names of kinds with a pooler."""
     return tuple(name for name, kind in pooler_kinds.KINDS.items() if kind.pools)
+
+
+def check_length(config: Config, steps: int) -> None:
+    """Raises ValueError for what a run of so many steps (0: not known) never comes to."""
+    check_warmup(config.optimizer, steps)
+    if config.log.profile_steps[:1] > (steps,) > (0,):
+        raise ValueError(
+            f"log.profile_steps={config.log.profile_steps} is behind the run's {steps} steps; "
+            "name steps of the run"
+        )
 
 
 def check_warmup(optimizer: Optimizer, steps: int) -> None:

@@ -144,6 +144,8 @@ RANDAUGMENT = Rule(
     "(operations 1 to 16, magnitude 0 to 30), such as (2, 10)",
 )  # fmt: skip
 SPAN = Rule(
-    lambda v: is_sequence(v) and len(v) in (0, 2) and all(map(STEPS.holds, v)),
-    "(first step, last step), or () for no profile",
+    lambda v: (
+        is_sequence(v) and len(v) in (0, 2) and all(map(INTERVAL.holds, v)) and v[:1] <= v[1:]
+    ),
+    "(first step, last step), from 1 on, or () for no profile",
 )

@@ -21,6 +21,7 @@ import coca_jax.evaluators
 from coca_jax.config import Entry, rules
 from coca_jax.config.rules import Rule
 from coca_jax.data import kinds as sources
+from coca_jax.data.sources import open_whole
 from coca_jax.evaluators import Record
 from coca_jax.importers import unprepared
 
@@ -272,7 +273,10 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
         entry = Entry.of(data, "data")
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from None
-    if not entry.path and not entry.tfds:
+    if entry.builtin or not (entry.path or entry.tfds or entry.seqio):
+        open_whole(entry)  # at once, for scenes; refuses what is nowhere
+        return
+    if entry.seqio:  # its module is not loaded for this
         return
     found = unprepared.splits(entry)
     whole = entry.split.partition("[")[0]  # TFDS reads 'test[:1000]' too

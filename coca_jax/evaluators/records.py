@@ -40,14 +40,14 @@ class Records:
         need: str = "",
     ):
         entry = Entry.of(data)
+        if need and not _suits(entry, need):
+            entry = dataclasses.replace(entry, kind=need)
         self.scenes = bool(entry.builtin)
         if self.scenes:
             from coca_jax.data.scenes import Scenes
 
             source: Any = Scenes(entry.split or "test", entry.kind, entry.objects, entry.scenery)
         else:
-            if need and kinds.KINDS[need].wanted not in kinds.of(entry).gives:
-                entry = dataclasses.replace(entry, kind=need)
             source = unprepared.open_source(entry, "test")
         self._source = source
         self._indices = np.arange(min(limit or len(source), len(source)))
@@ -95,6 +95,14 @@ class Records:
                     extra=record.extra,
                     second=record.second,
                 )
+
+
+def _suits(entry: Entry, need: str) -> bool:
+    """Whether the records of an entry, as its kind reads them, have what is needed."""
+    wanted, kind = kinds.KINDS[need].wanted, kinds.of(entry)
+    if not entry.builtin:
+        return wanted in kind.gives
+    return wanted == kind.wanted or (wanted == "text" and kind.drawn == "captions")
 
 
 def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:
