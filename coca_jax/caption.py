@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> None:
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     paths = image_files.find(argv[1:], video=bool(args.num_frames))
-    if storage.is_remote(args.out):
-        storage.check_writable(posixpath.dirname(args.out))
+    if args.out:
+        storage.check_writable(posixpath.dirname(args.out) or ".")
     done, size = caption_files.read_done(args.out) if args.out else (set(), 0)
     left = [path for path in paths if path not in done]
     failed = 0

@@ -258,5 +258,5 @@ def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
             forms = [f"--config.{path}" + (f"={value}" if value else "") for path in paths[:4]]
             return f"{text}; the key of the recipe is {' or '.join(forms)}"
     names = [flag.name for flag in _own_flags(module)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"{text}; " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")

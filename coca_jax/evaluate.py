@@ -167,7 +167,8 @@ def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tasks_of_flags() -> list[dict[str, Any]]:
-    """The tasks that the command's flags ask for. Raises ValueError for an unknown one."""
+    """The tasks that the command's flags ask for. Raises ValueError for an unknown one, and as
+    `declarations.check`."""
     args, data = flags.FLAGS, data_of_flags()
     place, _, rest = args.data.partition(":")
     path = args.data.rstrip("/")
@@ -177,8 +178,8 @@ def tasks_of_flags() -> list[dict[str, Any]]:
         task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
         task |= dict(data=dict(data), limit=args.limit)
         declarations.of(kind).from_flags(task, args)
-        declarations.of(kind).check_task(task)
         tasks.append(task)
+    declarations.check(tasks)
     return tasks
 
 

@@ -100,3 +100,16 @@ def test_scenes_are_drawn_for_what_a_task_needs(need, kind, field):
     """As the records of a folder are read: a task's data need not say what its kind says."""
     records = Records(dict(SCENES, kind=kind), limit=3, need=need)
     assert len(records) == 3 and all(record[field] for record in records)
+
+
+def test_a_probe_does_not_learn_from_what_it_scores(tmp_path):
+    """In a folder without folders of splits all splits are the same pictures."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    task = dict(kind="linear_probe", name="mine", data=dict(path=str(tmp_path)))
+    with pytest.raises(ValueError, match="of mine: .* would be learned from and scored: give anot"):
+        declarations.check([task])
+    with pytest.raises(ValueError, match="scenes would be learned from and scored"):
+        declarations.check([dict(task, data=SCENES, train=dict(SCENES, split="test"))])
+    declarations.check([dict(task, data=SCENES)])

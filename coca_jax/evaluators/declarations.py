@@ -165,6 +165,11 @@ class Evaluator(abc.ABC):
         return [dict(dict(split="train"), **candidates)] if candidates else []
 
     @classmethod
+    def check_data(cls, task: Mapping[str, Any]) -> None:
+        """Raises ValueError for data, which are there, that this evaluator cannot take."""
+        return
+
+    @classmethod
     @abc.abstractmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
         """Makes the evaluator of a task. Raises ValueError for what the task cannot have."""
@@ -261,6 +266,7 @@ def check(tasks: Sequence[Any]) -> None:
         data = dict(dict(split="test"), **task["data"])
         for one in (data, *evaluator.more_data(task)):
             _check_split(one, name)
+        evaluator.check_data(task)
         if data.get("path") and not suited([evaluator.kind], data):
             place = f"{data['path']} [{data['split']}]"
             raise ValueError(f"eval.tasks: {lacks(place, evaluator)}")

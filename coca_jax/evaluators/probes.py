@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from coca_jax.config import Entry
 from coca_jax.evaluators import Record, check_finite, class_names, in_batches, stack_images
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
-from coca_jax.evaluators.declarations import DATA, RECORDS, Evaluator, Metric, Scale, Setting
+from coca_jax.evaluators.declarations import (
+    DATA,
+    RECORDS,
+    Evaluator,
+    Metric,
+    Scale,
+    Setting,
+    called,
+)
 from coca_jax.evaluators.records import Records
+from coca_jax.importers import unprepared
 
 Encode = Callable[[Any], np.ndarray]
 
@@ -66,6 +77,21 @@ class Probe(Evaluator):
     @classmethod
     def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [*super().more_data(task), dict(dict(split="test"), **cls.train_data(task))]
+
+    @classmethod
+    def check_data(cls, task: Mapping[str, Any]) -> None:
+        """Refuses to learn from what is scored."""
+        train, test = (
+            Entry.of(dict(dict(split="test"), **data))
+            for data in (cls.train_data(task), task["data"])
+        )
+        if test.path and not unprepared.splits(test):  # then all is read, whatever it is called
+            train = dataclasses.replace(train, split=test.split)
+        if train == dataclasses.replace(test, kind=train.kind):
+            raise ValueError(
+                f"{called(task)}: {test.path or test.tfds or test.builtin} would be learned from "
+                "and scored: give another split, or folders `train` and `test`"
+            )
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Probe:
