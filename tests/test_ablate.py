@@ -274,7 +274,7 @@ def test_the_folder_of_a_run_is_no_place_for_an_ablation(tmp_path, monkeypatch):
 def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = table.read(written(tmp_path, TABLE.replace('"tiny"', '"emoji"')), {})
-    with pytest.raises(FileNotFoundError, match="data/emoji: no such folder.*of train, ablat"):
+    with pytest.raises(OSError, match="both: .*data/emoji: no such folder.*of train, ablat"):
         running.ablate(found, "out", 0, quietly)
     assert not (tmp_path / "out").exists()
     for name in ("both/seed0", "both/seed3", "again/seed0", "again/seed3"):  # done before they went
@@ -282,6 +282,28 @@ def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, m
         contents = dict(steps=2, minutes=1.5, scores={"train/batches/loss": 2.0})
         sealed_json.write(tmp_path / "out" / name / outcome.DONE, contents)
     assert running.ablate(found, "out", 0, quietly)["runs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ('data.prompts = "fotos"', "prompts is 'fotos'; use one of"),
+        ("mesh.fsdp = 3", "fsdp=3 tensor=1 does not fit . devices"),
+        ("model.image_size = 50", "model.patch_size=8 does not divide model.image_size=50"),
+        ("optimizer.image_learning_rate = 0", "locks the image encoder and needs init_from"),
+        (
+            'eval.tasks = [{kind = "knn", name = "x", data = {builtin = "scenes"}, limit = -1}]',
+            "knn of x: limit=-1: give",
+        ),
+    ],
+)
+def test_what_a_later_variant_cannot_have_is_told_before_the_first_trains(
+    values, message, tmp_path
+):
+    found = table.read(written(tmp_path, f"{TABLE}[variants.wrong]\n{values}\n"), {})
+    with pytest.raises(ValueError, match=f"variant wrong: .*{message}"):
+        running.ablate(found, str(tmp_path / "out"), 0, quietly)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):

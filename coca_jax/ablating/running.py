@@ -20,14 +20,15 @@ from typing import Any
 
 import jax
 
-from coca_jax import metrics, run_config, sealed_json
+from coca_jax import metrics, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
-from coca_jax.config import Entry
 from coca_jax.config.section import plain
-from coca_jax.data import sources
+from coca_jax.data import kinds, sources
+from coca_jax.evaluators import declarations
 from coca_jax.importers import own_data
 from coca_jax.training import run as training
+from coca_jax.training import setup
 
 PLAN = "plan.json"
 PACE = 24  # steps that are timed, of which the first two do not count
@@ -49,14 +50,9 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
     """
     folder = pathlib.Path(out)
     for variant in table.variants:
-        config = variant.config(dict(steps=1) if minutes else None)
-        if not (config.steps or config.epochs):
-            raise ValueError(f"variant {variant.name}: give steps or epochs, or --minutes")
-        run_config.check(config)
         places = (folder / variant.name / f"seed{seed}" for seed in table.seeds)
         if not all((place / outcome.DONE).exists() for place in places):
-            for entry in config.data.sources:
-                sources.open_whole(Entry.of(entry))
+            check(variant, minutes)
     plan = Plan(folder / PLAN, minutes)
     plan.check(table.variants)
     total, number, failed = len(table.seeds) * len(table.variants), 0, {}
@@ -76,6 +72,22 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
                 outcome.write(table, folder, minutes, failed)
     results = outcome.write(table, folder, minutes, failed)
     return dict(out=str(folder), results=str(results), runs=total - len(failed), failed=failed)
+
+
+def check(variant: Variant, minutes: float) -> None:
+    """Raises ValueError or OSError, naming the variant, for a config or data that cannot be."""
+    try:
+        config = variant.config(dict(steps=1) if minutes else None)
+        if not (config.steps or config.epochs):
+            raise ValueError("give steps or epochs, or --minutes")
+        setup.check_config(config)
+        for entry in config.data.sources:
+            sources.open_whole(entry)
+            kinds.of(entry).configured(entry, config.data)
+        declarations.check(config.eval.tasks)
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"variant {variant.name}: {error}") from None
 
 
 def with_data(table: Table, named: Sequence[str], out: str) -> Table:

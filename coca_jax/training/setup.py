@@ -78,15 +78,21 @@ def _goes_on(workdir: str) -> bool:
 
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
+    mesh = check_config(config)
+    checkpoint_places.check_writable(workdir)
+    if config.init_from and not storage.is_remote(config.init_from) and not _goes_on(workdir):
+        warm_start.check_weights(config.init_from)
+    return mesh
+
+
+def check_config(config: Config) -> Mesh:
+    """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
     run_config.check(config)
     guard.check(config.eval)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-    checkpoint_places.check_writable(workdir)
-    if config.init_from and not storage.is_remote(config.init_from) and not _goes_on(workdir):
-        warm_start.check_weights(config.init_from)
     if config.optimizer.image_learning_rate == 0 and not config.init_from:
         raise ValueError(
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
