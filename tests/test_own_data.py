@@ -367,7 +367,9 @@ def test_tasks_need_captions_or_labels(tmp_path):
         records.Records(labels, need="caption")
     # A run says so before it trains.
     task = dict(kind="zeroshot", name="x", data=texts)
-    with pytest.raises(ValueError, match="eval.tasks: .*no example has a label, and zeroshot"):
+    with pytest.raises(
+        ValueError, match=r"zeroshot of x: no .*texts \[test\] has a label.*\(label_f"
+    ):
         declarations.check([task])
     declarations.check([dict(task, kind="retrieval"), dict(task, data=dict(labels, kind="label"))])
     # Where some have what is needed, the others are left out and counted.

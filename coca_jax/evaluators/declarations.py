@@ -268,8 +268,12 @@ def check(tasks: Sequence[Any]) -> None:
             _check_split(one, name)
         evaluator.check_data(task)
         if data.get("path") and not suited([evaluator.kind], data):
-            place = f"{data['path']} [{data['split']}]"
-            raise ValueError(f"eval.tasks: {lacks(place, evaluator)}")
+            need = evaluator.needs
+            raise ValueError(
+                f"{name}: no example of {data['path']} [{data['split']}] has a {need}; leave the "
+                f"task out, or say in its data which field it is ({sources.KINDS[need].wanted}"
+                "_field='NAME')"
+            )
 
 
 def _check_split(data: Mapping[str, Any], task: str) -> None:
@@ -285,8 +289,7 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
     if entry.seqio:  # its module is not loaded for this
         return
     found = unprepared.splits(entry)
-    whole = entry.split.partition("[")[0]  # TFDS reads 'test[:1000]' too
-    if found and whole not in found:
+    if found and entry.split not in found:
         raise ValueError(
             f"{task}: data {entry.path or entry.tfds} have no split {entry.split!r}; "
             f"they have {', '.join(found)}"
