@@ -92,8 +92,9 @@ def check_place(path: str) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Raises FileNotFoundError where `path`, a folder here, has no weights to start from, and what
-    `check_place` raises."""
+    """Raises FileNotFoundError where `path`, a folder here or in a bucket, has no weights to start
+    from, ValueError for a bucket that cannot be asked, and what `check_place` raises."""
+    storage.reach(storage.place(path))
     check_place(path)
     if not export_format.is_export(path):
         checkpointing.find_steps(path)

@@ -20,6 +20,7 @@ import coca_jax
 from coca_jax import bucket_arrays, checkpoint_places, checkpointing, report, storage
 from coca_jax.evaluators import tasks
 from coca_jax.metrics import read_metrics
+from coca_jax.training.run import train
 from coca_jax.training.state import TrainState
 from coca_jax.training.stopping import Preempted, Stop
 
@@ -149,6 +150,14 @@ def _restored(folder):
     found = checkpoints.restore_newest(state, jax.tree.map(lambda x: x.sharding, state))
     checkpoints.close()
     return found
+
+
+def test_weights_that_are_not_there_are_told_before_data_are_read(folder, tmp_path, capsys):
+    config = smallest_run()
+    config.init_from, config.batch_size = f"{folder}/none", 8
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint under {folder}/none; give"):
+        train(config, str(tmp_path / "run"))
+    assert "reading data" not in capsys.readouterr().err
 
 
 def test_only_whole_steps_count(folder):

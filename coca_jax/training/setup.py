@@ -80,7 +80,7 @@ def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
     checkpoint_places.check_writable(workdir)
-    if config.init_from and not storage.is_remote(config.init_from) and not _goes_on(workdir):
+    if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
     return mesh
 
