@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "JSONL file to add to; images that it holds are skipped.")
     flags.DEFINE_string("prompt", "", "How every caption begins.")
     flags.DEFINE_integer(
-        "num_frames", None, "Frames of each video; 0: images; default: as trained."
+        "num_frames", None, "Frames of each video; 0: images; default: as trained.", lower_bound=0
     )
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")

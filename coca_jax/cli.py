@@ -244,6 +244,20 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
 
 
+def where_of(clauses: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """(field, values) of each --where, 'field=value,value'.
+
+    Raises ValueError for one that is written otherwise.
+    """
+    found = []
+    for clause in clauses:
+        field, equals, values = clause.partition("=")
+        if not field or not equals or not values:
+            raise ValueError(f"--where={clause}: write field=value or field=value,value")
+        found.append((field, tuple(values.split(","))))
+    return found
+
+
 def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     """The line for a flag that there is not: the key of the recipe or the flag it may mean."""
     pattern = rf"--?(no)?{re.escape(name)}(=|$)"

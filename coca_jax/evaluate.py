@@ -63,15 +63,15 @@ def define_flags() -> None:
     for flag in evaluator_flags():
         _define(flag)
     flags.DEFINE_integer(
-        "num_frames", None, "Frames of each video; 0: images; default: as trained."
+        "num_frames", None, "Frames of each video; 0: images; default: as trained.", lower_bound=0
     )
-    flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.")
-    flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.")
+    flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.", 0)
+    flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.", 0)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
-    flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
-    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
+    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
 
 
 def evaluator_flags() -> list[Flag]:
@@ -110,8 +110,10 @@ def data_of_flags() -> dict[str, Any]:
     else:
         data["path"] = args.data
     if args.where:
-        pairs = (item.split("=", 1) for item in args.where)
-        data["where"] = {field: values.split(",") for field, values in pairs}
+        pairs = cli.where_of(args.where)
+        data["where"] = {field: list(values) for field, values in pairs}
+        if len(data["where"]) < len(pairs):
+            raise ValueError("--where: one field twice; give all its values together, field=a,b")
     for field in ("text_field", "label_field", "image_field"):
         if args[field].value:
             data[field] = args[field].value

@@ -52,7 +52,9 @@ def define_flags() -> None:
         "folder: weights and programs; hub: weights, tokenizer and card as the hub has them; onnx: "
         "weights, and programs for onnxruntime.",
     )
-    flags.DEFINE_integer("batch_size", 1, "Rows that the programs of --format=onnx take at a time.")
+    flags.DEFINE_integer(
+        "batch_size", 1, "Rows that the programs of --format=onnx take at a time.", 1
+    )
     flags.DEFINE_bool("int8", False, "With --format=onnx: also programs with weights of 8 bits.")
     flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
@@ -71,8 +73,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     export_format.check_platforms(args.platforms)
     if args.format != "onnx" and (args.int8 or args.batch_size != 1):
         raise ValueError("--batch_size and --int8 belong to --format=onnx")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size={args.batch_size}: give at least 1 row")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if args.format == "onnx":

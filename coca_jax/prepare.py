@@ -40,15 +40,16 @@ from coca_jax.importers.splits import prepare, prepare_with_holdout
 
 
 def _options() -> Options:
-    where = []
-    for clause in flags.FLAGS.where:
-        field, equals, values = clause.partition("=")
-        if not equals or not values:
-            raise ValueError(f"--where={clause}: write field=value or field=value,value")
-        where.append((field, tuple(values.split(","))))
+    where = cli.where_of(flags.FLAGS.where)
     names: tuple[str, ...] = ()
     if flags.FLAGS.class_names:
-        names = tuple(files.read_lines(flags.FLAGS.class_names))
+        try:
+            names = tuple(files.read_lines(flags.FLAGS.class_names))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"--class_names={flags.FLAGS.class_names}: no such file; give a text file with "
+                "one name a line"
+            ) from None
         if names == ("",):
             raise ValueError(f"--class_names={flags.FLAGS.class_names}: it is empty")
     if not 0 < flags.FLAGS.sample <= 1:
@@ -123,7 +124,9 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
     flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
     flags.DEFINE_string("split", "train", "Name of the split that is written.")
-    flags.DEFINE_float("holdout", 0.0, "Share of the images to write as split 'test' instead.")
+    flags.DEFINE_float(
+        "holdout", 0.0, "Share of the images to write as split 'test' instead.", 0, 1
+    )
     flags.DEFINE_multi_string(
         "where",
         [],
@@ -133,34 +136,29 @@ def define_flags() -> None:
     flags.DEFINE_string("label_field", "", "Field of the class names or numbers.")
     flags.DEFINE_string("image_field", "", "Field of the image, or of its path.")
     flags.DEFINE_string("class_names", "", "Text file with the names of numbered classes.")
-    flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.")
+    flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.", 0)
     engines.define_flags()
-    flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.")
+    flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.", 0)
     flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
-    flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.")
-    flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.")
-    flags.DEFINE_integer(
-        "max_pixels",
-        images.MAX_PIXELS,
-        "Quarantine larger images.",
-        lower_bound=1,
-        upper_bound=images.MAX_PIXELS,
-    )
-    flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.")
-    flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.")
+    flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.", 0)
+    flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.", 0)
+    most = images.MAX_PIXELS
+    flags.DEFINE_integer("max_pixels", most, "Quarantine larger images.", 1, most)
+    flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.", 0)
+    flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.", 0)
     flags.DEFINE_enum(
         "require",
         "any",
         ["any", "text", "label"],
         "What every example must have besides its image.",
     )
-    flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.")
+    flags.DEFINE_integer("max_side", 0, "Shrink larger images; 0: copy all bytes.", 0)
     flags.DEFINE_float("sample", 1.0, "Share of the examples to keep.")
     flags.DEFINE_integer("seed", 0, "Of the sample.")
     flags.DEFINE_enum(
         "dedup", "none", ["none", "content", "perceptual"], "Which images count as the same."
     )
-    flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.")
+    flags.DEFINE_integer("distance", 6, "Bits of 256 in which equal looks may differ.", 0, 256)
     flags.DEFINE_multi_string(
         "exclude", [], "Prepared folder or image files of evaluation data to keep out. Repeatable."
     )
@@ -179,8 +177,8 @@ def define_flags() -> None:
 
 def _define_other_uses() -> None:
     """The flags of `prepare vocabulary` and `prepare inspect`, and --overwrite."""
-    flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.")
-    flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.")
+    flags.DEFINE_integer("size", 64_000, "vocabulary: number of pieces.", 1)
+    flags.DEFINE_integer("sentences", 2_000_000, "vocabulary: texts to learn from.", 1)
     flags.DEFINE_enum(
         "vocabulary_kind",
         "auto",

@@ -47,7 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("grace", 10, "Seconds for open requests when asked to stop.", 0, 600)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     flags.DEFINE_integer(
-        "num_frames", None, "Frames of each clip; 0: pictures; default: as trained."
+        "num_frames", None, "Frames of each clip; 0: pictures; default: as trained.", lower_bound=0
     )
 
 

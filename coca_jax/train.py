@@ -46,8 +46,8 @@ def define_flags() -> None:
     recipes.define_data()
     recipes.define_flag()
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
-    flags.DEFINE_integer("num_processes", 0, "Processes of this run.")
-    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
+    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:

@@ -11,8 +11,11 @@ import types
 
 import forks
 import pytest
+from absl import flags
+from test_version_0_1 import flags_of
 
-from coca_jax import cli, quiet
+from coca_jax import cli, quiet, recipes
+from coca_jax.inference.generation.settings import Settings
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
 STARTS = {
@@ -179,6 +182,21 @@ def test_python_m_starts_the_same_command(name, monkeypatch):
     monkeypatch.setattr(cli, "command", begun.append)
     runpy.run_module(f"coca_jax.{name}", run_name="__main__")
     assert begun == [name]
+
+
+SIGNED = ("seed", "min_score")
+# Where they are read, in one line too.
+CHECKED = ("minutes", "sample", "quantile", "threshold", "step", *Settings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_number_that_counts_has_a_lowest_value(name, monkeypatch):
+    """--limit=-4 or --batch_size=-1 is refused by its flag, not met in the middle of the work."""
+    monkeypatch.setattr(recipes, "define_overrides", lambda note: None)  # keys have rules
+    flags_of(name, monkeypatch)
+    for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
+        if flag.flag_type() in ("int", "float") and flag.name not in SIGNED + CHECKED:
+            assert flag.parser.lower_bound is not None, flag.name
 
 
 def test_what_waits_says_for_how_long(capsys):

@@ -64,6 +64,7 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
         (dict(suite="datacomp", checkpoint="x"), "give --suite=NAME with --checkpoint=DIR and --r"),
         (dict(suite="datacomp", checkpoint="x", root="y", data="z"), "and --root=DIR, without --d"),
         (dict(suite="datacomp", checkpoint="x", root="y", num_processes=2), "runs in one process"),
+        (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
     ],
 )

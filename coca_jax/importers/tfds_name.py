@@ -35,7 +35,7 @@ def _builder(name: str) -> Any:
         return tfds.builder(name)
     except Exception as error:  # TFDS has a type for each way to be absent
         why = tfds_source.why(error)
-        raise ValueError(f"--input={name}: tensorflow-datasets has no such data: {why}") from None
+        raise ValueError(f"tfds:{name}: tensorflow-datasets has no such data: {why}") from None
 
 
 def _check_features(folder: str) -> None:
@@ -63,7 +63,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """
     builder = _builder(path)
     if split not in builder.info.splits:
-        raise ValueError(f"--split={split}: {path} has {sorted(builder.info.splits)}")
+        raise ValueError(f"--split={split}: tfds:{path} has {sorted(builder.info.splits)}")
     units = split_units(path, builder.info.splits[split].num_examples, ROWS_PER_UNIT)
     return [Unit(f"{path}@{split}", unit.start, unit.stop, unit.rows) for unit in units]
 
@@ -100,7 +100,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     label = _field(features, options.label_field, LABEL_FIELDS)
     if image not in features:
         raise ValueError(
-            f"--input={name}: which feature is the image? --image_field of {list(features)}"
+            f"tfds:{name}: which feature is the image? --image_field of {list(features)}"
         )
     classes = _names(features, label, options)
     decoders = {image: tfds.decode.SkipDecoding()}
