@@ -9,5 +9,6 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
+# A worker that dies (XLA ends its process) ends the suite, which would wait for it for ever else.
 exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
-  -m "not slow" --durations=10 "$@"
+  --max-worker-restart=0 -m "not slow" --durations=10 "$@"
