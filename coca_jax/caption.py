@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     Settings(**how)  # bad settings are told before anything is loaded
     paths = image_files.find(argv[1:], video=bool(args.num_frames))
     if args.out:
-        storage.check_writable(posixpath.dirname(args.out) or ".")
+        storage.check_writable(posixpath.dirname(args.out) or ".", make=False)
     done, size = caption_files.read_done(args.out) if args.out else (set(), 0)
     left = [path for path in paths if path not in done]
     failed = 0

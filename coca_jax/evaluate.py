@@ -253,8 +253,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     partitioning.start_processes(args.coordinator, args.num_processes, args.process_id)
     out = args.out or args.checkpoint
-    if storage.is_remote(out):
-        storage.check_writable(out)
+    if args.out or storage.is_remote(out):
+        storage.check_writable(out, make=False)
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
     model = inference.load(

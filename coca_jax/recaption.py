@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.recaptioning import running, whole
 
     engine = engines.of_flags()  # a wrong --shard is told before anything is written
-    storage.check_writable(request.out)
+    storage.check_writable(request.out, make=False)
     jobs = whole.plan(request)
     told = whole.finished(request) or running.run(
         request, jobs, engine, say=cli.say, progress=sys.stderr.isatty()

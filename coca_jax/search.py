@@ -89,7 +89,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
             cli.say(f"{input}: read as {formats.guess(input)}")
-    storage.check_writable(args.out)
+    storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
     cli.say(f"loading {args.checkpoint}")
     load = _loader(args.checkpoint)

@@ -222,13 +222,17 @@ class Growing:
             self._file.close()
 
 
-def check_writable(workdir: str | os.PathLike[str]) -> None:
+def check_writable(workdir: str | os.PathLike[str], *, make: bool = True) -> None:
     """Makes the folder when it is missing and writes, reads and removes a small file in it.
+
+    make=False: a local one that is missing is not made; the nearest above it is tried.
 
     Raises:
         ValueError: the place cannot be written; of a bucket, why, and what to do.
     """
     folder = place(workdir)
+    if not make and not is_remote(folder):
+        folder = next(there for there in (folder, *folder.parents) if there.exists())
     probe = folder / f".probe-{uuid.uuid4().hex}"
 
     def work() -> None:

@@ -123,6 +123,19 @@ def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa
     assert status == 2 and not lines and errors.startswith("error: num_captions=2")
 
 
+def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    for out, says, lines in (
+        ("new/folder/x.jsonl", "none does not exist; give a run", 2),
+        ("file/x.jsonl", "file cannot be written (", 1),
+    ):
+        done = commands.run(["caption", "--checkpoint=none", "a.png", f"--out={out}"], tmp_path)
+        assert done.returncode == 2 and says in done.stderr
+        assert len(done.stderr.splitlines()) == lines  # the first one says that it is loaded
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
+
+
 def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):
     names = ["caf\u00e9.png", os.fsdecode(b"caf\xe9.png")]
     lines = [caption_files.json_line(dict(image=name, caption="x")) for name in names]
