@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _DEEPEST = 32  # levels of a tree of parameters
 CONFIG, PARAMS, PROGRAMS = "config.json", "params.safetensors", "programs"
 HUB_PARAMS, LIBRARY = "model.safetensors", dict(library_name="coca_jax")
+CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"  # in the layout of the hub
+ONNX = "onnx"  # the folder of programs for onnxruntime
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
 
@@ -122,6 +124,16 @@ def write_export(
     plain[checked_files.KEY] = checked_files.describe(directory, names)
     sealed = json.dumps(sealed_json.seal(plain), indent=2)
     storage.write_text(os.path.join(directory, CONFIG), sealed)
+
+
+def files(directory: str | os.PathLike[str]) -> list[str]:
+    """The files of an export by their paths in it, sorted; nothing else that lies in its folder."""
+    folder = pathlib.Path(directory)
+    config: dict[str, Any] = bounded_json.parse((folder / CONFIG).read_bytes())
+    names = [CONFIG, *config[checked_files.KEY]]
+    if config.items() >= LIBRARY.items():
+        names += [name for name in (CARD, PREPROCESSOR) if (folder / name).exists()]
+    return sorted([*names, *(f"{ONNX}/{path.name}" for path in (folder / ONNX).glob("*"))])
 
 
 def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:

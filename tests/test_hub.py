@@ -162,7 +162,10 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
     wanted = model.encode_image(images)
     np.testing.assert_array_equal(coca_jax.load(tmp_path / "out").encode_image(images), wanted)
 
+    (tmp_path / "out/diary.txt").write_text("mine")
+    assert export_folder.write_hub(model, str(tmp_path / "out"), "org/birds", SCORES) == files
     assert hub.push(str(tmp_path / "out"), "org/birds").endswith("/org/birds")
+    assert not (server.root / "org/birds/diary.txt").exists()
     # A second time: the repository is there.
     assert coca_jax.push_to_hub(model, "org/birds", scores=SCORES).endswith("/org/birds")
     for name in files:
@@ -251,6 +254,14 @@ def test_a_file_damaged_on_its_way_is_told(model, server, tmp_path):  # noqa: F8
     with pytest.raises(ValueError, match="model.safetensors is damaged: its"):
         coca_jax.load("hf-hub:org/birds")
     assert not export_format.is_export(tmp_path)
+
+
+def test_a_readme_of_something_else_is_not_written_over(model, tmp_path):  # noqa: F811
+    (tmp_path / "README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match="README.md is of something else, and a model's card goes"):
+        export_folder.write_hub(model, str(tmp_path), "org/birds", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
 def test_commands_take_the_names(model, images, server, commands, tmp_path):  # noqa: F811

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from coca_jax import export_format, image_shape, storage
+from coca_jax.export_format import CARD, PREPROCESSOR
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
 
-CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"
+_OURS = "---\nlibrary_name: coca_jax\n"  # how model_card.md begins
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
 
 
@@ -60,7 +61,14 @@ def write_hub(
     model.safetensors, the tokenizer, preprocessor_config.json and the card README.md.
 
     name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes.
+    Raises ValueError for a README.md there that is of something else.
     """
+    there = storage.place(out) / CARD
+    if there.exists() and not there.read_text().startswith(_OURS):
+        raise ValueError(
+            f"{there} is of something else, and a model's card goes there; give a new folder, or "
+            "move it away"
+        )
     preprocessor = json.dumps(_preprocessor(model), indent=2)  # or it refuses, before it writes
     with storage.local_folder(out) as folder:
         storage.write_text(os.path.join(folder, CARD), card(model, name, scores or {}))
@@ -86,9 +94,10 @@ def push_to_hub(
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Bytes of every file in a folder and below, by its path in it, sorted."""
-    files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-    return {os.path.relpath(path, folder): os.path.getsize(path) for path in files}
+    """Bytes of every file of an export, by its path in it, sorted."""
+    return {
+        name: os.path.getsize(os.path.join(folder, name)) for name in export_format.files(folder)
+    }
 
 
 def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str:

@@ -23,7 +23,6 @@ from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models.pixels import normalise_pixels
 
-FOLDER = "onnx"
 NAMES = ("encode_image", "encode_text", "decode_start", "decode_step")
 LARGEST_FILE = 1 << 30  # bytes; a protocol buffer ends at twice that, so weights go beside it
 
@@ -57,7 +56,7 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
     arrays = Arrays(model, batch)
     functions = export_programs.functions_of(model, ["cpu"], layout="kernel")
     with storage.local_folder(out) as folder:
-        os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
+        os.makedirs(os.path.join(folder, export_format.ONNX), exist_ok=True)
         for name, (function, *arguments) in programs(functions, model, arrays).items():
             write(function, arguments, name, file(folder, name))
         found = Found(model, arrays, folder, "")
@@ -77,7 +76,7 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
 
 def file(folder: str, name: str, kind: str = "") -> str:
     """The path of a program's file; kind: '' or '.int8'."""
-    return os.path.join(folder, FOLDER, f"{name}{kind}.onnx")
+    return os.path.join(folder, export_format.ONNX, f"{name}{kind}.onnx")
 
 
 class Arrays:

@@ -131,7 +131,8 @@ def download(name: str) -> str:
 
 
 def push(folder: str, repository: str, *, private: bool = False) -> str:
-    """Uploads a folder in hub layout as one commit; the repository is made where it is missing.
+    """Uploads a folder in hub layout as one commit, what else lies in it left out; the repository
+    is made where it is missing.
 
     Returns its URL. Raises ValueError when huggingface_hub is missing or 'org/name' is none,
     FileNotFoundError when the hub cannot be reached or does not let us.
@@ -141,7 +142,10 @@ def push(folder: str, repository: str, *, private: bool = False) -> str:
     def upload() -> str:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Upload with coca_jax"
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Upload with coca_jax",
+            allow_patterns=export_format.files(folder),
         )
         return str(url)
 
