@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from coca_jax import storage
@@ -10,8 +9,7 @@ from coca_jax import storage
 
 def check(folder: str | os.PathLike[str]) -> None:
     """Whether a model may be written to a folder: `storage.check_writable`, and no run in it, whose
-    config.json would be another one. A folder that was missing is so again afterwards, so that what
-    is refused later leaves nothing.
+    config.json would be another one. Nothing is made, so that what is refused later leaves nothing.
 
     Raises:
         ValueError: it may not.
@@ -19,9 +17,4 @@ def check(folder: str | os.PathLike[str]) -> None:
     found = storage.place(folder)
     if (found / "checkpoints").exists() or (found / "metrics.jsonl").exists():
         raise ValueError(f"--out={folder} is the folder of a run; give another one")
-    local = [] if storage.is_remote(found) else [found, *found.parents]
-    made = [one for one in local if not one.exists()]
-    storage.check_writable(folder)
-    with contextlib.suppress(OSError):  # another process writes there by now
-        for one in made:
-            one.rmdir()
+    storage.check_writable(folder, make=False)
