@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("base", None, "What was tuned: a run, an export or weights.")
     evaluate.define_flags()
     flags.DEFINE_list("shares", ["0", "0.25", "0.5", "0.75", "1"], "Of the way to the tuned one.")
-    flags.DEFINE_integer("rank", 0, "Writes the change alone, as factors of this rank.", 0)
+    flags.DEFINE_integer("rank", 0, "Writes the change alone, as factors of this rank.")
     flags.DEFINE_string("adapter", "", "A folder that --rank wrote, in place of --checkpoint.")
 
 

@@ -126,17 +126,14 @@ def define_flags() -> None:
         "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, h100:8, h200:8, a100:8 or cpu:8.",
     )
     flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
-    flags.DEFINE_integer(
-        "hosts", 0, "Hosts of the run: says the goodput to expect; 0: does not.", 0
-    )
+    flags.DEFINE_integer("hosts", 0, "Hosts of the run: says the goodput to expect; 0: does not.")
     flags.DEFINE_float(
         "host_hours",
         round(goodput.HOST_HOURS),
         "Mean hours between failures of one host; the default: Llama 3's.",
-        1e-6,
     )
-    flags.DEFINE_float("save_seconds", 10.0, "That a save holds the steps up, for --hosts.", 0)
-    flags.DEFINE_float("restart_seconds", 300.0, "From a failure to the next step, for --hosts.", 0)
+    flags.DEFINE_float("save_seconds", 10.0, "That a save holds the steps up, for --hosts.")
+    flags.DEFINE_float("restart_seconds", 300.0, "From a failure to the next step, for --hosts.")
     flags.DEFINE_integer("top", 25, "Rows of the table of costliest operations.", 0)
 
 

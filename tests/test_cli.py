@@ -186,7 +186,10 @@ def test_python_m_starts_the_same_command(name, monkeypatch):
 
 SIGNED = ("seed", "min_score")
 # Where they are read, in one line too.
-CHECKED = ("minutes", "sample", "quantile", "threshold", "step", *Settings.__dataclass_fields__)
+CHECKED = (
+    *("minutes", "sample", "quantile", "threshold", "step", "rank"),
+    *("hosts", "host_hours", "save_seconds", "restart_seconds", *Settings.__dataclass_fields__),
+)
 
 
 @pytest.mark.parametrize("name", STARTS)
