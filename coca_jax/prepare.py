@@ -43,13 +43,8 @@ def _options() -> Options:
     where = cli.where_of(flags.FLAGS.where)
     names: tuple[str, ...] = ()
     if flags.FLAGS.class_names:
-        try:
-            names = tuple(files.read_lines(flags.FLAGS.class_names))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"--class_names={flags.FLAGS.class_names}: no such file; give a text file with "
-                "one name a line"
-            ) from None
+        given = flags.FLAGS.class_names
+        names = tuple(files.read_lines(given, f"--class_names={given}"))
         if names == ("",):
             raise ValueError(f"--class_names={flags.FLAGS.class_names}: it is empty")
     if not 0 < flags.FLAGS.sample <= 1:

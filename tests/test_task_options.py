@@ -7,6 +7,7 @@ from coca_jax import recipes
 from coca_jax.config import typed
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.records import Records
+from coca_jax.importers import unprepared
 
 
 def test_a_task_s_unknown_key_is_refused_with_the_nearest():
@@ -113,3 +114,17 @@ def test_a_probe_does_not_learn_from_what_it_scores(tmp_path):
     with pytest.raises(ValueError, match="scenes would be learned from and scored"):
         declarations.check([dict(task, data=SCENES, train=dict(SCENES, split="test"))])
     declarations.check([dict(task, data=SCENES)])
+
+
+def test_data_that_tasks_share_are_gone_through_once(tmp_path, monkeypatch):
+    """In a plain folder every picture's texts are read for it."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    calls, count = [], unprepared.counts
+    monkeypatch.setattr(unprepared, "counts", lambda data: calls.append(data) or count(data))
+    task = dict(kind="zeroshot", name="mine", data=dict(path=str(tmp_path), kind="label"))
+    searched = dict(kind="retrieval", data=dict(path=str(tmp_path), kind="caption"))
+    with pytest.raises(ValueError, match="retrieval of mine: no example of .* has a caption"):
+        declarations.check([task, dict(task, kind="generative"), dict(task, **searched)])
+    assert len(calls) == 1

@@ -53,14 +53,19 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if marked else "utf-8-sig")
 
 
-def read_lines(path: str) -> list[str]:
+def read_lines(path: str, called: str = "") -> list[str]:
     """The lines of a text file, without their ends.
+
+    called: what the message for a file that is not there calls it, such as 'head.classes=x.txt'.
 
     Raises:
         OSError, ValueError: as `read_bounded`; or it is no text in UTF-8.
     """
     try:
         text = decode_text(read_bounded(path, MAX_TEXT_FILE))
+    except FileNotFoundError:
+        line = f"{called or path}: no such file; give a text file, one name a line"
+        raise FileNotFoundError(line) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     if "\0" in text:

@@ -263,13 +263,7 @@ def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, .
             declared_classes(mixture.entries[n]) or mixture.sources[n].labels() for n in numbers
         ]
         return tuple(dict.fromkeys(name for names in found for name in names))
-    try:
-        lines = prompt_sets.read_lines(head.classes)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"head.classes={head.classes}: no such file; give a text file with one class a line, "
-            "or '' for the class names of the data"
-        ) from None
+    lines = prompt_sets.read_lines(head.classes, f"head.classes={head.classes}")
     names = tuple(line.strip() for line in lines if line.strip())
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(

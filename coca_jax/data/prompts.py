@@ -217,9 +217,9 @@ def load(name: str) -> tuple[str, ...]:
     return check([line.strip() for line in lines if line.strip()])
 
 
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file, a path or URL, without their ends."""
-    return files.read_lines(os.fspath(path))
+def read_lines(path: str, called: str = "") -> list[str]:
+    """The lines of a text file, a path or URL, without their ends; called: see `files`."""
+    return files.read_lines(os.fspath(path), called)
 
 
 def check(prompts: Sequence[str]) -> tuple[str, ...]:

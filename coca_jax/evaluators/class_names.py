@@ -69,12 +69,7 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
 
 def _lines(path: str) -> tuple[list[str], list[str]]:
     """(names, labels) of the lines of a file; no labels where no line has a tab."""
-    try:
-        lines = [line.strip() for line in prompts.read_lines(path)]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"class_names {path}: no such file; give a text file with a class name a line"
-        ) from None
+    lines = [line.strip() for line in prompts.read_lines(path, f"class_names {path}")]
     lines = [line for line in lines if line]
     pairs = [line.split("\t") for line in lines if "\t" in line]
     if not pairs:

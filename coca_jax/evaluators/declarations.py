@@ -13,6 +13,7 @@ import difflib
 import enum
 import functools
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -255,6 +256,8 @@ def check(tasks: Sequence[Any]) -> None:
     whose options cannot be, whose data are not there, or hold nothing that it needs, as far as that
     can be told without reading images; and for two of one kind and name."""
     seen = set()
+    looked: set[str] = set()  # what tasks share is looked at once ...
+    counts: dict[str, Mapping[str, int]] = {}  # ... and gone through once, whatever they need of it
     for task in tasks:
         task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
         evaluator = of(task.get("kind", ""))
@@ -265,15 +268,24 @@ def check(tasks: Sequence[Any]) -> None:
         seen.add(name)
         data = dict(dict(split="test"), **task["data"])
         for one in (data, *evaluator.more_data(task)):
-            _check_split(one, name)
+            if _key(one) not in looked:
+                _check_split(one, name)
+                looked.add(_key(one))
         evaluator.check_data(task)
-        if data.get("path") and not suited([evaluator.kind], data):
-            need = evaluator.needs
+        place = _key(dict(data, kind=""))
+        if data.get("path") and place not in counts:
+            counts[place] = unprepared.counts(data)
+        need = evaluator.needs
+        if counts.get(place) and not counts[place].get(need, 1):
             raise ValueError(
                 f"{name}: no example of {data['path']} [{data['split']}] has a {need}; leave the "
                 f"task out, or say in its data which field it is ({sources.KINDS[need].wanted}"
                 "_field='NAME')"
             )
+
+
+def _key(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, default=str)
 
 
 def _check_split(data: Mapping[str, Any], task: str) -> None:
