@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import posixpath
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -70,22 +71,9 @@ def main(argv: Sequence[str]) -> None:
         results: Iterator[dict[str, Any]] = iter(())
         if left:
             cli.say(f"loading {args.checkpoint}")
-            import coca_jax
-
-            model = coca_jax.load(
-                args.checkpoint,
-                dtype=args.dtype,
-                batch_size=args.batch_size,
-                num_frames=args.num_frames,
-            )
-            if not hasattr(model, "captions"):
-                raise ValueError(
-                    f"--checkpoint={args.checkpoint}: a model of the family "
-                    f"{model.config.model.family!r} has no decoder; it writes no captions"
-                )
-            results = caption_files.caption_files(
-                model, left, batch_size=args.batch_size, prompt=args.prompt, **how
-            )
+            results = _results(left, how)
+            with cli.waiting("compiling, and writing the first captions"):
+                results = itertools.chain([next(results)], results)
         out = None
         if args.out:
             growing = storage.Growing(args.out, keep=size)
@@ -113,6 +101,25 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(summary), flush=True)
     if failed:
         raise SystemExit(1)
+
+
+def _results(paths: Sequence[str], how: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `caption_files` yields for the paths, by the model that the flags name. Raises
+    ValueError for one without a decoder."""
+    import coca_jax
+
+    args = flags.FLAGS
+    model = coca_jax.load(
+        args.checkpoint, dtype=args.dtype, batch_size=args.batch_size, num_frames=args.num_frames
+    )
+    if not hasattr(model, "captions"):
+        raise ValueError(
+            f"--checkpoint={args.checkpoint}: a model of the family {model.config.model.family!r} "
+            "has no decoder; it writes no captions"
+        )
+    return caption_files.caption_files(
+        model, paths, batch_size=args.batch_size, prompt=args.prompt, **how
+    )
 
 
 if __name__ == "__main__":

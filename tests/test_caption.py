@@ -110,7 +110,11 @@ def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa
         lines = done.stdout.strip().splitlines()
         return done.returncode, lines, done.stderr
 
-    status, lines, _ = run(str(folder / "a.jpg"))
+    status, lines, errors = run(str(folder / "a.jpg"))
+    assert errors.splitlines()[:2] == [
+        f"loading {tmp_path}/model",
+        "compiling, and writing the first captions ...",
+    ]
     summary = json.loads(lines[-1])
     assert status == 0 and (summary["captioned"], summary["failed"]) == (1, 0)
     assert json.loads(lines[0]).keys() == {"image", "caption", "score"}
