@@ -20,11 +20,11 @@ from data_cases import (
 from PIL import Image
 
 from coca_jax import prepare
-from coca_jax.config import typed
+from coca_jax.config import Entry, typed
 from coca_jax.data import images, prompts, resizing, run_vocabulary, sources, texts
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.loaders import open_stream
-from coca_jax.data.mixture import Mixture, class_names
+from coca_jax.data.mixture import Mixture, class_names, nearest_shares, shares
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import items
@@ -264,6 +264,28 @@ def test_where_text_field_and_limit(data):
     assert len(list(Records(dict(path=path, split="train"), limit=5))) == 5
     assert class_names(path) == ["blue", "green", "red", "square"]
     assert Mixture(data_config(dict(path=path), dict(path=path, captions="all"))).num_examples == 69
+
+
+@pytest.mark.parametrize(
+    "weights, batch", [([1.0], 8), ([1, 1, 1], 8), ([7, 1], 128), ([1, 99], 8)]
+)
+def test_shares_are_whole_rows(weights, batch):
+    rows = nearest_shares(weights, batch)
+    assert sum(rows) == batch and min(rows) >= 1
+    exact = [weight / sum(weights) * batch for weight in weights]
+    assert all(abs(a - b) < 1 for a, b in zip(rows, exact))
+
+
+def test_weights_that_give_no_whole_rows_are_answered_with_some_that_do():
+    def of(*weights):
+        return [Entry.of(dict(builtin="scenes", weight=weight)) for weight in weights]
+
+    message = r"128 with source weights \[1.0, 0.25\] .* weights \[102, 26\] do; or change"
+    with pytest.raises(ValueError, match=message):
+        shares(of(1.0, 0.25), 128)
+    assert shares(of(102.0, 26.0), 128) == [102, 26]
+    with pytest.raises(ValueError, match="give a batch_size of at least 3"):
+        shares(of(1.0, 1.0, 1.0), 2)
 
 
 def test_errors_come_before_the_work(data, tmp_path):

@@ -324,16 +324,6 @@ def test_splits_that_are_there_are_used(tmp_path, capsys):
     assert [t["kind"] for t in config.eval.tasks] == ["knn"]
 
 
-@pytest.mark.parametrize(
-    "weights, batch", [([1.0], 8), ([1, 1, 1], 8), ([7, 1], 128), ([1, 99], 8)]
-)
-def test_shares_are_whole_rows(weights, batch):
-    rows = own_data.shares(weights, batch)
-    assert sum(rows) == batch and min(rows) >= 1
-    exact = [weight / sum(weights) * batch for weight in weights]
-    assert all(abs(a - b) < 1 for a, b in zip(rows, exact))
-
-
 def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     captioned(tmp_path / "raw", 6)
     out = str(tmp_path / "p")

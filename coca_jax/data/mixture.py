@@ -212,11 +212,28 @@ def shares(entries: Sequence[Entry], batch_size: int) -> list[int]:
     exact = [batch_size * weight / sum(weights) for weight in weights]
     rounded = [round(share) for share in exact]
     if any(abs(a - b) > 1e-6 * batch_size for a, b in zip(exact, rounded)) or 0 in rounded:
+        if len(weights) > batch_size:
+            remedy = f"give a batch_size of at least {len(weights)}"
+        else:
+            remedy = f"weights {nearest_shares(weights, batch_size)} do; or change batch_size"
         raise ValueError(
             f"batch_size={batch_size} with source weights {weights} gives shares "
-            f"{[round(share, 3) for share in exact]}, not whole numbers; change one of them"
+            f"{[round(share, 3) for share in exact]}, not whole numbers; {remedy}"
         )
     return rounded
+
+
+def nearest_shares(weights: Sequence[float], batch_size: int) -> list[int]:
+    """Rows of a batch for each of at most batch_size weights: whole numbers that add up, each at
+    least 1, otherwise nearest to the weights."""
+    exact = [weight / sum(weights) * batch_size for weight in weights]
+    rows = [max(1, int(share)) for share in exact]
+    while sum(rows) > batch_size:  # a row for each of many small shares is taken from the largest
+        rows[rows.index(max(rows))] -= 1
+    nearest = sorted(range(len(rows)), key=lambda i: rows[i] - exact[i])
+    for i in nearest[: batch_size - sum(rows)]:
+        rows[i] += 1
+    return rows
 
 
 def declared_classes(entry: Entry) -> list[str]:

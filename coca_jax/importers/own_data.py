@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coca_jax.config import Config
-from coca_jax.data import files, formats, kinds
+from coca_jax.data import files, formats, kinds, mixture
 from coca_jax.importers import checks, in_place, metadata, shards, splits
 from coca_jax.importers.items import Item, Options
 
@@ -96,7 +96,11 @@ def apply(
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
             tasks += evaluations(config, dict(place, split=held, kind=kind), f"{name}_{held}")
-    for source, rows in zip(sources, shares([s["weight"] for s in sources], config.batch_size)):
+    if len(sources) > config.batch_size:
+        rows = config.batch_size
+        raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
+    weights = [source["weight"] for source in sources]
+    for source, rows in zip(sources, mixture.nearest_shares(weights, config.batch_size)):
         source["weight"] = float(rows)
     return config.change(
         {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
@@ -325,23 +329,6 @@ def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
         line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
     return line
-
-
-def shares(weights: Sequence[float], batch_size: int) -> list[int]:
-    """Rows of a batch for each weight, whole numbers that add up, each at least 1.
-
-    Raises ValueError for more weights than rows.
-    """
-    if len(weights) > batch_size:
-        raise ValueError(f"--data: {len(weights)} data sets for a batch of {batch_size} rows")
-    exact = [weight / sum(weights) * batch_size for weight in weights]
-    rows = [max(1, int(share)) for share in exact]
-    while sum(rows) > batch_size:  # a row for each of many small shares is taken from the largest
-        rows[rows.index(max(rows))] -= 1
-    nearest = sorted(range(len(rows)), key=lambda i: rows[i] - exact[i])
-    for i in nearest[: batch_size - sum(rows)]:
-        rows[i] += 1
-    return rows
 
 
 def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
