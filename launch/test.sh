@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
 # Installs what the tests need in .venv and runs them: format, lint, types, then pytest.
-# usage: launch/test.sh [pytest arguments]     -m "" runs the slow ones too
+# usage: launch/test.sh [--whole] [pytest arguments]
+#   --whole: those marked "long" too, one test in twenty-five and two thirds of the time, as
+#   continuous integration does; where files are named, theirs run too. -m "" runs besides what is
+#   marked "slow", which is for an evening.
 set -euo pipefail
+marks="not slow and not long"
+if [[ ${1:-} == --whole ]]; then
+  marks="not slow"
+  shift
+elif [[ " $*" == *" tests/"* ]]; then
+  marks="not slow"
+fi
 cd "$(dirname "$0")/.."
 source launch/env.sh test
 bin="$VENV/bin"
@@ -11,4 +21,4 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/mypy"
 # A worker that dies (XLA ends its process) ends the suite, which would wait for it for ever else.
 exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
-  --max-worker-restart=0 -m "not slow" --durations=10 "$@"
+  --max-worker-restart=0 -m "$marks" --durations=10 "$@"

@@ -135,6 +135,7 @@ def test_the_table_and_the_page_show_every_variant(done):
     assert "it diverged" in (folder / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, commands, tmp_path):
     """On runs that are done already, and then with a variant whose weights are not there."""
     out = shutil.copytree(done[1], tmp_path / "out")
@@ -186,6 +187,7 @@ def test_equal_minutes_are_steps_by_a_pace_that_is_measured_once(tmp_path, monke
     running.ablate(found, str(out), 0.002, quietly)
 
 
+@pytest.mark.long
 def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     tmp_path, monkeypatch
 ):

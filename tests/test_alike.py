@@ -81,6 +81,7 @@ def one_device(monkeypatch):
         yield mesh
 
 
+@pytest.mark.long
 def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monkeypatch):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
     import alike

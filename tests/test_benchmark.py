@@ -24,6 +24,7 @@ from coca_jax.data import sources
 from coca_jax.interop import open_clip_config
 
 
+@pytest.mark.long
 def test_rates_are_work_over_time(monkeypatch, capsys):
     """By the command, which prints each number and what it ran on."""
     config = tiny_config()
@@ -64,6 +65,7 @@ def peer_config():
     return config
 
 
+@pytest.mark.long
 def test_the_peer_runs_at_the_same_sizes():
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     config = typed(peer_config())

@@ -76,6 +76,7 @@ def small(monkeypatch, data="scenes"):
         pytest.param("open_clip_coca", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     import torch_row

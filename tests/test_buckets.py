@@ -69,6 +69,7 @@ def _arrays(place):
     return jax.tree.leaves(found)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     workdir = f"{s3}/killed"
     code = (
@@ -99,6 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     }
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_bit_for_bit_on_gcs(whole, gs, monkeypatch):
     workdir = f"{gs}/stopped"
     with monkeypatch.context() as patch:
@@ -110,6 +112,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_on_gcs(whole, gs, monkeypatch):
     _equal(workdir, whole)
 
 
+@pytest.mark.long
 def test_a_model_is_loaded_and_scored_in_its_bucket(whole, s3):
     with storage.local_folder(f"{s3}/scored") as folder:
         fsspec.filesystem("file").put(f"{whole}/", f"{folder}/", recursive=True)
@@ -160,6 +163,7 @@ def test_weights_that_are_not_there_are_told_before_data_are_read(folder, tmp_pa
     assert "reading data" not in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_only_whole_steps_count(folder):
     checkpoints = checkpointing.Checkpoints(folder, keep=2)
     assert checkpoints.steps() == []
@@ -187,6 +191,7 @@ def test_only_whole_steps_count(folder):
     jax.tree.map(np.testing.assert_array_equal, _restored(folder)[0], _state(30))
 
 
+@pytest.mark.long
 def test_a_damaged_step_is_set_aside(folder):
     checkpoints = checkpointing.Checkpoints(folder)
     for step in (1, 2):

@@ -240,6 +240,7 @@ def test_a_head_pools_the_tokens_of_all_frames(head_model):
     assert np.abs(logits - still).max() > 1e-2
 
 
+@pytest.mark.long
 def test_training_on_equal_frames_is_training_on_the_image(head_model):
     config, module, params = head_model
     config.batch_size = 4

@@ -117,6 +117,7 @@ def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
 
 @pytest.mark.tpu_backend
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.long
 def test_the_compiler_s_schedule_of_a_kernel_is_counted(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # libtpu does not know all of a CPU's
     short, long = (["s32[1]", *[f"bf16[8,{n},256]"] * 3] for n in (64, 256))
@@ -269,6 +270,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 def test_the_command_compiles_the_train_step_for_eight_cpu_devices(commands, tmp_path):
     flags = [*SMALL, "--topology=cpu:8", f"--dump_hlo={tmp_path}/step.hlo"]
     done = commands.run(["compile", *flags], ROOT)
@@ -296,6 +298,7 @@ def test_bad_input_is_one_line_and_status_two(commands, arguments, message):
 
 @pytest.mark.tpu_backend
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.long
 def test_a_small_step_compiles_for_a_tpu_slice():
     done = command(*SMALL, "--topology=v5e:2x4")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -319,6 +322,7 @@ def cuda_compiler():
 
 
 @pytest.mark.skipif(cuda_compiler() is None, reason="needs jax-cuda12-plugin and jax-cuda12-pjrt")
+@pytest.mark.long
 def test_a_small_step_compiles_for_a_gpu_with_flash_attention(tmp_path):
     """bfloat16 attention is cuDNN's in both directions and no [N, M] scores are written."""
     flags = [flag for flag in SMALL if "fsdp" not in flag]

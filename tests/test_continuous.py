@@ -16,6 +16,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", [*list(KINDS)[:2], PANELS])
+@pytest.mark.long
 def test_captions_are_those_of_one_batch(kind):
     how = KINDS[kind]
     hidden = dict(hidden_id=4, cls_mask="shifted")

@@ -99,6 +99,7 @@ def test_load_gives_the_same(export, golden, inputs):
     assert relative(logits, golden["logits"]) < 2e-5
 
 
+@pytest.mark.long
 def test_exported_programs_hide_id_0_as_the_model_does(export, tmp_path):
     model = coca_jax.load(str(export))
     programs.export(model, str(tmp_path))

@@ -228,6 +228,7 @@ def test_callers_at_once_do_not_disturb_each_other(kernels):
         list(pool.map(again, range(len(inputs))))
 
 
+@pytest.mark.long
 def test_where_the_kernels_are_used(monkeypatch):
     """Large models on a single CPU device, with heads that the kernels take."""
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)

@@ -139,6 +139,7 @@ def test_an_image_is_read_alone_and_nan_stays(kernels, count):
 
 @needs_bfloat16
 @pytest.mark.parametrize("cross", ["paper", "open_clip"])
+@pytest.mark.long
 def test_a_model_chooses_the_tokens_of_float32(kernels, cross):
     """Wherever its two most probable ones are apart by more than rounding."""
     config = tiny_config().model

@@ -97,6 +97,7 @@ def outcomes(source: pathlib.Path, scratch: pathlib.Path, count: int) -> dict[st
 
 
 @pytest.mark.parametrize("source", ["exported", "hub", "converted", "open_clip"])
+@pytest.mark.long
 def test_random_damage_is_never_used(folders, source, tmp_path, caplog):
     count = 200
     load(folders / source, tmp_path)  # whole, it is taken

@@ -26,8 +26,11 @@ from coca_jax.inference.generation.settings import Settings
 from coca_jax.models import coca, decoding
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
 
-KINDS = ["paper", "open_clip", "reference", "open_clip_reference", "modern", "modern_open_clip"]
-KINDS += [PANELS, OPEN_CLIP_PANELS]
+KINDS = ["paper", "open_clip", "reference", "modern", PANELS, OPEN_CLIP_PANELS]
+KINDS += [
+    pytest.param(kind, marks=pytest.mark.long)
+    for kind in ("open_clip_reference", "modern_open_clip")
+]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def each_model(request):
 
 
 @pytest.mark.parametrize("cls_mask", ["shifted", "exact"])
+@pytest.mark.long
 def test_an_id_that_counts_as_padding_is_hidden_in_prompts_and_captions(cls_mask):
     """As in the forward pass, whose text_valid is false wherever the id stands: the unimodal half
     does not see the key of the next token (shifted), or its own."""
@@ -122,6 +126,7 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(each_model):
 
 
 @pytest.mark.parametrize("layout", ["transposed", PANELS])
+@pytest.mark.long
 def test_layouts_of_the_weights_give_the_same_captions(layout):
     """Also where rows are padded to eight (6 of them), which is never seen."""
     config = tiny_config().model

@@ -251,6 +251,7 @@ def walk(tmp_path_factory, site):
 
 
 @pytest.mark.parametrize("page", docs_walk.PAGES)
+@pytest.mark.long
 def test_a_page_s_commands_and_examples_do_what_it_says(page, walk):
     for step in docs_walk.steps(page):
         run(step, walk)
@@ -264,6 +265,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.long
 def test_a_notebook_s_cells_run_in_their_order(path, walk):
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]

@@ -187,6 +187,7 @@ def squared(job: int, report) -> int:
     return job * job
 
 
+@pytest.mark.long
 def test_workers_that_are_killed_that_never_come_and_that_fail(ray, tmp_path, monkeypatch):
     done: list[int] = []
     engine = Killing(workers=6, folder=str(tmp_path / "a"))  # on four cores: two have no place
@@ -200,6 +201,7 @@ def test_workers_that_are_killed_that_never_come_and_that_fail(ray, tmp_path, mo
     assert Engine("ray").run(squared, [], done.append) == []
 
 
+@pytest.mark.long
 def test_prepared_by_workers_that_are_killed(ray, tars, tmp_path):  # noqa: F811
     prepared(tars, tmp_path / "whole", dedup="none")
     engine = Killing(folder=str(tmp_path / "killed"))

@@ -50,6 +50,7 @@ np.savez(f"{folder}/found.npz", embedding=embedding, caption=np.stack(caption, 1
 """
 
 
+@pytest.mark.long
 def test_programs_equal_the_model_without_its_code(model, words, images, tmp_path):  # noqa: F811
     files = export_programs.export(model, str(tmp_path))
     assert {"config.json", "params.safetensors", "vocabulary.model"} < set(files)
@@ -76,6 +77,7 @@ def onnx_packages(monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 
 
+@pytest.mark.long
 def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_packages):  # noqa: F811
     found = export_onnx.export(model, str(tmp_path), batch=2, int8=True)
     assert set(found["differences"]) == {"encode_image", "encode_text", "decode_step"}

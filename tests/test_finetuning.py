@@ -148,6 +148,7 @@ def adapted(tmp_path_factory):
     return folder, train_alone(config, folder / "tuned")
 
 
+@pytest.mark.long
 def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(adapted):
     folder, _ = adapted
     first, tuned = (
@@ -164,6 +165,7 @@ def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(ada
         np.testing.assert_allclose(again[name], tuned[name], atol=1e-5)
 
 
+@pytest.mark.long
 def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
     """The scores of a tiny model say little: the probe's are given here, the run is a real one."""
     from coca_jax.evaluators import tasks

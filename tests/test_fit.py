@@ -101,11 +101,13 @@ def done(fitted):
     return fitted[:3]
 
 
+@pytest.mark.long
 def test_a_step_is_traced_once(fitted):
     """By the steps that are timed, which are as of a longer run, and by the run."""
     assert fitted[3] == 1
 
 
+@pytest.mark.long
 def test_a_fit_leaves_a_model_that_captions(done, folder):
     workdir, summary, said = done
     assert set(os.listdir(workdir)) >= {
@@ -122,6 +124,7 @@ def test_a_fit_leaves_a_model_that_captions(done, folder):
         assert coca_jax.load(f"{workdir}/export").caption([str(folder / "00.png")]) == [text]
 
 
+@pytest.mark.long
 def test_what_is_said(done, folder):
     workdir, _, said = done
     text = "\n".join(said)
@@ -137,6 +140,7 @@ def test_what_is_said(done, folder):
     assert f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER" in after
 
 
+@pytest.mark.long
 def test_held_out_pictures_are_apart(done):
     place = f"{done[0]}/data/shapes"
     train, test = (
@@ -146,6 +150,7 @@ def test_held_out_pictures_are_apart(done):
     assert len(train) + len(test) == 60 and not train & test
 
 
+@pytest.mark.long
 def test_the_recipe_is_the_run(done):
     """recipe.py gives the config that trained, and begins from the base alone."""
     workdir = done[0]
@@ -159,6 +164,7 @@ def test_the_recipe_is_the_run(done):
     again.unlink()
 
 
+@pytest.mark.long
 def test_a_workdir_belongs_to_one_fit(done, folder, tmp_path):
     workdir = done[0]
     with pytest.raises(ValueError, match="holds a fit of .*shapes, and this one is of /elsewhere"):

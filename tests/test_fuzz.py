@@ -14,6 +14,7 @@ from kinds import NAMES, load, surroundings  # noqa: E402
 KINDS = [name for name in NAMES if name != "broken"]
 
 
+@pytest.mark.long
 def test_no_input_of_any_kind_gives_more_than_a_line():
     accounts = list(run.fuzz(KINDS, range(20), seed=1))
     assert [account.kind for account in accounts] == KINDS

@@ -109,6 +109,7 @@ def test_small_batches_come_near_the_gradient_of_all_examples():
     assert far(sums["kept"]) < 0.5 * far(sums["alone"])
 
 
+@pytest.mark.long
 def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     """Of 40 examples, the 16 of the batch, in micro-batches."""
     config = tiny_config()

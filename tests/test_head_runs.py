@@ -66,6 +66,7 @@ def tuned(pretrained, classes, tmp_path_factory):
     return workdir, config, train_alone(config, workdir)
 
 
+@pytest.mark.long
 def test_a_run_with_a_head_leaves_what_it_promises(tuned, pretrained, classes):
     workdir, _, summary = tuned
     rows = read_metrics(workdir)
@@ -81,6 +82,7 @@ def test_a_run_with_a_head_leaves_what_it_promises(tuned, pretrained, classes):
     assert open(files[0], "rb").read() == open(files[1], "rb").read()
 
 
+@pytest.mark.long
 def test_a_loaded_run_classifies(tuned, tmp_path):
     workdir, config, summary = tuned
     model = coca_jax.load(workdir)
@@ -106,6 +108,7 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
     assert os.path.isdir(f"{workdir}/checkpoints/{step}/ema") and "text_decoder" in params
 
 
+@pytest.mark.long
 def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeypatch):
     workdir, config, _ = tuned
     reached = stopping.Stop.reached
@@ -121,6 +124,7 @@ def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeyp
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.long
 def test_classes_are_bound_to_the_run(tuned, classes, tmp_path):
     workdir, config, _ = tuned
     names = open(classes).read().split("\n")[:-1]
@@ -141,6 +145,7 @@ def test_classes_are_bound_to_the_run(tuned, classes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
     workdir, config, _ = tuned
     config = config.copy_and_resolve_references()
@@ -181,6 +186,7 @@ def test_bad_heads_are_refused(tmp_path, section, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_tasks_for_a_head_are_refused_before_a_run_without_one_trains(tmp_path):
     config = tiny_run()
     config.eval.tasks = scenes_run().eval.tasks

@@ -221,6 +221,7 @@ def test_head_loss_against_numpy():
     "kind, captioning",
     [pytest.param("classification", 0.0, marks=pytest.mark.slow), ("answer", 1.0)],
 )
+@pytest.mark.long
 def test_accumulated_head_gradients_are_those_of_the_whole_batch(kind, captioning):
     config = head_config(kind)
     config.loss.update(captioning_weight=captioning, caption_chunk=16)

@@ -56,11 +56,13 @@ def whole(tmp_path_factory):
     return workdir, summary, compiled
 
 
+@pytest.mark.long
 def test_only_the_first_evaluation_compiles(whole):
     _, _, compiled = whole
     assert compiled[0] > 3 and compiled[1:] == [0]
 
 
+@pytest.mark.long
 def test_every_evaluation_is_kept_and_eval_json_is_the_last(whole):
     workdir, summary, _ = whole
     rows = history.read(workdir)

@@ -233,6 +233,7 @@ def data(tmp_path_factory):
     return config, root / "run", root / "raw"
 
 
+@pytest.mark.long
 def test_a_run_trains_captions_and_explains(data):
     config, workdir, folder = data
     stored = sealed_json.read(workdir / "config.json")
@@ -252,6 +253,7 @@ def test_a_run_trains_captions_and_explains(data):
     assert explained.words[0].attention.sum() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_weights_of_another_shape(data, tmp_path):
     config, workdir, _ = data
     other = config.copy_and_resolve_references()

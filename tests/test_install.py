@@ -53,6 +53,7 @@ def slice_run(tmp_path_factory):
     return done, workdir, (folder / "cloud/calls").read_text()
 
 
+@pytest.mark.long
 def test_a_run_on_a_slice_goes_on_after_a_dropped_line_and_a_preemption(slice_run):
     done, workdir, calls = slice_run
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,6 +63,7 @@ def test_a_run_on_a_slice_goes_on_after_a_dropped_line_and_a_preemption(slice_ru
     assert kinds == [*first, "ssh", *again, "delete"]
 
 
+@pytest.mark.long
 def test_a_run_on_a_slice_shows_train_s_result_and_the_steps_of_installing(slice_run):
     done, workdir, _ = slice_run
     assert json.loads(done.stdout.splitlines()[-1])["workdir"] == str(workdir)
@@ -149,6 +151,7 @@ def test_install_refuses_what_cannot_be(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+@pytest.mark.long
 def test_uv_gets_a_python_where_the_machine_s_is_too_old_and_unknown_extras_are_named(tmp_path):
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     base = pathlib.Path(sys._base_executable)
@@ -180,6 +183,7 @@ def test_uv_gets_a_python_where_the_machine_s_is_too_old_and_unknown_extras_are_
     assert said.stdout.split() == [f"{ROOT}/coca_jax/__init__.py", f"{tmp_path}/venv"], said.stderr
 
 
+@pytest.mark.long
 def test_the_image_s_steps_make_a_train_that_starts(tmp_path):
     """COPY, ENV and RUN of the Dockerfile, done here: /app is a folder, its base a Python."""
     app = tmp_path / "app"

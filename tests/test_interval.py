@@ -49,6 +49,7 @@ def test_more_hosts_have_less_left():
     assert goodput.estimate(10_000_000, 1.0, 10.0, 300.0)["expected_goodput"] < 0.01
 
 
+@pytest.mark.long
 def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(saving, "FIRST", 3)
     config = tiny_run(steps=7)

@@ -135,6 +135,7 @@ def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.long
 def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
     config, mesh, model = built(name)
     alike = step.of_step(config)

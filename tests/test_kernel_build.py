@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent import futures
 
+import pytest
 from conftest import needs_compiler, tiny_config
 
 from coca_jax import partitioning
@@ -26,6 +27,7 @@ def without(compiler: str, folder) -> tuple[bool, str]:
     return first == "True", done.stderr
 
 
+@pytest.mark.long
 def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
     for compiler, reason in (
         ("no-such-compiler", "there is no C++ compiler 'no-such-compiler'"),
@@ -37,6 +39,7 @@ def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.long
 def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path):
     quick = tmp_path / "quick-c++"  # the last of several -O counts
     quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
@@ -65,6 +68,7 @@ def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(tmp_path
 
 
 @needs_compiler
+@pytest.mark.long
 def test_those_of_a_step_are_compiled_at_the_same_time(tmp_path):
     """Each compiler waits until all three have been started."""
     together = tmp_path / "together-c++"

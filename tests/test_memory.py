@@ -52,6 +52,7 @@ def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, mon
     assert memory.bounds_kept(typed(small_run()), mesh) == first and len(traced) == 4
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):
     """The settings are the compiler's word: the same step in parts, within the room."""
     config, found = small_run(batch_size=64), counted[0]
@@ -72,6 +73,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
     assert memory.step_bytes(config, mesh) <= room
 
 
+@pytest.mark.long
 def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(ValueError, match="not even the smallest batch fits"):

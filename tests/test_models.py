@@ -212,6 +212,7 @@ def test_poolers_of_both_kinds_have_equal_sizes():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.long
 def test_the_forms_of_all_platforms_agree(options):
     config = tiny_config()
     change(config, options)

@@ -108,6 +108,7 @@ def test_an_image_and_its_turned_one_differ(model):
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
+@pytest.mark.long
 def test_every_form_of_the_operations_gives_the_same():
     config = typed(tiny_config(image_size=16, patch_size=4, positions="both")).model
     images = np.stack([native.pack(picture(*shape, 3), 4, 16) for shape in ((8, 12), (4, 64))])
@@ -154,6 +155,7 @@ def data(tmp_path_factory):
     return config, root / "run", root / "raw"
 
 
+@pytest.mark.long
 def test_batches_are_a_function_of_the_step_on_any_number_of_processes(data):
     config, workdir, _ = data
     vocabulary = run_vocabulary.load_or_train(config, str(workdir))
@@ -170,6 +172,7 @@ def test_batches_are_a_function_of_the_step_on_any_number_of_processes(data):
     assert len(grids) > 3  # shapes differ within a batch
 
 
+@pytest.mark.long
 def test_a_trained_model_takes_images_of_any_shape(data):
     _, workdir, folder = data
     model = coca_jax.load(str(workdir))

@@ -96,6 +96,7 @@ OTHERS = dict(
 
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+@pytest.mark.long
 def test_other_layouts_come_in_and_go_back(changes):
     """LayerScale, QK-norm, other eps and tanh GELU, each in some towers, and images and patches
     that are not square, in outputs and gradients; what comes back is the same configuration and

@@ -194,6 +194,7 @@ def cached(pair, params, pixels, length, prompt):
     return found
 
 
+@pytest.mark.long
 def test_greedy_captions_with_id_0_inside(pair):
     """Padding by value: a generated id 0, or one in the prompt, hides a key from later tokens."""
     text = pair.model_config.text

@@ -174,6 +174,7 @@ class CudnnByXla(ops.Gpu):
 
 
 @pytest.mark.parametrize("causal,masked,turned", [(False, False, True), (True, True, False)])
+@pytest.mark.long
 def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turned):
     """An odd length: the encoder's without a mask, the unimodal half's with valid tokens."""
     x = arrays(2, 9, 16, dtype=jnp.bfloat16)[0]

@@ -57,12 +57,14 @@ def assert_same(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got[1], want[1])
 
 
+@pytest.mark.long
 def test_one_device_saves_and_four_of_two_processes_go_on(one_device, commands, tmp_path):
     workdir = str(shutil.copytree(one_device[0], tmp_path / "copy"))
     forget_the_end(workdir)
     assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
 
 
+@pytest.mark.long
 def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, commands, tmp_path):
     workdir, words = str(tmp_path / "two"), f"--config.data.vocabulary={one_device[0]}/{WORDS}"
     four = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
@@ -72,6 +74,7 @@ def test_two_processes_of_four_devices_save_and_one_device_goes_on(one_device, c
     assert_same(launch(commands, workdir, 1, 1, words), one_device[1])
 
 
+@pytest.mark.long
 def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
     workdir = f"{s3}/processes"
     system = fsspec.filesystem("s3")

@@ -122,6 +122,7 @@ def learned(asked, tmp_path_factory):
     return workdir, train(question_config(asked), workdir)
 
 
+@pytest.mark.long
 def test_questions_are_learned_by_heart_by_head_and_decoder(learned, asked):
     workdir, summary = learned
     assert summary["classification/asked/top1"] == 1.0
@@ -189,6 +190,7 @@ def found_pixels():
     return np.stack([np.stack([red, blue]), np.stack([red, red])])
 
 
+@pytest.mark.long
 def test_pairs_reach_the_model_in_order_and_are_evaluated(pairs, tmp_path):
     config = question_config(pairs)
     source = dict(path=pairs, split="train", kind="question")

@@ -205,6 +205,7 @@ def test_own_data_bring_their_regions(photos):
     assert all("10 20 30 40" in text and "thing" in text for text in found)
 
 
+@pytest.mark.long
 def test_a_run_learns_boxes_beside_captions_and_labels(photos):
     config = tiny_config(image_size=16, patch_size=8)
     config.model.text.update(vocab_size=420, max_len=20)

@@ -181,6 +181,7 @@ def run(tmp_path_factory):
     return config, root / "run", root / "raw"
 
 
+@pytest.mark.long
 def test_pictures_come_to_a_trained_model_as_they_trained(run):
     config, workdir, folder = run
     batch = Batches(typed(config), run_vocabulary.load_or_train(config, str(workdir))).batch(0)
@@ -199,6 +200,7 @@ def test_pictures_come_to_a_trained_model_as_they_trained(run):
     assert frames.shape == (3, 16, 16, 3) and not np.array_equal(frames[0], frames[2])
 
 
+@pytest.mark.long
 def test_the_report_shows_what_was_left_of_a_picture(run):
     """The map over it is of that."""
     page = (run[1] / "report.html").read_text()
@@ -209,6 +211,7 @@ def test_the_report_shows_what_was_left_of_a_picture(run):
         assert picture.shape[0] == picture.shape[1] == round(24 / 0.95)
 
 
+@pytest.mark.long
 def test_an_export_keeps_it_and_formats_without_a_word_for_it_are_refused(run, tmp_path):
     _, workdir, folder = run
     model = coca_jax.load(str(workdir))

@@ -67,6 +67,7 @@ def test_muon_takes_the_kernels_of_a_real_model(model_params):
         assert value == tuple(tuple(first + i for i in side) for side in wanted), name
 
 
+@pytest.mark.long
 def test_every_parameter_of_every_recipe_has_a_role():
     """A part or a kind of parameter that no module describes is refused by name."""
     models = {repr(model): model for model in (recipes.load(r).model for r in recipes.names())}

@@ -125,6 +125,7 @@ def test_tasks_and_their_mixture_are_registered(mixture):
     )
 
 
+@pytest.mark.long
 def test_eleven_sources_stay_in_their_places(data, tmp_path):
     """seqio sorts tasks by name, and 10 comes before 2 in the alphabet."""
     config = data_config(*[dict(path=str(data / "c"), limit=n + 1) for n in range(11)], batch=11)

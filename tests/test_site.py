@@ -16,6 +16,7 @@ PAGE = (ROOT / "docs/how_it_works.md").read_text()
 ROWS = re.findall(r"^\| (?!paper|---)(.+?) \| (.+?) \| (.+?) \|$", PAGE, re.M)
 
 
+@pytest.mark.long
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings", reason="needs the extra 'docs'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}/site"]

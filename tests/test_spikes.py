@@ -106,6 +106,7 @@ def spiking(monkeypatch):
 
 
 @pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.long
 def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monkeypatch, capfd):
     """Seen at step 15, the third of the spike: back to 10, without the batches 12 to 15. The step
     is traced once, by all runs together."""

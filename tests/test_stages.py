@@ -127,6 +127,7 @@ def test_each_size_must_split(data):
     )
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     """Stopped at the step where batches grow: the losses and the parameters are those of an
     uninterrupted run; the learning rate is that of the step."""

@@ -105,6 +105,7 @@ def traced_only(step, **_):
 
 
 @pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.long
 def test_a_batch_goes_through_the_stations_of_the_table(words, tmp_path, one_device_mesh):
     """The step is traced, as before it is compiled, and not run."""
     raw = data_cases.write_folder(tmp_path / "raw", 8)

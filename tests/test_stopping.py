@@ -172,6 +172,7 @@ def test_a_command_without_anything_to_save_ends_within_seconds():
         assert text.splitlines()[-1].endswith("ended by Ctrl-C") and "Traceback" not in text
 
 
+@pytest.mark.long
 def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(cache, tmp_path):
     for moment, number, said in (
         ("reading data", signal.SIGTERM, "stopped while reading data: no step is lost"),

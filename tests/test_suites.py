@@ -268,6 +268,7 @@ def test_interval_of_a_difference_is_paired():
         metrics.difference("acc1", dict(target=target, guess=first), dict(target=1 + target))
 
 
+@pytest.mark.long
 def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch, capsys):
     found, missing = tables.tasks("clip_benchmark", str(root))
     assert [task.key for task in found] == [

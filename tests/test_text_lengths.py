@@ -81,6 +81,7 @@ def test_gradients_are_those_of_whole_captions(one_device_mesh):
     _close(split, whole)
 
 
+@pytest.mark.long
 def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     config = _config(4)
     mesh = partitioning.make_mesh(2, 2, 1, devices=jax.devices()[:4])

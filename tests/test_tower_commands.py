@@ -131,6 +131,7 @@ def test_pictures_alone_are_nothing_to_score(server, photos, tmp_path):
 
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+@pytest.mark.long
 def test_scores_and_finds_are_those_of_the_originals_embeddings(
     make, server, photos, sets, tmp_path, monkeypatch
 ):

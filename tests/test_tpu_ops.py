@@ -193,6 +193,7 @@ def test_a_single_query_is_padded_to_what_the_kernel_takes():
 
 
 @pytest.mark.parametrize("cross,long", [(None, False), ("paper", False), (None, True)])
+@pytest.mark.long
 def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
     """Gradients included, against the same arithmetic differentiated by JAX."""
     rng = np.random.default_rng(0)

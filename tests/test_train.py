@@ -77,6 +77,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert b"step_num" in trace.read_bytes()
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     reached = stopping.Stop.reached
     monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
@@ -95,6 +96,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
@@ -123,6 +125,7 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["0_1", "0_2"])
+@pytest.mark.long
 def test_a_run_of_an_earlier_version_goes_on(version, tmp_path):
     """tests/golden/run_*.tar.xz: step 2 of 4, written by that version, and all its metrics. That
     of 0.2 has a record with checksums, format 1."""
@@ -179,6 +182,7 @@ class Endless(objectives.Captioning):
 
 
 @pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.long
 def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)
@@ -198,6 +202,7 @@ def test_a_workdir_refuses_another_config(whole):
         train(tiny_run(seed=1), whole[0])
 
 
+@pytest.mark.long
 def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_later(tmp_path, whole):
     config = tiny_run(init_from=str(tmp_path / "typo"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under .*typo"):

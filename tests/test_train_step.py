@@ -88,6 +88,7 @@ def test_without_captioning_the_multimodal_half_is_untouched(config):
     assert np.any(grads["image_encoder"]["patch_embedding"]["kernel"])
 
 
+@pytest.mark.long
 def test_both_losses_cost_little_more_than_captioning_alone():
     """Paper, Table 8b: one forward graph serves both (compiled FLOPs, all sizes larger here)."""
     flops = {}
@@ -112,6 +113,7 @@ def test_both_losses_cost_little_more_than_captioning_alone():
 
 
 @pytest.mark.parametrize("kind, steps", [("softmax", 4), ("sigmoid", 2)])
+@pytest.mark.long
 def test_accumulated_gradients_are_those_of_the_whole_batch(config, kind, steps):
     config.loss.update(contrastive=kind, duplicate_texts="positives", caption_chunk=16)
     model, params, batch = fresh(config)
@@ -123,6 +125,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, kind, steps)
     assert_close(got_metrics, want_metrics, 1e-5)
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_the_loss_that_is_told(config):
     config.loss.captioning_weight = 3.0
     model, params, batch = fresh(config)
@@ -153,6 +156,7 @@ def run(config, mesh, start, steps=5):
     "optimizer, meshes",
     [("adafactor", [(1, 8, 1), (2, 2, 2)]), ("muon", [(8, 1, 1), (2, 2, 2)])],
 )
+@pytest.mark.long
 def test_any_mesh_gives_the_same_training(config, optimizer, meshes):
     config.optimizer.name = optimizer
     config.model.text.update(width=32, mlp_dim=64)
@@ -182,6 +186,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, one_device_mesh):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.long
 def test_one_batch_is_learned_by_heart(config, one_device_mesh, optimizer):
     config.batch_size = 8
     config.optimizer.update(
@@ -210,6 +215,7 @@ def test_averaged_parameters_lag_behind(config, one_device_mesh):
     )
 
 
+@pytest.mark.long
 def test_hidden_image_tokens_and_a_bag_of_tokens_train(config):
     """The bag's layer and the encoder learn from it; hidden tokens change the captions alone."""
     config.loss.update(bag_weight=1.0, contrastive_weight=0.0, captioning_weight=0.0)
@@ -227,6 +233,7 @@ def test_hidden_image_tokens_and_a_bag_of_tokens_train(config):
     assert abs(got["captioning_loss"] - want["captioning_loss"]) > 1e-4
 
 
+@pytest.mark.long
 def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     """Micro-batches give the same teacher; the error falls on one batch, and the mask token, the
     predictor and the encoder are what learns."""
@@ -258,6 +265,7 @@ def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     assert "token_predictor" not in kept and "mask_token" not in kept["image_encoder"]
 
 
+@pytest.mark.long
 def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
     config.model.image_size = 32
     config.image_sizes = ((0.5, 16), (0.25, 24))

@@ -39,6 +39,7 @@ def test_text_positions_keep_their_places_and_cls_stays_last(length):
         assert 0.015 < found[8:-1].std() < 0.025  # as in a new model
 
 
+@pytest.mark.long
 def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh):
     short, longer = tiny_config(), tiny_config()
     longer.model.text.max_len = short.model.text.max_len + 4

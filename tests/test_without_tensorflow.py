@@ -38,6 +38,7 @@ def run(code, timeout=300):
     return done.stdout
 
 
+@pytest.mark.long
 def test_train_evaluate_load_caption(tmp_path):
     write_data(tmp_path)
     out = run(f"""
