@@ -31,6 +31,7 @@ from coca_jax.data import image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
 
+OPERANDS = "pictures and folders of them"
 SEED = "Of sampling; an image's captions also depend on its path."
 
 

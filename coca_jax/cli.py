@@ -258,19 +258,36 @@ def where_of(clauses: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
+# Names that other commands, and other programs, have for the same.
+_SAME = (
+    ("data", "input", "dataset", "folder", "images", "image", "path"),
+    ("checkpoint", "init_from", "input", "model", "weights", "ckpt", "run", "pretrained"),
+    ("workdir", "out", "output", "output_dir", "outdir", "save_dir"),
+    ("num_beams", "beams", "beam_size"),
+    ("max_tokens", "max_length", "max_len", "max_new_tokens"),
+)
+
+
 def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     """The line for a flag that there is not: the key of the recipe or the flag it may mean."""
     pattern = rf"--?(no)?{re.escape(name)}(=|$)"
     given = next((a for a in argv if re.match(pattern, a)), f"--{name}")
-    text = f"{given}: no such flag"
+    text, value = f"{given}: no such flag", given.partition("=")[2]
+    names = [flag.name for flag in _own_flags(module)]
+    if name == "resume" and "workdir" in names:
+        return f"{text}, and none is needed: the same command again goes on where the run stood"
+    same = next((group for group in _SAME if name in group), ())
+    meant = next((other for other in same if other in names), None)
+    if meant:
+        return f"{text}; did you mean --{meant}?"
+    if same == _SAME[0] and hasattr(module, "OPERANDS"):
+        return f"{text}; {module.OPERANDS} stand without one" + (f": {value}" if value else "")
     if "config" in flags.FLAGS:
         if name.startswith("config."):
             return f"{given} needs a recipe to change: give --config=NAME too"
-        paths = recipes.paths_of(name)
+        paths = recipes.paths_of(name) or recipes.paths_of("init_from") * ("init_from" in same)
         if paths:
-            value = given.partition("=")[2]
             forms = [f"--config.{path}" + (f"={value}" if value else "") for path in paths[:4]]
             return f"{text}; the key of the recipe is {' or '.join(forms)}"
-    names = [flag.name for flag in _own_flags(module)]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"{text}; " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")

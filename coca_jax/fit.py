@@ -28,6 +28,8 @@ from coca_jax import cli, recipes
 
 FIELDS = ("text_field", "label_field", "image_field", "class_names")
 
+OPERANDS = "folders of pictures"
+
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""

@@ -31,6 +31,8 @@ from absl import flags
 from coca_jax import cli, engines, storage
 from coca_jax.data import formats
 
+OPERANDS = "pictures, folders and texts"
+
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""

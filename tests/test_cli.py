@@ -139,6 +139,34 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
         assert status == 1 and "import of jax halted" in others[-1]
 
 
+OTHER_NAMES = {  # of flags, as other commands and programs have them; what is said of each
+    "caption --images=pics": "pictures and folders of them stand without one: pics",
+    "search index --input=pics": "pictures, folders and texts stand without one: pics",
+    "fit --data=pics": "folders of pictures stand without one: pics",
+    "train --input=pics": "did you mean --data?",
+    "caption --model=runs/x": "did you mean --checkpoint?",
+    "fit --checkpoint=x": "did you mean --init_from?",
+    "train --checkpoint=x": "the key of the recipe is --config.init_from=x",
+    "caption --beam_size=3": "did you mean --num_beams?",
+    "train --max_len=4": "the key of the recipe is --config.model.text.max_len=4",
+    "convert --out_put=x": "did you mean --out?",
+    "report --colour=red": "--help lists the flags",
+}
+
+
+@pytest.mark.parametrize("line", OTHER_NAMES)
+def test_a_flag_that_is_called_otherwise_here_is_told(line, commands, tmp_path):
+    done = commands.run(line.split(), tmp_path)
+    flag = line.split()[-1]
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: {flag}: no such flag; {OTHER_NAMES[line]}\n"
+
+
+def test_nothing_is_needed_to_resume(commands, tmp_path):
+    done = commands.run(["train", "--config=demo", "--resume"], tmp_path)
+    assert done.returncode == 2 and "the same command again goes on" in done.stderr
+
+
 HELP = {name: ["--help"] for name in STARTS}
 
 
