@@ -265,6 +265,7 @@ _SAME = (
     ("workdir", "out", "output", "output_dir", "outdir", "save_dir"),
     ("num_beams", "beams", "beam_size"),
     ("max_tokens", "max_length", "max_len", "max_new_tokens"),
+    *recipes.SAME,
 )
 
 
@@ -273,11 +274,11 @@ def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     pattern = rf"--?(no)?{re.escape(name)}(=|$)"
     given = next((a for a in argv if re.match(pattern, a)), f"--{name}")
     text, value = f"{given}: no such flag", given.partition("=")[2]
-    names = [flag.name for flag in _own_flags(module)]
+    name, names = name.replace("-", "_"), [flag.name for flag in _own_flags(module)]
     if name == "resume" and "workdir" in names:
         return f"{text}, and none is needed: the same command again goes on where the run stood"
     same = next((group for group in _SAME if name in group), ())
-    meant = next((other for other in same if other in names), None)
+    meant = next((other for other in (name, *same) if other in names), None)
     if meant:
         return f"{text}; did you mean --{meant}?"
     if same == _SAME[0] and hasattr(module, "OPERANDS"):
@@ -285,7 +286,8 @@ def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     if "config" in flags.FLAGS:
         if name.startswith("config."):
             return f"{given} needs a recipe to change: give --config=NAME too"
-        paths = recipes.paths_of(name) or recipes.paths_of("init_from") * ("init_from" in same)
+        aliases = () if same == _SAME[0] else same
+        paths = next((found for a in (name, *aliases) if (found := recipes.paths_of(a))), [])
         if paths:
             forms = [f"--config.{path}" + (f"={value}" if value else "") for path in paths[:4]]
             return f"{text}; the key of the recipe is {' or '.join(forms)}"

@@ -140,7 +140,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry: exit status 1 when the step does not fit."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --topology")
+        raise ValueError(f"unexpected argument {argv[1]!r}; give --config={argv[1]}")
     check_goodput()
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")

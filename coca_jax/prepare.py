@@ -203,7 +203,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError("prepare inspect needs --config=NAME")
         return inspect(flags.FLAGS.config, flags.FLAGS.step)
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; use 'vocabulary', 'inspect' or flags")
+        raise ValueError(
+            f"unexpected argument {argv[1]!r}; give --input={argv[1]}, or 'vocabulary' or 'inspect'"
+        )
     for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")

@@ -30,6 +30,16 @@ FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
 HELP = "Recipe: a name, configs/NAME.py or a file of your own; then :ARGUMENT if it takes one."
 
+# Names of keys, the first being ours, and what other programs call the same.
+SAME = (
+    ("learning_rate", "lr"),
+    ("batch_size", "batch", "bs"),
+    ("weight_decay", "wd"),
+    ("warmup_steps", "warmup"),
+    ("steps", "num_steps", "max_steps", "train_steps"),
+    ("epochs", "num_epochs", "max_epochs"),
+)
+
 
 def names() -> dict[str, str]:
     """The recipes of the package, each with the first sentence of its docstring."""
@@ -61,7 +71,7 @@ def find(name: str) -> pathlib.Path:
     near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.6)
     if path.with_suffix(".py").is_file():
         near.insert(0, str(path.with_suffix(".py")))
-    guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    guess = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
         f"--config={name}: no such recipe and no such file{guess} Recipes: {', '.join(known)}"
     )
@@ -291,9 +301,11 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
         if not isinstance(group, ConfigDict):
             raise ValueError(f"--config.{key}={text}: {done} is a value and has no keys")
         if part not in group:
+            names = next((same for same in SAME if part in same), (part,))
+            guess = [f"--config.{k}" for k in keys(config) if k.split(".")[-1] in names][:3]
             near = difflib.get_close_matches(part, group.keys(), n=1, cutoff=0.6)
-            elsewhere = [f"--config.{k}" for k in keys(config) if k.split(".")[-1] == part]
-            guess = [f"{done}.{near[0]}"] if near else elsewhere[:3]
+            if near and (names == (part,) or not guess):
+                guess += [f"{done}.{near[0]}"]
             remedy = f"did you mean {' or '.join(guess)}?" if guess else f"{done} has: "
             raise ValueError(
                 f"--config.{key}={text}: no key {part!r}; {remedy}"

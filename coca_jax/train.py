@@ -53,7 +53,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; options are --config and --workdir")
+        flag = "config" if flags.FLAGS.config is None else "data"
+        raise ValueError(f"unexpected argument {argv[1]!r}; give --{flag}={argv[1]}")
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
         raise ValueError(
             "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"

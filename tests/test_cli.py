@@ -149,6 +149,9 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "train --checkpoint=x": "the key of the recipe is --config.init_from=x",
     "caption --beam_size=3": "did you mean --num_beams?",
     "train --max_len=4": "the key of the recipe is --config.model.text.max_len=4",
+    "train --lr=3e-4": "the key of the recipe is --config.optimizer.learning_rate=3e-4",
+    "train --batch-size=64": "the key of the recipe is --config.batch_size=64",
+    "evaluate --batch-size=64": "did you mean --batch_size?",
     "convert --out_put=x": "did you mean --out?",
     "report --colour=red": "--help lists the flags",
 }
@@ -160,6 +163,20 @@ def test_a_flag_that_is_called_otherwise_here_is_told(line, commands, tmp_path):
     flag = line.split()[-1]
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == f"error: {flag}: no such flag; {OTHER_NAMES[line]}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("train demo", "give --config=demo"),
+        ("train --config=demo pics", "give --data=pics"),
+        ("compile coca_base", "give --config=coca_base"),
+    ],
+)
+def test_what_stands_without_its_flag_is_told_which(line, remedy, commands, tmp_path):
+    done = commands.run(line.split(), tmp_path)
+    unexpected = f"unexpected argument {line.split()[-1]!r}; {remedy}"
+    assert done.returncode == 2 and done.stderr == f"error: {unexpected}\n"
 
 
 def test_nothing_is_needed_to_resume(commands, tmp_path):

@@ -324,7 +324,11 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
         ((), dict(input=""), "--input is missing"),
         (("vocabulary",), dict(out=""), "prepare vocabulary needs --input and --out"),
         (("inspect",), {}, "prepare inspect needs --config=NAME"),
-        (("look",), {}, "unexpected argument 'look'; use 'vocabulary', 'inspect' or flags"),
+        (
+            ("look",),
+            {},
+            "unexpected argument 'look'; give --input=look, or 'vocabulary' or 'inspect'",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             call(*asked, **given | more)

@@ -139,6 +139,15 @@ def test_values_are_replaced_from_the_command_line(parse):
     [
         (["--config.optimizer.learning_rte=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+        (
+            ["--config.optimizer.lr=1"],
+            "no key 'lr'; did you mean --config.optimizer.learning_rate?",
+        ),
+        (["--config.model.batch_size=8"], "did you mean --config.batch_size?"),
+        (
+            ["--config.image_size=64"],
+            "did you mean --config.model.image_size or --config.image_sizes?",
+        ),
         (["--config.optimizer.q=1"], "no key 'q'; --config.optimizer has: average_share, beta1"),
         (["--config.batch_size.x=1"], "--config.batch_size is a value and has no keys"),
         (["--config.data.sources.0.path=x"], "data.sources is a tuple of 2"),
