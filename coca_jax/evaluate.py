@@ -23,6 +23,7 @@ from absl import flags
 
 from coca_jax import cli, storage
 from coca_jax.config import Config, Entry
+from coca_jax.data import files, formats
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
 from coca_jax.importers import unprepared
@@ -109,6 +110,8 @@ def data_of_flags() -> dict[str, Any]:
         data["tfds"] = rest
     else:
         data["path"] = args.data
+        if not files.is_pattern(args.data) and not files.exists(args.data):
+            formats.guess(args.data)  # says that it is not there, or cannot be reached
     if args.where:
         pairs = cli.where_of(args.where)
         data["where"] = {field: list(values) for field, values in pairs}

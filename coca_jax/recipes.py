@@ -38,6 +38,7 @@ SAME = (
     ("warmup_steps", "warmup"),
     ("steps", "num_steps", "max_steps", "train_steps"),
     ("epochs", "num_epochs", "max_epochs"),
+    ("dtype", "precision", "mixed_precision", "amp"),
 )
 
 

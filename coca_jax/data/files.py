@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coca_jax.data import unreachable
-from coca_jax.storage import filesystem, is_remote
+from coca_jax.storage import filesystem, is_of_network, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
@@ -30,9 +30,23 @@ def join(folder: str, name: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises OSError where its host does not answer."""
     system, plain = filesystem(path)
-    return system.exists(plain)
+    with reaching(path):
+        return bool(system.exists(plain))
+
+
+@contextlib.contextmanager
+def reaching(path: str) -> Iterator[None]:
+    """A first call to the store or host of `path`; OSError, which names the path, for what its
+    library raises where it does not answer."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_network(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"{path} cannot be reached: {why}") from error
 
 
 def listing(folder: str) -> list[str]:
@@ -162,8 +176,7 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
         there = set(system.glob(_BRACES.sub("*", plain)))
         if missing := [name for name in found if name not in there]:
             raise FileNotFoundError(
-                f"--input={path}: {len(missing)} of {len(found)} files are missing, the first "
-                f"{missing[0]}"
+                f"{path}: {len(missing)} of {len(found)} files are missing, the first {missing[0]}"
             )
     elif any(c in plain for c in "*?["):
         found = [f for f in system.glob(plain) if not system.isdir(f)]
@@ -177,11 +190,10 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
             wanted = "validation" if split in VALIDATION else split
             found = [file for file in found if told[file] == wanted]
     else:
-        raise FileNotFoundError(f"--input={path}: no such file or folder")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
         raise FileNotFoundError(
-            f"--input={path}: no {' or '.join(patterns)} in it"
-            + (f" for split {split!r}" if split else "")
+            f"{path}: no {' or '.join(patterns)} in it" + (f" for split {split!r}" if split else "")
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
@@ -206,13 +218,13 @@ def _expanded(path: str) -> list[str]:
     else:
         width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
         if abs(int(last) - int(first)) > 1_000_000:
-            raise ValueError(f"--input={path}: {{{first}..{last}}} names more than a million files")
+            raise ValueError(f"{path}: {{{first}..{last}}} names more than a million files")
         step = 1 if int(last) >= int(first) else -1
         numbers = range(int(first), int(last) + step, step)
         parts = [str(number).zfill(width) for number in numbers]
     before, behind = path[: found.start()], _expanded(path[found.end() :])
     if len(parts) * len(behind) > 1_000_000:
-        raise ValueError(f"--input={path}: it names more than a million files")
+        raise ValueError(f"{path}: it names more than a million files")
     return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 

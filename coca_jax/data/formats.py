@@ -9,7 +9,6 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.data import bounded_json, files, images, videos
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
@@ -49,13 +48,8 @@ def guess(path: str) -> str:
                 "images, tars, parquet, CSV or TSV"
             )
         return found
-    try:
+    with files.reaching(path):
         folder = system.isdir(plain)
-    except Exception as error:
-        if not storage.is_of_network(error):
-            raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"{path} cannot be reached: {why}") from error
     if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder")
     names = list(_names(path))

@@ -36,7 +36,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         FileNotFoundError: no such folder, or nothing in it.
     """
     if not files.is_remote(path) and not files.exists(path):
-        raise FileNotFoundError(f"--input={path}: no such folder")
+        raise FileNotFoundError(f"{path}: no such folder")
     root, inner = path, files.join(path, split)
     if split in splits(path) or (split not in files.SPLITS and files.exists(inner)):
         root = inner

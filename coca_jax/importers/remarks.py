@@ -23,7 +23,7 @@ def nothing_usable(
     listed: the quarantined examples, {key, reason, detail}.
     """
     reasons = Counter(entry["reason"] for entry in listed)
-    text = f"--input={input}: none of {read} examples can be used: "
+    text = f"{input}: none of {read} examples can be used: "
     if set(reasons) != {"missing_text"} or filtered:
         first = f"; the first: {listed[0]['key']}: {listed[0]['detail']}" if listed else ""
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
