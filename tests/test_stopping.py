@@ -226,6 +226,28 @@ def test_a_process_of_two_that_fails_does_not_wait_for_the_other(how, tmp_path):
             process.communicate()
 
 
+ENDING = """
+import os, time
+from coca_jax.training import stopping
+stopping.install()
+class Library:
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"freeing")
+        sleep(1)
+library = Library()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_itself_ends_changes_nothing(number):
+    """The run is over and said so; only memory is being freed."""
+    process = subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE)
+    assert os.read(process.stdout.fileno(), 100) == b"freeing"
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
 def test_a_full_disk_under_standard_error_loses_lines_and_ends_nothing():
     with open("/dev/full", "w", buffering=1) as file:
         said = quiet.Lasting(file)

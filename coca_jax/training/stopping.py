@@ -13,6 +13,7 @@ This module imports nothing heavy: commands install the handlers before they imp
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -69,7 +70,15 @@ class Stop:
         self._watched = True
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._catch()
+        # Registered first, so done last: the run is over. Python ends its threads and handlers
+        # before libraries free their memory, and a signal then would end it with another status.
+        atexit.register(self._ignore)
         threading.Thread(target=self._watch, args=(reading,), name="stop", daemon=True).start()
+
+    @staticmethod
+    def _ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def _catch(self) -> None:
         """Takes both signals (back): some libraries put handlers of their own."""

@@ -249,13 +249,12 @@ RATE = """
 import jax.numpy as jnp
 from coca_jax import optimizer
 
-plain = optimizer.make_schedule
+plain = optimizer.learning_rate
 
-def rates(config, steps):
-    rate = plain(config, steps)
-    return lambda step: jnp.where(step < 50, rate(step), 1e6)
+def rate(kind, schedule, step):
+    return jnp.where(step < 50, plain(kind, schedule, step), 1e6)
 
-optimizer.make_schedule = rates
+optimizer.learning_rate = rate
 """
 
 
