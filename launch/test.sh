@@ -3,7 +3,7 @@
 # usage: launch/test.sh [--whole] [pytest arguments]
 #   --whole: those marked "long" too, one test in twenty-five and two thirds of the time, as
 #   continuous integration does; where files are named, theirs run too. -m "" runs besides what is
-#   marked "slow", which is for an evening.
+#   marked "slow", as CI does once a week with -m slow.
 set -euo pipefail
 marks="not slow and not long"
 if [[ ${1:-} == --whole ]]; then
