@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need in .venv and runs them: format, lint, types, then pytest.
 # usage: launch/test.sh [--whole] [pytest arguments]
-#   --whole: those marked "long" too, one test in twenty-five and two thirds of the time, as
+#   --whole: those marked "long" too, one test in nineteen and two thirds of the time, as
 #   continuous integration does; where files are named, theirs run too. -m "" runs besides what is
 #   marked "slow", as CI does once a week with -m slow.
 set -euo pipefail
