@@ -122,7 +122,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     if is_remote(path):
         system, plain = filesystem(path)
         if os.fspath(path).split("://", 1)[0] in PACKAGES:  # objects are seen when they are whole
-            with _as_os_error(path):
+            with as_os_error(path, "cannot be written"):
                 system.pipe_file(plain, data)
             return
         system.makedirs(posixpath.dirname(plain), exist_ok=True)
@@ -203,7 +203,7 @@ class Growing:
             self._drain()
         elif self._changed:
             self._parts = [b"".join(self._parts)]
-            with _as_os_error(self._path):
+            with as_os_error(self._path, "cannot be written"):
                 self._path.write_bytes(self._parts[0])
             self._changed, self._written_at = False, time.monotonic()
 
@@ -307,14 +307,16 @@ def _why(path: epath.Path, error: Exception) -> str:
 
 
 @contextmanager
-def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
+def as_os_error(path: str | os.PathLike[str], fails: str) -> Iterator[None]:
+    """OSError, 'PATH FAILS: why', for what the library of a bucket or host raises; fails: 'cannot
+    be written' or the like. Other errors stay as they are."""
     try:
         yield
     except Exception as error:
         if not is_of_network(error):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"{os.fspath(path)} cannot be written: {text}") from error
+        raise OSError(f"{os.fspath(path)} {fails}: {text}") from error
 
 
 def is_of_network(error: BaseException) -> bool:
@@ -360,7 +362,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
             yield local
             if os.path.exists(local):
                 system, plain = filesystem(path)
-                with _as_os_error(path):
+                with as_os_error(path, "cannot be written"):
                     system.put_file(local, plain)
         return
     target = place(path)

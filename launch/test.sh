@@ -9,7 +9,7 @@ marks="not slow and not long"
 if [[ ${1:-} == --whole ]]; then
   marks="not slow"
   shift
-elif [[ " $*" == *" tests/"* ]]; then
+elif [[ "$*" == *tests/* ]]; then
   marks="not slow"
 fi
 cd "$(dirname "$0")/.."

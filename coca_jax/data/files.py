@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from coca_jax.data import unreachable
-from coca_jax.storage import filesystem, is_of_network, is_remote
+from coca_jax.storage import as_os_error, filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
 SPLITS = ("train", "test", *VALIDATION)
@@ -32,21 +32,8 @@ def join(folder: str, name: str) -> str:
 def exists(path: str) -> bool:
     """Whether a file or folder is there. Raises OSError where its host does not answer."""
     system, plain = filesystem(path)
-    with reaching(path):
+    with as_os_error(path, "cannot be reached"):
         return bool(system.exists(plain))
-
-
-@contextlib.contextmanager
-def reaching(path: str) -> Iterator[None]:
-    """A first call to the store or host of `path`; OSError, which names the path, for what its
-    library raises where it does not answer."""
-    try:
-        yield
-    except Exception as error:
-        if not is_of_network(error):
-            raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"{path} cannot be reached: {why}") from error
 
 
 def listing(folder: str) -> list[str]:

@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from coca_jax import storage
 from coca_jax.data import bounded_json, files, images, videos
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
@@ -48,7 +49,7 @@ def guess(path: str) -> str:
                 "images, tars, parquet, CSV or TSV"
             )
         return found
-    with files.reaching(path):
+    with storage.as_os_error(path, "cannot be reached"):
         folder = system.isdir(plain)
     if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder")
