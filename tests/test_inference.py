@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from coca_jax import inference
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_programs, loading
-from coca_jax.models import coca
+from coca_jax.models import coca, decoding
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
 
@@ -102,6 +103,30 @@ def test_texts_of_like_length_run_together_and_come_back_in_order(model):
     alone = np.concatenate([model.encode_text(text) for text in texts])
     np.testing.assert_allclose(model.encode_text(texts), alone, atol=1e-5)
     assert np.abs(alone[0] - alone[1]).max() > 1e-3  # lengths that are not alike
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_are_encoded_while_decoding_waits_for_its_kernels(
+    model, words, images, monkeypatch, streamed
+):
+    """Kernels for a processor take seconds to compile, as the encoder's program does."""
+    waiting, encoded = tiny_model(words), threading.Event()
+    fastest, encode = decoding.fastest, waiting._programs.encode_image
+
+    def late(*of):
+        assert encoded.wait(60)
+        return fastest(*of)
+
+    monkeypatch.setattr(decoding, "fastest", late)
+    monkeypatch.setattr(
+        waiting._programs, "encode_image", lambda *of: (encode(*of), encoded.set())[0]
+    )
+    if streamed:
+        *_, found = waiting.stream_captions(images)
+        found = [captions[0].text for captions in found]
+    else:
+        found = waiting.caption(images)
+    assert found == model.caption(images)
 
 
 def test_a_caption_and_its_log_probability(model, images):

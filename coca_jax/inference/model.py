@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import jax
@@ -126,10 +127,12 @@ class CoCaModel(Scores):
         rows = np.arange(count) if seeds is None else np.asarray(seeds, np.uint32)
         prompt = text_arrays.prompts(self.vocabulary, list(prompts or [""] * count), size)
         with self._devices.context():
+            self._begin_decoding()
+            tokens = self._image_tokens(pixels, size)
             steps = loop.stream(
                 self._spec,
                 self._decoder_weights,
-                self._image_tokens(pixels, size),
+                tokens,
                 prompt.tokens,
                 prompt.lengths,
                 settings,
@@ -148,10 +151,12 @@ class CoCaModel(Scores):
         size = self._devices.bucket(len(prompts))
         prompt = text_arrays.prompts(self.vocabulary, prompts, size)
         with self._devices.context():
+            self._begin_decoding()
+            tokens = self._image_tokens(pixels, size)
             decoded = loop.generate(
                 self._spec,
                 self._decoder_weights,
-                self._image_tokens(pixels, size),
+                tokens,
                 prompt.tokens,
                 prompt.lengths,
                 settings,
@@ -213,24 +218,32 @@ class CoCaModel(Scores):
             by_log_prob=settings.num_beams == 1,
         )
 
+    def _begin_decoding(self) -> None:
+        """On a CPU a large model's decoding may have its kernels compiled, for seconds: better
+        beside the image encoder's program than after it."""
+        _ = self._decoding
+
     @functools.cached_property
-    def _decoding(self) -> tuple[decoding.Decoder, Layout]:
+    def _decoding(self) -> Future[tuple[decoding.Decoder, Layout]]:
         spec = decoding.decoder(
             self.config.model,
             num_ids=self.vocabulary.size,
             eos_id=self.vocabulary.eos_id,
             hidden_id=self.vocabulary.hidden_id,
         )
-        return decoding.fastest(spec, self.params)
+        aside = ThreadPoolExecutor(1, "decoding")
+        chosen = aside.submit(decoding.fastest, spec, self.params)
+        aside.shutdown(wait=False)
+        return chosen
 
     @property
     def _spec(self) -> decoding.Decoder:
-        return self._decoding[0]
+        return self._decoding.result()[0]
 
     @functools.cached_property
     def _decoder_weights(self) -> dict:
         with self._devices.context():
-            return decoding.pack(self._spec, self.params, self._decoding[1])
+            return decoding.pack(self._spec, self.params, self._decoding.result()[1])
 
     def answer(
         self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
