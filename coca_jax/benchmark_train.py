@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import benchmark_peer, compile_cache, partitioning, run_config
+from coca_jax import benchmark_peer, compile_cache, partitioning, run_config, text_ends
 from coca_jax.benchmark_model import build, random_batch, timed
 from coca_jax.config import Config
 from coca_jax.optimizer import make_schedule
@@ -82,7 +82,7 @@ def batches(config: Config, texts: str) -> list[Batch]:
 
 def lengths_of(batch: Batch, config: Config) -> text_lengths.Lengths:
     """The length to which a batch's captions are cut, for all of its rows."""
-    longest = int(batch["text_valid"].sum(1).max())
+    longest = int(text_ends.lengths(batch["text_valid"]).max())
     return text_lengths.choose(config, (longest, longest))
 
 

@@ -5,10 +5,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import open_clip_cases as cases
 import pytest
 from conftest import random_batch, tiny_config
 
-from coca_jax import partitioning, run_config
+from coca_jax import partitioning, run_config, text_ends
+from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 from coca_jax.models import coca
 from coca_jax.training import text_lengths
 from coca_jax.training.feed import measured
@@ -48,6 +50,27 @@ def test_the_longest_rows_stand_in_every_fourth_place():
         assert micro.reshape(2, 4)[:, :3].max() == 4 < micro.reshape(2, 4)[:, 3].min()
     config.text_parts = 1
     assert text_lengths.arrange(batch, config) is batch
+
+
+def test_an_id_that_is_hidden_inside_a_caption_does_not_shorten_it():
+    """CLIP's "!" before another sign has the id of padding."""
+    words = ClipBpe(cases.small_merges())
+    config = _config(1, text_lengths=(8, 9))
+    config.model.text.max_len = 16
+    texts = ["the dog !;) the dog", "the dog", "the !; dog"]
+    tokens, valid = words.encode_batch(texts, 16)
+    assert valid.sum(1).tolist() == [8, 4, 5] and (tokens[:, 3] == 0).tolist() == [1, 0, 0]
+    _, answers, prompts = words.encode_answers(["the dog !;"], ["the dog"], 16)
+    assert answers[0, :9].tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 0] and prompts[0] == 5
+    assert text_ends.lengths(valid).tolist() == [9, 4, 6]
+    assert text_ends.lengths(jnp.asarray(valid)).tolist() == [9, 4, 6]
+    assert text_ends.lengths(np.zeros((1, 16), bool)).tolist() == [0]
+    with jax.set_mesh(partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+        longest = text_lengths.longest(jnp.asarray(valid), config)
+    assert longest.tolist() == [9, 9] and text_lengths.choose(config, longest.tolist()) == (9, 9)
+    config.text_parts = 3
+    batch = text_lengths.arrange(dict(text_valid=valid[::-1], tokens=tokens[::-1]), config)
+    assert text_ends.lengths(batch["text_valid"]).tolist() == [6, 4, 9]
 
 
 def _both_ways(config, mesh, function):

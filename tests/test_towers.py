@@ -18,7 +18,8 @@ open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
 pytestmark = pytest.mark.torch
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-TEXTS = ["a photo of a cat", "two Dogs, in a park!", "it"]
+# CLIP's "!" before another sign has the id of its padding.
+TEXTS = ["a photo of a cat", "two Dogs, in a park!", "it", "a cat !;) a cat"]
 VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 TOWER = VISION | dict(hidden_size=40, intermediate_size=80)
 

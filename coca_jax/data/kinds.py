@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from coca_jax import text_ends
 from coca_jax.config import Config, Data, Entry
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import questions, regions, texts
@@ -134,7 +135,7 @@ class Kind(abc.ABC):
         (all of a text's tokens where there is no answer)."""
         marked = [True] * len(chosen) if self.is_label and label_token else None
         tokens, valid = vocabulary.encode_batch(chosen, max_len, marked)
-        return tokens, valid, valid.sum(1, dtype=np.int32)
+        return tokens, valid, text_ends.lengths(valid)
 
     def classes_of(
         self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw

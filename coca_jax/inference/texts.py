@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
 
 
@@ -23,8 +24,7 @@ def tokenize(
 def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and validity [N, max_len], or less -> [N, L], L as in `tokenize`."""
     max_len = tokens.shape[1]
-    used = np.flatnonzero(valid.any(0))
-    longest = int(used[-1]) + 1 if len(used) else 1
+    longest = max(int(text_ends.lengths(valid).max(initial=0)), 1)
     length = min(-(-(longest + 1) // 16) * 16, max_len)
     return tokens[:, :length], valid[:, :length]
 
@@ -34,10 +34,9 @@ def known_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and validity [N, length] of texts whose ids are known, begin symbol first."""
     tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)
-    valid = np.zeros(tokens.shape, bool)
     for i, row in enumerate(ids):
-        tokens[i, : len(row)], valid[i, : len(row)] = row, True
-    return tokens, valid & (tokens != vocabulary.hidden_id)
+        tokens[i, : len(row)] = row
+    return tokens, vocabulary.valid(tokens, np.array([len(row) for row in ids]))
 
 
 def questions(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import image_shape
+from coca_jax import image_shape, text_ends
 from coca_jax import ops as operations
 from coca_jax.config import Head, Loss, Model, checks
 from coca_jax.models import draws, heads, layers, native, native_layout, pooler_kinds
@@ -234,7 +234,7 @@ class CoCa(nn.Module):
         class_logits = None
         if self.task_head is not None and self.task_head.kind.shares_pass:
             if self.task_head.kind.reads_text:
-                length = text_valid.sum(1) if prompt_len is None else prompt_len
+                length = text_ends.lengths(text_valid) if prompt_len is None else prompt_len
                 class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
             else:
                 class_logits = self.head(all_tokens(encoded), there)
@@ -377,6 +377,6 @@ def init_alone(model: CoCa, rng: jax.Array) -> dict:
 
     def both(module: CoCa, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> None:
         module(pixels, tokens, valid)
-        module.classify(jnp.stack([pixels] * images, 1), tokens, valid.sum(1))
+        module.classify(jnp.stack([pixels] * images, 1), tokens, text_ends.lengths(valid))
 
     return model.init(rng, *inputs, method=both)["params"]

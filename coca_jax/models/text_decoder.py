@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from coca_jax import text_ends
 from coca_jax.models import block, layers, rotary
 from coca_jax.models.part import BOTTOM, STACK, Part
 from coca_jax.partitioning import constrain
@@ -132,7 +133,7 @@ class TextDecoder(nn.Module):
         if not self.options.rotary:
             return None
         places = jnp.broadcast_to(jnp.arange(length)[None], text_valid.shape)
-        places = jnp.concatenate([places, text_valid.sum(1, keepdims=True)], axis=1)
+        places = jnp.concatenate([places, text_ends.lengths(text_valid)[:, None]], axis=1)
         return self._turned(places, self.num_heads)
 
     def _turned(self, places: jax.Array, heads: int) -> jax.Array:

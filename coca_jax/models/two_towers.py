@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax import image_shape
+from coca_jax import image_shape, text_ends
 from coca_jax import ops as operations
 from coca_jax.config import Model, checks
 from coca_jax.models import block, layers, tower_kinds
@@ -70,7 +70,7 @@ class TextTower(nn.Module):
         x = self.token_embedding().astype(dtype)[tokens] + self.positions()[:length].astype(dtype)
         x = self.unimodal(constrain(x, "batch", "length", "act_embed"), None)
         if self.causal:
-            last = jnp.maximum(valid.sum(1) - 1, 0)
+            last = jnp.maximum(text_ends.lengths(valid) - 1, 0)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         else:
             x = x[:, -1]

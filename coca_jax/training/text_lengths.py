@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax import text_ends
 from coca_jax.config import Config
 
 Lengths = tuple[int, int]  # of the most rows, and of the longest ones
@@ -28,7 +29,7 @@ def arrange(batch: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarra
     if config.text_parts == 1:
         return batch
     long = long_rows(len(batch["text_valid"]), config)
-    ranks = np.argsort(batch["text_valid"].sum(1), kind="stable")
+    ranks = np.argsort(text_ends.lengths(batch["text_valid"]), kind="stable")
     rows = np.empty(len(long), np.int64)
     rows[~long] = np.sort(ranks[: (~long).sum()])
     rows[long] = np.sort(ranks[(~long).sum() :])
@@ -44,7 +45,7 @@ def long_rows(rows: int, config: Config) -> np.ndarray:
 def longest(text_valid: jax.Array, config: Config) -> jax.Array:
     """text_valid bool [B, L] of an arranged batch -> int32 [2]: the longest caption but for the
     long rows, and of all. Replicated, so that all processes agree."""
-    count = text_valid.sum(1)
+    count = text_ends.lengths(text_valid)
     rest = jnp.where(jnp.asarray(long_rows(len(count), config)), 0, count)
     if config.text_parts == 1:
         rest = count

@@ -58,7 +58,7 @@ class Vocabulary(abc.ABC):
             is_label: which rows get the label symbol after bos; None: none of them.
 
         Returns:
-            tokens int32 [N, L]; valid bool [N, L], true from bos to eos.
+            tokens int32 [N, L]; valid bool [N, L], true from bos to eos, but where an id is hidden.
 
         Raises:
             ValueError: the label symbol is asked for and the vocabulary has none.
@@ -76,7 +76,7 @@ class Vocabulary(abc.ABC):
             full = head + ids[: max_len - len(head) - 1] + [self.eos_id]
             tokens[row, : len(full)] = full
             lengths[row] = len(full)
-        return tokens, np.arange(max_len)[None, :] < lengths[:, None]
+        return tokens, self.valid(tokens, lengths)
 
     def encode_question(self, question: str, max_len: int) -> list[int]:
         """Begin symbol and question, cut so that an answer of max_len / 8 tokens fits behind it,
@@ -106,7 +106,13 @@ class Vocabulary(abc.ABC):
                 full = full[: max_len - 1] + [self.eos_id]
             tokens[row, : len(full)] = full
             lengths[row], prompts[row] = len(full), len(prompt)
-        return tokens, np.arange(max_len)[None, :] < lengths[:, None], prompts
+        return tokens, self.valid(tokens, lengths), prompts
+
+    def valid(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """bool [N, L] of rows [N, L] with texts of these lengths [N]: true in them, but where an id
+        is hidden."""
+        there = np.arange(tokens.shape[1]) < lengths[:, None]
+        return there if self.hidden_id is None else there & (tokens != self.hidden_id)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file that it was loaded from, byte for byte, at once or not at all."""

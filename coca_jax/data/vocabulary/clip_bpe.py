@@ -13,8 +13,6 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from coca_jax.data import files
 from coca_jax.data.vocabulary.base import Vocabulary
 
@@ -60,13 +58,6 @@ class ClipBpe(Vocabulary):
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without begin and end; the text is cleaned and lower-cased first."""
         return [[i for word in split(clean(text)) for i in self._word_ids(word)] for text in texts]
-
-    def encode_batch(
-        self, texts: Sequence[str], max_len: int, is_label: Sequence[bool] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `Vocabulary.encode_batch`, but valid is false at every id 0."""
-        tokens, _ = super().encode_batch(texts, max_len, is_label)
-        return tokens, tokens != self.pad_id
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: stops at the end symbol, drops begin; words are separated by spaces."""
