@@ -114,21 +114,23 @@ def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
     """The update rule without learning rate: `train_step` multiplies by minus the schedule.
 
     Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
-    bfloat16, update clipping 1.0, decoupled weight decay (paper Section 4.1).
+    bfloat16, update clipping 1.0, decoupled weight decay (paper Section 4.1). Every layer of a
+    stack is an array of its own, as it would be without stacks.
     Muon (Jordan et al. 2024): the momentum of each kernel made orthogonal, with updates of AdamW's
     size (Liu et al. 2025); AdamW for the vocabulary's matrices and all that is no kernel.
     Raises ValueError for an unknown name.
     """
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_matrix)
     if optimizer.name == "adafactor":
-        return optax.chain(
-            optax.scale_by_factored_rms(
-                min_dim_size_to_factor=32,
-                decay_rate_fn=lambda step, power: jnp.minimum(
-                    optimizer.beta2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power
-                ),
+        factored = optax.scale_by_factored_rms(
+            min_dim_size_to_factor=32,
+            decay_rate_fn=lambda step, power: jnp.minimum(
+                optimizer.beta2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power
             ),
-            optax.clip_by_block_rms(1.0),
+        )
+        return optax.chain(
+            _factored_by_layer(factored),
+            optax.stateless(_clip_by_layer),
             optax.ema(optimizer.beta1, debias=False, accumulator_dtype=jnp.bfloat16),
             decay,
         )
@@ -143,6 +145,61 @@ def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
         rest = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(optax.partition(dict(kernel=kernels, rest=rest), _parts), decay)
     raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor', 'adamw' or 'muon'")
+
+
+def _factored_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` for each layer of a stack: of a whole stack of 32 layers or more it would take these
+    for one of the two axes that it factors a norm's or a bias's second moment over.
+
+    The state is a FactoredState of stacks; what it holds for nothing, of shape [1], stays that.
+    """
+
+    def each(function: Any, params: Any, *trees: Any) -> list[Any]:
+        """Trees of what function(whether it is a stack, leaf, leaves...) gives."""
+        leaves, tree = jax.tree.flatten(params)
+        stacked = jax.tree.leaves(map_with_roles(lambda role, _: role.stack is not None, params))
+        found = map(function, stacked, leaves, *map(jax.tree.leaves, trees))
+        return [jax.tree.unflatten(tree, one) for one in zip(*found)]
+
+    def layers(whole: bool) -> optax.FactoredState:
+        """The axis of layers in each part of a stack's state. whole: nothing is factored."""
+        return optax.FactoredState(None, *((None, None, 0) if whole else (0, 0, None)))
+
+    def init(params: Any) -> Any:
+        def one(stacked: bool, param: jax.Array) -> Any:
+            if not stacked:
+                return rule.init(param)[1:]
+            whole = rule.init(param[0]).v.shape == param.shape[1:]
+            return jax.vmap(rule.init, out_axes=layers(whole))(param)[1:]
+
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *each(one, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        def one(stacked: bool, update: jax.Array, param: jax.Array, *parts: jax.Array) -> Any:
+            mine, run = optax.FactoredState(state.count, *parts), rule.update
+            if stacked:
+                axes = layers(mine.v.ndim == param.ndim)
+                run = jax.vmap(run, (0, axes, 0), (0, axes))
+            update, new = run(update, mine, param)
+            return update, *new[1:]
+
+        updates, *parts = each(one, updates, params, *state[1:])
+        return updates, optax.FactoredState(optax.safe_increment(state.count), *parts)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clip_by_layer(updates: Any, params: Any = None) -> Any:
+    """Updates whose root mean square is at most 1, of every layer and every other array."""
+    clip = optax.clip_by_block_rms(1.0)
+
+    def one(role: Role, update: jax.Array) -> jax.Array:
+        def of(x: jax.Array) -> jax.Array:
+            return clip.update(x, clip.init(x))[0]
+
+        return jax.vmap(of)(update) if role.stack is not None else of(update)
+
+    return map_with_roles(one, updates)
 
 
 def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -128,7 +128,9 @@ def rule_of(options):
     betas = options.beta1, options.beta2
     if options.name == "muon":
         return update_rules.Muon(*betas, KERNELS)
-    return dict(adamw=update_rules.AdamW, adafactor=update_rules.Adafactor)[options.name](*betas)
+    if options.name == "adafactor":
+        return update_rules.Adafactor(*betas, {name for name in SHAPES if "/layers/" in name})
+    return update_rules.AdamW(*betas)
 
 
 def factor(name, param, encoder=1.0, decay=1.0):

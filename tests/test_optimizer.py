@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import update_rules
 from conftest import tiny
 from optimizer_cases import (
     ENCODER,
@@ -25,6 +26,7 @@ from optimizer_cases import (
     flat,
     gradients_of,
     make_config,
+    nested,
     ours,
 )
 
@@ -76,6 +78,34 @@ def test_adafactor_keeps_what_the_paper_keeps():
     assert sizes["image_encoder/positions/value"] == 36 + 33 + 1
     assert sizes["text_decoder/token_embedding/value"] == 50 * 31 + 2  # a side below 32: whole
     assert sizes[ENCODER + "attention/query/kernel"] == 3 * 40 * 40 + 2
+
+
+def test_adafactor_takes_the_layers_of_a_deep_stack_one_by_one():
+    """40 layers are no axis to factor over, and one large gradient is clipped alone."""
+    shapes = {
+        "mlp_norm/scale": (40, 36),
+        "mlp/in/kernel": (40, 36, 34),
+        "attention/out/bias": (40,),
+    }
+    shapes = {ENCODER + name: shape for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    rule = optimizer.make_optimizer(make_config(name="adafactor", beta1=0.0).optimizer)
+    wanted = update_rules.Adafactor(0.0, 0.99, shapes)
+    params = nested({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    state = rule.init(params)
+    for step in range(3):
+        found = {n: rng.normal(size=s) * 10 ** rng.uniform(-3, 3, s) for n, s in shapes.items()}
+        for gradients in found.values():
+            gradients[7] *= 1e3 if step == 2 else 1.0
+        found = {name: x.astype(np.float32) for name, x in found.items()}
+        updates, state = rule.update(nested(found), state, params)
+        exact = wanted({name: x.astype(np.float64) for name, x in found.items()})
+        for name, update in flat(updates).items():
+            np.testing.assert_allclose(update, exact[name], rtol=2e-4, atol=1e-7, err_msg=name)
+    second = state[0]
+    assert flat(second.v)[ENCODER + "mlp_norm/scale"].shape == (40, 36)  # whole
+    assert flat(second.v_row)[ENCODER + "mlp/in/kernel"].shape == (40, 34)
+    assert flat(second.v)[ENCODER + "mlp/in/kernel"].shape == (1,)
 
 
 def test_decay_head_and_layers_each_have_their_own_rate():

@@ -53,10 +53,12 @@ class Adafactor:
     moment's decay at step t is min(beta2, 1 - t^-0.8), epsilon 1e-30, the updates of one array
     have an RMS of at most 1, and the step is the given rate (no relative step, no scaling by the
     parameter's size).
+
+    stacks: names of arrays whose first side runs over arrays, each of which is one of its own.
     """
 
-    def __init__(self, beta1, beta2):
-        self.betas, self.m, self.v, self.t = (beta1, beta2), {}, {}, 0
+    def __init__(self, beta1, beta2, stacks=()):
+        self.betas, self.stacks, self.m, self.v, self.t = (beta1, beta2), stacks, {}, {}, 0
 
     def __call__(self, gradients):
         self.t += 1
@@ -64,8 +66,9 @@ class Adafactor:
         updates = {}
         for name, g in gradients.items():
             squares = g**2 + 1e-30
-            sides = sorted(range(g.ndim), key=lambda i: g.shape[i])
-            if g.ndim >= 2 and g.shape[sides[-2]] >= 32:
+            of_one = range(name in self.stacks, g.ndim)
+            sides = sorted(of_one, key=lambda i: g.shape[i])
+            if len(sides) >= 2 and g.shape[sides[-2]] >= 32:
                 second, first = sides[-2:]
                 means = [squares.mean(axis, keepdims=True) for axis in (first, second)]
                 rows, columns = (
@@ -77,7 +80,7 @@ class Adafactor:
             else:
                 v = self.v[name] = decay * self.v.get(name, 0) + (1 - decay) * squares
             u = g / np.sqrt(v)
-            u = u / max(1, math.sqrt((u**2).mean()))
+            u = u / np.maximum(1, np.sqrt((u**2).mean(tuple(of_one), keepdims=True)))
             updates[name] = m = beta1 * self.m.get(name, 0) + (1 - beta1) * u
             self.m[name] = m.astype(ml_dtypes.bfloat16).astype(np.float64)
         return updates
