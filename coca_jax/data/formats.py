@@ -19,6 +19,8 @@ METADATA = (  # of an imagefolder
 SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of the columns of lists
+
 _SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
     "parquet": (".parquet",),

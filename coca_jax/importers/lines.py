@@ -154,5 +154,9 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
                 source.take_back(1)  # an open quotation mark has swallowed rows that are whole
                 yield error
                 continue
-            row.pop(None, None)  # type: ignore[call-overload]  # more cells than columns
+            surplus = row.pop(None, [])  # type: ignore[call-overload]
+            if any(cell.strip() for cell in surplus):  # a text cut at its comma is another text
+                marks = formats.SEPARATORS[rows.reader.dialect.delimiter]
+                yield csv.Error(f"more cells than columns; quote texts with {marks}")
+                continue
             yield row

@@ -1,0 +1,41 @@
+"""Tables of texts as people have them: loose separators and quotes, names of other folders, dicts
+in cells, a field that tells the split, tables that are not read."""
+
+import csv
+import json
+
+import pytest
+from prepare_cases import encode, import_data, reasons_of
+
+from coca_jax.data import formats, sources
+from coca_jax.importers import lines
+
+
+def pictures(folder, count, name="{}.jpg"):
+    """A folder of `count` pictures; returns it."""
+    for i in range(count):
+        path = folder / name.format(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(i))
+    return folder
+
+
+def texts_of(out, split="train"):
+    return [list(record.texts) for record in sources.open_source(str(out), split)]
+
+
+def test_a_text_with_a_comma_and_no_quotes_is_not_cut(tmp_path):
+    folder = pictures(tmp_path / "a", 3)
+    (folder / "metadata.csv").write_text(
+        'file_name,text\n0.jpg,a dog, running\n1.jpg,"a cat, asleep"\n2.jpg,a bird,,\n'
+    )
+    result = import_data("imagefolder", folder, tmp_path / "out")
+    assert result["quarantined"] == {"bad_record": 1}
+    assert texts_of(tmp_path / "out") == [["a cat, asleep"], ["a bird"]]
+    assert reasons_of(tmp_path / "out") == {"metadata.csv#0": "bad_record"}
+    rows = list(lines.csv_rows(str(folder / "metadata.csv")))
+    assert isinstance(rows[0], csv.Error)
+    assert str(rows[0]) == "more cells than columns; quote texts with commas"
+    (folder / "list.tsv").write_text("file_name\ttext\n0.jpg\ta dog\trunning\n")
+    (row,) = lines.csv_rows(str(folder / "list.tsv"))
+    assert str(row) == "more cells than columns; quote texts with tabs"
