@@ -39,3 +39,20 @@ def test_a_text_with_a_comma_and_no_quotes_is_not_cut(tmp_path):
     (folder / "list.tsv").write_text("file_name\ttext\n0.jpg\ta dog\trunning\n")
     (row,) = lines.csv_rows(str(folder / "list.tsv"))
     assert str(row) == "more cells than columns; quote texts with tabs"
+
+
+def test_a_space_behind_the_separator_is_no_part_of_names_and_quotes(tmp_path):
+    folder = pictures(tmp_path / "a", 2)
+    rows = '0.jpg, "a dog, running"\n1.jpg, a "cat" \n'
+    (folder / "metadata.csv").write_text("file_name, text\n" + rows)
+    import_data("imagefolder", folder, tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [["a dog, running"], ['a "cat"']]
+    (folder / "metadata.csv").rename(folder / "list.csv")
+    assert formats.guess(str(folder)) == "csv"
+    import_data("csv", folder, tmp_path / "out2", text_field="text")
+    assert texts_of(tmp_path / "out2") == texts_of(tmp_path / "out")
+    # Without it a name may begin with a space.
+    (folder / "1.jpg").rename(folder / " 1.jpg")
+    (folder / "list.csv").write_text("file_name,text\n 1.jpg,a cat\n")
+    import_data("csv", folder, tmp_path / "out3")
+    assert texts_of(tmp_path / "out3") == [["a cat"]]

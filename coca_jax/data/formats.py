@@ -105,12 +105,12 @@ def _has_sidecars(names: list[str]) -> bool:
     return 2 * sum(name in texts for name in pictures) > len(pictures)
 
 
-def separator(header: str) -> str:
-    """What separates the columns of a list with this first line: a tab where it has one, a
-    semicolon where it has no comma (as spreadsheets write in much of Europe), else a comma."""
-    if "\t" in header:
-        return "\t"
-    return ";" if ";" in header and "," not in header else ","
+def dialect(header: str) -> dict[str, Any]:
+    """How `csv` is to read a list with this first line. What separates its columns: a tab where it
+    has one, a semicolon where it has no comma (as spreadsheets write in much of Europe), else a
+    comma. Where a space follows there, it is none of the cells', which may be quoted behind it."""
+    mark = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
+    return dict(delimiter=mark, skipinitialspace=f"{mark} " in header)
 
 
 def image_field(row: Mapping[str, Any]) -> str:
@@ -149,7 +149,7 @@ def _first_row(path: str) -> dict[str, str]:
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
     text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
     header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator(header))
+    rows = csv.reader(io.StringIO(text, newline=""), **dialect(header))
     try:
         columns, first = next(rows, []), next(rows, [])
     except csv.Error:
