@@ -56,3 +56,23 @@ def test_a_space_behind_the_separator_is_no_part_of_names_and_quotes(tmp_path):
     (folder / "list.csv").write_text("file_name,text\n 1.jpg,a cat\n")
     import_data("csv", folder, tmp_path / "out3")
     assert texts_of(tmp_path / "out3") == [["a cat"]]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_whose_first_pictures_are_gone_is_read(tmp_path, kind):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / name, 4)
+    (tmp_path / "cat/0.jpg").unlink()
+    rows = [(f"{name}/{i}.jpg", f"a nice {name} {i}") for name in ("cat", "dog") for i in range(4)]
+    if kind == "csv":
+        text = "img,caption\n" + "".join(f"{file},{text}\n" for file, text in rows)
+    else:
+        text = "".join(json.dumps(dict(img=file, caption=text)) + "\n" for file, text in rows)
+    table = tmp_path / f"captions.{kind}"
+    table.write_text(text)
+    assert formats.guess(str(tmp_path)) == kind
+    result = import_data(kind, tmp_path, tmp_path / "out")
+    assert (result["written"], result["quarantined"]) == (7, {"missing_image": 1})
+    # Pictures of which none of the first hundred rows names one are no matter of the table.
+    table.write_text("img,caption\n" + "".join(f"none {i}.jpg,x\n" for i in range(100)) + text)
+    assert kind == "jsonl" or formats.guess(str(tmp_path)) == "imagefolder"

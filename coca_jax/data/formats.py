@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
+import itertools
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,6 +31,7 @@ _SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
+_LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 
 
 def guess(path: str) -> str:
@@ -131,42 +134,45 @@ def beside(path: str) -> list[str]:
 
 
 def _lists_images(folder: str, name: str, names: set[str]) -> bool:
-    """Whether a list has a column of image files: by its name, or by a picture that is there."""
+    """Whether a list has a column of image files: by its name, or by a picture that is there, in
+    one of the first rows, as the files of some may be gone."""
     packed = name.lower().endswith(_SUFFIXES["jsonl"])
-    row = (
-        _first_object(files.join(folder, name)) if packed else _first_row(files.join(folder, name))
-    )
-    if set(IMAGE_COLUMNS) & set(row):
-        return True
-    named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), named)) in names
+    rows = _first_objects if packed else _first_rows
+    for row in rows(files.join(folder, name)):
+        named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
+        there = posixpath.normpath(posixpath.join(posixpath.dirname(name), named)) in names
+        if there or set(IMAGE_COLUMNS) & set(row):
+            return True
+    return False
 
 
-def _first_row(path: str) -> dict[str, str]:
-    """The first row of a table, by column; without a row its columns."""
+def _first_rows(path: str) -> list[dict[str, str]]:
+    """The first rows of a table, by column; of one without rows its columns."""
     with files.open_binary(path) as file:
-        data = file.read(65_536)
+        data = file.read(_LOOK_AT_BYTES)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
     text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
     header = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""), **dialect(header))
-    try:
-        columns, first = next(rows, []), next(rows, [])
-    except csv.Error:
-        return {}
-    return dict.fromkeys((name.strip() for name in columns), "") | dict(zip(columns, first))
+    found: list[list[str]] = []
+    with contextlib.suppress(csv.Error):
+        found.extend(itertools.islice(rows, 1 + _LOOK_AT_ROWS))
+    columns = [name.strip() for name in found[0]] if found else []
+    return [dict.fromkeys(columns, "") | dict(zip(columns, row)) for row in found[1:] or [[]]]
 
 
-def _first_object(path: str) -> dict[str, Any]:
-    """The first object of a list."""
-    packed, line = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b""
-    try:
+def _first_objects(path: str) -> list[dict[str, Any]]:
+    """The first objects of a list."""
+    packed, data, found = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b"", []
+    with contextlib.suppress(OSError, ValueError):
         with files.open_unpacked(path) if packed else files.open_binary(path) as file:
-            while b"\n" not in line and len(line) < 1 << 20 and (block := file.read(64)):
-                line += block
-        return bounded_json.parse(line.split(b"\n", 1)[0])
-    except (ValueError, OSError):
-        return {}
+            # By little, as what lies before a damaged place of a packed file is whole.
+            while len(data) < _LOOK_AT_BYTES and (block := file.read(1024)):
+                data += block
+    for line in data.split(b"\n")[:_LOOK_AT_ROWS]:
+        with contextlib.suppress(ValueError):
+            found.append(bounded_json.parse(line))
+    return found
 
 
 def _contents(names: list[str]) -> str:
