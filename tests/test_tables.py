@@ -8,7 +8,7 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import formats, sources
-from coca_jax.importers import lines
+from coca_jax.importers import lines, unprepared
 
 
 def pictures(folder, count, name="{}.jpg"):
@@ -61,18 +61,23 @@ def test_a_space_behind_the_separator_is_no_part_of_names_and_quotes(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_table_whose_first_pictures_are_gone_is_read(tmp_path, kind):
     for name in ("cat", "dog"):
-        pictures(tmp_path / name, 4)
-    (tmp_path / "cat/0.jpg").unlink()
+        pictures(tmp_path / "a" / name, 4)
+    folder = tmp_path / "a"
+    (folder / "cat/0.jpg").unlink()
     rows = [(f"{name}/{i}.jpg", f"a nice {name} {i}") for name in ("cat", "dog") for i in range(4)]
     if kind == "csv":
         text = "img,caption\n" + "".join(f"{file},{text}\n" for file, text in rows)
     else:
         text = "".join(json.dumps(dict(img=file, caption=text)) + "\n" for file, text in rows)
-    table = tmp_path / f"captions.{kind}"
+    table = folder / f"captions.{kind}"
     table.write_text(text)
-    assert formats.guess(str(tmp_path)) == kind
-    result = import_data(kind, tmp_path, tmp_path / "out")
+    assert formats.guess(str(folder)) == kind
+    result = import_data(kind, folder, tmp_path / "out")
     assert (result["written"], result["quarantined"]) == (7, {"missing_image": 1})
+    # Evaluation reads the table as training does, and not the names of the folders.
+    table.write_text("".join(line for line in text.splitlines(True) if "cat/0" not in line))
+    read = unprepared.open_source(dict(path=str(folder)), "test")
+    assert [record.texts[0] for record in read] == [text for _, text in rows[1:]]
     # Pictures of which none of the first hundred rows names one are no matter of the table.
     table.write_text("img,caption\n" + "".join(f"none {i}.jpg,x\n" for i in range(100)) + text)
-    assert kind == "jsonl" or formats.guess(str(tmp_path)) == "imagefolder"
+    assert kind == "jsonl" or formats.guess(str(folder)) == "imagefolder"
