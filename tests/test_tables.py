@@ -3,6 +3,7 @@ in cells, a field that tells the split, tables that are not read."""
 
 import csv
 import json
+import unicodedata
 
 import pytest
 from prepare_cases import encode, import_data, reasons_of
@@ -81,3 +82,52 @@ def test_a_table_whose_first_pictures_are_gone_is_read(tmp_path, kind):
     # Pictures of which none of the first hundred rows names one are no matter of the table.
     table.write_text("img,caption\n" + "".join(f"none {i}.jpg,x\n" for i in range(100)) + text)
     assert kind == "jsonl" or formats.guess(str(folder)) == "imagefolder"
+
+
+def test_the_captions_of_flickr8k_and_flickr30k_as_kaggle_packs_them(tmp_path):
+    folder = pictures(tmp_path / "f8k", 3, "Images/{}_ab.jpg")
+    rows = [f"{i}_ab.jpg,A dog {i} caption {c} ." for i in range(3) for c in range(2)]
+    (folder / "captions.txt").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    for path in (folder, folder / "captions.txt"):
+        assert formats.guess(str(path)) == "csv"
+        result = import_data("csv", path, tmp_path / f"out-{path.name}", in_place=True)
+        assert (result["written"], result["with_text"], result["classes"]) == (6, 6, 0)
+    assert texts_of(tmp_path / "out-f8k")[3] == ["A dog 1 caption 1 ."]
+    folder = pictures(tmp_path / "f30k", 3, "flickr30k_images/{}.jpg")
+    rows = [f'{i}.jpg| {c}| " Dogs , number {i} .' for i in range(3) for c in range(2)]
+    header = "image_name| comment_number| comment\n"
+    (folder / "results.csv").write_text(header + "\n".join(rows) + "\n")
+    assert formats.guess(str(folder)) == "csv"
+    with pytest.raises(ValueError, match="comment, comment_number: name one with --text_field"):
+        import_data("csv", folder, tmp_path / "out30")
+    result = import_data("csv", folder, tmp_path / "out30", text_field="comment")
+    assert (result["written"], result["with_text"]) == (6, 6)
+    assert texts_of(tmp_path / "out30")[2] == ['" Dogs , number 1 .']
+
+
+def test_texts_beside_class_folders_are_no_lists(tmp_path):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / name, 2, name + "{}.jpg")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "readme.txt").write_text("Pictures, of cats and dogs\ncat0.jpg, a cat\n")
+    (tmp_path / "train.txt").write_text("cat/cat0.jpg,0\ncat/cat1.jpg,0\n")  # without a header
+    (tmp_path / "sizes.csv").write_text("picture,width\ncat0.jpg,40\n")
+    assert formats.guess(str(tmp_path)) == "imagefolder"
+    (tmp_path / "sizes.csv").unlink()
+    assert formats.guess(str(tmp_path)) == "imagefolder"
+
+
+def test_names_in_folders_below_and_with_the_other_form_of_accents(tmp_path):
+    folder = pictures(tmp_path / "a", 3, unicodedata.normalize("NFD", "Müller {}.jpg"))
+    for place in ("x", "y/z"):
+        pictures(folder / place, 1, "twice.jpg")
+    pictures(folder / "y/z", 1, "once.jpg")
+    names = [*(f"Müller {i}.jpg" for i in range(3)), "once.jpg", "twice.jpg", "y/once.jpg"]
+    assert names[0] == unicodedata.normalize("NFC", names[0])
+    (folder / "list.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names))
+    )
+    import_data("csv", folder, tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [[f"text {i}"] for i in range(4)]
+    missing = {"twice.jpg": "missing_image", "y/once.jpg": "missing_image"}
+    assert reasons_of(tmp_path / "out") == missing

@@ -8,7 +8,7 @@ import csv
 import io
 import itertools
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax import storage
@@ -21,7 +21,12 @@ METADATA = (  # of an imagefolder
 SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of the columns of lists
+SEPARATORS = {
+    ",": "commas",
+    ";": "semicolons",
+    "\t": "tabs",
+    "|": "bars",
+}  # of the columns of lists
 
 _SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
@@ -48,6 +53,9 @@ def guess(path: str) -> str:
     system, plain = files.filesystem(path)
     if files.is_pattern(path) or system.isfile(plain):
         found = _of_names([plain])
+        if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
+            above, _, name = path.rpartition("/")
+            found = "csv" if _is_text_list(above or ".", name, list(_names(above or "."))) else ""
         if not found:
             raise ValueError(
                 f"{path} is one file, and no list or archive of images; give the folder of the "
@@ -72,8 +80,10 @@ def guess(path: str) -> str:
         return "sidecars"
     if found == "jsonl" or (found == "csv" and pictures):
         lists = [name for name in names if name.lower().endswith(_SUFFIXES[found])]
-        if not any(_lists_images(path, name, set(names)) for name in lists[:8]):
+        if not any(_lists_images(path, name, names) for name in lists[:8]):
             found = ""  # a table of something else beside folders of images
+    elif not found and text_lists(path, names):
+        return "csv"
     if found or pictures:
         return found or "imagefolder"
     raise ValueError(f"{path}: {_contents(names)}; give images, tars, parquet, CSV or TSV")
@@ -110,10 +120,10 @@ def _has_sidecars(names: list[str]) -> bool:
 
 def dialect(header: str) -> dict[str, Any]:
     """How `csv` is to read a list with this first line. What separates its columns: a tab where it
-    has one, a semicolon where it has no comma (as spreadsheets write in much of Europe), else a
-    comma. Where a space follows there, it is none of the cells', which may be quoted behind it."""
-    mark = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-    return dict(delimiter=mark, skipinitialspace=f"{mark} " in header)
+    has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a bar. Where a space follows there, it is none of the cells', which may be quoted behind it."""
+    mark = next((mark for mark in ("\t", ",", ";", "|") if mark in header), ",")
+    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL  # no text has bars
+    return dict(delimiter=mark, skipinitialspace=f"{mark} " in header, quoting=quoting)
 
 
 def image_field(row: Mapping[str, Any]) -> str:
@@ -133,15 +143,39 @@ def beside(path: str) -> list[str]:
     return [name for name in _names(path) if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
 
 
-def _lists_images(folder: str, name: str, names: set[str]) -> bool:
+def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
+    """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
+    none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
+    names = names or list(_names(path))
+    if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
+        return []
+    pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}
+    texts = [name for name in names if name.lower().endswith(".txt")]
+    apart = [name for name in texts if posixpath.splitext(name)[0] not in pictures]
+    return [files.join(path, name) for name in apart[:8] if _is_text_list(path, name, names)]
+
+
+def _is_text_list(folder: str, name: str, names: Sequence[str]) -> bool:
+    columns = list(_first_rows(files.join(folder, name))[0])
+    headed = len(columns) > 1 and not any(column.lower().endswith(MEDIA) for column in columns)
+    return headed and _lists_images(folder, name, names)
+
+
+def _lists_images(folder: str, name: str, names: Sequence[str]) -> bool:
     """Whether a list has a column of image files: by its name, or by a picture that is there, in
-    one of the first rows, as the files of some may be gone."""
+    one of the first rows, as the files of some may be gone.
+
+    names: of the files in the folder.
+    """
     packed = name.lower().endswith(_SUFFIXES["jsonl"])
-    rows = _first_objects if packed else _first_rows
+    rows, there = _first_objects if packed else _first_rows, set(names)
+    pictures = [one for one in names if one.lower().endswith(MEDIA)]
+    if len({posixpath.dirname(one) for one in pictures}) == 1:  # whose name is no class
+        there.update(map(posixpath.basename, pictures))  # see `named_files.resolve`
     for row in rows(files.join(folder, name)):
         named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
-        there = posixpath.normpath(posixpath.join(posixpath.dirname(name), named)) in names
-        if there or set(IMAGE_COLUMNS) & set(row):
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), named))
+        if {named, path} & there or set(IMAGE_COLUMNS) & set(row):
             return True
     return False
 
