@@ -5,6 +5,8 @@ import csv
 import json
 import unicodedata
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
@@ -131,3 +133,48 @@ def test_names_in_folders_below_and_with_the_other_form_of_accents(tmp_path):
     assert texts_of(tmp_path / "out") == [[f"text {i}"] for i in range(4)]
     missing = {"twice.jpg": "missing_image", "y/once.jpg": "missing_image"}
     assert reasons_of(tmp_path / "out") == missing
+
+
+def test_of_objects_in_a_field_only_the_text_counts(tmp_path):
+    """As Karpathy's lists of sentences, their columns in parquet and labels with numbers are."""
+    folder, rows = pictures(tmp_path / "a", 5), []
+    for i in range(2):
+        raw = [f"A dog {i} {verb}." for verb in ("runs", "sits")]
+        listed = [dict(tokens=["a", "dog"], raw=one, imgid=i, sentid=7) for one in raw]
+        rows.append(dict(file_name=f"{i}.jpg", sentences=listed, label=dict(id=3, name="cat")))
+    rows.append(dict(file_name="2.jpg", sentences=dict(en="a dog", de=["ein Hund"], fr=None)))
+    rows.append(dict(file_name="3.jpg", sentences=[dict(words="a dog", id=4)]))
+    rows.append(dict(file_name="4.jpg", sentences="a dog", label=dict(id=3, title="cat")))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import_data("imagefolder", folder, tmp_path / "out", text_field="sentences")
+    wanted = [["A dog 0 runs.", "A dog 0 sits."], ["A dog 1 runs.", "A dog 1 sits."]]
+    assert texts_of(tmp_path / "out") == [*wanted, ["a dog", "ein Hund"]]
+    read = sources.open_source(str(tmp_path / "out"))
+    assert [list(record.labels) for record in read] == [["cat"], ["cat"], []]
+    listed = (tmp_path / "out/train-quarantine.jsonl").read_text().splitlines()
+    told = {one["key"]: (one["reason"], one["detail"]) for one in map(json.loads, listed)}
+    why = "an object of id, words: none of them is called raw or caption or text or sentence"
+    assert told["3.jpg"] == ("bad_record", f"ValueError: {why}")
+    why = "an object of id, title: none of them is called name or label"
+    assert told["4.jpg"] == ("bad_label", why)
+    # The same of a field of prepared data, that a source or a second import names.
+    for row in rows:
+        row["text"] = "any"
+    del rows[4]["label"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import_data("imagefolder", folder, tmp_path / "any")
+    entry = dict(path=str(tmp_path / "any"), text_field="sentences")
+    read = sources.open_source(entry | dict(limit=3))
+    assert [sorted(record.texts) for record in read] == [*wanted, ["a dog", "ein Hund"]]
+    with pytest.raises(ValueError, match="3.jpg: an object of id, words"):
+        sources.open_source(entry).read_texts([3])
+    import_data("prepared", tmp_path / "any", tmp_path / "again", text_field="sentences")
+    assert reasons_of(tmp_path / "again") == {"3.jpg": "bad_record"}
+    structs = [
+        dict(image=dict(bytes=encode(i)), sentences=dict(raw=[f"dog {i}", f"hund {i}"], sentid=[1]))
+        for i in range(2)
+    ]
+    (tmp_path / "p").mkdir()
+    pq.write_table(pa.Table.from_pylist(structs), tmp_path / "p/a.parquet")
+    import_data("parquet", tmp_path / "p", tmp_path / "pq", text_field="sentences")
+    assert texts_of(tmp_path / "pq") == [["dog 0", "hund 0"], ["dog 1", "hund 1"]]

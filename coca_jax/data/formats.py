@@ -120,7 +120,8 @@ def _has_sidecars(names: list[str]) -> bool:
 
 def dialect(header: str) -> dict[str, Any]:
     """How `csv` is to read a list with this first line. What separates its columns: a tab where it
-    has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a bar. Where a space follows there, it is none of the cells', which may be quoted behind it."""
+    has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a bar. Where a
+    space follows there, it is none of the cells', which may be quoted behind it."""
     mark = next((mark for mark in ("\t", ",", ";", "|") if mark in header), ",")
     quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL  # no text has bars
     return dict(delimiter=mark, skipinitialspace=f"{mark} " in header, quoting=quoting)

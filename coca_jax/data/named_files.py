@@ -15,6 +15,8 @@ from typing import Any
 
 from coca_jax.data import files, formats
 
+_MOST_BELOW = 500_000  # files
+
 
 class Outside(ValueError):
     """A name that leads out of the folders that are allowed."""
@@ -73,10 +75,15 @@ def _meant(folder: str, name: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _pictures_below(folder: str) -> dict[str, str]:
-    """Names of the pictures in the folders of a folder -> their paths; '' for a name that several
-    have."""
+    """Names of the pictures in a folder and below -> their paths; '' for a name that several have.
+    Of a folder with more than half a million files nothing: a list may lie above all that is there.
+    """
     found: dict[str, str] = {}
+    seen = 0
     for place, _, names in os.walk(folder):
+        seen += len(names)
+        if seen > _MOST_BELOW:
+            return {}
         for name in names:
             if name.lower().endswith(formats.MEDIA):
                 known = unicodedata.normalize("NFC", name)

@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
+from coca_jax.data.field_texts import INNER_LABELS, strings
 from coca_jax.data.references import Span
+
+TEXT_FIELDS = ("text", "caption", "title")
+LABEL_FIELDS = ("label", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,28 +141,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def strings(value: Any) -> list[str]:
-    """A field that holds one text, a list of them, or texts by name (of a language), or nothing."""
-    if value is None:
-        return []
-    if isinstance(value, Mapping):
-        return [text for one in value.values() for text in strings(one)]
-    if isinstance(value, (list, tuple)):
-        return [text for one in value for text in strings(one)]
-    if isinstance(value, float) and value != value:  # NaN: how tables say 'nothing'
-        return []
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return [text] if text.strip() else []
-
-
 def names(value: Any, class_names: Sequence[str]) -> list[str]:
     """Labels as names: integers (or their digits) are looked up where class names are known.
 
     Raises:
-        ValueError: a number outside the class names.
+        ValueError: a number outside the class names, or as `strings`.
     """
     found = []
-    for text in strings(value):
+    for text in strings(value, INNER_LABELS):
         if class_names and text.lstrip("-").isdigit():
             if not 0 <= int(text) < len(class_names):
                 raise ValueError(f"label {text} of {len(class_names)} class names")
@@ -181,7 +171,3 @@ def plain_json(value: Any) -> str:
     """Fields as JSON, with what JSON lacks turned into text."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return text.encode("utf-8", "replace").decode()
-
-
-TEXT_FIELDS = ("text", "caption", "title")
-LABEL_FIELDS = ("label", "labels")
