@@ -3,15 +3,19 @@ in cells, a field that tells the split, tables that are not read."""
 
 import csv
 import json
+import sys
 import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepare_cases import encode, import_data, reasons_of
+from test_version_0_1 import flags_of
 
+from coca_jax import prepare
 from coca_jax.data import formats, sources
-from coca_jax.importers import lines, unprepared
+from coca_jax.importers import lines, own_data, split_field, unprepared
+from coca_jax.importers.items import Options
 
 
 def pictures(folder, count, name="{}.jpg"):
@@ -178,3 +182,72 @@ def test_of_objects_in_a_field_only_the_text_counts(tmp_path):
     pq.write_table(pa.Table.from_pylist(structs), tmp_path / "p/a.parquet")
     import_data("parquet", tmp_path / "p", tmp_path / "pq", text_field="sentences")
     assert texts_of(tmp_path / "pq") == [["dog 0", "hund 0"], ["dog 1", "hund 1"]]
+
+
+def split_table(folder, values, kind="jsonl"):
+    """An imagefolder whose row i has the i-th value in its field `split`; None: no field."""
+    pictures(folder, len(values))
+    rows = [
+        dict(file_name=f"{i}.jpg", text=f"{value} {i}")
+        | ({} if value is None else {"split": value})
+        for i, value in enumerate(values)
+    ]
+    if kind == "parquet":
+        for i, row in enumerate(rows):
+            row |= dict(image=(folder / f"{i}.jpg").read_bytes(), file_name=None)
+        pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=4)
+        return folder
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_field_split_in_any_case_with_all_rows_told(tmp_path, kind, capsys):
+    # The rows to hold out come last, behind many others.
+    values = ["Train"] * 110 + ["restval"] * 3 + ["val"] * 5 + [None] + ["extra"] * 2 + ["TEST"] * 4
+    folder = split_table(tmp_path / "a", values, kind)
+    out = own_data.prepared(str(folder), str(tmp_path / "out"))
+    assert [len(texts_of(out, split)) for split in ("train", "test")] == [113, 4]
+    assert texts_of(out, "test") == [[f"TEST {i}"] for i in range(121, 125)]
+    line = "rows not used, by their field 'split': 5 of 'val', 2 of 'extra', 1 without a value"
+    assert capsys.readouterr().err.count(f"{folder}: {line}\n") == 1
+    own_data.prepared(str(folder), str(tmp_path / "out"))
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_no_rows_to_train_on_or_to_hold_out_are_no_splits(tmp_path):
+    for name, values in (("a", ["test", "val"]), ("b", ["train", "restval"]), ("c", [None] * 3)):
+        split_table(tmp_path / name, values)
+        assert split_field.told("imagefolder", str(tmp_path / name), Options()) is None
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.parquet").write_bytes(b"damaged")
+    assert split_field.told("parquet", str(tmp_path / "d"), Options()) is None
+
+
+def test_prepare_writes_the_splits_that_the_field_tells(tmp_path, monkeypatch, capsys):
+    flags_of("prepare", monkeypatch)
+
+    def call(**given):
+        arguments = ["prepare", *(f"--{name}={value}" for name, value in given.items())]
+        monkeypatch.setattr(sys, "argv", arguments)
+        prepare.flags.FLAGS.unparse_flags()
+        prepare.flags.FLAGS(arguments)
+        return prepare.main(["prepare"])
+
+    folder = split_table(tmp_path / "a", ["train", "restval", "val", "test", "other"] * 2)
+    given = dict(input=folder, processes=1)
+    found = call(**given, out=tmp_path / "out")
+    assert {name: one["written"] for name, one in found["splits"].items()} == dict(
+        train=4, test=2, validation=2
+    )
+    assert texts_of(tmp_path / "out", "validation") == [["val 2"], ["val 7"]]
+    said = capsys.readouterr()
+    assert "rows not used, by their field 'split': 2 of 'other'\n" in said.err
+    assert "10 examples, by the field 'split': 4 -> [train], 2 -> [test], 2 ->" in said.out
+    # Whoever names a split, a holdout or the values decides.
+    assert call(**given, out=tmp_path / "named", split="train")["written"] == 10
+    assert call(**given, out=tmp_path / "where", where="split=val")["written"] == 2
+    assert call(**given, out=tmp_path / "held", holdout=0.5)["written"] < 10
+    shared = dict(given, out=tmp_path / "shared", shard="0/1")
+    assert (call(**shared)["waiting"], call(**shared)["shards"]) == (0, 3)

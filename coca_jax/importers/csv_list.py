@@ -47,8 +47,14 @@ def _lists(path: str, split: str) -> list[str]:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows; paths are relative to the list."""
+    for found in located(unit, options):
+        yield found.load(unit, options)
+
+
+def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
+    """The items of a range of rows without their images."""
     for number, fields in enumerate(lines.csv_rows(unit.path)):
         if number >= unit.stop:
             return
         if number >= unit.start:
-            yield imagefolder.row(unit, number, fields, options).load(unit, options)
+            yield imagefolder.row(unit, number, fields, options)

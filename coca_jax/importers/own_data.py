@@ -4,7 +4,6 @@ with a held-out split, a kind told from what it holds, and evaluations that suit
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import posixpath
 import re
@@ -16,12 +15,11 @@ from typing import Any
 
 from coca_jax.config import Config
 from coca_jax.data import files, formats, kinds, mixture
-from coca_jax.importers import checks, in_place, metadata, shards, splits
+from coca_jax.importers import checks, in_place, metadata, shards, split_field, splits
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
 _AT_MOST = 5000  # examples of an evaluation that is set up here
-_SPLIT_FIELD = "split"  # of data that name the split of each example beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +143,19 @@ class Layout:
         format: a name that `prepare --format` takes.
         input: what it reads, absolute where it is a path here.
         train, held: the splits to train on and to hold out; '' where the data tell none.
-        by_field: the splits are values of the field `split`, not names of files or folders.
+        by_field: what the field `split` tells, where the splits are its, not names of files or
+            folders.
     """
 
     format: str
     input: str
     train: str = ""
     held: str = ""
-    by_field: bool = False
+    by_field: split_field.Told | None = None
 
     def options(self, split: str, options: Options) -> Options:
         """The options with which one of the two splits is read."""
-        if not self.by_field:
-            return options
-        clause = (_SPLIT_FIELD, (split,))
-        return dataclasses.replace(options, where=(*options.where, clause))
+        return self.by_field.options(split, options) if self.by_field else options
 
     def items(self, options: Options) -> Iterator[Item]:
         """The examples of the split to train on, as they are found."""
@@ -185,8 +181,10 @@ def layout(path: str, options: Options | None = None) -> Layout:
     told = splits.splits_of(format, input)
     if told:
         return Layout(format, input, *_of_names(told))
-    train, held = _told_by_field(format, input, options or Options())
-    return Layout(format, input, train, held, by_field=bool(held))
+    by_field = split_field.told(format, input, options or Options())
+    if not by_field:
+        return Layout(format, input)
+    return Layout(format, input, *_of_names(list(by_field.values)), by_field)
 
 
 def prepared(path: str, out: str, *, wait: bool = False) -> str:
@@ -221,6 +219,9 @@ def bring_in(
 
     Raises ValueError where nothing can be used, or `out` holds other data.
     """
+    if found.by_field and not _is_there(found, out):
+        if line := found.by_field.unused((found.train, found.held)):
+            print(f"{found.input}: {line}", file=sys.stderr)
     options = _in_place_where_possible(found, out, options or Options())
     where = (found.format, found.input, out)
     if not found.held:
@@ -262,19 +263,6 @@ def _is_there(found: Layout, out: str) -> dict[str, Any]:
                 "another --workdir, or give data of another name"
             )
     return there
-
-
-def _told_by_field(format: str, input: str, options: Options) -> tuple[str, str]:
-    """The values of the field `split` to train on and to hold out, where the examples have it."""
-    module = shards.importer(format)
-    items = itertools.chain.from_iterable(
-        module.read(unit, options) for unit in module.plan(input, "", options)
-    )
-    values = {str(item.extra.get(_SPLIT_FIELD, "")) for item in itertools.islice(items, 1000)}
-    if "train" not in values or "" in values:
-        return "", ""
-    train, held = _of_names(sorted(values))
-    return (train, held) if held else ("", "")
 
 
 def _of_names(names: Sequence[str]) -> tuple[str, str]:
