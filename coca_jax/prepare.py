@@ -22,6 +22,7 @@ trains on.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
-from coca_jax.importers import shards, split_field
+from coca_jax.importers import indexes, metadata, shards, split_field
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout, splits_of
 
@@ -216,21 +217,48 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "--input stands there several times, of which the last would count; put a pattern in "
             "quotes, as --input='laion/{00000..00999}.tar', or give a folder"
         )
-    format = flags.FLAGS.format
+    return _import()
+
+
+def _import() -> dict[str, Any]:
+    """Writes what the flags ask for, or finds it there."""
+    format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
-        format = formats.guess(flags.FLAGS.input)
-        cli.say(f"{flags.FLAGS.input}: read as --format={format}")
+        format = formats.guess(input)
+        cli.say(f"{input}: read as --format={format}")
+    options = _options()
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,
-        options=_options(),
+        options=options,
         processes=flags.FLAGS.processes,
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
         engine=engines.of_flags(),
+        state=functools.partial(indexes.state, format, out),
     )
-    cli.say(f"reading {flags.FLAGS.input}")
-    where = (format, flags.FLAGS.input, flags.FLAGS.out)
-    if by_field := _by_field(format, keywords["options"]):
+    where, by_field = (format, input, out), _by_field(format, options)
+    held = ["test"] if flags.FLAGS.holdout else []
+    names = list(by_field.values) if by_field else [flags.FLAGS.split, *held]
+    there = metadata.read_manifest(out)["splits"]
+    if flags.FLAGS.overwrite or not {*names} <= {*there}:
+        cli.say(f"reading {input}")
+        result = _write(where, by_field, keywords)
+    else:  # which is refused where it is of another request
+        result = _write(where, by_field, keywords)
+        now = indexes.state_of_input(format, input, out, options, names[0])
+        changed = now and there[names[0]].get("state", now) != now
+        why = f"{input} has changed since" if changed else "nothing was read"
+        cli.say(
+            f"{out} holds {', '.join(names)} of it already, and {why}; --overwrite reads it anew"
+        )
+    return result
+
+
+def _write(
+    where: tuple[str, str, str], by_field: split_field.Told | None, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes one split, the two of a holdout, or those that a field tells; says how many."""
+    if by_field:
         return _write_told(by_field, where, keywords)
     if not flags.FLAGS.holdout:
         result = prepare(*where, **keywords)

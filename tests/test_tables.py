@@ -13,8 +13,10 @@ from prepare_cases import encode, import_data, reasons_of
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare
+from coca_jax.config import typed
+from coca_jax.configs import base
 from coca_jax.data import formats, sources
-from coca_jax.importers import lines, own_data, split_field, unprepared
+from coca_jax.importers import indexes, lines, own_data, split_field, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -225,16 +227,22 @@ def test_no_rows_to_train_on_or_to_hold_out_are_no_splits(tmp_path):
     assert split_field.told("parquet", str(tmp_path / "d"), Options()) is None
 
 
-def test_prepare_writes_the_splits_that_the_field_tells(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def call(monkeypatch):
+    """The command `prepare` in this process: what it returns."""
     flags_of("prepare", monkeypatch)
 
-    def call(**given):
+    def run(**given):
         arguments = ["prepare", *(f"--{name}={value}" for name, value in given.items())]
         monkeypatch.setattr(sys, "argv", arguments)
         prepare.flags.FLAGS.unparse_flags()
         prepare.flags.FLAGS(arguments)
         return prepare.main(["prepare"])
 
+    return run
+
+
+def test_prepare_writes_the_splits_that_the_field_tells(tmp_path, call, capsys):
     folder = split_table(tmp_path / "a", ["train", "restval", "val", "test", "other"] * 2)
     given = dict(input=folder, processes=1)
     found = call(**given, out=tmp_path / "out")
@@ -251,3 +259,71 @@ def test_prepare_writes_the_splits_that_the_field_tells(tmp_path, monkeypatch, c
     assert call(**given, out=tmp_path / "held", holdout=0.5)["written"] < 10
     shared = dict(given, out=tmp_path / "shared", shard="0/1")
     assert (call(**shared)["waiting"], call(**shared)["shards"]) == (0, 3)
+    capsys.readouterr()
+    assert call(**given, out=tmp_path / "out") == found
+    assert "holds train, test, validation of it already, and nothing was read" in (
+        capsys.readouterr().err
+    )
+
+
+def captioned(folder, word, count=12):
+    pictures(folder, count)
+    rows = "".join(f"{i}.jpg,{word} {i}\n" for i in range(count))
+    (folder / "metadata.csv").write_text("file_name,text\n" + rows)
+    return folder
+
+
+def test_prepare_says_what_is_there_already_and_what_has_changed(tmp_path, call, capsys):
+    folder, out = captioned(tmp_path / "a", "old"), tmp_path / "out"
+    for given in (dict(out=out), dict(out=f"{out}2", holdout=0.4)):
+        given |= dict(input=folder, processes=1)
+        first = call(**given)
+        assert f"reading {folder}\n" in capsys.readouterr().err
+        assert call(**given) == first
+        said, names = capsys.readouterr().err, "train, test" if "holdout" in given else "train"
+        line = f"{given['out']} holds {names} of it already, and nothing was read"
+        assert f"{line}; --overwrite reads it anew\n" in said and "reading" not in said
+        captioned(folder, "newer")
+        call(**given)
+        assert f"and {folder} has changed since; --overwrite reads it anew" in (
+            capsys.readouterr().err
+        )
+        assert texts_of(given["out"])[0][0].startswith("old")
+        call(**given, overwrite=True)
+        assert texts_of(given["out"])[0][0].startswith("newer")
+        captioned(folder, "old")
+
+
+def test_an_index_of_data_that_have_changed_since_does_not_go_on(tmp_path):
+    folder, out = captioned(tmp_path / "a", "old"), str(tmp_path / "run/data/a")
+    own_data.prepared(str(folder), out)
+    kept = texts_of(out)
+    assert own_data.prepared(str(folder), out) == out
+    captioned(folder, "newer")
+    line = f"{folder} has changed since its index was made in {out}; use a new --workdir"
+    with pytest.raises(ValueError, match=line):
+        own_data.prepared(str(folder), out)
+    with pytest.raises(ValueError, match=line):  # of `fit`
+        own_data.bring_in(own_data.layout(str(folder)), out)
+    assert texts_of(out) == kept
+    config = base.get_config()
+    config.data.sources = (dict(path=str(folder)),)
+    for _ in range(2):
+        indexes.of_sources(typed(config), str(tmp_path / "of_config"))
+    captioned(folder, "old")
+    with pytest.raises(ValueError, match="of_config/data/a in its place to go on without"):
+        indexes.of_sources(typed(config), str(tmp_path / "of_config"))
+    # One from before the state was kept goes on, as does the index that is named itself.
+    path = tmp_path / "run/data/a/manifest.json"
+    told = json.loads(path.read_text())
+    assert all(len(split.pop("state")) == 32 for split in told["splits"].values())
+    path.write_text(json.dumps(told))
+    assert own_data.prepared(str(folder), out) == own_data.prepared(out, "unused") == out
+
+
+def test_an_index_within_its_data_does_not_change_them(tmp_path):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / name, 9, name + "{}.jpg")
+    out = str(tmp_path / "run/data/a")
+    own_data.prepared(str(tmp_path), out)
+    assert own_data.prepared(str(tmp_path), out) == out

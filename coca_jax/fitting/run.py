@@ -20,7 +20,7 @@ from coca_jax.evaluators.records import Records
 from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
-from coca_jax.importers import own_data
+from coca_jax.importers import indexes, own_data
 from coca_jax.importers.items import Options
 from coca_jax.inference import export_programs
 from coca_jax.training import lease, memory, setup, stopping
@@ -56,6 +56,9 @@ def fit(
     path = pathlib.Path(workdir) / RECIPE
     with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
         if path.exists():
+            place = kept.get("data")["path"]
+            if place != request.folder and files.exists(request.folder):
+                own_data.refuse_changed(request.folder, place, options_of(request))
             say(f"{path} holds the choice that was made before")
         else:
             write_recipe(path, request, workdir, kept, change, say)
@@ -90,7 +93,7 @@ def bring_in(
     """Looks at the data and prepares them: (facts, prepared folder, its splits to train on and
     held out, a name)."""
     options = options_of(request)
-    name = own_data.folder_names([request.folder])[0]
+    name = indexes.folder_names([request.folder])[0]
     layout = own_data.layout(request.folder, options)
     stopping.current().stage("looking at the data")
     say(f"{request.folder}: looking at it, as {layout.format}")

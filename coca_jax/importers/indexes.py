@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import posixpath
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from coca_jax import cache_folder
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, formats, manifest
-from coca_jax.importers import in_place, own_data, shards, splits
+from coca_jax.data import files, formats, manifest, references
+from coca_jax.importers import in_place, metadata, shards, splits
 from coca_jax.importers.items import Options, Unit
 
 
@@ -34,11 +39,15 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     """
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
-    names = own_data.folder_names([sources[number].path for number in numbers])
+    names = folder_names([sources[number].path for number in numbers])
     for number, name in zip(numbers, names):
         entry, out = sources[number], files.join(workdir, f"data/{name}")
         split = entry.split or "train"
         if main_process:
+            if files.exists(files.join(out, manifest.FILE)):
+                format, options = formats.guess(entry.path), _options(entry)
+                now = state_of_input(format, entry.path, out, options, split)
+                refuse_changed(entry.path, out, now)
             _make(entry, split, out)
         while split not in (manifest.read(out) or {"splits": {}})["splits"]:
             time.sleep(1)
@@ -46,6 +55,17 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def folder_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each path: its last part, numbered where two share it."""
+    names: list[str] = []
+    for path in paths:
+        last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
+        name = last.partition(".")[0].removeprefix("tfds:") or "data"
+        count = Counter(names)[name]
+        names.append(f"{name}-{count + 1}" if count else name)
+    return names
 
 
 def cached(entry: Entry, split: str) -> str:
@@ -87,6 +107,38 @@ def _state(units: list[Unit]) -> list[tuple[str, int, str]]:
     return found
 
 
+def state(format: str, out: str, units: list[Unit]) -> str:
+    """What tells whether the files of some units have changed since `out` was written, short enough
+    to be kept there. '' for those that are not files here or in a bucket, or where `out` lies in a
+    folder of theirs, which it changes itself."""
+    if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
+        return ""
+    above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
+    if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
+        return ""
+    return hashlib.blake2b(json.dumps(_state(units)).encode(), digest_size=16).hexdigest()
+
+
+def state_of_input(
+    format: str, input: str, out: str, options: Options, read_split: str = ""
+) -> str:
+    """`state` of an input, or of a split of it. Raises as `plan`."""
+    if format not in in_place.FORMATS:  # of which some have no split ''
+        return ""
+    return state(format, out, shards.importer(format).plan(input, read_split, options))
+
+
+def refuse_changed(input: str, out: str, now: str) -> None:
+    """Raises ValueError where `out` holds an index or copy of an input of another state than `now`.
+    Those that were made before the state was kept pass."""
+    for split in metadata.read_manifest(out)["splits"].values():
+        if now and split.get("state", now) != now:
+            raise ValueError(
+                f"{input} has changed since its index was made in {out}; use a new --workdir, "
+                f"restore it, or name {out} in its place to go on without the change"
+            )
+
+
 def _check(entry: Entry, format: str) -> None:
     if format not in in_place.FORMATS:
         raise ValueError(
@@ -106,4 +158,5 @@ def _make(entry: Entry, split: str, out: str) -> None:
         line = f"{entry.path} lies on this machine: importing it into {out}"
     if not files.exists(files.join(out, manifest.FILE)):
         print(line, file=sys.stderr, flush=True)
-    splits.prepare(format, entry.path, out, split=split, options=options)
+    keep = functools.partial(state, format, out)
+    splits.prepare(format, entry.path, out, split=split, options=options, state=keep)

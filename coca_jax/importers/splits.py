@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from coca_jax import storage
@@ -22,6 +22,7 @@ from coca_jax.importers.items import Options, Unit, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
+State = Callable[[list[Unit]], str]
 
 
 def splits_of(format: str, input: str) -> list[str]:
@@ -102,6 +103,7 @@ def prepare(
     progress: bool = True,
     engine: Engine | None = None,
     beside: tuple[str, Options] | None = None,
+    state: State = lambda units: "",
 ) -> dict[str, Any]:
     """Imports one split; see the module's text.
 
@@ -109,8 +111,9 @@ def prepare(
         split: the name that it gets.
         read_split: the one that is read, where the input tells several; '': `split`.
         engine: who does the shards; None: `processes` of this machine, 0: one per core.
-        beside: another split of the same examples, and its options: its shards are written as well,
-            in the same pass, for a call for that split to take.
+        beside: another split of the same examples, and its options: its shards are written in the
+            same pass, for a call for that split to take.
+        state: tells of units whether their files have changed; kept in the manifest where it is.
 
     Returns:
         split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
@@ -121,10 +124,9 @@ def prepare(
     Raises:
         FileNotFoundError: no input.
         ValueError: the format cannot be read, or nothing of the input can be used; or `out` holds
-            this split, or an unfinished import of it, made with other options.
+            this split, or an unfinished import of it, of other options or of files changed since.
     """
-    options = options or Options()
-    module = shards.importer(format)
+    module, options = shards.importer(format), options or Options()
     _check_place(str(input), str(out))
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
@@ -137,7 +139,7 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
-    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
+    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
@@ -174,7 +176,7 @@ def _with_twins(
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
     request = _request(jobs[0].format, input, options)
     if not files.exists(path):
-        plan = {"request": request, "groups": groups}
+        plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
         storage.write_bytes(path, json.dumps(plan).encode())
     plan = json.loads(files.read(path))
     if _whole(plan["request"]) != request or plan["groups"] != groups:
@@ -195,6 +197,7 @@ def plan(
     work: str,
     shard_count: int,
     request: dict[str, Any],
+    state: State = lambda units: "",
 ) -> list[shards.Job]:
     """The shards to write; the same as before when an earlier run was cut short."""
     path = files.join(work, "plan.json")
@@ -203,6 +206,9 @@ def plan(
         if _whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
+        before, now = kept.get("state"), state([unit for group in groups for unit in group])
+        if before and now and before != now:
+            raise ValueError(f"{input} has changed since {work} was begun; remove that folder")
     else:
         with unreachable.required():
             units = module.plan(input, split, options)
@@ -210,7 +216,7 @@ def plan(
             raise ValueError(f"{input}: it is empty")
         in_place.check(format, units, options)
         groups = _group(units, shard_count)
-        kept = {"request": request}
+        kept = {"request": request, "state": state(units)}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
             storage.write_bytes(path, json.dumps(kept).encode())
@@ -282,6 +288,8 @@ def _finish(
         shards=entries,
         request=request,
     )
+    if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
+        manifest["splits"][split]["state"] = state
     if jobs[0].root:
         manifest["splits"][split]["root"] = in_place.told_root(jobs[0].root, out)
     metadata.write(out, manifest)
