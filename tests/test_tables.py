@@ -327,3 +327,63 @@ def test_an_index_within_its_data_does_not_change_them(tmp_path):
     out = str(tmp_path / "run/data/a")
     own_data.prepared(str(tmp_path), out)
     assert own_data.prepared(str(tmp_path), out) == out
+
+
+def by_class(folder):
+    for name in ("cat", "dog"):
+        pictures(folder / name, 2, name + "{}.jpg")
+    return folder
+
+
+def test_fields_of_pictures_that_have_only_folders_are_refused(tmp_path):
+    folder = by_class(tmp_path / "a")
+    line = f"--text_field=words: {folder} is read by its folder names, without fields; there is no"
+    with pytest.raises(ValueError, match=line):
+        import_data("imagefolder", folder, tmp_path / "out", text_field="words")
+    (folder / "more").mkdir()
+    (folder / "more/list.tsv").write_text("picture\twords\ncat0\ta cat\n")
+    assert formats.guess(str(folder)) == "imagefolder"
+    line = f"--label_field=words: .* give --format=csv --input={folder}/more/list.tsv"
+    with pytest.raises(ValueError, match=line):
+        own_data.layout(str(folder), Options(label_field="words"))
+    with pytest.raises(ValueError, match="--text_field=words: .* --format=csv"):
+        unprepared.open_source(dict(path=str(folder), text_field="words"), "test")
+
+
+def test_tables_beside_class_folders_are_named(tmp_path, capsys):
+    folder = by_class(tmp_path / "a")
+    import_data("imagefolder", folder, tmp_path / "out")
+    assert "not read" not in capsys.readouterr().err
+    (folder / "sizes.csv").write_text("picture,width\ncat0,40\n")
+    (folder / "captions.json").write_text("{}")
+    import_data("imagefolder", folder, tmp_path / "out2")
+    line = f"{folder}: the classes are the names of its folders; not read: captions.json, sizes.csv"
+    assert line in capsys.readouterr().err
+
+
+def test_two_files_of_metadata_in_one_folder_are_refused(tmp_path):
+    folder = captioned(tmp_path / "a", "old")
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "new 0"}\n')
+    line = f"{folder} has both metadata.jsonl and metadata.csv, .* --input={folder}/metadata.csv"
+    for read in (
+        lambda: import_data("imagefolder", folder, tmp_path / "out"),
+        lambda: own_data.layout(str(folder)),
+        lambda: unprepared.open_source(dict(path=str(folder)), "test"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            read()
+    out = own_data.prepared(str(folder / "metadata.csv"), str(tmp_path / "alone"))
+    assert sum(len(texts_of(out, split)) for split in ("train", "test")) == 12
+
+
+def test_pictures_that_no_row_names_are_counted(tmp_path, capsys):
+    folder = captioned(tmp_path / "a", "text", 12)
+    own_data.prepared(str(folder), str(tmp_path / "whole"))
+    assert "in no row" not in capsys.readouterr().err
+    pictures(folder / "more", 3)
+    (folder / "metadata.csv").write_text(
+        "file_name,text\n./more/0.jpg,x\n" + "".join(f"{i}.jpg,text {i}\n" for i in range(11))
+    )
+    own_data.prepared(str(folder), str(tmp_path / "part"))
+    line = f"{folder}: 3 of 15 pictures are in no row of its metadata, and not read\n"
+    assert capsys.readouterr().err.count(line) == 1

@@ -35,6 +35,7 @@ _SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 
@@ -142,6 +143,11 @@ def image_field(row: Mapping[str, Any]) -> str:
 def beside(path: str) -> list[str]:
     """Files in a folder of pictures that may hold their texts, and are not read with them."""
     return [name for name in _names(path) if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
+
+
+def tables(path: str) -> list[str]:
+    """Files in a folder that may be tables of its pictures, by their names."""
+    return [name for name in _names(path) if name.lower().endswith(TABLES)]
 
 
 def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import os
 import posixpath
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +25,7 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    whole_files,
 )
 
 ROWS_PER_UNIT = 2048
@@ -34,6 +37,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
+        ValueError: two files of metadata in one folder, or fields are named where there are none.
     """
     if not files.is_remote(path) and not files.exists(path):
         raise FileNotFoundError(f"{path}: no such folder")
@@ -42,6 +46,8 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         root = inner
     found = _metadata(root)
     units, below = [], named_files.root_of(path)
+    if not found:
+        _refuse_fields(path, options)
     for metadata in found:
         if metadata.endswith((".jsonl", *lines.PACKED)):
             units += line_units(metadata, below)
@@ -49,6 +55,39 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
             rows = sum(1 for _ in lines.csv_rows(metadata))
             units += split_units(metadata, rows, ROWS_PER_UNIT, below)
     return units if found else split_units(root, len(_images(root)), ROWS_PER_UNIT, below)
+
+
+def _refuse_fields(path: str, options: Options) -> None:
+    """Raises ValueError where options name fields of pictures that have only their folders."""
+    fields = ("text_field", "label_field", "image_field")
+    named = next((field for field in fields if getattr(options, field)), "")
+    if not named:
+        return
+    tables = [name for name in formats.tables(path) if not name.endswith(".json")]
+    fix = "there is no table beside the pictures; add metadata.csv with the columns file_name, text"
+    if tables:
+        kind = "jsonl" if tables[0].lower().endswith(".jsonl") else "csv"
+        fix = f"to read its table give --format={kind} --input={files.join(path, tables[0])}"
+    raise ValueError(
+        f"--{named}={getattr(options, named)}: {path} is read by its folder names, without fields; "
+        + fix
+    )
+
+
+def unlisted(path: str, options: Options) -> tuple[int, int]:
+    """(pictures of a local folder that no row of its metadata names, all pictures); (0, 0) where
+    there are no metadata."""
+    root = os.path.realpath(path)
+    if not _metadata(root):
+        return 0, 0
+    left = {os.path.normpath(one) for one in _images(root)}
+    count = len(left)
+    for unit in whole_files(plan(root, "", options)):
+        for one in located(unit, options):
+            for name in filter(None, (one.name, one.second)):
+                with contextlib.suppress(ValueError):  # the import says what is wrong with it
+                    left.discard(named_files.resolve(one.folder, name, [root]))
+    return len(left), count
 
 
 def splits(path: str) -> list[str]:
@@ -87,6 +126,15 @@ def _metadata(root: str) -> list[str]:
             found += files.find(root, (name, f"*/{name}"))
         except FileNotFoundError:
             continue
+    first: dict[str, str] = {}
+    for one in found:
+        folder = posixpath.dirname(one)
+        if first.setdefault(folder, one) != one:
+            both = f"{posixpath.basename(first[folder])} and {posixpath.basename(one)}"
+            raise ValueError(
+                f"{folder} has both {both}, which would give each picture twice; remove one, or "
+                f"give the one to read, --input={one}"
+            )
     return found
 
 

@@ -111,6 +111,14 @@ def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> lis
     ]
 
 
+def whole_files(units: Sequence[Unit]) -> list[Unit]:
+    """One unit of each file that units are parts of, in their order."""
+    found: dict[str, Unit] = {}
+    for unit in units:
+        found[unit.path] = dataclasses.replace(found.get(unit.path, unit), stop=unit.stop, rows=0)
+    return list(found.values())
+
+
 def guarded(key: str, make: Callable[[], Item]) -> Item:
     """The item that `make` gives. Whatever a stranger's row makes it raise is that row's problem:
     one bad row never ends an import."""

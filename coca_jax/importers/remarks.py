@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, formats
+from coca_jax.importers import imagefolder
+from coca_jax.importers.items import Options
+
+_MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
@@ -54,6 +59,30 @@ def _one_class(found: Mapping[str, Any], classes: Sequence[str], input: str) -> 
     ]
 
 
+def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The line for tables beside pictures that are read by their folders' names."""
+    if len(classes) == 1 or found["with_text"] or found["with_label"] < found["count"]:
+        return []
+    names = formats.tables(input)
+    if not names or any(posixpath.basename(name) in formats.METADATA for name in names):
+        return []
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"{input}: the classes are the names of its folders; not read: {shown} (--format=csv "
+        "--input=FILE reads a table of pictures)"
+    ]
+
+
+def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) -> list[str]:
+    """The line for pictures beside metadata whose rows name others."""
+    if files.is_remote(input) or found["read"] > _MOST_LISTED:
+        return []
+    left, count = imagefolder.unlisted(input, Options(image_field=options["image_field"]))
+    if not left:
+        return []
+    return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
+
+
 def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
     """Lines on a split that was written: what was left out, class names that are numbers."""
     found = manifest["splits"][split]
@@ -67,6 +96,11 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
     request = found.get("request") or {}
     if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
         lines += _one_class(found, classes, request["input"])
+        lines += _unread_tables(found, classes, request["input"])
+        others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
+        told = [one["input"] for one in others if one and not one["options"].get("held_out")]
+        if request["input"] not in told:  # once, with the first of its splits
+            lines += _unlisted(found, request["input"], request["options"])
     if classes and all(name.lstrip("-").isdigit() for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "

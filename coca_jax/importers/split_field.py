@@ -10,7 +10,7 @@ from typing import Any
 
 from coca_jax.data import files, unreachable
 from coca_jax.importers import shards
-from coca_jax.importers.items import Options, Unit
+from coca_jax.importers.items import Options, Unit, whole_files
 
 FIELD = "split"
 _LOOK_AT = 100  # examples, of which one has the field where it is there at all
@@ -82,10 +82,7 @@ def told(format: str, input: str, options: Options) -> Told | None:
 def _values(format: str, input: str, options: Options) -> Iterator[str]:
     """What the field says of each example that can be read; '' for nothing."""
     module = shards.importer(format)
-    whole: dict[str, Unit] = {}  # a unit of each file, so that none is read twice
-    for unit in module.plan(input, "", options):
-        whole[unit.path] = dataclasses.replace(whole.get(unit.path, unit), stop=unit.stop, rows=0)
-    for unit in whole.values():
+    for unit in whole_files(module.plan(input, "", options)):
         for value in _of_unit(module, unit, options):
             empty = value is None or value != value  # NaN: how tables say 'nothing'
             yield "" if empty else str(value)
