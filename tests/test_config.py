@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 import coca_jax
-from coca_jax import export_format, recipes
+from coca_jax import export_format, recipes, run_config
 from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
@@ -154,3 +154,31 @@ def test_weights_may_start_below_the_bound_of_the_temperature():
     with pytest.raises(ValueError, match="min_temperature=0.1 is above model.temperature=0.07"):
         checks.check(config)
     checks.check(config.change({"init_from": "runs/before"}))
+
+
+PAIR = {"head.kind": "pair", "loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
+LORA = {"optimizer.lora_rank": 2, "optimizer.name": "adamw"}
+KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (PAIR | {"loss.bag_weight": 1.0}, r"\(loss.bag_weight=1.0\); set loss.bag_weight=0"),
+        ({"model.pooler.project": False}, "model.embed_dim=16: without .* model.text.width=24"),
+        (LORA | {"optimizer.layer_decay": 0.5}, "layer_decay=0.5 has no effect .*lora_rank=2"),
+        (LORA | {"loss.min_temperature": 0.05}, "min_temperature=0.05 has no effect"),
+        (KEPT | {"loss.bag_weight": 1.0}, "loss.bag_weight=1.0 does not go with .*set 0.0"),
+        (
+            {"loss.contrastive": "sigmoid", "loss.reduction": "mean"},
+            "loss.reduction='mean' is of two directions",
+        ),
+        ({"data.frame_jitter": True}, "frame_jitter=True is of clips, and data.num_frames=0"),
+        ({"model.image.conv_depths": (1, 1)}, r"conv_depths=\(1, 1\) are of the stages in"),
+    ],
+)
+def test_what_could_have_no_effect_is_refused(changes, told):
+    plain = tiny(**{"model.text.width": 24, "data.sources": (dict(builtin="scenes"),)})
+    run_config.check(plain)
+    with pytest.raises(ValueError, match=told):
+        run_config.check(plain.change(changes))
