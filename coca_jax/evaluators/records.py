@@ -98,7 +98,6 @@ class Records:
                     second=record.second,
                 )
 
-
     def unreadable(self, read: Callable[[bytes], Any]) -> str:
         """The key of the first of the records given last whose image `read` refuses, and why; ''
         where there is none. Only those are looked at: images are decoded as they are needed."""
