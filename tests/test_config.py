@@ -108,6 +108,12 @@ def test_the_page_of_keys_is_current():
     assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
 
 
+def test_the_page_on_resuming_names_all_that_may_change():
+    page_ = (OLD.parents[2] / "docs/training.md").read_text()
+    said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert not [key for key in run_config.FREE if f"`{key.rpartition('.')[2]}`" not in said]
+
+
 def test_every_key_says_what_it_is():
     found = [key for section in (Config, Entry) for key, field in keys(section)
              if not field.metadata["meaning"]]  # fmt: skip
