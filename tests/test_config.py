@@ -108,6 +108,17 @@ def test_the_page_of_keys_is_current():
     assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
 
 
+def test_losses_beside_a_head_that_train_nothing_are_told():
+    frozen = tiny(**{"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0})
+    assert run_config.remarks(frozen, 1000) == [
+        "warning: loss.contrastive_weight=1.0 and loss.captioning_weight=2.0 cost time and train "
+        "nothing, as optimizer.encoder_learning_rate=0 leaves the head alone; set 0"
+    ]
+    assert not run_config.remarks(frozen.change({"optimizer.encoder_learning_rate": 1e-4}), 1000)
+    weights = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
+    assert not run_config.remarks(frozen.change(weights), 1000)
+
+
 def test_the_page_on_resuming_names_all_that_may_change():
     page_ = (OLD.parents[2] / "docs/training.md").read_text()
     said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]
