@@ -73,6 +73,7 @@ class Unit:
         start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
         rows: how many items to expect; 0: not known.
         root: the folder below which its rows may name files; '': the file's own.
+        names: of a folder, the files in it that are its rows.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Unit:
     stop: int = 0
     rows: int = 0
     root: str = ""
+    names: Sequence[str] = ()
 
 
 @dataclasses.dataclass

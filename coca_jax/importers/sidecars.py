@@ -4,9 +4,10 @@ tune models have it: 000000012.jpg, 000000012.txt, 000000012.json. Read as the m
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import posixpath
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from coca_jax.data import files, named_files
@@ -19,7 +20,7 @@ PATTERNS = (*(f"*{s}" for s in MEDIA), *(f"*{s.upper()}" for s in MEDIA))  # of 
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of a folder: ranges of its list of images, by name.
+    """Units of a folder: its images by their names, those of each folder in it for themselves.
 
     Raises:
         FileNotFoundError: no image.
@@ -28,19 +29,27 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if "," in options.image_field:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = named_files.root_of(path)
-    folders = Counter(posixpath.dirname(file) for file in files.find(path, PATTERNS, split))
-    counts = sorted(folders.items())
-    return [u for folder, n in counts for u in split_units(folder, n, ROWS_PER_UNIT, root)]
+    found = sorted(map(posixpath.split, files.find(path, PATTERNS, split)))
+    units = []
+    for folder, inside in itertools.groupby(found, lambda file: file[0]):
+        # The names and not their number: a split or a pattern need not have all of a folder.
+        names = [name for _, name in inside]
+        for unit in split_units(folder, len(names), ROWS_PER_UNIT, root):
+            units.append(dataclasses.replace(unit, names=tuple(names[unit.start : unit.stop])))
+    return units
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
-    """The items of a range of the images of a folder, by name."""
-    system, plain = files.filesystem(unit.path)
-    names = [posixpath.basename(name.rstrip("/")) for name in system.ls(plain, detail=False)]
-    images = sorted(name for name in names if name.lower().endswith(MEDIA))
-    there = {_lower_suffix(name): name for name in sorted(names)}
+    """The items of the images that a unit names, in their order.
+
+    Raises ValueError for a unit that names none, as those of earlier versions do.
+    """
+    if not unit.names:
+        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
+    there = {_lower_suffix(name): name for name in files.listing(unit.path)}
+    plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
-    for name in images[unit.start : unit.stop]:
+    for name in unit.names:
         key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 

@@ -172,6 +172,7 @@ def _with_twins(
         return jobs
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
+    groups = json.loads(json.dumps(groups))  # as they are read again, without tuples
     request = _request(jobs[0].format, input, options)
     if not files.exists(path):
         plan = {"request": request, "groups": groups}

@@ -1,0 +1,45 @@
+"""Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
+class folders, what a line says of them."""
+
+from prepare_cases import encode, import_data
+
+from coca_jax.data import sources
+
+
+def beside(folder, texts, suffix=".txt", first=0):
+    """A picture for each name, numbered, with its text beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, text) in enumerate(texts.items(), first):
+        (folder / f"{name}.jpg").write_bytes(encode(number))
+        if text is not None:
+            (folder / f"{name}{suffix}").write_text(text)
+    return folder
+
+
+def in_folders(root, folders, count=3):
+    """`count` pictures in each of the folders, all of them different."""
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            (root / folder / f"{i}.jpg").write_bytes(encode(100 * number + i))
+    return root
+
+
+def brought(format, input, out, split="train", **options):
+    """{key: (texts, labels)} of what is imported, its images being those of the input."""
+    import_data(format, input, out, split=split, **options)
+    found = list(sources.open_source(str(out), split))
+    return {record.key: (record.texts, record.labels) for record in found}
+
+
+def test_a_split_by_names_has_its_own_pictures(tmp_path):
+    names = [f"test_{i:02d}" for i in range(4)] + [f"train_{i:02d}" for i in range(4, 12)]
+    folder = beside(tmp_path / "a", {name: f"text of {name}" for name in names})
+    for split, own in (("train", names[4:]), ("test", names[:4])):
+        found = brought("sidecars", folder, tmp_path / "p", split)
+        assert found == {name: ((f"text of {name}",), ()) for name in own}
+    record = next(iter(sources.open_source(str(tmp_path / "p"), "train")))
+    assert record.image == encode(4)
+    # A pattern, too, stands for the pictures that it fits.
+    found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "q")
+    assert sorted(found) == ["train_10", "train_11"]
