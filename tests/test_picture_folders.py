@@ -1,9 +1,10 @@
 """Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
 class folders, what a line says of them."""
 
-from prepare_cases import encode, import_data
+from prepare_cases import encode, import_data, write_tar
 
 from coca_jax.data import sources
+from coca_jax.importers import splits
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -43,3 +44,20 @@ def test_a_split_by_names_has_its_own_pictures(tmp_path):
     # A pattern, too, stands for the pictures that it fits.
     found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "q")
     assert sorted(found) == ["train_10", "train_11"]
+
+
+def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys):
+    names = ("dog", "cat", "steam train", "test tube")
+    folder = beside(tmp_path / "a", {name: f"a {name}" for name in names})
+    assert splits.splits_of("sidecars", str(folder)) == []
+    found = brought("sidecars", folder, tmp_path / "p")
+    assert {texts[0] for texts, _ in found.values()} == {f"a {name}" for name in names}
+    # Of tars some may tell a split; the others are named.
+    for number, name in enumerate(("bus", "plane", "train", "val")):
+        write_tar(tmp_path / f"{name}.tar", 2, start=2 * number)
+    capsys.readouterr()
+    assert len(brought("webdataset", tmp_path, tmp_path / "q")) == 2
+    line = f"{tmp_path}: 2 of 4 files name no split and are not read: bus.tar, plane.tar\n"
+    assert capsys.readouterr().err == line
+    assert len(brought("webdataset", tmp_path, tmp_path / "q", "val")) == 2
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,7 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from coca_jax.data import unreachable
@@ -146,12 +146,16 @@ def size(path: str) -> int:
         return system.size(plain)
 
 
-def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
+def find(
+    path: str, patterns: tuple[str, ...], split: str = "", *, all_told: bool = False
+) -> list[str]:
     """Files of an input: the file itself, a glob, the files of a pattern with braces as webdataset
     has it ({000..999} or {a,b}), or the matching files of a folder, sorted.
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
+
+    all_told: only where the names of all files do, as of pictures, which are called anything.
 
     Raises:
         FileNotFoundError: nothing matches, or a file of a pattern with braces is not there.
@@ -170,10 +174,9 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     elif system.isfile(plain):
         return [path]
     elif system.isdir(plain):
-        names = _matching(system, plain, patterns)
-        told = {file: _told_split(name) for file, name in names.items()}
-        found = list(names)
-        if split and any(told.values()):
+        told = _told_splits(system, plain, patterns)
+        found = list(told)
+        if split and _tell(told.values(), all_told):
             wanted = "validation" if split in VALIDATION else split
             found = [file for file in found if told[file] == wanted]
     else:
@@ -215,20 +218,39 @@ def _expanded(path: str) -> list[str]:
     return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 
-def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:
+def splits_told(path: str, patterns: tuple[str, ...], *, all_told: bool = False) -> list[str]:
     """The splits that the names of a folder's matching files tell, as `find` understands them:
     'train', 'test', 'validation' (also said valid, val, dev), sorted; [] where they tell none."""
     system, plain = filesystem(path)
     if not system.isdir(plain):
         return []
-    names = _matching(system, plain, patterns).values()
-    return sorted({told for name in names if (told := _told_split(name))})
+    told = _told_splits(system, plain, patterns).values()
+    return sorted({*told} - {""}) if _tell(told, all_told) else []
 
 
-def _matching(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Matching files of a folder and below -> their names within it."""
+def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
+    """(names of the files that `find` takes for no split, as others tell theirs; number of all)."""
+    system, plain = filesystem(path)
+    folder = not system.isfile(plain) and system.isdir(plain)
+    told = _told_splits(system, plain, patterns) if folder else {}
+    if not _tell(told.values()):
+        return [], len(told)
+    return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
+
+
+def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Matching files of a folder and below -> the split that their names within it tell, or ''."""
     names = {file: posixpath.relpath(file, plain) for file in system.find(plain)}
-    return {f: n for f, n in names.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
+    return {
+        file: _told_split(name)
+        for file, name in names.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
+
+
+def _tell(told: Collection[str], all_told: bool = False) -> bool:
+    """Whether names make splits, by what each of them tells."""
+    return all(told) and bool(told) if all_told else any(told)
 
 
 def _told_split(name: str) -> str:

@@ -40,8 +40,20 @@ def _unread(input: str) -> str:
     names = formats.beside(input)
     if not names:
         return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; not read as they are: {shown}"
+    return f"; not read as they are: {_first(names)}"
+
+
+def of_no_split(input: str, patterns: tuple[str, ...]) -> str:
+    """The line for files that no split has, as the names of others tell theirs; '' for none."""
+    names, count = files.of_no_split(input, patterns)
+    if not names:
+        return ""
+    verb = "names no split and is" if len(names) == 1 else "name no split and are"
+    return f"{input}: {len(names)} of {count} files {verb} not read: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _one_class(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:

@@ -29,7 +29,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if "," in options.image_field:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = named_files.root_of(path)
-    found = sorted(map(posixpath.split, files.find(path, PATTERNS, split)))
+    found = sorted(map(posixpath.split, files.find(path, PATTERNS, split, all_told=True)))
     units = []
     for folder, inside in itertools.groupby(found, lambda file: file[0]):
         # The names and not their number: a split or a pattern need not have all of a folder.
@@ -37,6 +37,12 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         for unit in split_units(folder, len(names), ROWS_PER_UNIT, root):
             units.append(dataclasses.replace(unit, names=tuple(names[unit.start : unit.stop])))
     return units
+
+
+def splits(path: str) -> list[str]:
+    """The splits that the names of the images tell; [] unless each tells one: a picture of a
+    'steam train' tells none of the others."""
+    return files.splits_told(path, PATTERNS, all_told=True)
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:

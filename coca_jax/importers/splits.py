@@ -35,6 +35,16 @@ def splits_of(format: str, input: str) -> list[str]:
     return files.splits_told(input, module.PATTERNS)
 
 
+def _tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+    """Says which files of an input no split has: once, with the first of the splits."""
+    if there or hasattr(module, "splits"):  # the latter have no files that belong to none
+        return
+    with unreachable.required():
+        line = remarks.of_no_split(input, module.PATTERNS)
+    if line:
+        print(line, file=sys.stderr)
+
+
 def prepare_with_holdout(
     format: str, input: str, out: str, share: float, *, held_split: str = "test", **keywords: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,6 +147,7 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
+    _tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
     declared = getattr(module, "declared_classes", None)
     classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
