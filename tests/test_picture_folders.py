@@ -1,10 +1,12 @@
 """Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
 class folders, what a line says of them."""
 
+import os
+
 from prepare_cases import encode, import_data, write_tar
 
 from coca_jax.data import sources
-from coca_jax.importers import splits
+from coca_jax.importers import splits, unprepared
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -61,3 +63,28 @@ def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys)
     assert capsys.readouterr().err == line
     assert len(brought("webdataset", tmp_path, tmp_path / "q", "val")) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    entry = dict(path=str(tmp_path / "a"), kind="caption")
+
+    def read():
+        found = unprepared.open_source(entry, "test")
+        return [text for record in found for text in record.texts]
+
+    beside(tmp_path / "a/below", {"1": "one", "2": "two"})
+    beside(tmp_path / "a", {"3": "three"}, first=2)
+    assert sorted(read()) == ["one", "three", "two"]
+    folder = (tmp_path / "a/below").stat()
+    (tmp_path / "a/below/1.txt").write_text("a longer one")
+    os.utime(tmp_path / "a/below", ns=(folder.st_atime_ns, folder.st_mtime_ns))
+    assert sorted(read()) == ["a longer one", "three", "two"]
+    text = tmp_path / "a/3.txt"  # of the same size
+    edited = text.stat().st_mtime_ns + 10**9
+    text.write_text("drei!")
+    os.utime(text, ns=(edited, edited))
+    assert sorted(read()) == ["a longer one", "drei!", "two"]
+    (tmp_path / "a/run.log").write_text("of a run")  # is neither a picture nor a text of one
+    assert sorted(read()) == ["a longer one", "drei!", "two"]
+    assert len(list((tmp_path / "cache/coca_jax/indexes").glob("*.lock"))) == 3

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from coca_jax import cache_folder
 from coca_jax.config import Config, Entry
@@ -77,14 +79,35 @@ def _options(entry: Entry) -> Options:
 
 
 def _state(units: list[Unit]) -> list[tuple[str, int, str]]:
-    """What tells whether files have changed since: names, sizes and times."""
-    found = []
-    for path in sorted({unit.path for unit in units}):
-        system, plain = files.filesystem(path)
+    """What tells whether files have changed since: names, sizes and times. Of a folder, whose own
+    time tells nothing of a text that was edited in it, a checksum of those of all that is in it."""
+    found: list[tuple[str, int, str]] = []
+    above = ""  # a folder below it is in its checksum
+    for path in sorted({unit.path.rstrip("/") + "/" for unit in units}):
+        if above and path.startswith(above):
+            continue
+        system, plain = files.filesystem(path.rstrip("/"))
         about = system.info(plain)
-        when = next((about[key] for key in ("ETag", "etag", "mtime") if about.get(key)), "")
-        found.append((path, int(about.get("size") or 0), str(when)))
+        if about["type"] == "directory":
+            above = path
+            inside = system.find(plain, detail=True)
+            told = [_about(name, inside[name]) for name in sorted(inside) if _is_read(name)]
+            digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+            found.append((path, len(told), digest))
+        else:
+            found.append(_about(path.rstrip("/"), about))
     return found
+
+
+def _about(path: str, info: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Name, size and time of a file."""
+    when = next((info[key] for key in ("ETag", "etag", "mtime") if info.get(key)), "")
+    return path, int(info.get("size") or 0), str(when)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file in a folder of pictures is one of them, or a text of one."""
+    return name.lower().endswith((*formats.MEDIA, *formats.SIDECARS))
 
 
 def _check(entry: Entry, format: str) -> None:
