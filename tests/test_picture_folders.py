@@ -3,9 +3,10 @@ class folders, what a line says of them."""
 
 import os
 
+import pytest
 from prepare_cases import encode, import_data, write_tar
 
-from coca_jax.data import sources
+from coca_jax.data import formats, image_files, sources
 from coca_jax.importers import splits, unprepared
 
 
@@ -88,3 +89,51 @@ def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
     (tmp_path / "a/run.log").write_text("of a run")  # is neither a picture nor a text of one
     assert sorted(read()) == ["a longer one", "drei!", "two"]
     assert len(list((tmp_path / "cache/coca_jax/indexes").glob("*.lock"))) == 3
+
+
+@pytest.mark.parametrize(
+    "root, folders, found",
+    [
+        ("", ("Training", "Testing"), ["test", "train"]),
+        ("", ("TRAIN", "Valid"), ["train", "valid"]),
+        ("images", ("train", "Dev"), ["dev", "train"]),
+        ("a/images", ("train", "test"), []),  # below two folders
+        ("", ("train", "Train", "test"), []),
+        ("", ("train2017", "val2017"), []),
+    ],
+)
+def test_folders_are_splits_in_any_case_and_in_a_single_folder(root, folders, found, tmp_path):
+    data = tmp_path / "a"
+    in_folders(data / root, [f"{folder}/{name}" for folder in folders for name in ("ok", "bad")])
+    for junk in ("__MACOSX/train/ok/._0.jpg", ".ipynb_checkpoints/0.jpg", "@eaDir/0.jpg"):
+        (data / junk).parent.mkdir(parents=True)
+        (data / junk).write_bytes(b"no picture")
+    assert formats.guess(str(data)) == "imagefolder"
+    assert splits.splits_of("imagefolder", str(data)) == found
+    read = {}
+    for split in found or ["train"]:
+        read[split] = brought("imagefolder", data, tmp_path / "p", split)
+    if found:
+        counts = {split: len(records) for split, records in read.items()}
+        assert counts == dict.fromkeys(found, 6)
+        labels = {labels for records in read.values() for _, labels in records.values()}
+        assert labels == {("ok",), ("bad",)}
+    else:
+        assert len(read["train"]) == 6 * len(folders)
+    assert len(image_files.find([str(data)])) == 6 * len(folders) < len(list(data.rglob("*.jpg")))
+
+
+def test_a_validation_set_is_found_by_all_its_names(tmp_path):
+    in_folders(tmp_path / "a", ["train/ok", "train/bad", "val/ok", "val/bad"])
+    for number, split in enumerate(("val", "validation", "dev")):
+        found = brought("imagefolder", tmp_path / "a", tmp_path / f"{number}", split)
+        assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
+
+
+def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
+    in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
+    brought("imagefolder", tmp_path / "a", tmp_path / "p")
+    line = "2 of 3 class names, from folders, have the word of a split (images, train2017, images"
+    assert line in capsys.readouterr().err
+    brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
+    assert capsys.readouterr().err == ""

@@ -16,7 +16,11 @@ from coca_jax.data import unreachable
 from coca_jax.storage import as_os_error, filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
-SPLITS = ("train", "test", *VALIDATION)
+SPLITS = {  # what files and folders are called, in any case -> the split that they tell
+    **dict(train="train", training="train", test="test", testing="test"),
+    **dict.fromkeys(VALIDATION, "validation"),
+}
+_OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
 MAX_TEXT_FILE = 64 << 20  # of a list of names or prompts
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # of a pattern
@@ -40,6 +44,25 @@ def listing(folder: str) -> list[str]:
     """The names in a folder, sorted."""
     system, plain = filesystem(folder)
     return sorted(posixpath.basename(found.rstrip("/")) for found in system.ls(plain, detail=False))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, by its name within a folder, is none that somebody put there: a part of the
+    name begins with a dot, or is that of a folder that systems make for themselves."""
+    parts = name.split("/")
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part in _OF_SYSTEMS for part in parts
+    )
+
+
+def walk(path: str) -> Iterator[list[str]]:
+    """For a folder and each one below, the names of its files within `path`, sorted, without those
+    that are hidden."""
+    system, plain = filesystem(path)
+    for folder, folders, names in system.walk(plain, topdown=True):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        within = posixpath.relpath(folder, plain)
+        yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]
 
 
 def read(path: str) -> bytes:
@@ -177,7 +200,7 @@ def find(
         told = _told_splits(system, plain, patterns)
         found = list(told)
         if split and _tell(told.values(), all_told):
-            wanted = "validation" if split in VALIDATION else split
+            wanted = SPLITS.get(split.lower(), split)
             found = [file for file in found if told[file] == wanted]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -244,7 +267,7 @@ def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str
     return {
         file: _told_split(name)
         for file, name in names.items()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if not is_hidden(name) and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     }
 
 
@@ -255,8 +278,8 @@ def _tell(told: Collection[str], all_told: bool = False) -> bool:
 
 def _told_split(name: str) -> str:
     """The split that a file's name tells, '' for none; of several the first of SPLITS."""
-    found = next((split for split in SPLITS if split in _words(name)), "")
-    return "validation" if found in VALIDATION else found
+    words = _words(name)
+    return next((split for word, split in SPLITS.items() if word in words), "")
 
 
 def _words(name: str) -> set[str]:

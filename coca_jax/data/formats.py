@@ -76,14 +76,10 @@ def guess(path: str) -> str:
 
 def _names(path: str) -> Iterator[str]:
     """Names of the files in a folder and below, hidden ones left out, up to a number."""
-    system, plain = files.filesystem(path)
     count = 0
-    for folder, folders, inside in system.walk(plain, topdown=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(inside):
-            if not name.startswith("."):
-                count += 1
-                yield posixpath.relpath(posixpath.join(folder, name), plain)
+    for names in files.walk(path):
+        yield from names
+        count += len(names)
         if count >= _LOOK_AT:
             return
 

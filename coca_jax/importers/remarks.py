@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,13 +57,27 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _one_class(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The line for pictures of a single folder, whose name is taken for their class."""
-    if len(classes) != 1 or found["with_text"] or found["with_label"] < found["count"]:
+def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The lines for pictures that are read by their folders, whose names are their classes."""
+    if found["with_text"] or found["with_label"] < found["count"]:
         return []
+    if len(classes) != 1:
+        return _like_splits(classes, input)
     return [
         f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
         f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
+    ]
+
+
+def _like_splits(classes: Sequence[str], input: str) -> list[str]:
+    """The line for classes that are called as splits are, such as train2017."""
+    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & files.SPLITS.keys()]
+    if not like:
+        return []
+    return [
+        f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
+        f"split ({_first(like)}): where these are splits, give the folder of each as --input, with "
+        "--split=train, test or validation"
     ]
 
 
@@ -78,7 +93,7 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
     classes = manifest["class_names"]
     request = found.get("request") or {}
     if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
-        lines += _one_class(found, classes, request["input"])
+        lines += _by_folder(found, classes, request["input"])
     if classes and all(name.lstrip("-").isdigit() for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "
