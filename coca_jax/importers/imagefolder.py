@@ -190,8 +190,12 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
         plain = files.filesystem(unit.path)[1]
         for path in _images(unit.path)[unit.start : unit.stop]:
             name = posixpath.relpath(files.filesystem(path)[1], plain)
-            label = posixpath.dirname(name).replace("_", " ").replace("/", ", ")
-            yield Located(Item(name, labels=strings(label)), unit.path, path)
+            item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
+            try:
+                item.labels = names(label, options.class_names)
+            except ValueError as error:
+                item.problem, item.detail = "bad_label", str(error)
+            yield Located(item, unit.path, path)
 
 
 def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:

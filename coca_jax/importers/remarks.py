@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, formats
+from coca_jax.importers.items import class_number
 
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
@@ -69,6 +70,15 @@ def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> 
     ]
 
 
+def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
+    """The line for class names that were given and are those of none of the labels."""
+    return (
+        f"--class_names: its {len(class_names)} names ({_first(class_names)}) apply to none of the "
+        f"labels ({_first(sorted(labels))}) and are left out: labels are to be numbers from 0 to "
+        f"{len(class_names) - 1}, or WordNet ids (n01440764) with which each line begins"
+    )
+
+
 def _like_splits(classes: Sequence[str], input: str) -> list[str]:
     """The line for classes that are called as splits are, such as train2017."""
     like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & files.SPLITS.keys()]
@@ -94,7 +104,7 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
     request = found.get("request") or {}
     if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
         lines += _by_folder(found, classes, request["input"])
-    if classes and all(name.lstrip("-").isdigit() for name in classes):
+    if classes and all(class_number(name) is not None for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "
             "'a photo of the 0'; --class_names=FILE gives their names, one a line"

@@ -18,7 +18,7 @@ from coca_jax import storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import in_place, metadata, remarks, shards
-from coca_jax.importers.items import Options, Unit, printable
+from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
@@ -149,8 +149,7 @@ def prepare(
     wanted = read_split or split
     _tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
-    declared = getattr(module, "declared_classes", None)
-    classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
+    classes = _declared(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -158,6 +157,13 @@ def prepare(
         waiting = sum(account is None for account in found)
         return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
+
+
+def _declared(module: Any, unit: Unit, options: Options) -> list[str]:
+    """The class names that data or options give, in order; [] where the labels tell them."""
+    of_data = getattr(module, "declared_classes", None)
+    found = of_data(unit, options) if of_data else options.class_names
+    return named_classes(tuple(found))[0]
 
 
 def _check_place(input: str, out: str) -> None:
@@ -281,6 +287,9 @@ def _finish(
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
+    if request["options"]["class_names"] and seen and not seen & set(classes):
+        print(remarks.of_no_class(seen, classes), file=sys.stderr)
+        classes = []
     if not classes:
         classes = sorted(seen | set(manifest["class_names"]))
     manifest["class_names"] = classes
