@@ -169,3 +169,33 @@ def test_numbers_as_tables_write_them_are_classes(tmp_path, capsys):
     (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n")
     brought("imagefolder", tmp_path / "a", tmp_path / "q")
     assert "class names are numbers (0.0, 1.0, ...)" in capsys.readouterr().err
+
+
+def test_texts_called_caption_are_read(tmp_path):
+    folder = beside(tmp_path / "a/10_sks dog", {"1": "one", "2": "two"}, ".caption")
+    beside(folder, {"3": "three"}, ".CAPTION", first=2)
+    (folder / "2.txt").write_text("a txt comes first")
+    assert formats.guess(str(tmp_path / "a")) == "sidecars"
+    found = brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert sorted(texts for texts, _ in found.values()) == [
+        ("a txt comes first",),
+        ("one",),
+        ("three",),
+    ]
+
+
+def test_texts_beside_few_pictures_are_named_where_folders_are_classes(tmp_path, capsys):
+    for name, suffix in (("cat", ".txt"), ("dog", ".caption")):
+        texts = {f"{i}": f"{name} {i}" if i < 2 else None for i in range(5)}
+        beside(tmp_path / "a" / name, texts, suffix, first=10 * (name == "dog"))
+    (tmp_path / "a/README.txt").write_text("beside none")
+    assert formats.guess(str(tmp_path / "a")) == "imagefolder"
+    found = brought("imagefolder", tmp_path / "a", tmp_path / "p")
+    assert {labels for _, labels in found.values()} == {("cat",), ("dog",)}
+    said = capsys.readouterr().err
+    assert "a: the texts beside 4 of 10 pictures are not read" in said
+    assert "`coca-jax prepare --format=sidecars` reads them" in said
+    found = brought("sidecars", tmp_path / "a", tmp_path / "q")
+    assert sorted(texts for texts, _ in found.values()) == [
+        *(("cat 0",), ("cat 1",), ("dog 0",), ("dog 1",))
+    ]

@@ -16,7 +16,8 @@ MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
 )
-SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
+TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
+SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
 _SUFFIXES = {

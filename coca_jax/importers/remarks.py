@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -12,8 +13,8 @@ from coca_jax.importers.items import class_number
 
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
-    "from .txt members or from columns text, caption or title; class names from label or from one "
-    "folder a class"
+    "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
+    "caption or title; class names from label or from one folder a class"
 )
 
 
@@ -63,7 +64,7 @@ def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> 
     if found["with_text"] or found["with_label"] < found["count"]:
         return []
     if len(classes) != 1:
-        return _like_splits(classes, input)
+        return _like_splits(classes, input) + _texts_beside(input)
     return [
         f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
         f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
@@ -88,6 +89,20 @@ def _like_splits(classes: Sequence[str], input: str) -> list[str]:
         f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
         f"split ({_first(like)}): where these are splits, give the folder of each as --input, with "
         "--split=train, test or validation"
+    ]
+
+
+def _texts_beside(input: str) -> list[str]:
+    """The line for captions beside some of the pictures that are read by class names."""
+    names = [name for inside in files.walk(input) for name in inside]
+    texts = {posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.TEXTS)}
+    pictures = [posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.MEDIA)]
+    count = sum(name in texts for name in pictures)
+    if not count:
+        return []
+    return [
+        f"{input}: the texts beside {count} of {len(pictures)} pictures are not read, as folders "
+        "are class names; `coca-jax prepare --format=sidecars` reads them without the others"
     ]
 
 

@@ -11,7 +11,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 
 from coca_jax.data import files, named_files
-from coca_jax.data.formats import MEDIA, SIDECARS
+from coca_jax.data.formats import MEDIA, SIDECARS, TEXTS
 from coca_jax.importers import lines, tar_members, webdataset
 from coca_jax.importers.items import Item, Options, Unit, guarded, load_image, split_units
 
@@ -77,14 +77,15 @@ def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Op
     member = tar_members.Member(name, len(image.image), lambda: image.image, -1)
     group.add(suffix[1:].lower(), member)
     for beside in SIDECARS:
-        if stem + beside in there:
+        kind = "txt" if beside in TEXTS else beside[1:]
+        if stem + beside in there and kind not in group.data:
             try:
                 roots = (unit.root, *options.allow_paths)
                 path = named_files.resolve(unit.path, there[stem + beside], roots)
             except named_files.Outside as error:
                 return Item(key, problem="outside_input", detail=str(error))
             read_text = functools.partial(files.read_bounded, path, lines.MAX_ROW_BYTES)
-            group.add(beside[1:], tar_members.Member(path, files.size(path), read_text, -1))
+            group.add(kind, tar_members.Member(path, files.size(path), read_text, -1))
     if group.problem:
         return Item(key, problem=group.problem, detail=group.detail)
     item = webdataset.item(key, group, options)
