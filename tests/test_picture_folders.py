@@ -2,12 +2,13 @@
 class folders, what a line says of them."""
 
 import os
+import tarfile
 
 import pytest
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import formats, image_files, prepared, sources
-from coca_jax.importers import splits, unprepared
+from coca_jax.importers import remarks, splits, unprepared
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -199,3 +200,32 @@ def test_texts_beside_few_pictures_are_named_where_folders_are_classes(tmp_path,
     assert sorted(texts for texts, _ in found.values()) == [
         *(("cat 0",), ("cat 1",), ("dog 0",), ("dog 1",))
     ]
+
+
+def test_a_text_beside_a_picture_is_a_caption_a_line_and_that_of_a_tar_is_one(tmp_path):
+    folder = beside(tmp_path / "a", {"1": "a red bird\r\n\r\n a bird \n", "2": "one line"})
+    (folder / "2.json").write_text('{"caption": "not\\nthis"}')
+    beside(folder, {"3": '{"caption": "two\\nlines", "alt": "of\\nJSON"}'}, ".json", first=2)
+    found = brought("sidecars", folder, tmp_path / "p")
+    assert [texts for texts, _ in found.values()] == [
+        ("a red bird", "a bird"),
+        ("one line",),
+        ("two lines",),
+    ]
+    found = brought("sidecars", folder, tmp_path / "q", text_field="alt")
+    assert [texts for texts, _ in found.values()] == [("of JSON",)]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("1.jpg", "1.txt"):
+            archive.add(folder / name, name)
+    found = brought("webdataset", tmp_path / "a.tar", tmp_path / "r")
+    assert [texts for texts, _ in found.values()] == [("a red bird a bird",)]
+
+
+def test_captions_of_numbers_alone_are_named(tmp_path, capsys):
+    boxes = "0 0.5 0.5 0.2 0.2\n3 .1 1e-3 0.2 0.2\n"
+    brought("sidecars", beside(tmp_path / "a", {"1": boxes, "2": "7"}), tmp_path / "p")
+    assert f"{tmp_path}/a: all captions are numbers alone" in capsys.readouterr().err
+    brought("sidecars", beside(tmp_path / "b", {"1": boxes, "2": "7 up"}), tmp_path / "q")
+    assert "numbers" not in capsys.readouterr().err
+    many = "1" * 9000 + "x"  # is told at once
+    assert remarks.are_numbers(["1,5", "-2"]) and not remarks.are_numbers([many])

@@ -11,6 +11,7 @@ from typing import Any
 from coca_jax.data import files, formats
 from coca_jax.importers.items import class_number
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
     "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
@@ -106,8 +107,19 @@ def _texts_beside(input: str) -> list[str]:
     ]
 
 
-def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
-    """Lines on a split that was written: what was left out, class names that are numbers."""
+def are_numbers(texts: Sequence[str]) -> bool:
+    """Whether captions hold nothing but numbers, as boxes for detectors do; False without any."""
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    return bool(words) and all(map(_NUMBER.fullmatch, words))
+
+
+def of_split(
+    out: str, split: str, manifest: Mapping[str, Any], numbers_alone: int = 0
+) -> list[str]:
+    """Lines on a split that was written: what was left out, class names that are numbers.
+
+    numbers_alone: examples whose captions hold nothing else.
+    """
     found = manifest["splits"][split]
     lines = []
     left_out = sum(found["quarantined"].values())
@@ -117,8 +129,14 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
     classes = manifest["class_names"]
     request = found.get("request") or {}
-    if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
+    apart = request.get("options", {}).get("held_out")  # the other side says it
+    if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
+    if numbers_alone and numbers_alone == found["with_text"] and not apart:
+        lines.append(
+            f"{request.get('input', out)}: all captions are numbers alone, as boxes for a detector "
+            "are; give texts in their place, or --format=imagefolder, for class names by folder"
+        )
     if classes and all(class_number(name) is not None for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "

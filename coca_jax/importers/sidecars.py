@@ -1,5 +1,6 @@
 """Images with their texts in files beside them, as img2dataset's output `files` and many tools that
-tune models have it: 000000012.jpg, 000000012.txt, 000000012.json. Read as the members of a tar are.
+tune models have it: 000000012.jpg, 000000012.txt, 000000012.json. Read as the members of a tar are,
+but for texts of several lines, each of which is a caption.
 """
 
 from __future__ import annotations
@@ -89,5 +90,8 @@ def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Op
     if group.problem:
         return Item(key, problem=group.problem, detail=group.detail)
     item = webdataset.item(key, group, options)
+    if "txt" in group.data and not options.text_field:
+        # A caption a line, as CUB and Flowers have them; in a tar it is one, as open_clip reads it.
+        item.texts = [line for text in item.texts for line in text.splitlines() if line.strip()]
     item.span = image.span
     return item
