@@ -8,7 +8,7 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import formats, image_files, prepared, sources
-from coca_jax.importers import remarks, splits, unprepared
+from coca_jax.importers import checks, own_data, remarks, splits, unprepared
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -229,3 +229,17 @@ def test_captions_of_numbers_alone_are_named(tmp_path, capsys):
     assert "numbers" not in capsys.readouterr().err
     many = "1" * 9000 + "x"  # is told at once
     assert remarks.are_numbers(["1,5", "-2"]) and not remarks.are_numbers([many])
+
+
+def test_a_run_on_few_pictures_says_what_to_do_and_leaves_nothing(tmp_path):
+    folder, out = tmp_path / "few", tmp_path / "run/data/few"
+    numbers = [n for n in range(40) if not checks.is_held_out(encode(n), own_data.HOLDOUT)][:12]
+    for number in numbers:
+        beside(folder, {f"{number}": f"text {number}"}, first=number)
+    (tmp_path / "run").mkdir()
+    line = r"few: a share of 0.1 of the pictures, .* leaves none of 12 for the split 'test'; give"
+    with pytest.raises(ValueError, match=line) as raised:
+        own_data.prepared(str(folder), str(out))
+    assert f"`coca-jax prepare --holdout=0.3 --out=DIR --input={folder}`" in str(raised.value)
+    assert "--input=" not in str(raised.value).partition("`")[0]
+    assert not list((tmp_path / "run").iterdir())

@@ -3,11 +3,13 @@ with a held-out split, a kind told from what it holds, and evaluations that suit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import posixpath
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -219,9 +221,33 @@ def bring_in(
         holdout: share of the images that is held out of data of one split.
         options: how to read and what to keep.
 
-    Raises ValueError where nothing can be used, or `out` holds other data.
+    Raises ValueError where nothing can be used, or `out` holds other data; no empty folder stays.
     """
-    options = _in_place_where_possible(found, out, options or Options())
+    try:
+        _bring_in(found, out, holdout, options or Options())
+    except splits.EmptySide as error:
+        _remove_empty(out)
+        raise ValueError(
+            f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
+            f"for the scores, which leaves none of {error.read} for the split {error.split!r}; "
+            "give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
+            f"--input={shlex.quote(found.input)}` writes"
+        ) from None
+    except (ValueError, OSError):
+        _remove_empty(out)
+        raise
+
+
+def _remove_empty(out: str) -> None:
+    """Removes a local folder and the one that it is in where they are empty."""
+    if not files.is_remote(out):
+        with contextlib.suppress(OSError):
+            os.rmdir(out)
+            os.rmdir(os.path.dirname(out))
+
+
+def _bring_in(found: Layout, out: str, holdout: float, options: Options) -> None:
+    options = _in_place_where_possible(found, out, options)
     where = (found.format, found.input, out)
     if not found.held:
         keywords: dict[str, Any] = dict(read_split=found.train, options=options)

@@ -24,6 +24,17 @@ from coca_jax.importers.work import Hands, written
 _ROWS_PER_SHARD = 16_384
 
 
+class EmptySide(ValueError):
+    """A holdout that leaves none of `read` images for `split`."""
+
+    def __init__(self, input: str, share: float, read: int, split: str):
+        super().__init__(
+            f"--input={input}: a holdout of {share:.3g} leaves none of {read} images for the split "
+            f"{split!r}; give another share"
+        )
+        self.read, self.split = read, split
+
+
 def splits_of(format: str, input: str) -> list[str]:
     """The splits that an input tells by the names of its files or folders; [] when it tells none.
 
@@ -61,7 +72,8 @@ def prepare_with_holdout(
         What `prepare` returns, of the others and of those kept apart.
 
     Raises:
-        FileNotFoundError, ValueError: as `prepare`; no image falls to one of the sides.
+        FileNotFoundError, ValueError: as `prepare`.
+        EmptySide: no image falls to one of the sides.
     """
     if not 0 < share < 1:
         raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
@@ -327,10 +339,7 @@ def _refuse_empty(
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
-        raise ValueError(
-            f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
-            f"leaves none of {read} images for the split {split!r}; give another share"
-        )
+        raise EmptySide(request["input"], request["options"]["holdout"], read, split)
     raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
 
 
