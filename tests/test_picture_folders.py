@@ -4,10 +4,12 @@ class folders, what a line says of them."""
 import os
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
-from coca_jax.data import formats, image_files, prepared, sources
+from coca_jax.data import formats, image_files, images, prepared, sources
 from coca_jax.importers import checks, own_data, remarks, splits, unprepared
 
 
@@ -243,3 +245,22 @@ def test_a_run_on_few_pictures_says_what_to_do_and_leaves_nothing(tmp_path):
     assert f"`coca-jax prepare --holdout=0.3 --out=DIR --input={folder}`" in str(raised.value)
     assert "--input=" not in str(raised.value).partition("`")[0]
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_images_whose_values_are_lost_in_eight_bits_are_counted(tmp_path, capsys):
+    ramp = np.linspace(0, 1, 64)[None].repeat(8, 0)
+    kept = [(ramp * 65535).astype(np.uint16), ramp.astype("f4"), (ramp * 255).astype("f4")]
+    kept += [(ramp * 200).astype("i4"), (ramp * 255).astype(np.uint8)]
+    lost = [(ramp * 4095).astype(np.uint16), (ramp * 4095).astype("f4"), (ramp - 0.5).astype("f4")]
+    lost += [(ramp * 10).astype("f4"), (ramp * 4095).astype("i4"), (ramp * 70000).astype("i4")]
+    (tmp_path / "a").mkdir()
+    for number, values in enumerate((*kept, *lost)):
+        Image.fromarray(values).save(tmp_path / f"a/{number}.tif")
+        (tmp_path / f"a/{number}.txt").write_text("a ramp")
+    found = [images.loses_range((tmp_path / f"a/{n}.tif").read_bytes()) for n in range(11)]
+    assert found == [False] * 5 + [True] * 6
+    assert not images.loses_range((tmp_path / "a/5.tif").read_bytes()[:-900])  # cut short
+    Image.fromarray(lost[0]).save(tmp_path / "a/11.png")
+    (tmp_path / "a/11.txt").write_text("a ramp")
+    brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert "7 of 12 images have values that lose much in 8 bits" in capsys.readouterr().err

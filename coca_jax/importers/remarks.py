@@ -114,11 +114,12 @@ def are_numbers(texts: Sequence[str]) -> bool:
 
 
 def of_split(
-    out: str, split: str, manifest: Mapping[str, Any], numbers_alone: int = 0
+    out: str, split: str, manifest: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Lines on a split that was written: what was left out, class names that are numbers.
+    """Lines on a split that was written: what was left out, class names that are numbers, what is
+    strange in its captions and images.
 
-    numbers_alone: examples whose captions hold nothing else.
+    accounts: of its shards; those of earlier versions lack some counts.
     """
     found = manifest["splits"][split]
     lines = []
@@ -132,7 +133,16 @@ def of_split(
     apart = request.get("options", {}).get("held_out")  # the other side says it
     if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
-    if numbers_alone and numbers_alone == found["with_text"] and not apart:
+    numbers, dark = (
+        sum(account.get(name, 0) for account in accounts)
+        for name in ("with_numbers_alone", "with_lost_range")
+    )
+    if dark:
+        lines.append(
+            f"{dark} of {found['count']} images have values that lose much in 8 bits: 16 bits are "
+            "taken for 0 to 65535, floats for 0 to 1 or 0 to 255; scale them to that range first"
+        )
+    if numbers and numbers == found["with_text"] and not apart:
         lines.append(
             f"{request.get('input', out)}: all captions are numbers alone, as boxes for a detector "
             "are; give texts in their place, or --format=imagefolder, for class names by folder"

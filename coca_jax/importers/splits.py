@@ -320,9 +320,7 @@ def _finish(
     metadata.write(out, manifest)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    # No account of an earlier version has it.
-    numbers = sum(account.get("with_numbers_alone", 0) for account in accounts)
-    for line in remarks.of_split(out, split, manifest, numbers):
+    for line in remarks.of_split(out, split, manifest, accounts):
         print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
