@@ -38,6 +38,7 @@ CONFIG, PARAMS, PROGRAMS = "config.json", "params.safetensors", "programs"
 HUB_PARAMS, LIBRARY = "model.safetensors", dict(library_name="coca_jax")
 CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"  # in the layout of the hub
 ONNX = "onnx"  # the folder of programs for onnxruntime
+PREPROCESSED = ("resize", "num_frames", "label_token")  # keys of `data` that a model goes by
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
 
@@ -99,7 +100,8 @@ def write_export(
     Args:
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
             one at a time.
-        config: 'model', and 'preprocess' {'resize', 'mean', 'std'}; 'tokenizer' is added.
+        config: 'model', and 'preprocess' {'resize', 'mean', 'std'}, with 'num_frames' and
+            'label_token' where they are not as by default; 'tokenizer' is added.
         vocabulary_path: the tokenizer's file, copied.
         hub: in the layout of the hub.
         progress: show a bar while the arrays are written.
@@ -172,7 +174,7 @@ def has_checksums(directory: str | os.PathLike[str]) -> bool:
 
 
 def read_config(directory: str | os.PathLike[str]) -> StoredConfig:
-    """The configuration of an export folder; `data.resize` is what it says of preprocessing.
+    """The configuration of an export folder; of `data` what it says of preprocessing.
 
     Raises:
         FileNotFoundError: the folder is not an export.
@@ -207,8 +209,7 @@ def _typed(data: dict[str, Any], path: str) -> StoredConfig:
     tree: dict[str, Any] = {key: data[key] for key in kept if key in data}
     preprocess = data.get("preprocess") or {}
     try:
-        if "resize" in preprocess:
-            tree["data"] = {"resize": preprocess["resize"]}
+        tree["data"] = {name: preprocess[name] for name in PREPROCESSED if name in preprocess}
         return read(StoredConfig, tree | {"tokenizer": data["tokenizer"]["file"]}, old=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -35,6 +35,8 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+UNNAMED = re.compile(r"(.*)\.[0-9a-f]+\.new")  # what `unnamed` gives
+
 # gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
 # kind of the bucket.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
@@ -114,6 +116,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def unnamed(name: str) -> str:
+    """The name of a file that is being written, before it is `name`: no other process has it, on no
+    other machine either (in containers of one job their numbers are often the same)."""
+    return f"{name}.{uuid.uuid4().hex[:12]}.new"
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file at once or not at all; its folder is made when missing.
 
@@ -126,19 +134,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
                 system.pipe_file(plain, data)
             return
         system.makedirs(posixpath.dirname(plain), exist_ok=True)
-        new = f"{plain}.{os.getpid()}.new"
+        new = unnamed(plain)
         system.pipe_file(new, data)
         system.mv(new, plain)
         return
-    target = place(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f"{target.name}.{os.getpid()}.new"
-    try:
-        new.write_bytes(data)
-        new.replace(target)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as new:
+        place(new).write_bytes(data)
 
 
 def remove(path: str) -> None:
@@ -367,7 +368,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         return
     target = place(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f"{target.name}.{os.getpid()}.new"
+    new = target.parent / unnamed(target.name)
     try:
         yield str(new)
         if new.exists():

@@ -15,7 +15,8 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export
+from coca_jax import export, inference
+from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.models.pixels import normalise_pixels
 
@@ -105,6 +106,19 @@ def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
     assert config["model"]["text"]["vocab_size"] == 320
     assert config["preprocess"]["resize"] == "squash"
     assert config["tokenizer"]["file"] == "vocabulary.model"
+
+
+def test_an_export_knows_what_its_images_and_labels_were(model, tmp_path):  # noqa: F811
+    config = typed(model.config).change({"data.num_frames": 2, "data.label_token": True})
+    clips = inference.CoCaModel(config, model.params, model.vocabulary)
+    export_folder.write(clips, str(tmp_path))
+    again = coca_jax.load(str(tmp_path))
+    assert again.num_frames == 2 and again.config.data.label_token
+    texts = ["red", "a blue square"]
+    for labels in (True, False):
+        found = again.encode_text(texts, labels=labels)
+        np.testing.assert_array_equal(found, clips.encode_text(texts, labels=labels))
+    assert np.abs(found - again.encode_text(texts, labels=True)).max() > 1e-3
 
 
 @pytest.mark.torch

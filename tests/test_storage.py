@@ -5,6 +5,7 @@ import pathlib
 import resource
 import signal
 import sys
+from concurrent import futures
 
 import fsspec
 import numpy as np
@@ -102,6 +103,13 @@ def test_evaluations_and_their_report(folder):
     assert (
         unfinished.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
     )
+    state.add("other", dict(score=2.0))  # while that of other weights runs, whose file it is now
+    state.close()
+    assert (storage.place(folder) / "eval_progress.json").exists()
+    mine = [unfinished.Unfinished(folder, dict(weights="v"), main_process=True) for _ in range(2)]
+    for one in mine:
+        one.close()
+    assert not (storage.place(folder) / "eval_progress.json").exists()
     results.save_results(folder, {"zeroshot/data/top1": 0.75})
     results.save_results(folder, {"zeroshot/data/top5": 1.0})
     image = results.encode_png(np.zeros((8, 8, 3), np.uint8))
@@ -192,3 +200,19 @@ def test_a_growing_file_on_a_full_disk_keeps_what_waits(tmp_path):
     rows.write(b"four\n")
     assert (tmp_path / "rows").read_bytes() == b"one\ntwo\nthree\nfour\n"
     rows.close()
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Threads, whose process has one number, as containers of one job have on many machines."""
+    path, whole = tmp_path / "plan.json", [bytes([65 + i]) * 300_000 for i in range(4)]
+    storage.write_bytes(path, whole[0])
+
+    def work(number):
+        for _ in range(40):
+            storage.write_bytes(path, whole[number])
+            assert path.read_bytes() in whole
+
+    with futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    assert storage.UNNAMED.fullmatch(storage.unnamed("a.tar"))[1] == "a.tar"

@@ -310,7 +310,8 @@ class Config(Section):
 class StoredConfig(Config):
     """A configuration as it stands beside weights, with what their run found out.
 
-    Beside an export only `model`, `data.resize` and the head are known; the rest is as by default.
+    Beside an export only `model`, the head, and of `data` `resize`, `num_frames` and `label_token`
+    are known; the rest is as by default.
     """
 
     class_names: tuple[str, ...] = key((), TEXTS, "of the task head, in the order of its outputs")

@@ -18,7 +18,8 @@ MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
 )
-SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
+TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
+SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
 SEPARATORS = {
@@ -92,14 +93,10 @@ def guess(path: str) -> str:
 
 def _names(path: str) -> Iterator[str]:
     """Names of the files in a folder and below, hidden ones left out, up to a number."""
-    system, plain = files.filesystem(path)
     count = 0
-    for folder, folders, inside in system.walk(plain, topdown=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(inside):
-            if not name.startswith("."):
-                count += 1
-                yield posixpath.relpath(posixpath.join(folder, name), plain)
+    for names in files.walk(path):
+        yield from names
+        count += len(names)
         if count >= _LOOK_AT:
             return
 

@@ -12,11 +12,10 @@ import hashlib
 import os
 import pathlib
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 
-from coca_jax import cache_folder
+from coca_jax import cache_folder, storage
 from coca_jax.data import files
 
 LIMIT = "COCA_JAX_SHARD_CACHE_GIB"  # a variable of the environment
@@ -65,7 +64,7 @@ def opened(path: str) -> Iterator[str]:
             yield str(copy)
             return
     make_room(place, size)
-    unfinished = place / f"{copy.name}.{os.getpid()}-{threading.get_ident()}"
+    unfinished = place / storage.unnamed(copy.name)
     try:
         system.get_file(plain, str(unfinished))
         if unfinished.stat().st_size != size:

@@ -255,8 +255,9 @@ class Captioning(Evaluator):
             for record, one in zip(batch, found):
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
-                    sums += one["log_likelihood"]
-                    tokens += one["tokens"]
+                    # Of all references of an image: they are no independent draws.
+                    sums.append(sum(one["log_likelihood"]))
+                    tokens.append(sum(one["tokens"]))
                 if not self.captions:
                     continue
                 caption = one["caption"]

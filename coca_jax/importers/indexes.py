@@ -14,7 +14,8 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from coca_jax import cache_folder
 from coca_jax.config import Config, Entry
@@ -77,7 +78,7 @@ def cached(entry: Entry, split: str) -> str:
     _check(entry, format)
     units = shards.importer(format).plan(entry.path, split, options)
     path = entry.path if files.is_remote(entry.path) else os.path.abspath(entry.path)
-    mark = json.dumps([format, path, split, entry.image_field, _state(units)])
+    mark = json.dumps([format, path, split, entry.image_field, _files(units)])
     folder = cache_folder.folder() / "indexes"
     folder.mkdir(mode=0o700, exist_ok=True)
     out = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
@@ -96,27 +97,50 @@ def _options(entry: Entry) -> Options:
     return Options(image_field=entry.image_field, in_place=True)
 
 
-def _state(units: list[Unit]) -> list[tuple[str, int, str]]:
-    """What tells whether files have changed since: names, sizes and times."""
-    found = []
-    for path in sorted({unit.path for unit in units}):
-        system, plain = files.filesystem(path)
+def _files(units: list[Unit]) -> list[tuple[str, int, str, str]]:
+    """Name, size, checksum (of a bucket; else '') and time of each file that units read."""
+    found: list[tuple[str, int, str, str]] = []
+    above = ""  # a folder below it is among its files
+    for path in sorted({unit.path.rstrip("/") + "/" for unit in units}):
+        if above and path.startswith(above):
+            continue
+        system, plain = files.filesystem(path.rstrip("/"))
         about = system.info(plain)
-        when = next((about[key] for key in ("ETag", "etag", "mtime") if about.get(key)), "")
-        found.append((path, int(about.get("size") or 0), str(when)))
+        if about["type"] == "directory":
+            above = path
+            inside = system.find(plain, detail=True)
+            found += [_about(name, inside[name]) for name in sorted(inside) if _is_read(name)]
+        else:
+            found.append(_about(path.rstrip("/"), about))
     return found
+
+
+def _about(path: str, info: Mapping[str, Any]) -> tuple[str, int, str, str]:
+    checksum = str(info.get("ETag") or info.get("etag") or "")
+    return path, int(info.get("size") or 0), checksum, "" if checksum else str(info.get("mtime"))
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file in a folder of pictures is one of them, or a text of one."""
+    return name.lower().endswith((*formats.MEDIA, *formats.SIDECARS))
 
 
 def state(format: str, out: str, units: list[Unit]) -> str:
     """What tells whether the files of some units have changed since `out` was written, short enough
-    to be kept there. '' for those that are not files here or in a bucket, or where `out` lies in a
-    folder of theirs, which it changes itself."""
+    to be kept there: a digest of what they are, and behind a '-' one that has their times too,
+    which a copy on another machine changes. '' for those that are not files here or in a bucket, or
+    where `out` lies in a folder of theirs, which it changes itself."""
     if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
         return ""
     above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
     if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
         return ""
-    return hashlib.blake2b(json.dumps(_state(units)).encode(), digest_size=16).hexdigest()
+    found = _files(units)
+    return f"{_digest([file[:3] for file in found])}-{_digest(found)}"
+
+
+def _digest(told: Any) -> str:
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def state_of_input(
@@ -129,14 +153,22 @@ def state_of_input(
 
 
 def refuse_changed(input: str, out: str, now: str) -> None:
-    """Raises ValueError where `out` holds an index or copy of an input of another state than `now`.
-    Those that were made before the state was kept pass."""
+    """Raises ValueError where `out` holds an index or copy of an input of another state than `now`;
+    of other times alone it says so. Those that were made before the state was kept pass."""
     for split in metadata.read_manifest(out)["splits"].values():
-        if now and split.get("state", now) != now:
+        before = split.get("state", now)
+        if now and metadata.have_changed(before, now):
             raise ValueError(
                 f"{input} has changed since its index was made in {out}; use a new --workdir, "
                 f"restore it, or name {out} in its place to go on without the change"
             )
+        if now and before != now:
+            print(
+                f"{input}: its files have other times than when its index was made in {out}, and "
+                "the same names and sizes; if they were corrected, use a new --workdir",
+                file=sys.stderr,
+            )
+            return
 
 
 def _check(entry: Entry, format: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +79,7 @@ class Unit:
         start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
         rows: how many items to expect; 0: not known.
         root: the folder below which its rows may name files; '': the file's own.
+        names: of a folder, the files in it that are its rows.
     """
 
     path: str
@@ -84,6 +87,7 @@ class Unit:
     stop: int = 0
     rows: int = 0
     root: str = ""
+    names: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -150,19 +154,39 @@ def printable(text: str) -> str:
 
 
 def names(value: Any, class_names: Sequence[str]) -> list[str]:
-    """Labels as names: integers (or their digits) are looked up where class names are known.
+    """Labels as names: integers (or their digits) are looked up where class names are known, and
+    WordNet ids where each line has one before the name.
 
     Raises:
         ValueError: a number outside the class names, or as `strings`.
     """
     found = []
+    listed, by_id = named_classes(tuple(class_names))
     for text in strings(value, INNER_LABELS):
-        if class_names and text.lstrip("-").isdigit():
-            if not 0 <= int(text) < len(class_names):
-                raise ValueError(f"label {text} of {len(class_names)} class names")
-            text = class_names[int(text)]
-        found.append(text)
+        if class_names and (number := class_number(text)) is not None:
+            if not 0 <= number < len(listed):
+                raise ValueError(f"label {text} of {len(listed)} class names")
+            text = listed[number]
+        found.append(by_id.get(text, text))
     return found
+
+
+def class_number(label: str) -> int | None:
+    """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
+    where one is missing."""
+    digits = re.fullmatch(r"(-?\d+)(?:\.0+)?", label.strip())
+    return int(digits[1]) if digits else None
+
+
+@functools.lru_cache(maxsize=1)
+def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """(class names in order, id -> name) of a list of classes, such as ImageNet's, in which each
+    line is a WordNet id and a name ('n01440764 tench'); of any other (its lines, {})."""
+    split = [re.match(r"(n\d{8})\s+(\S.*)", line) for line in lines]
+    if not all(split):
+        return list(lines), {}
+    pairs = [(found[1], found[2].strip()) for found in split if found]
+    return [name for _, name in pairs], dict(pairs)
 
 
 def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:

@@ -3,8 +3,10 @@ with a held-out split, a kind told from what it holds, and evaluations that suit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -218,15 +220,39 @@ def bring_in(
         options: how to read and what to keep.
 
     Raises ValueError where nothing can be used, `out` holds other data, or the data have changed
-    since an earlier call.
+    since an earlier call; no empty folder stays.
     """
-    state = indexes.state_of_input(found.format, found.input, out, options or Options())
+    try:
+        _bring_in(found, out, holdout, options or Options())
+    except splits.EmptySide as error:
+        _remove_empty(out)
+        raise ValueError(
+            f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
+            f"for the scores, which leaves none of {error.read} for the split {error.split!r}; "
+            "give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
+            f"--input={shlex.quote(found.input)}` writes"
+        ) from None
+    except (ValueError, OSError):
+        _remove_empty(out)
+        raise
+
+
+def _remove_empty(out: str) -> None:
+    """Removes a local folder and the one that it is in where they are empty."""
+    if not files.is_remote(out):
+        with contextlib.suppress(OSError):
+            os.rmdir(out)
+            os.rmdir(os.path.dirname(out))
+
+
+def _bring_in(found: Layout, out: str, holdout: float, options: Options) -> None:
+    state = indexes.state_of_input(found.format, found.input, out, options)
     there = _is_there(found.input, out)
     indexes.refuse_changed(found.input, out, state)
     if found.by_field and not there:
         if line := found.by_field.unused((found.train, found.held)):
             print(f"{found.input}: {line}", file=sys.stderr)
-    options = _in_place_where_possible(found, out, options or Options())
+    options = _in_place_where_possible(found, out, options)
     where = (found.format, found.input, out)
     of_all: dict[str, Any] = dict(state=lambda units: state)
     if not found.held:

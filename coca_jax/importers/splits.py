@@ -18,11 +18,22 @@ from coca_jax import storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import in_place, metadata, remarks, shards
-from coca_jax.importers.items import Options, Unit, printable
+from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
 State = Callable[[list[Unit]], str]
+
+
+class EmptySide(ValueError):
+    """A holdout that leaves none of `read` images for `split`."""
+
+    def __init__(self, input: str, share: float, read: int, split: str):
+        super().__init__(
+            f"--input={input}: a holdout of {share:.3g} leaves none of {read} images for the split "
+            f"{split!r}; give another share"
+        )
+        self.read, self.split = read, split
 
 
 def splits_of(format: str, input: str) -> list[str]:
@@ -34,6 +45,16 @@ def splits_of(format: str, input: str) -> list[str]:
     if hasattr(module, "splits"):
         return module.splits(input)
     return files.splits_told(input, module.PATTERNS)
+
+
+def _tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+    """Says which files of an input no split has: once, with the first of the splits."""
+    if there or hasattr(module, "splits"):  # the latter have no files that belong to none
+        return
+    with unreachable.required():
+        line = remarks.of_no_split(input, module.PATTERNS)
+    if line:
+        print(line, file=sys.stderr)
 
 
 def prepare_with_holdout(
@@ -52,7 +73,8 @@ def prepare_with_holdout(
         What `prepare` returns, of the others and of those kept apart.
 
     Raises:
-        FileNotFoundError, ValueError: as `prepare`; no image falls to one of the sides.
+        FileNotFoundError, ValueError: as `prepare`.
+        EmptySide: no image falls to one of the sides.
     """
     if not 0 < share < 1:
         raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
@@ -139,9 +161,9 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
+    _tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
-    declared = getattr(module, "declared_classes", None)
-    classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
+    classes = _declared(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -149,6 +171,13 @@ def prepare(
         waiting = sum(account is None for account in found)
         return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
+
+
+def _declared(module: Any, unit: Unit, options: Options) -> list[str]:
+    """The class names that data or options give, in order; [] where the labels tell them."""
+    of_data = getattr(module, "declared_classes", None)
+    found = of_data(unit, options) if of_data else options.class_names
+    return named_classes(tuple(found))[0]
 
 
 def _check_place(input: str, out: str) -> None:
@@ -174,6 +203,7 @@ def _with_twins(
         return jobs
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
+    groups = json.loads(json.dumps(groups))  # as they are read again, without tuples
     request = _request(jobs[0].format, input, options)
     if not files.exists(path):
         plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
@@ -207,7 +237,7 @@ def plan(
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
         before, now = kept.get("state"), state([unit for group in groups for unit in group])
-        if before and now and before != now:
+        if before and now and metadata.have_changed(before, now):
             raise ValueError(f"{input} has changed since {work} was begun; remove that folder")
     else:
         with unreachable.required():
@@ -275,6 +305,9 @@ def _finish(
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
+    if request["options"]["class_names"] and seen and not seen & set(classes):
+        print(remarks.of_no_class(seen, classes), file=sys.stderr)
+        classes = []
     if not classes:
         classes = sorted(seen | set(manifest["class_names"]))
     manifest["class_names"] = classes
@@ -295,7 +328,7 @@ def _finish(
     metadata.write(out, manifest)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    for line in remarks.of_split(out, split, manifest):
+    for line in remarks.of_split(out, split, manifest, accounts):
         print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
@@ -312,10 +345,7 @@ def _refuse_empty(
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
-        raise ValueError(
-            f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
-            f"leaves none of {read} images for the split {split!r}; give another share"
-        )
+        raise EmptySide(request["input"], request["options"]["holdout"], read, split)
     raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
 
 

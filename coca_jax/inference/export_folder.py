@@ -40,7 +40,11 @@ def write(model: CoCaModel, folder: str, *, hub: bool = False) -> None:
     config: dict[str, Any] = dict(
         model=sizes.to_dict(),
         preprocess=dict(
-            resize=model.resize, mean=list(sizes.image_mean), std=list(sizes.image_std)
+            resize=model.resize,
+            mean=list(sizes.image_mean),
+            std=list(sizes.image_std),
+            num_frames=model.num_frames,
+            label_token=model.config.data.label_token,
         ),
     )
     if model.class_names:  # the task head's weights are there too; the programs leave it out
@@ -128,7 +132,7 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
 def _head(model: CoCaModel) -> str:
     if not model.class_names:
         return "none"
-    return f"of kind {model.head_kind!r}, {len(model.class_names)} classes"
+    return f"of kind {model.head_kind.name!r}, {len(model.class_names)} classes"
 
 
 def _score_rows(scores: Mapping[str, float | None]) -> list[str]:

@@ -19,6 +19,8 @@ import numpy as np
 import safetensors
 import tqdm
 
+from coca_jax import storage
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -94,25 +96,17 @@ def write(
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the arrays start aligned
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        bar = tqdm.tqdm(total=offset, unit="B", unit_scale=True, disable=not progress)
-        with bar, open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name, blocks in tensors.items():
-                before = file.tell()
-                for block in blocks.parts():
-                    data = np.ascontiguousarray(block, "<f4").data
-                    file.write(data)
-                    bar.update(data.nbytes)
-                if file.tell() - before != 4 * math.prod(blocks.shape):
-                    raise ValueError(
-                        f"{name}: its blocks do not add up to its shape {blocks.shape}"
-                    )
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    bar = tqdm.tqdm(total=offset, unit="B", unit_scale=True, disable=not progress)
+    with storage.whole_file(path) as temporary, bar, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, blocks in tensors.items():
+            before = file.tell()
+            for block in blocks.parts():
+                data = np.ascontiguousarray(block, "<f4").data
+                file.write(data)
+                bar.update(data.nbytes)
+            if file.tell() - before != 4 * math.prod(blocks.shape):
+                raise ValueError(f"{name}: its blocks do not add up to its shape {blocks.shape}")
 
 
 def check_finite(name: str, array: np.ndarray) -> None:

@@ -11,7 +11,6 @@ OUT/quarantine.jsonl         images that could not be used, and why
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,6 @@ from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
 
 MANIFEST = "recaption.json"
-_UNNAMED = re.compile(r"(.*)\.\d+\.new")  # files of storage.write_bytes and whole_file, not whole
 
 
 def plan(request: Request) -> list[Job]:
@@ -141,7 +139,7 @@ def _tidy(request: Request, jobs: Sequence[Job]) -> None:
     names = {name(request, jobs, job) for job in jobs}
     for folder, ours in ((request.out, names), (files.join(request.out, "recaption"), None)):
         for found in files.listing(folder):
-            begun = _UNNAMED.fullmatch(found)
+            begun = storage.UNNAMED.fullmatch(found)
             if begun and (ours is None or begun[1] in ours):
                 storage.remove(files.join(folder, found))
 
