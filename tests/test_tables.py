@@ -3,6 +3,7 @@ in cells, a field that tells the split, tables that are not read."""
 
 import csv
 import json
+import os
 import sys
 import unicodedata
 
@@ -294,11 +295,15 @@ def test_prepare_says_what_is_there_already_and_what_has_changed(tmp_path, call,
         captioned(folder, "old")
 
 
-def test_an_index_of_data_that_have_changed_since_does_not_go_on(tmp_path):
+def test_an_index_of_data_that_have_changed_since_does_not_go_on(tmp_path, capsys):
     folder, out = captioned(tmp_path / "a", "old"), str(tmp_path / "run/data/a")
     own_data.prepared(str(folder), out)
     kept = texts_of(out)
     assert own_data.prepared(str(folder), out) == out
+    os.utime(folder / "metadata.csv", (1, 1))  # a copy on another machine
+    assert own_data.prepared(str(folder), out) == out
+    said = capsys.readouterr().err
+    assert said.count("its files have other times than when its index was made") == 1
     captioned(folder, "newer")
     line = f"{folder} has changed since its index was made in {out}; use a new --workdir"
     with pytest.raises(ValueError, match=line):
@@ -316,7 +321,7 @@ def test_an_index_of_data_that_have_changed_since_does_not_go_on(tmp_path):
     # One from before the state was kept goes on, as does the index that is named itself.
     path = tmp_path / "run/data/a/manifest.json"
     told = json.loads(path.read_text())
-    assert all(len(split.pop("state")) == 32 for split in told["splits"].values())
+    assert all(len(split.pop("state")) == 65 for split in told["splits"].values())
     path.write_text(json.dumps(told))
     assert own_data.prepared(str(folder), out) == own_data.prepared(out, "unused") == out
 

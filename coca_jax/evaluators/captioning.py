@@ -255,8 +255,7 @@ class Captioning(Evaluator):
             for record, one in zip(batch, found):
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
-                    # Of all references of an image: they are no independent draws.
-                    sums.append(sum(one["log_likelihood"]))
+                    sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
                     tokens.append(sum(one["tokens"]))
                 if not self.captions:
                     continue
