@@ -52,6 +52,24 @@ def test_an_index_is_made_once_and_lies_beside_the_data(data, scans):
     assert len(scans) == 4
 
 
+def test_each_view_of_data_has_a_fingerprint_of_its_own(data):
+    """Kept tokens are found by it: of two views with equally many rows, and of one of other data."""
+    a = dict(path=str(data / "a"))
+    entries = [
+        *(a, dict(a, limit=3), dict(a, limit=4), dict(a, where={"group": 1}, limit=3)),
+        *(dict(a, where={"group": 0}, limit=3), dict(a, captions="all"), dict(a, kind="question")),
+        *(dict(path=str(data / "b")), dict(path=str(data / "b"), limit=3)),
+    ]
+    found = [sources.open_source(entry).fingerprint for entry in entries]
+    assert all(found) and len(set(found)) == len(found)
+    assert [sources.open_source(entry).fingerprint for entry in entries] == found
+    # A limit alone chooses the same images, whatever is made of them, and one that cuts nothing
+    # leaves the data as they are.
+    other = sources.open_source(dict(a, limit=3, text_field="caption")).fingerprint
+    assert other == found[1]
+    assert sources.open_source(dict(a, limit=10**6)).fingerprint == found[0]
+
+
 def test_answers_are_kept_with_the_index(data, scans):
     entry = dict(path=str(data / "a"), kind="question")
     for _ in range(2):

@@ -154,6 +154,13 @@ class View:
             return f"no record has {self._where}"
         return self._kind.nothing(self._training)
 
+    def _fingerprint(self) -> str:
+        """Of the examples, from that of the source: two views of it have two."""
+        whole = self.source.fingerprint
+        if not whole:
+            return ""
+        return self.mark() if self.scans else f"{whole}, the first {self.limit}"
+
     def select(self, index: Index) -> Source:
         """The source that has the examples of an index."""
         source, rows, parts, kind = self.source, index.rows, index.parts, self._kind
@@ -179,6 +186,7 @@ class View:
             read,
             read_texts,
             every=source.every | kind.gives | have,
+            fingerprint=self._fingerprint(),
         )
         found.class_names = index.class_names
         return found
