@@ -11,9 +11,10 @@ import pytest
 from conftest import tiny
 from test_checkpointing import assert_equal, restore, state_of
 
-from coca_jax import checkpointing
+from coca_jax import checkpointing, sealed_json
+from coca_jax.data.mixture import Mixture
 from coca_jax.metrics import TimeBuckets
-from coca_jax.training import saving
+from coca_jax.training import saving, skipping, spikes
 
 
 @contextlib.contextmanager
@@ -100,3 +101,36 @@ def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
     assert save(20, one, last=True) == 20 and run.checkpoints.steps() == [10, 20]
     assert int(np.asarray(restore(run.workdir, state_of(0))[0].skipped)) == int(one.skipped)
     save.close()
+
+
+def test_what_spikes_are_seen_by_is_written_when_there_is_room_again(run, caplog):
+    faults = run.config.change({"faults.spike_deviations": 6.0}).faults
+    found, file = spikes.Spikes(str(run.workdir), faults), run.workdir / spikes.FILE
+    with full_disk():
+        for step in (10, 20):
+            found(step, {"loss": np.float32(2.0)})
+            found.settle(step)
+        assert not file.exists() and caplog.text.count("spikes.json is not written") == 1
+        with pytest.raises(OSError):  # a run that goes back must be able to after a kill too
+            found.plan(spikes.WentUp(999, 9.0, 2.0), [10])
+    found.settle(30)
+    assert {"10", "30"} <= sealed_json.read(file)["detector"].keys()
+    with full_disk():
+        found.settle(40)
+    assert caplog.text.count("spikes.json is not written") == 2
+
+
+def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
+    scenes = dict(builtin="scenes", kind="caption", limit=40)
+    config = run.config.change({"data.sources": (scenes,)})
+    run.main_process, run.mixture = True, Mixture(config, str(run.workdir))
+    limit = run.config.checkpoint.max_skipped
+    state = state_of(0)
+    check = skipping.Skipping(run, state)
+    with full_disk(), pytest.raises(skipping.Diverged) as error:
+        for step in range(1, limit + 2):
+            check(step, dict(skipped_steps=state.skipped + step, loss=np.float32("nan")))
+    told = str(error.value)
+    assert f"of {limit} steps in a row (1 to {limit}) are not finite; step 1 was made of" in told
+    assert "skipped_step_1.json with all of them is not written: [Errno 27]" in told
+    assert "lower optimizer.learning_rate" in told and "\n" not in told

@@ -53,7 +53,7 @@ def test_an_index_is_made_once_and_lies_beside_the_data(data, scans):
 
 
 def test_each_view_of_data_has_a_fingerprint_of_its_own(data):
-    """Kept tokens are found by it: of two views with equally many rows, and of one of other data."""
+    """Kept tokens are found by it, of two views with equally many rows as well."""
     a = dict(path=str(data / "a"))
     entries = [
         *(a, dict(a, limit=3), dict(a, limit=4), dict(a, where={"group": 1}, limit=3)),

@@ -47,9 +47,13 @@ class Skipping:
         if self._run.main_process:
             rows = self._run.mixture.step_examples(number_of(first - 1, self._left_out))
             file = storage.place(self._run.workdir) / f"skipped_step_{first}.json"
-            storage.write_text(file, json.dumps(rows, indent=1, default=str) + "\n")
             names = ", ".join(f"{row['source']} {row['key']}" for row in rows[:3])
-            text += f"; step {first} was made of {names}, ... (all in {file})"
+            where = f"all in {file}"
+            try:
+                storage.write_text(file, json.dumps(rows, indent=1, default=str) + "\n")
+            except OSError as error:  # the run has diverged, whatever the disk is like
+                where = f"{file} with all of them is not written: {error}"
+            text += f"; step {first} was made of {names}, ... ({where})"
         rate = self._run.config.optimizer.learning_rate
         return (
             f"{text}; the loss is {loss:.4g}. The run stops and its last checkpoint stays: lower "

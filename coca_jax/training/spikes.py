@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from coca_jax import sealed_json, storage
 from coca_jax.training.gradients import Metrics
@@ -78,7 +79,7 @@ class Spikes:
     def __init__(self, workdir: str, faults: Any, *, write: bool = True):
         self._path = storage.place(workdir) / FILE
         self._deviations, self._batches = faults.spike_deviations, faults.spike_batches
-        self._write = write
+        self._write, self._warned = write, False
         self._pending: tuple[int, Metrics] | None = None
         self._detector = Detector()
         found = sealed_json.read(self._path) if self._path.exists() else {}
@@ -100,14 +101,23 @@ class Spikes:
             self._look(before)
 
     def settle(self, step: int) -> None:
-        """Before `step` is saved: looks at it too, and notes what is known then."""
+        """Before `step` is saved: looks at it too, and notes what is known then, at the next save
+        where the disk is full."""
         if not self._deviations:
             return
         before, self._pending = self._pending, None
         self._look(before)
         self._known[str(step)] = list(dataclasses.astuple(self._detector))
         self._known = dict(sorted(self._known.items(), key=lambda x: int(x[0]))[-KEPT:])
-        self._keep()
+        try:
+            self._keep()
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                logging.warning(
+                    "%s is not written (%s); the next save tries again", self._path, error
+                )
+            self._warned = True
 
     def _look(self, found: tuple[int, Metrics] | None) -> None:
         if found is None:
