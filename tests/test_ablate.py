@@ -14,8 +14,8 @@ from PIL import Image
 from coca_jax import ablate, metrics, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
 from coca_jax.data import sources
+from coca_jax.training import lease, stopping
 from coca_jax.training import run as training
-from coca_jax.training import stopping
 
 TABLE = """
 config = "tiny"
@@ -169,6 +169,19 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
         running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
         running.Plan(tmp_path / "plan.json", 2)
+
+
+def test_a_second_ablation_in_the_folder_is_refused_and_the_first_goes_on(done, tmp_path):
+    """Such a second one once threw away the run in which the first timed its steps."""
+    found, out = done[0], tmp_path / "out"
+    shutil.copytree(done[1], out)
+    (out / ".pace").mkdir()
+    with lease.held(str(out), "--out"):
+        with pytest.raises(lease.Held, match="out is in use: process .*; wait .* a new --out$"):
+            running.ablate(found, str(out), 0, quietly)
+        assert not (out / running.PLAN).exists() and (out / ".pace").is_dir()
+    assert running.ablate(found, str(out), 0, quietly)["runs"] == 4
+    assert not (out / lease.FILE).exists()
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from coca_jax.config.section import plain
 from coca_jax.data import kinds, sources
 from coca_jax.evaluators import declarations
 from coca_jax.importers import own_data
+from coca_jax.training import lease, setup
 from coca_jax.training import run as training
-from coca_jax.training import setup
 
 PLAN = "plan.json"
 PACE = 24  # steps that are timed, of which the first two do not count
@@ -45,17 +45,30 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
         say: takes lines for people.
 
     Returns dict(out, results, runs, failed). Raises ValueError or OSError for configs and data
-    that cannot be, before anything is trained, and where `out` holds another table; Preempted when
-    asked to stop.
+    that cannot be, before anything is trained, where `out` holds another table, and where another
+    process trains in it; Preempted when asked to stop.
     """
     folder = pathlib.Path(out)
     for variant in table.variants:
         places = (folder / variant.name / f"seed{seed}" for seed in table.seeds)
         if not all((place / outcome.DONE).exists() for place in places):
             check(variant, minutes)
-    plan = Plan(folder / PLAN, minutes)
-    plan.check(table.variants)
-    total, number, failed = len(table.seeds) * len(table.variants), 0, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with lease.held(out, "--out"):  # whoever else began would throw away what this one times
+        plan = Plan(folder / PLAN, minutes)
+        plan.check(table.variants)
+        failed = _all_runs(table, folder, plan, minutes, say)
+        results = outcome.write(table, folder, minutes, failed)
+    total = len(table.seeds) * len(table.variants)
+    return dict(out=str(folder), results=str(results), runs=total - len(failed), failed=failed)
+
+
+def _all_runs(
+    table: Table, folder: pathlib.Path, plan: Plan, minutes: float, say: Say
+) -> dict[str, str]:
+    """Makes those that are not done. Returns the name of each that failed and why it did."""
+    failed: dict[str, str] = {}
+    total, number = len(table.seeds) * len(table.variants), 0
     for seed in table.seeds:
         for variant in table.variants:
             number += 1
@@ -70,8 +83,7 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
                     failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
                     say(f"{variant.name}, seed {seed}: {error}")
                 outcome.write(table, folder, minutes, failed)
-    results = outcome.write(table, folder, minutes, failed)
-    return dict(out=str(folder), results=str(results), runs=total - len(failed), failed=failed)
+    return failed
 
 
 def check(variant: Variant, minutes: float) -> None:

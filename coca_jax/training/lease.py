@@ -81,6 +81,7 @@ class Lease:
         beat: seconds between two beats of this owner.
         lost: called from another thread when someone else has the lease, with a line that says so.
         say: takes lines for people.
+        flag: of the command that names the workdir, for messages.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class Lease:
         beat: float | None = None,
         lost: Callable[[str], Any] | None = None,
         say: Callable[[str], Any] = stopping.say,
+        flag: str = "--workdir",
     ):
         self._workdir = workdir
         self._path = storage.place(workdir) / FILE
         self._remote = storage.is_remote(self._path)
         self._beat_seconds = beat or (BUCKET_BEAT if self._remote else BEAT)
-        self._lost, self._say = lost or _leave, say
+        self._lost, self._say, self._flag = lost or _leave, say, flag
         self._me = this_process() | {
             "owner": uuid.uuid4().hex,
             "beat_seconds": self._beat_seconds,
@@ -158,7 +160,7 @@ class Lease:
         return (
             f"{self._workdir} is in use: process {owner.get('pid')} on host {owner.get('host')} "
             f"trains in it since {owner.get('since')} ({owner.get('command')}); wait for it, stop "
-            "it, or use a new --workdir"
+            f"it, or use a new {self._flag}"
         )
 
     def _read(self) -> dict[str, Any] | None:
@@ -218,15 +220,16 @@ def _leave(line: str) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: str) -> Iterator[None]:
+def held(workdir: str, flag: str = "--workdir") -> Iterator[None]:
     """Inside, the workdir is this run's, whichever process of it keeps the lease (process 0).
+    flag: as of Lease.
 
     Raises Held on all processes where another run has it.
     """
     import jax
     from jax.experimental import multihost_utils
 
-    lease = Lease(workdir)
+    lease = Lease(workdir, flag=flag)
     refused: Held | None = None
     if jax.process_index() == 0:
         try:
