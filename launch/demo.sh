@@ -11,7 +11,9 @@ fi
 echo "demo: setting up the environment" >&2
 source launch/env.sh ""
 "$VENV/bin/python" -m coca_jax.train --config=configs/demo.py --workdir="$workdir" "$@"
-"$VENV/bin/python" -c "from coca_jax.data import scenes; scenes.write_folder('$workdir/images', 12)"
+"$VENV/bin/python" -c \
+  'import sys; from coca_jax.data import scenes; scenes.write_folder(sys.argv[1], 12)' \
+  "$workdir/images"
 "$VENV/bin/python" -m coca_jax.caption --checkpoint="$workdir" --out="$workdir/captions.jsonl" \
   "$workdir/images"
 echo "demo: report in $workdir/report.html, scores in $workdir/eval.json," \

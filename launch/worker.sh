@@ -53,8 +53,13 @@ run() {
     echo "$flags" >"$here/flags"
     : >"$here/log"
     cd "$root" # recipes are named by configs/NAME.py
-    setsid bash "${BASH_SOURCE[0]}" keep "$@" >/dev/null 2>&1 </dev/null &
-    until [[ -s $here/pid ]]; do sleep 0.1; done
+    setsid bash "$root/launch/worker.sh" keep "$@" >>"$here/log" 2>&1 </dev/null &
+    for _ in {1..600}; do
+      [[ ! -s $here/pid ]] || break
+      sleep 0.1
+    done
+    [[ -s $here/pid ]] ||
+      fail "train has not started within 60 s ($(tail -n 1 "$here/log")); run this again"
   fi
   tail -n "$lines" --pid="$(cat "$here/pid")" -f "$here/log"
   ended || exit 137 # its parent was killed with it

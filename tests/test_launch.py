@@ -233,6 +233,46 @@ def test_the_demo_installs_the_package_alone_and_passes_its_flags_on(tmp_path, a
     assert f"-m coca_jax.train {flags}" in calls
 
 
+def test_the_demo_draws_its_pictures_in_a_folder_of_any_name(tmp_path):
+    call = f'[[ $1 != -c ]] || exec {sys.executable} "$@"'  # of all Python, this is for real
+    launch_stand_ins.program(tmp_path / "venv/bin/python", f"#!/usr/bin/env bash\n{call}\n")
+    env = {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = launch("demo.sh", str(tmp_path / 'it\'s a "run"'), **env)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / 'it\'s a "run"/images').glob("*.png"))) == 12
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """(folder with launch/worker.sh in it, environment) where train ends at once with 0."""
+    (tmp_path / "home/code/launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "worker.sh", tmp_path / "home/code/launch")
+    env, _ = launch_stand_ins.train_with(tmp_path, [0])
+    return tmp_path / "home", env | {"PATH": os.environ["PATH"]}
+
+
+@pytest.mark.parametrize("path", ["code/launch/worker.sh", "../home/code/launch/worker.sh"])
+def test_a_worker_is_called_by_a_path_from_any_folder(worker, path):
+    home, env = worker
+    command = ["bash", path, "run", *FLAGS[1:]]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = (home.parent / "statuses.calls").read_text()
+    assert calls == f"-m coca_jax.train {' '.join(FLAGS[1:])}\n"
+
+
+def test_a_worker_whose_train_never_starts_says_so(worker):
+    home, env = worker
+    programs = {"setsid": "echo no session here >&2; exit 1", "sleep": ""}  # the wait takes no time
+    for name, text in programs.items():
+        launch_stand_ins.program(home / "bin" / name, f"#!/bin/sh\n{text}\n")
+    env["PATH"] = f"{home}/bin:{env['PATH']}"
+    command = ["bash", "code/launch/worker.sh", "run", *FLAGS[1:]]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60)
+    told = "worker.sh: train has not started within 60 s (no session here); run this again"
+    assert (done.returncode, done.stderr.strip()) == (2, told)
+
+
 def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
     """A Cloud TPU VM learns from its metadata server how many processes the run has."""
     import http.server
