@@ -1,12 +1,17 @@
 """Vocabularies: reserved ids, rows of a batch, any text there and back."""
 
 import io
+import itertools
 import random
+import threading
+import time
 
 import pytest
 import sentencepiece
 
-from coca_jax.data import vocabulary
+from coca_jax import recipes
+from coca_jax.config import typed
+from coca_jax.data import run_vocabulary, vocabulary
 
 TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "dog", "bird")]
 
@@ -85,6 +90,20 @@ def test_errors(trained, tmp_path):
         vocabulary.load(tmp_path / "junk")
     with pytest.raises(ValueError, match="max_len"):
         trained[0].encode_batch(["a"], 2)
+
+
+def test_a_process_that_waits_for_the_vocabulary_does_so_whatever_the_clock_says(
+    trained, tmp_path, monkeypatch
+):
+    clock = itertools.count(time.time(), 7200.0)  # it is set on by two hours at each look
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    made = tmp_path / run_vocabulary.VOCABULARY_FILE
+    writer = threading.Timer(0.3, trained[0].save, [str(made)])
+    writer.start()
+    config = typed(recipes.load("tiny")).change({"model.text.vocab_size": trained[0].size})
+    found = run_vocabulary.load_or_train(config, str(tmp_path), process_index=1)
+    writer.join()
+    assert found.checksum == trained[0].checksum
 
 
 def _byte_level(special):

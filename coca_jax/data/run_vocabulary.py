@@ -52,9 +52,9 @@ def load_or_train(
                 + ("" if began else ", or remove that file: no run began here yet")
             )
     elif process_index:
-        deadline = time.time() + 3600
+        deadline = time.monotonic() + 3600
         while not storage.place(path).exists():
-            if time.time() > deadline:
+            if time.monotonic() > deadline:
                 raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(1)
         vocabulary = vocabularies.load(path)
@@ -64,14 +64,14 @@ def load_or_train(
         vocabulary = given
     else:
         size = config.model.text.vocab_size
-        started = time.time()
+        started = time.monotonic()
         mixture = mixture or Mixture(config, workdir, process_index)
         sample = mixture.sample_texts(size * _SENTENCES_PER_PIECE)
         kind = config.data.vocabulary_kind
         vocabulary = vocabularies.train(sample, size, path, config.seed, kind=kind)
         logging.info(
             "vocabulary: %d pieces trained in %.1f s -> %s",
-            *(vocabulary.size, time.time() - started, path),
+            *(vocabulary.size, time.monotonic() - started, path),
         )
     _check(config, vocabulary)
     return vocabulary
