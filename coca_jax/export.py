@@ -26,7 +26,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, export_format, out_folder, storage
+from coca_jax import cli, export_format, out_folder, sealed_json, storage
 from coca_jax.interop import hub
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def _to_hub(model: CoCaModel) -> dict[str, Any]:
         model,
         args.out,
         args.push or f"org/{posixpath.basename(args.out.rstrip('/'))}",
-        json.loads(scores.read_text()) if scores.exists() else None,
+        sealed_json.read(scores) if scores.exists() else None,
     )
     summary = _told(files)
     if args.push:

@@ -89,6 +89,22 @@ def test_results_are_merged(tmp_path):
     assert results.thumbnail(big).shape == (96, 64, 3)
 
 
+@pytest.mark.parametrize("harm", [b"", b'{"a": 0.5', b"[1, 2]", b"\xff\xfe", b"[" * 99_999])
+def test_a_damaged_file_is_set_aside_and_ends_nothing(tmp_path, caplog, harm):
+    for name in ("eval.json", "eval_examples.json"):
+        (tmp_path / name).write_bytes(harm)
+    results.save_results(tmp_path, {"b": 0.25})
+    results.save_examples(tmp_path, "retrieval/a", dict(kind="retrieval"))
+    results.save_results(tmp_path, {"c": 0.5})
+    assert json.loads((tmp_path / "eval.json").read_text()) == {"b": 0.25, "c": 0.5}
+    assert (tmp_path / "eval.json.damaged").read_bytes() == harm
+    assert (tmp_path / "eval_examples.json.damaged").read_bytes() == harm
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and not any("\n" in line for line in told)
+    assert told[0].startswith(f"{tmp_path}/eval.json is damaged (")
+    assert told[0].endswith(f": set aside as {tmp_path}/eval.json.damaged and begun anew")
+
+
 def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
     scores = {"a/b/r1": 0.5, "a/b/r1_low": 0.4, "a/b/r1_high": 0.6, "a/b/r1_count": 1200.0}
     lines = results.table(scores | {"a/b/num_examples": 1200.0})

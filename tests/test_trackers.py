@@ -173,6 +173,21 @@ def test_a_service_gets_each_step_and_the_same_run_when_it_goes_on(service, tmp_
     assert finite == [name == "trackio"] * 3  # W&B shows NaN as such
 
 
+@pytest.mark.parametrize("harm", ["", "[]", '{"wandb": "mi'])
+def test_damaged_names_of_a_run_are_a_line_that_says_what_to_do(tmp_path, harm):
+    name = trackers.run_name(tmp_path, "wandb")
+    file = tmp_path / trackers.NAMES_FILE
+    whole = file.read_text()
+    file.write_text(harm)
+    with pytest.raises(
+        ValueError, match="trackers.json is damaged .*; restore it, or dele"
+    ) as told:
+        trackers.run_name(tmp_path, "wandb")
+    assert "\n" not in str(told.value) and file.read_text() == harm
+    file.write_text(whole)
+    assert trackers.run_name(tmp_path, "wandb") == name
+
+
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog):
     class Failing:
         def write(self, step, values):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from coca_jax import storage
-from coca_jax.data import resizing, videos
+from coca_jax.data import bounded_json, resizing, videos
 from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
@@ -125,7 +126,20 @@ def encode_png(image: np.ndarray) -> str:
 
 
 def _merge(path: Any, values: Mapping[str, Any], *, sort: bool) -> None:
-    merged = json.loads(path.read_text()) if path.exists() else {}
-    merged.update(values)
+    merged = _found(path) | dict(values)
     text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
     storage.write_text(path, text + "\n")
+
+
+def _found(path: Any) -> dict[str, Any]:
+    """What the file holds; one that is damaged is set aside, so that it ends no run."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    try:
+        return bounded_json.parse(data, len(data))
+    except ValueError as error:
+        aside = path.parent / f"{path.name}.damaged"
+        storage.write_bytes(aside, data)
+        logging.warning("%s is damaged (%s): set aside as %s and begun anew", path, error, aside)
+        return {}

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from absl import logging
 
 from coca_jax import extras, storage
+from coca_jax.data import bounded_json
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 UNASKED = "tensorboard"  # the default of a run: written where its package is there
@@ -98,10 +99,17 @@ class Careful:
 
 def run_name(workdir: str | os.PathLike[str], tracker: str) -> str:
     """What a service calls this run, '<folder>-<8 digits>': kept in the workdir, so that a run that
-    goes on is the same one there, and a new run in a folder of the same name is another."""
+    goes on is the same one there, and a new run in a folder of the same name is another. Raises
+    ValueError where the file that keeps it is damaged."""
     folder = storage.place(workdir)
     file = folder / NAMES_FILE
-    names = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        names = bounded_json.parse(file.read_bytes()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); restore it, or delete it: {tracker} then takes this run "
+            "for a new one"
+        ) from None
     if tracker not in names:
         names[tracker] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
         storage.write_text(file, json.dumps(names, indent=1) + "\n")
