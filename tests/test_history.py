@@ -1,6 +1,7 @@
 """Evaluations inside a run: compiled once, each kept once, whatever stops the run."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -8,8 +9,11 @@ from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
+from coca_jax import checkpointing
+from coca_jax.config import typed
 from coca_jax.evaluators import history, results, tasks
-from coca_jax.training import hooks
+from coca_jax.metrics import TimeBuckets
+from coca_jax.training import hooks, stopping
 
 
 def scored_run(captioning=True):
@@ -105,6 +109,33 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
     assert [row["step"] for row in found] == [row["step"] for row in undisturbed]
     for row, want in zip(found, undisturbed):  # of the same tasks
         assert row["scores"] and row["scores"].items() <= want["scores"].items()
+
+
+@pytest.mark.parametrize(("step", "told"), [(0, "no step is lost"), (2, "could not save step 2")])
+def test_a_stop_in_an_evaluation_says_what_is_lost(tmp_path, monkeypatch, step, told):
+    """Before the first step, where eval.guard scores too, nothing is."""
+    stop, left = stopping.Stop(), []
+    monkeypatch.setattr(stopping, "leave", lambda *line: left.append(line))
+    monkeypatch.setattr(
+        hooks.Evaluation,
+        "_model_of",
+        lambda *of: types.SimpleNamespace(set_params=lambda params: None),
+    )
+    monkeypatch.setattr(tasks, "run_tasks", lambda *of, **how: stop._leave("stopped") or {})
+    config = typed(scored_run(captioning=False))
+    run = types.SimpleNamespace(
+        config=config,
+        workdir=str(tmp_path),
+        steps=4,
+        stop=stop,
+        say=lambda line: None,
+        buckets=TimeBuckets(),
+    )
+    checkpoints = checkpointing.Checkpoints(str(tmp_path))
+    hooks.Evaluation(run, checkpoints)(step, None)
+    checkpoints.close()
+    line = f"stopped while evaluating: {told}; {stopping.AGAIN}"
+    assert left == [(line, stopping.EXIT_AGAIN)]
 
 
 def test_a_step_occurs_once_and_damage_is_left_out(tmp_path):

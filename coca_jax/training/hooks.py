@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -105,7 +104,7 @@ def open_writer(run: Run, start: int) -> MetricWriter:
 class Evaluation:
     """Scores of config.eval.tasks each config.eval.every_steps steps, and when it is asked.
 
-    The state that it is given is saved, or its save is under way.
+    The state that it is given is saved, or its save is under way, or no step has changed it.
     """
 
     def __init__(self, run: Run, checkpoints: Checkpoints):
@@ -168,7 +167,11 @@ class Evaluation:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         run = self._run
-        kept = functools.partial(self._checkpoints.wait_for, step)
+
+        def kept() -> None:
+            if step:  # what no step has changed is not saved: the next start makes it again
+                self._checkpoints.wait_for(step)
+
         run.say(f"evaluating step {step} ...")
         with run.buckets("eval"), run.stop.saved("evaluating", kept):
             from coca_jax.evaluators import tasks
