@@ -1,5 +1,6 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
+import json
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ from test_train import tiny_run
 
 from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, warm_start
 from coca_jax.config import Config, Model, Optimizer, read, typed
-from coca_jax.data import features, images, vocabulary
+from coca_jax.data import features, images, random_access, vocabulary
 from coca_jax.data.batches import Batches, trained
 from coca_jax.metrics import TimeBuckets
 from coca_jax.models import coca, two_towers
@@ -163,6 +164,17 @@ def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path):
     with pytest.raises(ValueError, match="more than data.features_gib=1e-06; raise it"):
         features.Features(str(tmp_path / "none"), other, ROWS, small)
     assert not (tmp_path / "none").exists()
+
+
+def test_two_parts_of_data_without_a_fingerprint_keep_their_tokens_apart():
+    """As of seqio and TFDS, where the parts have equally many records."""
+    of = dict(seqio="tasks:pictures")
+    entries = (dict(of, where={"language": "de"}), dict(of, where={"language": "en"}), of)
+    config = typed(locked_run("")).change({"data.sources": entries, "data.augmentations": 0})
+    source = random_access.Source("seqio pictures", 3, lambda indices: [])
+    found = [features.about(config, source, number, {}) for number in range(3)]
+    assert len({json.dumps(one) for one in found}) == 3
+    assert found[2]["records"] == "seqio pictures, 3 records"  # as ever
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

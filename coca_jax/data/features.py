@@ -26,7 +26,7 @@ import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
 import numpy as np
 
 from coca_jax import image_shape, sealed_json
-from coca_jax.config import Config
+from coca_jax.config import Config, Entry
 from coca_jax.config.model import BLOCK
 from coca_jax.data import pixels
 from coca_jax.data.pixels import Plan
@@ -64,7 +64,7 @@ def about(config: Config, source: Source, number: int, weights: Mapping[str, int
     keys = ("image_size", "patch_size", "image_mean", "image_std", "dtype", "image", *BLOCK)
     found: dict[str, Any] = dict(
         format=1,
-        records=source.fingerprint or f"{source.name}, {len(source)} records",
+        records=source.fingerprint or _described(source, config.data.sources[number]),
         model={key: model[key] for key in keys},
         data={key: data[key] for key in SEEN},
         weights=dict(weights),
@@ -72,6 +72,14 @@ def about(config: Config, source: Source, number: int, weights: Mapping[str, int
     if data["augmentations"]:
         found |= dict(seed=config.seed, source=number)
     return json.loads(json.dumps(found, default=list))
+
+
+def _described(source: Source, entry: Entry) -> str:
+    """Records that nothing tells from others for certain."""
+    found = f"{source.name}, {len(source)} records"
+    if entry.where:
+        found += f" with {json.dumps(dict(entry.where), sort_keys=True, default=list)}"
+    return found
 
 
 class Features:
