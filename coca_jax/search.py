@@ -105,10 +105,14 @@ def _index(inputs: list[str]) -> dict[str, Any]:
         waiting = staged.stage(load, groups, parts, engine, **how)
         if engine.share:
             return _apart(args.out, len(groups), waiting)
-    done = index.add(model, groups, parts, say=cli.say, **how)
-    if done["new"] and done["pictures"] >= index.nearest.EXACT_BELOW:
+    gone = index.gone(inputs, parts)
+    done = index.add(model, groups, parts, gone=gone, say=cli.say, **how)
+    if (
+        done["new"] + done["changed"] + done["gone"]
+        and done["pictures"] >= index.nearest.EXACT_BELOW
+    ):
         cli.say(f"building the graph of {done['pictures']} pictures")
-    result = dict(out=args.out) | {key: done[key] for key in ("new", "skipped", "pictures")}
+    result = dict(out=args.out) | {key: done[key] for key in done if key != "already_there"}
     return result | dict(search=index.finish(parts, progress=sys.stderr.isatty()))
 
 

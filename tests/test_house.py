@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
         *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
         *("engines", "extras", "huge_pages", "image_shape", "lean_saves", "metrics", "out_folder"),
-        *("quiet", "renamed", "sealed_json", "storage", "text_ends"),
+        *("local_files", "quiet", "renamed", "sealed_json", "storage", "text_ends"),
         "trackers",
     ),
 }
