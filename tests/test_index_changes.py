@@ -10,8 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
+from test_version_0_1 import flags_of
 
+import coca_jax
+from coca_jax import search
+from coca_jax.inference import loading
 from coca_jax.searching import index, parts
+from coca_jax.training import lease
 
 
 @pytest.fixture
@@ -113,3 +118,44 @@ def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F81
     pq.write_table(table.replace_schema_metadata({b"coca_jax": json.dumps(said).encode()}), path)
     with pytest.raises(ValueError, match="metadata_0.parquet is damaged"):
         parts.Parts("i")
+
+
+@pytest.fixture
+def call(model, monkeypatch, capsys):  # noqa: F811
+    """The command in this process, with a model that is there already."""
+    flags_of("search", monkeypatch)
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: model)
+
+    def run(*asked, **given):
+        search.flags.FLAGS.unparse_flags()
+        search.flags.FLAGS(["search", *(f"--{name}={value}" for name, value in given.items())])
+        return search.main(["search", *asked])
+
+    return run
+
+
+def test_two_runs_into_one_index_are_not_at_once(call, folder):
+    given = dict(checkpoint="here", out="i")
+    done = call("index", "s", **given)
+    counts = dict(new=6, changed=0, gone=0, skipped=1, pictures=6)
+    assert {key: done[key] for key in counts} == counts and "lease.json" not in os.listdir("i")
+    for out in ("i", "new"):
+        with lease.alone(out, use="indexes into it", flag="--out"):
+            with pytest.raises(lease.Held, match="is in use: .* indexes into it .*a new --out"):
+                call("index", "s", **given | dict(out=out))
+    assert call("index", "s", **given)["pictures"] == 6
+    assert not os.path.exists("new")
+
+
+def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypatch):
+    call("index", "s", checkpoint="c/hub", out="i")
+    monkeypatch.setattr(coca_jax, "load", loading.load)
+    monkeypatch.chdir("s")
+    with pytest.raises(FileNotFoundError) as told:
+        call("query", "red", index="../i", checkpoint="")
+    assert str(told.value) == (
+        f"c/hub does not exist: --index=../i, made in {folder.parent}, names that model; "
+        "--checkpoint= gives the place where it is now"
+    )
+    with pytest.raises(FileNotFoundError, match="none does not exist; give a run"):
+        call("query", "red", index="../i", checkpoint="none")

@@ -35,6 +35,7 @@ _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
 STAGED = "staged"
+_BESIDE = (STAGED, "lease.json")  # what a folder may hold before index.json
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ class Parts:
         if (place / "index.json").exists():
             self.about = sealed_json.read(place / "index.json")
             _check(self.about, f"{folder}/index.json")
-        elif place.exists() and any(path.name != STAGED for path in place.iterdir()):
+        elif place.exists() and any(path.name not in _BESIDE for path in place.iterdir()):
             raise ValueError(f"{folder} holds something that is no index; give a new folder")
         self.skipped: dict[str, str] = {}
         self._done: dict[str, Done] = {}
