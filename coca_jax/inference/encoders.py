@@ -16,6 +16,7 @@ from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.image_shape import Size
+from coca_jax.inference import model_checksum
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
@@ -224,12 +225,14 @@ class Encoders:
         return joined(parts, (head.num_classes,))
 
     def checksum(self) -> str:
-        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+        """Tells this model from others, the same on any mesh: 16 hexadecimal digits of the weights,
+        '-' and 16 of what else its embeddings depend on."""
         with self._devices.context():
             found = self._programs.bit_sums(self.params)
         leaves = jax.tree_util.tree_leaves_with_path(found)
         text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        weights = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{weights}-{model_checksum.of_rest(self.config, self.vocabulary)}"
 
     def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
         """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a

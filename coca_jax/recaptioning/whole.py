@@ -20,6 +20,7 @@ from coca_jax.data import files
 from coca_jax.evaluators import collapse
 from coca_jax.importers import metadata, shards, splits
 from coca_jax.importers.shards import Job
+from coca_jax.inference import model_checksum
 from coca_jax.recaptioning import shard
 from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
@@ -58,15 +59,17 @@ def plan(request: Request) -> list[Job]:
 
 
 def begin(request: Request, checksums: Sequence[str]) -> None:
-    """Writes down what is asked for. Raises ValueError where other weights than these began."""
+    """Writes down what is asked for. Raises ValueError where other models than these began."""
     path = files.join(request.out, "recaption/request.json")
     if not files.exists(path):
         sealed_json.write(path, request.told() | dict(weights=list(checksums)))
-    elif sealed_json.read(path)["weights"] != list(checksums):
-        raise ValueError(
-            f"--out={request.out} was begun with other weights than --checkpoint holds now; give "
-            "another --out"
-        )
+    else:
+        before = sealed_json.read(path)["weights"]
+        if len(before) != len(checksums) or not all(map(model_checksum.same, before, checksums)):
+            raise ValueError(
+                f"--out={request.out} was begun with other weights or preprocessing than "
+                "--checkpoint has now; give another --out"
+            )
 
 
 def name(request: Request, jobs: Sequence[Job], job: Job) -> str:

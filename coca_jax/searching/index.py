@@ -13,6 +13,7 @@ import tqdm
 from coca_jax import local_files, storage
 from coca_jax.data import files
 from coca_jax.importers.items import printable
+from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
 from coca_jax.searching.parts import STAGED, Parts
 from coca_jax.searching.pictures import Group
@@ -166,10 +167,10 @@ class Index:
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
-        if model.checksum() != self.about["model"]:
+        if not model_checksum.same(self.about["model"], model.checksum()):
             raise ValueError(
-                f"this index was made by {self.checkpoint} with other weights; give that "
-                "--checkpoint, or index again"
+                f"this index was made by {self.checkpoint} with other weights or preprocessing; "
+                "give that --checkpoint, or index again"
             )
 
     def query(

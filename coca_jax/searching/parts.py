@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from coca_jax import local_files, sealed_json, storage
 from coca_jax.data import bounded_json
+from coca_jax.inference import model_checksum
 
 _KEY = b"coca_jax"
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
@@ -286,7 +287,7 @@ def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
 
 def check_model(folder: str, there: dict[str, Any], about: dict[str, Any]) -> None:
     """Raises ValueError where the index of `folder`, {} for a new one, is another model's."""
-    if there and there["model"] != about["model"]:
+    if there and not model_checksum.same(there["model"], about["model"]):
         raise ValueError(
             f"--out={folder} was made by another model ({there['checkpoint']}); embeddings of two "
             "models do not compare: give a new folder"
