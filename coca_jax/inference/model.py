@@ -88,6 +88,7 @@ class CoCaModel(Scores):
         the list. With the same `seed` and number an image gets the same captions in any company.
         """
         settings = Settings.of(how)
+        settings.check_beams(self.vocabulary.size)
         captions: list[list[Caption]] = []
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):
@@ -193,6 +194,7 @@ class CoCaModel(Scores):
         same to the bit whenever the whole call is; in other company their sums may round
         otherwise.
         """
+        settings.check_beams(self.vocabulary.size)
         size = self._devices.bucket(self.batch_size)
         known = text_arrays.prompts(self.vocabulary, [prompt] * size, size)
         numbers = np.asarray(seeds, np.uint32)
