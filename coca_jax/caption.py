@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> None:
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     paths: dict[str, str] = {}
-    for path in image_files.find(argv[1:], video=bool(args.num_frames)):
+    for path in image_files.find(
+        [local_files.plain(one) for one in argv[1:]], video=bool(args.num_frames)
+    ):
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
     told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
     done, size, before = _there(told)

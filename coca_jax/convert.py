@@ -236,12 +236,18 @@ def _find_weights(path: str) -> str:
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--input={path}: no such file or folder")
+        export_format.refuse_file(path)
         return path
     for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     if (storage.place(path) / "checkpoints").exists():
         raise ValueError(f"--input={path} is a run of coca_jax; --to=open_clip converts it")
+    if export_format.is_export(path):
+        raise ValueError(
+            f"--input={path} is converted already, coca_jax reads it as it is; --to=open_clip "
+            "writes it for open_clip"
+        )
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
+
+
+def plain(name: str) -> str:
+    """The path of a file:// URL, as file managers give them; any other name as it is."""
+    if not name.startswith("file://"):
+        return name
+    path = name.removeprefix("file://").removeprefix("localhost")
+    return path if os.path.exists(path) else urllib.parse.unquote(path)
 
 
 def whole_path(name: str, folder: str = "") -> str:
@@ -10,9 +19,8 @@ def whole_path(name: str, folder: str = "") -> str:
 
     folder: where relative names begin; '': the current folder.
     """
-    if name.startswith("file://"):
-        name = name.removeprefix("file://")
-    elif "://" in name:
+    name = plain(name)
+    if "://" in name:
         return name
     return os.path.normpath(os.path.join(folder or os.getcwd(), name))
 

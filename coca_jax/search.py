@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, engines, storage
+from coca_jax import cli, engines, local_files, storage
 from coca_jax.data import formats
 
 OPERANDS = "pictures, folders and texts"
@@ -87,7 +87,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=args.checkpoint, out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
-    parts = Parts(args.out)
+    parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
             cli.say(f"{input}: read as {formats.guess(input)}")
@@ -155,6 +155,7 @@ def _query(wanted: list[str]) -> dict[str, Any]:
         raise ValueError(f"--weights={','.join(flags.FLAGS.weights)}: give numbers") from None
     if weights and len(weights) != len(wanted):
         raise ValueError(f"{len(weights)} weights for {len(wanted)} texts and pictures")
+    wanted = [local_files.plain(one) for one in wanted]
     images = [one for one in wanted if _is_picture(one)]
     index = _open()
     model = _model_of(index)

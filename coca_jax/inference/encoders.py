@@ -20,7 +20,7 @@ from coca_jax.inference import model_checksum
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
-from coca_jax.inference.read_images import ImageReader, as_list, check_frames
+from coca_jax.inference.read_images import ImageReader, as_list, check_batch_size, check_frames
 from coca_jax.models import coca, head_kinds, roles
 
 _SORTED = 32  # batches of texts that are sorted by length together
@@ -46,7 +46,8 @@ class Encoders:
         checks.check_vocabulary(
             model, vocabulary.size, "use the vocabulary that the model was trained with"
         )
-        self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
+        self.config, self.vocabulary = config, vocabulary
+        self.batch_size = check_batch_size(batch_size)
         self.image_size: Size = model.image_size
         self.max_len: int = model.text.max_len
         self.resize: str = config.data.resize
@@ -164,7 +165,7 @@ class Encoders:
         self,
         images: Any,
         class_names: Sequence[str],
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         *,
         templates: Sequence[str] | None = None,
         progress: bool = False,
@@ -172,11 +173,13 @@ class Encoders:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
 
         A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
-        hold '{}' once; default: the three of `data.prompts.PHOTO`. The probabilities use the
-        model's temperature. Raises ValueError for a prompt without '{}' or no class.
+        hold '{}' once, and one may stand alone; default: the three of `data.prompts.PHOTO`. The
+        probabilities use the model's temperature. Raises ValueError for a prompt without '{}' or
+        no class.
         templates: the old name of prompts.
         """
         prompts = renamed.one_of(prompts, "prompts", templates, "templates")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")

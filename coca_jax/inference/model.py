@@ -61,7 +61,12 @@ class CoCaModel(Scores):
     # -- captions -------------------------------------------------------------------------------
 
     def caption(
-        self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
+        self,
+        images: Any,
+        prompt: str | Sequence[str] | None = "",
+        *,
+        progress: bool = False,
+        **how: Any,
     ) -> list[str]:
         """The best caption of each image. how: fields of
         `generation.settings.Settings`.
@@ -75,7 +80,7 @@ class CoCaModel(Scores):
     def captions(
         self,
         images: Any,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = "",
         *,
         seeds: Sequence[int] | None = None,
         progress: bool = False,
@@ -89,6 +94,7 @@ class CoCaModel(Scores):
         """
         settings = Settings.of(how)
         settings.check_beams(self.vocabulary.size)
+        prompt = "" if prompt is None else prompt
         captions: list[list[Caption]] = []
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):

@@ -91,7 +91,8 @@ class Settings:
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         for name, value in how.items():
             if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=1)
+                near = [group[0] for group in SAME if name in group]
+                near += difflib.get_close_matches(name, kinds, n=1)
                 remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
                 raise ValueError(f"unknown option of captions {name!r}; {remedy}")
             if not _TYPES[kinds[name]].holds(value):
@@ -99,6 +100,15 @@ class Settings:
         return cls(**how)
 
 
+# What other programs call a field, behind the field.
+SAME = (
+    ("num_beams", "beams", "beam_size", "generation_type"),
+    ("max_tokens", "max_length", "max_len", "max_new_tokens", "seq_len"),
+    ("min_tokens", "min_length", "min_len", "min_new_tokens", "min_seq_len"),
+    ("num_captions", "num_return_sequences"),
+    ("temperature", "do_sample"),
+    ("no_repeat_ngram", "no_repeat_ngram_size"),
+)
 _TYPES = {
     int: rules.Rule(rules.is_whole, "a whole number"),
     float: rules.Rule(rules.is_number, "a number"),
