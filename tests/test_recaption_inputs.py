@@ -1,14 +1,16 @@
 """A work of recaptioning knows the files that it was begun with."""
 
 import io
+import json
 import os
 import tarfile
 
 import pytest
 from test_search import encoded
 
-from coca_jax.importers.items import Options
-from coca_jax.recaptioning import whole
+from coca_jax.importers import webdataset
+from coca_jax.importers.items import Options, Unit
+from coca_jax.recaptioning import choose, whole, writers
 from coca_jax.recaptioning.request import Request
 
 
@@ -90,3 +92,37 @@ def test_an_output_in_its_input_is_refused(tars):
         whole.plan(asked(out="link/out"))
     assert sorted(os.listdir("t")) == ["00000.tar", "00001.tar"]
     whole.plan(asked(out="t_out"))  # beside it
+
+
+def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
+    fields = dict(caption="in json", title="stays", label="beetle", recaption="older")
+    files = {
+        "a.jpg": encoded(1),
+        "a.png": encoded(2),
+        "a.npz": b"arrays",
+        "a.json": json.dumps(fields).encode(),
+        "b.jpg": encoded(3),
+        "b.txt": b"in txt",
+        "b.cls": b"moth",
+        "b.json": json.dumps(fields).encode(),
+    }
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    made = dict(originals=[], captions=[dict(text="new", flags=["cut"], score=0.5)], key="")
+    kept = choose.kept(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic", 0.0)
+    assert kept == [("new", 0.5)]  # unsound, and beside an original
+    items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
+    assert [item.texts for item in items] == [["in json"], ["in txt"]]
+    examples = (writers.Example(item.key[-1], item, kept, made) for item in items)
+    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == (2, 2)
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        found = {one.name: tar.extractfile(one).read() for one in tar}
+    assert sorted(found) == ["a.json", "a.png", "a.txt", "b.json", "b.png", "b.txt"]
+    assert found["a.png"] == encoded(1) and found["a.txt"] == b"new"
+    for key, label in (("a", "beetle"), ("b", "moth")):
+        told = json.loads(found[f"{key}.json"])
+        assert told["title"] == "stays" and told["labels"] == [label]
+        assert told.keys() == {"title", "labels", "recaption"} and told["recaption"] != "older"
