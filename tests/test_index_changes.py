@@ -114,10 +114,12 @@ def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F81
     again(model, "s")
     path = pathlib.Path("i/metadata/metadata_0.parquet")
     table = pq.read_table(path)
-    said = json.loads(table.schema.metadata[b"coca_jax"]) | dict(dropped=["a"])
-    pq.write_table(table.replace_schema_metadata({b"coca_jax": json.dumps(said).encode()}), path)
-    with pytest.raises(ValueError, match="metadata_0.parquet is damaged"):
-        parts.Parts("i")
+    for row in ("a", 0, -1, True):  # of the first part there is none before
+        said = json.loads(table.schema.metadata[b"coca_jax"]) | dict(dropped=[row])
+        told = json.dumps(said).encode()
+        pq.write_table(table.replace_schema_metadata({b"coca_jax": told}), path)
+        with pytest.raises(ValueError, match="metadata_0.parquet is damaged"):
+            parts.Parts("i")
 
 
 @pytest.fixture

@@ -108,8 +108,9 @@ class Parts:
             table.select(list(COLUMNS)).cast(told)
             if STAMP[0] in table.column_names:
                 table.select(list(STAMP)).cast(pa.schema([(name, pa.int64()) for name in STAMP]))
-            if not all(type(row) is int for row in said.get("dropped", [])):
-                raise ValueError("it drops what is no row")
+            for row in said.get("dropped", []):
+                if type(row) is not int or not 0 <= row < self._rows:
+                    raise ValueError("it drops what is no earlier row")
             return table
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ValueError(
