@@ -15,7 +15,7 @@ from test_version_0_1 import flags_of
 import coca_jax
 from coca_jax import search
 from coca_jax.inference import loading
-from coca_jax.searching import index, parts
+from coca_jax.searching import index, parts, staged
 from coca_jax.training import lease
 
 
@@ -108,6 +108,22 @@ def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811
     assert embed(model, "t.tar", "i")["pictures"] == 2
     assert embed(model, "./t.tar", "i")["pictures"] == 2
     assert embed(model, os.path.abspath("t.tar"), "i")["new"] == 0
+
+
+def test_what_was_staged_in_part_is_counted_and_found_once(model, folder):  # noqa: F811
+    class Killed(Exception):
+        pass
+
+    def killed(done):
+        if done:
+            raise Killed
+
+    there = parts.Parts("i")
+    (group,) = index.groups(["s"], there)
+    with pytest.raises(Killed):
+        staged.Work(lambda: model, "i", {}, "here", 4, 3)(group, killed)
+    assert again(model, "s", part=8) == (6, 0, 0, 1, 6)
+    assert sorted(rows(model)) == [f"s/{number}.png" for number in range(6)]
 
 
 def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F811

@@ -103,6 +103,7 @@ def add(
     if model:
         parts.begin(embedding.about(model, checkpoint))
     before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
+    in_groups = parts.in_groups
     total = sum(group.count for group in groups)
     with tqdm.tqdm(total=total or None, unit="picture", disable=not progress) as bar:
         for group in groups:
@@ -113,14 +114,13 @@ def add(
             elif not staged.joined(parts, group):
                 raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
             staged.remove(parts.folder, group)
-    added = len(parts.names()) - count
     names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
     held = [name for name in names if name in before and before[name].row >= 0]
     failed = [name for name in names if parts.files[name].row < 0]
     others = parts.skipped.keys() - known
     parts.drop(gone)
     return dict(
-        new=added - sum(parts.files[name].row >= 0 for name in held),
+        new=len(set(names) - {*held, *failed}) + parts.in_groups - in_groups,
         changed=len(held),
         gone=len(set(gone)),
         already_there=count,

@@ -68,6 +68,7 @@ class Parts:
     Attributes:
         about: the contents of index.json; {} for a new folder.
         skipped: names of pictures that could not be read, and why.
+        in_groups: rows of groups with a key, which are no files.
 
     Raises:
         ValueError: the folder holds something else, or is damaged.
@@ -83,6 +84,7 @@ class Parts:
         elif place.exists() and any(path.name not in _BESIDE for path in place.iterdir()):
             raise ValueError(f"{folder} holds something that is no index; give a new folder")
         self.skipped: dict[str, str] = {}
+        self.in_groups = 0
         self._done: dict[str, Done] = {}
         self._tables: list[pa.Table] = []
         self._files: dict[str, Known] | None = None
@@ -165,6 +167,7 @@ class Parts:
             done = self._done.setdefault(self.whole_path(said["group"]), Done())
             done.pictures += len(table) + len(said["skipped"])
             done.whole = said["last"]
+            self.in_groups += len(table)
         elif self.skipped:
             for name in table[COLUMNS[0]].to_pylist():
                 self.skipped.pop(name, None)
