@@ -22,6 +22,7 @@ trains on.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,9 +35,9 @@ from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
-from coca_jax.importers import shards
+from coca_jax.importers import indexes, metadata, shards, split_field
 from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare, prepare_with_holdout
+from coca_jax.importers.splits import prepare, prepare_with_holdout, splits_of
 
 
 def _options() -> Options:
@@ -118,7 +119,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
     flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
     flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")
-    flags.DEFINE_string("split", "train", "Name of the split that is written.")
+    flags.DEFINE_string(
+        "split", "train", "Name of the split that is written; a field 'split' tells several."
+    )
     flags.DEFINE_float(
         "holdout", 0.0, "Share of the images to write as split 'test' instead.", 0, 1
     )
@@ -214,20 +217,49 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "--input stands there several times, of which the last would count; put a pattern in "
             "quotes, as --input='laion/{00000..00999}.tar', or give a folder"
         )
-    format = flags.FLAGS.format
+    return _import()
+
+
+def _import() -> dict[str, Any]:
+    """Writes what the flags ask for, or finds it there."""
+    format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
-        format = formats.guess(flags.FLAGS.input)
-        cli.say(f"{flags.FLAGS.input}: read as --format={format}")
+        format = formats.guess(input)
+        cli.say(f"{input}: read as --format={format}")
+    options = _options()
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,
-        options=_options(),
+        options=options,
         processes=flags.FLAGS.processes,
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
         engine=engines.of_flags(),
+        state=functools.partial(indexes.state, format, out),
     )
-    cli.say(f"reading {flags.FLAGS.input}")
-    where = (format, flags.FLAGS.input, flags.FLAGS.out)
+    where, by_field = (format, input, out), _by_field(format, options)
+    held = ["test"] if flags.FLAGS.holdout else []
+    names = list(by_field.values) if by_field else [flags.FLAGS.split, *held]
+    there = metadata.read_manifest(out)["splits"]
+    if flags.FLAGS.overwrite or not {*names} <= {*there}:
+        cli.say(f"reading {input}")
+        result = _write(where, by_field, keywords)
+    else:  # which is refused where it is of another request
+        result = _write(where, by_field, keywords)
+        now = indexes.state_of_input(format, input, out, options, names[0])
+        changed = now and there[names[0]].get("state", now) != now
+        why = f"{input} has changed since" if changed else "nothing was read"
+        cli.say(
+            f"{out} holds {', '.join(names)} of it already, and {why}; --overwrite reads it anew"
+        )
+    return result
+
+
+def _write(
+    where: tuple[str, str, str], by_field: split_field.Told | None, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes one split, the two of a holdout, or those that a field tells; says how many."""
+    if by_field:
+        return _write_told(by_field, where, keywords)
     if not flags.FLAGS.holdout:
         result = prepare(*where, **keywords)
         if "waiting" in result:
@@ -242,6 +274,36 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         f"[{result['split']}], {held['written']} -> [{held['split']}]"
     )
     return result | {"held_out": held}
+
+
+def _by_field(format: str, options: Options) -> split_field.Told | None:
+    """The splits that the field `split` tells, where neither flags nor names say others."""
+    said = flags.FLAGS["split"].present or flags.FLAGS.holdout
+    if said or any(name == split_field.FIELD for name, _ in options.where):
+        return None
+    if splits_of(format, flags.FLAGS.input):
+        return None
+    return split_field.told(format, flags.FLAGS.input, options)
+
+
+def _write_told(
+    by_field: split_field.Told, where: tuple[str, str, str], keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes each split that the field `split` tells; what is returned is that of 'train', with all
+    of them as 'splits'."""
+    given, results = keywords["options"], {}
+    if line := by_field.unused(list(by_field.values)):
+        cli.say(f"{where[1]}: {line}")
+    for split in by_field.values:
+        keywords_here = keywords | dict(split=split, options=by_field.options(split, given))
+        results[split] = prepare(*where, **keywords_here)
+    told = results["train"] | {"splits": results}
+    if any("waiting" in result for result in results.values()):
+        counts = {k: sum(result[k] for result in results.values()) for k in ("waiting", "shards")}
+        return _told(told | counts)
+    written = ", ".join(f"{one['written']} -> [{split}]" for split, one in results.items())
+    print(f"{told['read']} examples, by the field 'split': {written}; {told['out']}")
+    return told
 
 
 def _told(result: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def check_batch(config: Config, parts: int, processes: int) -> None:
             raise ValueError(f"{name} is not a multiple of {processes} processes")
 
 
+def remarks(config: Config, num_examples: int) -> list[str]:
+    """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
+    return [one for one in (remark_batch(config, num_examples), remark_losses(config)) if one]
+
+
 def remark_batch(config: Config, num_examples: int) -> str:
     """A warning where a batch has more rows than the data have examples, else ''."""
     largest = max(stages.sizes(config))
@@ -92,6 +97,18 @@ def remark_batch(config: Config, num_examples: int) -> str:
     return (
         f"warning: config.batch_size={largest} is more than all {num_examples} examples: "
         "each is in a batch several times, as a negative of itself; lower it"
+    )
+
+
+def remark_losses(config: Config) -> str:
+    """A warning where losses beside a head have nothing that they could train, else ''."""
+    given = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight") and v}
+    if not (config.head.kind and config.optimizer.encoder_learning_rate == 0 and given):
+        return ""
+    named = " and ".join(f"loss.{name}={value}" for name, value in given.items())
+    return (
+        f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
+        "leaves the head alone; set 0"
     )
 
 

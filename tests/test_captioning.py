@@ -64,10 +64,28 @@ def test_captioning_with_several_references():
     got = dict(evaluator.run(Fake(captions=["a dog  running", "two dogs"]), records))
     assert got["captioning/d/exact_match"] == 0.5
     assert got["captioning/d/word_f1"] == pytest.approx(0.75)
-    assert got["captioning/d/perplexity_count"] == 3
+    assert got["captioning/d/perplexity_count"] == 2  # images
     assert "perplexity" not in "".join(
         dict(captioning.Captioning("d", perplexity=False).run(Fake(captions=["x", "y"]), records))
     )
+
+
+def test_references_of_one_image_are_one_draw():
+    """Five that say the same tell no more of the model than one does."""
+
+    class Sure(Fake):
+        def caption_log_likelihood(self, images, texts):
+            nats = np.array([-0.1 * (1 + int(text.split()[-1])) for text in texts])
+            return nats, np.ones(len(texts), np.int32)
+
+    def scores(several):
+        records = [dict(image=picture(i), text=[f"word {i % 9}"] * several) for i in range(40)]
+        evaluator = captioning.Captioning("c", captions=False)
+        return dict(evaluator.run(Sure(), records))
+
+    one, five = scores(1), scores(5)
+    assert one["captioning/c/perplexity_low"] < one["captioning/c/perplexity"] - 0.1
+    assert one == pytest.approx(five)
 
 
 def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
@@ -102,7 +120,7 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["caption"] for line in lines[1:]] == captions
     plain = dict(captioning.Captioning("x", batch_size=6).run(Fake(captions=captions), records))
-    assert whole == plain and whole["captioning/x/perplexity_count"] == 40
+    assert whole == plain and whole["captioning/x/perplexity_count"] == 20
     for request, data, again in (
         (dict(weights="1"), records, 0),
         (dict(weights="2"), records, 20),

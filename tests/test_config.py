@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 import coca_jax
-from coca_jax import export_format, recipes
+from coca_jax import export_format, recipes, run_config
 from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
@@ -108,6 +108,24 @@ def test_the_page_of_keys_is_current():
     assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
 
 
+def test_losses_beside_a_head_that_train_nothing_are_told():
+    frozen = tiny(**{"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0})
+    assert run_config.remarks(frozen, 1000) == [
+        "warning: loss.contrastive_weight=1.0 and loss.captioning_weight=2.0 cost time and train "
+        "nothing, as optimizer.encoder_learning_rate=0 leaves the head alone; set 0"
+    ]
+    assert not run_config.remarks(frozen.change({"optimizer.encoder_learning_rate": 1e-4}), 1000)
+    weights = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
+    assert not run_config.remarks(frozen.change(weights), 1000)
+
+
+def test_the_page_on_resuming_names_all_that_may_change():
+    page_ = (OLD.parents[2] / "docs/training.md").read_text()
+    said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]
+    named = set(re.findall("`(.*?)`", said))
+    assert not [key for key in run_config.FREE if not {key, key.rpartition(".")[2]} & named]
+
+
 def test_every_key_says_what_it_is():
     found = [key for section in (Config, Entry) for key, field in keys(section)
              if not field.metadata["meaning"]]  # fmt: skip
@@ -154,3 +172,31 @@ def test_weights_may_start_below_the_bound_of_the_temperature():
     with pytest.raises(ValueError, match="min_temperature=0.1 is above model.temperature=0.07"):
         checks.check(config)
     checks.check(config.change({"init_from": "runs/before"}))
+
+
+PAIR = {"head.kind": "pair", "loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
+LORA = {"optimizer.lora_rank": 2, "optimizer.name": "adamw"}
+KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (PAIR | {"loss.bag_weight": 1.0}, r"\(loss.bag_weight=1.0\); set loss.bag_weight=0"),
+        ({"model.pooler.project": False}, "model.embed_dim=16: without .* model.text.width=24"),
+        (LORA | {"optimizer.layer_decay": 0.5}, "layer_decay=0.5 has no effect .*lora_rank=2"),
+        (LORA | {"loss.min_temperature": 0.05}, "min_temperature=0.05 has no effect"),
+        (KEPT | {"loss.bag_weight": 1.0}, "loss.bag_weight=1.0 does not go with .*set 0.0"),
+        (
+            {"loss.contrastive": "sigmoid", "loss.reduction": "mean"},
+            "loss.reduction='mean' is of two directions",
+        ),
+        ({"data.frame_jitter": True}, "frame_jitter=True is of clips, and data.num_frames=0"),
+        ({"model.image.conv_depths": (1, 1)}, r"conv_depths=\(1, 1\) are of the stages in"),
+    ],
+)
+def test_what_could_have_no_effect_is_refused(changes, told):
+    plain = tiny(**{"model.text.width": 24, "data.sources": (dict(builtin="scenes"),)})
+    run_config.check(plain)
+    with pytest.raises(ValueError, match=told):
+        run_config.check(plain.change(changes))

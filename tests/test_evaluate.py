@@ -179,6 +179,20 @@ def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
     assert scores["retrieval/c/num_examples"] == 9
 
 
+def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
+    for number, name in enumerate(("red", "green")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.new("RGB", (16, 16), (20 * i, 250 * number, 9))
+            picture.save(tmp_path / "in" / name / f"{i}.png")
+    damaged = tmp_path / "in/red/7.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    task = dict(tasks_for(tmp_path / "in")[0], class_names=["red", "green"])
+    task["data"] = dict(task["data"], split="train")
+    with pytest.raises(ValueError, match="^zeroshot/c: red/7.png: damaged image .*mend or remove"):
+        tasks.run_tasks(on_one[2], [task], str(tmp_path / "out"))
+
+
 # ---- Data as it lies there
 
 

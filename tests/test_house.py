@@ -4,13 +4,16 @@ CONTRIBUTING.md says them in words, and which layer holds what.
 """
 
 import ast
+import importlib.util
 import pathlib
 import re
+import tomllib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coca_jax"
+TABLES = ROOT / "tests/mutation"
 
 # From the top down. A module belongs to the layer with the longest name that fits it, and imports
 # only what stands in its own layer or below.
@@ -251,3 +254,15 @@ def test_only_models_and_formats_know_parameters_by_path():
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 value = node.slice.value
                 assert value not in layers, f"{name}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("table", sorted(TABLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_fault_of_the_mutation_table_has_its_place(table):
+    """Its old text stands once in the package; else nothing would be changed."""
+    spec = importlib.util.spec_from_file_location("mutations", TABLES / "run.py")
+    mutations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutations)
+    module = tomllib.loads(table.read_text())
+    for fault in module["fault"]:
+        places = mutations.find(ROOT, fault.get("file", module["file"]), fault["old"])
+        assert len(places) == 1, fault["name"]

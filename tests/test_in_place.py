@@ -142,7 +142,7 @@ def test_shards_by_braces(tars, tmp_path):
     with pytest.raises(ValueError, match="more than a million"):
         files.find(f"{tars}/{{0..9999999}}.tar", ())
     pattern = f"{tars}/{{000..001}}.tar"
-    assert own_data.folder_names([pattern, f"{tars}/t-{{0,1}}.tar"]) == ["data", "t-"]
+    assert indexes.folder_names([pattern, f"{tars}/t-{{0,1}}.tar"]) == ["data", "t-"]
     assert make("webdataset", pattern, tmp_path, in_place=True)["written"] == 28
     assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 

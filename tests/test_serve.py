@@ -166,6 +166,12 @@ def test_labels_answers_and_embeddings(client, model):
     (wanted,) = model.zero_shot([picture], ["red", "blue", "green"], ["a photo of a {}"])
     assert list(found) == [["red", "blue", "green"][i] for i in np.argsort(-wanted)]
     np.testing.assert_allclose([found[k] for k in ("red", "blue", "green")], wanted, atol=1e-4)
+    many = "\n".join(f"{i} things that are red" for i in range(300))  # as the page's box gives them
+    status, answer = client.post("/api/zero_shot", ("image", picture), ("label", many))
+    assert status == 200 and len(many) > 6000
+    assert "2001 characters; at most 2000 each" in client.refused(
+        400, "/api/zero_shot", ("image", picture), ("label", "red\n" + "x" * 2001)
+    )
     status, answer = client.post("/api/answer", ("image", picture), ("question", "a red"))
     assert answer["results"] == [dict(answer=model.answer([picture], ["a red"])[0])]
     status, answer = client.post("/api/embed", ("image", picture), ("text", "red"), ("text", "a"))

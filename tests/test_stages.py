@@ -24,8 +24,9 @@ RAMP = ((0.25, 4), (0.5, 8))
 def test_stages_begin_where_their_shares_say():
     config = read(Config, dict(batch_sizes=((0.1, 8), (0.2, 16)), batch_size=32, steps=10))
     assert stages.sizes(config) == [8, 16, 32] and stages.words(config) == "8, then 16, then 32"
-    assert stages.starts(config, 10) == [0, 1, 3]  # 0.1 + 0.2 is a bit more than 0.3
-    assert stages.starts(config, 4) == [0, 1, 2] and stages.starts(config, 1) == [0, 1, 1]
+    assert stages.starts((0.1, 0.2), 10) == [0, 1, 3]  # 0.1 + 0.2 is a bit more than 0.3
+    assert stages.starts((0.1, 0.2), 4) == [0, 1, 2]
+    assert stages.starts((0.1, 0.2), 1) == [0, 1, 1]
     found = stages.of(config, 10, lambda size: [size // 4, size - size // 4])
     assert [stage.taken for stage in found] == [[0, 0], [2, 6], [10, 30]]
     assert [stages.number_at(found, step) for step in (0, 1, 2, 3, 99)] == [0, 1, 1, 2, 2]

@@ -103,6 +103,13 @@ def test_evaluations_and_their_report(folder):
     assert (
         unfinished.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
     )
+    state.add("other", dict(score=2.0))  # while that of other weights runs, whose file it is now
+    state.close()
+    assert (storage.place(folder) / "eval_progress.json").exists()
+    mine = [unfinished.Unfinished(folder, dict(weights="v"), main_process=True) for _ in range(2)]
+    for one in mine:
+        one.close()
+    assert not (storage.place(folder) / "eval_progress.json").exists()
     results.save_results(folder, {"zeroshot/data/top1": 0.75})
     results.save_results(folder, {"zeroshot/data/top5": 1.0})
     image = results.encode_png(np.zeros((8, 8, 3), np.uint8))

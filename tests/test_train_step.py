@@ -265,6 +265,15 @@ def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     assert "token_predictor" not in kept and "mask_token" not in kept["image_encoder"]
 
 
+def test_stages_of_images_begin_where_those_of_batches_do(config):
+    with config.unlocked():
+        config.image_sizes = ((0.1, 8), (0.2, 16))  # 0.1 + 0.2 is a bit more than 0.3
+        config.model.image_size = 24
+    assert [size_at(config, step, 10) for step in range(5)] == [8, 16, 16, 24, 24]
+    config.image_sizes = ()
+    assert size_at(config, 0, 10) == 24
+
+
 @pytest.mark.long
 def test_a_size_curriculum_trains_small_images_first(config, one_device_mesh):
     config.model.image_size = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coca_jax import image_shape
+from coca_jax.config import partial_checks
 from coca_jax.config.model import BLOCK, Head, Model
 from coca_jax.config.run import Config, Optimizer
 from coca_jax.config.section import plain, read
@@ -43,7 +44,7 @@ def check(config: Config) -> None:
         )
     check_texts(config)
     check_contrastive(config)
-    check_locked(config)
+    partial_checks.check(config)
     check_trim(config)
     check_native(config)
     if config.loss.hidden_weight and not config.optimizer.ema:
@@ -55,6 +56,10 @@ def check(config: Config) -> None:
         raise ValueError(
             f"loss.hidden_weight={config.loss.hidden_weight} is for images without a task head; "
             "set it to 0"
+        )
+    if config.data.frame_jitter and not config.data.num_frames:
+        raise ValueError(
+            "data.frame_jitter=True is of clips, and data.num_frames=0; give frames, or set False"
         )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
@@ -82,80 +87,6 @@ def taught(config: Config) -> None:
         )
 
 
-def frozen_encoder(config: Config) -> bool:
-    """Whether nothing of the image encoder is trained."""
-    optimizer = config.optimizer
-    if config.head.kind:
-        return optimizer.encoder_learning_rate == 0
-    return optimizer.image_learning_rate == 0 or optimizer.keep_embeddings
-
-
-def check_locked(config: Config) -> None:
-    """Raises ValueError for what an image encoder with a rate of its own, or whose tokens are kept,
-    does not go with."""
-    data, optimizer = config.data, config.optimizer
-    rate = optimizer.image_learning_rate
-    if rate >= 0 and (config.head.kind or optimizer.lora_rank):
-        raise ValueError(
-            f"optimizer.image_learning_rate={rate} goes with no task head and no LoRA; with a head "
-            "set optimizer.encoder_learning_rate"
-        )
-    if optimizer.keep_embeddings:
-        for name, value, good in (
-            ("config.head.kind", config.head.kind, ""),
-            ("optimizer.lora_rank", optimizer.lora_rank, 0),
-            ("optimizer.image_learning_rate", rate, -1.0),
-            ("loss.contrastive_weight", config.loss.contrastive_weight, 0.0),
-        ):
-            if value != good:
-                raise ValueError(
-                    f"{name}={value!r} does not go with optimizer.keep_embeddings, which trains "
-                    f"what captions alone depend on; set {good!r}"
-                )
-    if rate > 0 and not optimizer.learning_rate:
-        raise ValueError(
-            f"optimizer.image_learning_rate={rate} is a share of learning_rate=0; set both above 0"
-        )
-    if config.init_parts != "all" and not config.init_from:
-        raise ValueError(
-            f"init_parts={config.init_parts!r} needs init_from, the weights to take that from"
-        )
-    if data.augmentations and data.loader != "direct":
-        raise ValueError(
-            f"data.augmentations={data.augmentations} needs data.loader='direct'; set it"
-        )
-    if data.features:
-        check_features(config)
-
-
-def check_features(config: Config) -> None:
-    """Raises ValueError where kept tokens of the image encoder would not be those of each step."""
-    data = config.data
-    kept = f"data.features={data.features!r}"
-    if not frozen_encoder(config):
-        raise ValueError(
-            f"{kept} keeps the tokens of a frozen image encoder; set optimizer.image_learning_rate"
-            "=0 (with a task head encoder_learning_rate=0), or data.features=''"
-        )
-    moving = data.augment != "none" or data.flip or (data.num_frames and data.frame_jitter)
-    if moving and not data.augmentations:
-        raise ValueError(
-            f"{kept} keeps each image as it is augmented, and data.augmentations=0 draws a new one "
-            "at each visit; set it to 4, say, or data.augment='none' and data.flip=False"
-        )
-    for name, value, good in (
-        ("data.loader", data.loader, "direct"),
-        ("model.image.patch_dropout", config.model.image.patch_dropout, 0.0),
-        ("config.image_sizes", config.image_sizes, ()),
-        ("loss.hidden_weight", config.loss.hidden_weight, 0.0),
-    ):
-        if value != good:
-            raise ValueError(f"{name}={value!r} does not go with {kept}; set {good!r}")
-    kind = head_kinds.of(config.head.kind)
-    if kind is not None and kind.images > 1:
-        raise ValueError(f"head.kind={kind.name!r} does not go with {kept}; set data.features=''")
-
-
 def check_texts(config: Config) -> None:
     """Raises ValueError for lengths or parts of texts that the model or each other forbid."""
     if any(length < 3 for length in config.text_lengths):
@@ -177,6 +108,11 @@ def check_contrastive(config: Config) -> None:
         raise ValueError(
             f"loss.min_temperature={loss.min_temperature} is above model.temperature="
             f"{config.model.temperature}, with which a run starts; raise that, or lower this"
+        )
+    if loss.contrastive == "sigmoid" and loss.reduction != "sum":
+        raise ValueError(
+            f"loss.reduction={loss.reduction!r} is of two directions, and loss.contrastive="
+            "'sigmoid' has one; set 'sum'"
         )
     if loss.contrastive != "global" or not loss.contrastive_weight:
         return
@@ -320,6 +256,11 @@ def check_model(model: Model) -> Model:
             f"model.image.conv_widths has {stages} stages; it needs model.patch_size={2**stages} "
             f"(is {model.patch_size}) and as many model.image.conv_depths"
         )
+    if model.image.conv_depths and not stages:
+        raise ValueError(
+            f"model.image.conv_depths={model.image.conv_depths} are of the stages in "
+            "model.image.conv_widths=(); give these too, or conv_depths=()"
+        )
     for name, tower in (("image", model.image), ("text", model.text)):
         if tower.width % tower.num_heads:
             raise ValueError(
@@ -336,6 +277,11 @@ def check_model(model: Model) -> Model:
         )
     kind = pooler_kinds.of(pooler.kind)
     kind.check(pooler.num_queries)
+    if model.family == "coca" and not pooler.project and model.embed_dim != model.text.width:
+        raise ValueError(
+            f"model.embed_dim={model.embed_dim}: without a projection (model.pooler.project=False) "
+            f"it must be model.text.width={model.text.width}; set it, or project=True"
+        )
     if model.family == "coca" and not kind.pools:
         for name, value, good in (
             ("image.class_token", model.image.class_token, True),

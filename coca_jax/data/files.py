@@ -9,14 +9,18 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from coca_jax.data import unreachable
 from coca_jax.storage import as_os_error, filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
-SPLITS = ("train", "test", *VALIDATION)
+SPLITS = {  # what files and folders are called, in any case -> the split that they tell
+    **dict(train="train", training="train", test="test", testing="test"),
+    **dict.fromkeys(VALIDATION, "validation"),
+}
+_OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
 MAX_TEXT_FILE = 64 << 20  # of a list of names or prompts
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # of a pattern
@@ -40,6 +44,25 @@ def listing(folder: str) -> list[str]:
     """The names in a folder, sorted."""
     system, plain = filesystem(folder)
     return sorted(posixpath.basename(found.rstrip("/")) for found in system.ls(plain, detail=False))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, by its name within a folder, is none that somebody put there: a part of the
+    name begins with a dot, or is that of a folder that systems make for themselves."""
+    parts = name.split("/")
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part in _OF_SYSTEMS for part in parts
+    )
+
+
+def walk(path: str) -> Iterator[list[str]]:
+    """For a folder and each one below, the names of its files within `path`, sorted, without those
+    that are hidden."""
+    system, plain = filesystem(path)
+    for folder, folders, names in system.walk(plain, topdown=True):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        within = posixpath.relpath(folder, plain)
+        yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]
 
 
 def read(path: str) -> bytes:
@@ -146,12 +169,16 @@ def size(path: str) -> int:
         return system.size(plain)
 
 
-def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
+def find(
+    path: str, patterns: tuple[str, ...], split: str = "", *, all_told: bool = False
+) -> list[str]:
     """Files of an input: the file itself, a glob, the files of a pattern with braces as webdataset
     has it ({000..999} or {a,b}), or the matching files of a folder, sorted.
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
+
+    all_told: only where the names of all files do, as of pictures, which are called anything.
 
     Raises:
         FileNotFoundError: nothing matches, or a file of a pattern with braces is not there.
@@ -170,11 +197,10 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     elif system.isfile(plain):
         return [path]
     elif system.isdir(plain):
-        names = _matching(system, plain, patterns)
-        told = {file: _told_split(name) for file, name in names.items()}
-        found = list(names)
-        if split and any(told.values()):
-            wanted = "validation" if split in VALIDATION else split
+        told = _told_splits(system, plain, patterns)
+        found = list(told)
+        if split and _tell(told.values(), all_told):
+            wanted = SPLITS.get(split.lower(), split)
             found = [file for file in found if told[file] == wanted]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -215,26 +241,45 @@ def _expanded(path: str) -> list[str]:
     return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 
-def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:
+def splits_told(path: str, patterns: tuple[str, ...], *, all_told: bool = False) -> list[str]:
     """The splits that the names of a folder's matching files tell, as `find` understands them:
     'train', 'test', 'validation' (also said valid, val, dev), sorted; [] where they tell none."""
     system, plain = filesystem(path)
     if not system.isdir(plain):
         return []
-    names = _matching(system, plain, patterns).values()
-    return sorted({told for name in names if (told := _told_split(name))})
+    told = _told_splits(system, plain, patterns).values()
+    return sorted({*told} - {""}) if _tell(told, all_told) else []
 
 
-def _matching(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Matching files of a folder and below -> their names within it."""
+def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
+    """(names of the files that `find` takes for no split, as others tell theirs; number of all)."""
+    system, plain = filesystem(path)
+    folder = not system.isfile(plain) and system.isdir(plain)
+    told = _told_splits(system, plain, patterns) if folder else {}
+    if not _tell(told.values()):
+        return [], len(told)
+    return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
+
+
+def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Matching files of a folder and below -> the split that their names within it tell, or ''."""
     names = {file: posixpath.relpath(file, plain) for file in system.find(plain)}
-    return {f: n for f, n in names.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
+    return {
+        file: _told_split(name)
+        for file, name in names.items()
+        if not is_hidden(name) and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
+
+
+def _tell(told: Collection[str], all_told: bool = False) -> bool:
+    """Whether names make splits, by what each of them tells."""
+    return all(told) and bool(told) if all_told else any(told)
 
 
 def _told_split(name: str) -> str:
     """The split that a file's name tells, '' for none; of several the first of SPLITS."""
-    found = next((split for split in SPLITS if split in _words(name)), "")
-    return "validation" if found in VALIDATION else found
+    words = _words(name)
+    return next((split for word, split in SPLITS.items() if word in words), "")
 
 
 def _words(name: str) -> set[str]:

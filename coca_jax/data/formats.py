@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
+import itertools
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax import storage
@@ -16,8 +18,16 @@ MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
 )
-SIDECARS = (".txt", ".json", ".cls")  # of texts in files beside the images
+TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
+SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
+
+SEPARATORS = {
+    ",": "commas",
+    ";": "semicolons",
+    "\t": "tabs",
+    "|": "bars",
+}  # of the columns of lists
 
 _SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
@@ -26,7 +36,9 @@ _SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
+_LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 
 
 def guess(path: str) -> str:
@@ -43,6 +55,9 @@ def guess(path: str) -> str:
     system, plain = files.filesystem(path)
     if files.is_pattern(path) or system.isfile(plain):
         found = _of_names([plain])
+        if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
+            above, _, name = path.rpartition("/")
+            found = "csv" if _is_text_list(above or ".", name, list(_names(above or "."))) else ""
         if not found:
             raise ValueError(
                 f"{path} is one file, and no list or archive of images; give the folder of the "
@@ -67,8 +82,10 @@ def guess(path: str) -> str:
         return "sidecars"
     if found == "jsonl" or (found == "csv" and pictures):
         lists = [name for name in names if name.lower().endswith(_SUFFIXES[found])]
-        if not any(_lists_images(path, name, set(names)) for name in lists[:8]):
+        if not any(_lists_images(path, name, names) for name in lists[:8]):
             found = ""  # a table of something else beside folders of images
+    elif not found and text_lists(path, names):
+        return "csv"
     if found or pictures:
         return found or "imagefolder"
     raise ValueError(f"{path}: {_contents(names)}; give images, tars, parquet, CSV or TSV")
@@ -76,14 +93,10 @@ def guess(path: str) -> str:
 
 def _names(path: str) -> Iterator[str]:
     """Names of the files in a folder and below, hidden ones left out, up to a number."""
-    system, plain = files.filesystem(path)
     count = 0
-    for folder, folders, inside in system.walk(plain, topdown=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(inside):
-            if not name.startswith("."):
-                count += 1
-                yield posixpath.relpath(posixpath.join(folder, name), plain)
+    for names in files.walk(path):
+        yield from names
+        count += len(names)
         if count >= _LOOK_AT:
             return
 
@@ -103,12 +116,13 @@ def _has_sidecars(names: list[str]) -> bool:
     return 2 * sum(name in texts for name in pictures) > len(pictures)
 
 
-def separator(header: str) -> str:
-    """What separates the columns of a list with this first line: a tab where it has one, a
-    semicolon where it has no comma (as spreadsheets write in much of Europe), else a comma."""
-    if "\t" in header:
-        return "\t"
-    return ";" if ";" in header and "," not in header else ","
+def dialect(header: str) -> dict[str, Any]:
+    """How `csv` is to read a list with this first line. What separates its columns: a tab where it
+    has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a bar. Where a
+    space follows there, it is none of the cells', which may be quoted behind it."""
+    mark = next((mark for mark in ("\t", ",", ";", "|") if mark in header), ",")
+    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL  # no text has bars
+    return dict(delimiter=mark, skipinitialspace=f"{mark} " in header, quoting=quoting)
 
 
 def image_field(row: Mapping[str, Any]) -> str:
@@ -128,43 +142,75 @@ def beside(path: str) -> list[str]:
     return [name for name in _names(path) if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
 
 
-def _lists_images(folder: str, name: str, names: set[str]) -> bool:
-    """Whether a list has a column of image files: by its name, or by a picture that is there."""
+def tables(path: str) -> list[str]:
+    """Files in a folder that may be tables of its pictures, by their names."""
+    return [name for name in _names(path) if name.lower().endswith(TABLES)]
+
+
+def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
+    """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
+    none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
+    names = names or list(_names(path))
+    if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
+        return []
+    pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}
+    texts = [name for name in names if name.lower().endswith(".txt")]
+    apart = [name for name in texts if posixpath.splitext(name)[0] not in pictures]
+    return [files.join(path, name) for name in apart[:8] if _is_text_list(path, name, names)]
+
+
+def _is_text_list(folder: str, name: str, names: Sequence[str]) -> bool:
+    columns = list(_first_rows(files.join(folder, name))[0])
+    headed = len(columns) > 1 and not any(column.lower().endswith(MEDIA) for column in columns)
+    return headed and _lists_images(folder, name, names)
+
+
+def _lists_images(folder: str, name: str, names: Sequence[str]) -> bool:
+    """Whether a list has a column of image files: by its name, or by a picture that is there, in
+    one of the first rows, as the files of some may be gone.
+
+    names: of the files in the folder.
+    """
     packed = name.lower().endswith(_SUFFIXES["jsonl"])
-    row = (
-        _first_object(files.join(folder, name)) if packed else _first_row(files.join(folder, name))
-    )
-    if set(IMAGE_COLUMNS) & set(row):
-        return True
-    named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), named)) in names
+    rows, there = _first_objects if packed else _first_rows, set(names)
+    pictures = [one for one in names if one.lower().endswith(MEDIA)]
+    if len({posixpath.dirname(one) for one in pictures}) == 1:  # whose name is no class
+        there.update(map(posixpath.basename, pictures))  # see `named_files.resolve`
+    for row in rows(files.join(folder, name)):
+        named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), named))
+        if {named, path} & there or set(IMAGE_COLUMNS) & set(row):
+            return True
+    return False
 
 
-def _first_row(path: str) -> dict[str, str]:
-    """The first row of a table, by column; without a row its columns."""
+def _first_rows(path: str) -> list[dict[str, str]]:
+    """The first rows of a table, by column; of one without rows its columns."""
     with files.open_binary(path) as file:
-        data = file.read(65_536)
+        data = file.read(_LOOK_AT_BYTES)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
     text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
     header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator(header))
-    try:
-        columns, first = next(rows, []), next(rows, [])
-    except csv.Error:
-        return {}
-    return dict.fromkeys((name.strip() for name in columns), "") | dict(zip(columns, first))
+    rows = csv.reader(io.StringIO(text, newline=""), **dialect(header))
+    found: list[list[str]] = []
+    with contextlib.suppress(csv.Error):
+        found.extend(itertools.islice(rows, 1 + _LOOK_AT_ROWS))
+    columns = [name.strip() for name in found[0]] if found else []
+    return [dict.fromkeys(columns, "") | dict(zip(columns, row)) for row in found[1:] or [[]]]
 
 
-def _first_object(path: str) -> dict[str, Any]:
-    """The first object of a list."""
-    packed, line = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b""
-    try:
+def _first_objects(path: str) -> list[dict[str, Any]]:
+    """The first objects of a list."""
+    packed, data, found = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b"", []
+    with contextlib.suppress(OSError, ValueError):
         with files.open_unpacked(path) if packed else files.open_binary(path) as file:
-            while b"\n" not in line and len(line) < 1 << 20 and (block := file.read(64)):
-                line += block
-        return bounded_json.parse(line.split(b"\n", 1)[0])
-    except (ValueError, OSError):
-        return {}
+            # By little, as what lies before a damaged place of a packed file is whole.
+            while len(data) < _LOOK_AT_BYTES and (block := file.read(1024)):
+                data += block
+    for line in data.split(b"\n")[:_LOOK_AT_ROWS]:
+        with contextlib.suppress(ValueError):
+            found.append(bounded_json.parse(line))
+    return found
 
 
 def _contents(names: list[str]) -> str:

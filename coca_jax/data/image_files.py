@@ -10,7 +10,8 @@ from coca_jax.data import files, images, videos
 
 
 def find(paths: Sequence[str], video: bool = False) -> list[str]:
-    """Image files: those named, and those in folders and below, sorted, by their extensions.
+    """Image files: those named, and those in folders and below that are not hidden, sorted, by
+    their extensions.
 
     Paths and URLs (gs://, s3://, https://); an https URL is always taken for one image.
     video: video files as well.
@@ -23,7 +24,8 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
     found: dict[str, None] = {}
     for path in paths:
         for name in _below(path):
-            if name == path or posixpath.splitext(name)[1].lower() in extensions:
+            image = posixpath.splitext(name)[1].lower() in extensions
+            if name == path or (image and not files.is_hidden(posixpath.relpath(name, path))):
                 found[name] = None
     if not found:
         raise ValueError(f"no image in {', '.join(paths) or 'no path'}; give images or folders")

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax.data import files
+from coca_jax.data import files, formats
+
+_MOST_BELOW = 500_000  # files
 
 
 class Outside(ValueError):
@@ -44,8 +47,8 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{name!r} is no name of a file")
     path = files.join(folder, name)
-    if "\\" in name and not files.is_remote(path) and not os.path.lexists(path):
-        path = files.join(folder, name.replace("\\", "/"))  # as lists from Windows have it
+    if not files.is_remote(path) and not os.path.lexists(path):
+        path = _meant(folder, name) or path
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
     found = _canonical(path)
@@ -55,6 +58,36 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
             f"{name[:200]!r} leads to {found[:200]}, outside the input; "
             "--allow_paths=FOLDER_OR_URL allows more"
         )
+    return found
+
+
+def _meant(folder: str, name: str) -> str:
+    """The local file for whose name a list has another spelling: backslashes, as those from Windows
+    do, or the other form of letters with accents; '' for none. A name without folders is looked
+    for in the folders below as well, as lists stand above their pictures."""
+    plain = name.replace("\\", "/")
+    for spelling in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
+        if os.path.lexists(path := files.join(folder, spelling)):
+            return path
+    below = {} if "/" in plain else _pictures_below(folder)
+    return below.get(unicodedata.normalize("NFC", plain), "")
+
+
+@functools.lru_cache(maxsize=4)
+def _pictures_below(folder: str) -> dict[str, str]:
+    """Names of the pictures in a folder and below -> their paths; '' for a name that several have.
+    Of a folder with more than half a million files nothing: a list may lie above all that is there.
+    """
+    found: dict[str, str] = {}
+    seen = 0
+    for place, _, names in os.walk(folder):
+        seen += len(names)
+        if seen > _MOST_BELOW:
+            return {}
+        for name in names:
+            if name.lower().endswith(formats.MEDIA):
+                known = unicodedata.normalize("NFC", name)
+                found[known] = "" if known in found else posixpath.join(place, name)
     return found
 
 

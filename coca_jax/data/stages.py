@@ -49,11 +49,12 @@ def steps_of(config: Config, num_examples: int) -> int:
     return round(config.epochs * num_examples / mean)
 
 
-def starts(config: Config, steps: int) -> list[int]:
-    """The first step of each stage of a run of so many: the smallest from which on at least the
-    shares before it are done. Stages that are given no step begin where the next one does."""
+def starts(shares: Sequence[float], steps: int) -> list[int]:
+    """The first step of each stage of a run of so many, of sizes of batches or of images: the
+    smallest from which on at least the shares before it are done. Stages that are given no step
+    begin where the next one does."""
     found, done = [0], 0.0
-    for share, _ in config.batch_sizes:
+    for share in shares:
         done += share
         found.append(math.ceil(round(done * steps, 6)))
     return found
@@ -62,7 +63,8 @@ def starts(config: Config, steps: int) -> list[int]:
 def of(config: Config, steps: int, shares: Callable[[int], Sequence[int]]) -> list[Stage]:
     """The stages of a run of so many steps; shares: rows of each source in a batch of a size."""
     found: list[Stage] = []
-    for first, size in zip(starts(config, steps), sizes(config)):
+    parts = [share for share, _ in config.batch_sizes]
+    for first, size in zip(starts(parts, steps), sizes(config)):
         rows = list(shares(size))
         taken = found[-1].seen(first) if found else [0] * len(rows)
         found.append(Stage(first, rows, taken))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from absl import logging
 
 from coca_jax.config import Entry
 from coca_jax.data import kinds
+from coca_jax.data.field_texts import INNER_LABELS, INNER_TEXTS, strings
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.data.texts import json_text
@@ -198,18 +199,20 @@ def _refield(source: Source, text_field: str, label_field: str) -> Source:
     if not text_field and not label_field:
         return source
 
-    def strings(value: Any) -> tuple[str, ...]:
-        if isinstance(value, Mapping):  # texts by language
-            value = list(value.values())
-        values = value if isinstance(value, list) else [value]
-        return tuple(json_text(v) for v in values if v not in (None, ""))
+    def taken(record: Record, value: Any, inner: Sequence[str]) -> tuple[str, ...]:
+        try:
+            return tuple(map(json_text, strings(value, inner)))
+        except ValueError as error:
+            raise ValueError(f"data source {source.name}: {record.key}: {error}") from None
 
     def change(record: Record) -> Record:
         extra = json.loads(record.extra)
         if text_field:
-            record = record._replace(texts=strings(extra.get(text_field)))
+            texts = taken(record, extra.get(text_field), INNER_TEXTS)
+            record = record._replace(texts=texts)
         if label_field:
-            record = record._replace(labels=strings(extra.get(label_field)))
+            labels = taken(record, extra.get(label_field), INNER_LABELS)
+            record = record._replace(labels=labels)
         return record
 
     return Source(

@@ -255,8 +255,8 @@ class Captioning(Evaluator):
             for record, one in zip(batch, found):
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
-                    sums += one["log_likelihood"]
-                    tokens += one["tokens"]
+                    sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
+                    tokens.append(sum(one["tokens"]))
                 if not self.captions:
                     continue
                 caption = one["caption"]

@@ -51,6 +51,7 @@ class Records:
             source = unprepared.open_source(entry, "test")
         self._source = source
         self._indices = np.arange(min(limit or len(source), len(source)))
+        self._read: list[np.ndarray] = []
         self.left_out = 0
         # Going through a TFDS set costs as much as evaluating on it.
         if need and not (self.scenes or source.complete or entry.tfds):
@@ -83,6 +84,7 @@ class Records:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for part in self._parts():
+            self._read = [*self._read, part][-2:]
             if self.scenes:
                 yield from self._source.read(part)
                 continue
@@ -95,6 +97,18 @@ class Records:
                     extra=record.extra,
                     second=record.second,
                 )
+
+    def unreadable(self, read: Callable[[bytes], Any]) -> str:
+        """The key of the first of the records given last whose image `read` refuses, and why; ''
+        where there is none. Only those are looked at: images are decoded as they are needed."""
+        if self.scenes or not self._read:
+            return ""
+        for record in self._source.read(np.concatenate(self._read)):
+            try:
+                read(record.image)
+            except ValueError as error:
+                return f"{record.key}: {error}"
+        return ""
 
 
 def _suits(entry: Entry, need: str) -> bool:

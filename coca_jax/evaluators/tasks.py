@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Setting
@@ -25,6 +26,9 @@ class Model(Predictor, Protocol):
 
     def checksum(self) -> str:
         """Tells this model from others."""
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """One image as the model takes it. Raises ValueError: cannot be decoded."""
 
 
 def run_tasks(
@@ -108,7 +112,16 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
         )
     setting.records = records
     evaluator = kind.from_task(task, setting)
-    new = dict(evaluator.run(model, records))
+    try:
+        new = dict(evaluator.run(model, records))
+    except ValueError as error:
+        found = records.unreadable(model.preprocess)
+        if not found:
+            raise
+        raise ValueError(
+            f"{task['kind']}/{task['name']}: {found}; mend or remove it, or `coca-jax prepare` the "
+            "data, which leaves such images out and lists them"
+        ) from error
     new[f"{evaluator.name}/num_examples"] = float(len(records))
     if setting.main_process:
         results.save_examples(setting.workdir, evaluator.name, evaluator.examples)

@@ -30,8 +30,7 @@ class Unfinished:
         self._path = storage.place(workdir) / "eval_progress.json"
         self._main = main_process
         if main_process:
-            found = json.loads(self._path.read_text()) if self._path.exists() else {}
-            if not model_checksum.same_request(found.get("request"), request):
+            if not model_checksum.same_request(self._found().get("request"), request):
                 self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("coca_jax evaluate")
@@ -46,13 +45,24 @@ class Unfinished:
     def add(self, task: str, scores: Mapping[str, float]) -> None:
         """Notes that a task is finished."""
         self._state["tasks"][task] = dict(scores)
-        if self._main:
+        if self._main and self._is_mine():
             self._write(self._state)
 
     def close(self) -> None:
         """All is finished: the next start begins anew."""
-        if self._main:
-            self._path.unlink()
+        if self._main and self._is_mine():
+            self._path.unlink(missing_ok=True)
+
+    def _is_mine(self) -> bool:
+        """False where another evaluation of these weights has begun since, whose file it is now;
+        or has finished."""
+        return self._found().get("request") == self._state["request"]
+
+    def _found(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return {}
 
     def _write(self, state: Mapping[str, Any]) -> None:
         storage.write_text(self._path, json.dumps(state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from coca_jax.data import files, named_files
+from coca_jax.data import files, formats, named_files
 from coca_jax.importers import imagefolder, lines
 from coca_jax.importers.items import Item, Options, Unit, split_units
 
@@ -17,11 +17,11 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """Units of the lists: ranges of rows.
 
     Raises:
-        FileNotFoundError: no .csv, .tsv or .txt file.
+        FileNotFoundError: no .csv or .tsv file, nor a .txt that is such a list.
         ValueError: a list has no such column.
     """
     units, root = [], named_files.root_of(path)
-    for file in files.find(path, PATTERNS, split):
+    for file in _lists(path, split):
         rows, columns = 0, None
         for fields in lines.csv_rows(file):
             if not columns and not isinstance(fields, csv.Error):
@@ -35,10 +35,26 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return units
 
 
+def _lists(path: str, split: str) -> list[str]:
+    try:
+        return files.find(path, PATTERNS, split)
+    except FileNotFoundError:
+        system, plain = files.filesystem(path)
+        if not system.isdir(plain) or not (found := formats.text_lists(path)):
+            raise
+        return found
+
+
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows; paths are relative to the list."""
+    for found in located(unit, options):
+        yield found.load(unit, options)
+
+
+def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
+    """The items of a range of rows without their images."""
     for number, fields in enumerate(lines.csv_rows(unit.path)):
         if number >= unit.stop:
             return
         if number >= unit.start:
-            yield imagefolder.row(unit, number, fields, options).load(unit, options)
+            yield imagefolder.row(unit, number, fields, options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import itertools
+import os
 import posixpath
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +26,7 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    whole_files,
 )
 
 ROWS_PER_UNIT = 2048
@@ -34,14 +38,15 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
+        ValueError: two files of metadata in one folder, or fields are named where there are none.
     """
     if not files.is_remote(path) and not files.exists(path):
         raise FileNotFoundError(f"{path}: no such folder")
-    root, inner = path, files.join(path, split)
-    if split in splits(path) or (split not in files.SPLITS and files.exists(inner)):
-        root = inner
+    root = _folder_of(path, split)
     found = _metadata(root)
     units, below = [], named_files.root_of(path)
+    if not found:
+        _refuse_fields(path, options)
     for metadata in found:
         if metadata.endswith((".jsonl", *lines.PACKED)):
             units += line_units(metadata, below)
@@ -51,32 +56,92 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return units if found else split_units(root, len(_images(root)), ROWS_PER_UNIT, below)
 
 
-def splits(path: str) -> list[str]:
-    """The splits of an imagefolder that has a folder for each, under their own names, else [].
+def _refuse_fields(path: str, options: Options) -> None:
+    """Raises ValueError where options name fields of pictures that have only their folders."""
+    fields = ("text_field", "label_field", "image_field")
+    named = next((field for field in fields if getattr(options, field)), "")
+    if not named:
+        return
+    tables = [name for name in formats.tables(path) if not name.endswith(".json")]
+    fix = "there is no table beside the pictures; add metadata.csv with the columns file_name, text"
+    if tables:
+        kind = "jsonl" if tables[0].lower().endswith(".jsonl") else "csv"
+        fix = f"to read its table give --format={kind} --input={files.join(path, tables[0])}"
+    raise ValueError(
+        f"--{named}={getattr(options, named)}: {path} is read by its folder names, without fields; "
+        + fix
+    )
 
-    A folder is a split by its name, unless other folders of images stand beside it: then it is a
-    class, such as "train" among vehicles. Metadata that stands above the folders alone names the
-    images of them all and leaves them one split.
+
+def unlisted(path: str, options: Options) -> tuple[int, int]:
+    """(pictures of a local folder that no row of its metadata names, all pictures); (0, 0) where
+    there are no metadata."""
+    root = os.path.realpath(path)
+    if not _metadata(root):
+        return 0, 0
+    left = {os.path.normpath(one) for one in _images(root)}
+    count = len(left)
+    for unit in whole_files(plan(root, "", options)):
+        for one in located(unit, options):
+            for name in filter(None, (one.name, one.second)):
+                with contextlib.suppress(ValueError):  # the import says what is wrong with it
+                    left.discard(named_files.resolve(one.folder, name, [root]))
+    return len(left), count
+
+
+def splits(path: str) -> list[str]:
+    """The splits of an imagefolder that has a folder for each, else []: 'train', 'test' and
+    'validation', 'valid', 'val' or 'dev', as it says."""
+    return sorted(_split_folders(path))
+
+
+def _folder_of(path: str, split: str) -> str:
+    """The folder with the images of a split: where no folder is one, the whole."""
+    folders, wanted = _split_folders(path), files.SPLITS.get(split.lower())
+    same = [folder for name, folder in folders.items() if files.SPLITS[name] == wanted]
+    if split in folders or len(same) == 1:
+        return folders.get(split) or same[0]
+    inner = files.join(path, split)
+    return inner if split and not wanted and files.exists(inner) else path
+
+
+def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, str]:
+    """Split -> its folder, by the folders' names in any case; {} where there are none.
+
+    A folder is no split where other folders of images stand beside it: then it is a class, such as
+    "train" among vehicles. Metadata that stands above the folders alone names the images of them
+    all and leaves them one split. The folders may lie in a single one that holds everything.
+
+    wrapped: `path` is such a folder, and not the input.
     """
     system, plain = files.filesystem(path)
     if not system.isdir(plain):
-        return []
-    inside = (
-        entry["name"] for entry in system.ls(plain, detail=True) if entry["type"] == "directory"
-    )
-    names = sorted(posixpath.basename(name.rstrip("/")) for name in inside)
-    found = [name for name in names if name in files.SPLITS]
-    rest = [name for name in names if name not in files.SPLITS and not name.startswith(".")]
-    if not found or any(_has_media(files.join(path, name)) for name in rest):
-        return []
-    if any(files.exists(files.join(path, name)) for name in METADATA):
-        return found if any(_metadata(files.join(path, name)) for name in found) else []
-    return found
+        return {}
+    entries = {posixpath.basename(e["name"].rstrip("/")): e for e in system.ls(plain, detail=True)}
+    names = sorted(n for n in entries if not files.is_hidden(n))
+    inside = [name for name in names if entries[name]["type"] == "directory"]
+    found = [name for name in inside if name.lower() in files.SPLITS]
+    rest = (n for n in inside if n not in found and _has_media(files.join(path, n)))
+    others = list(itertools.islice(rest, 2))
+    above = bool({*METADATA} & {*names})
+    if not found and not wrapped and not above and len(others) == 1:
+        alone = not any(name.lower().endswith(MEDIA) for name in names)
+        return _split_folders(files.join(path, others[0]), wrapped=True) if alone else {}
+    folders = {name: files.join(path, name) for name in found}
+    if others or (above and not any(map(_metadata, folders.values()))):
+        return {}
+    told = {_own_name(name): folder for name, folder in folders.items()}
+    return told if len(told) == len(found) else {}  # 'test' beside 'Testing' is one of two things
+
+
+def _own_name(folder: str) -> str:
+    """What a folder calls its split, validation by any of its names."""
+    name = folder.lower()
+    return name if name in files.VALIDATION else files.SPLITS[name]
 
 
 def _has_media(folder: str) -> bool:
-    system, plain = files.filesystem(folder)
-    return any(name.lower().endswith(MEDIA) for _, _, names in system.walk(plain) for name in names)
+    return any(name.lower().endswith(MEDIA) for names in files.walk(folder) for name in names)
 
 
 def _metadata(root: str) -> list[str]:
@@ -87,6 +152,15 @@ def _metadata(root: str) -> list[str]:
             found += files.find(root, (name, f"*/{name}"))
         except FileNotFoundError:
             continue
+    first: dict[str, str] = {}
+    for one in found:
+        folder = posixpath.dirname(one)
+        if first.setdefault(folder, one) != one:
+            both = f"{posixpath.basename(first[folder])} and {posixpath.basename(one)}"
+            raise ValueError(
+                f"{folder} has both {both}, which would give each picture twice; remove one, or "
+                f"give the one to read, --input={one}"
+            )
     return found
 
 
@@ -164,8 +238,12 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
         plain = files.filesystem(unit.path)[1]
         for path in _images(unit.path)[unit.start : unit.stop]:
             name = posixpath.relpath(files.filesystem(path)[1], plain)
-            label = posixpath.dirname(name).replace("_", " ").replace("/", ", ")
-            yield Located(Item(name, labels=strings(label)), unit.path, path)
+            item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
+            try:
+                item.labels = names(label, options.class_names)
+            except ValueError as error:
+                item.problem, item.detail = "bad_label", str(error)
+            yield Located(item, unit.path, path)
 
 
 def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:

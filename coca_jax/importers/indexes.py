@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import posixpath
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from coca_jax import cache_folder
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, formats, manifest
-from coca_jax.importers import in_place, own_data, shards, splits
+from coca_jax.data import files, formats, manifest, references
+from coca_jax.importers import in_place, metadata, shards, splits
 from coca_jax.importers.items import Options, Unit
 
 
@@ -34,11 +40,15 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     """
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
-    names = own_data.folder_names([sources[number].path for number in numbers])
+    names = folder_names([sources[number].path for number in numbers])
     for number, name in zip(numbers, names):
         entry, out = sources[number], files.join(workdir, f"data/{name}")
         split = entry.split or "train"
         if main_process:
+            if files.exists(files.join(out, manifest.FILE)):
+                format, options = formats.guess(entry.path), _options(entry)
+                now = state_of_input(format, entry.path, out, options, split)
+                refuse_changed(entry.path, out, now)
             _make(entry, split, out)
         while split not in (manifest.read(out) or {"splits": {}})["splits"]:
             time.sleep(1)
@@ -46,6 +56,17 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def folder_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each path: its last part, numbered where two share it."""
+    names: list[str] = []
+    for path in paths:
+        last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
+        name = last.partition(".")[0].removeprefix("tfds:") or "data"
+        count = Counter(names)[name]
+        names.append(f"{name}-{count + 1}" if count else name)
+    return names
 
 
 def cached(entry: Entry, split: str) -> str:
@@ -57,7 +78,7 @@ def cached(entry: Entry, split: str) -> str:
     _check(entry, format)
     units = shards.importer(format).plan(entry.path, split, options)
     path = entry.path if files.is_remote(entry.path) else os.path.abspath(entry.path)
-    mark = json.dumps([format, path, split, entry.image_field, _state(units)])
+    mark = json.dumps([format, path, split, entry.image_field, _files(units)])
     folder = cache_folder.folder() / "indexes"
     folder.mkdir(mode=0o700, exist_ok=True)
     out = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
@@ -76,15 +97,78 @@ def _options(entry: Entry) -> Options:
     return Options(image_field=entry.image_field, in_place=True)
 
 
-def _state(units: list[Unit]) -> list[tuple[str, int, str]]:
-    """What tells whether files have changed since: names, sizes and times."""
-    found = []
-    for path in sorted({unit.path for unit in units}):
-        system, plain = files.filesystem(path)
+def _files(units: list[Unit]) -> list[tuple[str, int, str, str]]:
+    """Name, size, checksum (of a bucket; else '') and time of each file that units read."""
+    found: list[tuple[str, int, str, str]] = []
+    above = ""  # a folder below it is among its files
+    for path in sorted({unit.path.rstrip("/") + "/" for unit in units}):
+        if above and path.startswith(above):
+            continue
+        system, plain = files.filesystem(path.rstrip("/"))
         about = system.info(plain)
-        when = next((about[key] for key in ("ETag", "etag", "mtime") if about.get(key)), "")
-        found.append((path, int(about.get("size") or 0), str(when)))
+        if about["type"] == "directory":
+            above = path
+            inside = system.find(plain, detail=True)
+            found += [_about(name, inside[name]) for name in sorted(inside) if _is_read(name)]
+        else:
+            found.append(_about(path.rstrip("/"), about))
     return found
+
+
+def _about(path: str, info: Mapping[str, Any]) -> tuple[str, int, str, str]:
+    checksum = str(info.get("ETag") or info.get("etag") or "")
+    return path, int(info.get("size") or 0), checksum, "" if checksum else str(info.get("mtime"))
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file in a folder of pictures is one of them, or a text of one."""
+    return name.lower().endswith((*formats.MEDIA, *formats.SIDECARS))
+
+
+def state(format: str, out: str, units: list[Unit]) -> str:
+    """What tells whether the files of some units have changed since `out` was written, short enough
+    to be kept there: a digest of what they are, and behind a '-' one that has their times too,
+    which a copy on another machine changes. '' for those that are not files here or in a bucket, or
+    where `out` lies in a folder of theirs, which it changes itself."""
+    if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
+        return ""
+    above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
+    if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
+        return ""
+    found = _files(units)
+    return f"{_digest([file[:3] for file in found])}-{_digest(found)}"
+
+
+def _digest(told: Any) -> str:
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+def state_of_input(
+    format: str, input: str, out: str, options: Options, read_split: str = ""
+) -> str:
+    """`state` of an input, or of a split of it. Raises as `plan`."""
+    if format not in in_place.FORMATS:  # of which some have no split ''
+        return ""
+    return state(format, out, shards.importer(format).plan(input, read_split, options))
+
+
+def refuse_changed(input: str, out: str, now: str) -> None:
+    """Raises ValueError where `out` holds an index or copy of an input of another state than `now`;
+    of other times alone it says so. Those that were made before the state was kept pass."""
+    for split in metadata.read_manifest(out)["splits"].values():
+        before = split.get("state", now)
+        if now and metadata.have_changed(before, now):
+            raise ValueError(
+                f"{input} has changed since its index was made in {out}; use a new --workdir, "
+                f"restore it, or name {out} in its place to go on without the change"
+            )
+        if now and before != now:
+            print(
+                f"{input}: its files have other times than when its index was made in {out}, and "
+                "the same names and sizes; if they were corrected, use a new --workdir",
+                file=sys.stderr,
+            )
+            return
 
 
 def _check(entry: Entry, format: str) -> None:
@@ -106,4 +190,5 @@ def _make(entry: Entry, split: str, out: str) -> None:
         line = f"{entry.path} lies on this machine: importing it into {out}"
     if not files.exists(files.join(out, manifest.FILE)):
         print(line, file=sys.stderr, flush=True)
-    splits.prepare(format, entry.path, out, split=split, options=options)
+    keep = functools.partial(state, format, out)
+    splits.prepare(format, entry.path, out, split=split, options=options, state=keep)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
+from coca_jax.data.field_texts import INNER_LABELS, strings
 from coca_jax.data.references import Span
+
+TEXT_FIELDS = ("text", "caption", "title")
+LABEL_FIELDS = ("label", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Unit:
         start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
         rows: how many items to expect; 0: not known.
         root: the folder below which its rows may name files; '': the file's own.
+        names: of a folder, the files in it that are its rows.
     """
 
     path: str
@@ -80,6 +87,7 @@ class Unit:
     stop: int = 0
     rows: int = 0
     root: str = ""
+    names: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -105,6 +113,14 @@ def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> lis
         Unit(path, start, min(start + rows_per_unit, rows), min(rows_per_unit, rows - start), root)
         for start in range(0, rows, rows_per_unit)
     ]
+
+
+def whole_files(units: Sequence[Unit]) -> list[Unit]:
+    """One unit of each file that units are parts of, in their order."""
+    found: dict[str, Unit] = {}
+    for unit in units:
+        found[unit.path] = dataclasses.replace(found.get(unit.path, unit), stop=unit.stop, rows=0)
+    return list(found.values())
 
 
 def guarded(key: str, make: Callable[[], Item]) -> Item:
@@ -137,34 +153,40 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def strings(value: Any) -> list[str]:
-    """A field that holds one text, a list of them, or texts by name (of a language), or nothing."""
-    if value is None:
-        return []
-    if isinstance(value, Mapping):
-        return [text for one in value.values() for text in strings(one)]
-    if isinstance(value, (list, tuple)):
-        return [text for one in value for text in strings(one)]
-    if isinstance(value, float) and value != value:  # NaN: how tables say 'nothing'
-        return []
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return [text] if text.strip() else []
-
-
 def names(value: Any, class_names: Sequence[str]) -> list[str]:
-    """Labels as names: integers (or their digits) are looked up where class names are known.
+    """Labels as names: integers (or their digits) are looked up where class names are known, and
+    WordNet ids where each line has one before the name.
 
     Raises:
-        ValueError: a number outside the class names.
+        ValueError: a number outside the class names, or as `strings`.
     """
     found = []
-    for text in strings(value):
-        if class_names and text.lstrip("-").isdigit():
-            if not 0 <= int(text) < len(class_names):
-                raise ValueError(f"label {text} of {len(class_names)} class names")
-            text = class_names[int(text)]
-        found.append(text)
+    listed, by_id = named_classes(tuple(class_names))
+    for text in strings(value, INNER_LABELS):
+        if class_names and (number := class_number(text)) is not None:
+            if not 0 <= number < len(listed):
+                raise ValueError(f"label {text} of {len(listed)} class names")
+            text = listed[number]
+        found.append(by_id.get(text, text))
     return found
+
+
+def class_number(label: str) -> int | None:
+    """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
+    where one is missing."""
+    digits = re.fullmatch(r"(-?\d+)(?:\.0+)?", label.strip())
+    return int(digits[1]) if digits else None
+
+
+@functools.lru_cache(maxsize=1)
+def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """(class names in order, id -> name) of a list of classes, such as ImageNet's, in which each
+    line is a WordNet id and a name ('n01440764 tench'); of any other (its lines, {})."""
+    split = [re.match(r"(n\d{8})\s+(\S.*)", line) for line in lines]
+    if not all(split):
+        return list(lines), {}
+    pairs = [(found[1], found[2].strip()) for found in split if found]
+    return [name for _, name in pairs], dict(pairs)
 
 
 def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
@@ -181,7 +203,3 @@ def plain_json(value: Any) -> str:
     """Fields as JSON, with what JSON lacks turned into text."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return text.encode("utf-8", "replace").decode()
-
-
-TEXT_FIELDS = ("text", "caption", "title")
-LABEL_FIELDS = ("label", "labels")

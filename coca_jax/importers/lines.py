@@ -122,8 +122,8 @@ class _CsvLines:
 
 
 def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
-    """Rows of a CSV file as dicts; what separates them: `formats.separator`. A row that the format
-    does not allow comes as its error.
+    """Rows of a CSV file as dicts; what separates their cells: `formats.dialect`. A row that the
+    format does not allow comes as its error.
 
     Raises:
         ValueError: the file has no header that can be read, or is UTF-16.
@@ -137,8 +137,8 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
             source.take_back(0)
             # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers
             # keep it only where it does not open the field, so quotes count as pandas counts them.
-            rows = csv.DictReader(source, delimiter=formats.separator(head))
-            columns = rows.fieldnames
+            rows = csv.DictReader(source, **formats.dialect(head))
+            columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         except csv.Error as error:
             raise ValueError(f"{path}: its first line names no columns: {error}") from None
         while columns:
@@ -154,5 +154,9 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
                 source.take_back(1)  # an open quotation mark has swallowed rows that are whole
                 yield error
                 continue
-            row.pop(None, None)  # type: ignore[call-overload]  # more cells than columns
+            surplus = row.pop(None, [])  # type: ignore[call-overload]
+            if any(cell.strip() for cell in surplus):  # a text cut at its comma is another text
+                marks = formats.SEPARATORS[rows.reader.dialect.delimiter]
+                yield csv.Error(f"more cells than columns; quote texts with {marks}")
+                continue
             yield row

@@ -21,6 +21,11 @@ _IMAGE = {
 }
 
 
+def have_changed(before: str, now: str) -> bool:
+    """Whether two states (`indexes.state`) are of other files, and not of other times alone."""
+    return before.partition("-")[0] != now.partition("-")[0]
+
+
 def read_manifest(out: str) -> dict[str, Any]:
     """The manifest of a folder, or an empty one. Raises ValueError where it is damaged."""
     return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}

@@ -3,11 +3,10 @@ with a held-out split, a kind told from what it holds, and evaluations that suit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import os
-import posixpath
-import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -16,12 +15,11 @@ from typing import Any
 
 from coca_jax.config import Config
 from coca_jax.data import files, formats, kinds, mixture
-from coca_jax.importers import checks, in_place, metadata, shards, splits
+from coca_jax.importers import checks, in_place, indexes, metadata, shards, split_field, splits
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
 _AT_MOST = 5000  # examples of an evaluation that is set up here
-_SPLIT_FIELD = "split"  # of data that name the split of each example beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ def apply(
     for one in found:  # before the first of them is imported
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
-    names = folder_names([one.path for one in found])
+    names = indexes.folder_names([one.path for one in found])
     sources, tasks, kept = [], [], []
     for one, name in zip(found, names):
         if one.path == "scenes":
@@ -121,17 +119,6 @@ def of_command(
     return apply(config, texts, workdir, main_process=main_process)
 
 
-def folder_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each path: its last part, numbered where two share it."""
-    names: list[str] = []
-    for path in paths:
-        last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
-        name = last.partition(".")[0].removeprefix("tfds:") or "data"
-        count = Counter(names)[name]
-        names.append(f"{name}-{count + 1}" if count else name)
-    return names
-
-
 def is_prepared(path: str) -> bool:
     """Whether `prepare` wrote the folder."""
     return files.exists(files.join(path, metadata.MANIFEST))
@@ -145,21 +132,19 @@ class Layout:
         format: a name that `prepare --format` takes.
         input: what it reads, absolute where it is a path here.
         train, held: the splits to train on and to hold out; '' where the data tell none.
-        by_field: the splits are values of the field `split`, not names of files or folders.
+        by_field: what the field `split` tells, where the splits are its, not names of files or
+            folders.
     """
 
     format: str
     input: str
     train: str = ""
     held: str = ""
-    by_field: bool = False
+    by_field: split_field.Told | None = None
 
     def options(self, split: str, options: Options) -> Options:
         """The options with which one of the two splits is read."""
-        if not self.by_field:
-            return options
-        clause = (_SPLIT_FIELD, (split,))
-        return dataclasses.replace(options, where=(*options.where, clause))
+        return self.by_field.options(split, options) if self.by_field else options
 
     def items(self, options: Options) -> Iterator[Item]:
         """The examples of the split to train on, as they are found."""
@@ -178,15 +163,21 @@ def layout(path: str, options: Options | None = None) -> Layout:
     Raises:
         FileNotFoundError, ValueError: nothing there, or nothing that can be read.
     """
-    format = formats.guess(path)
-    input = path.removeprefix("tfds:") if format == "tfds" else path
-    if format != "tfds" and not files.is_remote(path):
-        input = os.path.abspath(path)
+    format, input = _format_and_input(path)
     told = splits.splits_of(format, input)
     if told:
         return Layout(format, input, *_of_names(told))
-    train, held = _told_by_field(format, input, options or Options())
-    return Layout(format, input, train, held, by_field=bool(held))
+    by_field = split_field.told(format, input, options or Options())
+    if not by_field:
+        return Layout(format, input)
+    return Layout(format, input, *_of_names(list(by_field.values)), by_field)
+
+
+def _format_and_input(path: str) -> tuple[str, str]:
+    format = formats.guess(path)
+    if format == "tfds":
+        return format, path.removeprefix("tfds:")
+    return format, path if files.is_remote(path) else os.path.abspath(path)
 
 
 def prepared(path: str, out: str, *, wait: bool = False) -> str:
@@ -200,10 +191,19 @@ def prepared(path: str, out: str, *, wait: bool = False) -> str:
         while "train" not in metadata.read_manifest(out)["splits"]:
             time.sleep(1)
         return out
-    found = layout(path)
-    if not {"train", "test"} <= set(_is_there(found, out)):
-        bring_in(found, out)
+    there = _is_there(_format_and_input(path)[1], out)
+    if there:
+        refuse_changed(path, out)
+    if not {"train", "test"} <= set(there):
+        bring_in(layout(path), out)
     return out
+
+
+def refuse_changed(path: str, out: str, options: Options | None = None) -> None:
+    """Raises ValueError where some data have changed since they were brought into `out`."""
+    format, input = _format_and_input(path)
+    now = indexes.state_of_input(format, input, out, options or Options())
+    indexes.refuse_changed(input, out, now)
 
 
 def bring_in(
@@ -219,23 +219,56 @@ def bring_in(
         holdout: share of the images that is held out of data of one split.
         options: how to read and what to keep.
 
-    Raises ValueError where nothing can be used, or `out` holds other data.
+    Raises ValueError where nothing can be used, `out` holds other data, or the data have changed
+    since an earlier call; no empty folder stays.
     """
-    options = _in_place_where_possible(found, out, options or Options())
+    try:
+        _bring_in(found, out, holdout, options or Options())
+    except splits.EmptySide as error:
+        _remove_empty(out)
+        raise ValueError(
+            f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
+            f"for the scores, which leaves none of {error.read} for the split {error.split!r}; "
+            "give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
+            f"--input={shlex.quote(found.input)}` writes"
+        ) from None
+    except (ValueError, OSError):
+        _remove_empty(out)
+        raise
+
+
+def _remove_empty(out: str) -> None:
+    """Removes a local folder and the one that it is in where they are empty."""
+    if not files.is_remote(out):
+        with contextlib.suppress(OSError):
+            os.rmdir(out)
+            os.rmdir(os.path.dirname(out))
+
+
+def _bring_in(found: Layout, out: str, holdout: float, options: Options) -> None:
+    state = indexes.state_of_input(found.format, found.input, out, options)
+    there = _is_there(found.input, out)
+    indexes.refuse_changed(found.input, out, state)
+    if found.by_field and not there:
+        if line := found.by_field.unused((found.train, found.held)):
+            print(f"{found.input}: {line}", file=sys.stderr)
+    options = _in_place_where_possible(found, out, options)
     where = (found.format, found.input, out)
+    of_all: dict[str, Any] = dict(state=lambda units: state)
     if not found.held:
-        keywords: dict[str, Any] = dict(read_split=found.train, options=options)
+        keywords = of_all | dict(read_split=found.train, options=options)
         splits.prepare_with_holdout(*where, holdout, **keywords)
         return
     for name, split in (("test", found.held), ("train", found.train)):
         read_split = "" if found.by_field else split
         options_here = found.options(split, options)
-        splits.prepare(*where, split=name, read_split=read_split, options=options_here)
+        keywords = of_all | dict(split=name, read_split=read_split, options=options_here)
+        splits.prepare(*where, **keywords)
 
 
 def _in_place_where_possible(found: Layout, out: str, options: Options) -> Options:
     """The options with which data come into `out`; says what is done where nothing is there yet."""
-    there = _is_there(found, out)
+    there = _is_there(found.input, out)
     if there:
         indexed = any("root" in split for split in there.values())
         return dataclasses.replace(options, in_place=indexed)
@@ -252,29 +285,16 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     return dataclasses.replace(options, in_place=not why)
 
 
-def _is_there(found: Layout, out: str) -> dict[str, Any]:
+def _is_there(input: str, out: str) -> dict[str, Any]:
     """The splits of these data that `out` holds. Raises ValueError where it holds others."""
     there = metadata.read_manifest(out)["splits"]
     for split in there.values():
-        if split["request"]["input"] != found.input:
+        if split["request"]["input"] != input:
             raise ValueError(
-                f"{out} holds data of {split['request']['input']}, not of {found.input}; use "
+                f"{out} holds data of {split['request']['input']}, not of {input}; use "
                 "another --workdir, or give data of another name"
             )
     return there
-
-
-def _told_by_field(format: str, input: str, options: Options) -> tuple[str, str]:
-    """The values of the field `split` to train on and to hold out, where the examples have it."""
-    module = shards.importer(format)
-    items = itertools.chain.from_iterable(
-        module.read(unit, options) for unit in module.plan(input, "", options)
-    )
-    values = {str(item.extra.get(_SPLIT_FIELD, "")) for item in itertools.islice(items, 1000)}
-    if "train" not in values or "" in values:
-        return "", ""
-    train, held = _of_names(sorted(values))
-    return (train, held) if held else ("", "")
 
 
 def _of_names(names: Sequence[str]) -> tuple[str, str]:

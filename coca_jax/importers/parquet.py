@@ -145,6 +145,19 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 number += batch.num_rows
 
 
+def column(unit: Unit, name: str) -> Iterator[Any]:
+    """The values of a column in a range of rows, but for those behind damage; none where there is
+    no such column."""
+    with files.open_binary(unit.path) as handle, contextlib.suppress(Exception):  # of pyarrow
+        table, number = _open(handle), 0
+        if name not in table.schema_arrow.names:
+            return
+        for batch in table.iter_batches(ROWS_PER_UNIT, columns=[name], use_threads=False):
+            values = batch.column(0).to_pylist()
+            yield from values[max(unit.start - number, 0) : max(unit.stop - number, 0)]
+            number += len(values)
+
+
 class _Places:
     """Where the images of a row group lie, of rows that hold their bytes."""
 

@@ -48,7 +48,10 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             extra = json.loads(record.extra) if record.extra else {}
             item = Item(record.key, record.image, record.texts, record.labels, second=record.second)
             if options.text_field:
-                item.texts = strings(extra.pop(options.text_field, None))
+                try:
+                    item.texts = strings(extra.pop(options.text_field, None))
+                except ValueError as error:
+                    item.problem, item.detail = "bad_record", str(error)
             if options.label_field:
                 try:
                     found = extra.pop(options.label_field, None)

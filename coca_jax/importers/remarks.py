@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, formats
+from coca_jax.importers import imagefolder
+from coca_jax.importers.items import Options, class_number
 
+_MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
-    "from .txt members or from columns text, caption or title; class names from label or from one "
-    "folder a class"
+    "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
+    "caption or title; class names from label or from one folder a class"
 )
 
 
@@ -40,22 +47,106 @@ def _unread(input: str) -> str:
     names = formats.beside(input)
     if not names:
         return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; not read as they are: {shown}"
+    return f"; not read as they are: {_first(names)}"
 
 
-def _one_class(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The line for pictures of a single folder, whose name is taken for their class."""
-    if len(classes) != 1 or found["with_text"] or found["with_label"] < found["count"]:
+def of_no_split(input: str, patterns: tuple[str, ...]) -> str:
+    """The line for files that no split has, as the names of others tell theirs; '' for none."""
+    names, count = files.of_no_split(input, patterns)
+    if not names:
+        return ""
+    verb = "names no split and is" if len(names) == 1 else "name no split and are"
+    return f"{input}: {len(names)} of {count} files {verb} not read: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The lines for pictures that are read by their folders, whose names are their classes."""
+    if found["with_text"] or found["with_label"] < found["count"]:
         return []
+    if len(classes) != 1:
+        return _like_splits(classes, input) + _texts_beside(input)
     return [
         f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
         f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
     ]
 
 
-def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
-    """Lines on a split that was written: what was left out, class names that are numbers."""
+def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The line for tables beside pictures that are read by their folders' names."""
+    if len(classes) == 1 or found["with_text"] or found["with_label"] < found["count"]:
+        return []
+    names = formats.tables(input)
+    if not names or any(posixpath.basename(name) in formats.METADATA for name in names):
+        return []
+    return [
+        f"{input}: the classes are the names of its folders; not read: {_first(names)} "
+        "(--format=csv --input=FILE reads a table of pictures)"
+    ]
+
+
+def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) -> list[str]:
+    """The line for pictures beside metadata whose rows name others."""
+    if files.is_remote(input) or found["read"] > _MOST_LISTED:
+        return []
+    left, count = imagefolder.unlisted(input, Options(image_field=options["image_field"]))
+    if not left:
+        return []
+    return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
+
+
+def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
+    """The line for class names that were given and are those of none of the labels."""
+    return (
+        f"--class_names: its {len(class_names)} names ({_first(class_names)}) apply to none of the "
+        f"labels ({_first(sorted(labels))}) and are left out: labels are to be numbers from 0 to "
+        f"{len(class_names) - 1}, or WordNet ids (n01440764) with which each line begins"
+    )
+
+
+def _like_splits(classes: Sequence[str], input: str) -> list[str]:
+    """The line for classes that are called as splits are, such as train2017."""
+    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & files.SPLITS.keys()]
+    if not like:
+        return []
+    return [
+        f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
+        f"split ({_first(like)}): where these are splits, give the folder of each as --input, with "
+        "--split=train, test or validation"
+    ]
+
+
+def _texts_beside(input: str) -> list[str]:
+    """The line for captions beside some of the pictures that are read by class names."""
+    names = [name for inside in files.walk(input) for name in inside]
+    texts = {posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.TEXTS)}
+    pictures = [posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.MEDIA)]
+    count = sum(name in texts for name in pictures)
+    if not count:
+        return []
+    return [
+        f"{input}: the texts beside {count} of {len(pictures)} pictures are not read, as folders "
+        "are class names; `coca-jax prepare --format=sidecars` reads them without the others"
+    ]
+
+
+def are_numbers(texts: Sequence[str]) -> bool:
+    """Whether captions hold nothing but numbers, as boxes for detectors do; False without any."""
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    return bool(words) and all(map(_NUMBER.fullmatch, words))
+
+
+def of_split(
+    out: str, split: str, manifest: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Lines on a split that was written: what was left out, class names that are numbers, what is
+    strange in its captions and images.
+
+    accounts: of its shards; those of earlier versions lack some counts.
+    """
     found = manifest["splits"][split]
     lines = []
     left_out = sum(found["quarantined"].values())
@@ -65,9 +156,29 @@ def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
     classes = manifest["class_names"]
     request = found.get("request") or {}
-    if request.get("format") == "imagefolder" and not request["options"].get("held_out"):
-        lines += _one_class(found, classes, request["input"])
-    if classes and all(name.lstrip("-").isdigit() for name in classes):
+    apart = request.get("options", {}).get("held_out")  # the other side says it
+    if request.get("format") == "imagefolder" and not apart:
+        lines += _by_folder(found, classes, request["input"])
+        lines += _unread_tables(found, classes, request["input"])
+        others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
+        told = [one["input"] for one in others if one and not one["options"].get("held_out")]
+        if request["input"] not in told:  # once, with the first of its splits
+            lines += _unlisted(found, request["input"], request["options"])
+    numbers, dark = (
+        sum(account.get(name, 0) for account in accounts)
+        for name in ("with_numbers_alone", "with_lost_range")
+    )
+    if dark:
+        lines.append(
+            f"{dark} of {found['count']} images have values that lose much in 8 bits: 16 bits are "
+            "taken for 0 to 65535, floats for 0 to 1 or 0 to 255; scale them to that range first"
+        )
+    if numbers and numbers == found["with_text"] and not apart:
+        lines.append(
+            f"{request.get('input', out)}: all captions are numbers alone, as boxes for a detector "
+            "are; give texts in their place, or --format=imagefolder, for class names by folder"
+        )
+    if classes and all(class_number(name) is not None for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "
             "'a photo of the 0'; --class_names=FILE gives their names, one a line"

@@ -19,9 +19,9 @@ from typing import Any
 from array_record.python import array_record_module
 
 from coca_jax import storage
-from coca_jax.data import files, records, unreachable
+from coca_jax.data import files, images, records, unreachable
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, dedup, in_place
+from coca_jax.importers import checks, dedup, in_place, remarks
 from coca_jax.importers.items import Item, Options, Unit, printable
 
 MODULES = {
@@ -143,8 +143,9 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         report: called with the number of items read since the last call.
 
     Returns:
-        The account: file, count, with_text, with_label, bytes, sha256; read; quarantined, a list
-        of {key, reason, detail}; filtered, reason -> number; classes, the label names seen.
+        The account: file, count, with_text, with_label, with_numbers_alone, with_lost_range, bytes,
+        sha256; read; quarantined, a list of {key, reason, detail}; filtered, reason -> number;
+        classes, the label names seen.
     """
     read = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +172,9 @@ class _Part:
         options = "group_size:1,uncompressed"
         with _as_os_error(self._data):
             self._writer = array_record_module.ArrayRecordWriter(self._local, options)
-        self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0)
+        self._counts: Counter[str] = Counter(
+            count=0, with_text=0, with_label=0, with_numbers_alone=0, with_lost_range=0
+        )
         self._quarantined: list[dict[str, str]] = []
         self._filtered: Counter[str] = Counter()
         self._classes: set[str] = set()
@@ -194,6 +197,9 @@ class _Part:
         self._counts["count"] += 1
         self._counts["with_text"] += bool(record.texts)
         self._counts["with_label"] += bool(record.labels)
+        self._counts["with_numbers_alone"] += remarks.are_numbers(record.texts)
+        if self._job.options.verify:  # else no image is decoded
+            self._counts["with_lost_range"] += images.loses_range(item.image)
         if len(self._classes) < _MAX_CLASSES:
             self._classes.update(record.labels)
 

@@ -1,16 +1,18 @@
 """Images with their texts in files beside them, as img2dataset's output `files` and many tools that
-tune models have it: 000000012.jpg, 000000012.txt, 000000012.json. Read as the members of a tar are.
+tune models have it: 000000012.jpg, 000000012.txt, 000000012.json. Read as the members of a tar are,
+but for texts of several lines, each of which is a caption.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import posixpath
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from coca_jax.data import files, named_files
-from coca_jax.data.formats import MEDIA, SIDECARS
+from coca_jax.data.formats import MEDIA, SIDECARS, TEXTS
 from coca_jax.importers import lines, tar_members, webdataset
 from coca_jax.importers.items import Item, Options, Unit, guarded, load_image, split_units
 
@@ -19,7 +21,7 @@ PATTERNS = (*(f"*{s}" for s in MEDIA), *(f"*{s.upper()}" for s in MEDIA))  # of 
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of a folder: ranges of its list of images, by name.
+    """Units of a folder: its images by their names, those of each folder in it for themselves.
 
     Raises:
         FileNotFoundError: no image.
@@ -28,19 +30,33 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if "," in options.image_field:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = named_files.root_of(path)
-    folders = Counter(posixpath.dirname(file) for file in files.find(path, PATTERNS, split))
-    counts = sorted(folders.items())
-    return [u for folder, n in counts for u in split_units(folder, n, ROWS_PER_UNIT, root)]
+    found = sorted(map(posixpath.split, files.find(path, PATTERNS, split, all_told=True)))
+    units = []
+    for folder, inside in itertools.groupby(found, lambda file: file[0]):
+        # The names and not their number: a split or a pattern need not have all of a folder.
+        names = [name for _, name in inside]
+        for unit in split_units(folder, len(names), ROWS_PER_UNIT, root):
+            units.append(dataclasses.replace(unit, names=tuple(names[unit.start : unit.stop])))
+    return units
+
+
+def splits(path: str) -> list[str]:
+    """The splits that the names of the images tell; [] unless each tells one: a picture of a
+    'steam train' tells none of the others."""
+    return files.splits_told(path, PATTERNS, all_told=True)
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
-    """The items of a range of the images of a folder, by name."""
-    system, plain = files.filesystem(unit.path)
-    names = [posixpath.basename(name.rstrip("/")) for name in system.ls(plain, detail=False)]
-    images = sorted(name for name in names if name.lower().endswith(MEDIA))
-    there = {_lower_suffix(name): name for name in sorted(names)}
+    """The items of the images that a unit names, in their order.
+
+    Raises ValueError for a unit that names none, as those of earlier versions do.
+    """
+    if not unit.names:
+        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
+    there = {_lower_suffix(name): name for name in files.listing(unit.path)}
+    plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
-    for name in images[unit.start : unit.stop]:
+    for name in unit.names:
         key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
@@ -62,16 +78,20 @@ def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Op
     member = tar_members.Member(name, len(image.image), lambda: image.image, -1)
     group.add(suffix[1:].lower(), member)
     for beside in SIDECARS:
-        if stem + beside in there:
+        kind = "txt" if beside in TEXTS else beside[1:]
+        if stem + beside in there and kind not in group.data:
             try:
                 roots = (unit.root, *options.allow_paths)
                 path = named_files.resolve(unit.path, there[stem + beside], roots)
             except named_files.Outside as error:
                 return Item(key, problem="outside_input", detail=str(error))
             read_text = functools.partial(files.read_bounded, path, lines.MAX_ROW_BYTES)
-            group.add(beside[1:], tar_members.Member(path, files.size(path), read_text, -1))
+            group.add(kind, tar_members.Member(path, files.size(path), read_text, -1))
     if group.problem:
         return Item(key, problem=group.problem, detail=group.detail)
     item = webdataset.item(key, group, options)
+    if "txt" in group.data and not options.text_field:
+        # A caption a line, as CUB and Flowers have them; in a tar it is one, as open_clip reads it.
+        item.texts = [line for text in item.texts for line in text.splitlines() if line.strip()]
     item.span = image.span
     return item

@@ -11,17 +11,29 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from coca_jax import storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import in_place, metadata, remarks, shards
-from coca_jax.importers.items import Options, Unit, printable
+from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
+State = Callable[[list[Unit]], str]
+
+
+class EmptySide(ValueError):
+    """A holdout that leaves none of `read` images for `split`."""
+
+    def __init__(self, input: str, share: float, read: int, split: str):
+        super().__init__(
+            f"--input={input}: a holdout of {share:.3g} leaves none of {read} images for the split "
+            f"{split!r}; give another share"
+        )
+        self.read, self.split = read, split
 
 
 def splits_of(format: str, input: str) -> list[str]:
@@ -33,6 +45,16 @@ def splits_of(format: str, input: str) -> list[str]:
     if hasattr(module, "splits"):
         return module.splits(input)
     return files.splits_told(input, module.PATTERNS)
+
+
+def _tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+    """Says which files of an input no split has: once, with the first of the splits."""
+    if there or hasattr(module, "splits"):  # the latter have no files that belong to none
+        return
+    with unreachable.required():
+        line = remarks.of_no_split(input, module.PATTERNS)
+    if line:
+        print(line, file=sys.stderr)
 
 
 def prepare_with_holdout(
@@ -51,7 +73,8 @@ def prepare_with_holdout(
         What `prepare` returns, of the others and of those kept apart.
 
     Raises:
-        FileNotFoundError, ValueError: as `prepare`; no image falls to one of the sides.
+        FileNotFoundError, ValueError: as `prepare`.
+        EmptySide: no image falls to one of the sides.
     """
     if not 0 < share < 1:
         raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
@@ -102,6 +125,7 @@ def prepare(
     progress: bool = True,
     engine: Engine | None = None,
     beside: tuple[str, Options] | None = None,
+    state: State = lambda units: "",
 ) -> dict[str, Any]:
     """Imports one split; see the module's text.
 
@@ -109,8 +133,9 @@ def prepare(
         split: the name that it gets.
         read_split: the one that is read, where the input tells several; '': `split`.
         engine: who does the shards; None: `processes` of this machine, 0: one per core.
-        beside: another split of the same examples, and its options: its shards are written as well,
-            in the same pass, for a call for that split to take.
+        beside: another split of the same examples, and its options: its shards are written in the
+            same pass, for a call for that split to take.
+        state: tells of units whether their files have changed; kept in the manifest where it is.
 
     Returns:
         split, read, written, quarantined (by reason), filtered (by reason), shards, classes,
@@ -121,10 +146,9 @@ def prepare(
     Raises:
         FileNotFoundError: no input.
         ValueError: the format cannot be read, or nothing of the input can be used; or `out` holds
-            this split, or an unfinished import of it, made with other options.
+            this split, or an unfinished import of it, of other options or of files changed since.
     """
-    options = options or Options()
-    module = shards.importer(format)
+    module, options = shards.importer(format), options or Options()
     _check_place(str(input), str(out))
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
@@ -137,9 +161,9 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
-    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request)
-    declared = getattr(module, "declared_classes", None)
-    classes = declared(jobs[0].units[0], options) if declared else list(options.class_names)
+    _tell_of_no_split(module, str(input), manifest["splits"])
+    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
+    classes = _declared(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -147,6 +171,13 @@ def prepare(
         waiting = sum(account is None for account in found)
         return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
+
+
+def _declared(module: Any, unit: Unit, options: Options) -> list[str]:
+    """The class names that data or options give, in order; [] where the labels tell them."""
+    of_data = getattr(module, "declared_classes", None)
+    found = of_data(unit, options) if of_data else options.class_names
+    return named_classes(tuple(found))[0]
 
 
 def _check_place(input: str, out: str) -> None:
@@ -172,9 +203,10 @@ def _with_twins(
         return jobs
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
+    groups = json.loads(json.dumps(groups))  # as they are read again, without tuples
     request = _request(jobs[0].format, input, options)
     if not files.exists(path):
-        plan = {"request": request, "groups": groups}
+        plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
         storage.write_bytes(path, json.dumps(plan).encode())
     plan = json.loads(files.read(path))
     if _whole(plan["request"]) != request or plan["groups"] != groups:
@@ -195,6 +227,7 @@ def plan(
     work: str,
     shard_count: int,
     request: dict[str, Any],
+    state: State = lambda units: "",
 ) -> list[shards.Job]:
     """The shards to write; the same as before when an earlier run was cut short."""
     path = files.join(work, "plan.json")
@@ -203,6 +236,9 @@ def plan(
         if _whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
+        before, now = kept.get("state"), state([unit for group in groups for unit in group])
+        if before and now and metadata.have_changed(before, now):
+            raise ValueError(f"{input} has changed since {work} was begun; remove that folder")
     else:
         with unreachable.required():
             units = module.plan(input, split, options)
@@ -210,7 +246,7 @@ def plan(
             raise ValueError(f"{input}: it is empty")
         in_place.check(format, units, options)
         groups = _group(units, shard_count)
-        kept = {"request": request}
+        kept = {"request": request, "state": state(units)}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
             storage.write_bytes(path, json.dumps(kept).encode())
@@ -269,6 +305,9 @@ def _finish(
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
+    if request["options"]["class_names"] and seen and not seen & set(classes):
+        print(remarks.of_no_class(seen, classes), file=sys.stderr)
+        classes = []
     if not classes:
         classes = sorted(seen | set(manifest["class_names"]))
     manifest["class_names"] = classes
@@ -282,12 +321,14 @@ def _finish(
         shards=entries,
         request=request,
     )
+    if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
+        manifest["splits"][split]["state"] = state
     if jobs[0].root:
         manifest["splits"][split]["root"] = in_place.told_root(jobs[0].root, out)
     metadata.write(out, manifest)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    for line in remarks.of_split(out, split, manifest):
+    for line in remarks.of_split(out, split, manifest, accounts):
         print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
@@ -304,10 +345,7 @@ def _refuse_empty(
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
-        raise ValueError(
-            f"--input={request['input']}: a holdout of {request['options']['holdout']:.3g} "
-            f"leaves none of {read} images for the split {split!r}; give another share"
-        )
+        raise EmptySide(request["input"], request["options"]["holdout"], read, split)
     raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
 
 

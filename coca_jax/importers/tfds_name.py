@@ -17,7 +17,6 @@ from coca_jax.importers.items import (
     names,
     split_units,
     strings,
-    take,
 )
 
 ROWS_PER_UNIT = 4096
@@ -127,10 +126,7 @@ def _item(
 ) -> Item:
     image, text, label = fields
     values = {name: _plain(value) for name, value in example.items() if name != image}
-    texts = values.pop(text, None)
-    if isinstance(texts, dict):  # COCO's captions are a sequence of {id, text}
-        texts = take(texts, "", TEXT_FIELDS)
-    item = Item(key, bytes(example[image]), strings(texts))
+    item = Item(key, bytes(example[image]), strings(values.pop(text, None)))
     try:
         item.labels = names(values.pop(label, None), classes)
     except ValueError as error:

@@ -128,7 +128,7 @@ def _is_plain_folder(entry: Entry) -> bool:
         return False
     try:
         found = imagefolder.plan(path, "", Options())
-        return bool(found) and formats.guess(path) != "sidecars"
+        return bool(found) and formats.guess(path) == "imagefolder"
     except FileNotFoundError:
         return False
 

@@ -68,10 +68,12 @@ class Pair(HeadKind):
 
     def check(self, config: Config) -> None:
         """Nothing is trained beside it, and its images are neither augmented nor clips."""
-        if config.loss.contrastive_weight or config.loss.captioning_weight:
+        others = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight") and v}
+        if others:
+            given = ", ".join(f"loss.{name}={value}" for name, value in others.items())
             raise ValueError(
-                "head.kind='pair' has no caption to train beside it; set loss.contrastive_weight=0 "
-                "and loss.captioning_weight=0"
+                f"head.kind='pair' has no caption to train beside it ({given}); set "
+                f"{' and '.join(f'loss.{name}=0' for name in others)}"
             )
         data = config.data
         if data.augment != "none" or data.flip:

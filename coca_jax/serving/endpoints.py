@@ -132,6 +132,9 @@ async def zero_shot(server: Server, values: Values) -> Any:
     labels = tuple(dict.fromkeys(filter(None, given)))
     if not 1 <= len(labels) <= MOST_LABELS:
         raise Refused(400, f"label: {len(labels)} labels; give 1 to {MOST_LABELS}, one a line")
+    longest = max(map(len, labels))
+    if longest > forms.LONGEST:
+        raise Refused(400, f"label: {longest} characters; at most {forms.LONGEST} each")
     work = works.ZeroShot(labels, values["template"])
     return dict(results=await server.batcher.answers(work, _pictures(values)))
 
@@ -259,7 +262,12 @@ ENDPOINTS = (
         "Probabilities of labels for each picture, without training.",
         [
             IMAGE,
-            Field("label", "A label, or several, one a line; may be repeated.", many=True),
+            Field(
+                "label",
+                "A label, or several, one a line; may be repeated.",
+                many=True,
+                longest=100 * MOST_LABELS,
+            ),
             Field("template", "The sentence around a label.", default="a photo of a {}"),
         ],
         zero_shot,

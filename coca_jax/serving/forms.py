@@ -21,7 +21,8 @@ class Field:
     """A field of a form.
 
     name: its name. about: what it says, for people. type: of its values. default: None: must be
-    given, unless it may be there several times (`many`). low, high: of numbers.
+    given, unless it may be there several times (`many`). low, high: of numbers. longest:
+    characters of a text.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Field:
     low: float = -math.inf
     high: float = math.inf
     many: bool = False
+    longest: int = LONGEST
 
     def read(self, form: FormData) -> Any:
         """Its value, or all of them. Raises Refused, 400."""
@@ -50,8 +52,8 @@ class Field:
             kind = "a file" if self.type is UploadFile else f"{TYPES[self.type]}, not a file"
             raise Refused(400, f"{self.name}: give {kind}")
         if self.type in (UploadFile, str):
-            if self.type is str and len(given) > LONGEST:
-                raise Refused(400, f"{self.name}: {len(given)} characters; at most {LONGEST}")
+            if self.type is str and len(given) > self.longest:
+                raise Refused(400, f"{self.name}: {len(given)} characters; at most {self.longest}")
             return given
         if self.type is bool:
             if given not in ("true", "false", "1", "0"):

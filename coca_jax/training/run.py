@@ -175,7 +175,7 @@ def steps_from(
     with run.buckets("init"):
         batches = open_batches(run, start, spikes.left_out, locked.keep(run, state))
         run.say(run.mixture.describe())
-        if remark := run_config.remark_batch(run.config, run.mixture.num_examples):
+        for remark in run_config.remarks(run.config, run.mixture.num_examples):
             run.say(remark)
         feed = Feed(batches, run.config, run.mesh, run.buckets)
     log = hooks.Log(run, start, feed, batches, good)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import optax
 
 from coca_jax import image_shape, lora
 from coca_jax.config import Config, Recipe, typed
+from coca_jax.data import stages
 from coca_jax.image_shape import Size
 from coca_jax.models import roles
 from coca_jax.models.coca import CoCa
@@ -39,12 +41,9 @@ TrainStep = Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]
 def size_at(config: Config, step: int, steps: int) -> Size:
     """Image size of a step by config.image_sizes: ((share of the run, size), ...), then the
     model's own (CLIPA: small images first, full size at the end)."""
-    done = 0.0
-    for share, size in config.image_sizes:
-        done += share
-        if step < done * steps:
-            return image_shape.shortest(size)
-    return config.model.image_size
+    shares, sizes = zip(*config.image_sizes) if config.image_sizes else ((), ())
+    number = bisect.bisect_right(stages.starts(shares, steps), step) - 1
+    return [*map(image_shape.shortest, sizes), config.model.image_size][number]
 
 
 def make_update(

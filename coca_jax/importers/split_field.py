@@ -1,0 +1,99 @@
+"""The field `split` of somebody's examples, where it names the split of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from coca_jax.data import files, unreachable
+from coca_jax.importers import shards
+from coca_jax.importers.items import Options, Unit, whole_files
+
+FIELD = "split"
+_LOOK_AT = 100  # examples, of which one has the field where it is there at all
+_SHOWN = 5  # values in a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """The splits that the field tells: 'train', and 'test', 'validation' or both.
+
+    Attributes:
+        values: of the field, of each split: ('val', 'Val').
+        rows: how many examples have each value; '' of those without one.
+    """
+
+    values: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, int]
+
+    def options(self, split: str, options: Options) -> Options:
+        """The options with which one of the splits is read."""
+        return dataclasses.replace(options, where=(*options.where, (FIELD, self.values[split])))
+
+    def unused(self, used: Sequence[str]) -> str:
+        """A line on the examples that are in none of the used splits; '' where all are."""
+        taken = {value for split in used for value in self.values[split]}
+        left = [(value, count) for value, count in self.rows.items() if value not in taken]
+        if not left:
+            return ""
+        shown = [f"{count} of {value!r}" for value, count in left if value][:_SHOWN]
+        shown += [f"{count} without a value" for value, count in left if not value]
+        more = ", ..." if len(shown) < len(left) else ""
+        return f"rows not used, by their field {FIELD!r}: {', '.join(shown)}{more}"
+
+
+def split_of(value: str) -> str:
+    """The split that a value means, in any case: 'restval' of Karpathy's lists is for training, and
+    validation has several usual names."""
+    name = value.strip().lower()
+    if name in files.VALIDATION:
+        return "validation"
+    return "train" if name == "restval" else name
+
+
+def told(format: str, input: str, options: Options) -> Told | None:
+    """The splits that the field tells; None where there is no such field, or it has not both
+    examples to train on and others.
+
+    The whole input is gone through, as those of one split may come behind all others; of lists and
+    tables no image is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as the format's `plan`.
+    """
+    with unreachable.required():
+        values = _values(format, input, options)
+        first = list(itertools.islice(values, _LOOK_AT))
+        if not any(first):
+            return None
+        rows = Counter(itertools.chain(first, values))
+    known: dict[str, list[str]] = {}
+    for value in sorted(rows):
+        known.setdefault(split_of(value), []).append(value)
+    there = [split for split in ("train", "test", "validation") if split in known]
+    if "train" not in there or len(there) < 2:
+        return None
+    return Told({split: tuple(known[split]) for split in there}, dict(rows))
+
+
+def _values(format: str, input: str, options: Options) -> Iterator[str]:
+    """What the field says of each example that can be read; '' for nothing."""
+    module = shards.importer(format)
+    for unit in whole_files(module.plan(input, "", options)):
+        for value in _of_unit(module, unit, options):
+            empty = value is None or value != value  # NaN: how tables say 'nothing'
+            yield "" if empty else str(value)
+
+
+def _of_unit(module: Any, unit: Unit, options: Options) -> Iterator[Any]:
+    if hasattr(module, "column"):
+        yield from module.column(unit, FIELD)
+        return
+    if hasattr(module, "located"):
+        items = (found.item for found in module.located(unit, options))
+    else:
+        items = module.read(unit, options)
+    yield from (item.extra.get(FIELD) for item in items if not item.problem)

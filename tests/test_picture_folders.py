@@ -1,0 +1,266 @@
+"""Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
+class folders, what a line says of them."""
+
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from prepare_cases import encode, import_data, reasons_of, write_tar
+
+from coca_jax.data import formats, image_files, images, prepared, sources
+from coca_jax.importers import checks, own_data, remarks, splits, unprepared
+
+
+def beside(folder, texts, suffix=".txt", first=0):
+    """A picture for each name, numbered, with its text beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, text) in enumerate(texts.items(), first):
+        (folder / f"{name}.jpg").write_bytes(encode(number))
+        if text is not None:
+            (folder / f"{name}{suffix}").write_text(text)
+    return folder
+
+
+def in_folders(root, folders, count=3):
+    """`count` pictures in each of the folders, all of them different."""
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            (root / folder / f"{i}.jpg").write_bytes(encode(100 * number + i))
+    return root
+
+
+def brought(format, input, out, split="train", **options):
+    """{key: (texts, labels)} of what is imported, its images being those of the input."""
+    import_data(format, input, out, split=split, **options)
+    found = list(sources.open_source(str(out), split))
+    return {record.key: (record.texts, record.labels) for record in found}
+
+
+def test_a_split_by_names_has_its_own_pictures(tmp_path):
+    names = [f"test_{i:02d}" for i in range(4)] + [f"train_{i:02d}" for i in range(4, 12)]
+    folder = beside(tmp_path / "a", {name: f"text of {name}" for name in names})
+    for split, own in (("train", names[4:]), ("test", names[:4])):
+        found = brought("sidecars", folder, tmp_path / "p", split)
+        assert found == {name: ((f"text of {name}",), ()) for name in own}
+    record = next(iter(sources.open_source(str(tmp_path / "p"), "train")))
+    assert record.image == encode(4)
+    # A pattern, too, stands for the pictures that it fits.
+    found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "q")
+    assert sorted(found) == ["train_10", "train_11"]
+
+
+def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys):
+    names = ("dog", "cat", "steam train", "test tube")
+    folder = beside(tmp_path / "a", {name: f"a {name}" for name in names})
+    assert splits.splits_of("sidecars", str(folder)) == []
+    found = brought("sidecars", folder, tmp_path / "p")
+    assert {texts[0] for texts, _ in found.values()} == {f"a {name}" for name in names}
+    # Of tars some may tell a split; the others are named.
+    for number, name in enumerate(("bus", "plane", "train", "val")):
+        write_tar(tmp_path / f"{name}.tar", 2, start=2 * number)
+    capsys.readouterr()
+    assert len(brought("webdataset", tmp_path, tmp_path / "q")) == 2
+    line = f"{tmp_path}: 2 of 4 files name no split and are not read: bus.tar, plane.tar\n"
+    assert capsys.readouterr().err == line
+    assert len(brought("webdataset", tmp_path, tmp_path / "q", "val")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    entry = dict(path=str(tmp_path / "a"), kind="caption")
+
+    def read():
+        found = unprepared.open_source(entry, "test")
+        return [text for record in found for text in record.texts]
+
+    beside(tmp_path / "a/below", {"1": "one", "2": "two"})
+    beside(tmp_path / "a", {"3": "three"}, first=2)
+    assert sorted(read()) == ["one", "three", "two"]
+    folder = (tmp_path / "a/below").stat()
+    (tmp_path / "a/below/1.txt").write_text("a longer one")
+    os.utime(tmp_path / "a/below", ns=(folder.st_atime_ns, folder.st_mtime_ns))
+    assert sorted(read()) == ["a longer one", "three", "two"]
+    text = tmp_path / "a/3.txt"  # of the same size
+    edited = text.stat().st_mtime_ns + 10**9
+    text.write_text("drei!")
+    os.utime(text, ns=(edited, edited))
+    assert sorted(read()) == ["a longer one", "drei!", "two"]
+    (tmp_path / "a/run.log").write_text("of a run")  # is neither a picture nor a text of one
+    assert sorted(read()) == ["a longer one", "drei!", "two"]
+    assert len(list((tmp_path / "cache/coca_jax/indexes").glob("*.lock"))) == 3
+
+
+@pytest.mark.parametrize(
+    "root, folders, found",
+    [
+        ("", ("Training", "Testing"), ["test", "train"]),
+        ("", ("TRAIN", "Valid"), ["train", "valid"]),
+        ("images", ("train", "Dev"), ["dev", "train"]),
+        ("a/images", ("train", "test"), []),  # below two folders
+        ("", ("train", "Train", "test"), []),
+        ("", ("train2017", "val2017"), []),
+    ],
+)
+def test_folders_are_splits_in_any_case_and_in_a_single_folder(root, folders, found, tmp_path):
+    data = tmp_path / "a"
+    in_folders(data / root, [f"{folder}/{name}" for folder in folders for name in ("ok", "bad")])
+    for junk in ("__MACOSX/train/ok/._0.jpg", ".ipynb_checkpoints/0.jpg", "@eaDir/0.jpg"):
+        (data / junk).parent.mkdir(parents=True)
+        (data / junk).write_bytes(b"no picture")
+    assert formats.guess(str(data)) == "imagefolder"
+    assert splits.splits_of("imagefolder", str(data)) == found
+    read = {}
+    for split in found or ["train"]:
+        read[split] = brought("imagefolder", data, tmp_path / "p", split)
+    if found:
+        counts = {split: len(records) for split, records in read.items()}
+        assert counts == dict.fromkeys(found, 6)
+        labels = {labels for records in read.values() for _, labels in records.values()}
+        assert labels == {("ok",), ("bad",)}
+    else:
+        assert len(read["train"]) == 6 * len(folders)
+    assert len(image_files.find([str(data)])) == 6 * len(folders) < len(list(data.rglob("*.jpg")))
+
+
+def test_a_validation_set_is_found_by_all_its_names(tmp_path):
+    in_folders(tmp_path / "a", ["train/ok", "train/bad", "val/ok", "val/bad"])
+    for number, split in enumerate(("val", "validation", "dev")):
+        found = brought("imagefolder", tmp_path / "a", tmp_path / f"{number}", split)
+        assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
+
+
+def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
+    in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
+    brought("imagefolder", tmp_path / "a", tmp_path / "p")
+    line = "2 of 3 class names, from folders, have the word of a split (images, train2017, images"
+    assert line in capsys.readouterr().err
+    brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
+    assert capsys.readouterr().err == ""
+
+
+def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_path, capsys):
+    def labels(folder, class_names):
+        out = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
+        found = brought("imagefolder", folder, out, class_names=class_names)
+        listed = prepared.read_manifest(str(out))["class_names"]
+        return sorted({labels[0] for _, labels in found.values()}), listed, reasons_of(out)
+
+    numbered = in_folders(tmp_path / "numbered", "012", count=1)
+    names = ("cat", "dog", "bird")
+    assert labels(numbered, names) == (["bird", "cat", "dog"], list(names), {})
+    assert labels(numbered, names[:2]) == (["cat", "dog"], ["cat", "dog"], {"2/0.jpg": "bad_label"})
+    lines = ("n01440764 tench, Tinca tinca", "n01443537 goldfish")
+    of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
+    listed = ["tench, Tinca tinca", "goldfish"]
+    assert labels(of_imagenet, lines) == (sorted(listed), listed, {})
+    capsys.readouterr()
+    ids = ["n01440764", "n01443537"]
+    assert labels(of_imagenet, names) == (ids, ids, {})
+    line = "its 3 names (cat, dog, bird) apply to none of the labels (n01440764, n01443537)"
+    assert line in capsys.readouterr().err
+
+
+def test_numbers_as_tables_write_them_are_classes(tmp_path, capsys):
+    beside(tmp_path / "a", dict.fromkeys("012"))
+    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n2.jpg,0.5\n")
+    found = brought("imagefolder", tmp_path / "a", tmp_path / "p", class_names=("cat", "dog"))
+    assert [labels for _, labels in found.values()] == [("dog",), ("cat",), ("0.5",)]
+    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n")
+    brought("imagefolder", tmp_path / "a", tmp_path / "q")
+    assert "class names are numbers (0.0, 1.0, ...)" in capsys.readouterr().err
+
+
+def test_texts_called_caption_are_read(tmp_path):
+    folder = beside(tmp_path / "a/10_sks dog", {"1": "one", "2": "two"}, ".caption")
+    beside(folder, {"3": "three"}, ".CAPTION", first=2)
+    (folder / "2.txt").write_text("a txt comes first")
+    assert formats.guess(str(tmp_path / "a")) == "sidecars"
+    found = brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert sorted(texts for texts, _ in found.values()) == [
+        ("a txt comes first",),
+        ("one",),
+        ("three",),
+    ]
+
+
+def test_texts_beside_few_pictures_are_named_where_folders_are_classes(tmp_path, capsys):
+    for name, suffix in (("cat", ".txt"), ("dog", ".caption")):
+        texts = {f"{i}": f"{name} {i}" if i < 2 else None for i in range(5)}
+        beside(tmp_path / "a" / name, texts, suffix, first=10 * (name == "dog"))
+    (tmp_path / "a/README.txt").write_text("beside none")
+    assert formats.guess(str(tmp_path / "a")) == "imagefolder"
+    found = brought("imagefolder", tmp_path / "a", tmp_path / "p")
+    assert {labels for _, labels in found.values()} == {("cat",), ("dog",)}
+    said = capsys.readouterr().err
+    assert "a: the texts beside 4 of 10 pictures are not read" in said
+    assert "`coca-jax prepare --format=sidecars` reads them" in said
+    found = brought("sidecars", tmp_path / "a", tmp_path / "q")
+    assert sorted(texts for texts, _ in found.values()) == [
+        *(("cat 0",), ("cat 1",), ("dog 0",), ("dog 1",))
+    ]
+
+
+def test_a_text_beside_a_picture_is_a_caption_a_line_and_that_of_a_tar_is_one(tmp_path):
+    folder = beside(tmp_path / "a", {"1": "a red bird\r\n\r\n a bird \n", "2": "one line"})
+    (folder / "2.json").write_text('{"caption": "not\\nthis"}')
+    beside(folder, {"3": '{"caption": "two\\nlines", "alt": "of\\nJSON"}'}, ".json", first=2)
+    found = brought("sidecars", folder, tmp_path / "p")
+    assert [texts for texts, _ in found.values()] == [
+        ("a red bird", "a bird"),
+        ("one line",),
+        ("two lines",),
+    ]
+    found = brought("sidecars", folder, tmp_path / "q", text_field="alt")
+    assert [texts for texts, _ in found.values()] == [("of JSON",)]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("1.jpg", "1.txt"):
+            archive.add(folder / name, name)
+    found = brought("webdataset", tmp_path / "a.tar", tmp_path / "r")
+    assert [texts for texts, _ in found.values()] == [("a red bird a bird",)]
+
+
+def test_captions_of_numbers_alone_are_named(tmp_path, capsys):
+    boxes = "0 0.5 0.5 0.2 0.2\n3 .1 1e-3 0.2 0.2\n"
+    brought("sidecars", beside(tmp_path / "a", {"1": boxes, "2": "7"}), tmp_path / "p")
+    assert f"{tmp_path}/a: all captions are numbers alone" in capsys.readouterr().err
+    brought("sidecars", beside(tmp_path / "b", {"1": boxes, "2": "7 up"}), tmp_path / "q")
+    assert "numbers" not in capsys.readouterr().err
+    many = "1" * 9000 + "x"  # is told at once
+    assert remarks.are_numbers(["1,5", "-2"]) and not remarks.are_numbers([many])
+
+
+def test_a_run_on_few_pictures_says_what_to_do_and_leaves_nothing(tmp_path):
+    folder, out = tmp_path / "few", tmp_path / "run/data/few"
+    numbers = [n for n in range(40) if not checks.is_held_out(encode(n), own_data.HOLDOUT)][:12]
+    for number in numbers:
+        beside(folder, {f"{number}": f"text {number}"}, first=number)
+    (tmp_path / "run").mkdir()
+    line = r"few: a share of 0.1 of the pictures, .* leaves none of 12 for the split 'test'; give"
+    with pytest.raises(ValueError, match=line) as raised:
+        own_data.prepared(str(folder), str(out))
+    assert f"`coca-jax prepare --holdout=0.3 --out=DIR --input={folder}`" in str(raised.value)
+    assert "--input=" not in str(raised.value).partition("`")[0]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_images_whose_values_are_lost_in_eight_bits_are_counted(tmp_path, capsys):
+    ramp = np.linspace(0, 1, 64)[None].repeat(8, 0)
+    kept = [(ramp * 65535).astype(np.uint16), ramp.astype("f4"), (ramp * 255).astype("f4")]
+    kept += [(ramp * 200).astype("i4"), (ramp * 255).astype(np.uint8)]
+    lost = [(ramp * 4095).astype(np.uint16), (ramp * 4095).astype("f4"), (ramp - 0.5).astype("f4")]
+    lost += [(ramp * 10).astype("f4"), (ramp * 4095).astype("i4"), (ramp * 70000).astype("i4")]
+    (tmp_path / "a").mkdir()
+    for number, values in enumerate((*kept, *lost)):
+        Image.fromarray(values).save(tmp_path / f"a/{number}.tif")
+        (tmp_path / f"a/{number}.txt").write_text("a ramp")
+    found = [images.loses_range((tmp_path / f"a/{n}.tif").read_bytes()) for n in range(11)]
+    assert found == [False] * 5 + [True] * 6
+    assert not images.loses_range((tmp_path / "a/5.tif").read_bytes()[:-900])  # cut short
+    Image.fromarray(lost[0]).save(tmp_path / "a/11.png")
+    (tmp_path / "a/11.txt").write_text("a ramp")
+    brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert "7 of 12 images have values that lose much in 8 bits" in capsys.readouterr().err
