@@ -84,14 +84,16 @@ class Kept:
         """Notes a folder or file that this fit is about to make, on disk when this returns. One
         that somebody else has made stays theirs."""
         made = self._state.setdefault("imported", [])
-        empty = not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path))
+        path = os.path.relpath(path, self._path.parent)  # a workdir may be moved or copied
+        there = self._path.parent / path
+        empty = not there.exists() or (there.is_dir() and not os.listdir(there))
         if path not in made and empty:
             made.append(path)
             self._write()
 
     def drop_imported(self) -> None:
         """Removes what a fit that was asked otherwise has made here, and nothing else."""
-        for path in map(pathlib.Path, self._imported):
+        for path in (self._path.parent / name for name in self._imported):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
