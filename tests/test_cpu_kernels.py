@@ -148,7 +148,7 @@ def test_self_attention_does_not_read_what_the_mask_hides(kernels):
 
 @needs_compiler
 def test_self_attention_of_a_row_that_sees_nothing_is_finite(kernels):
-    """As padding before a short prompt: what blocks without kernels hide of it they multiply by 0."""
+    """As padding before a short prompt, which blocks without kernels multiply by 0."""
     numbers = Numbers(0)
     norm, qkv, out = numbers.norm(32), numbers.dense(32, 96), numbers.dense(32, 32)
     x = numbers(1, 2, 32)
