@@ -20,7 +20,7 @@ from coca_jax.inference import model_checksum
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
-from coca_jax.inference.read_images import ImageReader, as_list, check_batch_size, check_frames
+from coca_jax.inference.read_images import ImageReader, check_batch_size, check_frames
 from coca_jax.models import coca, head_kinds, roles
 
 _SORTED = 32  # batches of texts that are sorted by length together
@@ -208,8 +208,7 @@ class Encoders:
         if head is None:
             raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
         pair = head.kind.images > 1
-        clips = bool(self.num_frames)
-        images = [one for pair in images for one in pair] if pair else as_list(images, clips)
+        images = [one for two in images for one in two] if pair else self._reader.listed(images)
         count = len(images) // head.kind.images
         texts = [""] * count if not head.kind.reads_text and texts is None else texts
         if texts is None or len(texts) != count:
@@ -252,6 +251,17 @@ class Encoders:
         num_frames: T; 0: the model's. Raises ValueError: cannot be decoded.
         """
         return self._reader.preprocess(image, num_frames)
+
+    def tokenize(
+        self, texts: Sequence[str], *, labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as `encode_tokens` takes them: ids int32 and validity bool, [N, max_len].
+
+        labels: as of `encode_text`.
+        """
+        tokens, valid = self._tokenize(texts, labels)
+        room = ((0, 0), (0, self.max_len - tokens.shape[1]))
+        return np.pad(tokens, room, constant_values=self.vocabulary.pad_id), np.pad(valid, room)
 
     def _run(self, program: Callable, *arrays: np.ndarray) -> Any:
         return self._programs.run(program, self.params, *arrays)

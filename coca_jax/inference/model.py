@@ -17,7 +17,6 @@ from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation import continuous, loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
-from coca_jax.inference.read_images import as_list
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.texts import Caption
 from coca_jax.models import decoding
@@ -260,7 +259,7 @@ class CoCaModel(Scores):
 
         how: as of `caption`. Raises ValueError unless there are as many questions as images.
         """
-        images = as_list(images, bool(self.num_frames))
+        images = self._reader.listed(images)
         if isinstance(questions, str) or len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
         prompts = []

@@ -54,9 +54,7 @@ class ImageReader:
         """uint8 [b, S, T, 3], b even where asked, of videos [b, F, S, T, 3]; the next batch is
         read by threads while one is used."""
         frames = num_frames or self._num_frames
-        if self._native and native_data.is_packed(images, *self._native):
-            images = list(images)  # as `preprocess` gave them
-        images = as_list(images, bool(frames))
+        images = self.listed(images, frames)
         size = max(self._batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
@@ -75,6 +73,12 @@ class ImageReader:
                     count, pixels = ahead.popleft()
                     yield np.stack(list(pixels))
                     bar.update(count)
+
+    def listed(self, images: Any, num_frames: int = 0) -> Sequence:
+        """`as_list`, for which images that `preprocess` has packed, [N, ...], are N as well."""
+        if self._native and native_data.is_packed(images, *self._native):
+            return list(images)
+        return as_list(images, bool(num_frames or self._num_frames))
 
     def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
         """One image -> uint8 [S, T, 3], one video -> [F, S, T, 3]; in its own aspect ratio packed,
