@@ -89,7 +89,7 @@ def texts(pictures: np.ndarray) -> np.ndarray:
 def graph(args: argparse.Namespace) -> dict[str, Any]:
     """Builds an index by the package's own code, and asks it, a query at a time."""
     from coca_jax.searching import embedding, index, nearest, pictures
-    from coca_jax.searching.parts import Parts
+    from coca_jax.searching.parts import Parts, Row
 
     drawn = dict(clustered=Clustered, uniform=Uniform)[args.kind]()
     parts, count = Parts(args.out), args.vectors
@@ -99,7 +99,7 @@ def graph(args: argparse.Namespace) -> dict[str, Any]:
         parts.begin(about)
         for start in range(0, count, pictures.PART):
             rows = x[start : start + pictures.PART].astype(np.float32)
-            names = [(f"photos/{start + i:07d}.jpg", "") for i in range(len(rows))]
+            names = [Row(f"photos/{start + i:07d}.jpg", "") for i in range(len(rows))]
             parts.write("drawn", rows, names, {}, start + len(rows) == count)
     wall, spent = time.perf_counter(), time.process_time()
     nearest.build(parts.embeddings(), args.out)

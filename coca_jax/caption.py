@@ -2,8 +2,9 @@
 
 Prints {"image", "caption", "score"} for each image, score being the caption's log probability in
 nats, then one line that sums up. With --out the lines also go to that file, and images that it
-already holds are not done again: a run that was stopped goes on where it was. Images that cannot
-be read are named on standard error and skipped; the exit status is then 1.
+already holds are not done again: a run that was stopped goes on where it was. With another model or
+other settings than the file was begun with (FILE.how.json) it does not. Images that cannot be read
+are named on standard error and skipped; the exit status is then 1.
 
 Examples:
   coca-jax caption --checkpoint=runs/demo cat.jpg dog.jpg
@@ -20,13 +21,13 @@ import json
 import posixpath
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tqdm
 from absl import flags
 
-from coca_jax import cli, storage
+from coca_jax import cli, local_files, storage
 from coca_jax.data import image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
@@ -62,23 +63,31 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("give --checkpoint=DIR IMAGE_OR_FOLDER ...")
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
-    paths = image_files.find(argv[1:], video=bool(args.num_frames))
-    if args.out:
-        storage.check_writable(posixpath.dirname(args.out) or ".", make=False)
-    done, size = caption_files.read_done(args.out) if args.out else (set(), 0)
-    left = [path for path in paths if path not in done]
+    paths: dict[str, str] = {}
+    for path in image_files.find(
+        [local_files.plain(one) for one in argv[1:]], video=bool(args.num_frames)
+    ):
+        paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
+    told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
+    done, size, before = _there(told)
+    left = [path for whole, path in paths.items() if whole not in done]
     failed = 0
     with contextlib.ExitStack() as stack:
         results: Iterator[dict[str, Any]] = iter(())
+        if left or _is_elsewhere(before):
+            model = _model(before)
         if left:
-            cli.say(f"loading {args.checkpoint}")
-            results = _results(left, how)
+            results = caption_files.caption_files(
+                model, left, batch_size=args.batch_size, prompt=args.prompt, **how
+            )
             with cli.waiting("compiling, and writing the first captions"):
                 results = itertools.chain([next(results)], results)
         out = None
         if args.out:
             growing = storage.Growing(args.out, keep=size)
             out = stack.enter_context(contextlib.closing(growing))
+            if left and not size:
+                caption_files.remember(args.out, args.checkpoint, model.checksum(), told)
         bar = stack.enter_context(
             tqdm.tqdm(total=len(left), unit="image", disable=not sys.stderr.isatty())
         )
@@ -104,12 +113,36 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _results(paths: Sequence[str], how: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What `caption_files` yields for the paths, by the model that the flags name. Raises
-    ValueError for one without a decoder."""
+def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
+    """The whole paths of the images that --out holds, its bytes, and what it was begun with, None
+    where it does not say. Raises ValueError where it was begun with other settings than `told`."""
+    out = flags.FLAGS.out
+    if not out:
+        return set(), 0, None
+    caption_files.check_name(out)
+    storage.check_writable(posixpath.dirname(out) or ".", make=False)
+    done, size = caption_files.read_done(out)
+    before = caption_files.begun_with(out) if size else None
+    if before:
+        caption_files.check_settings(out, before, told)
+    return set(map(local_files.whole_path, done)), size, before
+
+
+def _is_elsewhere(before: dict[str, Any] | None) -> bool:
+    """Whether --checkpoint names another place than the one that captions were begun with."""
+    if before is None:
+        return False
+    old = local_files.whole_path(before["checkpoint"], before["made_in"])
+    return old != local_files.whole_path(flags.FLAGS.checkpoint)
+
+
+def _model(before: dict[str, Any] | None) -> Any:
+    """The model that the flags name. Raises ValueError for one without a decoder, and for another
+    than the one that captions were begun with."""
     import coca_jax
 
     args = flags.FLAGS
+    cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(
         args.checkpoint, dtype=args.dtype, batch_size=args.batch_size, num_frames=args.num_frames
     )
@@ -118,9 +151,9 @@ def _results(paths: Sequence[str], how: Mapping[str, Any]) -> Iterator[dict[str,
             f"--checkpoint={args.checkpoint}: a model of the family {model.config.model.family!r} "
             "has no decoder; it writes no captions"
         )
-    return caption_files.caption_files(
-        model, paths, batch_size=args.batch_size, prompt=args.prompt, **how
-    )
+    if before:
+        caption_files.check_model(args.out, before, args.checkpoint, model.checksum())
+    return model
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ damaged, the one before it is used and a line says so.
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,13 +18,14 @@ from jax.experimental import multihost_utils
 
 from coca_jax import (
     activity,
+    checkpoint_items,
     checkpoint_places,
     checkpoint_record,
-    checksums,
     lean_saves,
     sealed_json,
     storage,
 )
+from coca_jax.checkpoint_items import first_line
 from coca_jax.checkpoint_record import Damaged
 from coca_jax.config import StoredConfig, read
 from coca_jax.training.state import TrainState, merge
@@ -90,7 +88,7 @@ class Checkpoints:
             if jax.process_count() > 1:  # the others wait inside it: only an end helps them
                 raise
             self._reopen()
-            raise SaveFailed(f"could not save step {step}: {_first_line(error)}") from error
+            raise SaveFailed(f"could not save step {step}: {first_line(error)}") from error
 
     def busy(self) -> bool:
         """Whether a save is under way."""
@@ -109,7 +107,7 @@ class Checkpoints:
         if _agree(problem is None):
             return
         self._reopen()
-        why = "on another process" if problem is None else _first_line(problem)
+        why = "on another process" if problem is None else first_line(problem)
         raise SaveFailed(f"could not finish a save in {self.directory}: {why}") from problem
 
     def wait_for(self, step: int) -> None:
@@ -139,9 +137,9 @@ class Checkpoints:
         problems: dict[int, str] = {}
         for step in steps:
             state, problem = self._try(step, target)
-            if _agree(problem is None):
+            if problem is None:
                 return state, step, self._set_aside(problems, step)
-            problems[step] = problem or "damaged where another process reads it"
+            problems[step] = problem
         if not problems:
             return None
         raise Damaged(
@@ -155,11 +153,20 @@ class Checkpoints:
         try:
             with activity.doing(f"reading {folder}"):
                 parts = _items(target).items()
-                read = {name: read_item(folder, name, tree) for name, tree in parts}
+                found = {name: checkpoint_items.restore(folder, name, x) for name, x in parts}
+        except Damaged as error:
+            problem: str | None = str(error)
+        else:
+            problem = None
+        if not _agree(problem is None):  # what comes now they do together
+            return None, problem or "damaged where another process reads it"
+        try:
+            for name, tree in found.items():
+                checkpoint_items.check(folder, name, tree)
         except Damaged as error:
             return None, str(error)
-        counters = read.pop("counters")
-        return TrainState(**counters, **({"ema": None} | read)), None
+        counters = found.pop("counters")
+        return TrainState(**counters, **({"ema": None} | found)), None
 
     def _set_aside(self, problems: dict[int, str], used: int) -> list[str]:
         """Renames damaged steps; returns the lines that say so."""
@@ -205,65 +212,6 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items | {name: item for name, item in optional.items() if item is not None}
 
 
-def read_item(folder: epath.Path, item: str, target: Any) -> Any:
-    """One part of the checkpoint `folder`, into the shapes and shardings of `target`, checked.
-
-    No process waits for another one in it. Raises Misfit for another tree or other shapes, Damaged
-    for contents that are not what was written, OSError where storage does not answer.
-    """
-    record = checkpoint_record.read(folder)
-    if record is not None and item not in record["items"]:
-        stored: dict[str, str] = {}
-    elif record is not None:
-        stored = {name: shape for name, (shape, _) in record["items"][item].items()}
-    else:
-        stored = checksums.shapes(_metadata(folder, item))
-    checkpoint_record.check_fits(folder, item, stored, target)
-    _ignore_late_answers()
-    with _reading(folder / item) as handler:
-        tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
-        jax.block_until_ready(tree)
-    if record is not None:
-        checkpoint_record.check_contents(folder, item, record, tree)
-    return tree
-
-
-@functools.cache
-def _ignore_late_answers() -> None:
-    """When one array of many cannot be read, Orbax leaves; what the others then find is printed by
-    the interpreter as tracebacks that it ignores. From now on these alone are not printed."""
-    former = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        late = isinstance(found.exc_value, RuntimeError)
-        if not (late and "Event loop is closed" in str(found.exc_value)):
-            former(found)
-
-    sys.unraisablehook = hook
-
-
-def _metadata(folder: epath.Path, item: str) -> Any:
-    """The abstract arrays that an item holds, as Orbax noted them."""
-    with _reading(folder / item) as handler:
-        found = handler.metadata(folder / item)
-        return getattr(found, "tree", found)
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[ocp.StandardCheckpointHandler]:
-    """What reads an item. Raises Damaged where what it holds is no item, OSError where a store or
-    the machine does not give it."""
-    handler = ocp.StandardCheckpointHandler()
-    try:
-        yield handler
-    except Exception as error:
-        if not checkpoint_record.is_damage(error):
-            raise OSError(f"{path} cannot be read: {_first_line(error)}") from error
-        raise Damaged(f"{path} cannot be read: {_first_line(error)}") from error
-    finally:
-        handler.close()
-
-
 def _agree(fine: bool) -> bool:
     """Whether all processes say so."""
     if jax.process_count() == 1:
@@ -274,11 +222,6 @@ def _agree(fine: bool) -> bool:
 def _meet(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
 def find_steps(path: str) -> tuple[epath.Path, list[int]]:
@@ -369,7 +312,7 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
     """The parameters of one checkpoint, checked."""
 
     def read(item: str) -> Any:
-        tree = _metadata(folder, item)
+        tree = checkpoint_items.metadata(folder, item)
         if shardings is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             places = jax.tree.map(lambda _: device, tree)
@@ -378,14 +321,14 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
         target = jax.tree.map(
             lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
         )
-        return read_item(folder, item, target)
+        return checkpoint_items.read(folder, item, target)
 
     record = checkpoint_record.read(folder)
     averaged = (folder / "ema").is_dir() if record is None else "ema" in record["items"]
     if not averaged:
         return read("params")
     ema = read("ema")  # of what the run trains: all, or the head alone
-    count = len(jax.tree.leaves(_metadata(folder, "params")))
+    count = len(jax.tree.leaves(checkpoint_items.metadata(folder, "params")))
     return ema if len(jax.tree.leaves(ema)) == count else merge(read("params"), ema)
 
 

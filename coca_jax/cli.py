@@ -25,6 +25,7 @@ from absl import app, flags, logging
 
 import coca_jax
 from coca_jax import compile_cache, engines, extras, quiet, recipes
+from coca_jax.inference.generation import settings
 from coca_jax.training import start, stopping
 
 COMMANDS = {
@@ -263,8 +264,7 @@ _SAME = (
     ("data", "input", "dataset", "folder", "images", "image", "path"),
     ("checkpoint", "init_from", "input", "model", "weights", "ckpt", "run", "pretrained"),
     ("workdir", "out", "output", "output_dir", "outdir", "save_dir"),
-    ("num_beams", "beams", "beam_size"),
-    ("max_tokens", "max_length", "max_len", "max_new_tokens"),
+    *settings.SAME,
     *recipes.SAME,
 )
 
@@ -277,6 +277,12 @@ def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     name, names = name.replace("-", "_"), [flag.name for flag in _own_flags(module)]
     if name == "resume" and "workdir" in names:
         return f"{text}, and none is needed: the same command again goes on where the run stood"
+    if name in ("device", "gpu", "cuda"):
+        return f"{text}; JAX_PLATFORMS=cpu, cuda or tpu before the command chooses the devices"
+    if name == "generation_type" and "num_beams" in names:
+        return (
+            f"{text}; --num_beams=6 searches by beams, --temperature=1 samples (--top_p, --top_k)"
+        )
     same = next((group for group in _SAME if name in group), ())
     meant = next((other for other in (name, *same) if other in names), None)
     if meant:

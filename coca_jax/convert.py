@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,15 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from coca_jax import checked_files, cli, export_format, out_folder, sealed_json, storage
+from coca_jax import (
+    checked_files,
+    cli,
+    export_format,
+    local_files,
+    out_folder,
+    sealed_json,
+    storage,
+)
 from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
 from coca_jax.data import vocabulary as vocabularies
@@ -39,6 +48,11 @@ from coca_jax.interop.towers_layout import TowersLayout
 from coca_jax.models import tower_kinds
 
 CLIP_IDS = 49_408
+# What an earlier `convert` left, and files of the file system's own.
+_OURS = re.compile(
+    r"\..*|.*\.new|config\.json|params\.safetensors|vocabulary\..*|"
+    r"open_clip_(config\.json|model\.safetensors)"
+)
 WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.CONFIG_FILE
 
 
@@ -222,12 +236,18 @@ def _find_weights(path: str) -> str:
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--input={path}: no such file or folder")
+        export_format.refuse_file(path)
         return path
     for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     if (storage.place(path) / "checkpoints").exists():
         raise ValueError(f"--input={path} is a run of coca_jax; --to=open_clip converts it")
+    if export_format.is_export(path):
+        raise ValueError(
+            f"--input={path} is converted already, coca_jax reads it as it is; --to=open_clip "
+            "writes it for open_clip"
+        )
     raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 
@@ -299,13 +319,26 @@ def define_flags() -> None:
     )
 
 
+def _check_out(source: str, out: str) -> None:
+    """Raises ValueError for a folder that is the input's, or holds what no `convert` writes."""
+    out_folder.check(out)
+    place = os.path.realpath(local_files.whole_path(out))
+    given = os.path.realpath(local_files.whole_path(source))
+    if place in (given, os.path.dirname(given)) and os.path.exists(given):
+        raise ValueError(f"--out={out} is the folder of --input={source}; give another one")
+    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+    others = [name for name in names if not _OURS.fullmatch(name)]
+    if others:
+        raise ValueError(f"--out={out} holds something else ({others[0]}); give a new folder")
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see the module's docstring."""
     del argv
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
-    out_folder.check(out)
+    _check_out(source, out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
         source = _find_weights(source)

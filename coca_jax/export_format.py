@@ -54,6 +54,14 @@ def is_export(directory: str | os.PathLike[str]) -> bool:
     return bool(_params_name(directory))
 
 
+def refuse_file(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a file of an export, which is read as a folder."""
+    file = storage.place(path)
+    if file.name in (CONFIG, PARAMS, HUB_PARAMS) and is_export(file.parent) and file.is_file():
+        folder = os.path.dirname(os.fspath(path)) or "."
+        raise ValueError(f"{path} is one file of a model; give the folder {folder}")
+
+
 def _params_name(directory: str | os.PathLike[str]) -> str:
     """Of the file with the parameters; '' where the folder is no export."""
     folder = storage.place(directory)

@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, engines, storage
+from coca_jax import cli, engines, local_files, storage
 from coca_jax.data import formats
 
 OPERANDS = "pictures, folders and texts"
@@ -87,7 +87,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=args.checkpoint, out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
-    parts = Parts(args.out)
+    parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
             cli.say(f"{input}: read as {formats.guess(input)}")
@@ -96,19 +96,38 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     cli.say(f"loading {args.checkpoint}")
     load = _loader(args.checkpoint)
     model = None if apart else load()
-    from coca_jax.searching import index, staged
-
-    groups = index.groups(inputs, parts)
-    how = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
-    how |= dict(progress=sys.stderr.isatty())
     if apart:
-        waiting = staged.stage(load, groups, parts, engine, **how)
-        if engine.share:
+        from coca_jax.searching import index, staged
+
+        groups = index.groups(inputs, parts)
+        waiting = staged.stage(load, groups, parts, engine, **_how())
+        if engine.share:  # of which others do theirs at the same time
             return _apart(args.out, len(groups), waiting)
-    done = index.add(model, groups, parts, say=cli.say, **how)
-    if done["new"] and done["pictures"] >= index.nearest.EXACT_BELOW:
+    from coca_jax.training import lease
+
+    with lease.alone(args.out, use="indexes into it", flag="--out"):
+        return _join(model, inputs)
+
+
+def _how() -> dict[str, Any]:
+    args = flags.FLAGS
+    told = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
+    return told | dict(progress=sys.stderr.isatty())
+
+
+def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
+    """Adds to the index, which nobody else writes to meanwhile; model: None where all is staged."""
+    from coca_jax.searching import index
+    from coca_jax.searching.parts import Parts
+
+    out = flags.FLAGS.out
+    parts = Parts(out)  # as it is now: another process may have written to it
+    groups, gone = index.groups(inputs, parts), index.gone(inputs, parts)
+    done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
+    other = done["new"] + done["changed"] + done["gone"]
+    if other and done["pictures"] >= index.nearest.EXACT_BELOW:
         cli.say(f"building the graph of {done['pictures']} pictures")
-    result = dict(out=args.out) | {key: done[key] for key in ("new", "skipped", "pictures")}
+    result = dict(out=out) | {key: done[key] for key in done if key != "already_there"}
     return result | dict(search=index.finish(parts, progress=sys.stderr.isatty()))
 
 
@@ -136,9 +155,10 @@ def _query(wanted: list[str]) -> dict[str, Any]:
         raise ValueError(f"--weights={','.join(flags.FLAGS.weights)}: give numbers") from None
     if weights and len(weights) != len(wanted):
         raise ValueError(f"{len(weights)} weights for {len(wanted)} texts and pictures")
+    wanted = [local_files.plain(one) for one in wanted]
     images = [one for one in wanted if _is_picture(one)]
     index = _open()
-    model = _load(flags.FLAGS.checkpoint or index.checkpoint)
+    model = _model_of(index)
     index.check(model)
     texts = [one for one in wanted if one not in images]
     pairs = sorted(zip(wanted, weights), key=lambda pair: pair[0] in images)  # texts first
@@ -147,6 +167,22 @@ def _query(wanted: list[str]) -> dict[str, Any]:
     for one in found:
         print(json.dumps(one, ensure_ascii=False), flush=True)
     return dict(texts=texts, images=images, found=len(found), pictures=len(index.names))
+
+
+def _model_of(index: Any) -> Any:
+    """The model of --checkpoint, else the one that the index names."""
+    given = flags.FLAGS.checkpoint
+    try:
+        return _load(given or index.checkpoint)
+    except FileNotFoundError as error:
+        if given:
+            raise
+        made = index.about.get("made_in", "")
+        where = f", made in {made}," if made else ""
+        raise FileNotFoundError(
+            f"{str(error).partition(';')[0]}: --index={flags.FLAGS.index}{where} names that model; "
+            "--checkpoint= gives the place where it is now"
+        ) from None
 
 
 def _is_picture(text: str) -> bool:

@@ -148,6 +148,10 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "fit --checkpoint=x": "did you mean --init_from?",
     "train --checkpoint=x": "the key of the recipe is --config.init_from=x",
     "caption --beam_size=3": "did you mean --num_beams?",
+    "caption --seq_len=20": "did you mean --max_tokens?",
+    "caption --generation_type=top_p": "--num_beams=6 searches by beams, --temperature=1 samples "
+    "(--top_p, --top_k)",
+    "caption --device=cpu": "JAX_PLATFORMS=cpu, cuda or tpu before the command chooses the devices",
     "train --max_len=4": "the key of the recipe is --config.model.text.max_len=4",
     "train --lr=3e-4": "the key of the recipe is --config.optimizer.learning_rate=3e-4",
     "train --batch-size=64": "the key of the recipe is --config.batch_size=64",

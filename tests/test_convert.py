@@ -276,6 +276,21 @@ def test_the_command(source, commands, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["tensors"] == len(Layout(SMALL).tensors())
     assert result["parameters"] == count(Layout(SMALL).parameters())
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"")
+    given = [f"--input={source}", f"--out={source}"]
+    for out, says in (
+        (source, f"--out={source} is the folder of --input={source}; give another one"),
+        (f"{source}/../{source.name}", "is the folder of --input="),
+        (tmp_path / "photos", "photos holds something else (a.jpg); give a new folder"),
+    ):
+        given[1] = f"--out={out}"
+        with pytest.raises(ValueError) as told:
+            convert._check_out(str(source), str(out))
+        assert says in str(told.value)
+    done = run(*given)
+    assert done.returncode == 2 and "holds something else (a.jpg)" in done.stderr
+    convert._check_out(str(source), str(tmp_path / "out"))  # again
     missing = run(f"--input={tmp_path / 'none.bin'}", f"--out={tmp_path / 'other'}")
     assert missing.returncode == 2
     assert (

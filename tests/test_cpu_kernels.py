@@ -147,6 +147,19 @@ def test_self_attention_does_not_read_what_the_mask_hides(kernels):
 
 
 @needs_compiler
+def test_self_attention_of_a_row_that_sees_nothing_is_finite(kernels):
+    """As padding before a short prompt, which blocks without kernels multiply by 0."""
+    numbers = Numbers(0)
+    norm, qkv, out = numbers.norm(32), numbers.dense(32, 96), numbers.dense(32, 32)
+    x = numbers(1, 2, 32)
+    key, value = (numbers(1, 2, 6, 16) for _ in range(2))
+    mask = np.array([[[0] * 6, [0, 0, 1, 0, 0, 0]]], bool)
+    found = kernels.self_attention(x, norm, packed(qkv), packed(out), mask, 4, key, value)[0]
+    np.testing.assert_allclose(found[:, 0], (x + dense(out, np.zeros(32)))[:, 0], atol=1e-6)
+    assert np.isfinite(found).all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e5])
 @pytest.mark.parametrize("slots", [1, 9, 255])
 @pytest.mark.parametrize("head", [16, 64, 128])

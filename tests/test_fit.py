@@ -198,8 +198,28 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     facts, place, _, _ = run.bring_in(request, workdir, kept, str)
     assert (facts.train + facts.test, facts.captions + facts.test_captions) == (30, 30)
     # And what is asked for otherwise, before there is a recipe, is imported anew.
-    Kept(workdir, Request(folder=str(other), kind="label"))
-    assert not os.path.exists(place)
+    theirs = pathlib.Path(workdir, "data/thesis.csv")
+    theirs.write_text("years of work")
+    again = Kept(workdir, Request(folder=str(other), kind="label"))
+    assert os.path.exists(place)  # of whoever fits there now: only who holds the workdir may
+    again.drop_imported()
+    assert not os.path.exists(place) and theirs.read_text() == "years of work"
+
+
+def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):
+    """`fit data/pics --workdir=.`, twice, with other flags."""
+    folder = drawn_folder(tmp_path / "data/pics", 24)
+    before = sorted(os.listdir(folder))
+    monkeypatch.chdir(tmp_path)
+    for minutes in (1.0, 2.0):
+        with pytest.raises(ValueError, match="--workdir=.: data are brought into its .*pics.* is "):
+            run.fit(Request(folder="data/pics", minutes=minutes), ".", dry_run=True, say=str)
+    assert sorted(os.listdir(folder)) == before
+    (tmp_path / "run/data/pics").mkdir(parents=True)
+    (tmp_path / "run/data/pics/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="which holds other files; give another --workdir"):
+        run.fit(Request(folder=str(folder)), str(tmp_path / "run"), dry_run=True, say=str)
+    assert (tmp_path / "run/data/pics/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "operations": ("ops",),
     "devices": ("partitioning",),
     "base": (
-        *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_places"),
-        *("checkpoint_record", "checksums", "compile_cache", "configs", "data.bounded_json"),
-        *("engines", "extras", "huge_pages", "image_shape", "lean_saves", "metrics", "out_folder"),
-        *("quiet", "renamed", "sealed_json", "storage", "text_ends"),
+        *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_items"),
+        *("checkpoint_places", "checkpoint_record", "checksums", "compile_cache", "configs"),
+        *("data.bounded_json", "engines", "extras", "huge_pages", "image_shape", "lean_saves"),
+        *("local_files", "metrics", "out_folder", "quiet", "renamed", "sealed_json", "storage"),
+        "text_ends",
         "trackers",
     ),
 }

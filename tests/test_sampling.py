@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax.inference.generation import choice
+from coca_jax.inference.generation import choice, loop
 from coca_jax.inference.generation.state import Plan
 
 
@@ -77,3 +77,11 @@ def test_images_captions_steps_and_seeds_draw_apart():
     (other,) = draws_of(np.zeros(2), 2_000, width=2, seed=1, temperature=1.0)
     for one, two in ((a[1:], a[:-1]), (a[:, 0], a[:, 1]), (a, b), (a, other)):
         assert 0.45 < (one == two).mean() < 0.55
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-45, 1e-60])
+def test_a_temperature_towards_zero_takes_the_most_probable(temperature):
+    logs = np.log(np.random.default_rng(0).dirichlet(np.ones(600)))
+    cold = np.maximum(np.float32(temperature), loop._COLDEST)  # as `loop.planned` gives it
+    (found,) = draws_of(logs, 50, temperature=cold)
+    assert logs.argmax() > 0 and (found == logs.argmax()).all()

@@ -52,7 +52,8 @@ def embed(model, input, out, **how):  # noqa: F811
 def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa: F811
     said: list[str] = []
     result = embed(model, folder, tmp_path / "i", say=said.append)
-    assert result == dict(new=10, already_there=0, skipped=1, pictures=10)
+    counts = dict(new=10, changed=0, gone=0, already_there=0, skipped=1, pictures=10)
+    assert result == counts
     assert len(said) == 1 and said[0].count("broken.png") == 1
     names, rows = [], []
     for number in range(3):  # 11 files, four a part
@@ -72,7 +73,7 @@ def test_a_second_run_embeds_new_files_alone(model, folder, tmp_path):  # noqa: 
     assert tree(tmp_path / "i") == before
     (folder / "a/new.png").write_bytes(encoded(77))
     result = embed(model, folder, tmp_path / "i")
-    assert (result["new"], result["already_there"], result["skipped"]) == (1, 10, 0)
+    assert (result["new"], result["already_there"], result["skipped"]) == (1, 10, 1)
     after = tree(tmp_path / "i")
     assert {name: data for name, data in after.items() if name in before} == before
 

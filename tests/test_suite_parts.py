@@ -222,9 +222,9 @@ def test_the_adapter_gives_what_the_model_gives_as_tensors():
     torch = pytest.importorskip("torch")
     seen = []
 
-    def encode_batch(texts, length, marks):
-        seen.append((texts, length, marks))
-        ids = np.arange(len(texts) * length).reshape(len(texts), length)
+    def tokenize(texts, *, labels):
+        seen.append((texts, labels))
+        ids = np.arange(len(texts) * 4).reshape(len(texts), 4)
         return ids, ids % 2 == 0
 
     def encode_tokens(ids, valid):
@@ -232,8 +232,7 @@ def test_the_adapter_gives_what_the_model_gives_as_tensors():
         return ids.sum(1, keepdims=True) * valid.sum(1, keepdims=True)
 
     model = types.SimpleNamespace(
-        vocabulary=types.SimpleNamespace(encode_batch=encode_batch),
-        max_len=4,
+        tokenize=tokenize,
         preprocess=lambda image: np.asarray(image.resize((2, 2))),
         encode_image=lambda images: images.reshape(len(images), -1).astype(np.float64),
         encode_tokens=encode_tokens,
@@ -241,7 +240,7 @@ def test_the_adapter_gives_what_the_model_gives_as_tensors():
     adapter = clip_benchmark.Adapter(model, labels=True)
     assert adapter.eval() is adapter and adapter.to("cpu") is adapter
     tokens = adapter.tokenizer("a cat")
-    assert tokens.shape == (1, 2, 4) and seen == [(["a cat"], 4, [True])]
+    assert tokens.shape == (1, 2, 4) and seen == [(["a cat"], True)]
     assert adapter.encode_text(adapter.tokenizer(["a", "b"])).tolist() == [[12.0], [44.0]]
     pixels = adapter.transform(Image.new("RGB", (6, 6), (9, 8, 7)))
     assert pixels.shape == (2, 2, 3)

@@ -265,6 +265,20 @@ def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     assert "token_predictor" not in kept and "mask_token" not in kept["image_encoder"]
 
 
+def test_any_seed_that_a_config_may_have_draws_parameters(config, one_device_mesh):
+    def drawn(seed):
+        config.seed = seed
+        return init_state(build(config), config, one_device_mesh).params["text_decoder"]
+
+    large = 3_000_000_000  # no int32
+    one, other = drawn(large), drawn(large - 2**31)
+    assert not np.array_equal(*(x["token_embedding"]["value"] for x in (one, other)))
+    key = jax.random.key(large)
+    wanted = partitioning.unbox(jax.jit(lambda k: coca.init(build(config), k))(key))
+    jax.tree.map(np.testing.assert_array_equal, one, wanted["text_decoder"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(drawn(2**63 - 1)))
+
+
 def test_stages_of_images_begin_where_those_of_batches_do(config):
     with config.unlocked():
         config.image_sizes = ((0.1, 8), (0.2, 16))  # 0.1 + 0.2 is a bit more than 0.3

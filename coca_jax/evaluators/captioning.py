@@ -86,10 +86,8 @@ class Outputs:
         self._found: list[dict[str, Any]] = []
         lines = self._path.read_text() if self._path.exists() else ""
         if lines.startswith(self._first):
-            for line in lines[len(self._first) :].splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    break
-                self._found.append(json.loads(line))
+            # Not splitlines: captions may hold other separators. What is behind the last is cut.
+            self._found += map(json.loads, lines[len(self._first) :].split("\n")[:-1])
         self._taken = 0
         self._file: storage.Growing | None = None
 

@@ -25,7 +25,7 @@ class Model(Predictor, Protocol):
     head_kind: HeadKind | None
 
     def checksum(self) -> str:
-        """Tells these weights from others."""
+        """Tells this model from others."""
 
     def preprocess(self, image: Any) -> np.ndarray:
         """One image as the model takes it. Raises ValueError: cannot be decoded."""
@@ -55,7 +55,7 @@ def run_tasks(
         batch_size=model.batch_size,
         main_process=main_process,
         workdir=workdir,
-        request=dict(request, started=unfinished.started),
+        request=dict(unfinished.request, started=unfinished.started),
     )
     for task in tasks:
         key = json.dumps(task, sort_keys=True)

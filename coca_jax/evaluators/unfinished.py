@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from coca_jax import storage
+from coca_jax.inference import model_checksum
 
 
 class Unfinished:
@@ -20,17 +21,21 @@ class Unfinished:
       workdir: made when missing.
       request: what the scores depend on besides the task; a file of another request is dropped.
       main_process: the one that writes.
+
+    Attributes:
+      request: as the file has it, whose checksum may be of an older kind.
     """
 
     def __init__(self, workdir: str, request: Mapping[str, Any], *, main_process: bool):
         self._path = storage.place(workdir) / "eval_progress.json"
         self._main = main_process
         if main_process:
-            if self._found().get("request") != request:
+            if not model_checksum.same_request(self._found().get("request"), request):
                 self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("coca_jax evaluate")
         self._state = json.loads(self._path.read_text())
+        self.request: dict[str, Any] = self._state["request"]
         self.started: int = self._state["started"]
 
     def scores(self, task: str) -> dict[str, float] | None:

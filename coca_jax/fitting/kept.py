@@ -40,7 +40,7 @@ class Kept:
 
     It is written with the first fact, when the data have been found good: a mistake claims no
     workdir. Until there is a recipe the same data may be asked for otherwise, and what was imported
-    is imported again.
+    is imported again: see `drop_imported`.
 
     Raises ValueError for a workdir that holds a fit of other data or with a recipe made otherwise,
     or a run that no fit began, or that cannot be written.
@@ -50,6 +50,7 @@ class Kept:
         self._path = pathlib.Path(workdir) / FILE
         wanted = json.loads(json.dumps(dataclasses.asdict(request)))
         self._state: dict[str, Any] = {"request": wanted}
+        self._imported: list[str] = []
         if not self._path.exists():
             if (self._path.parent / "config.json").exists():
                 raise ValueError(
@@ -74,10 +75,30 @@ class Kept:
                 f"--workdir={workdir} holds a fit of the same data that was asked otherwise "
                 f"({told}); give the same flags to go on, or another --workdir"
             )
-        if other:
-            shutil.rmtree(self._path.parent / "data", ignore_errors=True)
-        else:
+        self._imported = state.get("imported", [])
+        if not other:
             self._state = state
+            self._imported = []
+
+    def imports(self, path: str) -> None:
+        """Notes a folder or file that this fit is about to make, on disk when this returns. One
+        that somebody else has made stays theirs."""
+        made = self._state.setdefault("imported", [])
+        path = os.path.relpath(path, self._path.parent)  # a workdir may be moved or copied
+        there = self._path.parent / path
+        empty = not there.exists() or (there.is_dir() and not os.listdir(there))
+        if path not in made and empty:
+            made.append(path)
+            self._write()
+
+    def drop_imported(self) -> None:
+        """Removes what a fit that was asked otherwise has made here, and nothing else."""
+        for path in (self._path.parent / name for name in self._imported):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self._imported = []
 
     def get(self, key: str) -> Any:
         """What was kept under a name, else None."""

@@ -22,6 +22,7 @@ from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import indexes, own_data
 from coca_jax.importers.items import Options
+from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
 from coca_jax.training import lease, memory, setup, stopping
 from coca_jax.training import run as training
@@ -61,6 +62,7 @@ def fit(
                 own_data.refuse_changed(request.folder, place, options_of(request))
             say(f"{path} holds the choice that was made before")
         else:
+            kept.drop_imported()
             write_recipe(path, request, workdir, kept, change, say)
     result = dict(workdir=str(workdir), recipe=str(path))
     if dry_run:
@@ -79,7 +81,7 @@ def write_recipe(
         say(line)
     kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
-    config, why = decide(request, facts, (place, splits, name), start, workdir, change, say)
+    config, why = decide(request, facts, (place, splits, name), start, workdir, kept, change, say)
     folder = shlex.quote(request.folder)
     title = f"{name}: the choice of `coca-jax fit {folder} --minutes={request.minutes:g}`."
     new = path.with_suffix(".py.new")
@@ -105,6 +107,8 @@ def bring_in(
         place, splits = request.folder, (layout.train, layout.held)
     else:
         place, splits = files.join(os.path.abspath(workdir), f"data/{name}"), ("train", "test")
+        check_place(request.folder, workdir, place)
+        kept.imports(place)
         share = kept.get("holdout")
         if share is None and not layout.held:
             share = look.holdout(scan.places)
@@ -117,6 +121,22 @@ def bring_in(
     for line in tell.facts_in_words(facts, request.folder):
         say(line)
     return facts, place, splits, f"{name}_{splits[1]}"
+
+
+def check_place(folder: str, workdir: str, place: str) -> None:
+    """Raises ValueError where the data would be brought into a folder that they are in, or that
+    holds something else."""
+    if f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(place)}/"):
+        raise ValueError(
+            f"--workdir={workdir}: data are brought into its {place}, and {folder} is there; give "
+            "another --workdir"
+        )
+    names = os.listdir(place) if os.path.isdir(place) else []
+    if names and MANIFEST not in names and not any(n.startswith(".unfinished-") for n in names):
+        raise ValueError(
+            f"--workdir={workdir}: data are brought into its {place}, which holds other files; "
+            "give another --workdir"
+        )
 
 
 def only(facts: look.Facts, kind: str) -> look.Facts:
@@ -143,6 +163,7 @@ def decide(
     data: tuple[str, tuple[str, str], str],
     start: choose.Weights | None,
     workdir: str,
+    kept: Kept,
     change: Change,
     say: Say,
 ) -> tuple[Config, tuple[str, ...]]:
@@ -156,6 +177,7 @@ def decide(
     candidates = sizes.sizes_for(facts, machine, request.minutes)
     for number, size in enumerate(candidates):
         words = f"{workdir}/data/vocabulary-{size.pieces}.model"
+        kept.imports(os.path.abspath(words))
         keywords: dict[str, Any] = dict(
             path=place,
             splits=splits,

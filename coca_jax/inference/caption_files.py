@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coca_jax import storage
+from coca_jax import sealed_json, storage
 from coca_jax.data import bounded_json
-from coca_jax.inference import read_ahead
+from coca_jax.inference import model_checksum, read_ahead
 
 if TYPE_CHECKING:
     from coca_jax import inference
+
+
+HOW = ".how.json"  # behind the name of a file: what it is made with
 
 
 def json_line(result: dict[str, Any]) -> str:
@@ -54,6 +57,54 @@ def read_done(path: str) -> tuple[set[str], int]:
                 ) from None
             whole += len(line)
     return done, whole
+
+
+def check_name(out: str) -> None:
+    """Raises ValueError for a file whose name promises another format than lines of JSON."""
+    suffix = os.path.splitext(out)[1]
+    if suffix.lower() not in ("", ".jsonl"):
+        raise ValueError(
+            f"--out={out}: captions are written as lines of JSON; give a name that ends with "
+            f".jsonl, {out.removesuffix(suffix)}.jsonl"
+        )
+
+
+def remember(out: str, checkpoint: str, checksum: str, how: dict[str, Any]) -> None:
+    """Writes beside a file of captions what they are made with; how: prompt and settings."""
+    told = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
+    sealed_json.write(f"{out}{HOW}", told)
+
+
+def begun_with(out: str) -> dict[str, Any] | None:
+    """What `remember` wrote; None of a file that older versions began."""
+    path = storage.place(f"{out}{HOW}")
+    if not path.exists():
+        return None
+    told = sealed_json.read(path)
+    texts = all(isinstance(told.get(name), str) for name in ("checkpoint", "made_in", "model"))
+    if texts and isinstance(told.get("how"), dict):
+        return told
+    raise ValueError(f"{path} is damaged: it names no model and settings; delete it")
+
+
+def check_settings(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError, naming the first difference, where captions were begun with other
+    settings than `now`."""
+    for name, value in now.items():
+        if before["how"].get(name, value) != value:
+            raise ValueError(
+                f"--out={out} was begun with {name}={before['how'][name]!r}, not {value!r}; give "
+                "the same, or another --out"
+            )
+
+
+def check_model(out: str, before: dict[str, Any], checkpoint: str, checksum: str) -> None:
+    """Raises ValueError where captions were begun with another model."""
+    if not model_checksum.same(before["model"], checksum):
+        raise ValueError(
+            f"--out={out} was begun with --checkpoint={before['checkpoint']}, whose weights or "
+            f"preprocessing {checkpoint} does not have; give the same, or another --out"
+        )
 
 
 def read_batches(

@@ -16,10 +16,11 @@ from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.image_shape import Size
+from coca_jax.inference import model_checksum
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
-from coca_jax.inference.read_images import ImageReader, as_list, check_frames
+from coca_jax.inference.read_images import ImageReader, check_batch_size, check_frames
 from coca_jax.models import coca, head_kinds, roles
 
 _SORTED = 32  # batches of texts that are sorted by length together
@@ -45,7 +46,8 @@ class Encoders:
         checks.check_vocabulary(
             model, vocabulary.size, "use the vocabulary that the model was trained with"
         )
-        self.config, self.vocabulary, self.batch_size = config, vocabulary, batch_size
+        self.config, self.vocabulary = config, vocabulary
+        self.batch_size = check_batch_size(batch_size)
         self.image_size: Size = model.image_size
         self.max_len: int = model.text.max_len
         self.resize: str = config.data.resize
@@ -163,7 +165,7 @@ class Encoders:
         self,
         images: Any,
         class_names: Sequence[str],
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         *,
         templates: Sequence[str] | None = None,
         progress: bool = False,
@@ -171,11 +173,13 @@ class Encoders:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
 
         A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
-        hold '{}' once; default: the three of `data.prompts.PHOTO`. The probabilities use the
-        model's temperature. Raises ValueError for a prompt without '{}' or no class.
+        hold '{}' once, and one may stand alone; default: the three of `data.prompts.PHOTO`. The
+        probabilities use the model's temperature. Raises ValueError for a prompt without '{}' or
+        no class.
         templates: the old name of prompts.
         """
         prompts = renamed.one_of(prompts, "prompts", templates, "templates")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
@@ -204,8 +208,7 @@ class Encoders:
         if head is None:
             raise ValueError("this model has no task head; use zero_shot, or train with head.kind")
         pair = head.kind.images > 1
-        clips = bool(self.num_frames)
-        images = [one for pair in images for one in pair] if pair else as_list(images, clips)
+        images = [one for two in images for one in two] if pair else self._reader.listed(images)
         count = len(images) // head.kind.images
         texts = [""] * count if not head.kind.reads_text and texts is None else texts
         if texts is None or len(texts) != count:
@@ -224,12 +227,14 @@ class Encoders:
         return joined(parts, (head.num_classes,))
 
     def checksum(self) -> str:
-        """Tells these weights from others, the same on any mesh: 16 hexadecimal digits."""
+        """Tells this model from others, the same on any mesh: 16 hexadecimal digits of the weights,
+        '-' and 16 of what else its embeddings depend on."""
         with self._devices.context():
             found = self._programs.bit_sums(self.params)
         leaves = jax.tree_util.tree_leaves_with_path(found)
         text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        weights = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{weights}-{model_checksum.of_rest(self.config, self.vocabulary)}"
 
     def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
         """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a
@@ -246,6 +251,17 @@ class Encoders:
         num_frames: T; 0: the model's. Raises ValueError: cannot be decoded.
         """
         return self._reader.preprocess(image, num_frames)
+
+    def tokenize(
+        self, texts: Sequence[str], *, labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as `encode_tokens` takes them: ids int32 and validity bool, [N, max_len].
+
+        labels: as of `encode_text`.
+        """
+        tokens, valid = self._tokenize(texts, labels)
+        room = ((0, 0), (0, self.max_len - tokens.shape[1]))
+        return np.pad(tokens, room, constant_values=self.vocabulary.pad_id), np.pad(valid, room)
 
     def _run(self, program: Callable, *arrays: np.ndarray) -> Any:
         return self._programs.run(program, self.params, *arrays)

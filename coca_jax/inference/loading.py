@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from coca_jax import compile_cache, export_format, partitioning, storage
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.two_towers import TwoTowerModel
 from coca_jax.interop import hub, open_clip_config, towers_config
@@ -49,7 +52,9 @@ def load(
     Raises:
         FileNotFoundError: nothing of that kind at `path`, or the hub cannot be reached.
         ValueError: damaged or mismatched files, an unknown name, tag or dtype.
+        TypeError: an option that there is not.
     """
+    _check_options(options)
     path = hub.local(os.fspath(path), pretrained)
     compile_cache.use()
     place = storage.place(path)
@@ -57,6 +62,7 @@ def load(
         raise FileNotFoundError(
             f"{path} does not exist; give a run, an export, weights or hf-hub:OWNER/NAME"
         )
+    export_format.refuse_file(path)
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
         if not export_format.has_checksums(path):
@@ -76,6 +82,20 @@ def load(
         towers: Any = TwoTowerModel(config, params, words, **options)
         return towers
     return CoCaModel(config, params, words, **options)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises TypeError for an option that models do not have, before anything is read."""
+    known = [name for name in inspect.signature(CoCaModel).parameters][3:]  # after the weights
+    for name, value in options.items():
+        if name in ("device", "gpu"):
+            platform = str(value).partition(":")[0] if name == "device" else "gpu"
+            raise TypeError(f"{name}={value!r}: give devices=jax.devices({platform!r})")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+            raise TypeError(f"{name}={value!r}: no option of load; {remedy}")
+    read_images.check_batch_size(options.get("batch_size", 1))
 
 
 def _check_fit(params: dict, config: StoredConfig, path: str) -> None:

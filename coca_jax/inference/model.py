@@ -17,7 +17,6 @@ from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation import continuous, loop
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.programs import Forward
-from coca_jax.inference.read_images import as_list
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.texts import Caption
 from coca_jax.models import decoding
@@ -61,7 +60,12 @@ class CoCaModel(Scores):
     # -- captions -------------------------------------------------------------------------------
 
     def caption(
-        self, images: Any, prompt: str | Sequence[str] = "", *, progress: bool = False, **how: Any
+        self,
+        images: Any,
+        prompt: str | Sequence[str] | None = "",
+        *,
+        progress: bool = False,
+        **how: Any,
     ) -> list[str]:
         """The best caption of each image. how: fields of
         `generation.settings.Settings`.
@@ -75,7 +79,7 @@ class CoCaModel(Scores):
     def captions(
         self,
         images: Any,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = "",
         *,
         seeds: Sequence[int] | None = None,
         progress: bool = False,
@@ -88,6 +92,8 @@ class CoCaModel(Scores):
         the list. With the same `seed` and number an image gets the same captions in any company.
         """
         settings = Settings.of(how)
+        settings.check_beams(self.vocabulary.size)
+        prompt = "" if prompt is None else prompt
         captions: list[list[Caption]] = []
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):
@@ -193,6 +199,7 @@ class CoCaModel(Scores):
         same to the bit whenever the whole call is; in other company their sums may round
         otherwise.
         """
+        settings.check_beams(self.vocabulary.size)
         size = self._devices.bucket(self.batch_size)
         known = text_arrays.prompts(self.vocabulary, [prompt] * size, size)
         numbers = np.asarray(seeds, np.uint32)
@@ -252,7 +259,7 @@ class CoCaModel(Scores):
 
         how: as of `caption`. Raises ValueError unless there are as many questions as images.
         """
-        images = as_list(images, bool(self.num_frames))
+        images = self._reader.listed(images)
         if isinstance(questions, str) or len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
         prompts = []

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from coca_jax import image_shape
+from coca_jax import image_shape, local_files
 from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
@@ -54,9 +54,7 @@ class ImageReader:
         """uint8 [b, S, T, 3], b even where asked, of videos [b, F, S, T, 3]; the next batch is
         read by threads while one is used."""
         frames = num_frames or self._num_frames
-        if self._native and native_data.is_packed(images, *self._native):
-            images = list(images)  # as `preprocess` gave them
-        images = as_list(images, bool(frames))
+        images = self.listed(images, frames)
         size = max(self._batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
@@ -76,12 +74,20 @@ class ImageReader:
                     yield np.stack(list(pixels))
                     bar.update(count)
 
+    def listed(self, images: Any, num_frames: int = 0) -> Sequence:
+        """`as_list`, for which images that `preprocess` has packed, [N, ...], are N as well."""
+        if self._native and native_data.is_packed(images, *self._native):
+            return list(images)
+        return as_list(images, bool(num_frames or self._num_frames))
+
     def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
         """One image -> uint8 [S, T, 3], one video -> [F, S, T, 3]; in its own aspect ratio packed,
         [N, P * P * 3 + 4], see data/native.py.
 
         num_frames: T; 0: the reader's. Raises ValueError: cannot be decoded.
         """
+        if isinstance(image, str):
+            image = local_files.plain(image)
         if self._native:
             return self._packed(image, num_frames or self._num_frames, *self._native)
         frames, size = num_frames or self._num_frames, image_shape.pair(self._size)
@@ -119,6 +125,9 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
     clips: they are videos, whose arrays have one axis more.
     """
     if isinstance(images, (str, os.PathLike)):
+        if not os.fspath(images):
+            raise ValueError(f"images={images!r}: give the path or URL of an image or a folder")
+        images = local_files.plain(os.fspath(images))
         return image_files.find([os.fspath(images)], video=clips)
     if isinstance(images, (bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
         return [images]
@@ -130,6 +139,13 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")
     return images
+
+
+def check_batch_size(batch_size: int) -> int:
+    """Returns it; raises ValueError for what is not a number of images."""
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: give a whole number of images, at least 1")
+    return int(batch_size)
 
 
 def check_frames(num_frames: int) -> int:

@@ -88,6 +88,11 @@ def resolve(name: str, pretrained: str = "") -> str:
     name: 'coca_ViT-L-14' with `pretrained`, or 'coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k'.
     Raises ValueError naming the choices for a tag that the model does not have.
     """
+    if pretrained and os.path.exists(pretrained):
+        raise ValueError(
+            f"pretrained={pretrained!r} is a file, not a tag of {name}; convert it first: coca-jax "
+            f"convert --input={pretrained} --model={name} --out=FOLDER"
+        )
     model, _, tag = name.partition(":")
     tags = [known for of, known in PRETRAINED if of == model]
     if not tags:

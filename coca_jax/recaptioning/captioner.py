@@ -59,7 +59,7 @@ class Captioner:
                     )
 
     def checksums(self) -> list[str]:
-        """Of the weights of each model."""
+        """Of each model."""
         return [model.checksum() for model in self.models]
 
     @contextlib.contextmanager

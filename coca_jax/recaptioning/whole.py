@@ -2,6 +2,7 @@
 
 OUT/recaption/request.json   what was asked for, and the weights
 OUT/recaption/plan.json      the shards
+OUT/recaption/input.json     the files of the input
 OUT/recaption/part-N/        the parts of a shard while it is made
 OUT/recaption/part-N.json    the account of a shard
 OUT/recaption.json           what there is, written last
@@ -20,7 +21,8 @@ from coca_jax.data import files
 from coca_jax.evaluators import collapse
 from coca_jax.importers import metadata, shards, splits
 from coca_jax.importers.shards import Job
-from coca_jax.recaptioning import shard
+from coca_jax.inference import model_checksum
+from coca_jax.recaptioning import inputs, shard
 from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
 
@@ -32,7 +34,7 @@ def plan(request: Request) -> list[Job]:
 
     Raises:
         FileNotFoundError, ValueError: nothing to read; or `out` holds something else, or what was
-            made with other options.
+            made with other options or of other files, or lies in the input.
     """
     work = files.join(request.out, "recaption")
     path = files.join(work, "request.json")
@@ -45,28 +47,36 @@ def plan(request: Request) -> list[Job]:
                 f"--out={request.out} was begun with {other[0]}={before.get(other[0])!r}, not "
                 f"{told[other[0]]!r}; give the same, or another --out"
             )
+        inputs.check(request)
     elif files.exists(request.out) and any(
         found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
     ):
         raise ValueError(f"--out={request.out} holds something else; give a new folder")
     elif files.exists(old := files.join(work, "plan.json")):
         storage.remove(old)  # of a start that came no further
+        inputs.forget(request)
+    if begins := not files.exists(path):
+        inputs.refuse_inside(request)
     module = shards.importer(request.format)
     asked = dict(format=request.format, input=request.input, options=told["options"])
     jobs = splits.plan(module, request.format, request.input, "", request.options, work, 0, asked)
+    if begins:
+        inputs.write(request, [unit for job in jobs for unit in job.units])
     return jobs
 
 
 def begin(request: Request, checksums: Sequence[str]) -> None:
-    """Writes down what is asked for. Raises ValueError where other weights than these began."""
+    """Writes down what is asked for. Raises ValueError where other models than these began."""
     path = files.join(request.out, "recaption/request.json")
     if not files.exists(path):
         sealed_json.write(path, request.told() | dict(weights=list(checksums)))
-    elif sealed_json.read(path)["weights"] != list(checksums):
-        raise ValueError(
-            f"--out={request.out} was begun with other weights than --checkpoint holds now; give "
-            "another --out"
-        )
+    else:
+        before = sealed_json.read(path)["weights"]
+        if len(before) != len(checksums) or not all(map(model_checksum.same, before, checksums)):
+            raise ValueError(
+                f"--out={request.out} was begun with other weights or preprocessing than "
+                "--checkpoint has now; give another --out"
+            )
 
 
 def name(request: Request, jobs: Sequence[Job], job: Job) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coca_jax.inference import read_ahead
-from coca_jax.searching.parts import Done, Parts
+from coca_jax.searching.parts import Parts, Row
 from coca_jax.searching.pictures import Group, Picture
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ VERSION = 1  # of the folder's layout
 
 def about(model: CoCaModel, checkpoint: str) -> dict[str, Any]:
     """The contents of index.json."""
-    width = model.config.model.embed_dim
-    return dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint, width=width)
+    told = dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint)
+    return told | dict(width=model.config.model.embed_dim, made_in=os.getcwd())
 
 
 def add(
@@ -35,7 +36,7 @@ def add(
 ) -> None:
     """Embeds the pictures of a group that `parts` does not hold. part: pictures a part; say: told
     of pictures that cannot be read; report: given the numbers of pictures done."""
-    done = parts.done.get(group.key, Done()) if group.key else Done()
+    done = parts.done(group.key)
     report(done.pictures)
     if done.whole:
         return
@@ -69,7 +70,7 @@ def _add_part(
                 say(f"skipped {text if picture.name in text else f'{picture.name}: {text}'}")
         if good:
             found.append(model.encode_image(np.stack([x for _, x in good])))
-            rows += [(picture.name, picture.caption) for picture, _ in good]
+            rows += [Row(one.name, one.caption, one.stamp) for one, _ in good]
     parts.write(group.key, np.concatenate(found), rows, skipped, last)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tqdm
 
-from coca_jax import storage
+from coca_jax import local_files, storage
 from coca_jax.data import files
 from coca_jax.importers.items import printable
+from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
 from coca_jax.searching.parts import STAGED, Parts
 from coca_jax.searching.pictures import Group
@@ -20,18 +23,53 @@ if TYPE_CHECKING:
 
 
 def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
-    """The pictures at `inputs` that `parts` does not hold.
+    """The pictures at `inputs` that `parts` does not hold, or not as they are now.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read.
     """
-    known = set(parts.names()) | parts.skipped.keys()
+    taken: set[str] = set()
+
+    def state(name: str) -> pictures.State:
+        whole = parts.whole_path(printable(name))
+        if whole in taken:  # by another spelling
+            return "done"
+        taken.add(whole)
+        before = parts.files.get(whole)
+        if before is None:
+            return "new"
+        if before.row < 0:
+            return "failed"
+        # What older indexes hold has no stamp, and what is remote never has one.
+        same = before.stamp is None or local_files.stamp(name) in (before.stamp, None)
+        return "done" if same else "new"
+
     found: dict[Any, Group] = {}
     for input in inputs:
-        for group in pictures.groups(input, known, part):
-            known.update(printable(name) for name, _ in group.files)
-            found.setdefault(group.key or group.files, group)
+        for group in pictures.groups(_from_base(input, parts.base), state, part):
+            found.setdefault(parts.whole_path(group.key) if group.key else group.files, group)
     return list(found.values())
+
+
+def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
+    """Rows of local files at or below `inputs` that are there no more."""
+    places = [parts.whole_path(_from_base(input, parts.base)) for input in inputs]
+    below = tuple(os.path.join(place, "") for place in places if "://" not in place)
+    return [
+        known.row
+        for name, known in parts.files.items()
+        if known.row >= 0
+        and (name in places or name.startswith(below))
+        and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
+        and not os.path.exists(name)
+    ]
+
+
+def _from_base(input: str, base: str) -> str:
+    """An input as another start can find it: relative names begin at the index's base."""
+    if base == os.getcwd() or "://" in input or input.startswith("tfds:"):
+        return input
+    return os.path.abspath(input)
 
 
 def add(
@@ -41,11 +79,13 @@ def add(
     *,
     checkpoint: str,
     batch_size: int,
+    gone: Collection[int] = (),
     part: int = pictures.PART,
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes new parts: what others have staged, then what `model` embeds.
+    """Writes new parts: what others have staged, then what `model` embeds. Then drops the old rows
+    of files that have changed, and those of `gone`.
 
     The folder is the same to the byte whether or not runs before this one were ended in between,
     and whoever embedded.
@@ -54,14 +94,16 @@ def add(
         model: None where all groups are staged.
 
     Returns:
-        new, already_there, skipped: numbers of pictures; pictures: in the index.
+        Numbers of pictures: new; changed, which are embedded anew; gone; already_there before;
+        skipped, which could not be read; pictures, in the index now.
 
     Raises:
         ValueError: an index of another model.
     """
     if model:
         parts.begin(embedding.about(model, checkpoint))
-    before, skipped_before = len(parts.names()), len(parts.skipped)
+    before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
+    in_groups = parts.in_groups
     total = sum(group.count for group in groups)
     with tqdm.tqdm(total=total or None, unit="picture", disable=not progress) as bar:
         for group in groups:
@@ -72,12 +114,18 @@ def add(
             elif not staged.joined(parts, group):
                 raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
             staged.remove(parts.folder, group)
-    new = len(parts.names()) - before
+    names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
+    held = [name for name in names if name in before and before[name].row >= 0]
+    failed = [name for name in names if parts.files[name].row < 0]
+    others = parts.skipped.keys() - known
+    parts.drop(gone)
     return dict(
-        new=new,
-        already_there=before,
-        skipped=len(parts.skipped) - skipped_before,
-        pictures=before + new,
+        new=len(set(names) - {*held, *failed}) + parts.in_groups - in_groups,
+        changed=len(held),
+        gone=len(set(gone)),
+        already_there=count,
+        skipped=len(failed) + sum(parts.whole_path(name) not in parts.files for name in others),
+        pictures=len(parts.names()),
     )
 
 
@@ -119,10 +167,10 @@ class Index:
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
-        if model.checksum() != self.about["model"]:
+        if not model_checksum.same(self.about["model"], model.checksum()):
             raise ValueError(
-                f"this index was made by {self.checkpoint} with other weights; give that "
-                "--checkpoint, or index again"
+                f"this index was made by {self.checkpoint} with other weights or preprocessing; "
+                "give that --checkpoint, or index again"
             )
 
     def query(

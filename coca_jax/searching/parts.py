@@ -1,34 +1,42 @@
 """The folder of an index: embeddings and names in numbered parts, laid out as clip-retrieval does.
 
     img_emb/img_emb_N.npy         float16 [n, E], L2-normalised
-    metadata/metadata_N.parquet   image_path, caption: one row a row of the embeddings
+    metadata/metadata_N.parquet   image_path, caption: one row a row of the embeddings; size and
+                                  mtime_ns of a local file
     index.json                    the model, and what was indexed
     staged/                       indexes of shards that are done and not yet joined; see staged.py
 
 A part is there when its parquet file is: that is written last, and says in its schema's metadata
-which pictures of which group the part holds, so that a run that was ended goes on where it was.
+which pictures of which group the part holds, so that a run that was ended goes on where it was. It
+may also drop rows of earlier parts, whose pictures are gone or have changed: they stay in the files
+and count no more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
+import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coca_jax import sealed_json, storage
+from coca_jax import local_files, sealed_json, storage
 from coca_jax.data import bounded_json
+from coca_jax.inference import model_checksum
 
 _KEY = b"coca_jax"
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
+STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
 STAGED = "staged"
+_BESIDE = (STAGED, "lease.json")  # what a folder may hold before index.json
 
 
 @dataclasses.dataclass
@@ -39,13 +47,28 @@ class Done:
     whole: bool = False
 
 
+class Row(NamedTuple):
+    """A row to write: name, caption and `local_files.stamp` of a picture."""
+
+    name: str
+    caption: str
+    stamp: tuple[int, int] | None = None
+
+
+class Known(NamedTuple):
+    """What the parts say last of a file: its row, -1 where it could not be read, and its stamp."""
+
+    row: int
+    stamp: tuple[int, int] | None = None
+
+
 class Parts:
     """The parts of an index.
 
     Attributes:
         about: the contents of index.json; {} for a new folder.
-        done: of each group.
         skipped: names of pictures that could not be read, and why.
+        in_groups: rows of groups with a key, which are no files.
 
     Raises:
         ValueError: the folder holds something else, or is damaged.
@@ -58,11 +81,16 @@ class Parts:
         if (place / "index.json").exists():
             self.about = sealed_json.read(place / "index.json")
             _check(self.about, f"{folder}/index.json")
-        elif place.exists() and any(path.name != STAGED for path in place.iterdir()):
+        elif place.exists() and any(path.name not in _BESIDE for path in place.iterdir()):
             raise ValueError(f"{folder} holds something that is no index; give a new folder")
-        self.done: dict[str, Done] = {}
         self.skipped: dict[str, str] = {}
+        self.in_groups = 0
+        self._done: dict[str, Done] = {}
         self._tables: list[pa.Table] = []
+        self._files: dict[str, Known] | None = None
+        self._base: str | None = None
+        self._rows = 0  # with those that are dropped
+        self._dropped: set[int] = set()
         names = [p.name for p in (place / "metadata").iterdir()] if self.about else []
         numbers = sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
         if numbers != list(range(len(numbers))):
@@ -78,7 +106,13 @@ class Parts:
             kinds = (said["group"], str), (said["skipped"], dict), (said["last"], bool)
             if not all(isinstance(value, kind) for value, kind in kinds):
                 raise ValueError("its metadata have other types")
-            table.select(list(COLUMNS)).cast(pa.schema([(name, pa.string()) for name in COLUMNS]))
+            told = pa.schema([(name, pa.string()) for name in COLUMNS])
+            table.select(list(COLUMNS)).cast(told)
+            if STAMP[0] in table.column_names:
+                table.select(list(STAMP)).cast(pa.schema([(name, pa.int64()) for name in STAMP]))
+            for row in said.get("dropped", []):
+                if type(row) is not int or not 0 <= row < self._rows:
+                    raise ValueError("it drops what is no earlier row")
             return table
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -86,13 +120,63 @@ class Parts:
                 "the same `search index` again"
             ) from None
 
-    def _take(self, table: pa.Table) -> None:
-        self._tables.append(table)
+    @property
+    def base(self) -> str:
+        """The folder in which relative names begin: where the index was made, or, where that is no
+        more or on another machine, the current one."""
+        if self._base is None:
+            made = self.about.get("made_in", "")
+            there = isinstance(made, str) and os.path.isdir(made)
+            self._base = made if there else os.getcwd()
+        return self._base
+
+    def whole_path(self, name: str) -> str:
+        """The one spelling of a picture or a group."""
+        return local_files.whole_path(name, self.base)
+
+    def done(self, group: str) -> Done:
+        """How much there is of a group with a key."""
+        return self._done.get(self.whole_path(group), Done()) if group else Done()
+
+    @property
+    def files(self) -> dict[str, Known]:
+        """Of pictures that are files, by their whole paths; those that are dropped left out."""
+        if self._files is None:  # some seconds of millions, which a query does not need
+            self._files, first = {}, 0
+            for table in self._tables:
+                self._know(self._files, table, first)
+                first += len(table)
+        return self._files
+
+    def _know(self, files: dict[str, Known], table: pa.Table, first: int) -> None:
+        """Adds to `files` what a part says; first: its first row's number."""
         said = json.loads(table.schema.metadata[_KEY])
-        done = self.done.setdefault(said["group"], Done())
-        done.pictures += len(table) + len(said["skipped"])
-        done.whole = said["last"]
+        if not said["group"]:
+            names = table[COLUMNS[0]].to_pylist()
+            for row, (name, stamp) in enumerate(zip(names, _stamps(table)), first):
+                files[self.whole_path(name)] = Known(row, stamp)
+            files |= {self.whole_path(name): Known(-1) for name in said["skipped"]}
+        dropped = set(said.get("dropped", ()))
+        if dropped:
+            for name in [name for name, known in files.items() if known.row in dropped]:
+                del files[name]
+
+    def _take(self, table: pa.Table) -> None:
+        said = json.loads(table.schema.metadata[_KEY])
+        if said["group"]:
+            done = self._done.setdefault(self.whole_path(said["group"]), Done())
+            done.pictures += len(table) + len(said["skipped"])
+            done.whole = said["last"]
+            self.in_groups += len(table)
+        elif self.skipped:
+            for name in table[COLUMNS[0]].to_pylist():
+                self.skipped.pop(name, None)
+        if self._files is not None:
+            self._know(self._files, table, self._rows)
+        self._tables.append(table)
+        self._rows += len(table)
         self.skipped |= said["skipped"]
+        self._dropped |= set(said.get("dropped", ()))
 
     def begin(self, about: dict[str, Any]) -> None:
         """Writes index.json of a new folder, or checks that the same model made the old one.
@@ -102,7 +186,7 @@ class Parts:
         """
         check_model(self.folder, self.about, about)
         if not self.about:
-            self.about = about
+            self.about, self._base = about, None
             (storage.place(self.folder) / "metadata").mkdir(parents=True, exist_ok=True)
             sealed_json.write(storage.place(self.folder) / "index.json", about)
 
@@ -110,19 +194,30 @@ class Parts:
         self,
         group: str,
         embeddings: np.ndarray,
-        rows: Sequence[tuple[str, str]],
+        rows: Sequence[Row],
         skipped: dict[str, str],
         last: bool,
+        dropped: Iterable[int] = (),
     ) -> None:
-        """Adds a part: float32 [n, E], n (name, caption); `last` of its group."""
+        """Adds a part: float32 [n, E] and n rows; `last` of its group. dropped: earlier rows that
+        count no more."""
+        known = [self.files.get(self.whole_path(name)) for name in skipped]
+        if not group and skipped and not rows and all(one and one.row < 0 for one in known):
+            return  # files that could not be read before either
         number = len(self._tables)
         out = io.BytesIO()
         np.save(out, embeddings.astype(np.float16))
         place = storage.place(self.folder)
         storage.write_bytes(place / f"img_emb/img_emb_{number}.npy", out.getvalue())
-        said = json.dumps(dict(group=group, skipped=skipped, last=last))
+        said = json.dumps(
+            dict(group=group, skipped=skipped, last=last)
+            | (dict(dropped=sorted(dropped)) if dropped else {})
+        )
         columns = {
             name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(COLUMNS)
+        } | {
+            name: pa.array([row.stamp[i] if row.stamp else None for row in rows], pa.int64())
+            for i, name in enumerate(STAMP)
         }
         table = pa.table(columns).replace_schema_metadata({_KEY: said.encode()})
         out = io.BytesIO()
@@ -137,9 +232,24 @@ class Parts:
         for number, table in enumerate(other._tables):
             said = json.loads(table.schema.metadata[_KEY])
             if before >= start:
-                rows = list(zip(*(table[name].to_pylist() for name in COLUMNS)))
+                texts = (table[name].to_pylist() for name in COLUMNS)
+                rows = [Row(*told) for told in zip(*texts, _stamps(table))]
                 self.write(said["group"], other._part(number), rows, said["skipped"], said["last"])
             before += len(table) + len(said["skipped"])
+
+    def drop(self, gone: Iterable[int] = ()) -> None:
+        """Drops the rows of `gone`, and those of files that later parts hold again or could not
+        read."""
+        last = {known.row for known in self.files.values()}
+        rows = range(self._rows)
+        of_files = itertools.chain.from_iterable(
+            [not json.loads(table.schema.metadata[_KEY])["group"]] * len(table)
+            for table in self._tables
+        )
+        old = {row for row, is_file in zip(rows, of_files) if is_file and row not in last}
+        dropped = (old | set(gone)) - self._dropped
+        if dropped:
+            self.write("", np.zeros((0, self.about["width"])), [], {}, True, dropped)
 
     def names(self) -> list[str]:
         """Of all pictures, in the order of the embeddings."""
@@ -150,16 +260,18 @@ class Parts:
         return self._column("caption")
 
     def _column(self, name: str) -> list[str]:
-        return [text for table in self._tables for text in table[name].to_pylist()]
+        found = [text for table in self._tables for text in table[name].to_pylist()]
+        return [text for row, text in enumerate(found) if row not in self._dropped]
 
     def embeddings(self) -> np.ndarray:
-        """float16 [N, E] of all parts, in order.
+        """float16 [N, E] of all pictures, in order.
 
         Raises:
             ValueError: a part is missing or damaged.
         """
         found = [self._part(number) for number in range(len(self._tables))]
-        return np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
+        whole = np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
+        return np.delete(whole, sorted(self._dropped), axis=0) if self._dropped else whole
 
     def _part(self, number: int) -> np.ndarray:
         path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
@@ -169,9 +281,17 @@ class Parts:
             raise ValueError(f"{path} is damaged ({error}); index again") from None
 
 
+def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
+    """Of each row of a part."""
+    if STAMP[0] not in table.column_names:
+        return [None] * len(table)
+    pairs = zip(*(table[name].to_pylist() for name in STAMP))
+    return [None if size is None or time is None else (size, time) for size, time in pairs]
+
+
 def check_model(folder: str, there: dict[str, Any], about: dict[str, Any]) -> None:
     """Raises ValueError where the index of `folder`, {} for a new one, is another model's."""
-    if there and there["model"] != about["model"]:
+    if there and not model_checksum.same(there["model"], about["model"]):
         raise ValueError(
             f"--out={folder} was made by another model ({there['checkpoint']}); embeddings of two "
             "models do not compare: give a new folder"

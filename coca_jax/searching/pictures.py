@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
+from coca_jax import local_files
 from coca_jax.data import files, formats, image_files
 from coca_jax.importers import imagefolder, shards
 from coca_jax.importers.items import Item, Options, Unit, printable
 
 PART = 1024  # pictures a part of an index: what a stop loses at most
+State = Literal["new", "failed", "done"]  # of a file: not in the index, not read so far, in it
 _OPTIONS = Options(verify=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """name: tells it from all others, a path where it is a file. image: a path or the encoded
-    bytes. problem: why there is none."""
+    bytes. problem: why there is none. stamp: `local_files.stamp`, taken before it is read."""
 
     name: str
     image: str | bytes
     caption: str = ""
     problem: str = ""
+    stamp: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +49,20 @@ class Group:
     def read(self) -> Iterator[Picture]:
         """The pictures, in order."""
         if self.unit is None:
-            return (Picture(printable(name), name, caption) for name, caption in self.files)
+            return (
+                Picture(printable(name), name, caption, stamp=local_files.stamp(name))
+                for name, caption in self.files
+            )
         path = self.unit.path
         items = shards.importer(self.format).read(self.unit, _OPTIONS)
         return (_picture(path, item) for item in items)
 
 
-def groups(path: str, known: Collection[str], part: int = PART) -> list[Group]:
+def groups(path: str, state: Callable[[str], State], part: int = PART) -> list[Group]:
     """The pictures at a path (folder, tar, glob, parquet, list, prepared data, 'tfds:NAME').
 
-    known: names of files that are done: they are left out. part: files a group.
+    state: of a file; what is done is left out, and what failed comes last, in groups of its own: a
+    run that was ended in between goes on as if it had not been. part: files a group.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no picture.
@@ -65,9 +73,14 @@ def groups(path: str, known: Collection[str], part: int = PART) -> list[Group]:
         format = formats.guess(path)
     if format in ("imagefolder", "sidecars"):
         captions = _captions(path)
-        names = [name for name in image_files.find([path]) if printable(name) not in known]
-        told = [(name, captions.get(name, "")) for name in names]
-        cut = (tuple(told[start : start + part]) for start in range(0, len(told), part))
+        told: dict[State, list[tuple[str, str]]] = dict(new=[], failed=[], done=[])
+        for name in image_files.find([path]):
+            told[state(name)].append((name, captions.get(name, "")))
+        cut = [
+            tuple(some[start : start + part])
+            for some in (told["new"], told["failed"])
+            for start in range(0, len(some), part)
+        ]
         return [Group("", len(some), some) for some in cut]
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module = shards.importer(format)

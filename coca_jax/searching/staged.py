@@ -6,6 +6,7 @@ OUT/staged/NAME/   an index of one group: its parts get their numbers when all a
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import tqdm
 from coca_jax import storage
 from coca_jax.data import files
 from coca_jax.engines import Engine, Report
+from coca_jax.importers.items import printable
 from coca_jax.searching import embedding, pictures
-from coca_jax.searching.parts import STAGED, Done, Parts, check_model
+from coca_jax.searching.parts import STAGED, Parts, check_model
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
@@ -99,11 +101,10 @@ def take(parts: Parts, group: Group, say: Callable[[str], None]) -> bool:
         return False
     staged = Parts(place)
     parts.begin(staged.about)
-    start = parts.done.get(group.key, Done()).pictures if group.key else 0
-    for name in staged.skipped.keys() - parts.skipped.keys():
-        say(f"skipped {name}: {staged.skipped[name]}")
-    parts.take(staged, start)
-    return staged.done.get(group.key, Done()).whole
+    for name, why in staged.skipped.items():
+        say(f"skipped {name}: {why}")
+    parts.take(staged, parts.done(group.key).pictures)
+    return _is_whole(staged, group)
 
 
 def remove(folder: str, group: Group) -> None:
@@ -112,18 +113,26 @@ def remove(folder: str, group: Group) -> None:
 
 
 def _place(folder: str, group: Group) -> str:
-    told = group.key or "\n".join(name for name, _ in group.files)
+    names = [group.key] if group.key else [name for name, _ in group.files]
+    # Relative names stay so: jobs on several machines may see the data below other folders.
+    told = "\n".join(name if "://" in name else os.path.normpath(name) for name in names)
     digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
     return files.join(folder, f"{STAGED}/{digest[:32]}")
 
 
 def joined(parts: Parts, group: Group) -> bool:
     """Whether the index holds all of a group; of files it is only asked for those that are new."""
-    return bool(group.key) and parts.done.get(group.key, Done()).whole
+    return parts.done(group.key).whole
 
 
 def _whole(folder: str, group: Group) -> bool:
     place = _place(folder, group)
     if not files.exists(files.join(place, "index.json")):
         return False
-    return Parts(place).done.get(group.key, Done()).whole
+    return _is_whole(Parts(place), group)
+
+
+def _is_whole(staged: Parts, group: Group) -> bool:
+    """Whether a staged index holds all of its one group; files are one part."""
+    names = [staged.whole_path(printable(name)) for name, _ in group.files]
+    return all(name in staged.files for name in names) if names else staged.done(group.key).whole

@@ -49,9 +49,8 @@ class Adapter:
         import torch
 
         texts = [texts] if isinstance(texts, str) else list(texts)
-        marks = [True] * len(texts) if self.labels else None
-        words, length = self.model.vocabulary, self.model.max_len
-        return torch.from_numpy(np.stack(words.encode_batch(texts, length, marks), 1).astype("i8"))
+        found = self.model.tokenize(texts, labels=self.labels)
+        return torch.from_numpy(np.stack(found, 1).astype("i8"))
 
     def encode_image(self, images: Any) -> Any:
         """uint8 [N, S, S, 3] -> float32 [N, E], on the device of `images`."""

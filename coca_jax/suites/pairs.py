@@ -45,7 +45,7 @@ def _is_list(place: Any) -> bool:
 def _rows(place: Any) -> list[Mapping[str, Any]]:
     text = place.read_text()
     if place.name.endswith(".jsonl"):
-        return [bounded_json.loads(line) for line in text.splitlines() if line.strip()]
+        return [bounded_json.loads(line) for line in text.split("\n") if line.strip()]
     found = bounded_json.loads(text)
     rows = list(found.values()) if isinstance(found, dict) else found
     return rows if isinstance(rows, list) else []

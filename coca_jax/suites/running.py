@@ -20,6 +20,7 @@ import numpy as np
 from coca_jax import storage
 from coca_jax.evaluators import results
 from coca_jax.evaluators.intervals import scored
+from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics
 from coca_jax.suites.tables import DATACOMP, Task
 
@@ -86,7 +87,7 @@ def _has_train(task: Task) -> bool:
 def _kept(out: str, task: Task, request: Mapping[str, Any]) -> dict[str, float] | None:
     file = storage.place(out) / "suite" / f"{slug(task.key)}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found["scores"] if found.get("request") == request else None
+    return found["scores"] if model_checksum.same_request(found.get("request"), request) else None
 
 
 def _measured(model: Any, task: Task, out: str, request: Mapping[str, Any]) -> dict[str, float]:

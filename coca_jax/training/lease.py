@@ -1,4 +1,4 @@
-"""One run, one owner: a workdir that a process trains in is refused to every other one.
+"""One run, one owner: a folder that a process writes to is refused to every other one.
 
 The owner keeps `lease.json` in the workdir, a folder or a bucket, and counts up a number in it
 every few seconds. Who finds such a file asks first whether the owner's process lives, which its
@@ -81,7 +81,8 @@ class Lease:
         beat: seconds between two beats of this owner.
         lost: called from another thread when someone else has the lease, with a line that says so.
         say: takes lines for people.
-        flag: of the command that names the workdir, for messages.
+        use: what the owner does in it, for the line that refuses others.
+        flag: the flag that names it, there too.
     """
 
     def __init__(
@@ -91,13 +92,15 @@ class Lease:
         beat: float | None = None,
         lost: Callable[[str], Any] | None = None,
         say: Callable[[str], Any] = stopping.say,
+        use: str = "trains in it",
         flag: str = "--workdir",
     ):
         self._workdir = workdir
         self._path = storage.place(workdir) / FILE
         self._remote = storage.is_remote(self._path)
         self._beat_seconds = beat or (BUCKET_BEAT if self._remote else BEAT)
-        self._lost, self._say, self._flag = lost or _leave, say, flag
+        self._lost, self._say = lost or _leave, say
+        self._use, self._flag = use, flag
         self._me = this_process() | {
             "owner": uuid.uuid4().hex,
             "beat_seconds": self._beat_seconds,
@@ -159,7 +162,7 @@ class Lease:
     def _refusal(self, owner: dict[str, Any]) -> str:
         return (
             f"{self._workdir} is in use: process {owner.get('pid')} on host {owner.get('host')} "
-            f"trains in it since {owner.get('since')} ({owner.get('command')}); wait for it, stop "
+            f"{self._use} since {owner.get('since')} ({owner.get('command')}); wait for it, stop "
             f"it, or use a new {self._flag}"
         )
 
@@ -240,6 +243,33 @@ def held(workdir: str, flag: str = "--workdir") -> Iterator[None]:
         raise refused or Held(f"{workdir} is in use, as process 0 says")
     if refused is not None:
         raise refused
+    with _given_back(lease):
+        yield
+
+
+@contextlib.contextmanager
+def alone(folder: str, *, use: str, flag: str) -> Iterator[None]:
+    """Inside, the folder is this process's, whatever other processes work beside it. It is made,
+    and removed again where nothing was written. use, flag: as of `Lease`.
+
+    Raises Held where another process has it.
+    """
+    path = storage.place(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder, use=use, flag=flag)
+    lease.acquire()
+    try:
+        with _given_back(lease):
+            yield
+    finally:
+        if not storage.is_remote(path):
+            with contextlib.suppress(OSError):  # it holds something
+                os.rmdir(path)
+
+
+@contextlib.contextmanager
+def _given_back(lease: Lease) -> Iterator[None]:
+    """Gives an acquired lease back at the end, however that comes."""
     stopping.before_leaving(lease.release)
     try:
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from coca_jax import lora, partitioning
@@ -165,11 +166,12 @@ def _shardings(model: CoCa, alike: Alike, mesh: Mesh) -> tuple[TrainState, Train
 
 def init_state(model: CoCa, config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made directly in its place on the mesh from config.seed."""
-    return _draw(model, of_state(config), mesh)(config.seed)
+    # As jax.random.key takes a number: its lowest 32 bits, of which int32 would hold 31.
+    return _draw(model, of_state(config), mesh)(np.uint32(config.seed & 0xFFFFFFFF))
 
 
 @functools.lru_cache(maxsize=4)  # its program may take longer to compile than a step's
-def _draw(model: CoCa, alike: Alike, mesh: Mesh) -> Callable[[int], TrainState]:
+def _draw(model: CoCa, alike: Alike, mesh: Mesh) -> Callable[[np.uint32], TrainState]:
     """A seed -> the state of `init_state`, compiled once in a process."""
     _, sharding = _shardings(model, alike, mesh)
 

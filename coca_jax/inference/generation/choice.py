@@ -119,7 +119,9 @@ def _largest(x: jax.Array, enough: Any) -> jax.Array:
 
 def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> jax.Array:
     """One token per row of allowed [B, W, V] by its own random number: int32 [B, W]."""
-    probs = jax.nn.softmax(allowed / numbers["temperature"], axis=-1)
+    # The largest stays 0 at any temperature; divided first, all would become minus infinity.
+    below = allowed - allowed.max(-1, keepdims=True)
+    probs = jax.nn.softmax(below / numbers["temperature"], axis=-1)
     if plan.filter:
         kth = _largest(probs, lambda keep: keep.sum(-1) >= numbers["top_k"])
         probs = jnp.where(probs >= kth[..., None], probs, 0.0)

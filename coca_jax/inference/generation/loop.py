@@ -93,6 +93,9 @@ def stream(
         going = not done.all()
 
 
+_COLDEST = np.finfo(np.float32).tiny  # a temperature that float32 would take for 0, and divide by
+
+
 def planned(
     spec: Decoder,
     prompt_len: np.ndarray,
@@ -125,7 +128,7 @@ def planned(
     numbers = dict(
         limit=np.minimum(steps, spec.max_len - prompt_len).astype(np.int32),
         min_tokens=np.int32(settings.min_tokens),
-        temperature=np.float32(settings.temperature or 1.0),
+        temperature=np.maximum(np.float32(settings.temperature or 1.0), _COLDEST),
         top_k=np.int32(settings.top_k or spec.vocab_size),
         top_p=np.float32(settings.top_p),
         length_penalty=np.float32(settings.length_penalty),

@@ -15,9 +15,9 @@ class Settings:
     """How to write a caption.
 
     max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
-    min_tokens: new tokens that must come before the end symbol.
+    min_tokens: new tokens that must come before the end symbol, at most max_tokens.
     num_captions: captions per image, best first; more than one needs beams or a temperature.
-    num_beams: beams of beam search; 1: none.
+    num_beams: beams of beam search, at most the ids of the vocabulary; 1: none.
     temperature: 0 takes the most probable token, more samples.
     top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
         ones that together have probability p (Holtzman et al. 2020).
@@ -27,7 +27,7 @@ class Settings:
     repetition_penalty: multiplies the log probability of tokens already there, prompt included;
         above 1 discourages them (Keskar et al. 2019, on log probabilities).
     no_repeat_ngram: n-grams of this size appear at most once, prompt included; 0: no rule.
-    seed: of sampling.
+    seed: of sampling, from 0 to 2**32-1.
     """
 
     max_tokens: int = 64
@@ -68,9 +68,21 @@ class Settings:
             ),
             ("top_k", sampled or self.top_k == 0, "only sampling uses it; set temperature above 0"),
             ("top_p", sampled or self.top_p == 1, "only sampling uses it; set temperature above 0"),
+            (
+                "min_tokens",
+                self.min_tokens <= self.max_tokens,
+                f"at most max_tokens={self.max_tokens}; raise max_tokens",
+            ),
+            ("seed", 0 <= self.seed < 2**32, "give a whole number from 0 to 4294967295 (2**32-1)"),
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
+
+    def check_beams(self, ids: int) -> None:
+        """Raises ValueError for more beams than the vocabulary has ids: each takes memory, and they
+        all begin with other tokens."""
+        if self.num_beams > ids:
+            raise ValueError(f"num_beams={self.num_beams}: at most {ids}, the vocabulary's ids")
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Settings:
@@ -79,7 +91,8 @@ class Settings:
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         for name, value in how.items():
             if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=1)
+                near = [group[0] for group in SAME if name in group]
+                near += difflib.get_close_matches(name, kinds, n=1)
                 remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
                 raise ValueError(f"unknown option of captions {name!r}; {remedy}")
             if not _TYPES[kinds[name]].holds(value):
@@ -87,6 +100,15 @@ class Settings:
         return cls(**how)
 
 
+# What other programs call a field, behind the field.
+SAME = (
+    ("num_beams", "beams", "beam_size", "generation_type"),
+    ("max_tokens", "max_length", "max_len", "max_new_tokens", "seq_len"),
+    ("min_tokens", "min_length", "min_len", "min_new_tokens", "min_seq_len"),
+    ("num_captions", "num_return_sequences"),
+    ("temperature", "do_sample"),
+    ("no_repeat_ngram", "no_repeat_ngram_size"),
+)
 _TYPES = {
     int: rules.Rule(rules.is_whole, "a whole number"),
     float: rules.Rule(rules.is_number, "a number"),

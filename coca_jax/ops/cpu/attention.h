@@ -32,7 +32,9 @@ void Attend(const float* query, const float* keys, const float* values, const bo
     for (int c = 0; c < C; ++c) __builtin_prefetch(value + ahead + c * kLine, 0, 2);
     for (int v = 0; v < kVectors; ++v) sum[v] += scores[m] * Load(value + v * kLanes);
   }
-  for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, sum[v] / total);
+  // A row that sees nothing (padding before a prompt) gets 0: what others hide of it must be finite.
+  for (int v = 0; v < kVectors; ++v)
+    Store(out + v * kLanes, total == 0.0f ? Vector{} : sum[v] / total);
 }
 
 using AttendOf = void (*)(const float*, const float*, const float*, const bool*, int64_t, int64_t,

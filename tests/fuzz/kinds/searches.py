@@ -13,7 +13,7 @@ import numpy as np
 
 from coca_jax import sealed_json
 from coca_jax.searching.index import Index
-from coca_jax.searching.parts import Parts
+from coca_jax.searching.parts import Parts, Row
 from kinds import Kind
 
 FILES = ("index.json", "img_emb/img_emb_0.npy", "metadata/metadata_0.parquet")
@@ -28,9 +28,10 @@ def _good() -> pathlib.Path:
         parts.begin(dict(version=1, model="0" * 64, checkpoint="runs/demo", width=WIDTH))
         rng = np.random.default_rng(0)
         for number in range(2):
-            rows = [(f"{number}{row}.png", f"caption {row}") for row in range(5)]
+            rows = [Row(f"{number}{row}.png", f"caption {row}", (9, row)) for row in range(5)]
             embeddings = rng.standard_normal((5, WIDTH))
             parts.write(f"group {number}", embeddings, rows, {"bad.png": "why"}, last=True)
+        parts.write("", np.zeros((0, WIDTH)), [], {}, True, [3])
     return folder
 
 

@@ -1,0 +1,78 @@
+"""The files of an input, written down when a work begins, which is made of what was there then."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Iterable
+from typing import Any
+
+from coca_jax import local_files, sealed_json, storage
+from coca_jax.data import files
+from coca_jax.importers import shards
+from coca_jax.importers.items import Unit
+from coca_jax.recaptioning.request import Request
+
+_FILE = "recaption/input.json"
+
+
+def refuse_inside(request: Request) -> None:
+    """Raises ValueError for an output in its own input, of which the next run would read it."""
+    places = [local_files.whole_path(one) for one in (request.out, request.input)]
+    out, input = (one if "://" in one else os.path.realpath(one) for one in places)
+    if out == input or out.startswith(posixpath.join(input, "")):
+        raise ValueError(
+            f"--out={request.out} lies in --input={request.input}: the next run would read what "
+            "this one writes; give a folder beside it"
+        )
+
+
+def write(request: Request, units: Iterable[Unit]) -> None:
+    """Writes down the files of the units of a plan."""
+    sealed_json.write(files.join(request.out, _FILE), dict(files=_told(units)))
+
+
+def forget(request: Request) -> None:
+    """Of a work that came no further than its plan."""
+    storage.remove(files.join(request.out, _FILE))
+
+
+def check(request: Request) -> None:
+    """Raises ValueError where the input has other files than when the work began, or files of
+    another size; a work of older versions does not know."""
+    path = files.join(request.out, _FILE)
+    if not files.exists(path):
+        return
+    before = sealed_json.read(path)["files"]
+    try:
+        units = shards.importer(request.format).plan(request.input, "", request.options)
+    except FileNotFoundError:  # as where it was removed after all was done
+        return
+    now = json.loads(json.dumps(_told(units)))
+    found = []
+    for names, more, one in (
+        (now.keys() - before.keys(), "more ", ("file", "files")),
+        (before.keys() - now.keys(), "fewer ", ("file", "files")),
+        ({name for name in before.keys() & now.keys() if before[name] != now[name]}, "", ("",)),
+    ):
+        if names:
+            first = posixpath.basename(min(names).rstrip("/")) + (", ..." if len(names) > 1 else "")
+            kind = f"{more}{one[len(names) > 1]}" if more else "changed"
+            found.append(f"{len(names)} {kind} ({first})")
+    if found:
+        raise ValueError(
+            f"--input={request.input} has {' and '.join(found)} since --out={request.out} was "
+            "begun; give another --out"
+        )
+
+
+def _told(units: Iterable[Unit]) -> dict[str, Any]:
+    """{file: its size in bytes and what is read of it}. Of a bucket and a folder of pictures the
+    latter alone: a bucket would be asked once a file."""
+    found: dict[str, Any] = {}
+    for unit in units:
+        stamp = None if os.path.isdir(unit.path) else local_files.stamp(unit.path)
+        told = found.setdefault(unit.path, dict(size=stamp and stamp[0], read=[]))
+        told["read"].append([unit.start, unit.stop, unit.rows])
+    return found

@@ -1,0 +1,94 @@
+"""The caption command's file: what it was begun with, which images it has, how it is called."""
+
+import json
+import os
+import pathlib
+
+import pytest
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_model_checksum import changed
+from test_search import encoded
+from test_version_0_1 import flags_of
+
+import coca_jax
+from coca_jax import caption
+
+
+@pytest.fixture
+def call(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The command in this process, in a folder with two pictures; `loaded` has what it loaded."""
+    (tmp_path / "s").mkdir()
+    for number in range(2):
+        (tmp_path / f"s/{number}.png").write_bytes(encoded(number))
+    monkeypatch.chdir(tmp_path)
+    flags_of("caption", monkeypatch)
+    there = dict(here=model, moved=model, other=changed(model, model__activation="relu"))
+    loaded: list[str] = []
+
+    def load(place, **how):
+        loaded.append(place)
+        return there[place]
+
+    monkeypatch.setattr(coca_jax, "load", load)
+
+    def run(*paths, **given):
+        caption.flags.FLAGS.unparse_flags()
+        given = dict(checkpoint="here", max_tokens=4, out="x.jsonl") | given
+        caption.flags.FLAGS(["caption", *(f"--{name}={value}" for name, value in given.items())])
+        del loaded[:]
+        caption.main(["caption", *paths])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    run.loaded = loaded
+    return run
+
+
+def test_captions_go_on_with_the_same_model_and_settings_alone(call):
+    assert call("s/0.png")["captioned"] == 1
+    before = pathlib.Path("x.jsonl").read_bytes()
+    for given, says in (
+        (dict(num_beams=2), "begun with num_beams=1, not 2; give the same, or another --out"),
+        (dict(prompt="a red"), "begun with prompt='', not 'a red'"),
+        (dict(max_tokens=5), "begun with max_tokens=4, not 5"),
+    ):
+        for paths in (["s/0.png"], ["s"]):
+            with pytest.raises(ValueError, match=f"--out=x.jsonl was {says}"):
+                call(*paths, **given)
+            assert not call.loaded
+    for paths in (["s/0.png"], ["s"]):
+        with pytest.raises(ValueError, match="begun with --checkpoint=here, whose weights or"):
+            call(*paths, checkpoint="other")
+    assert pathlib.Path("x.jsonl").read_bytes() == before
+    done = call("s", checkpoint="moved")
+    assert (done["captioned"], done["already_done"], call.loaded) == (1, 1, ["moved"])
+    done = call("s", batch_size=1)
+    assert (done["captioned"], done["already_done"], call.loaded) == (0, 2, [])
+
+
+def test_a_file_without_the_account_goes_on(call):
+    call("s/0.png")
+    os.remove("x.jsonl.how.json")
+    done = call("s", max_tokens=5)
+    assert (done["captioned"], done["already_done"]) == (1, 1)
+    assert not os.path.exists("x.jsonl.how.json")
+    pathlib.Path("x.jsonl").write_bytes(b"")
+    call("s", max_tokens=5)
+    told = json.loads(pathlib.Path("x.jsonl.how.json").read_text())
+    assert told["how"]["max_tokens"] == 5 and told["checkpoint"] == "here"
+
+
+def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
+    done = call("s/0.png", "./s", str(tmp_path / "s"))
+    assert (done["captioned"], done["already_done"]) == (2, 0)
+    done = call(str(tmp_path / "s"), "s/../s")
+    assert (done["captioned"], done["already_done"]) == (0, 2)
+    lines = [json.loads(line)["image"] for line in open("x.jsonl")]
+    assert lines == ["s/0.png", "./s/1.png"]
+
+
+def test_a_file_of_another_format_is_refused(call):
+    for suffix in ("csv", "json", "txt", "parquet"):
+        with pytest.raises(ValueError, match=rf"--out=r.{suffix}: .* with .jsonl, r.jsonl$"):
+            call("s", out=f"r.{suffix}")
+    assert call("s", out="r")["captioned"] == 2
+    assert sorted(os.listdir()) == ["r", "r.how.json", "s"]

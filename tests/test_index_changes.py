@@ -1,0 +1,179 @@
+"""An index of pictures that change, go, get readable, or are named in other ways."""
+
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_search import embed, encoded, tree
+from test_version_0_1 import flags_of
+
+import coca_jax
+from coca_jax import search
+from coca_jax.inference import loading
+from coca_jax.searching import index, parts, staged
+from coca_jax.training import lease
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Six pictures of noise, one file that is none; the current folder is the one above."""
+    (tmp_path / "s").mkdir()
+    for number in range(6):
+        (tmp_path / f"s/{number}.png").write_bytes(encoded(number))
+    (tmp_path / "s/broken.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "s"
+
+
+def again(model, input, out="i", **how):  # noqa: F811
+    """As `search index` does it: the numbers of new, changed, gone, skipped, and of all."""
+    there = parts.Parts(out)
+    gone = index.gone([input], there)
+    told = embed(model, input, out, gone=gone, **how)
+    return tuple(told[name] for name in ("new", "changed", "gone", "skipped", "pictures"))
+
+
+def rows(model, out="i"):  # noqa: F811
+    """Names of an index, each checked against what its file embeds to now."""
+    found = index.Index(out)
+    wanted = model.encode_image(found.names)
+    np.testing.assert_allclose(found.embeddings.astype(np.float32), wanted, atol=1e-3)
+    return found.names
+
+
+def test_what_could_not_be_read_is_tried_again_and_counted(model, folder):  # noqa: F811
+    assert again(model, "s") == (6, 0, 0, 1, 6)
+    before, said = tree("i"), []
+    assert again(model, "s", say=said.append) == (0, 0, 0, 1, 6)
+    assert len(said) == 1 and "broken.png" in said[0] and tree("i") == before
+    (folder / "broken.png").write_bytes(encoded(50))
+    assert again(model, "s") == (1, 0, 0, 0, 7)
+    assert rows(model)[-1] == "s/broken.png" and not parts.Parts("i").skipped
+
+
+def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(model, folder):  # noqa: F811
+    again(model, "s")
+    (folder / "2.png").write_bytes(encoded(70))
+    (folder / "4.png").unlink()
+    assert again(model, "s") == (0, 1, 1, 1, 5)
+    assert sorted(rows(model)) == [f"s/{n}.png" for n in (0, 1, 2, 3, 5)]
+    assert again(model, "s") == (0, 0, 0, 1, 5)
+    (folder / "4.png").write_bytes(encoded(4))  # there again
+    (folder / "0.png").write_bytes(b"no picture any more")
+    assert again(model, "s") == (1, 1, 0, 2, 5)
+    assert sorted(rows(model)) == [f"s/{n}.png" for n in (1, 2, 3, 4, 5)]
+    assert again(model, "s/1.png") == (0, 0, 0, 0, 5)  # the others are not asked for
+    for number in range(6):
+        assert len(np.load(f"i/img_emb/img_emb_{number}.npy")) == len(
+            pq.read_table(f"i/metadata/metadata_{number}.parquet")
+        )
+
+
+def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
+    again(model, "s")
+    for path in pathlib.Path("i/metadata").iterdir():
+        table, out = pq.read_table(path).drop_columns(["size", "mtime_ns"]), io.BytesIO()
+        pq.write_table(table, out)
+        path.write_bytes(out.getvalue())
+    (folder / "2.png").write_bytes(encoded(70))
+    (folder / "4.png").unlink()
+    (folder / "new.png").write_bytes(encoded(71))
+    assert again(model, "s") == (1, 0, 1, 1, 6)
+
+
+def test_two_spellings_of_a_folder_are_one(model, folder, monkeypatch):  # noqa: F811
+    again(model, "s")
+    before = tree("i")
+    for spelling in ("./s", "s/../s", str(folder), f"{folder}/"):
+        assert again(model, spelling) == (0, 0, 0, 1, 6), spelling
+    assert [name for name in tree("i") if name not in before] == []
+    monkeypatch.chdir(folder)  # relative names begin where the index was made
+    assert again(model, ".", "../i") == (0, 0, 0, 1, 6)
+    (folder / "new.png").write_bytes(encoded(71))
+    assert again(model, ".", "../i") == (1, 0, 0, 1, 7)
+    assert index.Index("../i").names[-1] == str(folder / "new.png")
+
+
+def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811
+    import tarfile
+
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+        tar.add(folder / "1.png", "1.png")
+    assert embed(model, "t.tar", "i")["pictures"] == 2
+    assert embed(model, "./t.tar", "i")["pictures"] == 2
+    assert embed(model, os.path.abspath("t.tar"), "i")["new"] == 0
+
+
+def test_what_was_staged_in_part_is_counted_and_found_once(model, folder):  # noqa: F811
+    class Killed(Exception):
+        pass
+
+    def killed(done):
+        if done:
+            raise Killed
+
+    there = parts.Parts("i")
+    (group,) = index.groups(["s"], there)
+    with pytest.raises(Killed):
+        staged.Work(lambda: model, "i", {}, "here", 4, 3)(group, killed)
+    assert again(model, "s", part=8) == (6, 0, 0, 1, 6)
+    assert sorted(rows(model)) == [f"s/{number}.png" for number in range(6)]
+
+
+def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F811
+    again(model, "s")
+    path = pathlib.Path("i/metadata/metadata_0.parquet")
+    table = pq.read_table(path)
+    for row in ("a", 0, -1, True):  # of the first part there is none before
+        said = json.loads(table.schema.metadata[b"coca_jax"]) | dict(dropped=[row])
+        told = json.dumps(said).encode()
+        pq.write_table(table.replace_schema_metadata({b"coca_jax": told}), path)
+        with pytest.raises(ValueError, match="metadata_0.parquet is damaged"):
+            parts.Parts("i")
+
+
+@pytest.fixture
+def call(model, monkeypatch, capsys):  # noqa: F811
+    """The command in this process, with a model that is there already."""
+    flags_of("search", monkeypatch)
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: model)
+
+    def run(*asked, **given):
+        search.flags.FLAGS.unparse_flags()
+        search.flags.FLAGS(["search", *(f"--{name}={value}" for name, value in given.items())])
+        return search.main(["search", *asked])
+
+    return run
+
+
+def test_two_runs_into_one_index_are_not_at_once(call, folder):
+    given = dict(checkpoint="here", out="i")
+    done = call("index", "s", **given)
+    counts = dict(new=6, changed=0, gone=0, skipped=1, pictures=6)
+    assert {key: done[key] for key in counts} == counts and "lease.json" not in os.listdir("i")
+    for out in ("i", "new"):
+        with lease.alone(out, use="indexes into it", flag="--out"):
+            with pytest.raises(lease.Held, match="is in use: .* indexes into it .*a new --out"):
+                call("index", "s", **given | dict(out=out))
+    assert call("index", "s", **given)["pictures"] == 6
+    assert not os.path.exists("new")
+
+
+def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypatch):
+    call("index", "s", checkpoint="c/hub", out="i")
+    monkeypatch.setattr(coca_jax, "load", loading.load)
+    monkeypatch.chdir("s")
+    with pytest.raises(FileNotFoundError) as told:
+        call("query", "red", index="../i", checkpoint="")
+    assert str(told.value) == (
+        f"c/hub does not exist: --index=../i, made in {folder.parent}, names that model; "
+        "--checkpoint= gives the place where it is now"
+    )
+    with pytest.raises(FileNotFoundError, match="none does not exist; give a run"):
+        call("query", "red", index="../i", checkpoint="none")

@@ -1,0 +1,90 @@
+"""What a model's checksum tells apart, and what was made with the older one."""
+
+import json
+
+import numpy as np
+import pytest
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_search import embed, encoded
+
+from coca_jax.config import typed
+from coca_jax.evaluators import unfinished
+from coca_jax.inference import model_checksum
+from coca_jax.inference.model import CoCaModel
+from coca_jax.recaptioning import whole
+from coca_jax.recaptioning.request import Request
+from coca_jax.searching import index, parts
+
+
+def changed(model, **values):  # noqa: F811
+    """The same weights with other values of the configuration."""
+    config = typed(model.config).change(
+        {key.replace("__", "."): one for key, one in values.items()}
+    )
+    return CoCaModel(config, model.params, model.vocabulary)
+
+
+def test_what_changes_embeddings_changes_the_checksum_and_the_rest_does_not(model):  # noqa: F811
+    own = model.checksum()
+    assert len(own) == 33 and changed(model).checksum() == own
+    told = {
+        name: changed(model, **{name: value}).checksum()
+        for name, value in dict(
+            model__activation="quick_gelu",
+            model__image_mean=(0.4, 0.4, 0.4),
+            model__norm_eps=1e-4,
+            data__resize="crop",
+            data__label_token=True,
+        ).items()
+    }
+    assert len({own, *told.values()}) == 6
+    assert {one.partition("-")[0] for one in told.values()} == {own.partition("-")[0]}
+    for name, value in dict(model__temperature=0.5, data__num_threads=3, data__flip=True).items():
+        assert changed(model, **{name: value}).checksum() == own, name
+    pixels = np.zeros((1, *[model.image_size] * 2, 3), np.uint8)
+    other = changed(model, model__image_mean=(0.1, 0.1, 0.1))
+    assert np.abs(other.encode_image(pixels) - model.encode_image(pixels)).max() > 1e-3
+
+
+def test_an_index_is_refused_to_other_preprocessing_and_an_old_one_goes_on(model, tmp_path):  # noqa: F811
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    other = changed(model, model__image_mean=(0.4, 0.4, 0.4))
+    embed(model, tmp_path / "a.png", tmp_path / "i")
+    with pytest.raises(ValueError, match="made by another model"):
+        embed(other, tmp_path / "a.png", tmp_path / "i")
+    found = index.Index(str(tmp_path / "i"))
+    found.check(model)
+    with pytest.raises(ValueError, match="other weights or preprocessing"):
+        found.check(other)
+    found.about["model"] = model.checksum().partition("-")[0]  # as before
+    found.check(model)
+    old = parts.Parts(str(tmp_path / "i"))
+    old.about["model"] = found.about["model"]
+    old.begin(dict(old.about, model=model.checksum()))
+    with pytest.raises(ValueError, match="made by another model"):
+        old.begin(dict(old.about, model="0" * 16 + "-" + "0" * 16))
+
+
+def test_recaption_and_evaluate_go_on_from_the_older_checksum(model, tmp_path):  # noqa: F811
+    own = model.checksum()
+    old, other = own[:16], changed(model, model__activation="relu").checksum()
+    request = Request("in", "imagefolder", str(tmp_path / "r"))
+    whole.begin(request, [old])
+    whole.begin(request, [own])
+    whole.begin(Request("in", "imagefolder", str(tmp_path / "s")), [own])
+    with pytest.raises(ValueError, match="other weights or preprocessing"):
+        whole.begin(Request("in", "imagefolder", str(tmp_path / "s")), [other])
+    asked = dict(step=3, num_frames=0)
+    begun = unfinished.Unfinished(str(tmp_path), asked | dict(weights=old), main_process=True)
+    begun.add("task", {"a": 0.5})
+    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=own), main_process=True)
+    assert again.scores("task") == {"a": 0.5} and again.request["weights"] == old
+    path = tmp_path / "eval_progress.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | dict(request=asked | dict(weights=own)))
+    )
+    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=other), main_process=True)
+    assert again.scores("task") is None
+    assert not model_checksum.same_request(
+        dict(asked, weights=own, step=4), dict(asked, weights=own)
+    )

@@ -1,0 +1,93 @@
+"""What is said where a model is loaded or asked in another way than there is."""
+
+import os
+import urllib.parse
+
+import jax
+import numpy as np
+import pytest
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_search import encoded
+
+import coca_jax
+from coca_jax import convert
+from coca_jax.inference import export_folder
+from coca_jax.inference.model import CoCaModel
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("exports") / "hub"
+    export_folder.write(model, str(folder))
+    return folder
+
+
+def test_a_file_of_weights_is_no_tag(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError) as told:
+        coca_jax.load("coca_ViT-B-32", pretrained=str(file))
+    wanted = f"coca-jax convert --input={file} --model=coca_ViT-B-32 --out=FOLDER"
+    assert wanted in str(told.value)
+
+
+def test_one_file_of_a_model_names_its_folder(exported, monkeypatch):
+    monkeypatch.chdir(exported.parent)
+    for name in ("params.safetensors", "config.json"):
+        with pytest.raises(ValueError, match="is one file of a model; give the folder hub$"):
+            coca_jax.load(f"hub/{name}")
+        with pytest.raises(ValueError, match="give the folder hub$"):
+            convert._find_weights(f"hub/{name}")
+    with pytest.raises(ValueError, match="--input=hub is converted already, .*--to=open_clip"):
+        convert._find_weights("hub")
+
+
+def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(exported):
+    for options, says in (
+        (dict(device="cuda"), r"^device='cuda': give devices=jax.devices\('cuda'\)$"),
+        (dict(device="cuda:1"), r"give devices=jax.devices\('cuda'\)$"),
+        (dict(batchsize=3), "^batchsize=3: no option of load; did you mean batch_size"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            coca_jax.load("none", **options)
+    for size in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match=f"^batch_size={size}: give a whole number of images"):
+            coca_jax.load("none", batch_size=size)
+    assert coca_jax.load(str(exported), batch_size=np.int64(2), devices=jax.devices()[:1])
+
+
+def test_a_batch_of_none_is_refused_by_the_model_too(model):  # noqa: F811
+    with pytest.raises(ValueError, match="^batch_size=0: give"):
+        CoCaModel(model.config, model.params, model.vocabulary, batch_size=0)
+
+
+def test_one_prompt_and_no_prompt(model, images):  # noqa: F811
+    names = ["red", "green"]
+    one = model.zero_shot(images[:2], names, "a {}")
+    np.testing.assert_array_equal(one, model.zero_shot(images[:2], names, ["a {}"]))
+    how = dict(max_tokens=3)
+    assert model.caption(images[:1], None, **how) == model.caption(images[:1], "", **how)
+
+
+def test_an_empty_path_and_a_file_url(model, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="^images='': give the path or URL"):
+        model.caption("")
+    file = tmp_path / "a picture%20.png"
+    file.write_bytes(encoded(3))
+    wanted = model.encode_image(str(file))
+    for url in (f"file://{file}", f"file://{urllib.parse.quote(os.fspath(file))}", file.as_uri()):
+        np.testing.assert_array_equal(model.encode_image(url), wanted)
+        np.testing.assert_array_equal(model.encode_image([url]), wanted)
+
+
+def test_settings_by_the_names_of_others(model, images):  # noqa: F811
+    for name, ours in dict(
+        num_return_sequences="num_captions",
+        do_sample="temperature",
+        seq_len="max_tokens",
+        generation_type="num_beams",
+    ).items():
+        with pytest.raises(ValueError, match=f"{name!r}; did you mean {ours!r}?"):
+            model.caption(images[:1], **{name: 1})
+    with pytest.raises(ValueError, match="^num_beams=100000: at most 2.., the vocabulary's ids"):
+        model.caption(images[:1], num_beams=100_000)

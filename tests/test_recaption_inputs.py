@@ -1,0 +1,128 @@
+"""A work of recaptioning knows the files that it was begun with."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from test_search import encoded
+
+from coca_jax.importers import webdataset
+from coca_jax.importers.items import Options, Unit
+from coca_jax.recaptioning import choose, whole, writers
+from coca_jax.recaptioning.request import Request
+
+
+def write_tar(path, count: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            member, data = tarfile.TarInfo(f"{number}.png"), encoded(number)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    for number in range(2):
+        write_tar(tmp_path / f"t/{number:05d}.tar", 2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "t"
+
+
+def asked(input="t", out="out", format="webdataset") -> Request:
+    return Request(input, format=format, out=out, options=Options(verify=False))
+
+
+def begun(*given) -> list[str]:
+    jobs = whole.plan(asked(*given))
+    whole.begin(asked(*given), ["0123"])
+    return [os.path.relpath(unit.path) for job in jobs for unit in job.units]
+
+
+def test_files_that_come_go_or_change_are_told_before_any_work(tars):
+    there = begun()
+    assert begun() == there == ["t/00000.tar", "t/00001.tar"]
+    write_tar(tars / "00002.tar", 1)
+    with pytest.raises(ValueError) as told:
+        whole.plan(asked())
+    assert str(told.value) == (
+        "--input=t has 1 more file (00002.tar) since --out=out was begun; give another --out"
+    )
+    write_tar(tars / "00001.tar", 9)
+    with pytest.raises(
+        ValueError, match=r"has 1 more file \(00002.tar\) and 1 changed \(00001.tar\)"
+    ):
+        whole.plan(asked())
+    (tars / "00000.tar").unlink()
+    (tars / "00001.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"1 more file .* and 2 fewer files \(00000.tar, ...\) since"
+    ):
+        whole.plan(asked())
+    assert begun("t", "other") == ["t/00002.tar"]
+    os.remove("out/recaption/input.json")  # as older versions began
+    assert begun() == there
+
+
+def test_a_start_that_came_no_further_than_its_plan_begins_again(tars):
+    whole.plan(asked())
+    write_tar(tars / "00002.tar", 1)
+    assert len(begun()) == len(begun()) == 3
+
+
+def test_a_folder_of_pictures_that_grew_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/0.png").write_bytes(encoded(0))
+    given = "p", "out", "imagefolder"
+    assert begun(*given) == begun(*given)
+    (tmp_path / "p/1.png").write_bytes(encoded(1))
+    with pytest.raises(ValueError, match=r"--input=p has 1 changed \(p\) since"):
+        whole.plan(asked(*given))
+
+
+def test_an_output_in_its_input_is_refused(tars):
+    for out in ("t/out", "./t/deep/er", str(tars / "out")):
+        with pytest.raises(ValueError, match=f"--out={out} lies in --input=t: the next run"):
+            whole.plan(asked(out=out))
+    os.symlink(tars, "link")
+    with pytest.raises(ValueError, match="lies in --input"):
+        whole.plan(asked(out="link/out"))
+    assert sorted(os.listdir("t")) == ["00000.tar", "00001.tar"]
+    whole.plan(asked(out="t_out"))  # beside it
+
+
+def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
+    fields = dict(caption="in json", title="stays", label="beetle", recaption="older")
+    files = {
+        "a.jpg": encoded(1),
+        "a.png": encoded(2),
+        "a.npz": b"arrays",
+        "a.json": json.dumps(fields).encode(),
+        "b.jpg": encoded(3),
+        "b.txt": b"in txt",
+        "b.cls": b"moth",
+        "b.json": json.dumps(fields).encode(),
+    }
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    made = dict(originals=[], captions=[dict(text="new", flags=["cut"], score=0.5)], key="")
+    kept = choose.kept(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic", 0.0)
+    assert kept == [("new", 0.5)]  # unsound, and beside an original
+    items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
+    assert [item.texts for item in items] == [["in json"], ["in txt"]]
+    examples = (writers.Example(item.key[-1], item, kept, made) for item in items)
+    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == (2, 2)
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        found = {one.name: tar.extractfile(one).read() for one in tar}
+    assert sorted(found) == ["a.json", "a.png", "a.txt", "b.json", "b.png", "b.txt"]
+    assert found["a.png"] == encoded(1) and found["a.txt"] == b"new"
+    for key, label in (("a", "beetle"), ("b", "moth")):
+        told = json.loads(found[f"{key}.json"])
+        assert told["title"] == "stays" and told["labels"] == [label]
+        assert told.keys() == {"title", "labels", "recaption"} and told["recaption"] != "older"
