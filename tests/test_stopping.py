@@ -131,6 +131,13 @@ BUSY = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"  # C c
             75,
             "is saved\nstopped while evaluating: no step is lost",
         ),
+        (  # in the save before it
+            "stop.reached(1)\nwhile not stop.reached(2): pass\n"
+            f"with stop.saved('evaluating', lambda: print('is saved')): {BUSY}",
+            "TERM",
+            75,
+            "is saved\nstopped while evaluating: no step is lost",
+        ),
     ],
 )
 def test_signals_act_while_the_main_thread_is_inside_c(script, signals, status, said):

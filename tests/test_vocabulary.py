@@ -8,6 +8,7 @@ import time
 
 import pytest
 import sentencepiece
+from conftest import tiny
 
 from coca_jax import recipes
 from coca_jax.config import typed
@@ -175,3 +176,22 @@ def test_any_sentencepiece_file(tmp_path, options, ids):
     tokens, valid = found.encode_batch(["a red cat"], 16)
     assert tokens[0, 0] == ids[0] and tokens[0][valid[0]][-1] == ids[1]
     assert found.decode(tokens[0]) == "a red cat"
+
+
+def test_weights_of_another_vocabulary_are_told(tmp_path, caplog):
+    texts = [f"a {word} number {i}" for word in ("cat", "dog") for i in range(60)]
+    (tmp_path / "weights").mkdir()
+    vocabulary.train(texts, 300, str(tmp_path / "weights/vocabulary.model"), 0)
+    vocabulary.train([text[::-1] for text in texts], 300, str(tmp_path / "other.model"), 0)
+    config = tiny(**{"model.text.vocab_size": 320, "init_from": str(tmp_path / "weights")})
+
+    def told(number, **changes):
+        caplog.clear()
+        changed = config.change({"data.vocabulary": str(tmp_path / "other.model")} | changes)
+        run_vocabulary.load_or_train(changed, str(tmp_path / f"run{number}"))
+        return [one.getMessage() for one in caplog.records if "init_from" in one.getMessage()]
+
+    (line,) = told(0)
+    assert f"other.model is not {tmp_path}/weights/vocabulary.model, with which" in line
+    assert not told(1, **{"data.vocabulary": str(tmp_path / "weights/vocabulary.model")})
+    assert not told(2, init_parts="image")

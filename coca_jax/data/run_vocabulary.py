@@ -35,6 +35,8 @@ def load_or_train(
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_beside(config.init_from)
     given = _load_given(place, bool(config.data.vocabulary)) if place else None
+    if given and config.data.vocabulary and not process_index:
+        _warn_of_another(config, given)
     if storage.place(path).exists():
         vocabulary = vocabularies.load(path)
         began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
@@ -81,6 +83,21 @@ def _check(config: Config, vocabulary: Vocabulary) -> None:
     checks.check_vocabulary(config.model, vocabulary.size)
     if config.data.label_token and vocabulary.label_id is None:
         raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
+
+
+def _warn_of_another(config: Config, given: Vocabulary) -> None:
+    """Where weights know the pieces of another vocabulary than the one that is named: of the same
+    size, nothing else would be wrong but every text."""
+    beside = _vocabulary_beside(config.init_from)
+    if not beside or config.init_parts == "image":
+        return
+    theirs = vocabularies.load(beside)
+    if theirs.checksum != given.checksum:
+        logging.warning(
+            "data.vocabulary=%s is not %s, with which the weights of init_from were trained: their "
+            "embeddings of pieces are of others; leave data.vocabulary out to use it",
+            *(config.data.vocabulary, beside),
+        )
 
 
 def _load_given(place: str, named: bool) -> Vocabulary:

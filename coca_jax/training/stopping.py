@@ -161,6 +161,8 @@ class Stop:
             return
         with self._lock:
             held, self._stage, self._before_leaving = self._stage, name, wait
+        if self._watched and self._asked.is_set():  # since the step's end, as in its save
+            self._leave("stopped")
         try:
             yield
         finally:
