@@ -1,14 +1,17 @@
 """What a run does when its disk is full: goes on, tries again, and says so where it cannot end."""
 
 import contextlib
+import os
 import resource
+import subprocess
+import sys
 import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import COMPILE_FAST, tiny
 from test_checkpointing import assert_equal, restore, state_of
 
 from coca_jax import checkpointing, sealed_json
@@ -134,3 +137,31 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
     assert f"of {limit} steps in a row (1 to {limit}) are not finite; step 1 was made of" in told
     assert "skipped_step_1.json with all of them is not written: [Errno 27]" in told
     assert "lower optimizer.learning_rate" in told and "\n" not in told
+
+
+BREAKS = """
+import sys
+import coca_jax.train
+from coca_jax import cli
+from coca_jax.training import run
+
+def breaks(state, start, steps, *, save, **parts):
+    save(2, state)
+    raise ValueError("a shard is damaged")
+
+run.loop.run = breaks
+sys.argv = ["coca-jax train", "--config=tiny", f"--workdir={sys.argv[1]}"]
+sys.argv.append("--config.model.text.mlp_dim=65536")  # whose save takes a while
+cli.command("train")
+"""
+
+
+@pytest.mark.long
+def test_a_save_under_way_is_finished_before_an_error_ends_the_run(tmp_path):
+    """With the process it would be lost: "its last checkpoint stays" is said of it."""
+    run = [sys.executable, "-c", BREAKS, str(tmp_path)]
+    env = os.environ | {"XLA_FLAGS": COMPILE_FAST}
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: a shard is damaged" in done.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    checkpointing.load_params(str(tmp_path))

@@ -201,6 +201,9 @@ def steps_from(
         )
     except (stopping.Preempted, WentUp, guard.LostTooMuch) as error:
         ended = error
+    except Exception:
+        finish(run, log, save)
+        raise
     finally:
         trace.close()
         feed.close()
@@ -213,6 +216,16 @@ def steps_from(
     if ended is not None:
         raise ended
     return state
+
+
+def finish(run: Run, log: hooks.Log, save: saving.Save) -> None:
+    """Of a run that an error ends: its rows are written and a save under way is waited for, else it
+    would be lost with the process. Not with several processes, where others may not come to it."""
+    for close in (log.close, save.close) if run.stop.alone else (log.close,):
+        try:
+            close()
+        except Exception as late:  # the error that ends the run is the one to tell
+            run.say(f"warning: {late}")
 
 
 def open_batches(
