@@ -136,6 +136,25 @@ def test_embeddings_equal_those_of_transformers(kind, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (dict(do_center_crop=True, size={"shortest_edge": 48}, crop_size=32), "size=48 and crop"),
+        (dict(do_normalize=False), "do_normalize=false"),
+        (dict(rescale_factor=1.0), "rescale_factor=1.0; only 1/255"),
+    ],
+)
+def test_images_that_come_to_a_model_otherwise_are_refused(given, told, tmp_path):
+    in_transformers("clip", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {told}"):
+        coca_jax.load(str(tmp_path))
+    usual = dict(do_center_crop=True, size=32, crop_size={"height": 32, "width": 32})
+    usual |= dict(rescale_factor=0.00392156862745098, do_resize=True, do_normalize=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
+    assert coca_jax.load(str(tmp_path)).resize == "crop"
+
+
 def test_what_is_no_whole_patch_is_cut_off_as_in_transformers(tmp_path):
     """Images of 384 in patches of 14, as SigLIP's largest has them, are no whole number of them."""
     image = VISION | dict(num_hidden_layers=1, image_size=37, patch_size=8)

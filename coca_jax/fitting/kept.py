@@ -94,6 +94,8 @@ class Kept:
     def drop_imported(self) -> None:
         """Removes what a fit that was asked otherwise has made here, and nothing else."""
         for path in (self._path.parent / name for name in self._imported):
+            if self._path.parent.resolve() not in path.resolve().parents:
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:

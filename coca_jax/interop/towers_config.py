@@ -154,10 +154,37 @@ def _tokenizer_class(folder: str) -> str:
     return str(given.get("tokenizer_class") or "")
 
 
+def _check_preprocessor(given: Any) -> None:
+    """Raises ValueError, naming the key, for images that come to a model otherwise than here."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{PREPROCESSOR}: not a JSON object")
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(key) is False:
+            raise ValueError(f"{PREPROCESSOR}: {key}=false; images are resized and normalised here")
+    factor = given.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-3:
+        raise ValueError(f"{PREPROCESSOR}: rescale_factor={short(factor)}; only 1/255 is known")
+    size, crop = (_side(given.get(name)) for name in ("size", "crop_size"))
+    if given.get("do_center_crop") and size and crop and size != crop:
+        raise ValueError(
+            f"{PREPROCESSOR}: size={size} and crop_size={crop}: images are resized to the crop's "
+            "own size here; set both alike if that is meant"
+        )
+
+
+def _side(given: Any) -> int:
+    """The shorter side that a size asks for; 0 where it is none."""
+    if isinstance(given, dict):
+        sides = [given.get(name) for name in ("shortest_edge", "height", "width")]
+        return min((side for side in sides if isinstance(side, int)), default=0)
+    return given if isinstance(given, int) else 0
+
+
 def _preprocessor(folder: str, clip: bool) -> dict[str, Any]:
     """How images come to the model's size, and their mean and deviation."""
     path = os.path.join(folder, PREPROCESSOR)
     given = bounded_json.parse(files.read_bounded(path)) if os.path.isfile(path) else {}
+    _check_preprocessor(given)
     half = (0.5, 0.5, 0.5)
     numbers = {k: given[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in given}
     mode = "shortest" if given.get("do_center_crop", clip) else "squash"
