@@ -94,7 +94,7 @@ def test_pixels_and_texts_give_the_embeddings_of_open_clip(cfg, tmp_path):
     texts = [*TEXTS, LONG]
     tokens, valid = model._tokenize(texts)
     np.testing.assert_array_equal(tokens, words(texts))
-    assert tokens[3, -1] == 0 and valid.sum(1).tolist() == [6, 8, 2, 8, 19]
+    assert tokens[-1, -1] == 0 and valid.sum(1).tolist() == [6, 8, 2, 8, 19]
     with torch.no_grad():
         images = original.encode_image(pixels_of(model))
         wanted = original.encode_text(words(texts))
