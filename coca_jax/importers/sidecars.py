@@ -92,6 +92,7 @@ def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Op
     item = webdataset.item(key, group, options)
     if "txt" in group.data and not options.text_field:
         # A caption a line, as CUB and Flowers have them; in a tar it is one, as open_clip reads it.
-        item.texts = [line for text in item.texts for line in text.split("\n") if line.strip()]
+        found = (line.strip() for text in item.texts for line in text.split("\n"))
+        item.texts = [line for line in found if line]
     item.span = image.span
     return item

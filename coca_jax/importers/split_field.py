@@ -49,9 +49,7 @@ def split_of(value: str) -> str:
     """The split that a value means, in any case: 'restval' of Karpathy's lists is for training, and
     validation has several usual names."""
     name = value.strip().lower()
-    if name in files.VALIDATION:
-        return "validation"
-    return "train" if name == "restval" else name
+    return "train" if name == "restval" else files.SPLITS.get(name, name)
 
 
 def told(format: str, input: str, options: Options) -> Told | None:
