@@ -30,14 +30,18 @@ ended() { # waits until the parent of train has left its status, for up to 5 s: 
   return 1
 }
 
+leave() { # VALUE NAME: a file that is there is whole
+  echo "$1" >"$here/$2.new"
+  mv "$here/$2.new" "$here/$2"
+}
+
 # Becomes the parent of train, which leaves its status behind.
 keep() {
   local status=0
   "$python" -m coca_jax.train "$@" >"$here/log" 2>&1 </dev/null &
-  echo "$!" >"$here/pid"
+  leave "$!" pid
   wait "$!" || status=$?
-  echo "$status" >"$here/status.new"
-  mv "$here/status.new" "$here/status"
+  leave "$status" status
 }
 
 run() {

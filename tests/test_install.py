@@ -60,7 +60,7 @@ def test_a_run_on_a_slice_goes_on_after_a_dropped_line_and_a_preemption(slice_ru
     assert [row["step"] for row in read_metrics(str(workdir))] == list(range(1, 19))
     kinds = [line.split()[3] for line in calls.splitlines() if "describe" not in line]
     first, again = ["create", "scp", "ssh", "ssh"], ["delete", "create", "scp", "ssh", "ssh"]
-    assert kinds == [*first, "ssh", *again, "delete"]
+    assert kinds == [*first, "ssh", *again, "delete"], done.stdout + done.stderr
 
 
 @pytest.mark.long
