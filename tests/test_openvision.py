@@ -18,6 +18,8 @@ pytestmark = pytest.mark.torch
 
 WORDS = ["a", "photo", "of", "cat", "two", "dogs", "in", "park", "it", "##s", "dog", ",", "!"]
 LONG = "a photo of two dogs in a park, " * 4
+# A curly quote of UTF-8 read as Windows-1252, one as it is, an entity, spaces.
+TO_MEND = ["a dog\u00e2\u20ac\u2122s park", "it\u2019s a  cat", "cats &amp;amp; dogs\t"]
 VISION = dict(image_size=32, layers=2, width=48, patch_size=8, head_width=12)
 TEXT = dict(context_length=20, vocab_size=40, width=40, heads=4, layers=2)
 # As the public files have them, but for the sizes.
@@ -94,6 +96,7 @@ def test_pixels_and_texts_give_the_embeddings_of_open_clip(cfg, tmp_path):
     texts = [*TEXTS, LONG]
     tokens, valid = model._tokenize(texts)
     np.testing.assert_array_equal(tokens, words(texts))
+    np.testing.assert_array_equal(model._tokenize(TO_MEND)[0], words(TO_MEND))
     assert tokens[-1, -1] == 0 and valid.sum(1).tolist() == [6, 8, 2, 8, 19]
     with torch.no_grad():
         images = original.encode_image(pixels_of(model))
@@ -114,6 +117,8 @@ def test_metaclip_2_of_open_clip_is_pooled_at_its_tokenizers_end(tmp_path):
     tokens, valid = model._tokenize(texts)
     wanted = words(texts).numpy()
     np.testing.assert_array_equal(tokens[valid], wanted[:, : tokens.shape[1]][valid])
+    mended, sees = model._tokenize(TO_MEND)
+    np.testing.assert_array_equal(mended[sees], words(TO_MEND).numpy()[:, : mended.shape[1]][sees])
     assert (wanted == 1).sum() == (~valid).sum() + 4 * (20 - tokens.shape[1])
     with torch.no_grad():
         embeddings = original.encode_text(torch.from_numpy(wanted))
@@ -133,6 +138,10 @@ def test_metaclip_2_of_open_clip_is_pooled_at_its_tokenizers_end(tmp_path):
         ("text_cfg", "pool_type", "first", "text_cfg.pool_type='first'"),
         ("text_cfg", "no_causal_mask", False, "text_cfg.no_causal_mask=False"),
         ("text_cfg", "tokenizer_kwargs", {}, "text_cfg.tokenizer_kwargs={}"),
+        (
+            *("text_cfg", "tokenizer_kwargs", dict(strip_sep_token=True, clean="canonicalize")),
+            "text_cfg.tokenizer_kwargs.clean='canonicalize'; only 'whitespace' here",
+        ),
         ("text_cfg", "norm_kwargs", {"bias": False}, "text_cfg.norm_kwargs={'bias': False}"),
         (
             "text_cfg",

@@ -201,6 +201,13 @@ def test_siglip_of_open_clip_equals_its_own(tanh, tmp_path, monkeypatch):
         texts = original.encode_text(torch.from_numpy(tokens).long())
     np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
     np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
+    words = transformers.SiglipTokenizer(str(tmp_path / "weights" / "spiece.model"))
+    words.save_pretrained(tmp_path / "words")
+    its_own = open_clip.tokenizer.HFTokenizer(
+        str(tmp_path / "words"), context_length=16, clean="canonicalize"
+    )
+    texts = ["a cat\u00e2\u20ac\u2122s park", "two  dogs\u2019 park!", "a cat &amp;amp; two dogs"]
+    np.testing.assert_array_equal(model._tokenize(texts)[0], its_own(texts))
 
 
 def test_what_needs_a_decoder_says_so(commands, tmp_path):

@@ -198,6 +198,12 @@ class Model(Section):
         choice("canonical", "lower"),
         "texts of SigLIP: in lower case without punctuation, or only in lower case",
     )
+    mend_texts: bool = key(
+        False,
+        FLAG,
+        "mojibake and HTML entities of image and text towers' texts are repaired first, as "
+        "open_clip does; CLIP's own vocabulary always does",
+    )
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()
     pooler: Pooler = Pooler()

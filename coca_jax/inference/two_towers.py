@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.encoders import Encoders
 from coca_jax.models import roles, tower_kinds, two_towers
@@ -48,6 +49,8 @@ class TwoTowerModel(Encoders):
         """A tower that sees all of a text reads its padding too, so texts are padded to the whole
         length; where they have no end symbol, padding is in its place."""
         model, words, kind = self.config.model, self.vocabulary, tower_kinds.of(self.family)
+        if model.mend_texts:
+            texts = [clip_bpe.mend(text) for text in texts]
         if kind.causal:
             return text_arrays.tokenize(words, texts, self.max_len)
         if kind.cleaned:

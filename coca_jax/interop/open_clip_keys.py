@@ -251,3 +251,16 @@ def text_sizes(text: dict[str, Any]) -> dict[str, Any]:
         vocab_size=text.get("vocab_size", 49408),
         max_len=text.get("context_length", 77),
     )
+
+
+def text_cleaning(text: Mapping[str, Any], known: tuple[str, ...]) -> str:
+    """How open_clip's tokenizer cleans texts, by text_cfg; the first of `known` by default. Raises
+    ValueError for another."""
+    kwargs = text.get("tokenizer_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"text_cfg.tokenizer_kwargs={short(kwargs)}: not a JSON object")
+    how = kwargs.get("clean", known[0])
+    if how not in known:
+        allowed = " or ".join(map(repr, known))
+        raise ValueError(f"text_cfg.tokenizer_kwargs.clean={short(how)}; only {allowed} here")
+    return str(how)

@@ -10,6 +10,7 @@ from typing import Any
 from coca_jax.interop.open_clip_keys import (
     is_number,
     short,
+    text_cleaning,
     text_sizes,
     timm_model,
     timm_name,
@@ -36,6 +37,7 @@ _TEXT = {
 # SigLIP's vocabularies (32,000 ids, of several languages 250,000) pad with their end symbol, 1;
 # that of SigLIP 2 has a symbol for it, 0.
 T5_PAD, GEMMA_IDS, GEMMA_PAD = 1, 256_000, 0
+_CLEANINGS = ("canonicalize", "lower")
 
 
 def is_siglip(cfg: Mapping[str, Any]) -> bool:
@@ -58,6 +60,8 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
         family="siglip",
         activation=activation,
         norm_eps=EPS,
+        clean="lower" if text_cleaning(text, _CLEANINGS) == "lower" else "canonical",
+        mend_texts=True,
         pad_id=GEMMA_PAD if text["vocab_size"] == GEMMA_IDS else T5_PAD,
         image=dict(width=width, depth=layers, mlp_dim=int(width * ratio), num_heads=heads),
         text=text_sizes(text)

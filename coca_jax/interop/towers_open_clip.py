@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.interop import open_clip_preprocess, pe_core, timm_trunks
-from coca_jax.interop.open_clip_keys import is_number, is_whole, mlp_width, short, sides, text_sizes
+from coca_jax.interop.open_clip_keys import (
+    is_number,
+    is_whole,
+    mlp_width,
+    short,
+    sides,
+    text_cleaning,
+    text_sizes,
+)
 from coca_jax.models import tower_kinds
 from coca_jax.models.tower_kinds import CLASS, QUERY
 
@@ -82,6 +90,8 @@ def _of_own_towers(cfg: Mapping[str, Any], preprocess_cfg: Any) -> dict[str, Any
         ),
         text=text_model(text, own, of_text),
     )
+    text_cleaning(text, ("lower" if not text.get("hf_tokenizer_name") else "whitespace",))
+    model["mend_texts"] = bool(text.get("hf_tokenizer_name"))  # else CLIP's, which mends by itself
     found: dict[str, Any] = dict(model=model, **how)
     if family == "openvision":
         model["pad_id"] = 0

@@ -124,7 +124,12 @@ def find_merges(beside: str | os.PathLike[str], given: str = "") -> bytes:
 
 
 def clean(text: str) -> str:
-    """open_clip's cleaning: mojibake and HTML entities repaired, spaces collapsed, lower case.
+    """open_clip's cleaning for this vocabulary: `mend`, and lower case. Raises as `mend`."""
+    return mend(text).lower()
+
+
+def mend(text: str) -> str:
+    """open_clip's repair of mojibake and HTML entities, with single spaces.
 
     Raises:
         ValueError: the text needs repair by ftfy, which is not installed. Printable ASCII without
@@ -135,11 +140,11 @@ def clean(text: str) -> str:
             import ftfy
         except ImportError:
             raise ValueError(
-                f"the text {text[:40]!r} needs the package ftfy for CLIP's cleaning: "
+                f"the text {text[:40]!r} needs the package ftfy for open_clip's cleaning: "
                 "pip install ftfy"
             ) from None
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def split(text: str) -> Iterator[str]:
