@@ -6,15 +6,22 @@ import os
 
 from coca_jax import storage
 
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".npz", ".msgpack", ".json")
+
 
 def check(folder: str | os.PathLike[str]) -> None:
-    """Whether a model may be written to a folder: `storage.check_writable`, and no run in it, whose
-    config.json would be another one. Nothing is made, so that what is refused later leaves nothing.
+    """Whether a model may be written to a folder: `storage.check_writable`, no run in it, whose
+    config.json would be another one, and no name of a file, which its user will look for. Nothing is made, so that what is refused later leaves nothing.
 
     Raises:
         ValueError: it may not.
     """
     found = storage.place(folder)
+    begin, end = os.path.splitext(str(folder).rstrip("/"))
+    if end.lower() in _FILES and not found.exists():
+        raise ValueError(
+            f"--out={folder} is written as a folder; give a folder's name: --out={begin}"
+        )
     if (found / "checkpoints").exists() or (found / "metrics.jsonl").exists():
         raise ValueError(f"--out={folder} is the folder of a run; give another one")
     storage.check_writable(folder, make=False)

@@ -30,3 +30,11 @@ def test_a_file_in_the_way_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written .*; give another folder"):
         out_folder.check(tmp_path / "file" / "model")
+
+
+def test_the_name_of_a_file_is_not_written_as_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"back\.pt is written as a folder; .*: --out=.*back$"):
+        out_folder.check(tmp_path / "back.pt")
+    (tmp_path / "model.bin").mkdir()
+    out_folder.check(tmp_path / "model.bin")
+    out_folder.check(tmp_path / "version-0.2")
