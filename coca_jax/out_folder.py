@@ -11,7 +11,8 @@ _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".npz", ".msg
 
 def check(folder: str | os.PathLike[str]) -> None:
     """Whether a model may be written to a folder: `storage.check_writable`, no run in it, whose
-    config.json would be another one, and no name of a file, which its user will look for. Nothing is made, so that what is refused later leaves nothing.
+    config.json would be another one, and no name of a file, which its user will look for. Nothing
+    is made, so that what is refused later leaves nothing.
 
     Raises:
         ValueError: it may not.
