@@ -130,3 +130,25 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
         model.made = 0
         run(model, request, data)
         assert model.made == again
+
+
+@pytest.mark.parametrize(
+    "said,wanted,exact,f1",
+    [
+        (
+            "\u0915\u093f\u0924\u093e\u092c",
+            "\u0915\u0941\u0924\u093e\u092c\u093f",
+            False,
+            0.0,
+        ),  # Hindi
+        ("\u0915\u093f\u0924\u093e\u092c!", "\u0915\u093f\u0924\u093e\u092c", True, 1.0),
+        ("caf\u00e9", "cafe\u0301", True, 1.0),
+        ("cafe", "cafe\u0301", False, 0.0),
+        ("\U0001f600", "\U0001f697", False, 0.0),
+        ("A dog's  park.", "a dog s park", True, 1.0),
+        ("a \u2764\ufe0f here", "a here", True, 1.0),
+    ],
+)
+def test_words_of_all_scripts_are_compared(said, wanted, exact, f1):
+    found = caption_match.score_references(said, dict(text=[wanted]))
+    assert found == (exact, pytest.approx(f1))

@@ -190,8 +190,14 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         inference.load(tmp_path)
     with pytest.raises(ValueError, match="num_beans"):
         model.caption(images, num_beans=2)
-    with pytest.raises(ValueError, match="give one each"):
-        model.caption(images, ["a", "b"])
+    for given in (["a", "b"], ["a"] * (len(images) + 1)):
+        with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
+            model.caption(images, given)
+        with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
+            next(model.stream_captions(images, given))
+    for given, said in (([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")):
+        with pytest.raises(ValueError, match=said):
+            model.caption(images[:1], seeds=given, temperature=1.0)
     with pytest.raises(ValueError, match="type int"):
         model.encode_image(3)
     with pytest.raises(ValueError, match="an image of type NoneType"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 
 from coca_jax.evaluators import Record, record_texts
 
@@ -11,8 +12,25 @@ Scorer = Callable[[str, Record], tuple[bool, float]]
 
 
 def canonical_text(text: str) -> str:
-    """Returns the text in lower case, without punctuation, with single spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+    """Returns the text in lower case, without punctuation and symbols, with single spaces; of one
+    of these alone, such as an emoji, nothing is left out. Equal letters are equal however they are
+    composed, and marks on letters, as vowels of Hindi are, stay."""
+    whole = unicodedata.normalize("NFC", text).lower()
+    found = "".join(_letters(whole) if not whole.isascii() else re.sub(r"[^\w\s]", " ", whole))
+    return " ".join(found.split()) or " ".join(whole.split())
+
+
+def _letters(text: str) -> Iterator[str]:
+    """Letters, numbers and the marks on them; a space in place of anything else."""
+    last = " "
+    for letter in text:
+        kind = unicodedata.category(letter)
+        if kind == "Cf":  # as what joins letters, which is not seen
+            continue
+        last = (
+            letter if kind[0] in "LN" or letter == "_" or (kind[0] == "M" and last != " ") else " "
+        )
+        yield last
 
 
 def score_scene(caption: str, record: Record) -> tuple[bool, float]:

@@ -15,7 +15,7 @@ from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation import continuous, loop
-from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.generation.settings import Settings, own_seeds
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.texts import Caption
@@ -88,31 +88,25 @@ class CoCaModel(Scores):
         """`num_captions` captions of each image with their log probabilities, most probable first
         (beams: by the score that ranked them).
 
-        seeds: a number for each image that makes its random numbers its own; default: its place in
-        the list. With the same `seed` and number an image gets the same captions in any company.
+        seeds: a number for each image, from 0 and below 2**32, that makes its random numbers its
+        own; default: its place in the list. With the same `seed` and number an image gets the same
+        captions in any company.
         """
         settings = Settings.of(how)
         settings.check_beams(self.vocabulary.size)
-        prompt = "" if prompt is None else prompt
+        images = self._reader.listed(images)
+        prompts = text_arrays.one_each(prompt or "", len(images))
+        numbers = own_seeds(seeds, len(images))
         captions: list[list[Caption]] = []
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for pixels in self._reader.batches(images, progress):
-            start, count = len(captions), len(pixels)
-            chosen = prompts * count if isinstance(prompt, str) else prompts[start : start + count]
-            numbers = np.arange(start, start + count)
-            if seeds is not None:
-                numbers = np.asarray(seeds[start : start + count], np.uint32)
-            if len(chosen) != count or len(numbers) != count:
-                raise ValueError(
-                    f"{len(prompts)} prompts or seeds for more images than that; give one each"
-                )
-            captions += self._caption_batch(pixels, chosen, settings, numbers)
+            part = slice(len(captions), len(captions) + len(pixels))
+            captions += self._caption_batch(pixels, prompts[part], settings, numbers[part])
         return captions
 
     def stream_captions(
         self,
         images: Any,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         *,
         seeds: Sequence[int] | None = None,
         **how: Any,
@@ -120,18 +114,21 @@ class CoCaModel(Scores):
         """The captions of at most batch_size images while they are written: yields them after each
         token, as far as they are. They end as those of `captions`, in the order of drawing.
 
-        prompts, seeds: one for each image. Raises ValueError as `captions`, and for beams.
+        prompts: one text for all images or one each; seeds: one for each image. Raises ValueError
+        as `captions`, and for beams.
         """
         settings = Settings.of(how)
+        images = self._reader.listed(images)
+        texts = text_arrays.one_each(prompts or "", len(images))
+        rows = own_seeds(seeds, len(images))
         batches = list(self._reader.batches(images, False))
         if len(batches) > 1:
             raise ValueError(f"more images than batch_size={self.batch_size} are streamed at once")
         if not batches:
             return
         pixels = batches[0]
-        count, size = len(pixels), self._devices.bucket(len(pixels))
-        rows = np.arange(count) if seeds is None else np.asarray(seeds, np.uint32)
-        prompt = text_arrays.prompts(self.vocabulary, list(prompts or [""] * count), size)
+        size = self._devices.bucket(len(pixels))
+        prompt = text_arrays.prompts(self.vocabulary, texts, size)
         with self._devices.context():
             self._begin_decoding()
             tokens = self._image_tokens(pixels, size)

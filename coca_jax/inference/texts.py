@@ -71,6 +71,16 @@ class Prompts(NamedTuple):
     lengths: np.ndarray
 
 
+def one_each(given: str | Sequence[str], count: int) -> list[str]:
+    """A prompt for each of `count` images. Raises ValueError unless one for all is given, or as
+    many as there are images."""
+    if isinstance(given, str):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{len(given)} prompts for {count} images; give one for all, or one each")
+    return list(given)
+
+
 def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
     """The prompts of a batch of `size` rows, at least as many as texts."""
     known_texts = sorted(set(texts))

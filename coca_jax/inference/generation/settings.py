@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from coca_jax.config import rules
 
@@ -129,3 +131,16 @@ NOTES = dict(
     no_repeat_ngram="N-grams of this size appear at most once; 0: no rule.",
     seed="Of sampling.",
 )
+
+
+def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
+    """What makes the random numbers of each of `count` images its own, uint32 [count]: `seeds`, or
+    its place in the list. Raises ValueError for too few, too many, or one that does not fit."""
+    if seeds is None:
+        return np.arange(count, dtype=np.uint32)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} images; give one each")
+    wrong = [seed for seed in seeds if not 0 <= seed < 1 << 32]
+    if wrong:
+        raise ValueError(f"seeds: {wrong[0]!r}; give whole numbers from 0 and below 2**32")
+    return np.asarray(seeds, np.uint32)
