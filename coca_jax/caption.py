@@ -63,19 +63,21 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("give --checkpoint=DIR IMAGE_OR_FOLDER ...")
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
+    named = [local_files.plain(one) for one in argv[1:]]
     paths: dict[str, str] = {}
-    for path in image_files.find(
-        [local_files.plain(one) for one in argv[1:]], video=bool(args.num_frames)
-    ):
+    # Without --num_frames the model tells, once it is loaded, whether it takes videos.
+    for path in image_files.find(named, video=args.num_frames != 0):
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
     told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
     done, size, before = _there(told)
     left = [path for whole, path in paths.items() if whole not in done]
-    failed = 0
+    already_done, failed = len(paths) - len(left), 0
     with contextlib.ExitStack() as stack:
         results: Iterator[dict[str, Any]] = iter(())
         if left or _is_elsewhere(before):
             model = _model(before)
+            if not model.num_frames:
+                left = _images(left, named, bool(already_done))
         if left:
             results = caption_files.caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
@@ -104,13 +106,25 @@ def main(argv: Sequence[str]) -> None:
     seconds = time.time() - start
     summary = dict(
         captioned=len(left) - failed,
-        already_done=len(paths) - len(left),
+        already_done=already_done,
         failed=failed,
         seconds=round(seconds, 2),
     )
     print(json.dumps(summary), flush=True)
     if failed:
         raise SystemExit(1)
+
+
+def _images(paths: list[str], named: list[str], may_be_none: bool) -> list[str]:
+    """Those paths that are no videos in folders, which this model does not take. Raises ValueError
+    where none is left and some must be."""
+    kept = image_files.without_videos(paths, named)
+    what = f"{len(paths) - len(kept)} videos, which this model takes with --num_frames alone"
+    if not kept and not may_be_none:
+        raise ValueError(f"no image in {', '.join(named)}, but {what}")
+    if len(kept) < len(paths):
+        cli.say(f"left out: {what}")
+    return kept
 
 
 def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:

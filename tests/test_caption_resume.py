@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_model_checksum import changed
 from test_search import encoded
@@ -23,6 +26,7 @@ def call(model, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     flags_of("caption", monkeypatch)
     there = dict(here=model, moved=model, other=changed(model, model__activation="relu"))
+    there["clips"] = changed(model, data__num_frames=2)
     loaded: list[str] = []
 
     def load(place, **how):
@@ -92,3 +96,20 @@ def test_a_file_of_another_format_is_refused(call):
             call("s", out=f"r.{suffix}")
     assert call("s", out="r")["captioned"] == 2
     assert sorted(os.listdir()) == ["r", "r.how.json", "s"]
+
+
+def test_a_folder_s_videos_are_captioned_by_a_model_of_clips_and_left_out_by_one_of_images(call):
+    frames = [Image.fromarray(np.full((16, 16, 3), 90 * i, np.uint8)) for i in range(3)]
+    os.mkdir("clips")
+    for name in ("a", "b"):  # content decides what a file is
+        frames[0].save(f"clips/{name}.mp4", "GIF", save_all=True, append_images=frames[1:])
+    for given in ({}, dict(num_frames=0)):
+        with pytest.raises(ValueError, match="no image in clips"):
+            call("clips", **given)
+    done = call("clips", checkpoint="clips")
+    assert (done["captioned"], done["already_done"], done["failed"]) == (2, 0, 0)
+    shutil.copy("s/0.png", "clips/c.png")
+    assert call("clips", checkpoint="clips")["captioned"] == 1
+    done = call("clips", out="y.jsonl")
+    assert (done["captioned"], done["failed"]) == (1, 0)
+    assert call("clips", out="y.jsonl")["already_done"] == 1

@@ -32,6 +32,12 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
     return list(found)
 
 
+def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
+    """Those of the paths that `find` would have found without videos, or that are named."""
+    suffixes = tuple(images.SUFFIXES)
+    return [path for path in paths if path.lower().endswith(suffixes) or path in named]
+
+
 def _below(path: str) -> list[str]:
     """The file itself, or all files of a folder and below, each folder's own first."""
     if path.startswith(("http://", "https://")):
