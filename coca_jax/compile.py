@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, recipes
+from coca_jax import cli, recipes, storage
 from coca_jax.estimate import goodput
 
 GIB = 2**30
@@ -144,6 +145,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_goodput()
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
+    if flags.FLAGS.dump_hlo:
+        storage.check_writable(pathlib.Path(flags.FLAGS.dump_hlo).parent, make=False)
     prepare_platform(flags.FLAGS.topology)
     cli.say(f"compiling for {flags.FLAGS.topology}: minutes for a large model on many chips")
     from coca_jax.estimate import compiled

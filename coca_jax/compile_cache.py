@@ -26,7 +26,8 @@ def use() -> None:
     """Has JAX keep its compiled programs, before or after it is imported.
 
     They go to JAX_COMPILATION_CACHE_DIR, or else below `cache_folder.folder`. Off where the user
-    has set jax_enable_compilation_cache to false.
+    has set jax_enable_compilation_cache to false; what else the user has set in the environment
+    stays.
     """
     kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
     settings = dict(
@@ -36,10 +37,12 @@ def use() -> None:
     )
     if sys.modules.get("jax") is None:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+            for name, value in settings.items():
+                os.environ[name.upper()] = os.environ.get(name.upper()) or str(value)
         return
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         for name, value in settings.items():
-            jax.config.update(name, value)
+            if not os.environ.get(name.upper()):
+                jax.config.update(name, value)

@@ -93,11 +93,21 @@ def test_programs_are_kept_where_the_user_says_or_else_below_it(monkeypatch, tmp
     environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
     compile_cache.use()
     assert environ == {"JAX_COMPILATION_CACHE_DIR": "mine"}
+    environ.clear()
+    environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "1000"
+    compile_cache.use()
+    assert environ["JAX_COMPILATION_CACHE_DIR"] == place and len(environ) == 3
+    assert environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "1000"
+    environ.clear()
     told = {}
     config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=told.__setitem__)
     monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(config=config))
     compile_cache.use()
     assert told["jax_compilation_cache_dir"] == place and len(told) == 3
+    told.clear()
+    environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "1000"
+    compile_cache.use()
+    assert told["jax_compilation_cache_dir"] == place and len(told) == 2
     told.clear()
     config.jax_compilation_cache_dir = "mine"
     compile_cache.use()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from coca_jax.config import ImageModel, Model
 from coca_jax.configs import coca_2b, coca_base, coca_large
 from coca_jax.estimate import chips, flops, hlo, kernels, schedule, tpu
 
@@ -142,6 +143,22 @@ def test_text_without_a_module_is_refused():
 @pytest.mark.parametrize("recipe,gflop", [(coca_base, 86.5), (coca_large, 229.7), (coca_2b, 708.9)])
 def test_forward_flops_are_those_of_the_paper_s_models(recipe, gflop):
     assert abs(flops.model_flops(recipe.get_config().model) / 1e9 - gflop) < 0.05
+
+
+def test_forward_flops_count_frames_and_a_convolutional_stem():
+    def counted(frames=0, **image):
+        model = Model(image_size=64, patch_size=16, image=ImageModel(**image))
+        return flops.model_flops(model, frames)
+
+    plain = counted()
+    of_images = 12 * (8 * 16 * 768**2 + 4 * 16**2 * 768 + 4 * 16 * 768 * 3072)
+    of_images += 2 * 16 * 16 * 16 * 3 * 768
+    pooled = 4 * 16 * 768**2 + 4 * 256 * 16 * 768  # keys and values, what 256 queries make of them
+    assert counted(frames=1) == plain
+    assert counted(frames=4) - plain == 3 * (of_images + pooled)
+    stem = 2 * 9 * 32 * 32 * 8 * 3 + 2 * 9 * 16 * 16 * 16 * (8 + 2 * 16)
+    patches = 2 * 16 * 768 * (4 * 4 * 16 - 16 * 16 * 3)
+    assert counted(conv_widths=(8, 16), conv_depths=(0, 1)) - plain == stem + patches
 
 
 def test_collectives_are_bounded_by_their_links():
@@ -288,6 +305,7 @@ def test_the_command_compiles_the_train_step_for_eight_cpu_devices(commands, tmp
     [
         (["--topology=v9:2x2"], "unknown chip"),
         (["--topology=v4"], "v4:8x16x16"),
+        (["--topology=cpu:1", "--dump_hlo=/proc/x/step.hlo"], "cannot be written"),
         (["--topology=cpu:8", "--config.batch_size=12"], "batch_size=12"),
     ],
 )

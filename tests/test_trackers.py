@@ -204,6 +204,23 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog)
     assert sum("server gone" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("service", ["wandb"], indirect=True)
+def test_a_tracker_that_cannot_be_opened_ends_no_run_that_goes_on(
+    service, tmp_path, monkeypatch, caplog
+):
+    def refuse(**how):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(service, "init", refuse)
+    with pytest.raises(ValueError, match=r"log.trackers=.*wandb cannot be opened \(no network\)"):
+        trackers.open_all(("wandb",), tmp_path, 0, {})
+    assert trackers.open_all(("wandb",), tmp_path, 5, {}) == []
+    assert sum("(no network): it goes on" in one.getMessage() for one in caplog.records) == 1
+    (tmp_path / trackers.NAMES_FILE).write_text("[")
+    with pytest.raises(ValueError, match="is damaged"):
+        trackers.open_all(("wandb",), tmp_path, 5, {})
+
+
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
     monkeypatch.setitem(trackers.PACKAGES, "tensorboard", "no_such_package")

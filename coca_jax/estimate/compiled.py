@@ -30,7 +30,7 @@ def analyse(
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     total = arguments + temporaries + outputs + code
-    forward = flops.model_flops(config.model)
+    forward = flops.model_flops(config.model, config.data.num_frames)
     per_device = 3 * forward * config.batch_size / devices
     cost = hlo.summarise(text, devices)
     collective_bytes: dict[str, float] = {}
@@ -113,6 +113,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         seconds = time.perf_counter() - start
         text = optimised_text(compiled, folder)
     if dump_hlo:
+        pathlib.Path(dump_hlo).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(dump_hlo).write_text(text)
     mesh_shape = dict(mesh.shape)
     return {

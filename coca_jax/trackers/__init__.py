@@ -51,7 +51,9 @@ def open_all(
     """The trackers of a run that starts or resumes from `start_step`.
 
     config: of the run, as JSON holds it, shown by those that show one. TensorBoard is left out,
-    with a line of the log, where its package is missing. Raises ValueError as `check`.
+    with a line of the log, where its package is missing; one that cannot be opened, as without a
+    network, where a run goes on. Raises ValueError as `check`, and for one that cannot be opened
+    when a run begins.
     """
     check(names)
     found: list[Tracker] = []
@@ -60,7 +62,17 @@ def open_all(
             logging.info("%s is not installed: metrics go to metrics.jsonl only.", PACKAGES[name])
             continue
         maker = importlib.import_module(f"coca_jax.trackers.{name}").open_run
-        found.append(Careful(name, maker(workdir, start_step, config)))
+        try:
+            found.append(Careful(name, maker(workdir, start_step, config)))
+        except ValueError:
+            raise
+        except Exception as error:  # of a server, a network, a login
+            if not start_step:
+                raise ValueError(
+                    f"log.trackers={tuple(names)}: {name} cannot be opened ({error}); mend that, "
+                    "or leave it out"
+                ) from error
+            logging.warning("%s takes no metrics of this run (%s): it goes on", name, error)
     return found
 
 
