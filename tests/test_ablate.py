@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import shutil
+import subprocess
 import types
 
 import jax
@@ -166,7 +167,10 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
     text = TABLE.replace("keep = 1", "keep = 2")
     changed = table.read(written(tmp_path, text), {})
     with pytest.raises(ValueError, match="'again': checkpoint.keep is 1 there, 2 here; give"):
+        (tmp_path / "again").mkdir()
         running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
+    (tmp_path / "again").rmdir()  # nothing has begun
+    running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
         running.Plan(tmp_path / "plan.json", 2)
 
@@ -237,6 +241,17 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     done = sealed_json.read(out / "again/seed3" / outcome.DONE)
     assert (done["steps"], done["minutes"]) == (30, 0.5)
     assert done["scores"]["retrieval/x/image_to_text_r1"] == 0.25
+    assert not any("no run has" in line for line in said)
+    shown = dataclasses.replace(found, metrics=("retrieval/x/image_to_text_r10", "a/b/c"))
+    running.ablate(shown, str(out), 0.5, said.append)
+    assert sum("no run has 'retrieval/x/image_to_text_r10'; there are ret" in s for s in said) == 1
+    assert any("no run has 'a/b/c'; there are retrieval/x/image_to_text_r1" in s for s in said)
+    long = found.variants[0].values | {"optimizer.warmup_steps": 40, "log.profile_steps": (30, 40)}
+    slow = dataclasses.replace(found.variants[0], name="slow", values=long | {"epochs": 2.0})
+    del ran[:]
+    slow = dataclasses.replace(found, variants=(slow,), seeds=(0,))
+    assert running.ablate(slow, str(out), 0.5, said.append)["failed"] == {}
+    assert ran == [("pace", running.PACE), ("slow/seed0", 60)]
     endless = table.read(written(tmp_path, TABLE.replace("steps = 2", "steps = 0")), {})
     with pytest.raises(ValueError, match="variant both: give steps or epochs, or --minutes"):
         running.ablate(endless, str(tmp_path / "other"), 0, quietly)
@@ -254,7 +269,11 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
         ("config = 'tiny'\nseeds = ['x']\n[variants.a]", r"seeds=\['x'\]"),
         ("config = 'tiny'\nmetrics = 'loss'\n[variants.a]", "metrics='loss'"),
         ("config = 'tiny'\n[variants.a]\nseed = 3", "variant a: its seeds are those"),
-        ("config = 'tiny'\n[variants.a]\nlos.weight = 3", "variant a: config.los.weight"),
+        (
+            "config = 'tiny'\n[variants.a]\nlos.weight = 3",
+            "variant a: config.los.weight: there is no 'los'; did you mean loss",
+        ),
+        ("config = 'tiny'\n[variants.a]\nsteps.x = 3", "config.steps.x: 'steps' is no section"),
         ("config = 'tiny'\n[variants.a]\nbatch_sise = 3", "did you mean config.batch_size"),
         ("config = 'tiny'\n[variants.a]\nbatch_size = 'x'", "variant a: config.batch_size='x'"),
         ("config = 'tiny'\n[variants]\na = 3", "variants.a=3"),
@@ -339,3 +358,19 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
     assert mine.variants[1].values["checkpoint.keep"] == 1
     assert running.with_data(found, [], "out") is found
+
+
+def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):
+    root = pathlib.Path(outcome.coca_jax.__file__).parent
+    place = tmp_path / "venv/coca_jax/__init__.py"
+    place.parent.mkdir(parents=True)
+    shutil.copy(root / "__init__.py", place)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / ".gitignore").write_text("venv\n")
+    subprocess.run([*git, "add", ".gitignore"], check=True)
+    subprocess.run([*git, "commit", "-qm", "host"], check=True)
+    monkeypatch.setattr(outcome.coca_jax, "__file__", str(place))
+    assert outcome.commit() == ""
+    subprocess.run([*git, "add", "-f", str(place)], check=True)
+    assert len(outcome.commit()) == 12

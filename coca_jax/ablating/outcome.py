@@ -6,6 +6,7 @@ first variant is taken seed by seed, since both then see the same data in the sa
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import pathlib
@@ -74,6 +75,18 @@ def collect(
     )
 
 
+def missing(table: Table, folder: pathlib.Path) -> dict[str, str]:
+    """{metric of the table that no run has: what there is in its place}, once there are runs."""
+    done = [runs_of(variant, table.seeds, folder) for variant in table.variants]
+    names = {name for runs in done for run in runs.values() for name in run["scores"]}
+    found = {}
+    for name in table.metrics if names else ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            found[name] = f"there are {', '.join(near or sorted(names)[:3])}"
+    return found
+
+
 def runs_of(variant: Variant, seeds: Sequence[int], folder: pathlib.Path) -> dict[int, Any]:
     """{seed: dict(steps, minutes, scores)} of the runs that are done."""
     found = {}
@@ -140,14 +153,20 @@ def markdown(found: Mapping[str, Any], shown: Sequence[str]) -> str:
 
 def commit() -> str:
     """The commit that the package was checked out at, '' for an installed one."""
-    place = pathlib.Path(coca_jax.__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(place), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    place = pathlib.Path(coca_jax.__file__)
+    found = ""
+    # An environment may lie in a checkout of something else.
+    for what in (
+        "ls-files --error-unmatch".split() + [place.name],
+        "rev-parse --short=12 HEAD".split(),
+    ):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(place.parent), *what], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        found = done.stdout.strip()
+    return found

@@ -32,6 +32,12 @@ from coca_jax.training import run as training
 
 PLAN = "plan.json"
 PACE = 24  # steps that are timed, of which the first two do not count
+# A run of any length can be, before it is known how many steps there will be.
+_ANY_LENGTH: dict[str, Any] = {
+    "epochs": 0.0,
+    "optimizer.warmup_steps": 0,
+    "log.profile_steps": (),
+}
 Say = Callable[[str], None]
 
 
@@ -76,20 +82,22 @@ def _all_runs(
             if not (place / outcome.DONE).exists():
                 steps = plan.steps(variant, folder, say)
                 say(f"run {number} of {total}: {variant.name}, seed {seed}")
-                values = dict(seed=seed) | (dict(steps=steps) if steps else {})
+                values = dict(seed=seed) | (dict(steps=steps, epochs=0.0) if steps else {})
                 try:
                     one_run(variant, values, place)
                 except (ValueError, OSError) as error:  # a loss that diverges is a result too
                     failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
                     say(f"{variant.name}, seed {seed}: {error}")
                 outcome.write(table, folder, minutes, failed)
+    for name, near in outcome.missing(table, folder).items():
+        say(f"metrics: no run has {name!r}; {near}: mend the table and give the command again")
     return failed
 
 
 def check(variant: Variant, minutes: float) -> None:
     """Raises ValueError or OSError, naming the variant, for a config or data that cannot be."""
     try:
-        config = variant.config(dict(steps=1) if minutes else None)
+        config = variant.config(dict(steps=1) | _ANY_LENGTH if minutes else None)
         if not (config.steps or config.epochs):
             raise ValueError("give steps or epochs, or --minutes")
         setup.check_config(config)
@@ -171,12 +179,16 @@ class Plan:
             )
 
     def check(self, variants: Sequence[Variant]) -> None:
-        """Notes variants that are new. Raises ValueError for one that was another before."""
+        """Notes variants that are new. Raises ValueError for one that was another before, and has
+        begun."""
         for variant in variants:
             asked = sealed_json.seal(dict(recipe=variant.recipe, values=dict(variant.values)))
             del asked[sealed_json.KEY]
             kept = self._kept["variants"].setdefault(variant.name, asked | dict(steps=0))
             if {key: kept.get(key) for key in asked} != asked:
+                if not (self._path.parent / variant.name).exists():
+                    self._kept["variants"][variant.name] = asked | dict(steps=0)
+                    continue
                 raise ValueError(
                     f"{self._path.parent} holds another variant {variant.name!r}: "
                     f"{differences(kept, asked)}; give this one another name, or give another --out"
@@ -201,7 +213,7 @@ class Plan:
         say(f"{variant.name}: {PACE} steps, to see how long one takes")
         shutil.rmtree(place, ignore_errors=True)
         values = {"steps": PACE, "eval.tasks": (), "eval.guard": "", "log.every_steps": 1}
-        training.train(variant.config(values), str(place))
+        training.train(variant.config(values | _ANY_LENGTH), str(place))
         rows = metrics.read_metrics(place)[2:]
         shutil.rmtree(place, ignore_errors=True)
         return max(1e-9, sum(map(seconds, rows)) / len(rows))

@@ -42,10 +42,17 @@ class Section:
             *groups, last = path.split(".")
             for part in groups:
                 if not isinstance(group.get(part), dict):
-                    raise ValueError(f"{name}.{path}: {part!r} is no section; give its value whole")
+                    raise ValueError(f"{name}.{path}: {_no_section(group, part)}")
                 group = group[part]
             _merge(group, last, value)
         return read(type(self), tree, name)
+
+
+def _no_section(group: Mapping[str, Any], part: str) -> str:
+    if part in group:
+        return f"{part!r} is no section; give its value whole"
+    near = difflib.get_close_matches(part, group, n=1)
+    return f"there is no {part!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _merge(group: dict[str, Any], key: str, value: Any) -> None:
