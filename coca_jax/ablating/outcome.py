@@ -156,10 +156,7 @@ def commit() -> str:
     place = pathlib.Path(coca_jax.__file__)
     found = ""
     # An environment may lie in a checkout of something else.
-    for what in (
-        "ls-files --error-unmatch".split() + [place.name],
-        "rev-parse --short=12 HEAD".split(),
-    ):
+    for what in (("ls-files", "--error-unmatch", place.name), ("rev-parse", "--short=12", "HEAD")):
         try:
             done = subprocess.run(
                 ["git", "-C", str(place.parent), *what], capture_output=True, text=True, timeout=10
