@@ -90,11 +90,12 @@ def request_of_flags(folder: str) -> Any:
     path = named.path
     if "://" not in path and not path.startswith("tfds:"):
         path = os.path.abspath(path)
+    weights = args.init_from
     return Request(
         folder=path,
         kind=named.kind,
         minutes=args.minutes,
-        init_from=os.path.abspath(args.init_from) if args.init_from else "",
+        init_from=os.path.abspath(weights) if os.path.exists(weights) else weights,
         fields={name: args[name].value for name in FIELDS if args[name].value},
         overrides=tuple(f"{key}={value}" for key, value in sorted(recipes.changes().items())),
     )

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -134,6 +135,14 @@ def test_what_is_said(done, folder):
     assert "Few pictures: 52." in text and "--init_from=" in text
     choice = said[said.index("the choice:") + 1 : said.index("again")]
     assert len([line for line in choice if line.startswith("  ")]) >= 6
+    # few_steps is what the user wants: the reasons are of it, and what it is in place of.
+    (line,) = [line for line in choice if line.startswith("  steps: ")]
+    steps, passes = re.fullmatch(
+        r"  steps: ([\d,]+) of .* s as measured, (.*) passes .*", line
+    ).groups()
+    assert float(passes) == pytest.approx(int(steps.replace(",", "")) * 16 / 52, rel=0.01)
+    assert any(line.startswith("  as you wish: steps 6 in place of ") for line in choice)
+    assert any(line.startswith("  as you wish: checkpoint.every_steps 3 in ") for line in choice)
     after = said[said.index("again") + 1 :]
     assert after[0] == f"{workdir}/recipe.py holds the choice that was made before"
     assert any("a picture's own comes first" in line and "chance" not in line for line in after)

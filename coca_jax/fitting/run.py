@@ -190,17 +190,19 @@ def decide(
         tokens = token_lengths(draft.config, facts, size, workdir, say)
         setup.wait_for_kernels(kernels, stopping.current())
         measured_facts = dataclasses.replace(facts, tokens=tokens)
-        keywords["bytes_needed"] = memory.needed
+        keywords["bytes_needed"] = lambda config: memory.needed(change(config))
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
-        choice = dataclasses.replace(choice, config=change(choice.config))
-        speed = measure.measure(choice.config)
+        speed = measure.measure(change(choice.config))
         last = number == len(candidates) - 1 or start is not None
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:
             break
         say(f"{size.name}: {speed.step:.2f} s a step are too slow; trying a smaller model")
-    choice = choose.with_steps(choice, facts, request.minutes, speed.step, speed.compile)
-    config = change(choice.config)
-    why = (*choice.why, *tell.changed(choice.config, config))
+    plain, wanted = (
+        choose.with_steps(one, facts, request.minutes, speed.step, speed.compile)
+        for one in (choice, dataclasses.replace(choice, config=change(choice.config)))
+    )
+    config = change(wanted.config)
+    why = (*wanted.why, *tell.changed(plain.config, config, change(plain.config)))
     say("the choice:")
     for line in why:
         say(f"  {line}")

@@ -109,12 +109,15 @@ def score_table(
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows)]
 
 
-def changed(chosen: Config, wanted: Config) -> list[str]:
-    """What the user wants otherwise than it was chosen, a value a line."""
+def changed(chosen: Config, config: Config, wanted: Config) -> list[str]:
+    """What the user wants otherwise than it was chosen, a value a line. config: what came of it;
+    wanted: the choice with the user's values alone, without what follows of them."""
     lines = []
     for key, _ in keys(Config):
-        first, value = (functools.reduce(getattr, key.split("."), c) for c in (chosen, wanted))
-        if value != first:
+        first, value, own = (
+            functools.reduce(getattr, key.split("."), c) for c in (chosen, config, wanted)
+        )
+        if own != first:
             lines.append(f"as you wish: {key} {value!r} in place of {first!r}")
     return lines
 

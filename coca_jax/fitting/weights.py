@@ -25,7 +25,10 @@ def read(path: str) -> Weights:
             "--out=DIR, and give DIR"
         )
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"--init_from={path}: no such folder; give a run or an export")
+        raise FileNotFoundError(
+            f"--init_from={path}: no such folder here; give a run or an export on this machine "
+            "(coca-jax export --checkpoint=NAME_OR_URL --out=DIR brings others here)"
+        )
     if export_format.is_export(path):
         config = export_format.read_config(path)
         words = export_format.vocabulary_path(path)
