@@ -1,4 +1,5 @@
-"""CoCa-Base of the paper (Table 1): 383M parameters, the paper's recipe at batch 65,536.
+"""CoCa-Base of the paper (Table 1, which counts 383M parameters; there are 389M), at its batch of
+65,536.
 
 Point data.sources at your own prepared alt-text and label data before a run.
 """

@@ -1,4 +1,4 @@
-"""CoCa-Large of the paper (Table 1): 787M parameters."""
+"""CoCa-Large of the paper (Table 1, which counts 787M parameters; there are 798M)."""
 
 from ml_collections import ConfigDict
 
