@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax.suites import clip_benchmark, folders, linear_probe, pairs
+from coca_jax.suites import clip_benchmark, folders, linear_probe, measuring, pairs
 
 
 def png(colour, size=(10, 8)):
@@ -266,3 +266,16 @@ def test_the_adapter_joins_the_peer_s_kinds_or_says_what_it_lacks(monkeypatch, c
     clip_benchmark.register()
     assert ran == [clip_benchmark.load] and peer.accuracy is clip_benchmark.accuracy
     assert peer.MODEL_TYPES == ["open_clip", "coca_jax"]
+
+
+def test_likelihoods_that_are_no_numbers_choose_nothing(folder):
+    """The first of several NaN is the largest to NumPy, and the right text is the first."""
+    row = dict(filename="a.png", caption="one", negative_caption="two")
+    (folder / "swap.json").write_text(json.dumps({"0": row}))
+    model = types.SimpleNamespace(
+        encode_image=lambda images: np.ones((len(images), 2)),
+        encode_text=lambda texts: np.ones((len(texts), 2)),
+        caption_log_likelihood=lambda images, texts: (np.full(len(texts), np.nan), texts),
+    )
+    with pytest.raises(ValueError, match="caption likelihoods: 2 of 2 are not finite"):
+        measuring.measure(model, folders.read(str(folder)), batch_size=8)

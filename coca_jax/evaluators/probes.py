@@ -139,7 +139,7 @@ class Probe(Evaluator):
             return self._cache[which]
         show = f"{self.name} {which} images" if self.progress else ""
         parts = [
-            check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image")
+            check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image embeddings")
             for batch in in_batches(records, self.batch_size, show=show)
         ]
         if not parts:
