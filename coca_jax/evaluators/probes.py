@@ -103,7 +103,9 @@ class Probe(Evaluator):
         limits = [task.get("limit", 0), task.get("train_limit", 0)]
         of_data = json.dumps(["features", train, task["data"], limits], sort_keys=True)
         cache = setting.shared.setdefault(of_data, {})
-        return cls(task["name"], names, found, cache=cache, **setting.common())
+        probe = cls(task["name"], names, found, cache=cache, **setting.common())
+        probe.further = (found,)
+        return probe
 
     @abc.abstractmethod
     def scores(

@@ -115,7 +115,10 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     try:
         new = dict(evaluator.run(model, records))
     except ValueError as error:
-        found = records.unreadable(model.preprocess)
+        last = setting.common()["batch_size"]  # the most that an evaluator has before it
+        reading = (records, *evaluator.further)
+        named = [one.unreadable(model.preprocess, last) for one in reading]
+        found = next(filter(None, named), "")
         if not found:
             raise
         raise ValueError(
