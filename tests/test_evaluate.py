@@ -228,6 +228,32 @@ def test_one_damaged_image_of_a_large_batch_is_named(tmp_path, kind, split):
         tasks.run_task(Reads(), task, Setting(batch_size=64))
 
 
+@pytest.mark.parametrize("kind", ["knn", "linear_probe"])
+def test_probes_take_names_of_classes_and_leave_out_what_has_no_label(tmp_path, capsys, kind):
+    """A file `label<TAB>name`, in another order than the labels', and training data without some
+    labels."""
+    names = dict(red="vermilion", green="emerald", blue="azure")
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        rows = []
+        for i, label in enumerate(list(names) * 6):
+            colour = tuple(min(c + i, 255) for c in COLOURS[label])
+            Image.new("RGB", (8, 8), colour).save(tmp_path / part / f"{i}.png")
+            told = {} if part == "train" and i < 3 else dict(label=label)
+            rows.append(json.dumps(dict(file_name=f"{i}.png", text="a colour", **told)))
+        (tmp_path / part / "metadata.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "names.txt"
+    path.write_text("".join(f"{label}\t{name}\n" for label, name in names.items()))
+    data = dict(path=str(tmp_path), split="test", kind="label")
+    task = dict(kind=kind, name="c", data=data, class_names=str(path))
+    setting = Setting(batch_size=64, main_process=True, workdir=str(tmp_path / "out"))
+    got = tasks.run_task(Reads(), task, setting)
+    assert got[f"{kind}/c/top1"] == 1 and got[f"{kind}/c/num_train"] == 15
+    classes = json.loads((tmp_path / "out" / "eval_classes.json").read_text())[f"{kind}/c"]
+    assert classes["class_names"] == list(names.values()) and classes["count"] == [6, 6, 6]
+    assert f"{kind}/c: 3 examples to learn from have no label and are" in capsys.readouterr().err
+
+
 # ---- Data as it lies there
 
 

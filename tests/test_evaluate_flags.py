@@ -47,6 +47,11 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=tmp_path / "labels", name="mine", tasks="zeroshot")
     (task,) = evaluate.tasks_of_flags()
     assert (task["kind"], task["name"]) == ("zeroshot", "mine")
+    (tmp_path / "names.txt").write_text("0\tnought\n1\tone\n")
+    for kind in ("zeroshot", "knn", "linear_probe"):
+        ask(data="scenes", tasks=kind, class_names=tmp_path / "names.txt")
+        (task,) = evaluate.tasks_of_flags()
+        assert task["class_names"] == str(tmp_path / "names.txt")
     ask(data=tmp_path / "texts", tasks="retrieval,zeroshot")
     with pytest.raises(ValueError, match=r"texts \[test\]: no example has a label"):
         evaluate.tasks_of_flags()

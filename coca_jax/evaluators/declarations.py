@@ -116,7 +116,7 @@ class Evaluator(abc.ABC):
             report/templates/layouts.
         classes: after `run`, accuracy by class and confusion, or {}.
         skipped: metrics that could not run, and why.
-        further: what it reads beside the records of the task, each a `records.Records`.
+        further: what it learns from beside the records of the task, each a `records.Records`.
     """
 
     kind: ClassVar[str]
