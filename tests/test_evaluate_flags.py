@@ -69,6 +69,20 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
         (dict(suite="datacomp", checkpoint="x"), "give --suite=NAME with --checkpoint=DIR and --r"),
         (dict(suite="datacomp", checkpoint="x", root="y", data="z"), "and --root=DIR, without --d"),
         (dict(suite="datacomp", checkpoint="x", root="y", num_processes=2), "runs in one process"),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", limit=3),
+            "--limit=3: a suite scores all",
+        ),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", rerank=5),
+            "--rerank=5: .*; leave it out",
+        ),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", attention=0),
+            "--noattention: a suite",
+        ),
+        (dict(suite="datacomp", checkpoint="x", root="y", where="a=b"), "^--where=a=b: a suite"),
+        (dict(checkpoint="x", data="scenes", csv="t.csv"), "--csv=t.csv: it is for --suite; leave"),
         (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
     ],

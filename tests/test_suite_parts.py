@@ -293,7 +293,7 @@ def test_likelihoods_that_are_no_numbers_choose_nothing(folder):
 class Colours:
     """A model that tells red from blue."""
 
-    params, batch_size = {"w": np.zeros(3)}, 8
+    params, batch_size, num_frames = {"w": np.zeros(3)}, 8, 0
 
     def checksum(self):
         return "same-weights"

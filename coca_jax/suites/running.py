@@ -51,12 +51,12 @@ def run(
     the model in the row. table: a CSV file whose row of this name is written, in its columns.
     probe: of classification sets with a split 'train' the linear probe as well.
     """
-    weights: Any = model.checksum()
+    of_model = dict(weights=model.checksum(), num_frames=model.num_frames)
     scores: dict[str, float] = {}
     ours = [f"{out.rstrip('/')}/{name}" for name in WRITTEN] + ([table] if table else [])
     for task in tasks:
-        request = dict(weights=weights, data=_data(task, ours), metric=task.metric)
-        request["probe"] = probe and _has_train(task)
+        with_probe = probe and _has_train(task)
+        request = dict(of_model, data=_data(task, ours), metric=task.metric, probe=with_probe)
         scores |= _kept(out, task, request) or _measured(model, task, out, request)
     mains = [scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks]
     scores[f"suite/{suite}/average"] = sum(mains) / len(mains)
