@@ -29,6 +29,13 @@ from coca_jax.evaluators.declarations import Flag
 from coca_jax.importers import unprepared
 from coca_jax.interop import hub
 
+# Flags of tasks alone, besides those of the evaluators, and flags of suites alone.
+OF_TASKS = (
+    *("tasks", "where", "text_field", "label_field", "image_field", "limit"),
+    *("coordinator", "process_id"),
+)
+OF_SUITES = ("root", "csv", "suite_probe")
+
 
 def trained_on(config: Config, data: Mapping[str, Any]) -> bool:
     """Whether a run's config has the data, at this split, among its sources."""
@@ -188,12 +195,24 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     return tasks
 
 
+def refuse_given(names: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first of the flags that is given."""
+    for name in names:
+        flag = flags.FLAGS[name]
+        if flag.present:
+            raise ValueError(f"{' '.join(flag.serialize().split())}: {why}; leave it out")
+
+
 def run_suite(args: Any) -> dict[str, float]:
     """Scores the checkpoint on the data sets of --suite below --root."""
     if not args.checkpoint or not args.root or args.data:
         raise ValueError("give --suite=NAME with --checkpoint=DIR and --root=DIR, without --data")
     if args.num_processes > 1:
         raise ValueError(f"--num_processes={args.num_processes}: a suite runs in one process")
+    refuse_given(
+        [*OF_TASKS, *(flag.name for flag in evaluator_flags())],
+        "a suite scores all of its data sets, each by its own definition",
+    )
     from coca_jax.suites import tables
 
     tasks, missing = tables.tasks(args.suite, args.root, args.split or "test")
@@ -210,11 +229,12 @@ def run_suite(args: Any) -> dict[str, float]:
     from coca_jax.suites import running
 
     size = args.batch_size or 64
-    model = inference.load(args.checkpoint, dtype=args.dtype, batch_size=size)
+    how: dict[str, Any] = dict(dtype=args.dtype, num_frames=args.num_frames)
+    model = inference.load(args.checkpoint, batch_size=size, **how)
     name = args.name or posixpath.basename(args.checkpoint.rstrip("/"))
     suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
     suite = suite.partition(".")[0]
-    how: dict[str, Any] = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
+    how = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
     scores, lines = running.run(model, tasks, out, **how)
     print("\n".join(lines))
     return scores
@@ -243,6 +263,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else, or --suite=NAME "
             "--root=DIR in place of --data"
         )
+    refuse_given(OF_SUITES, "it is for --suite")
     tasks = tasks_of_flags()
     if not args.out and hub.is_name(args.checkpoint):
         raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")

@@ -9,7 +9,7 @@ import pytest
 from evaluator_cases import Fake, picture
 
 from coca_jax.data import scenes
-from coca_jax.evaluators import caption_match, captioning
+from coca_jax.evaluators import caption_match, captioning, collapse
 from coca_jax.inference.explain import Explanation, Word
 
 
@@ -152,3 +152,21 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
 def test_words_of_all_scripts_are_compared(said, wanted, exact, f1):
     found = caption_match.score_references(said, dict(text=[wanted]))
     assert found == (exact, pytest.approx(f1))
+
+
+class Broken(Fake):
+    """Of every second text of a call it says NaN."""
+
+    def caption_log_likelihood(self, images, texts):
+        nats = np.where(np.arange(len(texts)) % 2, np.nan, -1.0)
+        return nats, np.full(len(texts), 2)
+
+
+def test_likelihoods_that_are_no_numbers_are_refused():
+    records = [dict(image=picture(i), text=f"word {i}") for i in range(4)]
+    says = "caption likelihoods{}: 2 of 4 are not finite; the training diverged"
+    with pytest.raises(ValueError, match=says.format(" of captioning/c")):
+        dict(captioning.Captioning("c", captions=False).run(Broken(), records))
+    pixels = np.stack([record["image"] for record in records])
+    with pytest.raises(ValueError, match=says.format("")):
+        collapse.gains(Broken(), pixels, pixels, ["a"] * 4)

@@ -1,5 +1,6 @@
 """The evaluate command on real (small) models: devices, processes, kills, data as it lies there."""
 
+import io
 import json
 import os
 import pathlib
@@ -15,7 +16,9 @@ from test_inference import tiny_parts
 
 from coca_jax import export_format, inference, prepare
 from coca_jax.data import vocabulary
+from coca_jax.data.images import decode
 from coca_jax.evaluators import class_names, tasks
+from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import unprepared
 from coca_jax.importers.items import Options
@@ -191,6 +194,64 @@ def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
     task["data"] = dict(task["data"], split="train")
     with pytest.raises(ValueError, match="^zeroshot/c: red/7.png: damaged image .*mend or remove"):
         tasks.run_tasks(on_one[2], [task], str(tmp_path / "out"))
+
+
+class Reads:
+    """A model that can do nothing but decode images."""
+
+    num_frames, batch_size = 0, 64
+    preprocess = staticmethod(decode)
+
+    def encode_text(self, texts, *, labels=False):
+        return np.ones((len(texts), 2), np.float32)
+
+    def features(self, images):
+        return np.stack([decode(image).mean((0, 1)) for image in images]).astype(np.float32)
+
+    encode_image = features
+
+
+@pytest.mark.parametrize("kind, split", [("zeroshot", "test"), ("knn", "test"), ("knn", "train")])
+def test_one_damaged_image_of_a_large_batch_is_named(tmp_path, kind, split):
+    """Evaluators take up to 1,024 at a time, and probes read training images as well."""
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(picture, "PNG")
+    for part, count in (("test", 270), ("train", 270 if split == "train" else 2)):
+        for name in ("green", "red"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / part / name / f"{i}.png").write_bytes(picture.getvalue())
+    damaged = tmp_path / split / "green" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:45])
+    task = dict(kind=kind, name="c", data=dict(path=str(tmp_path), split="test"))
+    with pytest.raises(ValueError, match=f"^{kind}/c: green/3.png: damaged image .*mend or remove"):
+        tasks.run_task(Reads(), task, Setting(batch_size=64))
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear_probe"])
+def test_probes_take_names_of_classes_and_leave_out_what_has_no_label(tmp_path, capsys, kind):
+    """A file `label<TAB>name`, in another order than the labels', and training data without some
+    labels."""
+    names = dict(red="vermilion", green="emerald", blue="azure")
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        rows = []
+        for i, label in enumerate(list(names) * 6):
+            colour = tuple(min(c + i, 255) for c in COLOURS[label])
+            Image.new("RGB", (8, 8), colour).save(tmp_path / part / f"{i}.png")
+            told = {} if part == "train" and i < 3 else dict(label=label)
+            rows.append(json.dumps(dict(file_name=f"{i}.png", text="a colour", **told)))
+        (tmp_path / part / "metadata.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "names.txt"
+    path.write_text("".join(f"{label}\t{name}\n" for label, name in names.items()))
+    data = dict(path=str(tmp_path), split="test", kind="label")
+    task = dict(kind=kind, name="c", data=data, class_names=str(path))
+    setting = Setting(batch_size=64, main_process=True, workdir=str(tmp_path / "out"))
+    got = tasks.run_task(Reads(), task, setting)
+    assert got[f"{kind}/c/top1"] == 1 and got[f"{kind}/c/num_train"] == 15
+    classes = json.loads((tmp_path / "out" / "eval_classes.json").read_text())[f"{kind}/c"]
+    assert classes["class_names"] == list(names.values()) and classes["count"] == [6, 6, 6]
+    assert f"{kind}/c: 3 examples to learn from have no label and are" in capsys.readouterr().err
 
 
 # ---- Data as it lies there

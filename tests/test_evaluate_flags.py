@@ -47,6 +47,11 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=tmp_path / "labels", name="mine", tasks="zeroshot")
     (task,) = evaluate.tasks_of_flags()
     assert (task["kind"], task["name"]) == ("zeroshot", "mine")
+    (tmp_path / "names.txt").write_text("0\tnought\n1\tone\n")
+    for kind in ("zeroshot", "knn", "linear_probe"):
+        ask(data="scenes", tasks=kind, class_names=tmp_path / "names.txt")
+        (task,) = evaluate.tasks_of_flags()
+        assert task["class_names"] == str(tmp_path / "names.txt")
     ask(data=tmp_path / "texts", tasks="retrieval,zeroshot")
     with pytest.raises(ValueError, match=r"texts \[test\]: no example has a label"):
         evaluate.tasks_of_flags()
@@ -64,6 +69,20 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
         (dict(suite="datacomp", checkpoint="x"), "give --suite=NAME with --checkpoint=DIR and --r"),
         (dict(suite="datacomp", checkpoint="x", root="y", data="z"), "and --root=DIR, without --d"),
         (dict(suite="datacomp", checkpoint="x", root="y", num_processes=2), "runs in one process"),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", limit=3),
+            "--limit=3: a suite scores all",
+        ),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", rerank=5),
+            "--rerank=5: .*; leave it out",
+        ),
+        (
+            dict(suite="datacomp", checkpoint="x", root="y", attention=0),
+            "--noattention: a suite",
+        ),
+        (dict(suite="datacomp", checkpoint="x", root="y", where="a=b"), "^--where=a=b: a suite"),
+        (dict(checkpoint="x", data="scenes", csv="t.csv"), "--csv=t.csv: it is for --suite; leave"),
         (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
     ],

@@ -98,6 +98,25 @@ def test_log_likelihoods(model, words, images):
         model.caption_log_likelihood(images, TEXTS[:2])
 
 
+def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch):
+    texts = [f"{text} {'far ' * (i % 3)}" for i, text in enumerate(TEXTS * 4)][:21]
+    monkeypatch.setattr(model, "batch_size", 128)
+    whole, sizes, program = model.score(images, texts), [], model._programs.text_states
+
+    def counted(params, tokens, valid):
+        sizes.append(len(tokens))
+        return program(params, tokens, valid)
+
+    monkeypatch.setattr(model._programs, "text_states", counted)
+    monkeypatch.setattr(model, "batch_size", 8)
+    np.testing.assert_allclose(model.score(images, texts), whole, rtol=1e-5)
+    pairs = np.arange(21) % 6, np.arange(21)
+    some, _ = model.score_pairs(model.image_tokens(images)[1], texts, *pairs)
+    np.testing.assert_allclose(some, whole[pairs], rtol=1e-5)
+    assert sizes == [8] * 6
+    assert model.score(images, []).shape == (6, 0)
+
+
 def test_texts_of_like_length_run_together_and_come_back_in_order(model):
     texts = [" ".join(["a red dog on grass"] * (1 + i % 3)) for i in range(20)] + ["", "b"]
     alone = np.concatenate([model.encode_text(text) for text in texts])

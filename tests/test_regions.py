@@ -30,11 +30,16 @@ def test_a_box_is_written_and_read():
         "",
         "a red circle",
         "00 07 50",
-        "50 07 50 99",
+        "51 07 50 99",
         "12 80 50 20",
         "at the 00 07 50 99",
     ):
         assert regions.read(text) is None, text
+    thin = (0.121, 0.08, 0.127, 0.27)  # within one hundredth of the height
+    assert regions.numbers(thin) == "12 08 12 27"
+    assert regions.read(regions.numbers(thin)) == (0.12, 0.085, 0.13, 0.275)
+    assert regions.overlap(regions.read("12 08 12 27"), thin) > 0.5
+    assert regions.read("99 99 99 99") == (0.99, 0.99, 1.0, 1.0)
     region = regions.Region("a dog", (0.4, 0.1, 0.9, 0.5))
     assert regions.forms(region) == ("find a dog: 40 10 90 50", "at 40 10 90 50: a dog")
     rng = np.random.default_rng(0)
@@ -133,6 +138,10 @@ class Says:
 
     def __init__(self, said):
         self.said, self.asked = said, []
+        self.max_len = 16
+
+    def num_tokens(self, texts):
+        return np.array([min(len(text) + 1, self.max_len - 1) for text in texts])
 
     def caption(self, images, prompt=""):
         assert len(images) == len(prompt)
@@ -176,6 +185,35 @@ def test_places_are_scored():
     json.dumps(evaluator.examples)
     with pytest.raises(ValueError, match="grounding/s: no record has a region"):
         list(grounding.Grounding("s").run(model, records[1:2]))
+
+
+def test_a_region_whose_text_leaves_no_room_is_left_out_and_counted():
+    """A longer one ends no task: a prompt of all the model's tokens is refused."""
+    image, long = np.zeros((8, 8, 3), np.uint8), "a very long text"
+    listed = [dict(text=text, box=[0.1, 0.1, 0.5, 0.5]) for text in ("a dog", long)]
+    records = [dict(image=image, extra={"regions": [one]}) for one in listed]
+    model = Says({"find a dog:": "10 10 50 50", "at 10 10 50 50:": "a dog"})
+    found = dict(grounding.Grounding("s").run(model, records))
+    assert found["grounding/s/accuracy_50_count"] == 1 == found["grounding/s/left_out"]
+    assert found["grounding/s/named"] == 1 and f"find {long}:" not in model.asked
+    with pytest.raises(
+        ValueError, match="1 of 1 regions left out, whose .*=16; the first is 'a very"
+    ):
+        list(grounding.Grounding("s").run(model, records[1:]))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "find Clock at 10:30: 12 08 30 27",
+        "find clock at 10:30: 12 08 30 27",
+        "find clock at 10 : 30 : 12 08 30 27",
+    ],
+)
+def test_an_answer_is_what_stands_behind_the_prompt_as_the_vocabulary_spells_it(said):
+    behind = grounding.after(said, "find Clock at 10:30:")
+    assert behind.strip() == "12 08 30 27" and regions.read(behind) is not None
+    assert grounding.after("find clock", "find Clock at 10:30:") == ""
 
 
 @pytest.fixture(scope="module")

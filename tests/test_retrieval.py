@@ -213,6 +213,18 @@ def test_a_captioner_that_is_sure_puts_what_is_on_the_shortlist_first():
         assert first < ten < 1 and got[f"retrieval/toy/reranked_{name}_r1"] == ten
 
 
+def test_likelihoods_that_are_no_numbers_are_no_perfect_ranks():
+    """No score is less than NaN: without the check every rank would be the first."""
+    rng = np.random.default_rng(9)
+    texts = unit(rng, 6, 4)
+    model = Fake(texts[::-1], lambda t: texts[int(t)])
+    model.score = lambda pixels, names: np.full((len(pixels), len(names)), np.nan, np.float32)
+    records = [dict(image=picture(i), text=str(i)) for i in range(6)]
+    says = "caption likelihoods of retrieval/toy: 6 of 6 are not finite; the training diverged"
+    with pytest.raises(ValueError, match=says):
+        dict(retrieval.Retrieval("toy", rerank=3).run(model, records))
+
+
 @pytest.mark.parametrize("wrong", [-1, 2.5, True, "ten"])
 def test_what_cannot_be_a_number_of_candidates_is_refused(wrong):
     task = dict(kind="retrieval", name="toy", data=dict(builtin="scenes"), rerank=wrong)

@@ -4,6 +4,7 @@ adapter."""
 import importlib
 import io
 import json
+import os
 import sys
 import tarfile
 import types
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax.suites import clip_benchmark, folders, linear_probe, pairs
+from coca_jax.suites import (
+    clip_benchmark,
+    folders,
+    linear_probe,
+    measuring,
+    pairs,
+    running,
+    tables,
+)
 
 
 def png(colour, size=(10, 8)):
@@ -104,7 +113,7 @@ def array(values):
 def tar_set(folder, members, **files):
     """A set of one tar with one example of these members; files: its texts by their names."""
     texts = dict(classnames="red\nblue\n", zeroshot_classification_templates="a {c}\n") | files
-    (folder / "test").mkdir(parents=True)
+    (folder / "test").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
     (folder / "test/nshards.txt").write_text("1\n")
@@ -266,3 +275,63 @@ def test_the_adapter_joins_the_peer_s_kinds_or_says_what_it_lacks(monkeypatch, c
     clip_benchmark.register()
     assert ran == [clip_benchmark.load] and peer.accuracy is clip_benchmark.accuracy
     assert peer.MODEL_TYPES == ["open_clip", "coca_jax"]
+
+
+def test_likelihoods_that_are_no_numbers_choose_nothing(folder):
+    """The first of several NaN is the largest to NumPy, and the right text is the first."""
+    row = dict(filename="a.png", caption="one", negative_caption="two")
+    (folder / "swap.json").write_text(json.dumps({"0": row}))
+    model = types.SimpleNamespace(
+        encode_image=lambda images: np.ones((len(images), 2)),
+        encode_text=lambda texts: np.ones((len(texts), 2)),
+        caption_log_likelihood=lambda images, texts: (np.full(len(texts), np.nan), texts),
+    )
+    with pytest.raises(ValueError, match="caption likelihoods: 2 of 2 are not finite"):
+        measuring.measure(model, folders.read(str(folder)), batch_size=8)
+
+
+class Colours:
+    """A model that tells red from blue."""
+
+    params, batch_size, num_frames = {"w": np.zeros(3)}, 8, 0
+
+    def checksum(self):
+        return "same-weights"
+
+    def encode_image(self, images):
+        return np.asarray([colours(image)[0] for image in images]) / 255
+
+    def encode_text(self, texts, *, labels=False):
+        return np.asarray([[1.0, 0, 0] if "red" in text else [0, 0, 1.0] for text in texts])
+
+
+def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch):
+    """In folders of classes, in tars whose padding keeps their size, and in lists of pairs; with
+    the scores written among the data."""
+    for name, width in (("blue", 10), ("red", 30)):
+        (tmp_path / "plain" / "test" / name).mkdir(parents=True)
+        (tmp_path / "plain" / "test" / name / "0.png").write_bytes(png(name, (width, 8)))
+    wrong = tar_set(tmp_path / "tars", dict(png=png("red"), cls=b"0"), classnames="blue\nred")
+    (tmp_path / "red.png").write_bytes(png("red"))
+    row = dict(filename="red.png", caption="red", negative_caption="blue")
+    write(tmp_path, "pairs.json", {"0": row})
+    keys = ("plain", "tars", "pairs.json")
+    sets = [tables.Task(key, key, folders.read(str(tmp_path / key))) for key in keys]
+    how = dict(suite="mine", name="colours")
+
+    def scores(out):
+        found, _ = running.run(Colours(), sets, str(tmp_path / out), **how)
+        return [found[f"suite/{key}/{one.metric}"] for key, one in zip(keys, sets)]
+
+    assert scores("plain/out") == [1, 0, 1]
+    with monkeypatch.context() as kept:
+        kept.setattr(measuring, "measure", None)
+        assert scores("plain/out") == [1, 0, 1]
+    classes = tmp_path / "plain" / "test"
+    for old, new in (("blue", "x"), ("red", "blue"), ("x", "red")):
+        (classes / old).rename(classes / new)
+    size = os.path.getsize(f"{wrong}/test/0.tar")
+    tar_set(tmp_path / "tars", dict(png=png("red"), cls=b"1"), classnames="blue\nred")
+    assert os.path.getsize(f"{wrong}/test/0.tar") == size
+    (tmp_path / "red.png").write_bytes(png("blue"))
+    assert scores("plain/out") == [0, 1, 0]

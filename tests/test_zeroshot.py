@@ -135,7 +135,9 @@ def test_generative_ties_are_wrong_and_infinite_likelihoods_refused():
     evaluator = zeroshot.Generative("toy", names, ("{}",))
     assert dict(evaluator.run(Fake(text=lambda t: right[t]), records))["generative/toy/top1"] == 0
     right["b"][3] = -np.inf
-    with pytest.raises(ValueError, match="caption likelihoods of generative/toy are not finite"):
+    with pytest.raises(
+        ValueError, match="caption likelihoods of generative/toy: 1 of 10 are not finite"
+    ):
         dict(evaluator.run(Fake(text=lambda t: right[t]), records))
 
 

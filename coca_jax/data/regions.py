@@ -54,14 +54,21 @@ def numbers(box: Box) -> str:
 
 def read(text: str) -> Box | None:
     """The box that a text begins with, to the middle of hundredths; None where it does not, or
-    where it has no area."""
+    where an edge lies before the opposite one. Two edges of one number are that hundredth's own:
+    so are boxes written that lie within one."""
     digits = re.match(r"\D{0,3}(?:\d\D{0,3}){7}\d", text)
     if not digits:
         return None
     found = re.sub(r"\D", "", digits[0])
-    edges = [(int(found[i : i + 2]) + 0.5) / LEVELS for i in range(0, 8, 2)]
-    top, left, bottom, right = edges
+    places = [int(found[i : i + 2]) for i in range(0, 8, 2)]
+    (top, bottom), (left, right) = _edges(*places[::2]), _edges(*places[1::2])
     return (top, left, bottom, right) if top < bottom and left < right else None
+
+
+def _edges(low: int, high: int) -> tuple[float, float]:
+    if low == high:
+        return low / LEVELS, (low + 1) / LEVELS
+    return (low + 0.5) / LEVELS, (high + 0.5) / LEVELS
 
 
 def find(text: str) -> str:

@@ -27,11 +27,13 @@ class Predictor(Protocol):
     """What an evaluator asks of a model; N is at most the evaluator's batch size.
 
     Images are uint8 [N, S, T, 3], or a list of N images as the records hold them. resize: 'squash'
-    or 'crop', how they come to the model's size, image_size.
+    or 'crop', how they come to the model's size, image_size. max_len: the most
+    tokens of a text, its begin and end included.
     """
 
     resize: str
     image_size: Size
+    max_len: int
 
     @property
     def scale(self) -> float:
@@ -118,7 +120,7 @@ def encode_texts(
         predict.encode_text(batch, labels=labels)
         for batch in in_batches(texts, batch_size, show=show)
     ]
-    return check_finite(np.concatenate(parts).astype(np.float32), "text")
+    return check_finite(np.concatenate(parts).astype(np.float32), "text embeddings")
 
 
 def record_texts(record: Record, name: str) -> list[str]:
@@ -130,12 +132,13 @@ def record_texts(record: Record, name: str) -> list[str]:
     return texts
 
 
-def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
-    """Returns the embeddings; a NaN would compare as never better and look like a perfect rank."""
-    bad = int((~np.isfinite(embeddings).all(-1)).sum())
+def check_finite(values: np.ndarray, what: str) -> np.ndarray:
+    """Returns what a model said of N things, [N, ...]; a NaN would compare as never better and look
+    like a perfect rank. what: the name of the values in the ValueError."""
+    bad = int((~np.isfinite(values).all(tuple(range(1, values.ndim)))).sum())
     if bad:
         raise ValueError(
-            f"{what} embeddings: {bad} of {len(embeddings)} are not finite; "
+            f"{what}: {bad} of {len(values)} are not finite; "
             "the training diverged or the checkpoint is damaged"
         )
-    return embeddings
+    return values

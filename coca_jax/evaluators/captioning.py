@@ -19,6 +19,7 @@ from coca_jax.evaluators import (
     Predictor,
     Record,
     caption_metrics,
+    check_finite,
     collapse,
     in_batches,
     record_texts,
@@ -314,8 +315,12 @@ class Captioning(Evaluator):
                     if isinstance(images, np.ndarray)
                     else [images[i] for i in picked]
                 )
-                found = predict.caption_log_likelihood(chosen, [t for _, t in part])
-                for i, nats, count in zip(picked, *(np.asarray(x).tolist() for x in found)):
+                found = [
+                    np.asarray(x)
+                    for x in predict.caption_log_likelihood(chosen, [t for _, t in part])
+                ]
+                check_finite(found[0], f"caption likelihoods of {self.name}")
+                for i, nats, count in zip(picked, *(x.tolist() for x in found)):
                     made[i]["log_likelihood"].append(nats)
                     made[i]["tokens"].append(count)
         if self.captions:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coca_jax.evaluators import Record, caption_metrics, stack_images
+from coca_jax.evaluators import Record, caption_metrics, check_finite, stack_images
 
 TRIED = 64  # captions that an evaluation scores with another image too
 APART = 7  # places between an image and that other one: neighbours in a set are often alike
@@ -81,11 +81,11 @@ def gains(
     model: Scorer, images: Any, others: Any, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What image_gain is made of: nats by which text i is more probable with image i than with
-    others[i], float64 [N], and its number of tokens, int [N]."""
+    others[i], float64 [N], and its number of tokens, int [N]. Raises ValueError for NaN."""
     right, tokens = model.caption_log_likelihood(images, texts)
     wrong, _ = model.caption_log_likelihood(others, texts)
     gain = np.asarray(right, np.float64) - np.asarray(wrong, np.float64)
-    return gain, np.asarray(tokens, np.int64)
+    return check_finite(gain, "caption likelihoods"), np.asarray(tokens, np.int64)
 
 
 def first_gains(

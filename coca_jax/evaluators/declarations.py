@@ -116,6 +116,7 @@ class Evaluator(abc.ABC):
             report/templates/layouts.
         classes: after `run`, accuracy by class and confusion, or {}.
         skipped: metrics that could not run, and why.
+        further: what it learns from beside the records of the task, each a `records.Records`.
     """
 
     kind: ClassVar[str]
@@ -134,6 +135,7 @@ class Evaluator(abc.ABC):
         self.examples: dict[str, Any] = {}
         self.classes: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
+        self.further: Sequence[Any] = ()
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from coca_jax.data import regions
 from coca_jax.data.regions import Region
@@ -44,15 +45,17 @@ class Grounding(Pictured):
         """Yields accuracy_50 (boxes whose intersection over union with the right one is at least a
         half), overlap (the mean of that; 0 where no box is written), boxes (the share of answers
         that are any) and named (places whose text is written exactly, but for case and
-        punctuation), each of all regions, with intervals.
+        punctuation), each of all regions, with intervals; and left_out, the number of regions
+        whose text leaves the model no room for a place, which are not asked for.
 
         A record needs `image` and `extra` with regions (data/regions.py); what has none is passed
         over. Afterwards `examples` holds pictures with what was written. Raises ValueError where no
-        record has a region.
+        record has a region, or none that leaves room.
         """
+        left: list[Region] = []
         found: list[tuple[float, bool, bool]] = []
         shown = Spread(self.num_examples)
-        pairs = ((record, region) for record in records for region in regions_of(record))
+        pairs = _with_room(predict, records, left)
         show = f"{self.name} regions" if self.progress else ""
         for batch in in_batches(pairs, self.batch_size, show=show):
             images = stack_images([record for record, _ in batch])
@@ -67,14 +70,37 @@ class Grounding(Pictured):
                 right = canonical_text(after(name, give)) == canonical_text(region.text)
                 found.append((score, box is not None, right))
                 shown.offer(functools.partial(_item, record, region, place, score))
+        why = f"{self.name}: no record has a region; check the data and its split"
+        if left:
+            why = (
+                f"{self.name}: {len(left)} of {len(left) + len(found)} regions left out, whose "
+                f"texts leave no room for a place within model.text.max_len={predict.max_len}; "
+                f"the first is {left[0].text[:60]!r}"
+            )
+            logging.warning("%s", why)
         if not found:
-            raise ValueError(f"{self.name}: no record has a region; check the data and its split")
+            raise ValueError(why)
         overlap, boxes, named = (np.asarray(column, np.float64) for column in zip(*found))
         yield from with_interval(f"{self.name}/accuracy_50", (overlap >= RIGHT).astype(float))
         yield from with_interval(f"{self.name}/overlap", overlap)
         yield from with_interval(f"{self.name}/boxes", boxes)
         yield from with_interval(f"{self.name}/named", named)
+        yield f"{self.name}/left_out", float(len(left))
         self.examples = dict(kind="captioning", items=shown.items(), worst=[])
+
+
+def _with_room(
+    predict: Predictor, records: Iterable[Record], left: list[Region]
+) -> Iterator[tuple[Record, Region]]:
+    """The regions whose text leaves a model more than one token to write; the others go to
+    `left`."""
+    for record in records:
+        for region in regions_of(record):
+            tokens = int(predict.num_tokens([regions.find(region.text)])[0])
+            if tokens < predict.max_len - 1:
+                yield record, region
+            else:
+                left.append(region)
 
 
 def regions_of(record: Record) -> list[Region]:
@@ -85,7 +111,11 @@ def regions_of(record: Record) -> list[Region]:
 
 def after(text: str, prompt: str) -> str:
     """What a caption says behind its prompt, however its vocabulary spells that."""
-    return text[len(prompt) :] if text.startswith(prompt) else text.partition(":")[2]
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    colons = prompt.count(":")  # kept where letters and spaces are not
+    parts = text.split(":", colons)
+    return parts[colons] if len(parts) > colons else ""
 
 
 def _item(record: Record, region: Region, place: str, score: float) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Probe(Evaluator):
     Args:
       data_name: of the data set, the second part of the metrics' names.
       class_names: distinct names, [classes].
+      labels: how the records call the classes, [classes]; by default as `class_names`.
       train: records to learn from, with `image` and `labels`.
       batch_size: images at a time.
       num_examples: pictures kept for the report.
@@ -43,6 +44,7 @@ class Probe(Evaluator):
     """
 
     needs, programs = "label", ("features",)
+    flags = (class_names.FLAG,)
     options = dict(class_names=class_names.RULE, train=DATA, train_limit=RECORDS)
     metrics, headlines = METRICS, HEADLINES
 
@@ -52,6 +54,7 @@ class Probe(Evaluator):
         class_names: Sequence[str],
         train: Iterable[Record],
         *,
+        labels: Sequence[str] | None = None,
         batch_size: int = 256,
         num_examples: int = 16,
         progress: bool = False,
@@ -59,10 +62,17 @@ class Probe(Evaluator):
     ):
         super().__init__(data_name)
         self._cache: dict[str, np.ndarray] = {} if cache is None else cache
-        self._new_tally = lambda: Tally(self.name, class_names, num_examples=num_examples)
+        self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
         self._new_tally()  # refuses unsuitable names now
         self.num_classes, self.train = len(class_names), train
         self.batch_size, self.progress = batch_size, progress
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --class_names."""
+        super().from_flags(task, flags)
+        if flags.class_names:
+            task["class_names"] = flags.class_names
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:
@@ -98,12 +108,15 @@ class Probe(Evaluator):
         """task: train, a data entry to learn from, by default the split 'train' of the same data;
         train_limit; class_names."""
         train = cls.train_data(task)
-        names, _ = class_names.names_and_labels(dict(task, data=train))
-        found = Records(train, task.get("train_limit", 0))
+        names, labels = class_names.names_and_labels(dict(task, data=train))
+        found = Records(train, task.get("train_limit", 0), need=cls.needs)
         limits = [task.get("limit", 0), task.get("train_limit", 0)]
         of_data = json.dumps(["features", train, task["data"], limits], sort_keys=True)
         cache = setting.shared.setdefault(of_data, {})
-        return cls(task["name"], names, found, cache=cache, **setting.common())
+        how = dict(setting.common(), labels=labels, cache=cache)
+        probe = cls(task["name"], names, found, **how)
+        probe.further = (found,)
+        return probe
 
     @abc.abstractmethod
     def scores(
@@ -139,7 +152,7 @@ class Probe(Evaluator):
             return self._cache[which]
         show = f"{self.name} {which} images" if self.progress else ""
         parts = [
-            check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image")
+            check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image embeddings")
             for batch in in_batches(records, self.batch_size, show=show)
         ]
         if not parts:

@@ -13,6 +13,8 @@ from coca_jax.data import kinds
 from coca_jax.evaluators import Record, declarations
 from coca_jax.importers import unprepared
 
+_PART = 256  # records read at a time
+
 
 class Records:
     """The records of a data entry in their stored order, read as one goes through them.
@@ -51,7 +53,7 @@ class Records:
             source = unprepared.open_source(entry, "test")
         self._source = source
         self._indices = np.arange(min(limit or len(source), len(source)))
-        self._read: list[np.ndarray] = []
+        self._given = 0
         self.left_out = 0
         # Going through a TFDS set costs as much as evaluating on it.
         if need and not (self.scenes or source.complete or entry.tfds):
@@ -79,12 +81,13 @@ class Records:
         return len(self._indices)
 
     def _parts(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self._indices), 256):
-            yield self._indices[start : start + 256]
+        for start in range(0, len(self._indices), _PART):
+            yield self._indices[start : start + _PART]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._given = 0
         for part in self._parts():
-            self._read = [*self._read, part][-2:]
+            self._given += len(part)
             if self.scenes:
                 yield from self._source.read(part)
                 continue
@@ -98,12 +101,13 @@ class Records:
                     second=record.second,
                 )
 
-    def unreadable(self, read: Callable[[bytes], Any]) -> str:
-        """The key of the first of the records given last whose image `read` refuses, and why; ''
+    def unreadable(self, read: Callable[[bytes], Any], last: int) -> str:
+        """The key of the first of the `last` records given whose image `read` refuses, and why; ''
         where there is none. Only those are looked at: images are decoded as they are needed."""
-        if self.scenes or not self._read:
+        if self.scenes or not self._given:
             return ""
-        for record in self._source.read(np.concatenate(self._read)):
+        first = max(0, self._given - last - _PART)  # of the last part some may not be given yet
+        for record in self._source.read(self._indices[first : self._given]):
             try:
                 read(record.image)
             except ValueError as error:

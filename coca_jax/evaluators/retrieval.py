@@ -184,6 +184,7 @@ class Retrieval(Evaluator):
                 chosen = [pairs.texts(done + i) for i in range(len(new))]
                 scores = predict.score_some(stack_images(new), found.texts, chosen)
                 for i, score in enumerate(scores):
+                    check_finite(score, f"caption likelihoods of {self.name}")
                     similar = found.embeddings[chosen[i]] @ found.images[done + i]
                     pairs.put(done + i, score + predict.scale * similar)
             done += len(new)
@@ -227,7 +228,7 @@ class Retrieval(Evaluator):
         for text in self.extra_texts:
             text_numbers.setdefault(text, len(text_numbers))
         texts, title = list(text_numbers), show and f"{show} texts"
-        images = check_finite(np.concatenate(parts), "image")
+        images = check_finite(np.concatenate(parts), "image embeddings")
         embeddings = encode_texts(predict, texts, self.batch_size, show=title)
         return _Encoded(images, embeddings, texts, image_of, texts_of, kept)
 

@@ -108,7 +108,7 @@ class Classification(OfRecords):
             texts = None
             if predict.head_kind.reads_text:
                 texts = [question_of(record, self.name) for record in batch]
-            found = check_finite(np.asarray(predict.classify(images, texts)), "class")
+            found = check_finite(np.asarray(predict.classify(images, texts)), "class probabilities")
             tally.add(found, batch)
             count += len(batch)
             for record, row in zip(batch, found):

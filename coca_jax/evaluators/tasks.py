@@ -104,18 +104,22 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     kind = declarations.of(task["kind"])
     task = dict(task, data=kind.data_of(task, model))
     records = records_of(task, task["data"], task.get("limit", 0))
-    if records.left_out and setting.main_process:
-        print(
-            f"{task['kind']}/{task['name']}: {records.left_out} examples have no {kind.needs} and "
-            "are left out",
-            file=sys.stderr,
-        )
     setting.records = records
     evaluator = kind.from_task(task, setting)
+    for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):
+        if some.left_out and setting.main_process:
+            print(
+                f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {kind.needs} "
+                "and are left out",
+                file=sys.stderr,
+            )
     try:
         new = dict(evaluator.run(model, records))
     except ValueError as error:
-        found = records.unreadable(model.preprocess)
+        last = setting.common()["batch_size"]  # the most that an evaluator has before it
+        reading = (records, *evaluator.further)
+        named = [one.unreadable(model.preprocess, last) for one in reading]
+        found = next(filter(None, named), "")
         if not found:
             raise
         raise ValueError(

@@ -151,7 +151,7 @@ class ZeroShot(ByPrompts):
         )
         for batch in in_batches(records, self.batch_size, show=show and f"{show} images"):
             embeddings = np.asarray(predict.encode_image(stack_images(batch)))
-            embeddings = normalise(check_finite(embeddings, "image"))
+            embeddings = normalise(check_finite(embeddings, "image embeddings"))
             right = tally.add(embeddings @ classes.T, batch)
             names = [", ".join(map(str, record["labels"])) for record in batch]
             drawn.add([record["image"] for record in batch], embeddings, names, right.tolist())
@@ -212,11 +212,7 @@ class Generative(ByPrompts):
                 for part in in_batches(texts, _TEXTS_AT_ONCE)
             ]
             sums = np.concatenate(parts, 1).astype(np.float64)
-            if not np.isfinite(sums).all():
-                raise ValueError(
-                    f"caption likelihoods of {self.name} are not finite; "
-                    "the training diverged or the checkpoint is damaged"
-                )
+            check_finite(sums, f"caption likelihoods of {self.name}")
             top = sums.reshape(shape).max(2, keepdims=True)
             likely = np.log(np.exp(sums.reshape(shape) - top).mean(2)) + top[..., 0]
             tally.add(likely, batch)

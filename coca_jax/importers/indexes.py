@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from coca_jax import cache_folder
@@ -78,7 +78,7 @@ def cached(entry: Entry, split: str) -> str:
     _check(entry, format)
     units = shards.importer(format).plan(entry.path, split, options)
     path = entry.path if files.is_remote(entry.path) else os.path.abspath(entry.path)
-    mark = json.dumps([format, path, split, entry.image_field, _files(units)])
+    mark = json.dumps([format, path, split, entry.image_field, _files(_paths(units))])
     folder = cache_folder.folder() / "indexes"
     folder.mkdir(mode=0o700, exist_ok=True)
     out = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
@@ -97,11 +97,23 @@ def _options(entry: Entry) -> Options:
     return Options(image_field=entry.image_field, in_place=True)
 
 
-def _files(units: list[Unit]) -> list[tuple[str, int, str, str]]:
-    """Name, size, checksum (of a bucket; else '') and time of each file that units read."""
+def _is_read(name: str) -> bool:
+    """Whether a file in a folder of pictures is one of them, or a text of one."""
+    return name.lower().endswith((*formats.MEDIA, *formats.SIDECARS))
+
+
+def _paths(units: list[Unit]) -> Iterable[str]:
+    return (unit.path for unit in units)
+
+
+def _files(
+    paths: Iterable[str], wanted: Callable[[str], bool] = _is_read
+) -> list[tuple[str, int, str, str]]:
+    """Name, size, checksum (of a bucket; else '') and time of each of the files, and of those in
+    the folders that are wanted by their names."""
     found: list[tuple[str, int, str, str]] = []
     above = ""  # a folder below it is among its files
-    for path in sorted({unit.path.rstrip("/") + "/" for unit in units}):
+    for path in sorted({path.rstrip("/") + "/" for path in paths}):
         if above and path.startswith(above):
             continue
         system, plain = files.filesystem(path.rstrip("/"))
@@ -109,7 +121,7 @@ def _files(units: list[Unit]) -> list[tuple[str, int, str, str]]:
         if about["type"] == "directory":
             above = path
             inside = system.find(plain, detail=True)
-            found += [_about(name, inside[name]) for name in sorted(inside) if _is_read(name)]
+            found += [_about(name, inside[name]) for name in sorted(inside) if wanted(name)]
         else:
             found.append(_about(path.rstrip("/"), about))
     return found
@@ -118,11 +130,6 @@ def _files(units: list[Unit]) -> list[tuple[str, int, str, str]]:
 def _about(path: str, info: Mapping[str, Any]) -> tuple[str, int, str, str]:
     checksum = str(info.get("ETag") or info.get("etag") or "")
     return path, int(info.get("size") or 0), checksum, "" if checksum else str(info.get("mtime"))
-
-
-def _is_read(name: str) -> bool:
-    """Whether a file in a folder of pictures is one of them, or a text of one."""
-    return name.lower().endswith((*formats.MEDIA, *formats.SIDECARS))
 
 
 def state(format: str, out: str, units: list[Unit]) -> str:
@@ -135,8 +142,20 @@ def state(format: str, out: str, units: list[Unit]) -> str:
     above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
     if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
         return ""
-    found = _files(units)
+    found = _files(_paths(units))
     return f"{_digest([file[:3] for file in found])}-{_digest(found)}"
+
+
+def state_of_place(path: str, suffixes: Sequence[str] = ("",), but: Sequence[str] = ()) -> str:
+    """What tells whether a file, or any file below a folder, has changed: a digest of names, sizes
+    and times (of a bucket, checksums). suffixes: of the files in a folder that count; but: files
+    and folders that do not. Raises FileNotFoundError where nothing is there."""
+    left = tuple(f"{files.filesystem(one)[1].rstrip('/')}/" for one in but)
+
+    def wanted(name: str) -> bool:
+        return name.lower().endswith(tuple(suffixes)) and not f"{name}/".startswith(left)
+
+    return _digest(_files([path], wanted))
 
 
 def _digest(told: Any) -> str:

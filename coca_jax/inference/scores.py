@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coca_jax.inference.devices import pad
@@ -58,8 +59,7 @@ class Scores(Encoders):
         encoded once.
         """
         tokens, valid = self._tokenize(list(texts), labels)
-        with self._devices.context():
-            states = self._programs.text_states(self.params, tokens, valid)
+        states = self._text_states(tokens, valid)
         rows = []
         for pixels in self._reader.batches(images, progress):
             count = len(pixels)
@@ -114,10 +114,22 @@ class Scores(Encoders):
         int [K], the pairs by number. Each text runs once through the half that sees text alone.
         """
         tokens, valid = self._tokenize(list(texts))
-        with self._devices.context():
-            states = self._programs.text_states(self.params, tokens, valid)
+        states = self._text_states(tokens, valid)
         found = self._pair_scores(image_tokens, states, tokens, valid, image, text)
         return found, valid[:, 1:].sum(1).astype(np.int32)
+
+    def _text_states(self, tokens: np.ndarray, valid: np.ndarray) -> jax.Array:
+        """What the multimodal decoder reads of texts [M, L], made in batches: [M, L, D]."""
+        count = len(tokens)
+        size = max(min(self.batch_size, count), 1)
+        with self._devices.context():
+            parts = [
+                self._programs.text_states(
+                    self.params, *(pad(x[i : i + size], size) for x in (tokens, valid))
+                )
+                for i in range(0, max(count, 1), size)
+            ]
+            return jnp.concatenate(parts)[:count] if len(parts) > 1 else parts[0][:count]
 
     def _pair_scores(
         self,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import coca_jax
+from coca_jax.evaluators import check_finite
 from coca_jax.importers.items import Item
 from coca_jax.recaptioning import flags
 from coca_jax.recaptioning.request import Request, way
@@ -159,6 +160,7 @@ class Captioner:
                 np.concatenate([place, np.roll(place, count // 2)]),
                 np.concatenate([own, own]),
             )
+            check_finite(sums, "caption likelihoods")
         gain = (sums[:count] - sums[count:]).astype(np.float64).sum()
         return dict(gain=round(float(gain), 3), tokens=int(lengths.sum()))
 

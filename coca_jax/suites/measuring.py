@@ -18,7 +18,8 @@ Outcome = dict[str, np.ndarray]
 def measure(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") -> Outcome:
     """The outcome of a data set: arrays with an example a row. show: title of progress bars.
 
-    Raises ValueError for a damaged or empty set, or embeddings that are not finite.
+    Raises ValueError for a damaged or empty set, or embeddings or likelihoods that are not
+    finite.
     """
     by_kind: dict[str, Callable[..., Outcome]] = dict(
         retrieval=_retrieval, selection=_selection, classification=_classes, multilabel=_classes
@@ -30,7 +31,7 @@ def measure(model: Predictor, folder: Folder, *, batch_size: int, show: str = ""
 
 def _embed(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> np.ndarray:
     found = np.asarray(model.encode_image([one["image"] for one in batch]), np.float32)
-    return check_finite(found, "image")
+    return check_finite(found, "image embeddings")
 
 
 def probe(model: Predictor, folder: Folder, *, batch_size: int, show: str = "") -> Outcome:
@@ -104,8 +105,8 @@ def _selection(model: Predictor, folder: Folder, size: int, show: str) -> Outcom
 def _of_pairs(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     images = [image for one in batch for image in one["images"]]
     texts = [text for one in batch for text in one.get("texts") or [cue_prompt(one["cue"])]]
-    by_image = check_finite(np.asarray(model.encode_image(images), np.float32), "image")
-    by_text = check_finite(np.asarray(model.encode_text(texts), np.float32), "text")
+    by_image = check_finite(np.asarray(model.encode_image(images), np.float32), "image embeddings")
+    by_text = check_finite(np.asarray(model.encode_text(texts), np.float32), "text embeddings")
     tables, i, t = [], 0, 0
     for one in batch:
         n, m = len(one["images"]), len(one.get("texts") or [1])
@@ -124,10 +125,11 @@ def _of_pairs(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> dict[str,
 def _likelihoods(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     pairs = [(image, text) for one in batch for image in one["images"] for text in one["texts"]]
     sums, _ = model.caption_log_likelihood([image for image, _ in pairs], [t for _, t in pairs])
+    sums = check_finite(np.asarray(sums), "caption likelihoods")
     tables, start = [], 0
     for one in batch:
         shape = (len(one["images"]), len(one["texts"]))
-        tables.append(np.asarray(sums)[start : start + shape[0] * shape[1]].reshape(shape))
+        tables.append(sums[start : start + shape[0] * shape[1]].reshape(shape))
         start += shape[0] * shape[1]
     return tables
 

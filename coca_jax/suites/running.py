@@ -18,12 +18,15 @@ import jax
 import numpy as np
 
 from coca_jax import storage
+from coca_jax.data import formats
 from coca_jax.evaluators import results
 from coca_jax.evaluators.intervals import scored
+from coca_jax.importers import indexes
 from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics
 from coca_jax.suites.tables import DATACOMP, Task
 
+WRITTEN = ("suite", "eval.json", "suite.md", "suite.csv")
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
 
 
@@ -44,15 +47,16 @@ def run(
 ) -> tuple[dict[str, float], list[str]]:
     """(the scores of all data sets, lines of the table for people).
 
-    Data sets that an earlier call with the same weights finished are taken over. name: of the model
-    in the row. table: a CSV file whose row of this name is written, in its columns. probe: of
-    classification sets with a split 'train' the linear probe as well.
+    Data sets that an earlier call with the same weights and files finished are taken over. name: of
+    the model in the row. table: a CSV file whose row of this name is written, in its columns.
+    probe: of classification sets with a split 'train' the linear probe as well.
     """
-    weights = model.checksum()
+    of_model = dict(weights=model.checksum(), num_frames=model.num_frames)
     scores: dict[str, float] = {}
+    ours = [f"{out.rstrip('/')}/{name}" for name in WRITTEN] + ([table] if table else [])
     for task in tasks:
         with_probe = probe and _has_train(task)
-        request = dict(weights=weights, data=_data(task), metric=task.metric, probe=with_probe)
+        request = dict(of_model, data=_data(task, ours), metric=task.metric, probe=with_probe)
         scores |= _kept(out, task, request) or _measured(model, task, out, request)
     mains = [scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks]
     scores[f"suite/{suite}/average"] = sum(mains) / len(mains)
@@ -69,14 +73,17 @@ def run(
     return scores, lines
 
 
-def _data(task: Task) -> str:
-    """Tells the data from others by what costs nothing: place and sizes."""
+def _data(task: Task, ours: Sequence[str]) -> str:
+    """Tells the data from others by what costs little: the state of their files. ours: files and
+    folders that a suite writes, which may lie among them."""
     folder = task.folder
-    place = storage.place(folder.path)
-    files = sorted(place.glob(f"{folder.split}/*.tar")) if place.is_dir() else [place]
-    sizes = [file.stat().length for file in files]
+    states = [indexes.state_of_place(folder.path, but=ours)]
+    if folder.layout == "pairs" and not storage.place(folder.path).is_dir():
+        # A list alone: its images lie beside it, and so may other sets.
+        beside = str(storage.place(folder.path).parent)
+        states.append(indexes.state_of_place(beside, formats.MEDIA))
     texts = [folder.kind, *folder.class_names, *folder.prompts]
-    return json.dumps([folder.path, folder.split, sizes, texts])
+    return json.dumps([folder.path, folder.split, states, texts])
 
 
 def _has_train(task: Task) -> bool:
