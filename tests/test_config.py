@@ -98,7 +98,8 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
     found = recipes.typed(config)
     assert (found.model.image_size, found.model.patch_size, found.model.embed_dim) == (64, 16, 24)
     assert found.model.dtype == "bfloat16" and found.data.vocabulary == f"{place}/vocabulary.model"
-    assert recipes.load(f"imagenet_frozen:{place}").data.resize == "crop"
+    adapted = recipes.load(f"imagenet_frozen:{place}").data
+    assert (adapted.resize, adapted.vocabulary) == ("crop", f"{place}/vocabulary.model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
 
