@@ -92,14 +92,16 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
     model.update(image_size=64, patch_size=16, dtype="float32")
     words = tmp_path / "words.model"
     words.write_bytes(b"words")
-    given = dict(model=model.to_dict(), preprocess=dict(resize="crop"))
+    given = dict(model=model.to_dict(), preprocess=dict(resize="squash", label_token=True))
     export_format.write_export(place, {"x": np.zeros(2, np.float32)}, given, str(words))
     config.model.embed_dim = 24
     found = recipes.typed(config)
     assert (found.model.image_size, found.model.patch_size, found.model.embed_dim) == (64, 16, 24)
     assert found.model.dtype == "bfloat16" and found.data.vocabulary == f"{place}/vocabulary.model"
+    assert (found.data.resize, found.data.label_token) == ("squash", True)
+    assert finetune_open_clip.get_config().data.resize == "crop"
     adapted = recipes.load(f"imagenet_frozen:{place}").data
-    assert (adapted.resize, adapted.vocabulary) == ("crop", f"{place}/vocabulary.model")
+    assert (adapted.resize, adapted.vocabulary) == ("squash", f"{place}/vocabulary.model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
 
