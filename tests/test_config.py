@@ -177,6 +177,14 @@ def test_weights_may_start_below_the_bound_of_the_temperature():
     checks.check(config.change({"init_from": "runs/before"}))
 
 
+@pytest.mark.parametrize("key, value", [("positions", "rope"), ("gated_mlp", True)])
+def test_a_pooler_s_block_has_no_keys_that_it_does_not_read(key, value):
+    config = tiny(**{"data.sources": (dict(builtin="scenes"),)})
+    checks.check(config.change({"model.pooler.block": {"norm_eps": 1e-6, "qk_norm": True}}))
+    with pytest.raises(ValueError, match=f"model.pooler.block: {key}={value!r} is of MLPs"):
+        checks.check(config.change({"model.pooler.block": {key: value}}))
+
+
 PAIR = {"head.kind": "pair", "loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
 LORA = {"optimizer.lora_rank": 2, "optimizer.name": "adamw"}
 KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
