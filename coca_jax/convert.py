@@ -209,13 +209,13 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     layout = Layout(config.model, logit_bias=bias is not None)
     if bias is not None:
         model_cfg["init_logit_bias"] = float(np.asarray(bias))
-    os.makedirs(out, exist_ok=True)
     tensors = layout.write(export_format.flatten(params))
-    safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors, progress=progress)
     written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
-    written[checked_files.KEY] = checked_files.describe(out, [WEIGHTS_NAME])
-    sealed = json.dumps(sealed_json.seal(written), indent=2)
-    storage.write_text(os.path.join(out, CONFIG_NAME), sealed)
+    with storage.local_folder(out) as folder:
+        safetensors_file.write(os.path.join(folder, WEIGHTS_NAME), tensors, progress=progress)
+        written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])
+        sealed = json.dumps(sealed_json.seal(written), indent=2)
+        storage.write_text(os.path.join(folder, CONFIG_NAME), sealed)
     return model_cfg, layout
 
 
