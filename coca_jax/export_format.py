@@ -236,6 +236,20 @@ def vocabulary_path(directory: str | os.PathLike[str]) -> str:
     return os.path.join(directory, data["tokenizer"]["file"])
 
 
+def vocabulary_beside(weights: str) -> str:
+    """The tokenizer's file of an export, a run or one of its steps; '' where there is none.
+    Raises ValueError for a damaged export."""
+    folders = [storage.place(weights)]
+    if not storage.reach(folders[0]) or not folders[0].is_dir():
+        return ""
+    if is_export(folders[0]):
+        return vocabulary_path(folders[0])
+    while folders[-1].name.isdigit() or folders[-1].name == "checkpoints":  # a step, its folder
+        folders.append(folders[-1].parent)
+    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
+    return str(next(found, ""))
+
+
 def place(params: Any, shardings: Any) -> Any:
     """Mapped arrays -> arrays on a mesh; each process reads the parts that its devices hold.
 

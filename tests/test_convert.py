@@ -33,7 +33,7 @@ from coca_jax import (
     warm_start,
 )
 from coca_jax.config import Model, read
-from coca_jax.data import images, resizing
+from coca_jax.data import images, resizing, vocabulary
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -210,6 +210,20 @@ def test_a_bucket_gets_the_whole_folder(source, export, s3, tmp_path, monkeypatc
     names = {file.name for file in storage.place(back).iterdir()}
     assert names == {convert.WEIGHTS_NAME, convert.CONFIG_NAME}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_that_open_clip_lacks_does_not_go_back(export, tmp_path, caplog):
+    """Its texts would be read by CLIP's byte pairs, with ids of others."""
+    convert.to_open_clip(str(export), str(tmp_path / "back"))
+    assert "other merges than CLIP's" in caplog.text
+    words = tmp_path / "words.model"
+    vocabulary.train([f"a {word} {i}" for word in ("cat", "dog") for i in range(60)], 300, words)
+    params, config = export_format.read_export(export)
+    own = str(tmp_path / "own")
+    export_format.write_export(own, params, {"model": config.model.to_dict()}, words)
+    with pytest.raises(ValueError, match="own/vocabulary.model is of another kind than CLIP's"):
+        convert.to_open_clip(own, str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_converting_holds_no_second_copy(tmp_path):

@@ -65,6 +65,12 @@ def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
     "section, keys, message",
     [
         ("text_cfg", dict(hf_model_name="roberta-base"), "text_cfg.hf_model_name='roberta-base'"),
+        ("text_cfg", dict(hf_tokenizer_name="t5-base"), "text_cfg.hf_tokenizer_name='t5-base'"),
+        (
+            "text_cfg",
+            dict(tokenizer_kwargs=dict(clean="canonicalize")),
+            "text_cfg.tokenizer_kwargs.clean='canonicalize'; only 'lower' here",
+        ),
         ("text_cfg", dict(text_arch="modern"), "text_cfg.text_arch='modern': an unknown key"),
         ("text_cfg", dict(embed_cls=False), "text_cfg.embed_cls=False"),
         ("text_cfg", dict(pad_id=1), "text_cfg.pad_id=1"),

@@ -125,19 +125,6 @@ def _load_given(place: str, named: bool) -> Vocabulary:
 def _vocabulary_of_weights(config: Config) -> str:
     """The tokenizer of the weights at `config.init_from`; '' where there is none, or the image
     encoder alone is taken: the rest of such a run starts new, its words too."""
-    return beside(config.init_from) if config.init_from and config.init_parts == "all" else ""
-
-
-def beside(weights: str) -> str:
-    """The tokenizer's file of a run, one of its steps or an export; '' where there is none.
-    Raises ValueError for a damaged export."""
-    place = storage.place(weights)
-    if not storage.reach(place) or not place.is_dir():
+    if not config.init_from or config.init_parts != "all":
         return ""
-    if export_format.is_export(place):
-        return export_format.vocabulary_path(place)
-    folders = [place]
-    while folders[-1].name.isdigit() or folders[-1].name == "checkpoints":  # a step, its folder
-        folders.append(folders[-1].parent)
-    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
-    return str(next(found, ""))
+    return export_format.vocabulary_beside(config.init_from)
