@@ -54,14 +54,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ):
         raise ValueError("give --base=DIR, --checkpoint=DIR or --adapter=DIR, and --out=DIR")
     shares = shares_of(args.shares)
+    if args.rank < 0 or (args.rank and args.adapter):
+        raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
+    if args.rank and (args.data or args["shares"].present):
+        raise ValueError(
+            f"--rank={args.rank} writes the whole change and scores nothing; leave out --data and "
+            "--shares, or --rank"
+        )
     tasks = evaluate.tasks_of_flags() if args.data else []
     if not tasks and not args.rank and len(shares) > 1:
         shares = [1.0] if not args["shares"].present else shares
         if len(shares) > 1:
             raise ValueError(f"--shares={','.join(args.shares)}: one to write, or give --data")
-    if args.rank < 0 or (args.rank and args.adapter):
-        raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
-    out_folder.check(args.out)
+    out_folder.check(args.out, in_run=bool(tasks))  # the curve belongs to the tuned run
     cli.say(f"loading {args.base}")
     base = coca_jax.load(args.base, dtype="float32")
     first = to_host(base.params)

@@ -264,6 +264,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(tasks, "run_tasks", run_tasks)
     monkeypatch.setattr(blend.evaluate, "tasks_of_flags", lambda: ["a task"])
+    (tmp_path / "curve").mkdir()
+    (tmp_path / "curve/metrics.jsonl").write_text("")  # the tuned run itself, as in the example
     given = ("--checkpoint=tuned", "--data=x", "--shares=0,0.25,1", f"--out={tmp_path}/curve")
     curve = call(*given)["curve"]
     assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
@@ -274,7 +276,10 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     for given, says in (
         (("--checkpoint=tuned", "--adapter=a", "--out=o"), "give --base=DIR, --checkpoint"),
         (("--checkpoint=tuned", "--shares=0,1", "--out=o"), "one to write, or give --data"),
+        (("--checkpoint=tuned", f"--out={tmp_path}/curve"), "is the folder of a run"),
         (("--checkpoint=tuned", "--rank=-1", "--out=o"), "--rank=-1: a whole number"),
+        (("--checkpoint=tuned", "--rank=2", "--data=x", "--out=o"), "--rank=2 writes the whole"),
+        (("--checkpoint=tuned", "--rank=2", "--shares=1", "--out=o"), "leave out --data and --sh"),
         (("--checkpoint=base", "--rank=2", f"--out={tmp_path}/o"), "both models are the same"),
     ):
         with pytest.raises(ValueError, match=says):
