@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import scenes_words
 from one_device import train_alone
-from test_inference import tiny_model, words  # noqa: F401
+from test_inference import tiny_model, tiny_parts, words  # noqa: F401
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
@@ -17,6 +17,7 @@ from coca_jax import blend, checkpointing, export_format, lora, run_config, warm
 from coca_jax.config import Optimizer
 from coca_jax.evaluators import history, tasks
 from coca_jax.inference import export_folder
+from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles
 from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
@@ -234,7 +235,7 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     models = dict(base=base, tuned=tuned)
     monkeypatch.setattr(blend.coca_jax, "load", lambda place, **how: models[place])
     written = []
-    monkeypatch.setattr(export_folder, "write", lambda model, out: written.append(out))
+    monkeypatch.setattr(export_folder, "write", lambda model, out, **_: written.append(out))
     flags_of("blend", monkeypatch)
 
     def call(*given):
@@ -286,3 +287,20 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
             call(*given)
     with pytest.raises(FileNotFoundError, match="no adapter.safetensors; write one with --rank"):
         call(f"--adapter={tmp_path}", f"--out={tmp_path}/o")
+
+
+def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch):  # noqa: F811
+    """And its weights are those of float32: nothing is rounded on the way."""
+    config, params = tiny_parts()
+    config.model.dtype = "bfloat16"
+    start = np.float32(params["text_to_joint"]["kernel"])
+    for name, factor in (("base", 1.0), ("tuned", 3.0)):
+        scaled = params | {"text_to_joint": {"kernel": factor * start}}
+        export_folder.write(CoCaModel(config, scaled, words), str(tmp_path / name))
+    flags_of("blend", monkeypatch)
+    given = [f"--{name}={tmp_path / name}" for name in ("base", "out")]
+    blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", "--shares=0.5"])
+    blend.main(["blend"])
+    found, told = export_format.read_export(tmp_path / "out")
+    assert told.model.dtype == "bfloat16"
+    np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)
