@@ -15,6 +15,7 @@ from test_version_0_1 import flags_of
 
 from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start
 from coca_jax.config import Optimizer
+from coca_jax.data import vocabulary
 from coca_jax.evaluators import history, tasks
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
@@ -257,6 +258,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     told = call("--checkpoint=tuned", "--rank=2", f"--out={adapter}")
     assert (told["kernels"], told["numbers"]) == (1, 2 * sum(kernel.shape)) and told["kept"] > 0.999
     assert call(f"--adapter={adapter}", f"--out={out}2")["share"] == 1.0
+    with pytest.raises(ValueError, match="adapter is the change of another model than --base"):
+        blend.read_adapter(adapter, tuned.checksum())
     np.testing.assert_allclose(kernel_now(), moved["text_to_joint"]["kernel"], atol=1e-4)
 
     def run_tasks(model, asked, folder):
@@ -304,3 +307,30 @@ def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch
     found, told = export_format.read_export(tmp_path / "out")
     assert told.model.dtype == "bfloat16"
     np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)
+
+
+def test_models_of_other_configurations_are_not_mixed(words):  # noqa: F811
+    """The shapes of their weights are the same."""
+    config, params = tiny_parts()
+    base = CoCaModel(config, params, words)
+    blend.check_alike(base, CoCaModel(run_config_of(config), params, words))
+    for key, value, says in (
+        ("model.activation", "relu", "activation is as by default in --base and 'relu' in the"),
+        ("model.image_mean", (0.1, 0.2, 0.3), "image_mean is as by default .* and .0.1, 0.2, 0.3."),
+        (
+            "model.image.block",
+            {"norm_eps": 1e-3},
+            "image.block is {} in --base and {'norm_eps': 0.001} in",
+        ),
+        ("data.resize", "crop", "resize is .* and 'crop' in the tuned model; give the base"),
+    ):
+        other = CoCaModel(run_config_of(config).change({key: value}), params, words)
+        with pytest.raises(ValueError, match=says):
+            blend.check_alike(base, other)
+    other = CoCaModel(config, params, vocabulary.load(scenes_words()))
+    with pytest.raises(ValueError, match="vocabulary is '"):
+        blend.check_alike(base, other)
+    other = CoCaModel(config, params, words)
+    base.class_names, other.class_names = ["cat", "dog"], ["dog", "cat"]
+    with pytest.raises(ValueError, match=r"class_names is \['cat', 'dog'\] in --base and \['dog'"):
+        blend.check_alike(base, other)
