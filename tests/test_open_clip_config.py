@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import convert
 from coca_jax.config import Model, read, typed
-from coca_jax.interop import open_clip_config, open_clip_preprocess
+from coca_jax.interop import open_clip_config, open_clip_preprocess, pe_core
 from coca_jax.interop.open_clip_layout import Layout, count
 
 
@@ -209,3 +209,21 @@ def test_a_configuration_that_is_no_json_object(tmp_path, text):
     (tmp_path / convert.CONFIG_NAME).write_text(text, "latin-1")
     with pytest.raises(ValueError, match=f"{convert.CONFIG_NAME}: "):
         convert._model_config(str(tmp_path / "x.bin"), "", {})
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(hf_tokenizer_name="t5-base"), "text_cfg.hf_tokenizer_name='t5-base' is not supp"),
+        (dict(tokenizer_kwargs=dict(clean="whitespace")), "clean='whitespace'; only 'lower' here"),
+    ],
+)
+def test_pe_core_reads_texts_by_clip_s_byte_pairs_alone(keys, message):
+    name = "vit_pe_core_base_patch16_224"
+    vision = dict(image_size=224, timm_model_name=name, timm_pool="map", timm_proj=None)
+    text = dict(context_length=32, vocab_size=49408, width=1024, heads=16, layers=24)
+    how = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    cfg = dict(embed_dim=1024, vision_cfg=vision, text_cfg=text)
+    assert pe_core.to_model(cfg, how)["text"]["max_len"] == 32
+    with pytest.raises(ValueError, match=message):
+        pe_core.to_model(cfg | dict(text_cfg=text | keys), how)
