@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,28 +55,35 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ):
         raise ValueError("give --base=DIR, --checkpoint=DIR or --adapter=DIR, and --out=DIR")
     shares = shares_of(args.shares)
+    if args.rank < 0 or (args.rank and args.adapter):
+        raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
+    if args.rank and (args.data or args["shares"].present):
+        raise ValueError(
+            f"--rank={args.rank} writes the whole change and scores nothing; leave out --data and "
+            "--shares, or --rank"
+        )
     tasks = evaluate.tasks_of_flags() if args.data else []
     if not tasks and not args.rank and len(shares) > 1:
         shares = [1.0] if not args["shares"].present else shares
         if len(shares) > 1:
             raise ValueError(f"--shares={','.join(args.shares)}: one to write, or give --data")
-    if args.rank < 0 or (args.rank and args.adapter):
-        raise ValueError(f"--rank={args.rank}: a whole number from 1, and not with --adapter")
-    out_folder.check(args.out)
+    out_folder.check(args.out, in_run=bool(tasks))  # the curve belongs to the tuned run
     cli.say(f"loading {args.base}")
     base = coca_jax.load(args.base, dtype="float32")
     first = to_host(base.params)
     if args.adapter:
-        factors = read_adapter(args.adapter)
+        factors = read_adapter(args.adapter, base.checksum())
         from coca_jax import lora
 
         def at(share: float) -> dict:
             return lora.apply(first, factors, share)
     else:
         cli.say(f"loading {args.checkpoint}")
-        tuned = to_host(coca_jax.load(args.checkpoint, dtype="float32").params)
+        other = coca_jax.load(args.checkpoint, dtype="float32")
+        check_alike(base, other)
+        tuned = to_host(other.params)
         if args.rank:
-            return write_adapter(tuned, first, args.rank, args.out)
+            return write_adapter(tuned, first, args.rank, args.out, base.checksum())
 
         def at(share: float) -> dict:
             return mix(first, tuned, share)
@@ -85,7 +93,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     base.set_params(at(shares[0]))
-    export_folder.write(base, args.out)
+    export_folder.write(base, args.out, dtype=base.stored_dtype)
     return dict(out=args.out, share=shares[0])
 
 
@@ -109,6 +117,25 @@ def to_host(params: Any) -> dict:
     import jax
 
     return jax.tree.map(np.asarray, params)
+
+
+def check_alike(base: CoCaModel, tuned: CoCaModel) -> None:
+    """Raises ValueError naming what both models have otherwise, beside their weights: what is
+    mixed would be read as the base, and be neither."""
+    from coca_jax.inference import model_checksum
+
+    one, other = (
+        model_checksum.rest(model.config, model.vocabulary)
+        | dict(class_names=model.class_names, head=getattr(model.head_kind, "name", ""))
+        for model in (base, tuned)
+    )
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            said = [reprlib.repr(x[key]) if key in x else "as by default" for x in (one, other)]
+            raise ValueError(
+                f"{key} is {said[0]} in --base and {said[1]} in the tuned model; give the base "
+                "that it was tuned from"
+            )
 
 
 def mix(base: Mapping[str, Any], tuned: Mapping[str, Any], share: float) -> dict[str, Any]:
@@ -155,8 +182,9 @@ def is_headline(name: str) -> bool:
     return known is not None and rest.rpartition("/")[2] in known.headlines
 
 
-def write_adapter(tuned: dict, base: dict, rank: int, out: str) -> dict[str, Any]:
-    """Writes what tuning changed, as factors, and says how much of the change they hold."""
+def write_adapter(tuned: dict, base: dict, rank: int, out: str, checksum: str) -> dict[str, Any]:
+    """Writes what tuning changed, as factors, and says how much of the change they hold. checksum:
+    of the base, which the file tells."""
     from coca_jax import lora
 
     factors = lora.extract(tuned, base, rank)
@@ -170,18 +198,27 @@ def write_adapter(tuned: dict, base: dict, rank: int, out: str) -> dict[str, Any
         left += float(np.square(x - again[name]).sum())
     with storage.local_folder(out) as folder:
         blocks = {name: export_format.blocks(name, x) for name, x in factors.items()}
-        safetensors_file.write(f"{folder}/{ADAPTER}", blocks)
+        safetensors_file.write(f"{folder}/{ADAPTER}", blocks, about=dict(base=checksum))
     numbers = sum(x.size for x in factors.values())
     kept = 1 - left / whole
     return dict(out=out, kernels=len(factors) // 2, numbers=numbers, rank=rank, kept=kept)
 
 
-def read_adapter(place: str) -> dict[str, np.ndarray]:
-    """The factors in a folder. Raises FileNotFoundError where there are none."""
+def read_adapter(place: str, checksum: str) -> dict[str, np.ndarray]:
+    """The factors in a folder. Raises FileNotFoundError where there are none, ValueError for those
+    of another base than the one of that checksum."""
+    from coca_jax.inference import model_checksum
+
     file = storage.place(place) / ADAPTER
     if not file.exists():
         raise FileNotFoundError(f"--adapter={place}: no {ADAPTER}; write one with --rank")
     with storage.local_copy(file) as copy:
+        base = safetensors_file.about(copy).get("base")  # older ones do not say it
+        if base is not None and not model_checksum.same(base, checksum):
+            raise ValueError(
+                f"--adapter={place} is the change of another model than --base; give the one that "
+                "it was written with"
+            )
         return {name: np.array(x) for name, x in safetensors_file.read(copy).items()}
 
 

@@ -185,8 +185,9 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         (open_clip's model configuration, the layout).
 
     Raises:
-        FileNotFoundError: `source` is neither.
-        ValueError: the model has an option that open_clip's CoCa lacks (named).
+        FileNotFoundError: `source` is neither, or lacks its vocabulary.
+        ValueError: the model has an option that open_clip's CoCa lacks (named), or a vocabulary of
+            another kind than CLIP's.
     """
     from coca_jax.models import roles  # jax and flax: not where weights are only read
 
@@ -204,19 +205,42 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
     model_cfg = open_clip_config.from_model(config.model)
+    _check_vocabulary(source)
     params = roles.without_training_aids(params)
     bias = roles.sigmoid_bias(params)
     layout = Layout(config.model, logit_bias=bias is not None)
     if bias is not None:
         model_cfg["init_logit_bias"] = float(np.asarray(bias))
-    os.makedirs(out, exist_ok=True)
     tensors = layout.write(export_format.flatten(params))
-    safetensors_file.write(os.path.join(out, WEIGHTS_NAME), tensors, progress=progress)
     written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
-    written[checked_files.KEY] = checked_files.describe(out, [WEIGHTS_NAME])
-    sealed = json.dumps(sealed_json.seal(written), indent=2)
-    storage.write_text(os.path.join(out, CONFIG_NAME), sealed)
+    with storage.local_folder(out) as folder:
+        safetensors_file.write(os.path.join(folder, WEIGHTS_NAME), tensors, progress=progress)
+        written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])
+        sealed = json.dumps(sealed_json.seal(written), indent=2)
+        storage.write_text(os.path.join(folder, CONFIG_NAME), sealed)
     return model_cfg, layout
+
+
+def _check_vocabulary(source: str) -> None:
+    """Raises ValueError for a model whose texts open_clip would read as others: its CoCas take
+    CLIP's byte pairs. Other merges than CLIP's own are told."""
+    place = export_format.vocabulary_beside(source)
+    if not place:
+        raise FileNotFoundError(f"{source}: no vocabulary beside the weights; copy it there")
+    vocabulary = vocabularies.load(place)
+    if not isinstance(vocabulary, clip_bpe.ClipBpe):
+        raise ValueError(
+            f"{place} is of another kind than CLIP's byte pairs, by which open_clip's CoCas read "
+            "texts: this model cannot go back there"
+        )
+    merges, package = clip_bpe.parse_merges, os.path.dirname(clip_bpe.__file__)
+    own = vocabulary.size == CLIP_IDS and (
+        merges(vocabulary.data) == merges(clip_bpe.find_merges(package))
+    )
+    if not own:
+        logging.warning(
+            "%s has other merges than CLIP's; give them to open_clip's tokenizer", place
+        )
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:

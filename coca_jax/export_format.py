@@ -103,7 +103,8 @@ def write_export(
     hub: bool = False,
     progress: bool = False,
 ) -> None:
-    """Writes an export folder; what stands in its folder of programs already is made part of it.
+    """Writes an export folder, here or in a bucket; what stands in a local one's folder of programs
+    already is made part of it.
 
     Args:
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
@@ -118,22 +119,22 @@ def write_export(
         FileNotFoundError: no such vocabulary.
         ValueError: naming an array with values that are NaN or infinite.
     """
-    os.makedirs(directory, exist_ok=True)
     tensors = {path: blocks(path, array) for path, array in flatten(params).items()}
     params_name = HUB_PARAMS if hub else PARAMS
-    safetensors_file.write(os.path.join(directory, params_name), tensors, progress=progress)
     name = ("tokenizer" if hub else "vocabulary") + _suffixes(vocabulary_path)
-    target = os.path.join(directory, name)
-    if os.path.abspath(target) != os.path.abspath(vocabulary_path):
-        shutil.copyfile(vocabulary_path, target)
     plain = dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
-    programs = sorted((pathlib.Path(directory) / PROGRAMS).glob("*"))
-    names = [params_name, name, *(f"{PROGRAMS}/{path.name}" for path in programs)]
     plain |= LIBRARY if hub else {}
-    plain[checked_files.KEY] = checked_files.describe(directory, names)
-    sealed = json.dumps(sealed_json.seal(plain), indent=2)
-    storage.write_text(os.path.join(directory, CONFIG), sealed)
+    with storage.local_folder(directory) as folder:
+        safetensors_file.write(os.path.join(folder, params_name), tensors, progress=progress)
+        target = os.path.join(folder, name)
+        if os.path.abspath(target) != os.path.abspath(vocabulary_path):
+            shutil.copyfile(vocabulary_path, target)
+        programs = sorted((pathlib.Path(folder) / PROGRAMS).glob("*"))
+        names = [params_name, name, *(f"{PROGRAMS}/{path.name}" for path in programs)]
+        plain[checked_files.KEY] = checked_files.describe(folder, names)
+        sealed = json.dumps(sealed_json.seal(plain), indent=2)
+        storage.write_text(os.path.join(folder, CONFIG), sealed)
 
 
 def files(directory: str | os.PathLike[str]) -> list[str]:
@@ -233,6 +234,20 @@ def vocabulary_path(directory: str | os.PathLike[str]) -> str:
     data = _read_config(directory)
     checked_files.check(directory, data, data["tokenizer"]["file"])
     return os.path.join(directory, data["tokenizer"]["file"])
+
+
+def vocabulary_beside(weights: str) -> str:
+    """The tokenizer's file of an export, a run or one of its steps; '' where there is none.
+    Raises ValueError for a damaged export."""
+    folders = [storage.place(weights)]
+    if not storage.reach(folders[0]) or not folders[0].is_dir():
+        return ""
+    if is_export(folders[0]):
+        return vocabulary_path(folders[0])
+    while folders[-1].name.isdigit() or folders[-1].name == "checkpoints":  # a step, its folder
+        folders.append(folders[-1].parent)
+    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
+    return str(next(found, ""))
 
 
 def place(params: Any, shardings: Any) -> Any:

@@ -28,7 +28,8 @@ def apply(
     Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576);
     of texts, those beyond the weights' max_len start untrained, or with positions='interpolate'
     between those that are there, and those beyond the model's go.
-    Optional parts (see models/part.py) that the weights lack stay as they are. A task head of the
+    Optional parts (see models/part.py) that the weights lack stay as they are, and those that the
+    model lacks, as of a loss that this run does not have, are left out. A task head of the
     weights is used where it has the classes `class_names` of this run's head, in their order, and
     left out else. parts='image': the image encoder alone is taken, of weights of any family.
     grid: rows and columns of the model's patches; None: as many of both.
@@ -41,10 +42,7 @@ def apply(
     if roles.has_task_head(weights) and (not class_names or classes != list(class_names)):
         logging.warning("init_from: the head of %s has other classes and is left out", path)
         weights = roles.without_task_head(weights)
-    given = export_format.flatten(weights)
-    unknown = sorted(set(given) - set(target))
-    if unknown:
-        raise ValueError(f"init_from={path} has {unknown[0]}, which this config's model lacks")
+    given = _known(export_format.flatten(weights), target, path)
     params: dict[str, Any] = {}
     for name, leaf in target.items():
         part = roles.part_of(name.split("/"))
@@ -72,6 +70,18 @@ def apply(
         logging.warning("init_from: %s starts untrained", missing)
     tree = export_format.unflatten(params)
     return state.replace(params=tree, ema=_averages(state.ema, tree))
+
+
+def _known(given: dict[str, Any], target: dict[str, Any], path: str) -> dict[str, Any]:
+    """What the model has of the weights. Optional parts that it lacks are named and left out;
+    raises ValueError for others."""
+    unknown = sorted(set(given) - set(target))
+    for name in unknown:
+        if not roles.is_optional(name.split("/")):
+            raise ValueError(f"init_from={path} has {name}, which this config's model lacks")
+    for lost in sorted({name.rpartition("/")[0] for name in unknown}):
+        logging.warning("init_from: %s of %s is left out, the model has none", lost, path)
+    return {name: array for name, array in given.items() if name in target}
 
 
 def _averages(ema: Any, params: Any) -> Any:

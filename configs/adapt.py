@@ -19,7 +19,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config = base.get_config()
     if weights:
         config.init_from = weights
-        inherit.leave(config, "model", "data.resize", "data.label_token")
+        inherit.leave(config, "model", "data.vocabulary", "data.resize", "data.label_token")
     config.loss.update(contrastive_weight=0.0, captioning_weight=0.0, caption_chunk=2048)
     config.optimizer.update(name="adafactor", schedule="cosine", warmup_steps=1000, clip_norm=1.0)
     return config

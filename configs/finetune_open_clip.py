@@ -20,10 +20,12 @@ def get_config(weights: str = "") -> ConfigDict:
     config = base.get_config()
     if weights:
         config.init_from = weights
-        inherit.leave(config, "model", "data.vocabulary")
+        inherit.leave(config, "model", "data.vocabulary", "data.label_token")
+        inherit.leave(config, "data.resize", "data.max_patches")
     else:
         model = open_clip_config.to_model(open_clip_config.RELEASED["coca_ViT-B-32"])
         config.model.update(model)
+        config.data.resize = "crop"
     config.model.dtype = "bfloat16"
     config.text_lengths = base.TEXT_LENGTHS
     config.batch_size = 128
@@ -47,7 +49,7 @@ def get_config(weights: str = "") -> ConfigDict:
         beta2=0.98,
         clip_norm=1.0,
     )
-    config.data.update(augment="crop", resize="crop")
+    config.data.augment = "crop"
     config.data.sources = (dict(path="data/captions", split="train", kind="caption", weight=1.0),)
     config.checkpoint.every_steps = 500
     return config

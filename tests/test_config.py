@@ -92,13 +92,16 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
     model.update(image_size=64, patch_size=16, dtype="float32")
     words = tmp_path / "words.model"
     words.write_bytes(b"words")
-    given = dict(model=model.to_dict(), preprocess=dict(resize="crop"))
+    given = dict(model=model.to_dict(), preprocess=dict(resize="squash", label_token=True))
     export_format.write_export(place, {"x": np.zeros(2, np.float32)}, given, str(words))
     config.model.embed_dim = 24
     found = recipes.typed(config)
     assert (found.model.image_size, found.model.patch_size, found.model.embed_dim) == (64, 16, 24)
     assert found.model.dtype == "bfloat16" and found.data.vocabulary == f"{place}/vocabulary.model"
-    assert recipes.load(f"imagenet_frozen:{place}").data.resize == "crop"
+    assert (found.data.resize, found.data.label_token) == ("squash", True)
+    assert finetune_open_clip.get_config().data.resize == "crop"
+    adapted = recipes.load(f"imagenet_frozen:{place}").data
+    assert (adapted.resize, adapted.vocabulary) == ("squash", f"{place}/vocabulary.model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
 
@@ -172,6 +175,14 @@ def test_weights_may_start_below_the_bound_of_the_temperature():
     with pytest.raises(ValueError, match="min_temperature=0.1 is above model.temperature=0.07"):
         checks.check(config)
     checks.check(config.change({"init_from": "runs/before"}))
+
+
+@pytest.mark.parametrize("key, value", [("positions", "rope"), ("gated_mlp", True)])
+def test_a_pooler_s_block_has_no_keys_that_it_does_not_read(key, value):
+    config = tiny(**{"data.sources": (dict(builtin="scenes"),)})
+    checks.check(config.change({"model.pooler.block": {"norm_eps": 1e-6, "qk_norm": True}}))
+    with pytest.raises(ValueError, match=f"model.pooler.block: {key}={value!r} is of MLPs"):
+        checks.check(config.change({"model.pooler.block": {key: value}}))
 
 
 PAIR = {"head.kind": "pair", "loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}

@@ -23,9 +23,17 @@ from conversion_cases import (
 )
 
 import coca_jax
-from coca_jax import convert, export_format, partitioning, recipes, sealed_json, warm_start
+from coca_jax import (
+    convert,
+    export_format,
+    partitioning,
+    recipes,
+    sealed_json,
+    storage,
+    warm_start,
+)
 from coca_jax.config import Model, read
-from coca_jax.data import images, resizing
+from coca_jax.data import images, resizing, vocabulary
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
@@ -184,6 +192,38 @@ def test_images_that_are_squashed_are_so_in_open_clip_too(tmp_path):
     convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
     written = json.loads((tmp_path / "back" / convert.CONFIG_NAME).read_text())
     assert written["preprocess_cfg"] == given
+
+
+def test_a_bucket_gets_the_whole_folder(source, export, s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there, back = f"{s3}/converted", f"{s3}/back"
+    convert.from_open_clip(str(source), there)
+    assert {file.name for file in storage.place(there).iterdir()} == {
+        *("config.json", "params.safetensors", "vocabulary.bpe.gz")
+    }
+    for (name, found), wanted in zip(
+        export_format.flatten(export_format.read_export(there)[0]).items(),
+        export_format.flatten(export_format.read_export(export)[0]).values(),
+    ):
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+    convert.to_open_clip(there, back)
+    names = {file.name for file in storage.place(back).iterdir()}
+    assert names == {convert.WEIGHTS_NAME, convert.CONFIG_NAME}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_that_open_clip_lacks_does_not_go_back(export, tmp_path, caplog):
+    """Its texts would be read by CLIP's byte pairs, with ids of others."""
+    convert.to_open_clip(str(export), str(tmp_path / "back"))
+    assert "other merges than CLIP's" in caplog.text
+    words = tmp_path / "words.model"
+    vocabulary.train([f"a {word} {i}" for word in ("cat", "dog") for i in range(60)], 300, words)
+    params, config = export_format.read_export(export)
+    own = str(tmp_path / "own")
+    export_format.write_export(own, params, {"model": config.model.to_dict()}, words)
+    with pytest.raises(ValueError, match="own/vocabulary.model is of another kind than CLIP's"):
+        convert.to_open_clip(own, str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_converting_holds_no_second_copy(tmp_path):

@@ -84,12 +84,16 @@ def params_of(module: coca.CoCa) -> dict:
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.parametrize("kind", ["cascade", "parallel", "open_clip", "none"])
-def test_attention_of_every_kind_of_pooler(kind):
-    """It sums to 1, less what a class token has."""
+@pytest.mark.parametrize(
+    "kind, registers",
+    [("cascade", 0), ("cascade", 2), ("parallel", 0), ("open_clip", 0), ("none", 0), ("none", 2)],
+)
+def test_attention_of_every_kind_of_pooler(kind, registers):
+    """It sums to 1, less what a class token has, and what registers have."""
     config = tiny_config()
     config.model.pooler.kind = kind
-    config.model.image.update(depth=1, class_token=kind in ("open_clip", "none"))
+    has_class = kind in ("open_clip", "none")
+    config.model.image.update(depth=1, class_token=has_class, registers=registers)
     config.model.text.update(unimodal_depth=1, multimodal_depth=1)
     module = attention_maps.recording(coca.build(config.model))
     pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

@@ -9,14 +9,16 @@ import optax
 import pytest
 from conftest import scenes_words
 from one_device import train_alone
-from test_inference import tiny_model, words  # noqa: F401
+from test_inference import tiny_model, tiny_parts, words  # noqa: F401
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
 from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start
 from coca_jax.config import Optimizer
+from coca_jax.data import vocabulary
 from coca_jax.evaluators import history, tasks
 from coca_jax.inference import export_folder
+from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles
 from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
@@ -234,7 +236,7 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     models = dict(base=base, tuned=tuned)
     monkeypatch.setattr(blend.coca_jax, "load", lambda place, **how: models[place])
     written = []
-    monkeypatch.setattr(export_folder, "write", lambda model, out: written.append(out))
+    monkeypatch.setattr(export_folder, "write", lambda model, out, **_: written.append(out))
     flags_of("blend", monkeypatch)
 
     def call(*given):
@@ -256,6 +258,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     told = call("--checkpoint=tuned", "--rank=2", f"--out={adapter}")
     assert (told["kernels"], told["numbers"]) == (1, 2 * sum(kernel.shape)) and told["kept"] > 0.999
     assert call(f"--adapter={adapter}", f"--out={out}2")["share"] == 1.0
+    with pytest.raises(ValueError, match="adapter is the change of another model than --base"):
+        blend.read_adapter(adapter, tuned.checksum())
     np.testing.assert_allclose(kernel_now(), moved["text_to_joint"]["kernel"], atol=1e-4)
 
     def run_tasks(model, asked, folder):
@@ -264,6 +268,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(tasks, "run_tasks", run_tasks)
     monkeypatch.setattr(blend.evaluate, "tasks_of_flags", lambda: ["a task"])
+    (tmp_path / "curve").mkdir()
+    (tmp_path / "curve/metrics.jsonl").write_text("")  # the tuned run itself, as in the example
     given = ("--checkpoint=tuned", "--data=x", "--shares=0,0.25,1", f"--out={tmp_path}/curve")
     curve = call(*given)["curve"]
     assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
@@ -274,10 +280,57 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     for given, says in (
         (("--checkpoint=tuned", "--adapter=a", "--out=o"), "give --base=DIR, --checkpoint"),
         (("--checkpoint=tuned", "--shares=0,1", "--out=o"), "one to write, or give --data"),
+        (("--checkpoint=tuned", f"--out={tmp_path}/curve"), "is the folder of a run"),
         (("--checkpoint=tuned", "--rank=-1", "--out=o"), "--rank=-1: a whole number"),
+        (("--checkpoint=tuned", "--rank=2", "--data=x", "--out=o"), "--rank=2 writes the whole"),
+        (("--checkpoint=tuned", "--rank=2", "--shares=1", "--out=o"), "leave out --data and --sh"),
         (("--checkpoint=base", "--rank=2", f"--out={tmp_path}/o"), "both models are the same"),
     ):
         with pytest.raises(ValueError, match=says):
             call(*given)
     with pytest.raises(FileNotFoundError, match="no adapter.safetensors; write one with --rank"):
         call(f"--adapter={tmp_path}", f"--out={tmp_path}/o")
+
+
+def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch):  # noqa: F811
+    """And its weights are those of float32: nothing is rounded on the way."""
+    config, params = tiny_parts()
+    config.model.dtype = "bfloat16"
+    start = np.float32(params["text_to_joint"]["kernel"])
+    for name, factor in (("base", 1.0), ("tuned", 3.0)):
+        scaled = params | {"text_to_joint": {"kernel": factor * start}}
+        export_folder.write(CoCaModel(config, scaled, words), str(tmp_path / name))
+    flags_of("blend", monkeypatch)
+    given = [f"--{name}={tmp_path / name}" for name in ("base", "out")]
+    blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", "--shares=0.5"])
+    blend.main(["blend"])
+    found, told = export_format.read_export(tmp_path / "out")
+    assert told.model.dtype == "bfloat16"
+    np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)
+
+
+def test_models_of_other_configurations_are_not_mixed(words):  # noqa: F811
+    """The shapes of their weights are the same."""
+    config, params = tiny_parts()
+    base = CoCaModel(config, params, words)
+    blend.check_alike(base, CoCaModel(run_config_of(config), params, words))
+    for key, value, says in (
+        ("model.activation", "relu", "activation is as by default in --base and 'relu' in the"),
+        ("model.image_mean", (0.1, 0.2, 0.3), "image_mean is as by default .* and .0.1, 0.2, 0.3."),
+        (
+            "model.image.block",
+            {"norm_eps": 1e-3},
+            "image.block is {} in --base and {'norm_eps': 0.001} in",
+        ),
+        ("data.resize", "crop", "resize is .* and 'crop' in the tuned model; give the base"),
+    ):
+        other = CoCaModel(run_config_of(config).change({key: value}), params, words)
+        with pytest.raises(ValueError, match=says):
+            blend.check_alike(base, other)
+    other = CoCaModel(config, params, vocabulary.load(scenes_words()))
+    with pytest.raises(ValueError, match="vocabulary is '"):
+        blend.check_alike(base, other)
+    other = CoCaModel(config, params, words)
+    base.class_names, other.class_names = ["cat", "dog"], ["dog", "cat"]
+    with pytest.raises(ValueError, match=r"class_names is \['cat', 'dog'\] in --base and \['dog'"):
+        blend.check_alike(base, other)

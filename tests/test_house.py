@@ -47,7 +47,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("training.objective", "training.image_losses", "training.affinity"),
         *("training.parts", "training.text_lengths"),
     ),
-    "what a run is made of": ("lora", "optimizer", "run_config", "importers"),
+    "what a run is made of": (
+        *("lora", "optimizer", "run_config", "importers"),
+        "data.run_vocabulary",
+    ),
     "formats": ("export_format", "interop"),
     "data": ("data",),
     "models": ("models",),

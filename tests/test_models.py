@@ -304,6 +304,9 @@ def test_heads_must_divide_the_width():
     config.model.text.num_heads = 5
     with pytest.raises(ValueError, match="model.text.num_heads=5 does not divide"):
         coca.build(config.model)
+    config.model.text.update(num_heads=4, multimodal_heads=3)
+    with pytest.raises(ValueError, match="multimodal_heads=3 does not divide model.text.width=16"):
+        coca.build(config.model)
 
 
 def test_float64_is_refused_where_it_would_not_be_float64(config):

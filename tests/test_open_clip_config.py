@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from coca_jax import convert
 from coca_jax.config import Model, read, typed
-from coca_jax.interop import open_clip_config, open_clip_preprocess
+from coca_jax.interop import open_clip_config, open_clip_preprocess, pe_core
 from coca_jax.interop.open_clip_layout import Layout, count
 
 
@@ -65,6 +65,12 @@ def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
     "section, keys, message",
     [
         ("text_cfg", dict(hf_model_name="roberta-base"), "text_cfg.hf_model_name='roberta-base'"),
+        ("text_cfg", dict(hf_tokenizer_name="t5-base"), "text_cfg.hf_tokenizer_name='t5-base'"),
+        (
+            "text_cfg",
+            dict(tokenizer_kwargs=dict(clean="canonicalize")),
+            "text_cfg.tokenizer_kwargs.clean='canonicalize'; only 'lower' here",
+        ),
         ("text_cfg", dict(text_arch="modern"), "text_cfg.text_arch='modern': an unknown key"),
         ("text_cfg", dict(embed_cls=False), "text_cfg.embed_cls=False"),
         ("text_cfg", dict(pad_id=1), "text_cfg.pad_id=1"),
@@ -203,3 +209,21 @@ def test_a_configuration_that_is_no_json_object(tmp_path, text):
     (tmp_path / convert.CONFIG_NAME).write_text(text, "latin-1")
     with pytest.raises(ValueError, match=f"{convert.CONFIG_NAME}: "):
         convert._model_config(str(tmp_path / "x.bin"), "", {})
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(hf_tokenizer_name="t5-base"), "text_cfg.hf_tokenizer_name='t5-base' is not supp"),
+        (dict(tokenizer_kwargs=dict(clean="whitespace")), "clean='whitespace'; only 'lower' here"),
+    ],
+)
+def test_pe_core_reads_texts_by_clip_s_byte_pairs_alone(keys, message):
+    name = "vit_pe_core_base_patch16_224"
+    vision = dict(image_size=224, timm_model_name=name, timm_pool="map", timm_proj=None)
+    text = dict(context_length=32, vocab_size=49408, width=1024, heads=16, layers=24)
+    how = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    cfg = dict(embed_dim=1024, vision_cfg=vision, text_cfg=text)
+    assert pe_core.to_model(cfg, how)["text"]["max_len"] == 32
+    with pytest.raises(ValueError, match=message):
+        pe_core.to_model(cfg | dict(text_cfg=text | keys), how)

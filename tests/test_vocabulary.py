@@ -6,11 +6,12 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 import sentencepiece
 from conftest import tiny
 
-from coca_jax import recipes
+from coca_jax import export_format, recipes
 from coca_jax.config import typed
 from coca_jax.data import run_vocabulary, vocabulary
 
@@ -195,3 +196,31 @@ def test_weights_of_another_vocabulary_are_told(tmp_path, caplog):
     assert f"other.model is not {tmp_path}/weights/vocabulary.model, with which" in line
     assert not told(1, **{"data.vocabulary": str(tmp_path / "weights/vocabulary.model")})
     assert not told(2, init_parts="image")
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_run_takes_the_vocabulary_of_its_weights(trained, tmp_path, hub):
+    """In the layout of the hub its file has another name."""
+    words, path = trained
+    place, params = str(tmp_path / "weights"), {"x": np.zeros(2, np.float32)}
+    config = tiny(**{"model.text.vocab_size": words.size, "init_from": place})
+    given = {"model": config.model.to_dict()}
+    export_format.write_export(place, params, given, path, hub=hub)
+    found = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
+    assert found.checksum == words.checksum
+    source = dict(builtin="scenes", split="train", kind="caption", limit=40)
+    changes = {"init_parts": "image", "model.text.vocab_size": 320, "data.sources": (source,)}
+    alone = typed(recipes.load("tiny")).change({"init_from": place} | changes)
+    of_its_own = run_vocabulary.load_or_train(alone, str(tmp_path / "alone"))
+    assert of_its_own.checksum != words.checksum and of_its_own.size <= 320
+
+
+def test_weights_without_their_vocabulary_are_refused(trained, tmp_path):
+    (tmp_path / "weights").mkdir()
+    config = tiny(**{"model.text.vocab_size": 400, "init_from": str(tmp_path / "weights")})
+    with pytest.raises(ValueError, match="weights has no vocabulary beside its weights"):
+        run_vocabulary.load_or_train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run/vocabulary.model").exists()
+    named = config.change({"data.vocabulary": str(trained[1])})
+    found = run_vocabulary.load_or_train(named, str(tmp_path / "run"))
+    assert found.checksum == trained[0].checksum

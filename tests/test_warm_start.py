@@ -5,7 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
+from conftest import params_of, tiny, tiny_config
 
 from coca_jax import export_format, warm_start
 from coca_jax.config import typed
@@ -82,6 +82,31 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
         warm_start.apply(state, str(tmp_path / "export"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
         warm_start.apply(state, str(tmp_path / "nothing"))
+
+
+def test_what_a_helping_loss_left_in_weights_is_left_out(tmp_path, one_device_mesh, caplog):
+    """And what is in the way is still named."""
+    config = tiny().change({"loss.bag_weight": 0.5, "loss.contrastive": "sigmoid"})
+    config = config.change({"loss.hidden_weight": 0.5, "loss.hidden_share": 0.3})
+    params = params_of(coca.build(config.model, loss=config.loss))
+    words = tmp_path / "vocabulary.model"
+    words.write_bytes(b"-")
+    given, place = {"model": config.model.to_dict()}, str(tmp_path / "export")
+    export_format.write_export(place, params, given, words)
+    plain = tiny_config()
+    state = init_state(coca.build(plain.model), plain, one_device_mesh)
+    found = export_format.flatten(warm_start.apply(state, place).params)
+    before = export_format.flatten(params)
+    left = {name.split("/")[-2] for name in before.keys() - found.keys()}
+    assert left >= {"bag_head", "mask_token", "logit_bias"}
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, before[name])
+    told = [one.getMessage() for one in caplog.records]
+    for part in ("bag_head", "image_encoder/mask_token", "logit_bias"):
+        assert f"init_from: {part} of {place} is left out, the model has none" in told
+    export_format.write_export(place, params | {"third": {"kernel": np.ones(2)}}, given, words)
+    with pytest.raises(ValueError, match="has third/kernel, which this config's model lacks"):
+        warm_start.apply(state, place)
 
 
 def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):

@@ -16,6 +16,7 @@ def check(config: Config) -> None:
     What a kind of task head asks of a run, the kind itself says.
     """
     check_model(config.model)
+    _check_pooler_block(config.model)
     if bool(config.steps) == bool(config.epochs):
         raise ValueError(
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
@@ -312,6 +313,21 @@ def _check_blocks(model: Model) -> None:
         read(Model, model.to_dict() | plain(own), f"model.{name}", old=True)
 
 
+# What a pooler reads of a block: its norms and its attention.
+_POOLER_BLOCK = ("norm", "norm_eps", "bias", "qk_norm", "qk_norm_kind")
+
+
+def _check_pooler_block(model: Model) -> None:
+    """Raises ValueError for a key of a block that a pooler does not have. Of a run alone: models
+    with such a key, which nothing reads, are loaded."""
+    for key, value in model.pooler.block.items():
+        if key not in _POOLER_BLOCK:
+            raise ValueError(
+                f"model.pooler.block: {key}={value!r} is of MLPs, residual parts or positions, "
+                f"which poolers do not have; leave it out"
+            )
+
+
 def _check_heads(model: Model) -> None:
     """Raises ValueError for heads that cannot be shared, or that are too narrow to be turned."""
     text, image = model.text, model.image
@@ -323,6 +339,11 @@ def _check_heads(model: Model) -> None:
                 "choose a divisor"
             )
     upper = text.multimodal_heads or text.num_heads
+    if text.width % upper:
+        raise ValueError(
+            f"model.text.multimodal_heads={upper} does not divide model.text.width={text.width}; "
+            "choose a divisor"
+        )
     for name, own, width, multiple in (
         ("image", image.block, image.width // image.num_heads, 4),
         ("text", text.block, text.width // text.num_heads, 2),

@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from coca_jax import storage
+from coca_jax import export_format, storage
 from coca_jax.config import Config, checks
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
@@ -28,12 +28,12 @@ def load_or_train(
 
     Raises:
         ValueError: more ids than `config.model.text.vocab_size`, no label symbol where the
-            configuration wants it, another vocabulary than the run began with, or nothing to
-            train on.
+            configuration wants it, another vocabulary than the run began with, weights to start
+            from without theirs, or nothing to train on.
         FileNotFoundError: `config.data.vocabulary` does not exist.
     """
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
-    place = config.data.vocabulary or _vocabulary_beside(config.init_from)
+    place = config.data.vocabulary or _vocabulary_of_weights(config)
     given = _load_given(place, bool(config.data.vocabulary)) if place else None
     if given and config.data.vocabulary and not process_index:
         _warn_of_another(config, given)
@@ -65,17 +65,28 @@ def load_or_train(
         given.save(path)
         vocabulary = given
     else:
-        size = config.model.text.vocab_size
-        started = time.monotonic()
-        mixture = mixture or Mixture(config, workdir, process_index)
-        sample = mixture.sample_texts(size * _SENTENCES_PER_PIECE)
-        kind = config.data.vocabulary_kind
-        vocabulary = vocabularies.train(sample, size, path, config.seed, kind=kind)
-        logging.info(
-            "vocabulary: %d pieces trained in %.1f s -> %s",
-            *(vocabulary.size, time.monotonic() - started, path),
-        )
+        vocabulary = _train(config, path, mixture, process_index)
     _check(config, vocabulary)
+    return vocabulary
+
+
+def _train(config: Config, path: str, mixture: Mixture | None, process_index: int) -> Vocabulary:
+    """A new vocabulary of the run's own texts. Raises ValueError where weights are of another."""
+    if config.init_from and config.init_parts == "all":
+        raise ValueError(
+            f"init_from={config.init_from} has no vocabulary beside its weights, and pieces of a "
+            "new one would not be theirs; give the file as data.vocabulary"
+        )
+    size = config.model.text.vocab_size
+    started = time.monotonic()
+    mixture = mixture or Mixture(config, os.path.dirname(path), process_index)
+    sample = mixture.sample_texts(size * _SENTENCES_PER_PIECE)
+    kind = config.data.vocabulary_kind
+    vocabulary = vocabularies.train(sample, size, path, config.seed, kind=kind)
+    logging.info(
+        "vocabulary: %d pieces trained in %.1f s -> %s",
+        *(vocabulary.size, time.monotonic() - started, path),
+    )
     return vocabulary
 
 
@@ -88,8 +99,8 @@ def _check(config: Config, vocabulary: Vocabulary) -> None:
 def _warn_of_another(config: Config, given: Vocabulary) -> None:
     """Where weights know the pieces of another vocabulary than the one that is named: of the same
     size, nothing else would be wrong but every text."""
-    beside = _vocabulary_beside(config.init_from)
-    if not beside or config.init_parts == "image":
+    beside = _vocabulary_of_weights(config)
+    if not beside:
         return
     theirs = vocabularies.load(beside)
     if theirs.checksum != given.checksum:
@@ -111,14 +122,9 @@ def _load_given(place: str, named: bool) -> Vocabulary:
         ) from None
 
 
-def _vocabulary_beside(init_from: str) -> str:
-    """The tokenizer of a run or an export that `config.init_from` names, '' where there is none."""
-    if not init_from or not storage.reach(place := storage.place(init_from)):
+def _vocabulary_of_weights(config: Config) -> str:
+    """The tokenizer of the weights at `config.init_from`; '' where there is none, or the image
+    encoder alone is taken: the rest of such a run starts new, its words too."""
+    if not config.init_from or config.init_parts != "all":
         return ""
-    if not place.is_dir():
-        return ""
-    folders = [place]
-    while folders[-1].name.isdigit() or folders[-1].name == "checkpoints":  # a step, its folder
-        folders.append(folders[-1].parent)
-    found = (file for folder in folders for file in sorted(folder.glob("vocabulary*")))
-    return str(next(found, ""))
+    return export_format.vocabulary_beside(config.init_from)

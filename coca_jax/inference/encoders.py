@@ -47,6 +47,7 @@ class Encoders:
             model, vocabulary.size, "use the vocabulary that the model was trained with"
         )
         self.config, self.vocabulary = config, vocabulary
+        self.stored_dtype: str = model.dtype
         self.batch_size = check_batch_size(batch_size)
         self.image_size: Size = model.image_size
         self.max_len: int = model.text.max_len

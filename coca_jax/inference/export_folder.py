@@ -30,15 +30,16 @@ def check(model: CoCaModel) -> None:
         )
 
 
-def write(model: CoCaModel, folder: str, *, hub: bool = False) -> None:
-    """Writes an export folder, see export_format.py; hub: in the layout of the hub.
+def write(model: CoCaModel, folder: str, *, hub: bool = False, dtype: str = "") -> None:
+    """Writes an export folder, see export_format.py; hub: in the layout of the hub; dtype: that it
+    will compute in, default: what the model does.
 
     Raises ValueError as `check`, and naming a parameter with values that are NaN or infinite.
     """
     check(model)
     sizes = model.config.model
     config: dict[str, Any] = dict(
-        model=sizes.to_dict(),
+        model=sizes.to_dict() | dict(dtype=dtype or sizes.dtype),
         preprocess=dict(
             resize=model.resize,
             mean=list(sizes.image_mean),

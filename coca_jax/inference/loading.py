@@ -74,14 +74,15 @@ def load(
     else:
         with storage.local_copy(path) as copy:
             params, config, words = _read_open_clip(copy)
+    stored = config.model.dtype
     if dtype is not None:
         config = config.change({"model.dtype": dtype})
     if config.model.dtype == "bfloat16":
         params = _narrow(params)
-    if config.model.family != "coca":
-        towers: Any = TwoTowerModel(config, params, words, **options)
-        return towers
-    return CoCaModel(config, params, words, **options)
+    kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
+    model: CoCaModel = kind(config, params, words, **options)
+    model.stored_dtype = stored
+    return model
 
 
 def _check_options(options: dict[str, Any]) -> None:

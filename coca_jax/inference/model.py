@@ -50,6 +50,7 @@ class CoCaModel(Scores):
     Attributes:
         class_names: of the task head, in the order of `classify`; empty without one.
         head_kind: what the task head reads; None without one.
+        stored_dtype: that of its configuration, whatever `load` was told to compute in.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.

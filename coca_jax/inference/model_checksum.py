@@ -23,9 +23,15 @@ _NO_MATTER = (
 
 
 def of_rest(config: Config, vocabulary: Vocabulary) -> str:
-    """16 hexadecimal digits of what is no weight: activation, preprocessing, tokenizer and so on.
-    Values that are the default count for nothing, so that a new key changes no checksum. How many
-    frames a model takes is each caller's own: an index, which is of pictures, takes none."""
+    """16 hexadecimal digits of `rest`."""
+    told = json.dumps(rest(config, vocabulary), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def rest(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What is no weight, by its key: activation, preprocessing, tokenizer and so on. Values that
+    are the default count for nothing, so that a new key changes no checksum. How many frames a
+    model takes is each caller's own: an index, which is of pictures, takes none."""
     config = typed(config)
     told: dict[str, Any] = {
         name: value for name, value in _changed(config.model) if name not in _NO_MATTER
@@ -33,8 +39,7 @@ def of_rest(config: Config, vocabulary: Vocabulary) -> str:
     told |= dict(_changed(config.data, ("resize", "label_token")))
     if config.data.resize == "native":
         told |= dict(_changed(config.data, ("max_patches",)))
-    told |= dict(vocabulary=vocabulary.checksum)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return told | dict(vocabulary=vocabulary.checksum)
 
 
 def _changed(section: Section, names: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

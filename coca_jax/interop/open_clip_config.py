@@ -14,6 +14,7 @@ from coca_jax.interop.open_clip_keys import (
     section_of,
     short,
     sides,
+    text_cleaning,
 )
 from coca_jax.models import pooler_kinds
 
@@ -67,6 +68,7 @@ def to_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -
         check_keys(section, part)
         check_numbers(section, part)
     _check_together(config)
+    text_cleaning(config["text_cfg"], ("lower",))
     numbers = open_clip_preprocess.read(preprocess)
     image, fusion = config["vision_cfg"], config["multimodal_cfg"]
     width, kind = _width(config), pooler_kinds.of(_POOLERS[image.get("attentional_pool", False)])

@@ -25,6 +25,7 @@ _REQUIRED: dict[str, dict[str, tuple]] = {
     "text_cfg": _UNSUPPORTED_BLOCK
     | dict(
         hf_model_name=(None,),
+        hf_tokenizer_name=(None, ""),
         embed_cls=(True,),
         pad_id=(0,),
         no_causal_mask=(False,),
@@ -45,7 +46,7 @@ _READ: dict[str, set[str]] = {
     },
     "text_cfg": {
         *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-        "correct_cls_mask",
+        *("correct_cls_mask", "tokenizer_kwargs"),
         *_READ_BLOCK,
     },
     "multimodal_cfg": {"context_length", "width", "heads", "layers", "ls_init_value"},
@@ -59,8 +60,7 @@ _WITHOUT_EFFECT: dict[str, set[str]] = {
     },
     "text_cfg": {
         *("output_tokens", "eos_id", "pool_type", "final_ln_after_pool", "tokenizer_mode"),
-        *("tokenizer_kwargs", "hf_tokenizer_name", "hf_model_pretrained", "hf_proj_type"),
-        "hf_pooler_type",
+        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
     },
     "multimodal_cfg": {
         *("vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads", "embed_cls"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from coca_jax.interop.open_clip_keys import (
     is_number,
     short,
+    text_cleaning,
     text_sizes,
     timm_model,
     timm_name,
@@ -41,7 +42,7 @@ POOLER_HEADS, EPS, THETA = 8, 1e-5, 10_000.0
 _NAME = re.compile(r"vit_pe_core_([a-z0-9]+)_patch(\d+)_(\d+)")
 _VISION = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj")
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
-_WITHOUT_EFFECT = ("output_tokens", "hf_tokenizer_name", "tokenizer_kwargs")
+_WITHOUT_EFFECT = ("output_tokens", "tokenizer_kwargs")
 
 
 def is_pe_core(cfg: Mapping[str, Any]) -> bool:
@@ -57,6 +58,7 @@ def to_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str,
     named = timm_trunk(cfg, _NAME, TRUNKS, "PE-Core's")
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     _check(cfg, vision, text, named.image_size)
+    text_cleaning(text, ("lower",))
     trunk = TRUNKS[named.name]
     return timm_model(cfg, preprocess, named) | dict(
         family="pe",

@@ -69,6 +69,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def about(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What `write` was told about the arrays of a file. Raises ValueError for a damaged one."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
+
+
 def _view(path: str, data: np.ndarray, name: str, entry: Any) -> np.ndarray:
     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
     if dtype not in DTYPES:
@@ -81,10 +90,14 @@ def _view(path: str, data: np.ndarray, name: str, entry: Any) -> np.ndarray:
 
 
 def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Blocks], *, progress: bool = False
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Blocks],
+    *,
+    progress: bool = False,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes float32 arrays, block by block; the file appears under its name when complete.
-    progress: show a bar of its bytes.
+    progress: show a bar of its bytes. about: words that the file says of them.
 
     Raises:
         ValueError: an array's blocks do not add up to its shape.
@@ -94,7 +107,7 @@ def write(
         end = offset + 4 * math.prod(blocks.shape)
         header[name] = dict(dtype="F32", shape=list(blocks.shape), data_offsets=[offset, end])
         offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", **(about or {})}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the arrays start aligned
     bar = tqdm.tqdm(total=offset, unit="B", unit_scale=True, disable=not progress)
     with storage.whole_file(path) as temporary, bar, open(temporary, "wb") as file:

@@ -48,7 +48,8 @@ def maps(
 
     Returns:
         the pass's outputs; float32 [B, L, M], what the position saw that predicts the next token;
-        float32 [B, M], what the embedding is made of. Each sums to 1, less the class token's part.
+        float32 [B, M], what the embedding is made of. Each sums to 1, less the parts of the
+        class token and of registers.
     """
     out, variables = model.apply(
         {"params": params}, pixels, tokens, valid, mutable=[layers.RECORDED]
@@ -60,7 +61,8 @@ def maps(
     if not model.pooler_kind.pools:  # words see patches, and the class token's last look is taken
         own = seen["image_encoder"]["blocks"][block.STACKED]["attention"]["weights"][0]
         image = own[-1].mean(1)[:, 0].reshape(len(pixels), -1) / frames
-        return out, words.astype(jnp.float32), _patches(model, image, frames)
+        image = _patches(model, image, frames, model.encoder.registers)  # not yet taken away there
+        return out, words.astype(jnp.float32), image
     pooled = [x.mean(1) for x in seen["generative_pooler"]["attention"]["weights"]]  # [B, Q, N]
     # Of clips the first call pooled each frame, for the embedding, the last all of them.
     of_each, of_all = pooled[0], pooled[-1]
@@ -75,8 +77,10 @@ def maps(
     return out, _patches(model, words, frames), _patches(model, image, frames)
 
 
-def _patches(model: coca.CoCa, weights: jax.Array, frames: int) -> Any:
-    """Weights [..., T N] without those of the frames' class tokens, float32 [..., T M]."""
+def _patches(model: coca.CoCa, weights: jax.Array, frames: int, registers: int = 0) -> Any:
+    """Weights [..., T N] without those of the frames' class tokens and the registers behind them,
+    float32 [..., T M]."""
     shape = weights.shape[:-1]
     weights = weights.astype(jnp.float32).reshape((*shape, frames, -1))
-    return weights[..., int(model.encoder.class_token) :].reshape((*shape, -1))
+    first = int(model.encoder.class_token) + registers
+    return weights[..., first:].reshape((*shape, -1))

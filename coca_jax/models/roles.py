@@ -63,6 +63,13 @@ def part_of(names: Sequence[str]) -> Part:
     )
 
 
+def is_optional(names: Sequence[str]) -> bool:
+    """Whether weights to start from may have the parameter at a path, or lack it; False for one
+    that no module describes."""
+    found = (PARTS.get(tuple(names[:length])) for length in (1, 2))
+    return any(part.optional for part in found if part)
+
+
 def role_of(names: Sequence[str]) -> Role:
     """The role of the parameter at a path. Raises ValueError where no module says it."""
     part = part_of(names)
