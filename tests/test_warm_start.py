@@ -137,7 +137,7 @@ def test_what_a_fit_reads_of_weights(tmp_path):
     assert found.vocabulary == str(tmp_path / "export" / "vocabulary.model")
     with pytest.raises(ValueError, match="vocabulary.model is a file: convert it first"):
         weights.read(str(words))
-    with pytest.raises(FileNotFoundError, match="absent: no such folder; give a run or an export"):
+    with pytest.raises(FileNotFoundError, match="absent: no such folder here; give a run"):
         weights.read(str(tmp_path / "absent"))
     given["preprocess"]["resize"] = "native"
     export_format.write_export(tmp_path / "native", host, given, words)
