@@ -123,15 +123,30 @@ start() {
   ((asked == 0)) || pass_on
 }
 
+# Waits for the next end of a process or of the timer and sets `ended` to its number, `one` to its
+# status; `ended` is empty where a signal to this script came instead.
+next_end() {
+  local pid
+  ended="" one=0
+  # Of several that end in one instant, `wait -n` of bash 5 gives one and forgets the others.
+  for pid in "${pids[@]}" ${timer:+"$timer"}; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      ended=$pid
+      wait "$pid" 2>/dev/null || one=$?
+      return 0
+    fi
+  done
+  # bash would tell of each process that a signal ended
+  wait -n -p ended "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || one=$?
+}
+
 # Waits until all have ended and sets `status`, the first bad one. Whatever ended first, the others
 # cannot go on without it: a process stopped or deaf to SIGTERM must not hold the run for ever.
 watch() {
   local ended one id failed=0
   status=0
   while ((${#pids[@]} > 0)); do
-    ended="" one=0
-    # bash would tell of each process that a signal ended
-    wait -n -p ended "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || one=$?
+    next_end
     if [[ -z ${ended:-} ]]; then continue; fi # a signal to this script woke it: go on waiting
     if [[ $ended == "$timer" ]]; then
       timer=""

@@ -65,14 +65,14 @@ def environment(**env):
     return {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PAUSE": "0", **env}
 
 
-def local(script, *arguments, **env):
+def local(script, *arguments, seconds=120, **env):
     return subprocess.run(
         ["bash", str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=script.parent.parent,
         env=environment(**env),
-        timeout=120,
+        timeout=seconds,
     )
 
 
@@ -124,6 +124,28 @@ def test_what_is_left_when_one_has_ended_ends_within_a_bound_and_starts_again(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lives0").read_text() == (tmp_path / "lives1").read_text() == "xx"
     assert "Killed" not in done.stderr and "Terminated" not in done.stderr
+
+
+TOGETHER = """
+import pathlib, signal, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+up = pathlib.Path(flags["workdir"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(up / flags["process_id"]).touch()
+while flags["process_id"] != "0" or len(list(up.iterdir())) < 8:
+    time.sleep(0.02)
+sys.exit(3)
+"""
+
+
+def test_of_processes_that_are_killed_in_one_instant_none_is_waited_for_for_ever(tmp_path):
+    script = stand_in(tmp_path, TOGETHER)
+    (tmp_path / "up").mkdir()
+    done = local(
+        script, "8", "--", f"--workdir={tmp_path / 'up'}", ABORT="0", RESTARTS="0", seconds=60
+    )
+    assert done.returncode == 3
+    assert "killing 7 process(es) that did not end" in done.stderr
 
 
 @pytest.mark.parametrize(("patience", "status"), [(1, 75), (2, 130)])
