@@ -35,12 +35,15 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ $# -gt 0 ]] || fail "give train's flags after --"
-[[ $devices =~ ^[1-9][0-9]*$ ]] || fail "--devices=$devices; it must be a whole number above 0"
 python=${PYTHON:-python3}
 grace=${GRACE:-120}
 abort=${ABORT:-10}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+whole 1 --devices "$devices"
+whole 0 GRACE "$grace"
+whole 0 ABORT "$abort"
+[[ -z ${PORT:-} ]] || whole 1 PORT "$PORT"
 
 free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'

@@ -56,6 +56,8 @@ place=(--zone="$ZONE")
 [[ -z ${PROJECT:-} ]] || place+=(--project="$PROJECT")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+POLL=${POLL:-30}
+whole 0 POLL "$POLL"
 if [[ $command == run || $command == all ]]; then
   workdir=$(workdir_of "${train_flags[@]}")
   [[ $workdir == gs://* || $workdir == /* ]] ||
@@ -116,8 +118,8 @@ state() {
 is_ready() { # waits until gcloud can tell
   local now
   until now=$(state); do
-    echo "gcloud cannot tell the state of $NAME; asking again in ${POLL:-30} s" >&2
-    sleep "${POLL:-30}"
+    echo "gcloud cannot tell the state of $NAME; asking again in $POLL s" >&2
+    sleep "$POLL"
   done
   [[ $now == READY ]]
 }
@@ -135,7 +137,7 @@ wait_until_ready() {
       FAILED | SUSPENDED) fail "the queued resource is $queued; delete it and create again" ;;
     esac
     echo "waiting for capacity: $queued" >&2
-    sleep "${POLL:-30}"
+    sleep "$POLL"
   done
 }
 

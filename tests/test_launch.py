@@ -175,6 +175,31 @@ def words(line):
     return done.stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("script", "setting", "value"),
+    [
+        *(("local.sh", name, value) for name in ("GRACE", "ABORT") for value in ("1h30", "60 ")),
+        ("local.sh", "PORT", "http"),
+        ("local.sh", "PAUSE", "010"),
+        ("tpu_vm.sh", "POLL", "30s"),
+        *(("slurm.sh", name, "none") for name in ("NODES", "GPUS", "CPUS", "TIME")),
+        ("slurm.sh", "GRACE", "0"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused_before_anything_runs(script, setting, value):
+    before = {"local.sh": ["2"], "tpu_vm.sh": ["all"]}.get(script, [])
+    env = {"NAME": "coca", "ZONE": "z", "TYPE": "v4-8", setting: value}
+    done = launch(script, *before, "--dry_run", *FLAGS, **env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"{script}: {setting}={value}; ")
+
+
+@pytest.mark.parametrize("limit", ["90", "1:30:00", "2-12", "1-0:30:00", "UNLIMITED"])
+def test_slurm_takes_its_forms_of_a_time(limit):
+    done = launch("slurm.sh", "--dry_run", *FLAGS, TIME=limit)
+    assert f"#SBATCH --time={limit}" in done.stdout.splitlines(), done.stderr
+
+
 @pytest.mark.parametrize("missing", ["NAME", "ZONE", "TYPE"])
 def test_tpu_pod_names_the_missing_setting(missing):
     env = {k: v for k, v in TPU.items() if k != missing}
