@@ -50,7 +50,7 @@ free_port() {
 }
 
 export JAX_PLATFORMS=cpu
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # A session of its own keeps a terminal's Ctrl-C from a process, so that it gets each request once,
@@ -115,6 +115,7 @@ start() {
     line=("$python" -m coca_jax.train "--coordinator=localhost:$port"
       "--num_processes=$count" "--process_id=$id" "$@")
     if ((dry_run)); then
+      printf '%s=%q ' JAX_PLATFORMS "$JAX_PLATFORMS" XLA_FLAGS "$XLA_FLAGS" PYTHONPATH "$PYTHONPATH"
       printf '%q ' "${line[@]}"
       printf '\n'
     else

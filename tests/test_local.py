@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from launch_stand_ins import program
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 
@@ -45,6 +46,12 @@ while len(asked) < int(flags["patience"]):
     time.sleep(0.02)
 time.sleep(0.3)
 sys.exit(75 if len(asked) == 1 else 130)
+"""
+
+
+PRINTS = """#!/usr/bin/env bash
+[[ $1 != -ISc ]] || shift 3
+printf '%s\\n' "$XLA_FLAGS" "$JAX_PLATFORMS" "$PYTHONPATH" "$@"
 """
 
 
@@ -232,6 +239,21 @@ def test_a_dry_run_prints_one_command_a_process():
     assert done.returncode == 0 and len(lines) == 3
     for process, line in enumerate(lines):
         assert f"--process_id={process}" in line and "--coordinator=localhost:4321" in line
+
+
+def test_a_line_of_a_dry_run_is_the_process_that_a_run_would_start(tmp_path):
+    """Typed in by hand, it has the devices and the code of the run."""
+    python = program(tmp_path / "python", PRINTS)
+    flags = ["1", "--devices=4", "--", "--workdir=gs://bucket/a run"]
+    env = {"PYTHON": str(python), "PORT": "4321", "XLA_FLAGS": "--xla_a=b --xla_c=d"}
+    done = local(LAUNCH / "local.sh", *flags, **env)
+    (line,) = local(LAUNCH / "local.sh", *flags[:2], "--dry_run", *flags[2:], **env).stdout.split(
+        "\n"
+    )[:-1]
+    bare = {"PATH": os.environ["PATH"]}
+    typed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=bare)
+    assert typed.stdout == done.stdout and typed.stdout.count("--xla") == 3
+    assert f"\ncpu\n{LAUNCH.parent}\n" in typed.stdout
 
 
 @pytest.mark.parametrize(("steady", "lives"), [("0", "xxxx"), ("3600", "xx")])
