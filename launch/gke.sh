@@ -74,9 +74,8 @@ else
 fi
 
 arguments=$processes
-workdir=""
+workdir=$(workdir_of "$@")
 for flag in "$@"; do
-  [[ $flag != --workdir=* ]] || workdir=${flag#--workdir=}
   arguments+=", $(quote "${flag//\$(/\$\$(}")" # Kubernetes would replace $(NAME)
 done
 bucket=""

@@ -24,12 +24,18 @@ whole() { # LEAST NAME VALUE
 
 for setting in RESTARTS PAUSE STEADY; do whole 0 "$setting" "${!setting}"; done
 
-# The value of --workdir among train's flags; nothing where they have none.
+# The value of --workdir among train's flags, as --workdir=DIR or --workdir DIR, the last one where there
+# are several; nothing where they have none.
 workdir_of() {
-  local flag
-  for flag in "$@"; do
-    [[ $flag != --workdir=* ]] || printf '%s' "${flag#--workdir=}"
+  local value=""
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --workdir=*) value=${1#--workdir=} ;;
+      --workdir) value=${2:-} ;;
+    esac
+    shift
   done
+  printf '%s' "$value"
 }
 
 # Succeeds when a run that ended with STATUS is to be started again, and says why on standard error.

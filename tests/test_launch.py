@@ -180,6 +180,24 @@ def test_a_setting_that_is_no_number_is_refused_before_anything_runs(script, set
     assert done.stderr.startswith(f"{script}: {setting}={value}; ")
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        (["--workdir", "/mnt/b/run"], True),
+        (["--workdir=runs/a", "--workdir=/mnt/b/run"], True),
+        (["--config=tiny", "--workdir"], False),
+    ],
+    ids=["two words", "the last of two", "no value"],
+)
+def test_a_workdir_is_taken_in_each_form_that_train_takes(script, flags, taken):
+    command = [script, "run"] if script == "tpu_vm.sh" else [script]
+    done = launch(*command, "--dry_run", "--", *flags, **SLICE, ZONE="z")
+    assert done.returncode == (0 if taken else 2), done.stderr
+    assert not taken or flags[-1] in done.stdout
+    assert taken or "--workdir=" in done.stderr
+
+
 @pytest.mark.parametrize("limit", ["90", "1:30:00", "2-12", "1-0:30:00", "UNLIMITED"])
 def test_slurm_takes_its_forms_of_a_time(limit):
     done = launch("slurm.sh", "--dry_run", *FLAGS, TIME=limit)
