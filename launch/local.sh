@@ -166,8 +166,9 @@ watch() {
       continue
     elif ((one != 0 && one != 75 && asked == 0)); then
       failed=1
-      say "a process ended with status $one: ending the other ${#pids[@]}"
-      tell TERM
+      say "a process ended with status $one: the other ${#pids[@]} must end within $abort s"
+      # All find the same bad input; asked to stop, train would say that the run can go on.
+      ((one == 2)) || tell TERM
       bound "$abort"
     elif [[ -z $timer ]]; then
       bound "$grace"

@@ -133,6 +133,16 @@ def test_what_is_left_when_one_has_ended_ends_within_a_bound_and_starts_again(
     assert "Killed" not in done.stderr and "Terminated" not in done.stderr
 
 
+def test_after_bad_input_the_others_say_for_themselves_what_is_wrong(tmp_path):
+    """Asked to stop, they would say that no step is lost and the same command goes on."""
+    text = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('go on'))\n"
+    text += "time.sleep(0.6 * sys.argv.count('--process_id=1'))\n"
+    text += "print('bad input', file=sys.stderr)\nsys.exit(2)\n"
+    done = local(stand_in(tmp_path, text), "2", "--", "--workdir=x", ABORT="60")
+    assert done.returncode == 2
+    assert done.stderr.count("bad input\n") == 2 and "go on" not in done.stderr, done.stderr
+
+
 TOGETHER = """
 import pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
