@@ -198,8 +198,8 @@ def define_data() -> None:
         "data",
         [],
         "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label or question. Repeatable. Where it is not prepared, an index is made on the "
-        "way, and it is read in place.",
+        "caption, label, question or region. Repeatable. Where it is not prepared, an index is "
+        "made on the way, and it is read in place.",
     )
 
 

@@ -44,10 +44,6 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
 
-whole() { # SETTING VALUE
-  [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1=$2; it must be a whole number above 0"
-}
-
 quote() { # a YAML double-quoted string
   local text=${1//\\/\\\\}
   text=${text//$'\n'/\\n}
@@ -58,8 +54,8 @@ replicas=1
 processes=""
 if [[ $ACCELERATOR == nvidia-* ]]; then
   hosts=${NODES:-1} chips=${GPUS:-8} resource=nvidia.com/gpu
-  whole NODES "$hosts"
-  whole GPUS "$chips"
+  whole 1 NODES "$hosts"
+  whole 1 GPUS "$chips"
   # A TPU's processes find each other by themselves; these learn it from the names of JobSet.
   processes=", $(quote "--coordinator=$NAME-workers-0-0.$NAME:8476"), $(quote "--num_processes=$hosts")"
   processes+=", \"--process_id=\$(JOB_COMPLETION_INDEX)\""
@@ -69,8 +65,8 @@ else
     fail "ACCELERATOR=$ACCELERATOR; it is a node label, as tpu-v5-lite-podslice or nvidia-h100-80gb"
   [[ ${TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "set TOPOLOGY, for example 16x16"
   chips=${CHIPS:-4} replicas=${SLICES:-1} resource=google.com/tpu
-  whole CHIPS "$chips"
-  whole SLICES "$replicas"
+  whole 1 CHIPS "$chips"
+  whole 1 SLICES "$replicas"
   total=1
   for side in ${TOPOLOGY//x/ }; do total=$((total * side)); done
   ((total % chips == 0)) || fail "CHIPS=$chips does not divide the $total chips of $TOPOLOGY"
@@ -78,9 +74,8 @@ else
 fi
 
 arguments=$processes
-workdir=""
+workdir=$(workdir_of "$@")
 for flag in "$@"; do
-  [[ $flag != --workdir=* ]] || workdir=${flag#--workdir=}
   arguments+=", $(quote "${flag//\$(/\$\$(}")" # Kubernetes would replace $(NAME)
 done
 bucket=""

@@ -35,19 +35,22 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ $# -gt 0 ]] || fail "give train's flags after --"
-[[ $devices =~ ^[1-9][0-9]*$ ]] || fail "--devices=$devices; it must be a whole number above 0"
 python=${PYTHON:-python3}
 grace=${GRACE:-120}
 abort=${ABORT:-10}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+whole 1 --devices "$devices"
+whole 0 GRACE "$grace"
+whole 0 ABORT "$abort"
+[[ -z ${PORT:-} ]] || whole 1 PORT "$PORT"
 
 free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 }
 
 export JAX_PLATFORMS=cpu
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # A session of its own keeps a terminal's Ctrl-C from a process, so that it gets each request once,
@@ -112,6 +115,7 @@ start() {
     line=("$python" -m coca_jax.train "--coordinator=localhost:$port"
       "--num_processes=$count" "--process_id=$id" "$@")
     if ((dry_run)); then
+      printf '%s=%q ' JAX_PLATFORMS "$JAX_PLATFORMS" XLA_FLAGS "$XLA_FLAGS" PYTHONPATH "$PYTHONPATH"
       printf '%q ' "${line[@]}"
       printf '\n'
     else
@@ -123,15 +127,30 @@ start() {
   ((asked == 0)) || pass_on
 }
 
+# Waits for the next end of a process or of the timer and sets `ended` to its number, `one` to its
+# status; `ended` is empty where a signal to this script came instead.
+next_end() {
+  local pid
+  ended="" one=0
+  # Of several that end in one instant, `wait -n` of bash 5 gives one and forgets the others.
+  for pid in "${pids[@]}" ${timer:+"$timer"}; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      ended=$pid
+      wait "$pid" 2>/dev/null || one=$?
+      return 0
+    fi
+  done
+  # bash would tell of each process that a signal ended
+  wait -n -p ended "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || one=$?
+}
+
 # Waits until all have ended and sets `status`, the first bad one. Whatever ended first, the others
 # cannot go on without it: a process stopped or deaf to SIGTERM must not hold the run for ever.
 watch() {
   local ended one id failed=0
   status=0
   while ((${#pids[@]} > 0)); do
-    ended="" one=0
-    # bash would tell of each process that a signal ended
-    wait -n -p ended "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || one=$?
+    next_end
     if [[ -z ${ended:-} ]]; then continue; fi # a signal to this script woke it: go on waiting
     if [[ $ended == "$timer" ]]; then
       timer=""
@@ -147,8 +166,9 @@ watch() {
       continue
     elif ((one != 0 && one != 75 && asked == 0)); then
       failed=1
-      say "a process ended with status $one: ending the other ${#pids[@]}"
-      tell TERM
+      say "a process ended with status $one: the other ${#pids[@]} must end within $abort s"
+      # All find the same bad input; asked to stop, train would say that the run can go on.
+      ((one == 2)) || tell TERM
       bound "$abort"
     elif [[ -z $timer ]]; then
       bound "$grace"

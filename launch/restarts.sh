@@ -11,19 +11,31 @@ PAUSE=${PAUSE:-10}
 STEADY=${STEADY:-3600}
 failures=0
 started=$SECONDS
-for setting in RESTARTS PAUSE STEADY; do
-  [[ ${!setting} =~ ^[0-9]+$ ]] || {
-    echo "$setting=${!setting}; it must be a whole number, 0 or more" >&2
+
+# Ends the launcher with status 2 unless VALUE is a whole number from LEAST (0 or 1) on.
+whole() { # LEAST NAME VALUE
+  local least="0 or more"
+  [[ $1 == 0 ]] || least="above 0"
+  [[ $3 =~ ^(0|[1-9][0-9]*)$ && ($1 == 0 || $3 != 0) ]] || {
+    echo "${0##*/}: $2=$3; it must be a whole number $least" >&2
     exit 2
   }
-done
+}
 
-# The value of --workdir among train's flags; nothing where they have none.
+for setting in RESTARTS PAUSE STEADY; do whole 0 "$setting" "${!setting}"; done
+
+# The value of --workdir among train's flags, as --workdir=DIR or --workdir DIR, the last one where there
+# are several; nothing where they have none.
 workdir_of() {
-  local flag
-  for flag in "$@"; do
-    [[ $flag != --workdir=* ]] || printf '%s' "${flag#--workdir=}"
+  local value=""
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --workdir=*) value=${1#--workdir=} ;;
+      --workdir) value=${2:-} ;;
+    esac
+    shift
   done
+  printf '%s' "$value"
 }
 
 # Succeeds when a run that ended with STATUS is to be started again, and says why on standard error.

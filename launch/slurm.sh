@@ -34,10 +34,17 @@ done
 [[ $# -gt 0 ]] || fail "give train's flags after --"
 nodes=${NODES:-1}
 gpus=${GPUS:-8}
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NODES=$nodes; it must be a whole number above 0"
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$gpus; it must be a whole number above 0"
+cpus=${CPUS:-8}
+grace=${GRACE:-300}
+limit=${TIME:-24:00:00}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+whole 1 NODES "$nodes"
+whole 1 GPUS "$gpus"
+whole 1 CPUS "$cpus"
+whole 1 GRACE "$grace" # of 0, srun makes for ever
+[[ $limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ || $limit == UNLIMITED ]] ||
+  fail "TIME=$limit; give HOURS:MINUTES:SECONDS, DAYS-HOURS, minutes, or UNLIMITED"
 [[ -n $(workdir_of "$@") ]] || fail "give --workdir=DIR behind --, on a disk that all nodes share"
 if [[ -n ${SETUP:-} ]]; then
   python=python3
@@ -59,8 +66,8 @@ script() {
 #SBATCH --nodes=${nodes}
 #SBATCH --ntasks-per-node=${gpus}
 #SBATCH --gpus-per-node=${gpus}
-#SBATCH --cpus-per-task=${CPUS:-8}
-#SBATCH --time=${TIME:-24:00:00}
+#SBATCH --cpus-per-task=${cpus}
+#SBATCH --time=${limit}
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -73,11 +80,11 @@ trap : TERM # preemption reaches this script too, which must live to see train's
 cd $(printf '%q' "$PWD")
 ${SETUP:-}
 export PYTHONPATH=$(printf '%q' "$root")\${PYTHONPATH:+:\$PYTHONPATH}
-RESTARTS=$RESTARTS PAUSE=$PAUSE
+RESTARTS=$RESTARTS PAUSE=$PAUSE STEADY=$STEADY
 source $(printf '%q' "$root/launch/restarts.sh")
 while true; do
   # jax.distributed reads the SLURM_* variables of every task by itself.
-  srun --cpus-per-task=${CPUS:-8} --kill-on-bad-exit=0 --wait=${GRACE:-300} ${train% }
+  srun --cpus-per-task=${cpus} --kill-on-bad-exit=0 --wait=${grace} ${train% }
   status=\$?
   starts_again "\$status" || exit "\$status"
   if [[ \$status == 75 ]]; then

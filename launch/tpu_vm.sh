@@ -19,7 +19,8 @@
 # The workdir must be in Cloud Storage, as gs://, or mounted on every worker: each writes its part of
 # a checkpoint there, and the run goes on from it on the next slice. train outlives the connection:
 # after Ctrl-C here, or a line that drops, `run` shows its log again, and `stop` saves and ends it.
-# `all` starts it again by the table of exit statuses in docs/scaling.md, and after each preemption.
+# `all` starts it again by the table of exit statuses in docs/scaling.md, and after each preemption;
+# given again, it takes the slice of that NAME and TYPE that is there or is waited for.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
@@ -56,6 +57,8 @@ place=(--zone="$ZONE")
 [[ -z ${PROJECT:-} ]] || place+=(--project="$PROJECT")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/restarts.sh"
+POLL=${POLL:-30}
+whole 0 POLL "$POLL"
 if [[ $command == run || $command == all ]]; then
   workdir=$(workdir_of "${train_flags[@]}")
   [[ $workdir == gs://* || $workdir == /* ]] ||
@@ -77,22 +80,36 @@ run() {
 }
 
 default_runtime() {
-  case ${TYPE:-} in
+  case $TYPE in
     v4-*) echo tpu-ubuntu2204-base ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) fail "set TYPE, for example v5litepod-256 (is '${TYPE:-}')" ;;
+    *) fail "TYPE=$TYPE is no v4-, v5litepod-, v5p- or v6e-: set RUNTIME for it" ;;
   esac
 }
 
 create() {
-  local runtime spot=()
+  local runtime now=MISSING spot=()
+  [[ -n ${TYPE:-} ]] || fail "set TYPE, for example v5litepod-256"
   runtime=${RUNTIME:-$(default_runtime)}
   [[ ${SPOT:-0} != 1 ]] || spot=(--spot)
   if [[ ${QUEUED:-1} == 1 ]]; then
-    run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" \
-      --accelerator-type="$TYPE" --runtime-version="$runtime" ${spot[@]+"${spot[@]}"} "${place[@]}"
+    ((dry_run)) || look_at_queue
+    while [[ $now == SUSPENDING || $now == DELETING ]]; do
+      sleep "$POLL"
+      look_at_queue
+    done
+    case $now in
+      FAILED | SUSPENDED) # an earlier request, which comes to nothing any more
+        echo "the queued resource is $now: deleting it and asking again" >&2
+        delete
+        now=MISSING
+        ;;
+    esac
+    [[ $now != MISSING ]] || # else one waits already
+      run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" \
+        --accelerator-type="$TYPE" --runtime-version="$runtime" ${spot[@]+"${spot[@]}"} "${place[@]}"
     wait_until_ready
   else
     run gcloud compute tpus tpu-vm create "$NAME" --accelerator-type="$TYPE" \
@@ -100,9 +117,10 @@ create() {
   fi
 }
 
-# The slice's state, or MISSING. Fails when gcloud cannot tell: a line that is down is no preemption.
-state() {
-  if gcloud compute tpus tpu-vm describe "$NAME" "${place[@]}" --format='value(state)' \
+# State and type of the slice (tpu-vm) or of the request for it (queued-resources), or MISSING. Fails
+# when gcloud cannot tell: a line that is down is no preemption.
+state() { # KIND FIELDS
+  if gcloud compute tpus "$1" describe "$NAME" "${place[@]}" --format="value($2)" \
     2>"$scratch/error"; then
     return
   elif grep -qiE 'not.?found' "$scratch/error"; then
@@ -113,29 +131,42 @@ state() {
   fi
 }
 
-is_ready() { # waits until gcloud can tell
-  local now
-  until now=$(state); do
-    echo "gcloud cannot tell the state of $NAME; asking again in ${POLL:-30} s" >&2
-    sleep "${POLL:-30}"
+# Sets `now` to that state, once gcloud can tell it. Ends the launcher where what has this name is of
+# another TYPE: `all` would train on it, and delete it.
+look() { # KIND FIELDS
+  local line type
+  until line=$(state "$@"); do
+    echo "gcloud cannot tell the state of $NAME; asking again in $POLL s" >&2
+    sleep "$POLL"
   done
+  read -r now type <<<"$line" || true
+  [[ -z $type || $type == "${TYPE:-$type}" ]] ||
+    fail "$NAME is there and is a $type, not TYPE=$TYPE: give another NAME, or \`delete\` it first"
+}
+
+look_at_queue() {
+  look queued-resources 'state.state,tpu.nodeSpec[0].node.acceleratorType.basename()'
+}
+
+is_ready() {
+  local now
+  look tpu-vm 'state,acceleratorType.basename()'
   [[ $now == READY ]]
 }
 
 wait_until_ready() {
-  local queued
+  local now
   if ((dry_run)); then
     echo "# wait until the slice is READY"
     return
   fi
   until is_ready; do
-    queued=$(gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
-      --format='value(state.state)') || queued=unknown
-    case $queued in
-      FAILED | SUSPENDED) fail "the queued resource is $queued; delete it and create again" ;;
+    look_at_queue
+    case $now in
+      FAILED | SUSPENDED | MISSING) fail "the queued resource is $now; the same command asks again" ;;
     esac
-    echo "waiting for capacity: $queued" >&2
-    sleep "${POLL:-30}"
+    echo "waiting for capacity: $now" >&2
+    sleep "$POLL"
   done
 }
 

@@ -1,8 +1,9 @@
 """Small programs in the place of gcloud, sbatch and Python, so that launchers run for real here.
 
 gcloud keeps a "slice" in the folder CLOUD: each worker is a home folder in it, `ssh --command` runs
-the command there, `scp` copies there. `sbatch` runs the script that it is given, again for as long
-as the script puts itself back in the queue.
+the command there, `scp` copies there. The file `queue` holds the states of a request for it, which
+goes on by one whenever it is looked at, and brings the slice when it is ACTIVE. `sbatch` runs the
+script that it is given, again for as long as the script puts itself back in the queue.
 """
 
 import os
@@ -21,6 +22,7 @@ with (cloud / "calls").open("a") as file:
 assert words[:2] == ["compute", "tpus"], words
 kind, verb, *rest = words[2:]
 state, homes = cloud / "state", [cloud / str(i) for i in range(int(os.environ["WORKERS"]))]
+queue, type_ = cloud / "queue", cloud / "type"
 options = dict(word[2:].split("=", 1) for word in rest if "=" in word)
 
 def fault(command):
@@ -44,25 +46,43 @@ def fault(command):
     if what == "preempt":
         os.kill(pid, signal.SIGKILL)
         state.write_text("PREEMPTED")
+        queue.write_text("SUSPENDED")
     else:
         os.kill(pid, signal.SIGSTOP)  # no step before the launcher is back
     os.killpg(line.pid, signal.SIGKILL)
     line.wait()
     return 255
 
-if verb == "create":
-    assert not state.exists(), "it is there already"
+def look():
+    file = queue if kind == "queued-resources" else state
+    if not file.exists():
+        sys.exit(f"ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource was not found")
+    now, *later = file.read_text().split()
+    print(now, type_.read_text(), sep="\\t")
+    if later:
+        queue.write_text("\\n".join(later))
+        if later[0] == "ACTIVE":
+            grant()
+
+def grant():
     state.write_text("READY")
     for home in homes:
         home.mkdir()
+
+if verb == "create":
+    if state.exists() or queue.exists():
+        sys.exit("ERROR: (gcloud) ALREADY_EXISTS: Resource already exists")
+    type_.write_text(options["accelerator-type"])
+    if kind == "queued-resources":
+        queue.write_text("ACTIVE")
+    grant()
 elif verb == "describe":
-    if not state.exists():
-        sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource was not found")
-    print(state.read_text())
+    look()
 elif verb == "delete":
-    state.unlink()
+    (queue if kind == "queued-resources" else state).unlink()
+    state.unlink(missing_ok=True)
     for home in homes:
-        shutil.rmtree(home)
+        shutil.rmtree(home, ignore_errors=True)
 elif state.read_text() != "READY":
     sys.exit(255)
 elif verb == "scp":

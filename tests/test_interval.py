@@ -1,6 +1,7 @@
 """The interval between checkpoints: Daly's formulas against a simulation and a search."""
 
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_the_command_says_what_so_many_hosts_leave(monkeypatch, capsys):
     compile.check_goodput()
     found = compile.show_goodput()
     assert found == goodput.estimate(64, round(goodput.HOST_HOURS), 20.0, 600.0)
+    page = pathlib.Path(__file__).parent.parent / "docs/scaling.md"
+    assert f"({round(goodput.HOST_HOURS):,} by default" in page.read_text()
     assert capsys.readouterr().out.startswith("64 host(s) fail every 99.0 h: with a save every")
     compile.flags.FLAGS(["compile", "--hosts=4000", "--host_hours=1"])
     assert compile.show_goodput()["expected_goodput"] < 0.01

@@ -12,7 +12,6 @@ from launch_stand_ins import LAUNCH, launch
 
 ROOT = LAUNCH.parent
 FLAGS = ["--", "--config=configs/coca_2b.py", "--workdir=gs://bucket/a run"]
-TPU = {"NAME": "coca", "ZONE": "us-central2-b", "TYPE": "v4-4096"}
 GKE = {"NAME": "coca", "IMAGE": "gcr.io/p/coca:1"}
 SLICE = GKE | {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "16x16"}
 GPUS = GKE | {"ACCELERATOR": "nvidia-h100-80gb", "NODES": "2"}
@@ -162,34 +161,47 @@ def test_gke_names_what_is_wrong(env, flags, named):
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_tpu_pod_quotes_train_s_flags_for_the_workers():
-    done = launch("tpu_vm.sh", "run", "--dry_run", *FLAGS, **TPU)
-    # Undo this machine's quoting, then the worker's shell: the flag must be whole.
-    (line,) = done.stdout.splitlines()
-    (command,) = [w for w in words(line) if w.startswith("--command=")]
-    assert words(command.split("worker.sh run ")[1]) == FLAGS[1:]
+@pytest.mark.parametrize(
+    ("script", "setting", "value"),
+    [
+        *(("local.sh", name, value) for name in ("GRACE", "ABORT") for value in ("1h30", "60 ")),
+        ("local.sh", "PORT", "http"),
+        ("local.sh", "PAUSE", "010"),
+        ("tpu_vm.sh", "POLL", "30s"),
+        *(("slurm.sh", name, "none") for name in ("NODES", "GPUS", "CPUS", "TIME")),
+        ("slurm.sh", "GRACE", "0"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused_before_anything_runs(script, setting, value):
+    before = {"local.sh": ["2"], "tpu_vm.sh": ["all"]}.get(script, [])
+    env = {"NAME": "coca", "ZONE": "z", "TYPE": "v4-8", setting: value}
+    done = launch(script, *before, "--dry_run", *FLAGS, **env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"{script}: {setting}={value}; ")
 
 
-def words(line):
-    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True)
-    return done.stdout.splitlines()
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        (["--workdir", "/mnt/b/run"], True),
+        (["--workdir=runs/a", "--workdir=/mnt/b/run"], True),
+        (["--config=tiny", "--workdir"], False),
+    ],
+    ids=["two words", "the last of two", "no value"],
+)
+def test_a_workdir_is_taken_in_each_form_that_train_takes(script, flags, taken):
+    command = [script, "run"] if script == "tpu_vm.sh" else [script]
+    done = launch(*command, "--dry_run", "--", *flags, **SLICE, ZONE="z")
+    assert done.returncode == (0 if taken else 2), done.stderr
+    assert not taken or flags[-1] in done.stdout
+    assert taken or "--workdir=" in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["NAME", "ZONE", "TYPE"])
-def test_tpu_pod_names_the_missing_setting(missing):
-    env = {k: v for k, v in TPU.items() if k != missing}
-    done = launch("tpu_vm.sh", "create", "--dry_run", **env)
-    assert done.returncode == 2 and f"set {missing}" in done.stderr
-
-
-@pytest.mark.parametrize("command", ["run", "all"])
-@pytest.mark.parametrize("flags", [["--config=tiny"], ["--config=tiny", "--workdir=runs/a"]])
-def test_tpu_pod_wants_a_workdir_that_all_workers_see_before_it_rents_one(command, flags):
-    done = launch("tpu_vm.sh", command, "--dry_run", "--", *flags, **TPU)
-    assert done.returncode == 2 and "give gs://BUCKET/run, or the full path" in done.stderr
-    assert not done.stdout
-    done = launch("slurm.sh", "--dry_run", "--", flags[0])
-    assert done.returncode == 2 and "give --workdir=DIR behind --" in done.stderr
+@pytest.mark.parametrize("limit", ["90", "1:30:00", "2-12", "1-0:30:00", "UNLIMITED"])
+def test_slurm_takes_its_forms_of_a_time(limit):
+    done = launch("slurm.sh", "--dry_run", *FLAGS, TIME=limit)
+    assert f"#SBATCH --time={limit}" in done.stdout.splitlines(), done.stderr
 
 
 def test_slurm_script_runs_one_task_a_gpu():
@@ -204,6 +216,11 @@ def test_slurm_script_runs_one_task_a_gpu():
         assert line in done.stdout.splitlines()
     check = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_slurm_wants_a_workdir():
+    done = launch("slurm.sh", "--dry_run", "--", "--config=tiny")
+    assert done.returncode == 2 and "give --workdir=DIR behind --" in done.stderr
 
 
 def test_slurm_names_the_environment_that_is_not_there(tmp_path):
@@ -240,76 +257,6 @@ def test_the_demo_draws_its_pictures_in_a_folder_of_any_name(tmp_path):
     done = launch("demo.sh", str(tmp_path / 'it\'s a "run"'), **env)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'it\'s a "run"/images').glob("*.png"))) == 12
-
-
-@pytest.fixture
-def worker(tmp_path):
-    """(folder with launch/worker.sh in it, environment) where train ends at once with 0."""
-    (tmp_path / "home/code/launch").mkdir(parents=True)
-    shutil.copy(LAUNCH / "worker.sh", tmp_path / "home/code/launch")
-    env, _ = launch_stand_ins.train_with(tmp_path, [0])
-    return tmp_path / "home", env | {"PATH": os.environ["PATH"]}
-
-
-@pytest.mark.parametrize("path", ["code/launch/worker.sh", "../home/code/launch/worker.sh"])
-def test_a_worker_is_called_by_a_path_from_any_folder(worker, path):
-    home, env = worker
-    command = ["bash", path, "run", *FLAGS[1:]]
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    calls = (home.parent / "statuses.calls").read_text()
-    assert calls == f"-m coca_jax.train {' '.join(FLAGS[1:])}\n"
-
-
-def test_a_worker_whose_train_never_starts_says_so(worker):
-    home, env = worker
-    programs = {"setsid": "echo no session here >&2; exit 1", "sleep": ""}  # the wait takes no time
-    for name, text in programs.items():
-        launch_stand_ins.program(home / "bin" / name, f"#!/bin/sh\n{text}\n")
-    env["PATH"] = f"{home}/bin:{env['PATH']}"
-    command = ["bash", "code/launch/worker.sh", "run", *FLAGS[1:]]
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60)
-    told = "worker.sh: train has not started within 60 s (no session here); run this again"
-    assert (done.returncode, done.stderr.strip()) == (2, told)
-
-
-def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
-    """A Cloud TPU VM learns from its metadata server how many processes the run has."""
-    import http.server
-    import threading
-
-    from coca_jax import partitioning
-
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            assert self.headers["Metadata-Flavor"] == "Google"
-            found = self.path.endswith("/worker-network-endpoints")
-            self.send_response(200 if found else 404)
-            self.end_headers()
-            self.wfile.write(self.server.workers.encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    started = []
-    monkeypatch.setattr(
-        partitioning.jax.distributed, "initialize", lambda *a, **_: started.append(a)
-    )
-    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    for workers, platform, want in (
-        ("a:b:10.0.0.1,a:b:10.0.0.2", "JAX", 1),
-        ("a:b:10.0.0.1", "JAX", 0),
-        ("a:b:10.0.0.1,a:b:10.0.0.2", "", 0),
-    ):
-        server.workers = workers
-        monkeypatch.setenv("TPU_ML_PLATFORM", platform)
-        started.clear()
-        partitioning.start_processes()
-        assert len(started) == want
-    server.shutdown()
 
 
 @pytest.mark.parametrize("script", ["gke.sh", "slurm.sh", "local.sh", "tpu_vm.sh", "install.sh"])

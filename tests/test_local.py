@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from launch_stand_ins import program
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 
@@ -48,6 +49,12 @@ sys.exit(75 if len(asked) == 1 else 130)
 """
 
 
+PRINTS = """#!/usr/bin/env bash
+[[ $1 != -ISc ]] || shift 3
+printf '%s\\n' "$XLA_FLAGS" "$JAX_PLATFORMS" "$PYTHONPATH" "$@"
+"""
+
+
 def stand_in(tmp_path, text):
     """local.sh beside a coca_jax.train of our own, ahead of the real one on the path."""
     package = tmp_path / "root" / "coca_jax"
@@ -65,14 +72,14 @@ def environment(**env):
     return {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PAUSE": "0", **env}
 
 
-def local(script, *arguments, **env):
+def local(script, *arguments, seconds=120, **env):
     return subprocess.run(
         ["bash", str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=script.parent.parent,
         env=environment(**env),
-        timeout=120,
+        timeout=seconds,
     )
 
 
@@ -124,6 +131,38 @@ def test_what_is_left_when_one_has_ended_ends_within_a_bound_and_starts_again(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lives0").read_text() == (tmp_path / "lives1").read_text() == "xx"
     assert "Killed" not in done.stderr and "Terminated" not in done.stderr
+
+
+def test_after_bad_input_the_others_say_for_themselves_what_is_wrong(tmp_path):
+    """Asked to stop, they would say that no step is lost and the same command goes on."""
+    text = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('go on'))\n"
+    text += "time.sleep(0.6 * sys.argv.count('--process_id=1'))\n"
+    text += "print('bad input', file=sys.stderr)\nsys.exit(2)\n"
+    done = local(stand_in(tmp_path, text), "2", "--", "--workdir=x", ABORT="60")
+    assert done.returncode == 2
+    assert done.stderr.count("bad input\n") == 2 and "go on" not in done.stderr, done.stderr
+
+
+TOGETHER = """
+import pathlib, signal, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+up = pathlib.Path(flags["workdir"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(up / flags["process_id"]).touch()
+while flags["process_id"] != "0" or len(list(up.iterdir())) < 8:
+    time.sleep(0.02)
+sys.exit(3)
+"""
+
+
+def test_of_processes_that_are_killed_in_one_instant_none_is_waited_for_for_ever(tmp_path):
+    script = stand_in(tmp_path, TOGETHER)
+    (tmp_path / "up").mkdir()
+    done = local(
+        script, "8", "--", f"--workdir={tmp_path / 'up'}", ABORT="0", RESTARTS="0", seconds=60
+    )
+    assert done.returncode == 3
+    assert "killing 7 process(es) that did not end" in done.stderr
 
 
 @pytest.mark.parametrize(("patience", "status"), [(1, 75), (2, 130)])
@@ -210,6 +249,21 @@ def test_a_dry_run_prints_one_command_a_process():
     assert done.returncode == 0 and len(lines) == 3
     for process, line in enumerate(lines):
         assert f"--process_id={process}" in line and "--coordinator=localhost:4321" in line
+
+
+def test_a_line_of_a_dry_run_is_the_process_that_a_run_would_start(tmp_path):
+    """Typed in by hand, it has the devices and the code of the run."""
+    python = program(tmp_path / "python", PRINTS)
+    flags = ["1", "--devices=4", "--", "--workdir=gs://bucket/a run"]
+    env = {"PYTHON": str(python), "PORT": "4321", "XLA_FLAGS": "--xla_a=b --xla_c=d"}
+    done = local(LAUNCH / "local.sh", *flags, **env)
+    (line,) = local(LAUNCH / "local.sh", *flags[:2], "--dry_run", *flags[2:], **env).stdout.split(
+        "\n"
+    )[:-1]
+    bare = {"PATH": os.environ["PATH"]}
+    typed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=bare)
+    assert typed.stdout == done.stdout and typed.stdout.count("--xla") == 3
+    assert f"\ncpu\n{LAUNCH.parent}\n" in typed.stdout
 
 
 @pytest.mark.parametrize(("steady", "lives"), [("0", "xxxx"), ("3600", "xx")])

@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 from PIL import Image
+from test_version_0_1 import flags_of
 
 from coca_jax import evaluate, prepare
 from coca_jax.config import typed
 from coca_jax.configs import base
-from coca_jax.data import files, formats, sources
+from coca_jax.data import files, formats, kinds, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations, records
 from coca_jax.importers import own_data, splits, unprepared
@@ -82,6 +84,12 @@ def test_flags_that_cannot_be(tmp_path):
         own_data.parse("x:label:0")
     with pytest.raises(ValueError, match="names no path"):
         own_data.parse(":label")
+
+
+def test_the_flag_s_help_names_every_kind(monkeypatch):
+    flags_of("train", monkeypatch)
+    named = flags.FLAGS["data"].help.split("being ")[1].split(".")[0]
+    assert named.replace(" or ", ", ").split(", ") == list(kinds.KINDS)
 
 
 def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):

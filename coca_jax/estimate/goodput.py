@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 # Llama 3 405B: 419 unexpected interruptions of 2,048 hosts of 8 GPUs in 54 days (Grattafiori et al.
-# 2024, section 3.3.4): a host fails every 6,334 hours.
+# 2024, section 3.3.4): a host fails every 6,335 hours.
 HOST_HOURS = 2048 * 54 * 24 / 419
 
 
