@@ -15,7 +15,7 @@ from test_version_0_1 import flags_of
 import coca_jax
 from coca_jax import search
 from coca_jax.inference import loading
-from coca_jax.searching import index, parts, staged
+from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease
 
 
@@ -72,6 +72,20 @@ def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(mo
         assert len(np.load(f"i/img_emb/img_emb_{number}.npy")) == len(
             pq.read_table(f"i/metadata/metadata_{number}.parquet")
         )
+
+
+def test_an_index_that_gets_small_is_searched_without_its_graph(model, folder, monkeypatch):  # noqa: F811
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    monkeypatch.setattr(nearest, "EXACT_BELOW", 5)
+    again(model, "s")
+    assert index.finish(parts.Parts("i")) == "graph"
+    assert isinstance(index.Index("i").nearest, nearest.Graph)
+    for number in (0, 3):
+        (folder / f"{number}.png").unlink()
+    assert again(model, "s") == (0, 0, 2, 1, 4)
+    assert index.finish(parts.Parts("i")) == "exact"
+    found = index.Index("i")
+    assert isinstance(found.nearest, nearest.Exact) and len(found.names) == 4
 
 
 def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811

@@ -130,7 +130,8 @@ def add(
 
 
 def finish(parts: Parts, *, progress: bool = False) -> str:
-    """Removes what was staged and not asked for in the end, and builds the graph of a large index.
+    """Removes what was staged and not asked for in the end, and builds the graph of a large index,
+    or removes that of one which is large no more.
 
     Returns:
         'exact' or 'graph', how it is searched.
@@ -138,6 +139,7 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     storage.remove(files.join(parts.folder, STAGED))
     count = len(parts.names())
     if count < nearest.EXACT_BELOW:
+        storage.remove(files.join(parts.folder, nearest.FILE))
         return "exact"
     nearest.build(parts.embeddings(), parts.folder, progress=progress)
     return "graph"
