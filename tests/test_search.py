@@ -154,6 +154,24 @@ def test_a_picture_finds_itself_and_weights_move_the_query(model, folder, tmp_pa
         found.check(model)
 
 
+def test_a_negative_weight_looks_away_and_weights_that_leave_nothing_are_refused():
+    x = np.eye(2, dtype=np.float32)
+    wanted = np.array([0.5, -1]) / np.sqrt(1.25)
+    np.testing.assert_allclose(index.mixed(x, [0.5, -1]), wanted, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x, [5e307, -1e308]), wanted, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x, [1, -1]), np.array([1, -1]) / 2**0.5, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x), np.array([1, 1]) / 2**0.5, atol=1e-6)
+    for weights, says in (
+        ([1, float("nan")], "1, nan: give finite numbers"),
+        ([float("inf"), 1], "inf, 1: give finite numbers"),
+        ([0, 0], "0, 0 leave nothing to look for"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            index.mixed(x, weights)
+    with pytest.raises(ValueError, match="1, -1 leave nothing to look for; change one"):
+        index.mixed(np.ones((2, 2), np.float32) / np.float32(2**0.5), [1, -1])
+
+
 def clustered(count: int, width: int) -> np.ndarray:
     """Unit vectors in groups, as embeddings of pictures lie, not spread evenly."""
     rng = np.random.default_rng(0)

@@ -200,7 +200,9 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     assert client.get("/api/pictures/6")[0] == 404
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
-    assert "add up to 0" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    away = client.post("/api/search", ("image", picture), ("image_weight", -1))[1]["results"]
+    assert away[-1]["image"] == "below/5.png" and away[-1]["score"] < -0.99
 
 
 def bomb(side: int) -> bytes:

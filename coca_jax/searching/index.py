@@ -21,6 +21,8 @@ from coca_jax.searching.pictures import Group
 if TYPE_CHECKING:
     from coca_jax.inference.model import CoCaModel
 
+_LEAST = 1e-6  # length of a query before it is normalised, whose largest weight is 1
+
 
 def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
     """The pictures at `inputs` that `parts` does not hold, or not as they are now.
@@ -182,11 +184,11 @@ class Index:
         images: Sequence[Any] = (),
         weights: Sequence[float] = (),
     ) -> np.ndarray:
-        """The embedding of texts and pictures together, float32 [E]: the weighted mean of theirs,
+        """The embedding of texts and pictures together, float32 [E]: the weighted sum of theirs,
         L2-normalised. weights: of the texts, then of the pictures; default: all 1.
 
         Raises:
-            ValueError: nothing to look for, or another number of weights.
+            ValueError: nothing to look for, another number of weights, or such as `mixed` refuses.
         """
         count = len(texts) + len(images)
         if not count or (weights and len(weights) != count):
@@ -214,6 +216,19 @@ class Index:
 
 
 def mixed(embeddings: np.ndarray, weights: Sequence[float] = ()) -> np.ndarray:
-    """The weighted mean of float32 [N, E], L2-normalised: [E]; weights: default: all 1."""
-    mean = np.average(embeddings, 0, weights or None)
-    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+    """The weighted sum of float32 [N, E], L2-normalised: [E]; weights: default: all 1. What has a
+    negative one is looked away from.
+
+    Raises:
+        ValueError: weights that are not finite, or that leave nothing.
+    """
+    given = np.asarray(weights or np.ones(len(embeddings)), np.float64)
+    told = ", ".join(f"{weight:g}" for weight in given)
+    if not np.isfinite(given).all():
+        raise ValueError(f"the weights {told}: give finite numbers")
+    scaled = given / max(np.abs(given).max(), np.finfo(float).tiny)
+    whole = scaled @ embeddings
+    length = np.linalg.norm(whole)
+    if length < _LEAST:
+        raise ValueError(f"the weights {told} leave nothing to look for; change one")
+    return (whole / length).astype(np.float32)
