@@ -96,7 +96,7 @@ def add(
         model: None where all groups are staged.
 
     Returns:
-        Numbers of pictures: new; changed, which are embedded anew; gone; already_there before;
+        Numbers of pictures: new; changed, which were embedded anew; gone; already_there before;
         skipped, which could not be read; pictures, in the index now.
 
     Raises:
@@ -117,8 +117,8 @@ def add(
                 raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
             staged.remove(parts.folder, group)
     names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
-    held = [name for name in names if name in before and before[name].row >= 0]
     failed = [name for name in names if parts.files[name].row < 0]
+    held = {name for name in names if name in before and before[name].row >= 0} - {*failed}
     others = parts.skipped.keys() - known
     parts.drop(gone)
     return dict(
