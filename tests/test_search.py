@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -247,6 +248,25 @@ def test_duplicates_are_joined_by_chains_of_pairs():
     assert alike.duplicates(Pictures(x[:0]), near) == []
     with pytest.raises(ValueError, match="--threshold=1.5"):
         alike.duplicates(Pictures(x), 1.5)
+
+
+def test_equal_pictures_are_duplicates_at_the_threshold_1(tmp_path):
+    x = clustered(500, 64)
+    twins = Pictures(np.concatenate([x, x]))
+    assert alike.duplicates(twins, 1.0) == [[row, row + 500] for row in range(500)]
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    nearest.build(twins.embeddings, str(tmp_path))
+    twins.nearest = nearest.open_nearest(twins.embeddings, str(tmp_path))
+    assert len(alike.duplicates(twins, 1.0)) >= 495
+
+
+def test_duplicates_of_many_equal_pictures_keep_no_list_of_pairs():
+    same = Pictures(np.full((5000, 4), 0.5))
+    tracemalloc.start()
+    assert alike.duplicates(same, 0.95) == [[*range(5000)]]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 << 20  # their 12 million pairs are 200 MiB
 
 
 def test_clusters_are_the_groups_that_there_are():
