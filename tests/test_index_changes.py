@@ -96,6 +96,7 @@ def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
         path.write_bytes(out.getvalue())
     (folder / "2.png").write_bytes(encoded(70))
     (folder / "4.png").unlink()
+    assert index.Index("i").file(0)[0] == str(folder / "0.png")
     (folder / "new.png").write_bytes(encoded(71))
     assert again(model, "s") == (1, 0, 1, 1, 6)
 
@@ -111,6 +112,31 @@ def test_two_spellings_of_a_folder_are_one(model, folder, monkeypatch):  # noqa:
     (folder / "new.png").write_bytes(encoded(71))
     assert again(model, ".", "../i") == (1, 0, 0, 1, 7)
     assert index.Index("../i").names[-1] == str(folder / "new.png")
+
+
+def test_the_file_of_a_row_lies_below_where_the_index_was_made(model, folder, monkeypatch):  # noqa: F811
+    again(model, "s")
+    found = index.Index("i")
+    row = found.names.index("s/3.png")
+    other = folder / "elsewhere/s/3.png"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(encoded(3))
+    monkeypatch.chdir(other.parent.parent)  # which has a file of this name too
+    before = os.stat(folder / "3.png")
+    wanted = str(folder / "3.png"), (before.st_size, before.st_mtime_ns)
+    assert index.Index(str(folder.parent / "i")).file(row) == wanted
+    (folder / "3.png").write_bytes(encoded(80))
+    with pytest.raises(ValueError, match="s/3.png is gone or changed; run the same"):
+        found.file(row)
+    (folder / "3.png").unlink()
+    with pytest.raises(ValueError, match="s/3.png is gone or changed"):
+        found.file(row)
+    (folder / "2.png").unlink()
+    monkeypatch.chdir(folder.parent)
+    again(model, "s")  # rows behind those that are dropped
+    found = index.Index("i")
+    for row, name in enumerate(found.names):
+        assert found.file(row)[0] == str(folder.parent / name)
 
 
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811

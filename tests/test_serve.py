@@ -5,6 +5,7 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -203,6 +204,19 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
     away = client.post("/api/search", ("image", picture), ("image_weight", -1))[1]["results"]
     assert away[-1]["image"] == "below/5.png" and away[-1]["score"] < -0.99
+
+
+def test_a_picture_that_changed_is_not_shown_as_the_one_that_was_found(client, searched, folder):
+    path = folder / "pictures/1.png"
+    (row,) = [i for i, name in enumerate(searched.names) if name == str(path)]
+    assert client.get(f"/api/pictures/{row}")[0] == 200
+    data, then = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(png(99, 30))
+    status, _, told = client.get(f"/api/pictures/{row}")
+    assert status == 404 and b"moved or changed" in told
+    path.write_bytes(data)
+    os.utime(path, ns=(then, then))
+    assert client.get(f"/api/pictures/{row}")[0] == 200
 
 
 def bomb(side: int) -> bytes:

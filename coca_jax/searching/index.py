@@ -166,7 +166,8 @@ class Index:
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
         self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
         self.names, self.captions = parts.names(), parts.captions()
-        self.embeddings = parts.embeddings()
+        self.embeddings, self._stamps = parts.embeddings(), parts.stamps()
+        self._whole_path = parts.whole_path
         self.nearest = nearest.open_nearest(self.embeddings, folder)
 
     def check(self, model: CoCaModel) -> None:
@@ -176,6 +177,19 @@ class Index:
                 f"this index was made by {self.checkpoint} with other weights or preprocessing; "
                 "give that --checkpoint, or index again"
             )
+
+    def file(self, row: int) -> tuple[str, tuple[int, int] | None]:
+        """Where picture `row` lies, and its `local_files.stamp`: of a relative name below the
+        folder in which the index was made.
+
+        Raises:
+            ValueError: it is there no more, or not as it was when it was embedded.
+        """
+        path = self._whole_path(self.names[row])
+        now, before = local_files.stamp(path), self._stamps[row]
+        if before.min() >= 0 and now != tuple(before):
+            raise ValueError(f"{path} is gone or changed; run the same `search index` again")
+        return path, now
 
     def query(
         self,

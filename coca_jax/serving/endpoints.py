@@ -219,7 +219,7 @@ async def picture(server: Server, request: Request) -> Response:
     if row >= len(index.names):
         raise Refused(404, f"picture {row}: the index has {len(index.names)}, from 0")
     try:
-        data = await run_in_threadpool(uploads.smaller, index.names[row], int(given))
+        data = await run_in_threadpool(uploads.smaller, index, row, int(given))
     except (ValueError, OSError):
         raise Refused(
             404, f"picture {row} cannot be shown: it lies in an archive, or was moved or changed"
