@@ -181,6 +181,13 @@ def test_labels_answers_and_embeddings(client, model):
     status, answer = client.post("/api/explain", ("image", picture), ("text", "a red circle"))
     said = [word["text"] for word in answer["results"][0]["captions"][0]["words"]]
     assert said == ["a", "red", "circle", ""]
+    assert answer["results"][0]["captions"][0]["finished"] is True
+    room = model.max_len - 2  # beside the begin and the end symbol
+    for count in (room, room + 1):
+        text = " ".join(["a"] * count)
+        assert len(model.vocabulary.encode(text)) == count
+        status, answer = client.post("/api/explain", ("image", picture), ("text", text))
+        assert answer["results"][0]["captions"][0]["finished"] == (count == room)
     assert "no task head" in client.refused(404, "/api/head", ("image", picture))
 
 
