@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         index=index,
         key=key,
         loopback=loopback,
-        batch_size=max(model.batch_size // max(model.num_frames, 1), 1),
+        batch_size=args.batch_size,
         wait=args.wait_ms / 1000,
         depth=args.queue,
         limits=limits,
@@ -123,9 +123,9 @@ def _load() -> tuple[Any, Any]:
         model = coca_jax.load(
             args.checkpoint,
             dtype=args.dtype,
-            batch_size=args.batch_size * max(args.num_frames or 1, 1),
             num_frames=args.num_frames,
         )
+        model.set_batch_size(args.batch_size * max(model.num_frames, 1))
         if index:
             index.check(model)
     import numpy as np

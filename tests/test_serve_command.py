@@ -66,10 +66,10 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         [
             *("serve", "--checkpoint=runs/demo/", f"--key_file={tmp_path / 'key'}", "--port=0"),
             *("--wait_ms=20", "--queue=7", "--max_megabytes=3", "--max_pixels=1000"),
-            *("--max_images=2", "--grace=4"),
+            *("--max_images=2", "--grace=4", "--batch_size=3"),
         ]
     )
-    small = types.SimpleNamespace(batch_size=12, num_frames=4)
+    small = types.SimpleNamespace()
     monkeypatch.setattr(serve, "_load", lambda: (small, None))
     built, served, stopped = {}, {}, []
 
@@ -120,7 +120,7 @@ def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, t
     serve.flags.FLAGS(["serve", f"--index={tmp_path / 'index'}", "--batch_size=8"])
     found, index = serve._load()
     assert found is model and len(index.names) == 3
-    assert asked == [("runs/mine", dict(dtype=None, batch_size=8, num_frames=None))]
+    assert asked == [("runs/mine", dict(dtype=None, num_frames=None))] and found.batch_size == 8
 
     def listen(event, *_, **__):
         compiled.append(event.endswith("backend_compile_duration"))
@@ -140,6 +140,23 @@ def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, t
     monkeypatch.setattr(coca_jax, "load", lambda *_, **__: other)
     with pytest.raises(ValueError, match="runs/mine with other weights or preproc.*; give that"):
         serve._load()
+
+
+@pytest.mark.parametrize("frames, size", [(0, 16), (8, 128)])
+def test_requests_run_together_of_clips_too(monkeypatch, frames, size):
+    """A model takes frames at a time, and says itself of how many its clips are."""
+    asked = []
+    loaded = types.SimpleNamespace(
+        image_size=16,
+        num_frames=frames,
+        writes_captions=False,
+        set_batch_size=asked.append,
+        zero_shot=lambda *given: None,
+    )
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: loaded)
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(["serve", "--checkpoint=runs/clips", "--batch_size=16"])
+    assert serve._load() == (loaded, None) and asked == [size]
 
 
 def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
