@@ -137,10 +137,11 @@ def _load() -> tuple[Any, Any]:
         with cli.waiting("compiling what scores labels"):
             model.zero_shot(picture, ["a label"], ["{}"])
         return model, index
-    with cli.waiting("compiling what writes captions (1 of 2)"):
+    with cli.waiting(f"compiling what writes captions (1 of {1 + model.explains})"):
         *_, last = model.stream_captions(picture)
-    with cli.waiting("compiling what explains them (2 of 2)"):
-        model.explain(picture, last[0])
+    if model.explains:
+        with cli.waiting("compiling what explains them (2 of 2)"):
+            model.explain(picture, last[0])
     return model, index
 
 

@@ -297,7 +297,7 @@ def test_the_page_and_what_watches_the_server(client):
     assert "http://" not in page and "https://" not in page  # nothing of others
     info = json.loads(client.get("/api/info")[2])
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
-    assert info["captions"] is True
+    assert info["captions"] is True and info["explains"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))
     assert client.post("/api/caption", image)[0] == 200 and client.get("/none")[0] == 404

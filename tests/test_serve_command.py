@@ -17,15 +17,18 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+from test_inference import no_compile_cache, tiny_model, tiny_parts, words  # noqa: F401
 from test_search import embed, encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import serve
+from coca_jax import inference, serve
+from coca_jax.config import typed
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
+
+from test_serve import Client  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,28 @@ def test_requests_run_together_of_clips_too(monkeypatch, frames, size):
     flags_of("serve", monkeypatch)
     serve.flags.FLAGS(["serve", "--checkpoint=runs/clips", "--batch_size=16"])
     assert serve._load() == (loaded, None) and asked == [size]
+
+
+def test_a_model_of_pictures_of_any_shape_is_served_without_what_explains(words, monkeypatch):  # noqa: F811
+    config, params = tiny_parts()
+    config = typed(config).change({"data.resize": "native", "data.max_patches": 6})
+    native = inference.CoCaModel(config, params, words, devices=jax.devices()[:1])
+    monkeypatch.setattr(coca_jax, "load", lambda *_, **__: native)
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(["serve", "--checkpoint=runs/native"])
+    assert serve._load() == (native, None)
+    client = Client(native)
+    try:
+        assert json.loads(client.get("/api/info")[2])["explains"] is False
+        wide = ("image", encoded(3))
+        status, answer = client.post("/api/caption", wide)
+        assert status == 200
+        assert answer["results"][0]["captions"][0]["text"] == native.caption([encoded(3)])[0]
+        for path, field in (("/api/caption", ("explain", 1)), ("/api/explain", ("text", "red"))):
+            assert "data.resize='native'" in client.refused(404, path, wide, field)
+        assert client.post("/api/zero_shot", wide, ("label", "red\nblue"))[0] == 200
+    finally:
+        client.close()
 
 
 def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):

@@ -139,6 +139,7 @@ def _about(server: Server, name: str) -> dict[str, Any]:
         max_tokens=model.max_len,
         embedding=config.model.embed_dim,
         captions=model.writes_captions,
+        explains=model.writes_captions and model.explains,
         head=None
         if kind is None
         else dict(

@@ -93,10 +93,22 @@ def _check_writes(server: Server) -> None:
         raise Refused(404, "this model has no decoder and writes no texts; ask /api/zero_shot")
 
 
+def _check_explains(server: Server) -> None:
+    _check_writes(server)
+    if not server.model.explains:
+        raise Refused(
+            404,
+            "this model takes pictures of any shape (data.resize='native') and cannot say where it "
+            "looked; ask /api/caption without explain",
+        )
+
+
 async def caption(server: Server, values: Values) -> Any:
     """Captions; one picture's may be streamed."""
     _check_writes(server)
     settings, explain = forms.settings(values), values["explain"]
+    if explain:
+        _check_explains(server)
     items = [(pixels, values["prompt"]) for pixels in _pictures(values)]
     if not values["stream"]:
         answers = await server.batcher.answers(works.Captions(settings, explain), items)
@@ -121,7 +133,7 @@ async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
 
 async def explain(server: Server, values: Values) -> Any:
     """A text's words beside each picture."""
-    _check_writes(server)
+    _check_explains(server)
     items = [(pixels, values["text"]) for pixels in _pictures(values)]
     return dict(results=await server.batcher.answers(works.Explain(), items))
 
