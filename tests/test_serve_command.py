@@ -79,17 +79,22 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
     def build(model, **given):
         built.update(given, model=model)
         numbers = types.SimpleNamespace(answered=5)
-        return "application", types.SimpleNamespace(stop=lambda: stopped.append(1)), numbers
+        return "application", types.SimpleNamespace(stop=stop), numbers
+
+    def stop(seconds):
+        stopped.append(seconds)
+        return len(stopped) == 1
 
     def run(application, listening, *, grace, ready):
         served.update(application=application, grace=grace)
         ready()
         listening.close()
+        return 2.5
 
     monkeypatch.setattr(app, "build", build)
     monkeypatch.setattr(running, "serve", run)
     done = serve.main(["serve"])
-    assert done["requests"] == 5 and stopped == [1]
+    assert done["requests"] == 5 and stopped == [2.5]
     assert served == dict(application="application", grace=4)
     assert "serving at http://127.0.0.1:" in capsys.readouterr().err
     assert built.pop("limits") == uploads.Limits(3, 1000, 2) and built.pop("model") is small
@@ -102,6 +107,10 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         wait=0.02,
         depth=7,
     )
+    monkeypatch.setattr(serve.os, "_exit", lambda status: stopped.append(f"left with {status}"))
+    serve.main(["serve"])  # now the model is still at work when the time is over
+    assert stopped == [2.5, 2.5, "left with 0"]
+    assert json.loads(capsys.readouterr().out)["requests"] == 5
     (tmp_path / "key").write_text("short")
     with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
         serve.main(["serve"])
@@ -223,6 +232,67 @@ def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with pytest.raises(OSError):
         socket.create_connection(listening.getsockname()[:2], timeout=5)
+
+
+def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
+    """An upload that never ends and a stream: JSON and an event, no traceback."""
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    from coca_jax.serving import endpoints, guard, running
+
+    begun, answers = threading.Semaphore(0), {}
+
+    async def never():
+        yield dict(tokens=[])
+        begun.release()
+        await asyncio.sleep(600)
+
+    async def stream(request):
+        return StreamingResponse(endpoints._events(never()), media_type="text/event-stream")
+
+    async def upload(request):
+        begun.release()
+        await request.body()
+
+    routes = [Route("/stream", stream), Route("/upload", upload, methods=["POST"])]
+    seen: list[tuple[str, int]] = []
+    app = guard.Guard(
+        Starlette(routes=routes),
+        key="",
+        loopback=True,
+        most=1 << 20,
+        seen=lambda path, status, seconds: seen.append((path, status)),
+    )
+    listening = running.listen("127.0.0.1", 0)
+
+    def ask(method, path, headers):
+        connection = http.client.HTTPConnection(*listening.getsockname()[:2], timeout=60)
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        answers[path] = answer.status, answer.read()
+
+    def end():
+        for _ in range(2):
+            begun.acquire(timeout=60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threads = [
+        threading.Thread(target=ask, args=("GET", "/stream", {})),
+        threading.Thread(target=ask, args=("POST", "/upload", {"Content-Length": "999"})),
+        threading.Thread(target=end),
+    ]
+    left = running.serve(
+        app, listening, grace=0, ready=lambda: [thread.start() for thread in threads]
+    )
+    for thread in threads:
+        thread.join()
+    told = b'{"error": "the server is stopping; ask again later"}'
+    assert left == 0 and sorted(seen) == [("/stream", 200), ("/upload", 503)]
+    assert answers["/upload"] == (503, told.replace(b": ", b":"))
+    assert answers["/stream"][1].endswith(b"event: error\ndata: " + told + b"\n\n")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.slow  # two starts of the command

@@ -20,7 +20,7 @@ from coca_jax.searching.index import mixed
 from coca_jax.serving import forms, uploads, works
 from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.forms import Field
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import STOPPING, Refused
 from coca_jax.serving.uploads import Limits
 
 MOST_LABELS = 1000
@@ -126,8 +126,11 @@ async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
         async for answer in answers:
             kind = "tokens" if "tokens" in answer else "result"
             yield f"event: {kind}\ndata: {json.dumps(answer)}\n\n"
-    except Exception as error:
-        text = " ".join(str(error).split()) if isinstance(error, ValueError) else "it failed here"
+    except (Exception, asyncio.CancelledError) as error:
+        told = isinstance(error, (ValueError, Refused))
+        text = " ".join(str(error).split()) if told else "it failed here"
+        if isinstance(error, asyncio.CancelledError):  # no time is left at the end
+            text = STOPPING
         yield f"event: error\ndata: {json.dumps(dict(error=text))}\n\n"
 
 

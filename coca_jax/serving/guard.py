@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import STOPPING, Refused
 
 # Nothing but the page's own files, no frame around it; pictures also from what the user chose.
 HEADERS = {
@@ -58,7 +58,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, body = time.monotonic(), 500, _Body(receive, self._most)
+        begun, status, body = time.monotonic(), 0, _Body(receive, self._most)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -77,8 +77,12 @@ class Guard:
             await self._app(scope, body.receive, send_with_headers)
         except Refused as refused:
             await refused.response()(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # no time is left at the end
+            body.give_up()
+            if not status:
+                await Refused(503, STOPPING).response()(scope, receive, send_with_headers)
         finally:
-            self._seen(scope["path"], status, time.monotonic() - begun)
+            self._seen(scope["path"], status or 500, time.monotonic() - begun)
 
     def _check(self, request: Request) -> None:
         host = request.headers.get("host", "")
@@ -116,6 +120,10 @@ class _Body:
         if self._read > self._most:
             raise _too_large(self._most)
         return message
+
+    def give_up(self) -> None:
+        """What still comes is not waited for."""
+        self._whole = True
 
     async def discard(self) -> None:
         """Throws away what still comes of a request that is refused, within bounds: a client that
