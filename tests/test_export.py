@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -15,7 +16,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, inference
+from coca_jax import export, export_format, inference
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.models.pixels import normalise_pixels
@@ -119,6 +120,30 @@ def test_an_export_knows_what_its_images_and_labels_were(model, tmp_path):  # no
         found = again.encode_text(texts, labels=labels)
         np.testing.assert_array_equal(found, clips.encode_text(texts, labels=labels))
     assert np.abs(found - again.encode_text(texts, labels=True)).max() > 1e-3
+
+
+def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_path):  # noqa: F811
+    names = ["programs/encode_image.jax_export", "onnx/encode_image.onnx"]
+    for name in [*names, "programs/notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"of the first model")
+    own = ["config.json", "params.safetensors", "vocabulary.model"]
+    export_folder.write(model, str(tmp_path), programs=names[:1])
+    assert export_format.files(tmp_path) == sorted([*own, names[0]])
+    export_folder.write(model, str(tmp_path), programs=names[1:])
+    assert export_format.files(tmp_path) == sorted([*own, *names])
+    hub = export_folder.write_hub(model, str(tmp_path), "org/name")
+    assert {*names} < {*hub} and "programs/notes.txt" not in hub
+    params = jax.tree.map(lambda x: x + 1, model.params)
+    other = inference.CoCaModel(model.config, params, model.vocabulary)
+    (tmp_path / names[0]).write_bytes(b"of the second model")
+    export_folder.write(other, str(tmp_path), programs=names[:1])
+    assert export_format.files(tmp_path) == sorted([*own, names[0]])
+    assert coca_jax.load(str(tmp_path)).checksum() == other.checksum()
+    assert not (tmp_path / names[1]).exists()
+    assert (tmp_path / "programs/notes.txt").exists()  # not written by an export
+    export_folder.write(model, str(tmp_path))
+    assert export_format.files(tmp_path) == own and not (tmp_path / names[0]).exists()
 
 
 @pytest.mark.torch
