@@ -43,7 +43,10 @@ PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
 
 def check_platforms(platforms: Iterable[str]) -> None:
-    """Raises ValueError for a platform that programs cannot be exported for."""
+    """Raises ValueError for a platform that programs cannot be exported for, or for none."""
+    platforms = list(platforms)
+    if not platforms:
+        raise ValueError(f"--platforms= names none: choose from {', '.join(PLATFORMS)}")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise ValueError(f"--platforms={platform}: choose from {', '.join(PLATFORMS)}")

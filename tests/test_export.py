@@ -178,6 +178,7 @@ def wanted_of(found):
 def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     given = dict(checkpoint="nowhere", out=str(tmp_path / "out"), format="onnx", push="")
+    given |= dict(private=False)
     args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch_size=1)
     monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=args))
     with pytest.raises(ValueError, match="--format=onnx needs jax2onnx: pip install"):
@@ -211,7 +212,7 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     flags_of("export", monkeypatch)
 
     def call(out, *given):
-        for name in ("format", "batch_size", "int8", "push", "private"):
+        for name in ("format", "batch_size", "int8", "push", "private", "platforms"):
             export.flags.FLAGS[name].unparse()
         place = f"--checkpoint={tmp_path / 'run'}"
         export.flags.FLAGS(["export", place, f"--out={tmp_path / out}", *given])
@@ -220,6 +221,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     told = call("programs")
     assert told["bytes"] == 1_234 and told["differences"] == {"a": 1_000, "b": 234}
     assert "1,000 bytes" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.export, "default_export_platform", lambda: "cuda")
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert "differences" in call("programs", "--platforms=tpu,cuda")
+        assert "differences" not in call("programs", "--platforms=cpu,rocm")
     told = call("hub", "--format=hub", "--push=org/name", "--private")
     assert told["url"] == "org/name True"
     assert (str(tmp_path / "hub"), "org/name", {"score": 1}) in calls
@@ -232,6 +238,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         (["--batch_size=4"], "--batch_size and --int8 belong to --format=onnx"),
         (["--format=onnx", "--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
         (["--push=org/name"], "--push=org/name: only with --format=hub"),
+        (["--private"], "--private: only with --push=org/name"),
+        (["--private", "--format=hub"], "--private: only with --push=org/name"),
+        (["--platforms="], "--platforms= names none: choose from cpu, tpu, cuda, rocm"),
+        (["--platforms=tpu", "--format=hub"], "--platforms=tpu: only with --format=folder"),
+        (["--platforms=cpu,tpu", "--format=onnx"], "--platforms=cpu,tpu: only with --format=fold"),
     ):
         with pytest.raises((ValueError, flags.Error), match=says):
             call("no", *given)
