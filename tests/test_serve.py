@@ -348,6 +348,26 @@ def test_who_may_ask(model):
         client.close()
 
 
+def test_a_proxy_that_is_named_may_stand_before_it(model):
+    """With its own Host, as nginx sets it, or with the one that it was asked by."""
+    client = Client(model, key=KEY, public_name="Coca.example.org")
+    inner, page = f"127.0.0.1:{client.port}", "https://coca.example.org"
+    try:
+        for host, origin, wanted in (
+            (inner, page, 200),
+            ("coca.example.org", page, 200),
+            ("coca.example.org:8443", f"{page}:8443", 200),
+            (inner, f"http://{inner}", 200),
+            (inner, "https://coca.example.org.evil.example", 403),
+            (inner, "null", 403),
+            ("evil.example", page, 403),
+        ):
+            given = {"Host": host, "Origin": origin, "Authorization": f"Bearer {KEY}"}
+            assert client.post("/api/embed", ("text", "red"), headers=given)[0] == wanted, given
+    finally:
+        client.close()
+
+
 def test_requests_run_together_and_none_is_lost(client, model):
     before = client.numbers.text()[0].decode()
     pictures = [png(number) for number in range(4)]

@@ -51,6 +51,8 @@ def command(*arguments: str, **env: str) -> subprocess.Popen:
     [
         ((), "--checkpoint is missing"),
         (("--checkpoint=x", "--host=0.0.0.0"), "needs a key"),
+        (("--checkpoint=x", "--public_name=coca.example.org"), "org is more than this machine"),
+        (("--checkpoint=x", "--public_name=https://coca.example.org"), "give the name alone"),
         (("--checkpoint=none", "--port=0"), "none does not exist"),
     ],
 )
@@ -70,6 +72,7 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
             *("serve", "--checkpoint=runs/demo/", f"--key_file={tmp_path / 'key'}", "--port=0"),
             *("--wait_ms=20", "--queue=7", "--max_megabytes=3", "--max_pixels=1000"),
             *("--max_images=2", "--grace=4", "--batch_size=3"),
+            "--public_name=coca.example.org",
         ]
     )
     small = types.SimpleNamespace()
@@ -103,6 +106,7 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         index=None,
         key="a-key-of-20-letters.",
         loopback=True,
+        public_name="coca.example.org",
         batch_size=3,
         wait=0.02,
         depth=7,

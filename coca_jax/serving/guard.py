@@ -37,6 +37,7 @@ class Guard:
         key: that requests must bring as `Authorization: Bearer KEY`; '': none.
         loopback: whether requests must be meant for this machine by their Host header, so that no
             page of somebody else's reaches it under a name of its own (DNS rebinding).
+        public_name: of the proxy before it, under which it may be asked too, and its page ask.
         most: bytes of a request at most.
         seen: called with path, status and seconds of each request.
     """
@@ -49,8 +50,10 @@ class Guard:
         loopback: bool,
         most: int,
         seen: Callable[[str, int, float], None],
+        public_name: str = "",
     ):
         self._app, self._key, self._loopback = app, key.encode(), loopback
+        self._public = public_name.lower()
         self._most, self._seen = most, seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,10 +89,11 @@ class Guard:
 
     def _check(self, request: Request) -> None:
         host = request.headers.get("host", "")
-        if self._loopback and not is_loopback(_host(host)):
+        if self._loopback and not is_loopback(_host(host)) and not self._is_public(host):
             raise Refused(403, f"Host: {host[:80]}: this server answers to localhost alone")
         origin = request.headers.get("origin", "")
-        if origin and origin.partition("://")[2] != host:
+        asking = origin.partition("://")[2]
+        if origin and asking != host and not self._is_public(asking):
             raise Refused(403, f"Origin: {origin[:80]}: pages of other sites may not ask this one")
         if self._key and request.url.path not in OPEN:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -103,6 +107,9 @@ class Guard:
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most:
             raise _too_large(self._most)
+
+    def _is_public(self, host: str) -> bool:
+        return bool(self._public) and _host(host) == self._public
 
 
 class _Body:
