@@ -72,8 +72,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     export_format.check_platforms(args.platforms)
     if args.format != "onnx" and (args.int8 or args.batch_size != 1):
         raise ValueError("--batch_size and --int8 belong to --format=onnx")
+    if args.format != "folder" and args.platforms != ["cpu"]:
+        raise ValueError(f"--platforms={','.join(args.platforms)}: only with --format=folder")
     if args.push and args.format != "hub":
         raise ValueError(f"--push={args.push}: only with --format=hub")
+    if args.private and not args.push:
+        raise ValueError("--private: only with --push=org/name")
     if args.format == "onnx":
         _onnx().packages()
     out_folder.check(args.out)
@@ -91,14 +95,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"--checkpoint={args.checkpoint}: a model without a decoder has no program for "
             "captions; give --format=hub"
         )
-    import jax
+    import jax.export
 
     from coca_jax.inference import export_programs
 
     with cli.waiting("compiling the programs"):
         files = export_programs.export(model, args.out, args.platforms)
     summary = _told(files)
-    if jax.default_backend() in args.platforms:
+    if jax.export.default_export_platform() in args.platforms:  # a GPU's is 'cuda' or 'rocm'
         with cli.waiting("running the written programs beside the model"):
             summary["differences"] = export_programs.check(model, args.out)
     return summary

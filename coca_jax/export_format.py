@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +43,10 @@ PLATFORMS = ("cpu", "tpu", "cuda", "rocm")  # that exported programs may be for
 
 
 def check_platforms(platforms: Iterable[str]) -> None:
-    """Raises ValueError for a platform that programs cannot be exported for."""
+    """Raises ValueError for a platform that programs cannot be exported for, or for none."""
+    platforms = list(platforms)
+    if not platforms:
+        raise ValueError(f"--platforms= names none: choose from {', '.join(PLATFORMS)}")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise ValueError(f"--platforms={platform}: choose from {', '.join(PLATFORMS)}")
@@ -101,10 +104,11 @@ def write_export(
     vocabulary_path: str | os.PathLike[str],
     *,
     hub: bool = False,
+    programs: Iterable[str] = (),
     progress: bool = False,
 ) -> None:
-    """Writes an export folder, here or in a bucket; what stands in a local one's folder of programs
-    already is made part of it.
+    """Writes an export folder, here or in a bucket. Programs of an export that was in a local one
+    stay part of it where it is of the same model; those of another one are removed.
 
     Args:
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
@@ -113,6 +117,7 @@ def write_export(
             'label_token' where they are not as by default; 'tokenizer' is added.
         vocabulary_path: the tokenizer's file, copied.
         hub: in the layout of the hub.
+        programs: files of this model, 'programs/NAME' or 'onnx/NAME', that are there already.
         progress: show a bar while the arrays are written.
 
     Raises:
@@ -126,15 +131,61 @@ def write_export(
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
     plain |= LIBRARY if hub else {}
     with storage.local_folder(directory) as folder:
+        before = _earlier(folder)
         safetensors_file.write(os.path.join(folder, params_name), tensors, progress=progress)
         target = os.path.join(folder, name)
         if os.path.abspath(target) != os.path.abspath(vocabulary_path):
             shutil.copyfile(vocabulary_path, target)
-        programs = sorted((pathlib.Path(folder) / PROGRAMS).glob("*"))
-        names = [params_name, name, *(f"{PROGRAMS}/{path.name}" for path in programs)]
-        plain[checked_files.KEY] = checked_files.describe(folder, names)
+        found = checked_files.describe(folder, [params_name, name])
+        plain[checked_files.KEY] = found
+        written = list(programs)
+        found |= _keep_programs(folder, before, json.loads(json.dumps(plain)), written)
+        found |= checked_files.describe(folder, written)
         sealed = json.dumps(sealed_json.seal(plain), indent=2)
         storage.write_text(os.path.join(folder, CONFIG), sealed)
+
+
+def _earlier(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration that stands in a local folder; {} for none that can be read."""
+    try:
+        return bounded_json.parse((pathlib.Path(directory) / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep_programs(
+    directory: str | os.PathLike[str],
+    before: dict[str, Any],
+    now: dict[str, Any],
+    written: Collection[str],
+) -> dict[str, Any]:
+    """What is known of the programs of the export before, where it was of the same model; else {},
+    and their files are removed, but for those that are `written` anew."""
+    old = {name: told for name, told in checked_files.listed(before).items() if is_program(name)}
+    kept = {}
+    for name, told in old.items():
+        path = pathlib.Path(directory) / name
+        if name in written or not path.is_file():
+            continue
+        if _identity(before) == _identity(now):
+            kept[name] = told
+        else:
+            logging.warning("%s is removed: it is of another model", path)
+            path.unlink()
+    return kept
+
+
+def _identity(config: dict[str, Any]) -> tuple:
+    """What the programs of a model go by: its sizes, preprocessing, weights and tokenizer."""
+    listed = checked_files.listed(config)
+    files = sorted(str(told) for name, told in listed.items() if not is_program(name))
+    return config.get("model"), config.get("preprocess"), files
+
+
+def is_program(name: str) -> bool:
+    """Whether a file that an export lists is one of its programs."""
+    folder, _, rest = name.partition("/")
+    return folder in (PROGRAMS, ONNX) and checked_files.is_name(rest)
 
 
 def files(directory: str | os.PathLike[str]) -> list[str]:
@@ -144,7 +195,7 @@ def files(directory: str | os.PathLike[str]) -> list[str]:
     names = [CONFIG, *config[checked_files.KEY]]
     if config.items() >= LIBRARY.items():
         names += [name for name in (CARD, PREPROCESSOR) if (folder / name).exists()]
-    return sorted([*names, *(f"{ONNX}/{path.name}" for path in (folder / ONNX).glob("*"))])
+    return sorted(names)
 
 
 def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
@@ -158,9 +209,7 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
     data, params = _read_config(directory), _params_name(directory)
     config = _typed(data, os.path.join(directory, CONFIG))
     for name in checked_files.listed(data):  # programs are not run here, but elsewhere
-        if not name.startswith(f"{PROGRAMS}/") or not checked_files.is_name(
-            name.removeprefix(f"{PROGRAMS}/")
-        ):
+        if not is_program(name):
             continue
         if (storage.place(directory) / name).exists():
             checked_files.check(directory, data, name)

@@ -18,6 +18,7 @@ Examples:
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", "", f"{cli.CHECKPOINT} Default: the index's.")
     flags.DEFINE_string("index", "", "A folder of `coca-jax search index`, to search.")
     flags.DEFINE_string("host", "127.0.0.1", "Where to listen; others than loopback need a key.")
+    flags.DEFINE_string("public_name", "", "Of a proxy before it, coca.example.org; needs a key.")
     flags.DEFINE_integer("port", 8000, "0: any that is free.", lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("key_file", "", "A file that holds the key that requests must bring.")
     flags.DEFINE_integer("batch_size", 16, "Requests that run together.", lower_bound=1)
@@ -75,21 +77,26 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         index=index,
         key=key,
         loopback=loopback,
-        batch_size=max(model.batch_size // max(model.num_frames, 1), 1),
+        public_name=args.public_name,
+        batch_size=args.batch_size,
         wait=args.wait_ms / 1000,
         depth=args.queue,
         limits=limits,
     )
     start = time.time()
     address = running.url(listening)
-    running.serve(
+    left = running.serve(
         application,
         listening,
         grace=args.grace,
         ready=lambda: cli.say(f"serving at {address} (Ctrl-C ends it)"),
     )
-    batcher.stop()
-    return dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
+    ended = batcher.stop(left)
+    result = dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
+    if not ended:  # Python crashes where it ends beside a thread that compiles
+        print(json.dumps(result), flush=True)
+        os._exit(0)
+    return result
 
 
 def _key(loopback: bool) -> str:
@@ -97,11 +104,14 @@ def _key(loopback: bool) -> str:
     key = os.environ.get("COCA_JAX_SERVE_KEY", "")
     if flags.FLAGS.key_file:
         key = files.read_bounded(flags.FLAGS.key_file, 4096).decode("utf-8", "replace")
-    key = key.strip()
-    if not key and not loopback:
+    key, public = key.strip(), flags.FLAGS.public_name
+    if set(public) & set("/:@[] "):
+        raise ValueError(f"--public_name={public}: give the name alone, such as coca.example.org")
+    if not key and (public or not loopback):
+        given = f"--public_name={public}" if public else f"--host={flags.FLAGS.host}"
         raise ValueError(
-            f"--host={flags.FLAGS.host} is more than this machine: that needs a key, in a file "
-            "(--key_file) or in COCA_JAX_SERVE_KEY"
+            f"{given} is more than this machine: that needs a key, in a file (--key_file) or in "
+            "COCA_JAX_SERVE_KEY"
         )
     if key and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable()):
         raise ValueError(f"the key has {len(key)} letters; give {SHORTEST_KEY} or more of ASCII")
@@ -123,9 +133,9 @@ def _load() -> tuple[Any, Any]:
         model = coca_jax.load(
             args.checkpoint,
             dtype=args.dtype,
-            batch_size=args.batch_size * max(args.num_frames or 1, 1),
             num_frames=args.num_frames,
         )
+        model.set_batch_size(args.batch_size * max(model.num_frames, 1))
         if index:
             index.check(model)
     import numpy as np
@@ -137,10 +147,11 @@ def _load() -> tuple[Any, Any]:
         with cli.waiting("compiling what scores labels"):
             model.zero_shot(picture, ["a label"], ["{}"])
         return model, index
-    with cli.waiting("compiling what writes captions (1 of 2)"):
+    with cli.waiting(f"compiling what writes captions (1 of {1 + model.explains})"):
         *_, last = model.stream_captions(picture)
-    with cli.waiting("compiling what explains them (2 of 2)"):
-        model.explain(picture, last[0])
+    if model.explains:
+        with cli.waiting("compiling what explains them (2 of 2)"):
+            model.explain(picture, last[0])
     return model, index
 
 

@@ -44,9 +44,25 @@ def test_a_batch_is_bounded_and_one_bad_item_spoils_none():
         return await asyncio.gather(*jobs, *more, return_exceptions=True)
 
     found = asyncio.run(ask())
-    batcher.stop()
+    assert batcher.stop()
     assert found[:2] == [["A"], ["B"]] and found[3:8] == [["C"], ["D"], ["E"], ["F"], ["G"]]
     assert isinstance(found[2], ValueError) and isinstance(found[8], asyncio.CancelledError)
     assert work.batches == [["a", "b", "bad", "c"], ["a"], ["b"], ["bad"], ["c"], list("defg")]
     with pytest.raises(Refused, match="stopping"):
         asyncio.run(batcher.answers(work, ["late"]))
+
+
+def test_a_stop_waits_no_longer_than_it_may():
+    import asyncio
+
+    batcher, work = Batcher(None, batch_size=4, wait=0, depth=5), Slow()
+
+    async def ask():
+        job = asyncio.create_task(batcher.answers(work, ["a"]))
+        await asyncio.sleep(0.1)  # taken, and held
+        ended = batcher.stop(0.05)
+        work.go.set()
+        return ended, await job
+
+    assert asyncio.run(ask()) == (False, ["A"])
+    assert batcher.stop(10)

@@ -280,6 +280,16 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
                             num_frames=-1)  # fmt: skip
 
 
+def test_a_loaded_model_takes_more_frames_at_a_time_when_told(video_model):
+    with pytest.raises(ValueError, match="more images than batch_size=8"):
+        next(video_model.stream_captions(CLIPS))
+    video_model.set_batch_size(12)
+    assert len(next(video_model.stream_captions(CLIPS, max_tokens=2))) == 3
+    with pytest.raises(ValueError, match="batch_size=0: give a whole number"):
+        video_model.set_batch_size(0)
+    video_model.set_batch_size(8)
+
+
 def test_zero_shot_and_retrieval_of_videos(video_model, data, tmp_path):
     entry = dict(path=str(data / "out"), split="test")
     asked = [

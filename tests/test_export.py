@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -15,7 +16,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, inference
+from coca_jax import export, export_format, inference
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.models.pixels import normalise_pixels
@@ -121,6 +122,30 @@ def test_an_export_knows_what_its_images_and_labels_were(model, tmp_path):  # no
     assert np.abs(found - again.encode_text(texts, labels=True)).max() > 1e-3
 
 
+def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_path):  # noqa: F811
+    names = ["programs/encode_image.jax_export", "onnx/encode_image.onnx"]
+    for name in [*names, "programs/notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"of the first model")
+    own = ["config.json", "params.safetensors", "vocabulary.model"]
+    export_folder.write(model, str(tmp_path), programs=names[:1])
+    assert export_format.files(tmp_path) == sorted([*own, names[0]])
+    export_folder.write(model, str(tmp_path), programs=names[1:])
+    assert export_format.files(tmp_path) == sorted([*own, *names])
+    hub = export_folder.write_hub(model, str(tmp_path), "org/name")
+    assert {*names} < {*hub} and "programs/notes.txt" not in hub
+    params = jax.tree.map(lambda x: x + 1, model.params)
+    other = inference.CoCaModel(model.config, params, model.vocabulary)
+    (tmp_path / names[0]).write_bytes(b"of the second model")
+    export_folder.write(other, str(tmp_path), programs=names[:1])
+    assert export_format.files(tmp_path) == sorted([*own, names[0]])
+    assert coca_jax.load(str(tmp_path)).checksum() == other.checksum()
+    assert not (tmp_path / names[1]).exists()
+    assert (tmp_path / "programs/notes.txt").exists()  # not written by an export
+    export_folder.write(model, str(tmp_path))
+    assert export_format.files(tmp_path) == own and not (tmp_path / names[0]).exists()
+
+
 @pytest.mark.torch
 def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path):  # noqa: F811
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
@@ -153,6 +178,7 @@ def wanted_of(found):
 def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     given = dict(checkpoint="nowhere", out=str(tmp_path / "out"), format="onnx", push="")
+    given |= dict(private=False)
     args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch_size=1)
     monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=args))
     with pytest.raises(ValueError, match="--format=onnx needs jax2onnx: pip install"):
@@ -186,7 +212,7 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     flags_of("export", monkeypatch)
 
     def call(out, *given):
-        for name in ("format", "batch_size", "int8", "push", "private"):
+        for name in ("format", "batch_size", "int8", "push", "private", "platforms"):
             export.flags.FLAGS[name].unparse()
         place = f"--checkpoint={tmp_path / 'run'}"
         export.flags.FLAGS(["export", place, f"--out={tmp_path / out}", *given])
@@ -195,6 +221,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     told = call("programs")
     assert told["bytes"] == 1_234 and told["differences"] == {"a": 1_000, "b": 234}
     assert "1,000 bytes" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.export, "default_export_platform", lambda: "cuda")
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert "differences" in call("programs", "--platforms=tpu,cuda")
+        assert "differences" not in call("programs", "--platforms=cpu,rocm")
     told = call("hub", "--format=hub", "--push=org/name", "--private")
     assert told["url"] == "org/name True"
     assert (str(tmp_path / "hub"), "org/name", {"score": 1}) in calls
@@ -207,6 +238,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         (["--batch_size=4"], "--batch_size and --int8 belong to --format=onnx"),
         (["--format=onnx", "--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
         (["--push=org/name"], "--push=org/name: only with --format=hub"),
+        (["--private"], "--private: only with --push=org/name"),
+        (["--private", "--format=hub"], "--private: only with --push=org/name"),
+        (["--platforms="], "--platforms= names none: choose from cpu, tpu, cuda, rocm"),
+        (["--platforms=tpu", "--format=hub"], "--platforms=tpu: only with --format=folder"),
+        (["--platforms=cpu,tpu", "--format=onnx"], "--platforms=cpu,tpu: only with --format=fold"),
     ):
         with pytest.raises((ValueError, flags.Error), match=says):
             call("no", *given)

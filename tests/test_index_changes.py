@@ -15,7 +15,7 @@ from test_version_0_1 import flags_of
 import coca_jax
 from coca_jax import search
 from coca_jax.inference import loading
-from coca_jax.searching import index, parts, staged
+from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease
 
 
@@ -65,13 +65,27 @@ def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(mo
     assert again(model, "s") == (0, 0, 0, 1, 5)
     (folder / "4.png").write_bytes(encoded(4))  # there again
     (folder / "0.png").write_bytes(b"no picture any more")
-    assert again(model, "s") == (1, 1, 0, 2, 5)
+    assert again(model, "s") == (1, 0, 0, 2, 5)  # skipped, and not embedded anew
     assert sorted(rows(model)) == [f"s/{n}.png" for n in (1, 2, 3, 4, 5)]
     assert again(model, "s/1.png") == (0, 0, 0, 0, 5)  # the others are not asked for
     for number in range(6):
         assert len(np.load(f"i/img_emb/img_emb_{number}.npy")) == len(
             pq.read_table(f"i/metadata/metadata_{number}.parquet")
         )
+
+
+def test_an_index_that_gets_small_is_searched_without_its_graph(model, folder, monkeypatch):  # noqa: F811
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    monkeypatch.setattr(nearest, "EXACT_BELOW", 5)
+    again(model, "s")
+    assert index.finish(parts.Parts("i")) == "graph"
+    assert isinstance(index.Index("i").nearest, nearest.Graph)
+    for number in (0, 3):
+        (folder / f"{number}.png").unlink()
+    assert again(model, "s") == (0, 0, 2, 1, 4)
+    assert index.finish(parts.Parts("i")) == "exact"
+    found = index.Index("i")
+    assert isinstance(found.nearest, nearest.Exact) and len(found.names) == 4
 
 
 def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
@@ -82,6 +96,7 @@ def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
         path.write_bytes(out.getvalue())
     (folder / "2.png").write_bytes(encoded(70))
     (folder / "4.png").unlink()
+    assert index.Index("i").file(0)[0] == str(folder / "0.png")
     (folder / "new.png").write_bytes(encoded(71))
     assert again(model, "s") == (1, 0, 1, 1, 6)
 
@@ -97,6 +112,31 @@ def test_two_spellings_of_a_folder_are_one(model, folder, monkeypatch):  # noqa:
     (folder / "new.png").write_bytes(encoded(71))
     assert again(model, ".", "../i") == (1, 0, 0, 1, 7)
     assert index.Index("../i").names[-1] == str(folder / "new.png")
+
+
+def test_the_file_of_a_row_lies_below_where_the_index_was_made(model, folder, monkeypatch):  # noqa: F811
+    again(model, "s")
+    found = index.Index("i")
+    row = found.names.index("s/3.png")
+    other = folder / "elsewhere/s/3.png"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(encoded(3))
+    monkeypatch.chdir(other.parent.parent)  # which has a file of this name too
+    before = os.stat(folder / "3.png")
+    wanted = str(folder / "3.png"), (before.st_size, before.st_mtime_ns)
+    assert index.Index(str(folder.parent / "i")).file(row) == wanted
+    (folder / "3.png").write_bytes(encoded(80))
+    with pytest.raises(ValueError, match="s/3.png is gone or changed; run the same"):
+        found.file(row)
+    (folder / "3.png").unlink()
+    with pytest.raises(ValueError, match="s/3.png is gone or changed"):
+        found.file(row)
+    (folder / "2.png").unlink()
+    monkeypatch.chdir(folder.parent)
+    again(model, "s")  # rows behind those that are dropped
+    found = index.Index("i")
+    for row, name in enumerate(found.names):
+        assert found.file(row)[0] == str(folder.parent / name)
 
 
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811

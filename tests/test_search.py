@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -154,6 +155,24 @@ def test_a_picture_finds_itself_and_weights_move_the_query(model, folder, tmp_pa
         found.check(model)
 
 
+def test_a_negative_weight_looks_away_and_weights_that_leave_nothing_are_refused():
+    x = np.eye(2, dtype=np.float32)
+    wanted = np.array([0.5, -1]) / np.sqrt(1.25)
+    np.testing.assert_allclose(index.mixed(x, [0.5, -1]), wanted, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x, [5e307, -1e308]), wanted, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x, [1, -1]), np.array([1, -1]) / 2**0.5, atol=1e-6)
+    np.testing.assert_allclose(index.mixed(x), np.array([1, 1]) / 2**0.5, atol=1e-6)
+    for weights, says in (
+        ([1, float("nan")], "1, nan: give finite numbers"),
+        ([float("inf"), 1], "inf, 1: give finite numbers"),
+        ([0, 0], "0, 0 leave nothing to look for"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            index.mixed(x, weights)
+    with pytest.raises(ValueError, match="1, -1 leave nothing to look for; change one"):
+        index.mixed(np.ones((2, 2), np.float32) / np.float32(2**0.5), [1, -1])
+
+
 def clustered(count: int, width: int) -> np.ndarray:
     """Unit vectors in groups, as embeddings of pictures lie, not spread evenly."""
     rng = np.random.default_rng(0)
@@ -229,6 +248,25 @@ def test_duplicates_are_joined_by_chains_of_pairs():
     assert alike.duplicates(Pictures(x[:0]), near) == []
     with pytest.raises(ValueError, match="--threshold=1.5"):
         alike.duplicates(Pictures(x), 1.5)
+
+
+def test_equal_pictures_are_duplicates_at_the_threshold_1(tmp_path):
+    x = clustered(500, 64)
+    twins = Pictures(np.concatenate([x, x]))
+    assert alike.duplicates(twins, 1.0) == [[row, row + 500] for row in range(500)]
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    nearest.build(twins.embeddings, str(tmp_path))
+    twins.nearest = nearest.open_nearest(twins.embeddings, str(tmp_path))
+    assert len(alike.duplicates(twins, 1.0)) >= 495
+
+
+def test_duplicates_of_many_equal_pictures_keep_no_list_of_pairs():
+    same = Pictures(np.full((5000, 4), 0.5))
+    tracemalloc.start()
+    assert alike.duplicates(same, 0.95) == [[*range(5000)]]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 << 20  # their 12 million pairs are 200 MiB
 
 
 def test_clusters_are_the_groups_that_there_are():

@@ -5,6 +5,7 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -180,6 +181,13 @@ def test_labels_answers_and_embeddings(client, model):
     status, answer = client.post("/api/explain", ("image", picture), ("text", "a red circle"))
     said = [word["text"] for word in answer["results"][0]["captions"][0]["words"]]
     assert said == ["a", "red", "circle", ""]
+    assert answer["results"][0]["captions"][0]["finished"] is True
+    room = model.max_len - 2  # beside the begin and the end symbol
+    for count in (room, room + 1):
+        text = " ".join(["a"] * count)
+        assert len(model.vocabulary.encode(text)) == count
+        status, answer = client.post("/api/explain", ("image", picture), ("text", text))
+        assert answer["results"][0]["captions"][0]["finished"] == (count == room)
     assert "no task head" in client.refused(404, "/api/head", ("image", picture))
 
 
@@ -200,7 +208,22 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     assert client.get("/api/pictures/6")[0] == 404
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
-    assert "add up to 0" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    away = client.post("/api/search", ("image", picture), ("image_weight", -1))[1]["results"]
+    assert away[-1]["image"] == "below/5.png" and away[-1]["score"] < -0.99
+
+
+def test_a_picture_that_changed_is_not_shown_as_the_one_that_was_found(client, searched, folder):
+    path = folder / "pictures/1.png"
+    (row,) = [i for i, name in enumerate(searched.names) if name == str(path)]
+    assert client.get(f"/api/pictures/{row}")[0] == 200
+    data, then = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(png(99, 30))
+    status, _, told = client.get(f"/api/pictures/{row}")
+    assert status == 404 and b"moved or changed" in told
+    path.write_bytes(data)
+    os.utime(path, ns=(then, then))
+    assert client.get(f"/api/pictures/{row}")[0] == 200
 
 
 def bomb(side: int) -> bytes:
@@ -274,7 +297,7 @@ def test_the_page_and_what_watches_the_server(client):
     assert "http://" not in page and "https://" not in page  # nothing of others
     info = json.loads(client.get("/api/info")[2])
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
-    assert info["captions"] is True
+    assert info["captions"] is True and info["explains"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))
     assert client.post("/api/caption", image)[0] == 200 and client.get("/none")[0] == 404
@@ -321,6 +344,26 @@ def test_who_may_ask(model):
         assert "other sites" in client.refused(403, "/api/embed", ("text", "red"), headers=other)
         own = {"Origin": f"http://127.0.0.1:{client.port}"} | right
         assert client.post("/api/embed", ("text", "red"), headers=own)[0] == 200
+    finally:
+        client.close()
+
+
+def test_a_proxy_that_is_named_may_stand_before_it(model):
+    """With its own Host, as nginx sets it, or with the one that it was asked by."""
+    client = Client(model, key=KEY, public_name="Coca.example.org")
+    inner, page = f"127.0.0.1:{client.port}", "https://coca.example.org"
+    try:
+        for host, origin, wanted in (
+            (inner, page, 200),
+            ("coca.example.org", page, 200),
+            ("coca.example.org:8443", f"{page}:8443", 200),
+            (inner, f"http://{inner}", 200),
+            (inner, "https://coca.example.org.evil.example", 403),
+            (inner, "null", 403),
+            ("evil.example", page, 403),
+        ):
+            given = {"Host": host, "Origin": origin, "Authorization": f"Bearer {KEY}"}
+            assert client.post("/api/embed", ("text", "red"), headers=given)[0] == wanted, given
     finally:
         client.close()
 

@@ -17,15 +17,18 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+from test_inference import no_compile_cache, tiny_model, tiny_parts, words  # noqa: F401
 from test_search import embed, encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import serve
+from coca_jax import inference, serve
+from coca_jax.config import typed
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
+
+from test_serve import Client  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,8 @@ def command(*arguments: str, **env: str) -> subprocess.Popen:
     [
         ((), "--checkpoint is missing"),
         (("--checkpoint=x", "--host=0.0.0.0"), "needs a key"),
+        (("--checkpoint=x", "--public_name=coca.example.org"), "org is more than this machine"),
+        (("--checkpoint=x", "--public_name=https://coca.example.org"), "give the name alone"),
         (("--checkpoint=none", "--port=0"), "none does not exist"),
     ],
 )
@@ -66,27 +71,33 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         [
             *("serve", "--checkpoint=runs/demo/", f"--key_file={tmp_path / 'key'}", "--port=0"),
             *("--wait_ms=20", "--queue=7", "--max_megabytes=3", "--max_pixels=1000"),
-            *("--max_images=2", "--grace=4"),
+            *("--max_images=2", "--grace=4", "--batch_size=3"),
+            "--public_name=coca.example.org",
         ]
     )
-    small = types.SimpleNamespace(batch_size=12, num_frames=4)
+    small = types.SimpleNamespace()
     monkeypatch.setattr(serve, "_load", lambda: (small, None))
     built, served, stopped = {}, {}, []
 
     def build(model, **given):
         built.update(given, model=model)
         numbers = types.SimpleNamespace(answered=5)
-        return "application", types.SimpleNamespace(stop=lambda: stopped.append(1)), numbers
+        return "application", types.SimpleNamespace(stop=stop), numbers
+
+    def stop(seconds):
+        stopped.append(seconds)
+        return len(stopped) == 1
 
     def run(application, listening, *, grace, ready):
         served.update(application=application, grace=grace)
         ready()
         listening.close()
+        return 2.5
 
     monkeypatch.setattr(app, "build", build)
     monkeypatch.setattr(running, "serve", run)
     done = serve.main(["serve"])
-    assert done["requests"] == 5 and stopped == [1]
+    assert done["requests"] == 5 and stopped == [2.5]
     assert served == dict(application="application", grace=4)
     assert "serving at http://127.0.0.1:" in capsys.readouterr().err
     assert built.pop("limits") == uploads.Limits(3, 1000, 2) and built.pop("model") is small
@@ -95,10 +106,15 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         index=None,
         key="a-key-of-20-letters.",
         loopback=True,
+        public_name="coca.example.org",
         batch_size=3,
         wait=0.02,
         depth=7,
     )
+    monkeypatch.setattr(serve.os, "_exit", lambda status: stopped.append(f"left with {status}"))
+    serve.main(["serve"])  # now the model is still at work when the time is over
+    assert stopped == [2.5, 2.5, "left with 0"]
+    assert json.loads(capsys.readouterr().out)["requests"] == 5
     (tmp_path / "key").write_text("short")
     with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
         serve.main(["serve"])
@@ -120,7 +136,7 @@ def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, t
     serve.flags.FLAGS(["serve", f"--index={tmp_path / 'index'}", "--batch_size=8"])
     found, index = serve._load()
     assert found is model and len(index.names) == 3
-    assert asked == [("runs/mine", dict(dtype=None, batch_size=8, num_frames=None))]
+    assert asked == [("runs/mine", dict(dtype=None, num_frames=None))] and found.batch_size == 8
 
     def listen(event, *_, **__):
         compiled.append(event.endswith("backend_compile_duration"))
@@ -140,6 +156,45 @@ def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, t
     monkeypatch.setattr(coca_jax, "load", lambda *_, **__: other)
     with pytest.raises(ValueError, match="runs/mine with other weights or preproc.*; give that"):
         serve._load()
+
+
+@pytest.mark.parametrize("frames, size", [(0, 16), (8, 128)])
+def test_requests_run_together_of_clips_too(monkeypatch, frames, size):
+    """A model takes frames at a time, and says itself of how many its clips are."""
+    asked = []
+    loaded = types.SimpleNamespace(
+        image_size=16,
+        num_frames=frames,
+        writes_captions=False,
+        set_batch_size=asked.append,
+        zero_shot=lambda *given: None,
+    )
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: loaded)
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(["serve", "--checkpoint=runs/clips", "--batch_size=16"])
+    assert serve._load() == (loaded, None) and asked == [size]
+
+
+def test_a_model_of_pictures_of_any_shape_is_served_without_what_explains(words, monkeypatch):  # noqa: F811
+    config, params = tiny_parts()
+    config = typed(config).change({"data.resize": "native", "data.max_patches": 6})
+    native = inference.CoCaModel(config, params, words, devices=jax.devices()[:1])
+    monkeypatch.setattr(coca_jax, "load", lambda *_, **__: native)
+    flags_of("serve", monkeypatch)
+    serve.flags.FLAGS(["serve", "--checkpoint=runs/native"])
+    assert serve._load() == (native, None)
+    client = Client(native)
+    try:
+        assert json.loads(client.get("/api/info")[2])["explains"] is False
+        wide = ("image", encoded(3))
+        status, answer = client.post("/api/caption", wide)
+        assert status == 200
+        assert answer["results"][0]["captions"][0]["text"] == native.caption([encoded(3)])[0]
+        for path, field in (("/api/caption", ("explain", 1)), ("/api/explain", ("text", "red"))):
+            assert "data.resize='native'" in client.refused(404, path, wide, field)
+        assert client.post("/api/zero_shot", wide, ("label", "red\nblue"))[0] == 200
+    finally:
+        client.close()
 
 
 def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
@@ -181,6 +236,67 @@ def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with pytest.raises(OSError):
         socket.create_connection(listening.getsockname()[:2], timeout=5)
+
+
+def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
+    """An upload that never ends and a stream: JSON and an event, no traceback."""
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    from coca_jax.serving import endpoints, guard, running
+
+    begun, answers = threading.Semaphore(0), {}
+
+    async def never():
+        yield dict(tokens=[])
+        begun.release()
+        await asyncio.sleep(600)
+
+    async def stream(request):
+        return StreamingResponse(endpoints._events(never()), media_type="text/event-stream")
+
+    async def upload(request):
+        begun.release()
+        await request.body()
+
+    routes = [Route("/stream", stream), Route("/upload", upload, methods=["POST"])]
+    seen: list[tuple[str, int]] = []
+    app = guard.Guard(
+        Starlette(routes=routes),
+        key="",
+        loopback=True,
+        most=1 << 20,
+        seen=lambda path, status, seconds: seen.append((path, status)),
+    )
+    listening = running.listen("127.0.0.1", 0)
+
+    def ask(method, path, headers):
+        connection = http.client.HTTPConnection(*listening.getsockname()[:2], timeout=60)
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        answers[path] = answer.status, answer.read()
+
+    def end():
+        for _ in range(2):
+            begun.acquire(timeout=60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threads = [
+        threading.Thread(target=ask, args=("GET", "/stream", {})),
+        threading.Thread(target=ask, args=("POST", "/upload", {"Content-Length": "999"})),
+        threading.Thread(target=end),
+    ]
+    left = running.serve(
+        app, listening, grace=0, ready=lambda: [thread.start() for thread in threads]
+    )
+    for thread in threads:
+        thread.join()
+    told = b'{"error": "the server is stopping; ask again later"}'
+    assert left == 0 and sorted(seen) == [("/stream", 200), ("/upload", 503)]
+    assert answers["/upload"] == (503, told.replace(b": ", b":"))
+    assert answers["/stream"][1].endswith(b"event: error\ndata: " + told + b"\n\n")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.slow  # two starts of the command

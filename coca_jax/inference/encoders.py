@@ -80,6 +80,11 @@ class Encoders:
             num_classes=len(self.class_names),
         )
 
+    def set_batch_size(self, batch_size: int) -> None:
+        """Images (or frames of videos) or texts at a time from now on: what a loaded model makes of
+        them, its `num_frames`, is known by then. Raises ValueError for none."""
+        self.batch_size = self._reader.batch_size = check_batch_size(batch_size)
+
     def set_params(self, params: dict) -> None:
         """Puts other parameters of the same shapes in place, on the same devices: programs stay
         compiled. {} lets go of those that there are, until the next."""

@@ -7,7 +7,7 @@ import os
 import pathlib
 import string
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +30,16 @@ def check(model: CoCaModel) -> None:
         )
 
 
-def write(model: CoCaModel, folder: str, *, hub: bool = False, dtype: str = "") -> None:
+def write(
+    model: CoCaModel,
+    folder: str,
+    *,
+    hub: bool = False,
+    dtype: str = "",
+    programs: Iterable[str] = (),
+) -> None:
     """Writes an export folder, see export_format.py; hub: in the layout of the hub; dtype: that it
-    will compute in, default: what the model does.
+    will compute in, default: what the model does; programs: of this model, that are there already.
 
     Raises ValueError as `check`, and naming a parameter with values that are NaN or infinite.
     """
@@ -56,7 +63,7 @@ def write(model: CoCaModel, folder: str, *, hub: bool = False, dtype: str = "") 
         suffix = _SUFFIXES.get(model.vocabulary.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")
         model.vocabulary.save(path)
-        export_format.write_export(folder, model.params, config, path, hub=hub)
+        export_format.write_export(folder, model.params, config, path, hub=hub, programs=programs)
 
 
 def write_hub(

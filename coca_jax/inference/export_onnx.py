@@ -57,6 +57,8 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
     functions = export_programs.functions_of(model, ["cpu"], layout="kernel")
     with storage.local_folder(out) as folder:
         os.makedirs(os.path.join(folder, export_format.ONNX), exist_ok=True)
+        for name in NAMES:
+            storage.remove(_beside(folder, name))  # onnx would write behind what is there
         for name, (function, *arguments) in programs(functions, model, arrays).items():
             write(function, arguments, name, file(folder, name))
         found = Found(model, arrays, folder, "")
@@ -69,7 +71,11 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
             for name in NAMES:
                 quantise(file(folder, name), file(folder, name, ".int8"))
             result["int8"] = Found(model, arrays, folder, ".int8").losses()
-        export_folder.write(model, folder)
+        kinds = ("", ".int8") if int8 else ("",)
+        written = [file(folder, name, kind) for name in NAMES for kind in kinds]
+        written += [path for name in NAMES if os.path.exists(path := _beside(folder, name))]
+        names = [f"{export_format.ONNX}/{os.path.basename(path)}" for path in written]
+        export_folder.write(model, folder, programs=names)
         result["files"] = export_folder.sizes(folder)
     return result
 
@@ -77,6 +83,11 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
 def file(folder: str, name: str, kind: str = "") -> str:
     """The path of a program's file; kind: '' or '.int8'."""
     return os.path.join(folder, export_format.ONNX, f"{name}{kind}.onnx")
+
+
+def _beside(folder: str, name: str) -> str:
+    """The path of a large program's weights."""
+    return os.path.join(folder, export_format.ONNX, f"{name}.weights")
 
 
 class Arrays:

@@ -145,7 +145,8 @@ def export(model: CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> d
     with storage.local_folder(out) as folder:
         for name, data in programs.items():
             storage.write_bytes(_program(folder, name), data)
-        export_folder.write(model, folder)
+        names = [f"{export_format.PROGRAMS}/{_program(folder, name).name}" for name in programs]
+        export_folder.write(model, folder, programs=names)
         return export_folder.sizes(folder)
 
 

@@ -269,6 +269,11 @@ class CoCaModel(Scores):
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
         return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
 
+    @property
+    def explains(self) -> bool:
+        """Whether `explain` is for this model: its images are of one shape."""
+        return self.resize != "native"
+
     def explain(
         self, images: Any, texts: Sequence[str | Caption], *, progress: bool = False
     ) -> list[Explanation]:
@@ -279,7 +284,7 @@ class CoCaModel(Scores):
         pass by the reference form of the operations. Raises ValueError unless there are as many
         texts as images.
         """
-        if self.resize == "native":
+        if not self.explains:
             raise ValueError("explain takes square images; this model has data.resize='native'")
         ids = []
         for text in texts:

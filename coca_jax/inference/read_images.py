@@ -46,7 +46,7 @@ class ImageReader:
     ) -> None:
         self._native = native
         self._size, self._resize, self._num_frames = size, resize, num_frames
-        self._batch_size, self._devices = batch_size, devices
+        self.batch_size, self._devices = batch_size, devices
 
     def batches(
         self, images: Any, progress: bool, num_frames: int = 0, *, even: bool = False
@@ -55,7 +55,7 @@ class ImageReader:
         read by threads while one is used."""
         frames = num_frames or self._num_frames
         images = self.listed(images, frames)
-        size = max(self._batch_size // max(frames, 1), 1)
+        size = max(self.batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
         with (

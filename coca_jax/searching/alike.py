@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from coca_jax.searching.index import Index
 from coca_jax.searching.nearest import Exact
 
 _ROWS = 1024  # compared at a time
+_ROUNDING = 1e-6  # of the similarity of two equal vectors
 _NEIGHBOURS = 32  # of each picture that a graph is asked for
 
 
@@ -27,30 +29,39 @@ def duplicates(index: Index, threshold: float) -> list[list[int]]:
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold={threshold}: a cosine similarity above 0, at most 1")
     count = len(index.embeddings)
-    left, right = [], []
-    for start in range(0, count, _ROWS):
-        queries = index.embeddings[start : start + _ROWS].astype(np.float32)
-        if isinstance(index.nearest, Exact):
-            later = index.embeddings[start:]  # pairs with earlier pictures were found from those
-            blocks = [later[i : i + 16 * _ROWS] for i in range(0, len(later), 16 * _ROWS)]
-            similar = np.concatenate([queries @ block.astype(np.float32).T for block in blocks], 1)
-            i, j = np.nonzero(similar >= threshold)
-            j = j + start
-        else:
-            similar, near = index.nearest(queries, _NEIGHBOURS)
-            i, place = np.nonzero(similar >= threshold)
-            j = near[i, place]
-        left.append(i + start)
-        right.append(j)
-    if not count:
-        return []
-    i, j = np.concatenate(left), np.concatenate(right)
-    pairs = scipy.sparse.coo_matrix((np.ones(len(i), bool), (i, j)), (count, count))
-    _, label = scipy.sparse.csgraph.connected_components(pairs, directed=False)
+    label = np.arange(count)  # of each row its group's, so far
+    for i, j in _pairs(index, threshold - _ROUNDING):
+        i, j = label[i], label[j]
+        new = i != j
+        if new.any():
+            joined = np.ones(new.sum(), bool), (i[new], j[new])
+            graph = scipy.sparse.coo_matrix(joined, (count, count))
+            label = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][label]
     order = np.argsort(label, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
     found: list[list[int]] = [group.tolist() for group in groups if len(group) > 1]
     return sorted(found, key=lambda group: (-len(group), group[0]))
+
+
+def _pairs(index: Index, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of similar pairs, some at a time: of pictures that are all alike there are N^2."""
+    x = index.embeddings
+    for start in range(0, len(x), _ROWS):
+        queries = _unit(x[start : start + _ROWS])
+        if isinstance(index.nearest, Exact):
+            for later in range(start, len(x), _ROWS):  # earlier pairs were found from the other row
+                i, j = np.nonzero(queries @ _unit(x[later : later + _ROWS]).T >= least)
+                yield i + start, j + later
+        else:
+            near = index.nearest(queries, _NEIGHBOURS)[1]
+            i, place = np.nonzero(np.einsum("qe,qke->qk", queries, _unit(x[near])) >= least)
+            yield i + start, near[i, place]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """float16 [..., E], whose length is rounded too, to float32 of length 1."""
+    x = x.astype(np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ from coca_jax.searching.pictures import Group
 if TYPE_CHECKING:
     from coca_jax.inference.model import CoCaModel
 
+_LEAST = 1e-6  # length of a query before it is normalised, whose largest weight is 1
+
 
 def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
     """The pictures at `inputs` that `parts` does not hold, or not as they are now.
@@ -94,7 +96,7 @@ def add(
         model: None where all groups are staged.
 
     Returns:
-        Numbers of pictures: new; changed, which are embedded anew; gone; already_there before;
+        Numbers of pictures: new; changed, which were embedded anew; gone; already_there before;
         skipped, which could not be read; pictures, in the index now.
 
     Raises:
@@ -115,8 +117,8 @@ def add(
                 raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
             staged.remove(parts.folder, group)
     names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
-    held = [name for name in names if name in before and before[name].row >= 0]
     failed = [name for name in names if parts.files[name].row < 0]
+    held = {name for name in names if name in before and before[name].row >= 0} - {*failed}
     others = parts.skipped.keys() - known
     parts.drop(gone)
     return dict(
@@ -130,7 +132,8 @@ def add(
 
 
 def finish(parts: Parts, *, progress: bool = False) -> str:
-    """Removes what was staged and not asked for in the end, and builds the graph of a large index.
+    """Removes what was staged and not asked for in the end, and builds the graph of a large index,
+    or removes that of one which is large no more.
 
     Returns:
         'exact' or 'graph', how it is searched.
@@ -138,6 +141,7 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     storage.remove(files.join(parts.folder, STAGED))
     count = len(parts.names())
     if count < nearest.EXACT_BELOW:
+        storage.remove(files.join(parts.folder, nearest.FILE))
         return "exact"
     nearest.build(parts.embeddings(), parts.folder, progress=progress)
     return "graph"
@@ -162,7 +166,8 @@ class Index:
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
         self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
         self.names, self.captions = parts.names(), parts.captions()
-        self.embeddings = parts.embeddings()
+        self.embeddings, self._stamps = parts.embeddings(), parts.stamps()
+        self._whole_path = parts.whole_path
         self.nearest = nearest.open_nearest(self.embeddings, folder)
 
     def check(self, model: CoCaModel) -> None:
@@ -173,6 +178,19 @@ class Index:
                 "give that --checkpoint, or index again"
             )
 
+    def file(self, row: int) -> tuple[str, tuple[int, int] | None]:
+        """Where picture `row` lies, and its `local_files.stamp`: of a relative name below the
+        folder in which the index was made.
+
+        Raises:
+            ValueError: it is there no more, or not as it was when it was embedded.
+        """
+        path = self._whole_path(self.names[row])
+        now, before = local_files.stamp(path), self._stamps[row]
+        if before.min() >= 0 and now != tuple(before):
+            raise ValueError(f"{path} is gone or changed; run the same `search index` again")
+        return path, now
+
     def query(
         self,
         model: CoCaModel,
@@ -180,11 +198,11 @@ class Index:
         images: Sequence[Any] = (),
         weights: Sequence[float] = (),
     ) -> np.ndarray:
-        """The embedding of texts and pictures together, float32 [E]: the weighted mean of theirs,
+        """The embedding of texts and pictures together, float32 [E]: the weighted sum of theirs,
         L2-normalised. weights: of the texts, then of the pictures; default: all 1.
 
         Raises:
-            ValueError: nothing to look for, or another number of weights.
+            ValueError: nothing to look for, another number of weights, or such as `mixed` refuses.
         """
         count = len(texts) + len(images)
         if not count or (weights and len(weights) != count):
@@ -212,6 +230,19 @@ class Index:
 
 
 def mixed(embeddings: np.ndarray, weights: Sequence[float] = ()) -> np.ndarray:
-    """The weighted mean of float32 [N, E], L2-normalised: [E]; weights: default: all 1."""
-    mean = np.average(embeddings, 0, weights or None)
-    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
+    """The weighted sum of float32 [N, E], L2-normalised: [E]; weights: default: all 1. What has a
+    negative one is looked away from.
+
+    Raises:
+        ValueError: weights that are not finite, or that leave nothing.
+    """
+    given = np.asarray(weights or np.ones(len(embeddings)), np.float64)
+    told = ", ".join(f"{weight:g}" for weight in given)
+    if not np.isfinite(given).all():
+        raise ValueError(f"the weights {told}: give finite numbers")
+    scaled = given / max(np.abs(given).max(), np.finfo(float).tiny)
+    whole = scaled @ embeddings
+    length = np.linalg.norm(whole)
+    if length < _LEAST:
+        raise ValueError(f"the weights {told} leave nothing to look for; change one")
+    return (whole / length).astype(np.float32)

@@ -263,6 +263,17 @@ class Parts:
         found = [text for table in self._tables for text in table[name].to_pylist()]
         return [text for row, text in enumerate(found) if row not in self._dropped]
 
+    def stamps(self) -> np.ndarray:
+        """int64 [N, 2]: size and mtime_ns of all pictures, -1 of what has none."""
+        found = [
+            np.stack([table[name].fill_null(-1).to_numpy() for name in STAMP], 1)
+            if STAMP[0] in table.column_names
+            else np.full((len(table), 2), -1)
+            for table in self._tables
+        ]
+        whole = np.concatenate([np.zeros((0, 2), np.int64), *found])
+        return np.delete(whole, sorted(self._dropped), axis=0)
+
     def embeddings(self) -> np.ndarray:
         """float16 [N, E] of all pictures, in order.
 

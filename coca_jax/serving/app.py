@@ -40,6 +40,7 @@ def build(
     index: Any = None,
     key: str = "",
     loopback: bool = True,
+    public_name: str = "",
     batch_size: int = 16,
     wait: float = 0.005,
     depth: int = 1024,
@@ -48,8 +49,8 @@ def build(
     """The application, the thread that runs the model, and its counters.
 
     model: what `coca_jax.load` returns; name: how the page calls it. index: a
-    searching.index.Index of this model. key, loopback: see guard.Guard. batch_size, wait, depth:
-    see batcher.Batcher.
+    searching.index.Index of this model. key, loopback, public_name: see guard.Guard. batch_size,
+    wait, depth: see batcher.Batcher.
     """
     limits = limits or Limits()
     routes = {"/healthz", "/metrics", "/openapi.json", "/api/info", *PAGE}
@@ -84,13 +85,10 @@ def build(
             Route("/healthz", health),
             Route("/metrics", metrics),
         ],
-        exception_handlers={
-            Refused: answer_refused,
-            HTTPException: _http_error,
-            Exception: _defect,
-        },
+        exception_handlers=_HANDLERS,
     )
-    guard = Guard(app, key=key, loopback=loopback, most=limits.bytes, seen=numbers.request)
+    who: dict[str, Any] = dict(key=key, loopback=loopback, public_name=public_name)
+    guard = Guard(app, **who, most=limits.bytes, seen=numbers.request)
     return guard, batcher, numbers
 
 
@@ -126,6 +124,9 @@ async def _defect(_: Request, error: Exception) -> Response:
     return Refused(500, "it failed here; the server's log says why").response()
 
 
+_HANDLERS = {Refused: answer_refused, HTTPException: _http_error, Exception: _defect}
+
+
 def _about(server: Server, name: str) -> dict[str, Any]:
     model, config, limits = server.model, server.model.config, server.limits
     sources = config.data.sources
@@ -139,6 +140,7 @@ def _about(server: Server, name: str) -> dict[str, Any]:
         max_tokens=model.max_len,
         embedding=config.model.embed_dim,
         captions=model.writes_captions,
+        explains=model.writes_captions and model.explains,
         head=None
         if kind is None
         else dict(

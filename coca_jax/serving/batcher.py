@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import STOPPING, Refused
 
 
 class Work(Protocol):
@@ -85,7 +85,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         with self._changed:
             if self._stopping:
-                raise Refused(503, "the server is stopping; ask again later")
+                raise Refused(503, STOPPING)
             if len(self._jobs) + len(items) > self._depth:
                 raise Refused(503, "too many requests wait; ask again later", {"Retry-After": "1"})
             streams = []
@@ -97,12 +97,14 @@ class Batcher:
             self._changed.notify()
         return streams
 
-    def stop(self) -> None:
-        """Answers what waits, then ends the thread; not longer than a minute."""
+    def stop(self, seconds: float = 60.0) -> bool:
+        """Answers what waits, then ends the thread; waits for that no longer than `seconds`.
+        Returns whether it has ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join(60)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _take(self) -> list[_Job]:
         """The next batch; [] when stopping."""

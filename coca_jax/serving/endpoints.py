@@ -20,7 +20,7 @@ from coca_jax.searching.index import mixed
 from coca_jax.serving import forms, uploads, works
 from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.forms import Field
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import STOPPING, Refused
 from coca_jax.serving.uploads import Limits
 
 MOST_LABELS = 1000
@@ -93,10 +93,22 @@ def _check_writes(server: Server) -> None:
         raise Refused(404, "this model has no decoder and writes no texts; ask /api/zero_shot")
 
 
+def _check_explains(server: Server) -> None:
+    _check_writes(server)
+    if not server.model.explains:
+        raise Refused(
+            404,
+            "this model takes pictures of any shape (data.resize='native') and cannot say where it "
+            "looked; ask /api/caption without explain",
+        )
+
+
 async def caption(server: Server, values: Values) -> Any:
     """Captions; one picture's may be streamed."""
     _check_writes(server)
     settings, explain = forms.settings(values), values["explain"]
+    if explain:
+        _check_explains(server)
     items = [(pixels, values["prompt"]) for pixels in _pictures(values)]
     if not values["stream"]:
         answers = await server.batcher.answers(works.Captions(settings, explain), items)
@@ -114,14 +126,17 @@ async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
         async for answer in answers:
             kind = "tokens" if "tokens" in answer else "result"
             yield f"event: {kind}\ndata: {json.dumps(answer)}\n\n"
-    except Exception as error:
-        text = " ".join(str(error).split()) if isinstance(error, ValueError) else "it failed here"
+    except (Exception, asyncio.CancelledError) as error:
+        told = isinstance(error, (ValueError, Refused))
+        text = " ".join(str(error).split()) if told else "it failed here"
+        if isinstance(error, asyncio.CancelledError):  # no time is left at the end
+            text = STOPPING
         yield f"event: error\ndata: {json.dumps(dict(error=text))}\n\n"
 
 
 async def explain(server: Server, values: Values) -> Any:
     """A text's words beside each picture."""
-    _check_writes(server)
+    _check_explains(server)
     items = [(pixels, values["text"]) for pixels in _pictures(values)]
     return dict(results=await server.batcher.answers(works.Explain(), items))
 
@@ -196,8 +211,6 @@ async def search(server: Server, values: Values) -> Any:
         raise Refused(400, "nothing to look for; send text, image, or like")
     text_weight, image_weight = values["text_weight"], values["image_weight"]
     weights = [text_weight] * len(words) + [image_weight] * len(pictures)
-    if not sum(weights):
-        raise Refused(400, "the weights add up to 0; change one")
     query = mixed(np.stack([*words, *pictures]), weights)
     found = await run_in_threadpool(index.search, query, values["k"])
     for one in found:  # names below the folder that all pictures are in: no paths of this machine
@@ -221,7 +234,7 @@ async def picture(server: Server, request: Request) -> Response:
     if row >= len(index.names):
         raise Refused(404, f"picture {row}: the index has {len(index.names)}, from 0")
     try:
-        data = await run_in_threadpool(uploads.smaller, index.names[row], int(given))
+        data = await run_in_threadpool(uploads.smaller, index, row, int(given))
     except (ValueError, OSError):
         raise Refused(
             404, f"picture {row} cannot be shown: it lies in an archive, or was moved or changed"

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import STOPPING, Refused
 
 # Nothing but the page's own files, no frame around it; pictures also from what the user chose.
 HEADERS = {
@@ -37,6 +37,7 @@ class Guard:
         key: that requests must bring as `Authorization: Bearer KEY`; '': none.
         loopback: whether requests must be meant for this machine by their Host header, so that no
             page of somebody else's reaches it under a name of its own (DNS rebinding).
+        public_name: of the proxy before it, under which it may be asked too, and its page ask.
         most: bytes of a request at most.
         seen: called with path, status and seconds of each request.
     """
@@ -49,8 +50,10 @@ class Guard:
         loopback: bool,
         most: int,
         seen: Callable[[str, int, float], None],
+        public_name: str = "",
     ):
         self._app, self._key, self._loopback = app, key.encode(), loopback
+        self._public = public_name.lower()
         self._most, self._seen = most, seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +61,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, body = time.monotonic(), 500, _Body(receive, self._most)
+        begun, status, body = time.monotonic(), 0, _Body(receive, self._most)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -77,15 +80,20 @@ class Guard:
             await self._app(scope, body.receive, send_with_headers)
         except Refused as refused:
             await refused.response()(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # no time is left at the end
+            body.give_up()
+            if not status:
+                await Refused(503, STOPPING).response()(scope, receive, send_with_headers)
         finally:
-            self._seen(scope["path"], status, time.monotonic() - begun)
+            self._seen(scope["path"], status or 500, time.monotonic() - begun)
 
     def _check(self, request: Request) -> None:
         host = request.headers.get("host", "")
-        if self._loopback and not is_loopback(_host(host)):
+        if self._loopback and not is_loopback(_host(host)) and not self._is_public(host):
             raise Refused(403, f"Host: {host[:80]}: this server answers to localhost alone")
         origin = request.headers.get("origin", "")
-        if origin and origin.partition("://")[2] != host:
+        asking = origin.partition("://")[2]
+        if origin and asking != host and not self._is_public(asking):
             raise Refused(403, f"Origin: {origin[:80]}: pages of other sites may not ask this one")
         if self._key and request.url.path not in OPEN:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -99,6 +107,9 @@ class Guard:
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most:
             raise _too_large(self._most)
+
+    def _is_public(self, host: str) -> bool:
+        return bool(self._public) and _host(host) == self._public
 
 
 class _Body:
@@ -116,6 +127,10 @@ class _Body:
         if self._read > self._most:
             raise _too_large(self._most)
         return message
+
+    def give_up(self) -> None:
+        """What still comes is not waited for."""
+        self._whole = True
 
     async def discard(self) -> None:
         """Throws away what still comes of a request that is refused, within bounds: a client that

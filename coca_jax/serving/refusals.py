@@ -5,6 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+STOPPING = "the server is stopping; ask again later"
+
 
 class Refused(Exception):
     """A request that is not answered. status: of HTTP; text: one sentence for whoever asked."""

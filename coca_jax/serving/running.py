@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -32,12 +34,15 @@ def url(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, listening: socket.socket, *, grace: int, ready: Callable[[], None]) -> None:
+def serve(
+    app: ASGIApp, listening: socket.socket, *, grace: int, ready: Callable[[], None]
+) -> float:
     """Answers until SIGINT (Ctrl-C) or SIGTERM, then takes no more requests and ends when those
     that it has are answered, or after `grace` seconds. A second signal ends the process at once,
     with status 130. Runs in the main thread.
 
-    ready: called when it answers. Raises RuntimeError where it does not start.
+    ready: called when it answers. Returns what is left of the grace, in seconds. Raises
+    RuntimeError where it does not start.
     """
     config = uvicorn.Config(
         app,
@@ -51,11 +56,13 @@ def serve(app: ASGIApp, listening: socket.socket, *, grace: int, ready: Callable
         http="h11",
     )
     server = uvicorn.Server(config)
-    asked = threading.Event()
+    asked, end = threading.Event(), math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal end
         if asked.is_set():
             os._exit(AT_ONCE)
+        end = time.monotonic() + grace
         asked.set()
 
     # Signals come here from now on, and no longer to what ends a command that is doing something.
@@ -76,3 +83,4 @@ def serve(app: ASGIApp, listening: socket.socket, *, grace: int, ready: Callable
         thread.join()
         for number, handler in former.items():
             signal.signal(number, handler)
+    return min(max(end - time.monotonic(), 0.0), float(grace))

@@ -59,13 +59,18 @@ def _preprocess(model: Any, data: bytes, pixels: int) -> np.ndarray:
     return model.preprocess(data)
 
 
-@functools.lru_cache(maxsize=512)
-def smaller(name: str, side: int) -> bytes:
-    """A picture of an index as a JPEG whose longer side is at most `side`.
+def smaller(index: Any, row: int, side: int) -> bytes:
+    """A picture of a searching.index.Index as a JPEG whose longer side is at most `side`.
 
-    Raises ValueError, OSError: it cannot be read any more, or lies in an archive.
+    Raises ValueError, OSError: it cannot be read any more, has changed, or lies in an archive.
     """
-    picture = Image.fromarray(images.decode(name))
+    return _smaller(*index.file(row), side)
+
+
+@functools.lru_cache(maxsize=512)
+def _smaller(path: str, stamp: tuple[int, int] | None, side: int) -> bytes:
+    """stamp: of the file now, so that none of an earlier one is kept."""
+    picture = Image.fromarray(images.decode(path))
     picture.thumbnail((side, side))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=85)

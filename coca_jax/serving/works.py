@@ -74,14 +74,18 @@ def _tokens(before: list[Any], now: list[Caption]) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Items: (pixels, text). Answers: {"captions": [the text with its words], "attention"}."""
+    """Items: (pixels, text). Answers: {"captions": [the text with its words], "attention"}; a text
+    that was cut to fit is not finished."""
 
     def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
         """See the class."""
-        found = model.explain(np.stack([one for one, _ in items]), [text for _, text in items])
+        texts = [text for _, text in items]
+        found = model.explain(np.stack([one for one, _ in items]), texts)
+        room = model.max_len - 2  # the begin and the end symbol are always there
+        whole = [len(ids) <= room for ids in model.vocabulary.encode_many(texts)]
         yield [
-            dict(captions=[_explained(text, one)], attention=_rounded(one.attention))
-            for (_, text), one in zip(items, found)
+            dict(captions=[_explained(*told)], attention=_rounded(told[1].attention))
+            for told in zip(texts, found, whole)
         ]
 
 
@@ -160,9 +164,9 @@ def _caption(caption: Caption) -> dict[str, Any]:
     return dict(text=caption.text, log_prob=round(caption.log_prob, 4), finished=caption.finished)
 
 
-def _explained(text: str, reason: Explanation) -> dict[str, Any]:
+def _explained(text: str, reason: Explanation, whole: bool) -> dict[str, Any]:
     total = sum(word.log_prob for word in reason.words)
-    return dict(text=text, log_prob=round(total, 4), finished=True, words=_words(reason))
+    return dict(text=text, log_prob=round(total, 4), finished=whole, words=_words(reason))
 
 
 def _words(reason: Explanation) -> list[dict[str, Any]]:

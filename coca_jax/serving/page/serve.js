@@ -41,11 +41,11 @@ function results(answer) {
       const words = make("div", { className: "words" });
       words.setAttribute("role", "group");
       words.setAttribute("aria-label", caption.text);
-      words.append(...caption.words.map((word) => wordButton(word, others)));
+      words.append(...(caption.words ? caption.words.map((word) => wordButton(word, others)) : [caption.text]));
       others.textContent = `log probability ${caption.log_prob.toFixed(2)}${caption.finished ? "" : ", cut off"}`;
       return make("li", {}, words, others);
     }),
-    ...(info.num_frames ? [] : [make("li", {}, overall(answer.attention))])
+    ...(info.num_frames || !answer.attention ? [] : [make("li", {}, overall(answer.attention))])
   );
 }
 
@@ -101,7 +101,7 @@ async function* events(response) {
 
 function captionFields(form) {
   const mode = form.mode.value;
-  const values = { prompt: form.prompt.value, explain: true, stream: true };
+  const values = { prompt: form.prompt.value, explain: info.explains, stream: true };
   if (mode !== "greedy") values.num_captions = form.num_captions.value;
   if (mode === "beams") values.num_beams = form.num_beams.value;
   if (mode === "sample") Object.assign(values, { temperature: form.temperature.value, seed: form.seed.value });
@@ -125,7 +125,8 @@ $("caption-form").addEventListener("submit", (event) => {
       if (kind === "result") {
         one.captions = data;
         if (one === current) results(data);
-        return `Caption: ${data.captions.map((c) => c.text).join("; ")}. Choose a word to see where the model looked.`;
+        const more = info.explains ? " Choose a word to see where the model looked." : "";
+        return `Caption: ${data.captions.map((c) => c.text).join("; ")}.${more}`;
       }
     }
     throw new Error("The answer broke off; ask again.");
@@ -309,6 +310,7 @@ async function start() {
     openTab($("tab-labels"));
     $("panel-caption").hidden = true;
   }
+  $("explain-form").hidden = !info.explains;
   $("tab-ask").hidden = !(info.answers || (info.head && info.head.images === 1));
   if (info.head && !info.head.reads_text) {
     $("tab-ask").textContent = "Classes";
