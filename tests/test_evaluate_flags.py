@@ -2,6 +2,8 @@
 
 import csv
 import json
+import pathlib
+import shutil
 
 import pytest
 from in_place_cases import write_tar
@@ -159,6 +161,36 @@ def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):
         sizes += Mixture(indexes.of_sources(config, str(tmp_path / "run"))).sizes
     assert sizes == [6] * 8
     assert capsys.readouterr().err.count("making an index of it") == 2  # to evaluate, and to train
+
+
+def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
+    folder = str(captioned(tmp_path / "a", 60, label=lambda i: f"class {i % 3}"))
+    entries = [dict(path=folder), dict(path=f"{folder}/", kind="label")]
+    config = typed(recipe(data=dict(sources=entries)))
+    for make in (
+        lambda out: indexes.of_sources(config, out),
+        lambda out: own_data.apply(config, [folder, f"{folder}/:label"], out),
+    ):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        found = make(str(out))
+        sizes = Mixture(found).sizes
+        assert [s.path for s in found.data.sources] == [str(out / "data/a")] * 2
+        assert sizes[0] == sizes[1] and [p.name for p in (out / "data").iterdir()] == ["a"]
+        assert make(str(out)).data.sources == found.data.sources
+        assert capsys.readouterr().err.count("making an index of it") == 1
+        # A run that has two goes on with them.
+        shutil.copytree(out / "data/a", out / "data/a-2")
+        again = make(str(out))
+        assert [s.path for s in again.data.sources] == [str(out / "data/a"), str(out / "data/a-2")]
+        assert Mixture(again).sizes == sizes
+    # Two folders of one name, or two splits, are not read equally.
+    other = dict(path=str(captioned(tmp_path / "b/a", 5)), weight=2.0)
+    entries = [entries[0], other, entries[1]]
+    other = typed(recipe(data=dict(sources=entries)))
+    found = indexes.of_sources(other, str(tmp_path / "other"))
+    assert Mixture(found).sizes == [60, 5, 60]
+    names = [pathlib.Path(source.path).name for source in found.data.sources]
+    assert names == ["a", "a-2", "a"]
 
 
 @pytest.mark.parametrize(

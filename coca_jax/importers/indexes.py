@@ -42,9 +42,10 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     """
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
-    names = folder_names([sources[number].path for number in numbers])
-    for number, name in zip(numbers, names):
-        entry, out = sources[number], files.join(workdir, f"data/{name}")
+    needed = [sources[number] for number in numbers]
+    outs = places(workdir, [(e.path, e.split or "train", e.image_field) for e in needed])
+    for number, out in zip(numbers, outs):
+        entry = sources[number]
         split = entry.split or "train"
         if main_process:
             input, options = _before(entry, split, out) or _of_split(entry, split)
@@ -58,6 +59,18 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def places(workdir: str, read: Sequence[tuple[str, ...]]) -> list[str]:
+    """The folder of the index of each path, below workdir/data. What is read equally, by all that
+    stands behind the path too, shares one; an earlier run may have one for each."""
+    first: dict[tuple[str, ...], str] = {}
+    found = []
+    for (path, *how), name in zip(read, folder_names([path for path, *_ in read])):
+        out = files.join(workdir, f"data/{name}")
+        of_all = first.setdefault((files.absolute(path), *how), out)
+        found.append(out if files.exists(files.join(out, manifest.FILE)) else of_all)
+    return found
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:

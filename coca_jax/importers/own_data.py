@@ -78,13 +78,14 @@ def apply(
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
     names = indexes.folder_names([one.path for one in found])
+    outs = indexes.places(workdir, [(one.path,) for one in found])
     sources, tasks, kept = [], [], []
-    for one, name in zip(found, names):
+    for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
             place: dict[str, Any] = {"builtin": "scenes"}
             kind, train, held = one.kind or "caption", "train", "test"
         else:
-            path = prepared(one.path, files.join(workdir, f"data/{name}"), wait=not main_process)
+            path = prepared(one.path, out, wait=not main_process)
             place = {"path": path}
             train, held = choose_splits(path)
             kind = one.kind or guess_kind(path, train)
