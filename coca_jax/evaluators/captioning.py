@@ -372,8 +372,8 @@ class Captioning(Evaluator):
             whole, each = caption_metrics.meteor(said, wanted)
             # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
             mean, low, high = bootstrap(each)
-            interval = (whole + low - mean, whole + high - mean)
-            yield from scored(f"{self.name}/meteor", whole, interval, len(said))
+            moved = (max(whole + low - mean, 0.0), min(whole + high - mean, 1.0))
+            yield from scored(f"{self.name}/meteor", whole, moved, len(said))
         if "spice" not in self.skipped:
             each = caption_metrics.spice(
                 [" ".join(tokens) for tokens in said],
