@@ -130,7 +130,7 @@ class Stopping:
     def __init__(self, model, stop=""):
         self._model, self._stop, self.calls = model, stop, []
         self.batch_size, self.checksum = model.batch_size, model.checksum
-        self.num_frames = model.num_frames
+        self.num_frames, self.max_len = model.num_frames, model.max_len
 
     def __getattr__(self, name):
         def call(*args, **how):
