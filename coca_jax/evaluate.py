@@ -50,7 +50,7 @@ def _overlap(source: Entry, asked: Entry) -> bool:
     names, by_field = unprepared.told(asked) or ([], None)
     split, where = split_field.split_of(asked.split), dict(asked.where)
     if by_field:
-        where[split_field.FIELD] = by_field.values[split]
+        where[split_field.FIELD] = by_field.values.get(split, ())
     if _apart(made["options"].get("where", ()), where):
         return False
     of_names = len(names) > 1 and not by_field
@@ -73,8 +73,12 @@ def _real(path: str) -> str:
 
 
 def _made_of(source: Entry) -> dict[str, Any]:
-    """The request by which a source was prepared; {} where that is not known."""
-    there = metadata.read_manifest(source.path)["splits"] if source.path else {}
+    """The request by which a source was prepared; {} where that is not known, as of data that are
+    no longer there or cannot be reached from here."""
+    try:
+        there = metadata.read_manifest(source.path)["splits"] if source.path else {}
+    except Exception:  # file systems have types of their own, and no score hangs on it
+        return {}
     return there.get(source.split or "train", {}).get("request", {})
 
 

@@ -145,6 +145,8 @@ def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_pa
     assert evaluate._held_out(source) == held
     assert not evaluate.trained_on(config, dict(path=source.path, split="test"))
     assert not evaluate.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
+    gone = typed(recipe(data=dict(sources=(dict(path="nowhere://bucket/a"),))))
+    assert not evaluate.trained_on(gone, dict(path=folder, split="test"))
     only = typed(recipe(data=dict(sources=(dict(path=folder, where={"site": ["x", "y"]}),))))
     asked = dict(path=folder, split="train", where={"site": "z"})
     assert not evaluate.trained_on(only, asked)
