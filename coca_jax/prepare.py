@@ -37,7 +37,7 @@ from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
 from coca_jax.importers import indexes, metadata, shards, split_field
 from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare, prepare_with_holdout, splits_of
+from coca_jax.importers.splits import prepare, prepare_with_holdout
 
 
 def _options() -> Options:
@@ -281,9 +281,7 @@ def _by_field(format: str, options: Options) -> split_field.Told | None:
     said = flags.FLAGS["split"].present or flags.FLAGS.holdout
     if said or any(name == split_field.FIELD for name, _ in options.where):
         return None
-    if splits_of(format, flags.FLAGS.input):
-        return None
-    return split_field.told(format, flags.FLAGS.input, options)
+    return split_field.of_data(format, flags.FLAGS.input, options)[1]
 
 
 def _write_told(

@@ -31,6 +31,7 @@ class Fake:
         return np.asarray([[self.text(t)[i] for t in texts] for i in numbers], np.float32)
 
     scale = 10.0
+    max_len = 64
 
     def score_some(self, images, texts, chosen):
         assert len(images) == len(chosen)

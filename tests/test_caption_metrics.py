@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from coca_jax.evaluators import caption_metrics as cm
+from coca_jax.evaluators import captioning
 
 SAMPLE = [
     (
@@ -174,6 +175,15 @@ def test_meteor_is_asked_for_each_image_and_then_for_the_set(java_metrics):
     assert each.tolist() == [(2 + 2) / 10, (1 + 3) / 10] and whole == 0.8  # a cat runs
     with pytest.raises(ValueError, match="^METEOR ended too soon: out of memory$"):
         cm.meteor([["fall"]], [[["a"]]])
+
+
+@pytest.mark.parametrize("whole, limits", [(0.03, (0.0, 0.53)), (0.98, (0.48, 1.0))])
+def test_the_interval_of_meteor_stays_in_its_range(whole, limits, java_metrics, monkeypatch):
+    monkeypatch.setattr(cm, "meteor", lambda said, wanted: (whole, np.array([0.0, 1.0])))
+    evaluator = captioning.Captioning("m", java_metrics=True)
+    got = dict(evaluator._corpus_metrics(["a cat", "a dog"], [["a cat"], ["a cow"]]))
+    found = [got[f"captioning/m/meteor{end}"] for end in ("", "_low", "_high")]
+    assert found == pytest.approx([whole, *limits])
 
 
 def test_spice_gives_a_figure_an_image(java_metrics):

@@ -88,6 +88,26 @@ def test_references_of_one_image_are_one_draw():
     assert one == pytest.approx(five)
 
 
+def test_references_that_are_cut_are_counted(caplog):
+    texts = [["one two three"], ["one two", "one two three four"], ["one"]]  # 5, 4, 6, 3 tokens
+    records = [dict(image=picture(i), text=text) for i, text in enumerate(texts)]
+
+    def said(max_len):
+        model = Fake()
+        model.max_len = max_len
+        evaluator = captioning.Captioning("c", captions=False)
+        caplog.clear()
+        list(evaluator.run(model, records))
+        assert evaluator.examples["notes"] == [line.partition(": ")[2] for line in caplog.messages]
+        return caplog.messages
+
+    assert said(7) == []
+    assert said(5) == [
+        "captioning/c: 2 of 4 references fill all model.text.max_len=5 tokens, and what is longer "
+        "loses its end: perplexity is of what is left"
+    ]
+
+
 def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
     captions = [f"caption {i % 7}" for i in range(20)]
     captions[1] = "one line\u2028for JSON"

@@ -133,7 +133,7 @@ class Stopping:
     def __init__(self, model, stop=""):
         self._model, self._stop, self.calls = model, stop, []
         self.batch_size, self.checksum = model.batch_size, model.checksum
-        self.num_frames = model.num_frames
+        self.num_frames, self.max_len = model.num_frames, model.max_len
 
     def __getattr__(self, name):
         def call(*args, **how):
@@ -313,8 +313,36 @@ def test_class_names_from_files(tmp_path):
     assert read("cat\ndog\ncow\n") == (["cat", "dog", "cow"], declared)
     with pytest.raises(ValueError, match="2 names, none a class of the data, which has 3"):
         read("cat\ndog\n")
-    with pytest.raises(ValueError, match="every line needs one tab"):
-        read("n03\tcat\ndog\n")
+    for text, says in (
+        ("n03\tcat\ndog\n", "names.txt, line 2: 0 tabs; every line needs one tab"),
+        ("\nn03\tcat\nn01\tdog\tbig\n", "names.txt, line 3: 2 tabs; every line needs one tab"),
+        ("n03\tcat\nn01\tdog\nn03\tcow\n", "names.txt: the label 'n03' is there twice"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read(text)
+    path.write_text("n03\tcat\nn02\tdog\nn01\tcat\n")
+    task = dict(kind="zeroshot", name="x", class_names=str(path))
+    with pytest.raises(ValueError, match="3 names, 2 distinct; .*; 'cat' is there twice"):
+        class_names.check(task)
+
+
+def test_how_class_names_are_taken_is_said(tmp_path, capsys):
+    path = tmp_path / "names.txt"
+
+    def read(text, declared):
+        path.write_text(text)
+        class_names.read_class_names(str(path), declared)
+        return capsys.readouterr().err
+
+    declared = ["objects", "people", "places", "signs", "travel"]
+    by_order = read("a\nb\nc\nd\ne\n", declared)
+    assert f"class_names {path}: none is a class of the data" in by_order
+    assert by_order.endswith("a -> objects, b -> people, c -> places, d -> signs, ...\n")
+    assert read("a\nb\nc\nd\ne\n", declared) == ""  # once for all tasks
+    assert read("objects\npeople\n", declared) == read("objects\ta\nsigns\tb\n", declared) == ""
+    said = read("objects\ta\nplacs\tb\nsigns\tc\n", declared)
+    assert "no class of the data is called placs; without a line are places, people, t" in said
+    assert read("objects\ta\nmore\tb\n", declared[:1]) == ""  # a list of more classes than occur
 
 
 # ---- The command

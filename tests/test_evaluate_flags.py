@@ -1,10 +1,26 @@
 """What the flags of `evaluate` ask for, and which of them cannot be; without a model."""
 
+import csv
+import json
+import pathlib
+import shutil
+
 import pytest
-from test_own_data import by_class, captioned
+from in_place_cases import write_tar
+from test_own_data import by_class, captioned, recipe
 from test_version_0_1 import flags_of
 
 from coca_jax import evaluate, prepare
+from coca_jax.config import typed
+from coca_jax.data.mixture import Mixture
+from coca_jax.evaluators import declarations
+from coca_jax.evaluators.records import Records
+from coca_jax.importers import indexes, own_data, unprepared
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
 
 
 @pytest.fixture
@@ -58,6 +74,130 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=tmp_path / "texts", tasks="bleu")
     with pytest.raises(ValueError, match="--tasks=bleu: choose from zeroshot, "):
         evaluate.tasks_of_flags()
+
+
+def with_field(folder, kind):
+    """40 captioned pictures, whose field `split` says 'Train' of 30 and 'val' of 10."""
+    captioned(folder, 40, split=lambda i: "val" if i % 4 == 0 else "Train")
+    if kind == "imagefolder":
+        return folder
+    table = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    table.unlink()
+    with open(folder / "list.csv", "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "csv"])
+def test_the_field_that_tells_splits_tells_them_to_evaluations(kind, ask, tmp_path, capsys):
+    path = str(with_field(tmp_path / "a", kind))
+    held = {f"picture {i}" for i in range(0, 40, 4)}
+    ask(data=path)
+    data = evaluate.data_of_flags()
+    assert data == dict(path=path, split="validation")
+    assert f"{path} has no split 'test': 'validation' is used" in capsys.readouterr().err
+    assert {record["text"][0] for record in Records(data)} == held
+    assert unprepared.splits(data) == ["train", "validation"]
+    assert unprepared.counts(data) == dict(caption=10, label=0)
+    for split, count in (("train", 30), ("val", 10), ("Dev", 10)):
+        ask(data=path, split=split)
+        assert len(Records(evaluate.data_of_flags())) == count
+    for split in ("validaton", "test"):
+        ask(data=path, split=split)
+        with pytest.raises(ValueError, match=f"'{split}'; they have train, validation"):
+            evaluate.data_of_flags()
+        with pytest.raises(ValueError, match=f"no split '{split}'; their field 'split' tells t"):
+            Records(dict(path=path, split=split))
+        task = dict(kind="retrieval", name="x", data=dict(path=path, split=split))
+        with pytest.raises(ValueError, match=f"retrieval of x: .*no split '{split}'"):
+            declarations.check([task])
+    # Whoever names the values decides.
+    ask(data=path, where="split=val", split="mine")
+    assert len(Records(evaluate.data_of_flags())) == 10
+    # The same of a run on these data, in a recipe and by a flag.
+    own = typed(recipe(data=dict(sources=(dict(path=path),))))
+    for config in (
+        indexes.of_sources(own, str(tmp_path / "of_recipe")),
+        own_data.apply(own, [path], str(tmp_path / "of_flag")),
+    ):
+        assert Mixture(config).sizes == [30]
+        assert evaluate.trained_on(config, dict(path=path, split="train"))
+        assert not evaluate.trained_on(config, data)
+    assert evaluate.trained_on(own, dict(path=path, split="train"))
+
+
+def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
+    path = str(with_field(tmp_path / "a", "csv"))
+    config = typed(recipe(data=dict(sources=(dict(path=path),))))
+    out = str(tmp_path / "run/data/list")
+    indexes._make(path, "train", out, indexes._options(config.data.sources[0]))
+    found = indexes.of_sources(config, str(tmp_path / "run"))
+    assert Mixture(found).sizes == [40]
+    for split in ("train", "validation"):  # the rows of both trained
+        assert evaluate.trained_on(found, dict(path=path, split=split))
+
+
+def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_path):
+    folder = str(captioned(tmp_path / "a", 60))
+    config = own_data.apply(typed(recipe()), [folder], str(tmp_path / "run"))
+    (source,) = config.data.sources
+    ask(data=f"{folder}/../a/")
+    assert evaluate.trained_on(config, evaluate.data_of_flags()) == source
+    held = f"; what was held out of them is --data={tmp_path}/run/data/a --split=test"
+    assert evaluate._held_out(source) == held
+    assert not evaluate.trained_on(config, dict(path=source.path, split="test"))
+    assert not evaluate.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
+    gone = typed(recipe(data=dict(sources=(dict(path="nowhere://bucket/a"),))))
+    assert not evaluate.trained_on(gone, dict(path=folder, split="test"))
+    only = typed(recipe(data=dict(sources=(dict(path=folder, where={"site": ["x", "y"]}),))))
+    asked = dict(path=folder, split="train", where={"site": "z"})
+    assert not evaluate.trained_on(only, asked)
+    assert evaluate.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
+
+
+def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):
+    write_tar(tmp_path / "sets/vqa/0.tar", 0, 6)
+    monkeypatch.chdir(tmp_path)
+    config, sizes = None, []
+    for path in (str(tmp_path / "sets/vqa"), "sets/vqa", "sets/vqa/", "./sets/../sets/vqa"):
+        sizes.append(len(Records(dict(path=path, split="test"))))
+        config = typed(recipe(data=dict(sources=(dict(path=path),))))
+        sizes += Mixture(indexes.of_sources(config, str(tmp_path / "run"))).sizes
+    assert sizes == [6] * 8
+    assert capsys.readouterr().err.count("making an index of it") == 2  # to evaluate, and to train
+
+
+def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
+    folder = str(captioned(tmp_path / "a", 60, label=lambda i: f"class {i % 3}"))
+    entries = [dict(path=folder), dict(path=f"{folder}/", kind="label")]
+    config = typed(recipe(data=dict(sources=entries)))
+    for make in (
+        lambda out: indexes.of_sources(config, out),
+        lambda out: own_data.apply(config, [folder, f"{folder}/:label"], out),
+    ):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        found = make(str(out))
+        sizes = Mixture(found).sizes
+        assert [s.path for s in found.data.sources] == [str(out / "data/a")] * 2
+        assert sizes[0] == sizes[1] and [p.name for p in (out / "data").iterdir()] == ["a"]
+        assert make(str(out)).data.sources == found.data.sources
+        assert capsys.readouterr().err.count("making an index of it") == 1
+        # A run that has two goes on with them.
+        shutil.copytree(out / "data/a", out / "data/a-2")
+        again = make(str(out))
+        assert [s.path for s in again.data.sources] == [str(out / "data/a"), str(out / "data/a-2")]
+        assert Mixture(again).sizes == sizes
+    # Two folders of one name, or two splits, are not read equally.
+    other = dict(path=str(captioned(tmp_path / "b/a", 5)), weight=2.0)
+    entries = [entries[0], other, entries[1]]
+    other = typed(recipe(data=dict(sources=entries)))
+    found = indexes.of_sources(other, str(tmp_path / "other"))
+    assert Mixture(found).sizes == [60, 5, 60]
+    names = [pathlib.Path(source.path).name for source in found.data.sources]
+    assert names == ["a", "a-2", "a"]
 
 
 @pytest.mark.parametrize(

@@ -209,3 +209,9 @@ def test_texts_that_are_too_long_for_the_model_are_said_once(caplog):
     ]
     full, said = warnings(600)
     assert full == 0 and said == []
+    # What no loss and no head reads loses nothing.
+    config.head.kind = "classification"
+    config.loss.contrastive_weight = config.loss.captioning_weight = 0.0
+    assert warnings(100)[0] > 26 and warnings(100)[1] == []
+    config.head.kind = "answer"
+    assert len(warnings(100)[1]) == 1

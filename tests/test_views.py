@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 
 import numpy as np
@@ -11,6 +12,8 @@ from data_cases import write_data
 from coca_jax.config import Entry
 from coca_jax.data import sources, view_index, views
 from coca_jax.data.view_index import Indexes
+from coca_jax.importers.items import Options
+from coca_jax.importers.splits import prepare
 
 
 @pytest.fixture
@@ -180,3 +183,25 @@ def test_texts_of_fields_hold_no_half_characters(tmp_path):
     source = Source("odd", 1, lambda indices: [record] * len(indices))
     found = views.narrow(source, Entry(text_field="alt"))
     assert found.read([0])[0].texts == ("caf?",)
+
+
+def test_labels_and_texts_select_records_and_what_none_has_is_named(data, tmp_path):
+    def select(**where):
+        return sources.open_source(dict(path=str(data / "a"), where=where))
+
+    assert len(select(label="red")) == 8 and len(select(label=["red", "blue"])) == 15
+    assert [r.key for r in select(text="number 4")] == ["0004.png"]
+    assert len(select(label="red", group=0)) == 4
+    for where, says in (
+        (dict(gruop=1), "no field is called 'gruop': group, label, text"),
+        (dict(label=("ret", "x")), "'label': ('ret', 'x')}; 'label' is red, green, square, blue"),
+        (dict(group=7), "'group' is 0, 1"),
+        (dict(text="number 33"), "'text' is number 3, number 13"),
+    ):
+        with pytest.raises(ValueError, match="no record has .*" + re.escape(says)):
+            select(**where)
+    # `prepare` selects by the same.
+    options = Options(where=(("label", ("green",)), ("group", ("1",))))
+    out = str(tmp_path / "selected")
+    prepare("imagefolder", str(data / "raw/a"), out, options=options, progress=False)
+    assert {r.key for r in sources.open_source(out)} == {f"{i:04d}.png" for i in (1, 7, 13, 19)}

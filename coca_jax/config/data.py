@@ -44,7 +44,9 @@ class Entry(Section):
     )
     limit: int = key(0, whole(0, 1 << 62, "records"), "only the first so many; 0: all")
     where: Mapping[str, Any] = key(
-        {}, MAPPING, "{field: value or list of values} that records have in their `extra`"
+        {},
+        MAPPING,
+        "{field: value or list of values} that records have in `extra`, or as 'label' or 'text'",
     )
     image_field: str = key("", TEXT, "of tfds and seqio: the field of the image")
     text_field: str = key("", TEXT, "field of `extra` (tfds, seqio: of the data) to take as text")

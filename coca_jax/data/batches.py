@@ -224,7 +224,8 @@ class Stream(abc.ABC):
         for number, bad in made.bad.items():
             rows = self._batches.rows_at(self.step).here[number]
             self._tallies[number].add(rows, bad)
-            self._lengths[number].add(rows, int((full == number).sum()))
+            if self._batches.examples[number].reads_text:
+                self._lengths[number].add(rows, int((full == number).sum()))
         self._made = None
         self.step += 1
         return made.arrays

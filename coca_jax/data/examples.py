@@ -17,6 +17,7 @@ from coca_jax.data.random_access import UNREAD, Source, read_all, read_one
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw, Tokenizer
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.models import head_kinds
 
 
 class Examples:
@@ -36,6 +37,7 @@ class Examples:
         pixels: decodes its images.
         max_bad_fraction: of undecodable images that are tolerated.
         max_len: tokens that a text may have.
+        reads_text: whether anything that trains reads the texts.
 
     Raises:
         ValueError: data.label_token is set and the vocabulary has no such symbol.
@@ -60,7 +62,7 @@ class Examples:
         self._skip_unknown = config.head.unknown == "skip"
         self.teacher_width = config.loss.teacher_width
         self.max_bad_fraction = config.data.max_bad_fraction
-        self.max_len = config.model.text.max_len
+        self.max_len, self.reads_text = config.model.text.max_len, _reads_text(config)
         self._tokenize = Tokenizer(
             functools.partial(
                 self._kind.encode,
@@ -190,6 +192,13 @@ class Part:
         if examples.teacher_width:
             found |= teachers.embeddings(self.records, chosen, examples.teacher_width)
         return found
+
+
+def _reads_text(config: Config) -> bool:
+    """Whether the task head or a loss reads texts; hidden patches alone are of the image."""
+    head, weights = head_kinds.of(config.head.kind), config.loss.to_dict()
+    of_texts = (weights[k] for k in weights if k.endswith("_weight") and k != "hidden_weight")
+    return bool(head and head.reads_text) or any(of_texts)
 
 
 def _named(record: Record, index: int, why: str) -> str:

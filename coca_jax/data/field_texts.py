@@ -1,4 +1,5 @@
-"""The texts that a field of somebody's data holds, in whichever of the usual shapes."""
+"""The fields of somebody's data: the texts in one, in whichever of the usual shapes, and which
+values it has where records are selected by them."""
 
 from __future__ import annotations
 
@@ -33,6 +34,28 @@ def strings(value: Any, inner: Sequence[str] = INNER_TEXTS) -> list[str]:
         return []
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     return [text] if text.strip() else []
+
+
+def values_of(
+    field: str, extra: Mapping[str, Any], texts: Sequence[str], labels: Sequence[str]
+) -> list[Any]:
+    """The values by which a record is selected: of a field in `extra`, else its labels as 'label'
+    and its texts as 'text'; [None] for none."""
+    own = dict(label=labels, text=texts).get(field, ()) if field not in extra else ()
+    value = list(own) or extra.get(field)
+    return value if isinstance(value, list) else [value]
+
+
+def selected(
+    where: Mapping[str, Any], extra: Mapping[str, Any], texts: Sequence[str], labels: Sequence[str]
+) -> bool:
+    """Whether each field of `where` has a value, or one of the values, that it wants."""
+    for field, wanted in where.items():
+        allowed = [wanted] if isinstance(wanted, (str, int, float, bool)) else list(wanted)
+        values = values_of(field, extra, texts, labels)
+        if not any(v in allowed or str(v) in allowed for v in values):
+            return False
+    return True
 
 
 def _is_text(value: Any) -> bool:

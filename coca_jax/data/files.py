@@ -33,6 +33,11 @@ def join(folder: str, name: str) -> str:
     return posixpath.join(folder, name)
 
 
+def absolute(path: str) -> str:
+    """The path of a file or folder here from the root on; a URL as it is."""
+    return path if is_remote(path) else os.path.abspath(path.removeprefix("file://"))
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder is there. Raises OSError where its host does not answer."""
     system, plain = filesystem(path)

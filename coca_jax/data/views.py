@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from absl import logging
 
 from coca_jax.config import Entry
 from coca_jax.data import kinds
-from coca_jax.data.field_texts import INNER_LABELS, INNER_TEXTS, strings
+from coca_jax.data.field_texts import INNER_LABELS, INNER_TEXTS, selected, strings, values_of
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.data.texts import json_text
@@ -96,19 +97,25 @@ class View:
         rows: list[int] = []
         parts: list[int] = []
         names: set[str] = set()
-        taken = 0
+        taken, missed = 0, Missed(self._where)
         for row, record in self._records():
             if taken >= self.limit:
                 break
-            if self._where and not _matches(json.loads(record.extra), self._where):
-                continue
+            if self._where:
+                extra = json.loads(record.extra)
+                if not selected(self._where, extra, record.texts, record.labels):
+                    if not taken:
+                        missed.add(record, extra)
+                    continue
             taken += 1
             for part, labels in self._examples(record):
                 rows.append(row)
                 parts.append(part)
                 names.update(labels)
         if not rows:
-            raise ValueError(f"data source {self.source.name}: {self._nothing(taken)}")
+            left = self._where and not taken
+            why = missed.line() if left else self._kind.nothing(self._training)
+            raise ValueError(f"data source {self.source.name}: {why}")
         if self._useful_only and len(rows) < taken:
             logging.info(
                 "%s: %d of %d records have a %s",
@@ -148,12 +155,6 @@ class View:
             return []
         return [(0, record.labels)]
 
-    def _nothing(self, taken: int) -> str:
-        """Why no example is left."""
-        if self._where and not taken:
-            return f"no record has {self._where}"
-        return self._kind.nothing(self._training)
-
     def _fingerprint(self) -> str:
         """Of the examples, from that of the source: two views of it have two."""
         whole = self.source.fingerprint
@@ -192,14 +193,44 @@ class View:
         return found
 
 
-def _matches(extra: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    for field, wanted in where.items():
-        allowed = [wanted] if isinstance(wanted, (str, int, float, bool)) else list(wanted)
-        value = extra.get(field)
-        values = value if isinstance(value, list) else [value]
-        if not any(v in allowed or str(v) in allowed for v in values):
-            return False
-    return True
+class Missed:
+    """What the records have that `where` leaves none of: for the line that says so."""
+
+    MOST = 1000  # values of a field that are remembered
+    SHOWN = 8
+
+    def __init__(self, where: Mapping[str, Any]):
+        self._where = where
+        self._values: dict[str, set[str]] = {field: set() for field in where}
+        self._fields: set[str] = set()
+
+    def add(self, record: Record, extra: Mapping[str, Any]) -> None:
+        """Looks at a record that was left out."""
+        self._fields.update(extra)
+        self._fields.update(["label"] if record.labels else (), ["text"] if record.texts else ())
+        for field, seen in self._values.items():
+            values = values_of(field, extra, record.texts, record.labels)
+            seen.update(str(v) for v in values[: self.MOST - len(seen)] if v is not None)
+
+    def line(self) -> str:
+        """What is not there, and what is, the nearest first."""
+        told = [f"no record has {dict(self._where)}"]
+        for field, seen in self._values.items():
+            if field not in self._fields:
+                told.append(f"no field is called {field!r}: {self._nearest(field, self._fields)}")
+                continue
+            wanted = self._where[field]
+            first = wanted if isinstance(wanted, (str, int, float, bool)) else [*wanted, ""][0]
+            told.append(f"{field!r} is {self._nearest(str(first), seen)}")
+        return "; ".join(told)
+
+    def _nearest(self, word: str, there: set[str]) -> str:
+        def far(one: str) -> tuple[float, str]:
+            return (-difflib.SequenceMatcher(None, word, one).ratio(), one)
+
+        shown = [one if len(one) < 60 else f"{one[:60]}.." for one in sorted(there, key=far)]
+        more = ", ..." if len(shown) > self.SHOWN else ""
+        return ", ".join(shown[: self.SHOWN]) + more
 
 
 def _refield(source: Source, text_field: str, label_field: str) -> Source:

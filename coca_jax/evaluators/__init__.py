@@ -27,8 +27,8 @@ class Predictor(Protocol):
     """What an evaluator asks of a model; N is at most the evaluator's batch size.
 
     Images are uint8 [N, S, T, 3], or a list of N images as the records hold them. resize: 'squash'
-    or 'crop', how they come to the model's size, image_size. max_len: the most
-    tokens of a text, its begin and end included.
+    or 'crop', how they come to the model's size, image_size. max_len: tokens that a text may have,
+    begin and end included.
     """
 
     resize: str

@@ -184,7 +184,7 @@ class Captioning(Evaluator):
         self.how, self.outputs = dict(how or {}), outputs
         self.batch_size, self.num_examples = batch_size, num_examples
         self.progress = progress
-        self.warning = ""
+        self.cut = self.warning = ""
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
@@ -235,7 +235,7 @@ class Captioning(Evaluator):
         exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
         Afterwards `examples` holds pictures with captions and references.
         """
-        sums, tokens, f1 = list[float](), list[float](), list[float]()
+        sums, tokens, f1 = list[float](), list[list[int]](), list[float]()
         exact: list[bool] = []
         captions: list[str] = []
         gains: list[tuple[float, float]] = []
@@ -255,7 +255,7 @@ class Captioning(Evaluator):
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
                     sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
-                    tokens.append(sum(one["tokens"]))
+                    tokens.append(one["tokens"])
                 if not self.captions:
                     continue
                 caption = one["caption"]
@@ -273,10 +273,7 @@ class Captioning(Evaluator):
         if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         if self.perplexity:
-            total, length = np.asarray(sums), np.asarray(tokens)
-            nats, low, high = bootstrap(-total, length)
-            interval = (math.exp(low), math.exp(high))
-            yield from scored(f"{self.name}/perplexity", math.exp(nats), interval, len(total))
+            yield from self._perplexity(sums, tokens, predict.max_len)
         if self.captions:
             yield from with_interval(f"{self.name}/exact_match", np.asarray(exact))
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
@@ -289,7 +286,7 @@ class Captioning(Evaluator):
 
     def _notes(self) -> list[str]:
         skipped = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
-        return ([self.warning] if self.warning else []) + skipped
+        return [line for line in (self.cut, self.warning) if line] + skipped
 
     def _make(
         self,
@@ -334,6 +331,23 @@ class Captioning(Evaluator):
                 made = [dict(one, gain=gain) for one, gain in zip(made, gains)]
         return made
 
+    def _perplexity(
+        self, sums: Sequence[float], tokens: Sequence[Sequence[int]], max_len: int
+    ) -> Iterator[tuple[str, float]]:
+        """Of each image's log likelihood and its references' predicted tokens. `cut` says how many
+        references have as many as a text of max_len can, with its begin: most were longer."""
+        counts = [count for several in tokens for count in several]
+        full = sum(count >= max_len - 1 for count in counts)
+        if full:
+            self.cut = (
+                f"{full} of {len(counts)} references fill all model.text.max_len={max_len} tokens, "
+                "and what is longer loses its end: perplexity is of what is left"
+            )
+            logging.warning("%s: %s", self.name, self.cut)
+        nats, low, high = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
+        interval = (math.exp(low), math.exp(high))
+        yield from scored(f"{self.name}/perplexity", math.exp(nats), interval, len(sums))
+
     def _collapse(
         self,
         captions: Sequence[str],
@@ -377,8 +391,8 @@ class Captioning(Evaluator):
             whole, each = caption_metrics.meteor(said, wanted)
             # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
             mean, low, high = bootstrap(each)
-            interval = (whole + low - mean, whole + high - mean)
-            yield from scored(f"{self.name}/meteor", whole, interval, len(said))
+            moved = (max(whole + low - mean, 0.0), min(whole + high - mean, 1.0))
+            yield from scored(f"{self.name}/meteor", whole, moved, len(said))
         if "spice" not in self.skipped:
             each = caption_metrics.spice(
                 [" ".join(tokens) for tokens in said],

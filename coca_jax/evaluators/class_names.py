@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +16,7 @@ from coca_jax.evaluators.declarations import Flag, called
 from coca_jax.importers import unprepared
 
 FLAG = Flag("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
+_SHOWN = 4  # names in a line
 RULE = Rule(
     lambda v: rules.TEXT.holds(v) or rules.TEXTS.holds(v),
     "the names, a tuple of texts, or a text file with one a line",
@@ -33,7 +38,7 @@ def check(task: Mapping[str, Any]) -> None:
     given = task.get("class_names")
     if not given:
         return
-    names = _lines(given)[0] if isinstance(given, str) else list(given)
+    names = _read(given)[0] if isinstance(given, str) else list(given)
     file = f" {given}" if isinstance(given, str) else ""
     check_distinct(names, f"{called(task)}: class_names{file}")
 
@@ -42,9 +47,16 @@ def check_distinct(names: Sequence[str], where: str = "class_names") -> None:
     """Raises ValueError when names repeat or there are fewer than two."""
     distinct = len(set(names))
     if distinct < 2 or distinct != len(names):
+        again = f"; {twice(names)!r} is there twice" if distinct != len(names) else ""
         raise ValueError(
-            f"{where} holds {len(names)} names, {distinct} distinct; give two or more, each once"
+            f"{where} holds {len(names)} names, {distinct} distinct; give two or more, each "
+            f"once{again}"
         )
+
+
+def twice(texts: Sequence[str]) -> str:
+    """The first text of several that is there twice; '' where none is."""
+    return next((text for text, count in Counter(texts).items() if count > 1), "")
 
 
 def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -52,10 +64,14 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
 
     A line `label<TAB>name` calls the data's class `label` by `name`; classes without a line are no
     candidates. Lines without a tab are the data's own class names, or, when none of them is, as
-    many as the data declares, in its order. Raises ValueError for anything else.
+    many as the data declares, in its order, of which a line on standard error says the first.
+    Another says which labels no class of the data has, where classes are left without a line.
+
+    Raises ValueError for anything else.
     """
-    names, labels = _lines(path)
+    names, labels = _read(path)
     if labels:
+        _tell_of_unknown(path, labels, declared)
         return names, labels
     if set(names) & set(declared):
         return names, names
@@ -64,16 +80,54 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
             f"class_names {path}: {len(names)} names, none a class of the data, which has "
             f"{len(declared)} ({', '.join(declared[:3])}, ..); give as many, or label<TAB>name"
         )
+    shown = [f"{name} -> {label}" for name, label in zip(names, declared)]
+    _say(
+        f"class_names {path}: none is a class of the data, so they stand for these in their order: "
+        f"{_first(shown)}"
+    )
     return names, list(declared)
 
 
-def _lines(path: str) -> tuple[list[str], list[str]]:
-    """(names, labels) of the lines of a file; no labels where no line has a tab."""
-    lines = [line.strip() for line in prompts.read_lines(path, f"class_names {path}")]
-    lines = [line for line in lines if line]
-    pairs = [line.split("\t") for line in lines if "\t" in line]
-    if not pairs:
-        return lines, []
-    if len(pairs) != len(lines) or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"class_names {path}: every line needs one tab, label<TAB>name")
-    return [name.strip() for _, name in pairs], [label.strip() for label, _ in pairs]
+def _tell_of_unknown(path: str, labels: Sequence[str], declared: Sequence[str]) -> None:
+    """Says which labels may be mistyped: those of no class, where classes have no label."""
+    unknown = [label for label in labels if label not in set(declared)]
+    left = [name for name in declared if name not in set(labels)]
+    if unknown and left:
+        near = difflib.get_close_matches(unknown[0], left, n=1, cutoff=0)
+        _say(
+            f"class_names {path}: no class of the data is called {_first(unknown)}; without a line "
+            f"are {_first(list(dict.fromkeys([*near, *left])))}"
+        )
+
+
+def _first(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Says it once, however many tasks and evaluations read the file."""
+    print(line, file=sys.stderr)
+
+
+def _read(path: str) -> tuple[list[str], list[str]]:
+    """(names, labels) of the lines of a file; no labels where no line has a tab. Raises ValueError
+    for a line that is otherwise than the others, and a label that has two."""
+    names, labels = [], []
+    lines = enumerate(prompts.read_lines(path, f"class_names {path}"), 1)
+    several = [(number, line.strip().split("\t")) for number, line in lines if line.strip()]
+    if all(len(parts) == 1 for _, parts in several):
+        return [name for _, (name,) in several], []
+    for number, parts in several:
+        if len(parts) != 2:
+            raise ValueError(
+                f"class_names {path}, line {number}: {len(parts) - 1} tabs; every line needs one "
+                "tab, label<TAB>name"
+            )
+        labels.append(parts[0].strip())
+        names.append(parts[1].strip())
+    if again := twice(labels):
+        raise ValueError(
+            f"class_names {path}: the label {again!r} is there twice; give it one name"
+        )
+    return names, labels

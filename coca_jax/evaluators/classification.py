@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -69,9 +70,12 @@ class Tally:
         """Returns the numbers of the record's classes; ValueError when none is known."""
         found = [self._number[label] for label in record["labels"] if label in self._number]
         if not found and not self.missing:
+            first = str(next(iter(record["labels"]), ""))
+            near = difflib.get_close_matches(first, self._number, n=1, cutoff=0)
             raise ValueError(
                 f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
-                f"none is among the {len(self._number)} classes of {self.name}"
+                f"none is among the {len(self._number)} classes of {self.name}, of which "
+                f"{near[0]!r} is the nearest"
             )
         return found
 

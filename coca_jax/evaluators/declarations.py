@@ -302,12 +302,10 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
         return
     if entry.seqio:  # its module is not loaded for this
         return
-    found = unprepared.splits(entry)
-    if found and entry.split not in found:
-        raise ValueError(
-            f"{task}: data {entry.path or entry.tfds} have no split {entry.split!r}; "
-            f"they have {', '.join(found)}"
-        )
+    try:
+        unprepared.check_split(entry, entry.split)
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from None
 
 
 def called(task: Mapping[str, Any]) -> str:

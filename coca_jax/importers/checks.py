@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from coca_jax.data import images, order, videos
+from coca_jax.data.field_texts import selected
 from coca_jax.data.records import Record
 from coca_jax.importers.items import Item, Options, plain_json
 
@@ -26,10 +27,8 @@ def wanted(item: Item, options: Options) -> str:
             return "held_out" if held else "not_held_out"
     if item.problem:
         return ""
-    for field, allowed in options.where:
-        value = item.extra.get(field)
-        values = value if isinstance(value, list) else [value]
-        if not any(str(v) in allowed for v in values):
+    for field, values in options.where:
+        if not selected({field: values}, item.extra, item.texts, item.labels):
             return "where"
     if options.sample < 1.0:
         digest = sum(order.key(*item.key.encode()).tolist())

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import posixpath
 import re
 import sys
@@ -20,8 +21,9 @@ from typing import Any
 from coca_jax import cache_folder
 from coca_jax.config import Config, Entry
 from coca_jax.data import files, formats, manifest, references
-from coca_jax.importers import in_place, metadata, shards, splits
+from coca_jax.importers import in_place, metadata, shards, split_field, splits
 from coca_jax.importers.items import Options, Unit
+from coca_jax.storage import write_bytes
 
 
 def is_needed(entry: Entry) -> bool:
@@ -40,22 +42,35 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     """
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
-    names = folder_names([sources[number].path for number in numbers])
-    for number, name in zip(numbers, names):
-        entry, out = sources[number], files.join(workdir, f"data/{name}")
+    needed = [sources[number] for number in numbers]
+    outs = places(workdir, [(e.path, e.split or "train", e.image_field) for e in needed])
+    for number, out in zip(numbers, outs):
+        entry = sources[number]
         split = entry.split or "train"
         if main_process:
+            input, options = _before(entry, split, out) or _of_split(entry, split)
             if files.exists(files.join(out, manifest.FILE)):
-                format, options = formats.guess(entry.path), _options(entry)
-                now = state_of_input(format, entry.path, out, options, split)
-                refuse_changed(entry.path, out, now)
-            _make(entry, split, out)
+                now = state_of_input(formats.guess(input), input, out, options, split)
+                refuse_changed(input, out, now)
+            _make(input, split, out, options)
         while split not in (manifest.read(out) or {"splits": {}})["splits"]:
             time.sleep(1)
         sources[number] = dataclasses.replace(entry, path=out, split=split, image_field="")
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def places(workdir: str, read: Sequence[tuple[str, ...]]) -> list[str]:
+    """The folder of the index of each path, below workdir/data. What is read equally, by all that
+    stands behind the path too, shares one; an earlier run may have one for each."""
+    first: dict[tuple[str, ...], str] = {}
+    found = []
+    for (path, *how), name in zip(read, folder_names([path for path, *_ in read])):
+        out = files.join(workdir, f"data/{name}")
+        of_all = first.setdefault((files.absolute(path), *how), out)
+        found.append(out if files.exists(files.join(out, manifest.FILE)) else of_all)
+    return found
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
@@ -74,23 +89,58 @@ def cached(entry: Entry, split: str) -> str:
 
     Raises ValueError or OSError for data that cannot be read in place, in one line.
     """
-    format, options = formats.guess(entry.path), _options(entry)
-    _check(entry, format)
-    units = shards.importer(format).plan(entry.path, split, options)
-    path = entry.path if files.is_remote(entry.path) else os.path.abspath(entry.path)
-    mark = json.dumps([format, path, split, entry.image_field, _files(_paths(units))])
-    folder = cache_folder.folder() / "indexes"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    out = folder / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
-    with open(folder / f"{out.name}.lock", "ab") as lock:
+    path, options = _of_split(entry, split)
+    out = _kept(path, split, options)
+    with open(out.with_suffix(".lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may evaluate
-        _make(entry, split, str(out))
+        _make(path, split, str(out), options)
     return str(out)
 
 
-def splits_of(entry: Entry) -> list[str]:
-    """The splits that data which are not prepared tell; [] for none."""
-    return splits.splits_of(formats.guess(entry.path), entry.path)
+def _kept(path: str, split: str, options: Options) -> pathlib.Path:
+    """The place in the cache folder of what is told of a split, as these options read it: another
+    one where they or the files are others."""
+    format = formats.guess(path)
+    _check(path, format)
+    units = shards.importer(format).plan(path, split, options)
+    mark = [format, path, split, dataclasses.asdict(options), _files(_paths(units))]
+    folder = cache_folder.folder() / "indexes"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / _digest(mark)
+
+
+def told(entry: Entry) -> tuple[list[str], split_field.Told | None]:
+    """`split_field.of_data` of data which are not prepared, gone through once for the same files:
+    of tars that reads the pictures too. A field for which `where` has values tells none.
+
+    Raises as `split_field.of_data`, and as `cached`."""
+    path, options = files.absolute(entry.path), _options(entry)
+    names = splits.splits_of(formats.guess(path), path)
+    if names or split_field.FIELD in entry.where:
+        return names, None
+    kept = str(_kept(path, "", options)) + ".split.json"
+    if not files.exists(kept):
+        found = split_field.told(formats.guess(path), path, options)
+        write_bytes(kept, json.dumps(found and dataclasses.asdict(found)).encode())
+    found = split_field.read(json.loads(files.read(kept)))
+    return (list(found.values) if found else []), found
+
+
+def _of_split(entry: Entry, split: str) -> tuple[str, Options]:
+    """What is read for a split of data which are not prepared, and how. Raises ValueError for one
+    that they do not tell, where they tell some."""
+    path, options = files.absolute(entry.path), _options(entry)
+    return path, split_field.narrowed(entry.path, told(entry)[1], split, options)
+
+
+def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
+    """What was read, and how, for the index of a split of these data that is in `out`; None where
+    there is none. A run goes on with it, however the path was written."""
+    there = metadata.read_manifest(out)["splits"].get(split, {}).get("request", {})
+    if not there or files.absolute(there["input"]) != files.absolute(entry.path):
+        return None
+    where = tuple((field, tuple(values)) for field, values in there["options"].get("where", ()))
+    return there["input"], dataclasses.replace(_options(entry), where=where)
 
 
 def _options(entry: Entry) -> Options:
@@ -190,24 +240,23 @@ def refuse_changed(input: str, out: str, now: str) -> None:
             return
 
 
-def _check(entry: Entry, format: str) -> None:
+def _check(path: str, format: str) -> None:
     if format not in in_place.FORMATS:
         raise ValueError(
-            f"data source {entry.path}: --format={format} cannot be read in place; give what "
+            f"data source {path}: --format={format} cannot be read in place; give what "
             "`coca-jax prepare` makes of it"
         )
 
 
-def _make(entry: Entry, split: str, out: str) -> None:
+def _make(path: str, split: str, out: str, options: Options) -> None:
     """Writes the index of a split, or what is left of it."""
-    format = formats.guess(entry.path)
-    _check(entry, format)
-    options = _options(entry)
-    line = f"{entry.path} is read in place, as {format}: making an index of it in {out}"
-    if files.is_remote(out) and not files.is_remote(entry.path):
+    format = formats.guess(path)
+    _check(path, format)
+    line = f"{path} is read in place, as {format}: making an index of it in {out}"
+    if files.is_remote(out) and not files.is_remote(path):
         options = dataclasses.replace(options, in_place=False)
-        line = f"{entry.path} lies on this machine: importing it into {out}"
+        line = f"{path} lies on this machine: importing it into {out}"
     if not files.exists(files.join(out, manifest.FILE)):
         print(line, file=sys.stderr, flush=True)
     keep = functools.partial(state, format, out)
-    splits.prepare(format, entry.path, out, split=split, options=options, state=keep)
+    splits.prepare(format, path, out, split=split, options=options, state=keep)

@@ -78,13 +78,14 @@ def apply(
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
     names = indexes.folder_names([one.path for one in found])
+    outs = indexes.places(workdir, [(one.path,) for one in found])
     sources, tasks, kept = [], [], []
-    for one, name in zip(found, names):
+    for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
             place: dict[str, Any] = {"builtin": "scenes"}
             kind, train, held = one.kind or "caption", "train", "test"
         else:
-            path = prepared(one.path, files.join(workdir, f"data/{name}"), wait=not main_process)
+            path = prepared(one.path, out, wait=not main_process)
             place = {"path": path}
             train, held = choose_splits(path)
             kind = one.kind or guess_kind(path, train)
@@ -164,20 +165,16 @@ def layout(path: str, options: Options | None = None) -> Layout:
         FileNotFoundError, ValueError: nothing there, or nothing that can be read.
     """
     format, input = _format_and_input(path)
-    told = splits.splits_of(format, input)
-    if told:
-        return Layout(format, input, *_of_names(told))
-    by_field = split_field.told(format, input, options or Options())
-    if not by_field:
-        return Layout(format, input)
-    return Layout(format, input, *_of_names(list(by_field.values)), by_field)
+    names, by_field = split_field.of_data(format, input, options or Options())
+    train, held = _of_names(names) if names else ("", "")
+    return Layout(format, input, train, held, by_field)
 
 
 def _format_and_input(path: str) -> tuple[str, str]:
     format = formats.guess(path)
     if format == "tfds":
         return format, path.removeprefix("tfds:")
-    return format, path if files.is_remote(path) else os.path.abspath(path)
+    return format, files.absolute(path)
 
 
 def prepared(path: str, out: str, *, wait: bool = False) -> str:

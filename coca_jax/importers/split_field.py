@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, unreachable
-from coca_jax.importers import shards
+from coca_jax.importers import shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files
 
 FIELD = "split"
@@ -30,8 +30,9 @@ class Told:
     rows: Mapping[str, int]
 
     def options(self, split: str, options: Options) -> Options:
-        """The options with which one of the splits is read."""
-        return dataclasses.replace(options, where=(*options.where, (FIELD, self.values[split])))
+        """The options with which one of the splits, by any of its names, is read."""
+        values = self.values[split_of(split)]
+        return dataclasses.replace(options, where=(*options.where, (FIELD, values)))
 
     def unused(self, used: Sequence[str]) -> str:
         """A line on the examples that are in none of the used splits; '' where all are."""
@@ -45,11 +46,29 @@ class Told:
         return f"rows not used, by their field {FIELD!r}: {', '.join(shown)}{more}"
 
 
+def read(told: Mapping[str, Any] | None) -> Told | None:
+    """What `dataclasses.asdict` made of it, from JSON."""
+    if told is None:
+        return None
+    return Told({k: tuple(values) for k, values in told["values"].items()}, told["rows"])
+
+
 def split_of(value: str) -> str:
     """The split that a value means, in any case: 'restval' of Karpathy's lists is for training, and
     validation has several usual names."""
     name = value.strip().lower()
     return "train" if name == "restval" else files.SPLITS.get(name, name)
+
+
+def of_data(format: str, input: str, options: Options) -> tuple[list[str], Told | None]:
+    """(the splits that data tell, what their field tells): by the names of their files or folders,
+    else by the field; of names, and where nothing tells a split, ([...], None).
+
+    Raises as `splits.splits_of` and `told`.
+    """
+    names = splits.splits_of(format, input)
+    found = None if names else told(format, input, options)
+    return (list(found.values) if found else names), found
 
 
 def told(format: str, input: str, options: Options) -> Told | None:
@@ -75,6 +94,19 @@ def told(format: str, input: str, options: Options) -> Told | None:
     if "train" not in there or len(there) < 2:
         return None
     return Told({split: tuple(known[split]) for split in there}, dict(rows))
+
+
+def narrowed(path: str, by_field: Told | None, split: str, options: Options) -> Options:
+    """The options with which a split of the data at a path is read; those given where no field
+    tells splits. Raises ValueError for a split that it does not tell."""
+    if not by_field:
+        return options
+    if split_of(split) not in by_field.values:
+        there = ", ".join(by_field.values)
+        raise ValueError(
+            f"data {path} have no split {split!r}; their field {FIELD!r} tells {there}"
+        )
+    return by_field.options(split, options)
 
 
 def _values(format: str, input: str, options: Options) -> Iterator[str]:

@@ -16,7 +16,7 @@ from coca_jax.config import Entry
 from coca_jax.data import files, formats, mixture, prepared, sources, tfds_source, views
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
-from coca_jax.importers import imagefolder, indexes, items, tfds_name
+from coca_jax.importers import checks, imagefolder, indexes, items, split_field, tfds_name
 from coca_jax.importers.items import Item, Options, Unit
 
 _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
@@ -60,15 +60,36 @@ def class_names(entry: Given, split: str) -> list[str]:
 
 
 def splits(entry: Given) -> list[str]:
-    """The splits of a data set; [] for a plain folder without folders of such names."""
+    """The splits of a data set; [] for data that are not prepared and tell none, by names of
+    files or folders or by a field `split`. The field tells none where `where` has values of it."""
     entry = Entry.of(entry)
     if entry.tfds:
         return tfds_name.splits(_tfds_path(entry))
+    found = told(entry)
+    return sorted(prepared.read_manifest(entry.path)["splits"]) if found is None else found[0]
+
+
+def told(entry: Entry) -> tuple[list[str], split_field.Told | None] | None:
+    """What data at a path tell of their splits, as `split_field.of_data`; None of prepared ones."""
     if _is_plain_folder(entry):
-        return imagefolder.splits(entry.path)
-    if indexes.is_needed(entry):
-        return indexes.splits_of(entry)
-    return sorted(prepared.read_manifest(entry.path)["splits"])
+        return _of_folder(entry)
+    return indexes.told(entry) if indexes.is_needed(entry) else None
+
+
+def _of_folder(entry: Entry) -> tuple[list[str], split_field.Told | None]:
+    if split_field.FIELD in entry.where:
+        return imagefolder.splits(entry.path), None
+    return split_field.of_data("imagefolder", entry.path, _options(entry))
+
+
+def check_split(entry: Given, split: str) -> None:
+    """Raises ValueError for a split that data do not have, where they have or tell some."""
+    entry = Entry.of(entry)
+    found = splits(entry)
+    called = str if told(entry) is None else split_field.split_of  # the former are names as such
+    if found and called(split) not in map(called, found):
+        place = entry.path or entry.tfds
+        raise ValueError(f"data {place} have no split {split!r}; they have {', '.join(found)}")
 
 
 def choose_split(entry: Given) -> str:
@@ -135,10 +156,13 @@ def _is_plain_folder(entry: Entry) -> bool:
 
 def _folder(entry: Entry, split: str) -> Source:
     path, options = entry.path, _options(entry)
+    by_field = _of_folder(entry)[1]
+    wanted = split_field.narrowed(path, by_field, split, options)
     found = [
         (one, unit)
-        for unit in imagefolder.plan(path, split, options)
+        for unit in imagefolder.plan(path, "" if by_field else split, options)
         for one in imagefolder.located(unit, options)
+        if not checks.wanted(one.item, wanted)
     ]
     bad = [one.item for one, _ in found if one.item.problem]
     if bad:
@@ -148,8 +172,8 @@ def _folder(entry: Entry, split: str) -> Source:
         )
 
     def read(indices: Indices) -> list[Record]:
-        wanted = (found[int(i)] for i in indices)
-        return [_record(one.load(unit, options), path) for one, unit in wanted]
+        asked = (found[int(i)] for i in indices)
+        return [_record(one.load(unit, options), path) for one, unit in asked]
 
     return Source(
         f"{path} [{split}]",
