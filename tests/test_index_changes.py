@@ -13,7 +13,7 @@ from test_search import embed, encoded, tree
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import search
+from coca_jax import local_files, search
 from coca_jax.inference import loading
 from coca_jax.searching import index, parts, staged
 from coca_jax.training import lease
@@ -97,6 +97,48 @@ def test_two_spellings_of_a_folder_are_one(model, folder, monkeypatch):  # noqa:
     (folder / "new.png").write_bytes(encoded(71))
     assert again(model, ".", "../i") == (1, 0, 0, 1, 7)
     assert index.Index("../i").names[-1] == str(folder / "new.png")
+
+
+def captions(out="i"):
+    found = index.Index(out)
+    return {os.path.basename(name): text for name, text in zip(found.names, found.captions)}
+
+
+def write_metadata(folder, texts):
+    lines = [json.dumps(dict(file_name=name, text=text)) for name, text in texts.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("spelling", ["s", "s/", "./s", "../{}/s", "link", "{0}/s", "file://{0}/s"])
+def test_captions_are_found_however_the_folder_is_spelled(model, folder, spelling):  # noqa: F811
+    """Of metadata and, without them, of class folders."""
+    if "../" in spelling:
+        spelling = spelling.format(folder.parent.name)
+    elif spelling == "link":
+        os.symlink("s", "link")
+    spelling = local_files.plain(spelling.format(folder.parent))  # as the command takes it
+    texts = {f"{number}.png": f"picture {number}" for number in range(6)}
+    write_metadata(folder, {f"./{name}": text for name, text in texts.items()})
+    embed(model, spelling, "i")
+    assert captions() == texts
+    (folder / "metadata.jsonl").unlink()
+    (folder / "dogs").mkdir()
+    (folder / "dogs/0.png").write_bytes(encoded(80))
+    embed(model, spelling, "classes")
+    assert captions("classes")["0.png"] == "dogs"
+
+
+def test_a_caption_that_was_corrected_is_a_change(model, folder):  # noqa: F811
+    texts = {f"{number}.png": f"picture {number}" for number in range(6)}
+    write_metadata(folder, texts | {"5.png": ""})
+    assert again(model, "s") == (6, 0, 0, 1, 6)
+    write_metadata(folder, texts | {"3.png": "a red circle"})
+    assert again(model, "s/3.png") == (0, 0, 0, 0, 6)  # named alone: nothing is said of it
+    assert again(model, "s") == (0, 2, 0, 1, 6)
+    assert captions() == texts | {"3.png": "a red circle"} and len(rows(model)) == 6
+    assert again(model, "s") == (0, 0, 0, 1, 6)
+    (folder / "metadata.jsonl").unlink()
+    assert again(model, "s") == (0, 0, 0, 1, 6)
 
 
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811

@@ -30,7 +30,7 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
     """
     taken: set[str] = set()
 
-    def state(name: str) -> pictures.State:
+    def state(name: str, caption: str) -> pictures.State:
         whole = parts.whole_path(printable(name))
         if whole in taken:  # by another spelling
             return "done"
@@ -42,7 +42,8 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
             return "failed"
         # What older indexes hold has no stamp, and what is remote never has one.
         same = before.stamp is None or local_files.stamp(name) in (before.stamp, None)
-        return "done" if same else "new"
+        # A picture that is named alone, or a folder without metadata, says nothing of it.
+        return "done" if same and caption in (before.caption, "") else "new"
 
     found: dict[Any, Group] = {}
     for input in inputs:

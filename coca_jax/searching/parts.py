@@ -56,10 +56,12 @@ class Row(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the parts say last of a file: its row, -1 where it could not be read, and its stamp."""
+    """What the parts say last of a file: its row, -1 where it could not be read, its stamp and its
+    caption."""
 
     row: int
     stamp: tuple[int, int] | None = None
+    caption: str = ""
 
 
 class Parts:
@@ -152,9 +154,9 @@ class Parts:
         """Adds to `files` what a part says; first: its first row's number."""
         said = json.loads(table.schema.metadata[_KEY])
         if not said["group"]:
-            names = table[COLUMNS[0]].to_pylist()
-            for row, (name, stamp) in enumerate(zip(names, _stamps(table)), first):
-                files[self.whole_path(name)] = Known(row, stamp)
+            texts = (table[name].to_pylist() for name in COLUMNS)
+            for row, (name, caption, stamp) in enumerate(zip(*texts, _stamps(table)), first):
+                files[self.whole_path(name)] = Known(row, stamp, caption)
             files |= {self.whole_path(name): Known(-1) for name in said["skipped"]}
         dropped = set(said.get("dropped", ()))
         if dropped:
