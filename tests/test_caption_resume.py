@@ -15,6 +15,7 @@ from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import caption
+from coca_jax.training import lease
 
 
 @pytest.fixture
@@ -88,6 +89,22 @@ def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
     assert (done["captioned"], done["already_done"]) == (0, 2)
     lines = [json.loads(line)["image"] for line in open("x.jsonl")]
     assert lines == ["s/0.png", "./s/1.png"]
+
+
+def test_two_runs_into_one_file_are_not_at_once(call, tmp_path):
+    how = dict(use="writes to it", flag="--out", beside=True)
+    with lease.alone("x.jsonl", **how):
+        said = rf"x.jsonl is in use: process {os.getpid()} .* writes to it since .* a new --out"
+        with pytest.raises(lease.Held, match=said):
+            call("s")
+        assert not call.loaded
+        assert call("s", out="y.jsonl")["captioned"] == 2  # of the same folder
+    assert call("s")["captioned"] == 2 and call("s")["already_done"] == 2
+    beside = {f"{name}.jsonl{more}" for name in "xy" for more in ("", ".how.json")}
+    assert {*os.listdir()} == {"s", *beside}
+    with pytest.raises(KeyError):
+        call("s", checkpoint="none", out="new/x.jsonl")
+    assert not os.path.exists("new")
 
 
 def test_a_file_of_another_format_is_refused(call):
