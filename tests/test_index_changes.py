@@ -74,6 +74,27 @@ def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(mo
         )
 
 
+def test_a_row_is_that_of_the_files_and_stays_its_picture_s(model, folder):  # noqa: F811
+    again(model, "s")
+    (folder / "2.png").write_bytes(encoded(70))
+    (folder / "4.png").unlink()
+    again(model, "s")
+    found = index.Index("i")
+    assert found.rows.tolist() == [0, 1, 3, 5, 6]
+    parts_of = [pathlib.Path(f"i/{name}").glob("*_*") for name in ("metadata", "img_emb")]
+    tables, arrays = (sorted(one) for one in parts_of)
+    names = [name for path in tables for name in pq.read_table(path)["image_path"].to_pylist()]
+    stored = np.concatenate([np.load(path) for path in arrays])
+    for one in found.search(model.encode_image(["s/2.png"])[0], 5):
+        place = found.place(one["row"])
+        assert names[one["row"]] == one["image"] == found.names[place]
+        np.testing.assert_array_equal(stored[one["row"]], found.embeddings[place])
+    assert found.search(model.encode_image(["s/2.png"])[0], 1)[0]["row"] == 6
+    for row in (2, 4, 7, -1):
+        with pytest.raises(ValueError, match=f"row {row}: the index has no such picture, or it"):
+            found.place(row)
+
+
 def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
     again(model, "s")
     for path in pathlib.Path("i/metadata").iterdir():

@@ -197,7 +197,9 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     status, headers, data = client.get(first["picture"])
     assert status == 200 and headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(data)).size == (20, 20)
-    assert client.get("/api/pictures/6")[0] == 404
+    status, _, data = client.get("/api/pictures/6")
+    assert status == 404 and b"row 6: the index has no such picture" in data
+    assert "row -1: the index has no" in client.refused(400, "/api/search", ("like", -1))
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
     assert "add up to 0" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))

@@ -150,6 +150,8 @@ class Index:
     Attributes:
         names, captions: of each picture.
         embeddings: float16 [N, E].
+        rows: int64 [N], the row of each in the files of the index. It stays a picture's own until
+            that is changed or gone, and is no other's then.
         checkpoint: the model's place, as it was given.
 
     Raises:
@@ -165,6 +167,7 @@ class Index:
         self.names, self.captions = parts.names(), parts.captions()
         self.embeddings = parts.embeddings()
         self.nearest = nearest.open_nearest(self.embeddings, folder)
+        self.rows = parts.rows()
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
@@ -173,6 +176,16 @@ class Index:
                 f"this index was made by {self.checkpoint} with other weights or preprocessing; "
                 "give that --checkpoint, or index again"
             )
+
+    def place(self, row: int) -> int:
+        """Where `names`, `captions` and `embeddings` have a row. Raises ValueError: they do not."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise ValueError(
+                f"row {row}: the index has no such picture, or it has changed or is gone; search "
+                "again for its row"
+            )
+        return place
 
     def query(
         self,
@@ -198,17 +211,17 @@ class Index:
 
     def search(self, query: np.ndarray, k: int) -> list[dict[str, Any]]:
         """The k most similar pictures: {"rank", "row", "image", "score", "caption"}, score the
-        cosine, row the place in the index."""
-        scores, rows = self.nearest(query[None], k)
+        cosine, row as in `rows`."""
+        scores, places = self.nearest(query[None], k)
         return [
             dict(
                 rank=rank,
-                row=int(row),
-                image=self.names[row],
+                row=int(self.rows[place]),
+                image=self.names[place],
                 score=round(float(score), 4),
-                caption=self.captions[row],
+                caption=self.captions[place],
             )
-            for rank, (score, row) in enumerate(zip(scores[0], rows[0]), 1)
+            for rank, (score, place) in enumerate(zip(scores[0], places[0]), 1)
         ]
 
 

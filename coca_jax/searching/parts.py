@@ -261,6 +261,10 @@ class Parts:
         """Of all pictures, '' where the data have none."""
         return self._column("caption")
 
+    def rows(self) -> np.ndarray:
+        """int64 [N]: of all pictures, the rows in the files, where dropped ones count too."""
+        return np.delete(np.arange(self._rows), sorted(self._dropped))
+
     def _column(self, name: str) -> list[str]:
         found = [text for table in self._tables for text in table[name].to_pylist()]
         return [text for row, text in enumerate(found) if row not in self._dropped]

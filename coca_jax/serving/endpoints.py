@@ -185,13 +185,10 @@ async def _embedded(
 async def search(server: Server, values: Values) -> Any:
     """The most similar pictures of the index."""
     index = _index(server)
-    rows = values["like"]
-    for row in rows:
-        if not 0 <= row < len(index.names):
-            raise Refused(400, f"like={row}: the index has {len(index.names)} pictures, from 0")
+    like = [index.place(row) for row in values["like"]]
     texts = [text for text in values["text"] if text.strip()]
     pictures, words = await _embedded(server, values["image"], texts)
-    pictures += [index.embeddings[row].astype(np.float32) for row in rows]
+    pictures += [index.embeddings[place].astype(np.float32) for place in like]
     if not pictures and not words:
         raise Refused(400, "nothing to look for; send text, image, or like")
     text_weight, image_weight = values["text_weight"], values["image_weight"]
@@ -214,17 +211,19 @@ def _index(server: Server) -> Any:
 
 async def picture(server: Server, request: Request) -> Response:
     """A picture of the index by its row, smaller: no path is taken from a request."""
-    index, row = _index(server), request.path_params["row"]
+    index, asked = _index(server), request.path_params["row"]
     given = request.query_params.get("side", str(SIDES[0]))
     if given not in map(str, SIDES):
         raise Refused(400, f"side={given[:20]}: choose from {SIDES[0]} and {SIDES[1]}")
-    if row >= len(index.names):
-        raise Refused(404, f"picture {row}: the index has {len(index.names)}, from 0")
+    try:
+        row = index.place(asked)
+    except ValueError as error:
+        raise Refused(404, str(error)) from None
     try:
         data = await run_in_threadpool(uploads.smaller, index.names[row], int(given))
     except (ValueError, OSError):
         raise Refused(
-            404, f"picture {row} cannot be shown: it lies in an archive, or was moved or changed"
+            404, f"picture {asked} cannot be shown: it lies in an archive, or was moved or changed"
         ) from None
     return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
