@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from coca_jax.data import files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
-from coca_jax.searching.parts import STAGED, Parts
+from coca_jax.searching.parts import LEASE, STAGED, Parts
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
@@ -144,10 +145,21 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     return "graph"
 
 
+def stamp(folder: str) -> Hashable:
+    """Another one when the index of a folder has been changed; None while it is written to."""
+    place = storage.place(folder)
+    if (place / LEASE).exists():
+        return None
+    names = sorted(path.name for path in (place / "metadata").iterdir())
+    last = [local_files.stamp(str(place / "metadata" / name)) for name in names[-1:]]
+    return (place / "index.json").read_bytes(), *names, *last
+
+
 class Index:
     """An index, opened.
 
     Attributes:
+        folder, stamp: where it is, and its `stamp` when it was opened.
         names, captions: of each picture.
         embeddings: float16 [N, E].
         rows: int64 [N], the row of each in the files of the index. It stays a picture's own until
@@ -160,9 +172,10 @@ class Index:
 
     def __init__(self, folder: str):
         place = storage.place(folder)
-        parts = Parts(folder) if (place / "index.json").exists() else None
-        if parts is None:
+        if not (place / "index.json").exists():
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
+        self.folder, self.stamp = folder, stamp(folder)
+        parts = Parts(folder)
         self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
         self.names, self.captions = parts.names(), parts.captions()
         self.embeddings = parts.embeddings()
@@ -176,6 +189,11 @@ class Index:
                 f"this index was made by {self.checkpoint} with other weights or preprocessing; "
                 "give that --checkpoint, or index again"
             )
+
+    @functools.cached_property
+    def letters(self) -> int:
+        """Letters of the folder that all pictures are in, as their names begin with it."""
+        return os.path.commonprefix(self.names).rfind("/") + 1
 
     def place(self, row: int) -> int:
         """Where `names`, `captions` and `embeddings` have a row. Raises ValueError: they do not."""

@@ -36,7 +36,8 @@ _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
 STAGED = "staged"
-_BESIDE = (STAGED, "lease.json")  # what a folder may hold before index.json
+LEASE = "lease.json"  # of who writes to it, see training/lease.py
+_BESIDE = (STAGED, LEASE)  # what a folder may hold before index.json
 
 
 @dataclasses.dataclass

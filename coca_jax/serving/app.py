@@ -22,6 +22,7 @@ from coca_jax.serving.endpoints import ENDPOINTS, Endpoint, Server
 from coca_jax.serving.guard import Guard
 from coca_jax.serving.numbers import Numbers
 from coca_jax.serving.refusals import Refused, answer_refused
+from coca_jax.serving.reopening import Reopened
 from coca_jax.serving.uploads import Limits
 
 # The page: these files and no others, read once.
@@ -56,7 +57,7 @@ def build(
     numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}))
     batcher = Batcher(model, batch_size=batch_size, wait=wait, depth=depth, seen=numbers.batch)
     numbers.waiting(lambda: batcher.waiting)
-    server = Server(model, batcher, limits, index)
+    server = Server(model, batcher, limits, Reopened(index, model))
     about = _about(server, name)
     files = importlib.resources.files("coca_jax.serving") / "page"
 
@@ -69,7 +70,8 @@ def build(
         return Response(text, headers={"Content-Type": content_type})
 
     async def info(_: Request) -> Response:
-        return JSONResponse(about)
+        index = await server.index.now()
+        return JSONResponse(about | dict(index=index and dict(pictures=len(index.names))))
 
     async def description(_: Request) -> Response:
         return JSONResponse(openapi.document(bool(key)))
@@ -148,6 +150,5 @@ def _about(server: Server, name: str) -> dict[str, Any]:
             classes=len(model.class_names),
         ),
         answers=any(kinds.of(Entry.of(one)).asks for one in sources),
-        index=None if server.index is None else dict(pictures=len(server.index.names)),
         limits=dict(bytes=limits.bytes, pixels=limits.pixels, images=limits.images),
     )
