@@ -240,3 +240,39 @@ def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypa
     )
     with pytest.raises(FileNotFoundError, match="none does not exist; give a run"):
         call("query", "red", index="../i", checkpoint="none")
+
+
+def test_an_index_names_the_model_that_it_is_added_to_with(call, folder, model, monkeypatch):  # noqa: F811
+    call("index", "s", checkpoint="c/hub", out="i")
+    (folder / "new.png").write_bytes(encoded(71))
+    asked = []
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: asked.append(place) or model)
+    assert call("index", "s", out="i")["new"] == 1 and asked == ["c/hub"]
+    monkeypatch.setattr(coca_jax, "load", loading.load)
+    said = f"c/hub does not exist: --out=i, made in {folder.parent}, names that model; --checkpoint"
+    with pytest.raises(FileNotFoundError, match=said):
+        call("index", "s", out="i")
+    with pytest.raises(ValueError, match="--checkpoint is missing"):
+        call("index", "s", out="another")
+
+
+@pytest.mark.parametrize(
+    "command, flag, value, of",
+    [
+        ("index", "k", 3, "query"),
+        ("query", "threshold", 0.9, "duplicates"),
+        ("duplicates", "out", "o", "index"),
+        ("clusters", "dtype", "float32", "index and query"),
+    ],
+)
+def test_a_flag_of_another_command_is_refused(call, folder, command, flag, value, of):
+    said = f"search {command}: --{flag} is a flag of {of}$"
+    with pytest.raises(ValueError, match=said):
+        call(command, "s", **{flag: value})
+
+
+def test_a_text_that_is_the_name_of_a_folder_is_told(call, folder, capsys):
+    call("index", "s", checkpoint="here", out="i")
+    capsys.readouterr()
+    assert call("query", "s", index="i")["texts"] == ["s"]
+    assert "s: taken as a text; to look for the pictures of that folder" in capsys.readouterr().err
