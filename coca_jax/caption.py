@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import posixpath
 import sys
 import time
@@ -28,7 +29,7 @@ import tqdm
 from absl import flags
 
 from coca_jax import cli, local_files, storage
-from coca_jax.data import image_files
+from coca_jax.data import formats, image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
 from coca_jax.training import lease
@@ -65,6 +66,12 @@ def main(argv: Sequence[str]) -> None:
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     named = [local_files.plain(one) for one in argv[1:]]
+    for one in named:
+        if one.lower().endswith(formats.PACKED) and not os.path.isdir(one):
+            raise ValueError(
+                f"{one}: caption takes pictures and folders of them; for tars, parquet and lists "
+                f"there is `coca-jax recaption --input={one}`"
+            )
     paths: dict[str, str] = {}
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
     for path in image_files.find(named, video=args.num_frames != 0):

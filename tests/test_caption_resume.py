@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -130,3 +131,13 @@ def test_a_folder_s_videos_are_captioned_by_a_model_of_clips_and_left_out_by_one
     done = call("clips", out="y.jsonl")
     assert (done["captioned"], done["failed"]) == (1, 0)
     assert call("clips", out="y.jsonl")["already_done"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a-{0..9}.TAR", "gs://a/b.parquet", "list.txt", "a.csv"])
+def test_what_holds_pictures_is_for_another_command(call, name):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: .*recaption --input={name[0]}"):
+        call("s", name)
+    assert not call.loaded
+    os.makedirs("folder.tar")
+    shutil.copy("s/0.png", "folder.tar")
+    assert call("folder.tar")["captioned"] == 1
