@@ -236,6 +236,7 @@ def test_uploads_that_cannot_be_are_a_sentence(client):
         ("num_beams", 9, "from 1 to 8"),
         ("num_beams", "many", "give a number"),
         ("temperature", "nan", "from 0 to 10"),
+        ("seed", 2**32, "give a number from 0 to 4294967295"),
         ("num_captions", 2, "greedy decoding"),
         ("stream", "maybe", "true or false"),
         ("path", "/etc/passwd", "no such field"),
@@ -280,7 +281,9 @@ def test_the_page_and_what_watches_the_server(client):
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))
     assert client.post("/api/caption", image)[0] == 200 and client.get("/none")[0] == 404
+    assert client.get("/api/pictures/0")[0] == client.get("/api/pictures/1")[0] == 200
     text = client.get("/metrics")[2].decode()
+    assert re.search(r'coca_jax_requests_total{path="/api/pictures/",status="200"} [2-9]', text)
     assert re.search(r'coca_jax_requests_total{path="/api/caption",status="200"} \d', text)
     assert re.search(r'coca_jax_requests_total{path="other",status="404"} \d', text)
     assert "coca_jax_batch_items_count" in text

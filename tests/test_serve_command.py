@@ -102,6 +102,9 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
     (tmp_path / "key").write_text("short")
     with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
         serve.main(["serve"])
+    serve.flags.FLAGS.key_file = str(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"--key_file=.*none cannot be read: .*No such file"):
+        serve.main(["serve"])
     with pytest.raises(ValueError, match="x: serve takes flags alone"):
         serve.main(["serve", "x"])
 

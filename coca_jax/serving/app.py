@@ -18,7 +18,7 @@ from coca_jax.config import Entry
 from coca_jax.data import kinds
 from coca_jax.serving import endpoints, openapi
 from coca_jax.serving.batcher import Batcher
-from coca_jax.serving.endpoints import ENDPOINTS, Endpoint, Server
+from coca_jax.serving.endpoints import ENDPOINTS, PICTURES, Endpoint, Server
 from coca_jax.serving.guard import Guard
 from coca_jax.serving.numbers import Numbers
 from coca_jax.serving.refusals import Refused, answer_refused
@@ -54,7 +54,7 @@ def build(
     """
     limits = limits or Limits()
     routes = {"/healthz", "/metrics", "/openapi.json", "/api/info", *PAGE}
-    numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}))
+    numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}), PICTURES)
     batcher = Batcher(model, batch_size=batch_size, wait=wait, depth=depth, seen=numbers.batch)
     numbers.waiting(lambda: batcher.waiting)
     server = Server(model, batcher, limits, Reopened(index, model))
@@ -80,7 +80,7 @@ def build(
         routes=[
             *(Route(path, _file(files / file, kind)) for path, (file, kind) in PAGE.items()),
             *(Route(one.path, _endpoint(one, server), methods=["POST"]) for one in ENDPOINTS),
-            Route("/api/pictures/{row:int}", functools.partial(endpoints.picture, server)),
+            Route(f"{PICTURES}{{row:int}}", functools.partial(endpoints.picture, server)),
             Route("/api/info", info),
             Route("/openapi.json", description),
             Route("/healthz", health),

@@ -23,6 +23,7 @@ from coca_jax.serving.reopening import Reopened
 from coca_jax.serving.uploads import Limits
 
 MOST_LABELS = 1000
+PICTURES = "/api/pictures/"  # before a row of the index
 SIDES = (320, 1280)  # of pictures of the index
 
 Values = dict[str, Any]
@@ -193,7 +194,7 @@ async def search(server: Server, values: Values) -> Any:
     found = await run_in_threadpool(index.search, query, values["k"])
     for one in found:  # names below the folder that all pictures are in: no paths of this machine
         one["image"] = one["image"][index.letters :]
-        one["picture"] = f"/api/pictures/{one['row']}"
+        one["picture"] = f"{PICTURES}{one['row']}"
     return dict(results=found)
 
 
