@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import posixpath
 import sys
 import time
@@ -28,9 +29,10 @@ import tqdm
 from absl import flags
 
 from coca_jax import cli, local_files, storage
-from coca_jax.data import image_files
+from coca_jax.data import formats, image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
+from coca_jax.training import lease
 
 OPERANDS = "pictures and folders of them"
 SEED = "Of sampling; an image's captions also depend on its path."
@@ -64,10 +66,34 @@ def main(argv: Sequence[str]) -> None:
     how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
     Settings(**how)  # bad settings are told before anything is loaded
     named = [local_files.plain(one) for one in argv[1:]]
+    for one in named:
+        if one.lower().endswith(formats.PACKED) and not os.path.isdir(one):
+            raise ValueError(
+                f"{one}: caption takes pictures and folders of them; for tars, parquet and lists "
+                f"there is `coca-jax recaption --input={one}`"
+            )
     paths: dict[str, str] = {}
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
     for path in image_files.find(named, video=args.num_frames != 0):
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
+    owned: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if args.out:
+        caption_files.check_name(args.out)
+        storage.check_writable(posixpath.dirname(args.out) or ".", make=False)
+        owned = lease.alone(args.out, use="writes to it", flag="--out", beside=True)
+    with owned:
+        counts = _caption(paths, named, how)
+    print(json.dumps(counts | dict(seconds=round(time.time() - start, 2))), flush=True)
+    if counts["failed"]:
+        raise SystemExit(1)
+
+
+def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> dict[str, Any]:
+    """Captions the images that --out does not hold; how many those are, and how many failed.
+
+    paths: of all images, by their whole paths; named: what the command line names; how: settings.
+    """
+    args = flags.FLAGS
     told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
     done, size, before = _there(told)
     left = [path for whole, path in paths.items() if whole not in done]
@@ -103,16 +129,7 @@ def main(argv: Sequence[str]) -> None:
             print(line, flush=True)
             if out:
                 out.write(f"{line}\n".encode())
-    seconds = time.time() - start
-    summary = dict(
-        captioned=len(left) - failed,
-        already_done=already_done,
-        failed=failed,
-        seconds=round(seconds, 2),
-    )
-    print(json.dumps(summary), flush=True)
-    if failed:
-        raise SystemExit(1)
+    return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)
 
 
 def _images(paths: list[str], named: list[str], may_be_none: bool) -> list[str]:
@@ -133,8 +150,6 @@ def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
     out = flags.FLAGS.out
     if not out:
         return set(), 0, None
-    caption_files.check_name(out)
-    storage.check_writable(posixpath.dirname(out) or ".", make=False)
     done, size = caption_files.read_done(out)
     before = caption_files.begun_with(out) if size else None
     if before:

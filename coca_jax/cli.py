@@ -162,12 +162,22 @@ def check_platforms(wanted: str) -> None:
 
 @contextlib.contextmanager
 def _pipe_may_close() -> Iterator[None]:
-    """Ends the command quietly, as the shell's own do, where `| head` has read enough."""
+    """Ends the command quietly, as the shell's own do, where `| head` has read enough, and with a
+    line where standard output has no room for more."""
     try:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None  # SIGPIPE
+    except OSError as error:
+        try:
+            # Fails again where it was this that failed, which has no name. Without a buffer
+            # (PYTHONUNBUFFERED) nobody can tell.
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            fail(f"standard output cannot be written: {error}")
+        raise
 
 
 def say(text: str) -> None:

@@ -18,12 +18,13 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -32,14 +33,25 @@ from coca_jax import cli, engines, local_files, storage
 from coca_jax.data import formats
 
 OPERANDS = "pictures, folders and texts"
+# Flags that some of the commands have alone.
+_OF = (
+    dict.fromkeys(("out", "engine", "workers", "shard"), ("index",))
+    | dict.fromkeys(("k", "weights"), ("query",))
+    | dict.fromkeys(("checkpoint", "dtype", "batch_size"), ("index", "query"))
+    | dict.fromkeys(("index",), ("query", "duplicates", "clusters"))
+    | dict.fromkeys(("threshold",), ("duplicates",))
+    | dict.fromkeys(("clusters", "seed"), ("clusters",))
+)
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_string("checkpoint", "", "A run, an export or open_clip weights.")
+    flags.DEFINE_string(
+        "checkpoint", "", "A run, an export or open_clip weights. Default: the index's."
+    )
     flags.DEFINE_string("out", "", "index: folder to write or to add to.")
     flags.DEFINE_string("index", "", "query, duplicates, clusters: a folder of `index`.")
-    flags.DEFINE_integer("batch_size", 64, "index: pictures at a time.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 64, "index, query: pictures at a time.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     engines.define_flags()
     flags.DEFINE_integer("k", 10, "query: pictures to find.", lower_bound=1)
@@ -57,6 +69,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if len(argv) < 2 or argv[1] not in work:
         given = f"{argv[1]!r} is none of them" if len(argv) > 1 else "none is given"
         raise ValueError(f"search index|query|duplicates|clusters ...: {given}")
+    for name, commands in _OF.items():
+        flag = flags.FLAGS[name]
+        if flag.value != flag.default and argv[1] not in commands:
+            raise ValueError(f"search {argv[1]}: --{name} is a flag of {' and '.join(commands)}")
     start = time.time()
     result = work[argv[1]](list(argv[2:]))
     return result | dict(seconds=round(time.time() - start, 2))
@@ -84,18 +100,23 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     from coca_jax.searching.parts import Parts
 
     args, engine = flags.FLAGS, engines.of_flags()
-    _need(checkpoint=args.checkpoint, out=args.out)
+    _need(out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
     parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
+    given = args.checkpoint
+    checkpoint: Any = given or parts.about.get("checkpoint", "")
+    args.checkpoint = checkpoint
+    _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
             cli.say(f"{input}: read as {formats.guess(input)}")
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
-    cli.say(f"loading {args.checkpoint}")
-    load = _loader(args.checkpoint)
-    model = None if apart else load()
+    cli.say(f"loading {checkpoint}")
+    load = _loader(checkpoint)
+    with _where_it_was(given, parts.about, f"--out={args.out}"):
+        model = None if apart else load()
     if apart:
         from coca_jax.searching import index, staged
 
@@ -172,16 +193,24 @@ def _query(wanted: list[str]) -> dict[str, Any]:
 def _model_of(index: Any) -> Any:
     """The model of --checkpoint, else the one that the index names."""
     given = flags.FLAGS.checkpoint
-    try:
+    with _where_it_was(given, index.about, f"--index={flags.FLAGS.index}"):
         return _load(given or index.checkpoint)
+
+
+@contextlib.contextmanager
+def _where_it_was(given: str, about: dict[str, Any], index: str) -> Iterator[None]:
+    """Says, of a model that is not there, that it is the index that names it, unless --checkpoint
+    was `given`. about: contents of index.json; index: its flag."""
+    try:
+        yield
     except FileNotFoundError as error:
         if given:
             raise
-        made = index.about.get("made_in", "")
+        made = about.get("made_in", "")
         where = f", made in {made}," if made else ""
         raise FileNotFoundError(
-            f"{str(error).partition(';')[0]}: --index={flags.FLAGS.index}{where} names that model; "
-            "--checkpoint= gives the place where it is now"
+            f"{str(error).partition(';')[0]}: {index}{where} names that model; --checkpoint= gives "
+            "the place where it is now"
         ) from None
 
 
@@ -190,6 +219,8 @@ def _is_picture(text: str) -> bool:
         return True
     if text.lower().endswith(formats.MEDIA) and " " not in text:
         raise FileNotFoundError(f"{text}: no such picture")
+    if os.path.isdir(text):
+        cli.say(f"{text}: taken as a text; to look for the pictures of that folder name them")
     return False
 
 

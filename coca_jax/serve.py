@@ -102,8 +102,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def _key(loopback: bool) -> str:
     """The key, from where it stands; '' for none."""
     key = os.environ.get("COCA_JAX_SERVE_KEY", "")
-    if flags.FLAGS.key_file:
-        key = files.read_bounded(flags.FLAGS.key_file, 4096).decode("utf-8", "replace")
+    if path := flags.FLAGS.key_file:
+        try:
+            key = files.read_bounded(path, 4096).decode("utf-8", "replace")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--key_file={path} cannot be read: {error}") from None
     key, public = key.strip(), flags.FLAGS.public_name
     if set(public) & set("/:@[] "):
         raise ValueError(f"--public_name={public}: give the name alone, such as coca.example.org")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import caption
+from coca_jax.training import lease
 
 
 @pytest.fixture
@@ -90,6 +92,22 @@ def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
     assert lines == ["s/0.png", "./s/1.png"]
 
 
+def test_two_runs_into_one_file_are_not_at_once(call, tmp_path):
+    how = dict(use="writes to it", flag="--out", beside=True)
+    with lease.alone("x.jsonl", **how):
+        said = rf"x.jsonl is in use: process {os.getpid()} .* writes to it since .* a new --out"
+        with pytest.raises(lease.Held, match=said):
+            call("s")
+        assert not call.loaded
+        assert call("s", out="y.jsonl")["captioned"] == 2  # of the same folder
+    assert call("s")["captioned"] == 2 and call("s")["already_done"] == 2
+    beside = {f"{name}.jsonl{more}" for name in "xy" for more in ("", ".how.json")}
+    assert {*os.listdir()} == {"s", *beside}
+    with pytest.raises(KeyError):
+        call("s", checkpoint="none", out="new/x.jsonl")
+    assert not os.path.exists("new")
+
+
 def test_a_file_of_another_format_is_refused(call):
     for suffix in ("csv", "json", "txt", "parquet"):
         with pytest.raises(ValueError, match=rf"--out=r.{suffix}: .* with .jsonl, r.jsonl$"):
@@ -113,3 +131,13 @@ def test_a_folder_s_videos_are_captioned_by_a_model_of_clips_and_left_out_by_one
     done = call("clips", out="y.jsonl")
     assert (done["captioned"], done["failed"]) == (1, 0)
     assert call("clips", out="y.jsonl")["already_done"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a-{0..9}.TAR", "gs://a/b.parquet", "list.txt", "a.csv"])
+def test_what_holds_pictures_is_for_another_command(call, name):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: .*recaption --input={name[0]}"):
+        call("s", name)
+    assert not call.loaded
+    os.makedirs("folder.tar")
+    shutil.copy("s/0.png", "folder.tar")
+    assert call("folder.tar")["captioned"] == 1

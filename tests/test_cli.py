@@ -259,3 +259,16 @@ def test_what_waits_says_for_how_long(capsys):
     assert others and set(others) <= {f"compiling ... {n} s so far" for n in range(5)}
     time.sleep(0.05)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_standard_output_is_named_and_another_file_is_not_taken_for_it(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="of a file"), cli._pipe_may_close():
+            raise OSError(28, "of a file")
+        with pytest.raises(SystemExit) as ended, cli._pipe_may_close():
+            print("a line", flush=True)
+    assert ended.value.code == 2
+    said = "error: standard output cannot be written: [Errno 28] No space left on device"
+    assert said in capsys.readouterr().err

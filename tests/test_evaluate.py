@@ -402,10 +402,3 @@ def test_bad_flags_are_one_line(folder, commands, tmp_path):
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: --tasks=bleu: choose from zeroshot")
     )
-
-
-@pytest.mark.parametrize("place", ["none", "none.csv", "none/"])
-def test_data_that_are_not_there_are_told_before_the_model_is_loaded(place, commands, tmp_path):
-    done = commands.run(["evaluate", "--checkpoint=x", f"--data={place}"], tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {place}: no such file or folder\n"

@@ -232,3 +232,10 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
     with pytest.raises(ValueError, match=says) as error:
         evaluate.main(["evaluate"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["none", "none.csv", "none/"])
+def test_data_that_are_not_there_are_told_before_the_model_is_loaded(place, commands, tmp_path):
+    done = commands.run(["evaluate", "--checkpoint=x", f"--data={place}"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {place}: no such file or folder\n"

@@ -109,8 +109,8 @@ def test_rows_of_jsonl(folder, tmp_path):
     wanted = [reason for _, reason in rows if reason] + ["bad_utf8", "bad_json"]
     assert [reason for reason, _ in found] == wanted
     assert (result["read"], result["written"]) == (len(rows) + 2, 3)
-    assert all("--allow_paths" in detail or "chains" in detail for reason, detail in found
-               if reason == "outside_input")  # fmt: skip
+    outside = [detail for reason, detail in found if reason == "outside_input"]
+    assert all("`recaption` take --allow_paths" in one or "chains" in one for one in outside)
     # With the flag, that place and no other.
     result, found = _prepare(
         *("imagefolder", folder, tmp_path / "out2"),

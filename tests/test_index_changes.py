@@ -13,7 +13,7 @@ from test_search import embed, encoded, tree
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import search
+from coca_jax import local_files, search
 from coca_jax.inference import loading
 from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease
@@ -88,6 +88,27 @@ def test_an_index_that_gets_small_is_searched_without_its_graph(model, folder, m
     assert isinstance(found.nearest, nearest.Exact) and len(found.names) == 4
 
 
+def test_a_row_is_that_of_the_files_and_stays_its_picture_s(model, folder):  # noqa: F811
+    again(model, "s")
+    (folder / "2.png").write_bytes(encoded(70))
+    (folder / "4.png").unlink()
+    again(model, "s")
+    found = index.Index("i")
+    assert found.rows.tolist() == [0, 1, 3, 5, 6]
+    parts_of = [pathlib.Path(f"i/{name}").glob("*_*") for name in ("metadata", "img_emb")]
+    tables, arrays = (sorted(one) for one in parts_of)
+    names = [name for path in tables for name in pq.read_table(path)["image_path"].to_pylist()]
+    stored = np.concatenate([np.load(path) for path in arrays])
+    for one in found.search(model.encode_image(["s/2.png"])[0], 5):
+        place = found.place(one["row"])
+        assert names[one["row"]] == one["image"] == found.names[place]
+        np.testing.assert_array_equal(stored[one["row"]], found.embeddings[place])
+    assert found.search(model.encode_image(["s/2.png"])[0], 1)[0]["row"] == 6
+    for row in (2, 4, 7, -1):
+        with pytest.raises(ValueError, match=f"row {row}: the index has no such picture, or it"):
+            found.place(row)
+
+
 def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
     again(model, "s")
     for path in pathlib.Path("i/metadata").iterdir():
@@ -137,6 +158,48 @@ def test_the_file_of_a_row_lies_below_where_the_index_was_made(model, folder, mo
     found = index.Index("i")
     for row, name in enumerate(found.names):
         assert found.file(row)[0] == str(folder.parent / name)
+
+
+def captions(out="i"):
+    found = index.Index(out)
+    return {os.path.basename(name): text for name, text in zip(found.names, found.captions)}
+
+
+def write_metadata(folder, texts):
+    lines = [json.dumps(dict(file_name=name, text=text)) for name, text in texts.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("spelling", ["s", "s/", "./s", "../{}/s", "link", "{0}/s", "file://{0}/s"])
+def test_captions_are_found_however_the_folder_is_spelled(model, folder, spelling):  # noqa: F811
+    """Of metadata and, without them, of class folders."""
+    if "../" in spelling:
+        spelling = spelling.format(folder.parent.name)
+    elif spelling == "link":
+        os.symlink("s", "link")
+    spelling = local_files.plain(spelling.format(folder.parent))  # as the command takes it
+    texts = {f"{number}.png": f"picture {number}" for number in range(6)}
+    write_metadata(folder, {f"./{name}": text for name, text in texts.items()})
+    embed(model, spelling, "i")
+    assert captions() == texts
+    (folder / "metadata.jsonl").unlink()
+    (folder / "dogs").mkdir()
+    (folder / "dogs/0.png").write_bytes(encoded(80))
+    embed(model, spelling, "classes")
+    assert captions("classes")["0.png"] == "dogs"
+
+
+def test_a_caption_that_was_corrected_is_a_change(model, folder):  # noqa: F811
+    texts = {f"{number}.png": f"picture {number}" for number in range(6)}
+    write_metadata(folder, texts | {"5.png": ""})
+    assert again(model, "s") == (6, 0, 0, 1, 6)
+    write_metadata(folder, texts | {"3.png": "a red circle"})
+    assert again(model, "s/3.png") == (0, 0, 0, 0, 6)  # named alone: nothing is said of it
+    assert again(model, "s") == (0, 2, 0, 1, 6)
+    assert captions() == texts | {"3.png": "a red circle"} and len(rows(model)) == 6
+    assert again(model, "s") == (0, 0, 0, 1, 6)
+    (folder / "metadata.jsonl").unlink()
+    assert again(model, "s") == (0, 0, 0, 1, 6)
 
 
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811
@@ -217,3 +280,39 @@ def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypa
     )
     with pytest.raises(FileNotFoundError, match="none does not exist; give a run"):
         call("query", "red", index="../i", checkpoint="none")
+
+
+def test_an_index_names_the_model_that_it_is_added_to_with(call, folder, model, monkeypatch):  # noqa: F811
+    call("index", "s", checkpoint="c/hub", out="i")
+    (folder / "new.png").write_bytes(encoded(71))
+    asked = []
+    monkeypatch.setattr(coca_jax, "load", lambda place, **how: asked.append(place) or model)
+    assert call("index", "s", out="i")["new"] == 1 and asked == ["c/hub"]
+    monkeypatch.setattr(coca_jax, "load", loading.load)
+    said = f"c/hub does not exist: --out=i, made in {folder.parent}, names that model; --checkpoint"
+    with pytest.raises(FileNotFoundError, match=said):
+        call("index", "s", out="i")
+    with pytest.raises(ValueError, match="--checkpoint is missing"):
+        call("index", "s", out="another")
+
+
+@pytest.mark.parametrize(
+    "command, flag, value, of",
+    [
+        ("index", "k", 3, "query"),
+        ("query", "threshold", 0.9, "duplicates"),
+        ("duplicates", "out", "o", "index"),
+        ("clusters", "dtype", "float32", "index and query"),
+    ],
+)
+def test_a_flag_of_another_command_is_refused(call, folder, command, flag, value, of):
+    said = f"search {command}: --{flag} is a flag of {of}$"
+    with pytest.raises(ValueError, match=said):
+        call(command, "s", **{flag: value})
+
+
+def test_a_text_that_is_the_name_of_a_folder_is_told(call, folder, capsys):
+    call("index", "s", checkpoint="here", out="i")
+    capsys.readouterr()
+    assert call("query", "s", index="i")["texts"] == ["s"]
+    assert "s: taken as a text; to look for the pictures of that folder" in capsys.readouterr().err

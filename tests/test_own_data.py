@@ -146,6 +146,7 @@ def test_a_folder_of_nothing_says_what_it_has(tmp_path):
         formats.guess(str(tmp_path / "a.doc"))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         formats.guess(str(tmp_path / "absent"))
+    assert formats.guess(str(tmp_path / "*.jpg")) == "sidecars"  # which have no text, or one each
 
 
 def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):

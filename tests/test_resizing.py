@@ -3,6 +3,7 @@ it is seen alike, in training and in use."""
 
 import base64
 import io
+import pathlib
 import re
 
 import numpy as np
@@ -19,6 +20,7 @@ from coca_jax.data.batches import Batches
 from coca_jax.importers.splits import prepare
 from coca_jax.inference import export_folder
 
+ROOT = pathlib.Path(__file__).parents[1]
 RED, WHITE, GREEN = (200, 30, 30), (255, 255, 255), (40, 160, 90)
 
 
@@ -224,3 +226,13 @@ def test_an_export_keeps_it_and_formats_without_a_word_for_it_are_refused(run, t
     with pytest.raises(ValueError, match="data.resize='trim', for which open_clip has no words"):
         convert.to_open_clip(str(workdir), str(tmp_path / "open_clip"))
     assert not (tmp_path / "open_clip").exists() and not list((tmp_path).glob("hub/*"))
+
+
+def test_programs_are_given_what_the_model_makes_of_a_picture():
+    """The line of docs/inference.md that resizes."""
+    (line,) = re.findall(r"^pictures = .*$", (ROOT / "docs/inference.md").read_text(), re.M)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    told = dict(Image=Image, size=(64, 64), opened=[Image.fromarray(pixels)])
+    exec(line, told)
+    wanted = resizing.preprocess_eval(pixels, 64)
+    np.testing.assert_array_equal(np.asarray(told["pictures"][0]), wanted)

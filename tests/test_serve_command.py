@@ -118,6 +118,9 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
     (tmp_path / "key").write_text("short")
     with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
         serve.main(["serve"])
+    serve.flags.FLAGS.key_file = str(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"--key_file=.*none cannot be read: .*No such file"):
+        serve.main(["serve"])
     with pytest.raises(ValueError, match="x: serve takes flags alone"):
         serve.main(["serve", "x"])
 
@@ -297,6 +300,63 @@ def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
     assert answers["/upload"] == (503, told.replace(b": ", b":"))
     assert answers["/stream"][1].endswith(b"event: error\ndata: " + told + b"\n\n")
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds, most", [(0.3, 1000), (60, 3)])
+def test_connections_that_ask_for_nothing_keep_nobody_out(seconds, most, monkeypatch):
+    """Silent from the start, with half of the headers, or with half of the next request's: each is
+    closed in time, and before where it takes another's place. Who waits for an answer gets it."""
+    from coca_jax.serving import connections, running
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.5)  # longer than headers may take
+        await send(
+            dict(type="http.response.start", status=200, headers=[(b"content-length", b"4")])
+        )
+        await send(dict(type="http.response.body", body=b"done"))
+
+    def silent(sent=b""):
+        opened.append(socket.create_connection(listening.getsockname()[:2], timeout=20))
+        opened[-1].sendall(sent)
+        return opened[-1]
+
+    def is_closed(one):
+        try:
+            return one.recv(10) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+    def ask():
+        try:
+            if most == 3:
+                held = [silent(b"G" * number) for number in range(most)]
+            first = silent(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"done"):
+                answer += first.recv(1000) or b"closed, done"
+            told.append(answer[:15])
+            if most == 3:
+                for one in held[1:]:
+                    one.settimeout(0.05)
+            else:
+                first.sendall(b"GET /")
+                held = [first, silent(), silent(b"GET / HTT")]
+            told.extend(map(is_closed, held))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    told, opened = [], []
+    monkeypatch.setattr(connections, "SECONDS", seconds)
+    monkeypatch.setattr(connections, "MOST", most)
+    listening = running.listen("127.0.0.1", 0)
+    client = threading.Thread(target=ask)
+    running.serve(app, listening, grace=5, ready=client.start)
+    client.join()
+    for one in opened:
+        one.close()
+    assert told == [b"HTTP/1.1 200 OK", True, seconds < 1, seconds < 1]
 
 
 @pytest.mark.slow  # two starts of the command

@@ -36,6 +36,7 @@ _SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
+PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
@@ -55,6 +56,8 @@ def guess(path: str) -> str:
     system, plain = files.filesystem(path)
     if files.is_pattern(path) or system.isfile(plain):
         found = _of_names([plain])
+        if files.is_pattern(path) and plain.lower().endswith(MEDIA):
+            return "sidecars"
         if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
             above, _, name = path.rpartition("/")
             found = "csv" if _is_text_list(above or ".", name, list(_names(above or "."))) else ""

@@ -56,7 +56,7 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     if not any(found.startswith(_prefix(root, here)) for root in roots):
         raise Outside(
             f"{name[:200]!r} leads to {found[:200]}, outside the input; "
-            "--allow_paths=FOLDER_OR_URL allows more"
+            "`prepare` and `recaption` take --allow_paths=FOLDER_OR_URL for more"
         )
     return found
 

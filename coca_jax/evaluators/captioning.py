@@ -312,13 +312,11 @@ class Captioning(Evaluator):
                     if isinstance(images, np.ndarray)
                     else [images[i] for i in picked]
                 )
-                found = [
-                    np.asarray(x)
-                    for x in predict.caption_log_likelihood(chosen, [t for _, t in part])
-                ]
-                check_finite(found[0], f"caption likelihoods of {self.name}")
-                for i, nats, count in zip(picked, *(x.tolist() for x in found)):
-                    made[i]["log_likelihood"].append(nats)
+                found = predict.caption_log_likelihood(chosen, [text for _, text in part])
+                nats, counts = map(np.asarray, found)
+                check_finite(nats, f"caption likelihoods of {self.name}")
+                for i, one, count in zip(picked, nats.tolist(), counts.tolist()):
+                    made[i]["log_likelihood"].append(one)
                     made[i]["tokens"].append(count)
         if self.captions:
             captions = predict.caption(images, **self.how)

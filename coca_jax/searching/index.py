@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from coca_jax.data import files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
-from coca_jax.searching.parts import STAGED, Parts
+from coca_jax.searching.parts import LEASE, STAGED, Parts
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
     """
     taken: set[str] = set()
 
-    def state(name: str) -> pictures.State:
+    def state(name: str, caption: str) -> pictures.State:
         whole = parts.whole_path(printable(name))
         if whole in taken:  # by another spelling
             return "done"
@@ -44,7 +45,8 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
             return "failed"
         # What older indexes hold has no stamp, and what is remote never has one.
         same = before.stamp is None or local_files.stamp(name) in (before.stamp, None)
-        return "done" if same else "new"
+        # A picture that is named alone, or a folder without metadata, says nothing of it.
+        return "done" if same and caption in (before.caption, "") else "new"
 
     found: dict[Any, Group] = {}
     for input in inputs:
@@ -147,12 +149,25 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     return "graph"
 
 
+def stamp(folder: str) -> Hashable:
+    """Another one when the index of a folder has been changed; None while it is written to."""
+    place = storage.place(folder)
+    if (place / LEASE).exists():
+        return None
+    names = sorted(path.name for path in (place / "metadata").iterdir())
+    last = [local_files.stamp(str(place / "metadata" / name)) for name in names[-1:]]
+    return (place / "index.json").read_bytes(), *names, *last
+
+
 class Index:
     """An index, opened.
 
     Attributes:
+        folder, stamp: where it is, and its `stamp` when it was opened.
         names, captions: of each picture.
         embeddings: float16 [N, E].
+        rows: int64 [N], the row of each in the files of the index. It stays a picture's own until
+            that is changed or gone, and is no other's then.
         checkpoint: the model's place, as it was given.
 
     Raises:
@@ -161,14 +176,16 @@ class Index:
 
     def __init__(self, folder: str):
         place = storage.place(folder)
-        parts = Parts(folder) if (place / "index.json").exists() else None
-        if parts is None:
+        if not (place / "index.json").exists():
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
+        self.folder, self.stamp = folder, stamp(folder)
+        parts = Parts(folder)
         self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
         self.names, self.captions = parts.names(), parts.captions()
         self.embeddings, self._stamps = parts.embeddings(), parts.stamps()
         self._whole_path = parts.whole_path
         self.nearest = nearest.open_nearest(self.embeddings, folder)
+        self.rows = parts.rows()
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
@@ -190,6 +207,21 @@ class Index:
         if before.min() >= 0 and now != tuple(before):
             raise ValueError(f"{path} is gone or changed; run the same `search index` again")
         return path, now
+
+    @functools.cached_property
+    def letters(self) -> int:
+        """Letters of the folder that all pictures are in, as their names begin with it."""
+        return os.path.commonprefix(self.names).rfind("/") + 1
+
+    def place(self, row: int) -> int:
+        """Where `names`, `captions` and `embeddings` have a row. Raises ValueError: they do not."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise ValueError(
+                f"row {row}: the index has no such picture, or it has changed or is gone; search "
+                "again for its row"
+            )
+        return place
 
     def query(
         self,
@@ -215,17 +247,17 @@ class Index:
 
     def search(self, query: np.ndarray, k: int) -> list[dict[str, Any]]:
         """The k most similar pictures: {"rank", "row", "image", "score", "caption"}, score the
-        cosine, row the place in the index."""
-        scores, rows = self.nearest(query[None], k)
+        cosine, row as in `rows`."""
+        scores, places = self.nearest(query[None], k)
         return [
             dict(
                 rank=rank,
-                row=int(row),
-                image=self.names[row],
+                row=int(self.rows[place]),
+                image=self.names[place],
                 score=round(float(score), 4),
-                caption=self.captions[row],
+                caption=self.captions[place],
             )
-            for rank, (score, row) in enumerate(zip(scores[0], rows[0]), 1)
+            for rank, (score, place) in enumerate(zip(scores[0], places[0]), 1)
         ]
 
 

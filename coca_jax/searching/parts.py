@@ -36,7 +36,8 @@ _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
 STAGED = "staged"
-_BESIDE = (STAGED, "lease.json")  # what a folder may hold before index.json
+LEASE = "lease.json"  # of who writes to it, see training/lease.py
+_BESIDE = (STAGED, LEASE)  # what a folder may hold before index.json
 
 
 @dataclasses.dataclass
@@ -56,10 +57,12 @@ class Row(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the parts say last of a file: its row, -1 where it could not be read, and its stamp."""
+    """What the parts say last of a file: its row, -1 where it could not be read, its stamp and its
+    caption."""
 
     row: int
     stamp: tuple[int, int] | None = None
+    caption: str = ""
 
 
 class Parts:
@@ -152,9 +155,9 @@ class Parts:
         """Adds to `files` what a part says; first: its first row's number."""
         said = json.loads(table.schema.metadata[_KEY])
         if not said["group"]:
-            names = table[COLUMNS[0]].to_pylist()
-            for row, (name, stamp) in enumerate(zip(names, _stamps(table)), first):
-                files[self.whole_path(name)] = Known(row, stamp)
+            texts = (table[name].to_pylist() for name in COLUMNS)
+            for row, (name, caption, stamp) in enumerate(zip(*texts, _stamps(table)), first):
+                files[self.whole_path(name)] = Known(row, stamp, caption)
             files |= {self.whole_path(name): Known(-1) for name in said["skipped"]}
         dropped = set(said.get("dropped", ()))
         if dropped:
@@ -258,6 +261,10 @@ class Parts:
     def captions(self) -> list[str]:
         """Of all pictures, '' where the data have none."""
         return self._column("caption")
+
+    def rows(self) -> np.ndarray:
+        """int64 [N]: of all pictures, the rows in the files, where dropped ones count too."""
+        return np.delete(np.arange(self._rows), sorted(self._dropped))
 
     def _column(self, name: str) -> list[str]:
         found = [text for table in self._tables for text in table[name].to_pylist()]

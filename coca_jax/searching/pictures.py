@@ -58,11 +58,11 @@ class Group:
         return (_picture(path, item) for item in items)
 
 
-def groups(path: str, state: Callable[[str], State], part: int = PART) -> list[Group]:
+def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> list[Group]:
     """The pictures at a path (folder, tar, glob, parquet, list, prepared data, 'tfds:NAME').
 
-    state: of a file; what is done is left out, and what failed comes last, in groups of its own: a
-    run that was ended in between goes on as if it had not been. part: files a group.
+    state: of a file with a caption; what is done is left out, and what failed comes last, in groups
+    of its own: a run that was ended in between goes on as if it had not been. part: files a group.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no picture.
@@ -75,7 +75,8 @@ def groups(path: str, state: Callable[[str], State], part: int = PART) -> list[G
         captions = _captions(path)
         told: dict[State, list[tuple[str, str]]] = dict(new=[], failed=[], done=[])
         for name in image_files.find([path]):
-            told[state(name)].append((name, captions.get(name, "")))
+            caption = captions.get(local_files.whole_path(name), "")
+            told[state(name, caption)].append((name, caption))
         cut = [
             tuple(some[start : start + part])
             for some in (told["new"], told["failed"])
@@ -93,14 +94,16 @@ def groups(path: str, state: Callable[[str], State], part: int = PART) -> list[G
 
 
 def _captions(path: str) -> dict[str, str]:
-    """What the metadata of a folder of pictures, or the names of its folders, say of each."""
+    """What the metadata of a folder of pictures, or the names of its folders, say of each, by
+    whole paths: those that metadata name are absolute, however the folder is spelled."""
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
     options, found = Options(), {}
     for unit in imagefolder.plan(path, "", options):
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:
-                found[files.join(one.folder, one.name)] = _caption(one.item)
+                whole = local_files.whole_path(files.join(one.folder, one.name))
+                found[whole] = _caption(one.item)
     return found
 
 

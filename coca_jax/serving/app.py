@@ -18,10 +18,11 @@ from coca_jax.config import Entry
 from coca_jax.data import kinds
 from coca_jax.serving import endpoints, openapi
 from coca_jax.serving.batcher import Batcher
-from coca_jax.serving.endpoints import ENDPOINTS, Endpoint, Server
+from coca_jax.serving.endpoints import ENDPOINTS, PICTURES, Endpoint, Server
 from coca_jax.serving.guard import Guard
 from coca_jax.serving.numbers import Numbers
 from coca_jax.serving.refusals import Refused, answer_refused
+from coca_jax.serving.reopening import Reopened
 from coca_jax.serving.uploads import Limits
 
 # The page: these files and no others, read once.
@@ -54,10 +55,10 @@ def build(
     """
     limits = limits or Limits()
     routes = {"/healthz", "/metrics", "/openapi.json", "/api/info", *PAGE}
-    numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}))
+    numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}), PICTURES)
     batcher = Batcher(model, batch_size=batch_size, wait=wait, depth=depth, seen=numbers.batch)
     numbers.waiting(lambda: batcher.waiting)
-    server = Server(model, batcher, limits, index)
+    server = Server(model, batcher, limits, Reopened(index, model))
     about = _about(server, name)
     files = importlib.resources.files("coca_jax.serving") / "page"
 
@@ -70,7 +71,8 @@ def build(
         return Response(text, headers={"Content-Type": content_type})
 
     async def info(_: Request) -> Response:
-        return JSONResponse(about)
+        index = await server.index.now()
+        return JSONResponse(about | dict(index=index and dict(pictures=len(index.names))))
 
     async def description(_: Request) -> Response:
         return JSONResponse(openapi.document(bool(key)))
@@ -79,7 +81,7 @@ def build(
         routes=[
             *(Route(path, _file(files / file, kind)) for path, (file, kind) in PAGE.items()),
             *(Route(one.path, _endpoint(one, server), methods=["POST"]) for one in ENDPOINTS),
-            Route("/api/pictures/{row:int}", functools.partial(endpoints.picture, server)),
+            Route(f"{PICTURES}{{row:int}}", functools.partial(endpoints.picture, server)),
             Route("/api/info", info),
             Route("/openapi.json", description),
             Route("/healthz", health),
@@ -150,6 +152,5 @@ def _about(server: Server, name: str) -> dict[str, Any]:
             classes=len(model.class_names),
         ),
         answers=any(kinds.of(Entry.of(one)).asks for one in sources),
-        index=None if server.index is None else dict(pictures=len(server.index.names)),
         limits=dict(bytes=limits.bytes, pixels=limits.pixels, images=limits.images),
     )

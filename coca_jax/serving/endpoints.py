@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,9 +19,11 @@ from coca_jax.serving import forms, uploads, works
 from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.forms import Field
 from coca_jax.serving.refusals import STOPPING, Refused
+from coca_jax.serving.reopening import Reopened
 from coca_jax.serving.uploads import Limits
 
 MOST_LABELS = 1000
+PICTURES = "/api/pictures/"  # before a row of the index
 SIDES = (320, 1280)  # of pictures of the index
 
 Values = dict[str, Any]
@@ -31,17 +31,12 @@ Values = dict[str, Any]
 
 @dataclasses.dataclass
 class Server:
-    """What endpoints share. index: a searching.index.Index, or None."""
+    """What endpoints share."""
 
     model: Any
     batcher: Batcher
     limits: Limits
-    index: Any = None
-
-    @functools.cached_property
-    def folder(self) -> int:
-        """Letters of the folder that all pictures of the index are in."""
-        return os.path.commonprefix(self.index.names).rfind("/") + 1
+    index: Reopened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +194,11 @@ async def _embedded(
 
 async def search(server: Server, values: Values) -> Any:
     """The most similar pictures of the index."""
-    index = _index(server)
-    rows = values["like"]
-    for row in rows:
-        if not 0 <= row < len(index.names):
-            raise Refused(400, f"like={row}: the index has {len(index.names)} pictures, from 0")
+    index = await _index(server)
+    like = [index.place(row) for row in values["like"]]
     texts = [text for text in values["text"] if text.strip()]
     pictures, words = await _embedded(server, values["image"], texts)
-    pictures += [index.embeddings[row].astype(np.float32) for row in rows]
+    pictures += [index.embeddings[place].astype(np.float32) for place in like]
     if not pictures and not words:
         raise Refused(400, "nothing to look for; send text, image, or like")
     text_weight, image_weight = values["text_weight"], values["image_weight"]
@@ -214,30 +206,33 @@ async def search(server: Server, values: Values) -> Any:
     query = mixed(np.stack([*words, *pictures]), weights)
     found = await run_in_threadpool(index.search, query, values["k"])
     for one in found:  # names below the folder that all pictures are in: no paths of this machine
-        one["image"] = one["image"][server.folder :]
-        one["picture"] = f"/api/pictures/{one['row']}"
+        one["image"] = one["image"][index.letters :]
+        one["picture"] = f"{PICTURES}{one['row']}"
     return dict(results=found)
 
 
-def _index(server: Server) -> Any:
-    if server.index is None:
+async def _index(server: Server) -> Any:
+    index = await server.index.now()
+    if index is None:
         raise Refused(404, "there is no index here; start with --index=DIR (coca-jax search index)")
-    return server.index
+    return index
 
 
 async def picture(server: Server, request: Request) -> Response:
     """A picture of the index by its row, smaller: no path is taken from a request."""
-    index, row = _index(server), request.path_params["row"]
+    index, asked = await _index(server), request.path_params["row"]
     given = request.query_params.get("side", str(SIDES[0]))
     if given not in map(str, SIDES):
         raise Refused(400, f"side={given[:20]}: choose from {SIDES[0]} and {SIDES[1]}")
-    if row >= len(index.names):
-        raise Refused(404, f"picture {row}: the index has {len(index.names)}, from 0")
+    try:
+        row = index.place(asked)
+    except ValueError as error:
+        raise Refused(404, str(error)) from None
     try:
         data = await run_in_threadpool(uploads.smaller, index, row, int(given))
     except (ValueError, OSError):
         raise Refused(
-            404, f"picture {row} cannot be shown: it lies in an archive, or was moved or changed"
+            404, f"picture {asked} cannot be shown: it lies in an archive, or was moved or changed"
         ) from None
     return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 

@@ -64,9 +64,8 @@ class Field:
         except ValueError:
             raise Refused(400, f"{self.name}={given[:40]!r}: give a number") from None
         if not self.low <= value <= self.high:
-            raise Refused(
-                400, f"{self.name}={given[:40]}: give a number from {self.low:g} to {self.high:g}"
-            )
+            bounds = f"from {_number(self.low)} to {_number(self.high)}"
+            raise Refused(400, f"{self.name}={given[:40]}: give a number {bounds}")
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -87,6 +86,11 @@ class Field:
     def required(self) -> bool:
         """Whether a request must have it."""
         return self.default is None and not self.many
+
+
+def _number(x: float) -> str:
+    """Whole numbers with all of their digits."""
+    return f"{x:.0f}" if float(x).is_integer() else f"{x:g}"
 
 
 def read(fields: Sequence[Field], form: FormData) -> dict[str, Any]:

@@ -13,10 +13,11 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Numbers:
-    """Counters of one server. routes: the paths that there are; others count as 'other'."""
+    """Counters of one server. routes: the paths that there are; folder: what is below it counts as
+    one; others count as 'other'."""
 
-    def __init__(self, routes: frozenset[str]) -> None:
-        self._routes, self.answered = routes, 0
+    def __init__(self, routes: frozenset[str], folder: str) -> None:
+        self._routes, self._folder, self.answered = routes, folder, 0
         self._registry = CollectorRegistry()
         own: dict[str, Any] = dict(registry=self._registry)
         labels = ("path", "status")
@@ -39,7 +40,8 @@ class Numbers:
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """One request was answered."""
-        path = path if path in self._routes else "other"
+        if path not in self._routes:
+            path = self._folder if path.startswith(self._folder) else "other"
         self.answered += 1
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)

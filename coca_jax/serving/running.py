@@ -14,6 +14,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from coca_jax.serving import connections
+
 AT_ONCE = 130  # as a shell says of a program that SIGINT ended
 
 
@@ -53,7 +55,7 @@ def serve(
         timeout_keep_alive=20,
         h11_max_incomplete_event_size=64 << 10,
         lifespan="off",
-        http="h11",
+        http=connections.protocol(connections.SECONDS, connections.most()),
     )
     server = uvicorn.Server(config)
     asked, end = threading.Event(), math.inf

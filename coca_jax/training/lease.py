@@ -77,12 +77,13 @@ class Lease:
     """Of one workdir, taken by `acquire` and given back by `release`.
 
     Args:
-        workdir: a folder that is there, or a place in a bucket.
+        workdir: a folder that is there, or a place in a bucket; with `beside` a file in one.
         beat: seconds between two beats of this owner.
         lost: called from another thread when someone else has the lease, with a line that says so.
         say: takes lines for people.
         use: what the owner does in it, for the line that refuses others.
         flag: the flag that names it, there too.
+        beside: it is a file, and the lease lies beside it, its name before `FILE`.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class Lease:
         say: Callable[[str], Any] = stopping.say,
         use: str = "trains in it",
         flag: str = "--workdir",
+        beside: bool = False,
     ):
         self._workdir = workdir
-        self._path = storage.place(workdir) / FILE
+        self._path = storage.place(f"{workdir}.{FILE}") if beside else storage.place(workdir) / FILE
         self._remote = storage.is_remote(self._path)
         self._beat_seconds = beat or (BUCKET_BEAT if self._remote else BEAT)
         self._lost, self._say = lost or _leave, say
@@ -248,23 +250,27 @@ def held(workdir: str, flag: str = "--workdir") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(folder: str, *, use: str, flag: str) -> Iterator[None]:
-    """Inside, the folder is this process's, whatever other processes work beside it. It is made,
-    and removed again where nothing was written. use, flag: as of `Lease`.
+def alone(place: str, *, use: str, flag: str, beside: bool = False) -> Iterator[None]:
+    """Inside, the folder or file is this process's, whatever other processes work beside it.
+    Folders that are missing are made, and removed again where nothing was written. use, flag,
+    beside: as of `Lease`.
 
     Raises Held where another process has it.
     """
-    path = storage.place(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder, use=use, flag=flag)
+    path = storage.place(place)
+    folder = path.parent if beside else path
+    above = [] if storage.is_remote(path) else [folder, *folder.parents]
+    missing = [one for one in above if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = Lease(place, use=use, flag=flag, beside=beside)
     lease.acquire()
     try:
         with _given_back(lease):
             yield
     finally:
-        if not storage.is_remote(path):
-            with contextlib.suppress(OSError):  # it holds something
-                os.rmdir(path)
+        with contextlib.suppress(OSError):  # it holds something
+            for one in missing:
+                os.rmdir(one)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,65 @@
+"""A served index whose folder changes."""
+
+import json
+import pathlib
+import shutil
+
+from test_inference import no_compile_cache, words  # noqa: F401
+from test_model_checksum import changed
+from test_serve import Client, model, png  # noqa: F401
+
+from coca_jax import sealed_json
+from coca_jax.searching import index, parts
+from coca_jax.serving import reopening
+
+
+def test_an_index_that_has_changed_is_served_as_it_is_now(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    """Not while it is written to, nor where another model has made it."""
+    pictures, out = tmp_path / "pictures", str(tmp_path / "index")
+    (pictures / "below").mkdir(parents=True)
+    for number in range(4):
+        (pictures / f"below/{number}.png").write_bytes(png(number))
+
+    def again():
+        new = parts.Parts(out)
+        how = dict(checkpoint="here", batch_size=4, say=lambda text: None)
+        gone = index.gone([str(pictures)], new)
+        index.add(model, index.groups([str(pictures)], new), new, gone=gone, **how)
+
+    def found():
+        count = json.loads(served.get("/api/info")[2])["index"]["pictures"]
+        results = served.post("/api/search", ("image", png(9)), ("k", 9))[1]["results"]
+        assert len(results) == count
+        return [one["image"] for one in results]
+
+    again()
+    served = Client(model, index=index.Index(out))
+    try:
+        (pictures / "9.png").write_bytes(png(9))
+        (pictures / "below/0.png").unlink()
+        again()
+        assert len(found()) == 4  # it looks some seconds later
+        monkeypatch.setattr(reopening, "SECONDS", 0)
+        lease = pathlib.Path(out, "lease.json")
+        lease.write_text("{}")
+        assert sorted(found()) == ["0.png", "1.png", "2.png", "3.png"]
+        lease.unlink()
+        assert found()[0] == "9.png" and len(found()) == 4
+        assert [served.get(f"/api/pictures/{row}")[0] for row in (0, 1, 4)] == [404, 200, 200]
+        assert "row 0: the index has no such" in served.refused(400, "/api/search", ("like", 0))
+        about, told = pathlib.Path(out, "index.json"), sealed_json.read(f"{out}/index.json")
+        other = changed(model, model__activation="relu").checksum()
+        sealed_json.write(about, told | dict(model=other))
+        assert len(found()) == 4 and "with other weights or preprocessing" in caplog.text
+        shutil.rmtree(out)
+        assert len(found()) == 4 and "No such file" in caplog.text
+        (pictures / "9.png").unlink()
+        again()
+        assert sorted(found()) == ["1.png", "2.png", "3.png"]
+    finally:
+        served.close()
