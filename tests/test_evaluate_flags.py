@@ -239,3 +239,13 @@ def test_data_that_are_not_there_are_told_before_the_model_is_loaded(place, comm
     done = commands.run(["evaluate", "--checkpoint=x", f"--data={place}"], tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"error: {place}: no such file or folder\n"
+
+
+def test_bad_flags_are_one_line(commands, tmp_path):
+    by_class(tmp_path / "x", 1)
+    flags = ["--checkpoint=x", "--data=x", "--tasks=zeroshot,bleu"]
+    done = commands.run(["evaluate", *flags], tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: --tasks=bleu: choose from zeroshot")
+    )
