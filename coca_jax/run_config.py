@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import sealed_json, storage
+from coca_jax import local_files, sealed_json, storage
 from coca_jax.config import Config, checks, read
 from coca_jax.config.section import flatten
 from coca_jax.data import stages
@@ -127,10 +127,13 @@ def num_steps(config: Config, num_examples: int) -> int:
     return steps
 
 
-def contents(config: Config, vocabulary: Any, class_names: Sequence[str] = ()) -> dict[str, Any]:
-    """What config.json holds: the config, the vocabulary's checksum and the head's classes, in the
-    order of its outputs."""
-    data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
+def contents(
+    config: Config, workdir: str, vocabulary: Any, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What config.json holds: the config, the workdir as it is spelled in the config's paths, the
+    vocabulary's checksum and the head's classes, in the order of its outputs."""
+    data = config.to_dict()
+    data |= {"workdir": str(workdir), "vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
     return _json(data)
@@ -146,17 +149,19 @@ def check_resumable(
 ) -> None:
     """Raises ValueError naming what differs from the run that `workdir` already holds.
 
-    old: the contents of its config.json.
+    old: the contents of its config.json. Data inside the workdir are the same wherever that lies
+    now and however it is spelled; others are by their whole path.
     """
     new = flatten(_json(read(Config, config.to_dict()).to_dict()))
     # A run from before a key was there has its default; keys of today as they are written today.
     old = flatten(old) | flatten(_json(read(Config, old, f"{workdir}/config.json", True).to_dict()))
     classes = old.pop("class_names", [])
+    before = old.pop("workdir", workdir)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
         if key != "vocabulary_checksum"
-        and old.get(key) != new.get(key)
+        and _placed(key, old.get(key), before) != _placed(key, new.get(key), workdir)
         and not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if changed:
@@ -172,6 +177,19 @@ def check_resumable(
             f"the data now give {len(class_names)} ({', '.join(class_names[:3])}, ...); use a new "
             "--workdir or the same classes"
         )
+
+
+def _placed(key: str, value: Any, workdir: str) -> Any:
+    """The value of a key with the paths of sources whole, or (path,) within their workdir."""
+    if key != "data.sources":
+        return value
+    folder = local_files.whole_path(str(workdir)).rstrip("/") + "/"
+    found = []
+    for source in value:
+        path = local_files.whole_path(source["path"]) if source.get("path") else ""
+        inside = path.startswith(folder)
+        found.append({**source, "path": (path.removeprefix(folder),) if inside else path})
+    return found
 
 
 def _json(tree: dict[str, Any]) -> dict[str, Any]:

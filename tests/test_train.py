@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 
 import jax
 import numpy as np
@@ -223,6 +224,35 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
     config.steps += 100
     with pytest.raises(ValueError, match="same config; to train on .*--config.init_from=runs/old"):
         run_config.check_resumable(config, old, "runs/old")
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        ("runs/ref", "{here}/runs/ref"),
+        ("{here}/runs/ref", "runs/../runs/ref/"),
+        ("runs/ref", "/elsewhere/moved"),
+        ("gs://bucket/runs/ref", "/mnt/runs/ref"),
+    ],
+)
+def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run_in(workdir, data, other):
+        config = tiny_run()
+        paths = (f"{workdir}/data/{data}", other)
+        config.data.sources = tuple(dict(path=path, kind="caption") for path in paths)
+        return typed(config)
+
+    before, now = before.format(here=tmp_path), now.format(here=tmp_path)
+    words = types.SimpleNamespace(checksum="")
+    old = run_config.contents(run_in(before, "tux", "data/tux"), before, words)
+    run_config.check_resumable(run_in(now, "tux", f"{tmp_path}/data/tux"), old, now)
+    for data, other in (("gimp", "data/tux"), ("tux", "data/gimp"), ("tux", f"{now}/data/tux")):
+        with pytest.raises(ValueError, match="data.sources: .* there, .* here"):
+            run_config.check_resumable(run_in(now, data, other), old, now)
+    del old["workdir"]  # of a run from before it was kept
+    run_config.check_resumable(run_in(before, "tux", "data/tux"), old, before)
 
 
 @pytest.mark.parametrize(

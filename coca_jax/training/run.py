@@ -78,7 +78,8 @@ def train_alone(
         run = setup.prepare(mesh, config, workdir, buckets, stop)
         config = run.config  # which the data may have completed
         memory.check(config, mesh, run.say)
-        contents = run_config.contents(config, run.vocabulary, run.class_names)
+        words = (run.vocabulary, run.class_names)
+        contents = run_config.contents(config, workdir, *words)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)
         spikes = Spikes(workdir, config.faults, write=run.main_process)
         if spikes.back is not None:  # killed while it went back
