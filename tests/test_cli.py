@@ -12,9 +12,11 @@ import types
 import forks
 import pytest
 from absl import flags
+from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
 from coca_jax import cli, quiet, recipes
+from coca_jax.importers import metadata
 from coca_jax.inference.generation.settings import Settings
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
@@ -222,6 +224,15 @@ def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
         assert status == 2
         assert "error: --out=run is the folder of a run; give another one" in errors
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_a_folder_to_write_to_may_be_a_url_of_a_file(commands, tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    out = f"--out=file://{tmp_path}/my%20index"
+    done = commands.run(["prepare", "--input=a.tar", "--in_place", out], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metadata.read_manifest(str(tmp_path / "my index"))["splits"]["train"]["count"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "my index"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # imported by other tests

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import checkpointing, image_shape, metrics, run_config, storage
+from coca_jax import checkpointing, image_shape, local_files, metrics, run_config, storage
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
@@ -43,7 +43,7 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
 
     Raises ValueError for bad configuration or data before any long work, Preempted after a save.
     """
-    buckets = metrics.TimeBuckets()
+    buckets, workdir = metrics.TimeBuckets(), local_files.plain(str(workdir))
     with buckets("init"):
         config = typed(config)
         mesh = setup.check(config, workdir)
