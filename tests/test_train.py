@@ -259,7 +259,9 @@ def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, mon
     "changes, message",
     [
         (dict(batch_size=15), "batch_size=15 is not a multiple of 8"),
-        (dict(steps=0), "set exactly one"),
+        (dict(steps=0), "set exactly one$"),
+        (dict(epochs=1.0), "set exactly one; --config.steps=0 leaves the epochs"),
+        (dict(checkpoint=dict(every="10")), "every='10': give 'steps', and how many in every_ste"),
         (dict(epochs=1e-9, steps=0), "is no step of batch_size=16"),
         (dict(remat="some"), "config.remat='some'"),
         (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan"),
