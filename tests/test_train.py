@@ -208,7 +208,7 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     config = tiny_run(init_from=str(tmp_path / "typo"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under .*typo"):
         train(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run/vocabulary.model").exists()
+    assert not (tmp_path / "run").exists()
     setup.check(typed(config), whole[0])  # a run that has saved a step goes on without them
 
 
@@ -276,7 +276,7 @@ def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, mon
 def test_bad_configs_are_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(tiny_run(**changes), str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_data_is_named(tmp_path):
@@ -284,6 +284,11 @@ def test_missing_data_is_named(tmp_path):
     config.data.sources = (dict(path=str(tmp_path / "nowhere"), kind="caption"),)
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()  # by someone else
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        train(config, str(tmp_path / "mine"))
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_epochs_become_steps():

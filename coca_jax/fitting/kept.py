@@ -9,7 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from coca_jax import storage
+from coca_jax import out_folder, storage
 
 FILE = "fit.json"
 RECIPE = "recipe.py"
@@ -58,6 +58,7 @@ class Kept:
                     f"--workdir={workdir} holds a run that fit did not begin; give another, or go "
                     "on with coca-jax train"
                 )
+            out_folder.check_run(workdir)
             storage.check_writable(workdir)
             return
         state = json.loads(self._path.read_text())

@@ -9,7 +9,15 @@ from typing import Any
 
 import jax
 
-from coca_jax import checkpointing, image_shape, local_files, metrics, run_config, storage
+from coca_jax import (
+    checkpointing,
+    image_shape,
+    local_files,
+    metrics,
+    out_folder,
+    run_config,
+    storage,
+)
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
@@ -44,12 +52,13 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
     Raises ValueError for bad configuration or data before any long work, Preempted after a save.
     """
     buckets, workdir = metrics.TimeBuckets(), local_files.plain(str(workdir))
-    with buckets("init"):
-        config = typed(config)
-        mesh = setup.check(config, workdir)
-        config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
-    with jax.set_mesh(mesh):
-        return train_on(mesh, config, workdir, buckets)
+    with out_folder.gone_if_refused(workdir):
+        with buckets("init"):
+            config = typed(config)
+            mesh = setup.check(config, workdir)
+            config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
+        with jax.set_mesh(mesh):
+            return train_on(mesh, config, workdir, buckets)
 
 
 def train_on(

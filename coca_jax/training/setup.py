@@ -16,6 +16,7 @@ from coca_jax import (
     checkpointing,
     metrics,
     ops,
+    out_folder,
     partitioning,
     run_config,
     storage,
@@ -79,6 +80,7 @@ def _goes_on(workdir: str) -> bool:
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
+    out_folder.check_run(workdir)
     checkpoint_places.check_writable(workdir)
     if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
@@ -124,8 +126,8 @@ def prepare(
         old = checkpointing.read_run(workdir)
         run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
-    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     steps = run_config.num_steps(config, mixture.num_examples)
+    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     model = build_model(config, mesh, len(class_names))
     wait_for_kernels(kernels, stop)
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
