@@ -247,7 +247,7 @@ def check_writable(workdir: str | os.PathLike[str], *, make: bool = True) -> Non
         answer(folder, work)
         return
     if not above.is_dir():
-        raise ValueError(f"{given} cannot be written: {above} is a file; give another folder")
+        raise ValueError(f"{given} cannot be written ({above} is a file); give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work()

@@ -173,7 +173,7 @@ def test_places_where_no_run_can_live(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file/run cannot be written"):
         storage.check_writable(tmp_path / "file" / "run")
     for make in (True, False):
-        with pytest.raises(ValueError, match="written: .*/file is a file; give another folder"):
+        with pytest.raises(ValueError, match="written .*/file is a file.; give another folder"):
             storage.check_writable(tmp_path / "file", make=make)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [])
