@@ -109,6 +109,30 @@ def test_a_save_or_restore_that_fails_is_the_run_s_line_and_not_orbax_s(monkeypa
         assert bool(absl.filter(record)) is shown
 
 
+def test_writes_that_fail_beside_the_first_are_no_records_of_asyncio(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    quiet.checkpoints()
+
+    def error_of(file):
+        try:
+            exec(compile("raise ValueError('no space')", file, "exec"))
+        except ValueError as error:
+            return type(error), error, error.__traceback__
+
+    ours, mine = error_of("x/orbax/checkpoint/serialization.py"), error_of("x/mine/writes.py")
+    for text, error, shown in (
+        ("_GatheringFuture exception was never retrieved", ours, False),
+        ("Task exception was never retrieved\nfuture: <Task>", ours, False),
+        ("Task exception was never retrieved\nfuture: <Task>", mine, True),
+        ("Task exception was never retrieved", None, True),
+        ("Exception in callback", ours, True),
+    ):
+        record = logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), error)
+        assert bool(logging.getLogger("asyncio").filter(record)) is shown
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """What each command says and does where neither JAX nor TensorFlow can be imported."""
