@@ -58,6 +58,11 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
 
 
+def planned(path: str, workdir: str) -> str:
+    """Where the index of some data will be in a workdir, but for a number behind a name."""
+    return files.join(workdir, f"data/{folder_names([path])[0]}")
+
+
 def folder_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path: its last part, numbered where two share it."""
     names: list[str] = []
