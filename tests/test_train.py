@@ -60,6 +60,8 @@ def test_a_run_leaves_what_it_promises(whole):
     workdir, summary = whole
     rows = read_metrics(workdir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    rates = [row["pairs_per_second"] for row in rows]  # with steps 2 and 4 saves come
+    assert rates[1] <= 1.001 * rates[0] and rates[3] <= 1.001 * rates[2]
     assert 0 < rows[-1]["goodput"] < 1 and summary["restarts"] == 0
     shares = [rows[-1][f"time/{part}"] for part in goodput.PARTS if part != "step"]
     assert sum(shares) + rows[-1]["goodput"] == pytest.approx(1)
