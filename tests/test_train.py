@@ -211,7 +211,10 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     with pytest.raises(FileNotFoundError, match="no checkpoint under .*typo"):
         train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    setup.check(typed(config), whole[0])  # a run that has saved a step goes on without them
+    there = str(tmp_path / "there")  # a run that has saved a step goes on without them
+    shutil.copytree(whole[0], there)
+    run_config.write(checkpointing.read_run(there) | {"init_from": config.init_from}, there)
+    setup.check(typed(config), there)
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
