@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, engines, extras, quiet, recipes
+from coca_jax import compile_cache, engines, extras, local_files, quiet, recipes
 from coca_jax.inference.generation import settings
 from coca_jax.training import start, stopping
 
@@ -48,6 +48,7 @@ COMMANDS = {
 CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
+FOLDERS = ("workdir", "out")  # flags that name where a command writes
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 # Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
 # that stay, and to look through them again and again takes a tenth of a start.
@@ -238,11 +239,17 @@ def _own_flags(module: Any) -> list[flags.Flag]:
 
 
 def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
-    """Parses flags; an unknown flag or key, or a value of the wrong type, is a line and exit 2."""
+    """Parses flags; an unknown flag or key, or a value of the wrong type, is a line and exit 2.
+
+    A folder to write to that is given as file:// is the path that it means.
+    """
     try:
         if "config" in flags.FLAGS:
             argv = recipes.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))[1]
         rest = flags.FLAGS(argv)
+        for name in FOLDERS:
+            if name in flags.FLAGS and isinstance(flags.FLAGS[name].value, str):
+                flags.FLAGS[name].value = local_files.plain(flags.FLAGS[name].value)
         if "config" in flags.FLAGS:
             for line in recipes.settle():
                 say(line)

@@ -185,6 +185,7 @@ class Progress:
         self._total, self._enabled = total_steps, enabled
         self._pairs = pairs or (lambda step: step)
         self._step, self._time = start_step, time.perf_counter()
+        self._pace = 0.0  # seconds a step at the last update
         self._bar = None
         if enabled and self._file.isatty():
             self._bar = tqdm.tqdm(
@@ -195,14 +196,25 @@ class Progress:
                 dynamic_ncols=True,
             )
 
-    def update(self, step: int, losses: Mapping[str, float], data_wait_seconds: float) -> float:
+    def update(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        data_wait_seconds: float,
+        *,
+        at_once: bool = False,
+    ) -> float:
         """Shows a step; returns pairs per second since the last update.
 
         `losses` are shown by name; `data_wait_seconds` is the time since the last update that the
-        device had nothing to do because the input was late.
+        device had nothing to do because the input was late. at_once: the last update is of the
+        step before and came a step late, with the time of this one; its steps took no less.
         """
         now = time.perf_counter()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
+        if at_once:
+            seconds = max(seconds, self._pace * steps)
+        self._pace = seconds / max(steps, 1)
         rate = (self._pairs(step) - self._pairs(self._step)) / seconds
         self._step, self._time = step, now
         if not self._enabled:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -59,6 +60,7 @@ def checkpoints() -> None:
     tracebacks where the disk is full, a traceback an array where files are missing. Whoever saves
     or restores says in a line what went wrong."""
     logging.getLogger("absl").addFilter(_not_of_saves)
+    logging.getLogger("asyncio").addFilter(_not_of_lost_writes)
     before = sys.unraisablehook
 
     def hook(found: sys.UnraisableHookArgs, /) -> None:
@@ -72,6 +74,15 @@ def checkpoints() -> None:
 def _not_of_saves(record: logging.LogRecord) -> bool:
     path = pathlib.PurePath(record.pathname)
     return "orbax" not in path.parts or path.name not in _OF_SAVES
+
+
+def _not_of_lost_writes(record: logging.LogRecord) -> bool:
+    """False for an error of Orbax that nobody has asked for: of the writes that go on together the
+    first one to fail is raised, and asyncio logs all others."""
+    if "exception was never retrieved" not in record.getMessage() or not record.exc_info:
+        return True
+    frames = traceback.extract_tb(record.exc_info[2])
+    return not any("orbax" in pathlib.PurePath(frame.filename).parts for frame in frames)
 
 
 def has_accelerator() -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import sealed_json, storage
+from coca_jax import local_files, sealed_json, storage
 from coca_jax.config import Config, checks, read
 from coca_jax.config.section import flatten
 from coca_jax.data import stages
@@ -127,10 +128,13 @@ def num_steps(config: Config, num_examples: int) -> int:
     return steps
 
 
-def contents(config: Config, vocabulary: Any, class_names: Sequence[str] = ()) -> dict[str, Any]:
-    """What config.json holds: the config, the vocabulary's checksum and the head's classes, in the
-    order of its outputs."""
-    data = config.to_dict() | {"vocabulary_checksum": vocabulary.checksum}
+def contents(
+    config: Config, workdir: str, vocabulary: Any, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What config.json holds: the config, the workdir as it is spelled in the config's paths, the
+    vocabulary's checksum and the head's classes, in the order of its outputs."""
+    data = config.to_dict()
+    data |= {"workdir": str(workdir), "vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
     return _json(data)
@@ -141,22 +145,44 @@ def write(run: dict[str, Any], workdir: str) -> None:
     sealed_json.write(storage.place(workdir) / "config.json", run)
 
 
+def check_before_data(config: Config, workdir: str) -> None:
+    """`check_resumable`, where there is such a run, of all but what the data will tell: before they
+    are indexed. The config's sources are where they will be read."""
+    file = storage.place(workdir) / "config.json"
+    if not file.exists():
+        return
+    try:
+        old = sealed_json.read(file)
+    except ValueError:  # damaged: a checkpoint has it too, which is read with the run
+        return
+    check_resumable(config, old, workdir, whole=False)
+
+
 def check_resumable(
-    config: Config, old: dict[str, Any], workdir: str, class_names: Sequence[str] = ()
+    config: Config,
+    old: dict[str, Any],
+    workdir: str,
+    class_names: Sequence[str] = (),
+    *,
+    whole: bool = True,
 ) -> None:
     """Raises ValueError naming what differs from the run that `workdir` already holds.
 
-    old: the contents of its config.json.
+    old: the contents of its config.json. Data inside the workdir are the same wherever that lies
+    now and however it is spelled; others are by their whole path. whole=False: of the sources the
+    places alone are compared, and neither classes nor how many examples there are.
     """
     new = flatten(_json(read(Config, config.to_dict()).to_dict()))
     # A run from before a key was there has its default; keys of today as they are written today.
     old = flatten(old) | flatten(_json(read(Config, old, f"{workdir}/config.json", True).to_dict()))
     classes = old.pop("class_names", [])
+    before = old.pop("workdir", workdir)
     changed = [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
         if key != "vocabulary_checksum"
-        and old.get(key) != new.get(key)
+        and _compared(key, old.get(key), before, whole)
+        != _compared(key, new.get(key), workdir, whole)
         and not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if changed:
@@ -166,12 +192,34 @@ def check_resumable(
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); {remedy}"
         )
-    if classes != list(class_names):
+    if whole and classes != list(class_names):
         raise ValueError(
             f"{workdir} holds a head over {len(classes)} classes ({', '.join(classes[:3])}, ...), "
             f"the data now give {len(class_names)} ({', '.join(class_names[:3])}, ...); use a new "
             "--workdir or the same classes"
         )
+
+
+_PLACES = ("path", "builtin", "tfds", "seqio")
+
+
+def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:
+    """The value of a key with the paths of sources whole, or (path,) within their workdir."""
+    if key == "loss.global_examples" and not whole:
+        return None
+    if key != "data.sources":
+        return value
+    folder = local_files.whole_path(str(workdir)).rstrip("/") + "/"
+    found = []
+    for source in value:
+        path: Any = local_files.whole_path(source["path"]) if source.get("path") else ""
+        if path.startswith(folder):
+            path = (path.removeprefix(folder),)
+            if not whole:  # of several of one name, each has its number when all are known
+                path = (re.sub(r"-\d+$", "", path[0]),)
+        source = {**source, "path": path}
+        found.append(source if whole else {name: source.get(name, "") for name in _PLACES})
+    return found
 
 
 def _json(tree: dict[str, Any]) -> dict[str, Any]:

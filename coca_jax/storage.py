@@ -231,9 +231,10 @@ def check_writable(workdir: str | os.PathLike[str], *, make: bool = True) -> Non
     Raises:
         ValueError: the place cannot be written; of a bucket, why, and what to do.
     """
-    folder = place(workdir)
-    if not make and not is_remote(folder):
-        folder = next(there for there in (folder, *folder.parents) if there.exists())
+    folder = given = place(workdir)
+    if not is_remote(folder):
+        above = next(there for there in (folder, *folder.parents) if os.path.exists(there))
+        folder = folder if make else above
     probe = folder / f".probe-{uuid.uuid4().hex}"
 
     def work() -> None:
@@ -245,6 +246,8 @@ def check_writable(workdir: str | os.PathLike[str], *, make: bool = True) -> Non
     if is_remote(folder):
         answer(folder, work)
         return
+    if not above.is_dir():
+        raise ValueError(f"{given} cannot be written ({above} is a file); give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work()

@@ -29,7 +29,7 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, recipes, storage  # noqa: E402
+from coca_jax import cli, out_folder, recipes, storage  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
 
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         )
     recipes.check_weights(flags.FLAGS.config)
     storage.check_slashes(flags.FLAGS.workdir)
+    out_folder.check_run(flags.FLAGS.workdir)
     if storage.is_remote(flags.FLAGS.workdir):
         storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:
@@ -77,9 +78,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     with stopping.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
-        config = own_data.of_command(
-            config, flags.FLAGS.data, flags.FLAGS.workdir, main_process=first
-        )
+        with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            config = own_data.of_command(
+                config, flags.FLAGS.data, flags.FLAGS.workdir, main_process=first
+            )
         try:
             summary = train(config, flags.FLAGS.workdir)
         except (replicas.Corrupted, checkpointing.SaveFailed) as error:

@@ -12,9 +12,10 @@ import jax
 import pytest
 from PIL import Image
 
-from coca_jax import ablate, metrics, partitioning, recipes, sealed_json
+from coca_jax import ablate, metrics, out_folder, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
 from coca_jax.data import sources
+from coca_jax.fitting import kept
 from coca_jax.training import lease, stopping
 from coca_jax.training import run as training
 
@@ -183,7 +184,7 @@ def test_a_second_ablation_in_the_folder_is_refused_and_the_first_goes_on(done, 
     with lease.held(str(out), "--out"):
         with pytest.raises(lease.Held, match="out is in use: process .*; wait .* a new --out$"):
             running.ablate(found, str(out), 0, quietly)
-        assert not (out / running.PLAN).exists() and (out / ".pace").is_dir()
+        assert not (out / out_folder.PLAN).exists() and (out / ".pace").is_dir()
     assert running.ablate(found, str(out), 0, quietly)["runs"] == 4
     assert not (out / lease.FILE).exists()
 
@@ -303,6 +304,17 @@ def test_the_folder_of_a_run_is_no_place_for_an_ablation(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "changes", dict)
     with pytest.raises(ValueError, match="run is the folder of a run; give another one"):
         ablate.main(["ablate", path])
+
+
+def test_the_folder_of_an_ablation_is_no_workdir(tmp_path):
+    found = table.read(written(tmp_path, TABLE), {})
+    running.Plan(tmp_path / "abl" / out_folder.PLAN, 0).check(found.variants)
+    workdir, line = str(tmp_path / "abl"), "abl is the folder of an ablation, whose runs .*seedN"
+    with pytest.raises(ValueError, match=line):
+        training.train(found.variants[0].config(), workdir)
+    with pytest.raises(ValueError, match=line):
+        kept.Kept(workdir, kept.Request(folder="pictures"))
+    assert [path.name for path in (tmp_path / "abl").iterdir()] == [out_folder.PLAN]
 
 
 def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, monkeypatch):

@@ -12,9 +12,11 @@ import types
 import forks
 import pytest
 from absl import flags
+from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
 from coca_jax import cli, quiet, recipes
+from coca_jax.importers import metadata
 from coca_jax.inference.generation.settings import Settings
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
@@ -105,6 +107,30 @@ def test_a_save_or_restore_that_fails_is_the_run_s_line_and_not_orbax_s(monkeypa
     ):
         record = logging.LogRecord("absl", logging.ERROR, name, 1, "no space", (), None)
         assert bool(absl.filter(record)) is shown
+
+
+def test_writes_that_fail_beside_the_first_are_no_records_of_asyncio(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    quiet.checkpoints()
+
+    def error_of(file):
+        try:
+            exec(compile("raise ValueError('no space')", file, "exec"))
+        except ValueError as error:
+            return type(error), error, error.__traceback__
+
+    ours, mine = error_of("x/orbax/checkpoint/serialization.py"), error_of("x/mine/writes.py")
+    for text, error, shown in (
+        ("_GatheringFuture exception was never retrieved", ours, False),
+        ("Task exception was never retrieved\nfuture: <Task>", ours, False),
+        ("Task exception was never retrieved\nfuture: <Task>", mine, True),
+        ("Task exception was never retrieved", None, True),
+        ("Exception in callback", ours, True),
+    ):
+        record = logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), error)
+        assert bool(logging.getLogger("asyncio").filter(record)) is shown
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +248,15 @@ def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
         assert status == 2
         assert "error: --out=run is the folder of a run; give another one" in errors
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_a_folder_to_write_to_may_be_a_url_of_a_file(commands, tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    out = f"--out=file://{tmp_path}/my%20index"
+    done = commands.run(["prepare", "--input=a.tar", "--in_place", out], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metadata.read_manifest(str(tmp_path / "my index"))["splits"]["train"]["count"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "my index"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # imported by other tests

@@ -74,13 +74,22 @@ def test_shares_of_two_starts_add_up_to_the_time_since_the_first(tmp_path):
     assert good.summary()["seconds_to_first_step"] >= 0.05
 
 
-def test_a_start_that_trains_nothing_leaves_the_file_alone(tmp_path):
-    _, good = start(tmp_path, 0)
+def test_a_start_that_trains_nothing_leaves_the_file_and_the_figures_alone(tmp_path):
+    first, good = start(tmp_path, 0)
+    with first("step"):
+        time.sleep(0.05)
     good.first_step()
     good.note(10, now=True)
     text = (tmp_path / goodput.FILE).read_text()
-    start(tmp_path, 10)[1].close()  # a finished run, started again
+    again, good = start(tmp_path, 10)  # a finished run, started again
+    with again("init"):
+        time.sleep(0.05)
+    good.close()
     assert (tmp_path / goodput.FILE).read_text() == text
+    parts = {name: 0.0 for name in goodput.PARTS} | json.loads(text)["life"]["seconds"]
+    share = parts["step"] / sum(parts.values())
+    assert 0.2 < share and good.shares()["goodput"] == pytest.approx(share)
+    assert good.summary() == {"goodput": round(share, 4), "restarts": 0}
 
 
 def test_a_file_that_is_not_whole_counts_as_none(tmp_path):

@@ -1,7 +1,9 @@
 """Data read in place: the batches of a copy, over changes, processes, buckets and kills."""
 
 import dataclasses
+import os
 import shutil
+import types
 
 import fsspec
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from data_cases import data_config, equal, take
 from in_place_cases import make, picture, write_tar
 
+from coca_jax import run_config
 from coca_jax.config import typed
 from coca_jax.data import files, prepared, range_cache, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
@@ -17,6 +20,7 @@ from coca_jax.importers import indexes, own_data, shards, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 from coca_jax.searching import pictures
+from coca_jax.training import run, setup
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,43 @@ def test_what_was_changed_since_is_named_and_another_stands_in(tars, tmp_path):
     tar.write_bytes(whole + bytes(512))
     with pytest.raises(ValueError, match="index the data again"):
         sources.open_source(str(data / "index")).read([1])
+
+
+RUNS = {"model.patch_size": 8, "steps": 2, "epochs": 0, "optimizer.warmup_steps": 0}
+
+
+def test_nothing_is_indexed_into_a_run_of_other_data_or_another_config(tars, tmp_path):
+    workdir, words = str(tmp_path / "run"), types.SimpleNamespace(checksum="")
+    config = typed(data_config(dict(path=f"{tars}/000.tar"))).change(RUNS)
+    begun = own_data.apply(config, [f"{tars}/000.tar"], workdir)
+    run_config.write(run_config.contents(begun, workdir, words), workdir)
+    write_tar(tmp_path / "mine.tar", 0, 4)
+    other = f"{tmp_path}/mine.tar"
+    for named in ([other], [f"{tars}/000.tar", other], ["scenes"]):
+        with pytest.raises(ValueError, match="run holds a run of another config .data.sources"):
+            own_data.apply(config, named, workdir)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        own_data.apply(config.change({"seed": 1}), [f"{tars}/000.tar"], workdir)
+    with pytest.raises(ValueError, match="run holds a run of another config .data.sources"):
+        run.train(config.change({"data.sources": (dict(path=other),)}), workdir)
+    assert os.listdir(tmp_path / "run/data") == ["000"]
+    assert own_data.apply(config, [f"{tars}/000.tar"], workdir) == begun
+    setup.check(config, workdir)  # as the key says it, before it is an index
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 16}, r"weights \[3.0, 2.0\] gives shares \[9.6, 6.4\], not whole"),
+        ({"faults.recheck_every_steps": 5}, "TPUs alone, and these are cpu devices"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_they_are_indexed(changes, message, tars, tmp_path):
+    sources = [dict(path=f"{tars}/000.tar", weight=weight) for weight in (3.0, 2.0)]
+    config = typed(data_config(*sources, batch=40)).change(RUNS | changes)
+    with pytest.raises(ValueError, match=message):
+        run.train(config, f"file://{tmp_path}/run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_a_flag_names_are_read_in_place(tmp_path, capsys):

@@ -63,6 +63,19 @@ def test_buckets_exclude_each_other_and_are_taken_once(monkeypatch):
             pass
 
 
+def test_a_row_that_follows_at_once_has_no_rate_of_its_own(monkeypatch):
+    """Before a save two rows come together: the first with the time of the second's step."""
+    clock = iter((0.0, 2.0, 4.0, 4.0001, 14.0, 18.0))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    file = io.StringIO()
+    progress = metrics.Progress(100, pairs=lambda step: 8 * step, file=file)
+    assert progress.update(1, {}, 0.0) == progress.update(2, {}, 0.0) == 4
+    assert progress.update(3, {}, 1.0, at_once=True) == pytest.approx(4)
+    assert "waiting for data 50%" in file.getvalue()
+    assert progress.update(4, {}, 0.0) == pytest.approx(8 / 9.9999)
+    assert progress.update(6, {}, 0.0, at_once=True) == pytest.approx(16 / 19.9998)
+
+
 def test_progress_prints_rate_losses_and_waiting_share():
     file = io.StringIO()
     progress = metrics.Progress(100, start_step=50, pairs=lambda step: 8 * step, file=file)

@@ -206,6 +206,17 @@ def test_training_on_a_task_of_the_user(my_tasks, tmp_path):
     assert Mixture(config).num_examples == 16
 
 
+def test_a_module_in_the_current_folder_is_found(my_tasks, tmp_path, monkeypatch):
+    (tmp_path / "tasks_here.py").write_text(TASKS.replace("my_pictures_", "pictures_here_"))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
+    entry = dict(seqio="pictures_here_bytes", module="tasks_here")
+    assert len(sources.open_source(entry)) == 8
+    assert sys.path[-1] == str(tmp_path) and sys.path.count(str(tmp_path)) == 1
+    with pytest.raises(ValueError, match="current folder and in those of PYTHONPATH"):
+        sources.open_source(dict(entry, module="tasks_there"))
+
+
 def test_what_is_wrong_with_a_task_is_said(my_tasks):
     entry = dict(seqio="my_pictures_bytes", module=my_tasks)
     cases = {

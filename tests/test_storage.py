@@ -172,6 +172,9 @@ def test_places_where_no_run_can_live(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/run cannot be written"):
         storage.check_writable(tmp_path / "file" / "run")
+    for make in (True, False):
+        with pytest.raises(ValueError, match="written .*/file is a file.; give another folder"):
+            storage.check_writable(tmp_path / "file", make=make)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [])
     with pytest.raises(ValueError, match="s3://bucket/run: .*pip install.*s3"):

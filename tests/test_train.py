@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 
 import jax
 import numpy as np
@@ -59,6 +60,8 @@ def test_a_run_leaves_what_it_promises(whole):
     workdir, summary = whole
     rows = read_metrics(workdir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    rates = [row["pairs_per_second"] for row in rows]  # with steps 2 and 4 saves come
+    assert rates[1] <= 1.001 * rates[0] and rates[3] <= 1.001 * rates[2]
     assert 0 < rows[-1]["goodput"] < 1 and summary["restarts"] == 0
     shares = [rows[-1][f"time/{part}"] for part in goodput.PARTS if part != "step"]
     assert sum(shares) + rows[-1]["goodput"] == pytest.approx(1)
@@ -207,8 +210,11 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     config = tiny_run(init_from=str(tmp_path / "typo"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under .*typo"):
         train(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run/vocabulary.model").exists()
-    setup.check(typed(config), whole[0])  # a run that has saved a step goes on without them
+    assert not (tmp_path / "run").exists()
+    there = str(tmp_path / "there")  # a run that has saved a step goes on without them
+    shutil.copytree(whole[0], there)
+    run_config.write(checkpointing.read_run(there) | {"init_from": config.init_from}, there)
+    setup.check(typed(config), there)
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
@@ -226,10 +232,41 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
 
 
 @pytest.mark.parametrize(
+    "before, now",
+    [
+        ("runs/ref", "{here}/runs/ref"),
+        ("{here}/runs/ref", "runs/../runs/ref/"),
+        ("runs/ref", "/elsewhere/moved"),
+        ("gs://bucket/runs/ref", "/mnt/runs/ref"),
+    ],
+)
+def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run_in(workdir, data, other):
+        config = tiny_run()
+        paths = (f"{workdir}/data/{data}", other)
+        config.data.sources = tuple(dict(path=path, kind="caption") for path in paths)
+        return typed(config)
+
+    before, now = before.format(here=tmp_path), now.format(here=tmp_path)
+    words = types.SimpleNamespace(checksum="")
+    old = run_config.contents(run_in(before, "tux", "data/tux"), before, words)
+    run_config.check_resumable(run_in(now, "tux", f"{tmp_path}/data/tux"), old, now)
+    for data, other in (("gimp", "data/tux"), ("tux", "data/gimp"), ("tux", f"{now}/data/tux")):
+        with pytest.raises(ValueError, match="data.sources: .* there, .* here"):
+            run_config.check_resumable(run_in(now, data, other), old, now)
+    del old["workdir"]  # of a run from before it was kept
+    run_config.check_resumable(run_in(before, "tux", "data/tux"), old, before)
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         (dict(batch_size=15), "batch_size=15 is not a multiple of 8"),
-        (dict(steps=0), "set exactly one"),
+        (dict(steps=0), "set exactly one$"),
+        (dict(epochs=1.0), "set exactly one; --config.steps=0 leaves the epochs"),
+        (dict(checkpoint=dict(every="10")), "every='10': give 'steps', and how many in every_ste"),
         (dict(epochs=1e-9, steps=0), "is no step of batch_size=16"),
         (dict(remat="some"), "config.remat='some'"),
         (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan"),
@@ -244,7 +281,7 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
 def test_bad_configs_are_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(tiny_run(**changes), str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_data_is_named(tmp_path):
@@ -252,6 +289,11 @@ def test_missing_data_is_named(tmp_path):
     config.data.sources = (dict(path=str(tmp_path / "nowhere"), kind="caption"),)
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()  # by someone else
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        train(config, str(tmp_path / "mine"))
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_epochs_become_steps():

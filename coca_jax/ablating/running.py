@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import metrics, sealed_json
+from coca_jax import metrics, out_folder, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.config.section import plain
@@ -30,7 +30,6 @@ from coca_jax.importers import own_data
 from coca_jax.training import lease, setup
 from coca_jax.training import run as training
 
-PLAN = "plan.json"
 PACE = 24  # steps that are timed, of which the first two do not count
 # A run of any length can be, before it is known how many steps there will be.
 _ANY_LENGTH: dict[str, Any] = {
@@ -61,7 +60,7 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
             check(variant, minutes)
     folder.mkdir(parents=True, exist_ok=True)
     with lease.held(out, "--out"):  # whoever else began would throw away what this one times
-        plan = Plan(folder / PLAN, minutes)
+        plan = Plan(folder / out_folder.PLAN, minutes)
         plan.check(table.variants)
         failed = _all_runs(table, folder, plan, minutes, say)
         results = outcome.write(table, folder, minutes, failed)

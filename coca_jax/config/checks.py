@@ -18,8 +18,10 @@ def check(config: Config) -> None:
     check_model(config.model)
     _check_pooler_block(config.model)
     if bool(config.steps) == bool(config.epochs):
+        both = "; --config.steps=0 leaves the epochs, --config.epochs=0 the steps"
         raise ValueError(
             f"config.steps={config.steps} and config.epochs={config.epochs}; set exactly one"
+            + (both if config.steps else "")
         )
     check_length(config, config.steps)
     if config.optimizer.ema and config.optimizer.average_share:

@@ -174,7 +174,7 @@ class Checkpoint(Section):
 
     every: str = key(
         "steps",
-        choice("steps", "auto"),
+        choice("steps", "auto")._replace(words="'steps', and how many in every_steps, or 'auto'"),
         "auto: as often as the time of a save and mean_hours_between_failures say (Daly 2006)",
     )
     every_steps: int = key(1000, INTERVAL, "between saves, for every='steps'")

@@ -79,12 +79,15 @@ def _task(entry: Entry) -> Any:
 
     seqio, name = seqio_tasks.seqio, entry.seqio
     if entry.module:
+        if os.getcwd() not in sys.path:  # as `python -m` has it; to stay: it may import more later
+            sys.path.append(os.getcwd())
         try:
             importlib.import_module(entry.module)
         except ImportError as error:
             raise ValueError(
                 f"data source seqio={name!r}: module={entry.module!r}, which registers it, "
-                f"cannot be imported ({error})"
+                f"cannot be imported ({error}); it is looked for in the current folder and in "
+                "those of PYTHONPATH"
             ) from None
     if name in seqio.MixtureRegistry.names():
         raise ValueError(

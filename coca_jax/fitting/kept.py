@@ -7,8 +7,9 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
+
+from coca_jax import out_folder, storage
 
 FILE = "fit.json"
 RECIPE = "recipe.py"
@@ -57,7 +58,8 @@ class Kept:
                     f"--workdir={workdir} holds a run that fit did not begin; give another, or go "
                     "on with coca-jax train"
                 )
-            _try_to_write(workdir)
+            out_folder.check_run(workdir)
+            storage.check_writable(workdir)
             return
         state = json.loads(self._path.read_text())
         there = state["request"]
@@ -115,14 +117,3 @@ class Kept:
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(self._state, indent=1) + "\n")
         os.replace(new, self._path)
-
-
-def _try_to_write(workdir: str) -> None:
-    """Makes the workdir. Raises ValueError where nothing can be written in it."""
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"--workdir={workdir} cannot be written ({why}); give another") from None

@@ -73,6 +73,11 @@ def places(workdir: str, read: Sequence[tuple[str, ...]]) -> list[str]:
     return found
 
 
+def planned(path: str, workdir: str) -> str:
+    """Where the index of some data will be in a workdir, but for a number behind a name."""
+    return files.join(workdir, f"data/{folder_names([path])[0]}")
+
+
 def folder_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path: its last part, numbered where two share it."""
     names: list[str] = []

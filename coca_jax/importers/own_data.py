@@ -77,6 +77,7 @@ def apply(
     for one in found:  # before the first of them is imported
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
+    _check_run(config, found, workdir)
     names = indexes.folder_names([one.path for one in found])
     outs = indexes.places(workdir, [(one.path,) for one in found])
     sources, tasks, kept = [], [], []
@@ -104,6 +105,19 @@ def apply(
     return config.change(
         {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
     )
+
+
+def _check_run(config: Config, found: Sequence[Named], workdir: str) -> None:
+    """Raises ValueError where `workdir` holds a run of another config or of other data, in which
+    nothing is indexed then."""
+    from coca_jax import run_config  # it knows models, whose libraries others do not need here
+
+    places: list[dict[str, str]] = []
+    for one in found:
+        ready = one.path == "scenes" or is_prepared(one.path)
+        place = one.path if ready else indexes.planned(one.path, workdir)
+        places.append({"builtin" if one.path == "scenes" else "path": place})
+    run_config.check_before_data(config.change({"data.sources": tuple(places)}), workdir)
 
 
 def of_command(

@@ -110,7 +110,7 @@ class Goodput:
         self._written, self._write = float("-inf"), write
         self.seconds_to_first_step: float | None = None
         self._lost = 0.0
-        former = self._read() if write else None
+        self._former = former = self._read() if write else None
         down = max(0.0, between(former["at"], clocks()) - self._elapsed()) if former else 0.0
         self._parts = fold(former, start, down)
         self._starts = former["starts"] + 1 if former else 1
@@ -152,9 +152,12 @@ class Goodput:
 
     def shares(self) -> dict[str, float]:
         """{'goodput': share of the time since the first start that went to steps that count,
-        'time/compile': ..., and so on for PARTS}; they add up to 1."""
+        'time/compile': ..., and so on for PARTS}; they add up to 1. Of a start that has trained
+        nothing, those of the starts before."""
         here = self._seconds()
         sums = {name: self._parts[name] + here.get(name, 0.0) for name in PARTS}
+        if self._former is not None and self.seconds_to_first_step is None:
+            sums = fold(self._former, self._start, 0.0)  # a finished run, started again
         total = max(sum(sums.values()), 1e-9)
         shares = {f"time/{name}": sums[name] / total for name in PARTS if name != "step"}
         return {"goodput": sums["step"] / total} | shares
@@ -179,7 +182,8 @@ class Goodput:
     def summary(self) -> dict[str, Any]:
         """What the last line of a run says: goodput, restarts, seconds to the first step."""
         found: dict[str, Any] = {"goodput": round(self.shares()["goodput"], 4)}
-        found["restarts"] = self._starts - 1
+        trained = self.seconds_to_first_step is not None
+        found["restarts"] = self._starts - 1 - (self._former is not None and not trained)
         if self.seconds_to_first_step is not None:
             found["seconds_to_first_step"] = round(self.seconds_to_first_step, 1)
         return found

@@ -44,10 +44,12 @@ class Log:
         self._feed, self._batches, self._good = feed, batches, good
         self._pending: tuple[int, Metrics] | None = None
         self._previous: jax.Array | None = None
+        self._late = False  # whether the last call has shown the step before its own
 
     def __call__(self, step: int, values: Metrics) -> None:
         """Keeps the metrics of `step`, which may still run, and shows those kept before."""
         with self._buckets("step"):
+            self._late = self._pending is not None
             self._show()
             if step % self._every == 0 or step == self._steps:
                 self._pending = (step, values)
@@ -58,14 +60,14 @@ class Log:
 
     def flush(self) -> None:
         """Shows and writes what is kept: afterwards the files hold all rows so far."""
-        self._show()
+        self._show(at_once=self._late)
         if self._writer is not None:
             try:
                 self._writer.flush()
             except OSError as error:  # nothing is lost: the next flush writes all of it
                 self._say(f"warning: metrics are not written ({error}); they are tried again")
 
-    def _show(self) -> None:
+    def _show(self, at_once: bool = False) -> None:
         if self._pending is None:
             return
         step, values = self._pending
@@ -73,7 +75,7 @@ class Log:
         numbers = {k: float(v) for k, v in jax.device_get(values).items()}
         shown = {k: numbers[k] for k in SHOWN if k in numbers}
         waited = self._feed.take_waited()
-        rate = self._progress.update(step, shown, waited)
+        rate = self._progress.update(step, shown, waited, at_once=at_once)
         numbers |= {"pairs_per_second": rate, "data_wait_seconds": waited}
         numbers["processor_time"] = self._buckets.take_processor()
         numbers |= self._batches.progress(step)

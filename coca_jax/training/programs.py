@@ -58,8 +58,6 @@ class Programs:
         self._run = run
         self._config, self._steps, self._buckets = run.config, run.steps, run.buckets
         self._recheck = run.config.faults.recheck_every_steps
-        if self._recheck:
-            replicas.computed_twice(run.mesh.devices.flat[0])  # raises where it cannot be
         # Kept here too, for a run may have more of them than are kept beside it.
         self._program = functools.cache(
             functools.partial(program, run.model, of_step(run.config), run.mesh)

@@ -9,7 +9,15 @@ from typing import Any
 
 import jax
 
-from coca_jax import checkpointing, image_shape, metrics, run_config, storage
+from coca_jax import (
+    checkpointing,
+    image_shape,
+    local_files,
+    metrics,
+    out_folder,
+    run_config,
+    storage,
+)
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
@@ -43,13 +51,14 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
 
     Raises ValueError for bad configuration or data before any long work, Preempted after a save.
     """
-    buckets = metrics.TimeBuckets()
-    with buckets("init"):
-        config = typed(config)
-        mesh = setup.check(config, workdir)
-        config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
-    with jax.set_mesh(mesh):
-        return train_on(mesh, config, workdir, buckets)
+    buckets, workdir = metrics.TimeBuckets(), local_files.plain(str(workdir))
+    with out_folder.gone_if_refused(workdir):
+        with buckets("init"):
+            config = typed(config)
+            mesh = setup.check(config, workdir)
+            config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
+        with jax.set_mesh(mesh):
+            return train_on(mesh, config, workdir, buckets)
 
 
 def train_on(
@@ -78,7 +87,8 @@ def train_alone(
         run = setup.prepare(mesh, config, workdir, buckets, stop)
         config = run.config  # which the data may have completed
         memory.check(config, mesh, run.say)
-        contents = run_config.contents(config, run.vocabulary, run.class_names)
+        words = (run.vocabulary, run.class_names)
+        contents = run_config.contents(config, workdir, *words)
         checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)
         spikes = Spikes(workdir, config.faults, write=run.main_process)
         if spikes.back is not None:  # killed while it went back

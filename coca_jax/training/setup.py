@@ -16,6 +16,7 @@ from coca_jax import (
     checkpointing,
     metrics,
     ops,
+    out_folder,
     partitioning,
     run_config,
     storage,
@@ -27,8 +28,9 @@ from coca_jax.data import run_vocabulary, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
+from coca_jax.importers import indexes
 from coca_jax.models import coca
-from coca_jax.training import guard
+from coca_jax.training import guard, replicas
 from coca_jax.training.state import build_model
 from coca_jax.training.stopping import Stop
 
@@ -79,9 +81,18 @@ def _goes_on(workdir: str) -> bool:
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
+    out_folder.check_run(workdir)
     checkpoint_places.check_writable(workdir)
     if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
+    sources = tuple(
+        dataclasses.replace(one, path=indexes.planned(one.path, workdir))
+        if indexes.is_needed(one)
+        else one
+        for one in config.data.sources
+    )
+    planned = config.change({"data.sources": tuple(one.to_dict() for one in sources)})
+    run_config.check_before_data(planned, workdir)
     return mesh
 
 
@@ -93,6 +104,9 @@ def check_config(config: Config) -> Mesh:
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
+    if config.faults.recheck_every_steps:
+        replicas.computed_twice(mesh.devices.flat[0])
     if config.optimizer.image_learning_rate == 0 and not config.init_from:
         raise ValueError(
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
@@ -124,8 +138,8 @@ def prepare(
         old = checkpointing.read_run(workdir)
         run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
-    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     steps = run_config.num_steps(config, mixture.num_examples)
+    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     model = build_model(config, mesh, len(class_names))
     wait_for_kernels(kernels, stop)
     return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
