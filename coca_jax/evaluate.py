@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -239,14 +240,22 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     place, _, rest = args.data.partition(":")
     path = args.data.rstrip("/")
     folder = rest.replace("/", "_") if place == "tfds" else posixpath.basename(path)
+    name = args.name or f"{folder}_{data['split']}{_part(data.get('where', {}), args.limit)}"
     tasks = []
     for kind in kinds_of_flags(data):
-        task: dict[str, Any] = dict(kind=kind, name=args.name or f"{folder}_{data['split']}")
+        task: dict[str, Any] = dict(kind=kind, name=name)
         task |= dict(data=dict(data), limit=args.limit)
         declarations.of(kind).from_flags(task, args)
         tasks.append(task)
     declarations.check(tasks)
     return tasks
+
+
+def _part(where: Mapping[str, Sequence[str]], limit: int) -> str:
+    """What is put behind the name of a split of which a part is scored, so that its scores do not
+    take the place of the whole's: '-vendor-openmoji-first30'."""
+    found = "".join(f"-{field}-{'+'.join(values)[:40]}" for field, values in where.items())
+    return re.sub(r"[^\w.+-]+", "_", found) + (f"-first{limit}" if limit else "")
 
 
 def refuse_given(names: Sequence[str], why: str) -> None:

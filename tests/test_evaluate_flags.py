@@ -58,9 +58,15 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=f"{tmp_path}/texts/", limit=3)
     tasks = evaluate.tasks_of_flags()
     assert [task["kind"] for task in tasks] == ["retrieval", "captioning"]
-    assert {task["name"] for task in tasks} == {"texts_test"} and tasks[0]["limit"] == 3
+    assert {task["name"] for task in tasks} == {"texts_test-first3"} and tasks[0]["limit"] == 3
     assert "has nothing for zeroshot: left out" in capsys.readouterr().err
-    ask(data=tmp_path / "labels", name="mine", tasks="zeroshot")
+    for where, limit, wanted in (
+        ("label=0", 0, "labels_test-label-0"),
+        ("label=0,1", 2, "labels_test-label-0+1-first2"),
+    ):
+        ask(data=tmp_path / "labels", where=where, limit=limit)
+        assert {task["name"] for task in evaluate.tasks_of_flags()} == {wanted}
+    ask(data=tmp_path / "labels", name="mine", tasks="zeroshot", limit=2)
     (task,) = evaluate.tasks_of_flags()
     assert (task["kind"], task["name"]) == ("zeroshot", "mine")
     (tmp_path / "names.txt").write_text("0\tnought\n1\tone\n")
