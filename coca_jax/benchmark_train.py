@@ -94,7 +94,8 @@ def ours(config: Config) -> Callable[[Batch], Any]:
     with jax.set_mesh(mesh):
         model = build(config)
         state = init_state(model, config, mesh)
-        schedule = make_schedule(config.optimizer, config.steps or 1000)
+        steps = config.steps or max(1000, config.optimizer.warmup_steps + 1)
+        schedule = make_schedule(config.optimizer, steps)
         schedule = partitioning.replicate(mesh, schedule)
 
     def step(batch: Batch) -> Any:

@@ -232,9 +232,12 @@ class Progress:
             print(line, file=self._file, flush=True)
         return rate
 
-    def pause(self) -> None:
-        """Restarts the clock of the rate, after an evaluation that trained nothing."""
-        self._time = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside, of an evaluation that trains nothing, is none of the rate's."""
+        begin = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - begin
 
     def write(self, text: str) -> None:
         """Prints a line without breaking the bar."""

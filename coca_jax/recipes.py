@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -144,14 +145,19 @@ def check_weights(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """A recipe may import its neighbours, and what lies in the current folder."""
-    places = [str(path.resolve().parent), str(pathlib.Path.cwd())]
+    """A recipe may import its neighbours, and what lies in the current folder. A recipe of another
+    folder has neighbours of its own, also where they have the same names."""
+    folder, before = str(path.resolve().parent), set(sys.modules)
+    places = [folder, str(pathlib.Path.cwd())]
     sys.path += places
     try:
         yield
     finally:
         for place in places:
             sys.path.remove(place)
+        for name in set(sys.modules) - before:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", "") or "") == folder:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager

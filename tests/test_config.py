@@ -70,6 +70,13 @@ def test_a_config_is_frozen_and_changes_by_name():
     other = config.change({"mesh.fsdp": 8, "batch_size": 64})
     assert (other.mesh, other.batch_size) == (Mesh(fsdp=8), 64)
     assert other.change({"mesh.fsdp": 1, "batch_size": 256}) == config
+    block = config.change({"model.image.block": {"norm_eps": 1e-6, "qk_norm": True}})
+    assert block.change({"model.image.block.norm_eps": 1e-5}).model.image.block == {
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+    }
+    for emptied in ({"model.image.block": {}}, {"model": {"image": {"block": {}}}}):
+        assert block.change(emptied) == config
     with pytest.raises(ValueError, match="^config.mesh.fsd: no key 'fsd'; did you mean"):
         config.change({"mesh.fsd": 8})
     with pytest.raises(ValueError, match="^config.mesh.fsdp=0: give a whole number of devices"):

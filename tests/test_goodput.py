@@ -74,6 +74,22 @@ def test_shares_of_two_starts_add_up_to_the_time_since_the_first(tmp_path):
     assert good.summary()["seconds_to_first_step"] >= 0.05
 
 
+def test_a_start_that_goes_back_behind_its_beginning_loses_what_earlier_ones_trained(tmp_path):
+    first, good = start(tmp_path, 0)
+    first._seconds["step"] = 1000.0
+    good.first_step()
+    good.note(1000, now=True)
+    second, good = start(tmp_path, 1000)
+    second._seconds["step"] = 10.0
+    good.first_step()
+    good.note(1010, now=True)
+    good.go_back(500)
+    shares = good.shares()
+    assert shares["time/lost"] / shares["goodput"] == pytest.approx(510 / 500)
+    good.note(500, now=True)
+    assert fold(json.loads((tmp_path / goodput.FILE).read_text()), 500, 0.0)["lost"] == 510
+
+
 def test_a_start_that_trains_nothing_leaves_the_file_and_the_figures_alone(tmp_path):
     first, good = start(tmp_path, 0)
     with first("step"):

@@ -80,3 +80,14 @@ def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
         train_alone(typed(small_run()), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_was_read_from_files_is_free_in_a_container(tmp_path):
+    assert memory._free_of_container(str(tmp_path)) > 1 << 60
+    for name, text in dict(max="8000\n", current="7980\n", stat="anon 900\nfile 7000\n").items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory._free_of_container(str(tmp_path)) == 20
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 6500\n")
+    assert memory._free_of_container(str(tmp_path)) == 6520
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._free_of_container(str(tmp_path)) > 1 << 60

@@ -76,6 +76,18 @@ def test_a_row_that_follows_at_once_has_no_rate_of_its_own(monkeypatch):
     assert progress.update(6, {}, 0.0, at_once=True) == pytest.approx(16 / 19.9998)
 
 
+def test_time_that_trains_nothing_is_none_of_the_rate_s(monkeypatch):
+    """Three steps, a save of 100 s between two rows, two steps more."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(100, pairs=lambda step: 8 * step, file=io.StringIO())
+    now[0] = 6.0
+    with progress.paused():
+        now[0] += 100.0
+    now[0] += 4.0
+    assert progress.update(5, {}, 0.0) == pytest.approx(4)
+
+
 def test_progress_prints_rate_losses_and_waiting_share():
     file = io.StringIO()
     progress = metrics.Progress(100, start_step=50, pairs=lambda step: 8 * step, file=file)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -69,6 +70,10 @@ def test_an_own_recipe_may_import_its_neighbours_and_the_current_folder(elsewher
     config = recipes.load("far/mine.py")
     assert (config.batch_size, config.steps) == (32, 7)
     assert sys.path == before
+    (elsewhere / "other").mkdir()
+    (elsewhere / "other/neighbour.py").write_text("SIZE = 64\n")
+    shutil.copy(elsewhere / "far/mine.py", elsewhere / "other/mine.py")
+    assert [recipes.load(f"{d}/mine.py").batch_size for d in ("other", "far")] == [64, 32]
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -24,6 +24,7 @@ from coca_jax.evaluators import (
     retrieval,
     zeroshot,
 )
+from coca_jax.report import charts
 
 
 class Reader(html.parser.HTMLParser):
@@ -306,6 +307,21 @@ def test_a_long_curve_is_zoomed_into_more_points_than_are_drawn(tmp_path):
     (line,) = re.findall(r'<polyline[^>]* points="([^"]*)"', page)
     assert len(line.split()) == 300
     assert page.count("data-zoom=") >= 4 and 'data-across="step"' in page
+
+
+@pytest.mark.parametrize(
+    "values,top",
+    [
+        ([0, 0, 50], 50),  # recall that begins at none
+        ([2, 2, 2, 50, 60], 60),
+        ([-5, -6, -7, -8], -5),
+        ([1000, *[2.5 - 0.01 * i for i in range(99)]], 2.49),  # a loss that begins far off
+    ],
+)
+def test_charts_show_the_highest_value_but_of_the_first_steps(values, top):
+    frame = charts.Frame.around([charts.Curve("", list(enumerate(map(float, values))), 0)])
+    assert top < frame.y1 < top + 0.1 * (max(abs(top), max(values) - min(values)))
+    assert frame.y1 < 100
 
 
 def test_several_runs_are_laid_over_each_other(run, tmp_path):

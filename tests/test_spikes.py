@@ -1,5 +1,7 @@
 """A loss spike sends the run back to before it, without its batches, the same after every kill."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from coca_jax import checkpointing
 from coca_jax.config import typed
 from coca_jax.metrics import read_metrics
 from coca_jax.training import gradients, left_out, run, spikes, step, stopping
+from coca_jax.training.skipping import Diverged
 from coca_jax.training.spikes import Detector, Spikes, WentUp
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -68,6 +71,31 @@ def test_too_many_spikes_end_the_run(tmp_path, config):
         found.gone_back()
     with pytest.raises(ValueError, match="spike 11; lower optimizer.learning_rate"):
         found.plan(WentUp(300, 9.0, 1.0), [280])
+
+
+def test_no_checkpoint_is_given_up_where_an_earlier_one_was_rotated_away(tmp_path, config):
+    """120 saves, of which the detector is kept at 50; and steps that were not watched."""
+    faults = typed(config).faults
+    faults = dataclasses.replace(faults, spike_deviations=6.0, spike_batches=70)
+    found = Spikes(str(tmp_path), faults)
+    found.begin(0)
+    assert Spikes(str(tmp_path / "new"), faults).plan(WentUp(120, 9.0, 1.0), []) == 0
+    for number in range(1, 120):
+        found.settle(number)
+    with pytest.raises(Diverged, match="no checkpoint from before step 51 is left; raise check"):
+        found.plan(WentUp(120, 9.0, 1.0), [117, 118, 119])
+    again = Spikes(str(tmp_path), faults)
+    again.begin(119)
+    with pytest.raises(Diverged, match="no checkpoint from before step 60"):
+        again.plan(WentUp(129, 9.0, 1.0), [119])
+    unwatched = Spikes(str(tmp_path / "other"), faults)
+    unwatched.begin(10_000)
+    with pytest.raises(Diverged, match="no checkpoint from before"):
+        unwatched.plan(WentUp(10_060, 9.0, 1.0), [10_050])
+    late = Spikes(str(tmp_path / "late"), faults)
+    late.begin(0)
+    late.settle(60)
+    assert late.plan(WentUp(100, 9.0, 1.0), [60]) == 0  # nothing was saved before step 31
 
 
 def test_a_run_that_was_killed_while_it_went_back_knows(tmp_path, config):

@@ -40,6 +40,14 @@ def check(config: Config) -> None:
             f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
             f"each, as model.image_size={config.model.image_size}"
         )
+    most = image_shape.pair(config.model.image_size)
+    for _, size in config.image_sizes:
+        if any(one > own for one, own in zip(image_shape.pair(size), most)):
+            raise ValueError(
+                f"config.image_sizes={config.image_sizes}: {size} is larger than "
+                f"model.image_size={config.model.image_size}, at which images are read; give "
+                "smaller ones"
+            )
     if config.batch_sizes and config.data.loader != "direct":
         raise ValueError(
             f"config.batch_sizes={config.batch_sizes} does not go with data.loader="

@@ -39,12 +39,13 @@ class Section:
         tree = self.to_dict()
         for path, value in values.items():
             group: Any = tree
+            kind: Any = type(self)
             *groups, last = path.split(".")
             for part in groups:
                 if not isinstance(group.get(part), dict):
                     raise ValueError(f"{name}.{path}: {_no_section(group, part)}")
-                group = group[part]
-            _merge(group, last, value)
+                group, kind = group[part], inner(kind, part)
+            _merge(group, last, value, kind)
         return read(type(self), tree, name)
 
 
@@ -55,13 +56,15 @@ def _no_section(group: Mapping[str, Any], part: str) -> str:
     return f"there is no {part!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _merge(group: dict[str, Any], key: str, value: Any) -> None:
-    """Puts a value into a tree; a mapping goes into the section that is there, key by key."""
+def _merge(group: dict[str, Any], key: str, value: Any, kind: type[Section] | None) -> None:
+    """Puts a value into a section's tree; a mapping goes into a section in it key by key, and takes
+    the place of a mapping, which would keep keys that nobody wants otherwise."""
+    within = inner(kind, key)
     if isinstance(value, Section):
         group[key] = value.to_dict()
-    elif rules.is_mapping(value) and isinstance(group.get(key), dict):
+    elif rules.is_mapping(value) and within and isinstance(group.get(key), dict):
         for name, one in value.items():
-            _merge(group[key], name, one)
+            _merge(group[key], name, one, within)
     else:
         group[key] = value
 
@@ -77,9 +80,9 @@ def types(section: type[Section]) -> dict[str, Any]:
     return _TYPES[name]
 
 
-def inner(section: type[Section], key: str) -> type[Section] | None:
-    """The section that the value of a key is, or None for a plain value."""
-    found = types(section)[key]
+def inner(section: type[Section] | None, key: str) -> type[Section] | None:
+    """The section that the value of a key is, or None for a plain value and what is in one."""
+    found = types(section).get(key) if section else None
     return found if isinstance(found, type) and issubclass(found, Section) else None
 
 

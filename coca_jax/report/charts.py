@@ -172,8 +172,13 @@ class Frame:
         """The frame that shows the curves; the first steps, far off the rest, may be cut."""
         xs = [x for curve in curves for x, _ in curve.points]
         ys = sorted(y for curve in curves for _, y in curve.points)
-        # The first steps can be far off the rest: then the axis ends at the 99th percentile.
-        y1 = ys[-1] if ys[-1] < 20 * ys[len(ys) // 2] else ys[int(0.99 * (len(ys) - 1))]
+        y1 = ys[-1]
+        # The first steps of a loss can be far off the rest: then the axis ends at the highest of
+        # the others, unless it is the rest that has grown.
+        begin = min(xs) + 0.05 * (max(xs) - min(xs))
+        rest = [y for curve in curves for x, y in curve.points if x > begin]
+        if rest and ys[len(ys) // 2] > 0 and y1 >= 20 * ys[len(ys) // 2]:
+            y1 = max(rest)
         y0 = 0.0 if ys[0] >= 0 and ys[0] < 0.5 * y1 else ys[0]
         if y1 - y0 < 1e-9 * max(1.0, abs(y1)):
             y0, y1 = y0 - 0.5 * abs(y0 or 1), y1 + 0.5 * abs(y1 or 1)

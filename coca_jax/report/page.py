@@ -189,8 +189,8 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
         "Began from": config.get("init_from") or ("fresh weights" if sources else ""),
         "Losses": ", ".join(
             f"{name.removesuffix('_weight')} x {loss[name]:g}"
-            for name in ("contrastive_weight", "captioning_weight")
-            if loss.get(name)
+            for name in loss
+            if name.endswith("_weight") and loss[name]
         ),
         "Optimizer": (
             f"{optimizer.get('name', '?')}, learning rate {optimizer.get('learning_rate', 0):g}, "

@@ -137,11 +137,15 @@ class Goodput:
         return found
 
     def go_back(self, step: int) -> None:
-        """The run goes back to `step`: what this start trained after it is lost."""
+        """The run goes back to `step`: what was trained after it is lost."""
         done = self._step - self._start
         if done > 0:
             share = (self._step - max(step, self._start)) / done
             self._lost += share * (self._buckets.seconds("step") - self._lost)
+        if step < self._start:  # and of what earlier starts trained
+            lost = self._parts["step"] * (self._start - step) / self._start
+            self._parts["step"] -= lost
+            self._parts["lost"] += lost
         self._start = min(self._start, step)
         self._step = step
 

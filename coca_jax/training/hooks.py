@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -84,9 +85,16 @@ class Log:
             self._writer.write(step, {**numbers, **times, **self._good.shares()})
             self._good.note(step)
 
-    def pause(self) -> None:
-        """Restarts the clock of the rate, after something that trained nothing."""
-        self._progress.pause()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what trains nothing: the steps before it have ended, the files hold their rows,
+        and the time inside is none of theirs."""
+        self.flush()
+        with self._buckets("step"):
+            if self._previous is not None:
+                jax.block_until_ready(self._previous)
+        with self._progress.paused():
+            yield
 
     def close(self) -> None:
         """Shows what is kept and closes the files."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 from coca_jax.training.feed import Feed
 from coca_jax.training.hooks import Evaluation, Log
@@ -52,17 +50,11 @@ def run(
         if saving:
             spikes.settle(step)
             last = stopping or step == steps
-            saved = apart(log, functools.partial(save, step, state, last=last))
+            with log.paused():
+                saved = save(step, state, last=last)
         if stopping:
             raise Preempted(saved)
         if evaluate.due(step):
-            apart(log, functools.partial(evaluate, step, state))
+            with log.paused():
+                evaluate(step, state)
     return state
-
-
-def apart(log: Log, work: Callable[[], Any]) -> Any:
-    """Does what trains nothing: the log is brought up to date before and its clock starts anew."""
-    log.flush()
-    found = work()
-    log.pause()
-    return found

@@ -33,6 +33,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
 }
 GIB = 2**30
+CONTAINER = "/sys/fs/cgroup"
 KEPT, MOST_KEPT = "step_bytes.json", 100  # a file of the cache folder, and its entries
 
 
@@ -45,15 +46,21 @@ def available() -> int:
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":", 1) for line in file)
     free = 1024 * int(lines["MemAvailable"].split()[0])
+    return min(free, _free_of_container(CONTAINER)) // jax.local_device_count()
+
+
+def _free_of_container(folder: str) -> int:
+    """Bytes that a container's limit leaves; more than there are without one. What files take that
+    were read is given back when it is needed, as MemAvailable counts it."""
     try:
-        with (
-            open("/sys/fs/cgroup/memory.max") as file,
-            open("/sys/fs/cgroup/memory.current") as now,
-        ):
-            free = min(free, int(file.read()) - int(now.read()))
+        most, now, about = (
+            pathlib.Path(folder, f"memory.{name}").read_text()
+            for name in ("max", "current", "stat")
+        )
+        files = dict(line.split() for line in about.splitlines()).get("inactive_file", 0)
+        return max(0, int(most) - int(now) + int(files))
     except (OSError, ValueError):
-        pass  # no container, or one without a limit
-    return free // jax.local_device_count()
+        return 1 << 62  # no container, or one without a limit
 
 
 def step_bytes(config: Config, mesh: Mesh) -> int:

@@ -87,10 +87,13 @@ class Spikes:
         self.back: int | None = found.get("back")
         self._times = found.get("times", 0)
         self._known: dict[str, list[float]] = found.get("detector", {})
+        self._first_save: int | None = found.get("first_save")
 
     def begin(self, step: int) -> None:
         """The run goes on from `step`: what was known then is known again."""
         self._pending = None
+        if step and self._first_save is None:
+            self._first_save = 1  # of steps that nobody watched: there may have been saves at any
         mean, variance, count, high = self._known.get(str(step), (0.0, 0.0, 0, 0))
         self._detector = Detector(mean, variance, int(count), int(high))
 
@@ -107,6 +110,8 @@ class Spikes:
             return
         before, self._pending = self._pending, None
         self._look(before)
+        if self._first_save is None:
+            self._first_save = step
         self._known[str(step)] = list(dataclasses.astuple(self._detector))
         self._known = dict(sorted(self._known.items(), key=lambda x: int(x[0]))[-KEPT:])
         try:
@@ -138,14 +143,15 @@ class Spikes:
         before = [step for step in saved if step < first]
         if self._times > MOST:
             raise Diverged(f"{spike}: that is spike {self._times}; lower optimizer.learning_rate")
-        if saved and not before and min(saved) >= first and self._known:
-            oldest = min(int(step) for step in self._known)
-            if oldest < first:  # there was one, and it was rotated away
-                raise Diverged(
-                    f"{spike}, and no checkpoint from before step {first} is left; raise "
-                    "checkpoint.keep or lower faults.spike_batches"
-                )
+        if not before and self._first_save is not None and self._first_save < first:
+            # There was one, or may have been, and it was rotated away.
+            raise Diverged(
+                f"{spike}, and no checkpoint from before step {first} is left; raise "
+                "checkpoint.keep or lower faults.spike_batches"
+            )
         self.back = max(before, default=0)
+        if not self.back:
+            self._first_save = None
         self.left_out = leave_out(first - 1, spike.step - 1, self.left_out)
         self._known = {k: v for k, v in self._known.items() if int(k) <= self.back}
         self._keep()
@@ -158,5 +164,6 @@ class Spikes:
 
     def _keep(self) -> None:
         if self._write:
-            data = dict(left_out=self.left_out, times=self._times, back=self.back)
+            data: dict[str, Any] = dict(left_out=self.left_out, times=self._times, back=self.back)
+            data["first_save"] = self._first_save
             sealed_json.write(self._path, data | {"detector": self._known})
