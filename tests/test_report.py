@@ -338,6 +338,12 @@ def test_several_runs_are_laid_over_each_other(run, tmp_path):
     best = scores["captioning/scenes_heldout/perplexity"]
     assert f"<b>{best:.4g}</b>" in page and ">9 <small>" in page  # lower is better
     assert "batch_size 128 64" in text and "data:image" not in page
+    for name in ("a/seed0", "b/seed0"):  # as an ablation's runs lie
+        shutil.copytree(run, tmp_path / name)
+    page = report.write_comparison(
+        [tmp_path / "a/seed0", tmp_path / "b/seed0"], tmp_path / "seeds.html"
+    ).read_text()
+    assert "loss · a/seed0" in page and "loss · b/seed0" in page
     with pytest.raises(FileNotFoundError, match="not a folder"):
         report.write_comparison([run, tmp_path / "none"], tmp_path / "x.html")
 

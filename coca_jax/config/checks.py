@@ -29,25 +29,7 @@ def check(config: Config) -> None:
             f"optimizer.ema={config.optimizer.ema} and optimizer.average_share="
             f"{config.optimizer.average_share}; set one of them, there is one average"
         )
-    patch = config.model.patch_size
-    if not all(image_shape.divides(patch, size) for _, size in config.image_sizes):
-        raise ValueError(
-            f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
-        )
-    square = isinstance(config.model.image_size, int)
-    if not all(isinstance(image_shape.shortest(s), int) == square for _, s in config.image_sizes):
-        raise ValueError(
-            f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
-            f"each, as model.image_size={config.model.image_size}"
-        )
-    most = image_shape.pair(config.model.image_size)
-    for _, size in config.image_sizes:
-        if any(one > own for one, own in zip(image_shape.pair(size), most)):
-            raise ValueError(
-                f"config.image_sizes={config.image_sizes}: {size} is larger than "
-                f"model.image_size={config.model.image_size}, at which images are read; give "
-                "smaller ones"
-            )
+    _check_image_sizes(config)
     if config.batch_sizes and config.data.loader != "direct":
         raise ValueError(
             f"config.batch_sizes={config.batch_sizes} does not go with data.loader="
@@ -78,6 +60,28 @@ def check(config: Config) -> None:
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):
         raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")
+
+
+def _check_image_sizes(config: Config) -> None:
+    patch = config.model.patch_size
+    if not all(image_shape.divides(patch, size) for _, size in config.image_sizes):
+        raise ValueError(
+            f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
+        )
+    square = isinstance(config.model.image_size, int)
+    if not all(isinstance(image_shape.shortest(s), int) == square for _, s in config.image_sizes):
+        raise ValueError(
+            f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
+            f"each, as model.image_size={config.model.image_size}"
+        )
+    most = image_shape.pair(config.model.image_size)
+    for _, size in config.image_sizes:
+        if any(one > own for one, own in zip(image_shape.pair(size), most)):
+            raise ValueError(
+                f"config.image_sizes={config.image_sizes}: {size} is larger than "
+                f"model.image_size={config.model.image_size}, at which images are read; give "
+                "smaller ones"
+            )
 
 
 def taught(config: Config) -> None:

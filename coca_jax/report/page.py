@@ -72,7 +72,7 @@ def write_comparison(
 ) -> epath.Path:
     """Writes one page of several runs to `out`, and returns its path: their curves in the same
     charts, their scores side by side, and where their configs differ. Raises as `write_report`."""
-    runs = [run_files.read(workdir) for workdir in workdirs]
+    runs = run_files.read_several(workdirs)
     context: dict[str, Any] = dict(
         title=" \u00b7 ".join(run.name for run in runs),
         runs=[dict(name=run.name, summary=summary(run), goodput=goodput(run)) for run in runs],

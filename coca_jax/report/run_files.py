@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -34,11 +35,12 @@ class RunFiles:
     examples: dict[str, Any]
     goodput: dict[str, Any]
     blend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parents: int = 0
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        return self.folder.name
+        """Of its folder, with so many above it."""
+        return "/".join(self.folder.parts[-1 - self.parents :])
 
     @property
     def last_step(self) -> int:
@@ -46,6 +48,17 @@ class RunFiles:
         if self.rows:
             return int(self.rows[-1]["step"])
         return int(self.scores.get("step") or 0)
+
+
+def read_several(workdirs: Sequence[str | os.PathLike[str]]) -> list[RunFiles]:
+    """As `read`, with as many folders in each name as tell all of them apart."""
+    runs = [read(workdir) for workdir in workdirs]
+    most = max(len(run.folder.parts) for run in runs)
+    for parents in range(most):
+        runs = [dataclasses.replace(run, parents=parents) for run in runs]
+        if len({run.name for run in runs}) == len({str(run.folder) for run in runs}):
+            break
+    return runs
 
 
 def read(workdir: str | os.PathLike[str]) -> RunFiles:
