@@ -133,6 +133,21 @@ def test_a_validation_set_is_found_by_all_its_names(tmp_path):
         assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
 
 
+def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
+    texts = {"red train": "a red train", "test tube": "a tube", "4": "a four"}
+    for number, folder in enumerate(("train", "test", "validation", "testing/train")):
+        beside(tmp_path / "side" / folder, texts, first=10 * number)
+    found = {
+        split: set(brought("sidecars", tmp_path / "side", tmp_path / "out", split))
+        for split in ("train", "test", "validation")
+    }
+    assert found == {
+        "train": {f"train/{name}" for name in texts},
+        "test": {f"{folder}/{name}" for folder in ("test", "testing/train") for name in texts},
+        "validation": {f"validation/{name}" for name in texts},
+    }
+
+
 def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
     in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
     brought("imagefolder", tmp_path / "a", tmp_path / "p")

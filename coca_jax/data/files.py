@@ -282,12 +282,17 @@ def _tell(told: Collection[str], all_told: bool = False) -> bool:
 
 
 def _told_split(name: str) -> str:
-    """The split that a file's name tells, '' for none; of several the first of SPLITS."""
-    words = _words(name)
-    return next((split for word, split in SPLITS.items() if word in words), "")
+    """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
+    of several in one part of the name the first of SPLITS."""
+    for part in name.split("/"):
+        words = _words(part)
+        for word, split in SPLITS.items():
+            if word in words:
+                return split
+    return ""
 
 
-def _words(name: str) -> set[str]:
-    for mark in "-_./":
-        name = name.replace(mark, " ")
-    return set(name.lower().split())
+def _words(part: str) -> set[str]:
+    for mark in "-_.":
+        part = part.replace(mark, " ")
+    return set(part.lower().split())
