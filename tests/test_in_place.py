@@ -188,6 +188,13 @@ def test_shards_by_braces(tars, tmp_path):
     assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 
 
+def test_braces_name_globs_too(tars):
+    both = [f"{tars}/000.tar", f"{tars}/002.tar"]
+    assert files.find(f"{tars}/{{*0,0?2}}.tar", ()) == both
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 files are missing, the first .*9\*\.tar"):
+        files.find(f"{tars}/{{00*,9*}}.tar", ())
+
+
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     bucket = request.getfixturevalue(kind)
