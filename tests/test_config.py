@@ -209,6 +209,10 @@ KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
             {"loss.contrastive": "sigmoid", "loss.reduction": "mean"},
             "loss.reduction='mean' is of two directions",
         ),
+        (
+            {"loss.affinity_weight": 1.0, "loss.teacher_width": 16, "data.loader": "seqio"},
+            "data.loader='seqio' brings no embeddings .*teacher_width=16; set data.loader='direct'",
+        ),
         ({"data.frame_jitter": True}, "frame_jitter=True is of clips, and data.num_frames=0"),
         ({"model.image.conv_depths": (1, 1)}, r"conv_depths=\(1, 1\) are of the stages in"),
     ],

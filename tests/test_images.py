@@ -97,6 +97,26 @@ def test_sixteen_bits():
     assert images.sniff(data)[0] == images.OTHER
 
 
+def test_what_is_no_number_in_floats_is_black_and_counted():
+    values = np.full((4, 6), 0.5, np.float32)
+    for odd in (np.nan, np.inf, -np.inf):
+        values[0, 0] = odd
+        data = _encode(Image.fromarray(values), "TIFF")
+        found = images.decode(data)
+        assert found[0, 0].tolist() == [0, 0, 0] and (found.reshape(-1, 3)[1:] == 128).all()
+        assert images.loses_range(data)
+    assert not images.loses_range(_encode(Image.fromarray(values[1:]), "TIFF"))
+
+
+def test_a_key_colour_of_sixteen_bits_is_transparent():
+    ramp = (np.arange(4 * 6).reshape(4, 6) * 2000).astype(np.uint16)
+    data = _encode(Image.fromarray(ramp), "PNG", transparency=4000)
+    found = images.decode_rgba(data)
+    assert (found[..., 3] == np.where(ramp == 4000, 0, 255)).all()
+    assert (found[..., 0] == ramp >> 8).all()
+    assert images.decode(data)[0, 2].tolist() == [255, 255, 255]
+
+
 def test_transparency_goes_over_white():
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[:2] = (10, 20, 30, 255)

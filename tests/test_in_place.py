@@ -16,6 +16,7 @@ from coca_jax.config import typed
 from coca_jax.data import files, prepared, range_cache, run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
+from coca_jax.data.references import Reference
 from coca_jax.importers import indexes, own_data, shards, unprepared
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
@@ -188,6 +189,13 @@ def test_shards_by_braces(tars, tmp_path):
     assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 
 
+def test_braces_name_globs_too(tars):
+    both = [f"{tars}/000.tar", f"{tars}/002.tar"]
+    assert files.find(f"{tars}/{{*0,0?2}}.tar", ()) == both
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 files are missing, the first .*9\*\.tar"):
+        files.find(f"{tars}/{{00*,9*}}.tar", ())
+
+
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     bucket = request.getfixturevalue(kind)
@@ -227,6 +235,20 @@ def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
         file.unlink()
     with pytest.raises(OSError, match="in_place/000.tar cannot be read: FileNotFoundError"):
         sources.open_source(out).read([0])
+
+
+def test_one_read_of_several_kinds_of_stores(tmp_path):
+    fsspec.filesystem("memory").pipe_file("/stores/a", b"in memory")
+    (tmp_path / "b").write_bytes(b"on the disk")
+    wanted = [
+        ("memory://stores/a", 9, 3),
+        (str(tmp_path / "b"), 11, 7),
+        ("memory://stores/a", 9, 0),
+    ]
+    requests = [
+        range_cache.Request([Reference(path, whole, start, 2, 0)]) for path, whole, start in wanted
+    ]
+    assert list(range_cache.fetched(requests)) == [b"me", b"di", b"in"]
 
 
 def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path, monkeypatch):

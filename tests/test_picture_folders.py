@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
-from coca_jax.data import formats, image_files, images, prepared, sources
+from coca_jax.data import files, formats, image_files, images, prepared, sources
 from coca_jax.importers import checks, own_data, remarks, splits, unprepared
 
 
@@ -131,6 +131,35 @@ def test_a_validation_set_is_found_by_all_its_names(tmp_path):
     for number, split in enumerate(("val", "validation", "dev")):
         found = brought("imagefolder", tmp_path / "a", tmp_path / f"{number}", split)
         assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
+
+
+def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
+    texts = {"red train": "a red train", "test tube": "a tube", "4": "a four"}
+    for number, folder in enumerate(("train", "test", "validation", "testing/train")):
+        beside(tmp_path / "side" / folder, texts, first=10 * number)
+    found = {
+        split: set(brought("sidecars", tmp_path / "side", tmp_path / "out", split))
+        for split in ("train", "test", "validation")
+    }
+    assert found == {
+        "train": {f"train/{name}" for name in texts},
+        "test": {f"{folder}/{name}" for folder in ("test", "testing/train") for name in texts},
+        "validation": {f"validation/{name}" for name in texts},
+    }
+
+
+def test_a_name_that_is_there_is_no_pattern(tmp_path):
+    texts = {"a": "one", "b": "two"}
+    beside(tmp_path / "photos [2020]", texts)
+    beside(tmp_path / "what? *", texts)
+    for name in ("photos [2020]", "what? *"):
+        folder = tmp_path / name
+        assert formats.guess(str(folder)) == "sidecars"
+        assert set(brought("sidecars", folder, tmp_path / f"of {name[0]}")) == {"a", "b"}
+    write_tar(tmp_path / "all [1].tar", 4)
+    found = brought("webdataset", tmp_path / "all [1].tar", tmp_path / "of tar", in_place=True)
+    assert len(found) == 4
+    assert files.is_pattern(str(tmp_path / "photos [12]*"))
 
 
 def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):

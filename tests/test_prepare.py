@@ -15,6 +15,7 @@ import tarfile
 import time
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ from prepare_cases import add_member, digests_of, encode, import_data, reasons_o
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
-from coca_jax.data import records, sources
+from coca_jax.data import records, sources, tfds_source
 from coca_jax.importers import prepared
 from coca_jax.importers.items import Options
 
@@ -270,6 +271,17 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no such data: Dataset absent not found$"):
         import_data("tfds", "absent", tmp_path / "out")
+
+
+def test_records_of_tfds_without_a_label_have_none():
+    example = dict(image=b"i", text=np.array([b"a", b" ", b""]), label=np.array([1, -1]))
+    names = ["cat", "dog"]
+    record = tfds_source._record(example, 3, "image", "text", "label", names)
+    assert record == records.Record(b"i", ("a",), ("dog",), "3")
+    unlabelled = tfds_source._record(
+        dict(image=b"i", label=np.int64(-1)), 0, "image", "", "label", names
+    )
+    assert unlabelled.labels == () and unlabelled.texts == ()
 
 
 def test_whatever_imports_tensorflow_keeps_it_off_gpus():

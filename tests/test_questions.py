@@ -11,8 +11,9 @@ from one_device import train_alone as train
 from PIL import Image
 
 import coca_jax
-from coca_jax.data import mixture, run_vocabulary, sources, vocabulary
+from coca_jax.data import mixture, questions, run_vocabulary, sources, vocabulary
 from coca_jax.data.loaders import open_stream
+from coca_jax.data.records import Record
 from coca_jax.data.vocabulary import base
 from coca_jax.evaluators.records import Records
 from coca_jax.prepare import prepare
@@ -51,6 +52,17 @@ def asked(tmp_path_factory):
     result = prepare("webdataset", str(folder / "train.tar"), str(folder / "out"), processes=1)
     assert result["written"] == 4 and result["with_text"] == 0
     return str(folder / "out")
+
+
+def test_questions_without_an_answer_are_left_out():
+    given = [
+        *(dict(question="a?", answer=none) for none in (None, "", " ", [], [None, ""])),
+        *(dict(question=none, answer="b") for none in (None, " ")),
+        dict(question="many?", answer=[2, None, "two", " "]),
+        dict(question="many?", answer=0),
+    ]
+    record = Record(b"", (), (), "k", json.dumps(dict(qa=given)))
+    assert questions.of(record, "qa") == [("many?", ("2", "two")), ("many?", ("0",))]
 
 
 def question_config(path):

@@ -1,16 +1,17 @@
-"""A work of recaptioning knows the files that it was begun with."""
+"""A work of recaptioning knows the files that it was begun with; captions of any script."""
 
 import io
 import json
 import os
 import tarfile
 
+import numpy as np
 import pytest
 from test_search import encoded
 
 from coca_jax.importers import webdataset
 from coca_jax.importers.items import Options, Unit
-from coca_jax.recaptioning import choose, whole, writers
+from coca_jax.recaptioning import choose, flags, whole, writers
 from coca_jax.recaptioning.request import Request
 
 
@@ -126,3 +127,13 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
         told = json.loads(found[f"{key}.json"])
         assert told["title"] == "stays" and told["labels"] == [label]
         assert told.keys() == {"title", "labels", "recaption"} and told["recaption"] != "older"
+
+
+def test_flags_know_letters_with_marks_and_texts_of_symbols():
+    assert not flags.repeats("यह एक बिल्ली है, यह एक कुत्ता है")
+    assert flags.repeats("की की की") and flags.repeats("\N{CAT} \N{CAT} \N{CAT}")
+    texts = [["की"], ["के"], ["\N{CAT}"], ["\N{DOG}"], ["\N{RABBIT}"], ["cafe\u0301"], ["का"]]
+    eye = np.eye(7, dtype=np.float32)
+    originals = [[], ["का"], [], [], [], ["Café!"], []]
+    found = flags.of_part(texts, originals, [[True]] * 7, eye, eye)
+    assert found == [[[]]] * 5 + [[["duplicate"]], [[]]]

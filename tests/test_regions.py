@@ -24,6 +24,8 @@ from coca_jax.importers.splits import prepare
 def test_a_box_is_written_and_read():
     box = (0.0, 0.075, 0.5, 1.0)
     assert regions.numbers(box) == "00 07 50 99"
+    hundredths = [number / 100 for number in range(100)]
+    assert regions.numbers(hundredths) == " ".join(f"{number:02d}" for number in range(100))
     assert regions.read(" 00 07 50 99") == (0.005, 0.075, 0.505, 0.995)
     assert regions.read("0 0 0 7 5 0 9 9") == regions.read("00 07 50 99.")  # digit by digit
     for text in (

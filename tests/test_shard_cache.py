@@ -2,13 +2,15 @@
 
 import concurrent.futures
 import os
+import resource
 import time
 
 import fsspec
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from coca_jax.data import prepared, records, shard_cache
+from coca_jax.data import prepared, random_access, records, shard_cache
 
 SIZE = 1 << 20
 
@@ -85,6 +87,30 @@ def test_readers_of_copies_that_have_left_are_closed(bucket, tmp_path):
         if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}")
     )
     assert len([name for name in links if str(tmp_path / "coca_jax/shards") in name]) <= 3
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    paths = [str(tmp_path / f"{number}") for number in range(200)]
+    for number, path in enumerate(paths):
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+        writer.write(records.serialize(records.Record(b"image", (), (), f"{number}")))
+        writer.close()
+    source, again = (
+        random_access.Source("many", 200, prepared.ArrayRecordFiles(paths, [1] * 200))
+        for _ in range(2)
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + 150, hard))
+    try:
+        for _ in range(2):
+            found, unread = random_access.read_all(source, np.arange(200))
+            assert not unread and [one.key for one in found] == [str(n) for n in range(200)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        with pytest.raises(OSError, match="many: record 3 .*too many files open .*ulimit -n"):
+            random_access.read_all(again, np.array([3]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_limit_that_is_none_is_refused(bucket, monkeypatch):

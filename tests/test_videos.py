@@ -152,6 +152,19 @@ def test_one_frame_equals_the_image():
     assert np.array_equal(videos.decode(out.getvalue(), 2), np.stack([pixels[..., :3]] * 2))
 
 
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_open_files_and_animations_of_pil_are_clips(format):
+    data = animation(numbered(8), format)
+    wanted = videos.decode(data, 4)
+    assert numbers_of(wanted) == [1, 3, 5, 7]
+    assert np.array_equal(videos.decode(io.BytesIO(data), 4), wanted)
+    image = Image.open(io.BytesIO(data))
+    image.seek(2)
+    assert np.array_equal(videos.decode(image, 4), wanted) and image.tell() == 2
+    still = videos.decode(image.copy(), 3)  # of the frame that was shown
+    assert numbers_of(still) == [2, 2, 2]
+
+
 def test_arrays_and_what_is_refused(tmp_path):
     frames = numbered(8)
     assert numbers_of(videos.decode(frames, 4)) == [1, 3, 5, 7]
@@ -220,7 +233,7 @@ def test_video_files(format, codec):
     frames = numbered(20, side=32)
     data = _video(frames, format, codec)
     assert images.is_video_file(data) and videos.sniff(data) == (images.OTHER, 32, 32)
-    clip = videos.decode(data, 5)
+    clip = videos.decode(io.BytesIO(data), 5)
     assert clip.shape == (5, 32, 32, 3) and numbers_of(clip[:, ::2, ::2]) == [2, 6, 10, 14, 18]
     assert np.abs(clip[:, 16, 4].astype(int) - RED).max() <= 25
     assert videos.verify(data) == 20

@@ -10,7 +10,7 @@ import pytest
 from data_cases import write_data
 
 from coca_jax.config import Entry
-from coca_jax.data import sources, view_index, views
+from coca_jax.data import field_texts, sources, view_index, views
 from coca_jax.data.view_index import Indexes
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare
@@ -183,6 +183,28 @@ def test_texts_of_fields_hold_no_half_characters(tmp_path):
     source = Source("odd", 1, lambda indices: [record] * len(indices))
     found = views.narrow(source, Entry(text_field="alt"))
     assert found.read([0])[0].texts == ("caf?",)
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        (dict(year=2020), 2),
+        (dict(year=[2020, "2021"]), 3),
+        (dict(year=20), 0),
+        (dict(good=True), 2),
+        (dict(good="True"), 2),
+        (dict(good=False), 1),
+        (dict(share=1), 3),
+        (dict(name="true north"), 1),
+    ],
+)
+def test_values_select_as_they_are_spelled_in_lists(where, count):
+    rows = [
+        dict(year="2020", good="true", share=1.0, name="true north"),
+        dict(year=2020, good=True, share=1.0, name="True North"),
+        dict(year="2021", good="FALSE", share=1, name=""),
+    ]
+    assert sum(field_texts.selected(where, row, (), ()) for row in rows) == count
 
 
 def test_labels_and_texts_select_records_and_what_none_has_is_named(data, tmp_path):

@@ -94,6 +94,11 @@ def taught(config: Config) -> None:
             "weights and the width (that of the model whose embeddings `recaption --embeddings` "
             "wrote), or none"
         )
+    if loss.teacher_width and config.data.loader != "direct":
+        raise ValueError(
+            f"data.loader={config.data.loader!r} brings no embeddings of a teacher, and "
+            f"loss.teacher_width={loss.teacher_width}; set data.loader='direct'"
+        )
     if loss.imitation_weight and loss.teacher_width != config.model.embed_dim:
         raise ValueError(
             f"loss.imitation_weight={loss.imitation_weight} compares embeddings of model.embed_dim="

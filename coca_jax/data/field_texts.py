@@ -49,13 +49,21 @@ def values_of(
 def selected(
     where: Mapping[str, Any], extra: Mapping[str, Any], texts: Sequence[str], labels: Sequence[str]
 ) -> bool:
-    """Whether each field of `where` has a value, or one of the values, that it wants."""
+    """Whether each field of `where` has a value, or one of the values, that it wants: 2020 is
+    '2020', and true 'True'."""
     for field, wanted in where.items():
         allowed = [wanted] if isinstance(wanted, (str, int, float, bool)) else list(wanted)
         values = values_of(field, extra, texts, labels)
-        if not any(v in allowed or str(v) in allowed for v in values):
+        spelled = {_spelled(v) for v in allowed}
+        if not any(v in allowed or _spelled(v) in spelled for v in values):
             return False
     return True
+
+
+def _spelled(value: Any) -> str:
+    """A value as CSV has it, where all are texts; 'TRUE' and 'False' in lower case."""
+    text = str(value)
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _is_text(value: Any) -> bool:

@@ -178,7 +178,8 @@ def find(
     path: str, patterns: tuple[str, ...], split: str = "", *, all_told: bool = False
 ) -> list[str]:
     """Files of an input: the file itself, a glob, the files of a pattern with braces as webdataset
-    has it ({000..999} or {a,b}), or the matching files of a folder, sorted.
+    has it ({000..999} or {a,b}, each of which may be a glob), or the matching files of a folder,
+    sorted.
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
@@ -190,15 +191,8 @@ def find(
         ValueError: such a pattern names more than a million files.
     """
     system, plain = filesystem(path)
-    if _BRACES.search(plain) and not system.exists(plain):
-        found = _expanded(plain)
-        there = set(system.glob(_BRACES.sub("*", plain)))
-        if missing := [name for name in found if name not in there]:
-            raise FileNotFoundError(
-                f"{path}: {len(missing)} of {len(found)} files are missing, the first {missing[0]}"
-            )
-    elif any(c in plain for c in "*?["):
-        found = [f for f in system.glob(plain) if not system.isdir(f)]
+    if is_pattern(path):
+        found = list(_matching(system, plain, path))
     elif system.isfile(plain):
         return [path]
     elif system.isdir(plain):
@@ -218,11 +212,40 @@ def find(
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path has marks of a glob or braces, and names files by them."""
-    system, plain = filesystem(path)
-    if _BRACES.search(plain) and not system.exists(plain):
-        return True
-    return any(mark in plain for mark in "*?[")
+    """Whether a path has marks of a glob or braces, and names files by them: what is there under
+    that very name is none. Raises OSError where its host does not answer."""
+    plain = filesystem(path)[1]
+    marked = _has_marks(plain) or _BRACES.search(plain)
+    return bool(marked) and not exists(path)
+
+
+def _has_marks(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def _matching(system: Any, plain: str, path: str) -> set[str]:
+    """The files of a pattern. Raises FileNotFoundError where braces name one, or a glob, that is
+    not there."""
+    if not _BRACES.search(plain):
+        return _globbed(system, plain)
+    found: set[str] = set()
+    missing = []
+    names = _expanded(plain)
+    there = set() if _has_marks(plain) else set(system.glob(_BRACES.sub("*", plain)))
+    for name in names:
+        here = _globbed(system, name) if _has_marks(name) else {name} & there
+        found |= here
+        if not here:
+            missing.append(name)
+    if missing:
+        raise FileNotFoundError(
+            f"{path}: {len(missing)} of {len(names)} files are missing, the first {missing[0]}"
+        )
+    return found
+
+
+def _globbed(system: Any, plain: str) -> set[str]:
+    return {file for file in system.glob(plain) if not system.isdir(file)}
 
 
 def _expanded(path: str) -> list[str]:
@@ -282,12 +305,17 @@ def _tell(told: Collection[str], all_told: bool = False) -> bool:
 
 
 def _told_split(name: str) -> str:
-    """The split that a file's name tells, '' for none; of several the first of SPLITS."""
-    words = _words(name)
-    return next((split for word, split in SPLITS.items() if word in words), "")
+    """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
+    of several in one part of the name the first of SPLITS."""
+    for part in name.split("/"):
+        words = _words(part)
+        for word, split in SPLITS.items():
+            if word in words:
+                return split
+    return ""
 
 
-def _words(name: str) -> set[str]:
-    for mark in "-_./":
-        name = name.replace(mark, " ")
-    return set(name.lower().split())
+def _words(part: str) -> set[str]:
+    for mark in "-_.":
+        part = part.replace(mark, " ")
+    return set(part.lower().split())

@@ -94,7 +94,8 @@ _TURNS = dict(enumerate((
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
+    """Also with a key colour (tRNS of a PNG), which becomes transparent."""
+    values = _finite(np.asarray(image))
     highest = values.max(initial=0)
     pixels = np.empty(values.shape, np.uint8)
     rows = max(_STRIP // image.width, 1)
@@ -105,13 +106,22 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
         elif image.mode.startswith("I;16") or highest > 255:
             strip = strip >> 8
         pixels[top : top + rows] = np.clip(strip, 0, 255)
+    if isinstance(key := image.info.get("transparency"), int):
+        alpha = np.where(values == key, np.uint8(0), np.uint8(255))
+        return Image.fromarray(np.stack([pixels, alpha], -1))
     return Image.fromarray(pixels)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """0 in the place of NaN and infinities: how pictures of floats mark what was not measured."""
+    whole = values.dtype.kind != "f" or np.isfinite(values).all()
+    return values if whole else np.where(np.isfinite(values), values, values.dtype.type(0))
 
 
 def loses_range(data: bytes) -> bool:
     """Whether an encoded image of one channel that has more than 8 bits a value becomes nearly
     black, or is cut off, as its values are scaled (`_sixteen_to_eight`): of 16 bits a sixteenth is
-    used at most, or values are below 0 or above what the scale ends with."""
+    used at most, or values are below 0, above what the scale ends with, or no numbers."""
     png = data.startswith(b"\x89PNG") and data[24:25] == b"\x10"  # bits of a channel
     if not png and not data.startswith((b"II*\0", b"MM\0*", b"P5")):
         return False
@@ -122,6 +132,8 @@ def loses_range(data: bytes) -> bool:
         values = np.asarray(image)
     except Exception:  # whoever decodes it says what is wrong
         return False
+    if not np.isfinite(values).all():
+        return True
     low, high = values.min(initial=0), values.max(initial=0)
     if values.dtype.kind == "f":
         return bool(low < 0 or high > 255 or 1 < high < 16)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import resource
 import threading
 from typing import Any
 
@@ -127,17 +129,23 @@ class Held:
 
 
 class ArrayRecordFiles:
-    """Reads records at indices into a list of ArrayRecord files. Thread-safe."""
+    """Reads records at indices into a list of ArrayRecord files, of which the last ones stay open.
+    Thread-safe."""
 
     def __init__(self, paths: list[str], counts: list[int]):
         self._paths = paths
         self._ends = np.cumsum(counts)
-        self._readers: dict[int, tuple[Any, str]] = {}  # and the file of each
+        self._readers: collections.OrderedDict[int, tuple[Any, str]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def _reader(self, shard: int) -> Any:
+        """Each is kept with the file that it reads: the shard, or a copy of it."""
         with self._lock:
-            if shard not in self._readers:
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+            else:
+                while len(self._readers) >= _most_open():  # closed once no thread reads it
+                    self._readers.popitem(last=False)
                 with shard_cache.opened(self._paths[shard]) as file:
                     reader = array_record_module.ArrayRecordReader(
                         file,
@@ -145,8 +153,9 @@ class ArrayRecordFiles:
                         file_reader_buffer_size=32768,
                     )
                 if file != self._paths[shard]:  # copies that have left take room while open
-                    there = self._readers.items()
-                    self._readers = {n: one for n, one in there if os.path.exists(one[1])}
+                    for n, (_, kept) in list(self._readers.items()):
+                        if not os.path.exists(kept):
+                            del self._readers[n]
                 self._readers[shard] = reader, file
             return self._readers[shard][0]
 
@@ -162,3 +171,10 @@ class ArrayRecordFiles:
             for row, serialized in zip(rows, data):
                 result[row] = records.parse(serialized)
         return result  # type: ignore[return-value]
+
+
+def _most_open() -> int:
+    """Shards of a source that stay open: a quarter of the files that the process may have open, as
+    there are other sources, and sockets."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from coca_jax.data.records import Record
@@ -28,7 +27,14 @@ def of(record: Record, field: str) -> list[Asked]:
         raise ValueError(
             f"field {field!r} of {record.key!r} must list {{question, answer}} objects"
         ) from None
-    listed: list[tuple[Any, Sequence[Any]]] = [
-        (q, a if isinstance(a, list) else [a]) for q, a in pairs
+    asked = [
+        (_text(q), tuple(filter(None, map(_text, a if isinstance(a, list) else [a]))))
+        for q, a in pairs
     ]
-    return [(json_text(q), tuple(json_text(one) for one in a)) for q, a in listed if q and a]
+    return [(question, answers) for question, answers in asked if question and answers]
+
+
+def _text(value: Any) -> str:
+    """'' where nothing is said: null, or blanks alone."""
+    text = "" if value is None else json_text(value)
+    return text if text.strip() else ""

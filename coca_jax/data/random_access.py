@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -129,10 +131,18 @@ def read_all(
 
 
 def read_one(source: Source, index: int, texts: bool = False) -> tuple[Record, str]:
-    """A record, or one without an image and why it cannot be read; `texts` as of `read_all`."""
+    """A record, or one without an image and why it cannot be read; `texts` as of `read_all`.
+
+    Raises OSError where the process has no file descriptor left, which is no fault of the record.
+    """
     read, passed = (source.read_texts, RuntimeError) if texts else (source.read, Exception)
     try:
         with activity.doing(f"reading {source.name}"):
             return read([index])[0], ""
     except passed as error:  # of a damaged shard, or of whatever the data lie on
+        if os.strerror(errno.EMFILE) in str(error):  # array_record's errors have no number
+            raise OSError(
+                f"data source {source.name}: record {index} cannot be read, as this process has "
+                f"too many files open ({error}); allow more, `ulimit -n 65536`"
+            ) from None
         return UNREAD, f"cannot be read: {error}"

@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -112,15 +113,22 @@ def _fetch(
     requests: Sequence[Request], todo: Sequence[int], results: dict[int, bytes]
 ) -> Exception | None:
     """Puts what a try gave into `results`; the first error of the others."""
-    system = files.filesystem(requests[todo[0]][0].path)[0]
-    paths = [files.filesystem(requests[n][0].path)[1] for n in todo]
-    starts, stops = [requests[n].start for n in todo], [requests[n].stop for n in todo]
-    try:
-        found = system.cat_ranges(paths, starts, stops, on_error="return")
-    except Exception as error:  # the bucket's libraries have types of their own
-        return error
-    results.update({n: data for n, data in zip(todo, found) if isinstance(data, bytes)})
-    return next((one for one in found if isinstance(one, Exception)), None)
+    stores: dict[Any, list[tuple[int, str]]] = {}  # of an index may be several
+    for number in todo:
+        system, plain = files.filesystem(requests[number][0].path)
+        stores.setdefault(system, []).append((number, plain))
+    errors: list[Exception] = []
+    for system, there in stores.items():
+        starts = [requests[number].start for number, _ in there]
+        stops = [requests[number].stop for number, _ in there]
+        try:
+            found = system.cat_ranges([p for _, p in there], starts, stops, on_error="return")
+        except Exception as error:  # the bucket's libraries have types of their own
+            errors.append(error)
+            continue
+        results.update({n: data for (n, _), data in zip(there, found) if isinstance(data, bytes)})
+        errors += [one for one in found if isinstance(one, Exception)]
+    return errors[0] if errors else None
 
 
 class _Kept:

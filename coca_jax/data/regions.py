@@ -49,7 +49,8 @@ def _region(one: Any) -> Region:
 
 def numbers(box: Box) -> str:
     """A box as text."""
-    return " ".join(f"{min(int(share * LEVELS), LEVELS - 1):02d}" for share in box)
+    # 0.29 * 100 is 28.999999999999996
+    return " ".join(f"{min(int(share * LEVELS + 1e-9), LEVELS - 1):02d}" for share in box)
 
 
 def read(text: str) -> Box | None:

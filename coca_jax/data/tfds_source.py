@@ -99,7 +99,7 @@ def _record(
     if label_field in example:
         value = example[label_field]
         if names is not None:
-            labels = tuple(names[i] for i in np.asarray(value).reshape(-1))
+            labels = tuple(names[i] for i in np.asarray(value).reshape(-1) if i >= 0)
         else:
             labels = strings(value)
     texts = strings(example[text_field]) if text_field else ()
@@ -107,6 +107,7 @@ def _record(
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """A feature's value, one or an array of bytes, numbers or text, as texts."""
+    """A feature's value, one or an array of bytes, numbers or text, as texts but for blanks."""
     values = np.asarray(value).reshape(-1).tolist()
-    return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
+    texts = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
+    return tuple(text for text in texts if text.strip())

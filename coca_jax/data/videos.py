@@ -46,15 +46,15 @@ def sample(count: int, offsets: np.ndarray) -> np.ndarray:
     return np.minimum(places.astype(np.int64), count - 1)
 
 
-def is_animation(image: Image.Image, data: bytes) -> bool:
-    """Whether an image, opened from `data`, has several frames in time.
+def is_animation(image: Image.Image, data: bytes = b"") -> bool:
+    """Whether an image, opened from `data` (b"": not known), has several frames in time.
 
     Raises:
         ValueError: damaged, or so many that reading them would take minutes.
     """
     if image.format not in ANIMATIONS:
         return False
-    if image.format == "GIF":  # PIL counts frames by going through all of them
+    if image.format == "GIF" and data:  # PIL counts frames by going through all of them
         _check_frames(gif_blocks.count_frames(data, MAX_FRAMES), image.width, image.height)
     try:
         count = getattr(image, "n_frames", 1)
@@ -65,7 +65,8 @@ def is_animation(image: Image.Image, data: bytes) -> bool:
 
 
 def _damaged(data: bytes, error: Exception) -> ValueError:
-    return ValueError(f"damaged animation ({len(data)} bytes): {error}")
+    size = f" ({len(data)} bytes)" if data else ""
+    return ValueError(f"damaged animation{size}: {error}")
 
 
 def _check_frames(count: int, width: int, height: int) -> None:
@@ -102,7 +103,11 @@ def decode_rgba(
     if images.is_video_file(data):
         frames = _sample_video(data, offsets, max_pixels)
     else:
-        frames = _sample_image(data, offsets, max_pixels)
+        frames = _sample_image(images.open_image(data, max_pixels), data, offsets)
+    return _clip(frames)
+
+
+def _clip(frames: list[np.ndarray]) -> np.ndarray:
     sizes = {frame.shape[:2] for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"video frames of different sizes {sorted(sizes)}; encode it to one size")
@@ -117,8 +122,8 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
     """Any clip or image to `num_frames` frames of RGB, transparency over white: uint8 [T, h, w, 3].
 
     Args:
-        video: encoded bytes, a path or URL, a PIL image, an array [t, h, w, 3] of uint8, or a still
-            as `images.decode` takes it.
+        video: encoded bytes, a path or URL, an open file, a PIL image (all frames of an animation),
+            an array [t, h, w, 3] of uint8, or a still as `images.decode` takes it.
         num_frames: T, sampled by `sample` with `middles`.
 
     Raises:
@@ -131,11 +136,11 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
             return decode(data, num_frames)
         except ValueError as error:
             raise ValueError(f"{os.fspath(video)}: {error}") from None
-    if isinstance(video, (bytes, bytearray, memoryview)):
-        frames = decode_rgba(bytes(video), middles(num_frames))
-        if frames.shape[-1] == 4 and frames.strides[0] == 0:
-            return np.broadcast_to(images.over(frames[0]), (*frames.shape[:3], 3))
-        return images.over(frames) if frames.shape[-1] == 4 else frames
+    if isinstance(video, Image.Image) and is_animation(video):
+        return _over_white(_frames_of(video, middles(num_frames)))
+    if hasattr(video, "read") or isinstance(video, (bytes, bytearray, memoryview)):
+        data = video.read() if hasattr(video, "read") else bytes(video)
+        return _over_white(decode_rgba(data, middles(num_frames)))
     if isinstance(video, Image.Image) or np.ndim(video) != 4:
         return np.repeat(images.decode(video)[None], num_frames, 0)
     clip = np.asarray(video)
@@ -144,6 +149,14 @@ def decode(video: Any, num_frames: int) -> np.ndarray:
             f"video array of {clip.dtype} {clip.shape}: give uint8 [frames, h, w, 3], at least one"
         )
     return clip[sample(len(clip), middles(num_frames))]
+
+
+def _over_white(frames: np.ndarray) -> np.ndarray:
+    if frames.shape[-1] == 3:
+        return frames
+    if frames.strides[0] == 0:  # a still
+        return np.broadcast_to(images.over(frames[0]), (*frames.shape[:3], 3))
+    return images.over(frames)
 
 
 def verify(data: bytes) -> int:
@@ -181,8 +194,16 @@ def _span(image: Image.Image, data: bytes) -> range:
     return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
 
 
-def _sample_image(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.ndarray]:
-    image = images.open_image(data, max_pixels)
+def _frames_of(image: Image.Image, offsets: np.ndarray) -> np.ndarray:
+    """Sampled frames of an animation that somebody has opened, and that stays where it is."""
+    at = image.tell()
+    try:
+        return _clip(_sample_image(image, b"", offsets))
+    finally:
+        image.seek(at)
+
+
+def _sample_image(image: Image.Image, data: bytes, offsets: np.ndarray) -> list[np.ndarray]:
     span = _span(image, data)
     try:
         wanted = [span[index] for index in sample(len(span), offsets)]

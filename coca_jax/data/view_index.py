@@ -21,7 +21,7 @@ from coca_jax.data import files
 from coca_jax.storage import write_bytes
 
 FOLDER = "views"  # of index files, beside the shards or in a workdir
-_FORMAT = 1  # of index files; a file of another is made anew
+_FORMAT = 2  # of index files; a file of another is made anew. 2: answers of null are none
 _WAIT_SECONDS = 3600.0
 
 

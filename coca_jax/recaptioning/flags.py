@@ -15,18 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coca_jax.evaluators.caption_match import canonical_text
+
 ALIKE, SHARE = 3, 0.1
 UNSOUND = frozenset(("cut", "repeats", "collapsed"))  # such captions are kept for want of others
 
 
-def canonical(text: str) -> str:
-    """Lower case, without punctuation, single spaces."""
-    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
 def repeats(text: str) -> bool:
     """Whether a text goes round and round."""
-    words = canonical(text).split()
+    words = canonical_text(text).split()
     if any(a == b == c for a, b, c in zip(words, words[1:], words[2:])):
         return True
     threes = collections.Counter(zip(words, words[1:], words[2:]))
@@ -46,13 +43,13 @@ def of_part(
     end symbol came. images: float32 [N, E], captions: float32 [C, E], all captions one after the
     other, both L2-normalised.
     """
-    plain = [[canonical(text) for text in several] for several in texts]
+    plain = [[canonical_text(text) for text in several] for several in texts]
     held = collections.Counter(itertools.chain.from_iterable(set(several) for several in plain))
     enough = max(ALIKE, SHARE * len(texts))
     mean = images.mean(0) if len(images) else np.zeros(captions.shape[1:], np.float32)
     found, at, count = [], 0, len(images)
     for number, several in enumerate(plain):
-        known = {canonical(text) for text in originals[number]}
+        known = {canonical_text(text) for text in originals[number]}
         flags = []
         for place, text in enumerate(several):
             own = float(images[number] @ captions[at])
