@@ -36,12 +36,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.", 1)
     flags.DEFINE_integer("num_beams", 1, "Beams in caption.", lower_bound=1)
     flags.DEFINE_integer("beams", None, "What --num_beams was called in 0.1.", lower_bound=1)
-    flags.DEFINE_float("seconds", 10.0, "How long `input` reads.", 0)
+    flags.DEFINE_float("seconds", 10.0, "How long `input` reads.", 0.01)
     flags.DEFINE_float(
         "memory_every", 0.0, "Seconds between `input`'s looks at its memory; 0: none.", 0
     )
     flags.DEFINE_boolean("peer", False, "Run open_clip beside ours, in turn.")
-    flags.DEFINE_string("texts", "", "Captions of `train`: a file with one a line; '': full ones.")
+    flags.DEFINE_string("texts", "", "Captions of `train`: a file with one a line; '': drawn.")
 
 
 def measure(kind: str) -> dict[str, Any]:

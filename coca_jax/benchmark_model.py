@@ -55,7 +55,13 @@ def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, f
 
 
 def random_batch(config: Config, size: int) -> dict[str, np.ndarray]:
-    """`size` rows of a batch: random pixels, captions of 3 to max_len tokens."""
+    """`size` rows of a batch: random pixels, captions of 3 to max_len tokens. Raises ValueError for
+    a config that trains on kept features in place of pixels."""
+    if config.data.features:
+        raise ValueError(
+            f"data.features={config.data.features}: a benchmark draws pixels, and this config "
+            "trains on what an image encoder has made of them; give --config.data.features=''"
+        )
     rng = np.random.default_rng(config.seed)
     text = config.model.text
     lengths = rng.integers(3, text.max_len + 1, size)

@@ -28,7 +28,7 @@ def train(config: Config, repeats: int, compare: bool = False, texts: str = "") 
     and weights of the losses, in bfloat16 by autocast where the model's dtype says so; then each
     once in a process of its own for its peak memory. texts: a file with a caption a line; batches
     take them in order, and the captions of ours are cut as config.text_lengths says. Without it
-    captions are full.
+    captions are of 3 to max_len tokens, beside the peer full ones.
     """
     found = (
         batches(config, texts) if compare or texts else [random_batch(config, config.batch_size)]

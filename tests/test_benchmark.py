@@ -44,6 +44,11 @@ def test_rates_are_work_over_time(monkeypatch, capsys):
     result, _ = run("train")
     np.testing.assert_allclose(result["pairs_per_second"] * result["seconds"], 16)
     assert result["seconds_low"] <= result["seconds"] <= result["seconds_high"]
+    config.data.features = "kept"
+    for kind in ("train", "encode", "caption"):
+        with pytest.raises(ValueError, match="data.features=kept: a benchmark draws pixels"):
+            run(kind)
+    config.data.features = ""
     result, _ = run("encode", "--batch_size=4")
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
     result, said = run("caption", "--batch_size=2", "--tokens=5", "--beams=2")
