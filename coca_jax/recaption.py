@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "Folder to write.")
     names = list(shards.MODULES)
     flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
+    flags.DEFINE_string("split", "", "Split to read, where the input tells several.")
     flags.DEFINE_enum("to", "tar", requests.FORMATS, "Format of the output.")
     flags.DEFINE_multi_string(
         "how", ["greedy"], "greedy, beams or nucleus, with settings as in `caption`. Repeatable."
@@ -94,6 +95,7 @@ def _request() -> Request:
             verify=False,
             allow_paths=tuple(args.allow_paths),
         ),
+        split=args.split,
     )
 
 

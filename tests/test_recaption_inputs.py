@@ -8,9 +8,9 @@ import tarfile
 import pytest
 from test_search import encoded
 
-from coca_jax.importers import webdataset
+from coca_jax.importers import splits, webdataset
 from coca_jax.importers.items import Options, Unit
-from coca_jax.recaptioning import choose, whole, writers
+from coca_jax.recaptioning import choose, shard, whole, writers
 from coca_jax.recaptioning.request import Request
 
 
@@ -31,8 +31,21 @@ def tars(tmp_path, monkeypatch):
     return tmp_path / "t"
 
 
-def asked(input="t", out="out", format="webdataset") -> Request:
-    return Request(input, format=format, out=out, options=Options(verify=False))
+def asked(input="t", out="out", format="webdataset", **how) -> Request:
+    return Request(input, format=format, out=out, options=Options(verify=False), **how)
+
+
+def read(request: Request) -> list[tuple[str, list[str]]]:
+    """(key, labels) of all that a work reads, as it begins and as it goes on."""
+
+    def found():
+        items = [item for job in whole.plan(request) for _, item in shard.selected(job)]
+        return [(item.key, list(item.labels)) for item in items]
+
+    first = found()
+    whole.begin(request, ["0123"])
+    assert found() == first
+    return first
 
 
 def begun(*given) -> list[str]:
@@ -126,3 +139,44 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
         told = json.loads(found[f"{key}.json"])
         assert told["title"] == "stays" and told["labels"] == [label]
         assert told.keys() == {"title", "labels", "recaption"} and told["recaption"] != "older"
+
+
+def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"f/{s}/{c}/{c}.png" for s in ("train", "test") for c in ("cat", "dog")]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encoded(number))
+    rows = [f"{name},{name.split('/')[1]}\n" for name in names]
+    (tmp_path / "list.csv").write_text("image,split\n" + "".join(rows))
+    for split in ("train", "test"):
+        splits.prepare("imagefolder", "f", "p", split=split, processes=1, progress=False)
+    keys = [("cat/cat.png", ["cat"]), ("dog/dog.png", ["dog"])]
+    for format, input in (("imagefolder", "f"), ("csv", "list.csv"), ("prepared", "p")):
+        with pytest.raises(
+            ValueError, match=f"--input={input} tells the splits .*test.*; give --split=NAME"
+        ):
+            whole.plan(asked(input, "none", format))
+        for split in ("train", "test"):
+            request = asked(input, f"{split}-{format}", format, split=split, to="array_record")
+            found = read(request)
+            wanted = [(name, []) for name in names if split in name] if format == "csv" else keys
+            assert found == wanted
+            name = f"{split}-00000-of-00001.array_record"
+            assert whole.name(request, ["job"], whole.plan(request)[0]) == name
+        with pytest.raises(ValueError, match="begun with split='test', not 'train'"):
+            whole.plan(asked(input, f"test-{format}", format, split="train"))
+        with pytest.raises(ValueError, match="no split 'validation'|--split=validation: --input"):
+            whole.plan(asked(input, "none", format, split="validation"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_input_of_a_training_split_alone_needs_no_flag(tars):
+    os.rename("t/00000.tar", "t/train-0.tar")
+    os.remove("t/00001.tar")
+    assert begun() == ["t/train-0.tar"]
+    with pytest.raises(ValueError, match="--split=test: --input=t tells the splits train; give"):
+        whole.plan(asked(out="none", split="test"))
+    os.rename("t/train-0.tar", "t/0.tar")
+    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits"):
+        whole.plan(asked(out="none", split="train"))

@@ -47,7 +47,7 @@ def splits_of(format: str, input: str) -> list[str]:
     return files.splits_told(input, module.PATTERNS)
 
 
-def _tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+def tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
     """Says which files of an input no split has: once, with the first of the splits."""
     if there or hasattr(module, "splits"):  # the latter have no files that belong to none
         return
@@ -161,7 +161,7 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
-    _tell_of_no_split(module, str(input), manifest["splits"])
+    tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
     classes = _declared(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):

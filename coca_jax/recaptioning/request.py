@@ -35,6 +35,8 @@ class Request:
             savings, a multiple of batch_size.
         dtype: of the models; '': their own.
         options: how the input is read.
+        split: the split of the input that is read, which the output has then; '': the input tells
+            none, or 'train' alone.
     """
 
     input: str
@@ -53,6 +55,7 @@ class Request:
     part: int = 512
     dtype: str = ""
     options: Options = dataclasses.field(default_factory=Options)
+    split: str = ""
 
     def __post_init__(self) -> None:
         for text in self.ways:
@@ -73,6 +76,8 @@ class Request:
         """All but the place of the output, for the file that says how it was made."""
         found = dataclasses.asdict(self)
         del found["out"]
+        if not self.split:  # as works have it that older versions began
+            del found["split"]
         return found
 
 

@@ -33,8 +33,9 @@ def plan(request: Request) -> list[Job]:
     """The shards; the same as before where an earlier run began.
 
     Raises:
-        FileNotFoundError, ValueError: nothing to read; or `out` holds something else, or what was
-            made with other options or of other files, or lies in the input.
+        FileNotFoundError, ValueError: nothing to read; or splits of which `request` names none; or
+            `out` holds something else, or what was made with other options or of other files, or
+            lies in the input.
     """
     work = files.join(request.out, "recaption")
     path = files.join(work, "request.json")
@@ -58,10 +59,11 @@ def plan(request: Request) -> list[Job]:
     if begins := not files.exists(path):
         inputs.refuse_inside(request)
     module = shards.importer(request.format)
-    asked = dict(format=request.format, input=request.input, options=told["options"])
-    jobs = splits.plan(module, request.format, request.input, "", request.options, work, 0, asked)
+    asked = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
+    split, options = inputs.of_split(request) if begins else inputs.kept_split(request)
+    jobs = splits.plan(module, request.format, request.input, split, options, work, 0, asked)
     if begins:
-        inputs.write(request, [unit for job in jobs for unit in job.units])
+        inputs.write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
 
 
@@ -79,11 +81,16 @@ def begin(request: Request, checksums: Sequence[str]) -> None:
             )
 
 
+def _split(request: Request) -> str:
+    """The split that an output has which tells splits."""
+    return request.split or "train"
+
+
 def name(request: Request, jobs: Sequence[Job], job: Job) -> str:
     """The file of a shard."""
     suffix = SUFFIXES[request.to]
     if request.to == "array_record":
-        return f"train-{job.number:05d}-of-{len(jobs):05d}.{suffix}"
+        return f"{_split(request)}-{job.number:05d}-of-{len(jobs):05d}.{suffix}"
     return f"{job.number:05d}.{suffix}"
 
 
@@ -135,7 +142,7 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         )
         split |= dict(shards=entries, read=totals["read"], filtered={}, quarantined={})
         metadata.write(
-            request.out, dict(format="coca_jax-1", class_names=[], splits=dict(train=split))
+            request.out, dict(format="coca_jax-1", class_names=[], splits={_split(request): split})
         )
     sealed_json.write(files.join(request.out, MANIFEST), told)
     return told
