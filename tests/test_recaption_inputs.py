@@ -141,6 +141,18 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
         assert told.keys() == {"title", "labels", "recaption"} and told["recaption"] != "older"
 
 
+def test_a_blank_caption_is_never_kept():
+    blank, good = (dict(text=text, score=0.21, flags=[]) for text in (" ", "a bus"))
+    original = dict(text="a red bus in a street", score=0.2)
+    for rule in ("better", "synthetic", "all"):
+        assert choose.texts(dict(originals=[], captions=[blank]), rule) == []
+        told = choose.texts(dict(originals=[], captions=[blank, good]), rule)
+        assert told == [("a bus", 0.21)]
+    one = dict(originals=[original], captions=[blank])
+    assert choose.texts(one, "better") == choose.texts(one, "all") == [(original["text"], 0.2)]
+    assert choose.kept(one, "synthetic", float("-inf")) == []
+
+
 def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [f"f/{s}/{c}/{c}.png" for s in ("train", "test") for c in ("cat", "dog")]
