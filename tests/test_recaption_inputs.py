@@ -8,7 +8,9 @@ import tarfile
 import pytest
 from test_search import encoded
 
-from coca_jax.importers import splits, webdataset
+from coca_jax import sealed_json
+from coca_jax.data import prepared
+from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Options, Unit
 from coca_jax.recaptioning import choose, shard, whole, writers
 from coca_jax.recaptioning.request import Request
@@ -130,7 +132,8 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
     items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
     assert [item.texts for item in items] == [["in json"], ["in txt"]]
     examples = (writers.Example(item.key[-1], item, kept, made) for item in items)
-    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == (2, 2)
+    told = dict(count=2, with_text=2, with_label=2, classes=["beetle", "moth"])
+    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == told
     with tarfile.open(tmp_path / "out.tar") as tar:
         found = {one.name: tar.extractfile(one).read() for one in tar}
     assert sorted(found) == ["a.json", "a.png", "a.txt", "b.json", "b.png", "b.txt"]
@@ -192,3 +195,33 @@ def test_an_input_of_a_training_split_alone_needs_no_flag(tars):
     os.rename("t/train-0.tar", "t/0.tar")
     with pytest.raises(ValueError, match="--split=train: --input=t tells no splits"):
         whole.plan(asked(out="none", split="train"))
+
+
+def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("f/cat/0.png", "f/dog/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encoded(number))
+    splits.prepare("imagefolder", "f", "p", processes=1, progress=False)
+    told = metadata.read_manifest("p")
+    metadata.write("p", told | dict(class_names=["dog", "cat"]))
+    for format, input, names in (
+        ("imagefolder", "f", ["cat", "dog"]),
+        ("prepared", "p", ["dog", "cat"]),
+    ):
+        request = asked(input, f"out-{format}", format, to="array_record")
+        (job,) = jobs = whole.plan(request)
+        made = [
+            dict(number=n, key=item.key, captions=[dict(text="a", flags=[], score=0.5)])
+            | dict(originals=[])
+            for n, item in shard.selected(job)
+        ]
+        part = dict(results=made, quarantined=[], read=2, last=True)
+        sealed_json.write(f"{job.part}/part-00000.json", part)
+        shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+        whole.finish(request, jobs, float("-inf"))
+        manifest = metadata.read_manifest(request.out)
+        assert manifest["class_names"] == names
+        assert manifest["splits"]["train"]["with_label"] == 2
+        records = prepared.open_split(request.out, "train").read([0, 1])
+        assert [record.labels for record in records] == [("cat",), ("dog",)]

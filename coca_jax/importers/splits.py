@@ -163,7 +163,7 @@ def prepare(
     wanted = read_split or split
     tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
-    classes = _declared(module, jobs[0].units[0], options)
+    classes = declared_classes(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -173,7 +173,7 @@ def prepare(
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
 
 
-def _declared(module: Any, unit: Unit, options: Options) -> list[str]:
+def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
     """The class names that data or options give, in order; [] where the labels tell them."""
     of_data = getattr(module, "declared_classes", None)
     found = of_data(unit, options) if of_data else options.class_names

@@ -114,8 +114,6 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         collapse=_figures(read),
-        count=0,
-        with_text=0,
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}
@@ -138,7 +136,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
 
     path = files.join(request.out, name)
     with storage.whole_file(path) as local:
-        told["count"], told["with_text"] = writers.write(request.to, local, examples())
+        told |= writers.write(request.to, local, examples())
         if told["count"]:
             told |= dict(file=name, bytes=os.path.getsize(local), sha256=shards.sha256(local))
         else:

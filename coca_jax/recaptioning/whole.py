@@ -137,15 +137,26 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         request=request.told(),
     )
     if request.to == "array_record" and entries:
-        split: dict[str, Any] = dict(
-            count=totals["count"], with_text=totals["with_text"], with_label=0
-        )
-        split |= dict(shards=entries, read=totals["read"], filtered={}, quarantined={})
-        metadata.write(
-            request.out, dict(format="coca_jax-1", class_names=[], splits={_split(request): split})
-        )
+        _manifest(request, jobs, known, entries)
     sealed_json.write(files.join(request.out, MANIFEST), told)
     return told
+
+
+def _manifest(
+    request: Request,
+    jobs: Sequence[Job],
+    accounts: Sequence[dict[str, Any]],
+    entries: list[dict[str, Any]],
+) -> None:
+    """Writes the manifest, as `prepare` does; entries: of its shards."""
+    counts = ("read", "count", "with_text", "with_label")  # older accounts lack the last
+    split: dict[str, Any] = {key: sum(one.get(key, 0) for one in accounts) for key in counts}
+    split |= dict(shards=entries, filtered={}, quarantined={})
+    module = shards.importer(request.format)
+    classes = splits.declared_classes(module, jobs[0].units[0], jobs[0].options)
+    classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})
+    told = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
+    metadata.write(request.out, told)
 
 
 def _tidy(request: Request, jobs: Sequence[Job]) -> None:

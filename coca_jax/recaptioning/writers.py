@@ -58,21 +58,25 @@ class Example(NamedTuple):
         )
 
 
-def write(to: str, path: str, examples: Iterator[Example]) -> tuple[int, int]:
-    """Writes a local file; returns the numbers of images, and of those with a text."""
+def write(to: str, path: str, examples: Iterator[Example]) -> dict[str, Any]:
+    """Writes a local file; returns its count of images, of those with_text and with_label, and the
+    labels as classes, sorted."""
     counted = _Counted(examples)
     dict(tar=_tar, parquet=_parquet, array_record=_array_record)[to](path, counted)
-    return counted.images, counted.with_text
+    return dict(counted.counts, classes=sorted(counted.classes))
 
 
 class _Counted:
     def __init__(self, examples: Iterator[Example]) -> None:
-        self._examples, self.images, self.with_text = examples, 0, 0
+        self._examples, self.classes = examples, set[str]()
+        self.counts = dict(count=0, with_text=0, with_label=0)
 
     def __iter__(self) -> Iterator[Example]:
         for example in self._examples:
-            self.images += 1
-            self.with_text += bool(example.kept)
+            self.counts["count"] += 1
+            self.counts["with_text"] += bool(example.kept)
+            self.counts["with_label"] += bool(example.item.labels)
+            self.classes.update(example.item.labels)
             yield example
 
 
