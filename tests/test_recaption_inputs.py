@@ -87,6 +87,20 @@ def test_a_start_that_came_no_further_than_its_plan_begins_again(tars):
     assert len(begun()) == len(begun()) == 3
 
 
+def test_a_job_that_starts_leaves_the_plan_of_another_that_loads_its_model(tars, monkeypatch):
+    really, there = webdataset.plan, []
+
+    def looked(*given):
+        there.append(sorted(os.listdir("out/recaption")) if os.path.exists("out") else [])
+        return really(*given)
+
+    monkeypatch.setattr(webdataset, "plan", looked)
+    jobs = whole.plan(asked())
+    first = len(there)
+    assert whole.plan(asked()) == jobs and not any(there[:first])
+    assert there[first:] == [["input.json", "plan.json"]] * first
+
+
 def test_a_folder_of_pictures_that_grew_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p").mkdir()

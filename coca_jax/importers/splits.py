@@ -228,10 +228,12 @@ def plan(
     shard_count: int,
     request: dict[str, Any],
     state: State = lambda units: "",
+    *,
+    anew: bool = False,
 ) -> list[shards.Job]:
-    """The shards to write; the same as before when an earlier run was cut short."""
+    """The shards to write; the same as before when an earlier run was cut short, unless `anew`."""
     path = files.join(work, "plan.json")
-    if files.exists(path):
+    if not anew and files.exists(path):
         kept = json.loads(files.read(path))
         if _whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")

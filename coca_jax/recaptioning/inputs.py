@@ -9,7 +9,7 @@ import posixpath
 from collections.abc import Iterable
 from typing import Any
 
-from coca_jax import local_files, sealed_json, storage
+from coca_jax import local_files, sealed_json
 from coca_jax.data import files
 from coca_jax.importers import shards, split_field, splits
 from coca_jax.importers.items import Options, Unit
@@ -66,11 +66,6 @@ def write(request: Request, units: Iterable[Unit], split: str, options: Options)
     """Writes down the files of the units of a plan, and what `of_split` gave."""
     told = dict(files=_told(units), split=split, where=options.where)
     sealed_json.write(files.join(request.out, _FILE), told)
-
-
-def forget(request: Request) -> None:
-    """Of a work that came no further than its plan."""
-    storage.remove(files.join(request.out, _FILE))
 
 
 def check(request: Request) -> None:

@@ -53,15 +53,15 @@ def plan(request: Request) -> list[Job]:
         found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
     ):
         raise ValueError(f"--out={request.out} holds something else; give a new folder")
-    elif files.exists(old := files.join(work, "plan.json")):
-        storage.remove(old)  # of a start that came no further
-        inputs.forget(request)
     if begins := not files.exists(path):
         inputs.refuse_inside(request)
     module = shards.importer(request.format)
     asked = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
     split, options = inputs.of_split(request) if begins else inputs.kept_split(request)
-    jobs = splits.plan(module, request.format, request.input, split, options, work, 0, asked)
+    where = request.format, request.input, split, options, work
+    # A plan without a request is of a start that came no further, or of another job of this one,
+    # which reads it now: it is not removed but written again.
+    jobs = splits.plan(module, *where, 0, asked, anew=begins)
     if begins:
         inputs.write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
