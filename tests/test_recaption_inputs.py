@@ -195,6 +195,8 @@ def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch)
             assert whole.name(request, ["job"], whole.plan(request)[0]) == name
         with pytest.raises(ValueError, match="begun with split='test', not 'train'"):
             whole.plan(asked(input, f"test-{format}", format, split="train"))
+        with pytest.raises(ValueError, match="begun with split='test', not None; give the same"):
+            whole.plan(asked(input, f"test-{format}", format, to="array_record"))
         with pytest.raises(ValueError, match="no split 'validation'|--split=validation: --input"):
             whole.plan(asked(input, "none", format, split="validation"))
     assert not (tmp_path / "none").exists()

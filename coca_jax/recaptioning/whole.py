@@ -42,11 +42,13 @@ def plan(request: Request) -> list[Job]:
     told = json.loads(json.dumps(request.told()))
     if files.exists(path):
         before = sealed_json.read(path)
-        other = sorted(key for key in told if before.get(key) != told[key])
+        keys = sorted({*told, *before} - {"weights"})
+        other = [(k, before.get(k), told.get(k)) for k in keys if before.get(k) != told.get(k)]
         if other:
+            key, old, new = other[0]
             raise ValueError(
-                f"--out={request.out} was begun with {other[0]}={before.get(other[0])!r}, not "
-                f"{told[other[0]]!r}; give the same, or another --out"
+                f"--out={request.out} was begun with {key}={old!r}, not {new!r}; give the same, or "
+                "another --out"
             )
         inputs.check(request)
     elif files.exists(request.out) and any(
