@@ -7,8 +7,9 @@ import tarfile
 
 import pytest
 from test_search import encoded
+from test_version_0_1 import flags_of
 
-from coca_jax import sealed_json
+from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Options, Unit
@@ -168,6 +169,22 @@ def test_a_blank_caption_is_never_kept():
     one = dict(originals=[original], captions=[blank])
     assert choose.texts(one, "better") == choose.texts(one, "all") == [(original["text"], 0.2)]
     assert choose.kept(one, "synthetic", float("-inf")) == []
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
+def test_a_least_score_that_is_no_number_is_refused(score):
+    with pytest.raises(ValueError, match=f"--min_score={score}: give a number, a cosine"):
+        asked(min_score=float(score))
+    assert asked(min_score=-1.0).min_score == -1
+
+
+def test_an_input_that_stands_there_twice_is_refused(monkeypatch):
+    flags_of("recaption", monkeypatch)
+    for given in (["--input=a", "--input=b"], ["--input", "a", "--input", "b"]):
+        recaption.flags.FLAGS.unparse_flags()
+        recaption.flags.FLAGS(["recaption", "--checkpoint=c", "--out=o", *given])
+        with pytest.raises(ValueError, match="--input stands there several times, of which the"):
+            recaption.main(["recaption"])
 
 
 def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch):

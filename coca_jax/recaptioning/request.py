@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from coca_jax.importers.items import Options
@@ -62,6 +63,8 @@ class Request:
             way(text)
         if not 0 <= self.quantile < 1:
             raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise ValueError(f"--min_score={self.min_score}: give a number, a cosine similarity")
         if self.rows < self.batch_size:
             raise ValueError(
                 f"--rows={self.rows}: at least --batch_size={self.batch_size}, images that start "
