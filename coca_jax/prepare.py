@@ -34,7 +34,7 @@ from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
-from coca_jax.importers import indexes, metadata, shards, split_field
+from coca_jax.importers import indexes, metadata, remarks, shards, split_field
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 
@@ -223,7 +223,7 @@ def _import() -> dict[str, Any]:
     format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
         format = formats.guess(input)
-        cli.say(f"{input}: read as --format={format}")
+        cli.say(remarks.of_format(input, format))
     options = _options()
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,

@@ -26,7 +26,7 @@ from absl import flags
 
 from coca_jax import cli, engines, storage
 from coca_jax.data import formats
-from coca_jax.importers import shards
+from coca_jax.importers import remarks, shards
 from coca_jax.importers.items import Options
 from coca_jax.recaptioning import request as requests
 from coca_jax.recaptioning.request import Request
@@ -74,7 +74,7 @@ def _request() -> Request:
     format = args.format
     if not format:
         format = formats.guess(args.input)
-        cli.say(f"{args.input}: read as --format={format}")
+        cli.say(remarks.of_format(args.input, format))
     size = args.batch_size
     return Request(
         input=args.input,

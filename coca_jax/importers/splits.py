@@ -348,7 +348,9 @@ def _refuse_empty(
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request["input"], request["options"]["holdout"], read, split)
-    raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
+    input = request["input"]
+    beside = remarks.pictures_beside(input, request["format"])
+    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)
 
 
 def _named(
