@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 from test_search import encoded
 from test_version_0_1 import flags_of
@@ -12,7 +13,7 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared
 from coca_jax.importers import metadata, splits, webdataset
-from coca_jax.importers.items import Options, Unit
+from coca_jax.importers.items import Item, Options, Unit
 from coca_jax.recaptioning import choose, shard, whole, writers
 from coca_jax.recaptioning.request import Request
 
@@ -258,3 +259,20 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
         assert manifest["splits"]["train"]["with_label"] == 2
         records = prepared.open_split(request.out, "train").read([0, 1])
         assert [record.labels for record in records] == [("cat",), ("dog",)]
+
+
+@pytest.mark.parametrize("to", ["tar", "parquet", "array_record"])
+def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_path, to):
+    extra = dict(image_emb="older", text_emb="older", title="stays", recaption="older")
+    made = dict(originals=[], captions=[dict(text="new", flags=[], score=0.5)], key="a")
+    item = Item("a", encoded(1), extra=extra)
+    writers.write(to, str(tmp_path / "out"), iter([writers.Example("a", item, [], made)]))
+    if to == "tar":
+        with tarfile.open(tmp_path / "out") as tar:
+            found = json.load(tar.extractfile("a.json"))
+    elif to == "parquet":
+        found = json.loads(pq.read_table(tmp_path / "out")["extra"][0].as_py())
+    else:
+        (record,) = prepared.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
+        found = json.loads(record.extra)
+    assert found.keys() - {"recaption"} == {"title"}
