@@ -7,7 +7,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -312,28 +311,6 @@ def test_flags_choose_examples_hold_some_out_and_share_the_work(call, tmp_path, 
     assert "1 of 2 shards are not there yet; the same command without --shard joins" in said
     assert "all 2 shards are there; the same command" in said
     assert call(**shared)["written"] == 24
-
-
-def test_class_folders_beside_their_own_archive_are_named(call, tmp_path, capsys):
-    root = tmp_path / "in"
-    root.mkdir()
-    with tarfile.open(root / "all.tar.gz", "w:gz") as tar:
-        for name in ("cat/0.jpg", "dog/1.jpg"):
-            (root / name).parent.mkdir()
-            (root / name).write_bytes(encode(3))
-            tar.add(root / name, name)
-    said = (
-        "not read: 2 pictures beside its archives (cat/0.jpg, dog/1.jpg), which "
-        "--format=imagefolder or sidecars reads"
-    )
-    with pytest.raises(ValueError, match=f"none of 2 examples can be used: .*{re.escape(said)}"):
-        call(input=root, out=tmp_path / "out", processes=1)
-    assert f"{root}: read as --format=webdataset; {said}\n" in capsys.readouterr().err
-    shutil.rmtree(root / "cat")
-    shutil.rmtree(root / "dog")
-    with pytest.raises(ValueError) as told:
-        call(input=root, out=tmp_path / "out", processes=1)
-    assert "not read: " not in str(told.value) + capsys.readouterr().err
 
 
 def test_flags_that_cannot_be_are_a_line(call, tmp_path):
