@@ -262,6 +262,15 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
 
 
+def check_one_input(several: str) -> None:
+    """Raises ValueError where --input stands there several times, of which the last would count.
+    several: how to give more than one of them, for the text."""
+    if flags.FLAGS["input"].present > 1:
+        raise ValueError(
+            f"--input stands there several times, of which the last would count; {several}"
+        )
+
+
 def where_of(clauses: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """(field, values) of each --where, 'field=value,value'.
 

@@ -23,7 +23,6 @@ trains on.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from coca_jax.config import Recipe, typed
 from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
-from coca_jax.importers import indexes, metadata, shards, split_field
+from coca_jax.importers import indexes, metadata, remarks, shards, split_field
 from coca_jax.importers.items import Options
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 
@@ -193,6 +192,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if argv[1:] == ["vocabulary"]:
         if not flags.FLAGS.input or not flags.FLAGS.out:
             raise ValueError("prepare vocabulary needs --input and --out")
+        cli.check_one_input("separate them by commas, as --input=data/a,data/b")
         paths = flags.FLAGS.input.split(",")
         return train_vocabulary(
             paths,
@@ -212,11 +212,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
-    if sum(arg.lstrip("-").startswith("input=") for arg in sys.argv[1:]) > 1:
-        raise ValueError(
-            "--input stands there several times, of which the last would count; put a pattern in "
-            "quotes, as --input='laion/{00000..00999}.tar', or give a folder"
-        )
+    cli.check_one_input(
+        "put a pattern in quotes, as --input='laion/{00000..00999}.tar', or give a folder"
+    )
     return _import()
 
 
@@ -225,7 +223,7 @@ def _import() -> dict[str, Any]:
     format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
         format = formats.guess(input)
-        cli.say(f"{input}: read as --format={format}")
+        cli.say(remarks.of_format(input, format))
     options = _options()
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,

@@ -26,7 +26,7 @@ from absl import flags
 
 from coca_jax import cli, engines, storage
 from coca_jax.data import formats
-from coca_jax.importers import shards
+from coca_jax.importers import remarks, shards
 from coca_jax.importers.items import Options
 from coca_jax.recaptioning import request as requests
 from coca_jax.recaptioning.request import Request
@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "Folder to write.")
     names = list(shards.MODULES)
     flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
+    flags.DEFINE_string("split", "", "Split to read, where the input tells several.")
     flags.DEFINE_enum("to", "tar", requests.FORMATS, "Format of the output.")
     flags.DEFINE_multi_string(
         "how", ["greedy"], "greedy, beams or nucleus, with settings as in `caption`. Repeatable."
@@ -67,10 +68,13 @@ def _request() -> Request:
     for name in ("checkpoint", "input", "out"):
         if not args[name].value:
             raise ValueError(f"--{name} is missing; `coca-jax recaption --help` shows examples")
+    cli.check_one_input(
+        "put a pattern in quotes, as --input='tars/{000..099}.tar', or give a folder"
+    )
     format = args.format
     if not format:
         format = formats.guess(args.input)
-        cli.say(f"{args.input}: read as --format={format}")
+        cli.say(remarks.of_format(args.input, format))
     size = args.batch_size
     return Request(
         input=args.input,
@@ -94,6 +98,7 @@ def _request() -> Request:
             verify=False,
             allow_paths=tuple(args.allow_paths),
         ),
+        split=args.split,
     )
 
 

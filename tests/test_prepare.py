@@ -344,6 +344,12 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             call(*asked, **given | more)
+    for uses, fix in ((), "put a pattern in quotes"), (("vocabulary",), "separate them by commas"):
+        for twice in (["--input=a", "--input=b"], ["--input", "a", "--input", "b"]):
+            command.flags.FLAGS.unparse_flags()
+            command.flags.FLAGS(["prepare", f"--out={tmp_path / 'out'}", *twice])
+            with pytest.raises(ValueError, match=f"--input stands there several times.*; {fix}"):
+                command.main(["prepare", *uses])
     with pytest.raises(ValueError, match="--step=-1: steps count from 0"):
         command.inspect(tiny_config(), -1)
     assert not (tmp_path / "out").exists()

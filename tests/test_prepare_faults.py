@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import tarfile
 
 import numpy as np
@@ -13,7 +14,7 @@ from prepare_cases import add_member, draw, encode, import_data, reasons_of, wri
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, shards, tar_members
+from coca_jax.importers import dedup, remarks, shards, tar_members
 
 
 def test_faults_end_in_quarantine_with_reasons(tmp_path):
@@ -217,3 +218,28 @@ def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
         import_data("webdataset", tmp_path / "a.tar", tmp_path / "out", processes=1)
     monkeypatch.undo()
     assert import_data("webdataset", tmp_path / "a.tar", tmp_path / "out")["written"] == 3
+
+
+def test_class_folders_beside_their_own_archive_are_named(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    with tarfile.open(root / "all.tar.gz", "w:gz") as tar:
+        for name in ("cat/0.jpg", "dog/1.jpg"):
+            (root / name).parent.mkdir()
+            (root / name).write_bytes(encode(3))
+            tar.add(root / name, name)
+    said = (
+        "; not read: 2 pictures beside its archives (cat/0.jpg, dog/1.jpg), which "
+        "--format=imagefolder or sidecars reads"
+    )
+    line = f"{root}: read as --format=webdataset"
+    assert remarks.of_format(str(root), "webdataset") == line + said
+    with pytest.raises(ValueError) as told:
+        import_data("webdataset", root, tmp_path / "out")
+    assert "none of 2 examples can be used: " in str(told.value) and said in str(told.value)
+    shutil.rmtree(root / "cat")
+    shutil.rmtree(root / "dog")
+    assert remarks.of_format(str(root), "webdataset") == line
+    with pytest.raises(ValueError) as told:
+        import_data("webdataset", root, tmp_path / "out")
+    assert "not read: 2" not in str(told.value)

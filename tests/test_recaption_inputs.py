@@ -6,12 +6,16 @@ import os
 import tarfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_search import encoded
+from test_version_0_1 import flags_of
 
-from coca_jax.importers import webdataset
-from coca_jax.importers.items import Options, Unit
-from coca_jax.recaptioning import choose, flags, whole, writers
+from coca_jax import recaption, sealed_json
+from coca_jax.data import prepared
+from coca_jax.importers import metadata, splits, webdataset
+from coca_jax.importers.items import Item, Options, Unit
+from coca_jax.recaptioning import choose, flags, shard, whole, writers
 from coca_jax.recaptioning.request import Request
 
 
@@ -32,8 +36,21 @@ def tars(tmp_path, monkeypatch):
     return tmp_path / "t"
 
 
-def asked(input="t", out="out", format="webdataset") -> Request:
-    return Request(input, format=format, out=out, options=Options(verify=False))
+def asked(input="t", out="out", format="webdataset", **how) -> Request:
+    return Request(input, format=format, out=out, options=Options(verify=False), **how)
+
+
+def read(request: Request) -> list[tuple[str, list[str]]]:
+    """(key, labels) of all that a work reads, as it begins and as it goes on."""
+
+    def found():
+        items = [item for job in whole.plan(request) for _, item in shard.selected(job)]
+        return [(item.key, list(item.labels)) for item in items]
+
+    first = found()
+    whole.begin(request, ["0123"])
+    assert found() == first
+    return first
 
 
 def begun(*given) -> list[str]:
@@ -71,6 +88,20 @@ def test_a_start_that_came_no_further_than_its_plan_begins_again(tars):
     whole.plan(asked())
     write_tar(tars / "00002.tar", 1)
     assert len(begun()) == len(begun()) == 3
+
+
+def test_a_job_that_starts_leaves_the_plan_of_another_that_loads_its_model(tars, monkeypatch):
+    really, there = webdataset.plan, []
+
+    def looked(*given):
+        there.append(sorted(os.listdir("out/recaption")) if os.path.exists("out") else [])
+        return really(*given)
+
+    monkeypatch.setattr(webdataset, "plan", looked)
+    jobs = whole.plan(asked())
+    first = len(there)
+    assert whole.plan(asked()) == jobs and not any(there[:first])
+    assert there[first:] == [["input.json", "plan.json"]] * first
 
 
 def test_a_folder_of_pictures_that_grew_is_told(tmp_path, monkeypatch):
@@ -118,7 +149,8 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
     items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
     assert [item.texts for item in items] == [["in json"], ["in txt"]]
     examples = (writers.Example(item.key[-1], item, kept, made) for item in items)
-    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == (2, 2)
+    told = dict(count=2, with_text=2, with_label=2, classes=["beetle", "moth"])
+    assert writers.write("tar", str(tmp_path / "out.tar"), examples) == told
     with tarfile.open(tmp_path / "out.tar") as tar:
         found = {one.name: tar.extractfile(one).read() for one in tar}
     assert sorted(found) == ["a.json", "a.png", "a.txt", "b.json", "b.png", "b.txt"]
@@ -137,3 +169,121 @@ def test_flags_know_letters_with_marks_and_texts_of_symbols():
     originals = [[], ["का"], [], [], [], ["Café!"], []]
     found = flags.of_part(texts, originals, [[True]] * 7, eye, eye)
     assert found == [[[]]] * 5 + [[["duplicate"]], [[]]]
+
+
+def test_a_blank_caption_is_never_kept():
+    blank, good = (dict(text=text, score=0.21, flags=[]) for text in (" ", "a bus"))
+    original = dict(text="a red bus in a street", score=0.2)
+    for rule in ("better", "synthetic", "all"):
+        assert choose.texts(dict(originals=[], captions=[blank]), rule) == []
+        told = choose.texts(dict(originals=[], captions=[blank, good]), rule)
+        assert told == [("a bus", 0.21)]
+    one = dict(originals=[original], captions=[blank])
+    assert choose.texts(one, "better") == choose.texts(one, "all") == [(original["text"], 0.2)]
+    assert choose.kept(one, "synthetic", float("-inf")) == []
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
+def test_a_least_score_that_is_no_number_is_refused(score):
+    with pytest.raises(ValueError, match=f"--min_score={score}: give a number, a cosine"):
+        asked(min_score=float(score))
+    assert asked(min_score=-1.0).min_score == -1
+
+
+def test_an_input_that_stands_there_twice_is_refused(monkeypatch):
+    flags_of("recaption", monkeypatch)
+    for given in (["--input=a", "--input=b"], ["--input", "a", "--input", "b"]):
+        recaption.flags.FLAGS.unparse_flags()
+        recaption.flags.FLAGS(["recaption", "--checkpoint=c", "--out=o", *given])
+        with pytest.raises(ValueError, match="--input stands there several times, of which the"):
+            recaption.main(["recaption"])
+
+
+def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"f/{s}/{c}/{c}.png" for s in ("train", "test") for c in ("cat", "dog")]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encoded(number))
+    rows = [f"{name},{name.split('/')[1]}\n" for name in names]
+    (tmp_path / "list.csv").write_text("image,split\n" + "".join(rows))
+    for split in ("train", "test"):
+        splits.prepare("imagefolder", "f", "p", split=split, processes=1, progress=False)
+    keys = [("cat/cat.png", ["cat"]), ("dog/dog.png", ["dog"])]
+    for format, input in (("imagefolder", "f"), ("csv", "list.csv"), ("prepared", "p")):
+        with pytest.raises(
+            ValueError, match=f"--input={input} tells the splits .*test.*; give --split=NAME"
+        ):
+            whole.plan(asked(input, "none", format))
+        for split in ("train", "test"):
+            request = asked(input, f"{split}-{format}", format, split=split, to="array_record")
+            found = read(request)
+            wanted = [(name, []) for name in names if split in name] if format == "csv" else keys
+            assert found == wanted
+            name = f"{split}-00000-of-00001.array_record"
+            assert whole.name(request, ["job"], whole.plan(request)[0]) == name
+        with pytest.raises(ValueError, match="begun with split='test', not 'train'"):
+            whole.plan(asked(input, f"test-{format}", format, split="train"))
+        with pytest.raises(ValueError, match="begun with split='test', not None; give the same"):
+            whole.plan(asked(input, f"test-{format}", format, to="array_record"))
+        with pytest.raises(ValueError, match="no split 'validation'|--split=validation: --input"):
+            whole.plan(asked(input, "none", format, split="validation"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_input_of_a_training_split_alone_needs_no_flag(tars):
+    os.rename("t/00000.tar", "t/train-0.tar")
+    os.remove("t/00001.tar")
+    assert begun() == ["t/train-0.tar"]
+    with pytest.raises(ValueError, match="--split=test: --input=t tells the splits train; give"):
+        whole.plan(asked(out="none", split="test"))
+    os.rename("t/train-0.tar", "t/0.tar")
+    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits"):
+        whole.plan(asked(out="none", split="train"))
+
+
+def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("f/cat/0.png", "f/dog/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encoded(number))
+    splits.prepare("imagefolder", "f", "p", processes=1, progress=False)
+    told = metadata.read_manifest("p")
+    metadata.write("p", told | dict(class_names=["dog", "cat"]))
+    for format, input, names in (
+        ("imagefolder", "f", ["cat", "dog"]),
+        ("prepared", "p", ["dog", "cat"]),
+    ):
+        request = asked(input, f"out-{format}", format, to="array_record")
+        (job,) = jobs = whole.plan(request)
+        made = [
+            dict(number=n, key=item.key, captions=[dict(text="a", flags=[], score=0.5)])
+            | dict(originals=[])
+            for n, item in shard.selected(job)
+        ]
+        part = dict(results=made, quarantined=[], read=2, last=True)
+        sealed_json.write(f"{job.part}/part-00000.json", part)
+        shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+        whole.finish(request, jobs, float("-inf"))
+        manifest = metadata.read_manifest(request.out)
+        assert manifest["class_names"] == names
+        assert manifest["splits"]["train"]["with_label"] == 2
+        records = prepared.open_split(request.out, "train").read([0, 1])
+        assert [record.labels for record in records] == [("cat",), ("dog",)]
+
+
+@pytest.mark.parametrize("to", ["tar", "parquet", "array_record"])
+def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_path, to):
+    extra = dict(image_emb="older", text_emb="older", title="stays", recaption="older")
+    made = dict(originals=[], captions=[dict(text="new", flags=[], score=0.5)], key="a")
+    item = Item("a", encoded(1), extra=extra)
+    writers.write(to, str(tmp_path / "out"), iter([writers.Example("a", item, [], made)]))
+    if to == "tar":
+        with tarfile.open(tmp_path / "out") as tar:
+            found = json.load(tar.extractfile("a.json"))
+    elif to == "parquet":
+        found = json.loads(pq.read_table(tmp_path / "out")["extra"][0].as_py())
+    else:
+        (record,) = prepared.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
+        found = json.loads(record.extra)
+    assert found.keys() - {"recaption"} == {"title"}

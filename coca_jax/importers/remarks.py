@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 from collections import Counter
@@ -13,6 +14,8 @@ from coca_jax.importers import imagefolder
 from coca_jax.importers.items import Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
+_MOST_LOOKED_AT = 20_000  # files of a folder
+_ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
@@ -20,6 +23,26 @@ HOW_TO_CAPTION = (
     "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
     "caption or title; class names from label or from one folder a class"
 )
+
+
+def of_format(input: str, format: str) -> str:
+    """The line for a format that the files told, with the pictures that it leaves unread."""
+    return f"{input}: read as --format={format}{pictures_beside(input, format)}"
+
+
+def pictures_beside(input: str, format: str) -> str:
+    """What is said of the pictures in a folder that is read for its archives; '' for none."""
+    system, plain = files.filesystem(input)
+    if format not in _ARCHIVES or files.is_pattern(input) or not system.isdir(plain):
+        return ""
+    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
+    found = [name for name in names if name.lower().endswith(formats.MEDIA)]
+    if not found:
+        return ""
+    return (
+        f"; not read: {len(found)} pictures beside its archives ({_first(found)}), which "
+        "--format=imagefolder or sidecars reads"
+    )
 
 
 def nothing_usable(

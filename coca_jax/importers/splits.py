@@ -47,7 +47,7 @@ def splits_of(format: str, input: str) -> list[str]:
     return files.splits_told(input, module.PATTERNS)
 
 
-def _tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+def tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
     """Says which files of an input no split has: once, with the first of the splits."""
     if there or hasattr(module, "splits"):  # the latter have no files that belong to none
         return
@@ -161,9 +161,9 @@ def prepare(
         raise ValueError(f"{why}; give --overwrite, or another --out or --split")
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
-    _tell_of_no_split(module, str(input), manifest["splits"])
+    tell_of_no_split(module, str(input), manifest["splits"])
     jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
-    classes = _declared(module, jobs[0].units[0], options)
+    classes = declared_classes(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -173,7 +173,7 @@ def prepare(
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
 
 
-def _declared(module: Any, unit: Unit, options: Options) -> list[str]:
+def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
     """The class names that data or options give, in order; [] where the labels tell them."""
     of_data = getattr(module, "declared_classes", None)
     found = of_data(unit, options) if of_data else options.class_names
@@ -228,10 +228,12 @@ def plan(
     shard_count: int,
     request: dict[str, Any],
     state: State = lambda units: "",
+    *,
+    anew: bool = False,
 ) -> list[shards.Job]:
-    """The shards to write; the same as before when an earlier run was cut short."""
+    """The shards to write; the same as before when an earlier run was cut short, unless `anew`."""
     path = files.join(work, "plan.json")
-    if files.exists(path):
+    if not anew and files.exists(path):
         kept = json.loads(files.read(path))
         if _whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
@@ -346,7 +348,9 @@ def _refuse_empty(
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request["input"], request["options"]["holdout"], read, split)
-    raise ValueError(remarks.nothing_usable(request["input"], read, listed, filtered))
+    input = request["input"]
+    beside = remarks.pictures_beside(input, request["format"])
+    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)
 
 
 def _named(

@@ -143,13 +143,16 @@ class Captioner:
         return found, self._look(blocks, [one[0] for one in texts]) if look else {}
 
     def _look(self, blocks: Sequence[jax.Array], captions: Sequence[str]) -> dict[str, Any]:
-        """How much more probable the first captions are with their own images than with others'.
+        """How much more probable the first captions are with their own images than with others'; {}
+        of fewer than two images, which have no others.
 
         blocks: tokens of the images, as `image_tokens` gives them for batches.
         """
+        model, texts = self.models[0], captions[:_LOOKED_AT]
+        count, per_block = len(texts), self.request.batch_size
+        if count < 2:
+            return {}
         with self.timed("scores"):
-            model, texts = self.models[0], captions[:_LOOKED_AT]
-            count, per_block = len(texts), self.request.batch_size
             used = -(-count // per_block)
             tokens = jnp.concatenate(blocks[:used]) if used > 1 else blocks[0]
             own = np.arange(count)

@@ -5,7 +5,7 @@ synthetic  the caption of the highest score
 original   the originals
 all        the originals and the captions, each text once
 
-Captions with a flag of flags.UNSOUND are taken for want of sound ones alone.
+Captions with a flag of flags.UNSOUND are taken for want of sound ones alone, and blank ones never.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ Scored = tuple[str, float]
 def texts(result: dict[str, Any], rule: str) -> list[Scored]:
     """The texts of an image that the rule chooses, with their scores."""
     originals = [(one["text"], one["score"]) for one in result["originals"]]
-    sound = [one for one in result["captions"] if not flags.UNSOUND & set(one["flags"])]
-    captions = [(one["text"], one["score"]) for one in sound or result["captions"]]
+    written = [one for one in result["captions"] if one["text"].strip()]
+    sound = [one for one in written if not flags.UNSOUND & set(one["flags"])]
+    captions = [(one["text"], one["score"]) for one in sound or written]
     if rule == "original":
         return originals
     if rule == "all":
         both = originals + (captions if sound or not originals else [])
         return [one for i, one in enumerate(both) if one[0] not in {text for text, _ in both[:i]}]
     pool = captions if rule == "synthetic" else originals + (captions if sound else [])
-    return [max(pool or captions, key=lambda one: one[1])]
+    return sorted(pool or captions, key=lambda one: one[1], reverse=True)[:1]
 
 
 def kept(result: dict[str, Any], rule: str, threshold: float) -> list[Scored]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import posixpath
 from collections.abc import Iterable
 from typing import Any
 
-from coca_jax import local_files, sealed_json, storage
+from coca_jax import local_files, sealed_json
 from coca_jax.data import files
-from coca_jax.importers import shards
-from coca_jax.importers.items import Unit
+from coca_jax.importers import shards, split_field, splits
+from coca_jax.importers.items import Options, Unit
 from coca_jax.recaptioning.request import Request
 
 _FILE = "recaption/input.json"
@@ -28,14 +29,43 @@ def refuse_inside(request: Request) -> None:
         )
 
 
-def write(request: Request, units: Iterable[Unit]) -> None:
-    """Writes down the files of the units of a plan."""
-    sealed_json.write(files.join(request.out, _FILE), dict(files=_told(units)))
+def of_split(request: Request) -> tuple[str, Options]:
+    """What is read: the split that names of files or folders tell ('': all of them), and the
+    options, which select the rows of a split that a field tells.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing to read; the input tells other splits than 'train'
+            and none is asked for, or it does not tell the one that is.
+    """
+    input, split = request.input, request.split
+    names, by_field = split_field.of_data(request.format, input, request.options)
+    of_what = f"{', '.join(names)} by the field 'split'" if by_field else ", ".join(names)
+    if not split and names not in ([], ["train"]):
+        raise ValueError(
+            f"--input={input} tells the splits {of_what}; give --split=NAME, the one to caption"
+        )
+    if by_field:
+        return "", split_field.narrowed(input, by_field, split, request.options)
+    if split and split_field.split_of(split) not in map(split_field.split_of, names):
+        told = f"tells the splits {of_what}; give one of them" if names else "tells no splits"
+        raise ValueError(f"--split={split}: --input={input} {told}")
+    splits.tell_of_no_split(shards.importer(request.format), input, {})
+    return split or "".join(names), request.options
 
 
-def forget(request: Request) -> None:
-    """Of a work that came no further than its plan."""
-    storage.remove(files.join(request.out, _FILE))
+def kept_split(request: Request) -> tuple[str, Options]:
+    """What `of_split` gave when the work began; all of the input where an older version did so."""
+    path = files.join(request.out, _FILE)
+    before = sealed_json.read(path) if files.exists(path) else {}
+    where = tuple((field, tuple(values)) for field, values in before.get("where", ()))
+    options = dataclasses.replace(request.options, where=where or request.options.where)
+    return before.get("split", ""), options
+
+
+def write(request: Request, units: Iterable[Unit], split: str, options: Options) -> None:
+    """Writes down the files of the units of a plan, and what `of_split` gave."""
+    told = dict(files=_told(units), split=split, where=options.where)
+    sealed_json.write(files.join(request.out, _FILE), told)
 
 
 def check(request: Request) -> None:
@@ -46,7 +76,7 @@ def check(request: Request) -> None:
         return
     before = sealed_json.read(path)["files"]
     try:
-        units = shards.importer(request.format).plan(request.input, "", request.options)
+        units = shards.importer(request.format).plan(request.input, *kept_split(request))
     except FileNotFoundError:  # as where it was removed after all was done
         return
     now = json.loads(json.dumps(_told(units)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from coca_jax.importers.items import Options
@@ -35,6 +36,8 @@ class Request:
             savings, a multiple of batch_size.
         dtype: of the models; '': their own.
         options: how the input is read.
+        split: the split of the input that is read, which the output has then; '': the input tells
+            none, or 'train' alone.
     """
 
     input: str
@@ -53,12 +56,15 @@ class Request:
     part: int = 512
     dtype: str = ""
     options: Options = dataclasses.field(default_factory=Options)
+    split: str = ""
 
     def __post_init__(self) -> None:
         for text in self.ways:
             way(text)
         if not 0 <= self.quantile < 1:
             raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise ValueError(f"--min_score={self.min_score}: give a number, a cosine similarity")
         if self.rows < self.batch_size:
             raise ValueError(
                 f"--rows={self.rows}: at least --batch_size={self.batch_size}, images that start "
@@ -73,6 +79,8 @@ class Request:
         """All but the place of the output, for the file that says how it was made."""
         found = dataclasses.asdict(self)
         del found["out"]
+        if not self.split:  # as works have it that older versions began
+            del found["split"]
         return found
 
 

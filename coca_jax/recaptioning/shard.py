@@ -17,7 +17,7 @@ import numpy as np
 from coca_jax import sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
-from coca_jax.importers import shards
+from coca_jax.importers import checks, shards
 from coca_jax.importers.items import Item, printable
 from coca_jax.importers.shards import Job
 from coca_jax.inference import read_ahead
@@ -54,6 +54,12 @@ def account(job: Job) -> dict[str, Any] | None:
     return sealed_json.read(path) if files.exists(path) else None
 
 
+def selected(job: Job) -> Iterator[tuple[int, Item]]:
+    """(number, item) of what the options select of a shard; items with a problem are kept."""
+    items = enumerate(shards.read_items(job))
+    return (pair for pair in items if not checks.wanted(pair[1], job.options))
+
+
 def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> None:
     """Makes the parts of a shard that are not there; `report` gets the numbers of items done."""
     if is_captioned(job):
@@ -61,7 +67,7 @@ def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> No
     request, known = captioner.request, parts(job)
     done = sum(sealed_json.read(path)["read"] for path in known)
     report(done)
-    items = itertools.islice(enumerate(shards.read_items(job)), done, None)
+    items = itertools.islice(selected(job), done, None)
     batches = read_ahead.batches(
         items,
         lambda pair: captioner.read(pair[1]),
@@ -108,14 +114,12 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         collapse=_figures(read),
-        count=0,
-        with_text=0,
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}
 
     def examples() -> Iterator[writers.Example]:
-        for number, item in enumerate(shards.read_items(job)):
+        for number, item in selected(job):
             result = by_number.get(number)
             if result is None:
                 continue
@@ -132,7 +136,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
 
     path = files.join(request.out, name)
     with storage.whole_file(path) as local:
-        told["count"], told["with_text"] = writers.write(request.to, local, examples())
+        told |= writers.write(request.to, local, examples())
         if told["count"]:
             told |= dict(file=name, bytes=os.path.getsize(local), sha256=shards.sha256(local))
         else:

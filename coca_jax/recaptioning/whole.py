@@ -33,35 +33,39 @@ def plan(request: Request) -> list[Job]:
     """The shards; the same as before where an earlier run began.
 
     Raises:
-        FileNotFoundError, ValueError: nothing to read; or `out` holds something else, or what was
-            made with other options or of other files, or lies in the input.
+        FileNotFoundError, ValueError: nothing to read; or splits of which `request` names none; or
+            `out` holds something else, or what was made with other options or of other files, or
+            lies in the input.
     """
     work = files.join(request.out, "recaption")
     path = files.join(work, "request.json")
     told = json.loads(json.dumps(request.told()))
     if files.exists(path):
         before = sealed_json.read(path)
-        other = sorted(key for key in told if before.get(key) != told[key])
+        keys = sorted({*told, *before} - {"weights"})
+        other = [(k, before.get(k), told.get(k)) for k in keys if before.get(k) != told.get(k)]
         if other:
+            key, old, new = other[0]
             raise ValueError(
-                f"--out={request.out} was begun with {other[0]}={before.get(other[0])!r}, not "
-                f"{told[other[0]]!r}; give the same, or another --out"
+                f"--out={request.out} was begun with {key}={old!r}, not {new!r}; give the same, or "
+                "another --out"
             )
         inputs.check(request)
     elif files.exists(request.out) and any(
         found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
     ):
         raise ValueError(f"--out={request.out} holds something else; give a new folder")
-    elif files.exists(old := files.join(work, "plan.json")):
-        storage.remove(old)  # of a start that came no further
-        inputs.forget(request)
     if begins := not files.exists(path):
         inputs.refuse_inside(request)
     module = shards.importer(request.format)
-    asked = dict(format=request.format, input=request.input, options=told["options"])
-    jobs = splits.plan(module, request.format, request.input, "", request.options, work, 0, asked)
+    asked = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
+    split, options = inputs.of_split(request) if begins else inputs.kept_split(request)
+    where = request.format, request.input, split, options, work
+    # A plan without a request is of a start that came no further, or of another job of this one,
+    # which reads it now: it is not removed but written again.
+    jobs = splits.plan(module, *where, 0, asked, anew=begins)
     if begins:
-        inputs.write(request, [unit for job in jobs for unit in job.units])
+        inputs.write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
 
 
@@ -79,11 +83,16 @@ def begin(request: Request, checksums: Sequence[str]) -> None:
             )
 
 
+def _split(request: Request) -> str:
+    """The split that an output has which tells splits."""
+    return request.split or "train"
+
+
 def name(request: Request, jobs: Sequence[Job], job: Job) -> str:
     """The file of a shard."""
     suffix = SUFFIXES[request.to]
     if request.to == "array_record":
-        return f"train-{job.number:05d}-of-{len(jobs):05d}.{suffix}"
+        return f"{_split(request)}-{job.number:05d}-of-{len(jobs):05d}.{suffix}"
     return f"{job.number:05d}.{suffix}"
 
 
@@ -130,15 +139,26 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         request=request.told(),
     )
     if request.to == "array_record" and entries:
-        split: dict[str, Any] = dict(
-            count=totals["count"], with_text=totals["with_text"], with_label=0
-        )
-        split |= dict(shards=entries, read=totals["read"], filtered={}, quarantined={})
-        metadata.write(
-            request.out, dict(format="coca_jax-1", class_names=[], splits=dict(train=split))
-        )
+        _manifest(request, jobs, known, entries)
     sealed_json.write(files.join(request.out, MANIFEST), told)
     return told
+
+
+def _manifest(
+    request: Request,
+    jobs: Sequence[Job],
+    accounts: Sequence[dict[str, Any]],
+    entries: list[dict[str, Any]],
+) -> None:
+    """Writes the manifest, as `prepare` does; entries: of its shards."""
+    counts = ("read", "count", "with_text", "with_label")  # older accounts lack the last
+    split: dict[str, Any] = {key: sum(one.get(key, 0) for one in accounts) for key in counts}
+    split |= dict(shards=entries, filtered={}, quarantined={})
+    module = shards.importer(request.format)
+    classes = splits.declared_classes(module, jobs[0].units[0], jobs[0].options)
+    classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})
+    told = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
+    metadata.write(request.out, told)
 
 
 def _tidy(request: Request, jobs: Sequence[Job]) -> None:

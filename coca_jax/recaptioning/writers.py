@@ -18,6 +18,7 @@ from coca_jax.recaptioning.captioner import unpacked
 from coca_jax.recaptioning.choose import Scored
 
 SUFFIXES = dict(tar="tar", parquet="parquet", array_record="array_record")
+EMBEDDINGS = ("image_emb", "text_emb")
 _ROWS = 256  # of a parquet row group
 _MAGIC = (
     (b"\xff\xd8", "jpg"),
@@ -39,6 +40,11 @@ class Example(NamedTuple):
     kept: list[Scored]
     result: dict[str, Any]
 
+    def fields(self) -> dict[str, Any]:
+        """The item's other fields, without embeddings: students would take those of an older work
+        for what was made now."""
+        return {name: v for name, v in self.item.extra.items() if name not in EMBEDDINGS}
+
     def made(self) -> dict[str, Any]:
         """The result without embeddings, as JSON holds it beside the image."""
         names = ("captions", "originals")
@@ -58,21 +64,25 @@ class Example(NamedTuple):
         )
 
 
-def write(to: str, path: str, examples: Iterator[Example]) -> tuple[int, int]:
-    """Writes a local file; returns the numbers of images, and of those with a text."""
+def write(to: str, path: str, examples: Iterator[Example]) -> dict[str, Any]:
+    """Writes a local file; returns its count of images, of those with_text and with_label, and the
+    labels as classes, sorted."""
     counted = _Counted(examples)
     dict(tar=_tar, parquet=_parquet, array_record=_array_record)[to](path, counted)
-    return counted.images, counted.with_text
+    return dict(counted.counts, classes=sorted(counted.classes))
 
 
 class _Counted:
     def __init__(self, examples: Iterator[Example]) -> None:
-        self._examples, self.images, self.with_text = examples, 0, 0
+        self._examples, self.classes = examples, set[str]()
+        self.counts = dict(count=0, with_text=0, with_label=0)
 
     def __iter__(self) -> Iterator[Example]:
         for example in self._examples:
-            self.images += 1
-            self.with_text += bool(example.kept)
+            self.counts["count"] += 1
+            self.counts["with_text"] += bool(example.kept)
+            self.counts["with_label"] += bool(example.item.labels)
+            self.classes.update(example.item.labels)
             yield example
 
 
@@ -90,7 +100,7 @@ def _tar(path: str, examples: _Counted) -> None:
     as in DataCompDR."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for one in examples:
-            fields = dict(one.item.extra) | dict(recaption=one.made())
+            fields = one.fields() | dict(recaption=one.made())
             if one.item.labels:
                 fields["labels"] = list(one.item.labels)
             if len(one.kept) > 1:
@@ -152,7 +162,7 @@ def _parquet(path: str, examples: _Counted) -> None:
                     label=list(one.item.labels),
                     image_emb=list(arrays["image_emb"]) if arrays else None,
                     text_emb=[list(row) for row in arrays["text_emb"]] if arrays else None,
-                    extra=plain_json(dict(one.item.extra)),
+                    extra=plain_json(one.fields()),
                 )
             )
             if len(rows) == _ROWS:
@@ -166,7 +176,7 @@ def _array_record(path: str, examples: _Counted) -> None:
     """As `prepare` writes it; what was made is in `extra`."""
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
     for one in examples:
-        extra = dict(one.item.extra) | dict(recaption=one.made())
+        extra = one.fields() | dict(recaption=one.made())
         for name, array in one.embeddings().items():
             extra[name] = one.result[name] if array.size else ""
         texts = tuple(text for text, _ in one.kept)
