@@ -56,6 +56,33 @@ def test_an_index_has_the_records_of_a_copy(made):
     assert not (made / "index" / "features.json").exists()  # TFDS would show references as images
 
 
+def test_a_step_s_examples_are_listed_without_their_pictures(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    write_tar(root / "0.tar", 0, 8)
+    out = str(tmp_path / "out")
+    prepare("webdataset", str(root), out, options=Options(in_place=True), processes=1)
+    mixture = Mixture(typed(data_config(dict(path=out))))
+    rows = mixture.step_examples(0)
+    assert len({row["key"] for row in rows}) == 8 and all(row["text"] for row in rows)
+    (root / "0.tar").unlink()
+    assert mixture.step_examples(0) == rows
+    (shard,) = (tmp_path / "out").glob("*.array_record")
+    data = bytearray(shard.read_bytes())
+    at = data.index(rows[2]["key"].encode())
+    data[at] ^= 1
+    shard.write_bytes(data)
+    found = Mixture(typed(data_config(dict(path=out)))).step_examples(0)
+    assert (found[2]["key"], found[2]["text"][:14]) == ("", "cannot be read")
+    assert found[:2] + found[3:] == rows[:2] + rows[3:]
+
+
+def test_drawn_texts_have_the_keys_of_their_pictures():
+    source = sources.open_source(dict(builtin="scenes"))
+    wanted = [one.key for one in source.read([5, 0])]
+    assert all(wanted) and [one.key for one in source.read_texts([5, 0])] == wanted
+
+
 def test_relative_names_and_links(tars, tmp_path, monkeypatch):
     monkeypatch.chdir(tars)
     (tmp_path / "link").symlink_to(tars)

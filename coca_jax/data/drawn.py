@@ -41,7 +41,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         return [
             Record(
                 *(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ())),
-                *("", json.dumps({"scene": t["scene"]} | t["extra"])),
+                *(t["key"], json.dumps({"scene": t["scene"]} | t["extra"])),
             )
             for t in drawn.read_texts(indices)
         ]

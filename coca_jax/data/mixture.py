@@ -12,7 +12,7 @@ import numpy as np
 from coca_jax.config import Config, Entry
 from coca_jax.data import kinds, order, prepared, sources, stages
 from coca_jax.data import prompts as prompt_sets
-from coca_jax.data.random_access import Source, read_whole_texts
+from coca_jax.data.random_access import Source, read_all, read_whole_texts
 from coca_jax.data.stages import Stage
 from coca_jax.data.texts import Draw
 from coca_jax.data.view_index import Indexes
@@ -146,10 +146,11 @@ class Mixture:
                 yield from source.kind.vocabulary_texts(record, row)
 
     def step_examples(self, step: int) -> list[dict[str, Any]]:
-        """Which examples the batch of a step holds, row by row, without decoding an image.
+        """Which examples the batch of a step holds, row by row, without reading an image.
 
         Returns:
-            dicts of row, source (its name), epoch, index, key, text (as trained on).
+            dicts of row, source (its name), epoch, index, key, text (as trained on); of a record
+            that cannot be read key '' and why as text.
         """
         stage = self.stage(step)
         pattern = order.rows(stage.shares)
@@ -157,17 +158,18 @@ class Mixture:
         for number, (source, share) in enumerate(zip(self.sources, stage.shares)):
             positions = stage.seen(step)[number] + np.arange(share, dtype=np.int64)
             picked = self.indices(number, positions)
-            records = source.read(picked)
+            records, unread = read_all(source, picked, texts=True)
             shown = source.kind.shown(records, self.draw(number, positions))
             rows = np.flatnonzero(pattern == number)
-            for row, at, index, record, text in zip(rows, positions, picked, records, shown):
+            told = zip(rows, positions, picked, records, shown)
+            for n, (row, at, index, record, text) in enumerate(told):
                 result[row] = dict(
                     row=int(row),
                     source=source.name,
                     epoch=int(at) // len(source),
                     index=int(index),
                     key=record.key,
-                    text=text,
+                    text=unread.get(n, text),
                 )
         return result
 

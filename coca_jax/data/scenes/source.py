@@ -103,11 +103,14 @@ class Scenes:
         ]
 
     def read_texts(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
-        """Returns only {text, labels, extra, scene} at `indices`: no picture is drawn (for
+        """Returns only {text, labels, extra, key, scene} at `indices`: no picture is drawn (for
         vocabularies)."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         scenes = self._scenes(indices)
-        return [dict(t, scene=s) for t, s in zip(self._texts(indices, scenes), scenes)]
+        return [
+            dict(text, key=f"{self._name}/{index}", scene=scene)
+            for index, scene, text in zip(indices, scenes, self._texts(indices, scenes))
+        ]
 
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         extras: list[dict[str, Any]] = [{}] * len(indices)
