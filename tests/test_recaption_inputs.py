@@ -12,7 +12,8 @@ from test_search import encoded
 from test_version_0_1 import flags_of
 
 from coca_jax import recaption, sealed_json
-from coca_jax.data import prepared
+from coca_jax.data import prepared, teachers
+from coca_jax.data.records import Record
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Item, Options, Unit
 from coca_jax.recaptioning import choose, flags, shard, whole, writers
@@ -287,3 +288,9 @@ def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_pat
         (record,) = prepared.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
         found = json.loads(record.extra)
     assert found.keys() - {"recaption"} == {"title"}
+
+
+def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s():
+    record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1]}')
+    found = teachers.embeddings([record], ["a"], 4)
+    assert not found["teacher_image"].any() and not found["teacher_text"].any()

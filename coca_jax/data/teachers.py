@@ -28,6 +28,8 @@ def embeddings(
         if '"image_emb"' not in record.extra:
             continue
         extra = json.loads(record.extra)
+        if "recaption" not in extra:  # a field of the data's own that has this name
+            continue
         made = extra["recaption"]
         texts = [one["text"] for one in made["originals"] + made["captions"]]
         if text not in texts:
