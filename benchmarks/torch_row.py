@@ -214,7 +214,7 @@ class Predictor:
 
     def __init__(self, run: Run):
         self._run, self._model, self._words = run, run.model, run.words
-        self._length = run.config.model.text.max_len
+        self.max_len = run.config.model.text.max_len
         if run.row.captions:
             self.caption = self._caption
             self.caption_log_likelihood = self._log_likelihood
@@ -225,7 +225,7 @@ class Predictor:
         return normalised(np.stack(made))
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return self._words.tensor(*self._words.bpe.encode_batch(list(texts), self._length))
+        return self._words.tensor(*self._words.bpe.encode_batch(list(texts), self.max_len))
 
     def encode_image(self, given: Any) -> np.ndarray:
         """As of coca_jax.load."""
@@ -248,7 +248,7 @@ class Predictor:
         latent, tokens = self._model._encode_image(self._pixels(given))
         begin, end = self._words.symbols
         ids = torch.full((len(latent), 1), begin)
-        for _ in range(self._length - 1):
+        for _ in range(self.max_len - 1):
             seen = dict(image_latent=latent, image_embs=tokens, output_labels=False)
             logits = self._model(None, ids, **seen)["logits"][:, -1]
             logits[:, :2] = -math.inf  # padding, and the id of all others
