@@ -14,7 +14,6 @@ Examples:
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,10 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, storage
-from coca_jax.config import Config, Entry
 from coca_jax.data import files, formats
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
-from coca_jax.importers import metadata, split_field, unprepared
+from coca_jax.importers import seen, unprepared
 from coca_jax.interop import hub
 
 # Flags of tasks alone, besides those of the evaluators, and flags of suites alone.
@@ -36,68 +34,6 @@ OF_TASKS = (
     *("coordinator", "process_id"),
 )
 OF_SUITES = ("root", "csv", "suite_probe")
-
-
-def trained_on(config: Config, data: Mapping[str, Any]) -> Entry | None:
-    """The source of a run's config that has examples of the data at this split, itself or as an
-    index or copy that was made of them; None where there is none."""
-    asked = Entry.of(data)
-    return next((e for e in config.data.sources if not e.builtin and _overlap(e, asked)), None)
-
-
-def _overlap(source: Entry, asked: Entry) -> bool:
-    """Whether examples of a source are among those asked for, as far as places, splits and values
-    of fields tell."""
-    if _apart(source.where, asked.where):
-        return False
-    if _place(source) == _place(asked):
-        return (source.split or "train") == asked.split
-    made = _made_of(source)
-    if not asked.path or not made or _real(made["input"]) != _real(asked.path):
-        return False
-    names, by_field = unprepared.told(asked) or ([], None)
-    split, where = split_field.split_of(asked.split), dict(asked.where)
-    if by_field:
-        where[split_field.FIELD] = by_field.values.get(split, ())
-    if _apart(made["options"].get("where", ()), where):
-        return False
-    of_names = len(names) > 1 and not by_field
-    return not of_names or split == split_field.split_of(source.split or "train")
-
-
-def _held_out(source: Entry) -> str:
-    """Where the examples are that a source's data had and it did not train on; '' for nowhere."""
-    if not _made_of(source).get("options", {}).get("holdout"):
-        return ""
-    return f"; what was held out of them is --data={source.path} --split=test"
-
-
-def _place(entry: Entry) -> tuple[str, ...]:
-    return (_real(entry.path), entry.tfds, entry.seqio)
-
-
-def _real(path: str) -> str:
-    return path if not path or files.is_remote(path) else os.path.realpath(files.absolute(path))
-
-
-def _made_of(source: Entry) -> dict[str, Any]:
-    """The request by which a source was prepared; {} where that is not known, as of data that are
-    no longer there or cannot be reached from here."""
-    try:
-        there = metadata.read_manifest(source.path)["splits"] if source.path else {}
-    except Exception:  # file systems have types of their own, and no score hangs on it
-        return {}
-    return there.get(source.split or "train", {}).get("request", {})
-
-
-def _apart(one: Any, other: Any) -> bool:
-    """Whether two selections by values of fields have no example in common."""
-
-    def values(given: Any) -> set[str]:
-        return {str(v) for v in (given if isinstance(given, (list, tuple)) else [given])}
-
-    one, other = dict(one), dict(other)
-    return any(not values(one[key]) & values(other[key]) for key in one.keys() & other.keys())
 
 
 def define_flags() -> None:
@@ -351,10 +287,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         devices=devices,
         num_frames=args.num_frames,
     )
-    if source := trained_on(model.config, tasks[0]["data"]):
+    if source := seen.trained_on(model.config, tasks[0]["data"]):
         cli.say(
             f"{args.data}: the model trained on these very examples; the scores say how well it "
-            f"remembers them, not how well it does on new ones{_held_out(source)}"
+            f"remembers them, not how well it does on new ones{seen.held_out(source)}"
         )
     if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")

@@ -1,8 +1,9 @@
-"""Which file a name means, and whether that file is still the same."""
+"""Which file a name means, whether that file is still the same, and how many may be open."""
 
 from __future__ import annotations
 
 import os
+import resource
 import urllib.parse
 
 
@@ -33,3 +34,10 @@ def stamp(name: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns
+
+
+def most_open(share: float, most: int) -> int:
+    """That share of the files, sockets too, that this process may have open; `most` at most, and
+    one at least."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, int(share * limit)))

@@ -90,22 +90,23 @@ def run_all(folder, pairs):
     return {pair: (one.returncode, one.stderr) for pair, one in zip(pairs, done)}
 
 
-def check(found):
-    """Asserts that each is one line and status 2."""
-    wrong = {}
+def wrong(found):
+    """Those that are not one line and status 2."""
+    bad = {}
     for (place, kind), (status, said) in found.items():
         last = said.splitlines()[-1] if said else ""
         fine = status == 2 and last.startswith("error: ") and "Traceback" not in said
         if not fine:
-            wrong[place, kind] = (status, said[-600:])
-    assert not wrong
+            bad[place, kind] = (status, said[-600:])
+    return bad
 
 
 def test_a_bad_path_is_one_line(tmp_path):
     """Each place of the commands that start at once, with another thing that it is not."""
     quick = ("prepare", "convert", "report", "fit")
     places = [place for place in PLACES if place.startswith(quick) and place not in MADE]
-    check(run_all(tmp_path, [(place, BAD[n % len(BAD)]) for n, place in enumerate(places)]))
+    pairs = [(place, BAD[n % len(BAD)]) for n, place in enumerate(places)]
+    assert wrong(run_all(tmp_path, pairs)) == {}
 
 
 @pytest.mark.slow
@@ -113,4 +114,4 @@ def test_every_bad_path_is_one_line(tmp_path):
     """Each place, with all that it is not: 427 starts of commands."""
     fine = GOOD | {(place, kind) for place in MADE for kind in ("missing", "folder")}
     pairs = [(place, kind) for place in PLACES for kind in BAD if (place, kind) not in fine]
-    check(run_all(tmp_path, pairs))
+    assert wrong(run_all(tmp_path, pairs)) == {}

@@ -133,7 +133,7 @@ class Walk:
     """A folder in which the pages are walked, and a Python that stays for their examples."""
 
     def __init__(self, folder: pathlib.Path, site: pathlib.Path):
-        self.folder = folder
+        self.folder, self.ran = folder, list[str]()
         paths = [str(site / "bin"), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
         self.env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         self.env |= dict(
@@ -167,6 +167,7 @@ class Walk:
         )
         assert done.returncode == 0, f"{small(text)}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        self.ran.append(text)
 
     def example(self, page: str, text: str) -> None:
         """Runs Python where the page's earlier examples have run."""
@@ -175,6 +176,7 @@ class Walk:
         self.python.stdin.flush()
         said = json.loads(self.python.stdout.readline())
         assert not said, f"{text}\n{said}"
+        self.ran.append(text)
 
     def parse(self, text: str) -> None:
         """A command that cannot run here: its flags and recipe are read, a launcher dry-runs."""
@@ -255,6 +257,8 @@ def walk(tmp_path_factory, site):
 def test_a_page_s_commands_and_examples_do_what_it_says(page, walk):
     for step in docs_walk.steps(page):
         run(step, walk)
+    whole = [step.text for step in docs_walk.steps(page) if not step.needs]
+    assert [t for t in whole if t not in walk.ran and not t.startswith(("pip ", "uv "))] == []
 
 
 # What takes the place of a notebook's cell of parameters, so that it is quick.

@@ -15,7 +15,7 @@ from coca_jax.config import typed
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.records import Records
-from coca_jax.importers import indexes, own_data, unprepared
+from coca_jax.importers import indexes, own_data, seen, unprepared
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +130,9 @@ def test_the_field_that_tells_splits_tells_them_to_evaluations(kind, ask, tmp_pa
         own_data.apply(own, [path], str(tmp_path / "of_flag")),
     ):
         assert Mixture(config).sizes == [30]
-        assert evaluate.trained_on(config, dict(path=path, split="train"))
-        assert not evaluate.trained_on(config, data)
-    assert evaluate.trained_on(own, dict(path=path, split="train"))
+        assert seen.trained_on(config, dict(path=path, split="train"))
+        assert not seen.trained_on(config, data)
+    assert seen.trained_on(own, dict(path=path, split="train"))
 
 
 def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
     found = indexes.of_sources(config, str(tmp_path / "run"))
     assert Mixture(found).sizes == [40]
     for split in ("train", "validation"):  # the rows of both trained
-        assert evaluate.trained_on(found, dict(path=path, split=split))
+        assert seen.trained_on(found, dict(path=path, split=split))
 
 
 def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_path):
@@ -151,17 +151,17 @@ def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_pa
     config = own_data.apply(typed(recipe()), [folder], str(tmp_path / "run"))
     (source,) = config.data.sources
     ask(data=f"{folder}/../a/")
-    assert evaluate.trained_on(config, evaluate.data_of_flags()) == source
+    assert seen.trained_on(config, evaluate.data_of_flags()) == source
     held = f"; what was held out of them is --data={tmp_path}/run/data/a --split=test"
-    assert evaluate._held_out(source) == held
-    assert not evaluate.trained_on(config, dict(path=source.path, split="test"))
-    assert not evaluate.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
+    assert seen.held_out(source) == held
+    assert not seen.trained_on(config, dict(path=source.path, split="test"))
+    assert not seen.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
     gone = typed(recipe(data=dict(sources=(dict(path="nowhere://bucket/a"),))))
-    assert not evaluate.trained_on(gone, dict(path=folder, split="test"))
+    assert not seen.trained_on(gone, dict(path=folder, split="test"))
     only = typed(recipe(data=dict(sources=(dict(path=folder, where={"site": ["x", "y"]}),))))
     asked = dict(path=folder, split="train", where={"site": "z"})
-    assert not evaluate.trained_on(only, asked)
-    assert evaluate.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
+    assert not seen.trained_on(only, asked)
+    assert seen.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
 
 
 def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):

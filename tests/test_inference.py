@@ -209,7 +209,7 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         inference.load(tmp_path)
     with pytest.raises(ValueError, match="num_beans"):
         model.caption(images, num_beans=2)
-    for given in (["a", "b"], ["a"] * (len(images) + 1)):
+    for given in ([], ["a", "b"], ["a"] * (len(images) + 1)):
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
             model.caption(images, given)
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):

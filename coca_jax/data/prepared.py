@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import collections
 import os
-import resource
 import threading
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
+from coca_jax import local_files
 from coca_jax.config import Entry
 from coca_jax.data import files, formats, in_place, manifest, records, references, shard_cache
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
+# Shards of a source that stay open: this share of what the process may have, and so many at most;
+# there are other sources, and sockets.
+_OPEN = (0.25, 4096)
 MANIFEST = manifest.FILE
 
 
@@ -144,7 +147,9 @@ class ArrayRecordFiles:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
             else:
-                while len(self._readers) >= _most_open():  # closed once no thread reads it
+                while len(self._readers) >= local_files.most_open(
+                    *_OPEN
+                ):  # closed once no thread reads it
                     self._readers.popitem(last=False)
                 with shard_cache.opened(self._paths[shard]) as file:
                     reader = array_record_module.ArrayRecordReader(
@@ -171,10 +176,3 @@ class ArrayRecordFiles:
             for row, serialized in zip(rows, data):
                 result[row] = records.parse(serialized)
         return result  # type: ignore[return-value]
-
-
-def _most_open() -> int:
-    """Shards of a source that stay open: a quarter of the files that the process may have open, as
-    there are other sources, and sockets."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)

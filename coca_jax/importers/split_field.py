@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, unreachable
@@ -82,11 +82,17 @@ def told(format: str, input: str, options: Options) -> Told | None:
         FileNotFoundError, ValueError: as the format's `plan`.
     """
     with unreachable.required():
-        values = _values(format, input, options)
-        first = list(itertools.islice(values, _LOOK_AT))
-        if not any(first):
-            return None
-        rows = Counter(itertools.chain(first, values))
+        return of_values(_values(format, input, options))
+
+
+def of_values(values: Iterable[Any]) -> Told | None:
+    """`told` by the field's values, of each example in order; None and NaN, as tables have it, are
+    nothing."""
+    spelled = ("" if value is None or value != value else str(value) for value in values)
+    first = list(itertools.islice(spelled, _LOOK_AT))
+    if not any(first):
+        return None
+    rows = Counter(itertools.chain(first, spelled))
     known: dict[str, list[str]] = {}
     for value in sorted(rows):
         known.setdefault(split_of(value), []).append(value)
@@ -109,13 +115,11 @@ def narrowed(path: str, by_field: Told | None, split: str, options: Options) -> 
     return by_field.options(split, options)
 
 
-def _values(format: str, input: str, options: Options) -> Iterator[str]:
-    """What the field says of each example that can be read; '' for nothing."""
+def _values(format: str, input: str, options: Options) -> Iterator[Any]:
+    """What the field says of each example that can be read."""
     module = shards.importer(format)
     for unit in whole_files(module.plan(input, "", options)):
-        for value in _of_unit(module, unit, options):
-            empty = value is None or value != value  # NaN: how tables say 'nothing'
-            yield "" if empty else str(value)
+        yield from _of_unit(module, unit, options)
 
 
 def _of_unit(module: Any, unit: Unit, options: Options) -> Iterator[Any]:

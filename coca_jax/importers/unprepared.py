@@ -85,8 +85,9 @@ def _of_folder(entry: Entry) -> tuple[list[str], split_field.Told | None]:
 def check_split(entry: Given, split: str) -> None:
     """Raises ValueError for a split that data do not have, where they have or tell some."""
     entry = Entry.of(entry)
-    found = splits(entry)
-    called = str if told(entry) is None else split_field.split_of  # the former are names as such
+    by_path = None if entry.tfds else told(entry)
+    found = splits(entry) if by_path is None else by_path[0]
+    called = str if by_path is None else split_field.split_of  # the former are names as such
     if found and called(split) not in map(called, found):
         place = entry.path or entry.tfds
         raise ValueError(f"data {place} have no split {split!r}; they have {', '.join(found)}")
@@ -156,14 +157,17 @@ def _is_plain_folder(entry: Entry) -> bool:
 
 def _folder(entry: Entry, split: str) -> Source:
     path, options = entry.path, _options(entry)
-    by_field = _of_folder(entry)[1]
-    wanted = split_field.narrowed(path, by_field, split, options)
+    of_names = bool(imagefolder.splits(path))
     found = [
         (one, unit)
-        for unit in imagefolder.plan(path, "" if by_field else split, options)
+        for unit in imagefolder.plan(path, split if of_names else "", options)
         for one in imagefolder.located(unit, options)
-        if not checks.wanted(one.item, wanted)
     ]
+    if not of_names and split_field.FIELD not in entry.where:
+        usable = (one.item.extra for one, _ in found if not one.item.problem)
+        by_field = split_field.of_values(extra.get(split_field.FIELD) for extra in usable)
+        wanted = split_field.narrowed(path, by_field, split, options)
+        found = [pair for pair in found if not checks.wanted(pair[0].item, wanted)]
     bad = [one.item for one, _ in found if one.item.problem]
     if bad:
         raise ValueError(

@@ -96,7 +96,7 @@ class CoCaModel(Scores):
         settings = Settings.of(how)
         settings.check_beams(self.vocabulary.size)
         images = self._reader.listed(images)
-        prompts = text_arrays.one_each(prompt or "", len(images))
+        prompts = text_arrays.one_each("" if prompt is None else prompt, len(images))
         numbers = own_seeds(seeds, len(images))
         captions: list[list[Caption]] = []
         for pixels in self._reader.batches(images, progress):
@@ -120,7 +120,7 @@ class CoCaModel(Scores):
         """
         settings = Settings.of(how)
         images = self._reader.listed(images)
-        texts = text_arrays.one_each(prompts or "", len(images))
+        texts = text_arrays.one_each("" if prompts is None else prompts, len(images))
         rows = own_seeds(seeds, len(images))
         batches = list(self._reader.batches(images, False))
         if len(batches) > 1:

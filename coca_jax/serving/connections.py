@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SECONDS = (
-    20.0  # from a connection, or the first byte of its next request, to the end of the headers
-)
-MOST = 1000  # connections at a time
-
-
-def most() -> int:
-    """Connections at a time: 1000, or half of the files that this process may have open."""
-    with contextlib.suppress(ImportError):  # on Windows, where files are not counted so
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY:
-            return max(1, min(MOST, limit // 2))
-    return MOST
+# From a connection, or the first byte of its next request, to the end of the headers.
+SECONDS = 20.0
+MOST = 1000  # connections at a time, and half of the files that the process may have open at most
 
 
 def protocol(seconds: float, most: int) -> type[H11Protocol]:

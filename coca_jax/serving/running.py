@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from coca_jax import local_files
 from coca_jax.serving import connections
 
 AT_ONCE = 130  # as a shell says of a program that SIGINT ended
@@ -55,7 +56,9 @@ def serve(
         timeout_keep_alive=20,
         h11_max_incomplete_event_size=64 << 10,
         lifespan="off",
-        http=connections.protocol(connections.SECONDS, connections.most()),
+        http=connections.protocol(
+            connections.SECONDS, local_files.most_open(0.5, connections.MOST)
+        ),
     )
     server = uvicorn.Server(config)
     asked, end = threading.Event(), math.inf

@@ -78,10 +78,15 @@ def fold(former: Mapping[str, Any] | None, start: int, down: float) -> dict[str,
         own, earlier = former["life"]["seconds"].get("step", 0.0), former["parts"].get("step", 0.0)
         lost = own * (last - max(first, start)) / (last - first) if last > first else 0.0
         if start < first:
-            lost += earlier * (first - start) / first
+            lost += _behind(earlier, first, start)
         parts["step"] -= lost
         parts["lost"] += lost
     return parts
+
+
+def _behind(seconds: float, first: int, start: int) -> float:
+    """Of the seconds that earlier starts took up to step `first`, those after `start`."""
+    return seconds * (first - start) / first
 
 
 class Goodput:
@@ -143,7 +148,7 @@ class Goodput:
             share = (self._step - max(step, self._start)) / done
             self._lost += share * (self._buckets.seconds("step") - self._lost)
         if step < self._start:  # and of what earlier starts trained
-            lost = self._parts["step"] * (self._start - step) / self._start
+            lost = _behind(self._parts["step"], self._start, step)
             self._parts["step"] -= lost
             self._parts["lost"] += lost
         self._start = min(self._start, step)
