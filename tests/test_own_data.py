@@ -12,13 +12,13 @@ from absl import flags
 from PIL import Image
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, prepare
+from coca_jax import prepare
 from coca_jax.config import typed
 from coca_jax.configs import base
 from coca_jax.data import files, formats, kinds, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations, records
-from coca_jax.importers import own_data, splits, unprepared
+from coca_jax.importers import own_data, seen, splits, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -347,8 +347,8 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
         declarations.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
-    assert evaluate.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
-    assert not evaluate.trained_on(typed(config), dict(path=out, split="val"))
+    assert seen.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
+    assert not seen.trained_on(typed(config), dict(path=out, split="val"))
 
 
 def test_tasks_need_captions_or_labels(tmp_path):
