@@ -38,13 +38,23 @@ class SaveFailed(RuntimeError):
 class Checkpoints:
     """Steps under `workdir/checkpoints`, each with params, ema, optimizer state and counters apart.
 
-    keep: how many steps stay. run: the contents of config.json, kept in each. Saves are
-    asynchronous; a step appears only when it is whole. What a killed save left is removed.
+    keep: how many steps stay, the newest ones. best: says which stay besides. run: the contents of
+    config.json, kept in each. Saves are asynchronous; a step appears only when it is whole. What a
+    killed save left is removed.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 3, run: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        keep: int = 3,
+        best: ocp.checkpoint_managers.PreservationPolicy | None = None,
+        run: dict[str, Any] | None = None,
+    ) -> None:
         self.directory = checkpoint_places.place(workdir) / "checkpoints"
-        self._keep, self._run, self._opened = keep, run or {}, 0
+        self._run, self._opened = run or {}, 0
+        newest = ocp.checkpoint_managers.LatestN(keep)
+        self._stay = [newest] if best is None else [newest, best]
         lean_saves.enable()
         self._open()
 
@@ -59,7 +69,7 @@ class Checkpoints:
         # Processes that went on from a failed save must not meet at barriers of before.
         several = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open{self._opened}")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._stay),
             create=True,
             multiprocessing_options=several,
             **checkpoint_places.atomicity(self.directory),

@@ -115,6 +115,7 @@ ABSURD = {
     "checkpoint.every_steps": (0, -1),
     "checkpoint.mean_hours_between_failures": (0.0, -1.0, NAN),
     "checkpoint.keep": (0,),
+    "checkpoint.best": (7, None),
     "checkpoint.max_skipped": (-1,),
     "faults.hang_minutes": (-1.0, NAN),
     "faults.spike_deviations": (-1.0,),

@@ -182,6 +182,11 @@ class Checkpoint(Section):
         24.0, number(0, 1e6, "hours", above=True), "of the whole run, for every='auto'"
     )
     keep: int = key(3, whole(1, 1_000_000, "checkpoints"), "the newest ones")
+    best: str = key(
+        "",
+        TEXT,
+        "a score, as retrieval/NAME/mean_recall: the step where it was best stays besides",
+    )
     max_skipped: int = key(
         50,
         whole(0, 1_000_000_000, "steps, 0 being no limit"),

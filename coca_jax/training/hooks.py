@@ -13,6 +13,7 @@ from coca_jax.checkpointing import Checkpoints
 from coca_jax.evaluators import history
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training import guard
+from coca_jax.training.best import Best
 from coca_jax.training.feed import Feed
 from coca_jax.training.goodput import Goodput
 from coca_jax.training.gradients import Metrics
@@ -117,8 +118,8 @@ class Evaluation:
     The state that it is given is saved, or its save is under way, or no step has changed it.
     """
 
-    def __init__(self, run: Run, checkpoints: Checkpoints):
-        self._run, self._checkpoints = run, checkpoints
+    def __init__(self, run: Run, checkpoints: Checkpoints, best: Best | None = None):
+        self._run, self._checkpoints, self._best = run, checkpoints, best
         self._model: inference.CoCaModel | None = None  # of all evaluations: compiled once
 
     def catch_up(self, step: int, state: TrainState) -> None:
@@ -168,6 +169,8 @@ class Evaluation:
                 raise
             run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
             return {}
+        if self._best is not None:
+            self._best.note(step, scores)
         line = guard.judge(run.workdir, run.config.eval, step, scores)
         if line and run.config.eval.guard == "stop" and step < run.steps:
             raise guard.LostTooMuch(f"{line}; the run stops, and its checkpoints stay")

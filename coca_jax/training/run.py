@@ -37,6 +37,7 @@ from coca_jax.training import (
     stopping,
     watchdog,
 )
+from coca_jax.training.best import Best
 from coca_jax.training.feed import Feed
 from coca_jax.training.left_out import Batches, Ranges
 from coca_jax.training.programs import Programs
@@ -89,7 +90,10 @@ def train_alone(
         memory.check(config, mesh, run.say)
         words = (run.vocabulary, run.class_names)
         contents = run_config.contents(config, workdir, *words)
-        checkpoints = checkpointing.Checkpoints(workdir, keep=config.checkpoint.keep, run=contents)
+        best = Best(config, workdir) if config.checkpoint.best else None
+        checkpoints = checkpointing.Checkpoints(
+            workdir, keep=config.checkpoint.keep, best=best, run=contents
+        )
         spikes = Spikes(workdir, config.faults, write=run.main_process)
         if spikes.back is not None:  # killed while it went back
             checkpoints.drop_after(spikes.back)
@@ -100,7 +104,7 @@ def train_alone(
         announce(run, state, start)
         before = goodput.age_before(buckets) if stop.watched else 0.0
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
-    evaluate = hooks.Evaluation(run, checkpoints)
+    evaluate = hooks.Evaluation(run, checkpoints, best)
     try:
         evaluate.catch_up(start, state)
         state = steps(run, state, start, checkpoints, evaluate, good, spikes)
@@ -119,6 +123,8 @@ def train_alone(
     scores = evaluate(run.steps, state)
     for line in results.table({k: v for k, v in scores.items() if "/" in k}):
         run.say(line)
+    if best is not None:
+        run.say(best.line(checkpoints.steps(), checkpoints.directory))
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
     good.note(run.steps, now=True)
     return summary | good.summary() | scores | report(run)

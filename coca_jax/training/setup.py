@@ -30,7 +30,7 @@ from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
 from coca_jax.importers import indexes
 from coca_jax.models import coca
-from coca_jax.training import guard, replicas
+from coca_jax.training import best, guard, replicas
 from coca_jax.training.state import build_model
 from coca_jax.training.stopping import Stop
 
@@ -100,6 +100,7 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
     run_config.check(config)
     guard.check(config.eval)
+    best.check(config)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

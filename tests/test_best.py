@@ -1,0 +1,75 @@
+"""checkpoint.best: the step that scored best stays, however many steps later ones there are."""
+
+import os
+
+import pytest
+from conftest import scenes_words, tiny_config
+from one_device import smallest_run, train_alone
+
+from coca_jax import checkpointing
+from coca_jax.config import typed
+from coca_jax.evaluators import history, tasks
+from coca_jax.training import best
+
+NAME = "retrieval/s/mean_recall"
+TASK = dict(kind="retrieval", name="s", data=dict(builtin="scenes", split="test", kind="caption"))
+CAPTIONING = TASK | {"kind": "captioning"}
+
+
+def run_of(name=NAME, every=1, given=(TASK, CAPTIONING)):
+    config = smallest_run()
+    config.eval.tasks, config.eval.every_steps = given, every
+    config.checkpoint.update(best=name, keep=1)
+    return config
+
+
+def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkeypatch, capfd):
+    config = run_of(given=(TASK,))
+    config.steps, config.data.vocabulary = 6, scenes_words()
+    scores = iter([0.2, 0.5, 0.3, 0.1, None, 0.4, 0.4])
+
+    def scored(*_):
+        value = next(scores)
+        if value is None:
+            raise KeyboardInterrupt
+        return {NAME: value}
+
+    monkeypatch.setattr(tasks, "run_task", scored)
+    with pytest.raises(KeyboardInterrupt):
+        train_alone(config, tmp_path)
+    left = os.listdir(tmp_path / "checkpoints")  # with 5, which was being written
+    assert "2" in left and "3" not in left
+    train_alone(config, tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
+    told = f"best {NAME}: 0.5 after step 2, {tmp_path}/checkpoints/2"
+    assert told in capfd.readouterr().err
+    params, _ = checkpointing.load_params(f"{tmp_path}/checkpoints/2")
+    assert params and history.read(tmp_path)[-1]["scores"] == {NAME: 0.4}
+
+
+def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_path):
+    history.add(tmp_path, 1, {NAME: 0.5, "captioning/s/perplexity": 9.0})
+    history.add(tmp_path, 2, {NAME: 0.5, "captioning/s/perplexity": 7.0})
+    history.add(tmp_path, 3, {NAME: float("nan"), "captioning/s/perplexity": 8.0})
+    recall = best.Best(typed(run_of()), tmp_path)
+    perplexity = best.Best(typed(run_of("captioning/s/perplexity")), tmp_path)
+    assert recall.among([1, 2, 3]) == 2 and recall.among([1, 3]) == 1
+    assert perplexity.among([1, 2, 3]) == 2 and perplexity.among([1, 3]) == 3
+    assert recall.among([3, 4]) is None and recall.line([3], "x") == ""
+    recall.note(4, {NAME: 0.6})
+    assert recall.among([2, 4]) == 4
+
+
+@pytest.mark.parametrize(
+    "config, line",
+    [
+        (run_of("retrieval/s/mean_recal"), f"no score of eval.tasks; the nearest is '{NAME}'"),
+        (run_of("retrieval/t/mean_recall"), f"no score of eval.tasks; the nearest is '{NAME}'"),
+        (run_of(every=0), "compares evaluations inside the run: give --config.eval.every_steps"),
+        (run_of(given=()), "compares evaluations inside the run"),
+    ],
+)
+def test_a_score_that_the_run_does_not_give_is_refused(config, line):
+    with pytest.raises(ValueError, match=line):
+        best.check(typed(config))
+    best.check(typed(tiny_config()))  # without one
