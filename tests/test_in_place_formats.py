@@ -6,12 +6,13 @@ import random
 import shutil
 import tarfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from in_place_cases import both, make, picture, write_tar
 
-from coca_jax.data import formats, prepared, references
+from coca_jax.data import formats, prepared, references, sources
 from coca_jax.importers import own_data
 
 
@@ -191,3 +192,13 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
     assert all(records == good for records in found.values()) and cut == good[:4]
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert formats.guess(str(folder)) == "imagefolder"
+
+
+@pytest.mark.parametrize(("data", "input"), [("within", ""), ("beside", "/*.tar")])
+def test_an_index_in_a_bucket_within_its_data_opens(data, input, tmp_path):
+    write_tar(tmp_path / "0.tar", 0, 3)
+    url = f"memory://{data}_index"
+    fsspec.filesystem("memory").pipe_file(f"/{data}_index/0.tar", (tmp_path / "0.tar").read_bytes())
+    make("webdataset", url + input, f"{url}/of/it", in_place=True)
+    found = sources.open_source(f"{url}/of/it")
+    assert [record.image for record in found] == [picture(n) for n in range(3)]
