@@ -10,7 +10,8 @@ from PIL import Image
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import files, formats, image_files, images, prepared, sources
-from coca_jax.importers import checks, own_data, remarks, splits, unprepared
+from coca_jax.importers import checks, own_data, remarks, splits, tfrecord, unprepared
+from coca_jax.importers.items import Options
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -293,3 +294,27 @@ def test_images_whose_values_are_lost_in_eight_bits_are_counted(tmp_path, capsys
     (tmp_path / "a/11.txt").write_text("a ramp")
     brought("sidecars", tmp_path / "a", tmp_path / "p")
     assert "7 of 12 images have values that lose much in 8 bits" in capsys.readouterr().err
+
+
+def test_suffixes_in_any_case_are_told_and_read(tmp_path):
+    for number, name in enumerate(("0.jpg", "1.Jpg", "2.JPG")):
+        (tmp_path / "p/cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p/cat" / name).write_bytes(encode(number))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0.Png").write_bytes(encode(3, "PNG"))
+    (tmp_path / "c/LIST.CSV").write_text("file_name,text\n0.Png,a cat\n")
+    (tmp_path / "t").mkdir()
+    write_tar(tmp_path / "t/A.TAR", 2)
+    found = {name: formats.guess(str(tmp_path / name)) for name in "pct"}
+    assert found == dict(p="imagefolder", c="csv", t="webdataset")
+    for name, count in (("p", 3), ("c", 1), ("t", 2)):
+        result = import_data(found[name], tmp_path / name, tmp_path / f"out-{name}")
+        assert (result["read"], result["written"]) == (count, count)
+    (tmp_path / "r").mkdir()
+    for name in ("x.tfrecords", "y.tfrecord", "z.tfrecord-00000-of-00001"):
+        (tmp_path / "r" / name).write_bytes(b"")
+    assert formats.guess(str(tmp_path / "r")) == "tfrecord"
+    units = tfrecord.plan(str(tmp_path / "r"), "", Options())
+    assert [unit.path[-13:] for unit in units] == [
+        "r/x.tfrecords", "/r/y.tfrecord", "0000-of-00001"
+    ]  # fmt: skip

@@ -164,7 +164,7 @@ def open_unpacked(path: str) -> Iterator[Any]:
     import pyarrow as pa  # takes a while, and few read such
 
     with open_binary(path) as file:
-        yield pa.CompressedInputStream(file, "zstd" if path.endswith(".zst") else "gzip")
+        yield pa.CompressedInputStream(file, "zstd" if path.lower().endswith(".zst") else "gzip")
 
 
 def size(path: str) -> int:
@@ -183,6 +183,8 @@ def find(
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
+
+    patterns: in lower case; names match them in any.
 
     all_told: only where the names of all files do, as of pictures, which are called anything.
 
@@ -295,7 +297,8 @@ def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str
     return {
         file: _told_split(name)
         for file, name in names.items()
-        if not is_hidden(name) and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if not is_hidden(name)
+        and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
     }
 
 

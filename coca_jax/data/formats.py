@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import fnmatch
 import io
 import itertools
 import posixpath
@@ -36,6 +37,9 @@ _SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
+PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
+PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
+PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
@@ -106,8 +110,8 @@ def _names(path: str) -> Iterator[str]:
 
 def _of_names(names: list[str]) -> str:
     lower = [name.lower() for name in names]
-    for kind, suffixes in _SUFFIXES.items():
-        if any(name.endswith(suffixes) or f"{suffixes[0]}-" in name for name in lower):
+    for kind in _SUFFIXES:
+        if any(fnmatch.filter(lower, pattern) for pattern in PATTERNS[kind]):
             return kind
     return ""
 

@@ -10,7 +10,7 @@ from coca_jax.importers import imagefolder, lines
 from coca_jax.importers.items import Item, Options, Unit, split_units
 
 ROWS_PER_UNIT = 2048
-PATTERNS = ("*.csv", "*.tsv")  # of its files
+PATTERNS = formats.PATTERNS["csv"]
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:

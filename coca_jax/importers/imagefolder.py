@@ -48,7 +48,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if not found:
         _refuse_fields(path, options)
     for metadata in found:
-        if metadata.endswith((".jsonl", *lines.PACKED)):
+        if metadata.lower().endswith((".jsonl", *lines.PACKED)):
             units += line_units(metadata, below)
         else:
             rows = sum(1 for _ in lines.csv_rows(metadata))
@@ -165,12 +165,12 @@ def _metadata(root: str) -> list[str]:
 
 
 def _images(root: str) -> list[str]:
-    return files.find(root, tuple(f"*{s}" for s in MEDIA) + tuple(f"*{s.upper()}" for s in MEDIA))
+    return files.find(root, formats.PATTERNS["imagefolder"])
 
 
 def line_units(path: str, root: str) -> list[Unit]:
     """Byte ranges of a file of lines; of a packed one ranges of its lines."""
-    if path.endswith(lines.PACKED):
+    if path.lower().endswith(lines.PACKED):
         return split_units(path, _count(path), ROWS_PER_UNIT, root)
     units, start, position, rows = [], 0, 0, 0
     with files.open_binary(path) as file:
@@ -224,11 +224,12 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 def located(unit: Unit, options: Options) -> Iterator[Located]:
     """The items of a unit without their images."""
-    if unit.path.endswith(".jsonl"):
+    kind = unit.path.lower()
+    if kind.endswith(".jsonl"):
         yield from _json_rows(unit, options)
-    elif unit.path.endswith(lines.PACKED):
+    elif kind.endswith(lines.PACKED):
         yield from _packed_rows(unit, options)
-    elif unit.path.endswith(".csv"):
+    elif kind.endswith(".csv"):
         for number, fields in enumerate(lines.csv_rows(unit.path)):
             if number >= unit.stop:
                 return

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from coca_jax.data import files, named_files
+from coca_jax.data import files, formats, named_files
 from coca_jax.importers import parquet_pages
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -30,7 +30,7 @@ from coca_jax.importers.items import (
 
 ROWS_PER_UNIT = 4096
 IMAGE_FIELDS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path")
-PATTERNS = ("*.parquet",)  # of its files
+PATTERNS = formats.PATTERNS["parquet"]
 _BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100  # of a row group that is more of a bomb than pictures
 

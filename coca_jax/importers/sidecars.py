@@ -11,13 +11,13 @@ import itertools
 import posixpath
 from collections.abc import Iterator, Mapping
 
-from coca_jax.data import files, named_files
-from coca_jax.data.formats import MEDIA, SIDECARS, TEXTS
+from coca_jax.data import files, formats, named_files
+from coca_jax.data.formats import SIDECARS, TEXTS
 from coca_jax.importers import lines, tar_members, webdataset
 from coca_jax.importers.items import Item, Options, Unit, guarded, load_image, split_units
 
 ROWS_PER_UNIT = 2048
-PATTERNS = (*(f"*{s}" for s in MEDIA), *(f"*{s.upper()}" for s in MEDIA))  # of its images
+PATTERNS = formats.PATTERNS["sidecars"]
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:

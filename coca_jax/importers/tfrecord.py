@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.data import files, records
+from coca_jax.data import files, formats, records
 from coca_jax.data.references import Span
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -25,7 +25,7 @@ IMAGE_FIELDS = ("jpg", "png", "webp", "image", "image/encoded", "image_raw")
 _TEXTS = (*TEXT_FIELDS, "image/caption")
 _LABELS = (*LABEL_FIELDS, "image/class/text", "image/class/label")
 _MAX_RECORD = 1 << 31  # a length above this is damage, not a record
-PATTERNS = ("*.tfrecord", "*.tfrecord-*")  # of its files
+PATTERNS = formats.PATTERNS["tfrecord"]
 _MAX_FIELDS = 16 << 20  # bytes of a record besides its image
 
 
