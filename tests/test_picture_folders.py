@@ -1,6 +1,7 @@
 """Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
 class folders, what a line says of them."""
 
+import json
 import os
 import tarfile
 
@@ -10,7 +11,16 @@ from PIL import Image
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import files, formats, image_files, images, prepared, sources
-from coca_jax.importers import checks, own_data, remarks, splits, tfrecord, unprepared
+from coca_jax.importers import (
+    checks,
+    own_data,
+    remarks,
+    sidecars,
+    split_field,
+    splits,
+    tfrecord,
+    unprepared,
+)
 from coca_jax.importers.items import Options
 
 
@@ -68,6 +78,15 @@ def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys)
     assert capsys.readouterr().err == line
     assert len(brought("webdataset", tmp_path, tmp_path / "q", "val")) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 2)
+    rows = {f"{n}": json.dumps(dict(text=f"no. {n}", split=s)) for n, s in enumerate(8 * ["train"])}
+    rows |= {"8": json.dumps(dict(text="no. 8", split="test"))}
+    folder = beside(tmp_path / "a", rows, ".json")
+    told = split_field.told("sidecars", str(folder), Options())
+    assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
 
 
 def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):

@@ -118,9 +118,11 @@ def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> lis
 def whole_files(units: Sequence[Unit]) -> list[Unit]:
     """One unit of each file that units are parts of, in their order."""
     found: dict[str, Unit] = {}
+    named: dict[str, list[str]] = {}
     for unit in units:
         found[unit.path] = dataclasses.replace(found.get(unit.path, unit), stop=unit.stop, rows=0)
-    return list(found.values())
+        named.setdefault(unit.path, []).extend(unit.names)
+    return [dataclasses.replace(unit, names=tuple(named[path])) for path, unit in found.items()]
 
 
 def guarded(key: str, make: Callable[[], Item]) -> Item:
