@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -202,3 +203,18 @@ def test_an_index_in_a_bucket_within_its_data_opens(data, input, tmp_path):
     make("webdataset", url + input, f"{url}/of/it", in_place=True)
     found = sources.open_source(f"{url}/of/it")
     assert [record.image for record in found] == [picture(n) for n in range(3)]
+
+
+def test_what_was_prepared_inside_the_input_is_no_part_of_it(tmp_path):
+    (tmp_path / "train.jpg").write_bytes(picture(0))
+    rows = [dict(file_name="train.jpg", text="a"), dict(file_name="gone.jpg", text="b")]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("first", "second"):
+        made = make("jsonl", tmp_path, tmp_path / name, in_place=False)
+        assert (made["read"], made["written"], made["quarantined"]) == (2, 1, {"missing_image": 1})
+        assert (tmp_path / name / "train-quarantine.jsonl").exists()
+    assert formats.guess(str(tmp_path)) == "jsonl"
+    assert [os.path.basename(path) for path in formats.tables(str(tmp_path))] == ["list.jsonl"]
+    # A list of that name is read as any other.
+    shutil.copy(tmp_path / "list.jsonl", tmp_path / "of-quarantine.jsonl")
+    assert make("jsonl", tmp_path, tmp_path / "third", in_place=False)["read"] == 4

@@ -60,6 +60,22 @@ def is_hidden(name: str) -> bool:
     )
 
 
+def is_prepared(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is one that `prepare` wrote."""
+    return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
+
+
+def without_prepared(names: Collection[str]) -> list[str]:
+    """Names within a folder but for those of the folders below that `prepare` wrote: they are no
+    part of its input."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        folder, own = posixpath.split(name)
+        inside.setdefault(folder, []).append(own)
+    prepared = {folder for folder, found in inside.items() if folder and is_prepared(found)}
+    return [name for name in names if posixpath.dirname(name) not in prepared]
+
+
 def walk(path: str) -> Iterator[list[str]]:
     """For a folder and each one below, the names of its files within `path`, sorted, without those
     that are hidden."""
@@ -293,10 +309,10 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
 
 def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
     """Matching files of a folder and below -> the split that their names within it tell, or ''."""
-    names = {file: posixpath.relpath(file, plain) for file in system.find(plain)}
+    names = {posixpath.relpath(file, plain): file for file in system.find(plain)}
     return {
-        file: _told_split(name)
-        for file, name in names.items()
+        names[name]: _told_split(name)
+        for name in without_prepared(names)
         if not is_hidden(name)
         and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
     }
