@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from coca_jax.data import files, images, records, sources
-from coca_jax.importers import lines, splits, tar_members, tfds_name
+from coca_jax.importers import lines, splits, tar_members, tfds_name, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -358,3 +358,9 @@ def test_pairs_by_the_names_of_two_files(format, folder, tmp_path):
     assert [(pair.image, pair.second) for pair in pairs] == [(_image(), _image(3))] * 2
     assert [pair.texts for pair in pairs] == [("first",), ("second",)]
     assert len({pair.key for pair in pairs}) == 2
+    if format == "imagefolder":  # evaluated on as it lies there, where all rows are good
+        rows = [dict(left="a.png", right="sub/b.png", text="an  a", label=[" true ", "true"])]
+        (folder / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n")
+        plain = unprepared.open_source(dict(path=str(folder), image_field="left,right"), "test")
+        assert [(pair.image, pair.second) for pair in plain] == [(_image(), _image(3))]
+        assert [(pair.texts, pair.labels) for pair in plain] == [(("an a",), ("true",))]

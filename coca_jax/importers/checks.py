@@ -54,7 +54,7 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, item.problem, item.detail
     if not item.image:
         return None, "empty_image", "zero bytes"
-    texts = [" ".join(text.split()) for text in item.texts]
+    texts, labels = texts_and_labels(item)
     if any(len(text) > options.max_text for text in texts):
         return None, "text_too_long", f"{max(map(len, texts))} characters"
     if any("\ufffd" in text for text in texts):
@@ -64,8 +64,6 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     except UnicodeEncodeError:
         return None, "bad_utf8", "a text or label has half a surrogate pair"
     texts = [text for text in texts if len(text) >= max(options.min_text, 1)]
-    labels = [" ".join(label.split()) for label in item.labels]
-    labels = list(dict.fromkeys(label for label in labels if label))
     if options.require == "text" and not texts:
         return None, "missing_text", "no caption of the wanted length"
     if options.require == "label" and not labels:
@@ -83,6 +81,13 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, reason, detail
     extra = plain_json(dict(item.extra))
     return Record(data, tuple(texts), tuple(labels), item.key, extra, second), "", ""
+
+
+def texts_and_labels(item: Item) -> tuple[list[str], list[str]]:
+    """An item's texts, and its labels once each, as records have them: blanks are single spaces."""
+    texts = [" ".join(text.split()) for text in item.texts]
+    labels = [" ".join(label.split()) for label in item.labels]
+    return texts, list(dict.fromkeys(label for label in labels if label))
 
 
 def _asks(extra: Mapping[str, Any]) -> bool:
