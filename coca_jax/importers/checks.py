@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from coca_jax.data import images, order, videos
+from coca_jax.data import images, order, regions, videos
 from coca_jax.data.field_texts import selected
 from coca_jax.data.records import Record
 from coca_jax.importers.items import Item, Options, plain_json
@@ -91,7 +91,11 @@ def texts_and_labels(item: Item) -> tuple[list[str], list[str]]:
 
 
 def _asks(extra: Mapping[str, Any]) -> bool:
-    """Whether a field lists questions, as sources of kind 'question' read them."""
+    """Whether a field lists questions or regions, as sources of these kinds read them."""
+    told = extra.get(regions.FIELD)
+    first = told[0] if isinstance(told, list) and told else told
+    if isinstance(first, dict) and {"text", "box"} <= first.keys():
+        return True
     lists = (value for value in extra.values() if isinstance(value, list))
     return any(isinstance(one, dict) and "question" in one for found in lists for one in found[:1])
 
