@@ -142,6 +142,9 @@ def test_rows_of_csv(folder, tmp_path):
     assert reasons.count("outside_input") == sum(r == "outside_input" for _, r in ROWS)
     texts = [record.texts[0] for record in sources.open_source(str(tmp_path / "out"))]
     assert texts[-1:] == ["two lines"] and result["read"] == result["written"] + len(found)
+    (folder / "list.csv").write_bytes("filepath,label\na.png,café\na.png,cafè\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"quarantined {'bad_utf8': 2}.* a text or label has"):
+        _prepare("csv", folder, tmp_path / "labels")
 
 
 def test_a_quotation_mark_that_is_never_closed_costs_one_row(tmp_path):

@@ -57,8 +57,8 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     texts, labels = texts_and_labels(item)
     if any(len(text) > options.max_text for text in texts):
         return None, "text_too_long", f"{max(map(len, texts))} characters"
-    if any("\ufffd" in text for text in texts):
-        return None, "bad_utf8", "a text has bytes that are not UTF-8"
+    if any("\ufffd" in text for text in (*texts, *labels)):
+        return None, "bad_utf8", "a text or label has bytes that are not UTF-8"
     try:
         "".join((*texts, *item.labels)).encode()
     except UnicodeEncodeError:
