@@ -297,6 +297,31 @@ def test_tfrecords(tmp_path):
     assert result["written"] == 2
 
 
+def test_bytes_beside_the_image_are_no_fields(tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "p").mkdir()
+    example = records._Example()
+    fields = dict(jpg=_image(), mask=_image(2), caption=b"good", note="ü".encode())
+    for name, value in fields.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    data = example.SerializeToString()
+    whole = struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)
+    (tmp_path / "t/a.tfrecord").write_bytes(whole)
+    masks = [dict(bytes=_image(2), path="m.png")]
+    row = dict(image=_image(), mask=masks[0], all=masks, raw=_image(3), caption="good", note="ü")
+    pq.write_table(
+        pa.table({name: [value] for name, value in row.items()}), tmp_path / "p/a.parquet"
+    )
+    for format, more in (
+        ("tfrecord", {}),
+        ("parquet", {"mask": {"path": "m.png"}, "all": [{"path": "m.png"}]}),
+    ):
+        _prepare(format, tmp_path / format[0], tmp_path / f"out-{format}")
+        (found,) = sources.open_source(str(tmp_path / f"out-{format}"))
+        assert (found.image, found.texts) == (_image(), ("good",))
+        assert json.loads(found.extra) == {"note": "ü"} | more
+
+
 def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path):
     (tmp_path / "evil.py").write_text("open('ran', 'w')")
     features = {"pythonClassName": "evil.Feature", "content": {}}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
@@ -99,7 +99,7 @@ class Item:
     image: bytes = b""
     texts: Sequence[str] = ()
     labels: Sequence[str] = ()
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
     detail: str = ""
     second: bytes = b""  # the other image of a pair
@@ -199,6 +199,15 @@ def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
         if fields.get(name) not in (None, "", []):
             return fields.pop(name)
     return None
+
+
+def without_bytes(value: Any) -> Any:
+    """A field without the bytes in it, such as those of another image; None where it is bytes."""
+    if isinstance(value, dict):
+        return {k: without_bytes(v) for k, v in value.items() if not isinstance(v, bytes)}
+    if isinstance(value, (list, tuple)):
+        return [without_bytes(v) for v in value if not isinstance(v, bytes)]
+    return None if isinstance(value, bytes) else value
 
 
 def plain_json(value: Any) -> str:

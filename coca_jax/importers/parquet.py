@@ -26,6 +26,7 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    without_bytes,
 )
 
 ROWS_PER_UNIT = 4096
@@ -210,7 +211,7 @@ def _row(
     except ValueError as error:
         item.problem, item.detail = "bad_label", str(error)
         return item
-    item.extra = {k: v for k, v in fields.items() if not isinstance(v, bytes)}
+    item.extra = without_bytes(fields)
     _load(item, image, unit, options)
     if second and not item.problem:
         found = _load(Item(key), other, unit, options)

@@ -125,7 +125,11 @@ def _item(
     key: str, example: dict[str, Any], fields: tuple[str, str, str], classes: Sequence[str]
 ) -> Item:
     image, text, label = fields
-    values = {name: _plain(value) for name, value in example.items() if name != image}
+    values = {
+        name: _plain(value)
+        for name, value in example.items()
+        if name != image and getattr(value, "ndim", 0) < 3  # no other image, nor its mask
+    }
     item = Item(key, bytes(example[image]), strings(values.pop(text, None)))
     try:
         item.labels = names(values.pop(label, None), classes)
