@@ -89,6 +89,17 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
     assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
 
 
+def test_a_byte_order_mark_costs_no_line_and_no_file(tmp_path):
+    rows = [json.dumps(dict(file_name=f"{n}.jpg", text=f"no. {n}")) for n in range(2)]
+    for name, texts, suffix in (("a", "ab", ".json"), ("b", "01", ".none")):
+        beside(tmp_path / name, dict.fromkeys(texts, '\ufeff{"text": "one"}'), suffix)
+    (tmp_path / "b/metadata.jsonl").write_text("\ufeff" + "\n".join(rows))
+    found = brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert found == {name: (("one",), ()) for name in "ab"}
+    found = brought("imagefolder", tmp_path / "b", tmp_path / "q")
+    assert found == {f"{n}.jpg": ((f"no. {n}",), ()) for n in range(2)}
+
+
 def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     entry = dict(path=str(tmp_path / "a"), kind="caption")
