@@ -3,6 +3,7 @@ class folders, what a line says of them."""
 
 import json
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -87,6 +88,21 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
     folder = beside(tmp_path / "a", rows, ".json")
     told = split_field.told("sidecars", str(folder), Options())
     assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
+
+
+def test_links_to_folders_are_named(tmp_path, capsys):
+    in_folders(tmp_path, ("a/cat", "b/dog"), 2)
+    (tmp_path / "c").mkdir()
+    for folder in ("a", "c"):
+        (tmp_path / folder / "dog").symlink_to("../b/dog")
+    line = "folders that are links are not read: dog; put the folders in their place"
+    assert len(brought("imagefolder", tmp_path / "a", tmp_path / "p")) == 2
+    assert capsys.readouterr().err.count(f"{tmp_path / 'a'}: {line}\n") == 1
+    with pytest.raises(ValueError, match=f"c: no images in it; {re.escape(line)}$"):
+        formats.guess(str(tmp_path / "c"))
+    with pytest.raises(FileNotFoundError, match=f"in it; {re.escape(line)}$"):
+        import_data("imagefolder", tmp_path / "c", tmp_path / "q")
+    assert files.linked_folders(str(tmp_path / "b")) == ""
 
 
 def test_a_byte_order_mark_costs_no_line_and_no_file(tmp_path):

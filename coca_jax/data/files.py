@@ -86,6 +86,21 @@ def walk(path: str) -> Iterator[list[str]]:
         yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]
 
 
+def linked_folders(path: str) -> str:
+    """What is said of the links to folders in a local folder and below: they are not followed, as
+    they may lead anywhere; '' for none."""
+    found = []
+    if not is_remote(path):
+        top = path.removeprefix("file://")
+        for folder, folders, _ in os.walk(top):
+            links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
+            found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
+    if not found:
+        return ""
+    shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+    return f"folders that are links are not read: {shown}; put the folders in their place"
+
+
 def read(path: str) -> bytes:
     """The whole of a regular file; see `read_bounded`."""
     return read_bounded(path)
@@ -222,8 +237,11 @@ def find(
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
+        links = "" if is_pattern(path) else linked_folders(path)
         raise FileNotFoundError(
-            f"{path}: no {' or '.join(patterns)} in it" + (f" for split {split!r}" if split else "")
+            f"{path}: no {' or '.join(patterns)} in it"
+            + (f" for split {split!r}" if split else "")
+            + (f"; {links}" if links else "")
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]

@@ -96,6 +96,8 @@ def guess(path: str) -> str:
         return "csv"
     if found or pictures:
         return found or "imagefolder"
+    if links := files.linked_folders(path):
+        raise ValueError(f"{path}: no images in it; {links}")
     raise ValueError(f"{path}: {_contents(everything)}; give images, tars, parquet, CSV or TSV")
 
 

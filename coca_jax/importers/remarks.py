@@ -121,6 +121,12 @@ def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) 
     return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
 
 
+def _links(input: str) -> list[str]:
+    """The line for folders of pictures that are links."""
+    links = "" if files.is_pattern(input) else files.linked_folders(input)
+    return [f"{input}: {links}"] if links else []
+
+
 def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
     """The line for class names that were given and are those of none of the labels."""
     return (
@@ -187,6 +193,7 @@ def of_split(
         told = [one["input"] for one in others if one and not one["options"].get("held_out")]
         if request["input"] not in told:  # once, with the first of its splits
             lines += _unlisted(found, request["input"], request["options"])
+            lines += _links(request["input"])
     numbers, dark = (
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")
