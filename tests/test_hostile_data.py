@@ -322,13 +322,16 @@ def test_bytes_beside_the_image_are_no_fields(tmp_path):
         assert json.loads(found.extra) == {"note": "ü"} | more
 
 
-def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path):
+def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("open('ran', 'w')")
     features = {"pythonClassName": "evil.Feature", "content": {}}
     inner = {"featuresDict": {"features": {"image": features}}}
     (tmp_path / "features.json").write_text(json.dumps({"pythonClassName": "", **inner}))
     with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
         tfds_name._check_features(str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
+        tfds_name.splits(tmp_path.name)  # a folder, though its name is one of a data set, too
 
 
 def test_classes_by_folder_follow_no_link_out(folder, tmp_path):

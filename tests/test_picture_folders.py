@@ -14,6 +14,7 @@ from prepare_cases import encode, import_data, reasons_of, write_tar
 from coca_jax.data import files, formats, image_files, images, prepared, sources
 from coca_jax.importers import (
     checks,
+    items,
     own_data,
     remarks,
     sidecars,
@@ -229,7 +230,14 @@ def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_
     names = ("cat", "dog", "bird")
     assert labels(numbered, names) == (["bird", "cat", "dog"], list(names), {})
     assert labels(numbered, names[:2]) == (["cat", "dog"], ["cat", "dog"], {"2/0.jpg": "bad_label"})
-    lines = ("n01440764 tench, Tinca tinca", "n01443537 goldfish")
+    (tmp_path / "0").mkdir()
+    import_data("imagefolder", numbered, tmp_path / "0/raw")
+    import_data("prepared", tmp_path / "0/raw", tmp_path / "0/named", class_names=names)
+    assert prepared.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
+    renamed = sources.open_source(str(tmp_path / "0/named"))
+    assert [record.labels for record in renamed] == [(name,) for name in names]
+    (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
+    lines = items.read_class_names(str(tmp_path / "0/list.txt"))
     of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
     listed = ["tench, Tinca tinca", "goldfish"]
     assert labels(of_imagenet, lines) == (sorted(listed), listed, {})

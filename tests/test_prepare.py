@@ -269,8 +269,9 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
         with pytest.raises(ValueError, match="; use `python -m coca_jax.prepare") as error:
             sources.open_source(entry | wrong)
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no such data: Dataset absent not found$"):
-        import_data("tfds", "absent", tmp_path / "out")
+    for name in ("absent", "tfds:absent"):
+        with pytest.raises(ValueError, match="^tfds:absent: .* data: Dataset absent not found$"):
+            import_data("tfds", name, tmp_path / "out")
 
 
 def test_records_of_tfds_without_a_label_have_none():

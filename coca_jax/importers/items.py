@@ -173,6 +173,18 @@ def names(value: Any, class_names: Sequence[str]) -> list[str]:
     return found
 
 
+def read_class_names(path: str, called: str = "") -> tuple[str, ...]:
+    """The class names in a text file, one a line; blank lines are none. called: as `read_lines`.
+
+    Raises:
+        OSError, ValueError: as `files.read_lines`; or it has no name.
+    """
+    found = tuple(line.strip() for line in files.read_lines(path, called) if line.strip())
+    if not found:
+        raise ValueError(f"{called or path}: it is empty")
+    return found
+
+
 def class_number(label: str) -> int | None:
     """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
     where one is missing."""

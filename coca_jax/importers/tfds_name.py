@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ _OWN = "tensorflow_datasets.core.features."
 
 def _builder(name: str) -> Any:
     tfds = tfds_source.package()
+    name = name.removeprefix("tfds:")
     folder = "/" in name and name.startswith((".", "/")) or "://" in name
+    folder = folder or os.path.exists(os.path.join(name, "features.json"))
     if folder:
         _check_features(name)
     try:
