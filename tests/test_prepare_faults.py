@@ -1,5 +1,6 @@
 """prepare: what it leaves out and says so, faults, duplicates, data without texts, odd tars."""
 
+import dataclasses
 import io
 import json
 import random
@@ -14,7 +15,8 @@ from prepare_cases import add_member, draw, encode, import_data, reasons_of, wri
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, remarks, shards, tar_members
+from coca_jax.importers import dedup, remarks, shards, split_field, tar_members
+from coca_jax.importers.items import Options
 
 
 def test_faults_end_in_quarantine_with_reasons(tmp_path):
@@ -169,6 +171,25 @@ def test_looks_tell_images_apart():
     bits = np.unpackbits(np.stack(found), axis=1)
     apart = [(bits[i] != bits[j]).sum() for i in range(200) for j in range(i)]
     assert min(apart) > 12
+
+
+def test_what_cannot_be_used_is_listed_with_its_own_split(tmp_path):
+    (tmp_path / "a").mkdir()
+    rows = [dict(file_name=f"{n}.jpg", text=f"no. {n}", split="train") for n in range(4)]
+    rows[1]["split"] = rows[3]["split"] = "test"
+    for n in range(3):  # and not the last
+        (tmp_path / f"a/{n}.jpg").write_bytes(encode(n))
+    lines = [json.dumps(row) for row in rows] + ["{"]
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines))
+    told = split_field.told("imagefolder", str(tmp_path / "a"), Options())
+    listed = {}
+    for split in told.values:
+        options = dataclasses.asdict(told.options(split, Options()))
+        made = import_data("imagefolder", tmp_path / "a", tmp_path / "out", split=split, **options)
+        assert made["read"] == 5
+        listed[split] = list(reasons_of(tmp_path / "out", split).values())
+    # What split a line is of that cannot be read is not known.
+    assert listed == dict(train=["bad_json"], test=["missing_image", "bad_json"])
 
 
 def test_errors_name_the_remedy(tmp_path):

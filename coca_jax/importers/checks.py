@@ -19,17 +19,19 @@ def wanted(item: Item, options: Options) -> str:
     """'' for an item that the selection keeps, else what leaves it out: 'where', 'sample', or the
     side of a holdout on which it is, 'held_out' or 'not_held_out'.
 
-    An item with a problem is kept, to be listed once: on the side that is not held out.
+    An item with a problem is kept, to be listed once: on the side that is not held out, and where
+    its fields are known, with those that have the wanted values.
     """
     if options.holdout:
         held = not item.problem and is_held_out(item.image, options.holdout)
         if held != options.held_out:
             return "held_out" if held else "not_held_out"
+    for field, values in options.where:
+        known = not item.problem or field in item.extra
+        if known and not selected({field: values}, item.extra, item.texts, item.labels):
+            return "where"
     if item.problem:
         return ""
-    for field, values in options.where:
-        if not selected({field: values}, item.extra, item.texts, item.labels):
-            return "where"
     if options.sample < 1.0:
         digest = sum(order.key(*item.key.encode()).tolist())
         if order.uniform(order.key(options.seed, digest & (2**63 - 1)), 1)[0, 0] >= options.sample:
