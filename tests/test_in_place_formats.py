@@ -109,6 +109,14 @@ def test_references_that_cannot_be(data):
         references.load(data, "/data")
 
 
+@pytest.mark.parametrize("name", ["a::b.jpg", os.fsdecode(b"caf\xe9.jpg"), "'\\\n.jpg"])
+def test_any_name_of_a_local_file_is_read_in_place(name, tmp_path):
+    (tmp_path / "a/cat").mkdir(parents=True)
+    (tmp_path / "a/cat" / name).write_bytes(picture(0))
+    copy, index = both("imagefolder", tmp_path / "a", tmp_path)
+    assert index.read([0]) == copy.read([0]) and copy.read([0])[0].image == picture(0)
+
+
 def test_compressed_archives_say_so_and_are_copied(tmp_path, capsys):
     write_tar(tmp_path / "data/0.tar.gz", 0, 30, "w:gz")
     with pytest.raises(ValueError, match="0.tar.gz is compressed .* `coca-jax prepare` without"):
