@@ -1,6 +1,7 @@
 """Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
 class folders, what a line says of them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from prepare_cases import encode, import_data, reasons_of, write_tar
 from coca_jax.data import files, formats, image_files, images, prepared, sources
 from coca_jax.importers import (
     checks,
+    imagefolder,
     items,
     own_data,
     remarks,
@@ -89,6 +91,23 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
     folder = beside(tmp_path / "a", rows, ".json")
     told = split_field.told("sidecars", str(folder), Options())
     assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
+
+
+def test_a_folder_is_listed_once_however_many_units_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 2)
+    folder, asked = in_folders(tmp_path / "a", ("cat", "dog")), []
+    walk = type(files.filesystem(str(folder))[0]).find
+    system = files.filesystem(str(folder))[0]
+    monkeypatch.setattr(system, "find", lambda *a, **k: asked.append(a) or walk(system, *a, **k))
+    units = imagefolder.plan(str(folder), "", Options())
+    listed = len(asked)
+    found = [item for unit in units for item in imagefolder.read(unit, Options())]
+    names = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(3)]
+    assert [item.key for item in found] == names and [unit.rows for unit in units] == [2, 2, 2]
+    assert [item.image for item in found] == [(folder / name).read_bytes() for name in names]
+    assert len(asked) == listed > 0
+    with pytest.raises(ValueError, match="import is an earlier version's; remove it"):
+        next(imagefolder.read(dataclasses.replace(units[0], names=()), Options()))
 
 
 def test_links_to_folders_are_named(tmp_path, capsys):

@@ -22,7 +22,9 @@ from coca_jax.importers.items import (
     Unit,
     guarded,
     load_image,
+    named_units,
     names,
+    names_of,
     split_units,
     strings,
     take,
@@ -53,7 +55,11 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         else:
             rows = sum(1 for _ in lines.csv_rows(metadata))
             units += split_units(metadata, rows, ROWS_PER_UNIT, below)
-    return units if found else split_units(root, len(_images(root)), ROWS_PER_UNIT, below)
+    if found:
+        return units
+    plain = files.filesystem(root)[1]
+    listed = [posixpath.relpath(files.filesystem(path)[1], plain) for path in _images(root)]
+    return named_units(root, listed, ROWS_PER_UNIT, below)
 
 
 def _refuse_fields(path: str, options: Options) -> None:
@@ -236,15 +242,13 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
             if number >= unit.start:
                 yield row(unit, number, fields, options)
     else:
-        plain = files.filesystem(unit.path)[1]
-        for path in _images(unit.path)[unit.start : unit.stop]:
-            name = posixpath.relpath(files.filesystem(path)[1], plain)
+        for name in names_of(unit):
             item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
             try:
                 item.labels = names(label, options.class_names)
             except ValueError as error:
                 item.problem, item.detail = "bad_label", str(error)
-            yield Located(item, unit.path, path)
+            yield Located(item, unit.path, files.join(files.absolute(unit.path), name))
 
 
 def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
