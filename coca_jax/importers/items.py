@@ -80,6 +80,7 @@ class Unit:
         rows: how many items to expect; 0: not known.
         root: the folder below which its rows may name files; '': the file's own.
         names: of a folder, the files in it that are its rows.
+        offset: byte of a file at which its rows begin; 0: they are counted from the beginning.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Unit:
     rows: int = 0
     root: str = ""
     names: Sequence[str] = ()
+    offset: int = 0
 
 
 @dataclasses.dataclass
