@@ -123,6 +123,9 @@ def test_links_to_folders_are_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=f"in it; {re.escape(line)}$"):
         import_data("imagefolder", tmp_path / "c", tmp_path / "q")
     assert files.linked_folders(str(tmp_path / "b")) == ""
+    beside(tmp_path / "a/cat", {"7": "a cat"})
+    brought("sidecars", tmp_path / "a", tmp_path / "s")
+    assert line in capsys.readouterr().err
 
 
 def test_a_byte_order_mark_costs_no_line_and_no_file(tmp_path):

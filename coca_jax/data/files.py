@@ -93,6 +93,7 @@ def linked_folders(path: str) -> str:
     if not is_remote(path):
         top = path.removeprefix("file://")
         for folder, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not is_hidden(name)]
             links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
             found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
     if not found:

@@ -122,7 +122,7 @@ def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) 
 
 
 def _links(input: str) -> list[str]:
-    """The line for folders of pictures that are links."""
+    """The line for folders of an input that are links."""
     links = "" if files.is_pattern(input) else files.linked_folders(input)
     return [f"{input}: {links}"] if links else []
 
@@ -186,14 +186,16 @@ def of_split(
     classes = manifest["class_names"]
     request = found.get("request") or {}
     apart = request.get("options", {}).get("held_out")  # the other side says it
+    others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
+    told = [one["input"] for one in others if one and not one["options"].get("held_out")]
+    first = bool(request) and not apart and request["input"] not in told  # of the input's splits
     if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
         lines += _unread_tables(found, classes, request["input"])
-        others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
-        told = [one["input"] for one in others if one and not one["options"].get("held_out")]
-        if request["input"] not in told:  # once, with the first of its splits
+        if first:
             lines += _unlisted(found, request["input"], request["options"])
-            lines += _links(request["input"])
+    if first and request["format"] not in ("tfds", "prepared"):
+        lines += _links(request["input"])
     numbers, dark = (
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")
