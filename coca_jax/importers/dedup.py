@@ -50,8 +50,8 @@ def fingerprint(data: bytes) -> tuple[str, str]:
 
 def to_exclude(path: str) -> list[tuple[str, str]]:
     """(content, look) of each evaluation image: of a prepared folder (all its splits), or of image
-    files. Those that cannot be decoded have no look, and none can be evaluated on; a warning names
-    the first.
+    files. What cannot be decoded cannot be evaluated on and is left out; a warning counts it and
+    names the first.
 
     Raises:
         FileNotFoundError: nothing there.
