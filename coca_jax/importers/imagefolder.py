@@ -58,7 +58,10 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if found:
         return units
     plain = files.filesystem(root)[1]
-    listed = [posixpath.relpath(files.filesystem(path)[1], plain) for path in _images(root)]
+    found = _images(root)
+    if files.is_remote(root):  # a local name may have '::', which stands for another thing in URLs
+        found = [files.filesystem(path)[1] for path in found]
+    listed = [posixpath.relpath(path, plain) for path in found]
     return named_units(root, listed, ROWS_PER_UNIT, below)
 
 
