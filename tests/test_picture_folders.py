@@ -133,6 +133,22 @@ def test_a_validation_set_is_found_by_all_its_names(tmp_path):
         assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
 
 
+def test_a_split_that_folders_do_not_tell_is_refused(tmp_path):
+    in_folders(tmp_path / "a", ["train/ok", "train/bad", "val/ok", "dev/ok"])
+    there = "none of dev, train, val"
+    for split, why in (("test", there), ("trian", there), ("validation", "both dev and val")):
+        line = f"a: the split '{split}' is {why}, which are its folders; give --split"
+        with pytest.raises(ValueError, match=line):
+            brought("imagefolder", tmp_path / "a", tmp_path / "p", split)
+        with pytest.raises(ValueError, match=line):
+            unprepared.open_source(dict(path=str(tmp_path / "a")), split)
+    assert not (tmp_path / "p").exists()
+    counts = {"train": 6, "val": 3, "dev": 3, "Training": 6}
+    for split, count in counts.items():
+        assert len(brought("imagefolder", tmp_path / "a", tmp_path / split, split)) == count
+    assert len(unprepared.open_source(dict(path=str(tmp_path / "a/train")), "test")) == 6
+
+
 def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
     texts = {"red train": "a red train", "test tube": "a tube", "4": "a four"}
     for number, folder in enumerate(("train", "test", "validation", "testing/train")):
