@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from coca_jax import storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
-from coca_jax.importers import in_place, metadata, remarks, shards
+from coca_jax.importers import asked, in_place, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
@@ -83,6 +83,8 @@ def prepare_with_holdout(
         raise ValueError(f"--split={split} is what --holdout writes; give another --split")
     options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
     keywords.setdefault("read_split", split)
+    if not keywords.get("overwrite"):  # before the one is written that others must go with
+        asked.is_there(out, split, asked.request(format, str(input), options))
     apart = dataclasses.replace(options, held_out=True)
     beside, work = (split, options), files.join(out, f".unfinished-{split}")
     known = files.exists(work)
@@ -153,12 +155,10 @@ def prepare(
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
     manifest = metadata.read_manifest(out)
-    request = _request(format, str(input), options)
-    if split in manifest["splits"] and not overwrite:
-        if _whole(manifest["splits"][split].get("request")) == request:
-            return _summary(out, split, manifest)
-        why = f"--out={out} already holds a split {split!r} made with other options"
-        raise ValueError(f"{why}; give --overwrite, or another --out or --split")
+    request = asked.request(format, str(input), options)
+    if not overwrite and asked.is_there(out, split, request):
+        return _summary(out, split, manifest)
+    asked.refuse_held_out(out, request)
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
     tell_of_no_split(module, str(input), manifest["splits"])
@@ -188,12 +188,6 @@ def _check_place(input: str, out: str) -> None:
         raise ValueError(f"--out={printable(out)}: the name of the folder is not UTF-8")
 
 
-def _request(format: str, input: str, options: Options) -> dict[str, Any]:
-    """What is asked for, as JSON has it."""
-    request = {"format": format, "input": input, "options": dataclasses.asdict(options)}
-    return json.loads(json.dumps(request))
-
-
 def _with_twins(
     jobs: list[shards.Job], input: str, work: str, options: Options
 ) -> list[shards.Job]:
@@ -204,12 +198,12 @@ def _with_twins(
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
     groups = json.loads(json.dumps(groups))  # as they are read again, without tuples
-    request = _request(jobs[0].format, input, options)
+    request = asked.request(jobs[0].format, input, options)
     if not files.exists(path):
         plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
         storage.write_bytes(path, json.dumps(plan).encode())
     plan = json.loads(files.read(path))
-    if _whole(plan["request"]) != request or plan["groups"] != groups:
+    if asked.whole(plan["request"]) != request or plan["groups"] != groups:
         return jobs  # the call for that split says what is wrong
     twins = [dataclasses.replace(job, options=options, work=work) for job in jobs]
     return [
@@ -235,7 +229,7 @@ def plan(
     path = files.join(work, "plan.json")
     if not anew and files.exists(path):
         kept = json.loads(files.read(path))
-        if _whole(kept["request"]) != request:
+        if asked.whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
         before, now = kept.get("state"), state([unit for group in groups for unit in group])
@@ -261,14 +255,6 @@ def plan(
         shards.Job(number, tuple(group), format, options, work, root)
         for number, group in enumerate(groups)
     ]
-
-
-def _whole(request: Any) -> dict[str, Any]:
-    """A request with the options that were not there when it was written; {} for none."""
-    if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
-        return {}
-    defaults = json.loads(json.dumps(dataclasses.asdict(Options())))
-    return request | {"options": defaults | request["options"]}
 
 
 def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
