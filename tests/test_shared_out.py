@@ -1,10 +1,13 @@
 """Splits that share a folder: what one may be beside another, what is written anew, at once."""
 
+import threading
+import time
+
 import pytest
 from prepare_cases import encode
 
 from coca_jax.data import prepared, sources
-from coca_jax.importers import splits
+from coca_jax.importers import metadata, splits
 from coca_jax.importers.items import Options
 
 QUIET = dict(progress=False, processes=1)
@@ -49,3 +52,20 @@ def test_nothing_is_held_out_of_a_split_that_has_all(tmp_path):
     halved(folder, out, 0.2, overwrite=True)
     assert not images(out) & images(out, "test") and len(images(out)) > rest["written"]
     written(folder, out, split="none", options=Options(where=(("label", ("cat",)),)))
+
+
+def test_two_splits_at_once_are_both_there(tmp_path):
+    folder, out = pictures(tmp_path / "a", range(3)), tmp_path / "p"
+    out.mkdir()
+    thread = threading.Thread(target=written, args=(folder, out))
+    with metadata.changing(str(out)) as manifest:  # as another process does
+        thread.start()
+        while thread.is_alive() and not list(out.glob("train-*-of-*.array_record")):
+            time.sleep(0.01)
+        time.sleep(0.1)  # now it has its turn, and waits
+        assert not (out / "manifest.json").exists()
+        shard = dict(file="test-00000-of-00001.array_record", count=1, bytes=9, sha256="")
+        counts = dict(count=1, with_text=1, with_label=0)
+        manifest["splits"]["test"] = counts | dict(shards=[shard])
+    thread.join()
+    assert sorted(prepared.read_manifest(str(out))["splits"]) == ["test", "train"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from coca_jax import local_files
 from coca_jax.data import files, manifest
 from coca_jax.storage import write_bytes
 
@@ -29,6 +32,16 @@ def have_changed(before: str, now: str) -> bool:
 def read_manifest(out: str) -> dict[str, Any]:
     """The manifest of a folder, or an empty one. Raises ValueError where it is damaged."""
     return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}
+
+
+@contextlib.contextmanager
+def changing(out: str) -> Iterator[dict[str, Any]]:
+    """The manifest of a folder that is there, to be changed inside, and written at the end: nobody
+    else changes it meanwhile, but in a bucket, which knows no locks. Raises as `read_manifest`."""
+    with contextlib.nullcontext() if files.is_remote(out) else local_files.alone_in(out):
+        told = read_manifest(out)
+        yield told
+        write(out, told)
 
 
 def write(out: str, told: dict[str, Any]) -> None:

@@ -291,15 +291,11 @@ def _finish(
     entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
-    manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
     if request["options"]["class_names"] and seen and not seen & set(classes):
         print(remarks.of_no_class(seen, classes), file=sys.stderr)
         classes = []
-    if not classes:
-        classes = sorted(seen | set(manifest["class_names"]))
-    manifest["class_names"] = classes
-    manifest["splits"][split] = dict(
+    told = dict(
         count=written,
         with_text=sum(account["with_text"] for account in accounts),
         with_label=sum(account["with_label"] for account in accounts),
@@ -310,10 +306,12 @@ def _finish(
         request=request,
     )
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
-        manifest["splits"][split]["state"] = state
+        told["state"] = state
     if jobs[0].root:
-        manifest["splits"][split]["root"] = in_place.told_root(jobs[0].root, out)
-    metadata.write(out, manifest)
+        told["root"] = in_place.told_root(jobs[0].root, out)
+    with metadata.changing(out) as manifest:
+        manifest["class_names"] = classes or sorted(seen | set(manifest["class_names"]))
+        manifest["splits"][split] = told
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
     for line in remarks.of_split(out, split, manifest, accounts):
