@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from prepare_cases import encode
+from prepare_cases import encode, write_tar
 
 from coca_jax.data import prepared, sources
 from coca_jax.importers import metadata, splits
@@ -69,3 +69,32 @@ def test_two_splits_at_once_are_both_there(tmp_path):
         manifest["splits"]["test"] = counts | dict(shards=[shard])
     thread.join()
     assert sorted(prepared.read_manifest(str(out))["splits"]) == ["test", "train"]
+
+
+def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
+    urls = pictures(tmp_path / "a", range(12), lambda i: f"url{i}")
+    pets, out = pictures(tmp_path / "b", range(12), lambda i: ("cat", "dog")[i % 2]), tmp_path / "p"
+    halved(urls, out)
+    written(pictures(tmp_path / "c", range(3), lambda i: "cow"), out, split="web")
+
+    def names():
+        return prepared.read_manifest(str(out))["class_names"]
+
+    assert names() == sorted(["cow", *(f"url{i}" for i in range(12))])
+    halved(pets, out, overwrite=True)
+    assert names() == ["cat", "cow", "dog"]
+    # One that is of before splits told their classes may have any of them.
+    with metadata.changing(str(out)) as manifest:
+        del manifest["splits"]["web"]["classes"]
+    halved(urls, out, overwrite=True)
+    assert names() == sorted(["cat", "cow", "dog", *(f"url{i}" for i in range(12))])
+    tars = tmp_path / "t"
+    tars.mkdir()
+    for number in range(4):
+        write_tar(tars / f"{number}.tar", 2, 2 * number)
+    for count in (1, 4, 2):
+        splits.prepare("webdataset", str(tars), str(out), split="tar", shard_count=count,
+                       overwrite=True, **QUIET)  # fmt: skip
+        there = sorted(path.name for path in out.glob("tar-*.array_record"))
+        assert there == [f"tar-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+    assert len(images(out, "tar")) == 8 and len(images(out, "web")) == 3

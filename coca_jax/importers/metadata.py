@@ -44,6 +44,16 @@ def changing(out: str) -> Iterator[dict[str, Any]]:
         write(out, told)
 
 
+def class_names(told: dict[str, Any], split: str, seen: set[str]) -> list[str]:
+    """The class names of all splits, `seen` being those of `split`, which may be there as another.
+    Of splits that do not list theirs, as they did not once, all that there are may be theirs."""
+    names = set(seen)
+    for name, other in told["splits"].items():
+        if name != split:
+            names.update(other.get("classes", told["class_names"] if other["with_label"] else ()))
+    return sorted(names)
+
+
 def write(out: str, told: dict[str, Any]) -> None:
     """Writes the manifest last: while it is absent the data set is not finished."""
     if not any("root" in split for split in told["splits"].values()):

@@ -304,14 +304,20 @@ def _finish(
         filtered=dict(filtered),
         shards=entries,
         request=request,
+        classes=classes or sorted(seen),
     )
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
         told["state"] = state
     if jobs[0].root:
         told["root"] = in_place.told_root(jobs[0].root, out)
     with metadata.changing(out) as manifest:
-        manifest["class_names"] = classes or sorted(seen | set(manifest["class_names"]))
+        manifest["class_names"] = classes or metadata.class_names(manifest, split, seen)
         manifest["splits"][split] = told
+    shard = re.compile(rf"{re.escape(split)}-\d{{5,}}-of-\d{{5,}}\.array_record")
+    kept = {entry["file"] for entry in entries}
+    for name in files.listing(out):  # of the split that was there before
+        if shard.fullmatch(name) and name not in kept:
+            storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
     for line in remarks.of_split(out, split, manifest, accounts):
