@@ -43,7 +43,8 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
     needed = [sources[number] for number in numbers]
-    outs = places(workdir, [(e.path, e.split or "train", e.image_field) for e in needed])
+    read = [(e.path, e.split or "train", *_fields(e).values()) for e in needed]
+    outs = places(workdir, read)
     for number, out in zip(numbers, outs):
         entry = sources[number]
         split = entry.split or "train"
@@ -55,7 +56,7 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
             _make(input, split, out, options)
         while split not in (manifest.read(out) or {"splits": {}})["splits"]:
             time.sleep(1)
-        sources[number] = dataclasses.replace(entry, path=out, split=split, image_field="")
+        sources[number] = dataclasses.replace(of_index(entry, out, split), split=split)
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
@@ -145,11 +146,29 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
     if not there or files.absolute(there["input"]) != files.absolute(entry.path):
         return None
     where = tuple((field, tuple(values)) for field, values in there["options"].get("where", ()))
-    return there["input"], dataclasses.replace(_options(entry), where=where)
+    made_by = {key: there["options"].get(key, "") for key in _fields(entry)}
+    return there["input"], dataclasses.replace(_options(entry), where=where, **made_by)
+
+
+def of_index(entry: Entry, out: str, split: str) -> Entry:
+    """The entry that reads the index of its data in `out`, whose texts and labels are those of its
+    fields already, but for fields that the index was not made by."""
+    made_by = metadata.read_manifest(out)["splits"][split]["request"]["options"]
+    taken = (key for key in _fields(entry) if made_by.get(key, "") == getattr(entry, key))
+    changes: dict[str, Any] = dict.fromkeys(taken, "")
+    return dataclasses.replace(entry, path=out, **changes)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    """The fields by which an index of an entry's data is made; not those that `where` has values
+    of, which stay what they are in its records."""
+    names = dict(text_field=entry.text_field, label_field=entry.label_field)
+    chosen = {key: "" if name in dict(entry.where) else name for key, name in names.items()}
+    return chosen | dict(image_field=entry.image_field)
 
 
 def _options(entry: Entry) -> Options:
-    return Options(image_field=entry.image_field, in_place=True)
+    return Options(in_place=True, **_fields(entry))
 
 
 def _is_read(name: str) -> bool:
