@@ -98,3 +98,11 @@ def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
         there = sorted(path.name for path in out.glob("tar-*.array_record"))
         assert there == [f"tar-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
     assert len(images(out, "tar")) == 8 and len(images(out, "web")) == 3
+
+
+def test_a_folder_may_be_a_url_of_this_machine(tmp_path):
+    folder = f"file://{pictures(tmp_path / 'a', range(12))}"
+    out = f"file://{tmp_path}/b%20c"
+    rest, held = halved(folder, out, options=Options(in_place=True))
+    assert rest["written"] + held["written"] == 12 == len(images(out) | images(out, "test"))
+    assert images(out) == images(tmp_path / "b c")

@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import posixpath
 import re
@@ -214,7 +213,7 @@ def state(format: str, out: str, units: list[Unit]) -> str:
     if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
         return ""
     above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
-    if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
+    if files.absolute(out).startswith(above):
         return ""
     found = _files(_paths(units))
     return f"{_digest([file[:3] for file in found])}-{_digest(found)}"

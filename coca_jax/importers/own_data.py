@@ -34,7 +34,8 @@ class Named:
 def parse(text: str) -> Named:
     """PATH, PATH:KIND or PATH:KIND:WEIGHT; read from the right, as URLs and paths have colons.
 
-    Raises ValueError for an unknown kind behind a path that is there, or a weight of 0 or below.
+    Raises ValueError for an unknown kind behind a path that is there, or a weight that is
+    not above 0, or not finite.
     """
     path, kind, weight = text, "", 1.0
     before, _, last = text.rpartition(":")
@@ -50,8 +51,8 @@ def parse(text: str) -> Named:
         )
     if not path:
         raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
-    if not weight > 0:
-        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
     return Named(path, kind, weight)
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from coca_jax import storage
+from coca_jax import local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import asked, in_place, metadata, remarks, shards
@@ -78,7 +78,7 @@ def prepare_with_holdout(
     """
     if not 0 < share < 1:
         raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
-    split = keywords.pop("split", "train")
+    out, split = local_files.plain(str(out)), keywords.pop("split", "train")
     if split == held_split:
         raise ValueError(f"--split={split} is what --holdout writes; give another --split")
     options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
@@ -151,7 +151,8 @@ def prepare(
             this split, or an unfinished import of it, of other options or of files changed since.
     """
     module, options = shards.importer(format), options or Options()
-    _check_place(str(input), str(out))
+    out = local_files.plain(str(out))
+    _check_place(str(input), out, split)
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
     manifest = metadata.read_manifest(out)
@@ -180,9 +181,11 @@ def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
     return named_classes(tuple(found))[0]
 
 
-def _check_place(input: str, out: str) -> None:
-    """Raises ValueError for a folder that cannot be written to."""
-    if files.filesystem(input) == files.filesystem(out):
+def _check_place(input: str, out: str, split: str) -> None:
+    """Raises ValueError for a folder that cannot be written to, or a split that names no file."""
+    if not split or "/" in split or split.startswith("."):
+        raise ValueError(f"--split={split}: files begin with its name; give one without '/'")
+    if files.filesystem(files.real(input)) == files.filesystem(files.real(out)):
         raise ValueError(f"--out={out} is --input; give a folder of its own")
     if not out.isascii() and printable(out) != out:
         raise ValueError(f"--out={printable(out)}: the name of the folder is not UTF-8")
