@@ -24,9 +24,11 @@ _IMAGE = {
 }
 
 
-def have_changed(before: str, now: str) -> bool:
-    """Whether two states (`indexes.state`) are of other files, and not of other times alone."""
-    return before.partition("-")[0] != now.partition("-")[0]
+def have_changed(before: str, now: str, *, times: bool = False) -> bool:
+    """Whether two states (`indexes.state`) are of other files, or with `times` of other times. What
+    one of them does not tell, as those of earlier versions, is taken for the same."""
+    pairs = list(zip(before.split("-"), now.split("-")))
+    return any(one != other for one, other in (pairs if times else pairs[::2]))
 
 
 def read_manifest(out: str) -> dict[str, Any]:
