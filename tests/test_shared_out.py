@@ -7,8 +7,8 @@ import pytest
 from prepare_cases import encode, write_tar
 
 from coca_jax.data import prepared, sources
-from coca_jax.importers import metadata, splits
-from coca_jax.importers.items import Options
+from coca_jax.importers import checks, metadata, own_data, splits
+from coca_jax.importers.items import Item, Options
 
 QUIET = dict(progress=False, processes=1)
 
@@ -106,3 +106,48 @@ def test_a_folder_may_be_a_url_of_this_machine(tmp_path):
     rest, held = halved(folder, out, options=Options(in_place=True))
     assert rest["written"] + held["written"] == 12 == len(images(out) | images(out, "test"))
     assert images(out) == images(tmp_path / "b c")
+
+
+def test_what_a_holdout_or_sample_left_is_drawn_from_anew(tmp_path):
+    folder, half = pictures(tmp_path / "a", range(40)), dict(options=Options(sample=0.5))
+    first = halved(folder, tmp_path / "1", 0.5)
+    # A first holdout is what it always was.
+    share = {encode(i) for i in range(40) if checks.is_held_out(encode(i), 0.5)}
+    assert share == images(tmp_path / "1", "test") and len(share) == first[1]["written"]
+    assert checks.place(b"a") == 0.055776611622499375
+    left = len(images(tmp_path / "1"))
+    for number in (1, 2):  # of what is left, and of what is left of that
+        out = str(tmp_path / f"{number + 1}")
+        splits.prepare_with_holdout("prepared", str(tmp_path / f"{number}"), out, 0.5, **QUIET)
+        rest, held = images(out), images(out, "test")
+        assert rest | held == images(tmp_path / f"{number}") and not rest & held
+        assert 0.1 * left < len(held) < 0.9 * left
+        left = len(rest)
+    counts = [written(folder, tmp_path / "s1", **half)["written"]]
+    for number in (1, 2):
+        place = str(tmp_path / f"s{number}"), str(tmp_path / f"s{number + 1}")
+        counts.append(splits.prepare("prepared", *place, **QUIET, **half)["written"])
+        assert 0.2 * counts[-2] < counts[-1] < 0.8 * counts[-2]
+    other = dict(options=Options(sample=0.5, seed=1))  # is another sample already
+    splits.prepare("prepared", str(tmp_path / "s1"), str(tmp_path / "o"), **QUIET, **other)
+    keys = [r.key for r in sources.open_source(str(tmp_path / "o"))]
+    asked = [Item(r.key) for r in sources.open_source(str(tmp_path / "s1"))]
+    assert keys == [one.key for one in asked if not checks.wanted(one, other["options"])]
+    # One that was made before that was counted tells it by its request.
+    with metadata.changing(str(tmp_path / "1")) as manifest:
+        del manifest["splits"]["train"]["drawn"]
+    halves = splits.prepare_with_holdout("prepared", str(tmp_path / "1"), out + "b", 0.5, **QUIET)
+    assert images(out + "b", "test") == images(tmp_path / "2", "test") and halves[1]["written"]
+
+
+def test_a_holdout_of_what_an_earlier_one_left_as_plain_files_says_so(tmp_path):
+    left = [i for i in range(50) if not checks.is_held_out(encode(i), 0.3)]
+    taken = [i for i in range(50) if i not in left]
+    a, b = pictures(tmp_path / "a", left), pictures(tmp_path / "b", taken)
+    why = "as they are equal or what an earlier holdout"
+    with pytest.raises(ValueError, match=rf"{why} left \(try a larger share\); give another share"):
+        halved(a, tmp_path / "p", 0.3)
+    with pytest.raises(ValueError, match=rf"{why} took \(try a smaller share\)"):
+        halved(b, tmp_path / "q", 0.5)
+    with pytest.raises(ValueError, match=f"{why} left .*; give more pictures, or what"):
+        own_data.bring_in(own_data.layout(a), str(tmp_path / "run/a"), holdout=0.3)

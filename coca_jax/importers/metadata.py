@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coca_jax import local_files
 from coca_jax.data import files, manifest
+from coca_jax.importers.items import Drawn
 from coca_jax.storage import write_bytes
 
 MANIFEST = manifest.FILE
@@ -44,6 +45,20 @@ def changing(out: str) -> Iterator[dict[str, Any]]:
         told = read_manifest(out)
         yield told
         write(out, told)
+
+
+def drawn(split: Mapping[str, Any]) -> Drawn:
+    """What was drawn until a split of a manifest was left; of one of earlier versions, which did
+    not count, by its own request."""
+    if "drawn" in split:
+        return Drawn(split["drawn"]["holdouts"], tuple(split["drawn"]["seeds"]))
+    return with_drawn(Drawn(), split.get("request", {}).get("options", {}))
+
+
+def with_drawn(before: Drawn, options: Mapping[str, Any]) -> Drawn:
+    """What was drawn after an import with these options of data of which `before` was."""
+    seeds = [options.get("seed", 0)] if options.get("sample", 1.0) < 1.0 else []
+    return Drawn(before.holdouts + bool(options.get("holdout")), (*before.seeds, *seeds))
 
 
 def class_names(told: dict[str, Any], split: str, seen: set[str]) -> list[str]:

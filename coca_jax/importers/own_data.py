@@ -240,8 +240,8 @@ def bring_in(
         _remove_empty(out)
         raise ValueError(
             f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
-            f"for the scores, which leaves none of {error.read} for the split {error.split!r}; "
-            "give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
+            f"for the scores, which leaves none of {error.read} for the split {error.split!r}"
+            f"{error.why}; give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
             f"--input={shlex.quote(found.input)}` writes"
         ) from None
     except (ValueError, OSError):

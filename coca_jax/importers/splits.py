@@ -22,18 +22,25 @@ from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
+_HARDLY = 1e-3  # a chance
 State = Callable[[list[Unit]], str]
 
 
 class EmptySide(ValueError):
-    """A holdout that leaves none of `read` images for `split`."""
+    """A holdout that leaves none of `read` images for `split`; `why` says what that comes from
+    where it is hardly chance, else ''."""
 
-    def __init__(self, input: str, share: float, read: int, split: str):
+    def __init__(self, request: dict[str, Any], read: int, split: str, filtered: Mapping[str, int]):
+        share, held = request["options"]["holdout"], request["options"]["held_out"]
+        by_hash = filtered == {"not_held_out" if held else "held_out": read}
+        self.read, self.split, self.why = read, split, ""
+        if by_hash and (1 - share if held else share) ** read < _HARDLY:
+            side, fix = ("left", "larger") if held else ("took", "smaller")
+            self.why = f", as they are equal or what an earlier holdout {side} (try a {fix} share)"
         super().__init__(
-            f"--input={input}: a holdout of {share:.3g} leaves none of {read} images for the split "
-            f"{split!r}; give another share"
+            f"--input={request['input']}: a holdout of {share:.3g} leaves none of {read} images "
+            f"for the split {split!r}{self.why}; give another share"
         )
-        self.read, self.split = read, split
 
 
 def splits_of(format: str, input: str) -> list[str]:
@@ -298,6 +305,7 @@ def _finish(
     if request["options"]["class_names"] and seen and not seen & set(classes):
         print(remarks.of_no_class(seen, classes), file=sys.stderr)
         classes = []
+    drawn = metadata.with_drawn(shards.drawn_before(jobs[0]), request["options"])
     told = dict(
         count=written,
         with_text=sum(account["with_text"] for account in accounts),
@@ -308,6 +316,7 @@ def _finish(
         shards=entries,
         request=request,
         classes=classes or sorted(seen),
+        drawn=dataclasses.asdict(drawn),
     )
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
         told["state"] = state
@@ -340,7 +349,7 @@ def _refuse_empty(
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
-        raise EmptySide(request["input"], request["options"]["holdout"], read, split)
+        raise EmptySide(request, read, split, filtered)
     input = request["input"]
     beside = remarks.pictures_beside(input, request["format"])
     raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)
