@@ -151,3 +151,20 @@ def test_a_holdout_of_what_an_earlier_one_left_as_plain_files_says_so(tmp_path):
         halved(b, tmp_path / "q", 0.5)
     with pytest.raises(ValueError, match=f"{why} left .*; give more pictures, or what"):
         own_data.bring_in(own_data.layout(a), str(tmp_path / "run/a"), holdout=0.3)
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (dict(drawn=[1]), "what was drawn of split 'train' is no count and seeds: "),
+        (dict(drawn=dict(holdouts=1 << 80, seeds=[])), "what was drawn of split 'train' is no"),
+        (dict(drawn=dict(holdouts=1, seeds=["a"])), "what was drawn of split 'train' is no count"),
+        (dict(classes=[1]), "the classes of split 'train' are no list of texts"),
+    ],
+)
+def test_a_manifest_that_counts_otherwise_is_damaged(damage, why, tmp_path):
+    written(pictures(tmp_path / "a", range(2)), tmp_path / "p")
+    with metadata.changing(str(tmp_path / "p")) as manifest:
+        manifest["splits"]["train"] |= damage
+    with pytest.raises(ValueError, match=f"manifest.json is damaged: {why}"):
+        splits.prepare("prepared", str(tmp_path / "p"), str(tmp_path / "q"), **QUIET)
