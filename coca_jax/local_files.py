@@ -1,10 +1,13 @@
-"""Which file a name means, whether that file is still the same, and how many may be open."""
+"""Which file a name means, whether that file is still the same, how many may be open, and a folder
+to be alone in."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import urllib.parse
+from collections.abc import Iterator
 
 
 def plain(name: str) -> str:
@@ -41,3 +44,17 @@ def most_open(share: float, most: int) -> int:
     one at least."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, int(share * limit)))
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, no other process or thread is inside for the same folder, which is there and local,
+    or on a disk that machines share. Some network disks know no locks: there others may be."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            opened = os.open(plain(os.fspath(folder)), os.O_RDONLY)
+            stack.callback(os.close, opened)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield

@@ -230,7 +230,7 @@ def _import() -> dict[str, Any]:
         shard_count=flags.FLAGS.shards,
         overwrite=flags.FLAGS.overwrite,
         engine=engines.of_flags(),
-        state=functools.partial(indexes.state, format, out),
+        state=functools.partial(indexes.state, format, out, options),
     )
     where, by_field = (format, input, out), _by_field(format, options)
     held = ["test"] if flags.FLAGS.holdout else []
@@ -242,7 +242,8 @@ def _import() -> dict[str, Any]:
     else:  # which is refused where it is of another request
         result = _write(where, by_field, keywords)
         now = indexes.state_of_input(format, input, out, options, names[0])
-        changed = now and there[names[0]].get("state", now) != now
+        before = there[names[0]].get("state", now)
+        changed = now and metadata.have_changed(before, now, times=True)
         why = f"{input} has changed since" if changed else "nothing was read"
         cli.say(
             f"{out} holds {', '.join(names)} of it already, and {why}; --overwrite reads it anew"

@@ -302,6 +302,31 @@ def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path,
         unprepared.open_source(entry, "test")
 
 
+def test_fields_of_lists_that_are_not_prepared_are_their_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = ["filepath,description,title,kind"]
+    for n in range(4):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(n))
+        rows.append(f"{n}.jpg,no. {n},{'' if n == 1 else f'title {n}'},{n % 2}")
+    (tmp_path / "list.csv").write_text("\n".join(rows) + "\n")
+    entry = dict(path=str(tmp_path / "list.csv"), kind="caption")
+
+    def texts(**given):
+        return [record.texts[0] for record in unprepared.open_source(entry | given, "test")]
+
+    assert texts() == ["title 0", "title 2", "title 3"]
+    assert texts(text_field="title") == texts()
+    assert texts(text_field="description") == [f"no. {n}" for n in range(4)]
+    by_kind = dict(text_field="description", where=dict(kind="1"), label_field="kind")
+    found = list(unprepared.open_source(entry | by_kind, "test"))
+    assert [(r.texts, r.labels) for r in found] == [((f"no. {n}",), ("1",)) for n in (1, 3)]
+    config = typed(data_config(entry, entry | dict(text_field="description")))
+    for _ in range(2):
+        found = indexes.of_sources(config, str(tmp_path / "run"))
+        assert Mixture(found).sizes == [3, 4]
+        assert len({one.path for one in found.data.sources}) == 2
+
+
 def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):
     def tree(folder):
         return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -15,7 +15,7 @@ import pytest
 from in_place_cases import both, make, picture, write_tar
 
 from coca_jax.data import formats, prepared, references, sources
-from coca_jax.importers import imagefolder, own_data
+from coca_jax.importers import imagefolder, indexes, metadata, own_data, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -269,3 +269,45 @@ def test_a_packed_list_is_gone_through_few_times(tmp_path, monkeypatch):
     assert [unit.rows for unit in units] == [4, 4, 2]
     found = [one.item.key for unit in units for one in imagefolder.located(unit, Options())]
     assert found == [f"{n}.jpg" for n in range(10)]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "metadata.csv"])
+def test_an_image_that_was_corrected_beside_a_list_is_a_change(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+    names = [*(f"{n}.jpg" for n in range(3)), "gone.jpg"]
+    lines = [json.dumps(dict(file_name=one, text="x")) for one in names]
+    if name.endswith(".csv"):
+        lines = ["file_name,text", *(f"{one},x" for one in names)]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    path = str(folder if name == "metadata.csv" else folder / name)
+    format, out = formats.guess(path), str(tmp_path / "out")
+
+    def now():
+        return indexes.state_of_input(format, path, out, Options())
+
+    def seen():
+        return [record.image for record in unprepared.open_source(entry, "test")]
+
+    entry = dict(path=path, kind="caption")
+    if name != "metadata.csv":  # a folder is not indexed, and refuses a row whose image is gone
+        assert seen() == [picture(n) for n in range(3)]
+    first = now()
+    make(format, path, out, in_place=True)
+    about = (folder / "1.jpg").stat()
+    os.utime(folder / "1.jpg", (1, 1))
+    assert metadata.have_changed(first, now(), times=True)
+    assert not metadata.have_changed(first, now())
+    other = picture(7).ljust(about.st_size + 10, b"\0")
+    (folder / "1.jpg").write_bytes(other)
+    assert metadata.have_changed(first, now())
+    assert not metadata.have_changed(first[:65], now(), times=True)  # as it was kept once
+    if name != "metadata.csv":
+        assert seen() == [picture(0), other, picture(2)]
+    (folder / "1.jpg").write_bytes(picture(1))
+    assert not metadata.have_changed(first, now())
+    (folder / "gone.jpg").write_bytes(picture(4))
+    assert metadata.have_changed(first, now())

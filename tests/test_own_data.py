@@ -80,8 +80,9 @@ def test_a_flag_is_read_from_the_right(text, path, kind, weight):
 def test_flags_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="'labels' is none of caption, label, question"):
         own_data.parse(f"{tmp_path}:labels")
-    with pytest.raises(ValueError, match="the weight is a share of the batch, above 0"):
-        own_data.parse("x:label:0")
+    for weight in ("0", "inf"):
+        with pytest.raises(ValueError, match="weight is a share of the batch, above 0 and finite"):
+            own_data.parse(f"x:label:{weight}")
     with pytest.raises(ValueError, match="names no path"):
         own_data.parse(":label")
 
@@ -168,7 +169,9 @@ def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
         read = sources.open_source(str(tmp_path / format))
         assert {record.texts[0] for record in read} == texts
     with pytest.raises(ValueError, match="--out=.* is --input; give a folder of its own"):
-        splits.prepare("csv", str(listed), f"{listed}/")
+        splits.prepare("csv", str(listed), f"{listed}/.")
+    with pytest.raises(ValueError, match="--split=a/b: .* give one without '/'"):
+        splits.prepare("csv", str(listed), str(tmp_path / "new"), split="a/b")
     (listed / "list.csv").write_text("picture,words\n" + "".join(f"{i},red\n" for i in "012"))
     with pytest.raises(ValueError, match="give --image_field=NAME, one of picture, words"):
         splits.prepare("csv", str(listed), str(tmp_path / "new"), processes=1, progress=False)

@@ -10,13 +10,12 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from prepare_cases import encode, import_data, reasons_of, write_tar
+from prepare_cases import encode, import_data, write_tar
 
-from coca_jax.data import files, formats, image_files, images, prepared, sources
+from coca_jax.data import files, formats, image_files, images, sources
 from coca_jax.importers import (
     checks,
     imagefolder,
-    items,
     own_data,
     remarks,
     sidecars,
@@ -203,6 +202,22 @@ def test_a_validation_set_is_found_by_all_its_names(tmp_path):
         assert sorted(found) == [f"{name}/{i}.jpg" for name in ("bad", "ok") for i in range(3)]
 
 
+def test_a_split_that_folders_do_not_tell_is_refused(tmp_path):
+    in_folders(tmp_path / "a", ["train/ok", "train/bad", "val/ok", "dev/ok"])
+    there = "none of dev, train, val"
+    for split, why in (("test", there), ("trian", there), ("validation", "both dev and val")):
+        line = f"a: the split '{split}' is {why}, which are its folders; give --split"
+        with pytest.raises(ValueError, match=line):
+            brought("imagefolder", tmp_path / "a", tmp_path / "p", split)
+        with pytest.raises(ValueError, match=line):
+            unprepared.open_source(dict(path=str(tmp_path / "a")), split)
+    assert not (tmp_path / "p").exists()
+    counts = {"train": 6, "val": 3, "dev": 3, "Training": 6}
+    for split, count in counts.items():
+        assert len(brought("imagefolder", tmp_path / "a", tmp_path / split, split)) == count
+    assert len(unprepared.open_source(dict(path=str(tmp_path / "a/train")), "test")) == 6
+
+
 def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
     texts = {"red train": "a red train", "test tube": "a tube", "4": "a four"}
     for number, folder in enumerate(("train", "test", "validation", "testing/train")):
@@ -230,54 +245,6 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path):
     found = brought("webdataset", tmp_path / "all [1].tar", tmp_path / "of tar", in_place=True)
     assert len(found) == 4
     assert files.is_pattern(str(tmp_path / "photos [12]*"))
-
-
-def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
-    in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
-    brought("imagefolder", tmp_path / "a", tmp_path / "p")
-    line = "2 of 3 class names, from folders, have the word of a split (images, train2017, images"
-    assert line in capsys.readouterr().err
-    brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
-    assert capsys.readouterr().err == ""
-
-
-def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_path, capsys):
-    def labels(folder, class_names):
-        out = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
-        found = brought("imagefolder", folder, out, class_names=class_names)
-        listed = prepared.read_manifest(str(out))["class_names"]
-        return sorted({labels[0] for _, labels in found.values()}), listed, reasons_of(out)
-
-    numbered = in_folders(tmp_path / "numbered", "012", count=1)
-    names = ("cat", "dog", "bird")
-    assert labels(numbered, names) == (["bird", "cat", "dog"], list(names), {})
-    assert labels(numbered, names[:2]) == (["cat", "dog"], ["cat", "dog"], {"2/0.jpg": "bad_label"})
-    (tmp_path / "0").mkdir()
-    import_data("imagefolder", numbered, tmp_path / "0/raw")
-    import_data("prepared", tmp_path / "0/raw", tmp_path / "0/named", class_names=names)
-    assert prepared.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
-    renamed = sources.open_source(str(tmp_path / "0/named"))
-    assert [record.labels for record in renamed] == [(name,) for name in names]
-    (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
-    lines = items.read_class_names(str(tmp_path / "0/list.txt"))
-    of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
-    listed = ["tench, Tinca tinca", "goldfish"]
-    assert labels(of_imagenet, lines) == (sorted(listed), listed, {})
-    capsys.readouterr()
-    ids = ["n01440764", "n01443537"]
-    assert labels(of_imagenet, names) == (ids, ids, {})
-    line = "its 3 names (cat, dog, bird) apply to none of the labels (n01440764, n01443537)"
-    assert line in capsys.readouterr().err
-
-
-def test_numbers_as_tables_write_them_are_classes(tmp_path, capsys):
-    beside(tmp_path / "a", dict.fromkeys("012"))
-    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n2.jpg,0.5\n")
-    found = brought("imagefolder", tmp_path / "a", tmp_path / "p", class_names=("cat", "dog"))
-    assert [labels for _, labels in found.values()] == [("dog",), ("cat",), ("0.5",)]
-    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n")
-    brought("imagefolder", tmp_path / "a", tmp_path / "q")
-    assert "class names are numbers (0.0, 1.0, ...)" in capsys.readouterr().err
 
 
 def test_texts_called_caption_are_read(tmp_path):

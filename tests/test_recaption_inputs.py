@@ -15,7 +15,7 @@ from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared, teachers
 from coca_jax.data.records import Record
 from coca_jax.importers import metadata, splits, webdataset
-from coca_jax.importers.items import Item, Options, Unit
+from coca_jax.importers.items import Drawn, Item, Options, Unit
 from coca_jax.recaptioning import choose, flags, shard, whole, writers
 from coca_jax.recaptioning.request import Request
 
@@ -250,10 +250,11 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
         (tmp_path / name).write_bytes(encoded(number))
     splits.prepare("imagefolder", "f", "p", processes=1, progress=False)
     told = metadata.read_manifest("p")
+    told["splits"]["train"]["drawn"] = dict(holdouts=2, seeds=[3])
     metadata.write("p", told | dict(class_names=["dog", "cat"]))
-    for format, input, names in (
-        ("imagefolder", "f", ["cat", "dog"]),
-        ("prepared", "p", ["dog", "cat"]),
+    for format, input, names, drawn in (
+        ("imagefolder", "f", ["cat", "dog"], Drawn()),
+        ("prepared", "p", ["dog", "cat"], Drawn(2, (3,))),
     ):
         request = asked(input, f"out-{format}", format, to="array_record")
         (job,) = jobs = whole.plan(request)
@@ -269,6 +270,7 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
         manifest = metadata.read_manifest(request.out)
         assert manifest["class_names"] == names
         assert manifest["splits"]["train"]["with_label"] == 2
+        assert metadata.drawn(manifest["splits"]["train"]) == drawn
         records = prepared.open_split(request.out, "train").read([0, 1])
         assert [record.labels for record in records] == [("cat",), ("dog",)]
 

@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from in_place_cases import make, write_tar
 
 from coca_jax.data import prepared, random_access, records, shard_cache
 
@@ -119,3 +120,13 @@ def test_a_limit_that_is_none_is_refused(bucket, monkeypatch):
         with pytest.raises(ValueError, match=f"COCA_JAX_SHARD_CACHE_GIB={text}: give the GiB"):
             _read(bucket[0])
     assert _read("/proc/self/comm")  # a local file is no copy
+
+
+def test_a_limit_that_is_none_is_refused_before_any_record(bucket, tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", 0, 2)
+    make("webdataset", tmp_path / "a.tar", tmp_path / "p", in_place=False)
+    fsspec.filesystem("memory").put(f"{tmp_path}/p/", "/shards/p/", recursive=True)
+    monkeypatch.setenv(shard_cache.LIMIT, "much")
+    with pytest.raises(ValueError, match="COCA_JAX_SHARD_CACHE_GIB=much: give the GiB"):
+        prepared.open_split("memory://shards/p", "train")
+    assert len(prepared.open_split(str(tmp_path / "p"), "train")) == 2

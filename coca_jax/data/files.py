@@ -12,6 +12,7 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from coca_jax import local_files
 from coca_jax.data import unreachable
 from coca_jax.storage import as_os_error, filesystem, is_remote
 
@@ -35,7 +36,12 @@ def join(folder: str, name: str) -> str:
 
 def absolute(path: str) -> str:
     """The path of a file or folder here from the root on; a URL as it is."""
-    return path if is_remote(path) else os.path.abspath(path.removeprefix("file://"))
+    return path if is_remote(path) else os.path.abspath(local_files.plain(path))
+
+
+def real(path: str) -> str:
+    """`absolute` with symbolic links followed: two spellings of a folder here are one."""
+    return path if is_remote(path) else os.path.realpath(absolute(path))
 
 
 def exists(path: str) -> bool:

@@ -18,7 +18,8 @@ def read(path: str) -> dict[str, Any] | None:
     Returns:
         class_names: list of texts; splits: name -> {count, with_text, with_label, shards}, shards
         being a list of {file, count, bytes, sha256}, of an index also root: the folder or URL of
-        the data that are read in place; and what else was written.
+        the data that are read in place; of later versions also classes, a list of texts, and drawn,
+        {holdouts, seeds}; and what else was written.
 
     Raises:
         ValueError: it is damaged, or names files that are not in the folder.
@@ -62,6 +63,12 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
             raise ValueError(f"shard {file!r} of split {name!r} has no checksum")
     if not isinstance(split.get("root", ""), str):
         raise ValueError(f"the root of split {name!r} is no text")
+    if not _is_list(split.get("classes", []), str):
+        raise ValueError(f"the classes of split {name!r} are no list of texts")
+    drawn = split.get("drawn", {"holdouts": 0, "seeds": []})
+    holdouts = drawn.get("holdouts") if isinstance(drawn, dict) else None
+    if not (_is_count(holdouts) and holdouts < 1 << 32 and _is_list(drawn.get("seeds"), int)):
+        raise ValueError(f"what was drawn of split {name!r} is no count and seeds: {drawn!r}"[:300])
     told = [split.get(key) for key in _COUNTS]
     total = sum(shard["count"] for shard in shards)
     if not all(map(_is_count, told)) or told[0] != total or max(told) > total:

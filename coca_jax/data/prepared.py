@@ -65,8 +65,10 @@ def open_split(path: str, split: str) -> Source:
 
     Raises:
         FileNotFoundError: the folder or one of its shards is missing.
-        ValueError: no such split, or a shard has another size than the manifest says.
+        ValueError: no such split, or a shard has another size than the manifest says; or the
+            bound of the copies of remote files is no number.
     """
+    path = local_files.plain(path)
     splits = read_manifest(path)["splits"]
     if split not in splits:
         raise ValueError(f"data source {path}: no split {split!r}; it has {sorted(splits)}")
@@ -80,6 +82,8 @@ def open_split(path: str, split: str) -> Source:
                 f"data source {path}: {shard['file']} has {files.size(file)} bytes, the "
                 f"manifest says {shard['bytes']}; prepare it again"
             )
+    if any(map(files.is_remote, (path, splits[split].get("root", "")))):
+        shard_cache.limit()  # is refused here, not as an image that cannot be read
     counts = [shard["count"] for shard in shards]
     read: Reader = ArrayRecordFiles(paths, counts)
     if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:

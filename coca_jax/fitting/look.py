@@ -98,7 +98,7 @@ class Scan:
         ) as shown:
             for item in shown:
                 if self._add(item):
-                    places.append(checks.place(item.image))
+                    places.append(checks.place(item.image, item.drawn.holdouts))
         self.places = np.asarray(places)
         self.facts = self._facts()
 

@@ -23,7 +23,7 @@ def wanted(item: Item, options: Options) -> str:
     its fields are known, with those that have the wanted values.
     """
     if options.holdout:
-        held = not item.problem and is_held_out(item.image, options.holdout)
+        held = not item.problem and is_held_out(item.image, options.holdout, item.drawn.holdouts)
         if held != options.held_out:
             return "held_out" if held else "not_held_out"
     for field, values in options.where:
@@ -34,19 +34,24 @@ def wanted(item: Item, options: Options) -> str:
         return ""
     if options.sample < 1.0:
         digest = sum(order.key(*item.key.encode()).tolist())
-        if order.uniform(order.key(options.seed, digest & (2**63 - 1)), 1)[0, 0] >= options.sample:
+        again = item.drawn.seeds.count(options.seed)
+        key = order.key(options.seed, digest & (2**63 - 1), *([again] if again else []))
+        if order.uniform(key, 1)[0, 0] >= options.sample:
             return "sample"
     return ""
 
 
-def is_held_out(image: bytes, share: float) -> bool:
-    """Whether an encoded image is among the share that is held out: a function of its bytes."""
-    return place(image) < share
+def is_held_out(image: bytes, share: float, earlier: int = 0) -> bool:
+    """Whether an encoded image is among the share that is held out: a function of its bytes, and of
+    how many holdouts there were before."""
+    return place(image, earlier) < share
 
 
-def place(image: bytes) -> float:
-    """Where the bytes of an image put it, uniformly in [0, 1)."""
-    digest = hashlib.blake2b(image, digest_size=8, person=b"holdout").digest()
+def place(image: bytes, earlier: int = 0) -> float:
+    """Where the bytes of an image put it, uniformly in [0, 1); after holdouts, which leave a part
+    of that, elsewhere."""
+    salt = earlier.to_bytes(8, "little")
+    digest = hashlib.blake2b(image, digest_size=8, person=b"holdout", salt=salt).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -41,7 +41,8 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
-        ValueError: two files of metadata in one folder, or fields are named where there are none.
+        ValueError: two files of metadata in one folder, or fields are named where there are none;
+            or the folders are splits, and none or several of them are this one.
     """
     if not files.is_remote(path) and not files.exists(path):
         raise FileNotFoundError(f"{path}: no such folder")
@@ -105,13 +106,27 @@ def splits(path: str) -> list[str]:
 
 
 def _folder_of(path: str, split: str) -> str:
-    """The folder with the images of a split: where no folder is one, the whole."""
-    folders, wanted = _split_folders(path), files.SPLITS.get(split.lower())
-    same = [folder for name, folder in folders.items() if files.SPLITS[name] == wanted]
-    if split in folders or len(same) == 1:
-        return folders.get(split) or same[0]
+    """The folder with the images of a split; the whole for '', and where no folder is a split.
+
+    Raises ValueError where folders are splits, and none or several of them are this one.
+    """
+    folders = _split_folders(path) if split else {}
+    if split in folders:
+        return folders[split]
+    wanted = files.SPLITS.get(split.lower())
+    same = sorted(name for name in folders if files.SPLITS[name] == wanted)
+    if len(same) == 1:
+        return folders[same[0]]
     inner = files.join(path, split)
-    return inner if split and not wanted and files.exists(inner) else path
+    if split and not wanted and files.exists(inner):
+        return inner
+    if folders:
+        why = f"both {' and '.join(same)}" if same else f"none of {', '.join(sorted(folders))}"
+        raise ValueError(
+            f"{path}: the split {split!r} is {why}, which are its folders; give --split one of "
+            "them, or the folder to read as --input"
+        )
+    return path
 
 
 def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, str]:

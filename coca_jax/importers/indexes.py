@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax import cache_folder
+from coca_jax import cache_folder, local_files
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, formats, manifest, references
+from coca_jax.data import files, formats, manifest, named_files, references
 from coca_jax.importers import in_place, metadata, shards, split_field, splits
-from coca_jax.importers.items import Options, Unit
+from coca_jax.importers.items import Options, Unit, whole_files
 from coca_jax.storage import write_bytes
 
 
@@ -43,7 +43,8 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
     needed = [sources[number] for number in numbers]
-    outs = places(workdir, [(e.path, e.split or "train", e.image_field) for e in needed])
+    read = [(e.path, e.split or "train", *_fields(e).values()) for e in needed]
+    outs = places(workdir, read)
     for number, out in zip(numbers, outs):
         entry = sources[number]
         split = entry.split or "train"
@@ -55,7 +56,7 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
             _make(input, split, out, options)
         while split not in (manifest.read(out) or {"splits": {}})["splits"]:
             time.sleep(1)
-        sources[number] = dataclasses.replace(entry, path=out, split=split, image_field="")
+        sources[number] = dataclasses.replace(of_index(entry, out, split), split=split)
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
@@ -102,13 +103,15 @@ def cached(entry: Entry, split: str) -> str:
     return str(out)
 
 
-def _kept(path: str, split: str, options: Options) -> pathlib.Path:
+def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pathlib.Path:
     """The place in the cache folder of what is told of a split, as these options read it: another
-    one where they or the files are others."""
+    one where they or the files are others, images=False: those that rows name left out."""
     format = formats.guess(path)
     _check(path, format)
     units = shards.importer(format).plan(path, split, options)
     mark = [format, path, split, dataclasses.asdict(options), _files(_paths(units))]
+    if named := images and _state_of_named(format, units, options):
+        mark.append(named)
     folder = cache_folder.folder() / "indexes"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder / _digest(mark)
@@ -123,7 +126,7 @@ def told(entry: Entry) -> tuple[list[str], split_field.Told | None]:
     names = splits.splits_of(formats.guess(path), path)
     if names or split_field.FIELD in entry.where:
         return names, None
-    kept = str(_kept(path, "", options)) + ".split.json"
+    kept = str(_kept(path, "", options, images=False)) + ".split.json"
     if not files.exists(kept):
         found = split_field.told(formats.guess(path), path, options)
         write_bytes(kept, json.dumps(found and dataclasses.asdict(found)).encode())
@@ -145,11 +148,29 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
     if not there or files.absolute(there["input"]) != files.absolute(entry.path):
         return None
     where = tuple((field, tuple(values)) for field, values in there["options"].get("where", ()))
-    return there["input"], dataclasses.replace(_options(entry), where=where)
+    made_by = {key: there["options"].get(key, "") for key in _fields(entry)}
+    return there["input"], dataclasses.replace(_options(entry), where=where, **made_by)
+
+
+def of_index(entry: Entry, out: str, split: str) -> Entry:
+    """The entry that reads the index of its data in `out`, whose texts and labels are those of its
+    fields already, but for fields that the index was not made by."""
+    made_by = metadata.read_manifest(out)["splits"][split]["request"]["options"]
+    taken = (key for key in _fields(entry) if made_by.get(key, "") == getattr(entry, key))
+    changes: dict[str, Any] = dict.fromkeys(taken, "")
+    return dataclasses.replace(entry, path=out, **changes)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    """The fields by which an index of an entry's data is made; not those that `where` has values
+    of, which stay what they are in its records."""
+    names = dict(text_field=entry.text_field, label_field=entry.label_field)
+    chosen = {key: "" if name in dict(entry.where) else name for key, name in names.items()}
+    return chosen | dict(image_field=entry.image_field)
 
 
 def _options(entry: Entry) -> Options:
-    return Options(image_field=entry.image_field, in_place=True)
+    return Options(in_place=True, **_fields(entry))
 
 
 def _is_read(name: str) -> bool:
@@ -187,18 +208,50 @@ def _about(path: str, info: Mapping[str, Any]) -> tuple[str, int, str, str]:
     return path, int(info.get("size") or 0), checksum, "" if checksum else str(info.get("mtime"))
 
 
-def state(format: str, out: str, units: list[Unit]) -> str:
+def state(format: str, out: str, options: Options, units: list[Unit]) -> str:
     """What tells whether the files of some units have changed since `out` was written, short enough
     to be kept there: a digest of what they are, and behind a '-' one that has their times too,
-    which a copy on another machine changes. '' for those that are not files here or in a bucket, or
-    where `out` lies in a folder of theirs, which it changes itself."""
+    which a copy on another machine changes; the same two of the images that rows of lists name. ''
+    for those that are not files here or in a bucket, or where `out` lies in a folder of theirs,
+    which it changes itself."""
     if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
         return ""
     above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
-    if (out if files.is_remote(out) else os.path.abspath(out)).startswith(above):
+    if files.absolute(out).startswith(above):
         return ""
     found = _files(_paths(units))
-    return f"{_digest([file[:3] for file in found])}-{_digest(found)}"
+    own = f"{_digest([file[:3] for file in found])}-{_digest(found)}"
+    named = _state_of_named(format, units, options)
+    return f"{own}-{named}" if named else own
+
+
+def _state_of_named(format: str, units: list[Unit], options: Options) -> str:
+    """The digests of `state` of the local images that rows of lists name; '' where there are none.
+    To ask for each of those in a bucket would take as long as to read them."""
+    module, count = shards.importer(format), 0
+    what, when = (hashlib.blake2b(digest_size=16) for _ in range(2))
+    here = [unit for unit in whole_files(units) if not files.is_remote(unit.path)]
+    lists = [unit for unit in here if not os.path.isdir(files.absolute(unit.path))]
+    for unit in lists if hasattr(module, "located") else ():
+        roots = (unit.root or posixpath.dirname(unit.path), *options.allow_paths)
+        for one in module.located(unit, options):
+            for name in filter(None, (one.name, one.second)):
+                if not files.is_remote(files.join(one.folder, name)):
+                    size, time_ns = _stamp(one.folder, name, roots)
+                    what.update(f"{name!r} {size}\n".encode())
+                    when.update(f"{name!r} {size} {time_ns}\n".encode())
+                    count += 1
+    return f"{what.hexdigest()}-{when.hexdigest()}" if count else ""
+
+
+def _stamp(folder: str, name: str, roots: Sequence[str]) -> tuple[int, int]:
+    """The size and time of a file that a row names; (-1, 0) where none is there."""
+    try:
+        found = local_files.stamp(files.join(folder, name))
+        found = found or local_files.stamp(named_files.resolve(folder, name, roots))
+    except (OSError, ValueError):
+        found = None
+    return found or (-1, 0)
 
 
 def state_of_place(path: str, suffixes: Sequence[str] = ("",), but: Sequence[str] = ()) -> str:
@@ -223,7 +276,8 @@ def state_of_input(
     """`state` of an input, or of a split of it. Raises as `plan`."""
     if format not in in_place.FORMATS:  # of which some have no split ''
         return ""
-    return state(format, out, shards.importer(format).plan(input, read_split, options))
+    units = shards.importer(format).plan(input, read_split, options)
+    return state(format, out, options, units)
 
 
 def refuse_changed(input: str, out: str, now: str) -> None:
@@ -236,7 +290,7 @@ def refuse_changed(input: str, out: str, now: str) -> None:
                 f"{input} has changed since its index was made in {out}; use a new --workdir, "
                 f"restore it, or name {out} in its place to go on without the change"
             )
-        if now and before != now:
+        if now and metadata.have_changed(before, now, times=True):
             print(
                 f"{input}: its files have other times than when its index was made in {out}, and "
                 "the same names and sizes; if they were corrected, use a new --workdir",
@@ -263,5 +317,5 @@ def _make(path: str, split: str, out: str, options: Options) -> None:
         line = f"{path} lies on this machine: importing it into {out}"
     if not files.exists(files.join(out, manifest.FILE)):
         print(line, file=sys.stderr, flush=True)
-    keep = functools.partial(state, format, out)
+    keep = functools.partial(state, format, out, options)
     splits.prepare(format, path, out, split=split, options=options, state=keep)

@@ -92,10 +92,19 @@ class Unit:
     offset: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn of data before, one of the other: how many holdouts, and the seeds of samples.
+    What is drawn next does not fall on the same side again."""
+
+    holdouts: int = 0
+    seeds: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass
 class Item:
     """An example as found. `problem` says why it cannot be used, for the quarantine list; `span`
-    and `second_span` where its images lie, where that can be said."""
+    and `second_span` where its images lie, where that can be said; `drawn` what it is left of."""
 
     key: str
     image: bytes = b""
@@ -107,6 +116,7 @@ class Item:
     second: bytes = b""  # the other image of a pair
     span: Span | None = None
     second_span: Span | None = None
+    drawn: Drawn = Drawn()
 
 
 def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> list[Unit]:

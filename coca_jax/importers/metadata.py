@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from coca_jax import local_files
 from coca_jax.data import files, manifest
+from coca_jax.importers.items import Drawn
 from coca_jax.storage import write_bytes
 
 MANIFEST = manifest.FILE
@@ -21,14 +25,50 @@ _IMAGE = {
 }
 
 
-def have_changed(before: str, now: str) -> bool:
-    """Whether two states (`indexes.state`) are of other files, and not of other times alone."""
-    return before.partition("-")[0] != now.partition("-")[0]
+def have_changed(before: str, now: str, *, times: bool = False) -> bool:
+    """Whether two states (`indexes.state`) are of other files, or with `times` of other times. What
+    one of them does not tell, as those of earlier versions, is taken for the same."""
+    pairs = list(zip(before.split("-"), now.split("-")))
+    return any(one != other for one, other in (pairs if times else pairs[::2]))
 
 
 def read_manifest(out: str) -> dict[str, Any]:
     """The manifest of a folder, or an empty one. Raises ValueError where it is damaged."""
     return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}
+
+
+@contextlib.contextmanager
+def changing(out: str) -> Iterator[dict[str, Any]]:
+    """The manifest of a folder that is there, to be changed inside, and written at the end: nobody
+    else changes it meanwhile, but in a bucket, which knows no locks. Raises as `read_manifest`."""
+    with contextlib.nullcontext() if files.is_remote(out) else local_files.alone_in(out):
+        told = read_manifest(out)
+        yield told
+        write(out, told)
+
+
+def drawn(split: Mapping[str, Any]) -> Drawn:
+    """What was drawn until a split of a manifest was left; of one of earlier versions, which did
+    not count, by its own request."""
+    if "drawn" in split:
+        return Drawn(split["drawn"]["holdouts"], tuple(split["drawn"]["seeds"]))
+    return with_drawn(Drawn(), split.get("request", {}).get("options", {}))
+
+
+def with_drawn(before: Drawn, options: Mapping[str, Any]) -> Drawn:
+    """What was drawn after an import with these options of data of which `before` was."""
+    seeds = [options.get("seed", 0)] if options.get("sample", 1.0) < 1.0 else []
+    return Drawn(before.holdouts + bool(options.get("holdout")), (*before.seeds, *seeds))
+
+
+def class_names(told: dict[str, Any], split: str, seen: set[str]) -> list[str]:
+    """The class names of all splits, `seen` being those of `split`, which may be there as another.
+    Of splits that do not list theirs, as they did not once, all that there are may be theirs."""
+    names = set(seen)
+    for name, other in told["splits"].items():
+        if name != split:
+            names.update(other.get("classes", told["class_names"] if other["with_label"] else ()))
+    return sorted(names)
 
 
 def write(out: str, told: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ class Named:
 def parse(text: str) -> Named:
     """PATH, PATH:KIND or PATH:KIND:WEIGHT; read from the right, as URLs and paths have colons.
 
-    Raises ValueError for an unknown kind behind a path that is there, or a weight of 0 or below.
+    Raises ValueError for an unknown kind behind a path that is there, or a weight that is
+    not above 0, or not finite.
     """
     path, kind, weight = text, "", 1.0
     before, _, last = text.rpartition(":")
@@ -50,8 +51,8 @@ def parse(text: str) -> Named:
         )
     if not path:
         raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
-    if not weight > 0:
-        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
     return Named(path, kind, weight)
 
 
@@ -239,8 +240,8 @@ def bring_in(
         _remove_empty(out)
         raise ValueError(
             f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
-            f"for the scores, which leaves none of {error.read} for the split {error.split!r}; "
-            "give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
+            f"for the scores, which leaves none of {error.read} for the split {error.split!r}"
+            f"{error.why}; give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
             f"--input={shlex.quote(found.input)}` writes"
         ) from None
     except (ValueError, OSError):

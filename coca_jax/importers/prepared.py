@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 
 from coca_jax.data import prepared
-from coca_jax.importers.items import Item, Options, Unit, names, split_units, strings
+from coca_jax.importers import metadata
+from coca_jax.importers.items import Drawn, Item, Options, Unit, names, split_units, strings
 
 ROWS_PER_UNIT = 4096
 
@@ -39,14 +40,21 @@ def declared_classes(unit: Unit, options: Options) -> list[str]:
     return list(prepared.read_manifest(unit.path.rpartition("@")[0])["class_names"])
 
 
+def drawn(unit: Unit) -> Drawn:
+    """What was drawn of the data until the split was left."""
+    path, _, split = unit.path.rpartition("@")
+    return metadata.drawn(prepared.read_manifest(path)["splits"][split])
+
+
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The records of a range, in their order."""
     path, _, split = unit.path.rpartition("@")
-    source = prepared.open_split(path, split)
+    source, before = prepared.open_split(path, split), drawn(unit)
     for start in range(unit.start, unit.stop, 256):
         for record in source.read(range(start, min(start + 256, unit.stop))):
             extra = json.loads(record.extra) if record.extra else {}
-            item = Item(record.key, record.image, record.texts, record.labels, second=record.second)
+            item = Item(record.key, record.image, record.texts, record.labels)
+            item.second, item.drawn = record.second, before
             if options.text_field:
                 try:
                     item.texts = strings(extra.pop(options.text_field, None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ def _overlap(source: Entry, asked: Entry) -> bool:
     if _place(source) == _place(asked):
         return (source.split or "train") == asked.split
     made = _made_of(source)
-    if not asked.path or not made or _real(made["input"]) != _real(asked.path):
+    if not asked.path or not made or files.real(made["input"]) != files.real(asked.path):
         return False
     names, by_field = unprepared.told(asked) or ([], None)
     split, where = split_field.split_of(asked.split), dict(asked.where)
@@ -46,11 +45,7 @@ def held_out(source: Entry) -> str:
 
 
 def _place(entry: Entry) -> tuple[str, ...]:
-    return (_real(entry.path), entry.tfds, entry.seqio)
-
-
-def _real(path: str) -> str:
-    return path if not path or files.is_remote(path) else os.path.realpath(files.absolute(path))
+    return (entry.path and files.real(entry.path), entry.tfds, entry.seqio)
 
 
 def _made_of(source: Entry) -> dict[str, Any]:

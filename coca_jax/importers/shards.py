@@ -22,7 +22,7 @@ from coca_jax import storage
 from coca_jax.data import files, images, records, unreachable
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, dedup, in_place, remarks
-from coca_jax.importers.items import Item, Options, Unit, printable
+from coca_jax.importers.items import Drawn, Item, Options, Unit, printable
 
 MODULES = {
     "imagefolder": "imagefolder",
@@ -76,6 +76,12 @@ def importer(name: str) -> Any:
     if name not in MODULES:
         raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
     return importlib.import_module(f"coca_jax.importers.{MODULES[name]}")
+
+
+def drawn_before(job: Job) -> Drawn:
+    """What was drawn of a job's data before they were its input, as far as they tell."""
+    of_data = getattr(importer(job.format), "drawn", None)
+    return of_data(job.units[0]) if of_data else Drawn()
 
 
 def read_items(job: Job) -> Iterator[Item]:

@@ -14,26 +14,33 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from coca_jax import storage
+from coca_jax import local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
-from coca_jax.importers import in_place, metadata, remarks, shards
+from coca_jax.importers import asked, in_place, metadata, remarks, shards
 from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
 _ROWS_PER_SHARD = 16_384
+_HARDLY = 1e-3  # a chance
 State = Callable[[list[Unit]], str]
 
 
 class EmptySide(ValueError):
-    """A holdout that leaves none of `read` images for `split`."""
+    """A holdout that leaves none of `read` images for `split`; `why` says what that comes from
+    where it is hardly chance, else ''."""
 
-    def __init__(self, input: str, share: float, read: int, split: str):
+    def __init__(self, request: dict[str, Any], read: int, split: str, filtered: Mapping[str, int]):
+        share, held = request["options"]["holdout"], request["options"]["held_out"]
+        by_hash = filtered == {"not_held_out" if held else "held_out": read}
+        self.read, self.split, self.why = read, split, ""
+        if by_hash and (1 - share if held else share) ** read < _HARDLY:
+            side, fix = ("left", "larger") if held else ("took", "smaller")
+            self.why = f", as they are equal or what an earlier holdout {side} (try a {fix} share)"
         super().__init__(
-            f"--input={input}: a holdout of {share:.3g} leaves none of {read} images for the split "
-            f"{split!r}; give another share"
+            f"--input={request['input']}: a holdout of {share:.3g} leaves none of {read} images "
+            f"for the split {split!r}{self.why}; give another share"
         )
-        self.read, self.split = read, split
 
 
 def splits_of(format: str, input: str) -> list[str]:
@@ -78,11 +85,13 @@ def prepare_with_holdout(
     """
     if not 0 < share < 1:
         raise ValueError(f"--holdout={share}: give a share of the images, above 0 and below 1")
-    split = keywords.pop("split", "train")
+    out, split = local_files.plain(str(out)), keywords.pop("split", "train")
     if split == held_split:
         raise ValueError(f"--split={split} is what --holdout writes; give another --split")
     options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
     keywords.setdefault("read_split", split)
+    if not keywords.get("overwrite"):  # before the one is written that others must go with
+        asked.is_there(out, split, asked.request(format, str(input), options))
     apart = dataclasses.replace(options, held_out=True)
     beside, work = (split, options), files.join(out, f".unfinished-{split}")
     known = files.exists(work)
@@ -149,16 +158,15 @@ def prepare(
             this split, or an unfinished import of it, of other options or of files changed since.
     """
     module, options = shards.importer(format), options or Options()
-    _check_place(str(input), str(out))
+    out = local_files.plain(str(out))
+    _check_place(str(input), out, split)
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
     manifest = metadata.read_manifest(out)
-    request = _request(format, str(input), options)
-    if split in manifest["splits"] and not overwrite:
-        if _whole(manifest["splits"][split].get("request")) == request:
-            return _summary(out, split, manifest)
-        why = f"--out={out} already holds a split {split!r} made with other options"
-        raise ValueError(f"{why}; give --overwrite, or another --out or --split")
+    request = asked.request(format, str(input), options)
+    if not overwrite and asked.is_there(out, split, request):
+        return _summary(out, split, manifest)
+    asked.refuse_held_out(out, request)
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
     tell_of_no_split(module, str(input), manifest["splits"])
@@ -180,18 +188,14 @@ def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
     return named_classes(tuple(found))[0]
 
 
-def _check_place(input: str, out: str) -> None:
-    """Raises ValueError for a folder that cannot be written to."""
-    if files.filesystem(input) == files.filesystem(out):
+def _check_place(input: str, out: str, split: str) -> None:
+    """Raises ValueError for a folder that cannot be written to, or a split that names no file."""
+    if not split or "/" in split or split.startswith("."):
+        raise ValueError(f"--split={split}: files begin with its name; give one without '/'")
+    if files.filesystem(files.real(input)) == files.filesystem(files.real(out)):
         raise ValueError(f"--out={out} is --input; give a folder of its own")
     if not out.isascii() and printable(out) != out:
         raise ValueError(f"--out={printable(out)}: the name of the folder is not UTF-8")
-
-
-def _request(format: str, input: str, options: Options) -> dict[str, Any]:
-    """What is asked for, as JSON has it."""
-    request = {"format": format, "input": input, "options": dataclasses.asdict(options)}
-    return json.loads(json.dumps(request))
 
 
 def _with_twins(
@@ -204,12 +208,12 @@ def _with_twins(
     path = files.join(work, "plan.json")
     groups = [[dataclasses.asdict(unit) for unit in job.units] for job in jobs]
     groups = json.loads(json.dumps(groups))  # as they are read again, without tuples
-    request = _request(jobs[0].format, input, options)
+    request = asked.request(jobs[0].format, input, options)
     if not files.exists(path):
         plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
         storage.write_bytes(path, json.dumps(plan).encode())
     plan = json.loads(files.read(path))
-    if _whole(plan["request"]) != request or plan["groups"] != groups:
+    if asked.whole(plan["request"]) != request or plan["groups"] != groups:
         return jobs  # the call for that split says what is wrong
     twins = [dataclasses.replace(job, options=options, work=work) for job in jobs]
     return [
@@ -235,7 +239,7 @@ def plan(
     path = files.join(work, "plan.json")
     if not anew and files.exists(path):
         kept = json.loads(files.read(path))
-        if _whole(kept["request"]) != request:
+        if asked.whole(kept["request"]) != request:
             raise ValueError(f"{work} is an unfinished import with other options; remove it")
         groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
         before, now = kept.get("state"), state([unit for group in groups for unit in group])
@@ -261,14 +265,6 @@ def plan(
         shards.Job(number, tuple(group), format, options, work, root)
         for number, group in enumerate(groups)
     ]
-
-
-def _whole(request: Any) -> dict[str, Any]:
-    """A request with the options that were not there when it was written; {} for none."""
-    if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
-        return {}
-    defaults = json.loads(json.dumps(dataclasses.asdict(Options())))
-    return request | {"options": defaults | request["options"]}
 
 
 def _group(units: Sequence[Unit], shard_count: int) -> list[list[Unit]]:
@@ -305,15 +301,12 @@ def _finish(
     entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
-    manifest = metadata.read_manifest(out)
     seen = {label for account in accounts for label in account["classes"]}
     if request["options"]["class_names"] and seen and not seen & set(classes):
         print(remarks.of_no_class(seen, classes), file=sys.stderr)
         classes = []
-    if not classes:
-        classes = sorted(seen | set(manifest["class_names"]))
-    manifest["class_names"] = classes
-    manifest["splits"][split] = dict(
+    drawn = metadata.with_drawn(shards.drawn_before(jobs[0]), request["options"])
+    told = dict(
         count=written,
         with_text=sum(account["with_text"] for account in accounts),
         with_label=sum(account["with_label"] for account in accounts),
@@ -322,12 +315,21 @@ def _finish(
         filtered=dict(filtered),
         shards=entries,
         request=request,
+        classes=classes or sorted(seen),
+        drawn=dataclasses.asdict(drawn),
     )
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
-        manifest["splits"][split]["state"] = state
+        told["state"] = state
     if jobs[0].root:
-        manifest["splits"][split]["root"] = in_place.told_root(jobs[0].root, out)
-    metadata.write(out, manifest)
+        told["root"] = in_place.told_root(jobs[0].root, out)
+    with metadata.changing(out) as manifest:
+        manifest["class_names"] = classes or metadata.class_names(manifest, split, seen)
+        manifest["splits"][split] = told
+    shard = re.compile(rf"{re.escape(split)}-\d{{5,}}-of-\d{{5,}}\.array_record")
+    kept = {entry["file"] for entry in entries}
+    for name in files.listing(out):  # of the split that was there before
+        if shard.fullmatch(name) and name not in kept:
+            storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
     for line in remarks.of_split(out, split, manifest, accounts):
@@ -347,7 +349,7 @@ def _refuse_empty(
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
-        raise EmptySide(request["input"], request["options"]["holdout"], read, split)
+        raise EmptySide(request, read, split, filtered)
     input = request["input"]
     beside = remarks.pictures_beside(input, request["format"])
     raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)

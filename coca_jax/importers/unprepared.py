@@ -133,7 +133,7 @@ def _placed(entry: Entry, split: str) -> Entry:
     """The entry, whose path is an index of its data where they are not prepared."""
     if not indexes.is_needed(entry):
         return entry
-    return dataclasses.replace(entry, path=indexes.cached(entry, split), image_field="")
+    return indexes.of_index(entry, indexes.cached(entry, split), split)
 
 
 def _options(entry: Entry) -> Options:

@@ -11,6 +11,7 @@ OUT/quarantine.jsonl         images that could not be used, and why
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -154,6 +155,7 @@ def _manifest(
     counts = ("read", "count", "with_text", "with_label")  # older accounts lack the last
     split: dict[str, Any] = {key: sum(one.get(key, 0) for one in accounts) for key in counts}
     split |= dict(shards=entries, filtered={}, quarantined={})
+    split["drawn"] = dataclasses.asdict(shards.drawn_before(jobs[0]))
     module = shards.importer(request.format)
     classes = splits.declared_classes(module, jobs[0].units[0], jobs[0].options)
     classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})

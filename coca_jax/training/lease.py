@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from coca_jax import storage
+from coca_jax import local_files, storage
 from coca_jax.training import stopping
 
 FILE = "lease.json"
@@ -114,7 +114,9 @@ class Lease:
 
     def acquire(self) -> None:
         """Takes the lease and keeps it. Raises Held when a process that lives has it."""
-        with self._alone():
+        folder = self._path.parent
+        # A bucket knows no locks.
+        with contextlib.nullcontext() if self._remote else local_files.alone_in(folder):
             self._wait_for_the_dead()
             self._write()
         if self._remote:
@@ -123,19 +125,6 @@ class Lease:
                 raise Held(self._refusal(owner))
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other process of a shared disk looks and writes; a bucket knows no locks."""
-        with contextlib.ExitStack() as stack:
-            if not self._remote:
-                with contextlib.suppress(OSError, ImportError):  # not on every network disk
-                    import fcntl
-
-                    folder = os.open(self._path.parent, os.O_RDONLY)
-                    stack.callback(os.close, folder)
-                    fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
 
     def _wait_for_the_dead(self) -> None:
         """Returns when nobody has the lease, at once or once its owner has missed its beats."""

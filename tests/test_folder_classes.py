@@ -1,0 +1,55 @@
+"""Folders and columns as classes: what a line says of their names, and names from a file."""
+
+from prepare_cases import import_data, reasons_of
+from test_picture_folders import beside, brought, in_folders
+
+from coca_jax.data import prepared, sources
+from coca_jax.importers import items
+
+
+def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
+    in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
+    brought("imagefolder", tmp_path / "a", tmp_path / "p")
+    line = "2 of 3 class names, from folders, have the word of a split (images, train2017, images"
+    assert line in capsys.readouterr().err
+    brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
+    assert capsys.readouterr().err == ""
+
+
+def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_path, capsys):
+    def labels(folder, class_names):
+        out = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
+        found = brought("imagefolder", folder, out, class_names=class_names)
+        listed = prepared.read_manifest(str(out))["class_names"]
+        return sorted({labels[0] for _, labels in found.values()}), listed, reasons_of(out)
+
+    numbered = in_folders(tmp_path / "numbered", "012", count=1)
+    names = ("cat", "dog", "bird")
+    assert labels(numbered, names) == (["bird", "cat", "dog"], list(names), {})
+    assert labels(numbered, names[:2]) == (["cat", "dog"], ["cat", "dog"], {"2/0.jpg": "bad_label"})
+    (tmp_path / "0").mkdir()
+    import_data("imagefolder", numbered, tmp_path / "0/raw")
+    import_data("prepared", tmp_path / "0/raw", tmp_path / "0/named", class_names=names)
+    assert prepared.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
+    renamed = sources.open_source(str(tmp_path / "0/named"))
+    assert [record.labels for record in renamed] == [(name,) for name in names]
+    (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
+    lines = items.read_class_names(str(tmp_path / "0/list.txt"))
+    of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
+    listed = ["tench, Tinca tinca", "goldfish"]
+    assert labels(of_imagenet, lines) == (sorted(listed), listed, {})
+    capsys.readouterr()
+    ids = ["n01440764", "n01443537"]
+    assert labels(of_imagenet, names) == (ids, ids, {})
+    line = "its 3 names (cat, dog, bird) apply to none of the labels (n01440764, n01443537)"
+    assert line in capsys.readouterr().err
+
+
+def test_numbers_as_tables_write_them_are_classes(tmp_path, capsys):
+    beside(tmp_path / "a", dict.fromkeys("012"))
+    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n2.jpg,0.5\n")
+    found = brought("imagefolder", tmp_path / "a", tmp_path / "p", class_names=("cat", "dog"))
+    assert [labels for _, labels in found.values()] == [("dog",), ("cat",), ("0.5",)]
+    (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n")
+    brought("imagefolder", tmp_path / "a", tmp_path / "q")
+    assert "class names are numbers (0.0, 1.0, ...)" in capsys.readouterr().err
