@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import wide
+from coca_jax.ops.contrastive import HIGHEST
 
 UNSEEN = -1e30  # the logarithm kept of an example that was never in a batch
 
@@ -57,7 +57,7 @@ def global_contrastive_loss(
         (loss: the mean over the rows, by the means kept; its rows [B]; the new means). Nothing but
         the loss has a gradient.
     """
-    similarity = scale * jnp.dot(image, text.T, preferred_element_type=wide(image.dtype))
+    similarity = scale * jnp.dot(image, text.T, precision=HIGHEST)
     count = similarity.shape[0]
     negative = ~jnp.eye(count, dtype=bool)
     if text_id is not None:
