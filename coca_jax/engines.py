@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED
 from typing import Any, TypeVar
 
 from absl import flags
@@ -122,16 +123,24 @@ def _do(job: Any) -> Any:
 def _in_processes(
     work: Callable[[Any, Report], T], jobs: Sequence[Any], report: Report, processes: int
 ) -> list[T]:
+    """Once a job has failed no other begins; those that run are finished, and are kept."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
+    begun: list[concurrent.futures.Future[T]] = []
+    waiting: set[concurrent.futures.Future[T]] = set()
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start, (work, queue)) as pool:
-        futures = [pool.submit(_do, job) for job in jobs]
-        waiting = set(futures)
-        while waiting:
-            _, waiting = concurrent.futures.wait(waiting, timeout=0.2)
+        left = list(jobs)[::-1]
+        while left or waiting:
+            # Not all at once: what a pool has handed on to its processes cannot be taken back.
+            while left and len(waiting) < processes:
+                begun.append(pool.submit(_do, left.pop()))
+                waiting.add(begun[-1])
+            done, waiting = concurrent.futures.wait(waiting, 0.2, FIRST_COMPLETED)
+            if any(future.exception() for future in done):
+                left.clear()
             while not queue.empty():
                 report(queue.get())
-        return [future.result() for future in futures]
+        return [future.result() for future in begun]
 
 
 # ---- Ray

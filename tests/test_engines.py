@@ -1,8 +1,9 @@
-"""Shards done apart, by --shard=i/n and by a real Ray cluster on this machine whose workers are
-killed: what comes of it is what one process writes, to the byte."""
+"""Shards done apart, by --shard=i/n, by processes, and by a real Ray cluster on this machine whose
+workers are killed: what comes of it is what one process writes, to the byte."""
 
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
 import signal
@@ -121,6 +122,32 @@ def test_indexed_by_shares_and_joined(model, tars, tmp_path, monkeypatch, kind):
     other = {"model": "0123", "checkpoint": "there"}
     with pytest.raises(ValueError, match="made by another model"):
         staged.Work(lambda: model, str(out), other, "here", 4, 3)(joined[0], said.append)
+
+
+# ---- processes
+
+WORK = """
+import pathlib, time
+
+def bad(job, report):
+    pathlib.Path(job).touch()
+    if job.endswith("0"):
+        raise ValueError("shard 0: bad input")
+    time.sleep(0.5)
+    report(3)
+"""
+
+
+def test_bad_input_ends_the_work(tmp_path, monkeypatch):
+    """No shard begins after the bad one; the one beside it is finished and counted."""
+    (tmp_path / "work_of_shards.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("work_of_shards")
+    (tmp_path / "begun").mkdir()
+    jobs, done = [f"{tmp_path}/begun/{i}" for i in range(8)], []
+    with pytest.raises(ValueError, match="^shard 0: bad input$"):
+        Engine().run(work.bad, jobs, done.append, processes=2)
+    assert sorted(os.listdir(tmp_path / "begun")) == ["0", "1"] and done == [3]
 
 
 # ---- Ray
