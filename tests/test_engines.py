@@ -127,7 +127,7 @@ def test_indexed_by_shares_and_joined(model, tars, tmp_path, monkeypatch, kind):
 # ---- processes
 
 WORK = """
-import pathlib, time
+import os, pathlib, signal, time
 
 def bad(job, report):
     pathlib.Path(job).touch()
@@ -135,10 +135,14 @@ def bad(job, report):
         raise ValueError("shard 0: bad input")
     time.sleep(0.5)
     report(3)
+
+def deadly(job, report):
+    if job.endswith("1"):
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_bad_input_ends_the_work(tmp_path, monkeypatch):
+def test_bad_input_and_a_process_that_is_killed_end_the_work(tmp_path, monkeypatch):
     """No shard begins after the bad one; the one beside it is finished and counted."""
     (tmp_path / "work_of_shards.py").write_text(WORK)
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,6 +152,8 @@ def test_bad_input_ends_the_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="^shard 0: bad input$"):
         Engine().run(work.bad, jobs, done.append, processes=2)
     assert sorted(os.listdir(tmp_path / "begun")) == ["0", "1"] and done == [3]
+    with pytest.raises(OSError, match="a worker process was ended, .* fewer --processes than 2"):
+        Engine().run(work.deadly, jobs, done.append, processes=2)
 
 
 # ---- Ray
