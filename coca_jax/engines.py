@@ -49,7 +49,7 @@ class Engine:
         if self.name not in NAMES:
             raise ValueError(f"--engine={self.name}: use one of {', '.join(NAMES)}")
         i, _, n = self.share.partition("/")
-        if self.share and not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        if self.share and not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise ValueError(f"--shard={self.share}: give i/n, i from 0 to n - 1, such as 0/8")
 
     def own(self, jobs: Sequence[T]) -> list[T]:

@@ -66,7 +66,7 @@ def test_a_share_is_every_nth_shard():
     jobs = list(range(7))
     assert [Engine(share=f"{i}/3").own(jobs) for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert Engine().own(jobs) == jobs
-    for wrong in ("2/2", "1", "a/2", "-1/2", "1/"):
+    for wrong in ("2/2", "1", "a/2", "-1/2", "1/", "²/3", "1/³"):
         with pytest.raises(ValueError, match=f"--shard={wrong}: give i/n, i from 0 to n - 1"):
             Engine(share=wrong)
     with pytest.raises(ValueError, match="--engine=spark: use one of local, ray"):
