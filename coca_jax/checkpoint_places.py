@@ -57,7 +57,7 @@ def unfinished(directory: epath.Path) -> list[epath.Path]:
         return []
     if not storage.is_remote(directory):
         return list(directory.glob("*.orbax-checkpoint-tmp*"))
-    return [p for p in directory.iterdir() if p.name.isdigit() and not is_whole(p)]
+    return [p for p in directory.iterdir() if p.name.isdecimal() and not is_whole(p)]
 
 
 def rename(step: epath.Path, target: epath.Path) -> None:

@@ -241,14 +241,14 @@ def find_steps(path: str) -> tuple[epath.Path, list[int]]:
     Raises FileNotFoundError when there is no whole checkpoint.
     """
     found = checkpoint_places.place(path)
-    if found.name.isdigit() and (found / "params").is_dir() and checkpoint_places.is_whole(found):
+    if found.name.isdecimal() and (found / "params").is_dir() and checkpoint_places.is_whole(found):
         return found.parent, [int(found.name)]
     for directory in (found / "checkpoints", found):
         if directory.is_dir():
             steps = [
                 int(p.name)
                 for p in directory.iterdir()
-                if p.name.isdigit() and checkpoint_places.is_whole(p)
+                if p.name.isdecimal() and checkpoint_places.is_whole(p)
             ]
             if steps:
                 return directory, sorted(steps, reverse=True)

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, process
 from typing import Any, TypeVar
 
 from absl import flags
@@ -48,7 +49,7 @@ class Engine:
         if self.name not in NAMES:
             raise ValueError(f"--engine={self.name}: use one of {', '.join(NAMES)}")
         i, _, n = self.share.partition("/")
-        if self.share and not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        if self.share and not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise ValueError(f"--shard={self.share}: give i/n, i from 0 to n - 1, such as 0/8")
 
     def own(self, jobs: Sequence[T]) -> list[T]:
@@ -77,8 +78,8 @@ class Engine:
             models: whether the work runs a model.
 
         Raises:
-            ValueError, OSError: what the work raises of bad input; no Ray; or a shard at which one
-                worker after the other was lost.
+            ValueError, OSError: what the work raises of bad input; no Ray; a process that was
+                ended; or a shard at which one worker after the other was lost.
         """
         if self.name == "ray":
             return _on_ray(work, jobs, report, self.workers, models) if jobs else []
@@ -122,16 +123,30 @@ def _do(job: Any) -> Any:
 def _in_processes(
     work: Callable[[Any, Report], T], jobs: Sequence[Any], report: Report, processes: int
 ) -> list[T]:
+    """Once a job has failed no other begins; those that run are finished, and are kept."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
+    begun: list[concurrent.futures.Future[T]] = []
+    waiting: set[concurrent.futures.Future[T]] = set()
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start, (work, queue)) as pool:
-        futures = [pool.submit(_do, job) for job in jobs]
-        waiting = set(futures)
-        while waiting:
-            _, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-            while not queue.empty():
-                report(queue.get())
-        return [future.result() for future in futures]
+        try:
+            left = list(jobs)[::-1]
+            while left or waiting:
+                # Not all at once: what a pool has handed on to its processes cannot be taken back.
+                while left and len(waiting) < processes:
+                    begun.append(pool.submit(_do, left.pop()))
+                    waiting.add(begun[-1])
+                done, waiting = concurrent.futures.wait(waiting, 0.2, FIRST_COMPLETED)
+                if any(future.exception() for future in done):
+                    left.clear()
+                while not queue.empty():
+                    report(queue.get())
+            return [future.result() for future in begun]
+        except process.BrokenProcessPool:
+            raise OSError(
+                "a worker process was ended, perhaps for want of memory: run again with fewer "
+                f"--processes than {processes}; finished shards are kept"
+            ) from None
 
 
 # ---- Ray

@@ -230,6 +230,11 @@ def test_load_goes_back_too_but_never_from_a_step_that_was_named(workdir, caplog
         checkpointing.load_params(str(workdir / "checkpoints/5"))
 
 
+def test_a_folder_whose_name_is_no_number_is_no_step(workdir):
+    (workdir / "checkpoints/²").mkdir()  # a digit to Python, and no number
+    assert checkpointing.find_steps(str(workdir))[1] == [5, 3]
+
+
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(workdir):
     for step in (3, 5):
         shutil.rmtree(workdir / f"checkpoints/{step}/params")

@@ -85,6 +85,18 @@ def test_bfloat16_rounds_operands_alone():
         np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
 
 
+def test_nan_in_gives_nan_out():
+    """Where the reference has it, in the result and in the gradient of the kernel: what goes wrong
+    is seen."""
+    x, kernel, bias = _arrays(2, 4, 4, 16, 16)
+    x[1, 1, 1, 3] = np.nan
+    want = _gradients(Reference(), x, kernel, bias, 1, RELU)
+    got = _gradients(Cpu(), x, kernel, bias, 1, RELU)
+    for a, b in zip(want, got):
+        np.testing.assert_array_equal(np.isnan(b), np.isnan(a))
+    assert np.isnan(got[0]).sum() == 9 * 16 and np.isnan(got[2]).any()
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_each_device_convolves_its_own_images(shape):
     """As one device does, gradients of what all devices share included."""

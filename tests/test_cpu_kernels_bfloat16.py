@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_cpu_kernels
-from conftest import needs_bfloat16, params_of, tiny_config
+from conftest import needs_bfloat16, needs_compiler, params_of, tiny_config
+from decoding_cases import EOS, LENGTH, PROMPT, moved, own, run
 
 from coca_jax import compile_cache
 from coca_jax.models import coca, decoding
+from coca_jax.ops import packed as packing
 from coca_jax.ops.cpu import build
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
 
@@ -171,6 +173,60 @@ def test_a_model_chooses_the_tokens_of_float32(kernels, cross):
     sure = best[..., 1] - best[..., 0] > 6 * apart
     assert sure.mean() > 0.5
     np.testing.assert_array_equal(found.argmax(-1)[sure], want.argmax(-1)[sure])
+
+
+@pytest.mark.parametrize(
+    "cross, layout",
+    [
+        ("open_clip", "transposed"),
+        pytest.param("paper", "panels", marks=needs_compiler),
+        pytest.param("open_clip", "bfloat16_panels", marks=needs_bfloat16),
+    ],
+)
+def test_several_captions_of_a_model_in_bfloat16(monkeypatch, cross, layout):
+    """Beams and samples have the log probabilities that the plain layout gives their tokens in
+    float32."""
+    config = tiny_config(dtype="bfloat16").model
+    config.text.update(num_heads=1, vocab_size=32, cross=cross)
+    config.text.update(unimodal_depth=1, multimodal_depth=1)
+    params = moved(params_of(coca.build(config)), 0.2)
+    image_tokens = Numbers(0)(3, config.pooler.num_queries, 16)
+    spec = decoding.decoder(config, num_ids=32, eos_id=EOS)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(packing, "STREAMED", 0)
+    if layout != "bfloat16_panels":
+        monkeypatch.setattr(cpu_kernels, "available_in_bfloat16", lambda: False)
+    if layout == "transposed":
+        monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    chosen, name = decoding.fastest(spec, params)
+    assert name == layout
+    model = (chosen, decoding.pack(chosen, params, layout), image_tokens, None)
+    config.dtype = "float32"
+    spec = decoding.decoder(config, num_ids=32, eos_id=EOS)
+    plain, places = decoding.pack(spec, params, "kernel"), np.arange(8)
+
+    @jax.jit
+    def log_probs(tokens):  # [3, 8], one caption an image
+        caches = decoding.empty_caches(spec, plain, 3, 8)
+        image = decoding.image_caches(spec, plain, image_tokens)
+        each = np.broadcast_to(places, (3, 8))
+        mask = np.broadcast_to(places <= places[:, None], (3, 8, 8))
+        states = decoding.run_tokens(spec, plain, tokens, each, mask, 0, caches, image)[0]
+        return decoding.log_probs_of(plain, states)
+
+    for how in (dict(num_beams=2), dict(temperature=1.0)):
+        out = run(model, num_captions=2, max_tokens=4, **how)
+        assert (out.tokens[:, 0] != out.tokens[:, 1]).any()
+        for caption in range(2):
+            lengths = out.length[:, caption]
+            texts = [
+                own(PROMPT[b], LENGTH[b], out.tokens[b, caption], lengths[b]) for b in range(3)
+            ]
+            given = np.asarray(log_probs(np.stack([np.pad(t, (0, 8 - len(t))) for t in texts])))
+            for b, text in enumerate(texts):
+                at = np.arange(LENGTH[b] - 1, len(text) - 1)
+                want = given[b, at, text[at + 1]].sum()
+                assert out.log_prob[b, caption] == pytest.approx(want, abs=0.1)
 
 
 def test_another_processor_gets_none_without_a_word(monkeypatch):

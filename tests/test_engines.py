@@ -1,8 +1,9 @@
-"""Shards done apart, by --shard=i/n and by a real Ray cluster on this machine whose workers are
-killed: what comes of it is what one process writes, to the byte."""
+"""Shards done apart, by --shard=i/n, by processes, and by a real Ray cluster on this machine whose
+workers are killed: what comes of it is what one process writes, to the byte."""
 
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
 import signal
@@ -65,7 +66,7 @@ def test_a_share_is_every_nth_shard():
     jobs = list(range(7))
     assert [Engine(share=f"{i}/3").own(jobs) for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert Engine().own(jobs) == jobs
-    for wrong in ("2/2", "1", "a/2", "-1/2", "1/"):
+    for wrong in ("2/2", "1", "a/2", "-1/2", "1/", "²/3", "1/³"):
         with pytest.raises(ValueError, match=f"--shard={wrong}: give i/n, i from 0 to n - 1"):
             Engine(share=wrong)
     with pytest.raises(ValueError, match="--engine=spark: use one of local, ray"):
@@ -121,6 +122,38 @@ def test_indexed_by_shares_and_joined(model, tars, tmp_path, monkeypatch, kind):
     other = {"model": "0123", "checkpoint": "there"}
     with pytest.raises(ValueError, match="made by another model"):
         staged.Work(lambda: model, str(out), other, "here", 4, 3)(joined[0], said.append)
+
+
+# ---- processes
+
+WORK = """
+import os, pathlib, signal, time
+
+def bad(job, report):
+    pathlib.Path(job).touch()
+    if job.endswith("0"):
+        raise ValueError("shard 0: bad input")
+    time.sleep(0.5)
+    report(3)
+
+def deadly(job, report):
+    if job.endswith("1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_bad_input_and_a_process_that_is_killed_end_the_work(tmp_path, monkeypatch):
+    """No shard begins after the bad one; the one beside it is finished and counted."""
+    (tmp_path / "work_of_shards.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("work_of_shards")
+    (tmp_path / "begun").mkdir()
+    jobs, done = [f"{tmp_path}/begun/{i}" for i in range(8)], []
+    with pytest.raises(ValueError, match="^shard 0: bad input$"):
+        Engine().run(work.bad, jobs, done.append, processes=2)
+    assert sorted(os.listdir(tmp_path / "begun")) == ["0", "1"] and done == [3]
+    with pytest.raises(OSError, match="a worker process was ended, .* fewer --processes than 2"):
+        Engine().run(work.deadly, jobs, done.append, processes=2)
 
 
 # ---- Ray

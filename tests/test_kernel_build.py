@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from concurrent import futures
@@ -12,7 +13,7 @@ from conftest import needs_compiler, tiny_config
 from coca_jax import partitioning
 from coca_jax.config import typed
 from coca_jax.metrics import TimeBuckets
-from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu import Cpu, build
 from coca_jax.training import setup, stopping
 
 
@@ -36,6 +37,56 @@ def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
         works, said = without(compiler, tmp_path)
         assert not works and said.count(reason) == 1 and "Install g++" in said
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """(a source file, the folder of what is compiled, what makes a compiler of lines of shell)."""
+    source = tmp_path / "seven.cc"
+    source.write_text('extern "C" int coca_jax_seven() { return 7; }\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def compiler(lines: str) -> None:
+        script = tmp_path / "own-c++"
+        script.write_text(f"#!/bin/sh\n{lines}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+
+    return source, tmp_path / "cache/coca_jax", compiler
+
+
+@needs_compiler
+def test_one_of_another_system_stays_and_is_not_taken(place, tmp_path):
+    """As two images that share a home folder have them; each compiles its own once."""
+    source, folder, compiler = place
+    compiler(f'echo >> {tmp_path}/compiled; exec c++ "$@"')
+    assert build._build(source, "").coca_jax_seven() == 7
+    (own,) = folder.glob("*.so")
+    other = folder / "other"
+    other.write_bytes(b"of another system")
+    other.chmod(0o700)
+    other = other.rename(own.with_stem(own.stem.rsplit("-", 1)[0] + "-" + build._digest(other)))
+    own.unlink()
+    for _ in range(2):
+        assert build._build(source, "").coca_jax_seven() == 7
+        assert {*folder.glob("*.so")} == {own, other}
+    assert (tmp_path / "compiled").read_text() == 2 * "\n"
+    assert not build._is_whole(folder / "removed.so")
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ('for last; do :; done; echo no > "$last"', "Name a folder in XDG_CACHE_HOME"),
+        ("exit 1", "cannot compile seven.cc .failed.. Install g"),
+    ],
+)
+def test_a_compiler_is_asked_for_only_where_compiling_failed(place, caplog, lines, says):
+    source, _, compiler = place
+    compiler(lines)
+    assert not build.register(source, ("seven",), "It is slow")
+    assert re.search(f"It is slow: .*{says}", caplog.text)
+    assert ("Install" in caplog.text) == ("Install" in says)
 
 
 @needs_compiler

@@ -52,7 +52,7 @@ def rows_of(inputs, rows):
 def config_of(**loss):
     head = dict(kind="classification", weight=0.5, label_smoothing=0.1)
     text = {"model.text.vocab_size": VOCAB}
-    return tiny(head=head, loss=dict(duplicate_texts="positives", **loss), **text)
+    return tiny(head=head, loss=dict(duplicate_texts="positives") | loss, **text)
 
 
 def read(objective, inputs):
@@ -112,6 +112,35 @@ def test_a_bag_of_tokens_is_a_softmax_with_rare_tokens_as_its_target():
     np.testing.assert_allclose(value, sum(rows) / counted, rtol=1e-5)
     label = np.asarray(inputs["is_label"])
     np.testing.assert_allclose(means["bag_loss/label"][0], np.array(rows)[label].sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        dict(),
+        dict(contrastive="sigmoid"),
+        dict(contrastive="global", global_examples=40),
+        dict(contrastive_weight=0.0, affinity_weight=1.0, teacher_width=WIDTH),
+    ],
+)
+def test_similarities_are_never_rounded(loss):
+    """Where a TPU multiplies float32 as bfloat16 unless told: they are scaled by up to 100."""
+    losses = objectives.of(config_of(duplicate_texts="ignore", **loss))
+    (objective,) = (one for one in losses if one.couples)
+    inputs = inputs_of()
+    inputs |= {f"teacher_{one}": inputs[f"{one}_embedding"] for one in ("image", "text")}
+    inputs |= {objectives.ESTIMATE.format(one): jnp.zeros(ROWS) for one in objectives.ESTIMATES}
+    given = read(objective, inputs)
+
+    def value(image, text):
+        return objective.value(given | dict(image_embedding=image, text_embedding=text), None)[0]
+
+    both = given["image_embedding"], given["text_embedding"]
+    step = jax.jit(jax.grad(value, (0, 1))).trace(*both)
+    lines = step.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+    products = [line for line in lines if "dot_general" in line]
+    assert len(products) >= 3
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_metrics_count_what_they_are_means_of():

@@ -331,6 +331,7 @@ def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
     [
         ("test/nshards.txt", "3", "2.tar is missing"),
         ("test/nshards.txt", "many", "give the number of tars"),
+        ("test/nshards.txt", "²", "give the number of tars"),
         ("classnames.txt", "one\n", "names 1 classes"),
         ("zeroshot_classification_templates.txt", "", "missing or empty"),
         ("zeroshot_classification_templates.txt", "a thing\n", "{}"),

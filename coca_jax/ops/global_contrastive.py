@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops.reference import wide
+from coca_jax.ops.contrastive import HIGHEST
 
 UNSEEN = -1e30  # the logarithm kept of an example that was never in a batch
 
@@ -46,7 +46,8 @@ def global_contrastive_loss(
     Args:
         image, text: [B, E], L2-normalised, float32 or wider.
         scale: inverse temperature.
-        kept: of these rows, from their last visits; UNSEEN at first.
+        kept: of these rows, from their last visits; UNSEEN at first. A row without a negative in
+            the batch keeps its own.
         num_examples: N, 2 at least.
         rate: the share that a batch has in the new means.
         text_id: int32 [B, 2]; rows that are equal in it are no negatives of each other. None: all
@@ -57,7 +58,7 @@ def global_contrastive_loss(
         (loss: the mean over the rows, by the means kept; its rows [B]; the new means). Nothing but
         the loss has a gradient.
     """
-    similarity = scale * jnp.dot(image, text.T, preferred_element_type=wide(image.dtype))
+    similarity = scale * jnp.dot(image, text.T, precision=HIGHEST)
     count = similarity.shape[0]
     negative = ~jnp.eye(count, dtype=bool)
     if text_id is not None:
@@ -69,7 +70,8 @@ def global_contrastive_loss(
         excess = scores - own[:, None]  # [B, B]
         number = jnp.maximum(negative.sum(1), 1)
         now = jax.nn.logsumexp(jnp.where(negative, excess, UNSEEN), axis=1) - jnp.log(number)
-        new = jax.lax.stop_gradient(updated(old, now, rate))
+        new = jnp.where(negative.any(1), updated(old, now, rate), old)
+        new = jax.lax.stop_gradient(new)
         whole = jnp.logaddexp(-math.log(num_examples - 1), new)
         share = excess - (jnp.log(number) + whole)[:, None]
         share = jax.lax.stop_gradient(jnp.exp(jnp.where(negative, share, UNSEEN)))

@@ -204,10 +204,13 @@ def cross_attention(x: jax.Array, weights: dict, image: Cache | jax.Array) -> ja
 
 
 def image_cache(weights: dict, tokens: jax.Array, heads: int, dtype: Any) -> Cache:
-    """Keys and values of image tokens [B, Q, D], by a block's packed cross-attention."""
+    """Keys and values of image tokens [B, Q, D], by a block's packed cross-attention, in `dtype`;
+    in panels float32, which the kernels read."""
     if "context_norm" in weights:
         tokens = norm(weights["context_norm"], tokens)
     key, value = split(dense(weights["kv"], tokens), 2, heads)
+    if "panels" in weights["query"]:
+        return Cache(key, value)
     return Cache(key.astype(dtype), value.astype(dtype))
 
 

@@ -142,7 +142,7 @@ def read(path: str, split: str = "test") -> Folder:
 def shards(path: str, split: str) -> list[str]:
     """The tars of a split. Raises ValueError where nshards.txt and what is there differ."""
     lines = _lines(path, f"{split}/nshards.txt")
-    if not lines or not lines[0].strip().isdigit() or not int(lines[0]):
+    if not lines or not lines[0].strip().isdecimal() or not int(lines[0]):
         raise ValueError(f"{path}/{split}/nshards.txt: give the number of tars, from 1")
     found = [f"{path.rstrip('/')}/{split}/{i}.tar" for i in range(int(lines[0]))]
     for tar in found:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.config import Config
+from coca_jax.ops.contrastive import HIGHEST
 from coca_jax.ops.reference import Reference
 from coca_jax.training.objective import Configured, Inputs, Means
 
@@ -39,9 +40,9 @@ class Affinity(Configured):
     def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
         image, text = inputs["teacher_image"], inputs["teacher_text"]
         known = is_known(inputs)
-        teacher = self.scale * image @ text.T
-        own = inputs["image_embedding"], inputs["text_embedding"]
-        student = inputs["scale"] * own[0].astype(jnp.float32) @ own[1].astype(jnp.float32).T
+        teacher = self.scale * jnp.dot(image, text.T, precision=HIGHEST)
+        own = [inputs[f"{one}_embedding"].astype(jnp.float32) for one in ("image", "text")]
+        student = inputs["scale"] * jnp.dot(own[0], own[1].T, precision=HIGHEST)
         rows = affinity(teacher, student, known) + affinity(teacher.T, student.T, known)
         rows = jnp.where(known, 0.5 * rows, 0.0)
         count = known.sum().astype(jnp.float32)

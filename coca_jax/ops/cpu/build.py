@@ -32,7 +32,7 @@ FLAGS = (
 SCRATCH = "compiling-"  # folders in which compilers write
 ABANDONED = 3600.0  # seconds: none takes so long
 
-Library = concurrent.futures.Future[pathlib.Path]
+Library = concurrent.futures.Future[ctypes.CDLL]
 _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
 
 
@@ -58,13 +58,13 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     if switched_off():
         return False
     try:
-        library = ctypes.CDLL(str(begin(source, define).result()))
+        library = begin(source, define).result()
     except (OSError, ValueError) as error:
+        remedy = "Name a folder in XDG_CACHE_HOME that has room, and from which programs may run"
+        if isinstance(error, ValueError):
+            remedy = "Install g++ or clang++, or name a C++ compiler in CXX"
         logging.getLogger("coca_jax").warning(
-            "%s: %s. Install g++ or clang++, or name a C++ compiler in CXX; "
-            "COCA_JAX_CPU_KERNELS=0 says no to it.",
-            without,
-            error,
+            "%s: %s. %s; COCA_JAX_CPU_KERNELS=0 says no to it.", without, error, remedy
         )
         return False
     for name in names:
@@ -73,8 +73,9 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     return True
 
 
-def _build(source: pathlib.Path, define: str) -> pathlib.Path:
-    """The compiled library. Raises ValueError with the compiler's words, or OSError."""
+def _build(source: pathlib.Path, define: str) -> ctypes.CDLL:
+    """The compiled library, loaded. Raises ValueError with the compiler's words, or OSError where
+    there is no place for it, or it cannot be loaded from there."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
     command += [f"-D{define}"] * bool(define) + ["-isystem", jax.ffi.include_dir()]
     texts = [file.read_text() for file in (source, *HEADERS)]
@@ -83,7 +84,9 @@ def _build(source: pathlib.Path, define: str) -> pathlib.Path:
     folder = cache_folder.folder()
     for library in folder.glob(f"cpu_kernels-{key}-*.so"):
         if _is_whole(library):
-            return library
+            # A folder that machines share may hold that of another system, with another C library.
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(library))
     _clear(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         made = pathlib.Path(scratch) / "kernels.so"
@@ -99,7 +102,7 @@ def _build(source: pathlib.Path, define: str) -> pathlib.Path:
         made.chmod(0o700)
         library = folder / f"cpu_kernels-{key}-{_digest(made)}.so"
         made.replace(library)
-    return library
+    return ctypes.CDLL(str(library))
 
 
 def _clear(folder: pathlib.Path) -> None:
@@ -113,9 +116,12 @@ def _clear(folder: pathlib.Path) -> None:
 def _is_whole(library: pathlib.Path) -> bool:
     """Whether a kept library is a file of this user's alone and has the contents that its name
     tells: it will be run."""
-    found = library.lstat()
-    mine = stat.S_ISREG(found.st_mode) and not cache_folder.others_may_write(found)
-    return mine and library.stem.endswith(f"-{_digest(library)}")
+    try:
+        found = library.lstat()
+        mine = stat.S_ISREG(found.st_mode) and not cache_folder.others_may_write(found)
+        return mine and library.stem.endswith(f"-{_digest(library)}")
+    except FileNotFoundError:  # another process has just removed it
+        return False
 
 
 def _digest(library: pathlib.Path) -> str:

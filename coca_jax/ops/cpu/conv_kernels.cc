@@ -14,7 +14,7 @@ constexpr int64_t kDepth = 64;    // rows of a panel used at a time: 16 KiB of t
 constexpr int64_t kPixels = 144;  // of images whose share of a kernel's gradient is summed together
 constexpr int64_t kChannels = 64;  // of a kernel's gradient that one part of the work sums
 
-inline float Rectified(float x) { return x > 0 ? x : 0; }
+inline float Rectified(float x) { return x < 0 ? 0 : x; }  // of NaN it is NaN
 
 // Copies `count` floats, negative ones as 0 if asked to.
 inline void Copy(const float* from, int64_t count, bool rectify, float* to) {
