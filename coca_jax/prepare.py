@@ -31,11 +31,11 @@ from absl import flags
 
 from coca_jax import cli, engines, recipes
 from coca_jax.config import Recipe, typed
-from coca_jax.data import files, formats, images, order, sources, vocabulary
+from coca_jax.data import formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
 from coca_jax.importers import indexes, metadata, remarks, shards, split_field
-from coca_jax.importers.items import Options
+from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 
 
@@ -44,9 +44,7 @@ def _options() -> Options:
     names: tuple[str, ...] = ()
     if flags.FLAGS.class_names:
         given = flags.FLAGS.class_names
-        names = tuple(files.read_lines(given, f"--class_names={given}"))
-        if names == ("",):
-            raise ValueError(f"--class_names={flags.FLAGS.class_names}: it is empty")
+        names = read_class_names(given, f"--class_names={given}")
     if not 0 < flags.FLAGS.sample <= 1:
         raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
     return Options(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from coca_jax.data import files, images, records, sources
-from coca_jax.importers import lines, splits, tar_members, tfds_name
+from coca_jax.importers import lines, splits, tar_members, tfds_name, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -142,6 +142,9 @@ def test_rows_of_csv(folder, tmp_path):
     assert reasons.count("outside_input") == sum(r == "outside_input" for _, r in ROWS)
     texts = [record.texts[0] for record in sources.open_source(str(tmp_path / "out"))]
     assert texts[-1:] == ["two lines"] and result["read"] == result["written"] + len(found)
+    (folder / "list.csv").write_bytes("filepath,label\na.png,café\na.png,cafè\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"quarantined {'bad_utf8': 2}.* a text or label has"):
+        _prepare("csv", folder, tmp_path / "labels")
 
 
 def test_a_quotation_mark_that_is_never_closed_costs_one_row(tmp_path):
@@ -294,13 +297,41 @@ def test_tfrecords(tmp_path):
     assert result["written"] == 2
 
 
-def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path):
+def test_bytes_beside_the_image_are_no_fields(tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "p").mkdir()
+    example = records._Example()
+    fields = dict(jpg=_image(), mask=_image(2), caption=b"good", note="ü".encode())
+    for name, value in fields.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    data = example.SerializeToString()
+    whole = struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)
+    (tmp_path / "t/a.tfrecord").write_bytes(whole)
+    masks = [dict(bytes=_image(2), path="m.png")]
+    row = dict(image=_image(), mask=masks[0], all=masks, raw=_image(3), caption="good", note="ü")
+    pq.write_table(
+        pa.table({name: [value] for name, value in row.items()}), tmp_path / "p/a.parquet"
+    )
+    for format, more in (
+        ("tfrecord", {}),
+        ("parquet", {"mask": {"path": "m.png"}, "all": [{"path": "m.png"}]}),
+    ):
+        _prepare(format, tmp_path / format[0], tmp_path / f"out-{format}")
+        (found,) = sources.open_source(str(tmp_path / f"out-{format}"))
+        assert (found.image, found.texts) == (_image(), ("good",))
+        assert json.loads(found.extra) == {"note": "ü"} | more
+
+
+def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("open('ran', 'w')")
     features = {"pythonClassName": "evil.Feature", "content": {}}
     inner = {"featuresDict": {"features": {"image": features}}}
     (tmp_path / "features.json").write_text(json.dumps({"pythonClassName": "", **inner}))
     with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
         tfds_name._check_features(str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
+        tfds_name.splits(tmp_path.name)  # a folder, though its name is one of a data set, too
 
 
 def test_classes_by_folder_follow_no_link_out(folder, tmp_path):
@@ -358,3 +389,9 @@ def test_pairs_by_the_names_of_two_files(format, folder, tmp_path):
     assert [(pair.image, pair.second) for pair in pairs] == [(_image(), _image(3))] * 2
     assert [pair.texts for pair in pairs] == [("first",), ("second",)]
     assert len({pair.key for pair in pairs}) == 2
+    if format == "imagefolder":  # evaluated on as it lies there, where all rows are good
+        rows = [dict(left="a.png", right="sub/b.png", text="an  a", label=[" true ", "true"])]
+        (folder / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n")
+        plain = unprepared.open_source(dict(path=str(folder), image_field="left,right"), "test")
+        assert [(pair.image, pair.second) for pair in plain] == [(_image(), _image(3))]
+        assert [(pair.texts, pair.labels) for pair in plain] == [(("an a",), ("true",))]

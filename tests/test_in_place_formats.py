@@ -1,18 +1,22 @@
 """Data read in place, format by format: the records of a copy, over damages and lists."""
 
+import dataclasses
 import gzip
 import json
+import os
 import random
 import shutil
 import tarfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from in_place_cases import both, make, picture, write_tar
 
-from coca_jax.data import formats, prepared, references
-from coca_jax.importers import own_data
+from coca_jax.data import formats, prepared, references, sources
+from coca_jax.importers import imagefolder, own_data
+from coca_jax.importers.items import Options
 
 
 def test_image_files_that_lists_name(tmp_path):
@@ -107,6 +111,14 @@ def test_references_that_cannot_be(data):
         references.load(data, "/data")
 
 
+@pytest.mark.parametrize("name", ["a::b.jpg", os.fsdecode(b"caf\xe9.jpg"), "'\\\n.jpg"])
+def test_any_name_of_a_local_file_is_read_in_place(name, tmp_path):
+    (tmp_path / "a/cat").mkdir(parents=True)
+    (tmp_path / "a/cat" / name).write_bytes(picture(0))
+    copy, index = both("imagefolder", tmp_path / "a", tmp_path)
+    assert index.read([0]) == copy.read([0]) and copy.read([0])[0].image == picture(0)
+
+
 def test_compressed_archives_say_so_and_are_copied(tmp_path, capsys):
     write_tar(tmp_path / "data/0.tar.gz", 0, 30, "w:gz")
     with pytest.raises(ValueError, match="0.tar.gz is compressed .* `coca-jax prepare` without"):
@@ -191,3 +203,69 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
     assert all(records == good for records in found.values()) and cut == good[:4]
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert formats.guess(str(folder)) == "imagefolder"
+
+
+@pytest.mark.parametrize(("data", "input"), [("within", ""), ("beside", "/*.tar")])
+def test_an_index_in_a_bucket_within_its_data_opens(data, input, tmp_path):
+    write_tar(tmp_path / "0.tar", 0, 3)
+    url = f"memory://{data}_index"
+    fsspec.filesystem("memory").pipe_file(f"/{data}_index/0.tar", (tmp_path / "0.tar").read_bytes())
+    make("webdataset", url + input, f"{url}/of/it", in_place=True)
+    found = sources.open_source(f"{url}/of/it")
+    assert [record.image for record in found] == [picture(n) for n in range(3)]
+
+
+def test_what_was_prepared_inside_the_input_is_no_part_of_it(tmp_path):
+    (tmp_path / "train.jpg").write_bytes(picture(0))
+    rows = [dict(file_name="train.jpg", text="a"), dict(file_name="gone.jpg", text="b")]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("first", "second"):
+        made = make("jsonl", tmp_path, tmp_path / name, in_place=False)
+        assert (made["read"], made["written"], made["quarantined"]) == (2, 1, {"missing_image": 1})
+        assert (tmp_path / name / "train-quarantine.jsonl").exists()
+    assert formats.guess(str(tmp_path)) == "jsonl"
+    assert [os.path.basename(path) for path in formats.tables(str(tmp_path))] == ["list.jsonl"]
+    # A list of that name is read as any other.
+    shutil.copy(tmp_path / "list.jsonl", tmp_path / "of-quarantine.jsonl")
+    assert make("jsonl", tmp_path, tmp_path / "third", in_place=False)["read"] == 4
+
+
+TABLE = (
+    "\ufefffile_name,text\n"
+    + "".join(f'{n}.jpg,"no. {n}\nof several lines"\r\n{n}.jpg,one,too,many\n' for n in range(6))
+    + '7.jpg,"never closed\n8.jpg,a\rb,x\n9.jpg,last\n'
+)
+
+
+def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 3)
+    path = tmp_path / "metadata.csv"
+    path.write_text(TABLE, newline="")
+    units = imagefolder.csv_units(str(path), "")
+
+    def items(unit):
+        found = [one.item for one in imagefolder.located(unit, Options())]
+        return [(one.key, tuple(one.texts), one.problem) for one in found]
+
+    whole = items(dataclasses.replace(units[0], stop=99))
+    assert [item for unit in units for item in items(unit)] == whole
+    assert sum(not problem for _, _, problem in whole) == 9 and whole[-1][0] == "9.jpg"
+    assert [unit.start for unit in units[:5]] == [0, 3, 6, 9, 12]
+    assert sum(unit.rows for unit in units) == len(whole)
+    # Of an import that an earlier version has begun, none says where it starts.
+    assert items(units[2]) == items(dataclasses.replace(units[2], offset=0))
+    data = path.read_bytes()
+    head = data.index(b"\n") + 1
+    path.write_bytes(data[:head] + b'"' * (units[3].offset - head) + data[units[3].offset :])
+    assert all(items(unit) == whole[unit.start : unit.stop] for unit in units[3:])
+
+
+def test_a_packed_list_is_gone_through_few_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(imagefolder, "_MOST_PASSES", 3)
+    rows = [json.dumps(dict(file_name=f"{n}.jpg", text="a")) for n in range(10)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    units = imagefolder.line_units(str(tmp_path / "a.jsonl.gz"), "")
+    assert [unit.rows for unit in units] == [4, 4, 2]
+    found = [one.item.key for unit in units for one in imagefolder.located(unit, Options())]
+    assert found == [f"{n}.jpg" for n in range(10)]

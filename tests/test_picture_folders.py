@@ -1,7 +1,10 @@
 """Folders of pictures as people and their tools leave them: splits by names, texts beside pictures,
 class folders, what a line says of them."""
 
+import dataclasses
+import json
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -10,7 +13,19 @@ from PIL import Image
 from prepare_cases import encode, import_data, reasons_of, write_tar
 
 from coca_jax.data import files, formats, image_files, images, prepared, sources
-from coca_jax.importers import checks, own_data, remarks, splits, unprepared
+from coca_jax.importers import (
+    checks,
+    imagefolder,
+    items,
+    own_data,
+    remarks,
+    sidecars,
+    split_field,
+    splits,
+    tfrecord,
+    unprepared,
+)
+from coca_jax.importers.items import Options
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -67,6 +82,61 @@ def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys)
     assert capsys.readouterr().err == line
     assert len(brought("webdataset", tmp_path, tmp_path / "q", "val")) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 2)
+    rows = {f"{n}": json.dumps(dict(text=f"no. {n}", split=s)) for n, s in enumerate(8 * ["train"])}
+    rows |= {"8": json.dumps(dict(text="no. 8", split="test"))}
+    folder = beside(tmp_path / "a", rows, ".json")
+    told = split_field.told("sidecars", str(folder), Options())
+    assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
+
+
+def test_a_folder_is_listed_once_however_many_units_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 2)
+    folder, asked = in_folders(tmp_path / "a", ("cat", "dog")), []
+    walk = type(files.filesystem(str(folder))[0]).find
+    system = files.filesystem(str(folder))[0]
+    monkeypatch.setattr(system, "find", lambda *a, **k: asked.append(a) or walk(system, *a, **k))
+    units = imagefolder.plan(str(folder), "", Options())
+    listed = len(asked)
+    found = [item for unit in units for item in imagefolder.read(unit, Options())]
+    names = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(3)]
+    assert [item.key for item in found] == names and [unit.rows for unit in units] == [2, 2, 2]
+    assert [item.image for item in found] == [(folder / name).read_bytes() for name in names]
+    assert len(asked) == listed > 0
+    with pytest.raises(ValueError, match="import is an earlier version's; remove it"):
+        next(imagefolder.read(dataclasses.replace(units[0], names=()), Options()))
+
+
+def test_links_to_folders_are_named(tmp_path, capsys):
+    in_folders(tmp_path, ("a/cat", "b/dog"), 2)
+    (tmp_path / "c").mkdir()
+    for folder in ("a", "c"):
+        (tmp_path / folder / "dog").symlink_to("../b/dog")
+    line = "folders that are links are not read: dog; put the folders in their place"
+    assert len(brought("imagefolder", tmp_path / "a", tmp_path / "p")) == 2
+    assert capsys.readouterr().err.count(f"{tmp_path / 'a'}: {line}\n") == 1
+    with pytest.raises(ValueError, match=f"c: no images in it; {re.escape(line)}$"):
+        formats.guess(str(tmp_path / "c"))
+    with pytest.raises(FileNotFoundError, match=f"in it; {re.escape(line)}$"):
+        import_data("imagefolder", tmp_path / "c", tmp_path / "q")
+    assert files.linked_folders(str(tmp_path / "b")) == ""
+    beside(tmp_path / "a/cat", {"7": "a cat"})
+    brought("sidecars", tmp_path / "a", tmp_path / "s")
+    assert line in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_costs_no_line_and_no_file(tmp_path):
+    rows = [json.dumps(dict(file_name=f"{n}.jpg", text=f"no. {n}")) for n in range(2)]
+    for name, texts, suffix in (("a", "ab", ".json"), ("b", "01", ".none")):
+        beside(tmp_path / name, dict.fromkeys(texts, '\ufeff{"text": "one"}'), suffix)
+    (tmp_path / "b/metadata.jsonl").write_text("\ufeff" + "\n".join(rows))
+    found = brought("sidecars", tmp_path / "a", tmp_path / "p")
+    assert found == {name: (("one",), ()) for name in "ab"}
+    found = brought("imagefolder", tmp_path / "b", tmp_path / "q")
+    assert found == {f"{n}.jpg": ((f"no. {n}",), ()) for n in range(2)}
 
 
 def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
@@ -198,7 +268,14 @@ def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_
     names = ("cat", "dog", "bird")
     assert labels(numbered, names) == (["bird", "cat", "dog"], list(names), {})
     assert labels(numbered, names[:2]) == (["cat", "dog"], ["cat", "dog"], {"2/0.jpg": "bad_label"})
-    lines = ("n01440764 tench, Tinca tinca", "n01443537 goldfish")
+    (tmp_path / "0").mkdir()
+    import_data("imagefolder", numbered, tmp_path / "0/raw")
+    import_data("prepared", tmp_path / "0/raw", tmp_path / "0/named", class_names=names)
+    assert prepared.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
+    renamed = sources.open_source(str(tmp_path / "0/named"))
+    assert [record.labels for record in renamed] == [(name,) for name in names]
+    (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
+    lines = items.read_class_names(str(tmp_path / "0/list.txt"))
     of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
     listed = ["tench, Tinca tinca", "goldfish"]
     assert labels(of_imagenet, lines) == (sorted(listed), listed, {})
@@ -309,3 +386,27 @@ def test_images_whose_values_are_lost_in_eight_bits_are_counted(tmp_path, capsys
     (tmp_path / "a/11.txt").write_text("a ramp")
     brought("sidecars", tmp_path / "a", tmp_path / "p")
     assert "7 of 12 images have values that lose much in 8 bits" in capsys.readouterr().err
+
+
+def test_suffixes_in_any_case_are_told_and_read(tmp_path):
+    for number, name in enumerate(("0.jpg", "1.Jpg", "2.JPG")):
+        (tmp_path / "p/cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p/cat" / name).write_bytes(encode(number))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0.Png").write_bytes(encode(3, "PNG"))
+    (tmp_path / "c/LIST.CSV").write_text("file_name,text\n0.Png,a cat\n")
+    (tmp_path / "t").mkdir()
+    write_tar(tmp_path / "t/A.TAR", 2)
+    found = {name: formats.guess(str(tmp_path / name)) for name in "pct"}
+    assert found == dict(p="imagefolder", c="csv", t="webdataset")
+    for name, count in (("p", 3), ("c", 1), ("t", 2)):
+        result = import_data(found[name], tmp_path / name, tmp_path / f"out-{name}")
+        assert (result["read"], result["written"]) == (count, count)
+    (tmp_path / "r").mkdir()
+    for name in ("x.tfrecords", "y.tfrecord", "z.tfrecord-00000-of-00001"):
+        (tmp_path / "r" / name).write_bytes(b"")
+    assert formats.guess(str(tmp_path / "r")) == "tfrecord"
+    units = tfrecord.plan(str(tmp_path / "r"), "", Options())
+    assert [unit.path[-13:] for unit in units] == [
+        "r/x.tfrecords", "/r/y.tfrecord", "0000-of-00001"
+    ]  # fmt: skip

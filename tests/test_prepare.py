@@ -26,7 +26,7 @@ from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
 from coca_jax.data import records, sources, tfds_source
-from coca_jax.importers import prepared
+from coca_jax.importers import prepared, tfds_name
 from coca_jax.importers.items import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -269,8 +269,9 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
         with pytest.raises(ValueError, match="; use `python -m coca_jax.prepare") as error:
             sources.open_source(entry | wrong)
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no such data: Dataset absent not found$"):
-        import_data("tfds", "absent", tmp_path / "out")
+    for name in ("absent", "tfds:absent"):
+        with pytest.raises(ValueError, match="^tfds:absent: .* data: Dataset absent not found$"):
+            import_data("tfds", name, tmp_path / "out")
 
 
 def test_records_of_tfds_without_a_label_have_none():
@@ -282,6 +283,12 @@ def test_records_of_tfds_without_a_label_have_none():
         dict(image=b"i", label=np.int64(-1)), 0, "image", "", "label", names
     )
     assert unlabelled.labels == () and unlabelled.texts == ()
+
+
+def test_the_other_images_of_tfds_are_no_fields():
+    example = dict(image=b"i", mask=np.zeros((4, 4, 1), np.uint8), box=np.ones((1, 2)))
+    item = tfds_name._item("0", example, ("image", "", ""), ())
+    assert (item.image, item.extra) == (b"i", {"box": [[1.0, 1.0]]})
 
 
 def test_whatever_imports_tensorflow_keeps_it_off_gpus():

@@ -1,5 +1,6 @@
 """prepare: what it leaves out and says so, faults, duplicates, data without texts, odd tars."""
 
+import dataclasses
 import io
 import json
 import random
@@ -14,7 +15,8 @@ from prepare_cases import add_member, draw, encode, import_data, reasons_of, wri
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, remarks, shards, tar_members
+from coca_jax.importers import dedup, remarks, shards, split_field, tar_members
+from coca_jax.importers.items import Options
 
 
 def test_faults_end_in_quarantine_with_reasons(tmp_path):
@@ -115,11 +117,79 @@ def test_duplicates_by_content_by_look_and_against_evaluation(tmp_path):
         assert reasons_of(out) == reasons
 
 
+def flat_looks(seed, count=400):
+    """Looks that share a flat band, as pictures with plain margins, and one of each 6 bits off."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2, (count, dedup.BITS), dtype=np.uint8)
+    bits[:, :64] = 0
+    near = bits.copy()
+    for row in near:
+        row[64 + rng.choice(192, 6, replace=False)] ^= 1
+    return [[row.tobytes().hex() for row in np.packbits(b, axis=1)] for b in (bits, near)]
+
+
+@pytest.mark.parametrize("compared", [8, 1024])
+def test_flat_looks_are_all_compared(compared, monkeypatch):
+    monkeypatch.setattr(dedup, "_COMPARED", compared)
+    looks, near = flat_looks(0)
+    held = [(f"e{n}", look) for n, look in enumerate(looks)]
+    found = [(0, n, f"k{n}", f"t{n}", look) for n, look in enumerate(near)]
+    barred = dedup.decide(found, "none", 6, held)
+    assert barred == {(0, n): "in_evaluation: looks the same" for n in range(400)}
+    assert not dedup.decide(found, "none", 5, held)
+    both = [(0, n, f"k{n}", f"t{n}", look) for n, look in enumerate(looks + near)]
+    twice = dedup.decide(both, "perceptual", 6, [])
+    assert twice == {(0, 400 + n): f"near_duplicate: k{n}" for n in range(400)}
+
+
+@pytest.mark.parametrize("distance", [100, 256])
+def test_a_distance_beyond_all_bands_compares_each_with_each(distance):
+    bits = np.zeros((3, dedup.BITS), np.uint8)
+    bits[1, :distance], bits[2, ::2] = 1, 1  # the last is 128 bits off the first two
+    looks = [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
+    found = [(0, n, f"k{n}", f"t{n}", look) for n, look in enumerate(looks)]
+    gone = dedup.decide(found, "perceptual", distance, [])
+    assert sorted(gone) == [(0, 1), (0, 2)][: 1 + (distance == 256)]
+    assert len(dedup.decide(found, "perceptual", 99, [])) == 0
+
+
+def test_evaluation_images_of_any_suffix_and_those_that_do_not_decode(tmp_path, caplog):
+    (tmp_path / "eval").mkdir()
+    write_tar(tmp_path / "a.tar", 4)
+    for number, name in enumerate(("0.jpg", "IMG_1.JPG", "2.Jpg")):
+        (tmp_path / "eval" / name).write_bytes(encode(number))
+    (tmp_path / "eval/cut.jpg").write_bytes(encode(3)[:-105])
+    exclude = (str(tmp_path / "eval"),)
+    import_data("webdataset", tmp_path / "a.tar", tmp_path / "out", exclude=exclude)
+    gone = dict.fromkeys((f"a.tar/{n:05d}" for n in range(3)), "in_evaluation")
+    assert reasons_of(tmp_path / "out") == gone
+    assert "1 of 4 images cannot be decoded" in caplog.text and "eval/cut.jpg (OSE" in caplog.text
+
+
 def test_looks_tell_images_apart():
     found = [dedup.look(np.asarray(draw(i, (64, 64)))) for i in range(200)]
     bits = np.unpackbits(np.stack(found), axis=1)
     apart = [(bits[i] != bits[j]).sum() for i in range(200) for j in range(i)]
     assert min(apart) > 12
+
+
+def test_what_cannot_be_used_is_listed_with_its_own_split(tmp_path):
+    (tmp_path / "a").mkdir()
+    rows = [dict(file_name=f"{n}.jpg", text=f"no. {n}", split="train") for n in range(4)]
+    rows[1]["split"] = rows[3]["split"] = "test"
+    for n in range(3):  # and not the last
+        (tmp_path / f"a/{n}.jpg").write_bytes(encode(n))
+    lines = [json.dumps(row) for row in rows] + ["{"]
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines))
+    told = split_field.told("imagefolder", str(tmp_path / "a"), Options())
+    listed = {}
+    for split in told.values:
+        options = dataclasses.asdict(told.options(split, Options()))
+        made = import_data("imagefolder", tmp_path / "a", tmp_path / "out", split=split, **options)
+        assert made["read"] == 5
+        listed[split] = list(reasons_of(tmp_path / "out", split).values())
+    # What split a line is of that cannot be read is not known.
+    assert listed == dict(train=["bad_json"], test=["missing_image", "bad_json"])
 
 
 def test_errors_name_the_remedy(tmp_path):

@@ -245,6 +245,18 @@ def test_own_data_bring_their_regions(photos):
     assert all("10 20 30 40" in text and "thing" in text for text in found)
 
 
+def test_records_of_regions_alone_are_kept(tmp_path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    told = [[dict(text="a dog", box=[0.1, 0.2, 0.3, 0.4])], dict(text="all", box=[0, 0, 1, 1]), []]
+    rows = [json.dumps(dict(file_name="a.png", regions=one)) for one in told]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    made = prepare("imagefolder", str(tmp_path), str(tmp_path / "out"), progress=False)
+    assert (made["written"], made["quarantined"]) == (2, {"missing_text": 1})
+    entry = Entry.of(dict(path=str(tmp_path / "out"), kind="region", split="train"))
+    found = sources.open_source(entry, training=True).read(range(2))
+    assert [regions.of(one.extra)[0].text for one in found] == ["a dog", "all"]
+
+
 @pytest.mark.long
 def test_a_run_learns_boxes_beside_captions_and_labels(photos):
     config = tiny_config(image_size=16, patch_size=8)

@@ -17,7 +17,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def parse(data: bytes, most: int = MAX_BYTES) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object, behind a byte order mark or not.
 
     Raises:
         UnicodeDecodeError: not UTF-8.
@@ -25,7 +25,7 @@ def parse(data: bytes, most: int = MAX_BYTES) -> dict[str, Any]:
     """
     if len(data) > most:
         raise ValueError(f"JSON of {len(data)} bytes, limit {most}")
-    found = loads(data.decode())
+    found = loads(data.decode("utf-8-sig"))
     if not isinstance(found, dict):
         raise ValueError(f"not a JSON object, but a {type(found).__name__}")
     return found

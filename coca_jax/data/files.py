@@ -66,6 +66,22 @@ def is_hidden(name: str) -> bool:
     )
 
 
+def is_prepared(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is one that `prepare` wrote."""
+    return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
+
+
+def without_prepared(names: Collection[str]) -> list[str]:
+    """Names within a folder but for those of the folders below that `prepare` wrote: they are no
+    part of its input."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        folder, own = posixpath.split(name)
+        inside.setdefault(folder, []).append(own)
+    prepared = {folder for folder, found in inside.items() if folder and is_prepared(found)}
+    return [name for name in names if posixpath.dirname(name) not in prepared]
+
+
 def walk(path: str) -> Iterator[list[str]]:
     """For a folder and each one below, the names of its files within `path`, sorted, without those
     that are hidden."""
@@ -74,6 +90,22 @@ def walk(path: str) -> Iterator[list[str]]:
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         within = posixpath.relpath(folder, plain)
         yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]
+
+
+def linked_folders(path: str) -> str:
+    """What is said of the links to folders in a local folder and below: they are not followed, as
+    they may lead anywhere; '' for none."""
+    found = []
+    if not is_remote(path):
+        top = path.removeprefix("file://")
+        for folder, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
+            found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
+    if not found:
+        return ""
+    shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+    return f"folders that are links are not read: {shown}; put the folders in their place"
 
 
 def read(path: str) -> bytes:
@@ -170,7 +202,7 @@ def open_unpacked(path: str) -> Iterator[Any]:
     import pyarrow as pa  # takes a while, and few read such
 
     with open_binary(path) as file:
-        yield pa.CompressedInputStream(file, "zstd" if path.endswith(".zst") else "gzip")
+        yield pa.CompressedInputStream(file, "zstd" if path.lower().endswith(".zst") else "gzip")
 
 
 def size(path: str) -> int:
@@ -189,6 +221,8 @@ def find(
 
     In a folder, where some files' names tell their split (train-0001.tar, train.csv, a folder
     train/), only those of `split` are taken.
+
+    patterns: in lower case; names match them in any.
 
     all_told: only where the names of all files do, as of pictures, which are called anything.
 
@@ -210,8 +244,11 @@ def find(
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
+        links = "" if is_pattern(path) else linked_folders(path)
         raise FileNotFoundError(
-            f"{path}: no {' or '.join(patterns)} in it" + (f" for split {split!r}" if split else "")
+            f"{path}: no {' or '.join(patterns)} in it"
+            + (f" for split {split!r}" if split else "")
+            + (f"; {links}" if links else "")
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
@@ -297,11 +334,12 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
 
 def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
     """Matching files of a folder and below -> the split that their names within it tell, or ''."""
-    names = {file: posixpath.relpath(file, plain) for file in system.find(plain)}
+    names = {posixpath.relpath(file, plain): file for file in system.find(plain)}
     return {
-        file: _told_split(name)
-        for file, name in names.items()
-        if not is_hidden(name) and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        names[name]: _told_split(name)
+        for name in without_prepared(names)
+        if not is_hidden(name)
+        and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
     }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import fnmatch
 import io
 import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax import storage
@@ -36,6 +37,9 @@ _SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
+PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
+PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
+PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
@@ -60,7 +64,7 @@ def guess(path: str) -> str:
             return "sidecars"
         if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
             above, _, name = path.rpartition("/")
-            found = "csv" if _is_text_list(above or ".", name, list(_names(above or "."))) else ""
+            found = "csv" if _is_text_list(above or ".", name, _names(above or ".")) else ""
         if not found:
             raise ValueError(
                 f"{path} is one file, and no list or archive of images; give the folder of the "
@@ -71,9 +75,10 @@ def guess(path: str) -> str:
         folder = system.isdir(plain)
     if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    names = list(_names(path))
+    everything = _names(path)
+    names = files.without_prepared(everything)
     tops = {name for name in names if "/" not in name}
-    if "manifest.json" in tops and any(name.endswith(".array_record") for name in tops):
+    if files.is_prepared(tops):
         return "prepared"
     if {"features.json", "dataset_info.json"} <= tops:
         return "tfds"
@@ -91,23 +96,25 @@ def guess(path: str) -> str:
         return "csv"
     if found or pictures:
         return found or "imagefolder"
-    raise ValueError(f"{path}: {_contents(names)}; give images, tars, parquet, CSV or TSV")
+    if links := files.linked_folders(path):
+        raise ValueError(f"{path}: no images in it; {links}")
+    raise ValueError(f"{path}: {_contents(everything)}; give images, tars, parquet, CSV or TSV")
 
 
-def _names(path: str) -> Iterator[str]:
+def _names(path: str) -> list[str]:
     """Names of the files in a folder and below, hidden ones left out, up to a number."""
-    count = 0
+    found: list[str] = []
     for names in files.walk(path):
-        yield from names
-        count += len(names)
-        if count >= _LOOK_AT:
-            return
+        found += names
+        if len(found) >= _LOOK_AT:
+            break
+    return found
 
 
 def _of_names(names: list[str]) -> str:
     lower = [name.lower() for name in names]
-    for kind, suffixes in _SUFFIXES.items():
-        if any(name.endswith(suffixes) or f"{suffixes[0]}-" in name for name in lower):
+    for kind in _SUFFIXES:
+        if any(fnmatch.filter(lower, pattern) for pattern in PATTERNS[kind]):
             return kind
     return ""
 
@@ -142,18 +149,23 @@ def image_field(row: Mapping[str, Any]) -> str:
 
 def beside(path: str) -> list[str]:
     """Files in a folder of pictures that may hold their texts, and are not read with them."""
-    return [name for name in _names(path) if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
+    return _ending(path, (".csv", ".tsv", *SIDECARS))
 
 
 def tables(path: str) -> list[str]:
     """Files in a folder that may be tables of its pictures, by their names."""
-    return [name for name in _names(path) if name.lower().endswith(TABLES)]
+    return _ending(path, TABLES)
+
+
+def _ending(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    names = files.without_prepared(_names(path))
+    return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
     """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
     none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
-    names = names or list(_names(path))
+    names = names or files.without_prepared(_names(path))
     if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
         return []
     pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}

@@ -51,7 +51,7 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
         path = _meant(folder, name) or path
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
-    found = _canonical(path)
+    found = canonical(path)
     here = os.getcwd()  # the roots may be relative
     if not any(found.startswith(_prefix(root, here)) for root in roots):
         raise Outside(
@@ -91,7 +91,8 @@ def _pictures_below(folder: str) -> dict[str, str]:
     return found
 
 
-def _canonical(path: str) -> str:
+def canonical(path: str) -> str:
+    """The one path of a file or folder: here with links followed, of a URL without '..'."""
     if not files.is_remote(path):
         return os.path.realpath(path.removeprefix("file://"))
     scheme, rest = path.split("://", 1)
@@ -103,6 +104,6 @@ def _canonical(path: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _prefix(root: str, here: str) -> str:
     """What paths below a folder begin with, seen from the folder `here`."""
-    found = _canonical(root)
+    found = canonical(root)
     separator = "/" if files.is_remote(found) else os.sep
     return found.rstrip(separator) + separator

@@ -12,7 +12,16 @@ from array_record.python import array_record_module
 
 from coca_jax import local_files
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, in_place, manifest, records, references, shard_cache
+from coca_jax.data import (
+    files,
+    formats,
+    in_place,
+    manifest,
+    named_files,
+    records,
+    references,
+    shard_cache,
+)
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
 
@@ -101,7 +110,7 @@ def _root(path: str, told: str) -> str:
         ValueError: neither a local one nor one in a bucket.
         FileNotFoundError: it is gone.
     """
-    root = files.join(path, told)
+    root = named_files.canonical(files.join(path, told))
     if not references.is_place(root):
         raise ValueError(
             f"data source {path}: it is an index of {root[:200]}, neither here nor in a bucket"

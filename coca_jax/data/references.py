@@ -71,7 +71,8 @@ def dump(span: Span, image: bytes, root: str) -> bytes:
     crc = zlib.crc32(image) if span.crc < 0 else span.crc
     page = [] if span.page is None else [list(span.page)]
     fields = [_below(span.path, root), span.file_bytes, span.start, span.size, crc, *page]
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,7 +98,7 @@ def load(data: bytes, root: str) -> Reference:
     except (ValueError, TypeError) as error:
         raise ValueError(f"not a reference to an image: {error}") from None
     numbers = [file_bytes, start, size, crc, *((page[1:]) if page else ())]
-    if not isinstance(path, str) or not all(map(_is_count, numbers)) or "::" in path:
+    if not isinstance(path, str) or not all(map(_is_count, numbers)):
         raise ValueError(f"not a reference to an image: {data[:200]!r}")
     if start + size > file_bytes or (page and page.start + page.size > page.unpacked):
         raise ValueError(f"a reference beyond the end of {path[:200]}")
@@ -106,7 +107,8 @@ def load(data: bytes, root: str) -> Reference:
     if ".." in posixpath.normpath(path).split("/"):
         raise ValueError(f"a reference that leads out of the data: {path[:200]}")
     whole = files.join(root, path)
-    if not is_place(whole):
+    chained = "::" in whole and files.is_remote(whole)  # file systems, by fsspec
+    if chained or not is_place(whole):
         raise ValueError(f"a reference to neither a local file nor a bucket: {whole[:200]}")
     return Reference(whole, file_bytes, start, size, crc, page)
 

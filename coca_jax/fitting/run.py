@@ -21,7 +21,7 @@ from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
 from coca_jax.importers import indexes, own_data
-from coca_jax.importers.items import Options
+from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
 from coca_jax.training import lease, memory, setup, stopping
@@ -153,8 +153,7 @@ def options_of(request: Request) -> Options:
     """How the data are read."""
     given: dict[str, Any] = dict(request.fields)
     names = given.pop("class_names", "")
-    lines = files.read_lines(names) if names else []
-    return Options(**given, class_names=tuple(line.strip() for line in lines if line.strip()))
+    return Options(**given, class_names=read_class_names(names) if names else ())
 
 
 def decide(

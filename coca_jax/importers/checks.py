@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from coca_jax.data import images, order, videos
+from coca_jax.data import images, order, regions, videos
 from coca_jax.data.field_texts import selected
 from coca_jax.data.records import Record
 from coca_jax.importers.items import Item, Options, plain_json
@@ -19,17 +19,19 @@ def wanted(item: Item, options: Options) -> str:
     """'' for an item that the selection keeps, else what leaves it out: 'where', 'sample', or the
     side of a holdout on which it is, 'held_out' or 'not_held_out'.
 
-    An item with a problem is kept, to be listed once: on the side that is not held out.
+    An item with a problem is kept, to be listed once: on the side that is not held out, and where
+    its fields are known, with those that have the wanted values.
     """
     if options.holdout:
         held = not item.problem and is_held_out(item.image, options.holdout)
         if held != options.held_out:
             return "held_out" if held else "not_held_out"
+    for field, values in options.where:
+        known = not item.problem or field in item.extra
+        if known and not selected({field: values}, item.extra, item.texts, item.labels):
+            return "where"
     if item.problem:
         return ""
-    for field, values in options.where:
-        if not selected({field: values}, item.extra, item.texts, item.labels):
-            return "where"
     if options.sample < 1.0:
         digest = sum(order.key(*item.key.encode()).tolist())
         if order.uniform(order.key(options.seed, digest & (2**63 - 1)), 1)[0, 0] >= options.sample:
@@ -54,18 +56,16 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         return None, item.problem, item.detail
     if not item.image:
         return None, "empty_image", "zero bytes"
-    texts = [" ".join(text.split()) for text in item.texts]
+    texts, labels = texts_and_labels(item)
     if any(len(text) > options.max_text for text in texts):
         return None, "text_too_long", f"{max(map(len, texts))} characters"
-    if any("\ufffd" in text for text in texts):
-        return None, "bad_utf8", "a text has bytes that are not UTF-8"
+    if any("\ufffd" in text for text in (*texts, *labels)):
+        return None, "bad_utf8", "a text or label has bytes that are not UTF-8"
     try:
         "".join((*texts, *item.labels)).encode()
     except UnicodeEncodeError:
         return None, "bad_utf8", "a text or label has half a surrogate pair"
     texts = [text for text in texts if len(text) >= max(options.min_text, 1)]
-    labels = [" ".join(label.split()) for label in item.labels]
-    labels = list(dict.fromkeys(label for label in labels if label))
     if options.require == "text" and not texts:
         return None, "missing_text", "no caption of the wanted length"
     if options.require == "label" and not labels:
@@ -85,8 +85,19 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     return Record(data, tuple(texts), tuple(labels), item.key, extra, second), "", ""
 
 
+def texts_and_labels(item: Item) -> tuple[list[str], list[str]]:
+    """An item's texts, and its labels once each, as records have them: blanks are single spaces."""
+    texts = [" ".join(text.split()) for text in item.texts]
+    labels = [" ".join(label.split()) for label in item.labels]
+    return texts, list(dict.fromkeys(label for label in labels if label))
+
+
 def _asks(extra: Mapping[str, Any]) -> bool:
-    """Whether a field lists questions, as sources of kind 'question' read them."""
+    """Whether a field lists questions or regions, as sources of these kinds read them."""
+    told = extra.get(regions.FIELD)
+    first = told[0] if isinstance(told, list) and told else told
+    if isinstance(first, dict) and {"text", "box"} <= first.keys():
+        return True
     lists = (value for value in extra.values() if isinstance(value, list))
     return any(isinstance(one, dict) and "question" in one for found in lists for one in found[:1])
 

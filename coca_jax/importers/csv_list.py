@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from coca_jax.data import files, formats, named_files
 from coca_jax.importers import imagefolder, lines
-from coca_jax.importers.items import Item, Options, Unit, split_units
+from coca_jax.importers.items import Item, Options, Unit
 
-ROWS_PER_UNIT = 2048
-PATTERNS = ("*.csv", "*.tsv")  # of its files
+PATTERNS = formats.PATTERNS["csv"]
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -22,16 +21,13 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """
     units, root = [], named_files.root_of(path)
     for file in _lists(path, split):
-        rows, columns = 0, None
-        for fields in lines.csv_rows(file):
-            if not columns and not isinstance(fields, csv.Error):
-                columns = list(fields)
-            rows += 1
+        whole = (list(row) for row in lines.csv_rows(file) if not isinstance(row, csv.Error))
+        columns = next(whole, [])
         wanted = (*options.image_field.split(","), options.text_field, options.label_field)
         for field in wanted:
             if field and columns and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
-        units += split_units(file, rows, ROWS_PER_UNIT, root)
+        units += imagefolder.csv_units(file, root)
     return units
 
 
@@ -53,8 +49,4 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
     """The items of a range of rows without their images."""
-    for number, fields in enumerate(lines.csv_rows(unit.path)):
-        if number >= unit.stop:
-            return
-        if number >= unit.start:
-            yield imagefolder.row(unit, number, fields, options)
+    yield from imagefolder.csv_located(unit, options)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
-from coca_jax.data import files, images, manifest, videos
+from coca_jax.data import files, formats, images, manifest, videos
 from coca_jax.data.random_access import Source
 from coca_jax.data.sources import open_source
 
 SIDE = 16  # of the difference hash: SIDE x SIDE bits
 BITS = SIDE * SIDE
-_REPRESENTATIVES = 64  # compared with in one bucket; more of them are all alike
+_COMPARED = 1024  # rows that are compared each with each
+_LEAST_BITS = 8  # of a band
+_ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 def content_hash(data: bytes) -> bytes:
@@ -44,23 +48,37 @@ def fingerprint(data: bytes) -> tuple[str, str]:
     return content_hash(data).hex(), look(images.decode(image)).tobytes().hex()
 
 
-def evaluation_images(path: str) -> Iterator[bytes]:
-    """Encoded images to keep out of training: a prepared folder (all its splits), or image files.
+def to_exclude(path: str) -> list[tuple[str, str]]:
+    """(content, look) of each evaluation image: of a prepared folder (all its splits), or of image
+    files. Those that cannot be decoded have no look, and none can be evaluated on; a warning names
+    the first.
 
     Raises:
         FileNotFoundError: nothing there.
     """
-    prepared = manifest.read(path)
-    if prepared is not None:
-        for split in prepared["splits"]:
-            found: Source = open_source({"path": path, "split": split})
-            yield from (record.image for record in found)
-        return
-    for file in files.find(path, tuple(f"*{suffix}" for suffix in images.SUFFIXES)):
+    found, left = [], []
+    for name, data in _evaluation_images(path):
         try:
-            yield files.read_bounded(file)
-        except (OSError, ValueError):
-            continue  # what cannot be read cannot be evaluated on
+            found.append(fingerprint(data()))
+        except Exception as error:  # file systems and decoders raise all sorts
+            left.append(f"{name} ({type(error).__name__}: {error})")
+    if left:
+        logging.warning(
+            "--exclude=%s: %d of %d images cannot be decoded and keep nothing out, the first %s",
+            *(path, len(left), len(left) + len(found), left[0]),
+        )
+    return found
+
+
+def _evaluation_images(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    prepared = manifest.read(path)
+    if prepared is None:
+        for file in files.find(path, formats.PATTERNS["imagefolder"]):
+            yield file, functools.partial(files.read_bounded, file)
+        return
+    for split in prepared["splits"]:
+        source: Source = open_source({"path": path, "split": split})
+        yield from ((record.key, functools.partial(bytes, record.image)) for record in source)
 
 
 def decide(
@@ -107,38 +125,71 @@ def _looks(hexadecimal: Sequence[str]) -> np.ndarray:
 
 
 def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int, int]:
-    """Rows within `distance` bits of an earlier row that stays: row -> that row.
-
-    Two rows that differ in at most d bits agree in one of d + 1 bands of bits, so only rows that
-    share a band are compared.
+    """Rows within `distance` bits of an earlier row that stays: row -> such a row.
 
     Args:
         looks: uint8 [n, BITS / 8]; the first `fixed` rows always stay.
         among: compare the other rows with one another as well.
     """
-    bits = np.unpackbits(looks, axis=1)
-    candidates: set[tuple[int, int]] = set()
-    for band in np.array_split(np.arange(BITS), distance + 1):
-        packed = np.ascontiguousarray(np.packbits(bits[:, band], axis=1))
-        values = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
-        order = np.argsort(values, kind="stable")
-        edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
-        for group in np.split(order, edges):
-            if len(group) < 2:
-                continue
-            kept: list[int] = []
-            for row in group.tolist():  # ascending, as the sort is stable
-                usable = kept if among else [k for k in kept if k < fixed]
-                near = [
-                    other
-                    for other in usable
-                    if row >= fixed and int(np.count_nonzero(bits[row] != bits[other])) <= distance
-                ]
-                candidates.update((row, other) for other in near)
-                if not near and len(kept) < _REPRESENTATIVES:
-                    kept.append(row)
+    first, same = np.unique(_values(looks), return_index=True, return_inverse=True)[1:]
+    rows = np.sort(first)  # of equal looks the first stands for all
+    found = list(_groups(np.unpackbits(looks, axis=1), rows, distance, fixed, among))
     result: dict[int, int] = {}
-    for row, other in sorted(candidates):  # an earlier row that goes itself does not count
-        if row not in result and other not in result:
-            result[row] = other
+    if found:
+        members = np.concatenate(found)
+        starts = np.cumsum([0, *(len(group) for group in found)])
+        of_row = np.argsort(members, kind="stable")
+        groups = np.searchsorted(starts, of_row, side="right") - 1
+        kept = [np.empty(len(group), np.int64) for group in found]  # the rows that stay, of each
+        counts = [0] * len(found)
+        edges = np.flatnonzero(np.diff(members[of_row])) + 1
+        for place in np.split(np.arange(len(members)), edges):
+            row, here = int(members[of_row[place[0]]]), groups[place].tolist()
+            if row >= fixed:
+                others = np.concatenate([kept[group][: counts[group]] for group in here])
+                apart = _ONES[looks[others] ^ looks[row]].sum(axis=1, dtype=np.int64)
+                if near := others[apart <= distance].tolist():
+                    result[row] = min(near)
+                    continue
+                if not among:
+                    continue
+            for group in here:
+                kept[group][counts[group]] = row
+                counts[group] += 1
+    for row, one in enumerate(first[same.reshape(-1)].tolist()):
+        if row >= fixed and row != one and (among or one < fixed or one in result):
+            result[row] = result.get(one, one)
     return result
+
+
+def _groups(
+    bits: np.ndarray, rows: np.ndarray, distance: int, fixed: int, among: bool
+) -> Iterator[np.ndarray]:
+    """Sets of rows, ascending, such that any two within `distance` bits of each other share one.
+
+    Two rows that differ in at most d bits agree in one of d + 1 bands of bits, so only rows that
+    agree in a band are compared; many that do, as flat pictures, once more by the bands of the
+    bits that are left. Bands of few bits keep little apart.
+    """
+    left = [(rows, np.arange(BITS), 2)]
+    while left:
+        rows, columns, deep = left.pop()
+        if len(rows) < 2 or not (rows[0] < fixed <= rows[-1] if not among else rows[-1] >= fixed):
+            continue  # nothing that can go
+        if len(rows) <= _COMPARED or not deep or len(columns) < _LEAST_BITS * (distance + 1):
+            yield rows
+            continue
+        for band in np.array_split(columns, distance + 1):
+            values = _values(np.packbits(bits[np.ix_(rows, band)], axis=1))
+            order = np.argsort(values, kind="stable")
+            edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
+            starts, ends = np.r_[0, edges], np.r_[edges, len(order)]
+            others = np.setdiff1d(columns, band)
+            for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1]):
+                left.append((rows[order[start:end]], others, deep - 1))
+
+
+def _values(packed: np.ndarray) -> np.ndarray:
+    """Rows of bytes as one value each."""
+    packed = np.ascontiguousarray(packed)
+    return packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]

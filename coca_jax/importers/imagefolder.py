@@ -22,7 +22,9 @@ from coca_jax.importers.items import (
     Unit,
     guarded,
     load_image,
+    named_units,
     names,
+    names_of,
     split_units,
     strings,
     take,
@@ -31,6 +33,7 @@ from coca_jax.importers.items import (
 
 ROWS_PER_UNIT = 2048
 BYTES_PER_UNIT = 64 << 20
+_MOST_PASSES = 1024  # through a packed list, which each unit unpacks from the beginning
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -49,12 +52,15 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if not found:
         _refuse_fields(path, options)
     for metadata in found:
-        if metadata.endswith((".jsonl", *lines.PACKED)):
+        if metadata.lower().endswith((".jsonl", *lines.PACKED)):
             units += line_units(metadata, below)
         else:
-            rows = sum(1 for _ in lines.csv_rows(metadata))
-            units += split_units(metadata, rows, ROWS_PER_UNIT, below)
-    return units if found else split_units(root, len(_images(root)), ROWS_PER_UNIT, below)
+            units += csv_units(metadata, below)
+    if found:
+        return units
+    plain = files.filesystem(root)[1]
+    listed = [posixpath.relpath(files.filesystem(path)[1], plain) for path in _images(root)]
+    return named_units(root, listed, ROWS_PER_UNIT, below)
 
 
 def _refuse_fields(path: str, options: Options) -> None:
@@ -180,13 +186,14 @@ def _metadata(root: str) -> list[str]:
 
 
 def _images(root: str) -> list[str]:
-    return files.find(root, tuple(f"*{s}" for s in MEDIA) + tuple(f"*{s.upper()}" for s in MEDIA))
+    return files.find(root, formats.PATTERNS["imagefolder"])
 
 
 def line_units(path: str, root: str) -> list[Unit]:
     """Byte ranges of a file of lines; of a packed one ranges of its lines."""
-    if path.endswith(lines.PACKED):
-        return split_units(path, _count(path), ROWS_PER_UNIT, root)
+    if path.lower().endswith(lines.PACKED):
+        count = _count(path)
+        return split_units(path, count, max(ROWS_PER_UNIT, -(-count // _MOST_PASSES)), root)
     units, start, position, rows = [], 0, 0, 0
     with files.open_binary(path) as file:
         lines.refuse_utf16(path, file)
@@ -199,6 +206,26 @@ def line_units(path: str, root: str) -> list[Unit]:
     if rows:
         units.append(Unit(path, start, position, rows, root))
     return units
+
+
+def csv_units(path: str, root: str) -> list[Unit]:
+    """Ranges of the rows of a table, each with the byte at which they begin."""
+    units, start, offset, stop, behind = [], 0, 0, 0, 0
+    for stop, (_, behind) in enumerate(lines.csv_places(path), 1):
+        if stop - start >= ROWS_PER_UNIT and behind >= 0:
+            units.append(Unit(path, start, stop, stop - start, root, offset=offset))
+            start, offset = stop, behind
+    if stop > start:
+        units.append(Unit(path, start, stop, stop - start, root, offset=offset))
+    return units
+
+
+def csv_located(unit: Unit, options: Options) -> Iterator[Located]:
+    """The items of a range of a table's rows without their images."""
+    first = unit.start if unit.offset else 0
+    rows = enumerate(lines.csv_places(unit.path, unit.offset), first)
+    for number, (fields, _) in itertools.islice(rows, unit.start - first, unit.stop - first):
+        yield row(unit, number, fields, options)
 
 
 def _count(path: str) -> int:
@@ -239,26 +266,21 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 def located(unit: Unit, options: Options) -> Iterator[Located]:
     """The items of a unit without their images."""
-    if unit.path.endswith(".jsonl"):
+    kind = unit.path.lower()
+    if kind.endswith(".jsonl"):
         yield from _json_rows(unit, options)
-    elif unit.path.endswith(lines.PACKED):
+    elif kind.endswith(lines.PACKED):
         yield from _packed_rows(unit, options)
-    elif unit.path.endswith(".csv"):
-        for number, fields in enumerate(lines.csv_rows(unit.path)):
-            if number >= unit.stop:
-                return
-            if number >= unit.start:
-                yield row(unit, number, fields, options)
+    elif kind.endswith(".csv"):
+        yield from csv_located(unit, options)
     else:
-        plain = files.filesystem(unit.path)[1]
-        for path in _images(unit.path)[unit.start : unit.stop]:
-            name = posixpath.relpath(files.filesystem(path)[1], plain)
+        for name in names_of(unit):
             item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
             try:
                 item.labels = names(label, options.class_names)
             except ValueError as error:
                 item.problem, item.detail = "bad_label", str(error)
-            yield Located(item, unit.path, path)
+            yield Located(item, unit.path, files.join(files.absolute(unit.path), name))
 
 
 def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:

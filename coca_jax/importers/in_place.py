@@ -29,7 +29,7 @@ def obstacle(format: str, units: list[Unit], options: Options) -> str:
         return f"--max_side={options.max_side} encodes images again, which lie nowhere then"
     if format != "webdataset" or not units:
         return ""
-    named = [unit.path for unit in units if not unit.path.endswith(".tar")]
+    named = [unit.path for unit in units if not unit.path.lower().endswith(".tar")]
     if named:
         return f"{named[0]} is compressed and cannot be read in place"
     with files.open_binary(units[0].path) as file:

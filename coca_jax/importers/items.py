@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
@@ -80,6 +80,7 @@ class Unit:
         rows: how many items to expect; 0: not known.
         root: the folder below which its rows may name files; '': the file's own.
         names: of a folder, the files in it that are its rows.
+        offset: byte of a file at which its rows begin; 0: they are counted from the beginning.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Unit:
     rows: int = 0
     root: str = ""
     names: Sequence[str] = ()
+    offset: int = 0
 
 
 @dataclasses.dataclass
@@ -99,7 +101,7 @@ class Item:
     image: bytes = b""
     texts: Sequence[str] = ()
     labels: Sequence[str] = ()
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
     detail: str = ""
     second: bytes = b""  # the other image of a pair
@@ -115,12 +117,28 @@ def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> lis
     ]
 
 
+def named_units(folder: str, names: Sequence[str], rows_per_unit: int, root: str) -> list[Unit]:
+    """Cuts the files of a folder into units that name theirs: none has to list the folder again."""
+    units = split_units(folder, len(names), rows_per_unit, root)
+    return [dataclasses.replace(u, names=tuple(names[u.start : u.stop])) for u in units]
+
+
+def names_of(unit: Unit) -> Sequence[str]:
+    """The files that a unit of a folder names. Raises ValueError where it names none, as those of
+    earlier versions do."""
+    if not unit.names:
+        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
+    return unit.names
+
+
 def whole_files(units: Sequence[Unit]) -> list[Unit]:
     """One unit of each file that units are parts of, in their order."""
     found: dict[str, Unit] = {}
+    named: dict[str, list[str]] = {}
     for unit in units:
         found[unit.path] = dataclasses.replace(found.get(unit.path, unit), stop=unit.stop, rows=0)
-    return list(found.values())
+        named.setdefault(unit.path, []).extend(unit.names)
+    return [dataclasses.replace(unit, names=tuple(named[path])) for path, unit in found.items()]
 
 
 def guarded(key: str, make: Callable[[], Item]) -> Item:
@@ -171,6 +189,18 @@ def names(value: Any, class_names: Sequence[str]) -> list[str]:
     return found
 
 
+def read_class_names(path: str, called: str = "") -> tuple[str, ...]:
+    """The class names in a text file, one a line; blank lines are none. called: as `read_lines`.
+
+    Raises:
+        OSError, ValueError: as `files.read_lines`; or it has no name.
+    """
+    found = tuple(line.strip() for line in files.read_lines(path, called) if line.strip())
+    if not found:
+        raise ValueError(f"{called or path}: it is empty")
+    return found
+
+
 def class_number(label: str) -> int | None:
     """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
     where one is missing."""
@@ -197,6 +227,15 @@ def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
         if fields.get(name) not in (None, "", []):
             return fields.pop(name)
     return None
+
+
+def without_bytes(value: Any) -> Any:
+    """A field without the bytes in it, such as those of another image; None where it is bytes."""
+    if isinstance(value, dict):
+        return {k: without_bytes(v) for k, v in value.items() if not isinstance(v, bytes)}
+    if isinstance(value, (list, tuple)):
+        return [without_bytes(v) for v in value if not isinstance(v, bytes)]
+    return None if isinstance(value, bytes) else value
 
 
 def plain_json(value: Any) -> str:

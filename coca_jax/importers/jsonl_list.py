@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coca_jax.data import files, named_files
+from coca_jax.data import files, formats, named_files
 from coca_jax.importers import imagefolder
 from coca_jax.importers.items import Item, Options, Unit
 
-PATTERNS = ("*.jsonl", "*.jsonl.zst", "*.jsonl.gz")  # of its files
+PATTERNS = formats.PATTERNS["jsonl"]
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:

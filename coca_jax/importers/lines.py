@@ -6,7 +6,7 @@ import codecs
 import collections
 import csv
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from coca_jax.data import bounded_json, files, formats
 
@@ -78,7 +78,7 @@ class _CsvLines:
     """
 
     def __init__(self, file: BinaryIO):
-        self._lines = lines(file)
+        self._file, self._lines, self._position = file, lines(file), 0
         self._queue: collections.deque[str] = collections.deque()
         self.taken: list[str] = []
         self._error: csv.Error | None = None
@@ -91,7 +91,8 @@ class _CsvLines:
             error, self._error = self._error, None
             raise error
         while not self._queue:
-            line, _ = next(self._lines)
+            line, size = next(self._lines)
+            self._position += size
             if line is None:
                 raise csv.Error(f"a line of more than {MAX_ROW_BYTES} bytes")
             # bytes end lines at \r, \n and \r\n alone, as the format does.
@@ -99,6 +100,16 @@ class _CsvLines:
             self._queue.extend(part.decode() for part in parts)
         self.taken.append(self._queue.popleft())
         return self.taken[-1]
+
+    def go_to(self, position: int) -> None:
+        """The next line is that which begins at a byte of the file."""
+        self._file.seek(position)
+        self._queue.clear()
+        self._lines, self._position = lines(self._file), position
+
+    def position(self) -> int:
+        """The byte at which the next line begins; -1 where that is within one of the file's."""
+        return -1 if self._queue or self._error else self._position
 
     def take_back(self, start: int) -> None:
         """The lines taken from `start` on will come again."""
@@ -121,9 +132,18 @@ class _CsvLines:
             self.taken = taken
 
 
-def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
-    """Rows of a CSV file as dicts; what separates their cells: `formats.dialect`. A row that the
-    format does not allow comes as its error.
+Row: TypeAlias = dict[str, str] | csv.Error
+
+
+def csv_rows(path: str) -> Iterator[Row]:
+    """The rows of `csv_places`. Raises as that."""
+    return (row for row, _ in csv_places(path))
+
+
+def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
+    """Rows of a CSV file as dicts, each with the byte at which to start for the next; -1 where
+    none can. What separates their cells: `formats.dialect`. A row that the format does not allow
+    comes as its error.
 
     Raises:
         ValueError: the file has no header that can be read, or is UTF-16.
@@ -141,6 +161,8 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
             columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         except csv.Error as error:
             raise ValueError(f"{path}: its first line names no columns: {error}") from None
+        if start:
+            source.go_to(start)
         while columns:
             source.taken = []
             try:
@@ -152,11 +174,12 @@ def csv_rows(path: str) -> Iterator[dict[str, str] | csv.Error]:
                 return
             except csv.Error as error:
                 source.take_back(1)  # an open quotation mark has swallowed rows that are whole
-                yield error
+                yield error, source.position()
                 continue
             surplus = row.pop(None, [])  # type: ignore[call-overload]
             if any(cell.strip() for cell in surplus):  # a text cut at its comma is another text
                 marks = formats.SEPARATORS[rows.reader.dialect.delimiter]
-                yield csv.Error(f"more cells than columns; quote texts with {marks}")
+                more = csv.Error(f"more cells than columns; quote texts with {marks}")
+                yield more, source.position()
                 continue
-            yield row
+            yield row, source.position()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from coca_jax.data import files, named_files
+from coca_jax.data import files, formats, named_files
 from coca_jax.importers import parquet_pages
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -26,11 +26,12 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    without_bytes,
 )
 
 ROWS_PER_UNIT = 4096
 IMAGE_FIELDS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path")
-PATTERNS = ("*.parquet",)  # of its files
+PATTERNS = formats.PATTERNS["parquet"]
 _BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100  # of a row group that is more of a bomb than pictures
 
@@ -210,7 +211,7 @@ def _row(
     except ValueError as error:
         item.problem, item.detail = "bad_label", str(error)
         return item
-    item.extra = {k: v for k, v in fields.items() if not isinstance(v, bytes)}
+    item.extra = without_bytes(fields)
     _load(item, image, unit, options)
     if second and not item.problem:
         found = _load(Item(key), other, unit, options)

@@ -33,8 +33,8 @@ def splits(path: str) -> list[str]:
 
 
 def declared_classes(unit: Unit, options: Options) -> list[str]:
-    """The class names of the data, unless other labels are taken."""
-    if options.label_field:
+    """The class names of the data, unless other labels are taken or others given."""
+    if options.label_field or options.class_names:
         return list(options.class_names)
     return list(prepared.read_manifest(unit.path.rpartition("@")[0])["class_names"])
 
@@ -52,9 +52,10 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                     item.texts = strings(extra.pop(options.text_field, None))
                 except ValueError as error:
                     item.problem, item.detail = "bad_record", str(error)
-            if options.label_field:
+            if options.label_field or options.class_names:
+                field = options.label_field
                 try:
-                    found = extra.pop(options.label_field, None)
+                    found = extra.pop(field, None) if field else record.labels
                     item.labels = names(found, options.class_names)
                 except ValueError as error:
                     item.problem, item.detail = "bad_label", str(error)

@@ -121,6 +121,12 @@ def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) 
     return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
 
 
+def _links(input: str) -> list[str]:
+    """The line for folders of an input that are links."""
+    links = "" if files.is_pattern(input) else files.linked_folders(input)
+    return [f"{input}: {links}"] if links else []
+
+
 def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
     """The line for class names that were given and are those of none of the labels."""
     return (
@@ -180,13 +186,16 @@ def of_split(
     classes = manifest["class_names"]
     request = found.get("request") or {}
     apart = request.get("options", {}).get("held_out")  # the other side says it
+    others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
+    told = [one["input"] for one in others if one and not one["options"].get("held_out")]
+    first = bool(request) and not apart and request["input"] not in told  # of the input's splits
     if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
         lines += _unread_tables(found, classes, request["input"])
-        others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
-        told = [one["input"] for one in others if one and not one["options"].get("held_out")]
-        if request["input"] not in told:  # once, with the first of its splits
+        if first:
             lines += _unlisted(found, request["input"], request["options"])
+    if first and request["format"] not in ("tfds", "prepared"):
+        lines += _links(request["input"])
     numbers, dark = (
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")

@@ -5,19 +5,26 @@ but for texts of several lines, each of which is a caption.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import posixpath
 from collections.abc import Iterator, Mapping
 
-from coca_jax.data import files, named_files
-from coca_jax.data.formats import MEDIA, SIDECARS, TEXTS
+from coca_jax.data import files, formats, named_files
+from coca_jax.data.formats import SIDECARS, TEXTS
 from coca_jax.importers import lines, tar_members, webdataset
-from coca_jax.importers.items import Item, Options, Unit, guarded, load_image, split_units
+from coca_jax.importers.items import (
+    Item,
+    Options,
+    Unit,
+    guarded,
+    load_image,
+    named_units,
+    names_of,
+)
 
 ROWS_PER_UNIT = 2048
-PATTERNS = (*(f"*{s}" for s in MEDIA), *(f"*{s.upper()}" for s in MEDIA))  # of its images
+PATTERNS = formats.PATTERNS["sidecars"]
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -34,9 +41,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     units = []
     for folder, inside in itertools.groupby(found, lambda file: file[0]):
         # The names and not their number: a split or a pattern need not have all of a folder.
-        names = [name for _, name in inside]
-        for unit in split_units(folder, len(names), ROWS_PER_UNIT, root):
-            units.append(dataclasses.replace(unit, names=tuple(names[unit.start : unit.stop])))
+        units += named_units(folder, [name for _, name in inside], ROWS_PER_UNIT, root)
     return units
 
 
@@ -51,12 +56,10 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
     Raises ValueError for a unit that names none, as those of earlier versions do.
     """
-    if not unit.names:
-        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
     there = {_lower_suffix(name): name for name in files.listing(unit.path)}
     plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
-    for name in unit.names:
+    for name in names_of(unit):
         key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 

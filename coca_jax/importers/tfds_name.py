@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ _OWN = "tensorflow_datasets.core.features."
 
 def _builder(name: str) -> Any:
     tfds = tfds_source.package()
+    name = name.removeprefix("tfds:")
     folder = "/" in name and name.startswith((".", "/")) or "://" in name
+    folder = folder or os.path.exists(os.path.join(name, "features.json"))
     if folder:
         _check_features(name)
     try:
@@ -125,7 +128,11 @@ def _item(
     key: str, example: dict[str, Any], fields: tuple[str, str, str], classes: Sequence[str]
 ) -> Item:
     image, text, label = fields
-    values = {name: _plain(value) for name, value in example.items() if name != image}
+    values = {
+        name: _plain(value)
+        for name, value in example.items()
+        if name != image and getattr(value, "ndim", 0) < 3  # no other image, nor its mask
+    }
     item = Item(key, bytes(example[image]), strings(values.pop(text, None)))
     try:
         item.labels = names(values.pop(label, None), classes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from coca_jax.data import files, records
+from coca_jax.data import files, formats, records
 from coca_jax.data.references import Span
 from coca_jax.importers.items import (
     LABEL_FIELDS,
@@ -25,7 +26,7 @@ IMAGE_FIELDS = ("jpg", "png", "webp", "image", "image/encoded", "image_raw")
 _TEXTS = (*TEXT_FIELDS, "image/caption")
 _LABELS = (*LABEL_FIELDS, "image/class/text", "image/class/label")
 _MAX_RECORD = 1 << 31  # a length above this is damage, not a record
-PATTERNS = ("*.tfrecord", "*.tfrecord-*")  # of its files
+PATTERNS = formats.PATTERNS["tfrecord"]
 _MAX_FIELDS = 16 << 20  # bytes of a record besides its image
 
 
@@ -83,15 +84,20 @@ def _item(key: str, data: bytes, options: Options) -> Item:
         return item
     item.image = image[0]
     try:
-        fields = {
-            name: [v.decode() if isinstance(v, bytes) else v for v in values]
-            for name, values in fields.items()
-        }
-        item.texts = strings(take(fields, options.text_field, _TEXTS))
-        item.labels = names(take(fields, options.label_field, _LABELS), options.class_names)
+        item.texts = strings(_decoded(take(fields, options.text_field, _TEXTS)))
+        labels = _decoded(take(fields, options.label_field, _LABELS))
+        item.labels = names(labels, options.class_names)
     except UnicodeDecodeError as error:
         item.problem, item.detail = "bad_utf8", str(error)
     except ValueError as error:
         item.problem, item.detail = "bad_label", str(error)
-    item.extra = {k: v[0] if len(v) == 1 else v for k, v in fields.items()}
+    for name, values in fields.items():
+        with contextlib.suppress(UnicodeDecodeError):  # a mask, say, and no text
+            found = _decoded(values)
+            item.extra[name] = found[0] if len(found) == 1 else found
     return item
+
+
+def _decoded(values: Sequence[Any] | None) -> list[Any]:
+    """Texts of a feature's bytes, its numbers as they are. Raises UnicodeDecodeError."""
+    return [v.decode() if isinstance(v, bytes) else v for v in values or ()]

@@ -223,5 +223,6 @@ def _tfds(entry: Entry, split: str) -> Source:
 def _record(item: Item, path: str) -> Record:
     if item.problem:
         raise ValueError(f"data {path}: {item.key}: {item.problem}: {item.detail}")
+    texts, labels = (tuple(found) for found in checks.texts_and_labels(item))
     extra = items.plain_json(item.extra)
-    return Record(item.image, tuple(item.texts), tuple(item.labels), item.key, extra)
+    return Record(item.image, texts, labels, item.key, extra, item.second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 
-from coca_jax.data import bounded_json, files, images, videos
+from coca_jax.data import bounded_json, files, formats, images, videos
 from coca_jax.data.references import Span
 from coca_jax.importers import lines, tar_members
 from coca_jax.importers.items import (
@@ -22,7 +22,7 @@ from coca_jax.importers.items import (
 
 IMAGE_SUFFIXES = (*(suffix[1:] for suffix in images.SUFFIXES), "img", "image")
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
-PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")  # of its files
+PATTERNS = formats.PATTERNS["webdataset"]
 TEXT_SUFFIXES = ("txt", "cls", "json")
 
 

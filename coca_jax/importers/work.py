@@ -59,13 +59,7 @@ def _deduplicated(
 ) -> list[shards.Job]:
     """Tells each job what to leave out, by the fingerprints of all."""
     found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
-    exclude = []
-    for path in options.exclude:
-        for data in dedup.evaluation_images(path):
-            try:
-                exclude.append(dedup.fingerprint(data))
-            except ValueError:
-                continue  # what cannot be decoded cannot be evaluated on
+    exclude = [one for path in options.exclude for one in dedup.to_exclude(path)]
     drop = dedup.decide(found, options.dedup, options.distance, exclude)
     return [
         dataclasses.replace(
