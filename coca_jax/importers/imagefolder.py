@@ -16,7 +16,7 @@ from coca_jax.data.formats import MEDIA, METADATA
 from coca_jax.importers import lines
 from coca_jax.importers.items import (
     LABEL_FIELDS,
-    TEXT_FIELDS,
+    LISTED_TEXTS,
     Item,
     Options,
     Unit,
@@ -349,7 +349,7 @@ def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -
         return Located(Item(where, problem="missing_image", detail=detail))
 
     def make() -> Item:
-        item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+        item = Item(name, texts=strings(take(fields, options.text_field, LISTED_TEXTS)))
         if second:  # the same two images may stand beside several texts
             item.key = f"{name}+{second}#{item.texts[0] if item.texts else ''}"
         try:
