@@ -110,7 +110,7 @@ def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str)
         return []
     return [
         f"{input}: the classes are the names of its folders; not read: {_first(names)} "
-        "(--format=csv --input=FILE reads a table of pictures)"
+        "(--input=FILE reads a table or JSON list of pictures)"
     ]
 
 

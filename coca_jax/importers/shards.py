@@ -30,6 +30,7 @@ MODULES = {
     "webdataset": "webdataset",
     "csv": "csv_list",
     "jsonl": "jsonl_list",
+    "json": "json_list",
     "parquet": "parquet",
     "tfrecord": "tfrecord",
     "tfds": "tfds_name",
