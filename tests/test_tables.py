@@ -107,9 +107,7 @@ def test_the_captions_of_flickr8k_and_flickr30k_as_kaggle_packs_them(tmp_path):
     header = "image_name| comment_number| comment\n"
     (folder / "results.csv").write_text(header + "\n".join(rows) + "\n")
     assert formats.guess(str(folder)) == "csv"
-    with pytest.raises(ValueError, match="comment, comment_number: name one with --text_field"):
-        import_data("csv", folder, tmp_path / "out30")
-    result = import_data("csv", folder, tmp_path / "out30", text_field="comment")
+    result = import_data("csv", folder, tmp_path / "out30")
     assert (result["written"], result["with_text"]) == (6, 6)
     assert texts_of(tmp_path / "out30")[2] == ['" Dogs , number 1 .']
 

@@ -39,6 +39,7 @@ _SUFFIXES = {
 }
 PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
 PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
+PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: a list is named itself
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
@@ -65,10 +66,12 @@ def guess(path: str) -> str:
         if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
             above, _, name = path.rpartition("/")
             found = "csv" if _is_text_list(above or ".", name, _names(above or ".")) else ""
+        if not found and plain.lower().endswith(".json"):
+            return "json"
         if not found:
             raise ValueError(
                 f"{path} is one file, and no list or archive of images; give the folder of the "
-                "images, tars, parquet, CSV or TSV"
+                "images, tars, parquet, CSV, TSV or JSON"
             )
         return found
     with storage.as_os_error(path, "cannot be reached"):
@@ -94,11 +97,23 @@ def guess(path: str) -> str:
             found = ""  # a table of something else beside folders of images
     elif not found and text_lists(path, names):
         return "csv"
+    if not found and (coco := [name for name in names if _is_of_coco(name)]):
+        raise ValueError(
+            f"{path}: its captions are in JSON lists; give one of them in its place, as "
+            f"{files.join(path, coco[0])}"
+        )
     if found or pictures:
         return found or "imagefolder"
     if links := files.linked_folders(path):
         raise ValueError(f"{path}: no images in it; {links}")
     raise ValueError(f"{path}: {_contents(everything)}; give images, tars, parquet, CSV or TSV")
+
+
+def _is_of_coco(name: str) -> bool:
+    """Whether a file in a folder is called as COCO's lists of captions."""
+    folder, own = posixpath.split(name.lower())
+    listed = own.startswith("captions_") and own.endswith(".json")
+    return listed and posixpath.basename(folder) == "annotations"
 
 
 def _names(path: str) -> list[str]:

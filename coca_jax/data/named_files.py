@@ -24,13 +24,17 @@ class Outside(ValueError):
 
 def root_of(path: str) -> str:
     """The folder below which an input's rows may name files: the input where it is a folder, else
-    the folder that it lies in, of a glob the part before the first wildcard or brace."""
+    the folder that it lies in, of a glob the part before the first wildcard or brace. JSON lists
+    in a folder `annotations` are those of the folder above, as COCO lays them out."""
     system, plain = files.filesystem(path)
     if files.is_pattern(path):
         parts = path.split("/")
         wild = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?[{"))
-        return "/".join(parts[:wild]) or ("/" if path.startswith("/") else ".")
-    return path if system.isdir(plain) else posixpath.dirname(path) or "."
+        found = "/".join(parts[:wild]) or ("/" if path.startswith("/") else ".")
+    else:
+        found = path if system.isdir(plain) else posixpath.dirname(path) or "."
+    of_coco = path.lower().endswith(".json") and posixpath.basename(found) == "annotations"
+    return posixpath.dirname(found) or "." if of_coco else found
 
 
 def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:

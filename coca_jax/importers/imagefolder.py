@@ -16,7 +16,7 @@ from coca_jax.data.formats import MEDIA, METADATA
 from coca_jax.importers import lines
 from coca_jax.importers.items import (
     LABEL_FIELDS,
-    TEXT_FIELDS,
+    LISTED_TEXTS,
     Item,
     Options,
     Unit,
@@ -270,10 +270,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 def located(unit: Unit, options: Options) -> Iterator[Located]:
     """The items of a unit without their images."""
     kind = unit.path.lower()
-    if kind.endswith(".jsonl"):
-        yield from _json_rows(unit, options)
-    elif kind.endswith(lines.PACKED):
-        yield from _packed_rows(unit, options)
+    if kind.endswith((".jsonl", *lines.PACKED)):
+        yield from line_located(unit, options)
     elif kind.endswith(".csv"):
         yield from csv_located(unit, options)
     else:
@@ -284,6 +282,12 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
             except ValueError as error:
                 item.problem, item.detail = "bad_label", str(error)
             yield Located(item, unit.path, files.join(files.absolute(unit.path), name))
+
+
+def line_located(unit: Unit, options: Options) -> Iterator[Located]:
+    """The items of a range of lines, packed or not, without their images."""
+    packed = unit.path.lower().endswith(lines.PACKED)
+    yield from _packed_rows(unit, options) if packed else _json_rows(unit, options)
 
 
 def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
@@ -327,19 +331,24 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
         detail = str(error) if reason == "bad_utf8" else f"a line is to be a JSON object: {error}"
         return Located(Item(where, problem=reason, detail=detail))
-    return _located(where, unit, fields, options)
+    return _located(where, posixpath.dirname(unit.path), fields, options)
 
 
-def row(unit: Unit, number: int, fields: dict[str, Any] | csv.Error, options: Options) -> Located:
-    """One row of a list: its item, and the name of its image."""
+def row(
+    unit: Unit,
+    number: int,
+    fields: dict[str, Any] | csv.Error,
+    options: Options,
+    folder: str = "",
+) -> Located:
+    """One row of a list: its item, and the name of its image in a folder, by default the list's."""
     where = f"{posixpath.basename(unit.path)}#{number}"
     if isinstance(fields, csv.Error):
         return Located(Item(where, problem="bad_record", detail=str(fields)))
-    return _located(where, unit, fields, options)
+    return _located(where, folder or posixpath.dirname(unit.path), fields, options)
 
 
-def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -> Located:
-    folder = posixpath.dirname(unit.path)
+def _located(where: str, folder: str, fields: dict[str, Any], options: Options) -> Located:
     first, _, other = options.image_field.partition(",")
     name = take(fields, first or formats.image_field(fields), ())
     if not isinstance(name, str) or not name:
@@ -352,7 +361,7 @@ def _located(where: str, unit: Unit, fields: dict[str, Any], options: Options) -
         return Located(Item(where, problem="missing_image", detail=detail))
 
     def make() -> Item:
-        item = Item(name, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+        item = Item(name, texts=strings(take(fields, options.text_field, LISTED_TEXTS)))
         if second:  # the same two images may stand beside several texts
             item.key = f"{name}+{second}#{item.texts[0] if item.texts else ''}"
         try:

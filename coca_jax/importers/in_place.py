@@ -14,7 +14,9 @@ from coca_jax.data.records import Record
 from coca_jax.importers import tar_members
 from coca_jax.importers.items import Item, Options, Unit
 
-FORMATS = ("webdataset", "imagefolder", "sidecars", "csv", "jsonl", "parquet", "tfrecord")
+FORMATS = (
+    *("webdataset", "imagefolder", "sidecars", "csv", "jsonl", "json", "parquet", "tfrecord"),
+)
 
 
 def obstacle(format: str, units: list[Unit], options: Options) -> str:

@@ -14,6 +14,9 @@ from coca_jax.data.field_texts import INNER_LABELS, strings
 from coca_jax.data.references import Span
 
 TEXT_FIELDS = ("text", "caption", "title")
+LISTED_TEXTS = (  # in lists and tables: of many sets on the hub, of Karpathy, of Flickr30k
+    *(*TEXT_FIELDS, "captions", "sentences", "comment"),
+)
 LABEL_FIELDS = ("label", "labels")
 
 

@@ -24,9 +24,10 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of lines; paths are relative to the list."""
-    yield from imagefolder.read(unit, options)
+    for found in located(unit, options):
+        yield found.load(unit, options)
 
 
 def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
     """The items of a range of lines without their images."""
-    yield from imagefolder.located(unit, options)
+    yield from imagefolder.line_located(unit, options)

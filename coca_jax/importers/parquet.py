@@ -16,7 +16,7 @@ from coca_jax.data import files, formats, named_files
 from coca_jax.importers import parquet_pages
 from coca_jax.importers.items import (
     LABEL_FIELDS,
-    TEXT_FIELDS,
+    LISTED_TEXTS,
     Item,
     Options,
     Unit,
@@ -203,7 +203,7 @@ def _row(
         return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
     image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
-    item = Item(key, texts=strings(take(fields, options.text_field, TEXT_FIELDS)))
+    item = Item(key, texts=strings(take(fields, options.text_field, LISTED_TEXTS)))
     label_field = options.label_field or next((f for f in LABEL_FIELDS if f in fields), "")
     known = classes.get(label_field) or options.class_names
     try:

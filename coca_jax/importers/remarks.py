@@ -17,6 +17,9 @@ _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their fo
 _MOST_LOOKED_AT = 20_000  # files of a folder
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 
+_CAPTION_LIKE = re.compile(
+    r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
@@ -107,7 +110,7 @@ def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str)
         return []
     return [
         f"{input}: the classes are the names of its folders; not read: {_first(names)} "
-        "(--format=csv --input=FILE reads a table of pictures)"
+        "(--input=FILE reads a table or JSON list of pictures)"
     ]
 
 
@@ -162,6 +165,16 @@ def _texts_beside(input: str) -> list[str]:
     ]
 
 
+def caption_like(extra: Mapping[str, Any]) -> set[str]:
+    """The fields of an example that are called as captions are, and hold a text or several."""
+    found = set()
+    for name, value in extra.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, str) and first.strip() and _CAPTION_LIKE.search(name):
+            found.add(name)
+    return found
+
+
 def are_numbers(texts: Sequence[str]) -> bool:
     """Whether captions hold nothing but numbers, as boxes for detectors do; False without any."""
     words = [word for text in texts for word in text.replace(",", " ").split()]
@@ -196,6 +209,12 @@ def of_split(
             lines += _unlisted(found, request["input"], request["options"])
     if first and request["format"] not in ("tfds", "prepared"):
         lines += _links(request["input"])
+    fields = sorted({name for account in accounts for name in account.get("caption_like", ())})
+    if fields and found["with_label"] and not found["with_text"] and not apart:
+        lines.append(
+            f"{request.get('input', out)}: it has class names alone; not read as captions: its "
+            f"fields {_first(fields)} (`coca-jax prepare --text_field={fields[0]}` reads one)"
+        )
     numbers, dark = (
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")

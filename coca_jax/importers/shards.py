@@ -30,6 +30,7 @@ MODULES = {
     "webdataset": "webdataset",
     "csv": "csv_list",
     "jsonl": "jsonl_list",
+    "json": "json_list",
     "parquet": "parquet",
     "tfrecord": "tfrecord",
     "tfds": "tfds_name",
@@ -37,6 +38,7 @@ MODULES = {
 }
 _REPORT_EVERY = 64
 _MAX_CLASSES = 100_000
+_MAX_FIELDS = 8  # that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,8 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     Returns:
         The account: file, count, with_text, with_label, with_numbers_alone, with_lost_range, bytes,
         sha256; read; quarantined, a list of {key, reason, detail}; filtered, reason -> number;
-        classes, the label names seen.
+        classes, the label names seen; caption_like, fields of examples without a caption that may
+        hold one.
     """
     read = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -184,6 +187,7 @@ class _Part:
         self._quarantined: list[dict[str, str]] = []
         self._filtered: Counter[str] = Counter()
         self._classes: set[str] = set()
+        self._caption_like: set[str] = set()
 
     def add(self, number: int, item: Item) -> None:
         """Writes an item, or says in the account why it is left out."""
@@ -206,6 +210,8 @@ class _Part:
         self._counts["with_numbers_alone"] += remarks.are_numbers(record.texts)
         if self._job.options.verify:  # else no image is decoded
             self._counts["with_lost_range"] += images.loses_range(item.image)
+        if not record.texts and len(self._caption_like) < _MAX_FIELDS:
+            self._caption_like |= remarks.caption_like(item.extra)
         if len(self._classes) < _MAX_CLASSES:
             self._classes.update(record.labels)
 
@@ -223,6 +229,7 @@ class _Part:
             quarantined=self._quarantined,
             filtered=dict(self._filtered),
             classes=sorted(self._classes),
+            caption_like=sorted(self._caption_like),
         )
         text = json.dumps(account, ensure_ascii=False, sort_keys=True)
         storage.write_bytes(f"{self._job.part}.json", text.encode())

@@ -249,7 +249,7 @@ def plan(
         with unreachable.required():
             units = module.plan(input, split, options)
         if not units:
-            raise ValueError(f"{input}: it is empty")
+            raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
         in_place.check(format, units, options)
         groups = _group(units, shard_count)
         kept = {"request": request, "state": state(units)}

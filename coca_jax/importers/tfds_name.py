@@ -10,7 +10,7 @@ from typing import Any
 from coca_jax.data import files, tfds_source
 from coca_jax.importers.items import (
     LABEL_FIELDS,
-    TEXT_FIELDS,
+    LISTED_TEXTS,
     Item,
     Options,
     Unit,
@@ -98,7 +98,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     builder = _builder(name)
     features = builder.info.features
     image = _field(features, options.image_field, ("image", "img"))
-    text = _field(features, options.text_field, (*TEXT_FIELDS, "captions"))
+    text = _field(features, options.text_field, LISTED_TEXTS)
     label = _field(features, options.label_field, LABEL_FIELDS)
     if image not in features:
         raise ValueError(

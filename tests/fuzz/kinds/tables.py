@@ -141,6 +141,21 @@ def damage_jsonl(rng: random.Random, seed: bytes) -> bytes:
     return mutate.data(rng, joined, 2) if rng.random() < 0.1 else joined
 
 
+def json_seeds() -> list[bytes]:
+    """An array of rows, COCO's captions, Karpathy's lists."""
+    captions = [dict(image_id=i, caption=text) for i, text in enumerate(("one", "two", "three"))]
+    images = [dict(id=0, file_name="a.png"), dict(id=1, file_name="b.jpg", width=20)]
+    named = dict(filepath=".", filename="a.png", split="restval", sentences=[dict(raw="one")])
+    coco = dict(info={}, images=images, annotations=captions)
+    return [*jsonl_seeds(), json.dumps(coco).encode(), json.dumps(dict(images=[named])).encode()]
+
+
+def damage_json(rng: random.Random, seed: bytes) -> bytes:
+    """Other values at random places of the list, or other bytes."""
+    found = mutate.text_of(rng, mutate.tree(rng, json.loads(seed)))
+    return mutate.data(rng, found, 2) if rng.random() < 0.1 else found
+
+
 def csv_seeds() -> list[bytes]:
     """Commas and tabs, quoted and not."""
     return [
@@ -255,6 +270,7 @@ KINDS = {
     "tars": Kind(tar_seeds, damage_tar, importer("webdataset", "input.tar"), 700),
     "parquet": Kind(parquet_seeds, damage_parquet, importer("parquet", "input.parquet"), 700),
     "jsonl": Kind(jsonl_seeds, damage_jsonl, importer("imagefolder", "metadata.jsonl")),
+    "json": Kind(json_seeds, damage_json, importer("json", "input.json", in_place=True)),
     "csv": Kind(csv_seeds, damage_csv, importer("csv", "input.csv")),
     "tars_in_place": Kind(
         tar_seeds, damage_tar, importer("webdataset", "input.tar", in_place=True), 700
