@@ -55,10 +55,34 @@ def test_pictures_are_drawn_once_and_alike(tmp_path):
     assert len(data) == 3 and all(375 <= side <= 640 for size in sizes for side in size)
     assert 30_000 < np.mean([len(one) for one in data]) < 100_000
     assert len((folder / "metadata.jsonl").read_text().splitlines()) == 3
-    (folder / "00000.jpg").unlink()
-    assert len(list(pictures.drawn("jpegs", folder, 3).glob("*.jpg"))) == 2  # it is there
+    (folder / "00001.jpg").write_bytes(b"")
+    assert (pictures.drawn("jpegs", folder, 3) / "00001.jpg").read_bytes() == b""  # it is there
     again = pictures.drawn("jpegs", tmp_path / "again", 3)
     assert [path.read_bytes() for path in sorted(again.glob("*.jpg"))] == data
+
+
+@pytest.mark.parametrize("kind, other", [("captions", "jpegs"), ("labels", "captions")])
+def test_pictures_that_are_others_are_not_taken_for_these(tmp_path, kind, other, monkeypatch):
+    place = tmp_path / "drawn"
+    place.mkdir()  # an empty folder is one to draw in
+    place.with_name("drawn.half").mkdir()
+    (tmp_path / "drawn.half/99999.png").touch()  # as a killed call for more pictures leaves it
+    pictures.drawn(kind, place, 3)
+    assert pictures.there(kind, place) == 3 and not (place / "99999.png").exists()
+    monkeypatch.setattr(sys, "argv", ["pictures.py", kind, str(place), "--count=4"])
+    with pytest.raises(
+        SystemExit, match=f"drawn has 3 pictures of the kind {kind}, not 4: remove it"
+    ):
+        pictures.main()
+    with pytest.raises(ValueError, match=f"drawn has 0 pictures of the kind {other}, not 3"):
+        pictures.drawn(other, place, 3)
+
+
+def test_a_tar_of_another_count_is_not_taken_for_it(tmp_path):
+    tar = pictures.drawn("tar", tmp_path / "two.tar", 2)
+    assert pictures.drawn("tar", tar, 2) == tar
+    with pytest.raises(ValueError, match="two.tar has 2 pictures of the kind tar, not 3"):
+        pictures.drawn("tar", tar, 3)
 
 
 def test_shapes_have_captions_that_say_what_is_there(tmp_path):
