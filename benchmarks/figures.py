@@ -29,12 +29,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from typing import Any
@@ -42,13 +40,12 @@ from typing import Any
 import changes
 import marks
 from figure_rows import MEASUREMENTS, of_row, why_not
-from machine import busy, machine, versions
+from machine import busy, commit, machine, versions
 from measuring import ROOT, Given, Measurement
 
 RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 QUIET = 0.3  # cores that may be busy with other work when the clock measures
-PROGRAM = ("coca_jax", "configs")  # what a figure depends on
 BY_HAND = ("note", "reason")
 
 
@@ -62,23 +59,6 @@ def keep(rows: dict[str, dict[str, Any]]) -> None:
     new = RESULTS.with_suffix(".new")
     new.write_text(f"{{\n{lines}\n}}\n")
     new.replace(RESULTS)
-
-
-def commit() -> str | None:
-    """The newest commit of the program; None without git. Where files differ from it, a + and a
-    hash of what differs: '7012098+1f0c9a3e'."""
-
-    def git(*words: str) -> bytes:
-        done = subprocess.run(["git", *words, "--", *PROGRAM], cwd=ROOT, capture_output=True)
-        return done.stdout.strip() if done.returncode == 0 else b""
-
-    found = git("log", "-1", "--format=%h").decode()
-    if not found or not git("status", "--porcelain"):
-        return found or None
-    differs = hashlib.sha256(git("diff", "--binary", "HEAD"))
-    for name in git("ls-files", "--others", "--exclude-standard", "-z").split(b"\0"):
-        differs.update(name + b"\0" + (ROOT / os.fsdecode(name)).read_bytes() if name else b"")
-    return f"{found}+{differs.hexdigest()[:8]}"
 
 
 def entry(

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import changes  # noqa: E402
 import figure_rows  # noqa: E402
+import machine  # noqa: E402
 import marks  # noqa: E402
 import measuring  # noqa: E402
 
@@ -26,7 +27,6 @@ _SPEC.loader.exec_module(figures)
 
 ROWS = figures.read()
 GIVEN = measuring.Given(ROOT, ROOT / "runs")
-COMMIT = figures.commit
 # Tables whose numbers say what something is, not what came of it, by how their heads begin.
 TOLD = (
     "| kind |",
@@ -230,9 +230,9 @@ def checkout(three, monkeypatch, tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "one")
-    monkeypatch.setattr(figures, "ROOT", place)
-    monkeypatch.setattr(figures, "PROGRAM", ("configs",))
-    monkeypatch.setattr(figures, "commit", COMMIT)
+    monkeypatch.setattr(machine, "ROOT", place)
+    monkeypatch.setattr(machine, "PROGRAM", ("configs",))
+    monkeypatch.setattr(figures, "commit", machine.commit)
     return *three, git
 
 
