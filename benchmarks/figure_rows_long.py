@@ -11,6 +11,7 @@ SEEDED = dict(seeds=list(SEEDS))
 FIRST = dict(seeds=[0])
 SCORES = dict(higher=("*",))
 TRAIN = "coca-jax train --config"
+EARLIER = "benchmarks/earlier_recipe.py"
 TRAINED = (
     Measurement(
         tuple(runs.DEMO),
@@ -62,7 +63,8 @@ TRAINED = (
         ),
         runs.easy_vqa,
         90,
-        f"{TRAIN}=easy_vqa:RUN --config.seed=SEED, also --config.optimizer.learning_rate=0.003",
+        f"{TRAIN}={EARLIER}:demo, {TRAIN}=easy_vqa:RUN --config.seed=SEED, "
+        "also --config.optimizer.learning_rate=0.003",
         more=SEEDED,
         higher=("seed_*",),
     ),
@@ -70,15 +72,15 @@ TRAINED = (
         tuple(f"reinforced/{row}" for row in ("plain", "student", "teacher", "exact")),
         runs.reinforced,
         80,
-        f"{TRAIN}=emoji_reinforced, and {TRAIN}=emoji --config.steps=1200",
+        f"{TRAIN}={EARLIER}:emoji_reinforced, and {TRAIN}={EARLIER}:emoji --config.steps=1200",
         more=SEEDED,
         **SCORES,
     ),
     Measurement(
         tuple(f"averaging/{row}" for row in runs.AVERAGING),
         runs.averaging,
-        35,
-        f"{TRAIN}=demo and {TRAIN}=emoji {' '.join(runs.SQUASHED)}, both also with "
+        42,
+        f"taskset -c 0 {TRAIN}=demo and {TRAIN}=emoji {' '.join(runs.SQUASHED)}, both also with "
         "--config.optimizer.schedule=cosine --config.optimizer.average_share=0",
         more=FIRST,
     ),
@@ -102,7 +104,7 @@ TRAINED = (
         tuple(f"optimizers/{row}" for row in runs.OPTIMIZERS),
         runs.optimizers,
         45,
-        f"{TRAIN}=demo --config.loss.captioning_weight=10 --config.optimizer.name=RULE "
+        f"{TRAIN}={EARLIER}:demo --config.loss.captioning_weight=10 --config.optimizer.name=RULE "
         "--config.steps=STEPS --config.seed=SEED",
         more=SEEDED,
     ),
@@ -147,7 +149,7 @@ TRAINED = (
         ("tuned/before", "tuned/plain", "tuned/keep"),
         runs.tuned,
         10,
-        f"{TRAIN}=tuxpaint_tuned:RUN, also with --config.steps=100 "
+        f"{TRAIN}={EARLIER}:emoji, {TRAIN}=tuxpaint_tuned:RUN, also with --config.steps=100 "
         "--config.optimizer.keep_embeddings=False --config.data.features= "
         "--config.data.augmentations=0",
         more=FIRST,
@@ -170,10 +172,11 @@ TRAINED = (
         higher=("mean_recall", "bleu4", "cider_d"),
     ),
     Measurement(
-        (*(f"video/{row}" for row in runs.VIDEO), "twins/animated_emoji"),
+        (*(f"video/{row}" for row in (*runs.VIDEO, "steps")), "twins/animated_emoji"),
         runs.animated,
         12,
-        "coca-jax evaluate --checkpoint=runs/emoji --data=data/animated_emoji --num_frames=FRAMES; "
+        f"{TRAIN}={EARLIER}:emoji; "
+        "coca-jax evaluate --checkpoint=RUN --data=data/animated_emoji --num_frames=FRAMES; "
         f"{TRAIN}=animated_emoji:RUN --config.data.num_frames=FRAMES",
         more=FIRST,
         higher=("*_frame", "*_frames", "frozen_?", "finetuned_?"),

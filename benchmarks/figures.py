@@ -9,28 +9,30 @@
     python benchmarks/figures.py check          # says whether they are another
 
 `measure` takes row by row and keeps each as it comes, so that a stopped one goes on: rows of the
-commit that is checked out are done (--again measures them once more). It says what was there and
-what came. `--quick` leaves out what takes more than three minutes of two cores; without it and
---only it takes hours. What the clock measures is left out while the machine has other work, unless
---busy; --clock takes such rows alone. With --minutes it begins nothing that would not be done by
-then, and the next call goes on. What it cannot measure keeps its entry, with its origin; `list`
-says why.
+commit that is checked out are done (--again measures them once more), with files that differ from
+it those of the very same files. What was measured while the program changed is not kept. It says
+what was there and what came. `--quick` leaves out what takes more than three minutes of two cores;
+without it and --only it takes hours. What the clock measures is left out while the machine has
+other work, unless --busy; --clock takes such rows alone. With --minutes it begins nothing that
+would not be done by then, and the next call goes on. What it cannot measure keeps its entry, with
+its origin; `list` says why.
 
 docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
 `unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
-it was not written down), `date`, `machine`, `command`, `peer`, `note`, and, once it was measured
-again, `before`: values, commit, date and note of the last other commit.
+it was not written down), `date`, `machine`, `command`, `peer`, `note` and `reason` by hand, which
+stay where the row is measured again on its commit, and, once it was measured on another, `before`:
+values, commit, date and note of the last other commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from typing import Any
@@ -38,13 +40,13 @@ from typing import Any
 import changes
 import marks
 from figure_rows import MEASUREMENTS, of_row, why_not
-from machine import busy, machine, versions
+from machine import busy, commit, machine, versions
 from measuring import ROOT, Given, Measurement
 
 RESULTS = ROOT / "docs/results.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 QUIET = 0.3  # cores that may be busy with other work when the clock measures
-PROGRAM = ("coca_jax", "configs")  # what a figure depends on
+BY_HAND = ("note", "reason")
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -59,19 +61,10 @@ def keep(rows: dict[str, dict[str, Any]]) -> None:
     new.replace(RESULTS)
 
 
-def commit() -> str | None:
-    """The newest commit of the program, with a + where files differ from it; None without git."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    found = git("log", "-1", "--format=%h", "--", *PROGRAM)
-    return f"{found}{'+' * bool(git('status', '--porcelain', '--', *PROGRAM))}" if found else None
-
-
-def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> dict[str, Any]:
-    """The line of a row that was just measured."""
+def entry(
+    one: Measurement, values: dict[str, float], old: dict[str, Any], now: str | None
+) -> dict[str, Any]:
+    """The line of a row that was just measured, on commit `now`."""
     busy = f"load {os.getloadavg()[0]:.1f}"
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     known = list(old.get("values", {}))  # pages go by the order
@@ -79,10 +72,10 @@ def entry(one: Measurement, values: dict[str, float], old: dict[str, Any]) -> di
     row: dict[str, Any] = dict(values={key: rounded(values[key]) for key in order})
     row |= {"unit": old["unit"]} if "unit" in old else {}
     row |= dict(how=one.how) | one.more
-    row |= dict(commit=commit(), date=datetime.date.today().isoformat())
+    row |= dict(commit=now, date=datetime.date.today().isoformat())
     row |= dict(machine=f"{machine()}, {busy}; {packages}", command=one.command)
     if "values" in old and old["commit"] == row["commit"]:
-        return row | ({"before": old["before"]} if "before" in old else {})
+        return {key: old[key] for key in ("before", *BY_HAND) if key in old} | row
     if "values" in old:
         row["before"] = {key: old.get(key) for key in ("values", "commit", "date")}
         row["before"] |= {"note": old["note"]} if "note" in old else {}
@@ -101,9 +94,9 @@ def measure(
     beside: bool = False,
     minutes: float = float("inf"),
 ) -> list[str]:
-    """Measures and keeps, one after the other; the rows that failed or were left out. beside:
-    what the clock measures is measured beside other work, too. minutes: what would not be done by
-    then is left out."""
+    """Measures and keeps, one after the other; the rows that failed or were left out. given.runs:
+    where the runs of all commits stay. beside: what the clock measures is measured beside other
+    work, too. minutes: what would not be done by then is left out."""
     failed, end = [], time.monotonic() + 60 * minutes
     for one in chosen:
         rows = read()
@@ -121,19 +114,35 @@ def measure(
             continue
         print(f"{one.rows[0]}{' ...' * (len(one.rows) > 1)}: {one.command}", file=sys.stderr)
         try:
-            found = one.run(given)
+            take(one, dataclasses.replace(given, runs=given.runs / (now or "unknown")), now)
         except Exception as error:  # whatever it is, the others are measured
             print(f"  failed: {error!r}", file=sys.stderr)
             failed += one.rows
-            continue
-        rows = read()  # others may have measured meanwhile
-        for name in one.rows:
-            old = rows.get(name, {})
-            for key, value in found[name].items():
-                print(f"  {name}:{key} {told(old.get('values', {}).get(key), value)}")
-            rows[name] = entry(one, found[name], old)
-        keep(rows)
     return failed
+
+
+def take(one: Measurement, given: Given, now: str | None) -> None:
+    """Measures and keeps the rows of one measurement, all or none, as those of commit `now`.
+
+    Raises RuntimeError where the program has changed meanwhile, or where a row did not come.
+    """
+    found = one.run(given)
+    if commit() != now:
+        raise RuntimeError(
+            f"the program was {now} when it began and is {commit()} now; measure it once more, and "
+            f"remove what it trained in {given.runs} before that commit is measured again"
+        )
+    if lacking := [name for name in one.rows if name not in found]:
+        raise RuntimeError(f"it measured {', '.join(found)}, and not {', '.join(lacking)}")
+    rows = read()  # others may have measured meanwhile
+    for name in one.rows:
+        old = rows.get(name, {})
+        for key, value in found[name].items():
+            print(f"  {name}:{key} {told(old.get('values', {}).get(key), value)}")
+        rows[name] = entry(one, found[name], old, now)
+        if kept := [key for key in BY_HAND if key in rows[name] and key not in one.more]:
+            print(f"  {name}: see whether its {' and '.join(kept)} still holds")
+    keep(rows)
 
 
 def told(before: float | None, now: float) -> str:
@@ -209,7 +218,6 @@ def main() -> None:
         if not chosen:
             raise SystemExit(f"--only={args.only}: nothing measures such a row; see `list`")
         folder, runs = (pathlib.Path(path).absolute() for path in (args.folder, args.runs))
-        runs /= commit() or "unknown"
         failed = measure(chosen, Given(folder, runs), args.again, args.busy, args.minutes)
         raise SystemExit(f"not measured: {', '.join(failed)}" if failed else 0)
     elif fill(args.act == "check") and args.act == "check":

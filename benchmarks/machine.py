@@ -1,16 +1,38 @@
-"""What a figure was measured on: the processor, its load, the versions of the packages."""
+"""What a figure was measured on: the program, the processor, its load, versions of packages."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
+import subprocess
 import time
+
+from measuring import ROOT
 
 import coca_jax
 
+PROGRAM = ("coca_jax", "configs")  # what a figure depends on
 PACKAGES = ("jax", "torch", "open_clip_torch", "numpy")
+
+
+def commit() -> str | None:
+    """The newest commit of the program; None without git. Where files differ from it, a + and a
+    hash of what differs: '7012098+1f0c9a3e'."""
+
+    def git(*words: str) -> bytes:
+        done = subprocess.run(["git", *words, "--", *PROGRAM], cwd=ROOT, capture_output=True)
+        return done.stdout.strip() if done.returncode == 0 else b""
+
+    found = git("log", "-1", "--format=%h").decode()
+    if not found or not git("status", "--porcelain"):
+        return found or None
+    differs = hashlib.sha256(git("diff", "--binary", "HEAD"))
+    for name in git("ls-files", "--others", "--exclude-standard", "-z").split(b"\0"):
+        differs.update(name + b"\0" + (ROOT / os.fsdecode(name)).read_bytes() if name else b"")
+    return f"{found}+{differs.hexdigest()[:8]}"
 
 
 def machine() -> str:

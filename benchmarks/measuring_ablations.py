@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from measuring import HERE, Given, Rows, Values
+from measuring import HERE, ROOT, Given, Rows, Values
 from measuring_runs import shown
 
 SCORES = dict(
@@ -39,8 +40,9 @@ ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} 
 
 
 def ablations(given: Given) -> Rows:
-    """Variants of the demo by `ablate`, three seeds each: means, of some the range too."""
-    runs = _ablated(given, "ablations")
+    """Variants of 0.1's demo by `ablate`: of some the mean of three seeds and their range, of the
+    others seed 0. They need no data, and the table names its recipe from the clone's folder."""
+    runs = _ablated(dataclasses.replace(given, folder=ROOT), "ablations")
     return {
         f"ablations/{row}": _spread(runs[row], {name: SCORES[name] for name in keys}, row in RANGED)
         for row, keys in ABLATIONS.items()
@@ -88,11 +90,11 @@ def _ablated(given: Given, table: str, *flags: str) -> dict[str, list[dict[str, 
 
 
 def _spread(runs: list[dict[str, Any]], names: Mapping[str, str], ranged: bool) -> Values:
-    """The mean of each score over the seeds, and their range if `ranged`."""
+    """The mean of each score over the seeds and their range; seed 0's unless `ranged`."""
     values: Values = {}
     for name, key in names.items():
         each = [shown(run["scores"], key) for run in runs]
-        values[name] = statistics.mean(each)
+        values[name] = statistics.mean(each) if ranged else each[0]
         if ranged:
             values |= {f"{name}_low": min(each), f"{name}_high": max(each)}
     return values

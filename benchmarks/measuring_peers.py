@@ -31,7 +31,8 @@ def captions(batch: int, beams: int, times: int = 1) -> Callable[[Given], Rows]:
         row = f"captions/{f'beams_{beams}' if beams > 1 else f'batch_{batch}'}"
         if times == 1:
             return {row: dict(ours=ours[0], peer=peer[0], ratio=ratio[0], late_over_early=late[0])}
-        many = {
+        slowest = ratio.index(min(ratio))
+        many = dict(slowest_ours=ours[slowest], slowest_peer=peer[slowest]) | {
             f"{name}_{n}": value
             for name, values in (("ours", ours), ("peer", peer), ("late", late))
             for n, value in enumerate(values, 1)

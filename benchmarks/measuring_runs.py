@@ -50,6 +50,8 @@ DRAWINGS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.
 SHORT = ("--config.steps=1200",)
 FREE = ("--config.loss.min_temperature=0", "--config.model.temperature=0.07")
 SQUASHED = (*SHORT, *FREE, "--config.data.resize=squash")  # the emoji recipe as it was
+EARLIER = f"{HERE}/earlier_recipe.py"
+EARLIER_STEPS = 3600  # of its emoji
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
 OPTIMIZERS = {
     "zeroshot": "zeroshot/scenes_heldout/top1",
@@ -96,6 +98,11 @@ def minutes(run: pathlib.Path) -> float:
     """That a run took, evaluation included."""
     life = json.loads((run / "goodput.json").read_text())["life"]["seconds"]
     return sum(life.values()) / 60
+
+
+def earlier_emoji(given: Given) -> pathlib.Path:
+    """The run on emoji that others start from: seed 0 of the recipe as it was."""
+    return run_of(given, f"{EARLIER}:emoji", "earlier_emoji")
 
 
 def one_run(recipe: str, keys: dict[str, str]) -> Callable[[Given], Rows]:
@@ -166,13 +173,14 @@ def fashion_mnist(given: Given) -> Rows:
 
 
 def easy_vqa(given: Given) -> Rows:
-    """From runs of the demo, three seeds; at twice the recipe's rate, too."""
+    """From runs of 0.1's demo, three seeds; at twice the recipe's rate, too."""
+    demo = "earlier_demo"
     for seed in SEEDS:
-        run_of(given, "demo", seed=seed)
-    found = trained("easy_vqa", QUESTIONS, "demo")(given)
+        run_of(given, f"{EARLIER}:demo", demo, seed=seed)
+    found = trained("easy_vqa", QUESTIONS, demo)(given)
     twice = {f"{row}_twice_the_rate": key for row, key in QUESTIONS.items()}
     flags = ("--config.optimizer.learning_rate=0.003",)
-    found |= trained("easy_vqa", twice, "demo", "easy_vqa_twice", flags)(given)
+    found |= trained("easy_vqa", twice, demo, "easy_vqa_twice", flags)(given)
     return found | {"easy_vqa/minutes": dict(minutes=minutes(run_of(given, "easy_vqa")))}
 
 
@@ -181,7 +189,7 @@ def averaging(given: Given) -> Rows:
     ways = {
         "demo": (
             run_of(given, "demo", "demo_cosine", COSINE, one_core=True),
-            run_of(given, "demo"),
+            run_of(given, "demo", "demo_mean", one_core=True),
         ),
         "emoji": (
             run_of(given, "emoji", "emoji_1200_cosine", (*SQUASHED, *COSINE), one_core=True),
@@ -224,13 +232,13 @@ def beside(name: str, ways: Mapping[str, Mapping[str, float]]) -> Rows:
 
 
 def optimizers(given: Given) -> Rows:
-    """The demo at a captioning weight of 10 by AdamW and by Muon."""
+    """0.1's demo at a captioning weight of 10 by AdamW and by Muon."""
     found: Rows = {f"optimizers/{row}": {} for row in OPTIMIZERS}
     for rule, steps in (("adamw", 3400), ("muon", 2600)):
         flags = (f"--config.optimizer.name={rule}", f"--config.steps={steps}")
         for seed in SEEDS:
             more = (*flags, "--config.loss.captioning_weight=10")
-            told = scores(run_of(given, "demo", f"demo_{rule}", more, seed))
+            told = scores(run_of(given, f"{EARLIER}:demo", f"demo_{rule}", more, seed))
             for row, key in OPTIMIZERS.items():
                 found[f"optimizers/{row}"][f"{rule}_{seed}"] = shown(told, key)
     return found
@@ -268,13 +276,13 @@ FITTED = dict(
 
 def reinforced(given: Given) -> Rows:
     """A recipe on recaptioned data beside the one that it is from, of twice its steps, and the run
-    that wrote the captions: R@1 of both ways, per cent, mean and range."""
-    teacher = run_of(given, "emoji")
+    that wrote the captions, all as the recipes were: R@1 of both ways, per cent, mean and range."""
+    teacher = earlier_emoji(given)
     out = ("--input=data/emoji", "--out=data/emoji_rich", "--to=array_record", "--text=all")
     given.coca("recaption", f"--checkpoint={teacher}", *out, "--embeddings", *WAYS)
     runs = dict(
-        plain=("emoji", "emoji_1200", ("--config.steps=1200",)),
-        student=("emoji_reinforced", "emoji_reinforced", ()),
+        plain=(f"{EARLIER}:emoji", "earlier_emoji_1200", SHORT),
+        student=(f"{EARLIER}:emoji_reinforced", "earlier_reinforced", ()),
     )
     told = {"teacher": [scores(teacher)]}
     for row, (recipe, name, flags) in runs.items():
@@ -296,8 +304,8 @@ WAYS = ("--how=greedy,max_tokens=15", "--how=nucleus,top_p=0.9,num_captions=3,ma
 
 
 def tuned(given: Given) -> Rows:
-    """A run on emoji, tuned on Tux Paint's stamps, plainly and so that it stays able."""
-    start = run_of(given, "emoji")
+    """A run on emoji as it was, tuned on Tux Paint's stamps, plainly and so that it stays able."""
+    start = earlier_emoji(given)
     plain = ("--config.steps=100", "--config.optimizer.keep_embeddings=False")
     plain += ("--config.data.features=", "--config.data.augmentations=0")
     runs = dict(plain=("tuxpaint_plain", plain), keep=("tuxpaint_tuned", ()))
@@ -321,8 +329,8 @@ TUNED = dict(
 
 
 def animated(given: Given) -> Rows:
-    """Clips by one frame and by eight: a run on emoji as it is, and tuned to their groups."""
-    start = run_of(given, "emoji")
+    """Clips by one frame and by eight: a run on emoji as it was, then tuned to their groups."""
+    start = earlier_emoji(given)
     found: Rows = {f"video/{row}": {} for row in VIDEO}
     for frames in (1, 8):
         flags = ("--data=data/animated_emoji", "--split=test", f"--num_frames={frames}")
@@ -343,7 +351,8 @@ def animated(given: Given) -> Rows:
             found.setdefault("twins/animated_emoji", {}).update(
                 interval(scores(run), key, f"{row}_{frames}")
             )
-    return found
+    steps = dict.fromkeys(("ranks", "logistic", "of"), EARLIER_STEPS)  # none is cut off
+    return found | {"video/steps": steps}
 
 
 VIDEO = dict(

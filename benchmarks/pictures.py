@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import pathlib
+import shutil
 import tarfile
 from collections.abc import Iterator
 
@@ -110,13 +111,31 @@ def draw_tar(file: pathlib.Path, count: int) -> None:
 
 
 DRAWN = dict(jpegs=draw_jpegs, captions=draw_captions, labels=draw_labels)
+FILES = dict(jpegs="*.jpg", captions="*.png", labels="*/*.png")
+
+
+def there(kind: str, place: pathlib.Path) -> int:
+    """How many pictures of that kind lie in the folder or the tar."""
+    if kind != "tar":
+        return len(list(place.glob(FILES[kind])))
+    with tarfile.open(place) as archive:
+        return sum(name.endswith(".jpg") for name in archive.getnames())
 
 
 def drawn(kind: str, place: pathlib.Path, count: int) -> pathlib.Path:
-    """The folder, or the tar, which is drawn unless it is there whole."""
-    if place.exists():
+    """The folder, or the tar, which is drawn unless it is there whole.
+
+    Raises ValueError where something else is there.
+    """
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        if (found := there(kind, place)) != count:
+            raise ValueError(
+                f"{place} has {found} pictures of the kind {kind}, not {count}: remove it, or name "
+                "another place"
+            )
         return place
     half = place.with_name(f"{place.name}.half")
+    shutil.rmtree(half, ignore_errors=True)  # it may have been for more pictures
     if kind == "tar":
         half.parent.mkdir(parents=True, exist_ok=True)
         draw_tar(half, count)
@@ -134,7 +153,10 @@ def main() -> None:
     parser.add_argument("place", type=pathlib.Path)
     parser.add_argument("--count", type=int, default=500)
     given = parser.parse_args()
-    print(drawn(given.kind, given.place, given.count))
+    try:
+        print(drawn(given.kind, given.place, given.count))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from typing import Any
 
-from machine import machine, versions
+from machine import commit, machine, versions
 from settings import DATA, ROWS
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -100,7 +100,9 @@ def of_other_seeds(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[str, Any]:
-    """Trains the row with a seed and scores it: its line of results.json."""
+    """Trains the row with a seed and scores it: its line of results.json. Raises SystemExit where
+    the program has changed meanwhile."""
+    now = commit()
     told, seconds = call("train", args, seed, steps, workdir)
     try:
         scores = call("score", args, seed, steps, workdir)[0]["scores"]
@@ -108,6 +110,10 @@ def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[s
         kept = shutil.copytree(workdir, tempfile.mkdtemp(prefix=f"{args.row}-"), dirs_exist_ok=True)
         print(f"what was trained is kept in {kept}", file=sys.stderr)
         raise
+    if commit() != now:
+        raise SystemExit(
+            f"the program was {now} when seed {seed} began and is {commit()} now: run it once more"
+        )
     return dict(
         row=args.row,
         data=args.data,
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace, seed: int, steps: int, workdir: str) -> dict[s
         steps=steps,
         pairs=told["pairs"],
         machine=machine(),
+        commit=now,
         versions=versions(),
         date=datetime.date.today().isoformat(),
         scores={name: scores[name] for name in DATA[args.data].shown if name in scores},

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- the table: benchmarks/table.py -->\n", "<!-- its end -->\n"
 
 def table(lines: list[dict]) -> str:
     """A table a data set: a row each row, minutes and machine, the mean over its seeds and their
-    range."""
+    range; the seeds' cell says where they are of several commits."""
     parts = []
     for name, data in DATA.items():
         found: dict[tuple, list[dict]] = {}
@@ -30,7 +30,9 @@ def table(lines: list[dict]) -> str:
         parts.append(f"### {name}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for (row, minutes, machine), of in sorted(found.items()):
             spent = statistics.mean(line["cpu_minutes"] for line in of)
-            cells = [row, f"{minutes:g}", f"{spent:.1f}", str(len(of))]
+            commits = len({line.get("commit") for line in of})  # older lines do not say theirs
+            seeds = f"{len(of)} of {commits} commits" if commits > 1 else str(len(of))
+            cells = [row, f"{minutes:g}", f"{spent:.1f}", seeds]
             cells.append(f"{statistics.mean(line['pairs'] for line in of):,.0f}")
             cells += [shown([line["scores"].get(key) for line in of]) for key in data.shown]
             parts[-1] += f"\n| {' | '.join([*cells, machine])} |"

@@ -9,8 +9,9 @@
 #   PYTHON_VERSION  which one (default 3.12)
 #   PIP_FLAGS       more arguments of `pip install`, as --no-deps or --find-links=DIR
 #
-# Run again, it does nothing unless setup.py has changed. uv is used where it is installed; where it
-# is needed and is not, pip brings it, into VENV-uv.
+# Run again, it does nothing unless setup.py has changed or VENV does not run this code. An
+# environment runs the code of one folder, the last that was installed in it. uv is used where it is
+# installed; where it is needed and is not, pip brings it, into VENV-uv.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
@@ -29,7 +30,22 @@ python=${PYTHON:-python3}
 version=${PYTHON_VERSION:-3.12}
 read -r -a pip_flags <<<"${PIP_FLAGS:-}"
 stamp=$venv/.installed-${extras:-plain}
-if [[ -e $stamp && ! $root/setup.py -nt $stamp ]]; then exit 0; fi
+
+# The stamp says whose extras are here, Python itself whose code: another clone may have come after.
+runs_this_code() {
+  "$venv/bin/python" -I - "$root" 2>/dev/null <<'PY'
+import importlib.util
+import os
+import sys
+
+spec = importlib.util.find_spec("coca_jax")
+found = os.path.realpath(os.path.dirname(spec.origin)) if spec and spec.origin else None
+sys.exit(found != os.path.realpath(os.path.join(sys.argv[1], "coca_jax")))
+PY
+}
+if [[ -e $stamp && ! $root/setup.py -nt $stamp && $(<"$stamp") == "$root" ]] && runs_this_code; then
+  exit 0
+fi
 begin=$SECONDS
 
 python_fits() { # 3.11 to 3.13?
@@ -76,6 +92,9 @@ if ! python_fits "$venv/bin/python"; then
   say "making the environment $venv"
   make_environment
 fi
+before=$(cat "$stamp" 2>/dev/null || true)
+[[ -z $before || $before == "$root" ]] ||
+  say "$venv ran the code in $before; now it runs that in $root"
 say "installing coca_jax${extras:+[$extras]}, some minutes the first time"
 target=$root${extras:+[$extras]}
 if uv=$(command -v uv) || { uv=$venv-uv/bin/uv && [[ -x $uv ]]; }; then
@@ -97,5 +116,5 @@ if unknown:
     print(f"install.sh: no extra {unknown[0]!r}; there are {', '.join(sorted(there))}", file=sys.stderr)
     sys.exit(2)
 PY
-touch "$stamp"
+echo "$root" >"$stamp"
 say "ready after $((SECONDS - begin)) s: $venv/bin/python"

@@ -1,5 +1,6 @@
 """PyTorch's model that is alike layer for layer: with our weights it trains as ours does."""
 
+import json
 import pathlib
 import sys
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from open_clip_cases import SMALL
 
 from coca_jax import benchmark_train, partitioning, recipes
 from coca_jax.benchmark_model import build
@@ -116,3 +118,21 @@ def test_a_model_of_another_kind_is_refused():
         torch_alike.Alike(config.change({"model.activation": "gelu"}).model)
     with pytest.raises(ValueError, match="trains with Muon but optimizer.name='adamw'"):
         torch_alike.stepper(config.change({"optimizer.name": "adamw"}))
+
+
+@pytest.mark.long  # open_clip takes ten seconds to import
+def test_no_weight_of_the_peer_is_as_memory_was_found(monkeypatch, tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    import search
+    import torch
+
+    (tmp_path / "coca_small.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "coca_small.json")
+    found = torch.empty
+
+    def empty(*shape, **more):
+        return found(*shape, **more).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    model, _ = search.random_peer("coca_small")
+    assert [name for name, x in model.named_parameters() if not x.isfinite().all()] == []

@@ -32,6 +32,12 @@ def test_the_table_is_that_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_runs_took_what_the_rules_say_of_the_minutes():
+    assert "foresee it within a third" in (ROOT / "README.md").read_text()
+    lines = [line for line in json.loads((ROOT / "results.json").read_text()) if line["minutes"]]
+    assert all(abs(line["cpu_minutes"] / line["minutes"] - 1) < 1 / 3 for line in lines)
+
+
 def test_a_table_shows_mean_and_range_of_seeds_and_leaves_trials_out():
     line = dict(row="coca_jax", data="fashion_mnist", minutes=10.0, pairs=1000, machine="one")
     line["cpu_minutes"] = 9.96
@@ -43,6 +49,9 @@ def test_a_table_shows_mean_and_range_of_seeds_and_leaves_trials_out():
     made = table.table(lines)
     assert "| coca_jax | 10 | 10.0 | 3 | 1,000 | 91.0 (90.0 to 92.0) | one |" in made
     assert made.count("| coca_jax ") == 1 and made.count("No run yet.") == 2
+    for number, line in enumerate(lines):
+        line["commit"] = "abc1234" if number < 2 else "def5678"
+    assert "| coca_jax | 10 | 10.0 | 3 of 2 commits | 1,000 |" in table.table(lines)
 
 
 def test_a_line_replaces_that_of_the_same_run(tmp_path):
@@ -51,6 +60,18 @@ def test_a_line_replaces_that_of_the_same_run(tmp_path):
         run.add(tmp_path / "results.json", one)
     found = json.loads((tmp_path / "results.json").read_text())
     assert [(one["seed"], one["pairs"]) for one in found] == [(1, 1), (0, 2)]
+
+
+def test_a_line_has_the_commit_that_it_was_trained_on(monkeypatch):
+    told = dict(pairs=8, scores={"zeroshot/fashion_mnist/top1": 0.5})
+    args = argparse.Namespace(row="coca_jax", data="fashion_mnist", steps=0, minutes=1.0)
+    monkeypatch.setattr(run, "call", lambda *given: (told, 60.0))
+    monkeypatch.setattr(run, "commit", lambda: "abc1234")
+    assert run.run(args, 0, 20, "none")["commit"] == "abc1234"
+    now = iter(("abc1234", "def5678", "def5678"))
+    monkeypatch.setattr(run, "commit", lambda: next(now))
+    with pytest.raises(SystemExit, match="was abc1234 when seed 0 began and is def5678 now"):
+        run.run(args, 0, 20, "none")
 
 
 def small(monkeypatch, data="scenes"):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import changes  # noqa: E402
 import figure_rows  # noqa: E402
+import machine  # noqa: E402
 import marks  # noqa: E402
 import measuring  # noqa: E402
 
@@ -24,6 +26,7 @@ figures = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(figures)
 
 ROWS = figures.read()
+GIVEN = measuring.Given(ROOT, ROOT / "runs")
 # Tables whose numbers say what something is, not what came of it, by how their heads begin.
 TOLD = (
     "| kind |",
@@ -162,10 +165,10 @@ def three(monkeypatch, tmp_path):
 
 def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
     calls, take = three
-    assert figures.measure([take("a", 1), take("b", -1), take("c", 5)], None, False) == ["b"]
+    assert figures.measure([take("a", 1), take("b", -1), take("c", 5)], GIVEN, False) == ["b"]
     said = capsys.readouterr()
     assert "a:value 2 -> 1 (-50.0%)" in said.out and "no such data" in said.err
-    assert figures.measure([take("a", 1), take("b", 7), take("c", 5)], None, False) == []
+    assert figures.measure([take("a", 1), take("b", 7), take("c", 5)], GIVEN, False) == []
     assert calls == ["a", "b", "c", "b"]
     rows = figures.read()
     assert list(rows) == ["a", "z", "c", "b"] and rows["z"]["note"] == "earlier"
@@ -176,7 +179,7 @@ def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
     before = dict(values=dict(value=2.0, high=1), commit=None, date=None, note="earlier")
     assert rows["a"]["before"] == before
     assert "before" not in rows["b"]
-    figures.measure([take("a", 1.5)], None, True)
+    figures.measure([take("a", 1.5)], GIVEN, True)
     assert calls[-1] == "a"  # on the same commit: what was before is that of another one
     assert figures.read()["a"]["before"]["values"]["value"] == 2.0
 
@@ -184,13 +187,99 @@ def test_what_is_measured_stays_and_is_not_measured_again(three, capsys):
 def test_a_value_that_is_new_or_gone_does_not_stop_the_others(three):
     _, take = three
     one = dataclasses.replace(take("a", 1), run=lambda given: {"a": dict(other=3.0, value=2.0)})
-    assert figures.measure([one], None, False) == []
+    assert figures.measure([one], GIVEN, False) == []
     assert figures.read()["a"]["values"] == dict(value=2.0, other=3.0)
+
+
+def test_what_was_written_by_hand_stays_on_the_same_commit(three, capsys, monkeypatch):
+    _, take = three
+    figures.measure([take("a", 1)], GIVEN, False)
+    rows = figures.read()
+    figures.keep(rows | {"a": rows["a"] | dict(reason="a smaller encoder", note="by hand")})
+    assert figures.measure([take("a", 1.5)], GIVEN, True) == []
+    row = figures.read()["a"]
+    assert row["values"]["value"] == 1.5
+    assert (row["reason"], row["note"]) == ("a smaller encoder", "by hand")
+    assert "a: see whether its note and reason still holds" in capsys.readouterr().out
+    monkeypatch.setattr(figures, "commit", lambda: "fffffff")
+    assert figures.measure([take("a", 1.6)], GIVEN, True) == []
+    row = figures.read()["a"]
+    assert "note" not in row and "reason" not in row and row["before"]["note"] == "by hand"
+
+
+def test_a_row_that_does_not_come_does_not_stop_the_others(three, capsys):
+    calls, take = three
+    lacking = dataclasses.replace(take("a", 1), rows=("a", "b"))
+    before = figures.read()["a"]
+    assert figures.measure([lacking, take("c", 5)], GIVEN, False) == ["a", "b"]
+    assert calls == ["a", "c"] and "it measured a, and not b" in capsys.readouterr().err
+    assert figures.read()["a"] == before and figures.read()["c"]["values"]["value"] == 5
+
+
+@pytest.fixture
+def checkout(three, monkeypatch, tmp_path):
+    """(calls, take, git): the program is a git checkout of one recipe, program/configs/x.py."""
+    place = tmp_path / "program"
+    (place / "configs").mkdir(parents=True)
+    (place / "configs/x.py").write_text("a = 1\n")
+
+    def git(*words):
+        words = ("-c", "user.name=x", "-c", "user.email=x@example.com", *words)
+        subprocess.run(["git", *words], cwd=place, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(machine, "ROOT", place)
+    monkeypatch.setattr(machine, "PROGRAM", ("configs",))
+    monkeypatch.setattr(figures, "commit", machine.commit)
+    return *three, git
+
+
+def test_files_that_differ_from_the_commit_have_a_name_of_their_own(checkout, tmp_path):
+    calls, take, git = checkout
+    runs = []
+
+    def run(given):
+        runs.append(given.runs.name)
+        return {"a": {"value": 1.0}}
+
+    one = dataclasses.replace(take("a", 1), run=run)
+    recipe = tmp_path / "program/configs/x.py"
+    for count, text in enumerate(("a = 1\n", "a = 2\n", "a = 3\n"), 1):
+        recipe.write_text(text)
+        for _ in range(2):  # the second has nothing to do
+            assert figures.measure([one], GIVEN, False) == []
+        assert figures.read()["a"]["commit"] == runs[-1] and len(runs) == count
+    recipe.with_name("new.py").write_text("b = 1\n")
+    first = figures.commit()
+    recipe.with_name("new.py").write_text("b = 2\n")
+    assert len({*runs, first, figures.commit()}) == 5
+    assert runs[0].isalnum() and all(
+        re.fullmatch(rf"{runs[0]}\+[0-9a-f]{{8}}", r) for r in runs[1:]
+    )
+
+
+def test_what_was_measured_while_the_program_changed_is_not_kept(checkout, tmp_path, capsys):
+    calls, take, git = checkout
+    before, began = figures.read()["a"], figures.commit()
+
+    def run(given):
+        (tmp_path / "program/configs/x.py").write_text("a = 2\n")
+        git("commit", "-qam", "two")
+        return {"a": {"value": 1.0}}
+
+    one = dataclasses.replace(take("a", 1), run=run)
+    assert figures.measure([one, take("c", 5)], GIVEN, False) == ["a"]
+    assert figures.read()["a"] == before
+    said = capsys.readouterr().err
+    assert f"the program was {began} when it began and is {figures.commit()} now" in said
+    assert figures.read()["c"]["commit"] == figures.commit() != began
 
 
 def test_what_would_not_be_done_in_time_is_left_for_the_next_call(three, capsys):
     calls, take = three
-    assert figures.measure([take("a", 7), take("c", 5)], None, False, minutes=6) == ["a"]
+    assert figures.measure([take("a", 7), take("c", 5)], GIVEN, False, minutes=6) == ["a"]
     assert calls == ["c"] and "a: left for the next call" in capsys.readouterr().err
 
 
@@ -230,7 +319,7 @@ def test_seeds_are_compared_by_their_mean_and_range():
 def test_the_table_of_changes_counts_what_has_no_reason(three, monkeypatch, capsys):
     calls, take = three
     one = dataclasses.replace(take("a", 1), higher=("value",))
-    figures.measure([one], None, False)
+    figures.measure([one], GIVEN, False)
     monkeypatch.setattr(figures, "of_row", lambda name: one)
     monkeypatch.setattr(sys, "argv", ["figures.py", "changes"])
     capsys.readouterr()
@@ -246,11 +335,11 @@ def test_the_clock_s_rows_wait_for_a_quiet_machine(three, monkeypatch, capsys):
     calls, take = three
     clock = dataclasses.replace(take("a", 1), clock=True)
     monkeypatch.setattr(figures, "busy", lambda: 1.2)
-    assert figures.measure([clock, take("c", 5)], None, False) == ["a"] and calls == ["c"]
+    assert figures.measure([clock, take("c", 5)], GIVEN, False) == ["a"] and calls == ["c"]
     assert "a: left out, 1.2 cores are busy; --busy measures" in capsys.readouterr().err
-    assert figures.measure([clock], None, False, beside=True) == [] and calls == ["c", "a"]
+    assert figures.measure([clock], GIVEN, False, beside=True) == [] and calls == ["c", "a"]
     monkeypatch.setattr(figures, "busy", lambda: 0.1)
-    assert figures.measure([clock], None, True) == []
+    assert figures.measure([clock], GIVEN, True) == []
     monkeypatch.setattr(figures, "MEASUREMENTS", (take("c", 1), clock))
     monkeypatch.setattr(sys, "argv", ["figures.py", "measure", "--clock", "--again"])
     with pytest.raises(SystemExit):

@@ -150,6 +150,49 @@ def test_install_refuses_what_cannot_be(tmp_path):
     assert list((tmp_path / "full").iterdir()) == [tmp_path / "full/x"]
 
 
+UV = f"""#!/usr/bin/env bash
+# Makes an environment, or puts the folder after --editable in one.
+if [[ $1 == venv ]]; then exec {sys.executable} -m venv --without-pip --clear "${{@: -1}}"; fi
+site=$(echo "$VENV"/lib/python*/site-packages)
+mkdir -p "$site/coca_jax-0.dist-info"
+echo "Name: coca_jax" >"$site/coca_jax-0.dist-info/METADATA"
+echo "${{@: -1}}" >"$site/coca_jax.pth"
+"""
+
+
+def test_an_environment_is_done_only_while_it_runs_this_very_code(tmp_path):
+    program(tmp_path / "bin/uv", UV)
+    env = {"PATH": launch_stand_ins.path(tmp_path / "bin"), "PYTHON": sys.executable}
+    env |= {"VENV": str(tmp_path / "venv"), "PYTHONPATH": str(tmp_path / "bin")}
+    program(tmp_path / "bin/ensurepip.py", "")  # pip itself takes ten seconds
+
+    def clone(name):
+        (tmp_path / name / "coca_jax").mkdir(parents=True)
+        (tmp_path / name / "coca_jax/__init__.py").touch()
+        (tmp_path / name / "setup.py").touch()
+        shutil.copytree(LAUNCH, tmp_path / name / "launch")
+        return tmp_path / name
+
+    def install(place):
+        command = ["bash", place / "launch/install.sh"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        say = "import coca_jax; print(coca_jax.__file__)"
+        python = tmp_path / "venv/bin/python"
+        said = subprocess.run([python, "-c", say], capture_output=True, text=True, cwd="/", env={})
+        assert said.stdout.strip() == str(place / "coca_jax/__init__.py"), said.stderr
+        return done.stderr
+
+    one, two = clone("one"), clone("two")
+    assert "ready after" in install(one) and install(one) == ""
+    assert f"ran the code in {one}; now it runs that in {two}" in install(two)
+    assert "ready after" in install(one) and install(one) == ""
+    moved = one.rename(tmp_path / "moved")
+    assert "ready after" in install(moved) and install(moved) == ""
+    shutil.rmtree(tmp_path / "venv/bin")  # as where the Python that it was made of is gone
+    assert "making the environment" in install(moved)
+
+
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 @pytest.mark.long
 def test_uv_gets_a_python_where_the_machine_s_is_too_old_and_unknown_extras_are_named(tmp_path):

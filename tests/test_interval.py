@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -70,6 +71,15 @@ def test_what_cannot_be_is_refused():
     config.checkpoint.every = "never"
     with pytest.raises(ValueError, match="checkpoint.every='never'"):
         run_config.check(typed(config))
+
+
+def test_pages_count_the_hosts_that_a_slice_has():
+    root, found = pathlib.Path(__file__).parent.parent, []
+    for text in (compile.__doc__, *(page.read_text() for page in root.glob("docs/*.md"))):
+        found += re.findall(r"--topology=v4:(\d+)x(\d+)x(\d+) --hosts=(\d+)", text)
+    assert len(found) >= 2
+    for x, y, z, hosts in found:
+        assert int(hosts) == int(x) * int(y) * int(z) // 4  # chips that a host of v4 has
 
 
 def test_the_command_says_what_so_many_hosts_leave(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import earlier_recipe  # noqa: E402
 import figure_rows  # noqa: E402
 import locked_recipe  # noqa: E402
 import measuring  # noqa: E402
@@ -54,10 +55,34 @@ def test_pictures_are_drawn_once_and_alike(tmp_path):
     assert len(data) == 3 and all(375 <= side <= 640 for size in sizes for side in size)
     assert 30_000 < np.mean([len(one) for one in data]) < 100_000
     assert len((folder / "metadata.jsonl").read_text().splitlines()) == 3
-    (folder / "00000.jpg").unlink()
-    assert len(list(pictures.drawn("jpegs", folder, 3).glob("*.jpg"))) == 2  # it is there
+    (folder / "00001.jpg").write_bytes(b"")
+    assert (pictures.drawn("jpegs", folder, 3) / "00001.jpg").read_bytes() == b""  # it is there
     again = pictures.drawn("jpegs", tmp_path / "again", 3)
     assert [path.read_bytes() for path in sorted(again.glob("*.jpg"))] == data
+
+
+@pytest.mark.parametrize("kind, other", [("captions", "jpegs"), ("labels", "captions")])
+def test_pictures_that_are_others_are_not_taken_for_these(tmp_path, kind, other, monkeypatch):
+    place = tmp_path / "drawn"
+    place.mkdir()  # an empty folder is one to draw in
+    place.with_name("drawn.half").mkdir()
+    (tmp_path / "drawn.half/99999.png").touch()  # as a killed call for more pictures leaves it
+    pictures.drawn(kind, place, 3)
+    assert pictures.there(kind, place) == 3 and not (place / "99999.png").exists()
+    monkeypatch.setattr(sys, "argv", ["pictures.py", kind, str(place), "--count=4"])
+    with pytest.raises(
+        SystemExit, match=f"drawn has 3 pictures of the kind {kind}, not 4: remove it"
+    ):
+        pictures.main()
+    with pytest.raises(ValueError, match=f"drawn has 0 pictures of the kind {other}, not 3"):
+        pictures.drawn(other, place, 3)
+
+
+def test_a_tar_of_another_count_is_not_taken_for_it(tmp_path):
+    tar = pictures.drawn("tar", tmp_path / "two.tar", 2)
+    assert pictures.drawn("tar", tar, 2) == tar
+    with pytest.raises(ValueError, match="two.tar has 2 pictures of the kind tar, not 3"):
+        pictures.drawn("tar", tar, 3)
 
 
 def test_shapes_have_captions_that_say_what_is_there(tmp_path):
@@ -127,6 +152,14 @@ def test_three_seeds_of_a_recipe(given):
 def test_the_recipes_of_benchmarks_are_whole():
     assert typed(pictures_recipe.get_config("data/x")).data.sources[0].path == "data/x"
     assert typed(released_recipe.get_config("coca_ViT-L-14")).model.image.depth == 24
+    assert typed(earlier_recipe.get_config("emoji")).steps == measuring_runs.EARLIER_STEPS
+    for name in ("emoji", "emoji_reinforced"):
+        emoji = typed(earlier_recipe.get_config(name))
+        assert (emoji.data.resize, emoji.model.dtype) == ("squash", "float32")
+        assert (emoji.loss.min_temperature, emoji.model.temperature) == (0.0, 0.07)
+    demo = typed(earlier_recipe.get_config("demo"))
+    assert demo.optimizer.schedule == "cosine" and demo.optimizer.average_share == 0
+    assert [source.scenery for source in demo.data.sources] == ["plain", "plain"]
     captioner = typed(locked_recipe.get_config("captioner,500,runs/a"))
     assert captioner.init_from == "runs/a" and captioner.steps == 500
     assert set(captioner.data.sources[0].where["label"]) == set(locked_recipe.GROUPS)
@@ -209,11 +242,109 @@ def test_input_is_told_with_its_peer(tmp_path):
     assert found["input/fast"]["ours_low"] == 700 and found["input/fast"]["peer_high"] == 200
 
 
-def test_the_ablations_of_training_md_are_those_of_their_table():
+class Trains(measuring.Given):
+    """`train` makes runs of one score; `calls` are its flags and whether on one core."""
+
+    calls: list = []
+    keys = (
+        *measuring_runs.EMOJI.values(),
+        *measuring_runs.QUESTIONS.values(),
+        *measuring_runs.AVERAGING.values(),
+        *measuring_runs.TUNED.values(),
+        *measuring_runs.VIDEO.values(),
+        "classification/animated_emoji/top1",
+    )
+
+    def coca(self, *words, one_core=False, **more):
+        flags = dict(word[2:].split("=", 1) for word in words if "=" in word)
+        if words[0] == "train":
+            self.calls.append((flags, one_core))
+        if place := flags.get("workdir") or (words[0] == "evaluate" and flags["out"]):
+            folder = pathlib.Path(place)
+            folder.mkdir(parents=True)
+            told = dict(pair for key in self.keys for pair in with_interval(key, 0.5).items())
+            (folder / "eval.json").write_text(json.dumps(told))
+            (folder / "goodput.json").write_text('{"life": {"seconds": {"step": 60}}}')
+            (folder / "evaluations.jsonl").write_text(json.dumps(dict(scores=told)))
+        return {}
+
+
+@pytest.mark.parametrize(
+    "measured, recipes",
+    [
+        ("reinforced", {"emoji", "emoji_reinforced"}),
+        ("tuned", {"emoji"}),
+        ("animated", {"emoji"}),
+        ("easy_vqa", {"demo"}),
+    ],
+)
+def test_what_pages_tell_of_earlier_recipes_is_measured_by_these(tmp_path, measured, recipes):
+    given = Trains(tmp_path, tmp_path / "runs")
+    given.calls.clear()
+    found = getattr(measuring_runs, measured)(given)
+    used = {flags["config"] for flags, _ in given.calls}
+    earlier = {f"{measuring_runs.EARLIER}:{name}" for name in recipes}
+    assert earlier <= used
+    assert all(":" in config for config in used)  # what follows starts from such a run
+    if measured == "animated":
+        assert found["video/steps"] == dict(ranks=3600, logistic=3600, of=3600)
+    if measured == "reinforced":
+        plain = [flags for flags, _ in given.calls if flags.get("config.steps") == "1200"]
+        assert len(plain) == 3 and all(p["config"].endswith("recipe.py:emoji") for p in plain)
+
+
+def test_runs_beside_one_another_have_one_core_each(tmp_path):
+    given = Trains(tmp_path, tmp_path / "runs")
+    given.calls.clear()
+    found = measuring_runs.averaging(given)
+    assert found["averaging/demo_f1"] == dict(cosine=0.5, mean=0.5)
+    assert len(given.calls) == 4 and all(one_core for _, one_core in given.calls)
+
+
+def test_captions_beside_a_peer_name_the_slowest_of_their_runs(tmp_path):
+    rates = iter([(536, 37), (499, 34), (555, 38)])
+
+    def answer(name, words):
+        rate, times = next(rates)
+        return dict(tokens_per_second=rate, times_peer=times, late_over_early=1.0)
+
+    found = measuring_peers.captions(16, 1, 3)(Told(tmp_path, tmp_path, answer=answer))
+    row = found["captions/batch_16"]
+    assert row["slowest_ours"] == 499 and row["slowest_peer"] == pytest.approx(499 / 34)
+    assert row["ours_3"] == 555 and found["captions/batch_16_ratio"]["run_2"] == 34
+
+
+def test_ablations_give_a_mean_with_its_range_and_seed_0_alone(given):
+    rows = dict(both=[0.9, 0.6, 0.3], one_query=[0.4, 0.2, 0.0])
+    runs = {
+        row: {
+            str(seed): dict(scores=dict.fromkeys(measuring_ablations.SCORES.values(), value))
+            for seed, value in enumerate(rows.get(row, [0, 0, 0]))
+        }
+        for row in measuring_ablations.ABLATIONS
+    }
+    told = json.dumps(dict(variants={row: dict(runs=of) for row, of in runs.items()}))
+
+    class Ablates(measuring.Given):
+        def python(self, *words, one_core=False, **more):
+            assert self.folder == measuring.ROOT  # from there the table names its recipe
+            (self.runs / "ablations").mkdir(parents=True)
+            (self.runs / "ablations/results.json").write_text(told)
+
+    found = measuring_ablations.ablations(Ablates(given.folder, given.runs))
+    both = found["ablations/both"]
+    ends = [both[f"zero_shot{end}"] for end in ("", "_low", "_high")]
+    assert ends == pytest.approx([60, 30, 90])
+    assert found["ablations/one_query"]["zero_shot"] == pytest.approx(40)
+    assert "zero_shot_low" not in found["ablations/one_query"]
+
+
+def test_the_ablations_of_training_md_are_those_of_their_table(monkeypatch):
+    monkeypatch.chdir(measuring.ROOT)
     found = table.read(str(measuring.HERE / "ablations.toml"), {})
     assert {one.name for one in found.variants} == set(measuring_ablations.ABLATIONS)
     assert tuple(found.seeds) == measuring.SEEDS
-    assert all(dict(one.values)["steps"] == 2600 for one in found.variants)
+    assert all(one.config().steps == 2600 for one in found.variants)
 
 
 def test_the_options_of_blocks_md_are_those_of_their_table():
@@ -223,8 +354,9 @@ def test_the_options_of_blocks_md_are_those_of_their_table():
 
 
 @pytest.mark.parametrize("path", sorted(measuring.HERE.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_variant_of_the_tables_is_a_run_that_can_be(path):
+def test_every_variant_of_the_tables_is_a_run_that_can_be(path, monkeypatch):
     """A recipe that changes may not go with what a table sets over it any more."""
+    monkeypatch.chdir(measuring.ROOT)
     refused = {}
     for variant in table.read(str(path), {}).variants:
         try:
