@@ -5,8 +5,10 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from coca_jax import run_config
+from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.fitting import choose, look, sizes, tell
 from coca_jax.fitting.look import Facts
@@ -212,7 +214,7 @@ def test_a_twentieth_to_a_tenth_is_held_out(count, held):
     assert (np.unique(twins) < look.holdout(twins)).sum() == held
 
 
-def test_scores_stand_beside_chance():
+def test_scores_stand_beside_chance(tmp_path):
     scores = {
         "retrieval/mine_test/image_to_text_r1": 0.25,
         "retrieval/mine_test/image_to_text_r1_low": 0.2,
@@ -221,10 +223,25 @@ def test_scores_stand_beside_chance():
         "zeroshot/mine_test/top1": 0.9,
         "zeroshot/mine_test/num_classes": 2.0,
     }
-    lines = tell.score_table(scores, BOTH, "mine_test")
+    lines = tell.score_table(scores, BOTH, "mine_test", {"image_to_text_r1": 0.005})
     assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]
     assert lines[1].rstrip().endswith("0.5%")
     assert "of 2 classes" in lines[2] and "70.0% by the largest class" in lines[2]
-    assert tell.score_table({}, BOTH, "mine_test") == [
+    # Four captions of twenty pictures: a guess is right for every fourth.
+    lines = []
+    for i in range(20):
+        Image.new("RGB", (4, 4), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(f'{{"file_name": "{i}.png", "text": "shade {i % 4}"}}\n')
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    task = dict(kind="retrieval", name="mine_test", data=dict(path=str(tmp_path)), limit=2000)
+    config = Config().change({"eval.tasks": (dict(task, name="another"), task)})
+    chance = tell.retrieval_chance(config, "mine_test")
+    for direction in ("image_to_text", "text_to_image"):
+        assert chance[f"{direction}_r1"] == pytest.approx(0.25)
+        scores = {f"retrieval/mine_test/{direction}_r1": 0.3}
+        (line,) = tell.score_table(scores, BOTH, "mine_test", chance)[1:]
+        assert line.split()[-2:] == ["30.0%", "25.0%"]
+    assert tell.retrieval_chance(config, "mine") == {}
+    assert tell.score_table({}, BOTH, "mine_test", {}) == [
         "nothing was held out, so there are no scores"
     ]

@@ -245,7 +245,9 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         constant = tell.constant_caption(
             dict(entry, split=data["train"]), dict(entry, split=data["held"])
         )
-    for line in tell.score_table(scores, facts, data["name"], constant):
+    config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
+    chance = tell.retrieval_chance(config, data["name"])
+    for line in tell.score_table(scores, facts, data["name"], chance, constant):
         say(line)
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
     say("next:")
