@@ -169,6 +169,20 @@ def test_a_step_fits_the_memory_or_says_what_would():
         chosen(CAPTIONS, bytes_needed=lambda config: 1e12)
 
 
+def test_passes_are_over_the_pictures_that_train():
+    """Of 1,000 pictures 900 have a label, and 150 a caption, which is too few to train too."""
+    facts = sized(BOTH, 1000)
+    facts = choose.training(dataclasses.replace(facts, captions=150, labels=900))
+    assert facts.train == 900 and choose.training(sized(BOTH, 1000)).train == 1000
+    assert choose.training(dataclasses.replace(facts, train=1000, captions=300)).train == 1000
+    found = chosen(facts, minutes=3000.0, seconds=0.01)
+    passes = found.config.steps * found.config.batch_size / 900
+    assert choose.PASSES <= passes < choose.PASSES + 1
+    assert "passes over 900 pictures" in found.why[-1]
+    one = dataclasses.replace(CAPTIONS, labels=4000, classes=("cat",))
+    assert "labels do not train: all are the same" in tell.facts_in_words(one, "x")
+
+
 def test_weights_bring_their_model_and_gentle_rates():
     model = chosen(CAPTIONS).config.model.change(dict(image_size=64))
     small = choose.Weights("runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model")

@@ -56,6 +56,13 @@ def kinds(facts: Facts) -> tuple[str, ...]:
     return tuple(kind for kind, count in found.items() if count > max(LEAST // 4, most // 4))
 
 
+def training(facts: Facts) -> Facts:
+    """The facts with those pictures alone counted as `train` that have a text which trains."""
+    counts = {"caption": facts.captions, "label": facts.labels}
+    usable = sum(counts[kind] for kind in kinds(facts))  # those with both are counted twice
+    return dataclasses.replace(facts, train=min(facts.train, usable))
+
+
 def choose(
     facts: Facts,
     machine: Machine,

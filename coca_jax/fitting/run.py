@@ -92,8 +92,8 @@ def write_recipe(
 def bring_in(
     request: Request, workdir: str, kept: Kept, say: Say
 ) -> tuple[look.Facts, str, tuple[str, str], str]:
-    """Looks at the data and prepares them: (facts, prepared folder, its splits to train on and
-    held out, a name)."""
+    """Looks at the data and prepares them: (facts, of whose pictures those count that train;
+    prepared folder, its splits to train on and held out, a name)."""
     options = options_of(request)
     name = indexes.folder_names([request.folder])[0]
     layout = own_data.layout(request.folder, options)
@@ -120,7 +120,7 @@ def bring_in(
     choose.check(facts)
     for line in tell.facts_in_words(facts, request.folder):
         say(line)
-    return facts, place, splits, f"{name}_{splits[1]}"
+    return choose.training(facts), place, splits, f"{name}_{splits[1]}"
 
 
 def check_place(folder: str, workdir: str, place: str) -> None:

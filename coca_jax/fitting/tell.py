@@ -11,7 +11,7 @@ from coca_jax.config import Config, keys
 from coca_jax.evaluators.caption_match import score_references
 from coca_jax.evaluators.records import Records, candidates, records_of
 from coca_jax.evaluators.retrieval import guessed
-from coca_jax.fitting.choose import FEW, kinds
+from coca_jax.fitting.choose import FEW, kinds, training
 from coca_jax.fitting.look import Facts
 
 
@@ -39,7 +39,25 @@ def facts_in_words(facts: Facts, where: str) -> list[str]:
         )
     if facts.left_out:
         lines.append(f"left out: {facts.problems}")
-    lines.append(f"held out for the scores: {facts.test:,}; to train on: {facts.train:,}")
+    trained = training(facts).train
+    lines += _left_aside(facts, facts.train - trained)
+    lines.append(f"held out for the scores: {facts.test:,}; to train on: {trained:,}")
+    return lines
+
+
+def _left_aside(facts: Facts, pictures: int) -> list[str]:
+    """The kind of texts that does not train, and so many pictures that have no other."""
+    found, lines = kinds(facts), []
+    for kind, count, other in (
+        ("caption", facts.captions, "label"),
+        ("label", facts.labels, "caption"),
+    ):
+        if count and kind not in found:
+            few = f"at most a quarter as many pictures have one as have a {other}"
+            one = kind == "label" and len(facts.classes) == 1
+            lines.append(f"{kind}s do not train: {'all are the same' if one else few}")
+    if pictures:
+        lines.append(f"{pictures:,} pictures have no {found[0]}, and do not train")
     return lines
 
 
