@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import run_config
+from coca_jax import cores, run_config
 from coca_jax.config import Config
 from coca_jax.data.mixture import shares
-from coca_jax.fitting import choose, look, sizes, tell
+from coca_jax.data.pixels import Pixels
+from coca_jax.fitting import choose, look, machine, sizes, tell
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 
@@ -181,6 +183,14 @@ def test_passes_are_over_the_pictures_that_train():
     assert "passes over 900 pictures" in found.why[-1]
     one = dataclasses.replace(CAPTIONS, labels=4000, classes=("cat",))
     assert "labels do not train: all are the same" in tell.facts_in_words(one, "x")
+
+
+def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch):
+    assert cores.count() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert machine.look().cores == cores.count() == os.cpu_count()
+    config = Config().change({"steps": 1})
+    assert Pixels(config).threads == os.cpu_count()
 
 
 def test_weights_bring_their_model_and_gentle_rates():
