@@ -162,8 +162,14 @@ def input_batches(tars: str, examples: int, batch_size: int, size: Size) -> Iter
     Its shuffle buffers, its default augmentation (a bicubic crop of 90 to 100% of the area) and
     its CLIP tokenizer; images float32 [B, 3, S, S], as its model wants them.
 
-    Raises ValueError when open_clip or webdataset is not installed.
+    Raises ValueError when open_clip or webdataset is not installed, and for fewer examples than a
+    batch, of which its pipeline, which leaves out rests, would never give one.
     """
+    if examples < batch_size:
+        raise ValueError(
+            f"--peer reads {examples:,} records again and again, of which open_clip's pipeline "
+            f"gives no batch of {batch_size:,}; add --config.batch_size={examples} or less"
+        )
     try:
         import open_clip
         import torch

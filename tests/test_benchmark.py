@@ -182,6 +182,11 @@ def test_the_peer_reads_the_same_records(tmp_path):
     assert 3 <= len(found) <= 5 and min(found) > 50
 
 
+def test_a_peer_needs_a_batch_of_records():
+    with pytest.raises(ValueError, match="reads 60 records .* no batch of 64; add"):
+        next(benchmark_peer.input_batches("0.tar", 60, 64, 16))
+
+
 def test_a_peer_needs_a_model_that_it_has():
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     with pytest.raises(ValueError, match="open_clip has only"):
