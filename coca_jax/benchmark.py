@@ -33,7 +33,9 @@ def define_flags() -> None:
     recipes.define_flag()
     flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.", 0)
-    flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.", 1)
+    flags.DEFINE_integer(
+        "tokens", 0, "Tokens a caption, without an end symbol; 0: 60, or the model's most.", 0
+    )
     flags.DEFINE_integer("num_beams", 1, "Beams in caption.", lower_bound=1)
     flags.DEFINE_integer("beams", None, "What --num_beams was called in 0.1.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.", 0.01)

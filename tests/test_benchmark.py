@@ -54,6 +54,9 @@ def test_rates_are_work_over_time(monkeypatch, capsys):
     result, said = run("caption", "--batch_size=2", "--tokens=5", "--beams=2")
     assert "--num_beams" in said  # what the flag of 0.1 is called now
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
+    most = config.model.text.max_len - 1
+    result, _ = run("caption", "--batch_size=2", "--tokens=0")
+    np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 2 * most)
     quotient = result["late_token_seconds"] / result["early_token_seconds"]
     np.testing.assert_allclose(result["late_over_early"], quotient)
 
@@ -180,6 +183,13 @@ def test_the_peer_reads_the_same_records(tmp_path):
     assert low <= ours <= high
     found = benchmark_input.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
     assert 3 <= len(found) <= 5 and min(found) > 50
+
+
+def test_no_more_tokens_are_counted_than_the_model_writes():
+    config = typed(tiny_config())
+    most = config.model.text.max_len - 1
+    with pytest.raises(ValueError, match=rf"--tokens={most + 1}: the model writes {most} at most"):
+        benchmark_model.caption(config, 2, most + 1, 1, repeats=1)
 
 
 def test_a_peer_needs_a_batch_of_records():
