@@ -77,6 +77,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--peer compares `train`, `encode`, `caption` and `input`, not `losses`")
     if flags.FLAGS.texts and kind != "train":
         raise ValueError(f"--texts gives captions to `train`, not to `{kind}`")
+    if flags.FLAGS.memory_every and (kind != "input" or flags.FLAGS.peer):
+        raise ValueError(
+            "--memory_every looks at the memory of `input` without --peer; leave it out of "
+            f"`{kind}{' --peer' if flags.FLAGS.peer else ''}`"
+        )
     if kind == "train" and not flags.FLAGS.peer:  # the peer would have them too, as nowhere else
         start.with_huge_pages()
     cli.say(f"benchmark {kind}: starting JAX")

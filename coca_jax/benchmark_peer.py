@@ -23,19 +23,19 @@ from coca_jax.interop import open_clip_config
 END = 1  # the token that would end a caption; kept away by min_seq_len
 
 
-def import_torch() -> Any:
-    """torch. Raises ValueError where open_clip is not installed."""
+def import_torch(flag: str = "--peer") -> Any:
+    """torch. Raises ValueError, naming the flag that asks, where open_clip is not installed."""
     try:
         import open_clip  # noqa: F401
         import torch
     except ImportError as error:
-        raise ValueError("--peer needs open_clip: pip install '.[parity]'") from error
+        raise ValueError(f"{flag} needs open_clip: pip install '.[parity]'") from error
     return torch
 
 
 def tokens(texts: Sequence[str], length: int) -> np.ndarray:
     """Texts as open_clip's tokenizer gives them, int [B, length], 0 where there is nothing."""
-    import_torch()
+    import_torch("--texts")
     import open_clip
 
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=length)

@@ -1,6 +1,7 @@
 """Every benchmark runs at a tiny size and reports a rate that fits its time."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -192,6 +193,17 @@ def test_no_more_tokens_are_counted_than_the_model_writes():
         benchmark_model.caption(config, 2, most + 1, 1, repeats=1)
 
 
+def test_what_needs_open_clip_is_the_flag_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed
+    config = typed(tiny_config())
+    file = tmp_path / "texts.txt"
+    file.write_text("a cat\n" * config.batch_size)
+    with pytest.raises(ValueError, match="^--texts needs open_clip: pip install"):
+        benchmark_train.batches(config, str(file))
+    with pytest.raises(ValueError, match="^--peer needs open_clip: pip install"):
+        benchmark_peer.trainer(config.change({"optimizer.name": "adamw"}))
+
+
 def test_a_peer_needs_a_batch_of_records():
     with pytest.raises(ValueError, match="reads 60 records .* no batch of 64; add"):
         next(benchmark_peer.input_batches("0.tar", 60, 64, 16))
@@ -238,8 +250,11 @@ def test_flags_of_another_benchmark_are_refused(monkeypatch):
         ("train", "", "benchmark train needs --config=NAME"),
         ("losses", "--peer", "--peer compares .*, not `losses`"),
         ("losses", "--texts=t", "--texts gives captions to `train`, not to `losses`"),
+        ("losses", "--memory_every=1", "--memory_every looks .* leave it out of `losses`$"),
+        ("input", "--peer --memory_every=1 --config=tiny", "leave it out of `input --peer`$"),
     ):
-        benchmark.flags.FLAGS(["benchmark", "--nopeer", "--texts=", *filter(None, [flag])])
+        unset = ("--nopeer", "--texts=", "--memory_every=0")
+        benchmark.flags.FLAGS(["benchmark", *unset, *flag.split()])
         with pytest.raises(ValueError, match=says):
             benchmark.main(["benchmark", kind])
 
