@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from coca_jax.config import Config, Model
@@ -89,9 +90,15 @@ def build(model: Model, training: bool = False) -> Any:
 
     Every parameter is drawn again: open_clip leaves some as the memory was found, NaN included.
 
-    Raises ValueError when open_clip is not installed or has no such model, and for a model in
-    bfloat16, which would be no like for like but in `training`, where autocast is theirs.
+    It computes on the CPU. Raises ValueError where JAX does not, when open_clip is not installed or
+    has no such model, and for a model in bfloat16, which would be no like for like but in
+    `training`, where autocast is theirs.
     """
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"--peer runs open_clip on the CPU and JAX computes on a {jax.default_backend()}: give "
+            "the command with JAX_PLATFORMS=cpu"
+        )
     if model.dtype != "float32" and not training:
         raise ValueError(
             f"--peer runs in float32 but model.dtype={model.dtype!r}; "

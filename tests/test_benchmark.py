@@ -1,8 +1,10 @@
 """Every benchmark runs at a tiny size and reports a rate that fits its time."""
 
 import json
+import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -220,6 +222,21 @@ def test_a_peer_is_compared_in_its_own_precision():
     config.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="--config.model.dtype=float32"):
         benchmark_peer.build(config.model)
+
+
+def test_a_peer_is_compared_on_the_same_device(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = typed(tiny_config()).change({"optimizer.name": "adamw"})
+    for act in (
+        lambda: benchmark_peer.trainer(config),
+        lambda: benchmark_model.encode(config, 2, 1, compare=True),
+        lambda: benchmark_model.caption(config, 2, 2, 1, 1, compare=True),
+    ):
+        with pytest.raises(ValueError, match="computes on a gpu: give .* with JAX_PLATFORMS=cpu"):
+            act()
+    monkeypatch.delattr(os, "sched_setaffinity")  # as on macOS
+    with pytest.raises(ValueError, match="which only Linux can; leave out --peer"):
+        benchmark_input.read_input(config, 1.0, 0.0, 1, compare=True)
 
 
 def test_losses_are_their_definitions_and_beside_them(monkeypatch, capsys):
