@@ -1,8 +1,10 @@
 """What fit chooses: a pure function, asked about many data sets and machines."""
 
+import ast
 import dataclasses
 import itertools
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -236,6 +238,19 @@ def test_a_twentieth_to_a_tenth_is_held_out(count, held):
     assert (places < look.holdout(places)).sum() == held
     twins = np.concatenate([places, places[: count // 2]])
     assert (np.unique(twins) < look.holdout(twins)).sum() == held
+    with pytest.raises(ValueError, match=f"all {count:,} pictures are the same one: .* nothing to"):
+        look.holdout(np.full(count, 0.669))
+
+
+@pytest.mark.parametrize("workdir", ["runs/mine", "my runs/it's", 'a "b" $HOME'])
+def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
+    head, *lines = tell.next_commands(workdir, f"{workdir}/data")
+    caption, evaluate, python = map(shlex.split, lines)
+    assert head == "next:"
+    assert caption == ["coca-jax", "caption", f"--checkpoint={workdir}", "PICTURE_OR_FOLDER"]
+    assert evaluate[2:] == [f"--checkpoint={workdir}", f"--data={workdir}/data"]
+    call = ast.parse(python[2]).body[1].value.args[0].func.value
+    assert python[:2] == ["python", "-c"] and call.args[0].value == workdir
 
 
 def test_scores_stand_beside_chance(tmp_path):

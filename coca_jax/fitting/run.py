@@ -250,10 +250,8 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     for line in tell.score_table(scores, facts, data["name"], chance, constant):
         say(line)
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
-    say("next:")
-    say(f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER")
-    say(f"  coca-jax evaluate --checkpoint={workdir} --data={data['path']}")
-    say(f"  python -c \"import coca_jax; print(coca_jax.load('{workdir}').caption(['a.jpg']))\"")
+    for line in tell.next_commands(workdir, data["path"]):
+        say(line)
     return dict(export=place)
 
 

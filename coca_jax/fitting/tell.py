@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,6 +158,19 @@ def changed(chosen: Config, config: Config, wanted: Config) -> list[str]:
         if own != first:
             lines.append(f"as you wish: {key} {value!r} in place of {first!r}")
     return lines
+
+
+def next_commands(workdir: str, data: str) -> list[str]:
+    """What may follow a fit, to paste into a shell. data: the prepared folder."""
+    place = json.dumps(workdir, ensure_ascii=False)
+    program = f'import coca_jax; print(coca_jax.load({place}).caption(["a.jpg"]))'
+    run = shlex.quote(workdir)
+    return [
+        "next:",
+        f"  coca-jax caption --checkpoint={run} PICTURE_OR_FOLDER",
+        f"  coca-jax evaluate --checkpoint={run} --data={shlex.quote(data)}",
+        f"  python -c {shlex.quote(program)}",
+    ]
 
 
 def shown_captions(pairs: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:
