@@ -173,6 +173,26 @@ def test_a_step_fits_the_memory_or_says_what_would():
         chosen(CAPTIONS, bytes_needed=lambda config: 1e12)
 
 
+def test_a_step_fits_the_memory_with_the_user_s_own_values():
+    """The choice for these data is a batch of 128, in one part."""
+
+    def least(**own):
+        return chosen(
+            CAPTIONS,
+            bytes_needed=lambda config: 1e9 + 1e8 * config.batch_size / config.accumulate_steps,
+            change=lambda config: config.change(own),
+        )
+
+    found = least(batch_size=1024)
+    assert found.config.change(dict(batch_size=1024)).accumulate_steps == 16
+    assert any(line.startswith("memory: 6.9 of 14.9 GiB, the batch in 16") for line in found.why)
+    assert least(accumulate_steps=4).config.accumulate_steps == 1  # no need to split it more
+    with pytest.raises(ValueError, match="even for 512 pictures .* leave out --config.acc"):
+        least(batch_size=1024, accumulate_steps=2)
+    with pytest.raises(ValueError, match="even for 125 pictures at a time, .* smaller weights"):
+        least(batch_size=125, text_parts=1, text_lengths=())
+
+
 def test_passes_are_over_the_pictures_that_train():
     """Of 1,000 pictures 900 have a label, and 150 a caption, which is too few to train too."""
     facts = sized(BOTH, 1000)

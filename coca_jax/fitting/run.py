@@ -190,7 +190,7 @@ def decide(
         tokens = token_lengths(draft.config, facts, size, workdir, say)
         setup.wait_for_kernels(kernels, stopping.current())
         measured_facts = dataclasses.replace(facts, tokens=tokens)
-        keywords["bytes_needed"] = lambda config: memory.needed(change(config))
+        keywords |= dict(bytes_needed=memory.needed, change=change)
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
         speed = measure.measure(change(choice.config))
         last = number == len(candidates) - 1 or start is not None
