@@ -33,7 +33,9 @@ def define_flags() -> None:
     recipes.define_flag()
     flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 0, "Images at a time in encode and caption; 0: 16.", 0)
-    flags.DEFINE_integer("tokens", 60, "Tokens a caption; the end symbol is kept away.", 1)
+    flags.DEFINE_integer(
+        "tokens", 0, "Tokens a caption, without an end symbol; 0: 60, or the model's most.", 0
+    )
     flags.DEFINE_integer("num_beams", 1, "Beams in caption.", lower_bound=1)
     flags.DEFINE_integer("beams", None, "What --num_beams was called in 0.1.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.", 0.01)
@@ -75,6 +77,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--peer compares `train`, `encode`, `caption` and `input`, not `losses`")
     if flags.FLAGS.texts and kind != "train":
         raise ValueError(f"--texts gives captions to `train`, not to `{kind}`")
+    if flags.FLAGS.memory_every and (kind != "input" or flags.FLAGS.peer):
+        raise ValueError(
+            "--memory_every looks at the memory of `input` without --peer; leave it out of "
+            f"`{kind}{' --peer' if flags.FLAGS.peer else ''}`"
+        )
     if kind == "train" and not flags.FLAGS.peer:  # the peer would have them too, as nowhere else
         start.with_huge_pages()
     cli.say(f"benchmark {kind}: starting JAX")

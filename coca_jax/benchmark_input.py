@@ -28,10 +28,13 @@ def read_input(
     PEER_EXAMPLES records of the first source, all pinned to one core. The rates are then medians
     of images per second of processor time, with their extremes: {images_per_second_per_core,
     ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
+    Raises ValueError on a system that cannot pin.
     """
     config = typed(config)
     if not compare:
         return measure(config, seconds, every)
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("--peer pins both to one core, which only Linux can; leave out --peer")
     config = config.change({"data.num_threads": 1})
     source = Mixture(config).sources[0]
     count = min(len(source), PEER_EXAMPLES)

@@ -23,6 +23,7 @@ from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training.state import build_model
 
 Call = Callable[[], Any]
+USUAL_TOKENS = 60  # of a caption that is timed
 
 
 def timed(function: Call, repeats: int, peer: Call | None = None) -> dict[str, float]:
@@ -99,8 +100,17 @@ def caption(
 ) -> dict[str, float]:
     """Captions of `tokens` tokens from a batch of pixels: tokens_per_second (of what is returned),
     encode_seconds, and the step's time by position, see `token_times`.
+
+    tokens: 0 for USUAL_TOKENS, or what the model writes at most. Raises ValueError for more.
     """
     text = config.model.text
+    most = text.max_len - 1  # after the symbol of the begin
+    if tokens > most:
+        raise ValueError(
+            f"--tokens={tokens}: the model writes {most} at most "
+            f"(model.text.max_len={text.max_len}); give --tokens={most} or less"
+        )
+    tokens = tokens or min(USUAL_TOKENS, most)
     peer = benchmark_peer.build(config.model) if compare else None
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
@@ -128,7 +138,7 @@ def caption(
     result["encode_seconds"] = timed(lambda: look(params, pixels), repeats)["seconds"]
     image_tokens = jax.block_until_ready(look(params, pixels))
     result |= token_times(spec, weights, image_tokens, beams, tokens, repeats)
-    return result | {"tokens_per_second": batch * tokens / result["seconds"]}
+    return result | {"tokens": tokens, "tokens_per_second": batch * tokens / result["seconds"]}
 
 
 SPAN = 8  # tokens timed together, so that a call is long beside its start

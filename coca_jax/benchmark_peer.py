@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from coca_jax.config import Config, Model
@@ -23,19 +24,19 @@ from coca_jax.interop import open_clip_config
 END = 1  # the token that would end a caption; kept away by min_seq_len
 
 
-def import_torch() -> Any:
-    """torch. Raises ValueError where open_clip is not installed."""
+def import_torch(flag: str = "--peer") -> Any:
+    """torch. Raises ValueError, naming the flag that asks, where open_clip is not installed."""
     try:
         import open_clip  # noqa: F401
         import torch
     except ImportError as error:
-        raise ValueError("--peer needs open_clip: pip install '.[parity]'") from error
+        raise ValueError(f"{flag} needs open_clip: pip install '.[parity]'") from error
     return torch
 
 
 def tokens(texts: Sequence[str], length: int) -> np.ndarray:
     """Texts as open_clip's tokenizer gives them, int [B, length], 0 where there is nothing."""
-    import_torch()
+    import_torch("--texts")
     import open_clip
 
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=length)
@@ -89,9 +90,15 @@ def build(model: Model, training: bool = False) -> Any:
 
     Every parameter is drawn again: open_clip leaves some as the memory was found, NaN included.
 
-    Raises ValueError when open_clip is not installed or has no such model, and for a model in
-    bfloat16, which would be no like for like but in `training`, where autocast is theirs.
+    It computes on the CPU. Raises ValueError where JAX does not, when open_clip is not installed or
+    has no such model, and for a model in bfloat16, which would be no like for like but in
+    `training`, where autocast is theirs.
     """
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"--peer runs open_clip on the CPU and JAX computes on a {jax.default_backend()}: give "
+            "the command with JAX_PLATFORMS=cpu"
+        )
     if model.dtype != "float32" and not training:
         raise ValueError(
             f"--peer runs in float32 but model.dtype={model.dtype!r}; "
@@ -162,8 +169,14 @@ def input_batches(tars: str, examples: int, batch_size: int, size: Size) -> Iter
     Its shuffle buffers, its default augmentation (a bicubic crop of 90 to 100% of the area) and
     its CLIP tokenizer; images float32 [B, 3, S, S], as its model wants them.
 
-    Raises ValueError when open_clip or webdataset is not installed.
+    Raises ValueError when open_clip or webdataset is not installed, and for fewer examples than a
+    batch, of which its pipeline, which leaves out rests, would never give one.
     """
+    if examples < batch_size:
+        raise ValueError(
+            f"--peer reads {examples:,} records again and again, of which open_clip's pipeline "
+            f"gives no batch of {batch_size:,}; add --config.batch_size={examples} or less"
+        )
     try:
         import open_clip
         import torch

@@ -161,21 +161,6 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, c
     assert why.startswith("no checkpoint under none")
 
 
-def test_other_variants_of_a_name_are_refused(tmp_path):
-    found = table.read(written(tmp_path, TABLE), {})
-    running.Plan(tmp_path / "plan.json", 0).check(found.variants)
-    running.Plan(tmp_path / "plan.json", 0).check(found.variants[:1])  # the others stay
-    text = TABLE.replace("keep = 1", "keep = 2")
-    changed = table.read(written(tmp_path, text), {})
-    with pytest.raises(ValueError, match="'again': checkpoint.keep is 1 there, 2 here; give"):
-        (tmp_path / "again").mkdir()
-        running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
-    (tmp_path / "again").rmdir()  # nothing has begun
-    running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
-    with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
-        running.Plan(tmp_path / "plan.json", 2)
-
-
 def test_a_second_ablation_in_the_folder_is_refused_and_the_first_goes_on(done, tmp_path):
     """Such a second one once threw away the run in which the first timed its steps."""
     found, out = done[0], tmp_path / "out"
@@ -241,6 +226,7 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     assert ran[9:] == [("again/seed3", 30)]
     done = sealed_json.read(out / "again/seed3" / outcome.DONE)
     assert (done["steps"], done["minutes"]) == (30, 0.5)
+    assert done.get("commit", "") == outcome.commit()
     assert done["scores"]["retrieval/x/image_to_text_r1"] == 0.25
     assert not any("no run has" in line for line in said)
     shown = dataclasses.replace(found, metrics=("retrieval/x/image_to_text_r10", "a/b/c"))

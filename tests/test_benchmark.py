@@ -1,7 +1,10 @@
 """Every benchmark runs at a tiny size and reports a rate that fits its time."""
 
 import json
+import os
+import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -54,6 +57,9 @@ def test_rates_are_work_over_time(monkeypatch, capsys):
     result, said = run("caption", "--batch_size=2", "--tokens=5", "--beams=2")
     assert "--num_beams" in said  # what the flag of 0.1 is called now
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 10)
+    most = config.model.text.max_len - 1
+    result, _ = run("caption", "--batch_size=2", "--tokens=0")
+    np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 2 * most)
     quotient = result["late_token_seconds"] / result["early_token_seconds"]
     np.testing.assert_allclose(result["late_over_early"], quotient)
 
@@ -182,6 +188,29 @@ def test_the_peer_reads_the_same_records(tmp_path):
     assert 3 <= len(found) <= 5 and min(found) > 50
 
 
+def test_no_more_tokens_are_counted_than_the_model_writes():
+    config = typed(tiny_config())
+    most = config.model.text.max_len - 1
+    with pytest.raises(ValueError, match=rf"--tokens={most + 1}: the model writes {most} at most"):
+        benchmark_model.caption(config, 2, most + 1, 1, repeats=1)
+
+
+def test_what_needs_open_clip_is_the_flag_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed
+    config = typed(tiny_config())
+    file = tmp_path / "texts.txt"
+    file.write_text("a cat\n" * config.batch_size)
+    with pytest.raises(ValueError, match="^--texts needs open_clip: pip install"):
+        benchmark_train.batches(config, str(file))
+    with pytest.raises(ValueError, match="^--peer needs open_clip: pip install"):
+        benchmark_peer.trainer(config.change({"optimizer.name": "adamw"}))
+
+
+def test_a_peer_needs_a_batch_of_records():
+    with pytest.raises(ValueError, match="reads 60 records .* no batch of 64; add"):
+        next(benchmark_peer.input_batches("0.tar", 60, 64, 16))
+
+
 def test_a_peer_needs_a_model_that_it_has():
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     with pytest.raises(ValueError, match="open_clip has only"):
@@ -193,6 +222,21 @@ def test_a_peer_is_compared_in_its_own_precision():
     config.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="--config.model.dtype=float32"):
         benchmark_peer.build(config.model)
+
+
+def test_a_peer_is_compared_on_the_same_device(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = typed(tiny_config()).change({"optimizer.name": "adamw"})
+    for act in (
+        lambda: benchmark_peer.trainer(config),
+        lambda: benchmark_model.encode(config, 2, 1, compare=True),
+        lambda: benchmark_model.caption(config, 2, 2, 1, 1, compare=True),
+    ):
+        with pytest.raises(ValueError, match="computes on a gpu: give .* with JAX_PLATFORMS=cpu"):
+            act()
+    monkeypatch.delattr(os, "sched_setaffinity")  # as on macOS
+    with pytest.raises(ValueError, match="which only Linux can; leave out --peer"):
+        benchmark_input.read_input(config, 1.0, 0.0, 1, compare=True)
 
 
 def test_losses_are_their_definitions_and_beside_them(monkeypatch, capsys):
@@ -223,8 +267,11 @@ def test_flags_of_another_benchmark_are_refused(monkeypatch):
         ("train", "", "benchmark train needs --config=NAME"),
         ("losses", "--peer", "--peer compares .*, not `losses`"),
         ("losses", "--texts=t", "--texts gives captions to `train`, not to `losses`"),
+        ("losses", "--memory_every=1", "--memory_every looks .* leave it out of `losses`$"),
+        ("input", "--peer --memory_every=1 --config=tiny", "leave it out of `input --peer`$"),
     ):
-        benchmark.flags.FLAGS(["benchmark", "--nopeer", "--texts=", *filter(None, [flag])])
+        unset = ("--nopeer", "--texts=", "--memory_every=0")
+        benchmark.flags.FLAGS(["benchmark", *unset, *flag.split()])
         with pytest.raises(ValueError, match=says):
             benchmark.main(["benchmark", kind])
 

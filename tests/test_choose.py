@@ -1,14 +1,20 @@
 """What fit chooses: a pure function, asked about many data sets and machines."""
 
+import ast
 import dataclasses
 import itertools
+import os
+import shlex
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from coca_jax import run_config
+from coca_jax import cores, run_config
+from coca_jax.config import Config
 from coca_jax.data.mixture import shares
-from coca_jax.fitting import choose, look, sizes, tell
+from coca_jax.data.pixels import Pixels
+from coca_jax.fitting import choose, look, machine, sizes, tell
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 
@@ -167,6 +173,48 @@ def test_a_step_fits_the_memory_or_says_what_would():
         chosen(CAPTIONS, bytes_needed=lambda config: 1e12)
 
 
+def test_a_step_fits_the_memory_with_the_user_s_own_values():
+    """The choice for these data is a batch of 128, in one part."""
+
+    def least(**own):
+        return chosen(
+            CAPTIONS,
+            bytes_needed=lambda config: 1e9 + 1e8 * config.batch_size / config.accumulate_steps,
+            change=lambda config: config.change(own),
+        )
+
+    found = least(batch_size=1024)
+    assert found.config.change(dict(batch_size=1024)).accumulate_steps == 16
+    assert any(line.startswith("memory: 6.9 of 14.9 GiB, the batch in 16") for line in found.why)
+    assert least(accumulate_steps=4).config.accumulate_steps == 1  # no need to split it more
+    with pytest.raises(ValueError, match="even for 512 pictures .* leave out --config.acc"):
+        least(batch_size=1024, accumulate_steps=2)
+    with pytest.raises(ValueError, match="even for 125 pictures at a time, .* smaller weights"):
+        least(batch_size=125, text_parts=1, text_lengths=())
+
+
+def test_passes_are_over_the_pictures_that_train():
+    """Of 1,000 pictures 900 have a label, and 150 a caption, which is too few to train too."""
+    facts = sized(BOTH, 1000)
+    facts = choose.training(dataclasses.replace(facts, captions=150, labels=900))
+    assert facts.train == 900 and choose.training(sized(BOTH, 1000)).train == 1000
+    assert choose.training(dataclasses.replace(facts, train=1000, captions=300)).train == 1000
+    found = chosen(facts, minutes=3000.0, seconds=0.01)
+    passes = found.config.steps * found.config.batch_size / 900
+    assert choose.PASSES <= passes < choose.PASSES + 1
+    assert "passes over 900 pictures" in found.why[-1]
+    one = dataclasses.replace(CAPTIONS, labels=4000, classes=("cat",))
+    assert "labels do not train: all are the same" in tell.facts_in_words(one, "x")
+
+
+def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch):
+    assert cores.count() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert machine.look().cores == cores.count() == os.cpu_count()
+    config = Config().change({"steps": 1})
+    assert Pixels(config).threads == os.cpu_count()
+
+
 def test_weights_bring_their_model_and_gentle_rates():
     model = chosen(CAPTIONS).config.model.change(dict(image_size=64))
     small = choose.Weights("runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model")
@@ -210,9 +258,22 @@ def test_a_twentieth_to_a_tenth_is_held_out(count, held):
     assert (places < look.holdout(places)).sum() == held
     twins = np.concatenate([places, places[: count // 2]])
     assert (np.unique(twins) < look.holdout(twins)).sum() == held
+    with pytest.raises(ValueError, match=f"all {count:,} pictures are the same one: .* nothing to"):
+        look.holdout(np.full(count, 0.669))
 
 
-def test_scores_stand_beside_chance():
+@pytest.mark.parametrize("workdir", ["runs/mine", "my runs/it's", 'a "b" $HOME'])
+def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
+    head, *lines = tell.next_commands(workdir, f"{workdir}/data")
+    caption, evaluate, python = map(shlex.split, lines)
+    assert head == "next:"
+    assert caption == ["coca-jax", "caption", f"--checkpoint={workdir}", "PICTURE_OR_FOLDER"]
+    assert evaluate[2:] == [f"--checkpoint={workdir}", f"--data={workdir}/data"]
+    call = ast.parse(python[2]).body[1].value.args[0].func.value
+    assert python[:2] == ["python", "-c"] and call.args[0].value == workdir
+
+
+def test_scores_stand_beside_chance(tmp_path):
     scores = {
         "retrieval/mine_test/image_to_text_r1": 0.25,
         "retrieval/mine_test/image_to_text_r1_low": 0.2,
@@ -221,10 +282,25 @@ def test_scores_stand_beside_chance():
         "zeroshot/mine_test/top1": 0.9,
         "zeroshot/mine_test/num_classes": 2.0,
     }
-    lines = tell.score_table(scores, BOTH, "mine_test")
+    lines = tell.score_table(scores, BOTH, "mine_test", {"image_to_text_r1": 0.005})
     assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]
     assert lines[1].rstrip().endswith("0.5%")
     assert "of 2 classes" in lines[2] and "70.0% by the largest class" in lines[2]
-    assert tell.score_table({}, BOTH, "mine_test") == [
+    # Four captions of twenty pictures: a guess is right for every fourth.
+    lines = []
+    for i in range(20):
+        Image.new("RGB", (4, 4), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(f'{{"file_name": "{i}.png", "text": "shade {i % 4}"}}\n')
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    task = dict(kind="retrieval", name="mine_test", data=dict(path=str(tmp_path)), limit=2000)
+    config = Config().change({"eval.tasks": (dict(task, name="another"), task)})
+    chance = tell.retrieval_chance(config, "mine_test")
+    for direction in ("image_to_text", "text_to_image"):
+        assert chance[f"{direction}_r1"] == pytest.approx(0.25)
+        scores = {f"retrieval/mine_test/{direction}_r1": 0.3}
+        (line,) = tell.score_table(scores, BOTH, "mine_test", chance)[1:]
+        assert line.split()[-2:] == ["30.0%", "25.0%"]
+    assert tell.retrieval_chance(config, "mine") == {}
+    assert tell.score_table({}, BOTH, "mine_test", {}) == [
         "nothing was held out, so there are no scores"
     ]

@@ -258,6 +258,26 @@ def test_prepared_data_are_split_again(tmp_path):
     assert where == place and names == ("train", "test") and (facts.train, facts.test) == (32, 8)
 
 
+def test_pictures_without_a_text_that_trains_are_told_and_not_counted(tmp_path):
+    """Six of forty have a caption and no label: too few for captions to train beside labels."""
+    folder, said = drawn_folder(tmp_path / "data", 40), []
+    rows = [json.loads(line) for line in open(folder / "metadata.jsonl")]
+    for i, row in enumerate(rows):
+        row.pop("label" if i % 7 == 3 else "text")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    request, workdir = Request(folder=str(folder)), str(tmp_path / "run")
+    facts, place, *_ = run.bring_in(request, workdir, Kept(workdir, request), said.append)
+    train = list(sources.open_source(dict(path=place, split="train")))
+    labelled = sum(bool(record.labels) for record in train)
+    captioned = len(train) - labelled
+    assert facts.train == labelled and captioned > 0 and len(train) == 32
+    assert said[-3:] == [
+        "captions do not train: at most a quarter as many pictures have one as have a label",
+        f"{captioned} pictures have no label, and do not train",
+        f"held out for the scores: 8; to train on: {labelled}",
+    ]
+
+
 def test_looking_counts_what_is_there():
     items = [Item(str(i), drawing(i)[0], [f"number {i}"], ["a", "b"]) for i in range(10)]
     items += [Item("twin", drawing(0)[0], ["Привет мир"]), Item("html", b"<html>", ["x"])]

@@ -60,7 +60,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "devices": ("partitioning",),
     "base": (
         *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_items"),
-        *("checkpoint_places", "checkpoint_record", "checksums", "compile_cache", "configs"),
+        *(
+            "checkpoint_places",
+            "checkpoint_record",
+            "checksums",
+            "compile_cache",
+            "configs",
+            "cores",
+        ),
         *("data.bounded_json", "engines", "extras", "huge_pages", "image_shape", "lean_saves"),
         *("local_files", "metrics", "out_folder", "quiet", "renamed", "sealed_json", "storage"),
         "text_ends",

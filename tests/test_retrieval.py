@@ -94,6 +94,27 @@ def test_retrieval_end_to_end_with_repeated_and_several_captions():
     json.dumps(evaluator.examples)
 
 
+def test_a_guesser_has_the_recall_that_random_embeddings_have():
+    """Four captions of 32 pictures, one of which occurs twice, some with a caption of their own."""
+    captions = [[f"shade {i % 4}"] + [f"own {i}"] * (i > 27) for i in range(32)] + [["shade 1"]]
+    records = [dict(image=picture(i % 32), text=texts) for i, texts in enumerate(captions)]
+    rng, sums, draws = np.random.default_rng(5), {}, 60
+    for _ in range(draws):
+        table = {text: unit(rng, 12) for texts in captions for text in texts}
+        evaluator = retrieval.Retrieval("toy", num_examples=0)
+        got = dict(evaluator.run(Fake(unit(rng, 32, 12), table.__getitem__), records))
+        for metric in ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1"):
+            sums[metric] = sums.get(metric, 0) + got[f"retrieval/toy/{metric}"] / draws
+    found = retrieval.guessed(records)
+    for metric, mean in sums.items():
+        assert found[metric] == pytest.approx(mean, abs=0.03), metric
+    # Of 37 captions 24 are of 8 pictures, 9 of 9 and 4 of one.
+    assert found["text_to_image_r1"] == pytest.approx((24 * 8 + 9 * 9 + 4) / 37 / 32)
+    assert found["image_to_text_r10"] == 1  # eight different captions in all
+    more = retrieval.guessed(records, ["nobody", "shade 0"])
+    assert more["image_to_text_r1"] == pytest.approx(found["image_to_text_r1"] * 8 / 9)
+
+
 def test_equal_images_are_one_candidate():
     """A, A again with another caption, and B. A's captions are found although A occurs twice."""
     eye = np.eye(3, dtype=np.float32)

@@ -88,7 +88,7 @@ def missing(table: Table, folder: pathlib.Path) -> dict[str, str]:
 
 
 def runs_of(variant: Variant, seeds: Sequence[int], folder: pathlib.Path) -> dict[int, Any]:
-    """{seed: dict(steps, minutes, scores)} of the runs that are done."""
+    """{seed: dict(steps, minutes, scores, and in a checkout commit)} of the runs that are done."""
     found = {}
     for seed in seeds:
         path = folder / variant.name / f"seed{seed}" / DONE

@@ -23,7 +23,7 @@ import jax
 from coca_jax import metrics, out_folder, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
-from coca_jax.config.section import plain
+from coca_jax.config.section import flatten, plain
 from coca_jax.data import kinds, sources
 from coca_jax.evaluators import declarations
 from coca_jax.importers import own_data
@@ -129,12 +129,14 @@ def one_run(variant: Variant, values: Mapping[str, Any], place: pathlib.Path) ->
     summary = training.train(variant.config(values), str(place))
     rows = metrics.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
+    commit = outcome.commit()
     sealed_json.write(
         place / outcome.DONE,
         dict(
             steps=summary["steps"],
             minutes=sum(map(seconds, rows)) / 60,
             scores=scores | outcome.last_losses(rows),
+            **(dict(commit=commit) if commit else {}),
         ),
     )
     gc.collect()  # programs of a run that is over
@@ -148,11 +150,16 @@ def seconds(row: Mapping[str, Any]) -> float:
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In which keys two variants, each dict(recipe, values), are not the same; long values cut."""
+    """In which keys two variants, each dict(recipe, values, config), are not the same, '' where
+    they are; long values cut. Keys that only one version of the package has do not count."""
     there, here = (
         dict(recipe=one.get("recipe")) | dict(one.get("values") or {}) for one in (kept, asked)
     )
     keys = [key for key in here | there if there.get(key) != here.get(key)]
+    for key, value in asked["config"].items():
+        if key not in here | there and kept["config"].get(key, value) != value:
+            keys.append(key)
+    there, here = kept["config"] | there, asked["config"] | here
     shown = (
         f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in keys
     )
@@ -181,10 +188,14 @@ class Plan:
         """Notes variants that are new. Raises ValueError for one that was another before, and has
         begun."""
         for variant in variants:
-            asked = sealed_json.seal(dict(recipe=variant.recipe, values=dict(variant.values)))
+            config = flatten(variant.config().to_dict())  # the recipe's file may have been edited
+            asked = sealed_json.seal(
+                dict(recipe=variant.recipe, values=dict(variant.values), config=config)
+            )
             del asked[sealed_json.KEY]
             kept = self._kept["variants"].setdefault(variant.name, asked | dict(steps=0))
-            if {key: kept.get(key) for key in asked} != asked:
+            kept.setdefault("config", asked["config"])  # older plans have none
+            if differences(kept, asked):
                 if not (self._path.parent / variant.name).exists():
                     self._kept["variants"][variant.name] = asked | dict(steps=0)
                     continue

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from coca_jax import image_shape
+from coca_jax import cores, image_shape
 from coca_jax.config import Config
 from coca_jax.data import augment, images, native, order, render, resizing, texts, videos
 from coca_jax.data.records import Record
@@ -60,7 +59,7 @@ class Pixels:
             randaugment=data.randaugment,
         )
         self.shape = example_shape(config)
-        self.threads = data.num_threads or len(os.sched_getaffinity(0))
+        self.threads = data.num_threads or cores.count()
         self._pool = ThreadPoolExecutor(self.threads, "decode")
 
     def plan(

@@ -30,8 +30,8 @@ def analyse(
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     total = arguments + temporaries + outputs + code
-    forward = flops.model_flops(config.model, config.data.num_frames)
-    per_device = 3 * forward * config.batch_size / devices
+    per_pair = flops.step_flops(config)
+    per_device = per_pair * config.batch_size / devices
     cost = hlo.summarise(text, devices)
     collective_bytes: dict[str, float] = {}
     for c in cost.collectives:
@@ -47,7 +47,7 @@ def analyse(
             "code": code,
             "total": total,
         },
-        "model_flops_per_pair": 3 * forward,
+        "model_flops_per_pair": per_pair,
         "model_flops_per_device": per_device,
         "compiled_flops_loops_once": (compiled.cost_analysis() or {}).get("flops"),
         "collective_bytes": collective_bytes,

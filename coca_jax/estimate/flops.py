@@ -5,8 +5,62 @@ from __future__ import annotations
 import math
 
 from coca_jax import image_shape
-from coca_jax.config import ImageModel, Model
-from coca_jax.models import pooler_kinds
+from coca_jax.config import Config, ImageModel, Model, checks, partial_checks
+from coca_jax.models import head_kinds, pooler_kinds
+from coca_jax.training import objectives
+
+
+def step_flops(config: Config) -> int:
+    """Floating-point operations of a train step over one pair: three times the forward pass of what
+    a loss reads, of what is frozen the forward pass alone, and nothing of an encoder whose tokens
+    are kept. Nothing is taken off for adapters, nor added for the classes of a task head."""
+    model, head = config.model, head_kinds.of(config.head.kind)
+    frames = max(config.data.num_frames, 1)
+    parts = forward_flops(model, frames)
+    if head:
+        places, source = frames * _tokens(model), model.image.width
+        if head.reads_text:
+            places, source = model.text.max_len, model.text.width
+        width = checks.head_sizes(config.head, model)[0]
+        parts["head"] = _attention(config.head.num_queries, places, width, source)
+    outputs = {output for objective in objectives.of(config) for output in objective.outputs}
+    read = set[str]().union(*(reads(config, output) for output in outputs))
+    if config.data.features:
+        read -= {"encoder"}
+    frozen = _frozen(config, set(parts))
+    images = head.images if head else 1
+    return images * sum((1 if part in frozen else 3) * parts[part] for part in read)
+
+
+def _frozen(config: Config, parts: set[str]) -> set[str]:
+    """Those of the parts through which no gradient goes, see `training.state.trainable`."""
+    optimizer = config.optimizer
+    if optimizer.lora_rank:
+        return set()
+    if config.head.kind and optimizer.encoder_learning_rate == 0:
+        return parts - {"head"}
+    if optimizer.keep_embeddings:
+        return reads(config, "image_embedding") | reads(config, "text_embedding")
+    return {"encoder"} if partial_checks.frozen_encoder(config) else set()
+
+
+def reads(config: Config, output: str) -> set[str]:
+    """The parts, named as in `forward_flops`, that a field of coca.Outputs depends on."""
+    kind, head = pooler_kinds.of(config.model.pooler.kind), head_kinds.of(config.head.kind)
+    pooled = {"encoder", "contrastive_pooler", "image_joint"}
+    if kind.in_cascade or not kind.second_pooler:
+        pooled |= {"generative_pooler"}
+    states = {"encoder", "generative_pooler", "unimodal", "multimodal"}
+    return {
+        "image_embedding": pooled,
+        "text_embedding": {"unimodal", "text_joint"},
+        "states": states,
+        "kernel": {"softmax"},
+        "class_logits": {"head"} | (states if head and head.reads_text else {"encoder"}),
+        "pooled": {"encoder"},
+        "predicted_tokens": {"encoder"},
+        **dict.fromkeys(("scale", "logit_bias", "bias", "bag_kernel", "hidden"), set()),
+    }[output]
 
 
 def model_flops(model: Model, num_frames: int = 0) -> int:
@@ -14,38 +68,39 @@ def model_flops(model: Model, num_frames: int = 0) -> int:
     clip of so many frames in place of an image.
 
     Matrix products only, attention over all keys, as CoCa's arithmetic is usually given: 708.9
-    GFLOP for the 2.1B model at 288 pixels and 64 tokens. A training step is three times that.
+    GFLOP for the 2.1B model at 288 pixels and 64 tokens.
     """
+    return sum(forward_flops(model, num_frames).values())
+
+
+def forward_flops(model: Model, num_frames: int = 0) -> dict[str, int]:
+    """What `model_flops` adds up, by part of the model."""
     frames = max(num_frames, 1)
     image, text, pooler = model.image, model.text, model.pooler
-    num_patches = image_shape.patches(model.image_size, model.patch_size)
-    tokens = num_patches + int(image.class_token)
-    inside = tokens + image.registers
+    tokens = _tokens(model)
+    num_patches, inside = tokens - int(image.class_token), tokens + image.registers
     length, queries = text.max_len, pooler.num_queries
 
-    def attention(
-        n: int, m: int, width: int, source: int | None = None, heads: int | None = None
-    ) -> int:
-        source = width if source is None else source
-        kv_width = width * text.kv_heads // heads if heads and text.kv_heads else width
-        return 2 * (2 * n * width**2 + 2 * m * source * kv_width + 2 * n * m * width)
+    def kv_width(heads: int) -> int | None:
+        return text.width * text.kv_heads // heads if text.kv_heads else None
 
     def mlp(n: int, width: int, dim: int) -> int:
         return (6 if model.gated_mlp else 4) * n * width * dim
 
     blocks = image.depth * (
-        attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
+        _attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )
     encoder = frames * (_before_blocks(model, num_patches) + blocks)
     kind = pooler_kinds.of(pooler.kind)
-    pooled = attention(queries, frames * tokens, text.width, image.width) if kind.pools else 0
+    generative = _attention(queries, frames * tokens, text.width, image.width) if kind.pools else 0
+    contrastive = 0
     if kind.in_cascade:
-        pooled += attention(1, queries, text.width)
+        contrastive = _attention(1, queries, text.width)
     elif kind.second_pooler:
-        pooled += attention(1, frames * tokens, text.width, image.width)
+        contrastive = _attention(1, frames * tokens, text.width, image.width)
     with_cls = length + 1
     unimodal = text.unimodal_depth * (
-        attention(with_cls, with_cls, text.width, heads=text.num_heads)
+        _attention(with_cls, with_cls, text.width, kv_width=kv_width(text.num_heads))
         + mlp(with_cls, text.width, text.mlp_dim)
     )
     seen = kind.num_seen(queries) if kind.pools else frames * num_patches
@@ -53,13 +108,35 @@ def model_flops(model: Model, num_frames: int = 0) -> int:
     upper = text.multimodal_heads or text.num_heads
     mlps = 2 if text.cross == "open_clip" else 1
     multimodal = text.multimodal_depth * (
-        attention(length, length, text.width, heads=upper)
-        + attention(length, seen, text.width, heads=upper)
+        _attention(length, length, text.width, kv_width=kv_width(upper))
+        + _attention(length, seen, text.width, kv_width=kv_width(upper))
         + mlps * mlp(length, text.width, multimodal_dim)
     )
-    softmax = 2 * length * text.width * text.vocab_size
-    joint = 2 * 2 * text.width * model.embed_dim
-    return encoder + pooled + unimodal + multimodal + softmax + joint
+    joint = 2 * text.width * model.embed_dim
+    return dict(
+        encoder=encoder,
+        generative_pooler=generative,
+        contrastive_pooler=contrastive,
+        unimodal=unimodal,
+        multimodal=multimodal,
+        softmax=2 * length * text.width * text.vocab_size,
+        image_joint=joint,
+        text_joint=joint,
+    )
+
+
+def _tokens(model: Model) -> int:
+    """That the image encoder gives of an image."""
+    patches = image_shape.patches(model.image_size, model.patch_size)
+    return patches + int(model.image.class_token)
+
+
+def _attention(
+    n: int, m: int, width: int, source: int | None = None, kv_width: int | None = None
+) -> int:
+    """Of n queries over m places of width `source`; kv_width: of keys and values."""
+    source, kv_width = source or width, kv_width or width
+    return 2 * (2 * n * width**2 + 2 * m * source * kv_width + 2 * n * m * width)
 
 
 def _before_blocks(model: Model, num_patches: int) -> int:

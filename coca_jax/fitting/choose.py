@@ -56,6 +56,13 @@ def kinds(facts: Facts) -> tuple[str, ...]:
     return tuple(kind for kind, count in found.items() if count > max(LEAST // 4, most // 4))
 
 
+def training(facts: Facts) -> Facts:
+    """The facts with those pictures alone counted as `train` that have a text which trains."""
+    counts = {"caption": facts.captions, "label": facts.labels}
+    usable = sum(counts[kind] for kind in kinds(facts))  # those with both are counted twice
+    return dataclasses.replace(facts, train=min(facts.train, usable))
+
+
 def choose(
     facts: Facts,
     machine: Machine,
@@ -68,6 +75,7 @@ def choose(
     vocabulary: str = "",
     weights: Weights | None = None,
     bytes_needed: Callable[[Config], float] | None = None,
+    change: Callable[[Config], Config] = lambda config: config,
 ) -> Choice:
     """The recipe for some data on a machine, but for its length, which `with_steps` sets.
 
@@ -80,6 +88,7 @@ def choose(
         weights: to start from.
         bytes_needed: of a config's step on one device; the batch is computed in as many parts as
             it takes to fit. None: nothing is known, and one part is taken.
+        change: gives a config with the user's own values, with which a step has to fit.
 
     Raises ValueError for data that cannot train: too few, or without captions and labels.
     """
@@ -97,7 +106,7 @@ def choose(
         lambda config: _texts(config, facts, machine),
         lambda config: _pictures(config, facts, weights),
         lambda config: _data(config, facts, path, splits, name),
-        lambda config: _fit_memory(config, machine, bytes_needed),
+        lambda config: _fit_memory(config, machine, bytes_needed, change),
     ]
     why = []
     for act in acts:
@@ -313,32 +322,41 @@ def _data(
 
 
 def _fit_memory(
-    config: Config, machine: Machine, bytes_needed: Callable[[Config], float] | None
+    config: Config,
+    machine: Machine,
+    bytes_needed: Callable[[Config], float] | None,
+    change: Callable[[Config], Config],
 ) -> tuple[Config, str]:
     """Splits the batch until a step fits: the contrastive loss stays that of the whole batch.
 
-    Raises ValueError where even the smallest part does not fit.
+    Raises ValueError where even the smallest part does not fit, or the user's own parts do not.
     """
     if bytes_needed is None:
         return config, ""
     room = 0.8 * machine.memory
-    whole = need = bytes_needed(config)
-    smallest = machine.devices * config.text_parts
+    wanted = change(config)
+    need = bytes_needed(wanted)
     while need > room:
-        if config.batch_size // (2 * config.accumulate_steps) < smallest:
+        parts = 2 * wanted.accumulate_steps
+        refused = (
+            f"a step needs {need / 2**30:.1f} GiB even for "
+            f"{wanted.batch_size // wanted.accumulate_steps} pictures at a time, and "
+            f"{machine.platform} has {machine.memory / 2**30:.1f} GiB free; "
+        )
+        if wanted.batch_size % (parts * machine.devices * wanted.text_parts):
             raise ValueError(
-                f"a step needs {need / 2**30:.1f} GiB even for {smallest} pictures at a time, and "
-                f"{machine.platform} has {machine.memory / 2**30:.1f} GiB free; start from smaller "
-                "weights, or use a larger machine"
+                f"{refused}start from smaller weights, or take another batch_size or machine"
             )
-        config = config.change(dict(accumulate_steps=2 * config.accumulate_steps, remat="named"))
-        need = bytes_needed(config)
-    if config.accumulate_steps == 1:
-        return config, f"memory: {whole / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
-    return config, (
-        f"memory: {need / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB, the batch in "
-        f"{config.accumulate_steps} parts"
-    )
+        config = config.change(dict(accumulate_steps=parts, remat="named"))
+        wanted = change(config)
+        if wanted.accumulate_steps != parts:
+            raise ValueError(
+                f"{refused}leave out --config.accumulate_steps, so that it can be {parts} or more"
+            )
+        need = bytes_needed(wanted)
+    line = f"memory: {need / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    parts = wanted.accumulate_steps
+    return config, line if parts == 1 else f"{line}, the batch in {parts} parts"
 
 
 def with_steps(

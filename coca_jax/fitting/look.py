@@ -212,9 +212,15 @@ def holdout(places: np.ndarray) -> float:
     """The share of the range of places to hold out of a data set whose pictures have these.
 
     A tenth of the distinct pictures, up to 1,000; a twentieth of those beyond 20,000, up to 5,000;
-    8 at least. Equal pictures have one place, so all of them go.
+    8 at least. Equal pictures have one place, so all of them go. Raises ValueError for one picture
+    alone, however often.
     """
     distinct = np.unique(places)
+    if len(distinct) < 2:
+        raise ValueError(
+            f"all {len(places):,} pictures are the same one: there is nothing to tell apart and "
+            "nothing to hold out; give different pictures"
+        )
     count = min(max(8, len(distinct) // 10), 1000)
     count = min(max(count, len(distinct) // 20), 5000)
     count = min(count, len(distinct) - 1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 
 import jax
 import jax.numpy as jnp
 
+from coca_jax import cores
 from coca_jax.training import memory
 
 
@@ -38,7 +38,7 @@ def look() -> Machine:
         devices=len(devices),
         memory=float(memory.available()),
         flops=matrix_flops() * (1 if alone else len(devices)),
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores.count(),
     )
 
 

@@ -92,8 +92,8 @@ def write_recipe(
 def bring_in(
     request: Request, workdir: str, kept: Kept, say: Say
 ) -> tuple[look.Facts, str, tuple[str, str], str]:
-    """Looks at the data and prepares them: (facts, prepared folder, its splits to train on and
-    held out, a name)."""
+    """Looks at the data and prepares them: (facts, of whose pictures those count that train;
+    prepared folder, its splits to train on and held out, a name)."""
     options = options_of(request)
     name = indexes.folder_names([request.folder])[0]
     layout = own_data.layout(request.folder, options)
@@ -120,7 +120,7 @@ def bring_in(
     choose.check(facts)
     for line in tell.facts_in_words(facts, request.folder):
         say(line)
-    return facts, place, splits, f"{name}_{splits[1]}"
+    return choose.training(facts), place, splits, f"{name}_{splits[1]}"
 
 
 def check_place(folder: str, workdir: str, place: str) -> None:
@@ -189,7 +189,7 @@ def decide(
         tokens = token_lengths(draft.config, facts, size, workdir, say)
         setup.wait_for_kernels(kernels, stopping.current())
         measured_facts = dataclasses.replace(facts, tokens=tokens)
-        keywords["bytes_needed"] = lambda config: memory.needed(change(config))
+        keywords |= dict(bytes_needed=memory.needed, change=change)
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
         speed = measure.measure(change(choice.config))
         last = number == len(candidates) - 1 or start is not None
@@ -244,13 +244,13 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         constant = tell.constant_caption(
             dict(entry, split=data["train"]), dict(entry, split=data["held"])
         )
-    for line in tell.score_table(scores, facts, data["name"], constant):
+    config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
+    chance = tell.retrieval_chance(config, data["name"])
+    for line in tell.score_table(scores, facts, data["name"], chance, constant):
         say(line)
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
-    say("next:")
-    say(f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER")
-    say(f"  coca-jax evaluate --checkpoint={workdir} --data={data['path']}")
-    say(f"  python -c \"import coca_jax; print(coca_jax.load('{workdir}').caption(['a.jpg']))\"")
+    for line in tell.next_commands(workdir, data["path"]):
+        say(line)
     return dict(export=place)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config, keys
 from coca_jax.evaluators.caption_match import score_references
-from coca_jax.evaluators.records import Records
-from coca_jax.fitting.choose import FEW, kinds
+from coca_jax.evaluators.records import Records, candidates, records_of
+from coca_jax.evaluators.retrieval import guessed
+from coca_jax.fitting.choose import FEW, kinds, training
 from coca_jax.fitting.look import Facts
 
 
@@ -38,7 +41,25 @@ def facts_in_words(facts: Facts, where: str) -> list[str]:
         )
     if facts.left_out:
         lines.append(f"left out: {facts.problems}")
-    lines.append(f"held out for the scores: {facts.test:,}; to train on: {facts.train:,}")
+    trained = training(facts).train
+    lines += _left_aside(facts, facts.train - trained)
+    lines.append(f"held out for the scores: {facts.test:,}; to train on: {trained:,}")
+    return lines
+
+
+def _left_aside(facts: Facts, pictures: int) -> list[str]:
+    """The kind of texts that does not train, and so many pictures that have no other."""
+    found, lines = kinds(facts), []
+    for kind, count, other in (
+        ("caption", facts.captions, "label"),
+        ("label", facts.labels, "caption"),
+    ):
+        if count and kind not in found:
+            few = f"at most a quarter as many pictures have one as have a {other}"
+            one = kind == "label" and len(facts.classes) == 1
+            lines.append(f"{kind}s do not train: {'all are the same' if one else few}")
+    if pictures:
+        lines.append(f"{pictures:,} pictures have no {found[0]}, and do not train")
     return lines
 
 
@@ -76,25 +97,42 @@ def constant_caption(train: Mapping[str, Any], test: Mapping[str, Any]) -> tuple
     )
 
 
+def retrieval_chance(config: Config, name: str) -> dict[str, float]:
+    """What a guesser has in the retrieval task of this name, {'image_to_text_r1': ...}; {} where
+    there is none."""
+    for task in config.eval.tasks:
+        if (task["kind"], task["name"]) == ("retrieval", name):
+            records = records_of(task, task["data"], task.get("limit", 0))
+            return guessed(records, candidates(task))
+    return {}
+
+
 def score_table(
-    scores: Mapping[str, float], facts: Facts, name: str, constant: tuple[float, float] = (0.0, 0.0)
+    scores: Mapping[str, float],
+    facts: Facts,
+    name: str,
+    chance: Mapping[str, float],
+    constant: tuple[float, float] = (0.0, 0.0),
 ) -> list[str]:
-    """The main scores, each beside what chance, or not looking, would give."""
+    """The main scores, each beside what chance, or not looking, would give. chance: that of
+    `retrieval_chance`."""
     rows: list[tuple[str, str, str]] = []
 
-    def add(key: str, what: str, chance: float, note: str = "") -> None:
+    def add(key: str, what: str, beside: float, note: str = "") -> None:
         if key in scores:
             low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
             between = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
-            rows.append((what, f"{scores[key]:.1%}{between}", f"{chance:.1%}{note}"))
+            rows.append((what, f"{scores[key]:.1%}{between}", f"{beside:.1%}{note}"))
 
     texts = scores.get(f"retrieval/{name}/num_texts", 1)
     images = scores.get(f"retrieval/{name}/num_images", 1)
     for rank, words in ((1, "first"), (5, "among the first five")):
-        key = f"retrieval/{name}/image_to_text_r{rank}"
-        add(key, f"of {texts:,.0f} captions, a picture's own comes {words}", min(rank / texts, 1))
-        key = f"retrieval/{name}/text_to_image_r{rank}"
-        add(key, f"of {images:,.0f} pictures, a caption's own comes {words}", min(rank / images, 1))
+        for metric, what in (
+            (f"image_to_text_r{rank}", f"of {texts:,.0f} captions, a picture's own comes {words}"),
+            (f"text_to_image_r{rank}", f"of {images:,.0f} pictures, a caption's own comes {words}"),
+        ):
+            if metric in chance:
+                add(f"retrieval/{name}/{metric}", what, chance[metric])
     same = " by the commonest caption"
     add(f"captioning/{name}/exact_match", "captions written word for word", constant[0], same)
     add(f"captioning/{name}/word_f1", "words of written captions (F1)", constant[1], same)
@@ -120,6 +158,19 @@ def changed(chosen: Config, config: Config, wanted: Config) -> list[str]:
         if own != first:
             lines.append(f"as you wish: {key} {value!r} in place of {first!r}")
     return lines
+
+
+def next_commands(workdir: str, data: str) -> list[str]:
+    """What may follow a fit, to paste into a shell. data: the prepared folder."""
+    place = json.dumps(workdir, ensure_ascii=False)
+    program = f'import coca_jax; print(coca_jax.load({place}).caption(["a.jpg"]))'
+    run = shlex.quote(workdir)
+    return [
+        "next:",
+        f"  coca-jax caption --checkpoint={run} PICTURE_OR_FOLDER",
+        f"  coca-jax evaluate --checkpoint={run} --data={shlex.quote(data)}",
+        f"  python -c {shlex.quote(program)}",
+    ]
 
 
 def shown_captions(pairs: Sequence[tuple[str, str, Sequence[str]]]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import tqdm
 
+from coca_jax import cores
 from coca_jax.engines import Engine
 from coca_jax.importers import dedup, shards
 from coca_jax.importers.items import Options
@@ -28,7 +28,7 @@ class Hands:
         """function(job, report) for each job, in their order."""
         known = all(unit.rows for job in jobs for unit in job.units)
         total = sum(unit.rows for job in jobs for unit in job.units) if known else None
-        processes = self.processes or len(os.sched_getaffinity(0))
+        processes = self.processes or cores.count()
         # In-memory files exist in this process only.
         if any("memory://" in path for job in jobs for path in (job.work, job.units[0].path)):
             processes = 1

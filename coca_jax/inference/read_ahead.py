@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
+
+from coca_jax import cores
 
 Item = TypeVar("Item")
 AHEAD = 2  # batches
@@ -26,7 +27,7 @@ def batches(
             return error
 
     rest = iter(items)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cores.count()) as pool:
         waiting: collections.deque = collections.deque()
         while True:
             batch = list(itertools.islice(rest, size))

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from coca_jax import image_shape, local_files
+from coca_jax import cores, image_shape, local_files
 from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
@@ -59,7 +59,7 @@ class ImageReader:
         size += size % 2 if even else 0
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
         with (
-            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+            concurrent.futures.ThreadPoolExecutor(cores.count()) as pool,
             tqdm.tqdm(total=len(images), unit="image", disable=not progress) as bar,
         ):
             for start in range(0, len(images) + size, size):

@@ -1,0 +1,75 @@
+"""FLOPs by formula: of a forward pass, and of a step that trains or reads a part of the model."""
+
+import pytest
+
+from coca_jax.config import Config, ImageModel, Model
+from coca_jax.configs import coca_2b, coca_base, coca_large
+from coca_jax.estimate import flops
+from coca_jax.training import objectives
+
+
+@pytest.mark.parametrize("recipe,gflop", [(coca_base, 86.5), (coca_large, 229.7), (coca_2b, 708.9)])
+def test_forward_flops_are_those_of_the_paper_s_models(recipe, gflop):
+    assert abs(flops.model_flops(recipe.get_config().model) / 1e9 - gflop) < 0.05
+
+
+def test_forward_flops_count_frames_and_a_convolutional_stem():
+    def counted(frames=0, **image):
+        model = Model(image_size=64, patch_size=16, image=ImageModel(**image))
+        return flops.model_flops(model, frames)
+
+    plain = counted()
+    of_images = 12 * (8 * 16 * 768**2 + 4 * 16**2 * 768 + 4 * 16 * 768 * 3072)
+    of_images += 2 * 16 * 16 * 16 * 3 * 768
+    pooled = 4 * 16 * 768**2 + 4 * 256 * 16 * 768  # keys and values, what 256 queries make of them
+    assert counted(frames=1) == plain
+    assert counted(frames=4) - plain == 3 * (of_images + pooled)
+    stem = 2 * 9 * 32 * 32 * 8 * 3 + 2 * 9 * 16 * 16 * 16 * (8 + 2 * 16)
+    patches = 2 * 16 * 768 * (4 * 4 * 16 - 16 * 16 * 3)
+    assert counted(conv_widths=(8, 16), conv_depths=(0, 1)) - plain == stem + patches
+
+
+def test_a_step_s_flops_are_of_what_is_read_and_trained():
+    config = Config().change({"steps": 1, "optimizer.warmup_steps": 0})
+    parts = flops.forward_flops(config.model)
+    whole = 3 * flops.model_flops(config.model)
+
+    def saved(changes):
+        return whole - flops.step_flops(config.change(changes))
+
+    assert saved({}) == saved({"optimizer.lora_rank": 4}) == 0
+    frozen, alone = {"optimizer.image_learning_rate": 0.0}, {"loss.contrastive_weight": 0.0}
+    assert saved(frozen) == 2 * parts["encoder"] > 0.2 * whole
+    assert saved(frozen | {"data.features": "kept"}) == 3 * parts["encoder"]
+    contrastive = {"loss.captioning_weight": 0.0}
+    unread = parts["multimodal"] + parts["softmax"]
+    assert saved(contrastive) == 3 * unread > 0.2 * whole
+    parallel = {"model.pooler.kind": "parallel"}
+    pooled = saved(contrastive | parallel) - saved(parallel)
+    assert pooled == 3 * (unread + parts["generative_pooler"])  # no embedding reads it
+    embedded = parts["contrastive_pooler"] + parts["image_joint"] + parts["text_joint"]
+    assert saved(alone) == 3 * embedded
+    kept = parts["encoder"] + parts["generative_pooler"] + parts["unimodal"]
+    assert saved(alone | {"optimizer.keep_embeddings": True}) == 3 * embedded + 2 * kept
+
+
+@pytest.mark.parametrize("kind", ["classification", "answer", "pair"])
+def test_a_step_of_a_head_alone_counts_what_the_head_needs(kind):
+    alone = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0, "head.kind": kind}
+    config = Config().change({"steps": 1, "optimizer.warmup_steps": 0, **alone})
+    parts, model = flops.forward_flops(config.model), config.model
+    read, places, source = parts["encoder"], model.num_patches, model.image.width
+    if kind != "classification":
+        read += sum(parts[part] for part in ("generative_pooler", "unimodal", "multimodal"))
+        places, source = model.text.max_len, model.text.width
+    queries, width, images = config.head.num_queries, model.text.width, 1 + (kind == "pair")
+    head = 4 * queries * width**2 + 4 * places * (source + queries) * width
+    assert flops.step_flops(config) == images * 3 * (read + head)
+    locked = config.change({"optimizer.encoder_learning_rate": 0.0})
+    assert flops.step_flops(locked) == images * (read + 3 * head)
+
+
+def test_every_field_that_a_loss_reads_has_its_parts():
+    read = {field for objective in objectives.OBJECTIVES for field in objective.outputs}
+    parts = set(flops.forward_flops(Config().model)) | {"head"}
+    assert all(flops.reads(Config(), field) <= parts for field in read)
