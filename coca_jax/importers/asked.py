@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 from coca_jax.importers import metadata
@@ -33,16 +34,24 @@ def is_there(out: str, split: str, request: dict[str, Any]) -> bool:
     return there is not None
 
 
-def refuse_held_out(out: str, request: dict[str, Any]) -> None:
-    """Raises ValueError where `out` has images as a split that were held out of those which a
-    request, the same but for the holdout, would put beside them."""
+def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str]) -> None:
+    """Raises ValueError where images that are held out would be in two splits: `out` has a split
+    of the same request but for the holdout. written: the splits that are written now."""
     asked = request["options"]
     for name, split in metadata.read_manifest(out)["splits"].items():
         there = whole(split.get("request"))
-        held = {key: there["options"][key] for key in ("holdout", "held_out")} if there else {}
-        others = held.get("held_out") and held["holdout"] != asked["holdout"]
-        if others and not asked["held_out"] and there == request | {"options": asked | held}:
+        if name in written or not there:
+            continue
+        held = {key: there["options"][key] for key in ("holdout", "held_out")}
+        others = held["held_out"] != asked["held_out"] and held["holdout"] != asked["holdout"]
+        if not others or there != request | {"options": asked | held}:
+            continue
+        if asked["held_out"]:
             raise ValueError(
-                f"--out={out} holds a split {name!r} of images held out of the same input, which "
-                f"would be in both; give --holdout={held['holdout']}, or another --out"
+                f"--out={out} holds a split {name!r} of the same input, in which the images that "
+                "--holdout keeps apart would be too; give another --out"
             )
+        raise ValueError(
+            f"--out={out} holds a split {name!r} of images held out of the same input, which "
+            f"would be in both; give --holdout={held['holdout']}, or another --out"
+        )

@@ -159,7 +159,7 @@ def prepare(
     request = asked.request(format, str(input), options)
     if not overwrite and asked.is_there(out, split, request):
         return _summary(out, split, manifest)
-    asked.refuse_held_out(out, request)
+    asked.refuse_held_out(out, request, {split, beside[0] if beside else split})
     work = files.join(out, f".unfinished-{split}")
     wanted = read_split or split
     tell_of_no_split(module, str(input), manifest["splits"])
