@@ -72,6 +72,26 @@ def test_means_are_kept_from_visit_to_visit():
     np.testing.assert_allclose(rows, each, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_a_batch_without_negatives_tells_nothing(rate):
+    """Rows of equal texts keep their means as they are; with another text all are told one."""
+    image, text = embeddings(count=3)
+    old = jnp.asarray([0.25, UNSEEN, -1.5], jnp.float32)
+
+    def new(ids):
+        loss, _, means = global_contrastive_loss(
+            *(image, text, jnp.float32(4.0), Estimates(old, old)),
+            num_examples=10,
+            rate=rate,
+            text_id=jnp.asarray(ids)[:, None].repeat(2, 1),
+        )
+        assert np.isfinite(loss)
+        return np.asarray(means.image)
+
+    np.testing.assert_array_equal(new([0, 0, 0]), old)
+    assert (np.abs(new([0, 0, 1]) - old) > 0.01).all()
+
+
 def test_small_batches_come_near_the_gradient_of_all_examples():
     """Embeddings that stand still: the mean gradient over batches of four is nearer to that of the
     whole with kept means than that of each batch alone."""

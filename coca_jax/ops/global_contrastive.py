@@ -46,7 +46,8 @@ def global_contrastive_loss(
     Args:
         image, text: [B, E], L2-normalised, float32 or wider.
         scale: inverse temperature.
-        kept: of these rows, from their last visits; UNSEEN at first.
+        kept: of these rows, from their last visits; UNSEEN at first. A row without a negative in
+            the batch keeps its own.
         num_examples: N, 2 at least.
         rate: the share that a batch has in the new means.
         text_id: int32 [B, 2]; rows that are equal in it are no negatives of each other. None: all
@@ -69,7 +70,8 @@ def global_contrastive_loss(
         excess = scores - own[:, None]  # [B, B]
         number = jnp.maximum(negative.sum(1), 1)
         now = jax.nn.logsumexp(jnp.where(negative, excess, UNSEEN), axis=1) - jnp.log(number)
-        new = jax.lax.stop_gradient(updated(old, now, rate))
+        new = jnp.where(negative.any(1), updated(old, now, rate), old)
+        new = jax.lax.stop_gradient(new)
         whole = jnp.logaddexp(-math.log(num_examples - 1), new)
         share = excess - (jnp.log(number) + whole)[:, None]
         share = jax.lax.stop_gradient(jnp.exp(jnp.where(negative, share, UNSEEN)))
