@@ -272,6 +272,34 @@ def test_headers_of_tars_are_read_as_tarfile_reads_them():
     assert same + lenient == len(buffers) + 3 and same > 0.9 * len(buffers)
 
 
+def test_an_unfinished_import_is_replaced_where_that_is_asked_for(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", 4)
+    out = tmp_path / "out"
+
+    def cut_short(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            import_data("webdataset", tmp_path / "a.tar", out)
+    line = "out/.unfinished-train is an unfinished import with other options; give --overwrite, or"
+    with pytest.raises(ValueError, match=line):
+        import_data("webdataset", tmp_path / "a.tar", out, max_side=20)
+    # What would fail is told before anything is begun.
+    for bad in ("none", str(out)):
+        with pytest.raises(FileNotFoundError, match=f"--exclude={bad}: there are no images; give"):
+            import_data("webdataset", tmp_path / "a.tar", tmp_path / "p", exclude=(bad,))
+    assert not (tmp_path / "p").exists()
+    done = import_data("webdataset", tmp_path / "a.tar", out, max_side=20, overwrite=True)
+    assert done["written"] == 4 and not list(out.glob(".unfinished*"))
+    assert max(decoded.size for decoded in opened(out)) == (20, 15)
+
+
+def opened(out):
+    return [Image.open(io.BytesIO(record.image)) for record in sources.open_source(str(out))]
+
+
 def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", 3)
     (tmp_path / "file").write_text("x")

@@ -1,14 +1,16 @@
-"""What is asked for of a split, as its manifest keeps it, and whether that is there already."""
+"""What is asked for of a split, as its manifest keeps it, and whether that is there already, or
+begun."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+from coca_jax.data import files
 from coca_jax.importers import metadata
-from coca_jax.importers.items import Options
+from coca_jax.importers.items import Options, Unit
 
 
 def request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -55,3 +57,27 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
             f"--out={out} holds a split {name!r} of images held out of the same input, which "
             f"would be in both; give --holdout={held['holdout']}, or another --out"
         )
+
+
+def unfinished(out: str, split: str) -> str:
+    """The folder of what is written of a split before it is whole."""
+    return files.join(out, f".unfinished-{split}")
+
+
+def begun(
+    input: str, work: str, request: dict[str, Any], state: Callable[[list[Unit]], str]
+) -> list[list[Unit]]:
+    """The shards that an earlier run began to write in `work`, by their units. Raises ValueError
+    where it did so for another request, or of files that have changed since."""
+    kept = json.loads(files.read(files.join(work, "plan.json")))
+    if whole(kept["request"]) != request:
+        raise ValueError(
+            f"{work} is an unfinished import with other options; give --overwrite, or remove it"
+        )
+    groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
+    before, now = kept.get("state"), state([unit for group in groups for unit in group])
+    if before and now and metadata.have_changed(before, now):
+        raise ValueError(
+            f"{input} has changed since {work} was begun; give --overwrite, or remove that folder"
+        )
+    return groups
