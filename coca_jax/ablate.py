@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.training import stopping
 
     try:
-        found = running.with_data(found, args.data, args.out)
+        found = running.with_data(found, args.data, args.out, recipes.data_fields())
         result = running.ablate(found, args.out, args.minutes, cli.say)
     except stopping.Preempted as stop:
         stopping.leave(str(stop), stopping.EXIT_AGAIN)

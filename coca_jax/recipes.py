@@ -31,6 +31,8 @@ FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
 HELP = "Recipe: a name, configs/NAME.py or a file of your own; then :ARGUMENT if it takes one."
 
+DATA_FIELDS = ("text_field", "label_field", "image_field")
+
 # Names of keys, the first being ours, and what other programs call the same.
 SAME = (
     ("learning_rate", "lr"),
@@ -198,8 +200,8 @@ def define_flag(note: str = "") -> None:
 
 
 def define_data() -> None:
-    """Defines `--data`, own data in place of a recipe's, for `own_data.of_command`. To stand
-    before `--config`, whose messages name it."""
+    """Defines `--data`, own data in place of a recipe's, and the flags that name fields of them,
+    for `own_data.of_command`. To stand before `--config`, whose messages name it."""
     flags.DEFINE_multi_string(
         "data",
         [],
@@ -207,6 +209,14 @@ def define_data() -> None:
         "caption, label, question or region. Repeatable. Where it is not prepared, an index is "
         "made on the way, and it is read in place.",
     )
+    for name in DATA_FIELDS:
+        note = f"--data: field of the {name.split('_')[0]}, where it has an unusual name."
+        flags.DEFINE_string(name, "", note)
+
+
+def data_fields() -> dict[str, str]:
+    """The fields that the flags beside `--data` name; '' for those that are not given."""
+    return {name: flags.FLAGS[name].value for name in DATA_FIELDS}
 
 
 def define_overrides(refusal: str) -> None:

@@ -79,8 +79,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            fields = recipes.data_fields()
             config = own_data.of_command(
-                config, flags.FLAGS.data, flags.FLAGS.workdir, main_process=first
+                config, flags.FLAGS.data, flags.FLAGS.workdir, fields=fields, main_process=first
             )
         try:
             summary = train(config, flags.FLAGS.workdir)

@@ -60,33 +60,6 @@ def tar(path, count):
     return path.parent
 
 
-@pytest.mark.parametrize(
-    "text, path, kind, weight",
-    [
-        ("data/mine", "data/mine", "", 1.0),
-        ("data/mine:label", "data/mine", "label", 1.0),
-        ("data/mine:caption:0.5", "data/mine", "caption", 0.5),
-        ("s3://bucket/a:b:question:2", "s3://bucket/a:b", "question", 2.0),
-        ("s3://bucket/a", "s3://bucket/a", "", 1.0),
-        ("tfds:mnist:label", "tfds:mnist", "label", 1.0),
-        ("C:/pictures:3", "C:/pictures:3", "", 1.0),
-        ("label:label", "label", "label", 1.0),
-    ],
-)
-def test_a_flag_is_read_from_the_right(text, path, kind, weight):
-    assert own_data.parse(text) == own_data.Named(path, kind, weight)
-
-
-def test_flags_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="'labels' is none of caption, label, question"):
-        own_data.parse(f"{tmp_path}:labels")
-    for weight in ("0", "inf"):
-        with pytest.raises(ValueError, match="weight is a share of the batch, above 0 and finite"):
-            own_data.parse(f"x:label:{weight}")
-    with pytest.raises(ValueError, match="names no path"):
-        own_data.parse(":label")
-
-
 def test_the_flag_s_help_names_every_kind(monkeypatch):
     flags_of("train", monkeypatch)
     named = flags.FLAGS["data"].help.split("being ")[1].split(".")[0]
