@@ -108,9 +108,22 @@ def _why_none(work: str, input: str) -> str:
     names = [n for n in files.listing(work) if re.fullmatch(r"part-\d+\.json", n)]
     accounts = [json.loads(files.read(files.join(work, name))) for name in names]
     listed = [entry for account in accounts for entry in account["quarantined"]]
-    if not listed or any(account["count"] for account in accounts):
+    filtered = {"where": n} if (n := sum(a["filtered"].get("where", 0) for a in accounts)) else {}
+    if not (listed or filtered) or any(account["count"] for account in accounts):
         return ""
-    return remarks.nothing_usable(input, sum(a["read"] for a in accounts), listed, {})
+    read = sum(account["read"] for account in accounts)
+    return remarks.nothing_usable(input, read, listed, filtered) + _of_where(work, filtered)
+
+
+def _of_where(work: str, filtered: Mapping[str, int]) -> str:
+    """What is said of --where, if it left out examples of an import of which nothing is left."""
+    if not filtered.get("where"):
+        return ""
+    kept = json.loads(files.read(files.join(work, "plan.json")))
+    module, options = shards.importer(kept["request"]["format"]), kept["request"]["options"]
+    units = (Unit(**unit) for group in kept["groups"] for unit in group)
+    items = (item for unit in units for item in module.read(unit, Options(**options)))
+    return remarks.of_where(dict(options["where"]), items)
 
 
 def prepare(
@@ -341,13 +354,14 @@ def _refuse_empty(
     filtered: Mapping[str, int],
 ) -> NoReturn:
     """Raises ValueError: why nothing of `read` items is in the split."""
+    of_where = _of_where(work, filtered)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request["input"], request["options"]["holdout"], read, split)
     input = request["input"]
     beside = remarks.pictures_beside(input, request["format"])
-    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)
+    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + of_where + beside)
 
 
 def _named(
