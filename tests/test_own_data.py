@@ -123,6 +123,22 @@ def test_a_folder_of_nothing_says_what_it_has(tmp_path):
     assert formats.guess(str(tmp_path / "*.jpg")) == "sidecars"  # which have no text, or one each
 
 
+def test_what_has_to_be_unpacked_or_named_first_is_told(tmp_path):
+    row = json.dumps(dict(img="elsewhere/0.jpg", alt="a cat"))
+    for name, text, says in (
+        ("a.zip", "PK", "unpack the archive first; give images"),
+        ("data-00000-of-00001.arrow", "", r"load_from_disk\(PATH\)\['train'\].to_parquet\(FILE\)"),
+        ("list.jsonl", row, "read by --format=jsonl with --image_field=COLUMN, and --allow_paths"),
+    ):
+        folder = tmp_path / name.partition(".")[2]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=says):
+            formats.guess(str(folder))
+    with pytest.raises(ValueError, match="no list or archive of images; unpack the archive first"):
+        formats.guess(str(tmp_path / "zip/a.zip"))
+
+
 def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
     beside, listed = tmp_path / "beside", tmp_path / "listed"
     for folder in (beside, listed):
