@@ -272,6 +272,15 @@ def test_headers_of_tars_are_read_as_tarfile_reads_them():
     assert same + lenient == len(buffers) + 3 and same > 0.9 * len(buffers)
 
 
+def test_a_tar_whose_members_are_out_of_order_says_so(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for suffix in ("jpg", "txt"):
+            for i in range(3):
+                add_member(archive, f"{i}.{suffix}", encode(i) if suffix == "jpg" else b"a cat")
+    with pytest.raises(ValueError, match="the members of a key must stand together, as `tar --so"):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / "out")
+
+
 def test_a_selection_that_leaves_nothing_names_what_there_is(tmp_path):
     write_tar(tmp_path / "a.tar", 12)
     given = Options(where=(("widht", ("3",)),))

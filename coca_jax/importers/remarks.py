@@ -57,7 +57,9 @@ def nothing_usable(
     reasons = Counter(entry["reason"] for entry in listed)
     text = f"{input}: none of {read} examples can be used: "
     if set(reasons) != {"missing_text"} or filtered:
-        first = f"; the first: {listed[0]['key']}: {listed[0]['detail']}" if listed else ""
+        again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
+        told = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
+        first = "".join(f"; the first: {one['key']}: {one['detail']}" for one in told)
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]
