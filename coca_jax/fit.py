@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"--workdir={args.workdir}: fit works in a local folder; give one, with --dry_run "
             "perhaps, and train its recipe.py in the bucket"
         )
+    recipes.check_trackers()
     cli.say(f"fitting {argv[1]} in {args.workdir}: starting JAX")
     request = request_of_flags(argv[1])
 

@@ -6,7 +6,7 @@ import pytest
 from test_own_data import captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import recipes
+from coca_jax import data_flags
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
@@ -82,10 +82,23 @@ def test_flags_beside_it_name_the_fields(tmp_path, capsys):
         own_data.apply(typed(recipe()), [out], workdir, fields=dict(image_field="left"))
 
 
+def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tmp_path, capsys):
+    named = [str(captioned(tmp_path / name, 30)) for name in ("a", "b")]
+    config = typed(recipe(batch_size=8))
+    found = own_data.apply(config, [f"{named[0]}:caption:1000", named[1]], str(tmp_path / "run"))
+    assert [entry.weight for entry in found.data.sources] == [7.0, 1.0]
+    line = "--data: the weights 1000:1 are 7:1 rows of a batch of 8, as each has one at least; a la"
+    assert line in capsys.readouterr().err
+    own_data.apply(config, [f"{named[0]}:caption:2", named[1]], str(tmp_path / "run"))
+    assert "rows of a batch" not in capsys.readouterr().err  # 5:3 is near enough
+    with pytest.raises(ValueError, match="a:label: none of its 2. examples has a label; leave out"):
+        own_data.apply(config, [f"{named[0]}:label"], str(tmp_path / "run"))
+
+
 def test_train_has_them(monkeypatch):
     assert {"data", "text_field", "label_field", "image_field"} <= flags_of("train", monkeypatch)
-    recipes.flags.FLAGS(["train", "--text_field=words"])
-    fields = recipes.data_fields()
+    data_flags.flags.FLAGS(["train", "--text_field=words"])
+    fields = data_flags.fields()
     assert fields == dict(text_field="words", label_field="", image_field="")
     with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):
         own_data.of_command(typed(recipe()), [], "w", fields=fields)

@@ -1,10 +1,13 @@
-"""What a --data flag says: PATH[:KIND[:WEIGHT]]."""
+"""What a --data flag says, PATH[:KIND[:WEIGHT]], and what the data that it names train."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 
 from coca_jax.data import files, kinds
+from coca_jax.importers import metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +49,48 @@ def _is_number(text: str) -> bool:
         return float(text) == float(text)
     except ValueError:
         return False
+
+
+def kind_of(one: Named, path: str, split: str, fields: Mapping[str, str]) -> str:
+    """The kind that the flag names; else 'caption' where at least as many examples of a prepared
+    split have a text as a label, and 'label' where not.
+
+    fields: of the records, of which texts or labels are taken.
+
+    Raises ValueError where the flag names one of which no example has what trains.
+    """
+    entry, kind = metadata.read_manifest(path)["splits"][split], kinds.KINDS.get(one.kind)
+    if kind and kind.counted and not fields and entry.get(f"with_{kind.wanted}") == 0:
+        raise ValueError(
+            f"--data={one.path}:{one.kind}: none of its {entry['count']} examples has a "
+            f"{kind.wanted}; leave out :{one.kind}, or name the field with --{kind.wanted}_field"
+        )
+    if one.kind or not fields:
+        return one.kind or ("caption" if entry["with_text"] >= entry["with_label"] else "label")
+    return "caption" if "text_field" in fields else "label"
+
+
+def described(
+    one: Named, path: str, kind: str, train: str, held: str, left: Mapping[str, str]
+) -> str:
+    """A line for people: what trains, as what, and what is held out. left: the fields of the
+    records of which texts or labels are taken, and not counted."""
+    entries = metadata.read_manifest(path)["splits"]
+    entry, of = entries[train], kinds.KINDS[kind]
+    line = f"{one.path}: {entry['count']} examples of split '{train}' train"
+    line += of.counted_as({} if left else entry)
+    for other in () if one.kind or left else kinds.KINDS.values():
+        if other.counted and other is not of and entry[f"with_{other.wanted}"]:
+            line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
+    if held:
+        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
+    else:
+        line += (
+            "; nothing is held out, so the run ends without scores: "
+            "`prepare --holdout=0.1` writes a split 'test' as well"
+        )
+    bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
+    if bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+        line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
+    return line

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from coca_jax.importers import (
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
+_FAR = 1.5  # times as many rows as were asked for, or as few
 _AT_MOST = 5000  # examples of an evaluation that is set up here
 
 
@@ -66,9 +66,9 @@ def apply(
             train, held = choose_splits(path)
             left = _not_taken(named, path, train)
             place = {"path": path} | left
-            kind = one.kind or guess_kind(path, train, left)
+            kind = data_flag.kind_of(one, path, train, left)
             if main_process:
-                print(_described(one, path, kind, train, held, left), file=sys.stderr)
+                print(data_flag.described(one, path, kind, train, held, left), file=sys.stderr)
         sources.append(dict(place, split=train, kind=kind, weight=one.weight))
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
@@ -77,11 +77,26 @@ def apply(
         rows = config.batch_size
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
     weights = [source["weight"] for source in sources]
-    for source, rows in zip(sources, mixture.nearest_shares(weights, config.batch_size)):
+    shares = mixture.nearest_shares(weights, config.batch_size)
+    if main_process:
+        _tell_shares(weights, shares)
+    for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
     return config.change(
         {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
     )
+
+
+def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
+    """Says where the rows of a batch are far from the weights that were asked for."""
+    exact = [weight / sum(weights) * sum(rows) for weight in weights]
+    if any(max(one / all_of, all_of / one) >= _FAR for one, all_of in zip(exact, rows)):
+        given, taken = (":".join(f"{one:g}" for one in found) for found in (weights, rows))
+        print(
+            f"--data: the weights {given} are {taken} rows of a batch of {sum(rows)}, as each has "
+            "one at least; a larger batch_size comes nearer",
+            file=sys.stderr,
+        )
 
 
 def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -> None:
@@ -332,47 +347,6 @@ def choose_splits(path: str) -> tuple[str, str]:
         return _of_names(found)
     except ValueError as error:
         raise ValueError(f"--data={path}: {error}; name one in config.data.sources") from None
-
-
-def guess_kind(path: str, split: str, fields: Mapping[str, str]) -> str:
-    """'caption' where at least as many examples of a prepared split have a text as a label; else
-    'label'. fields: of its records, of which texts or labels are taken."""
-    if fields:
-        return "caption" if "text_field" in fields else "label"
-    entry = metadata.read_manifest(path)["splits"][split]
-    return "caption" if entry["with_text"] >= entry["with_label"] else "label"
-
-
-def _described(
-    one: data_flag.Named, path: str, kind: str, train: str, held: str, left: Mapping[str, str]
-) -> str:
-    """A line for people: what trains, as what, and what is held out. left: as of `_not_taken`,
-    whose texts or labels are not counted."""
-    entries = metadata.read_manifest(path)["splits"]
-    entry, of = entries[train], kinds.KINDS[kind]
-    line = f"{one.path}: {entry['count']} examples of split '{train}' train"
-    line += of.counted_as({} if left else entry)
-    for other in kinds.KINDS.values():
-        if (
-            not one.kind
-            and not left
-            and other.counted
-            and other is not of
-            and entry[f"with_{other.wanted}"]
-        ):
-            line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
-    if held:
-        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
-    else:
-        line += (
-            "; nothing is held out, so the run ends without scores: "
-            "`prepare --holdout=0.1` writes a split 'test' as well"
-        )
-    bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
-    if bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
-        line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
-    return line
 
 
 def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
