@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from coca_jax import local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
-from coca_jax.importers import asked, dedup, in_place, metadata, remarks, shards
+from coca_jax.importers import asked, dedup, in_place, metadata, nothing_left, remarks, shards
 from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
@@ -94,36 +94,13 @@ def prepare_with_holdout(
     except ValueError:  # another share is another import
         if known or not files.exists(work):
             raise
-        why = _why_none(work, input)
+        why = nothing_left.why(work, input)
         system, plain_work = files.filesystem(work)
         system.rm(plain_work, recursive=True)
         if why:  # and not the share
             raise ValueError(why) from None
         raise
     return prepare(format, input, out, split=split, options=options, **keywords), held
-
-
-def _why_none(work: str, input: str) -> str:
-    """The line for an import whose shards are there and hold nothing; '' for any other."""
-    names = [n for n in files.listing(work) if re.fullmatch(r"part-\d+\.json", n)]
-    accounts = [json.loads(files.read(files.join(work, name))) for name in names]
-    listed = [entry for account in accounts for entry in account["quarantined"]]
-    filtered = {"where": n} if (n := sum(a["filtered"].get("where", 0) for a in accounts)) else {}
-    if not (listed or filtered) or any(account["count"] for account in accounts):
-        return ""
-    read = sum(account["read"] for account in accounts)
-    return remarks.nothing_usable(input, read, listed, filtered) + _of_where(work, filtered)
-
-
-def _of_where(work: str, filtered: Mapping[str, int]) -> str:
-    """What is said of --where, if it left out examples of an import of which nothing is left."""
-    if not filtered.get("where"):
-        return ""
-    kept = json.loads(files.read(files.join(work, "plan.json")))
-    module, options = shards.importer(kept["request"]["format"]), kept["request"]["options"]
-    units = (Unit(**unit) for group in kept["groups"] for unit in group)
-    items = (item for unit in units for item in module.read(unit, Options(**options)))
-    return remarks.of_where(dict(options["where"]), items)
 
 
 def prepare(
@@ -354,7 +331,7 @@ def _refuse_empty(
     filtered: Mapping[str, int],
 ) -> NoReturn:
     """Raises ValueError: why nothing of `read` items is in the split."""
-    of_where = _of_where(work, filtered)
+    of_where = nothing_left.of_where(work, filtered)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
