@@ -287,10 +287,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         devices=devices,
         num_frames=args.num_frames,
     )
-    if source := seen.trained_on(model.config, tasks[0]["data"]):
+    if source := seen.trained_on(model.config, data := tasks[0]["data"]):
         cli.say(
-            f"{args.data}: the model trained on these very examples; the scores say how well it "
-            f"remembers them, not how well it does on new ones{seen.held_out(source)}"
+            f"{args.data}: the model trained on {seen.part(source, data)} examples; the scores say "
+            f"how well it remembers them, not how well it does on new ones{seen.held_out(source)}"
         )
     if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")

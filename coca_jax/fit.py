@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"--workdir={args.workdir}: fit works in a local folder; give one, with --dry_run "
             "perhaps, and train its recipe.py in the bucket"
         )
+    recipes.check_trackers()
     cli.say(f"fitting {argv[1]} in {args.workdir}: starting JAX")
     request = request_of_flags(argv[1])
 
@@ -80,9 +81,9 @@ def request_of_flags(folder: str) -> Any:
     """What the flags ask for. Raises ValueError for a folder that is not one, or a wrong kind."""
     from coca_jax.data import kinds
     from coca_jax.fitting.kept import Request
-    from coca_jax.importers import own_data
+    from coca_jax.importers import data_flag
 
-    args, named = flags.FLAGS, own_data.parse(folder)
+    args, named = flags.FLAGS, data_flag.parse(folder)
     able = [name for name, kind in kinds.KINDS.items() if kind.counted]
     if named.kind not in ("", *able) or named.weight != 1.0:
         takes = " or ".join(f"FOLDER:{name}" for name in able)

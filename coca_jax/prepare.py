@@ -22,21 +22,23 @@ trains on.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from coca_jax import cli, engines, recipes
+from coca_jax import cli, engines, local_files, recipes, storage
 from coca_jax.config import Recipe, typed
-from coca_jax.data import formats, images, order, sources, vocabulary
+from coca_jax.data import files, formats, images, order, sources, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
-from coca_jax.importers import indexes, metadata, remarks, shards, split_field
+from coca_jax.importers import asked, indexes, metadata, remarks, shards, split_field, splits
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.splits import prepare, prepare_with_holdout
+from coca_jax.training import lease
 
 
 def _options() -> Options:
@@ -238,7 +240,8 @@ def _import() -> dict[str, Any]:
     there = metadata.read_manifest(out)["splits"]
     if flags.FLAGS.overwrite or not {*names} <= {*there}:
         cli.say(f"reading {input}")
-        result = _write(where, by_field, keywords)
+        with _alone(input, out, names):
+            result = _write(where, by_field, keywords)
     else:  # which is refused where it is of another request
         result = _write(where, by_field, keywords)
         now = indexes.state_of_input(format, input, out, options, names[0])
@@ -249,6 +252,20 @@ def _import() -> dict[str, Any]:
             f"{out} holds {', '.join(names)} of it already, and {why}; --overwrite reads it anew"
         )
     return result
+
+
+@contextlib.contextmanager
+def _alone(input: str, out: str, names: Sequence[str]) -> Iterator[None]:
+    """Inside, no other process writes these splits of a local folder, but for those that do a share
+    of the shards. Raises Held where one does, and ValueError for a place that cannot be."""
+    out = local_files.plain(out)
+    with contextlib.ExitStack() as stack:
+        for name in () if flags.FLAGS.shard or files.is_remote(out) else names:
+            splits.check_place(input, out, name)
+            storage.check_writable(out, make=False)
+            place = asked.unfinished(out, name)
+            stack.enter_context(lease.alone(place, use="writes it", flag="--out", beside=True))
+        yield
 
 
 def _write(

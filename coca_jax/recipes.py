@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import coca_jax.configs
-from coca_jax import inherit, renamed
+from coca_jax import inherit, renamed, trackers
 from coca_jax.config import Config, Recipe, read
 
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
@@ -197,18 +197,6 @@ def define_flag(note: str = "") -> None:
     config_flags.DEFINE_config_dict("config", config, note + HELP, sys_argv=rest)
 
 
-def define_data() -> None:
-    """Defines `--data`, own data in place of a recipe's, for `own_data.of_command`. To stand
-    before `--config`, whose messages name it."""
-    flags.DEFINE_multi_string(
-        "data",
-        [],
-        "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label, question or region. Repeatable. Where it is not prepared, an index is "
-        "made on the way, and it is read in place.",
-    )
-
-
 def define_overrides(refusal: str) -> None:
     """Defines `--config.key=value` for the keys of `base`, for a command that chooses the recipe
     itself: `changes` and `change` then give what the user wants otherwise.
@@ -229,6 +217,12 @@ def define_overrides(refusal: str) -> None:
 def changes() -> dict[str, Any]:
     """The values that `--config.key=value` gives on the command line, by key."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def check_trackers() -> None:
+    """Raises ValueError for a tracker that the command line names and that is not installed."""
+    names = changes().get("log.trackers", ())
+    trackers.check([name for name in names if name in trackers.PACKAGES], asked=True)
 
 
 def change(config: Config, given: Mapping[str, Any] | None = None) -> Config:

@@ -29,8 +29,9 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, out_folder, recipes, storage  # noqa: E402
+from coca_jax import cli, data_flags, out_folder, recipes, storage  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
+from coca_jax.data import files  # noqa: E402
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -43,11 +44,23 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
-    recipes.define_data()
+    data_flags.define()
     recipes.define_flag()
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
+
+
+def refuse_prepared(workdir: str) -> None:
+    """Raises ValueError where a new run would go into a folder that `prepare` wrote."""
+    if storage.is_remote(workdir) or not files.exists(workdir):
+        return
+    names = files.listing(workdir)
+    if files.is_prepared(names) and "config.json" not in names:
+        raise ValueError(
+            f"--workdir={workdir} holds prepared data; give a folder of the run's own, and "
+            f"--data={workdir} to train on them"
+        )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -60,8 +73,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"
         )
     recipes.check_weights(flags.FLAGS.config)
+    recipes.check_trackers()
     storage.check_slashes(flags.FLAGS.workdir)
     out_folder.check_run(flags.FLAGS.workdir)
+    refuse_prepared(flags.FLAGS.workdir)
     if storage.is_remote(flags.FLAGS.workdir):
         storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:
@@ -79,8 +94,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            fields = data_flags.fields()
             config = own_data.of_command(
-                config, flags.FLAGS.data, flags.FLAGS.workdir, main_process=first
+                config, flags.FLAGS.data, flags.FLAGS.workdir, fields=fields, main_process=first
             )
         try:
             summary = train(config, flags.FLAGS.workdir)

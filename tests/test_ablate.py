@@ -345,7 +345,7 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         picture.save(tmp_path / "pictures" / f"{number}.png")
         (tmp_path / "pictures" / f"{number}.txt").write_text(f"a shade of number {number}")
     found = table.read(written(tmp_path, TABLE), {})
-    mine = running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"))
+    mine = running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"), {})
     assert capsys.readouterr().err.count("are held out") == 1  # told once, not for each variant
     for variant in mine.variants:
         config = variant.config()
@@ -355,7 +355,7 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         assert all(task["data"]["split"] == "test" for task in tasks)
         assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
     assert mine.variants[1].values["checkpoint.keep"] == 1
-    assert running.with_data(found, [], "out") is found
+    assert running.with_data(found, [], "out", {}) is found
 
 
 def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):

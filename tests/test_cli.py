@@ -250,6 +250,21 @@ def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
 
 
+def test_train_refuses_what_the_command_line_names_in_vain(commands, tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    done = commands.run(["prepare", "--input=a.tar", "--out=out", "--processes=1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    train = ["train", "--config=tiny", "--workdir=out"]
+    done = commands.run(train, tmp_path)
+    line = (
+        "--workdir=out holds prepared data; give a folder of the run's own, and --data=out to train"
+    )
+    assert done.returncode == 2 and done.stderr == f"error: {line} on them\n"
+    if importlib.util.find_spec("tensorboardX") is None:
+        done = commands.run([*train, "--config.log.trackers=('tensorboard',)"], tmp_path)
+        assert done.returncode == 2 and "log.trackers=('tensorboard',): tensorboard" in done.stderr
+
+
 def test_a_folder_to_write_to_may_be_a_url_of_a_file(commands, tmp_path):
     write_tar(tmp_path / "a.tar", 0, 3)
     out = f"--out=file://{tmp_path}/my%20index"

@@ -12,10 +12,11 @@ from test_version_0_1 import flags_of
 
 from coca_jax import evaluate, prepare
 from coca_jax.config import typed
+from coca_jax.data import sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.records import Records
-from coca_jax.importers import indexes, own_data, seen, unprepared
+from coca_jax.importers import indexes, own_data, seen, splits, unprepared
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,26 @@ def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_pa
     asked = dict(path=folder, split="train", where={"site": "z"})
     assert not seen.trained_on(only, asked)
     assert seen.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
+
+
+def test_examples_that_trained_are_known_by_what_they_were_imported_from(tmp_path):
+    folder = str(captioned(tmp_path / "a", 60))
+    config = own_data.apply(typed(recipe()), [folder], str(tmp_path / "run"))  # holds a tenth out
+    (source,) = config.data.sources
+    trained = {record.texts for record in sources.open_source(source)}
+    for share in (0.05, 0.4):
+        out = str(tmp_path / f"p{share}")
+        how = dict(progress=False, processes=1)
+        splits.prepare_with_holdout("imagefolder", folder, out, share, **how)
+        held = {record.texts for record in sources.open_source(out, "test")}
+        asked = dict(path=out, split="test")
+        assert bool(seen.trained_on(config, asked)) == bool(held & trained) == (share > 0.1)
+        assert seen.trained_on(config, dict(asked, split="train")) == source
+    assert seen.part(source, asked) == "some of these" and 0 < len(held & trained) < len(trained)
+    assert seen.part(source, dict(path=folder, split="test")) == "these very"
+    other = str(tmp_path / "other")
+    prepare.prepare("imagefolder", str(captioned(tmp_path / "b", 9)), other, progress=False)
+    assert not seen.trained_on(config, dict(path=other, split="train"))
 
 
 def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):

@@ -219,6 +219,8 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
             model.caption(images[:1], seeds=given, temperature=1.0)
     with pytest.raises(ValueError, match="type int"):
         model.encode_image(3)
+    with pytest.raises(ValueError, match="a list of 1 is no picture; give one of them"):
+        model.preprocess(["a.jpg"])
     with pytest.raises(ValueError, match="an image of type NoneType"):
         model.encode_image([None])
     with pytest.raises(ValueError, match=r"texts\[1\]=None: give a str"):

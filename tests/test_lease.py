@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from prepare_cases import write_tar
 
 from coca_jax import storage
 from coca_jax.training import lease
@@ -114,6 +115,22 @@ def test_many_that_start_at_once_are_one(tmp_path):
         thread.join()
     assert len(won) == 1 and len(refused) == 11
     won[0].release()
+
+
+def test_a_second_prepare_of_a_split_is_one_line_and_another_split_goes_on(commands, tmp_path):
+    write_tar(tmp_path / "a.tar", 3)
+    (tmp_path / "out").mkdir()
+    prepare = ["prepare", f"--input={tmp_path}/a.tar", f"--out={tmp_path}/out", "--processes=1"]
+    owner = lease.Lease(f"{tmp_path}/out/.unfinished-train", beside=True, use="writes it")
+    owner.acquire()
+    done = commands.run([*prepare, "--overwrite"], tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"process {os.getpid()} on host" in last
+    assert last.startswith(f"error: {tmp_path}/out/.unfinished-train is in use:")
+    assert commands.run([*prepare, "--split=other"], tmp_path).returncode == 0
+    owner.release()
+    assert commands.run(prepare, tmp_path).returncode == 0
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_in_a_bucket_too(s3, monkeypatch):

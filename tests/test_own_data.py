@@ -60,33 +60,6 @@ def tar(path, count):
     return path.parent
 
 
-@pytest.mark.parametrize(
-    "text, path, kind, weight",
-    [
-        ("data/mine", "data/mine", "", 1.0),
-        ("data/mine:label", "data/mine", "label", 1.0),
-        ("data/mine:caption:0.5", "data/mine", "caption", 0.5),
-        ("s3://bucket/a:b:question:2", "s3://bucket/a:b", "question", 2.0),
-        ("s3://bucket/a", "s3://bucket/a", "", 1.0),
-        ("tfds:mnist:label", "tfds:mnist", "label", 1.0),
-        ("C:/pictures:3", "C:/pictures:3", "", 1.0),
-        ("label:label", "label", "label", 1.0),
-    ],
-)
-def test_a_flag_is_read_from_the_right(text, path, kind, weight):
-    assert own_data.parse(text) == own_data.Named(path, kind, weight)
-
-
-def test_flags_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="'labels' is none of caption, label, question"):
-        own_data.parse(f"{tmp_path}:labels")
-    for weight in ("0", "inf"):
-        with pytest.raises(ValueError, match="weight is a share of the batch, above 0 and finite"):
-            own_data.parse(f"x:label:{weight}")
-    with pytest.raises(ValueError, match="names no path"):
-        own_data.parse(":label")
-
-
 def test_the_flag_s_help_names_every_kind(monkeypatch):
     flags_of("train", monkeypatch)
     named = flags.FLAGS["data"].help.split("being ")[1].split(".")[0]
@@ -148,6 +121,22 @@ def test_a_folder_of_nothing_says_what_it_has(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         formats.guess(str(tmp_path / "absent"))
     assert formats.guess(str(tmp_path / "*.jpg")) == "sidecars"  # which have no text, or one each
+
+
+def test_what_has_to_be_unpacked_or_named_first_is_told(tmp_path):
+    row = json.dumps(dict(img="elsewhere/0.jpg", alt="a cat"))
+    for name, text, says in (
+        ("a.zip", "PK", "unpack the archive first; give images"),
+        ("data-00000-of-00001.arrow", "", r"load_from_disk\(PATH\)\['train'\].to_parquet\(FILE\)"),
+        ("list.jsonl", row, "read by --format=jsonl with --image_field=COLUMN, and --allow_paths"),
+    ):
+        folder = tmp_path / name.partition(".")[2]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=says):
+            formats.guess(str(folder))
+    with pytest.raises(ValueError, match="no list or archive of images; unpack the archive first"):
+        formats.guess(str(tmp_path / "zip/a.zip"))
 
 
 def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):

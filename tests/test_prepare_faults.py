@@ -15,7 +15,7 @@ from prepare_cases import add_member, draw, encode, import_data, reasons_of, wri
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, sources
 from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, remarks, shards, split_field, tar_members
+from coca_jax.importers import dedup, remarks, shards, split_field, splits, tar_members
 from coca_jax.importers.items import Options
 
 
@@ -270,6 +270,61 @@ def test_headers_of_tars_are_read_as_tarfile_reads_them():
         # A plain file's owner and dates are not looked at.
         lenient += found != wanted and wanted is tarfile.InvalidHeaderError and found[2] == b"0"
     assert same + lenient == len(buffers) + 3 and same > 0.9 * len(buffers)
+
+
+def test_a_tar_whose_members_are_out_of_order_says_so(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for suffix in ("jpg", "txt"):
+            for i in range(3):
+                add_member(archive, f"{i}.{suffix}", encode(i) if suffix == "jpg" else b"a cat")
+    with pytest.raises(ValueError, match="the members of a key must stand together, as `tar --so"):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_a_selection_that_leaves_nothing_names_what_there_is(tmp_path):
+    write_tar(tmp_path / "a.tar", 12)
+    given = Options(where=(("widht", ("3",)),))
+    where = ("webdataset", str(tmp_path / "a.tar"), str(tmp_path / "out"))
+    says = (
+        "filtered {'where': .*}; --where: no record has {'widht': \\['3'\\]}; no field is called "
+    )
+    says += "'widht': width, "
+    with pytest.raises(ValueError, match=f"none of 12 .*{says}"):
+        splits.prepare(*where, options=given, processes=1, progress=False)
+    with pytest.raises(ValueError, match=says):  # and not the share is what is wrong
+        splits.prepare_with_holdout(*where, 0.3, options=given, processes=1, progress=False)
+    given = Options(where=(("width", ("30",)),))
+    with pytest.raises(ValueError, match="no record has .*; 'width' is 0, 3, "):
+        splits.prepare(*where, options=given, processes=1, progress=False)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_unfinished_import_is_replaced_where_that_is_asked_for(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", 4)
+    out = tmp_path / "out"
+
+    def cut_short(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            import_data("webdataset", tmp_path / "a.tar", out)
+    line = "out/.unfinished-train is an unfinished import with other options; give --overwrite, or"
+    with pytest.raises(ValueError, match=line):
+        import_data("webdataset", tmp_path / "a.tar", out, max_side=20)
+    # What would fail is told before anything is begun.
+    for bad in ("none", str(out)):
+        with pytest.raises(FileNotFoundError, match=f"--exclude={bad}: there are no images; give"):
+            import_data("webdataset", tmp_path / "a.tar", tmp_path / "p", exclude=(bad,))
+    assert not (tmp_path / "p").exists()
+    done = import_data("webdataset", tmp_path / "a.tar", out, max_side=20, overwrite=True)
+    assert done["written"] == 4 and not list(out.glob(".unfinished*"))
+    assert max(decoded.size for decoded in opened(out)) == (20, 15)
+
+
+def opened(out):
+    return [Image.open(io.BytesIO(record.image)) for record in sources.open_source(str(out))]
 
 
 def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):

@@ -49,6 +49,12 @@ def test_nothing_is_held_out_of_a_split_that_has_all(tmp_path):
     line = "holds a split 'test' of images held out of the same input, .* give --holdout=0.4, or"
     with pytest.raises(ValueError, match=line):
         written(folder, out, overwrite=True)
+    # Nor is a split cut out of it under another name.
+    written(folder, tmp_path / "q")
+    line = "holds a split 'train' of the same input, in which the images that --holdout keeps apart"
+    with pytest.raises(ValueError, match=line):
+        halved(folder, tmp_path / "q", split="val", overwrite=True)
+    assert list(prepared.read_manifest(str(tmp_path / "q"))["splits"]) == ["train"]
     halved(folder, out, 0.2, overwrite=True)
     assert not images(out) & images(out, "test") and len(images(out)) > rest["written"]
     written(folder, out, split="none", options=Options(where=(("label", ("cat",)),)))

@@ -230,6 +230,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, mo
     with pytest.raises(ValueError, match="log.trackers=.*wandb needs"):
         setup.check(typed(config), str(tmp_path))
     assert trackers.open_all(("tensorboard",), tmp_path, 0, {}) == []  # nobody asked for it
+    with pytest.raises(ValueError, match="log.trackers=.*tensorboard needs"):
+        trackers.check(("tensorboard",), asked=True)
     config.log.trackers = ("mlflow",)
     with pytest.raises(ValueError, match="log.trackers"):
         typed(config)

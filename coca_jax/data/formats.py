@@ -43,6 +43,13 @@ PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: a list is na
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
+_READ = "images, tars, parquet, CSV, TSV or JSON lists"
+_HINTS = {  # by the ends of files' names
+    (".zip", ".7z", ".rar"): "unpack the archive first",
+    (".arrow",): "datasets.load_from_disk(PATH)['train'].to_parquet(FILE) writes what is read",
+    _SUFFIXES["jsonl"]: "a list whose pictures are elsewhere is read by --format=jsonl with "
+    "--image_field=COLUMN, and --allow_paths=FOLDER_OR_URL",
+}
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 
@@ -60,20 +67,7 @@ def guess(path: str) -> str:
         return "tfds"
     system, plain = files.filesystem(path)
     if files.is_pattern(path) or system.isfile(plain):
-        found = _of_names([plain])
-        if files.is_pattern(path) and plain.lower().endswith(MEDIA):
-            return "sidecars"
-        if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
-            above, _, name = path.rpartition("/")
-            found = "csv" if _is_text_list(above or ".", name, _names(above or ".")) else ""
-        if not found and plain.lower().endswith(".json"):
-            return "json"
-        if not found:
-            raise ValueError(
-                f"{path} is one file, and no list or archive of images; give the folder of the "
-                "images, tars, parquet, CSV, TSV or JSON"
-            )
-        return found
+        return _of_file(path, plain)
     with storage.as_os_error(path, "cannot be reached"):
         folder = system.isdir(plain)
     if not folder:
@@ -106,7 +100,27 @@ def guess(path: str) -> str:
         return found or "imagefolder"
     if links := files.linked_folders(path):
         raise ValueError(f"{path}: no images in it; {links}")
-    raise ValueError(f"{path}: {_contents(everything)}; give images, tars, parquet, CSV or TSV")
+    hint = _other_form(names)
+    raise ValueError(f"{path}: {_contents(everything)}{hint}; give {_READ}")
+
+
+def _of_file(path: str, plain: str) -> str:
+    """The format of a file or glob, whose path in its file system is `plain`."""
+    found = _of_names([plain])
+    if files.is_pattern(path) and plain.lower().endswith(MEDIA):
+        return "sidecars"
+    if not found and plain.lower().endswith(".txt") and not files.is_pattern(path):
+        above, _, name = path.rpartition("/")
+        found = "csv" if _is_text_list(above or ".", name, _names(above or ".")) else ""
+    if not found and plain.lower().endswith(".json"):
+        return "json"
+    if not found:
+        hint = _other_form([plain])
+        raise ValueError(
+            f"{path} is one file, and no list or archive of images{hint}; give the folder of "
+            f"the {_READ}"
+        )
+    return found
 
 
 def _is_of_coco(name: str) -> bool:
@@ -241,6 +255,15 @@ def _first_objects(path: str) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(bounded_json.parse(line))
     return found
+
+
+def _other_form(names: Sequence[str]) -> str:
+    """What makes files that are not read, or not found to be lists of pictures, of use; '' for
+    those of which that is not known."""
+    for suffix, hint in _HINTS.items():
+        if any(name.lower().endswith(suffix) for name in names):
+            return f"; {hint}"
+    return ""
 
 
 def _contents(names: list[str]) -> str:

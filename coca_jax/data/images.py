@@ -210,6 +210,10 @@ def decode(image: Any) -> np.ndarray:
         pixels = to_rgba(image)
     elif hasattr(image, "read"):
         pixels = decode_rgba(image.read())
+    elif isinstance(image, (list, tuple)):
+        raise ValueError(
+            f"a {type(image).__name__} of {len(image)} is no picture; give one of them"
+        )
     else:
         array = np.asarray(image)
         if array.dtype == object:

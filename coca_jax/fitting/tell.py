@@ -50,14 +50,13 @@ def facts_in_words(facts: Facts, where: str) -> list[str]:
 def _left_aside(facts: Facts, pictures: int) -> list[str]:
     """The kind of texts that does not train, and so many pictures that have no other."""
     found, lines = kinds(facts), []
-    for kind, count, other in (
-        ("caption", facts.captions, "label"),
-        ("label", facts.labels, "caption"),
+    for kind, count, other, same in (
+        ("caption", facts.captions, "label", False),
+        ("label", facts.labels, "caption", len(facts.classes) == 1),
     ):
         if count and kind not in found:
             few = f"at most a quarter as many pictures have one as have a {other}"
-            one = kind == "label" and len(facts.classes) == 1
-            lines.append(f"{kind}s do not train: {'all are the same' if one else few}")
+            lines.append(f"{kind}s do not train: {'all are the same' if same else few}")
     if pictures:
         lines.append(f"{pictures:,} pictures have no {found[0]}, and do not train")
     return lines

@@ -1,13 +1,16 @@
-"""What is asked for of a split, as its manifest keeps it, and whether that is there already."""
+"""What is asked for of a split, as its manifest keeps it, and whether that is there already, or
+begun."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Collection
 from typing import Any
 
+from coca_jax.data import files
 from coca_jax.importers import metadata
-from coca_jax.importers.items import Options
+from coca_jax.importers.items import Options, Unit
 
 
 def request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -33,16 +36,48 @@ def is_there(out: str, split: str, request: dict[str, Any]) -> bool:
     return there is not None
 
 
-def refuse_held_out(out: str, request: dict[str, Any]) -> None:
-    """Raises ValueError where `out` has images as a split that were held out of those which a
-    request, the same but for the holdout, would put beside them."""
+def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str]) -> None:
+    """Raises ValueError where images that are held out would be in two splits: `out` has a split
+    of the same request but for the holdout. written: the splits that are written now."""
     asked = request["options"]
     for name, split in metadata.read_manifest(out)["splits"].items():
         there = whole(split.get("request"))
-        held = {key: there["options"][key] for key in ("holdout", "held_out")} if there else {}
-        others = held.get("held_out") and held["holdout"] != asked["holdout"]
-        if others and not asked["held_out"] and there == request | {"options": asked | held}:
+        if name in written or not there:
+            continue
+        held = {key: there["options"][key] for key in ("holdout", "held_out")}
+        others = held["held_out"] != asked["held_out"] and held["holdout"] != asked["holdout"]
+        if not others or there != request | {"options": asked | held}:
+            continue
+        if asked["held_out"]:
             raise ValueError(
-                f"--out={out} holds a split {name!r} of images held out of the same input, which "
-                f"would be in both; give --holdout={held['holdout']}, or another --out"
+                f"--out={out} holds a split {name!r} of the same input, in which the images that "
+                "--holdout keeps apart would be too; give another --out"
             )
+        raise ValueError(
+            f"--out={out} holds a split {name!r} of images held out of the same input, which "
+            f"would be in both; give --holdout={held['holdout']}, or another --out"
+        )
+
+
+def unfinished(out: str, split: str) -> str:
+    """The folder of what is written of a split before it is whole."""
+    return files.join(out, f".unfinished-{split}")
+
+
+def begun(
+    input: str, work: str, request: dict[str, Any], state: Callable[[list[Unit]], str]
+) -> list[list[Unit]]:
+    """The shards that an earlier run began to write in `work`, by their units. Raises ValueError
+    where it did so for another request, or of files that have changed since."""
+    kept = json.loads(files.read(files.join(work, "plan.json")))
+    if whole(kept["request"]) != request:
+        raise ValueError(
+            f"{work} is an unfinished import with other options; give --overwrite, or remove it"
+        )
+    groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
+    before, now = kept.get("state"), state([unit for group in groups for unit in group])
+    if before and now and metadata.have_changed(before, now):
+        raise ValueError(
+            f"{input} has changed since {work} was begun; give --overwrite, or remove that folder"
+        )
+    return groups

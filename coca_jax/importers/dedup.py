@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,17 @@ def to_exclude(path: str) -> list[tuple[str, str]]:
             *(path, len(left), len(left) + len(found), left[0]),
         )
     return found
+
+
+def check_excluded(paths: Sequence[str]) -> None:
+    """Raises FileNotFoundError for the first of them in which `to_exclude` would find no images."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if next(_evaluation_images(path), None) is not None:
+                continue
+        raise FileNotFoundError(
+            f"--exclude={path}: there are no images; give a prepared folder or image files"
+        )
 
 
 def _evaluation_images(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:

@@ -9,72 +9,46 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config
 from coca_jax.data import files, formats, kinds, mixture
-from coca_jax.importers import checks, in_place, indexes, metadata, shards, split_field, splits
+from coca_jax.importers import (
+    checks,
+    data_flag,
+    in_place,
+    indexes,
+    metadata,
+    shards,
+    split_field,
+    splits,
+)
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
+_FAR = 1.5  # times as many rows as were asked for, or as few
 _AT_MOST = 5000  # examples of an evaluation that is set up here
 
 
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """What one flag says. kind '': as the data tell."""
-
-    path: str
-    kind: str = ""
-    weight: float = 1.0
-
-
-def parse(text: str) -> Named:
-    """PATH, PATH:KIND or PATH:KIND:WEIGHT; read from the right, as URLs and paths have colons.
-
-    Raises ValueError for an unknown kind behind a path that is there, or a weight that is
-    not above 0, or not finite.
-    """
-    path, kind, weight = text, "", 1.0
-    before, _, last = text.rpartition(":")
-    earlier, _, middle = before.rpartition(":")
-    if middle in kinds.KINDS and _is_number(last):
-        path, kind, weight = earlier, middle, float(last)
-    elif last in kinds.KINDS:
-        path, kind = before, last
-    elif before and files.exists(before) and not files.exists(text):
-        raise ValueError(
-            f"--data={text}: {last!r} is none of {', '.join(kinds.KINDS)}; write PATH, "
-            "PATH:KIND or PATH:KIND:WEIGHT"
-        )
-    if not path:
-        raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
-    return Named(path, kind, weight)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return float(text) == float(text)
-    except ValueError:
-        return False
-
-
 def apply(
-    config: Config, texts: Sequence[str], workdir: str, *, main_process: bool = True
+    config: Config,
+    texts: Sequence[str],
+    workdir: str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    main_process: bool = True,
 ) -> Config:
     """The config with the named data in place of its sources, and evaluations on what is held out
     in place of those on other data; says on standard error what it found.
 
     Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
     workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
+    fields: text_field, label_field and image_field, where the data call them otherwise.
 
     Raises ValueError or OSError for data that cannot be used, in one line.
     """
-    found = [parse(text) for text in texts]
+    found = [data_flag.parse(text) for text in texts]
     for one in found:  # before the first of them is imported
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
@@ -82,17 +56,19 @@ def apply(
     names = indexes.folder_names([one.path for one in found])
     outs = indexes.places(workdir, [(one.path,) for one in found])
     sources, tasks, kept = [], [], []
+    named: dict[str, Any] = {name: field for name, field in (fields or {}).items() if field}
     for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
             place: dict[str, Any] = {"builtin": "scenes"}
             kind, train, held = one.kind or "caption", "train", "test"
         else:
-            path = prepared(one.path, out, wait=not main_process)
-            place = {"path": path}
+            path = prepared(one.path, out, Options(**named), wait=not main_process)
             train, held = choose_splits(path)
-            kind = one.kind or guess_kind(path, train)
+            left = _not_taken(named, path, train)
+            place = {"path": path} | left
+            kind = data_flag.kind_of(one, path, train, left)
             if main_process:
-                print(_described(one, path, kind, train, held), file=sys.stderr)
+                print(data_flag.described(one, path, kind, train, held, left), file=sys.stderr)
         sources.append(dict(place, split=train, kind=kind, weight=one.weight))
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
@@ -101,14 +77,29 @@ def apply(
         rows = config.batch_size
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
     weights = [source["weight"] for source in sources]
-    for source, rows in zip(sources, mixture.nearest_shares(weights, config.batch_size)):
+    shares = mixture.nearest_shares(weights, config.batch_size)
+    if main_process:
+        _tell_shares(weights, shares)
+    for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
     return config.change(
         {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
     )
 
 
-def _check_run(config: Config, found: Sequence[Named], workdir: str) -> None:
+def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
+    """Says where the rows of a batch are far from the weights that were asked for."""
+    exact = [weight / sum(weights) * sum(rows) for weight in weights]
+    if any(max(one / all_of, all_of / one) >= _FAR for one, all_of in zip(exact, rows)):
+        given, taken = (":".join(f"{one:g}" for one in found) for found in (weights, rows))
+        print(
+            f"--data: the weights {given} are {taken} rows of a batch of {sum(rows)}, as each has "
+            "one at least; a larger batch_size comes nearer",
+            file=sys.stderr,
+        )
+
+
+def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -> None:
     """Raises ValueError where `workdir` holds a run of another config or of other data, in which
     nothing is indexed then."""
     from coca_jax import run_config  # it knows models, whose libraries others do not need here
@@ -121,18 +112,41 @@ def _check_run(config: Config, found: Sequence[Named], workdir: str) -> None:
     run_config.check_before_data(config.change({"data.sources": tuple(places)}), workdir)
 
 
+def _not_taken(fields: Mapping[str, str], path: str, split: str) -> dict[str, str]:
+    """The fields that are to be read in the records of a prepared split, which was not made by
+    them. Raises ValueError for another image, which records do not have."""
+    made_by = (metadata.read_manifest(path)["splits"][split].get("request") or {}).get(
+        "options", {}
+    )
+    left = {name: field for name, field in fields.items() if made_by.get(name) != field}
+    if "image_field" in left:
+        raise ValueError(
+            f"--image_field={left['image_field']}: the images in {path} are of another field; give "
+            "the data themselves, and a new --workdir"
+        )
+    return left
+
+
 def of_command(
-    config: Config, texts: Sequence[str], workdir: str, *, main_process: bool = True
+    config: Config,
+    texts: Sequence[str],
+    workdir: str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    main_process: bool = True,
 ) -> Config:
     """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and for a bad
     config before anything is indexed."""
     if not texts:
+        for name, field in (fields or {}).items():
+            if field:
+                raise ValueError(f"--{name}={field} is of --data; give --data=PATH as well")
         return config
     from coca_jax import run_config  # it knows models, whose libraries others do not need here
 
-    places = tuple(dict(path=parse(text).path) for text in texts)
+    places = tuple(dict(path=data_flag.parse(text).path) for text in texts)
     run_config.check(config.change({"data.sources": places}))
-    return apply(config, texts, workdir, main_process=main_process)
+    return apply(config, texts, workdir, fields=fields, main_process=main_process)
 
 
 def is_prepared(path: str) -> bool:
@@ -192,10 +206,11 @@ def _format_and_input(path: str) -> tuple[str, str]:
     return format, files.absolute(path)
 
 
-def prepared(path: str, out: str, *, wait: bool = False) -> str:
+def prepared(path: str, out: str, options: Options | None = None, *, wait: bool = False) -> str:
     """The prepared folder of some data: `path` itself where it is one, else `out`, written now.
 
-    wait: another process writes; wait until it has. Raises as `layout` and `bring_in`.
+    options: how it is read where it is not there yet. wait: another process writes; wait until it
+    has. Raises as `layout` and `bring_in`.
     """
     if is_prepared(path):
         return path
@@ -205,9 +220,9 @@ def prepared(path: str, out: str, *, wait: bool = False) -> str:
         return out
     there = _is_there(_format_and_input(path)[1], out)
     if there:
-        refuse_changed(path, out)
+        refuse_changed(path, out, options)
     if not {"train", "test"} <= set(there):
-        bring_in(layout(path), out)
+        bring_in(layout(path, options), out, options=options)
     return out
 
 
@@ -332,35 +347,6 @@ def choose_splits(path: str) -> tuple[str, str]:
         return _of_names(found)
     except ValueError as error:
         raise ValueError(f"--data={path}: {error}; name one in config.data.sources") from None
-
-
-def guess_kind(path: str, split: str) -> str:
-    """'caption' where at least as many examples of a prepared split have a text as a label."""
-    entry = metadata.read_manifest(path)["splits"][split]
-    return "caption" if entry["with_text"] >= entry["with_label"] else "label"
-
-
-def _described(one: Named, path: str, kind: str, train: str, held: str) -> str:
-    """A line for people: what trains, as what, and what is held out."""
-    entries = metadata.read_manifest(path)["splits"]
-    entry, of = entries[train], kinds.KINDS[kind]
-    line = f"{one.path}: {entry['count']} examples of split '{train}' train"
-    line += of.counted_as(entry)
-    for other in kinds.KINDS.values():
-        if not one.kind and other.counted and other is not of and entry[f"with_{other.wanted}"]:
-            line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
-    if held:
-        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
-    else:
-        line += (
-            "; nothing is held out, so the run ends without scores: "
-            "`prepare --holdout=0.1` writes a split 'test' as well"
-        )
-    bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
-    if bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
-        line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
-    return line
 
 
 def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[str, Any]]:

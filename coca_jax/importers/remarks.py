@@ -6,15 +6,17 @@ import itertools
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import files, formats
-from coca_jax.importers import imagefolder
-from coca_jax.importers.items import Options, class_number
+from coca_jax.data import files, formats, views
+from coca_jax.data.records import Record
+from coca_jax.importers import checks, imagefolder
+from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 _MOST_LOOKED_AT = 20_000  # files of a folder
+_MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 
 _CAPTION_LIKE = re.compile(
@@ -58,7 +60,9 @@ def nothing_usable(
     reasons = Counter(entry["reason"] for entry in listed)
     text = f"{input}: none of {read} examples can be used: "
     if set(reasons) != {"missing_text"} or filtered:
-        first = f"; the first: {listed[0]['key']}: {listed[0]['detail']}" if listed else ""
+        again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
+        told = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
+        first = "".join(f"; the first: {one['key']}: {one['detail']}" for one in told)
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]
@@ -66,6 +70,15 @@ def nothing_usable(
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
     return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+
+
+def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
+    """What is said where no example has the values of --where: what the first of them have."""
+    missed = views.Missed(where)
+    for item in itertools.islice(items, _MOST_ASKED):
+        texts, labels = checks.texts_and_labels(item)
+        missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
+    return f"; --where: {missed.line()}"
 
 
 def _unread(input: str) -> str:

@@ -24,7 +24,10 @@ def _overlap(source: Entry, asked: Entry) -> bool:
         return False
     if _place(source) == _place(asked):
         return (source.split or "train") == asked.split
-    made = _made_of(source)
+    made, other = _made_of(source), _made_of(asked)
+    if made and other and files.real(made["input"]) == files.real(other["input"]):
+        same = (source.split or "train") == asked.split
+        return _share(made["options"], other["options"], same)
     if not asked.path or not made or files.real(made["input"]) != files.real(asked.path):
         return False
     names, by_field = unprepared.told(asked) or ([], None)
@@ -35,6 +38,27 @@ def _overlap(source: Entry, asked: Entry) -> bool:
         return False
     of_names = len(names) > 1 and not by_field
     return not of_names or split == split_field.split_of(source.split or "train")
+
+
+def _share(made: Mapping[str, Any], other: Mapping[str, Any], same_split: bool) -> bool:
+    """Whether two imports of one input have examples in common. same_split: whether they are of
+    splits of one name."""
+    if _apart(made.get("where", ()), other.get("where", ())):
+        return False
+    shares = [one.get("holdout", 0.0) for one in (made, other)]
+    apart = [bool(one.get("held_out")) for one in (made, other)]
+    if apart[0] != apart[1]:  # held out is what lies below its share, the rest what lies above
+        held = apart.index(True)
+        return shares[held] > shares[1 - held]
+    return same_split or all(shares)
+
+
+def part(source: Entry, data: Mapping[str, Any]) -> str:
+    """'these very' where a source's examples are those of the data, 'some of these' where both are
+    imports of one input, which may have held out others."""
+    asked = Entry.of(data)
+    known = _place(source) == _place(asked) or not _made_of(asked)
+    return "these very" if known else "some of these"
 
 
 def held_out(source: Entry) -> str:

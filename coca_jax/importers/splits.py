@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from coca_jax import local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
-from coca_jax.importers import asked, in_place, metadata, remarks, shards
+from coca_jax.importers import asked, dedup, in_place, metadata, nothing_left, remarks, shards
 from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written
 
@@ -93,7 +93,7 @@ def prepare_with_holdout(
     if not keywords.get("overwrite"):  # before the one is written that others must go with
         asked.is_there(out, split, asked.request(format, str(input), options))
     apart = dataclasses.replace(options, held_out=True)
-    beside, work = (split, options), files.join(out, f".unfinished-{split}")
+    beside, work = (split, options), asked.unfinished(out, split)
     known = files.exists(work)
     try:
         keywords_here = keywords | dict(split=held_split, options=apart, beside=beside)
@@ -101,23 +101,13 @@ def prepare_with_holdout(
     except ValueError:  # another share is another import
         if known or not files.exists(work):
             raise
-        why = _why_none(work, input)
+        why = nothing_left.why(work, input)
         system, plain_work = files.filesystem(work)
         system.rm(plain_work, recursive=True)
         if why:  # and not the share
             raise ValueError(why) from None
         raise
     return prepare(format, input, out, split=split, options=options, **keywords), held
-
-
-def _why_none(work: str, input: str) -> str:
-    """The line for an import whose shards are there and hold nothing; '' for any other."""
-    names = [n for n in files.listing(work) if re.fullmatch(r"part-\d+\.json", n)]
-    accounts = [json.loads(files.read(files.join(work, name))) for name in names]
-    listed = [entry for account in accounts for entry in account["quarantined"]]
-    if not listed or any(account["count"] for account in accounts):
-        return ""
-    return remarks.nothing_usable(input, sum(a["read"] for a in accounts), listed, {})
 
 
 def prepare(
@@ -159,21 +149,22 @@ def prepare(
     """
     module, options = shards.importer(format), options or Options()
     out = local_files.plain(str(out))
-    _check_place(str(input), out, split)
+    check_place(str(input), out, split)
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
         raise ValueError("--overwrite and --shard exclude each other; give another --out")
     manifest = metadata.read_manifest(out)
     request = asked.request(format, str(input), options)
     if not overwrite and asked.is_there(out, split, request):
         return _summary(out, split, manifest)
-    asked.refuse_held_out(out, request)
-    work = files.join(out, f".unfinished-{split}")
-    wanted = read_split or split
+    asked.refuse_held_out(out, request, {split, beside[0] if beside else split})
+    dedup.check_excluded(options.exclude)
+    work = asked.unfinished(out, split)
     tell_of_no_split(module, str(input), manifest["splits"])
-    jobs = plan(module, format, str(input), wanted, options, work, shard_count, request, state)
+    begun = (work, shard_count, request, state)
+    jobs = plan(module, format, str(input), read_split or split, options, *begun, replace=overwrite)
     classes = declared_classes(module, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
-        jobs = _with_twins(jobs, str(input), files.join(out, f".unfinished-{beside[0]}"), beside[1])
+        jobs = _with_twins(jobs, str(input), asked.unfinished(out, beside[0]), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
     if engine and engine.share:
         waiting = sum(account is None for account in found)
@@ -188,7 +179,7 @@ def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
     return named_classes(tuple(found))[0]
 
 
-def _check_place(input: str, out: str, split: str) -> None:
+def check_place(input: str, out: str, split: str) -> None:
     """Raises ValueError for a folder that cannot be written to, or a split that names no file."""
     if not split or "/" in split or split.startswith("."):
         raise ValueError(f"--split={split}: files begin with its name; give one without '/'")
@@ -234,25 +225,28 @@ def plan(
     state: State = lambda units: "",
     *,
     anew: bool = False,
+    replace: bool = False,
 ) -> list[shards.Job]:
-    """The shards to write; the same as before when an earlier run was cut short, unless `anew`."""
+    """The shards to write; the same as before when an earlier run was cut short, unless `anew`.
+    replace: one of other options or of files that have changed is removed, not refused."""
     path = files.join(work, "plan.json")
+    groups: list[list[Unit]] | None = None
     if not anew and files.exists(path):
-        kept = json.loads(files.read(path))
-        if asked.whole(kept["request"]) != request:
-            raise ValueError(f"{work} is an unfinished import with other options; remove it")
-        groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
-        before, now = kept.get("state"), state([unit for group in groups for unit in group])
-        if before and now and metadata.have_changed(before, now):
-            raise ValueError(f"{input} has changed since {work} was begun; remove that folder")
-    else:
+        try:
+            groups = asked.begun(input, work, request, state)
+        except ValueError:
+            if not replace:
+                raise
+            system, plain_work = files.filesystem(work)
+            system.rm(plain_work, recursive=True)
+    if groups is None:
         with unreachable.required():
             units = module.plan(input, split, options)
         if not units:
             raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
         in_place.check(format, units, options)
         groups = _group(units, shard_count)
-        kept = {"request": request, "state": state(units)}
+        kept: dict[str, Any] = {"request": request, "state": state(units)}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
             storage.write_bytes(path, json.dumps(kept).encode())
@@ -346,13 +340,14 @@ def _refuse_empty(
     filtered: Mapping[str, int],
 ) -> NoReturn:
     """Raises ValueError: why nothing of `read` items is in the split."""
+    of_where = nothing_left.of_where(work, filtered)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request, read, split, filtered)
     input = request["input"]
     beside = remarks.pictures_beside(input, request["format"])
-    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + beside)
+    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + of_where + beside)
 
 
 def _named(

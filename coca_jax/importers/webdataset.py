@@ -82,7 +82,10 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             else:
                 found = guarded(key, lambda: item(key, group, options, unit.path, file_bytes))
             if group.key in seen:
-                found.problem, found.detail = "duplicate_key", "a second example with this key"
+                lost = "; the members of a key must stand together, as `tar --sort=name` puts them"
+                lost = lost if found.problem == "missing_image" else ""
+                found.problem = "duplicate_key"
+                found.detail = f"a second example with this key{lost}"
             seen.add(group.key)
             yield found
 

@@ -38,10 +38,13 @@ class Tracker(Protocol):
         """Nothing is written afterwards."""
 
 
-def check(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that was asked for and whose package is not installed."""
+def check(names: Sequence[str], *, asked: bool = False) -> None:
+    """Raises ValueError for a tracker that was asked for and whose package is not installed.
+
+    asked: the user named them all, the default too.
+    """
     for name in names:
-        if name != UNASKED and importlib.util.find_spec(PACKAGES[name]) is None:
+        if (asked or name != UNASKED) and importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"log.trackers={tuple(names)}: {name} needs {extras.remedy(name)}")
 
 

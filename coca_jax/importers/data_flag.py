@@ -1,0 +1,96 @@
+"""What a --data flag says, PATH[:KIND[:WEIGHT]], and what the data that it names train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+
+from coca_jax.data import files, kinds
+from coca_jax.importers import metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What one flag says. kind '': as the data tell."""
+
+    path: str
+    kind: str = ""
+    weight: float = 1.0
+
+
+def parse(text: str) -> Named:
+    """PATH, PATH:KIND or PATH:KIND:WEIGHT; read from the right, as URLs and paths have colons.
+
+    Raises ValueError for an unknown kind behind a path that is there, or a weight that is
+    not above 0, or not finite.
+    """
+    path, kind, weight = text, "", 1.0
+    before, _, last = text.rpartition(":")
+    earlier, _, middle = before.rpartition(":")
+    if middle in kinds.KINDS and _is_number(last):
+        path, kind, weight = earlier, middle, float(last)
+    elif last in kinds.KINDS:
+        path, kind = before, last
+    elif before and files.exists(before) and not files.exists(text):
+        raise ValueError(
+            f"--data={text}: {last!r} is none of {', '.join(kinds.KINDS)}; write PATH, "
+            "PATH:KIND or PATH:KIND:WEIGHT"
+        )
+    if not path:
+        raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
+    return Named(path, kind, weight)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def kind_of(one: Named, path: str, split: str, fields: Mapping[str, str]) -> str:
+    """The kind that the flag names; else 'caption' where at least as many examples of a prepared
+    split have a text as a label, and 'label' where not.
+
+    fields: of the records, of which texts or labels are taken.
+
+    Raises ValueError where the flag names one of which no example has what trains.
+    """
+    entry, kind = metadata.read_manifest(path)["splits"][split], kinds.KINDS.get(one.kind)
+    if kind and kind.counted and not fields and entry.get(f"with_{kind.wanted}") == 0:
+        raise ValueError(
+            f"--data={one.path}:{one.kind}: none of its {entry['count']} examples has a "
+            f"{kind.wanted}; leave out :{one.kind}, or name the field with --{kind.wanted}_field"
+        )
+    if one.kind or not fields:
+        return one.kind or ("caption" if entry["with_text"] >= entry["with_label"] else "label")
+    return "caption" if "text_field" in fields else "label"
+
+
+def described(
+    one: Named, path: str, kind: str, train: str, held: str, left: Mapping[str, str]
+) -> str:
+    """A line for people: what trains, as what, and what is held out. left: the fields of the
+    records of which texts or labels are taken, and not counted."""
+    entries = metadata.read_manifest(path)["splits"]
+    entry, of = entries[train], kinds.KINDS[kind]
+    line = f"{one.path}: {entry['count']} examples of split '{train}' train"
+    line += of.counted_as({} if left else entry)
+    for other in () if one.kind or left else kinds.KINDS.values():
+        if other.counted and other is not of and entry[f"with_{other.wanted}"]:
+            line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
+    if held:
+        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
+    else:
+        line += (
+            "; nothing is held out, so the run ends without scores: "
+            "`prepare --holdout=0.1` writes a split 'test' as well"
+        )
+    bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
+    if bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+        line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
+    return line

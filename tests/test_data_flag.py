@@ -1,0 +1,104 @@
+"""The flag --data, and those beside it that name fields of its data."""
+
+import json
+
+import pytest
+from test_own_data import captioned, recipe
+from test_version_0_1 import flags_of
+
+from coca_jax import data_flags
+from coca_jax.config import typed
+from coca_jax.data import sources
+from coca_jax.importers import data_flag, own_data, splits
+
+
+@pytest.mark.parametrize(
+    "text, path, kind, weight",
+    [
+        ("data/mine", "data/mine", "", 1.0),
+        ("data/mine:label", "data/mine", "label", 1.0),
+        ("data/mine:caption:0.5", "data/mine", "caption", 0.5),
+        ("s3://bucket/a:b:question:2", "s3://bucket/a:b", "question", 2.0),
+        ("s3://bucket/a", "s3://bucket/a", "", 1.0),
+        ("tfds:mnist:label", "tfds:mnist", "label", 1.0),
+        ("C:/pictures:3", "C:/pictures:3", "", 1.0),
+        ("label:label", "label", "label", 1.0),
+    ],
+)
+def test_a_flag_is_read_from_the_right(text, path, kind, weight):
+    assert data_flag.parse(text) == data_flag.Named(path, kind, weight)
+
+
+def test_flags_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="'labels' is none of caption, label, question"):
+        data_flag.parse(f"{tmp_path}:labels")
+    for weight in ("0", "inf"):
+        with pytest.raises(ValueError, match="weight is a share of the batch, above 0 and finite"):
+            data_flag.parse(f"x:label:{weight}")
+    with pytest.raises(ValueError, match="names no path"):
+        data_flag.parse(":label")
+
+
+def words(folder, count):
+    """An imagefolder whose captions have an unusual name."""
+    captioned(folder, count, words=lambda i: f"words {i}")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if k != "text"} for line in lines]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(folder)
+
+
+def texts(entry):
+    return {
+        record.texts
+        for split in ("train", "test")
+        for record in sources.open_source(entry.to_dict() | dict(split=split))
+    }
+
+
+def test_flags_beside_it_name_the_fields(tmp_path, capsys):
+    folder, workdir = words(tmp_path / "mine", 30), str(tmp_path / "run")
+    with pytest.raises(ValueError, match="none of 30 .* name one with --text_field or --label_fi"):
+        own_data.apply(typed(recipe()), [folder], workdir)
+    fields = dict(text_field="words", label_field="", image_field="")
+    config = own_data.apply(typed(recipe()), [folder], workdir, fields=fields)
+    (entry,) = config.data.sources
+    assert (entry.path, entry.kind, entry.text_field) == (f"{workdir}/data/mine", "caption", "")
+    assert texts(entry) == {(f"words {i}",) for i in range(30)}
+    # The same again; and what is prepared already, of a field that its records still have.
+    again = own_data.apply(typed(recipe()), [folder], workdir, fields=fields)
+    assert again.data.sources == config.data.sources
+    other = captioned(tmp_path / "other", 30, words=lambda i: f"words {i}")
+    out = str(tmp_path / "prepared")
+    keywords = dict(progress=False, processes=1)
+    splits.prepare_with_holdout("imagefolder", str(other), out, 0.3, **keywords)
+    capsys.readouterr()
+    config = own_data.apply(typed(recipe()), [out], workdir, fields=fields)
+    (entry,), (task, *_) = config.data.sources, config.eval.tasks
+    assert entry.text_field == task["data"]["text_field"] == "words"
+    assert texts(entry) == {(f"words {i}",) for i in range(30)}
+    assert "of split 'train' train as captions; " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--image_field=left: the images in .* of another field"):
+        own_data.apply(typed(recipe()), [out], workdir, fields=dict(image_field="left"))
+
+
+def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tmp_path, capsys):
+    named = [str(captioned(tmp_path / name, 30)) for name in ("a", "b")]
+    config = typed(recipe(batch_size=8))
+    found = own_data.apply(config, [f"{named[0]}:caption:1000", named[1]], str(tmp_path / "run"))
+    assert [entry.weight for entry in found.data.sources] == [7.0, 1.0]
+    line = "--data: the weights 1000:1 are 7:1 rows of a batch of 8, as each has one at least; a la"
+    assert line in capsys.readouterr().err
+    own_data.apply(config, [f"{named[0]}:caption:2", named[1]], str(tmp_path / "run"))
+    assert "rows of a batch" not in capsys.readouterr().err  # 5:3 is near enough
+    with pytest.raises(ValueError, match="a:label: none of its 2. examples has a label; leave out"):
+        own_data.apply(config, [f"{named[0]}:label"], str(tmp_path / "run"))
+
+
+def test_train_has_them(monkeypatch):
+    assert {"data", "text_field", "label_field", "image_field"} <= flags_of("train", monkeypatch)
+    data_flags.flags.FLAGS(["train", "--text_field=words"])
+    fields = data_flags.fields()
+    assert fields == dict(text_field="words", label_field="", image_field="")
+    with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):
+        own_data.of_command(typed(recipe()), [], "w", fields=fields)
