@@ -164,9 +164,20 @@ def test_labels_answers_and_embeddings(client, model):
         "/api/zero_shot", ("image", picture), ("label", "red\nblue\n\nred"), ("label", "green")
     )
     found = {one["label"]: one["probability"] for one in answer["results"][0]["labels"]}
-    (wanted,) = model.zero_shot([picture], ["red", "blue", "green"], ["a photo of a {}"])
+    (wanted,) = model.zero_shot([picture], ["red", "blue", "green"])
     assert list(found) == [["red", "blue", "green"][i] for i in np.argsort(-wanted)]
     np.testing.assert_allclose([found[k] for k in ("red", "blue", "green")], wanted, atol=1e-4)
+    labels = [("image", picture), ("label", "red\nblue\ngreen")]
+    assert client.post("/api/zero_shot", *labels, ("template", ""))[1] == answer  # the page's form
+    own = client.post("/api/zero_shot", *labels, ("template", "a {} star"))[1]["results"][0][
+        "labels"
+    ]
+    (other,) = model.zero_shot([picture], ["red", "blue", "green"], "a {} star")
+    np.testing.assert_allclose([one["probability"] for one in own], -np.sort(-other), atol=1e-4)
+    assert np.abs(other - wanted).max() > 1e-3
+    assert "must hold '{}' once" in client.refused(
+        400, "/api/zero_shot", *labels, ("template", "red")
+    )
     many = "\n".join(f"{i} things that are red" for i in range(300))  # as the page's box gives them
     status, answer = client.post("/api/zero_shot", ("image", picture), ("label", many))
     assert status == 200 and len(many) > 6000

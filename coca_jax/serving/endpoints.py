@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from coca_jax.data.prompts import PHOTO
 from coca_jax.searching.index import mixed
 from coca_jax.serving import forms, uploads, works
 from coca_jax.serving.batcher import Batcher
@@ -276,7 +277,12 @@ ENDPOINTS = (
                 many=True,
                 longest=100 * MOST_LABELS,
             ),
-            Field("template", "The sentence around a label.", default="a photo of a {}"),
+            Field(
+                "template",
+                "The sentence around a label, which stands for its {}; default: as of "
+                f"model.zero_shot, the mean of {', '.join(map(repr, PHOTO))}.",
+                default="",
+            ),
         ],
         zero_shot,
         dict(results=[dict(labels=[dict(label="cat", probability=0.98)])]),
