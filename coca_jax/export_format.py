@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from coca_jax import checked_files, sealed_json, storage
+from coca_jax import checked_files, out_folder, sealed_json, storage
 from coca_jax.config import StoredConfig, read, section
 from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
@@ -130,7 +130,7 @@ def write_export(
     plain = dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
     plain |= LIBRARY if hub else {}
-    with storage.local_folder(directory) as folder:
+    with out_folder.gone_if_refused(directory), storage.local_folder(directory) as folder:
         before = _earlier(folder)
         safetensors_file.write(os.path.join(folder, params_name), tensors, progress=progress)
         target = os.path.join(folder, name)

@@ -21,11 +21,9 @@ from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.interop import hub, open_clip_config, towers_config
+from coca_jax.interop import hub, weights_files
 from coca_jax.interop.open_clip_layout import compare
 from coca_jax.models import coca, roles, two_towers
-
-FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)
 
 
 def load(
@@ -71,8 +69,9 @@ def load(
         if not export_format.has_checksums(path):
             _check_fit(params, config, path)
         words = vocabulary.load(export_format.vocabulary_path(path))
-    elif place.is_dir() and not any((place / name).exists() for name in FOREIGN):
+    elif place.is_dir() and not any((place / name).exists() for name in weights_files.FOREIGN):
         export_format.refuse_half(path)
+        weights_files.refuse_shards(path)
         params, config, words = _read_run(path)
     else:
         with storage.local_copy(path) as copy:
