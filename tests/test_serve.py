@@ -280,7 +280,17 @@ def test_uploads_that_cannot_be_are_a_sentence(client):
         "POST", ask, b"--x\r\nbroken", {"Content-Type": "multipart/form-data"}
     )
     assert status == 400 and "error" in json.loads(data)
-    assert client.send("POST", ask, b"{}", {"Content-Type": "application/json"})[0] == 400
+    for kind, body, says in (
+        ("application/json", b"{}", "Content-Type application/json: send multipart/form-data"),
+        ("", png(0), "Content-Type is missing: send multipart/form-data"),
+        ("image/jpeg", png(0), "Content-Type image/jpeg: send multipart/form-data"),
+        *(  # as curl -d sends anything
+            ("application/x-www-form-urlencoded", body, "no fields with names: send multipart/form")
+            for body in (png(0), b'{"num_beams": 2}')
+        ),
+    ):
+        status, _, data = client.send("POST", ask, body, {"Content-Type": kind} if kind else {})
+        assert status == 400 and says in json.loads(data)["error"], kind
     sending = socket.create_connection(("127.0.0.1", client.port))  # a body that never comes
     sending.sendall(
         b"POST /api/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
@@ -309,6 +319,17 @@ def test_the_page_and_what_watches_the_server(client):
     assert "http://" not in page and "https://" not in page  # nothing of others
     info = json.loads(client.get("/api/info")[2])
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
+    bounds = info["limits"]["fields"]
+    assert bounds["/api/caption"]["num_beams"] == bounds["/api/caption"]["num_captions"] == [1, 8]
+    assert bounds["/api/caption"]["max_tokens"] == [1, 256] and "explain" not in bounds
+    assert bounds["/api/search"]["k"] == [1, 200] and bounds["/api/head"] == {"k": [1, 1000]}
+    assert (info["limits"]["labels"], info["limits"]["characters"]) == (1000, 2000)
+    assert "num_beams" in client.refused(
+        400,
+        "/api/caption",
+        ("image", png(0)),
+        ("num_beams", bounds["/api/caption"]["num_beams"][1] + 1),
+    )
     assert info["captions"] is True and info["explains"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))
