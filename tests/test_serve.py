@@ -220,6 +220,10 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
     assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    for name, given in (("text", ("image", picture)), ("image", ("text", "red"))):
+        assert f"{name}_weight=0.3: there is no {name} that it weighs" in client.refused(
+            400, "/api/search", given, (f"{name}_weight", 0.3)
+        )
     away = client.post("/api/search", ("image", picture), ("image_weight", -1))[1]["results"]
     assert away[-1]["image"] == "below/5.png" and away[-1]["score"] < -0.99
 

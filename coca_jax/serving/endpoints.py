@@ -204,6 +204,9 @@ async def search(server: Server, values: Values) -> Any:
     if not pictures and not words:
         raise Refused(400, "nothing to look for; send text, image, or like")
     text_weight, image_weight = values["text_weight"], values["image_weight"]
+    for name, weight, weighed in (("text", text_weight, words), ("image", image_weight, pictures)):
+        if weight != WEIGHT["default"] and not weighed:
+            raise Refused(400, f"{name}_weight={weight}: there is no {name} that it weighs")
     weights = [text_weight] * len(words) + [image_weight] * len(pictures)
     query = mixed(np.stack([*words, *pictures]), weights)
     found = await run_in_threadpool(index.search, query, values["k"])
