@@ -104,6 +104,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
             model = _model(before)
             if not model.num_frames:
                 left = _images(left, named, bool(already_done))
+            _tell_room(model)
         if left:
             results = caption_files.caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
@@ -130,6 +131,18 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
             if out:
                 out.write(f"{line}\n".encode())
     return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)
+
+
+def _tell_room(model: Any) -> None:
+    """Says where --max_tokens asks for more than a caption can have."""
+    args = flags.FLAGS
+    room = model.max_len - 1 - len(model.vocabulary.encode(args.prompt))
+    if args["max_tokens"].present and args.max_tokens > room:
+        behind = " behind this prompt" if args.prompt else ""
+        cli.say(
+            f"--max_tokens={args.max_tokens}: captions of this model end after {room} tokens"
+            f"{behind}, its texts being of {model.max_len} (model.text.max_len)"
+        )
 
 
 def _images(paths: list[str], named: list[str], may_be_none: bool) -> list[str]:

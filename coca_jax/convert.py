@@ -40,8 +40,8 @@ from coca_jax.interop import (
     open_clip_config,
     open_clip_preprocess,
     safetensors_file,
-    torch_file,
     towers_config,
+    weights_files,
 )
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.interop.towers_layout import TowersLayout
@@ -71,12 +71,13 @@ def from_open_clip(
         (the configuration written, the layout).
 
     Raises:
-        FileNotFoundError: no weights.
+        FileNotFoundError: no weights, or no such tokenizer as `bpe`.
         ValueError: a file that cannot be read, an arrangement that is not supported, or tensors
             that do not fit the model (each named).
     """
-    weights = _find_weights(weights)
-    tensors = read_weights(weights)
+    _check_bpe(bpe)
+    weights = weights_files.find(weights)
+    tensors = weights_files.read(weights)
     towers = towers_config.find(weights, model)
     if towers is not None:
         return from_towers(weights, tensors, towers, out, bpe, progress=progress)
@@ -90,6 +91,15 @@ def from_open_clip(
     checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
     write(out, weights, lambda: layout.read(tensors), config, vocabulary, ".bpe.gz", progress)
     return config, layout
+
+
+def _check_bpe(given: str) -> None:
+    """Raises FileNotFoundError for a tokenizer that is not there, before any weights are read."""
+    if given and not files.exists(given):
+        raise FileNotFoundError(
+            f"--bpe={given}: no such file; give {clip_bpe.FILE_NAME} or tokenizer.json, or leave "
+            "it out"
+        )
 
 
 @contextlib.contextmanager
@@ -186,14 +196,15 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
 
     Raises:
         FileNotFoundError: `source` is neither, or lacks its vocabulary.
-        ValueError: the model has an option that open_clip's CoCa lacks (named), or a vocabulary of
-            another kind than CLIP's.
+        ValueError: `source` is another program's weights, or the model has an option that
+            open_clip's CoCa lacks (named), or a vocabulary of another kind than CLIP's.
     """
     from coca_jax.models import roles  # jax and flax: not where weights are only read
 
     if export_format.is_export(source):
         params, config = export_format.read_export(source)
     else:
+        weights_files.refuse(source)
         from coca_jax import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
@@ -213,7 +224,7 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         model_cfg["init_logit_bias"] = float(np.asarray(bias))
     tensors = layout.write(export_format.flatten(params))
     written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
-    with storage.local_folder(out) as folder:
+    with out_folder.gone_if_refused(out), storage.local_folder(out) as folder:
         safetensors_file.write(os.path.join(folder, WEIGHTS_NAME), tensors, progress=progress)
         written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])
         sealed = json.dumps(sealed_json.seal(written), indent=2)
@@ -241,38 +252,6 @@ def _check_vocabulary(source: str) -> None:
         logging.warning(
             "%s has other merges than CLIP's; give them to open_clip's tokenizer", place
         )
-
-
-def read_weights(path: str) -> dict[str, np.ndarray]:
-    """Tensors of a file by their names in the model, mapped, not read.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is neither safetensors nor of torch.save, or two tensors have one name.
-    """
-    is_safetensors = path.endswith(".safetensors")
-    tensors = safetensors_file.read(path) if is_safetensors else torch_file.read(path)
-    names = torch_file.strip_prefixes(tensors)
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def _find_weights(path: str) -> str:
-    if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"--input={path}: no such file or folder")
-        export_format.refuse_file(path)
-        return path
-    for name in (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    if (storage.place(path) / "checkpoints").exists():
-        raise ValueError(f"--input={path} is a run of coca_jax; --to=open_clip converts it")
-    if export_format.is_export(path):
-        raise ValueError(
-            f"--input={path} is converted already, coca_jax reads it as it is; --to=open_clip "
-            "writes it for open_clip"
-        )
-    raise FileNotFoundError(f"--input={path}: no {' or '.join(open_clip_config.WEIGHTS_FILES)}")
 
 
 def _config_beside(weights: str) -> str:
@@ -365,7 +344,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     _check_out(source, out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":
-        source = _find_weights(source)
+        source = weights_files.find(source)
     bar, said = sys.stderr.isatty(), f"converting {source}"
     if bar:
         cli.say(said)

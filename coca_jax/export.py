@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         _onnx().packages()
     out_folder.check(args.out)
     cli.say(f"loading {args.checkpoint}")
-    model = coca_jax.load(args.checkpoint)
+    model = coca_jax.load(args.checkpoint, narrow=False)  # its weights are written as they are
     from coca_jax.inference import export_folder
 
     export_folder.check(model)

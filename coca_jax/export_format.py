@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from coca_jax import checked_files, sealed_json, storage
+from coca_jax import checked_files, out_folder, sealed_json, storage
 from coca_jax.config import StoredConfig, read, section
 from coca_jax.data import bounded_json
 from coca_jax.interop import safetensors_file
@@ -108,7 +108,8 @@ def write_export(
     progress: bool = False,
 ) -> None:
     """Writes an export folder, here or in a bucket. Programs of an export that was in a local one
-    stay part of it where it is of the same model; those of another one are removed.
+    stay part of it where it is of the same model; those of another one are removed, as are
+    parameters and a tokenizer that it had under other names.
 
     Args:
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
@@ -130,7 +131,7 @@ def write_export(
     plain = dict(config)
     plain["tokenizer"] = plain.get("tokenizer", {}) | {"file": name}
     plain |= LIBRARY if hub else {}
-    with storage.local_folder(directory) as folder:
+    with out_folder.gone_if_refused(directory), storage.local_folder(directory) as folder:
         before = _earlier(folder)
         safetensors_file.write(os.path.join(folder, params_name), tensors, progress=progress)
         target = os.path.join(folder, name)
@@ -143,6 +144,21 @@ def write_export(
         found |= checked_files.describe(folder, written)
         sealed = json.dumps(sealed_json.seal(plain), indent=2)
         storage.write_text(os.path.join(folder, CONFIG), sealed)
+        _remove_replaced(folder, before, found)
+
+
+def _remove_replaced(
+    directory: str | os.PathLike[str], before: dict[str, Any], found: Collection[str]
+) -> None:
+    """Removes the parameters and tokenizer of the export before, where those of the one that is
+    there now have other names: two layouts in a folder would be two models."""
+    tokenizer = before.get("tokenizer")
+    own = (PARAMS, HUB_PARAMS, tokenizer.get("file") if isinstance(tokenizer, dict) else None)
+    for name in checked_files.listed(before):
+        path = pathlib.Path(directory) / name
+        if name in own and name not in found and checked_files.is_name(name) and path.is_file():
+            logging.warning("%s is removed: it is of the export that was here before", path)
+            path.unlink()
 
 
 def _earlier(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -170,6 +170,8 @@ def _open() -> Any:
 def _query(wanted: list[str]) -> dict[str, Any]:
     if not wanted:
         raise ValueError("search query: give what to look for, a text in quotes or a picture")
+    if not all(one.strip() for one in wanted):
+        raise ValueError("search query: one of the texts is empty; give words, or leave it out")
     try:
         weights = [float(text) for text in flags.FLAGS.weights]
     except ValueError:

@@ -43,7 +43,9 @@ def call(model, tmp_path, monkeypatch, capsys):  # noqa: F811
         caption.flags.FLAGS(["caption", *(f"--{name}={value}" for name, value in given.items())])
         del loaded[:]
         caption.main(["caption", *paths])
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        said = capsys.readouterr()
+        run.said = said.err
+        return json.loads(said.out.splitlines()[-1])
 
     run.loaded = loaded
     return run
@@ -90,6 +92,17 @@ def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
     assert (done["captioned"], done["already_done"]) == (0, 2)
     lines = [json.loads(line)["image"] for line in open("x.jsonl")]
     assert lines == ["s/0.png", "./s/1.png"]
+
+
+def test_more_tokens_than_the_model_writes_are_said(call, model):  # noqa: F811
+    assert model.max_len == 24
+    for prompt, room in (("", 23), ("a", 22)):
+        call_of = dict(out="", prompt=prompt)
+        call("s", max_tokens=room, **call_of)
+        assert "max_tokens" not in call.said
+        call("s", max_tokens=1000, **call_of)
+        assert f"--max_tokens=1000: captions of this model end after {room} tokens" in call.said
+        assert f"its texts being of {model.max_len} (model.text.max_len)" in call.said
 
 
 def test_two_runs_into_one_file_are_not_at_once(call, tmp_path):

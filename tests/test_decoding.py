@@ -283,6 +283,8 @@ def test_one_program_serves_all_lengths_and_numbers(model):
         (dict(num_captions=2), "num_captions"),
         (dict(num_captions=3, num_beams=2), "num_captions"),
         (dict(top_k=3), "top_k"),
+        (dict(length_penalty=2.0), "length_penalty=2.0: only beam search uses it; set num_beams"),
+        (dict(early_stop=False, temperature=1.0), "early_stop=False: only beam search uses it"),
         (dict(temperature=1.0, top_p=0.0), "top_p"),
         (dict(max_tokens=0), "max_tokens"),
         (dict(min_tokens=9, max_tokens=8), "min_tokens"),

@@ -122,6 +122,32 @@ def test_an_export_knows_what_its_images_and_labels_were(model, tmp_path):  # no
     assert np.abs(found - again.encode_text(texts, labels=True)).max() > 1e-3
 
 
+def test_an_export_has_the_weights_of_a_run_in_bfloat16_bit_for_bit(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    export_folder.write(model, str(tmp_path / "run"), dtype="bfloat16")
+    stored = export_format.flatten(export_format.read_export(tmp_path / "run")[0])
+    flags_of("export", monkeypatch)
+    out = tmp_path / "out"
+    export.flags.FLAGS(
+        ["export", f"--checkpoint={tmp_path / 'run'}", f"--out={out}", "--format=hub"]
+    )
+    export.main(["export"])
+    params, config = export_format.read_export(out)
+    found = export_format.flatten(params)
+    assert config.model.dtype == "bfloat16" and found.keys() == stored.keys() and len(found) > 40
+    for name, array in stored.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert "rounded" not in caplog.text
+    rounded = coca_jax.load(str(tmp_path / "run"))
+    assert rounded.checksum() == coca_jax.load(str(out)).checksum()
+    export_folder.write(rounded, str(tmp_path / "rounded"))
+    assert "load(..., narrow=False) keeps them as they were stored" in caplog.text
+
+
 def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_path):  # noqa: F811
     names = ["programs/encode_image.jax_export", "onnx/encode_image.onnx"]
     for name in [*names, "programs/notes.txt"]:
@@ -195,7 +221,7 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         calls.append((*given[1:], *how.items()))
         return {"a": 1_000, "b": 234}
 
-    monkeypatch.setattr(export.coca_jax, "load", lambda place: loaded)
+    monkeypatch.setattr(export.coca_jax, "load", lambda place, **how: loaded)
     for module, name in (
         (export_folder, "check"),
         (export_folder, "write_hub"),

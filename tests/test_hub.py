@@ -238,11 +238,29 @@ def test_of_two_layouts_in_a_folder_the_last_one_counts(model, tmp_path):  # noq
     folder = str(tmp_path / "both")
     export_folder.write(model, folder)
     (tmp_path / "both/params.safetensors").write_bytes(b"of another model")
+    (tmp_path / "both/notes.txt").write_text("mine")
     export_folder.write_hub(model, folder, "org/birds")
     assert coca_jax.load(folder).checksum() == model.checksum()
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert names - {"README.md", "preprocessor_config.json"} == {
+        *("config.json", "model.safetensors", "tokenizer.model", "notes.txt")
+    }
     (tmp_path / "both/model.safetensors").write_bytes(b"of another model")
     export_folder.write(model, folder)
     assert coca_jax.load(folder).checksum() == model.checksum()
+    assert not {"model.safetensors", "tokenizer.model"} & {*os.listdir(folder)}
+
+
+def test_a_configuration_before_names_no_file_elsewhere_to_remove(model, tmp_path):  # noqa: F811
+    for name in ("diary.model", "both/diary.model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for name in ("../diary.model", "diary.model"):
+        before = dict(tokenizer=dict(file="x.model"), files={name: {}, "x.model": {}})
+        before["tokenizer"]["file"] = name if name.startswith("..") else "x.model"
+        (tmp_path / "both/config.json").write_text(json.dumps(before))
+        export_folder.write(model, str(tmp_path / "both"))
+    assert (tmp_path / "diary.model").exists() and (tmp_path / "both/diary.model").exists()
 
 
 def test_a_file_damaged_on_its_way_is_told(model, server, tmp_path):  # noqa: F811

@@ -10,9 +10,9 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import encoded
 
 import coca_jax
-from coca_jax import convert
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
+from coca_jax.interop import weights_files
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def test_one_file_of_a_model_names_its_folder(exported, monkeypatch):
         with pytest.raises(ValueError, match="is one file of a model; give the folder hub$"):
             coca_jax.load(f"hub/{name}")
         with pytest.raises(ValueError, match="give the folder hub$"):
-            convert._find_weights(f"hub/{name}")
+            weights_files.find(f"hub/{name}")
     with pytest.raises(ValueError, match="--input=hub is converted already, .*--to=open_clip"):
-        convert._find_weights("hub")
+        weights_files.find("hub")
 
 
 def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(exported):

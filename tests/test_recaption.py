@@ -24,10 +24,9 @@ from coca_jax.engines import Engine
 from coca_jax.evaluators import caption_metrics, collapse
 from coca_jax.importers.items import Item, Options
 from coca_jax.inference import export_folder
-from coca_jax.inference.generation.settings import Settings
 from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
-from coca_jax.recaptioning.request import Request, way
+from coca_jax.recaptioning.request import Request
 from coca_jax.training import objectives
 
 
@@ -201,21 +200,6 @@ def test_parquet_and_array_record_hold_the_same_and_are_read(checkpoint, tars, t
         assert len(row["image_emb"]) == 16 and len(row["text_emb"]) == 3
     again = asked(checkpoint, tmp_path / "p", tmp_path / "again", format="parquet")
     assert do(again)["count"] == 20
-
-
-def test_ways_are_read_and_wrong_ones_are_told():
-    assert way("nucleus,top_p=0.8,num_captions=3") == Settings(
-        temperature=1.0, top_p=0.8, num_captions=3
-    )
-    assert way("beams,early_stop=false").early_stop is False
-    for text, why in (
-        ("best", "begin with one of greedy"),
-        ("greedy,length=3", "no setting 'length'"),
-        ("beams,num_beams=many", "num_beams takes a int"),
-        ("greedy,num_captions=2", "greedy decoding has one caption"),
-    ):
-        with pytest.raises(ValueError, match=f"--how={text}: .*{why}"):
-            way(text)
 
 
 def test_flags_tell_captions_that_are_no_use():

@@ -16,8 +16,9 @@ from coca_jax.data import prepared, teachers
 from coca_jax.data.records import Record
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Drawn, Item, Options, Unit
+from coca_jax.inference.generation.settings import Settings
 from coca_jax.recaptioning import choose, flags, shard, whole, writers
-from coca_jax.recaptioning.request import Request
+from coca_jax.recaptioning.request import Request, way
 
 
 def write_tar(path, count: int) -> None:
@@ -296,3 +297,22 @@ def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s():
     record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1]}')
     found = teachers.embeddings([record], ["a"], 4)
     assert not found["teacher_image"].any() and not found["teacher_text"].any()
+
+
+def test_ways_are_read_and_wrong_ones_are_told():
+    assert way("nucleus,top_p=0.8,num_captions=3") == Settings(
+        temperature=1.0, top_p=0.8, num_captions=3
+    )
+    assert way("beams,early_stop=false").early_stop is False
+    for text, why in (
+        ("best", "begin with one of greedy"),
+        ("greedy,length=3", "no setting 'length'"),
+        ("beams,num_beams=many", "num_beams takes a int"),
+        ("greedy,num_captions=2", "greedy decoding has one caption"),
+        ("greedy,num_beams=3", "these settings are not greedy; begin with beams"),
+        ("greedy,temperature=0.5", "these settings are not greedy; begin with nucleus"),
+        ("beams,num_beams=1", "these settings are not beams; begin with greedy"),
+        ("nucleus,length_penalty=2", "length_penalty=2.0: only beam search uses it"),
+    ):
+        with pytest.raises(ValueError, match=f"--how={text}: .*{why}"):
+            way(text)

@@ -321,6 +321,8 @@ def test_each_part_of_the_command(model, folder, tmp_path, monkeypatch, capsys):
     for asked, given, says in (
         (("query", "red"), {}, "--index is missing"),
         (("query",), dict(index=out), "give what to look for"),
+        (("query", ""), dict(index=out), "one of the texts is empty; give words"),
+        (("query", "red", " "), dict(index=out), "one of the texts is empty; give words"),
         (("query", "red"), dict(index=out, weights="a"), "--weights=a: give numbers"),
         (("query", "red"), dict(index=out, weights="1,2"), "2 weights for 1 texts"),
         (("index",), dict(checkpoint="here", out=out), "give what to index"),

@@ -164,9 +164,20 @@ def test_labels_answers_and_embeddings(client, model):
         "/api/zero_shot", ("image", picture), ("label", "red\nblue\n\nred"), ("label", "green")
     )
     found = {one["label"]: one["probability"] for one in answer["results"][0]["labels"]}
-    (wanted,) = model.zero_shot([picture], ["red", "blue", "green"], ["a photo of a {}"])
+    (wanted,) = model.zero_shot([picture], ["red", "blue", "green"])
     assert list(found) == [["red", "blue", "green"][i] for i in np.argsort(-wanted)]
     np.testing.assert_allclose([found[k] for k in ("red", "blue", "green")], wanted, atol=1e-4)
+    labels = [("image", picture), ("label", "red\nblue\ngreen")]
+    assert client.post("/api/zero_shot", *labels, ("template", ""))[1] == answer  # the page's form
+    own = client.post("/api/zero_shot", *labels, ("template", "a {} star"))[1]["results"][0][
+        "labels"
+    ]
+    (other,) = model.zero_shot([picture], ["red", "blue", "green"], "a {} star")
+    np.testing.assert_allclose([one["probability"] for one in own], -np.sort(-other), atol=1e-4)
+    assert np.abs(other - wanted).max() > 1e-3
+    assert "must hold '{}' once" in client.refused(
+        400, "/api/zero_shot", *labels, ("template", "red")
+    )
     many = "\n".join(f"{i} things that are red" for i in range(300))  # as the page's box gives them
     status, answer = client.post("/api/zero_shot", ("image", picture), ("label", many))
     assert status == 200 and len(many) > 6000
@@ -209,6 +220,10 @@ def test_search_by_words_pictures_and_both(client, model, searched, folder):
     assert client.get("/api/pictures/0?side=999999")[0] == 400
     assert "nothing to look for" in client.refused(400, "/api/search", ("text", " "))
     assert "nothing" in client.refused(400, "/api/search", ("text", "a"), ("text_weight", 0))
+    for name, given in (("text", ("image", picture)), ("image", ("text", "red"))):
+        assert f"{name}_weight=0.3: there is no {name} that it weighs" in client.refused(
+            400, "/api/search", given, (f"{name}_weight", 0.3)
+        )
     away = client.post("/api/search", ("image", picture), ("image_weight", -1))[1]["results"]
     assert away[-1]["image"] == "below/5.png" and away[-1]["score"] < -0.99
 
@@ -269,7 +284,17 @@ def test_uploads_that_cannot_be_are_a_sentence(client):
         "POST", ask, b"--x\r\nbroken", {"Content-Type": "multipart/form-data"}
     )
     assert status == 400 and "error" in json.loads(data)
-    assert client.send("POST", ask, b"{}", {"Content-Type": "application/json"})[0] == 400
+    for kind, body, says in (
+        ("application/json", b"{}", "Content-Type application/json: send multipart/form-data"),
+        ("", png(0), "Content-Type is missing: send multipart/form-data"),
+        ("image/jpeg", png(0), "Content-Type image/jpeg: send multipart/form-data"),
+        *(  # as curl -d sends anything
+            ("application/x-www-form-urlencoded", body, "no fields with names: send multipart/form")
+            for body in (png(0), b'{"num_beams": 2}')
+        ),
+    ):
+        status, _, data = client.send("POST", ask, body, {"Content-Type": kind} if kind else {})
+        assert status == 400 and says in json.loads(data)["error"], kind
     sending = socket.create_connection(("127.0.0.1", client.port))  # a body that never comes
     sending.sendall(
         b"POST /api/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
@@ -298,6 +323,17 @@ def test_the_page_and_what_watches_the_server(client):
     assert "http://" not in page and "https://" not in page  # nothing of others
     info = json.loads(client.get("/api/info")[2])
     assert info["name"] == "tiny" and info["index"] == dict(pictures=6) and not info["head"]
+    bounds = info["limits"]["fields"]
+    assert bounds["/api/caption"]["num_beams"] == bounds["/api/caption"]["num_captions"] == [1, 8]
+    assert bounds["/api/caption"]["max_tokens"] == [1, 256] and "explain" not in bounds
+    assert bounds["/api/search"]["k"] == [1, 200] and bounds["/api/head"] == {"k": [1, 1000]}
+    assert (info["limits"]["labels"], info["limits"]["characters"]) == (1000, 2000)
+    assert "num_beams" in client.refused(
+        400,
+        "/api/caption",
+        ("image", png(0)),
+        ("num_beams", bounds["/api/caption"]["num_beams"][1] + 1),
+    )
     assert info["captions"] is True and info["explains"] is True
     assert json.loads(client.get("/healthz")[2]) == dict(status="ok")
     image = ("image", png(0))

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from absl import logging
 
 from coca_jax import export_format, image_shape, storage
 from coca_jax.export_format import CARD, PREPROCESSOR
@@ -41,9 +43,16 @@ def write(
     """Writes an export folder, see export_format.py; hub: in the layout of the hub; dtype: that it
     will compute in, default: what the model does; programs: of this model, that are there already.
 
-    Raises ValueError as `check`, and naming a parameter with values that are NaN or infinite.
+    Raises ValueError as `check`, and naming a parameter with values that are NaN or infinite; warns
+    of weights that were rounded when they were loaded.
     """
     check(model)
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(model.params)):
+        logging.warning(
+            "%s: the model's matrices were rounded to bfloat16 when it was loaded; "
+            "load(..., narrow=False) keeps them as they were stored",
+            folder,
+        )
     sizes = model.config.model
     config: dict[str, Any] = dict(
         model=sizes.to_dict() | dict(dtype=dtype or sizes.dtype),

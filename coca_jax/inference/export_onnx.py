@@ -21,6 +21,7 @@ import numpy as np
 from coca_jax import export_format, extras, image_shape, storage
 from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
+from coca_jax.models import roles
 from coca_jax.models.pixels import normalise_pixels
 
 NAMES = ("encode_image", "encode_text", "decode_start", "decode_step")
@@ -109,7 +110,9 @@ def programs(functions: Any, model: CoCaModel, arrays: Arrays) -> dict[str, tupl
 
     The part of a state that no step changes, what the decoder reads of the image, is apart.
     """
-    flat = export_format.flatten(model.params)
+    # The weights become constants: half as many bytes of what is multiplied in bfloat16.
+    narrow = model.config.model.dtype == "bfloat16"
+    flat = export_format.flatten(roles.narrow(model.params) if narrow else model.params)
     weights = functions.decode_weights(flat)
     _, image_tokens = functions.encode_image(flat, arrays.image)
 

@@ -21,11 +21,9 @@ from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.interop import hub, open_clip_config, towers_config
+from coca_jax.interop import hub, weights_files
 from coca_jax.interop.open_clip_layout import compare
 from coca_jax.models import coca, roles, two_towers
-
-FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)
 
 
 def load(
@@ -33,6 +31,7 @@ def load(
     *,
     pretrained: str = "",
     dtype: str | None = None,
+    narrow: bool = True,
     **options: Any,
 ) -> CoCaModel:
     """Loads a model to use; of weights without a decoder a `TwoTowerModel`, which has the methods
@@ -47,6 +46,8 @@ def load(
             open_clip's, 'coca_ViT-L-14' with its `pretrained` or 'coca_ViT-L-14:TAG'.
         pretrained: which weights of open_clip's name; see `coca_jax.list_pretrained`.
         dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
+        narrow: of a model that computes in bfloat16 the matrices are kept in it; False keeps them
+            as they were stored, for what writes them again.
         options: of `CoCaModel`.
 
     Raises:
@@ -68,8 +69,9 @@ def load(
         if not export_format.has_checksums(path):
             _check_fit(params, config, path)
         words = vocabulary.load(export_format.vocabulary_path(path))
-    elif place.is_dir() and not any((place / name).exists() for name in FOREIGN):
+    elif place.is_dir() and not any((place / name).exists() for name in weights_files.FOREIGN):
         export_format.refuse_half(path)
+        weights_files.refuse_shards(path)
         params, config, words = _read_run(path)
     else:
         with storage.local_copy(path) as copy:
@@ -77,8 +79,8 @@ def load(
     stored = config.model.dtype
     if dtype is not None:
         config = config.change({"model.dtype": dtype})
-    if config.model.dtype == "bfloat16":
-        params = _narrow(params)
+    if narrow and config.model.dtype == "bfloat16":
+        params = roles.narrow(params)
     kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
     model: CoCaModel = kind(config, params, words, **options)
     model.stored_dtype = stored
@@ -148,13 +150,3 @@ def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
         params, config = export_format.read_export(folder)
         words = vocabulary.load(export_format.vocabulary_path(folder))
         return jax.tree.map(jnp.asarray, params), config, words
-
-
-def _narrow(params: dict) -> dict:
-    """Matrices and tables in bfloat16; what the model computes in float32 anyway stays."""
-
-    def one(role: roles.Role, x: Any) -> jax.Array:
-        narrow = role.kind in ("kernel", "table") and x.ndim > 1 and not role.part.wide
-        return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
-
-    return roles.map_with_roles(one, params)

@@ -183,3 +183,13 @@ def with_temperature(params: dict, least: float) -> dict:
         return params
     bounded = jax.tree.map(lambda x: jnp.minimum(x, -math.log(least)), params["log_scale"])
     return params | {"log_scale": bounded}
+
+
+def narrow(params: dict) -> dict:
+    """Matrices and tables in bfloat16; what the model computes in float32 anyway stays."""
+
+    def one(role: Role, x: Any) -> jax.Array:
+        narrow = role.kind in ("kernel", "table") and x.ndim > 1 and not role.part.wide
+        return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
+
+    return map_with_roles(one, params)

@@ -89,7 +89,8 @@ def way(text: str) -> Settings:
     nucleus), then fields of `Settings`.
 
     Raises:
-        ValueError: an unknown name or field, or settings that exclude each other.
+        ValueError: an unknown name or field, settings that exclude each other, or those of another
+            name.
     """
     name, *rest = (part.strip() for part in text.split(","))
     if name not in _USUAL:
@@ -105,9 +106,18 @@ def way(text: str) -> Settings:
         except ValueError:
             raise ValueError(f"--how={text}: {key} takes a {kinds[key].__name__}") from None
     try:
-        return Settings(**given)
+        found = Settings(**given)
     except ValueError as error:
         raise ValueError(f"--how={text}: {error}") from None
+    is_so = dict(
+        greedy=found.num_beams == 1 and not found.temperature,
+        beams=found.num_beams > 1,
+        nucleus=found.temperature > 0,
+    )
+    if not is_so[name]:
+        true = next(other for other, holds in is_so.items() if holds)
+        raise ValueError(f"--how={text}: these settings are not {name}; begin with {true}")
+    return found
 
 
 def _value(kind: type, text: str) -> Any:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 import coca_jax
 from coca_jax.config import Entry
 from coca_jax.data import kinds
-from coca_jax.serving import endpoints, openapi
+from coca_jax.serving import endpoints, forms, openapi
 from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.endpoints import ENDPOINTS, PICTURES, Endpoint, Server
 from coca_jax.serving.guard import Guard
@@ -152,5 +152,12 @@ def _about(server: Server, name: str) -> dict[str, Any]:
             classes=len(model.class_names),
         ),
         answers=any(kinds.of(Entry.of(one)).asks for one in sources),
-        limits=dict(bytes=limits.bytes, pixels=limits.pixels, images=limits.images),
+        limits=dict(
+            bytes=limits.bytes,
+            pixels=limits.pixels,
+            images=limits.images,
+            labels=endpoints.MOST_LABELS,
+            characters=forms.LONGEST,
+            fields={one.path: found for one in ENDPOINTS if (found := forms.bounds(one.fields))},
+        ),
     )

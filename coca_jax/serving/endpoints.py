@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from coca_jax.data.prompts import PHOTO
 from coca_jax.searching.index import mixed
 from coca_jax.serving import forms, uploads, works
 from coca_jax.serving.batcher import Batcher
@@ -51,6 +52,7 @@ class Endpoint:
 
     async def respond(self, server: Server, request: Request) -> Response:
         """The answer to a request. Raises Refused."""
+        forms.check_kind(request.headers.get("content-type", ""))
         try:
             async with asyncio.timeout(server.limits.seconds):
                 form = await request.form(max_fields=1200)
@@ -202,6 +204,9 @@ async def search(server: Server, values: Values) -> Any:
     if not pictures and not words:
         raise Refused(400, "nothing to look for; send text, image, or like")
     text_weight, image_weight = values["text_weight"], values["image_weight"]
+    for name, weight, weighed in (("text", text_weight, words), ("image", image_weight, pictures)):
+        if weight != WEIGHT["default"] and not weighed:
+            raise Refused(400, f"{name}_weight={weight}: there is no {name} that it weighs")
     weights = [text_weight] * len(words) + [image_weight] * len(pictures)
     query = mixed(np.stack([*words, *pictures]), weights)
     found = await run_in_threadpool(index.search, query, values["k"])
@@ -276,7 +281,12 @@ ENDPOINTS = (
                 many=True,
                 longest=100 * MOST_LABELS,
             ),
-            Field("template", "The sentence around a label.", default="a photo of a {}"),
+            Field(
+                "template",
+                "The sentence around a label, which stands for its {}; default: as of "
+                f"model.zero_shot, the mean of {', '.join(map(repr, PHOTO))}.",
+                default="",
+            ),
         ],
         zero_shot,
         dict(results=[dict(labels=[dict(label="cat", probability=0.98)])]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from coca_jax.serving.refusals import Refused
 
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", UploadFile: "string"}
 LONGEST = 2000  # characters of a text
+KINDS = ("multipart/form-data", "application/x-www-form-urlencoded")
+SEND = "send multipart/form-data, a picture as the field 'image' (curl -F image=@cat.jpg)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +91,33 @@ class Field:
         return self.default is None and not self.many
 
 
+_NAME = re.compile(r"[\w.\[\] -]{1,100}", re.ASCII)
+
+
 def _number(x: float) -> str:
     """Whole numbers with all of their digits."""
     return f"{x:.0f}" if float(x).is_integer() else f"{x:g}"
+
+
+def check_kind(content_type: str) -> None:
+    """Raises Refused, 400, for a body that does not come as a form."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in KINDS:
+        raise Refused(400, f"Content-Type {kind[:80] or 'is missing'}: {SEND}")
+
+
+def bounds(fields: Sequence[Field]) -> dict[str, list[float]]:
+    """[least, most] of each number that has both, by name."""
+    ends = {field.name: [field.low, field.high] for field in fields}
+    return {name: found for name, found in ends.items() if all(map(math.isfinite, found))}
 
 
 def read(fields: Sequence[Field], form: FormData) -> dict[str, Any]:
     """{name: value}. Raises Refused, 400, for what cannot be, and for a field that there is not."""
     known = [field.name for field in fields]
     for name in form:
+        if not _NAME.fullmatch(name):  # curl -d sends anything as a form: a picture, JSON
+            raise Refused(400, f"the body has no fields with names: {SEND}")
         if name not in known:
             raise Refused(400, f"{name[:40]!r}: no such field; choose from {', '.join(known)}")
     return {field.name: field.read(form) for field in fields}

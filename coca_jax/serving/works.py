@@ -91,14 +91,15 @@ class Explain:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Items: pixels. Answers: {"labels": [{"label", "probability"}]}, the most probable first."""
+    """Items: pixels. Answers: {"labels": [{"label", "probability"}]}, the most probable first.
+    template: the sentence around a label; '': those of `model.zero_shot`."""
 
     labels: tuple[str, ...]
     template: str
 
     def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
         """See the class."""
-        found = model.zero_shot(np.stack(items), self.labels, [self.template])
+        found = model.zero_shot(np.stack(items), self.labels, self.template or None)
         yield [dict(labels=_ranked(self.labels, row)) for row in found]
 
 

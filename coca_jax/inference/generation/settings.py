@@ -71,6 +71,16 @@ class Settings:
             ("top_k", sampled or self.top_k == 0, "only sampling uses it; set temperature above 0"),
             ("top_p", sampled or self.top_p == 1, "only sampling uses it; set temperature above 0"),
             (
+                "length_penalty",
+                beams or self.length_penalty == 1,
+                "only beam search uses it; set num_beams above 1",
+            ),
+            (
+                "early_stop",
+                beams or self.early_stop,
+                "only beam search uses it; set num_beams above 1",
+            ),
+            (
                 "min_tokens",
                 self.min_tokens <= self.max_tokens,
                 f"at most max_tokens={self.max_tokens}; raise max_tokens",

@@ -1,0 +1,87 @@
+"""What is said of files of weights that are none, and of those in the wrong place."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from conversion_cases import small_weights, write_source
+from PIL import Image
+
+import coca_jax
+from coca_jax import convert
+from coca_jax.interop import weights_files
+
+
+def picture(kind):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, kind)
+    return out.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (POINTER, "a pointer of git-lfs, not the weights; run `git lfs pull`"),
+        (picture("JPEG"), "a JPEG picture, not weights"),
+        (picture("PNG"), "a PNG picture, not weights"),
+        (b"<!DOCTYPE html><title>Log in</title>", "a page of HTML"),
+    ],
+)
+def test_first_bytes_say_what_a_file_is(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: {says}"):
+        weights_files.read(str(tmp_path / name))
+
+
+def test_shards_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    says = "model.safetensors.index.json: its weights are in shards, .* write them as one file"
+    for read in (weights_files.find, coca_jax.load):
+        with pytest.raises(ValueError, match=says):
+            read(str(tmp_path))
+
+
+def test_what_is_open_clip_s_already_does_not_go_there(tmp_path):
+    folder, out = write_source(tmp_path / "hub", small_weights()), tmp_path / "out"
+    weights = folder / "open_clip_model.safetensors"
+    shutil.copy(weights, tmp_path / "epoch_3.pt")
+    for given, says in (
+        (folder, r"is open_clip's already \(open_clip_model.safetensors\), not a run or"),
+        (weights, r"is open_clip's already"),
+        (tmp_path / "epoch_3.pt", r"is another program's \(epoch_3.pt\), not a run or an export"),
+    ):
+        with pytest.raises(ValueError, match=rf"--input={given} {says}.* --out=weights"):
+            convert.to_open_clip(str(given), str(out))
+    weights.rename(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is another program's \(model.safetensors\)"):
+        convert.to_open_clip(str(folder), str(out))
+    with pytest.raises(FileNotFoundError, match="no checkpoint under"):
+        convert.to_open_clip(str(tmp_path / "none"), str(out))
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_told_by_its_flag(tmp_path):
+    source = write_source(tmp_path / "given", small_weights())
+    with pytest.raises(FileNotFoundError, match="^--bpe=/nope.gz: no such file; give"):
+        convert.from_open_clip(str(source), str(tmp_path / "out"), bpe="/nope.gz")
+
+
+def test_a_refused_convert_leaves_no_folder(tmp_path):
+    tensors = small_weights()
+    bad = tensors["visual.proj"].copy()
+    bad[0, 0] = np.nan
+    tensors["visual.proj"] = bad
+    source = write_source(tmp_path / "given", tensors)
+    with pytest.raises(ValueError, match="values that are not finite"):
+        convert.from_open_clip(str(source), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # the user's own stays
+    with pytest.raises(ValueError, match="values that are not finite"):
+        convert.from_open_clip(str(source), str(tmp_path / "out"))
+    assert (tmp_path / "out").is_dir()
