@@ -294,3 +294,27 @@ def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s():
     record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1]}')
     found = teachers.embeddings([record], ["a"], 4)
     assert not found["teacher_image"].any() and not found["teacher_text"].any()
+
+
+@pytest.mark.parametrize("rule", ["original", "all", "better"])
+def test_a_tar_lists_the_texts_of_an_image_that_keeps_one_too(tars, rule):
+    os.remove("t/00001.tar")
+    request = asked(text=rule)
+    (job,) = jobs = whole.plan(request)
+    said = [dict(text="a cat", score=0.5), dict(text="a tabby cat", score=0.4)]
+    made = [
+        dict(number=n, key=item.key, originals=said[: n + 1])
+        | dict(captions=[dict(said[0], flags=[])])
+        for n, item in shard.selected(job)
+    ]
+    part = dict(results=made, quarantined=[], read=2, last=True)
+    sealed_json.write(f"{job.part}/part-00000.json", part)
+    shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+    with tarfile.open("out/00000.tar") as tar:
+        told = [json.load(tar.extractfile(f"{n}.json")).get("texts") for n in range(2)]
+    assert told == ([None] * 2 if rule == "better" else [["a cat"], ["a cat", "a tabby cat"]])
+    options = Options(text_field="" if rule == "better" else "texts")
+    found = splits.prepare(
+        "webdataset", "out/00000.tar", "p", options=options, processes=1, progress=False
+    )
+    assert found["with_text"] == found["written"] == 2
