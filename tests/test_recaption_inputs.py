@@ -1,5 +1,6 @@
 """A work of recaptioning knows the files that it was begun with; captions of any script."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,9 +15,10 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared, teachers
 from coca_jax.data.records import Record
+from coca_jax.engines import Engine
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Item, Options, Unit
-from coca_jax.recaptioning import choose, flags, shard, whole, writers
+from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
 from coca_jax.recaptioning.request import Request
 
 
@@ -318,3 +320,45 @@ def test_a_tar_lists_the_texts_of_an_image_that_keeps_one_too(tars, rule):
         "webdataset", "out/00000.tar", "p", options=options, processes=1, progress=False
     )
     assert found["with_text"] == found["written"] == 2
+
+
+def test_a_work_that_can_write_nothing_says_why_and_may_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("l", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for number in range(2):
+        (tmp_path / f"elsewhere/{number}.png").write_bytes(encoded(number))
+    os.symlink(tmp_path / "elsewhere", "l/images")
+    (tmp_path / "l/list.csv").write_text("image,text\nimages/0.png,a\nimages/1.png,b\n")
+    strict = asked("l/list.csv", format="csv", to="parquet")  # refused pictures need no model
+    for _ in range(2):
+        with pytest.raises(ValueError) as told:
+            running.run(strict, whole.plan(strict), Engine(), say=print, progress=False)
+        assert str(told.value).startswith(
+            "l/list.csv: none of 2 examples can be used: quarantined {'outside_input': 2}, filtered"
+            " {}; the first: images/0.png: 'images/0.png' leads to "
+        )
+        assert "--allow_paths=FOLDER_OR_URL" in str(told.value) and os.listdir("out") == []
+    options = Options(verify=False, allow_paths=(str(tmp_path / "elsewhere"),))
+    mended = dataclasses.replace(strict, options=options)
+    assert read(mended) == [("images/0.png", []), ("images/1.png", [])]
+    with pytest.raises(ValueError) as told:
+        whole.plan(strict)
+    assert str(told.value) == (
+        f"--out=out was begun with allow_paths={list(options.allow_paths)}, not []; give the same, "
+        "or another --out"
+    )
+
+
+def test_a_work_of_which_all_is_filtered_says_so(tars):
+    request = asked(min_score=0.9)
+    for job in (jobs := whole.plan(request)):
+        made = [
+            dict(number=n, key=item.key, originals=[dict(text="a", score=0.5)])
+            | dict(captions=[dict(text="b", score=0.6, flags=[])])
+            for n, item in shard.selected(job)
+        ]
+        part = dict(results=made, quarantined=[], read=2, last=True)
+        sealed_json.write(f"{job.part}/part-00000.json", part)
+    with pytest.raises(ValueError, match=r"none of 4 .* filtered {'below --min_score=0.9': 4}"):
+        running.run(request, jobs, Engine(), say=print, progress=False)
