@@ -1,5 +1,6 @@
 """A work of recaptioning knows the files that it was begun with; captions of any script."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,6 +21,7 @@ from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Item, Options, Unit
 from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
 from coca_jax.recaptioning.request import Request
+from coca_jax.training import lease
 
 
 def write_tar(path, count: int) -> None:
@@ -362,3 +364,31 @@ def test_a_work_of_which_all_is_filtered_says_so(tars):
         sealed_json.write(f"{job.part}/part-00000.json", part)
     with pytest.raises(ValueError, match=r"none of 4 .* filtered {'below --min_score=0.9': 4}"):
         running.run(request, jobs, Engine(), say=print, progress=False)
+
+
+def test_a_second_work_at_one_output_is_refused_and_one_of_another_shard_is_not(tars, monkeypatch):
+    flags_of("recaption", monkeypatch)
+    given = ["recaption", "--checkpoint=c", "--input=t", "--out=out"]
+
+    def work(share: str, *beside: str) -> list[str]:
+        """Starts works of shares while one of `share` is under way; those that are let in."""
+        let_in: list[str] = []
+
+        def run(request, jobs, engine, **how):
+            let_in.append(engine.share)
+            for other in beside if len(let_in) == 1 else ():
+                recaption.flags.FLAGS.unparse_flags()
+                recaption.flags.FLAGS([*given, f"--shard={other}"])
+                with contextlib.suppress(lease.Held):
+                    recaption.main(["recaption"])
+            return dict(waiting=1)
+
+        monkeypatch.setattr(running, "run", run)
+        recaption.flags.FLAGS.unparse_flags()
+        recaption.flags.FLAGS([*given, f"--shard={share}"])
+        assert recaption.main(["recaption"])["waiting"] == 1
+        return let_in
+
+    assert work("", "", "") == [""]
+    assert work("0/2", "0/2", "1/2") == ["0/2", "1/2"]
+    assert sorted(os.listdir("out/recaption")) == ["input.json", "plan.json"]

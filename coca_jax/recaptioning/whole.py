@@ -5,6 +5,7 @@ OUT/recaption/plan.json      the shards
 OUT/recaption/input.json     the files of the input
 OUT/recaption/part-N/        the parts of a shard while it is made
 OUT/recaption/part-N.json    the account of a shard
+OUT/recaption/lease.json     who works at it; of --shard=i/n shard-i-of-n.lease.json
 OUT/recaption.json           what there is, written last
 OUT/quarantine.jsonl         images that could not be used, and why
 """
