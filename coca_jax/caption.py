@@ -168,11 +168,11 @@ def _is_elsewhere(before: dict[str, Any] | None) -> bool:
 def _model(before: dict[str, Any] | None) -> Any:
     """The model that the flags name. Raises ValueError for one without a decoder, and for another
     than the one that captions were begun with."""
+    args = flags.FLAGS
+    cli.say(f"loading {args.checkpoint}")
     import coca_jax
     from coca_jax.inference import two_towers
 
-    args = flags.FLAGS
-    cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(
         args.checkpoint, dtype=args.dtype, batch_size=args.batch_size, num_frames=args.num_frames
     )
