@@ -243,7 +243,7 @@ def test_an_input_of_a_training_split_alone_needs_no_flag(tars):
     with pytest.raises(ValueError, match="--split=test: --input=t tells the splits train; give"):
         whole.plan(asked(out="none", split="test"))
     os.rename("t/train-0.tar", "t/0.tar")
-    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits"):
+    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits; drop --split"):
         whole.plan(asked(out="none", split="train"))
 
 
