@@ -181,18 +181,15 @@ def _is_elsewhere(before: dict[str, Any] | None) -> bool:
 def _model(before: dict[str, Any] | None) -> Any:
     """The model that the flags name. Raises ValueError for one without a decoder, and for another
     than the one that captions were begun with."""
-    import coca_jax
-
     args = flags.FLAGS
     cli.say(f"loading {args.checkpoint}")
+    import coca_jax
+    from coca_jax.inference import two_towers
+
     model = coca_jax.load(
         args.checkpoint, dtype=args.dtype, batch_size=args.batch_size, num_frames=args.num_frames
     )
-    if not hasattr(model, "captions"):
-        raise ValueError(
-            f"--checkpoint={args.checkpoint}: a model of the family {model.config.model.family!r} "
-            "has no decoder; it writes no captions"
-        )
+    two_towers.refuse(model, args.checkpoint)
     if before:
         caption_files.check_model(args.out, before, args.checkpoint, model.checksum())
     return model

@@ -10,7 +10,8 @@ what `jax.export` made (StableHLO, any batch size):
     decode_step     weights, state, token int32 [b], step int32 -> log probabilities [b, V], state
 
 params is the flat dict of params.safetensors. A caption is decode_step from the begin symbol at
-step 0 on, each time with the token that was chosen.
+step 0 on, each time with the token that was chosen, until that is the end symbol
+(tokenizer.begin_id and tokenizer.end_id in config.json).
 
 --format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
 --batch_size rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start

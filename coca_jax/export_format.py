@@ -1,6 +1,7 @@
 """The export folder: weights without optimizer state, with all that it takes to use them.
 
-    config.json          'model' (config.model), 'preprocess', 'tokenizer', 'files' (checksums)
+    config.json          'model' (config.model), 'preprocess', 'tokenizer' (its file, and the ids of
+                         the begin and end symbol), 'files' (checksums)
     params.safetensors   float32, by path 'a/b/c', layers stacked: the layout of models/
     vocabulary.*         the tokenizer's file
 
@@ -115,7 +116,7 @@ def write_export(
         params: nested dict of arrays, or flat by path; an array may be `Blocks`, which are written
             one at a time.
         config: 'model', and 'preprocess' {'resize', 'mean', 'std'}, with 'num_frames' and
-            'label_token' where they are not as by default; 'tokenizer' is added.
+            'label_token' where they are not as by default; 'tokenizer' gets its file.
         vocabulary_path: the tokenizer's file, copied.
         hub: in the layout of the hub.
         programs: files of this model, 'programs/NAME' or 'onnx/NAME', that are there already.

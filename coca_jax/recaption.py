@@ -25,11 +25,12 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, engines, storage
-from coca_jax.data import formats
+from coca_jax.data import files, formats
 from coca_jax.importers import remarks, shards
 from coca_jax.importers.items import Options
 from coca_jax.recaptioning import request as requests
 from coca_jax.recaptioning.request import Request
+from coca_jax.training import lease
 
 
 def define_flags() -> None:
@@ -112,10 +113,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     engine = engines.of_flags()  # a wrong --shard is told before anything is written
     storage.check_writable(request.out, make=False)
-    jobs = whole.plan(request)
-    told = whole.finished(request) or running.run(
-        request, jobs, engine, say=cli.say, progress=sys.stderr.isatty()
-    )
+    place = files.join(request.out, "recaption")
+    if engine.share:  # others do theirs at the same time
+        place = files.join(place, f"shard-{engine.share.replace('/', '-of-')}")
+    with lease.alone(place, use="captions into it", flag="--out", beside=bool(engine.share)):
+        jobs = whole.plan(request)
+        told = whole.finished(request) or running.run(
+            request, jobs, engine, say=cli.say, progress=sys.stderr.isatty()
+        )
     seconds = round(time.time() - start, 2)
     if "waiting" in told:
         cli.say(f"{told['waiting']} of {len(jobs)} shards are not there yet")

@@ -42,7 +42,9 @@ images = np.load(f"{folder}/images.npy")
 embedding, tokens = program("encode_image")(params, images)
 weights = program("decode_weights")(params)
 state = program("decode_start")(weights, tokens)
-step, token, caption = program("decode_step"), np.full(len(images), 3, np.int32), []
+tokenizer = json.load(open(f"{folder}/config.json"))["tokenizer"]
+token, caption = np.full(len(images), tokenizer["begin_id"], np.int32), []
+step = program("decode_step")
 for place in range(6):
     log_probs, state = step(weights, state, token, np.int32(place))
     token = np.asarray(log_probs)[:, :300].argmax(-1).astype(np.int32)
@@ -64,7 +66,7 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
     captions = model.captions(images, max_tokens=6)
     for tokens, (caption,) in zip(found["caption"], captions):
         ids = tokens[: caption.num_tokens].tolist()
-        assert words.decode(ids) == caption.text
+        assert (words.bos_id, *ids) == caption.tokens
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_pack
         token = decoder.step(token)[:, : words.size].argmax(-1).astype(np.int32)
         ids.append(token)
     for row, (caption,) in zip(np.stack(ids, 1), model.captions(pair, max_tokens=6)):
-        assert words.decode(row[: caption.num_tokens].tolist()) == caption.text
+        assert (words.bos_id, *row[: caption.num_tokens].tolist()) == caption.tokens
     assert coca_jax.load(str(tmp_path)).max_len == model.max_len  # it is an export as well
 
 
@@ -106,7 +108,8 @@ def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["text"]["vocab_size"] == 320
     assert config["preprocess"]["resize"] == "squash"
-    assert config["tokenizer"]["file"] == "vocabulary.model"
+    ids = dict(begin_id=model.vocabulary.bos_id, end_id=model.vocabulary.eos_id)
+    assert config["tokenizer"] == dict(file="vocabulary.model", **ids)
 
 
 def test_an_export_knows_what_its_images_and_labels_were(model, tmp_path):  # noqa: F811

@@ -1,5 +1,7 @@
 """A work of recaptioning knows the files that it was begun with; captions of any script."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,11 +16,12 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared, teachers
 from coca_jax.data.records import Record
+from coca_jax.engines import Engine
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Drawn, Item, Options, Unit
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.recaptioning import choose, flags, shard, whole, writers
-from coca_jax.recaptioning.request import Request, way
+from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
+from coca_jax.recaptioning.request import Request
+from coca_jax.training import lease
 
 
 def write_tar(path, count: int) -> None:
@@ -240,7 +243,7 @@ def test_an_input_of_a_training_split_alone_needs_no_flag(tars):
     with pytest.raises(ValueError, match="--split=test: --input=t tells the splits train; give"):
         whole.plan(asked(out="none", split="test"))
     os.rename("t/train-0.tar", "t/0.tar")
-    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits"):
+    with pytest.raises(ValueError, match="--split=train: --input=t tells no splits; drop --split"):
         whole.plan(asked(out="none", split="train"))
 
 
@@ -299,20 +302,95 @@ def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s():
     assert not found["teacher_image"].any() and not found["teacher_text"].any()
 
 
-def test_ways_are_read_and_wrong_ones_are_told():
-    assert way("nucleus,top_p=0.8,num_captions=3") == Settings(
-        temperature=1.0, top_p=0.8, num_captions=3
+@pytest.mark.parametrize("rule", ["original", "all", "better"])
+def test_a_tar_lists_the_texts_of_an_image_that_keeps_one_too(tars, rule):
+    os.remove("t/00001.tar")
+    request = asked(text=rule)
+    (job,) = jobs = whole.plan(request)
+    said = [dict(text="a cat", score=0.5), dict(text="a tabby cat", score=0.4)]
+    made = [
+        dict(number=n, key=item.key, originals=said[: n + 1])
+        | dict(captions=[dict(said[0], flags=[])])
+        for n, item in shard.selected(job)
+    ]
+    part = dict(results=made, quarantined=[], read=2, last=True)
+    sealed_json.write(f"{job.part}/part-00000.json", part)
+    shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+    with tarfile.open("out/00000.tar") as tar:
+        told = [json.load(tar.extractfile(f"{n}.json")).get("texts") for n in range(2)]
+    assert told == ([None] * 2 if rule == "better" else [["a cat"], ["a cat", "a tabby cat"]])
+    options = Options(text_field="" if rule == "better" else "texts")
+    found = splits.prepare(
+        "webdataset", "out/00000.tar", "p", options=options, processes=1, progress=False
     )
-    assert way("beams,early_stop=false").early_stop is False
-    for text, why in (
-        ("best", "begin with one of greedy"),
-        ("greedy,length=3", "no setting 'length'"),
-        ("beams,num_beams=many", "num_beams takes a int"),
-        ("greedy,num_captions=2", "greedy decoding has one caption"),
-        ("greedy,num_beams=3", "these settings are not greedy; begin with beams"),
-        ("greedy,temperature=0.5", "these settings are not greedy; begin with nucleus"),
-        ("beams,num_beams=1", "these settings are not beams; begin with greedy"),
-        ("nucleus,length_penalty=2", "length_penalty=2.0: only beam search uses it"),
-    ):
-        with pytest.raises(ValueError, match=f"--how={text}: .*{why}"):
-            way(text)
+    assert found["with_text"] == found["written"] == 2
+
+
+def test_a_work_that_can_write_nothing_says_why_and_may_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("l", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for number in range(2):
+        (tmp_path / f"elsewhere/{number}.png").write_bytes(encoded(number))
+    os.symlink(tmp_path / "elsewhere", "l/images")
+    (tmp_path / "l/list.csv").write_text("image,text\nimages/0.png,a\nimages/1.png,b\n")
+    strict = asked("l/list.csv", format="csv", to="parquet")  # refused pictures need no model
+    for _ in range(2):
+        with pytest.raises(ValueError) as told:
+            running.run(strict, whole.plan(strict), Engine(), say=print, progress=False)
+        assert str(told.value).startswith(
+            "l/list.csv: none of 2 examples can be used: quarantined {'outside_input': 2}, filtered"
+            " {}; the first: images/0.png: 'images/0.png' leads to "
+        )
+        assert "--allow_paths=FOLDER_OR_URL" in str(told.value) and os.listdir("out") == []
+    options = Options(verify=False, allow_paths=(str(tmp_path / "elsewhere"),))
+    mended = dataclasses.replace(strict, options=options)
+    assert read(mended) == [("images/0.png", []), ("images/1.png", [])]
+    with pytest.raises(ValueError) as told:
+        whole.plan(strict)
+    assert str(told.value) == (
+        f"--out=out was begun with allow_paths={list(options.allow_paths)}, not []; give the same, "
+        "or another --out"
+    )
+
+
+def test_a_work_of_which_all_is_filtered_says_so(tars):
+    request = asked(min_score=0.9)
+    for job in (jobs := whole.plan(request)):
+        made = [
+            dict(number=n, key=item.key, originals=[dict(text="a", score=0.5)])
+            | dict(captions=[dict(text="b", score=0.6, flags=[])])
+            for n, item in shard.selected(job)
+        ]
+        part = dict(results=made, quarantined=[], read=2, last=True)
+        sealed_json.write(f"{job.part}/part-00000.json", part)
+    with pytest.raises(ValueError, match=r"none of 4 .* filtered {'below --min_score=0.9': 4}"):
+        running.run(request, jobs, Engine(), say=print, progress=False)
+
+
+def test_a_second_work_at_one_output_is_refused_and_one_of_another_shard_is_not(tars, monkeypatch):
+    flags_of("recaption", monkeypatch)
+    given = ["recaption", "--checkpoint=c", "--input=t", "--out=out"]
+
+    def work(share: str, *beside: str) -> list[str]:
+        """Starts works of shares while one of `share` is under way; those that are let in."""
+        let_in: list[str] = []
+
+        def run(request, jobs, engine, **how):
+            let_in.append(engine.share)
+            for other in beside if len(let_in) == 1 else ():
+                recaption.flags.FLAGS.unparse_flags()
+                recaption.flags.FLAGS([*given, f"--shard={other}"])
+                with contextlib.suppress(lease.Held):
+                    recaption.main(["recaption"])
+            return dict(waiting=1)
+
+        monkeypatch.setattr(running, "run", run)
+        recaption.flags.FLAGS.unparse_flags()
+        recaption.flags.FLAGS([*given, f"--shard={share}"])
+        assert recaption.main(["recaption"])["waiting"] == 1
+        return let_in
+
+    assert work("", "", "") == [""]
+    assert work("0/2", "0/2", "1/2") == ["0/2", "1/2"]
+    assert sorted(os.listdir("out/recaption")) == ["input.json", "plan.json"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax.evaluators import rerank, retrieval, zeroshot
+from coca_jax.evaluators import declarations, rerank, retrieval, zeroshot
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
 
@@ -254,10 +254,14 @@ def test_what_cannot_be_a_number_of_candidates_is_refused(wrong):
 
 
 def test_a_model_without_a_captioner_cannot_rerank():
-    towers = type("Towers", (), dict(encode_image=None, encode_text=None))()
+    has = dict(encode_image=None, encode_text=None, writes_captions=False)
+    towers = type("Towers", (), has)()
     retrieval.Retrieval.check_model(towers, dict(kind="retrieval"))
     with pytest.raises(ValueError, match="rerank=16 needs a captioner"):
         retrieval.Retrieval.check_model(towers, dict(kind="retrieval", rerank=16))
+    for kind in ("captioning", "generative"):  # not by the names of the methods that are missing
+        with pytest.raises(ValueError, match=f"^task {kind!r}: this model has no decoder$"):
+            declarations.of(kind).check_model(towers, dict(kind=kind))
 
 
 def test_a_reranked_tie_counts_against_the_model():

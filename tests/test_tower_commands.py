@@ -155,7 +155,7 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     command = ["evaluate", f"--checkpoint={weights}", f"--data={photos}", "--name=six"]
     done = server.run([*command, "--prompts=prompts.txt", "--out=scores"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "captioning left out: this model has no caption" in done.stderr
+    assert "captioning left out: this model has no decoder" in done.stderr
     scores = json.loads((tmp_path / "scores/eval.json").read_text())
     right = (images @ classes.T).argmax(1) == np.arange(6) % 3
 

@@ -9,8 +9,11 @@ from PIL import Image
 import coca_jax
 from coca_jax import convert
 from coca_jax.data import vocabulary
+from coca_jax.engines import Engine
 from coca_jax.inference.two_towers import TwoTowerModel, canonical
 from coca_jax.interop import timm_trunks
+from coca_jax.recaptioning import running, whole
+from coca_jax.recaptioning.request import Request
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
@@ -216,6 +219,11 @@ def test_what_needs_a_decoder_says_so(commands, tmp_path):
     command = ["caption", f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photo.png")]
     done = commands.run(command, tmp_path)
     assert done.returncode == 2 and "has no decoder" in done.stderr.splitlines()[-1]
+    weights, out = str(tmp_path / "weights"), str(tmp_path / "out")
+    asked = Request(str(tmp_path / "photo.png"), "imagefolder", out, checkpoints=(weights,))
+    with pytest.raises(ValueError, match="--checkpoint=.*weights: .* 'clip' has no decoder"):
+        running.run(asked, whole.plan(asked), Engine(), say=print, progress=False)
+    assert not (tmp_path / "out/recaption/request.json").exists()  # another model may begin there
     model = coca_jax.load(str(tmp_path / "weights"))
     with pytest.raises(AttributeError, match="has no decoder"):
         model.caption([PHOTOS[0]])

@@ -154,7 +154,8 @@ class Evaluator(abc.ABC):
         """Raises ValueError for a model that a task cannot score, before any work."""
         lacking = [name for name in cls.programs if not hasattr(model, name)]
         if lacking:
-            raise ValueError(f"task {cls.kind!r}: this model has no {', '.join(lacking)}")
+            what = ", ".join(lacking) if model.writes_captions else "decoder"
+            raise ValueError(f"task {cls.kind!r}: this model has no {what}")
 
     @classmethod
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:

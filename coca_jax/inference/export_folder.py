@@ -53,7 +53,7 @@ def write(
             "load(..., narrow=False) keeps them as they were stored",
             folder,
         )
-    sizes = model.config.model
+    sizes, words = model.config.model, model.vocabulary
     config: dict[str, Any] = dict(
         model=sizes.to_dict() | dict(dtype=dtype or sizes.dtype),
         preprocess=dict(
@@ -63,15 +63,16 @@ def write(
             num_frames=model.num_frames,
             label_token=model.config.data.label_token,
         ),
+        tokenizer=dict(begin_id=words.bos_id, end_id=words.eos_id),  # for who runs the programs
     )
     if model.class_names:  # the task head's weights are there too; the programs leave it out
         config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
     if hub:
         config |= dict(model_type="coca", architectures=["CoCa"])
     with tempfile.TemporaryDirectory() as scratch:
-        suffix = _SUFFIXES.get(model.vocabulary.data[:1], ".model")
+        suffix = _SUFFIXES.get(words.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")
-        model.vocabulary.save(path)
+        words.save(path)
         export_format.write_export(folder, model.params, config, path, hub=hub, programs=programs)
 
 

@@ -72,6 +72,16 @@ class TwoTowerModel(Encoders):
         return super()._trimmed(tokens, valid) if causal else (tokens, valid)
 
 
+def refuse(model: Encoders, checkpoint: str) -> None:
+    """Raises ValueError for a model without a decoder, where captions are to be written;
+    checkpoint: the flag's value."""
+    if not model.writes_captions:
+        raise ValueError(
+            f"--checkpoint={checkpoint}: a model of the family {model.config.model.family!r} has "
+            "no decoder; it writes no captions"
+        )
+
+
 def canonical(text: str) -> str:
     """A text in lower case, without ASCII punctuation and with single spaces."""
     plain = text.replace("_", " ").translate(_PUNCTUATION).lower()

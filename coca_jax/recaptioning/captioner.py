@@ -16,6 +16,7 @@ import numpy as np
 import coca_jax
 from coca_jax.evaluators import check_finite
 from coca_jax.importers.items import Item
+from coca_jax.inference import two_towers
 from coca_jax.recaptioning import flags
 from coca_jax.recaptioning.request import Request, way
 
@@ -39,7 +40,8 @@ class Captioner:
         seconds: spent so far, by what they went to.
 
     Raises:
-        FileNotFoundError, ValueError: as `coca_jax.load`; a prompt that leaves no room.
+        FileNotFoundError, ValueError: as `coca_jax.load`; a model without a decoder, or a
+            prompt that leaves no room.
     """
 
     def __init__(self, request: Request) -> None:
@@ -52,6 +54,7 @@ class Captioner:
         ]
         self.seconds: dict[str, float] = dict(input=0.0, encoder=0.0, decoder=0.0, scores=0.0)
         for model, place in zip(self.models, request.checkpoints):
+            two_towers.refuse(model, place)
             for prompt in request.prompts:
                 if len(model.vocabulary.encode(prompt)) + 1 >= model.max_len:
                     raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 from coca_jax.recaptioning import flags
 
 Scored = tuple[str, float]
+SEVERAL = ("original", "all")  # rules by which an image may keep several texts
 
 
 def texts(result: dict[str, Any], rule: str) -> list[Scored]:

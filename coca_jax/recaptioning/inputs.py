@@ -47,8 +47,8 @@ def of_split(request: Request) -> tuple[str, Options]:
     if by_field:
         return "", split_field.narrowed(input, by_field, split, request.options)
     if split and split_field.split_of(split) not in map(split_field.split_of, names):
-        told = f"tells the splits {of_what}; give one of them" if names else "tells no splits"
-        raise ValueError(f"--split={split}: --input={input} {told}")
+        told = f"the splits {of_what}; give one of them" if names else "no splits; drop --split"
+        raise ValueError(f"--split={split}: --input={input} tells {told}")
     splits.tell_of_no_split(shards.importer(request.format), input, {})
     return split or "".join(names), request.options
 

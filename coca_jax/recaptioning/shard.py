@@ -132,7 +132,8 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
             if kept or threshold == float("-inf"):
                 known = {one["text"] for one in result["originals"]}
                 told["replaced"] += bool(kept) and kept[0][0] not in known
-                yield writers.Example(_key(job, number, item), item, kept, result)
+                several = request.text in choose.SEVERAL
+                yield writers.Example(_key(job, number, item), item, kept, result, several)
 
     path = files.join(request.out, name)
     with storage.whole_file(path) as local:

@@ -5,6 +5,7 @@ OUT/recaption/plan.json      the shards
 OUT/recaption/input.json     the files of the input
 OUT/recaption/part-N/        the parts of a shard while it is made
 OUT/recaption/part-N.json    the account of a shard
+OUT/recaption/lease.json     who works at it; of --shard=i/n shard-i-of-n.lease.json
 OUT/recaption.json           what there is, written last
 OUT/quarantine.jsonl         images that could not be used, and why
 """
@@ -20,7 +21,7 @@ from typing import Any
 from coca_jax import sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
-from coca_jax.importers import metadata, shards, splits
+from coca_jax.importers import metadata, remarks, shards, splits
 from coca_jax.importers.shards import Job
 from coca_jax.inference import model_checksum
 from coca_jax.recaptioning import inputs, shard
@@ -42,15 +43,7 @@ def plan(request: Request) -> list[Job]:
     path = files.join(work, "request.json")
     told = json.loads(json.dumps(request.told()))
     if files.exists(path):
-        before = sealed_json.read(path)
-        keys = sorted({*told, *before} - {"weights"})
-        other = [(k, before.get(k), told.get(k)) for k in keys if before.get(k) != told.get(k)]
-        if other:
-            key, old, new = other[0]
-            raise ValueError(
-                f"--out={request.out} was begun with {key}={old!r}, not {new!r}; give the same, or "
-                "another --out"
-            )
+        _refuse_other(request.out, _flat(sealed_json.read(path)), _flat(told))
         inputs.check(request)
     elif files.exists(request.out) and any(
         found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
@@ -68,6 +61,22 @@ def plan(request: Request) -> list[Job]:
     if begins:
         inputs.write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
+
+
+def _flat(told: dict[str, Any]) -> dict[str, Any]:
+    """What a request says, with its options one by one."""
+    return {key: value for key, value in told.items() if key != "options"} | told["options"]
+
+
+def _refuse_other(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError, naming the first difference, where a work was begun otherwise."""
+    for key in sorted({*now, *before} - {"weights"}):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise ValueError(
+                f"--out={out} was begun with {key}={old!r}, not {new!r}; give the same, or another "
+                "--out"
+            )
 
 
 def begin(request: Request, checksums: Sequence[str]) -> None:
@@ -113,13 +122,22 @@ def threshold(request: Request, jobs: Sequence[Job]) -> float | None:
 
 
 def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any] | None:
-    """Writes what stands beside the shards and returns it; None while shards are missing."""
+    """Writes what stands beside the shards and returns it; None while shards are missing.
+
+    Raises ValueError where no image was written: why. `out` may then be begun anew, otherwise too.
+    """
     accounts = [shard.account(job) for job in jobs]
     if not all(accounts):
         return None
     known = [account for account in accounts if account]
     _tidy(request, jobs)
     listed = [one for account in known for one in account["quarantined"]]
+    if not any(account["count"] for account in known):
+        _remove(request, jobs)
+        filtered = sum(account["filtered"] for account in known)
+        why = {f"below --min_score={request.min_score}": filtered} if filtered else {}
+        read = sum(account["read"] for account in known)
+        raise ValueError(remarks.nothing_usable(request.input, read, listed, why))
     lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in listed)
     storage.write_bytes(files.join(request.out, "quarantine.jsonl"), lines.encode())
     entries = [
@@ -161,6 +179,15 @@ def _manifest(
     classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})
     told = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
     metadata.write(request.out, told)
+
+
+def _remove(request: Request, jobs: Sequence[Job]) -> None:
+    """Removes a work without results. What it was asked for goes last: a part of a work without
+    that would be taken for one of the next."""
+    work = files.join(request.out, "recaption")
+    for path in (*(f"{job.part}.json" for job in jobs), files.join(work, "threshold.json")):
+        storage.remove(path)
+    storage.remove(work)
 
 
 def _tidy(request: Request, jobs: Sequence[Job]) -> None:

@@ -33,12 +33,14 @@ _MAGIC = (
 
 
 class Example(NamedTuple):
-    """An image with the texts that it keeps, and what was made of it (see Captioner.part)."""
+    """An image with the texts that it keeps, and what was made of it (see Captioner.part).
+    several: whether other images may keep several texts."""
 
     key: str
     item: Item
     kept: list[Scored]
     result: dict[str, Any]
+    several: bool = False
 
     def fields(self) -> dict[str, Any]:
         """The item's other fields, without embeddings: students would take those of an older work
@@ -103,7 +105,7 @@ def _tar(path: str, examples: _Counted) -> None:
             fields = one.fields() | dict(recaption=one.made())
             if one.item.labels:
                 fields["labels"] = list(one.item.labels)
-            if len(one.kept) > 1:
+            if one.several:  # of one text too: who reads this field finds it beside each image
                 fields["texts"] = [text for text, _ in one.kept]
             members = {
                 suffix(one.item.image): one.item.image,
