@@ -278,6 +278,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     out = args.out or args.checkpoint
     if args.out or storage.is_remote(out):
         storage.check_writable(out, make=False)
+    if args.out:
+        results.check_checkpoint(out, args.checkpoint)
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
     model = inference.load(
@@ -299,6 +301,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None
+    if args.out:
+        results.save_checkpoint(out, args.checkpoint)
     for line in results.table(scores):
         print(line)
     return scores

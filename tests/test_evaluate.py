@@ -390,6 +390,7 @@ def test_two_processes_share_the_work(on_one, parts, folder, tmp_path):
     # The command writes captions of up to 64 tokens, the other run of eight.
     want = {k: v for k, v in on_one[0].items() if "captioning" not in k or "perplexity" in k}
     assert_same({k: got[k] for k in want}, want)
+    assert (tmp_path / "out/eval_checkpoint.txt").read_text() == f"{tmp_path}/model\n"
     lines = (tmp_path / "out" / "eval_captions" / "c.jsonl").read_text().splitlines()
     images = [(folder / "test" / f"{i}.png").read_bytes() for i in range(COUNT)]
     assert [json.loads(line)["caption"] for line in lines[1:]] == model.caption(images)

@@ -112,3 +112,16 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
         ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
         ["a/b/num_examples", "1200.0000"],
     ]
+
+
+def test_a_folder_has_the_scores_of_one_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    results.check_checkpoint("scores", "runs/mine")  # of none yet
+    results.save_checkpoint("scores", "runs/mine")
+    for same in ("runs/mine/", "./runs/mine", str(tmp_path / "runs/mine")):
+        results.check_checkpoint("scores", same)
+    told = f"--out=scores holds the scores of {tmp_path}/runs/mine; give another --out"
+    for other in ("runs/mine/checkpoints/400", "coca_ViT-B-32:tag"):
+        with pytest.raises(ValueError, match=told):
+            results.check_checkpoint("scores", other)

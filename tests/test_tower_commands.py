@@ -231,7 +231,8 @@ def test_serve_answers_what_towers_can_and_refuses_captions(photos, tmp_path, mo
         status, found = posted(f"{address}embed", picture, text="two dogs")
         assert status == 200
         np.testing.assert_allclose(found["images"][0], wanted, atol=1e-5)
-        status, found = posted(f"{address}zero_shot", picture, label="\n".join(CLASSES))
+        labels = dict(label="\n".join(CLASSES), template="a photo of a {}")
+        status, found = posted(f"{address}zero_shot", picture, **labels)
         assert status == 200
         assert found["results"][0]["labels"][0]["label"] == CLASSES[int(first.argmax())]
         asked = dict(caption={}, explain=dict(text="cats"), answer=dict(question="what?"))

@@ -1,4 +1,4 @@
-"""Files that evaluations leave in a workdir: eval.json, eval_classes.json, eval_examples.json."""
+"""Files that evaluations leave in a workdir: eval.json and others whose names begin so."""
 
 from __future__ import annotations
 
@@ -20,12 +20,30 @@ from coca_jax.data import bounded_json, resizing, videos
 from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
+_CHECKPOINT = "eval_checkpoint.txt"  # beside the scores of a model from elsewhere
 
 
 def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -> None:
     """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
     _merge(storage.place(workdir) / "eval.json", clean, sort=True)
+
+
+def save_checkpoint(workdir: str, checkpoint: str) -> None:
+    """Notes whose scores `workdir` holds: eval.json says of none whose it is."""
+    storage.write_text(storage.place(workdir) / _CHECKPOINT, f"{_place(checkpoint)}\n")
+
+
+def check_checkpoint(workdir: str, checkpoint: str) -> None:
+    """Raises ValueError where `workdir` holds the scores of another checkpoint."""
+    path = storage.place(workdir) / _CHECKPOINT
+    there = path.read_text().strip() if path.exists() else _place(checkpoint)
+    if there != _place(checkpoint):
+        raise ValueError(f"--out={workdir} holds the scores of {there}; give another --out")
+
+
+def _place(checkpoint: str) -> str:
+    return os.path.realpath(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
 
 
 def table(scores: Mapping[str, float]) -> list[str]:
