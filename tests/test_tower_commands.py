@@ -157,6 +157,10 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     assert done.returncode == 0, done.stderr
     assert "captioning left out: this model has no decoder" in done.stderr
     scores = json.loads((tmp_path / "scores/eval.json").read_text())
+    other = ["evaluate", f"--checkpoint={tmp_path}", f"--data={photos}", "--out=scores"]
+    done = server.run(other, tmp_path)
+    told = f"--out=scores holds the scores of {tmp_path / weights}; give another --out"
+    assert done.returncode == 2 and told in done.stderr
     right = (images @ classes.T).argmax(1) == np.arange(6) % 3
 
     command = ["evaluate", "--checkpoint=weights", "--suite=clip_benchmark", f"--root={sets}"]
