@@ -7,7 +7,6 @@ from conftest import tiny_config
 from test_inference import TEXTS, images, no_compile_cache, tiny_model, words  # noqa: F401
 
 from coca_jax import inference, partitioning
-from coca_jax.inference import texts as text_arrays
 from coca_jax.models import attention_maps, coca
 from coca_jax.ops import reference
 
@@ -39,18 +38,6 @@ def test_streamed_captions_end_as_the_whole_ones(model, images):  # noqa: F811
         next(model.stream_captions(images[:1], num_beams=2))
     with pytest.raises(ValueError, match="batch_size=8"):
         next(model.stream_captions(np.concatenate([images] * 2)))
-
-
-def test_half_a_character_is_in_no_caption(words):  # noqa: F811
-    """Sampling and --max_tokens end in one; such a mark would make the picture's data damaged."""
-    bird, cat = words.encode("a \N{BIRD}"), words.encode("\N{CAT} b")
-    new = [*bird[:-1], *words.encode(" red"), *cat]
-    assert words.decode(new) == "a \ufffd\ufffd\ufffd red \N{CAT} b"
-    tokens = np.array([[new, [*bird[:-1], *[words.pad_id] * (len(new) - len(bird) + 1)]]])
-    decoded = tokens, np.array([[len(new), len(bird) - 1]]), np.zeros((1, 2))
-    ((whole, cut),) = text_arrays.captions(words, [[words.bos_id]], decoded, by_log_prob=False)
-    assert (whole.text, cut.text) == ("a red \N{CAT} b", "a")
-    assert cut.tokens == (words.bos_id, *bird[:-1])
 
 
 def test_words_have_their_probabilities(model, images):  # noqa: F811

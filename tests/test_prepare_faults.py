@@ -368,3 +368,11 @@ def test_class_folders_beside_their_own_archive_are_named(tmp_path):
     with pytest.raises(ValueError) as told:
         import_data("webdataset", root, tmp_path / "out")
     assert "not read: 2" not in str(told.value)
+
+
+def test_one_picture_is_no_folder_of_them(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encode(1))
+    line = r"a\.jpg is one file; --format=imagefolder reads a folder of pictures"
+    with pytest.raises(ValueError, match=line):
+        import_data("imagefolder", tmp_path / "a.jpg", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

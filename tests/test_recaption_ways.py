@@ -1,9 +1,13 @@
-"""The ways of `recaption --how`."""
+"""The ways of `recaption --how`, and what is kept of the captions that they give."""
 
+import numpy as np
 import pytest
+from test_version_0_1 import unpacked
 
 from coca_jax.inference.generation.settings import Settings
-from coca_jax.recaptioning.request import way
+from coca_jax.inference.texts import without_halves
+from coca_jax.recaptioning.captioner import Captioner, Picture
+from coca_jax.recaptioning.request import Request, way
 
 
 def test_ways_are_read_and_wrong_ones_are_told():
@@ -23,3 +27,24 @@ def test_ways_are_read_and_wrong_ones_are_told():
     ):
         with pytest.raises(ValueError, match=f"--how={text}: .*{why}"):
             way(text)
+
+
+def test_half_a_character_is_in_no_caption_that_is_kept(tmp_path):
+    """The model's own are as its tokens are decoded; `prepare` takes such texts for damaged."""
+    assert without_halves("a  red ring") == "a  red ring"
+    assert without_halves("a \ufffd\ufffd red \N{CAT}\ufffd") == "a red \N{CAT}"
+    weights = str(unpacked("converted_0_1", tmp_path) / "converted_0_1")
+    request = Request(
+        *("", "webdataset", ""),
+        checkpoints=(weights,),
+        ways=("greedy,max_tokens=6",),
+        batch_size=4,
+    )
+    captioner = Captioner(request)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    own = captioner.models[0].caption(list(pixels), max_tokens=6)
+    assert any("\ufffd" in text for text in own)
+    pictures = [Picture(n, str(n), [], (image,)) for n, image in enumerate(pixels)]
+    found, _ = captioner.part(pictures)
+    kept = [caption["text"] for one in found for caption in one["captions"]]
+    assert kept == [" ".join(text.replace("\ufffd", "").split()) for text in own]

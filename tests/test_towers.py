@@ -215,12 +215,13 @@ def test_siglip_of_open_clip_equals_its_own(tanh, tmp_path, monkeypatch):
 
 def test_what_needs_a_decoder_says_so(commands, tmp_path):
     in_open_clip(tmp_path / "weights", False)
-    Image.fromarray(PHOTOS[0]).save(tmp_path / "photo.png")
-    command = ["caption", f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photo.png")]
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(PHOTOS[0]).save(tmp_path / "photos/photo.png")
+    command = ["caption", f"--checkpoint={tmp_path / 'weights'}", str(tmp_path / "photos")]
     done = commands.run(command, tmp_path)
     assert done.returncode == 2 and "has no decoder" in done.stderr.splitlines()[-1]
     weights, out = str(tmp_path / "weights"), str(tmp_path / "out")
-    asked = Request(str(tmp_path / "photo.png"), "imagefolder", out, checkpoints=(weights,))
+    asked = Request(str(tmp_path / "photos"), "imagefolder", out, checkpoints=(weights,))
     with pytest.raises(ValueError, match="--checkpoint=.*weights: .* 'clip' has no decoder"):
         running.run(asked, whole.plan(asked), Engine(), say=print, progress=False)
     assert not (tmp_path / "out/recaption/request.json").exists()  # another model may begin there

@@ -46,6 +46,9 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """
     if not files.is_remote(path) and not files.exists(path):
         raise FileNotFoundError(f"{path}: no such folder")
+    system, plain = files.filesystem(path)
+    if system.isfile(plain):
+        raise ValueError(f"{path} is one file; --format=imagefolder reads a folder of pictures")
     root = _folder_of(path, split)
     found = _metadata(root)
     units, below = [], named_files.root_of(path)

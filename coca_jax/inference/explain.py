@@ -15,7 +15,6 @@ import numpy as np
 from coca_jax.config import Model
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.devices import Devices
-from coca_jax.inference.texts import HALF
 from coca_jax.models import attention_maps, coca
 from coca_jax.models.pixels import normalise_pixels
 
@@ -100,14 +99,14 @@ def _words(
 
 def _pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of those before it; '' of a symbol, or of half a character,
-    which comes with the token that completes it, or nowhere."""
+    which comes with the token that completes it, or where none does with the last of the text."""
     pieces, before, last = [], "", 0
     for place, token in enumerate(ids):
         text = vocabulary.decode(ids[: place + 1])
-        whole = text.startswith(before) and not text.endswith(HALF)
+        whole = text.startswith(before) and not text.endswith("\ufffd")
         pieces.append(text[len(before) :] if whole else "")
         before += pieces[-1]
         last = last if token == vocabulary.eos_id else place
     if pieces:
         pieces[last] += vocabulary.decode(ids)[len(before) :]
-    return [piece.replace(HALF, "") for piece in pieces]  # as captions have it
+    return pieces

@@ -11,8 +11,6 @@ import numpy as np
 from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
 
-HALF = "\ufffd"  # what stands in a text that was decoded for bytes that are no character
-
 
 def tokenize(
     vocabulary: Vocabulary, texts: Sequence[str], max_len: int, labels: bool = False
@@ -102,9 +100,9 @@ def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """text: prompt included, without half characters; log_prob: of the new tokens under the model,
-    in nats; num_tokens: how many those are, the end symbol included; finished: whether the end
-    symbol came; tokens: ids of prompt and new tokens, begin symbol first."""
+    """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
+    many those are, the end symbol included; finished: whether the end symbol came; tokens: ids of
+    prompt and new tokens, begin symbol first."""
 
     text: str
     log_prob: float
@@ -125,7 +123,7 @@ def captions(
     for row, known in enumerate(prompt_ids):
         found = [
             Caption(
-                text=_text(vocabulary, known[1:] + new[:n].tolist()),
+                text=vocabulary.decode(known[1:] + new[:n].tolist()),
                 log_prob=float(log_prob),
                 num_tokens=int(n),
                 finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
@@ -139,8 +137,7 @@ def captions(
     return written
 
 
-def _text(vocabulary: Vocabulary, ids: list[int]) -> str:
-    """The text of ids without half characters: data that have some count as damaged, and a text
-    that is drawn or cut may have them anywhere."""
-    text = vocabulary.decode(ids)
-    return " ".join(text.replace(HALF, "").split()) if HALF in text else text
+def without_halves(text: str) -> str:
+    """A decoded text without bytes that are no character (U+FFFD there), in which one that was
+    drawn or cut may end: data with such texts count as damaged."""
+    return " ".join(text.replace("\ufffd", "").split()) if "\ufffd" in text else text

@@ -17,6 +17,7 @@ import coca_jax
 from coca_jax.evaluators import check_finite
 from coca_jax.importers.items import Item
 from coca_jax.inference import two_towers
+from coca_jax.inference.texts import without_halves
 from coca_jax.recaptioning import flags
 from coca_jax.recaptioning.request import Request, way
 
@@ -207,7 +208,7 @@ class Captioner:
                         finished[row].append(one.finished)
                         written[row].append(
                             dict(
-                                text=one.text,
+                                text=without_halves(one.text),
                                 log_prob=_short(one.log_prob),
                                 tokens=one.num_tokens,
                                 checkpoint=number,

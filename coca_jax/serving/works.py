@@ -62,7 +62,7 @@ def _tokens(before: list[Any], now: list[Caption]) -> dict[str, Any] | None:
     new = [
         dict(
             caption=place,
-            text=caption.text,
+            text=caption.text.rstrip("\ufffd"),
             probability=_probability(caption.log_prob - (old.log_prob if old else 0.0)),
             end=caption.finished,
         )
