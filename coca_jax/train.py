@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         )
     recipes.check_weights(flags.FLAGS.config)
     recipes.check_trackers()
+    if flags.FLAGS.data and "data.sources" in recipes.changes():
+        raise ValueError("--config.data.sources and --data both say what trains; give one of them")
     storage.check_slashes(flags.FLAGS.workdir)
     out_folder.check_run(flags.FLAGS.workdir)
     refuse_prepared(flags.FLAGS.workdir)

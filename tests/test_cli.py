@@ -260,6 +260,9 @@ def test_train_refuses_what_the_command_line_names_in_vain(commands, tmp_path):
         "--workdir=out holds prepared data; give a folder of the run's own, and --data=out to train"
     )
     assert done.returncode == 2 and done.stderr == f"error: {line} on them\n"
+    done = commands.run([*train, "--data=out", "--config.data.sources=()"], tmp_path)
+    line = "--config.data.sources and --data both say what trains; give one of them"
+    assert done.returncode == 2 and done.stderr == f"error: {line}\n"
     if importlib.util.find_spec("tensorboardX") is None:
         done = commands.run([*train, "--config.log.trackers=('tensorboard',)"], tmp_path)
         assert done.returncode == 2 and "log.trackers=('tensorboard',): tensorboard" in done.stderr
