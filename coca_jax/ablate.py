@@ -38,7 +38,7 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, data_flags, out_folder, recipes  # noqa: E402
+from coca_jax import cli, out_folder, own_data_flags, recipes  # noqa: E402
 from coca_jax.ablating import table  # noqa: E402
 
 
@@ -46,7 +46,7 @@ def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("out", None, "A local folder for the runs and the results; made when new.")
     flags.DEFINE_float("minutes", 0.0, "Of each run, in place of its steps.")
-    data_flags.define()
+    own_data_flags.define()
     recipes.define_overrides("the table names the recipe: ablate TABLE.toml --out=DIR")
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.training import stopping
 
     try:
-        found = running.with_data(found, args.data, args.out, data_flags.fields())
+        found = running.with_data(found, args.data, args.out, own_data_flags.fields())
         result = running.ablate(found, args.out, args.minutes, cli.say)
     except stopping.Preempted as stop:
         stopping.leave(str(stop), stopping.EXIT_AGAIN)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, data_flags, engines, extras, local_files, quiet, recipes
+from coca_jax import compile_cache, engines, extras, local_files, own_data_flags, quiet, recipes
 from coca_jax.inference.generation import settings
 from coca_jax.training import start, stopping
 
@@ -234,7 +234,7 @@ def _own_flags(module: Any) -> list[flags.Flag]:
     """The flags that the command defines, or takes over from others in `SHARES_FLAGS_OF`; none of
     the libraries'."""
     names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ())]
-    names += [engines.__name__, recipes.__name__, data_flags.__name__]
+    names += [engines.__name__, recipes.__name__, own_data_flags.__name__]
     return [flag for name in names for flag in flags.FLAGS.get_flags_for_module(name)]
 
 

@@ -29,7 +29,7 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, data_flags, out_folder, recipes, storage  # noqa: E402
+from coca_jax import cli, out_folder, own_data_flags, recipes, storage  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
 from coca_jax.data import files  # noqa: E402
 
@@ -44,7 +44,7 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
-    data_flags.define()
+    own_data_flags.define()
     recipes.define_flag()
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
-            fields = data_flags.fields()
+            fields = own_data_flags.fields()
             config = own_data.of_command(
                 config, flags.FLAGS.data, flags.FLAGS.workdir, fields=fields, main_process=first
             )

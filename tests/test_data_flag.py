@@ -6,7 +6,7 @@ import pytest
 from test_own_data import captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import data_flags
+from coca_jax import own_data_flags
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
@@ -97,8 +97,8 @@ def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tm
 
 def test_train_has_them(monkeypatch):
     assert {"data", "text_field", "label_field", "image_field"} <= flags_of("train", monkeypatch)
-    data_flags.flags.FLAGS(["train", "--text_field=words"])
-    fields = data_flags.fields()
+    own_data_flags.flags.FLAGS(["train", "--text_field=words"])
+    fields = own_data_flags.fields()
     assert fields == dict(text_field="words", label_field="", image_field="")
     with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):
         own_data.of_command(typed(recipe()), [], "w", fields=fields)

@@ -35,7 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "the command line": ("cli",),
     "fitting": ("fitting", "ablating"),
-    "recipes": ("recipes", "inherit", "data_flags"),
+    "recipes": ("recipes", "inherit", "own_data_flags"),
     "a run": ("training", "warm_start"),
     "what it costs, what it shows": ("estimate", "report", "serving"),
     "suites": ("suites",),

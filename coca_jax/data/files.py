@@ -40,8 +40,13 @@ def absolute(path: str) -> str:
 
 
 def real(path: str) -> str:
-    """`absolute` with symbolic links followed: two spellings of a folder here are one."""
-    return path if is_remote(path) else os.path.realpath(absolute(path))
+    """The one path of a file or folder: here with links followed, of a URL without '..'."""
+    if not is_remote(path):
+        return os.path.realpath(absolute(path))
+    scheme, rest = path.split("://", 1)
+    if ".." in rest.split("/"):  # else left alone: 'a//b' is a key of its own in a bucket
+        rest = posixpath.normpath(rest)
+    return f"{scheme}://{rest}"
 
 
 def exists(path: str) -> bool:

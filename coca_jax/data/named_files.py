@@ -55,7 +55,7 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
         path = _meant(folder, name) or path
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
-    found = canonical(path)
+    found = files.real(path)
     here = os.getcwd()  # the roots may be relative
     if not any(found.startswith(_prefix(root, here)) for root in roots):
         raise Outside(
@@ -95,19 +95,9 @@ def _pictures_below(folder: str) -> dict[str, str]:
     return found
 
 
-def canonical(path: str) -> str:
-    """The one path of a file or folder: here with links followed, of a URL without '..'."""
-    if not files.is_remote(path):
-        return os.path.realpath(path.removeprefix("file://"))
-    scheme, rest = path.split("://", 1)
-    if ".." in rest.split("/"):  # else left alone: 'a//b' is a key of its own in a bucket
-        rest = posixpath.normpath(rest)
-    return f"{scheme}://{rest}"
-
-
 @functools.lru_cache(maxsize=64)
 def _prefix(root: str, here: str) -> str:
     """What paths below a folder begin with, seen from the folder `here`."""
-    found = canonical(root)
+    found = files.real(root)
     separator = "/" if files.is_remote(found) else os.sep
     return found.rstrip(separator) + separator

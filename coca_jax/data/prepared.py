@@ -17,7 +17,6 @@ from coca_jax.data import (
     formats,
     in_place,
     manifest,
-    named_files,
     records,
     references,
     shard_cache,
@@ -110,7 +109,7 @@ def _root(path: str, told: str) -> str:
         ValueError: neither a local one nor one in a bucket.
         FileNotFoundError: it is gone.
     """
-    root = named_files.canonical(files.join(path, told))
+    root = files.real(files.join(path, told))
     if not references.is_place(root):
         raise ValueError(
             f"data source {path}: it is an index of {root[:200]}, neither here nor in a bucket"

@@ -16,7 +16,7 @@ from absl import logging
 from PIL import Image
 
 from coca_jax import storage
-from coca_jax.data import bounded_json, resizing, videos
+from coca_jax.data import bounded_json, files, resizing, videos
 from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
@@ -43,7 +43,7 @@ def check_checkpoint(workdir: str, checkpoint: str) -> None:
 
 
 def _place(checkpoint: str) -> str:
-    return os.path.realpath(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
+    return files.real(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
 
 
 def table(scores: Mapping[str, float]) -> list[str]:

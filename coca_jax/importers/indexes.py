@@ -144,7 +144,7 @@ def _of_split(entry: Entry, split: str) -> tuple[str, Options]:
 def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
     """What was read, and how, for the index of a split of these data that is in `out`; None where
     there is none. A run goes on with it, however the path was written."""
-    there = metadata.read_manifest(out)["splits"].get(split, {}).get("request", {})
+    there = metadata.request(out, split)
     if not there or files.absolute(there["input"]) != files.absolute(entry.path):
         return None
     where = tuple((field, tuple(values)) for field, values in there["options"].get("where", ()))
@@ -155,7 +155,7 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
 def of_index(entry: Entry, out: str, split: str) -> Entry:
     """The entry that reads the index of its data in `out`, whose texts and labels are those of its
     fields already, but for fields that the index was not made by."""
-    made_by = metadata.read_manifest(out)["splits"][split]["request"]["options"]
+    made_by = metadata.request(out, split).get("options", {})
     taken = (key for key in _fields(entry) if made_by.get(key, "") == getattr(entry, key))
     changes: dict[str, Any] = dict.fromkeys(taken, "")
     return dataclasses.replace(entry, path=out, **changes)

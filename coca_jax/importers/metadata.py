@@ -37,6 +37,12 @@ def read_manifest(out: str) -> dict[str, Any]:
     return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}
 
 
+def request(out: str, split: str) -> dict[str, Any]:
+    """What a split of a folder was asked for by, {'format', 'input', 'options'}; {} where there is
+    no such split, or an earlier version wrote it. Raises as `read_manifest`."""
+    return read_manifest(out)["splits"].get(split, {}).get("request") or {}
+
+
 @contextlib.contextmanager
 def changing(out: str) -> Iterator[dict[str, Any]]:
     """The manifest of a folder that is there, to be changed inside, and written at the end: nobody

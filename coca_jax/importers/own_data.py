@@ -115,9 +115,7 @@ def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -
 def _not_taken(fields: Mapping[str, str], path: str, split: str) -> dict[str, str]:
     """The fields that are to be read in the records of a prepared split, which was not made by
     them. Raises ValueError for another image, which records do not have."""
-    made_by = (metadata.read_manifest(path)["splits"][split].get("request") or {}).get(
-        "options", {}
-    )
+    made_by = metadata.request(path, split).get("options", {})
     left = {name: field for name, field in fields.items() if made_by.get(name) != field}
     if "image_field" in left:
         raise ValueError(

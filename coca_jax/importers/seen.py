@@ -76,10 +76,9 @@ def _made_of(source: Entry) -> dict[str, Any]:
     """The request by which a source was prepared; {} where that is not known, as of data that are
     no longer there or cannot be reached from here."""
     try:
-        there = metadata.read_manifest(source.path)["splits"] if source.path else {}
+        return metadata.request(source.path, source.split or "train") if source.path else {}
     except Exception:  # file systems have types of their own, and no score hangs on it
         return {}
-    return there.get(source.split or "train", {}).get("request", {})
 
 
 def _apart(one: Any, other: Any) -> bool:
