@@ -376,3 +376,14 @@ def test_one_picture_is_no_folder_of_them(tmp_path):
     with pytest.raises(ValueError, match=line):
         import_data("imagefolder", tmp_path / "a.jpg", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_looks_that_share_a_ground_are_compared_with_few_others():
+    rng = np.random.default_rng(0)
+    bits = np.zeros((3000, dedup.BITS), np.uint8)
+    bits[:, 160:] = rng.integers(0, 2, (3000, 96))
+    bits[-1] = bits[5] ^ (np.arange(dedup.BITS) % 50 == 7)  # some of them of the ground
+    apart = int((bits[-1] != bits[5]).sum())
+    assert dedup._near(np.packbits(bits, axis=1), 0, apart, True) == {2999: 5}
+    groups = list(dedup._groups(bits, np.arange(3000), 6, 0, True))
+    assert max(map(len, groups)) < 100 and sum(map(len, groups)) < 4 * 3000

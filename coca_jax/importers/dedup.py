@@ -181,7 +181,8 @@ def _groups(
 
     Two rows that differ in at most d bits agree in one of d + 1 bands of bits, so only rows that
     agree in a band are compared; many that do, as flat pictures, once more by the bands of the
-    bits that are left. Bands of few bits keep little apart.
+    bits that are left. Bands of few bits keep little apart, and so do bits that hardly differ, as
+    those of a ground that all pictures share: each band gets as many of those as of the others.
     """
     left = [(rows, np.arange(BITS), 2)]
     while left:
@@ -191,7 +192,9 @@ def _groups(
         if len(rows) <= _COMPARED or not deep or len(columns) < _LEAST_BITS * (distance + 1):
             yield rows
             continue
-        for band in np.array_split(columns, distance + 1):
+        sided = np.abs(bits[np.ix_(rows, columns)].mean(0, dtype=np.float64) - 0.5)
+        ranked = columns[np.argsort(sided, kind="stable")]
+        for band in (ranked[first :: distance + 1] for first in range(distance + 1)):
             values = _values(np.packbits(bits[np.ix_(rows, band)], axis=1))
             order = np.argsort(values, kind="stable")
             edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
