@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -311,3 +312,26 @@ def test_an_image_that_was_corrected_beside_a_list_is_a_change(name, tmp_path, m
     assert not metadata.have_changed(first, now())
     (folder / "gone.jpg").write_bytes(picture(4))
     assert metadata.have_changed(first, now())
+
+
+def test_each_image_of_a_long_list_is_asked_whether_it_changed(tmp_path):
+    names = [f"{n}.jpg" for n in range(8_200)]  # more than are asked for at a time
+    (tmp_path / names[0]).write_bytes(b"x")
+    for name in names[1:]:
+        os.link(tmp_path / names[0], tmp_path / name)
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(dict(file_name=one, text="x")) + "\n" for one in names))
+
+    def now():
+        return indexes.state_of_input("jsonl", str(path), str(tmp_path / "out"), Options())
+
+    first, own = now(), now().split("-")[:2]
+    size = (tmp_path / names[0]).stat().st_size
+    told = "".join(f"{name!r} {size}\n" for name in names).encode()
+    assert first.split("-")[2] == hashlib.blake2b(told, digest_size=16).hexdigest()
+    for name in (names[0], names[511], names[512], names[8_191], names[8_192], names[-1]):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b"xy")
+        after = now()
+        assert after != first and after.split("-")[:2] == own
+        first = after
