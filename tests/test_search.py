@@ -212,6 +212,19 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
             nearest.open_nearest(x, str(tmp_path))
 
 
+def test_where_the_walk_ends_early_every_picture_is_compared(tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    x = clustered(1500, 16)
+    x[::2] = x[0]  # equal pictures, from whose places no way leads on
+    nearest.build(x, str(tmp_path))
+    graph, queries = nearest.open_nearest(x, str(tmp_path)), x[:20].astype(np.float32)
+    assert min(graph._graph.search(nearest._coarse(queries), 1400).counts) < 1400
+    for asked, k in ((queries, 350), (queries[:1], 1500)):
+        scores, rows = graph(asked, k)
+        assert all(len(set(row)) == k for row in rows.tolist()) and rows.shape == (len(asked), k)
+        np.testing.assert_allclose(scores, nearest.Exact(x)(asked, k)[0], atol=1e-6)
+
+
 def test_a_graph_grows_by_what_is_new(tmp_path, monkeypatch):
     usearch = pytest.importorskip("usearch.index", reason="needs the extra 'search'")
     added: list[int] = []
