@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
     flags.DEFINE_float("threshold", 0.95, "duplicates: least cosine similarity of a pair.")
     flags.DEFINE_integer("clusters", 20, "clusters: how many.", 1)
-    flags.DEFINE_integer("seed", 0, "clusters: of where they begin.")
+    flags.DEFINE_integer("seed", 0, "clusters: of where they begin.", 0, 2**32 - 1)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

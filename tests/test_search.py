@@ -11,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
@@ -329,6 +330,11 @@ def test_each_part_of_the_command(model, folder, tmp_path, monkeypatch, capsys):
     assert done["duplicates"] == sum(len(group["images"]) - 1 for group in found)
     found, done = call("clusters", index=out, clusters=2)
     assert sum(one["size"] for one in found) == 11 and done["clusters"] == 2
+    for seed in (-1, 2**32):
+        with pytest.raises(flags.IllegalFlagValueError, match=rf"--seed={seed}.*\[0, 4294967295"):
+            call("clusters", index=out, seed=seed)
+    call("clusters", index=out, clusters=2, seed=2**32 - 1)
+    call("clusters", index=out, clusters=2, seed=0)
     _, done = call("index", str(folder), checkpoint="here", out=str(tmp_path / "j"), shard="1/2")
     assert (done["waiting"], done["shards"]) == (1, 1)  # the first of two does it
     for asked, given, says in (
