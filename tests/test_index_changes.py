@@ -282,6 +282,26 @@ def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypa
         call("query", "red", index="../i", checkpoint="none")
 
 
+@pytest.mark.parametrize("left", [(), ("0.txt",), ("metadata.jsonl",)])
+def test_of_a_folder_that_was_emptied_nothing_is_found(call, folder, capsys, left):
+    if "metadata.jsonl" in left:
+        write_metadata(folder, {"0.png": "a red circle"})
+    given = dict(checkpoint="here", out="i")
+    assert call("index", "s", **given)["pictures"] == 6
+    for path in folder.glob("*.png"):
+        path.unlink()
+    for name in left:
+        (folder / name).touch()
+    (folder.parent / "t").mkdir()
+    done = call("index", "s", **given)
+    assert [done[key] for key in ("new", "gone", "skipped", "pictures")] == [0, 6, 0, 0]
+    assert "s: no picture is left in it" in capsys.readouterr().err or "metadata.jsonl" in left
+    assert call("query", "red", index="i")["found"] == 0
+    for empty in ("s", "t"):  # of which the index holds nothing
+        with pytest.raises(ValueError, match="the folder is empty|no image"):
+            call("index", empty, **given)
+
+
 def test_an_index_names_the_model_that_it_is_added_to_with(call, folder, model, monkeypatch):  # noqa: F811
     call("index", "s", checkpoint="c/hub", out="i")
     (folder / "new.png").write_bytes(encoded(71))

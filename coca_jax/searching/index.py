@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from coca_jax import local_files, storage
-from coca_jax.data import files
+from coca_jax.data import files, image_files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
@@ -26,7 +26,8 @@ _LEAST = 1e-6  # length of a query before it is normalised, whose largest weight
 
 
 def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
-    """The pictures at `inputs` that `parts` does not hold, or not as they are now.
+    """The pictures at `inputs` that `parts` does not hold, or not as they are now: none of a folder
+    that is `emptied`.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read.
@@ -50,7 +51,13 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
 
     found: dict[Any, Group] = {}
     for input in inputs:
-        for group in pictures.groups(_from_base(input, parts.base), state, part):
+        try:
+            there = pictures.groups(_from_base(input, parts.base), state, part)
+        except ValueError:
+            if not emptied(input, parts):
+                raise
+            continue
+        for group in there:
             found.setdefault(parts.whole_path(group.key) if group.key else group.files, group)
     return list(found.values())
 
@@ -67,6 +74,19 @@ def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
         and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
         and not os.path.exists(name)
     ]
+
+
+def emptied(input: str, parts: Parts) -> bool:
+    """Whether a local folder, of which the index holds pictures, has none any more."""
+    place = parts.whole_path(_from_base(input, parts.base))
+    below = os.path.join(place, "")
+    held = (name for name, known in parts.files.items() if known.row >= 0)
+    if not os.path.isdir(place) or not any(name.startswith(below) for name in held):
+        return False
+    try:
+        return not image_files.find([place])
+    except ValueError:
+        return True
 
 
 def _from_base(input: str, base: str) -> str:
