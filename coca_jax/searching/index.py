@@ -63,10 +63,11 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
 
 
 def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
-    """Rows of local files at or below `inputs` that are there no more."""
-    places = [parts.whole_path(_from_base(input, parts.base)) for input in inputs]
+    """Rows of local files at or below `inputs`, or the folders of lists there, that are there no
+    more, and those of lists whose rows earlier versions did not take for files."""
+    places = [parts.whole_path(pictures.place(_from_base(input, parts.base))) for input in inputs]
     below = tuple(os.path.join(place, "") for place in places if "://" not in place)
-    return [
+    return _by_number(inputs, parts) + [
         known.row
         for name, known in parts.files.items()
         if known.row >= 0
@@ -74,6 +75,16 @@ def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
         and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
         and not os.path.exists(name)
     ]
+
+
+def _by_number(inputs: Sequence[str], parts: Parts) -> list[int]:
+    """Rows of groups that are ranges of rows of the lists at `inputs`."""
+    grouped = parts.grouped()
+    if not any(grouped.values()):
+        return []
+    left = [_from_base(input, parts.base) for input in inputs if not emptied(input, parts)]
+    lists = {parts.whole_path(one) for input in left for one in pictures.lists(input)}
+    return [row for key, rows in grouped.items() if key.rpartition(":")[0] in lists for row in rows]
 
 
 def emptied(input: str, parts: Parts) -> bool:
@@ -136,9 +147,9 @@ def add(
             elif model:
                 embedding.add(model, group, parts, batch_size, part, say, bar.update)
             elif not staged.joined(parts, group):
-                raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
+                raise RuntimeError(f"{group.key or group.files[0].name} was embedded by nobody")
             staged.remove(parts.folder, group)
-    names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
+    names = [parts.whole_path(printable(one.name)) for group in groups for one in group.files]
     failed = [name for name in names if parts.files[name].row < 0]
     held = {name for name in names if name in before and before[name].row >= 0} - {*failed}
     others = parts.skipped.keys() - known
@@ -146,7 +157,7 @@ def add(
     return dict(
         new=len(set(names) - {*held, *failed}) + parts.in_groups - in_groups,
         changed=len(held),
-        gone=len(set(gone)),
+        gone=len({known.row for known in before.values()} & set(gone)),
         already_there=count,
         skipped=len(failed) + sum(parts.whole_path(name) not in parts.files for name in others),
         pictures=len(parts.names()),
