@@ -202,6 +202,19 @@ def test_a_caption_that_was_corrected_is_a_change(model, folder):  # noqa: F811
     assert again(model, "s") == (0, 0, 0, 1, 6)
 
 
+def test_captions_lie_in_files_beside_pictures(model, folder):  # noqa: F811
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"picture {number}\nsaid again\n")
+    (folder / "0.txt").write_bytes(b"\xff no UTF-8")
+    (folder / "4.json").write_text('{"caption": "of JSON"}')
+    told = {f"{number}.png": f"picture {number}" for number in range(1, 4)}
+    told |= {"0.png": "", "4.png": "of JSON", "5.png": ""}
+    assert again(model, "./s") == (6, 0, 0, 1, 6) and captions() == told
+    (folder / "2.txt").write_text("said better")
+    assert again(model, "s") == (0, 1, 0, 1, 6) and captions() == told | {"2.png": "said better"}
+    assert again(model, str(folder)) == (0, 0, 0, 1, 6)
+
+
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811
     import tarfile
 

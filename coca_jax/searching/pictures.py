@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from coca_jax import local_files
 from coca_jax.data import files, formats, image_files, named_files
-from coca_jax.importers import imagefolder, shards
+from coca_jax.importers import imagefolder, shards, sidecars
 from coca_jax.importers.items import Item, Options, Unit, printable
 
 PART = 1024  # pictures a part of an index: what a stop loses at most
@@ -80,7 +80,7 @@ def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> l
     """
     format = _format(path)
     if format in ("imagefolder", "sidecars"):
-        captions = _captions(path)
+        captions = _captions(path, format)
         found = image_files.find([path])
         named = (File(name, captions.get(local_files.whole_path(name), "")) for name in found)
         return _of_files(named, state, part)
@@ -157,12 +157,18 @@ def _spelled(path: str, root: str) -> str:
     return os.path.normpath(os.path.join(root, within))
 
 
-def _captions(path: str) -> dict[str, str]:
-    """What the metadata of a folder of pictures, or the names of its folders, say of each, by
-    whole paths: those that metadata name are absolute, however the folder is spelled."""
+def _captions(path: str, format: str) -> dict[str, str]:
+    """What the metadata of a folder of pictures, the names of its folders or the files beside them
+    say of each, by whole paths: those of units are absolute, however the folder is spelled."""
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
     options, found = Options(), {}
+    if format == "sidecars":
+        if files.is_remote(path):  # that were a request for each picture, in every run
+            return {}
+        beside = (sidecars.texts(unit, options) for unit in sidecars.plan(path, "", options))
+        told = itertools.chain.from_iterable(beside)
+        return {local_files.whole_path(name): _caption(item) for name, item in told}
     for unit in imagefolder.plan(path, "", options):
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:
