@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from test_index_changes import again, captions, folder, rows  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
-from test_search import encoded, tree
+from test_search import embed, encoded, tree
 
-from coca_jax.searching import index, parts
+from coca_jax.data import files
+from coca_jax.engines import Engine
+from coca_jax.searching import index, parts, staged
 
 
 def write_list(place, texts):
@@ -49,6 +51,30 @@ def test_what_a_list_names_are_files(model, folder, monkeypatch, kind):  # noqa:
     monkeypatch.chdir(folder.parent)
     assert sorted(rows(model)) == ["s/0.png", "s/2.png", "s/3.png"]
     assert index.Index("i").file(0)[0] == str(folder / "3.png")
+
+
+def test_a_list_is_embedded_by_shares_and_joined(model, folder):  # noqa: F811
+    texts = {f"{number}.png": f"picture {number}" for number in range(6)}
+    write_list(folder / "list.csv", texts | {"broken.png": "", "../x.png": ""})
+    how = dict(checkpoint="here", batch_size=4, part=3)
+    for share, left in (("0/2", 1), ("1/2", 0)):
+        there = parts.Parts("i")
+        groups = index.groups(["s/list.csv"], there, 3)
+        assert staged.stage(lambda: model, groups, there, Engine(share=share), **how) == left
+    assert index.add(None, groups, there, say=lambda text: None, **how)["skipped"] == 2
+    index.finish(there)
+    assert embed(model, "s/list.csv", "whole", part=3)["new"] == 6 and tree("i") == tree("whole")
+
+
+def test_a_list_in_a_bucket_grows(model, folder, gs):  # noqa: F811
+    for number in range(2):
+        files.filesystem(gs)[0].pipe(f"bucket/s/{number}.png", encoded(number))
+    for count in (1, 2):
+        lines = ["filepath,title", *(f"{n}.png,picture {n}" for n in range(count)), "up/../../x,"]
+        files.filesystem(gs)[0].pipe("bucket/s/list.csv", "\n".join(lines).encode())
+        assert again(model, f"{gs}/s/list.csv") == (1, 0, 0, 1, count)
+    assert rows(model) == [f"{gs}/s/{number}.png" for number in range(2)]
+    assert captions() == {"0.png": "picture 0", "1.png": "picture 1"}
 
 
 def test_a_list_that_appears_in_an_indexed_folder_names_the_same_files(model, folder):  # noqa: F811

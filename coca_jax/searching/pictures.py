@@ -164,7 +164,7 @@ def _captions(path: str, format: str) -> dict[str, str]:
         return {}
     options, found = Options(), {}
     if format == "sidecars":
-        if files.is_remote(path):  # that were a request for each picture, in every run
+        if files.is_remote(path):  # a request for each picture in every run
             return {}
         beside = (sidecars.texts(unit, options) for unit in sidecars.plan(path, "", options))
         told = itertools.chain.from_iterable(beside)
