@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
     flags.DEFINE_float("threshold", 0.95, "duplicates: least cosine similarity of a pair.")
     flags.DEFINE_integer("clusters", 20, "clusters: how many.", 1)
-    flags.DEFINE_integer("seed", 0, "clusters: of where they begin.")
+    flags.DEFINE_integer("seed", 0, "clusters: of where they begin.", 0, 2**32 - 1)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
-            cli.say(f"{input}: read as {formats.guess(input)}")
+            cli.say(f"{input}: {_told(input, parts)}")
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
     cli.say(f"loading {checkpoint}")
@@ -128,6 +128,18 @@ def _index(inputs: list[str]) -> dict[str, Any]:
 
     with lease.alone(args.out, use="indexes into it", flag="--out"):
         return _join(model, inputs)
+
+
+def _told(input: str, parts: Any) -> str:
+    """How an input is read. Raises what `formats.guess` raises."""
+    from coca_jax.searching import index
+
+    try:
+        return f"read as {formats.guess(input)}"
+    except ValueError:
+        if not index.emptied(input, parts):
+            raise
+        return "no picture is left in it"
 
 
 def _how() -> dict[str, Any]:

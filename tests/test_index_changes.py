@@ -202,6 +202,19 @@ def test_a_caption_that_was_corrected_is_a_change(model, folder):  # noqa: F811
     assert again(model, "s") == (0, 0, 0, 1, 6)
 
 
+def test_captions_lie_in_files_beside_pictures(model, folder):  # noqa: F811
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"picture {number}\nsaid again\n")
+    (folder / "0.txt").write_bytes(b"\xff no UTF-8")
+    (folder / "4.json").write_text('{"caption": "of JSON"}')
+    told = {f"{number}.png": f"picture {number}" for number in range(1, 4)}
+    told |= {"0.png": "", "4.png": "of JSON", "5.png": ""}
+    assert again(model, "./s") == (6, 0, 0, 1, 6) and captions() == told
+    (folder / "2.txt").write_text("said better")
+    assert again(model, "s") == (0, 1, 0, 1, 6) and captions() == told | {"2.png": "said better"}
+    assert again(model, str(folder)) == (0, 0, 0, 1, 6)
+
+
 def test_two_spellings_of_a_tar_are_one(model, folder):  # noqa: F811
     import tarfile
 
@@ -280,6 +293,26 @@ def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypa
     )
     with pytest.raises(FileNotFoundError, match="none does not exist; give a run"):
         call("query", "red", index="../i", checkpoint="none")
+
+
+@pytest.mark.parametrize("left", [(), ("0.txt",), ("metadata.jsonl",)])
+def test_of_a_folder_that_was_emptied_nothing_is_found(call, folder, capsys, left):
+    if "metadata.jsonl" in left:
+        write_metadata(folder, {"0.png": "a red circle"})
+    given = dict(checkpoint="here", out="i")
+    assert call("index", "s", **given)["pictures"] == 6
+    for path in folder.glob("*.png"):
+        path.unlink()
+    for name in left:
+        (folder / name).touch()
+    (folder.parent / "t").mkdir()
+    done = call("index", "s", **given)
+    assert [done[key] for key in ("new", "gone", "skipped", "pictures")] == [0, 6, 0, 0]
+    assert "s: no picture is left in it" in capsys.readouterr().err or "metadata.jsonl" in left
+    assert call("query", "red", index="i")["found"] == 0
+    for empty in ("s", "t"):  # of which the index holds nothing
+        with pytest.raises(ValueError, match="the folder is empty|no image"):
+            call("index", empty, **given)
 
 
 def test_an_index_names_the_model_that_it_is_added_to_with(call, folder, model, monkeypatch):  # noqa: F811

@@ -11,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
@@ -212,6 +213,19 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
             nearest.open_nearest(x, str(tmp_path))
 
 
+def test_where_the_walk_ends_early_every_picture_is_compared(tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    x = clustered(1500, 16)
+    x[::2] = x[0]  # equal pictures, from whose places no way leads on
+    nearest.build(x, str(tmp_path))
+    graph, queries = nearest.open_nearest(x, str(tmp_path)), x[:20].astype(np.float32)
+    assert min(graph._graph.search(nearest._coarse(queries), 1400).counts) < 1400
+    for asked, k in ((queries, 350), (queries[:1], 1500)):
+        scores, rows = graph(asked, k)
+        assert all(len(set(row)) == k for row in rows.tolist()) and rows.shape == (len(asked), k)
+        np.testing.assert_allclose(scores, nearest.Exact(x)(asked, k)[0], atol=1e-6)
+
+
 def test_a_graph_grows_by_what_is_new(tmp_path, monkeypatch):
     usearch = pytest.importorskip("usearch.index", reason="needs the extra 'search'")
     added: list[int] = []
@@ -316,6 +330,11 @@ def test_each_part_of_the_command(model, folder, tmp_path, monkeypatch, capsys):
     assert done["duplicates"] == sum(len(group["images"]) - 1 for group in found)
     found, done = call("clusters", index=out, clusters=2)
     assert sum(one["size"] for one in found) == 11 and done["clusters"] == 2
+    for seed in (-1, 2**32):
+        with pytest.raises(flags.IllegalFlagValueError, match=rf"--seed={seed}.*\[0, 4294967295"):
+            call("clusters", index=out, seed=seed)
+    call("clusters", index=out, clusters=2, seed=2**32 - 1)
+    call("clusters", index=out, clusters=2, seed=0)
     _, done = call("index", str(folder), checkpoint="here", out=str(tmp_path / "j"), shard="1/2")
     assert (done["waiting"], done["shards"]) == (1, 1)  # the first of two does it
     for asked, given, says in (

@@ -37,6 +37,19 @@ def root_of(path: str) -> str:
     return posixpath.dirname(found) or "." if of_coco else found
 
 
+def path_of(folder: str, name: Any) -> str:
+    """The path of a file that a row names, relative to `folder`, as it is spelled where it lies.
+
+    Raises ValueError: the name cannot be a path.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{name!r} is no name of a file")
+    path = files.join(folder, name)
+    if not files.is_remote(path) and not os.path.lexists(path):
+        path = _meant(folder, name) or path
+    return path
+
+
 def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     """The path of a file that a row names, relative to `folder`, with symbolic links followed.
 
@@ -48,11 +61,7 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
         Outside: it does not.
         ValueError: the name cannot be a path.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{name!r} is no name of a file")
-    path = files.join(folder, name)
-    if not files.is_remote(path) and not os.path.lexists(path):
-        path = _meant(folder, name) or path
+    path = path_of(folder, name)
     if "::" in path and files.is_remote(path):  # fsspec would chain file systems
         raise Outside(f"{name[:200]!r} chains file systems")
     found = files.real(path)

@@ -56,12 +56,26 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
     Raises ValueError for a unit that names none, as those of earlier versions do.
     """
-    there = {_lower_suffix(name): name for name in files.listing(unit.path)}
+    there = _listing(unit)
     plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
     for name in names_of(unit):
         key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
+
+
+def texts(unit: Unit, options: Options) -> Iterator[tuple[str, Item]]:
+    """The path of each image that a unit names, and what lies beside it: an item whose image is not
+    read."""
+    there = _listing(unit)
+    for name in names_of(unit):
+        path = files.join(unit.path, name)
+        yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
+
+
+def _listing(unit: Unit) -> dict[str, str]:
+    """The files of a unit's folder, by their names with small suffixes."""
+    return {_lower_suffix(name): name for name in files.listing(unit.path)}
 
 
 def _lower_suffix(name: str) -> str:
@@ -71,14 +85,22 @@ def _lower_suffix(name: str) -> str:
 
 
 def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Options) -> Item:
-    """An image with what lies beside it. Raises OSError, ValueError for a text that may not be
-    read. there: the files of the folder, by their names with small suffixes."""
+    """An image with what lies beside it. there: `_listing`. Raises what `_beside` raises."""
     image = load_image(Item(key), unit.path, name, unit, options)
     if image.problem:
         return image
+    item = _beside(key, name, image.image, there, unit, options)
+    item.span = image.span
+    return item
+
+
+def _beside(
+    key: str, name: str, image: bytes, there: Mapping[str, str], unit: Unit, options: Options
+) -> Item:
+    """The item of an image. Raises OSError, ValueError for a text that may not be read."""
     stem, suffix = posixpath.splitext(name)
     group = webdataset.Group(key, options)
-    member = tar_members.Member(name, len(image.image), lambda: image.image, -1)
+    member = tar_members.Member(name, len(image), lambda: image, -1)
     group.add(suffix[1:].lower(), member)
     for beside in SIDECARS:
         kind = "txt" if beside in TEXTS else beside[1:]
@@ -97,5 +119,4 @@ def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Op
         # A caption a line, as CUB and Flowers have them; in a tar it is one, as open_clip reads it.
         found = (line.strip() for text in item.texts for line in text.split("\n"))
         item.texts = [line for line in found if line]
-    item.span = image.span
     return item

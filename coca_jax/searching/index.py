@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from coca_jax import local_files, storage
-from coca_jax.data import files
+from coca_jax.data import files, image_files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
@@ -26,7 +26,8 @@ _LEAST = 1e-6  # length of a query before it is normalised, whose largest weight
 
 
 def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
-    """The pictures at `inputs` that `parts` does not hold, or not as they are now.
+    """The pictures at `inputs` that `parts` does not hold, or not as they are now: none of a folder
+    that is `emptied`.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read.
@@ -50,16 +51,23 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
 
     found: dict[Any, Group] = {}
     for input in inputs:
-        for group in pictures.groups(_from_base(input, parts.base), state, part):
+        try:
+            there = pictures.groups(_from_base(input, parts.base), state, part)
+        except ValueError:
+            if not emptied(input, parts):
+                raise
+            continue
+        for group in there:
             found.setdefault(parts.whole_path(group.key) if group.key else group.files, group)
     return list(found.values())
 
 
 def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
-    """Rows of local files at or below `inputs` that are there no more."""
-    places = [parts.whole_path(_from_base(input, parts.base)) for input in inputs]
+    """Rows of local files at or below `inputs`, or the folders of lists there, that are there no
+    more, and those of lists whose rows earlier versions did not take for files."""
+    places = [parts.whole_path(pictures.place(_from_base(input, parts.base))) for input in inputs]
     below = tuple(os.path.join(place, "") for place in places if "://" not in place)
-    return [
+    return _by_number(inputs, parts) + [
         known.row
         for name, known in parts.files.items()
         if known.row >= 0
@@ -67,6 +75,29 @@ def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
         and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
         and not os.path.exists(name)
     ]
+
+
+def _by_number(inputs: Sequence[str], parts: Parts) -> list[int]:
+    """Rows of groups that are ranges of rows of the lists at `inputs`."""
+    grouped = parts.grouped()
+    if not any(grouped.values()):
+        return []
+    left = [_from_base(input, parts.base) for input in inputs if not emptied(input, parts)]
+    lists = {parts.whole_path(one) for input in left for one in pictures.lists(input)}
+    return [row for key, rows in grouped.items() if key.rpartition(":")[0] in lists for row in rows]
+
+
+def emptied(input: str, parts: Parts) -> bool:
+    """Whether a local folder, of which the index holds pictures, has none any more."""
+    place = parts.whole_path(_from_base(input, parts.base))
+    below = os.path.join(place, "")
+    held = (name for name, known in parts.files.items() if known.row >= 0)
+    if not os.path.isdir(place) or not any(name.startswith(below) for name in held):
+        return False
+    try:
+        return not image_files.find([place])
+    except ValueError:
+        return True
 
 
 def _from_base(input: str, base: str) -> str:
@@ -116,9 +147,9 @@ def add(
             elif model:
                 embedding.add(model, group, parts, batch_size, part, say, bar.update)
             elif not staged.joined(parts, group):
-                raise RuntimeError(f"{group.key or group.files[0][0]} was embedded by nobody")
+                raise RuntimeError(f"{group.key or group.files[0].name} was embedded by nobody")
             staged.remove(parts.folder, group)
-    names = [parts.whole_path(printable(name)) for group in groups for name, _ in group.files]
+    names = [parts.whole_path(printable(one.name)) for group in groups for one in group.files]
     failed = [name for name in names if parts.files[name].row < 0]
     held = {name for name in names if name in before and before[name].row >= 0} - {*failed}
     others = parts.skipped.keys() - known
@@ -126,7 +157,7 @@ def add(
     return dict(
         new=len(set(names) - {*held, *failed}) + parts.in_groups - in_groups,
         changed=len(held),
-        gone=len(set(gone)),
+        gone=len({known.row for known in before.values()} & set(gone)),
         already_there=count,
         skipped=len(failed) + sum(parts.whole_path(name) not in parts.files for name in others),
         pictures=len(parts.names()),

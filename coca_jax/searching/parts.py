@@ -151,6 +151,18 @@ class Parts:
                 first += len(table)
         return self._files
 
+    def grouped(self) -> dict[str, list[int]]:
+        """Rows of groups with a key, by its one spelling; those that are dropped left out."""
+        found: dict[str, list[int]] = {}
+        first = 0
+        for table in self._tables:
+            group = json.loads(table.schema.metadata[_KEY])["group"]
+            if group:
+                rows = {*range(first, first + len(table))} - self._dropped
+                found.setdefault(self.whole_path(group), []).extend(sorted(rows))
+            first += len(table)
+        return found
+
     def _know(self, files: dict[str, Known], table: pa.Table, first: int) -> None:
         """Adds to `files` what a part says; first: its first row's number."""
         said = json.loads(table.schema.metadata[_KEY])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Literal
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
 
 from coca_jax import local_files
-from coca_jax.data import files, formats, image_files
-from coca_jax.importers import imagefolder, shards
+from coca_jax.data import files, formats, image_files, named_files
+from coca_jax.importers import imagefolder, shards, sidecars
 from coca_jax.importers.items import Item, Options, Unit, printable
 
 PART = 1024  # pictures a part of an index: what a stop loses at most
 State = Literal["new", "failed", "done"]  # of a file: not in the index, not read so far, in it
 _OPTIONS = Options(verify=False)
+_LISTS = ("csv", "jsonl", "json")  # formats whose rows name files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Picture:
     stamp: tuple[int, int] | None = None
 
 
+class File(NamedTuple):
+    """A picture that is a file. problem: why it is not to be read, or why a row names none."""
+
+    name: str
+    caption: str = ""
+    problem: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Pictures that are read one after the other, by one process.
@@ -36,13 +47,13 @@ class Group:
     Attributes:
         key: the same at the next start; '' for files, which are told by their names.
         count: how many to expect; 0: not known.
-        files: (path, caption) of each file.
-        unit, format: of what is no folder of files, its part and how it is read.
+        files: those of a folder, or that lists name.
+        unit, format: of everything else, its part and how it is read.
     """
 
     key: str
     count: int = 0
-    files: tuple[tuple[str, str], ...] = ()
+    files: tuple[File, ...] = ()
     unit: Unit | None = None
     format: str = ""
 
@@ -50,8 +61,8 @@ class Group:
         """The pictures, in order."""
         if self.unit is None:
             return (
-                Picture(printable(name), name, caption, stamp=local_files.stamp(name))
-                for name, caption in self.files
+                Picture(printable(name), name, caption, problem, local_files.stamp(name))
+                for name, caption, problem in self.files
             )
         path = self.unit.path
         items = shards.importer(self.format).read(self.unit, _OPTIONS)
@@ -67,22 +78,14 @@ def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> l
     Raises:
         FileNotFoundError, ValueError: nothing there, or no picture.
     """
-    if files.exists(path) and path.lower().endswith(formats.MEDIA):
-        format = "imagefolder"
-    else:
-        format = formats.guess(path)
+    format = _format(path)
     if format in ("imagefolder", "sidecars"):
-        captions = _captions(path)
-        told: dict[State, list[tuple[str, str]]] = dict(new=[], failed=[], done=[])
-        for name in image_files.find([path]):
-            caption = captions.get(local_files.whole_path(name), "")
-            told[state(name, caption)].append((name, caption))
-        cut = [
-            tuple(some[start : start + part])
-            for some in (told["new"], told["failed"])
-            for start in range(0, len(some), part)
-        ]
-        return [Group("", len(some), some) for some in cut]
+        captions = _captions(path, format)
+        found = image_files.find([path])
+        named = (File(name, captions.get(local_files.whole_path(name), "")) for name in found)
+        return _of_files(named, state, part)
+    if format in _LISTS:
+        return _of_files(_listed(path, format), state, part)
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module = shards.importer(format)
     splits = module.splits(input) if format == "prepared" else [""]
@@ -93,12 +96,79 @@ def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> l
     ]
 
 
-def _captions(path: str) -> dict[str, str]:
-    """What the metadata of a folder of pictures, or the names of its folders, say of each, by
-    whole paths: those that metadata name are absolute, however the folder is spelled."""
+def place(path: str) -> str:
+    """The folder in and below which the pictures at a path may lie; of what is neither a folder nor
+    a list the path itself. Raises what `groups` raises."""
+    if files.is_remote(path) or os.path.isdir(path) or _format(path) not in _LISTS:
+        return path
+    return named_files.root_of(path)
+
+
+def lists(path: str) -> set[str]:
+    """The lists of pictures at a path. Raises what `groups` raises."""
+    format = _format(path)
+    units = shards.importer(format).plan(path, "", _OPTIONS) if format in _LISTS else ()
+    return {unit.path for unit in units}
+
+
+def _format(path: str) -> str:
+    named = files.exists(path) and path.lower().endswith(formats.MEDIA)
+    return "imagefolder" if named else formats.guess(path)
+
+
+def _of_files(found: Iterable[File], state: Callable[[str, str], State], part: int) -> list[Group]:
+    told: dict[State, list[File]] = dict(new=[], failed=[], done=[])
+    for one in found:
+        told[state(one.name, one.caption)].append(one)
+    cut = [
+        tuple(some[start : start + part])
+        for some in (told["new"], told["failed"])
+        for start in range(0, len(some), part)
+    ]
+    return [Group("", len(some), some) for some in cut]
+
+
+def _listed(path: str, format: str) -> Iterator[File]:
+    """What the rows of lists name, as a folder of the same files would be read."""
+    module = shards.importer(format)
+    for unit in module.plan(path, "", _OPTIONS):
+        for row in module.located(unit, _OPTIONS):
+            yield _file(row, unit)
+
+
+def _file(row: imagefolder.Located, unit: Unit) -> File:
+    item = row.item
+    if item.problem:
+        name = _spelled(files.join(posixpath.dirname(unit.path), item.key), unit.root)
+        return File(name, problem=f"{item.problem} ({item.detail})")
+    name = _spelled(named_files.path_of(row.folder, row.name), unit.root)
+    try:
+        named_files.resolve("", name, [unit.root])
+    except ValueError as error:
+        return File(name, problem=str(error))
+    return File(name, _caption(item))
+
+
+def _spelled(path: str, root: str) -> str:
+    """A path as that of a file in the folder `root`, which may be relative to the current one."""
+    if files.is_remote(path):
+        return path
+    within = os.path.relpath(local_files.whole_path(path), local_files.whole_path(root))
+    return os.path.normpath(os.path.join(root, within))
+
+
+def _captions(path: str, format: str) -> dict[str, str]:
+    """What the metadata of a folder of pictures, the names of its folders or the files beside them
+    say of each, by whole paths: those of units are absolute, however the folder is spelled."""
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
     options, found = Options(), {}
+    if format == "sidecars":
+        if files.is_remote(path):  # a request for each picture in every run
+            return {}
+        beside = (sidecars.texts(unit, options) for unit in sidecars.plan(path, "", options))
+        told = itertools.chain.from_iterable(beside)
+        return {local_files.whole_path(name): _caption(item) for name, item in told}
     for unit in imagefolder.plan(path, "", options):
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:

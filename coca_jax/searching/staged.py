@@ -113,7 +113,7 @@ def remove(folder: str, group: Group) -> None:
 
 
 def _place(folder: str, group: Group) -> str:
-    names = [group.key] if group.key else [name for name, _ in group.files]
+    names = [group.key] if group.key else [one.name for one in group.files]
     # Relative names stay so: jobs on several machines may see the data below other folders.
     told = "\n".join(name if "://" in name else os.path.normpath(name) for name in names)
     digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
@@ -134,5 +134,5 @@ def _whole(folder: str, group: Group) -> bool:
 
 def _is_whole(staged: Parts, group: Group) -> bool:
     """Whether a staged index holds all of its one group; files are one part."""
-    names = [staged.whole_path(printable(name)) for name, _ in group.files]
+    names = [staged.whole_path(printable(one.name)) for one in group.files]
     return all(name in staged.files for name in names) if names else staged.done(group.key).whole
