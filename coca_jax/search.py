@@ -105,7 +105,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
     parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
     given = args.checkpoint
-    checkpoint: Any = given or parts.about.get("checkpoint", "")
+    checkpoint: Any = given or parts.checkpoint
     args.checkpoint = checkpoint
     _need(checkpoint=checkpoint)
     for input in inputs:

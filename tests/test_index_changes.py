@@ -295,6 +295,16 @@ def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypa
         call("query", "red", index="../i", checkpoint="none")
 
 
+def test_the_model_of_an_index_is_found_from_another_folder(model, folder, monkeypatch):  # noqa: F811
+    (folder.parent / "weights").mkdir()
+    embed(model, "s", "i", checkpoint="weights")
+    assert index.Index("i").checkpoint == parts.Parts("i").checkpoint == "weights"
+    monkeypatch.chdir("s")
+    assert index.Index("../i").checkpoint == str(folder.parent / "weights")
+    os.mkdir("weights")  # what is here comes first
+    assert index.Index("../i").checkpoint == "weights"
+
+
 @pytest.mark.parametrize("left", [(), ("0.txt",), ("metadata.jsonl",)])
 def test_of_a_folder_that_was_emptied_nothing_is_found(call, folder, capsys, left):
     if "metadata.jsonl" in left:

@@ -199,7 +199,7 @@ class Index:
         embeddings: float16 [N, E].
         rows: int64 [N], the row of each in the files of the index. It stays a picture's own until
             that is changed or gone, and is no other's then.
-        checkpoint: the model's place, as it was given.
+        checkpoint: the model's place, see `Parts.checkpoint`.
 
     Raises:
         FileNotFoundError, ValueError: no index there, or a damaged one.
@@ -211,7 +211,8 @@ class Index:
             raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
         self.folder, self.stamp = folder, stamp(folder)
         parts = Parts(folder)
-        self.about, self.checkpoint = parts.about, parts.about["checkpoint"]
+        self.about: dict[str, Any] = parts.about
+        self.checkpoint: Any = parts.checkpoint
         self.names, self.captions = parts.names(), parts.captions()
         self.embeddings, self._stamps = parts.embeddings(), parts.stamps()
         self._whole_path = parts.whole_path

@@ -133,6 +133,15 @@ class Parts:
             self._base = made if there else os.getcwd()
         return self._base
 
+    @property
+    def checkpoint(self) -> str:
+        """Where the index's model lies: as it was given, or, where nothing is there from the
+        current folder, as seen from `base`; '' for a new folder."""
+        given = self.about.get("checkpoint", "")
+        before = os.path.join(self.base, given)
+        moved = bool(given) and not os.path.exists(given) and os.path.exists(before)
+        return before if moved else given
+
     def whole_path(self, name: str) -> str:
         """The one spelling of a picture or a group."""
         return local_files.whole_path(name, self.base)
