@@ -253,6 +253,8 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
         ("[variants.a]", "variant a: no recipe"),
         ("config = 'tinny'\n[variants.a]", "no such recipe.*did you mean tiny"),
         ("config = 'tiny'\nseeds = [0, 0]\n[variants.a]", r"seeds=\[0, 0\]"),
+        ("config = 'tiny'\nseeds = [0, -1]\n[variants.a]", "-1 is none; give .* to 4,294,967,295"),
+        ("config = 'tiny'\nseeds = [4294967296]\n[variants.a]", "4294967296 is none; give"),
         ("config = 'tiny'\nseeds = ['x']\n[variants.a]", r"seeds=\['x'\]"),
         ("config = 'tiny'\nmetrics = 'loss'\n[variants.a]", "metrics='loss'"),
         ("config = 'tiny'\n[variants.a]\nseed = 3", "variant a: its seeds are those"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax import recipes
-from coca_jax.config import Config
+from coca_jax.config import Config, rules
 from coca_jax.config.section import flatten, plain
 
 KEYS = ("config", "seeds", "metrics", "overrides", "variants")
@@ -83,6 +83,9 @@ def _table(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
     seeds, metrics = found.get("seeds", [0]), found.get("metrics", [])
     if not _list_of(seeds, int) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r}: give different whole numbers, as [0, 1, 2]")
+    for seed in seeds:
+        if not rules.SEED.holds(seed):
+            raise ValueError(f"seeds={seeds!r}: {seed} is none; give {rules.SEED.words}")
     if not _list_of(metrics, str):
         raise ValueError(f"metrics={metrics!r}: give names of eval.json, as ['retrieval/x/r1']")
     common = _mapping(found.get("overrides", {}), "overrides")

@@ -129,6 +129,7 @@ STAGES = Rule(
     "0 and add up to 1 at most",
 )
 EXAMPLES = whole(1, 1 << 24, "examples")
+SEED = whole(0, (1 << 32) - 1)  # of JAX and SentencePiece, which have 32 bits for one
 RAMP = Rule(
     lambda v: _stages(v, EXAMPLES),
     "pairs (share of the steps, batch size), such as ((0.2, 64),), whose shares are above 0 and "
