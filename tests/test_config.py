@@ -122,6 +122,19 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
         recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
 
 
+def test_every_recipe_on_weights_of_native_images_keeps_how_many_patches_they_have(tmp_path):
+    """A recipe that leaves data.resize and not data.max_patches would take the pictures smaller."""
+    run = Config().change({"data.resize": "native", "data.max_patches": 8})
+    sealed_json.write(tmp_path / "config.json", run.to_dict())
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    found = {}
+    for name in recipes.names():
+        if "def get_config(weights: str" in recipes.find(name).read_text():
+            data = recipes.load(f"{name}:{tmp_path}").data
+            found[name] = data.resize, data.max_patches
+    assert len(found) >= 10 and set(found.values()) == {("native", 8)}
+
+
 def test_the_page_of_keys_is_current():
     """python -m coca_jax.config.page > docs/config.md"""
     assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
