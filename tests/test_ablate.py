@@ -260,9 +260,12 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
         ("config = 'tiny'\n[variants.a]\nseed = 3", "variant a: its seeds are those"),
         (
             "config = 'tiny'\n[variants.a]\nlos.weight = 3",
-            "variant a: config.los.weight: there is no 'los'; did you mean loss",
+            "variant a: config.los: no key 'los'; did you mean config.loss",
         ),
-        ("config = 'tiny'\n[variants.a]\nsteps.x = 3", "config.steps.x: 'steps' is no section"),
+        (
+            "config = 'tiny'\n[variants.a]\nsteps.x = 3",
+            "config.steps={'x': 3}: give a whole number",
+        ),
         ("config = 'tiny'\n[variants.a]\nbatch_sise = 3", "did you mean config.batch_size"),
         ("config = 'tiny'\n[variants.a]\nbatch_size = 'x'", "variant a: config.batch_size='x'"),
         ("config = 'tiny'\n[variants]\na = 3", "variants.a=3"),

@@ -1,9 +1,9 @@
-"""The plan of an ablation: a variant that has begun stays what it was."""
+"""Ablations: what a variant is, that one that has begun stays it, its steps, and what is shown."""
 
 import pytest
 from test_ablate import TABLE, written
 
-from coca_jax import sealed_json
+from coca_jax import recipes, sealed_json
 from coca_jax.ablating import running, table
 
 
@@ -45,3 +45,25 @@ def test_an_edited_recipe_is_another_variant(tmp_path):
     recipe.write_text(source)  # from here on it is known
     with pytest.raises(ValueError, match="batch_size is 16 there, 8 here"):
         running.Plan(tmp_path / "plan.json", 0).check(found.variants)
+
+
+def test_a_mapping_that_is_a_value_takes_the_place_of_the_one_before_it(tmp_path):
+    text = """
+    config = "tiny"
+    [overrides]
+    model.image.block = {norm_eps = 1e-6, bias = false}
+    [variants.base]
+    [variants.plain]
+    model.image.block = {}
+    [variants.other.model.image.block]
+    norm_eps = 1e-5
+    """
+    found = table.read(written(tmp_path, text), {})
+    blocks = {variant.name: variant.config().model.image.block for variant in found.variants}
+    assert blocks == dict(base=dict(norm_eps=1e-6, bias=False), plain={}, other=dict(norm_eps=1e-5))
+    assert found.variants[0].config().model.image.depth == recipes.load("tiny").model.image.depth
+    running.Plan(tmp_path / "plan.json", 0).check(found.variants)
+    (tmp_path / "plain").mkdir()
+    mended = table.read(written(tmp_path, text.replace("block = {}", "block = {bias = false}")), {})
+    with pytest.raises(ValueError, match="'plain': model.image.block is {} there, {'bias': False}"):
+        running.Plan(tmp_path / "plan.json", 0).check(mended.variants)

@@ -23,7 +23,8 @@ import jax
 from coca_jax import metrics, out_folder, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
-from coca_jax.config.section import flatten, plain
+from coca_jax.config import Config
+from coca_jax.config.section import dotted, plain
 from coca_jax.data import kinds, sources
 from coca_jax.evaluators import declarations
 from coca_jax.importers import own_data
@@ -190,7 +191,8 @@ class Plan:
         """Notes variants that are new. Raises ValueError for one that was another before, and has
         begun."""
         for variant in variants:
-            config = flatten(variant.config().to_dict())  # the recipe's file may have been edited
+            # The recipe's file may have been edited.
+            config = dotted(Config, variant.config().to_dict())
             asked = sealed_json.seal(
                 dict(recipe=variant.recipe, values=dict(variant.values), config=config)
             )

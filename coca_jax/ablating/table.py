@@ -12,7 +12,7 @@ from typing import Any
 
 from coca_jax import recipes
 from coca_jax.config import Config, rules
-from coca_jax.config.section import flatten, plain
+from coca_jax.config.section import dotted, plain
 
 KEYS = ("config", "seeds", "metrics", "overrides", "variants")
 _MOST_BYTES = 1 << 20
@@ -100,7 +100,7 @@ def _table(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
         recipe = row.pop("config", found.get("config"))
         if not isinstance(recipe, str) or not recipe:
             raise ValueError(f"variant {name}: no recipe; give config = 'NAME' above the tables")
-        given = {**flatten(common), **flatten(row), **values}
+        given = {**dotted(Config, common), **dotted(Config, row), **values}
         if "seed" in given:
             raise ValueError(f"variant {name}: its seeds are those of the table; leave out seed")
         variant = Variant(name, recipe, {key: plain(value) for key, value in given.items()})
