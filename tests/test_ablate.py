@@ -214,9 +214,9 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     told = running.ablate(found, str(out), 0.5, said.append)
     assert told["runs"] == 3 and told["failed"] == {"again, seed 3": "the loss is not finite"}
     paces = [("pace", running.PACE)] * 2
-    assert ran == [paces[0], ("both/seed0", 60), paces[1], ("again/seed0", 30)] + [
-        ("both/seed3", 60),
-        ("again/seed3", 30),
+    assert ran == [
+        *paces,
+        *(("both/seed0", 60), ("again/seed0", 30), ("both/seed3", 60), ("again/seed3", 30)),
     ]
     assert "both: 0.5 s a step, so 60 steps" in said and not (out / ".pace").exists()
     assert "run 4 of 4: again, seed 3" in said

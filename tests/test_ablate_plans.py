@@ -1,10 +1,14 @@
 """Ablations: what a variant is, that one that has begun stays it, its steps, and what is shown."""
 
+import json
+import pathlib
+
 import pytest
-from test_ablate import TABLE, written
+from test_ablate import TABLE, quietly, written
 
 from coca_jax import recipes, sealed_json
 from coca_jax.ablating import running, table
+from coca_jax.training import run as training
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -67,3 +71,28 @@ def test_a_mapping_that_is_a_value_takes_the_place_of_the_one_before_it(tmp_path
     mended = table.read(written(tmp_path, text.replace("block = {}", "block = {bias = false}")), {})
     with pytest.raises(ValueError, match="'plain': model.image.block is {} there, {'bias': False}"):
         running.Plan(tmp_path / "plan.json", 0).check(mended.variants)
+
+
+def test_a_warm_up_that_its_minutes_do_not_hold_is_told_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    """With a stand-in for training, of half a second a step."""
+    ran = []
+
+    def train(config, workdir):
+        ran.append((pathlib.Path(workdir).name, config.steps))
+        rows = [dict(step=n + 1, loss=2.0, processor_time=0.5) for n in range(config.steps)]
+        pathlib.Path(workdir).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(workdir, "metrics.jsonl").write_text(lines)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    text = TABLE + "[variants.warm]\noptimizer.warmup_steps = 400\n"
+    line = "variant warm: optimizer.warmup_steps=400 is not below the run's 60 steps; shorten it"
+    with pytest.raises(ValueError, match=line):
+        running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert ran == [(".pace", running.PACE)] * 3
+    mended = table.read(written(tmp_path, text.replace("400", "40")), {})
+    assert running.ablate(mended, str(tmp_path), 0.5, quietly)["runs"] == 6
+    assert ran[3:5] == [(".pace", running.PACE), ("seed0", 60)] and len(ran) == 10
