@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -121,6 +122,17 @@ def test_results_hold_each_seed_their_mean_and_an_interval(done):
     assert apart["mean"] == pytest.approx(0.2) and apart["high"] == pytest.approx(0.2 + 1.27062)
     first = found["variants"]["both"]["metrics"]["retrieval/x/image_to_text_r1"]
     assert first["difference"] is None
+
+
+def test_a_difference_from_a_value_that_is_not_finite_is_none():
+    """NaN is no JSON."""
+    first, other = (
+        {seed: dict(scores={"x/y/z": value}) for seed, value in enumerate(values)}
+        for values in ((math.nan, 0.4, math.inf), (0.5, 0.6, 0.7))
+    )
+    found = outcome.summaries(other, first)
+    assert found["x/y/z"]["difference"] == dict(mean=pytest.approx(0.2), low=None, high=None)
+    json.dumps(outcome.summaries(first, other) | found, allow_nan=False)
 
 
 def test_the_table_and_the_page_show_every_variant(done):
