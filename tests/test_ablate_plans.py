@@ -7,7 +7,8 @@ import pytest
 from test_ablate import TABLE, quietly, written
 
 from coca_jax import recipes, sealed_json
-from coca_jax.ablating import running, table
+from coca_jax.ablating import outcome, running, table
+from coca_jax.report import ablation
 from coca_jax.training import run as training
 
 
@@ -96,3 +97,21 @@ def test_a_warm_up_that_its_minutes_do_not_hold_is_told_before_anything_is_train
     mended = table.read(written(tmp_path, text.replace("400", "40")), {})
     assert running.ablate(mended, str(tmp_path), 0.5, quietly)["runs"] == 6
     assert ran[3:5] == [(".pace", running.PACE), ("seed0", 60)] and len(ran) == 10
+
+
+def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
+    """In all variants alike, and its interval in the scale of its value."""
+
+    def of(*values):
+        values = {str(seed): value for seed, value in enumerate(values)}
+        return dict(values=values, **outcome.interval(list(values.values())), difference=None)
+
+    names = ["mine/d/loss_per_token", "mine/d/found"]
+    variants = {
+        name: dict(runs={}, metrics=dict(zip(names, (of(*loss), of(0.4, 0.6)))))
+        for name, loss in (("a", (2.2, 2.4)), ("b", (0.8, 0.9)))
+    }
+    first, second = (row["cells"] for row in ablation.rows(dict(variants=variants), names))
+    assert first[0] == dict(value="2.3", interval="(1.029 to 3.571)")
+    assert second[0] == dict(value="0.85", interval="(0.2147 to 1.485)")
+    assert first[1] == second[1] == dict(value="50.0%", interval="(-77.06 to 177.1)")
