@@ -208,7 +208,8 @@ def waiting(text: str, every: float = 10.0) -> Iterator[None]:
 
 def fail(text: str) -> NoReturn:
     """Bad input: one line on standard error, exit status 2."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    lines = filter(None, map(str.strip, text.splitlines()))  # blanks within are a file's name
+    print(f"error: {' '.join(lines)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from coca_jax.config import Section
 
 
+# How many patches an image has belongs to resize='native', whoever leaves that.
+_WITH = {"data.resize": ("data.max_patches",)}
+
+
 def leave(config: ConfigDict, *keys: str) -> None:
-    """Marks keys, or all of a section ('model'), as those of the weights at `init_from`."""
+    """Marks keys, or all of a section ('model'), as those of the weights at `init_from`; with
+    data.resize also data.max_patches."""
     for key in keys:
+        leave(config, *_WITH.get(key, ()))
         group, last = _place(config, key)
         if isinstance(group[last], ConfigDict) and len(group[last]):  # else a mapping, as a value
             leave(config, *(f"{key}.{name}" for name in group[last]))

@@ -20,8 +20,7 @@ def get_config(weights: str = "") -> ConfigDict:
     config = base.get_config()
     if weights:
         config.init_from = weights
-        inherit.leave(config, "model", "data.vocabulary", "data.label_token")
-        inherit.leave(config, "data.resize", "data.max_patches")
+        inherit.leave(config, "model", "data.vocabulary", "data.resize", "data.label_token")
     else:
         model = open_clip_config.to_model(open_clip_config.RELEASED["coca_ViT-B-32"])
         config.model.update(model)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -123,6 +124,17 @@ def test_results_hold_each_seed_their_mean_and_an_interval(done):
     assert first["difference"] is None
 
 
+def test_a_difference_from_a_value_that_is_not_finite_is_none():
+    """NaN is no JSON."""
+    first, other = (
+        {seed: dict(scores={"x/y/z": value}) for seed, value in enumerate(values)}
+        for values in ((math.nan, 0.4, math.inf), (0.5, 0.6, 0.7))
+    )
+    found = outcome.summaries(other, first)
+    assert found["x/y/z"]["difference"] == dict(mean=pytest.approx(0.2), low=None, high=None)
+    json.dumps(outcome.summaries(first, other) | found, allow_nan=False)
+
+
 def test_the_table_and_the_page_show_every_variant(done):
     found, folder = done
     lines = (folder / "results.md").read_text().splitlines()
@@ -214,9 +226,9 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     told = running.ablate(found, str(out), 0.5, said.append)
     assert told["runs"] == 3 and told["failed"] == {"again, seed 3": "the loss is not finite"}
     paces = [("pace", running.PACE)] * 2
-    assert ran == [paces[0], ("both/seed0", 60), paces[1], ("again/seed0", 30)] + [
-        ("both/seed3", 60),
-        ("again/seed3", 30),
+    assert ran == [
+        *paces,
+        *(("both/seed0", 60), ("again/seed0", 30), ("both/seed3", 60), ("again/seed3", 30)),
     ]
     assert "both: 0.5 s a step, so 60 steps" in said and not (out / ".pace").exists()
     assert "run 4 of 4: again, seed 3" in said
@@ -253,14 +265,19 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
         ("[variants.a]", "variant a: no recipe"),
         ("config = 'tinny'\n[variants.a]", "no such recipe.*did you mean tiny"),
         ("config = 'tiny'\nseeds = [0, 0]\n[variants.a]", r"seeds=\[0, 0\]"),
+        ("config = 'tiny'\nseeds = [0, -1]\n[variants.a]", "-1 is none; give .* to 4,294,967,295"),
+        ("config = 'tiny'\nseeds = [4294967296]\n[variants.a]", "4294967296 is none; give"),
         ("config = 'tiny'\nseeds = ['x']\n[variants.a]", r"seeds=\['x'\]"),
         ("config = 'tiny'\nmetrics = 'loss'\n[variants.a]", "metrics='loss'"),
         ("config = 'tiny'\n[variants.a]\nseed = 3", "variant a: its seeds are those"),
         (
             "config = 'tiny'\n[variants.a]\nlos.weight = 3",
-            "variant a: config.los.weight: there is no 'los'; did you mean loss",
+            "variant a: config.los: no key 'los'; did you mean config.loss",
         ),
-        ("config = 'tiny'\n[variants.a]\nsteps.x = 3", "config.steps.x: 'steps' is no section"),
+        (
+            "config = 'tiny'\n[variants.a]\nsteps.x = 3",
+            "config.steps={'x': 3}: give a whole number",
+        ),
         ("config = 'tiny'\n[variants.a]\nbatch_sise = 3", "did you mean config.batch_size"),
         ("config = 'tiny'\n[variants.a]\nbatch_size = 'x'", "variant a: config.batch_size='x'"),
         ("config = 'tiny'\n[variants]\na = 3", "variants.a=3"),

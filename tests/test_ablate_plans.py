@@ -1,10 +1,15 @@
-"""The plan of an ablation: a variant that has begun stays what it was."""
+"""Ablations: what a variant is, that one that has begun stays it, its steps, and what is shown."""
+
+import json
+import pathlib
 
 import pytest
-from test_ablate import TABLE, written
+from test_ablate import TABLE, quietly, written
 
-from coca_jax import sealed_json
-from coca_jax.ablating import running, table
+from coca_jax import recipes, sealed_json
+from coca_jax.ablating import outcome, running, table
+from coca_jax.report import ablation
+from coca_jax.training import run as training
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -45,3 +50,68 @@ def test_an_edited_recipe_is_another_variant(tmp_path):
     recipe.write_text(source)  # from here on it is known
     with pytest.raises(ValueError, match="batch_size is 16 there, 8 here"):
         running.Plan(tmp_path / "plan.json", 0).check(found.variants)
+
+
+def test_a_mapping_that_is_a_value_takes_the_place_of_the_one_before_it(tmp_path):
+    text = """
+    config = "tiny"
+    [overrides]
+    model.image.block = {norm_eps = 1e-6, bias = false}
+    [variants.base]
+    [variants.plain]
+    model.image.block = {}
+    [variants.other.model.image.block]
+    norm_eps = 1e-5
+    """
+    found = table.read(written(tmp_path, text), {})
+    blocks = {variant.name: variant.config().model.image.block for variant in found.variants}
+    assert blocks == dict(base=dict(norm_eps=1e-6, bias=False), plain={}, other=dict(norm_eps=1e-5))
+    assert found.variants[0].config().model.image.depth == recipes.load("tiny").model.image.depth
+    running.Plan(tmp_path / "plan.json", 0).check(found.variants)
+    (tmp_path / "plain").mkdir()
+    mended = table.read(written(tmp_path, text.replace("block = {}", "block = {bias = false}")), {})
+    with pytest.raises(ValueError, match="'plain': model.image.block is {} there, {'bias': False}"):
+        running.Plan(tmp_path / "plan.json", 0).check(mended.variants)
+
+
+def test_a_warm_up_that_its_minutes_do_not_hold_is_told_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    """With a stand-in for training, of half a second a step."""
+    ran = []
+
+    def train(config, workdir):
+        ran.append((pathlib.Path(workdir).name, config.steps))
+        rows = [dict(step=n + 1, loss=2.0, processor_time=0.5) for n in range(config.steps)]
+        pathlib.Path(workdir).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(workdir, "metrics.jsonl").write_text(lines)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    text = TABLE + "[variants.warm]\noptimizer.warmup_steps = 400\n"
+    line = "variant warm: optimizer.warmup_steps=400 is not below the run's 60 steps; shorten it"
+    with pytest.raises(ValueError, match=line):
+        running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert ran == [(".pace", running.PACE)] * 3
+    mended = table.read(written(tmp_path, text.replace("400", "40")), {})
+    assert running.ablate(mended, str(tmp_path), 0.5, quietly)["runs"] == 6
+    assert ran[3:5] == [(".pace", running.PACE), ("seed0", 60)] and len(ran) == 10
+
+
+def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
+    """In all variants alike, and its interval in the scale of its value."""
+
+    def of(*values):
+        values = {str(seed): value for seed, value in enumerate(values)}
+        return dict(values=values, **outcome.interval(list(values.values())), difference=None)
+
+    names = ["mine/d/loss_per_token", "mine/d/found"]
+    variants = {
+        name: dict(runs={}, metrics=dict(zip(names, (of(*loss), of(0.4, 0.6)))))
+        for name, loss in (("a", (2.2, 2.4)), ("b", (0.8, 0.9)))
+    }
+    first, second = (row["cells"] for row in ablation.rows(dict(variants=variants), names))
+    assert first[0] == dict(value="2.3", interval="(1.029 to 3.571)")
+    assert second[0] == dict(value="0.85", interval="(0.2147 to 1.485)")
+    assert first[1] == second[1] == dict(value="50.0%", interval="(-77.06 to 177.1)")

@@ -284,6 +284,10 @@ def test_weights_that_give_no_whole_rows_are_answered_with_some_that_do():
     with pytest.raises(ValueError, match=message):
         shares(of(1.0, 0.25), 128)
     assert shares(of(102.0, 26.0), 128) == [102, 26]
+    assert shares(of(0.333333, 0.333333, 0.333334), 768) == [256] * 3
+    with pytest.raises(ValueError, match=r"weights \[349526, 349525, 349525\] do"):
+        shares(of(1.0, 1.0, 1.0), 1 << 20)
+    assert shares(of(349526.0, 349525.0, 349525.0), 1 << 20) == [349526, 349525, 349525]
     with pytest.raises(ValueError, match="give a batch_size of at least 3"):
         shares(of(1.0, 1.0, 1.0), 2)
 

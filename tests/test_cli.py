@@ -304,6 +304,12 @@ def test_a_number_that_counts_has_a_lowest_value(name, monkeypatch):
             assert flag.parser.lower_bound is not None, flag.name
 
 
+def test_an_error_is_one_line_in_which_names_are_as_they_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.fail("my  photos/a\tb.png: no such\n  file\r\n\n; give one\n")
+    assert capsys.readouterr().err == "error: my  photos/a\tb.png: no such file ; give one\n"
+
+
 def test_what_waits_says_for_how_long(capsys):
     with cli.waiting("compiling", every=0.02):
         time.sleep(0.1)

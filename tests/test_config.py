@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 import coca_jax
-from coca_jax import export_format, recipes, run_config
+from coca_jax import checkpointing, export_format, recipes, run_config, sealed_json
 from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
@@ -33,6 +33,15 @@ def test_a_key_of_another_version_is_left_out_of_old_files_alone():
     assert read(Config, old, old=True).change(dict(remat="auto")) == Config()
     with pytest.raises(ValueError, match=r"^config.loss.question_tokens: no key .*config.loss has"):
         read(Config, old)
+
+
+def test_a_run_of_before_the_bound_of_seeds_is_read_and_none_begins(tmp_path):
+    """Above 32 bits SentencePiece fails, and JAX would draw as for the lower 32 alone."""
+    sealed_json.write(tmp_path / "config.json", Config().to_dict() | dict(seed=5_000_000_000))
+    assert checkpointing.read_config(str(tmp_path)).seed == 5_000_000_000
+    with pytest.raises(ValueError, match="config.seed=5000000000: give a .*, 0 to 4,294,967,295$"):
+        Config().change(dict(seed=5_000_000_000))
+    assert Config().change(dict(seed=(1 << 32) - 1)).seed == 4_294_967_295
 
 
 @pytest.mark.parametrize(
@@ -111,6 +120,19 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
     assert (adapted.resize, adapted.vocabulary) == ("squash", f"{place}/vocabulary.model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recipes.typed(finetune_open_clip.get_config(str(tmp_path / "nowhere")))
+
+
+def test_every_recipe_on_weights_of_native_images_keeps_how_many_patches_they_have(tmp_path):
+    """A recipe that leaves data.resize and not data.max_patches would take the pictures smaller."""
+    run = Config().change({"data.resize": "native", "data.max_patches": 8})
+    sealed_json.write(tmp_path / "config.json", run.to_dict())
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    found = {}
+    for name in recipes.names():
+        if "def get_config(weights: str" in recipes.find(name).read_text():
+            data = recipes.load(f"{name}:{tmp_path}").data
+            found[name] = data.resize, data.max_patches
+    assert len(found) >= 10 and set(found.values()) == {("native", 8)}
 
 
 def test_the_page_of_keys_is_current():

@@ -11,7 +11,7 @@ from coca_jax.configs import base
 
 NAN, INF = float("nan"), float("inf")
 ABSURD = {
-    "seed": (-1, 1.5, "x", None),
+    "seed": (-1, 1 << 32, 1.5, "x", None),
     "batch_size": (0, -1, 2.5, True),
     "steps": (-1, 1e3),
     "epochs": (-1.0, NAN, INF),

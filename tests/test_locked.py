@@ -1,7 +1,10 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
 import json
+import resource
 import shutil
+import signal
+import types
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ from coca_jax import checkpointing, export_format, optimizer, partitioning, run_
 from coca_jax.config import Config, Model, Optimizer, read, typed
 from coca_jax.data import features, images, random_access, vocabulary
 from coca_jax.data.batches import Batches, trained
+from coca_jax.data.records import Record
 from coca_jax.metrics import TimeBuckets
 from coca_jax.models import coca, two_towers
 from coca_jax.models.pixels import normalise_pixels
@@ -164,6 +168,45 @@ def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path):
     with pytest.raises(ValueError, match="more than data.features_gib=1e-06; raise it"):
         features.Features(str(tmp_path / "none"), other, ROWS, small)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_ends_the_work_and_damages_no_kept_row(tmp_path):
+    """The system takes a part of what does not fit, and says so in the number it returns alone."""
+    config = read(Config, locked_run("x").to_dict())
+    one = features.Features(str(tmp_path), {"x": 1}, 8, config)
+    size = int(np.prod(one.shape)) * one.dtype.itemsize
+    records = [Record(b"image %d" % n, (), (), str(n)) for n in range(8)]
+    tokens = np.ones((4, *one.shape), one.dtype)
+    free, was = r"[\d.e+]+ GiB free; make room", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 * size + size // 2, was[1]))
+        one.write(np.arange(4), records[:4], tokens)
+        with pytest.raises(OSError, match=f"{one.path}: File too large for kept tokens, {free}"):
+            one.write(np.arange(4, 8), records[4:], tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, before)
+    one.close()
+    again = features.Features(str(tmp_path), {"x": 1}, 8, config)
+    assert again.missing().tolist() == [4, 5, 6, 7]
+    np.testing.assert_array_equal(again.read(3, records[3]), tokens[3])
+    again.write(np.arange(4, 8), records[4:], tokens)
+    np.testing.assert_array_equal(again.read(4, records[4]), tokens[0])
+    again.close()
+
+
+def test_the_room_is_that_of_all_sources(tmp_path, monkeypatch):
+    config = read(Config, locked_run("x").to_dict())
+    size = int(np.prod(features.shape(config))) * 4
+    room = types.SimpleNamespace(free=10 * size)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda place: room)
+    one = features.Features(str(tmp_path), {"x": 1}, 6, config)
+    assert one.to_come == 6 * size
+    with pytest.raises(ValueError, match="GiB are needed and .* free; give a folder on a larger"):
+        features.Features(str(tmp_path), {"x": 2}, 6, config, one.to_come)
+    features.Features(str(tmp_path), {"x": 3}, 4, config, one.to_come).close()
+    one.close()
 
 
 def test_two_parts_of_data_without_a_fingerprint_keep_their_tokens_apart():

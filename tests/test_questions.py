@@ -11,9 +11,10 @@ from one_device import train_alone as train
 from PIL import Image
 
 import coca_jax
-from coca_jax.data import mixture, questions, run_vocabulary, sources, vocabulary
+from coca_jax.data import kinds, mixture, questions, run_vocabulary, sources, vocabulary
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.records import Record
+from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
 from coca_jax.evaluators.records import Records
 from coca_jax.prepare import prepare
@@ -106,6 +107,14 @@ def test_questions_are_chosen_by_their_answers(asked):
     assert [r.labels for r in colours] == [(name,) for name in COLOURS]
     with pytest.raises(ValueError, match="no record has .* one of .'pink'."):
         sources.open_source(dict(entry, answers=("pink",)))
+
+
+def test_a_question_that_holds_the_border_of_questions_and_answers_stays_whole(tmp_path):
+    words = vocabulary.train(["what is it? yes"] * 9, 300, str(tmp_path / "v"))
+    record, draw = Record(b"", ("what\x1fis it?",), ("yes\x1fno",), "k"), Draw(0, 0, np.arange(1))
+    kind = kinds.Question()
+    tokens, _, prompt = kind.encode(words, kind.choose([record], {}, draw)[0], 40, False)
+    assert words.decode(tokens[0, : prompt[0]]) == "what is it?"
 
 
 def test_question_and_answer_share_a_row(asked, tmp_path, monkeypatch):

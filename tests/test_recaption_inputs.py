@@ -296,8 +296,9 @@ def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_pat
     assert found.keys() - {"recaption"} == {"title"}
 
 
-def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s():
-    record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1]}')
+@pytest.mark.parametrize("beside", ["", ', "recaption": "yes"', ', "recaption": {"by": "me"}'])
+def test_a_field_of_the_data_called_as_an_embedding_is_no_teacher_s(beside):
+    record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1]' + beside + "}")
     found = teachers.embeddings([record], ["a"], 4)
     assert not found["teacher_image"].any() and not found["teacher_text"].any()
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -237,6 +238,17 @@ def test_the_history_of_evaluations_is_drawn(run, tmp_path):
     assert [x for x, _ in points[0]] == [100, 200, 300]
     np.testing.assert_allclose([y for _, y in points[0]], [top1 / 3, top1 * 2 / 3, top1], 1e-4)
     assert "higher is better" in page and page.count("<polyline") == 6
+
+
+def test_a_metric_of_one_s_own_that_is_no_share_is_drawn_as_it_is():
+    """Beside values within 0 and 1 too; one whose values all are is drawn in per cent."""
+    scores = [
+        {"mine/d/loss_per_token": a, "other/d/found": b} for a, b in ((2.5, 0.5), (0.9, 0.75))
+    ]
+    rows = [dict(step=step, scores=one) for step, one in enumerate(scores, 1)]
+    loss, found = charts.evaluations([types.SimpleNamespace(name="a", evaluations=rows)])
+    assert 'data-points="[[[1.0,2.5],[2.0,0.9]]]"' in loss and "%" not in loss
+    assert 'data-points="[[[1.0,50.0],[2.0,75.0]]]"' in found and "%" in found
 
 
 def test_pictures_stand_on_a_map_by_their_embeddings(run):

@@ -27,6 +27,12 @@ def test_stages_begin_where_their_shares_say():
     assert stages.starts((0.1, 0.2), 10) == [0, 1, 3]  # 0.1 + 0.2 is a bit more than 0.3
     assert stages.starts((0.1, 0.2), 4) == [0, 1, 2]
     assert stages.starts((0.1, 0.2), 1) == [0, 1, 1]
+    whole = (0.8, 0.05, 0.05, 0.1)  # more than 1 by 2e-16, and less in another order
+    assert stages.starts(whole, 20) == [0, 16, 17, 18, 20] and stages.rest(whole) == 0
+    assert stages.starts((0.7, 0.3 + 9e-10), 10**9)[-1] == 10**9
+    given = {"batch_sizes": tuple((share, 4) for share in whole), "batch_size": 16}
+    assert stages.steps_of(read(Config, given | {"epochs": 2.0}), 10) == 5
+    read(Config, {"image_sizes": tuple((share, 32) for share in whole)})
     found = stages.of(config, 10, lambda size: [size // 4, size - size // 4])
     assert [stage.taken for stage in found] == [[0, 0], [2, 6], [10, 30]]
     assert [stages.number_at(found, step) for step in (0, 1, 2, 3, 99)] == [0, 1, 1, 2, 2]

@@ -205,11 +205,12 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog)
 
 
 @pytest.mark.parametrize("service", ["wandb"], indirect=True)
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])  # as UnicodeError, JSONDecodeError
 def test_a_tracker_that_cannot_be_opened_ends_no_run_that_goes_on(
-    service, tmp_path, monkeypatch, caplog
+    service, kind, tmp_path, monkeypatch, caplog
 ):
     def refuse(**how):
-        raise RuntimeError("no network")
+        raise kind("no network")
 
     monkeypatch.setattr(service, "init", refuse)
     with pytest.raises(ValueError, match=r"log.trackers=.*wandb cannot be opened \(no network\)"):

@@ -196,13 +196,17 @@ def test_texts_of_fields_hold_no_half_characters(tmp_path):
         (dict(good=False), 1),
         (dict(share=1), 3),
         (dict(name="true north"), 1),
+        (dict(note=None), 2),
+        (dict(note=(None, "x")), 3),
+        (dict(note={"a": 1}), 0),
+        (dict(year={2020, 2021}), 3),
     ],
 )
 def test_values_select_as_they_are_spelled_in_lists(where, count):
     rows = [
         dict(year="2020", good="true", share=1.0, name="true north"),
-        dict(year=2020, good=True, share=1.0, name="True North"),
-        dict(year="2021", good="FALSE", share=1, name=""),
+        dict(year=2020, good=True, share=1.0, name="True North", note=None),
+        dict(year="2021", good="FALSE", share=1, name="", note="x"),
     ]
     assert sum(field_texts.selected(where, row, (), ()) for row in rows) == count
 
@@ -218,6 +222,7 @@ def test_labels_and_texts_select_records_and_what_none_has_is_named(data, tmp_pa
         (dict(gruop=1), "no field is called 'gruop': group, label, text"),
         (dict(label=("ret", "x")), "'label': ('ret', 'x')}; 'label' is red, green, square, blue"),
         (dict(group=7), "'group' is 0, 1"),
+        (dict(group=None), "{'group': None}; 'group' is 0, 1"),
         (dict(text="number 33"), "'text' is number 3, number 13"),
     ):
         with pytest.raises(ValueError, match="no record has .*" + re.escape(says)):

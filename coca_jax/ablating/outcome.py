@@ -107,7 +107,7 @@ def summaries(runs: Mapping[int, Any], first: Mapping[int, Any]) -> dict[str, An
         values = {seed: run["scores"].get(name) for seed, run in runs.items()}
         values = {s: v for s, v in values.items() if v is not None and math.isfinite(v)}
         pairs = {s: first[s]["scores"].get(name) for s in values if s in first}
-        apart = [values[s] - v for s, v in pairs.items() if v is not None]
+        apart = [values[s] - v for s, v in pairs.items() if v is not None and math.isfinite(v)]
         found[name] = dict(
             values={str(seed): value for seed, value in values.items()},
             **interval(list(values.values())),

@@ -23,7 +23,8 @@ import jax
 from coca_jax import metrics, out_folder, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
-from coca_jax.config.section import flatten, plain
+from coca_jax.config import Config, checks
+from coca_jax.config.section import dotted, plain
 from coca_jax.data import kinds, sources
 from coca_jax.evaluators import declarations
 from coca_jax.importers import own_data
@@ -54,14 +55,18 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
     process trains in it; Preempted when asked to stop.
     """
     folder = pathlib.Path(out)
+    undone = []
     for variant in table.variants:
         places = (folder / variant.name / f"seed{seed}" for seed in table.seeds)
         if not all((place / outcome.DONE).exists() for place in places):
             check(variant, minutes)
+            undone.append(variant)
     folder.mkdir(parents=True, exist_ok=True)
     with lease.held(out, "--out"):  # whoever else began would throw away what this one times
         plan = Plan(folder / out_folder.PLAN, minutes)
         plan.check(table.variants)
+        for variant in undone if minutes else ():
+            _check_steps(variant, plan.steps(variant, folder, say))
         failed = _all_runs(table, folder, plan, minutes, say)
         results = outcome.write(table, folder, minutes, failed)
     total = len(table.seeds) * len(table.variants)
@@ -107,6 +112,15 @@ def check(variant: Variant, minutes: float) -> None:
     except (ValueError, OSError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"variant {variant.name}: {error}") from None
+
+
+def _check_steps(variant: Variant, steps: int) -> None:
+    """Raises ValueError, naming the variant, for a warm-up or a profile that does not fit into the
+    steps that its minutes are."""
+    try:
+        checks.check_length(variant.config(dict(steps=steps, epochs=0.0)), steps)
+    except ValueError as error:
+        raise ValueError(f"variant {variant.name}: {error}") from None
 
 
 def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str, str]) -> Table:
@@ -190,7 +204,8 @@ class Plan:
         """Notes variants that are new. Raises ValueError for one that was another before, and has
         begun."""
         for variant in variants:
-            config = flatten(variant.config().to_dict())  # the recipe's file may have been edited
+            # The recipe's file may have been edited.
+            config = dotted(Config, variant.config().to_dict())
             asked = sealed_json.seal(
                 dict(recipe=variant.recipe, values=dict(variant.values), config=config)
             )

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax import recipes
-from coca_jax.config import Config
-from coca_jax.config.section import flatten, plain
+from coca_jax.config import Config, rules
+from coca_jax.config.section import dotted, plain
 
 KEYS = ("config", "seeds", "metrics", "overrides", "variants")
 _MOST_BYTES = 1 << 20
@@ -83,6 +83,9 @@ def _table(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
     seeds, metrics = found.get("seeds", [0]), found.get("metrics", [])
     if not _list_of(seeds, int) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r}: give different whole numbers, as [0, 1, 2]")
+    for seed in seeds:
+        if not rules.SEED.holds(seed):
+            raise ValueError(f"seeds={seeds!r}: {seed} is none; give {rules.SEED.words}")
     if not _list_of(metrics, str):
         raise ValueError(f"metrics={metrics!r}: give names of eval.json, as ['retrieval/x/r1']")
     common = _mapping(found.get("overrides", {}), "overrides")
@@ -97,7 +100,7 @@ def _table(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
         recipe = row.pop("config", found.get("config"))
         if not isinstance(recipe, str) or not recipe:
             raise ValueError(f"variant {name}: no recipe; give config = 'NAME' above the tables")
-        given = {**flatten(common), **flatten(row), **values}
+        given = {**dotted(Config, common), **dotted(Config, row), **values}
         if "seed" in given:
             raise ValueError(f"variant {name}: its seeds are those of the table; leave out seed")
         variant = Variant(name, recipe, {key: plain(value) for key, value in given.items()})

@@ -86,7 +86,8 @@ def _stages(value: Any, one: Rule) -> bool:
     if not is_sequence(value) or not all(is_sequence(pair) and len(pair) == 2 for pair in value):
         return False
     shares = [share for share, _ in value]
-    good = all(is_number(share) and share > 0 for share in shares) and sum(shares) <= 1
+    good = all(is_number(share) and share > 0 for share in shares)
+    good = good and math.fsum(shares) <= 1 + 1e-9  # 0.8, 0.05, 0.05 and 0.1 are a bit more than 1
     return good and all(one.holds(size) for _, size in value)
 
 
@@ -129,6 +130,7 @@ STAGES = Rule(
     "0 and add up to 1 at most",
 )
 EXAMPLES = whole(1, 1 << 24, "examples")
+SEED = whole(0, (1 << 32) - 1)  # of JAX and SentencePiece, which have 32 bits for one
 RAMP = Rule(
     lambda v: _stages(v, EXAMPLES),
     "pairs (share of the steps, batch size), such as ((0.2, 64),), whose shares are above 0 and "

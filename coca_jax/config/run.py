@@ -16,6 +16,7 @@ from coca_jax.config.rules import (
     MAPPINGS,
     RAMP,
     RATE,
+    SEED,
     SHARE,
     SPAN,
     STAGES,
@@ -256,7 +257,7 @@ class Log(Section):
 class Config(Section):
     """Every key of a run, with its default."""
 
-    seed: int = key(0, whole(0, (1 << 63) - 1), "of the parameters and the order of the data")
+    seed: int = key(0, SEED, "of the parameters and the order of the data")
     batch_size: int = key(256, EXAMPLES, "pairs a step, over all devices and processes")
     batch_sizes: tuple[tuple[float, int], ...] = key(
         (), RAMP, "((share of the steps, batch size), ...) before batch_size"
@@ -319,6 +320,8 @@ class StoredConfig(Config):
     are known; the rest is as by default.
     """
 
+    # Runs of before the bound had any, of which JAX took the lower 32 bits.
+    seed: int = key(0, whole(0, (1 << 63) - 1), "of the run")
     class_names: tuple[str, ...] = key((), TEXTS, "of the task head, in the order of its outputs")
     vocabulary_checksum: str = key("", TEXT, "sha256 of the tokenizer's file; '': not known")
     tokenizer: str = key("", TEXT, "of an export: the tokenizer's file in its folder")

@@ -170,6 +170,19 @@ def short(value: Any) -> str:
     return shown if len(shown) <= 200 else shown[:197] + "..."
 
 
+def dotted(section: type[Section], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a section's tree by the names that `change` takes: as `flatten`, but a mapping that
+    is a value stays whole, an empty one too."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        below = inner(section, key)
+        if below and isinstance(value, Mapping):
+            found |= dotted(below, value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Nested values by the names that flags have: {'mesh': {'fsdp': 8}} -> {'mesh.fsdp': 8}."""
     flat: dict[str, Any] = {}

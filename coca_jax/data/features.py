@@ -90,9 +90,11 @@ class Features:
         about: from `about`.
         rows: how many there are.
         config: of the run.
+        before: bytes that the sources before it have yet to write into `folder`.
 
     Attributes:
         path: the folder of this source.
+        to_come: bytes of tokens that are not on the disk.
         shape, dtype: of a row's tokens.
         rows: as given.
 
@@ -100,14 +102,16 @@ class Features:
         ValueError: too many bytes for data.features_gib or the disk, or a damaged folder.
     """
 
-    def __init__(self, folder: str, about: Mapping[str, Any], rows: int, config: Config):
+    def __init__(
+        self, folder: str, about: Mapping[str, Any], rows: int, config: Config, before: int = 0
+    ):
         text = json.dumps(about, sort_keys=True)
         self.path = pathlib.Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.shape, self.dtype = shape(config), np.dtype(config.model.dtype)
         self.rows = rows
         self._bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self._lock = threading.Lock()
-        self._check_room(folder, config.data.features_gib)
+        self.to_come = self._check_room(folder, config.data.features_gib, before)
         self.path.mkdir(parents=True, exist_ok=True)
         place = self.path / "about.json"
         if place.exists() and sealed_json.read(place) != about:
@@ -115,12 +119,15 @@ class Features:
         sealed_json.write(place, dict(about))
         names = (self.path / "tokens.bin", self.path / "rows.bin")
         self._tokens, self._rows = (os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in names)
-        held = os.pread(self._rows, rows * ROW.itemsize, 0).ljust(rows * ROW.itemsize, b"\0")
-        self._known = np.frombuffer(held, ROW).copy()
+        held = os.pread(self._rows, rows * ROW.itemsize, 0)
+        new = bytes(rows * ROW.itemsize - len(held))
+        self._put(self._rows, new, len(held))  # a state has its room, and is never written in part
+        self._known = np.frombuffer(held + new, ROW).copy()
         if (self._known["state"] > BAD).any():
             raise self._damaged("rows.bin")
 
-    def _check_room(self, folder: str, most_gib: float) -> None:
+    def _check_room(self, folder: str, most_gib: float, before: int) -> int:
+        """The bytes that are not on the disk yet. Raises ValueError where they are too many."""
         needed = self.rows * self._bytes
         if needed > most_gib * GIB:
             raise ValueError(
@@ -132,12 +139,29 @@ class Features:
         place.mkdir(parents=True, exist_ok=True)
         there = self.path / "tokens.bin"
         held = there.stat().st_blocks * 512 if there.exists() else 0
+        to_come = max(0, needed - held)
         free = shutil.disk_usage(place).free
-        if needed - held > free:
+        if to_come and before + to_come > free:
             raise ValueError(
-                f"data.features={folder}: {(needed - held) / GIB:.3g} GiB are needed and "
+                f"data.features={folder}: {(before + to_come) / GIB:.3g} GiB are needed and "
                 f"{free / GIB:.3g} free; give a folder on a larger disk"
             )
+        return to_come
+
+    def _put(self, file: int, data: bytes, place: int) -> None:
+        """Writes all of it: where the disk has room for a part alone, that is no error of the first
+        write. Raises OSError for what finds none."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                done = os.pwrite(file, rest, place)
+                rest, place = rest[done:], place + done
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            raise OSError(
+                f"{self.path}: {error.strerror} for kept tokens, {free / GIB:.3g} GiB free; make "
+                "room, or give another folder as data.features: the rows before these are kept"
+            ) from error
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(
@@ -150,11 +174,12 @@ class Features:
         return np.flatnonzero(self._known["state"] == MISSING)
 
     def write(self, rows: np.ndarray, records: Sequence[Record], tokens: np.ndarray) -> None:
-        """Keeps the tokens [n, ...] of rows, in order of `rows`; of their records the checksums."""
+        """Keeps the tokens [n, ...] of rows, in order of `rows`; of their records the checksums.
+        Raises OSError where the disk is full."""
         found = np.zeros(len(rows), ROW)
         for at, (row, record) in enumerate(zip(rows.tolist(), records)):
             data = np.ascontiguousarray(tokens[at], self.dtype).tobytes()
-            os.pwrite(self._tokens, data, row * self._bytes)
+            self._put(self._tokens, data, row * self._bytes)
             found[at] = (GOOD, zlib.crc32(record.image), _checksum(data, row))
         os.fsync(self._tokens)
         self._note(rows, found)
@@ -168,7 +193,7 @@ class Features:
         with self._lock:
             self._known[rows] = found
             for row, one in zip(rows.tolist(), found):
-                os.pwrite(self._rows, one.tobytes(), row * ROW.itemsize)
+                self._put(self._rows, one.tobytes(), row * ROW.itemsize)
 
     def read(self, row: int, record: Record) -> np.ndarray | None:
         """The tokens of a row; None where its image does not decode, or was not there to be read.

@@ -46,13 +46,18 @@ def values_of(
     return value if isinstance(value, list) else [value]
 
 
+def wanted_values(wanted: Any) -> list[Any]:
+    """The values of a field of `where`, which has one, None among them, or several."""
+    return list(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else [wanted]
+
+
 def selected(
     where: Mapping[str, Any], extra: Mapping[str, Any], texts: Sequence[str], labels: Sequence[str]
 ) -> bool:
     """Whether each field of `where` has a value, or one of the values, that it wants: 2020 is
     '2020', and true 'True'."""
     for field, wanted in where.items():
-        allowed = [wanted] if isinstance(wanted, (str, int, float, bool)) else list(wanted)
+        allowed = wanted_values(wanted)
         values = values_of(field, extra, texts, labels)
         spelled = {_spelled(v) for v in allowed}
         if not any(v in allowed or _spelled(v) in spelled for v in values):

@@ -288,9 +288,8 @@ class Question(Kind):
     ) -> tuple[list[str], list[str]]:
         """The question and one of its answers, in one string with texts.ANSWER between."""
         answers = texts.choose_labels([record.labels for record in records], classes, draw)
-        chosen = [
-            f"{record.texts[0]}{texts.ANSWER}{answer}" for record, answer in zip(records, answers)
-        ]
+        asked = [record.texts[0].replace(texts.ANSWER, " ") for record in records]
+        chosen = [f"{question}{texts.ANSWER}{answer}" for question, answer in zip(asked, answers)]
         return chosen, chosen
 
     def shown(self, records: Sequence[Record], draw: Draw) -> list[str]:

@@ -45,8 +45,13 @@ def steps_of(config: Config, num_examples: int) -> int:
     if config.steps:
         return config.steps
     shares = [share for share, _ in config.batch_sizes]
-    mean = sum(s * n for s, n in zip((*shares, 1 - sum(shares)), sizes(config)))
+    mean = sum(s * n for s, n in zip((*shares, rest(shares)), sizes(config)))
     return round(config.epochs * num_examples / mean)
+
+
+def rest(shares: Sequence[float]) -> float:
+    """The share of a run that those of its stages leave for the size behind them."""
+    return max(0.0, 1 - math.fsum(shares))
 
 
 def starts(shares: Sequence[float], steps: int) -> list[int]:
@@ -56,7 +61,7 @@ def starts(shares: Sequence[float], steps: int) -> list[int]:
     found, done = [0], 0.0
     for share in shares:
         done += share
-        found.append(math.ceil(round(done * steps, 6)))
+        found.append(min(steps, math.ceil(round(done * steps, 6))))
     return found
 
 

@@ -28,9 +28,9 @@ def embeddings(
         if '"image_emb"' not in record.extra:
             continue
         extra = json.loads(record.extra)
-        if "recaption" not in extra:  # a field of the data's own that has this name
-            continue
-        made = extra["recaption"]
+        made = extra.get("recaption")
+        if not isinstance(made, dict) or not {"originals", "captions"} <= made.keys():
+            continue  # fields of the data's own that have these names
         texts = [one["text"] for one in made["originals"] + made["captions"]]
         if text not in texts:
             continue

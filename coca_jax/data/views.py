@@ -13,7 +13,14 @@ from absl import logging
 
 from coca_jax.config import Entry
 from coca_jax.data import kinds
-from coca_jax.data.field_texts import INNER_LABELS, INNER_TEXTS, selected, strings, values_of
+from coca_jax.data.field_texts import (
+    INNER_LABELS,
+    INNER_TEXTS,
+    selected,
+    strings,
+    values_of,
+    wanted_values,
+)
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.data.texts import json_text
@@ -219,8 +226,7 @@ class Missed:
             if field not in self._fields:
                 told.append(f"no field is called {field!r}: {self._nearest(field, self._fields)}")
                 continue
-            wanted = self._where[field]
-            first = wanted if isinstance(wanted, (str, int, float, bool)) else [*wanted, ""][0]
+            first = [*wanted_values(self._where[field]), ""][0]
             told.append(f"{field!r} is {self._nearest(str(first), seen)}")
         return "; ".join(told)
 

@@ -11,6 +11,7 @@ from coca_jax import metrics, partitioning
 from coca_jax.config import Config
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
+from coca_jax.data.stages import rest
 from coca_jax.data.vocabulary import load
 from coca_jax.training import setup, stopping
 from coca_jax.training.feed import Feed
@@ -88,6 +89,5 @@ def stages(config: Config, steps: int) -> list[tuple[float, int]]:
     shares = [share for share, _ in config.image_sizes]
     begins = [sum(shares[:i]) for i in range(len(shares) + 1)]
     return [
-        (share, round(begin * steps) + 1)
-        for share, begin in zip([*shares, 1 - sum(shares)], begins)
+        (share, round(begin * steps) + 1) for share, begin in zip([*shares, rest(shares)], begins)
     ]

@@ -16,6 +16,7 @@ TRAIN = "train"  # where evaluators have their name, of the losses in training
 def rows(found: Mapping[str, Any], shown: Sequence[str]) -> list[dict[str, Any]]:
     """dict(name, counts, cells) a variant of results.json: runs, steps and minutes as texts, and
     dict(value, interval) of each metric of `shown`."""
+    about = {metric: metric_of(metric, found) for metric in shown}
     return [
         dict(
             name=name,
@@ -24,18 +25,20 @@ def rows(found: Mapping[str, Any], shown: Sequence[str]) -> list[dict[str, Any]]
                 _range([run["steps"] for run in one["runs"].values()], ",.0f"),
                 _range([run["minutes"] for run in one["runs"].values()], ".1f"),
             ],
-            cells=[_cell(metric, one["metrics"].get(metric)) for metric in shown],
+            cells=[_cell(about[metric], one["metrics"].get(metric)) for metric in shown],
         )
         for name, one in found["variants"].items()
     ]
 
 
-def metric_of(name: str) -> Metric:
-    """What is known of a metric by its full name; losses of training are no shares."""
+def metric_of(name: str, found: Mapping[str, Any]) -> Metric:
+    """What is known of a metric of results.json by its full name; losses of training are no
+    shares."""
     evaluator, _, metric = numbers.split_name(name)
     if evaluator == TRAIN:
         return Metric(metric.replace("_", " "), Scale.PLAIN, lower=True)
-    return numbers.metric_of(evaluator, metric)
+    values = (one["metrics"].get(name, {}).get("values", {}) for one in found["variants"].values())
+    return numbers.metric_of(evaluator, metric, [v for there in values for v in there.values()])
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -45,10 +48,10 @@ def _range(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _cell(name: str, found: Mapping[str, Any] | None) -> dict[str, str]:
+def _cell(shown: Metric, found: Mapping[str, Any] | None) -> dict[str, str]:
     if found is None or found["mean"] is None:
         return dict(value="", interval="")
-    shown, interval = metric_of(name), ""
+    interval = ""
     if found["low"] is not None:
         factor = numbers.factor(shown)
         low, high = factor * found["low"], factor * found["high"]
@@ -61,7 +64,7 @@ def write(found: Mapping[str, Any], shown: Sequence[str], path: pathlib.Path) ->
     figures = []
     for name in shown:
         evaluator, data, _ = numbers.split_name(name)
-        about = metric_of(name)
+        about = metric_of(name, found)
         factor, unit = numbers.factor(about), "%, " if about.scale is Scale.PERCENT else ""
         lines = [
             charts.Spread(

@@ -90,18 +90,25 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
             for metric in headline_metrics(evaluator, there)[:2]:
                 name = f"{evaluator}/{data}/{metric}"
                 values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
-                factor = numbers.factor(numbers.metric_of(evaluator, metric))
-                points = [(step, factor * value) for step, value in values if _is_number(value)]
+                points = [(step, value) for step, value in values if _is_number(value)]
                 if len(points) > 1:
                     curve = _curve(data, thin(points, FINE), colour, dash, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
     found = []
     for (evaluator, metric), curves in charts.items():
-        shown = numbers.metric_of(evaluator, metric)
+        drawn = [value for curve in curves for _, value in curve.points]
+        shown = numbers.metric_of(evaluator, metric, drawn)
+        factor = numbers.factor(shown)
+        scaled = [
+            dataclasses.replace(
+                curve, points=[(step, factor * value) for step, value in curve.points]
+            )
+            for curve in curves
+        ]
         title = f"{numbers.title_of(evaluator)}: {shown.title}"
         unit = "%, " if shown.scale is Scale.PERCENT else ""
         better = "lower is better" if shown.lower else "higher is better"
-        found.append(chart(title, unit + better, curves))
+        found.append(chart(title, unit + better, scaled))
     return found
 
 
@@ -118,7 +125,7 @@ def blended(rows: Any) -> list[Markup]:
     by_evaluator: dict[str, list[Curve]] = {}
     for name in names:
         evaluator, data, metric = numbers.split_name(name)
-        shown = numbers.metric_of(evaluator, metric)
+        shown = numbers.metric_of(evaluator, metric, [row["scores"][name] for row in rows])
         curves = by_evaluator.setdefault(evaluator, [])
         if shown.scale is not Scale.PLAIN and len(points[name]) > 1:
             title = f"{shown.title} \u00b7 {data}"

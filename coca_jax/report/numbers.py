@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from coca_jax.config.rules import is_number
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Metric, Scale
 
@@ -32,13 +33,17 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def metric_of(evaluator: str, name: str) -> Metric:
-    """What the evaluator declares of a metric, or for others what its name and its values say."""
+def metric_of(evaluator: str, name: str, values: Iterable[Any]) -> Metric:
+    """What the evaluator declares of a metric, or for others what its name and its values say.
+
+    values: all that are shown together, None for those that are not finite.
+    """
     known = declarations.kinds().get(evaluator)
     if known is not None and name in known.metrics:
         return known.metrics[name]
     words = name.replace("_", " ")
     plain = "perplexity" in name or "rank" in name
+    plain = plain or not all(0 <= value <= 1 for value in values if is_number(value))
     return Metric(words[:1].upper() + words[1:], Scale.PLAIN if plain else Scale.PERCENT)
 
 

@@ -65,7 +65,8 @@ def headline_metrics(evaluator: str, there: Sequence[str]) -> list[str]:
 
 def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, Any]:
     name = f"{evaluator}/{data}/{metric}"
-    shown, count = numbers.metric_of(evaluator, metric), scores.get(f"{name}_count")
+    shown = numbers.metric_of(evaluator, metric, [scores[name]])
+    count = scores.get(f"{name}_count")
     return dict(
         title=shown.title,
         value=numbers.score(shown, scores[name]),
@@ -105,8 +106,9 @@ def side_by_side(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
         for metric in there:
             if metric.startswith(_COUNTED):
                 continue
-            name, shown = f"{evaluator}/{data}/{metric}", numbers.metric_of(evaluator, metric)
+            name = f"{evaluator}/{data}/{metric}"
             values = [run.scores.get(name) for run in runs]
+            shown = numbers.metric_of(evaluator, metric, values)
             finite = [value for value in values if value is not None]
             best = None
             if len(set(finite)) > 1:

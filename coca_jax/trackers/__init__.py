@@ -25,6 +25,10 @@ UNASKED = "tensorboard"  # the default of a run: written where its package is th
 NAMES_FILE = "trackers.json"
 
 
+class DamagedNames(ValueError):
+    """The file that keeps what services call a run cannot be read."""
+
+
 class Tracker(Protocol):
     """A place for metrics. Its package is imported when it is made."""
 
@@ -67,9 +71,9 @@ def open_all(
         maker = importlib.import_module(f"coca_jax.trackers.{name}").open_run
         try:
             found.append(Careful(name, maker(workdir, start_step, config)))
-        except ValueError:
+        except DamagedNames:
             raise
-        except Exception as error:  # of a server, a network, a login
+        except Exception as error:  # of a server, a network, a login; some are ValueErrors
             if not start_step:
                 raise ValueError(
                     f"log.trackers={tuple(names)}: {name} cannot be opened ({error}); mend that, "
@@ -115,13 +119,13 @@ class Careful:
 def run_name(workdir: str | os.PathLike[str], tracker: str) -> str:
     """What a service calls this run, '<folder>-<8 digits>': kept in the workdir, so that a run that
     goes on is the same one there, and a new run in a folder of the same name is another. Raises
-    ValueError where the file that keeps it is damaged."""
+    DamagedNames where the file that keeps it is damaged."""
     folder = storage.place(workdir)
     file = folder / NAMES_FILE
     try:
         names = bounded_json.parse(file.read_bytes()) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(
+        raise DamagedNames(
             f"{file} is damaged ({error}); restore it, or delete it: {tracker} then takes this run "
             "for a new one"
         ) from None

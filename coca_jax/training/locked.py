@@ -29,7 +29,8 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
     """The kept tokens of each source of a run with data.features, computed now where they are not
     there; () for a run without. It can be left at any moment, and goes on at the next start.
 
-    Raises ValueError for several processes, a folder that is too small, or a damaged one.
+    Raises ValueError for several processes, a folder that is too small for all, or a damaged one;
+    OSError where the disk is full.
     """
     config = run.config
     if not config.data.features:
@@ -42,15 +43,17 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
     encoder = roles.select(state.params, lambda part: part.serves == "image")
     sums = checksums.of_tree(encoder)
     pixels = Pixels(config)
-    found = []
-    for number, source in enumerate(run.mixture.sources):
+    found: list[Features] = []
+    for number, source in enumerate(run.mixture.sources):  # all, before hours go into the first
         rows = len(source) * features.augmentations(config)
         about = features.about(config, source, number, sums)
-        kept = Features(config.data.features, about, rows, config)
-        found.append(kept)
+        before = sum(kept.to_come for kept in found)
+        found.append(Features(config.data.features, about, rows, config, before))
+    for number, kept in enumerate(found):
         missing = kept.missing()
         if len(missing):
-            run.begin(f"computing features of {source.name} ({len(missing)} of {rows} images)")
+            name = run.mixture.sources[number].name
+            run.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
             _Filling(run, encoder, pixels, number, kept).fill(missing)
     pixels.close()
     return tuple(found)

@@ -167,7 +167,7 @@ def _shardings(model: CoCa, alike: Alike, mesh: Mesh) -> tuple[TrainState, Train
 def init_state(model: CoCa, config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made directly in its place on the mesh from config.seed."""
     # As jax.random.key takes a number: its lowest 32 bits, of which int32 would hold 31.
-    return _draw(model, of_state(config), mesh)(np.uint32(config.seed & 0xFFFFFFFF))
+    return _draw(model, of_state(config), mesh)(np.uint32(config.seed))
 
 
 @functools.lru_cache(maxsize=4)  # its program may take longer to compile than a step's
