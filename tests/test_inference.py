@@ -98,6 +98,27 @@ def test_log_likelihoods(model, words, images):
         model.caption_log_likelihood(images, TEXTS[:2])
 
 
+def test_one_text_alone_is_a_list_of_one(model, images):
+    text, one = "a red circle", images[:1]
+    np.testing.assert_array_equal(model.score(images, text), model.score(images, [text]))
+    np.testing.assert_array_equal(model.num_tokens(text), model.num_tokens([text]))
+    np.testing.assert_array_equal(model.tokenize(text)[0], model.tokenize([text])[0])
+    (some,) = model.score_some(one, text, [[0]])
+    np.testing.assert_allclose(some, model.score(one, [text])[0], rtol=1e-5)
+    found, count = model.caption_log_likelihood(one, text)
+    np.testing.assert_allclose(found, some, rtol=1e-5)
+    assert count.tolist() == model.num_tokens(text).tolist()
+    assert len(model.answer(one, text, max_tokens=2)) == 1
+    for letters in range(3, 7):  # a text of as many letters as there are images
+        with pytest.raises(ValueError, match="1 texts for .*; give one text an image"):
+            model.caption_log_likelihood(images[:letters], "circle"[:letters])
+        with pytest.raises(ValueError, match=f"1 questions for {letters} images; give one each"):
+            model.answer(images[:letters], "circle"[:letters])
+    for method in (model.score, model.caption_log_likelihood):
+        with pytest.raises(ValueError, match=r"texts\[1\]=3: give a str"):
+            method(images[:2], ["a", 3])
+
+
 def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch):
     texts = [f"{text} {'far ' * (i % 3)}" for i, text in enumerate(TEXTS * 4)][:21]
     monkeypatch.setattr(model, "batch_size", 128)

@@ -251,14 +251,15 @@ class CoCaModel(Scores):
             return decoding.pack(self._spec, self.params, self._decoding.result()[1])
 
     def answer(
-        self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
+        self, images: Any, questions: str | Sequence[str], *, progress: bool = False, **how: Any
     ) -> list[str]:
         """The answer that the decoder writes behind each question about each image.
 
         how: as of `caption`. Raises ValueError unless there are as many questions as images.
         """
         images = self._reader.listed(images)
-        if isinstance(questions, str) or len(questions) != len(images):
+        questions = text_arrays.listed(questions)
+        if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
         prompts = []
         for question in questions:
@@ -275,7 +276,7 @@ class CoCaModel(Scores):
         return self.resize != "native"
 
     def explain(
-        self, images: Any, texts: Sequence[str | Caption], *, progress: bool = False
+        self, images: Any, texts: str | Caption | Sequence[str | Caption], *, progress: bool = False
     ) -> list[Explanation]:
         """How probable each word of text i is for image i, what else could have stood there, and
         where the model looked; see `explain.Explanation`.
@@ -287,7 +288,7 @@ class CoCaModel(Scores):
         if not self.explains:
             raise ValueError("explain takes square images; this model has data.resize='native'")
         ids = []
-        for text in texts:
+        for text in text_arrays.listed(texts, (str, Caption)):
             if isinstance(text, Caption):
                 ids.append(list(text.tokens))
             else:

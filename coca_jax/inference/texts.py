@@ -12,6 +12,18 @@ from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
 
 
+def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
+    """Texts as a list; one alone counts as a list of one. Raises ValueError for what is of none of
+    the `kinds`."""
+    if isinstance(texts, kinds):
+        return [texts]
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, kinds):
+            raise ValueError(f"texts[{number}]={text!r}: give a str")
+    return texts
+
+
 def tokenize(
     vocabulary: Vocabulary, texts: Sequence[str], max_len: int, labels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
