@@ -108,6 +108,22 @@ def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_pack
     assert coca_jax.load(str(tmp_path)).max_len == model.max_len  # it is an export as well
 
 
+@pytest.mark.long
+def test_programs_of_a_model_of_clips_take_clips(model, tmp_path):  # noqa: F811
+    config = typed(model.config).change({"data.num_frames": 3})
+    clips = inference.CoCaModel(config, model.params, model.vocabulary)
+    export_programs.export(clips, str(tmp_path))
+    assert max(export_programs.check(clips, str(tmp_path)).values()) < 1e-4
+    data = (tmp_path / "programs/encode_image.jax_export").read_bytes()
+    program = jax.export.deserialize(bytearray(data))
+    assert program.in_avals[-1].shape[1:] == (3, 16, 16, 3)
+    given = np.random.default_rng(1).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    params = export_format.flatten(model.params)
+    embedding, tokens = program.call(params, given)
+    np.testing.assert_allclose(embedding, clips.encode_image(given), atol=1e-5)
+    assert tokens.shape == (2, 4, 16)
+
+
 def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
     export_programs.export(model, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())

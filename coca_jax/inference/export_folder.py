@@ -33,6 +33,12 @@ def check(model: CoCaModel) -> None:
         )
 
 
+def image_shape_of(model: CoCaModel) -> tuple[int, ...]:
+    """Of one image as programs take it, (h, w, 3); of a model of clips (T, h, w, 3)."""
+    frames = (model.num_frames,) if model.num_frames else ()
+    return (*frames, *image_shape.pair(model.image_size), 3)
+
+
 def write(
     model: CoCaModel,
     folder: str,
