@@ -82,6 +82,7 @@ def test_log_likelihoods(model, words, images):
     np.testing.assert_allclose(np.diag(scores), total, rtol=1e-4)
     per_token = model.score(images, TEXTS, per_token=True)
     np.testing.assert_allclose(per_token, scores / count, rtol=1e-6)
+    assert scores.dtype == per_token.dtype == np.float32
     np.testing.assert_array_equal(model.num_tokens(TEXTS), count)
     pairs = np.array([3, 0, 5]), np.array([1, 4, 4])
     some, lengths = model.score_pairs(model.image_tokens(images)[1], TEXTS, *pairs)
@@ -94,6 +95,9 @@ def test_log_likelihoods(model, words, images):
         model.score_some(images, TEXTS, chosen[:5])
     with pytest.raises(ValueError, match="7 lists for 6 images"):
         model.score_some(images, TEXTS, [*chosen, [1]])
+    for wrong in (-1, 6):
+        with pytest.raises(ValueError, match=f"^chosen holds {wrong}; texts go from 0 to 5$"):
+            model.score_some(images[:2], TEXTS, [[0], [1, wrong]])
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
 
@@ -202,6 +206,21 @@ def test_zero_shot_is_the_softmax_of_scaled_similarities(model, images):
     np.testing.assert_allclose(found, np.asarray(jax.nn.softmax(logits, axis=-1)), atol=1e-4)
 
 
+def test_no_images_have_no_rows(model):
+    out = model.forward(np.zeros((0, 16, 16, 3), np.float32), np.zeros((0, 24), np.int32))
+    assert [x.shape for x in out] == [(0, 16), (0, 16), (0, 24, 320), (0, 4, 16)]
+
+
+def test_beams_that_find_no_more_give_fewer_captions(model, images):
+    ids = model.vocabulary.size
+    how = dict(max_tokens=1, num_beams=ids, num_captions=ids)
+    for row in model.captions(images[:2], min_tokens=1, **how):  # the end symbol cannot come
+        assert len({one.tokens for one in row}) == len(row) == ids - 1
+        assert all(one.num_tokens == 1 and one.log_prob < 0 for one in row)
+    (row,) = model.captions(images[:1], **how)
+    assert len(row) == ids
+
+
 def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
     tokens, valid = words.encode_batch(["a red circle"], model.max_len)
     other = np.where(valid, tokens, 7)  # what stands after the end does not matter
@@ -235,7 +254,10 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
             model.caption(images, given)
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
             next(model.stream_captions(images, given))
-    for given, said in (([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")):
+    for given, said in (
+        *(([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")),
+        ([1.5], "seeds: 1.5; give whole numbers"),
+    ):
         with pytest.raises(ValueError, match=said):
             model.caption(images[:1], seeds=given, temperature=1.0)
     with pytest.raises(ValueError, match="type int"):

@@ -336,9 +336,8 @@ class CoCaModel(Scores):
                 f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to {ids - 1}"
             )
         valid = text_arrays.validity(self.vocabulary, tokens)
-        with self._devices.context():
-            out = self._programs.forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
-        return Forward(*(np.asarray(x) for x in out))
+        out = self._run(self._programs.forward, np.asarray(pixels, np.float32), tokens, valid)
+        return Forward(*out)
 
 
 def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ class Scores(Encoders):
             found = self._pair_scores(image, states, tokens, valid, *pairs.reshape(2, -1))
             rows.append(found.reshape(count, len(tokens)))
         scores = joined(rows, (len(tokens),))
-        return scores / valid[:, 1:].sum(1) if per_token else scores
+        return scores / valid[:, 1:].sum(1).astype(np.float32) if per_token else scores
 
     def score_some(
         self,
@@ -84,7 +84,7 @@ class Scores(Encoders):
 
         chosen: for each image the numbers of its texts, int [k]. Returns float32 [k] of each image.
         An image is encoded once, and a text once for each batch of images. Raises ValueError unless
-        there is a choice for each image.
+        there is a choice for each image, of texts that there are.
         """
         texts = text_arrays.listed(texts)
         found: list[np.ndarray] = []
@@ -93,6 +93,9 @@ class Scores(Encoders):
             if len(lists) != len(pixels):
                 raise ValueError(f"chosen has {len(chosen)} lists for more images; give one each")
             used, text = np.unique(np.concatenate(lists), return_inverse=True)
+            if used.size and not 0 <= used[0] <= used[-1] < len(texts):
+                wrong = used[0] if used[0] < 0 else used[-1]
+                raise ValueError(f"chosen holds {wrong}; texts go from 0 to {len(texts) - 1}")
             lengths = [len(one) for one in lists]
             # As many texts as a power of two, so that few shapes are compiled.
             some = [texts[i] for i in used.tolist()]
