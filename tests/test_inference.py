@@ -10,7 +10,7 @@ import pytest
 from conftest import params_of, tiny_config
 from PIL import Image
 
-from coca_jax import inference
+from coca_jax import inference, ops
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_programs, loading
 from coca_jax.models import coca, decoding
@@ -140,6 +140,17 @@ def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch)
     np.testing.assert_allclose(some, whole[pairs], rtol=1e-5)
     assert sizes == [8] * 6
     assert model.score(images, []).shape == (6, 0)
+
+
+def test_operations_have_the_form_of_the_devices_that_are_given(words, images, model, monkeypatch):
+    wanted = model.caption(images, max_tokens=4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # of a machine that has one
+    assert coca.build(tiny_parts()[0].model).options.ops == ops.Gpu(cudnn=True)
+    given = tiny_model(words, devices=jax.devices("cpu")[:1])
+    assert given._programs.module.options.ops == ops.Cpu()
+    assert given.caption(images, max_tokens=4) == wanted
+    spec, layout = given._decoding.result()
+    assert spec.unimodal.options.ops == ops.Cpu() and layout == "transposed"
 
 
 def test_texts_of_like_length_run_together_and_come_back_in_order(model):

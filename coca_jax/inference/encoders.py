@@ -76,6 +76,7 @@ class Encoders:
         return coca.build(
             self.config.model,
             sigmoid=roles.sigmoid_bias(params) is not None,
+            platform=self._devices.platform,
             head=self.config.head if self.head_kind else None,
             num_classes=len(self.class_names),
         )

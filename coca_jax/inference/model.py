@@ -235,9 +235,10 @@ class CoCaModel(Scores):
             num_ids=self.vocabulary.size,
             eos_id=self.vocabulary.eos_id,
             hidden_id=self.vocabulary.hidden_id,
+            platform=self._devices.platform,
         )
         aside = ThreadPoolExecutor(1, "decoding")
-        chosen = aside.submit(decoding.fastest, spec, self.params)
+        chosen = aside.submit(decoding.fastest, spec, self.params, self._devices.platform)
         aside.shutdown(wait=False)
         return chosen
 
