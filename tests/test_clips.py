@@ -14,7 +14,7 @@ from coca_jax.data import run_vocabulary, videos
 from coca_jax.data.loaders import open_stream
 from coca_jax.evaluators import tasks
 from coca_jax.evaluators.records import Records
-from coca_jax.inference import caption_files
+from coca_jax.inference import caption_files, read_images
 from coca_jax.models import coca
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics
@@ -275,6 +275,7 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
     lines = list(caption_files.caption_files(video_model, [*paths, str(data / "raw" / "bad.png")],
                                        max_tokens=3))  # fmt: skip
     assert ["error" in line for line in lines] == [False, False, False, True]
+    assert type(read_images.check_frames(np.int64(2))) is int
     with pytest.raises(ValueError, match="num_frames"):
         inference.CoCaModel(video_model.config, video_model.params, video_model.vocabulary,
                             num_frames=-1)  # fmt: skip

@@ -53,6 +53,12 @@ def test_words_have_their_probabilities(model, images):  # noqa: F811
     scores, _ = model.caption_log_likelihood(images, TEXTS)
     totals = [sum(word.log_prob for word in one.words) for one in model.explain(images, TEXTS)]
     np.testing.assert_allclose(totals, scores, rtol=1e-4)
+    (alone,) = model.explain(images[:1], TEXTS[0])
+    assert [word.text for word in alone.words] == [*TEXTS[0].split(), ""]
+    (written,) = model.explain(images[:1], captions[0])
+    assert len(written.words) == len(found[0].words)
+    with pytest.raises(ValueError, match="one text an image"):
+        model.explain(images[:4], "blue")
     with pytest.raises(ValueError, match="one text an image"):
         model.explain(images, TEXTS[:2])
     with pytest.raises(ValueError, match="one text an image"):

@@ -3,22 +3,27 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from conftest import tiny_config
 from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference
+from coca_jax import export, export_format, inference, partitioning, sealed_json
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
+from coca_jax.inference.two_towers import TwoTowerModel
+from coca_jax.models import two_towers
 from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
@@ -103,6 +108,22 @@ def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_pack
     assert coca_jax.load(str(tmp_path)).max_len == model.max_len  # it is an export as well
 
 
+@pytest.mark.long
+def test_programs_of_a_model_of_clips_take_clips(model, tmp_path):  # noqa: F811
+    config = typed(model.config).change({"data.num_frames": 3})
+    clips = inference.CoCaModel(config, model.params, model.vocabulary)
+    export_programs.export(clips, str(tmp_path))
+    assert max(export_programs.check(clips, str(tmp_path)).values()) < 1e-4
+    data = (tmp_path / "programs/encode_image.jax_export").read_bytes()
+    program = jax.export.deserialize(bytearray(data))
+    assert program.in_avals[-1].shape[1:] == (3, 16, 16, 3)
+    given = np.random.default_rng(1).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    params = export_format.flatten(model.params)
+    embedding, tokens = program.call(params, given)
+    np.testing.assert_allclose(embedding, clips.encode_image(given), atol=1e-5)
+    assert tokens.shape == (2, 4, 16)
+
+
 def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
     export_programs.export(model, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -149,6 +170,35 @@ def test_an_export_has_the_weights_of_a_run_in_bfloat16_bit_for_bit(
     assert rounded.checksum() == coca_jax.load(str(out)).checksum()
     export_folder.write(rounded, str(tmp_path / "rounded"))
     assert "load(..., narrow=False) keeps them as they were stored" in caplog.text
+
+
+def test_towers_have_a_card_of_their_own(words, tmp_path):  # noqa: F811
+    sizes = {"image.class_token": True, "image.final_norm": False, "image.depth": 1}
+    sizes |= {"text.vocab_size": 320, "text.unimodal_depth": 1, "family": "clip"}
+    config = typed(tiny_config()).change({f"model.{k}": v for k, v in sizes.items()})
+    module = two_towers.build(config.model)
+    params = partitioning.unbox(jax.jit(partial(two_towers.init, module))(jax.random.key(0)))
+    towers = TwoTowerModel(config, params, words)
+    export_folder.write_hub(towers, str(tmp_path), "me/clip")
+    card = (tmp_path / "README.md").read_text()
+    assert "$" not in card and "caption(" not in card and "Yu et al." not in card
+    for line in (
+        *("pipeline_tag: zero-shot-image-classification", "- clip", "# clip"),
+        f"| text encoder | 1 layers of width {config.model.text.width} |",
+    ):
+        assert f"\n{line}\n" in card
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["model_type"], stored["architectures"]) == ("two_towers", ["TwoTowers"])
+    again = coca_jax.load(str(tmp_path))
+    called = re.findall(r"model\.(\w+)\(", card)
+    assert called == ["similarity", "zero_shot"] and all(hasattr(again, name) for name in called)
+    # As it was written before: a captioner's type.
+    export_folder.write(towers, str(tmp_path / "old"))
+    config_file = tmp_path / "old" / "config.json"
+    old = json.loads(config_file.read_text()) | dict(model_type="coca", architectures=["CoCa"])
+    old = {name: value for name, value in old.items() if name not in ("files", sealed_json.KEY)}
+    config_file.write_text(json.dumps(old))
+    assert isinstance(coca_jax.load(str(tmp_path / "old")), TwoTowerModel)
 
 
 def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_path):  # noqa: F811

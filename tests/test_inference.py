@@ -10,7 +10,7 @@ import pytest
 from conftest import params_of, tiny_config
 from PIL import Image
 
-from coca_jax import inference
+from coca_jax import inference, ops
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_programs, loading
 from coca_jax.models import coca, decoding
@@ -82,6 +82,7 @@ def test_log_likelihoods(model, words, images):
     np.testing.assert_allclose(np.diag(scores), total, rtol=1e-4)
     per_token = model.score(images, TEXTS, per_token=True)
     np.testing.assert_allclose(per_token, scores / count, rtol=1e-6)
+    assert scores.dtype == per_token.dtype == np.float32
     np.testing.assert_array_equal(model.num_tokens(TEXTS), count)
     pairs = np.array([3, 0, 5]), np.array([1, 4, 4])
     some, lengths = model.score_pairs(model.image_tokens(images)[1], TEXTS, *pairs)
@@ -94,8 +95,32 @@ def test_log_likelihoods(model, words, images):
         model.score_some(images, TEXTS, chosen[:5])
     with pytest.raises(ValueError, match="7 lists for 6 images"):
         model.score_some(images, TEXTS, [*chosen, [1]])
+    for wrong in (-1, 6):
+        with pytest.raises(ValueError, match=f"^chosen holds {wrong}; texts go from 0 to 5$"):
+            model.score_some(images[:2], TEXTS, [[0], [1, wrong]])
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
+
+
+def test_one_text_alone_is_a_list_of_one(model, images):
+    text, one = "a red circle", images[:1]
+    np.testing.assert_array_equal(model.score(images, text), model.score(images, [text]))
+    np.testing.assert_array_equal(model.num_tokens(text), model.num_tokens([text]))
+    np.testing.assert_array_equal(model.tokenize(text)[0], model.tokenize([text])[0])
+    (some,) = model.score_some(one, text, [[0]])
+    np.testing.assert_allclose(some, model.score(one, [text])[0], rtol=1e-5)
+    found, count = model.caption_log_likelihood(one, text)
+    np.testing.assert_allclose(found, some, rtol=1e-5)
+    assert count.tolist() == model.num_tokens(text).tolist()
+    assert len(model.answer(one, text, max_tokens=2)) == 1
+    for letters in range(3, 7):  # a text of as many letters as there are images
+        with pytest.raises(ValueError, match="1 texts for .*; give one text an image"):
+            model.caption_log_likelihood(images[:letters], "circle"[:letters])
+        with pytest.raises(ValueError, match=f"1 questions for {letters} images; give one each"):
+            model.answer(images[:letters], "circle"[:letters])
+    for method in (model.score, model.caption_log_likelihood):
+        with pytest.raises(ValueError, match=r"texts\[1\]=3: give a str"):
+            method(images[:2], ["a", 3])
 
 
 def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch):
@@ -115,6 +140,17 @@ def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch)
     np.testing.assert_allclose(some, whole[pairs], rtol=1e-5)
     assert sizes == [8] * 6
     assert model.score(images, []).shape == (6, 0)
+
+
+def test_operations_have_the_form_of_the_devices_that_are_given(words, images, model, monkeypatch):
+    wanted = model.caption(images, max_tokens=4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # of a machine that has one
+    assert coca.build(tiny_parts()[0].model).options.ops == ops.Gpu(cudnn=True)
+    given = tiny_model(words, devices=jax.devices("cpu")[:1])
+    assert given._programs.module.options.ops == ops.Cpu()
+    assert given.caption(images, max_tokens=4) == wanted
+    spec, layout = given._decoding.result()
+    assert spec.unimodal.options.ops == ops.Cpu() and layout == "transposed"
 
 
 def test_texts_of_like_length_run_together_and_come_back_in_order(model):
@@ -181,6 +217,21 @@ def test_zero_shot_is_the_softmax_of_scaled_similarities(model, images):
     np.testing.assert_allclose(found, np.asarray(jax.nn.softmax(logits, axis=-1)), atol=1e-4)
 
 
+def test_no_images_have_no_rows(model):
+    out = model.forward(np.zeros((0, 16, 16, 3), np.float32), np.zeros((0, 24), np.int32))
+    assert [x.shape for x in out] == [(0, 16), (0, 16), (0, 24, 320), (0, 4, 16)]
+
+
+def test_beams_that_find_no_more_give_fewer_captions(model, images):
+    ids = model.vocabulary.size
+    how = dict(max_tokens=1, num_beams=ids, num_captions=ids)
+    for row in model.captions(images[:2], min_tokens=1, **how):  # the end symbol cannot come
+        assert len({one.tokens for one in row}) == len(row) == ids - 1
+        assert all(one.num_tokens == 1 and one.log_prob < 0 for one in row)
+    (row,) = model.captions(images[:1], **how)
+    assert len(row) == ids
+
+
 def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
     tokens, valid = words.encode_batch(["a red circle"], model.max_len)
     other = np.where(valid, tokens, 7)  # what stands after the end does not matter
@@ -214,7 +265,10 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
             model.caption(images, given)
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
             next(model.stream_captions(images, given))
-    for given, said in (([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")):
+    for given, said in (
+        *(([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")),
+        ([1.5], "seeds: 1.5; give whole numbers"),
+    ):
         with pytest.raises(ValueError, match=said):
             model.caption(images[:1], seeds=given, temperature=1.0)
     with pytest.raises(ValueError, match="type int"):

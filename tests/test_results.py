@@ -1,7 +1,10 @@
 """What scores come with: intervals, the items that are shown, results joined and as a table."""
 
+import concurrent.futures
+import contextlib
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -87,6 +90,21 @@ def test_results_are_merged(tmp_path):
     ]
     big = np.zeros((300, 200, 3), np.uint8)
     assert results.thumbnail(big).shape == (96, 64, 3)
+
+
+def test_scores_that_are_written_at_once_are_all_there(tmp_path, monkeypatch):
+    found, both = results._found, threading.Barrier(2)
+
+    def read(path):  # as if each read what was there before the other wrote
+        there = found(path)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return there
+
+    monkeypatch.setattr(results, "_found", read)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: results.save_results(tmp_path / "new", {name: 1}), "ab"))
+    assert json.loads((tmp_path / "new/eval.json").read_text()) == {"a": 1.0, "b": 1.0}
 
 
 @pytest.mark.parametrize("harm", [b"", b'{"a": 0.5', b"[1, 2]", b"\xff\xfe", b"[" * 99_999])

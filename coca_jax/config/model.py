@@ -176,7 +176,8 @@ class Model(Section):
     bias: bool = key(
         True,
         FLAG,
-        "biases in blocks, poolers and norms; image.patch_bias, text.head_bias are apart",
+        "biases in blocks, poolers and norms; image.patch_bias, text.head_bias and that of "
+        "qk_norm_kind='layer' are apart",
     )
     layer_scale: float = key(
         0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import heapq
 import io
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from coca_jax import storage
+from coca_jax import local_files, storage
 from coca_jax.data import bounded_json, files, resizing, videos
 from coca_jax.evaluators import Predictor
 
@@ -144,9 +145,15 @@ def encode_png(image: np.ndarray) -> str:
 
 
 def _merge(path: Any, values: Mapping[str, Any], *, sort: bool) -> None:
-    merged = _found(path) | dict(values)
-    text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
-    storage.write_text(path, text + "\n")
+    if storage.is_remote(path):
+        alone: Any = contextlib.nullcontext()
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        alone = local_files.alone_in(path.parent)
+    with alone:  # another evaluation may write its scores there now
+        merged = _found(path) | dict(values)
+        text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
+        storage.write_text(path, text + "\n")
 
 
 def _found(path: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ WHOLE = P()
 
 
 class Devices:
-    """The devices of a model as one: a mesh, or the only one, where `mesh` is None."""
+    """The devices of a model as one: a mesh, or the only one, where `mesh` is None; platform: what
+    they are, 'cpu', 'gpu' or 'tpu'."""
 
-    def __init__(self, mesh: Mesh | None) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh | None, platform: str) -> None:
+        self.mesh, self.platform = mesh, platform
         self.several_processes = mesh is not None and mesh.is_multi_process
         self._parts = partitioning.batch_parts(mesh) if mesh else 1
 
@@ -65,13 +66,15 @@ def place(params: dict, devices: Sequence[jax.Device] | None = None) -> tuple[De
     leaf = jax.tree.leaves(params)[0]
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        return Devices(cast(Mesh, sharding.mesh)), params
+        mesh = cast(Mesh, sharding.mesh)
+        return Devices(mesh, mesh.devices.flat[0].platform), params
     devices = jax.local_devices() if devices is None else list(devices)
+    platform = devices[0].platform
     if len(devices) == 1:
-        return Devices(None), jax.device_put(params, devices[0])
+        return Devices(None, platform), jax.device_put(params, devices[0])
     mesh = partitioning.make_mesh(len(devices), 1, 1, devices)
     whole = NamedSharding(mesh, WHOLE)
-    return Devices(mesh), jax.tree.map(lambda x: _spread(x, whole), params)
+    return Devices(mesh, platform), jax.tree.map(lambda x: _spread(x, whole), params)
 
 
 def pad(array: np.ndarray, size: int) -> np.ndarray:

@@ -76,6 +76,7 @@ class Encoders:
         return coca.build(
             self.config.model,
             sigmoid=roles.sigmoid_bias(params) is not None,
+            platform=self._devices.platform,
             head=self.config.head if self.head_kind else None,
             num_classes=len(self.class_names),
         )
@@ -125,10 +126,7 @@ class Encoders:
         labels: the texts are class names in prompts; a model trained with data.label_token then
         sees its label symbol before them. Raises ValueError for what is not text.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{number}]={text!r}: give a str")
+        texts = text_arrays.listed(texts)
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):
@@ -163,7 +161,7 @@ class Encoders:
         """The inverse of the temperature, which cosine similarities are multiplied by as logits."""
         return float(np.exp(np.asarray(roles.log_scale(self.params))))
 
-    def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
+    def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
@@ -202,7 +200,7 @@ class Encoders:
     # -- the task head --------------------------------------------------------------------------
 
     def classify(
-        self, images: Any, texts: Sequence[str] | None = None, *, progress: bool = False
+        self, images: Any, texts: str | Sequence[str] | None = None, *, progress: bool = False
     ) -> np.ndarray:
         """Probability of every class of the task head: float32 [N, C], columns as class_names.
 
@@ -216,7 +214,9 @@ class Encoders:
         pair = head.kind.images > 1
         images = [one for two in images for one in two] if pair else self._reader.listed(images)
         count = len(images) // head.kind.images
-        texts = [""] * count if not head.kind.reads_text and texts is None else texts
+        if texts is None and not head.kind.reads_text:
+            texts = [""] * count
+        texts = None if texts is None else text_arrays.listed(texts)
         if texts is None or len(texts) != count:
             raise ValueError(
                 f"{0 if texts is None else len(texts)} texts for {count} "
@@ -259,13 +259,13 @@ class Encoders:
         return self._reader.preprocess(image, num_frames)
 
     def tokenize(
-        self, texts: Sequence[str], *, labels: bool = False
+        self, texts: str | Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Texts as `encode_tokens` takes them: ids int32 and validity bool, [N, max_len].
 
         labels: as of `encode_text`.
         """
-        tokens, valid = self._tokenize(texts, labels)
+        tokens, valid = self._tokenize(text_arrays.listed(texts), labels)
         room = ((0, 0), (0, self.max_len - tokens.shape[1]))
         return np.pad(tokens, room, constant_values=self.vocabulary.pad_id), np.pad(valid, room)
 

@@ -18,6 +18,7 @@ from coca_jax import export_format, image_shape, storage
 from coca_jax.export_format import CARD, PREPROCESSOR
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
+from coca_jax.models import tower_kinds
 
 _OURS = "---\nlibrary_name: coca_jax\n"  # how model_card.md begins
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
@@ -30,6 +31,12 @@ def check(model: CoCaModel) -> None:
             "exports take square images, and this model was trained with data.resize='native'; "
             "use the run itself (coca_jax.load, caption, search), or train with 'squash'"
         )
+
+
+def image_shape_of(model: CoCaModel) -> tuple[int, ...]:
+    """Of one image as programs take it, (h, w, 3); of a model of clips (T, h, w, 3)."""
+    frames = (model.num_frames,) if model.num_frames else ()
+    return (*frames, *image_shape.pair(model.image_size), 3)
 
 
 def write(
@@ -68,7 +75,9 @@ def write(
     if model.class_names:  # the task head's weights are there too; the programs leave it out
         config |= dict(head=model.config.head.to_dict(), class_names=model.class_names)
     if hub:
-        config |= dict(model_type="coca", architectures=["CoCa"])
+        # Not the family's own name: to other libraries 'clip' means weights in their layout.
+        kind = ("coca", "CoCa") if model.writes_captions else ("two_towers", "TwoTowers")
+        config |= dict(model_type=kind[0], architectures=[kind[1]])
     with tempfile.TemporaryDirectory() as scratch:
         suffix = _SUFFIXES.get(words.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")
@@ -131,19 +140,50 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
     rows = "\n".join(_score_rows(scores))
     template = string.Template(pathlib.Path(__file__).with_name("model_card.md").read_text())
     return template.substitute(
+        _words(model),
         name=name,
         title=name.rpartition("/")[2],
         parameters=f"{count:,}",
         image=f"{high} x {wide} pixels, patches of {image_shape.words(sizes.patch_size)}",
         image_encoder=f"{sizes.image.depth} layers of width {sizes.image.width}",
-        text_decoder=f"{text.unimodal_depth} unimodal and {text.multimodal_depth} multimodal "
-        f"layers of width {text.width}",
         embed_dim=sizes.embed_dim,
         vocabulary=f"{kind}, {model.vocabulary.size:,} ids; texts of up to {text.max_len} tokens",
         head=_head(model),
         scores=f"| measure | value | 95% interval | examples |\n|---|---|---|---|\n{rows}"
         if rows
         else "None were stored with these weights.",
+    )
+
+
+def _words(model: CoCaModel) -> dict[str, str]:
+    """What a card says of captioners and of towers each in its own words."""
+    text = model.config.model.text
+    if model.writes_captions:
+        return dict(
+            pipeline="image-to-text",
+            tags="- coca\n- image-captioning\n- zero-shot-image-classification",
+            about="A contrastive captioner (CoCa, [Yu et al. 2022](https://arxiv.org/abs/2205.01917"
+            ")): it embeds images\nand texts in one space and writes captions.",
+            example='print(model.caption(["cat.jpg"]))',
+            text_part="text decoder",
+            text_layers=f"{text.unimodal_depth} unimodal and {text.multimodal_depth} multimodal "
+            f"layers of width {text.width}",
+            use="What the model writes follows the texts that it was trained on, their mistakes "
+            "and their slant\nincluded. Look at its captions of your own pictures before you rely "
+            "on it.",
+        )
+    family = tower_kinds.of(model.config.model.family)
+    return dict(
+        pipeline="zero-shot-image-classification",
+        tags=f"- {family.name}\n- feature-extraction",
+        about=f"An image and a text tower, of the family {family.name} ({family.about}): they "
+        "embed images and\ntexts in one space. There is no decoder, so they write no captions.",
+        example='print(model.similarity(["cat.jpg"], ["a photo of a cat", "a photo of a dog"]))',
+        text_part="text encoder",
+        text_layers=f"{text.unimodal_depth} layers of width {text.width}",
+        use="What the model finds follows the pictures and texts that it was trained on, their "
+        "mistakes and their\nslant included. Look at what it finds among your own pictures before "
+        "you rely on it.",
     )
 
 

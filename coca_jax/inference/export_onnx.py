@@ -18,7 +18,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import export_format, extras, image_shape, storage
+from coca_jax import export_format, extras, storage
 from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles
@@ -92,13 +92,14 @@ def _beside(folder: str, name: str) -> str:
 
 
 class Arrays:
-    """Inputs of the sizes of `model`, `batch` rows: image uint8 [N, S, T, 3], tokens int32 [N, L]
-    with valid bool [N, L]."""
+    """Inputs of the sizes of `model`, `batch` rows: image uint8 [N, S, T, 3], of clips with the
+    axis of frames behind N; tokens int32 [N, L] with valid bool [N, L]."""
 
     def __init__(self, model: CoCaModel, batch: int) -> None:
         rng, vocabulary = np.random.default_rng(0), model.vocabulary
-        size, shape = image_shape.pair(model.image_size), (batch, model.max_len)
-        self.image = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+        shape = (batch, model.max_len)
+        shape_of_image = (batch, *export_folder.image_shape_of(model))
+        self.image = rng.integers(0, 256, shape_of_image, dtype=np.uint8)
         self.tokens = rng.integers(0, vocabulary.size, shape).astype(np.int32)
         ends = (vocabulary.eos_id, vocabulary.hidden_id)
         self.tokens[np.isin(self.tokens, [i for i in ends if i is not None])] = vocabulary.bos_id

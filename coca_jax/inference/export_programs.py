@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import export_format, image_shape, storage
+from coca_jax import export_format, storage
 from coca_jax.config import Model, read
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
@@ -27,7 +27,7 @@ def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes
     export_format.check_platforms(platforms)
     functions = functions_of(model, platforms)
     batch = jax.export.symbolic_shape("b")[0]
-    length, size = model.max_len, image_shape.pair(model.image_size)
+    length, shape_of_one = model.max_len, export_folder.image_shape_of(model)
 
     def array(shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -43,7 +43,7 @@ def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes
             exported.out_tree, [array(a.shape, a.dtype) for a in exported.out_avals]
         )
 
-    tokens = save("encode_image", flat, array((batch, *size, 3), np.uint8))[1]
+    tokens = save("encode_image", flat, array((batch, *shape_of_one), np.uint8))[1]
     save("encode_text", flat, array((batch, length), np.int32), array((batch, length), bool))
     weights = save("decode_weights", flat)
     state = save("decode_start", weights, tokens)
@@ -163,8 +163,9 @@ def check(model: CoCaModel, out: str) -> dict[str, float]:
     for name in ("encode_image", "encode_text", "decode_weights", "decode_start", "decode_step"):
         calls[name] = jax.export.deserialize(bytearray(_program(out, name).read_bytes())).call
     rng = np.random.default_rng(0)
-    count, length, size = 3, model.max_len, image_shape.pair(model.image_size)
-    image = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    count, length = 3, model.max_len
+    shape = (count, *export_folder.image_shape_of(model))
+    image = rng.integers(0, 256, shape, dtype=np.uint8)
     tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
     tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
     if model.vocabulary.hidden_id is not None:

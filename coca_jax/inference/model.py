@@ -235,9 +235,10 @@ class CoCaModel(Scores):
             num_ids=self.vocabulary.size,
             eos_id=self.vocabulary.eos_id,
             hidden_id=self.vocabulary.hidden_id,
+            platform=self._devices.platform,
         )
         aside = ThreadPoolExecutor(1, "decoding")
-        chosen = aside.submit(decoding.fastest, spec, self.params)
+        chosen = aside.submit(decoding.fastest, spec, self.params, self._devices.platform)
         aside.shutdown(wait=False)
         return chosen
 
@@ -251,14 +252,15 @@ class CoCaModel(Scores):
             return decoding.pack(self._spec, self.params, self._decoding.result()[1])
 
     def answer(
-        self, images: Any, questions: Sequence[str], *, progress: bool = False, **how: Any
+        self, images: Any, questions: str | Sequence[str], *, progress: bool = False, **how: Any
     ) -> list[str]:
         """The answer that the decoder writes behind each question about each image.
 
         how: as of `caption`. Raises ValueError unless there are as many questions as images.
         """
         images = self._reader.listed(images)
-        if isinstance(questions, str) or len(questions) != len(images):
+        questions = text_arrays.listed(questions)
+        if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
         prompts = []
         for question in questions:
@@ -275,7 +277,7 @@ class CoCaModel(Scores):
         return self.resize != "native"
 
     def explain(
-        self, images: Any, texts: Sequence[str | Caption], *, progress: bool = False
+        self, images: Any, texts: str | Caption | Sequence[str | Caption], *, progress: bool = False
     ) -> list[Explanation]:
         """How probable each word of text i is for image i, what else could have stood there, and
         where the model looked; see `explain.Explanation`.
@@ -287,7 +289,7 @@ class CoCaModel(Scores):
         if not self.explains:
             raise ValueError("explain takes square images; this model has data.resize='native'")
         ids = []
-        for text in texts:
+        for text in text_arrays.listed(texts, (str, Caption)):
             if isinstance(text, Caption):
                 ids.append(list(text.tokens))
             else:
@@ -335,9 +337,8 @@ class CoCaModel(Scores):
                 f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to {ids - 1}"
             )
         valid = text_arrays.validity(self.vocabulary, tokens)
-        with self._devices.context():
-            out = self._programs.forward(self.params, np.asarray(pixels, np.float32), tokens, valid)
-        return Forward(*(np.asarray(x) for x in out))
+        out = self._run(self._programs.forward, np.asarray(pixels, np.float32), tokens, valid)
+        return Forward(*out)
 
 
 def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:

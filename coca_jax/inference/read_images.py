@@ -14,6 +14,7 @@ import tqdm
 from PIL import Image
 
 from coca_jax import cores, image_shape, local_files
+from coca_jax.config import rules
 from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
@@ -143,13 +144,13 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
 
 def check_batch_size(batch_size: int) -> int:
     """Returns it; raises ValueError for what is not a number of images."""
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+    if not rules.is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a whole number of images, at least 1")
     return int(batch_size)
 
 
 def check_frames(num_frames: int) -> int:
     """Returns it; raises ValueError for what is not a number of frames."""
-    if not isinstance(num_frames, int) or num_frames < 0:
+    if not rules.is_whole(num_frames) or num_frames < 0:
         raise ValueError(f"num_frames={num_frames!r}; give the frames of a video, or 0 for images")
-    return num_frames
+    return int(num_frames)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import pad
 from coca_jax.inference.encoders import Encoders, joined
 
@@ -20,7 +21,7 @@ class Scores(Encoders):
     """Adds log probabilities of texts to the encoders; see `model.CoCaModel`."""
 
     def caption_log_likelihood(
-        self, images: Any, texts: Sequence[str], *, progress: bool = False
+        self, images: Any, texts: str | Sequence[str], *, progress: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """How probable text i is for image i.
 
@@ -28,7 +29,7 @@ class Scores(Encoders):
         tokens after the begin symbol, the end symbol included. Raises ValueError unless there
         are as many texts as images.
         """
-        texts = list(texts)
+        texts = text_arrays.listed(texts)
         sums, counts = [], []
         done = 0
         for pixels in self._reader.batches(images, progress):
@@ -46,7 +47,7 @@ class Scores(Encoders):
     def score(
         self,
         images: Any,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         per_token: bool = False,
         labels: bool = False,
@@ -58,7 +59,7 @@ class Scores(Encoders):
         the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
         encoded once.
         """
-        tokens, valid = self._tokenize(list(texts), labels)
+        tokens, valid = self._tokenize(text_arrays.listed(texts), labels)
         states = self._text_states(tokens, valid)
         rows = []
         for pixels in self._reader.batches(images, progress):
@@ -69,12 +70,12 @@ class Scores(Encoders):
             found = self._pair_scores(image, states, tokens, valid, *pairs.reshape(2, -1))
             rows.append(found.reshape(count, len(tokens)))
         scores = joined(rows, (len(tokens),))
-        return scores / valid[:, 1:].sum(1) if per_token else scores
+        return scores / valid[:, 1:].sum(1).astype(np.float32) if per_token else scores
 
     def score_some(
         self,
         images: Any,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         chosen: Sequence[np.ndarray],
         *,
         progress: bool = False,
@@ -83,14 +84,18 @@ class Scores(Encoders):
 
         chosen: for each image the numbers of its texts, int [k]. Returns float32 [k] of each image.
         An image is encoded once, and a text once for each batch of images. Raises ValueError unless
-        there is a choice for each image.
+        there is a choice for each image, of texts that there are.
         """
+        texts = text_arrays.listed(texts)
         found: list[np.ndarray] = []
         for pixels in self._reader.batches(images, progress):
             lists = [np.asarray(c, np.int64) for c in chosen[len(found) : len(found) + len(pixels)]]
             if len(lists) != len(pixels):
                 raise ValueError(f"chosen has {len(chosen)} lists for more images; give one each")
             used, text = np.unique(np.concatenate(lists), return_inverse=True)
+            if used.size and not 0 <= used[0] <= used[-1] < len(texts):
+                wrong = used[0] if used[0] < 0 else used[-1]
+                raise ValueError(f"chosen holds {wrong}; texts go from 0 to {len(texts) - 1}")
             lengths = [len(one) for one in lists]
             # As many texts as a power of two, so that few shapes are compiled.
             some = [texts[i] for i in used.tolist()]
@@ -113,7 +118,7 @@ class Scores(Encoders):
         image_tokens: [R, Q, D] of images, as `image_tokens` gives them. texts: N; image, text:
         int [K], the pairs by number. Each text runs once through the half that sees text alone.
         """
-        tokens, valid = self._tokenize(list(texts))
+        tokens, valid = self._tokenize(text_arrays.listed(texts))
         states = self._text_states(tokens, valid)
         found = self._pair_scores(image_tokens, states, tokens, valid, image, text)
         return found, valid[:, 1:].sum(1).astype(np.int32)
@@ -155,9 +160,9 @@ class Scores(Encoders):
             parts.append(np.asarray(out)[:count])
         return joined(parts, ())
 
-    def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
+    def num_tokens(self, texts: str | Sequence[str], *, labels: bool = False) -> np.ndarray:
         """Tokens of each text that `score` predicts, the end symbol included: int32 [M]."""
-        _, valid = self._tokenize(list(texts), labels)
+        _, valid = self._tokenize(text_arrays.listed(texts), labels)
         return valid[:, 1:].sum(1).astype(np.int32)
 
     def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:

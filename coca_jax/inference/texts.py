@@ -12,6 +12,18 @@ from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
 
 
+def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
+    """Texts as a list; one alone counts as a list of one. Raises ValueError for what is of none of
+    the `kinds`."""
+    if isinstance(texts, kinds):
+        return [texts]
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, kinds):
+            raise ValueError(f"texts[{number}]={text!r}: give a str")
+    return texts
+
+
 def tokenize(
     vocabulary: Vocabulary, texts: Sequence[str], max_len: int, labels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +127,7 @@ def captions(
     vocabulary: Vocabulary, prompt_ids: list[list[int]], decoded: Any, by_log_prob: bool
 ) -> list[list[Caption]]:
     """The captions of each image, most probable first where asked, else in the decode's order.
+    Beams that found no more have no token and are left out; one stays where there is no other.
 
     prompt_ids: of each image, begin symbol first. decoded: `generation.loop.Captions`.
     """
@@ -129,7 +142,10 @@ def captions(
                 finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
                 tokens=(*known, *new[:n].tolist()),
             )
-            for new, n, log_prob in zip(tokens[row], lengths[row], log_probs[row])
+            for place, (new, n, log_prob) in enumerate(
+                zip(tokens[row], lengths[row], log_probs[row])
+            )
+            if n or not place
         ]
         if by_log_prob:
             found.sort(key=lambda caption: -caption.log_prob)

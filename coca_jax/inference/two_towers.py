@@ -41,7 +41,8 @@ class TwoTowerModel(Encoders):
 
     def _module(self, params: dict) -> two_towers.TwoTowers:
         sigmoid = roles.sigmoid_bias(params) is not None
-        return two_towers.build(self.config.model, sigmoid=sigmoid)
+        platform = self._devices.platform
+        return two_towers.build(self.config.model, sigmoid=sigmoid, platform=platform)
 
     def _tokenize(
         self, texts: Sequence[str], labels: bool = False

@@ -152,9 +152,9 @@ def pack(spec: Decoder, params: dict, layout: Layout = "kernel") -> dict:
     )
 
 
-def fastest(spec: Decoder, params: dict) -> tuple[Decoder, Layout]:
+def fastest(spec: Decoder, params: dict, platform: str | None = None) -> tuple[Decoder, Layout]:
     """How decoding is fastest on this machine: the spec to decode by, and the layout, see
-    ops/packed.py.
+    ops/packed.py; platform: of the devices that run it; default: here.
 
     With panels all but products computes in float32, whatever the model's dtype; the products do
     too where the processor has none of bfloat16: that is faster than bfloat16's products by XLA at
@@ -163,7 +163,7 @@ def fastest(spec: Decoder, params: dict) -> tuple[Decoder, Layout]:
     text = params["text_decoder"]
     width = text["token_embedding"]["value"].shape[1]
     layout = packed.choose_layout(
-        jax.default_backend(),
+        platform or jax.default_backend(),
         spec.implementation,
         num_weights=sum(x.size for x in jax.tree.leaves(text)),
         head_widths={width // spec.unimodal.num_heads, width // spec.multimodal.num_heads},

@@ -40,7 +40,7 @@ class BlockOptions:
     activation: of the MLP, a key of ops.reference.ACTIVATIONS.
     gated_mlp: an MLP's activation is a gate of a second projection (Shazeer 2020).
     norm: 'layer' or 'rms' (Zhang and Sennrich 2019). norm_eps: added to the variance.
-    bias: whether products and norms have one.
+    bias: whether products and norms have one, but for those of queries and keys.
     layer_scale: what every residual part is scaled with by channel, at first (Touvron et al. 2021);
         0: no such scale.
     positions: 'learned' tables that are added, 'rope' (see rotary.py), or 'both'.

@@ -18,7 +18,8 @@ class Settings:
 
     max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
     min_tokens: new tokens that must come before the end symbol, at most max_tokens.
-    num_captions: captions per image, best first; more than one needs beams or a temperature.
+    num_captions: captions per image, best first, fewer where beams find no more; more than one
+        needs beams or a temperature.
     num_beams: beams of beam search, at most the ids of the vocabulary; 1: none.
     temperature: 0 takes the most probable token, more samples.
     top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
@@ -150,7 +151,7 @@ def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
         return np.arange(count, dtype=np.uint32)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} images; give one each")
-    wrong = [seed for seed in seeds if not 0 <= seed < 1 << 32]
+    wrong = [seed for seed in seeds if not (rules.is_whole(seed) and 0 <= seed < 1 << 32)]
     if wrong:
         raise ValueError(f"seeds: {wrong[0]!r}; give whole numbers from 0 and below 2**32")
     return np.asarray(seeds, np.uint32)
