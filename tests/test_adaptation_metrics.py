@@ -60,6 +60,30 @@ def test_top1_and_top5_equal_a_plain_count():
     assert np.sum(evaluator.classes["count"]) == 299
 
 
+def test_small_probabilities_are_ranked_and_are_no_ties():
+    """The true class is the third, fifth or sixth of probabilities from 1 down to 1e-30; of a head,
+    and of a probe that finds the same."""
+    row = np.asarray([1.0, 1e-8, 1e-12, 1e-18, 1e-24, 1e-28, 1e-30], np.float32)
+    records = records_of([[NAMES[c]] for c in (2, 4, 5, 0)])
+    found = dict(Classification("set").run(Fixed(np.tile(row, (4, 1))), records))
+    assert found["classification/set/top5"] == 0.75 and found["classification/set/top1"] == 0.25
+
+    class Probe(probes.NearestNeighbours):
+        def scores(self, test, train, classes):
+            return np.tile(row.astype(np.float64), (len(test), 1)), {}
+
+    class Model:
+        def features(self, images):
+            return np.ones((len(images), 2), np.float32)
+
+    found = dict(Probe("set", NAMES, records).run(Model(), records))
+    assert found["knn/set/top5"] == 0.75 and found["knn/set/top1"] == 0.25
+    # Those that differ by less than a millionth of themselves are ties, however small.
+    row[1:] = 1e-20 * (1 + 1e-7 * np.arange(6))
+    found = dict(Classification("set").run(Fixed(np.tile(row, (4, 1))), records))
+    assert found["classification/set/top5"] == 0.25
+
+
 def test_equal_probabilities_score_nothing():
     labels = [[NAMES[i % 7]] for i in range(14)]
     found = dict(Classification("set").run(Fixed(np.full((14, 7), 1 / 7)), records_of(labels)))

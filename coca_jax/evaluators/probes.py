@@ -62,7 +62,9 @@ class Probe(Evaluator):
     ):
         super().__init__(data_name)
         self._cache: dict[str, np.ndarray] = {} if cache is None else cache
-        self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
+        self._new_tally = lambda: Tally(
+            self.name, class_names, labels, relative=True, num_examples=num_examples
+        )
         self._new_tally()  # refuses unsuitable names now
         self.num_classes, self.train = len(class_names), train
         self.batch_size, self.progress = batch_size, progress
