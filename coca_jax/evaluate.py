@@ -223,6 +223,9 @@ def run_suite(args: Any) -> dict[str, float]:
     out = args.out or args.checkpoint
     if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
+    from coca_jax.evaluators import results
+
+    results.check_checkpoint(out, args.checkpoint)
     cli.say(f"loading {args.checkpoint}")
     from coca_jax import inference
     from coca_jax.suites import running
@@ -234,6 +237,7 @@ def run_suite(args: Any) -> dict[str, float]:
     suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
     suite = suite.partition(".")[0]
     how = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
+    results.save_checkpoint(out, args.checkpoint)
     scores, lines = running.run(model, tasks, out, **how)
     print("\n".join(lines))
     return scores
@@ -278,8 +282,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     out = args.out or args.checkpoint
     if args.out or storage.is_remote(out):
         storage.check_writable(out, make=False)
-    if args.out:
-        results.check_checkpoint(out, args.checkpoint)
+    results.check_checkpoint(out, args.checkpoint)
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
     model = inference.load(
@@ -298,11 +301,11 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
     if not args.tasks:
         tasks = able(model, tasks)
+    if not jax.process_index():
+        results.save_checkpoint(out, args.checkpoint)
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None
-    if args.out:
-        results.save_checkpoint(out, args.checkpoint)
     for line in results.table(scores):
         print(line)
     return scores

@@ -4,17 +4,19 @@ import csv
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 from in_place_cases import write_tar
 from test_own_data import by_class, captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, prepare
+from coca_jax import evaluate, inference, prepare
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations
+from coca_jax.evaluators import tasks as evaluation
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import indexes, own_data, seen, splits, unprepared
 
@@ -259,6 +261,22 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
     with pytest.raises(ValueError, match=says) as error:
         evaluate.main(["evaluate"])
     assert "\n" not in str(error.value)
+
+
+def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    model = types.SimpleNamespace(config=typed(recipe()))
+    monkeypatch.setattr(inference, "load", lambda *_, **__: model)
+    monkeypatch.setattr(evaluation, "run_tasks", killed)
+    given = dict(data="scenes", tasks="retrieval", out=tmp_path / "scores")
+    ask(checkpoint="runs/a", **given)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(["evaluate"])
+    ask(checkpoint="runs/b", **given)
+    with pytest.raises(ValueError, match="scores holds the scores of runs/a; give another --out"):
+        evaluate.main(["evaluate"])
 
 
 @pytest.mark.parametrize("place", ["none", "none.csv", "none/"])

@@ -114,6 +114,23 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
     ]
 
 
+def test_the_folder_of_a_run_has_its_own_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "open_clip_config.json"):
+        run = tmp_path / name.partition(".")[0]
+        run.mkdir()
+        (run / name).write_text("{}")
+        results.check_checkpoint(str(run), "runs/other")  # no scores yet
+        results.save_results(run, {"a/b/r1": 0.5})
+        results.save_checkpoint(str(run), f"{run.name}/")
+        assert not (run / results.CHECKPOINT).exists()  # it may be moved
+        results.check_checkpoint(str(run), run.name)
+        with pytest.raises(ValueError, match=f"--out={run} holds the scores of {run}; give an"):
+            results.check_checkpoint(str(run), "runs/other")
+    results.save_results("scores", {"a/b/r1": 0.5})  # of an earlier version, which noted none
+    results.check_checkpoint("scores", "runs/other")
+
+
 def test_a_folder_has_the_scores_of_one_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)

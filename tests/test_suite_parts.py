@@ -12,7 +12,9 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from test_version_0_1 import flags_of
 
+from coca_jax import evaluate, inference
 from coca_jax.suites import (
     clip_benchmark,
     folders,
@@ -303,6 +305,31 @@ class Colours:
 
     def encode_text(self, texts, *, labels=False):
         return np.asarray([[1.0, 0, 0] if "red" in text else [0, 0, 1.0] for text in texts])
+
+
+def test_a_suite_notes_whose_scores_a_folder_holds_before_the_first(tmp_path, monkeypatch):
+    """One that is killed in its first set is another checkpoint's no more."""
+    tar_set(tmp_path / "sets/tars", dict(png=png("red"), cls=b"0"))
+    flags_of("evaluate", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def score(checkpoint):
+        evaluate.flags.FLAGS.unparse_flags()
+        flags = ["--suite=clip_benchmark", "--root=sets", "--out=scores"]
+        evaluate.flags.FLAGS(["evaluate", f"--checkpoint={checkpoint}", *flags])
+        return evaluate.main(["evaluate"])
+
+    def killed(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "load", lambda *_, **__: Colours())
+    with monkeypatch.context() as now:
+        now.setattr(Colours, "encode_image", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score("runs/a")
+    with pytest.raises(ValueError, match="--out=scores holds the scores of runs/a; give another"):
+        score("runs/b")
+    assert score("runs/a")["suite/tars/acc1"] == 1
 
 
 def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch):
