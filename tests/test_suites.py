@@ -247,6 +247,16 @@ def test_figures_equal_their_definitions():
     assert measuring.chosen(tables_) == dict(
         image_acc=[1.0, 1.0], text_acc=[1.0, 0.0], acc=[1.0, 0.0]
     )
+    # Equal scores, of texts or of images, are no choice; an image alone is not taken for another.
+    for table, right in (
+        ([[0.5, 0.5], [0.5, 0.5]], (0, 0, 0)),
+        ([[0.5, 0.5], [0.1, 0.6]], (1, 0, 0)),
+        ([[0.5, 0.4], [0.5, 0.6]], (0, 1, 0)),
+        ([[0.5, 0.5]], (1, 0, 0)),
+        ([[0.5, 0.4, 0.3]], (1, 1, 1)),
+    ):
+        names = ("image_acc", "text_acc", "acc")
+        assert measuring.chosen([np.array(table)]) == dict(zip(names, [[one] for one in right]))
     assert measuring._jaccard(np.array([0.5, 0.9, 0.1, 0.4]), [1, 3]) == 1 / 3
     assert measuring.cue_prompt("Apple") == "An apple"  # as DataComp's eval_utils/wino_eval.py
     cues = dict(jaccard=np.array([1, 0.5, 0.25, 0]), candidates=np.array([5, 10, 12, 6]))
