@@ -170,15 +170,16 @@ def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tasks_of_flags() -> list[dict[str, Any]]:
-    """The tasks that the command's flags ask for. Raises ValueError for an unknown one, and as
-    `declarations.check`."""
+    """The tasks that the command's flags ask for. Raises ValueError for an unknown one or a flag
+    that none of them reads, and as `declarations.check`."""
     args, data = flags.FLAGS, data_of_flags()
     place, _, rest = args.data.partition(":")
     path = args.data.rstrip("/")
     folder = rest.replace("/", "_") if place == "tfds" else posixpath.basename(path)
     name = args.name or f"{folder}_{data['split']}{_part(data.get('where', {}), args.limit)}"
-    tasks = []
-    for kind in kinds_of_flags(data):
+    tasks, kinds = [], kinds_of_flags(data)
+    refuse_unused(kinds)
+    for kind in kinds:
         task: dict[str, Any] = dict(kind=kind, name=name)
         task |= dict(data=dict(data), limit=args.limit)
         declarations.of(kind).from_flags(task, args)
@@ -200,6 +201,15 @@ def refuse_given(names: Sequence[str], why: str) -> None:
         flag = flags.FLAGS[name]
         if flag.present:
             raise ValueError(f"{' '.join(flag.serialize().split())}: {why}; leave it out")
+
+
+def refuse_unused(kinds: Sequence[str]) -> None:
+    """Raises ValueError for the first flag that is given and that no task of these kinds reads."""
+    for flag in evaluator_flags():
+        takers = [kind for kind, one in declarations.kinds().items() if flag in one.flags]
+        if not set(takers) & set(kinds):
+            why = f"it is of {' and '.join(takers)}, and the tasks are {', '.join(kinds)}"
+            refuse_given([flag.name], why)
 
 
 def run_suite(args: Any) -> dict[str, float]:

@@ -263,6 +263,33 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(tasks="zeroshot", rerank=20), "--rerank=20: it is of retrieval, and the tasks are z"),
+        (dict(tasks="zeroshot", num_beams=4), "--num_beams=4: it is of captioning, and the tasks"),
+        (dict(tasks="knn", questions="q"), "=q: it is of classification and answers, and the task"),
+        (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zeros"),
+        (dict(tasks="retrieval", class_names="none.txt"), "--class_names=none.txt: it is of zeros"),
+        (dict(tasks="retrieval", attention=0), "--noattention: it is of captioning"),
+        (dict(templates="photo", data="texts"), "--templates=photo: .* are retrieval, captioning"),
+    ],
+)
+def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captioned(tmp_path / "texts", 2)  # for which zeroshot, a usual one, is left out
+    ask(**dict(dict(data="scenes"), **given))
+    with pytest.raises(ValueError, match=f"{says}.*; leave it out") as error:
+        evaluate.tasks_of_flags()
+    assert "\n" not in str(error.value)
+
+
+def test_flags_of_one_of_several_tasks_are_read(ask):
+    ask(data="scenes", tasks="zeroshot,retrieval", rerank=3, prompts="bare")
+    zeroshot, retrieval = evaluate.tasks_of_flags()
+    assert (zeroshot["prompts"], retrieval["rerank"]) == ("bare", 3)
+
+
 def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
