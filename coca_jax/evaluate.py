@@ -116,6 +116,9 @@ def data_of_flags() -> dict[str, Any]:
     for field in ("text_field", "label_field", "image_field"):
         if args[field].value:
             data[field] = args[field].value
+    if "builtin" in data:
+        fields = ("where", "text_field", "label_field", "image_field")
+        refuse_given(fields, "scenes are drawn, and are scored whole and as they are")
     if args.split or "builtin" in data:
         if args.split and "path" in data:
             unprepared.check_split(data, args.split)

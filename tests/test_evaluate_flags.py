@@ -253,6 +253,11 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
         (dict(suite="datacomp", checkpoint="x", root="y", where="a=b"), "^--where=a=b: a suite"),
         (dict(checkpoint="x", data="scenes", csv="t.csv"), "--csv=t.csv: it is for --suite; leave"),
         (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
+        (
+            dict(checkpoint="x", data="scenes", where="a=b"),
+            "^--where=a=b: scenes are drawn, .* out$",
+        ),
+        (dict(checkpoint="x", data="scenes", text_field="t"), "--text_field=t: scenes are drawn"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
     ],
 )
