@@ -278,6 +278,18 @@ def test_interval_of_a_difference_is_paired():
         metrics.difference("acc1", dict(target=target, guess=first), dict(target=1 + target))
 
 
+def test_draws_without_any_group_are_left_out_of_its_interval():
+    """Of four examples one has a group, and is right: a third of the draws has none of it."""
+    zeros = np.zeros(4, int)
+    found = dict(target=zeros, guess=zeros, group=np.array([0, -1, -1, -1]), in_top5=zeros == 0)
+    for name in ("acc_worst_group", "acc5_worst_group"):
+        assert metrics.value(name, found) == 1 and metrics.interval(name, found) == (1, 1)
+    wrong = dict(found, guess=zeros + 1)
+    assert metrics.difference("acc_worst_group", found, wrong) == (-1, -1, -1)
+    none = metrics.value("acc_worst_group", dict(found, group=zeros - 1))
+    assert np.isnan(none)
+
+
 @pytest.mark.long
 def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch, capsys):
     found, missing = tables.tasks("clip_benchmark", str(root))

@@ -92,8 +92,11 @@ def f1_macro(found: Outcome) -> float:
 
 
 def worst_group(found: Outcome, right: np.ndarray) -> float:
-    """The lowest share of right ones over the groups that occur: `group` int [N], below 0: none."""
+    """The lowest share of right ones over the groups that occur: `group` int [N], below 0: none;
+    NaN where no example has one, as in draws of few."""
     inside = found["group"] >= 0
+    if not inside.any():
+        return float("nan")
     total = np.bincount(found["group"][inside])
     hits = np.bincount(found["group"][inside], right[inside], minlength=len(total))
     return float((hits[total > 0] / total[total > 0]).min())
