@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from coca_jax.evaluators import intervals, results
+from coca_jax.evaluators import intervals, results, unfinished
 
 
 def test_intervals_of_other_figures_agree_with_theory():
@@ -112,6 +112,24 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
         ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
         ["a/b/num_examples", "1200.0000"],
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"request": {"wei', "[]", "{}", '{"request": {"weights": "w"}, "started": 1}', "\xff"]
+)
+def test_a_damaged_account_of_what_is_finished_is_begun_anew(text, tmp_path, caplog):
+    path = tmp_path / "eval_progress.json"
+    asked = dict(weights="w")
+    begun = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    begun.add("task", {"a": 0.5})
+    path.write_bytes(text.encode("latin-1"))
+    begun.add("other", {"b": 0.5})  # it is not this evaluation's any more
+    assert path.read_bytes() == text.encode("latin-1")
+    again = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    assert again.scores("task") is None and str(path) in caplog.text
+    again.add("task", {"a": 0.25})
+    found = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    assert found.scores("task") == {"a": 0.25}
 
 
 def test_the_folder_of_a_run_has_its_own_scores(tmp_path, monkeypatch):

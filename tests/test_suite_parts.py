@@ -17,6 +17,7 @@ from test_version_0_1 import flags_of
 from coca_jax import evaluate, inference
 from coca_jax.suites import (
     clip_benchmark,
+    comparing,
     folders,
     linear_probe,
     measuring,
@@ -332,7 +333,7 @@ def test_a_suite_notes_whose_scores_a_folder_holds_before_the_first(tmp_path, mo
     assert score("runs/a")["suite/tars/acc1"] == 1
 
 
-def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch):
+def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch, caplog):
     """In folders of classes, in tars whose padding keeps their size, and in lists of pairs; with
     the scores written among the data."""
     for name, width in (("blue", 10), ("red", 30)):
@@ -351,6 +352,13 @@ def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypa
         return [found[f"suite/{key}/{one.metric}"] for key, one in zip(keys, sets)]
 
     assert scores("plain/out") == [1, 0, 1]
+    kept_file = tmp_path / "plain/out/suite/plain.json"
+    for text in ("", '{"request": ', "[]", '{"request": {}}'):  # measured again, and written anew
+        kept_file.write_text(text)
+        with pytest.raises(ValueError, match="plain.json or the .npz beside it is damaged"):
+            comparing.compare(str(tmp_path / "plain/out"), [str(tmp_path / "plain/out")])
+        assert scores("plain/out") == [1, 0, 1] and str(kept_file) in caplog.text
+        caplog.clear()
     with monkeypatch.context() as kept:
         kept.setattr(measuring, "measure", None)
         assert scores("plain/out") == [1, 0, 1]

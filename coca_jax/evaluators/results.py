@@ -54,6 +54,23 @@ def _place(checkpoint: str) -> str:
     return files.real(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
 
 
+def kept(path: Any, **needs: type) -> dict[str, Any]:
+    """What a file of unfinished work holds; {} where there is none, and where it is damaged, of
+    which a warning tells. needs: keys that it must have, and of which type."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    try:
+        found = bounded_json.parse(data, len(data))
+        for key, kind in needs.items():
+            if not isinstance(found.get(key), kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+        return found
+    except ValueError as error:
+        logging.warning("%s is damaged (%s): what it held is computed again", path, error)
+        return {}
+
+
 def table(scores: Mapping[str, float]) -> list[str]:
     """Lines for people: a score each, with its 95% interval and count where it has them."""
     lines = []

@@ -93,7 +93,7 @@ def _has_train(task: Task) -> bool:
 
 def _kept(out: str, task: Task, request: Mapping[str, Any]) -> dict[str, float] | None:
     file = storage.place(out) / "suite" / f"{slug(task.key)}.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = results.kept(file, request=dict, scores=dict)
     return found["scores"] if model_checksum.same_request(found.get("request"), request) else None
 
 
