@@ -215,6 +215,12 @@ def refuse_unused(kinds: Sequence[str]) -> None:
             refuse_given([flag.name], why)
 
 
+def called(checkpoint: str) -> str:
+    """A model's name in tables: the last part of its place; of a step the run's before it."""
+    *before, last = [part for part in checkpoint.split("/") if part not in ("", "checkpoints")]
+    return "/".join([*before[-1:], last]) if last.isdecimal() else last
+
+
 def run_suite(args: Any) -> dict[str, float]:
     """Scores the checkpoint on the data sets of --suite below --root."""
     if not args.checkpoint or not args.root or args.data:
@@ -246,7 +252,7 @@ def run_suite(args: Any) -> dict[str, float]:
     size = args.batch_size or 64
     how: dict[str, Any] = dict(dtype=args.dtype, num_frames=args.num_frames)
     model = inference.load(args.checkpoint, batch_size=size, **how)
-    name = args.name or posixpath.basename(args.checkpoint.rstrip("/"))
+    name = args.name or called(args.checkpoint)
     suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
     suite = suite.partition(".")[0]
     how = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)

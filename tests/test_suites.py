@@ -338,16 +338,6 @@ def test_datacomp_takes_what_is_there_with_its_own_figures(root, tmp_path):
     assert (task.title, task.metric) == ("Colours", "mean_per_class_recall")
 
 
-def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
-    file = tmp_path / "table.csv"
-    file.write_text("name,MNIST,ImageNet 1k\nother,0.1,0.2\n")
-    for value in (0.5, 0.25):
-        running.write_row(str(file), {"name": "mine", "ImageNet 1k": value, "New": 0.75})
-    assert file.read_text().splitlines() == [
-        *("name,MNIST,ImageNet 1k,New", "other,0.1,0.2,", "mine,,0.2500,0.7500")
-    ]
-
-
 @pytest.mark.parametrize(
     "name, text, says",
     [
