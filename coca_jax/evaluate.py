@@ -14,6 +14,8 @@ Examples:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -193,9 +195,16 @@ def tasks_of_flags() -> list[dict[str, Any]]:
 
 def _part(where: Mapping[str, Sequence[str]], limit: int) -> str:
     """What is put behind the name of a split of which a part is scored, so that its scores do not
-    take the place of the whole's: '-vendor-openmoji-first30'."""
-    found = "".join(f"-{field}-{'+'.join(values)[:40]}" for field, values in where.items())
-    return re.sub(r"[^\w.+-]+", "_", found) + (f"-first{limit}" if limit else "")
+    take the place of the whole's: '-vendor-openmoji-first30'. Where a value is long or has signs
+    that names do not take, digits of a checksum of all values tell it from others: '-3f2a90bc'."""
+    joined = {field: "+".join(values) for field, values in where.items()}
+    found = "".join(f"-{field}-{text[:40]}" for field, text in joined.items())
+    name = re.sub(r"[^\w.+-]+", "_", found)
+    several = any("+" in value for values in where.values() for value in values)
+    if several or name != "".join(f"-{field}-{text}" for field, text in joined.items()):
+        told = json.dumps([[field, list(values)] for field, values in where.items()])
+        name += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return name + (f"-first{limit}" if limit else "")
 
 
 def refuse_given(names: Sequence[str], why: str) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 import types
 
@@ -83,6 +84,22 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=tmp_path / "texts", tasks="bleu")
     with pytest.raises(ValueError, match="--tasks=bleu: choose from zeroshot, "):
         evaluate.tasks_of_flags()
+
+
+def test_two_parts_have_two_names():
+    long = "a" * 40
+    parts = [
+        *({"vendor": [long, "b"]}, {"vendor": [long, "c"]}, {"vendor": [long]}),
+        *({"v": ["a b"]}, {"v": ["a_b"]}, {"v": ["a/b"]}, {"v": ["a", "b"]}, {"v": ["a+b"]}),
+        *({"v": ["a+b", "c"]}, {"v": ["a", "b+c"]}, {"v w": ["a"]}, {"v_w": ["a"]}),
+    ]
+    names = [evaluate._part(part, 0) for part in parts]
+    assert len(set(names)) == len(parts)
+    plain = [f"-vendor-{long}", "-v-a_b", "-v-a+b", "-v_w-a"]  # where nothing is lost
+    assert [name for name in names if name in plain] == plain
+    others = [name for name in names if name not in plain]
+    assert all(re.fullmatch(r"[\w.+-]+-[0-9a-f]{8}", name) for name in others)
+    assert evaluate._part({"v": ["a b"]}, 30) == f"{names[3]}-first30"
 
 
 def with_field(folder, kind):
