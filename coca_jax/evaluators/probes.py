@@ -113,7 +113,8 @@ class Probe(Evaluator):
         names, labels = class_names.names_and_labels(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0), need=cls.needs)
         limits = [task.get("limit", 0), task.get("train_limit", 0)]
-        of_data = json.dumps(["features", train, task["data"], limits], sort_keys=True)
+        some = [task.get("known_only", False), task.get("candidates")]
+        of_data = json.dumps(["features", train, task["data"], limits, some], sort_keys=True)
         cache = setting.shared.setdefault(of_data, {})
         how = dict(setting.common(), labels=labels, cache=cache)
         probe = cls(task["name"], names, found, **how)
