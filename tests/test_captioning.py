@@ -108,6 +108,18 @@ def test_references_that_are_cut_are_counted(caplog):
     ]
 
 
+@pytest.mark.parametrize("nats, wanted", [(2.0, math.exp(2)), (710.0, math.inf)])
+def test_perplexity_beyond_a_float_is_infinite(nats, wanted):
+    class Unlikely(Fake):
+        def caption_log_likelihood(self, images, texts):
+            return np.full(len(texts), -3 * nats), np.full(len(texts), 3)
+
+    records = [dict(image=picture(i), text="a b", key=i) for i in range(3)]
+    found = dict(captioning.Captioning("x", captions=False).run(Unlikely(), records))
+    for end in ("", "_low", "_high"):
+        assert found[f"captioning/x/perplexity{end}"] == pytest.approx(wanted)
+
+
 def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
     captions = [f"caption {i % 7}" for i in range(20)]
     captions[1] = "one line\u2028for JSON"

@@ -286,9 +286,10 @@ class Captioning(Evaluator):
                 "and what is longer loses its end: perplexity is of what is left"
             )
             logging.warning("%s: %s", self.name, self.cut)
-        nats, low, high = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
-        interval = (math.exp(low), math.exp(high))
-        yield from scored(f"{self.name}/perplexity", math.exp(nats), interval, len(sums))
+        nats = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
+        with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
+            found, low, high = np.exp(nats).tolist()
+        yield from scored(f"{self.name}/perplexity", found, (low, high), len(sums))
 
     def _collapse(
         self,
