@@ -308,6 +308,18 @@ class Colours:
         return np.asarray([[1.0, 0, 0] if "red" in text else [0, 0, 1.0] for text in texts])
 
 
+def test_two_sets_of_one_name_in_the_scores_are_refused(tmp_path):
+    for name in ("a/b", "a-b"):
+        tar_set(tmp_path / "sets" / name, dict(png=b"x", cls=b"0"))
+    (tmp_path / "one.txt").write_text("a/b\n")
+    (tmp_path / "both.txt").write_text("a/b\na-b\n")
+    root = str(tmp_path / "sets")
+    for suite in ("clip_benchmark", str(tmp_path / "both.txt")):
+        with pytest.raises(ValueError, match="a-b and a/b would both be a-b in the scores"):
+            tables.tasks(suite, root)
+    assert [task.key for task in tables.tasks(str(tmp_path / "one.txt"), root)[0]] == ["a/b"]
+
+
 def test_a_suite_notes_whose_scores_a_folder_holds_before_the_first(tmp_path, monkeypatch):
     """One that is killed in its first set is another checkpoint's no more."""
     tar_set(tmp_path / "sets/tars", dict(png=png("red"), cls=b"0"))

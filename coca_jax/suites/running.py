@@ -24,15 +24,10 @@ from coca_jax.evaluators.intervals import scored
 from coca_jax.importers import indexes
 from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics
-from coca_jax.suites.tables import DATACOMP, Task
+from coca_jax.suites.tables import DATACOMP, Task, slug
 
 WRITTEN = ("suite", "eval.json", results.CHECKPOINT, "suite.md", "suite.csv")
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
-
-
-def slug(key: str) -> str:
-    """A data set's name in files and scores."""
-    return key.replace("/", "-")
 
 
 def run(
