@@ -1,9 +1,12 @@
 """The row that a suite writes into a table of several models."""
 
+import json
+
 import pytest
+from PIL import Image
 
 from coca_jax import evaluate
-from coca_jax.suites import running
+from coca_jax.suites import folders, running, tables
 
 
 def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
@@ -43,6 +46,20 @@ def test_a_bad_table_is_refused_before_anything_is_measured(tmp_path, data, says
     with pytest.raises(ValueError, match=f"table.csv: .*{says}") as error:
         running.run(None, [], str(tmp_path), suite="x", name="y", table=str(file))
     assert "\n" not in str(error.value) and file.read_bytes() == data
+
+
+def test_pairs_that_counted_ties_as_right_are_measured_once_more(tmp_path):
+    """By the account of what the scores depend on, which of other sets is as it was."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = dict(filename="a.png", caption="one", negative_caption="two")
+    (tmp_path / "pairs.json").write_text(json.dumps({"0": row}))
+    (tmp_path / "plain/test/red").mkdir(parents=True)
+    (tmp_path / "plain/test/blue").mkdir(parents=True)
+    for name in ("red", "blue"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "plain/test" / name / "a.png")
+    for place, more in (("pairs.json", ["ties are wrong"]), ("plain", [])):
+        task = tables.Task(place, place, folders.read(str(tmp_path / place)))
+        assert json.loads(running._data(task, []))[4:] == more
 
 
 def test_a_row_is_called_by_the_model_s_place():
