@@ -14,6 +14,8 @@ Examples:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -116,6 +118,9 @@ def data_of_flags() -> dict[str, Any]:
     for field in ("text_field", "label_field", "image_field"):
         if args[field].value:
             data[field] = args[field].value
+    if "builtin" in data:
+        fields = ("where", "text_field", "label_field", "image_field")
+        refuse_given(fields, "scenes are drawn, and are scored whole and as they are")
     if args.split or "builtin" in data:
         if args.split and "path" in data:
             unprepared.check_split(data, args.split)
@@ -170,15 +175,16 @@ def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tasks_of_flags() -> list[dict[str, Any]]:
-    """The tasks that the command's flags ask for. Raises ValueError for an unknown one, and as
-    `declarations.check`."""
+    """The tasks that the command's flags ask for. Raises ValueError for an unknown one or a flag
+    that none of them reads, and as `declarations.check`."""
     args, data = flags.FLAGS, data_of_flags()
     place, _, rest = args.data.partition(":")
     path = args.data.rstrip("/")
     folder = rest.replace("/", "_") if place == "tfds" else posixpath.basename(path)
     name = args.name or f"{folder}_{data['split']}{_part(data.get('where', {}), args.limit)}"
-    tasks = []
-    for kind in kinds_of_flags(data):
+    tasks, kinds = [], kinds_of_flags(data)
+    refuse_unused(kinds)
+    for kind in kinds:
         task: dict[str, Any] = dict(kind=kind, name=name)
         task |= dict(data=dict(data), limit=args.limit)
         declarations.of(kind).from_flags(task, args)
@@ -189,9 +195,16 @@ def tasks_of_flags() -> list[dict[str, Any]]:
 
 def _part(where: Mapping[str, Sequence[str]], limit: int) -> str:
     """What is put behind the name of a split of which a part is scored, so that its scores do not
-    take the place of the whole's: '-vendor-openmoji-first30'."""
-    found = "".join(f"-{field}-{'+'.join(values)[:40]}" for field, values in where.items())
-    return re.sub(r"[^\w.+-]+", "_", found) + (f"-first{limit}" if limit else "")
+    take the place of the whole's: '-vendor-openmoji-first30'. Where a value is long or has signs
+    that names do not take, digits of a checksum of all values tell it from others: '-3f2a90bc'."""
+    joined = {field: "+".join(values) for field, values in where.items()}
+    found = "".join(f"-{field}-{text[:40]}" for field, text in joined.items())
+    name = re.sub(r"[^\w.+-]+", "_", found)
+    several = any("+" in value for values in where.values() for value in values)
+    if several or name != "".join(f"-{field}-{text}" for field, text in joined.items()):
+        told = json.dumps([[field, list(values)] for field, values in where.items()])
+        name += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return name + (f"-first{limit}" if limit else "")
 
 
 def refuse_given(names: Sequence[str], why: str) -> None:
@@ -200,6 +213,21 @@ def refuse_given(names: Sequence[str], why: str) -> None:
         flag = flags.FLAGS[name]
         if flag.present:
             raise ValueError(f"{' '.join(flag.serialize().split())}: {why}; leave it out")
+
+
+def refuse_unused(kinds: Sequence[str]) -> None:
+    """Raises ValueError for the first flag that is given and that no task of these kinds reads."""
+    for flag in evaluator_flags():
+        takers = [kind for kind, one in declarations.kinds().items() if flag in one.flags]
+        if not set(takers) & set(kinds):
+            why = f"it is of {' and '.join(takers)}, and the tasks are {', '.join(kinds)}"
+            refuse_given([flag.name], why)
+
+
+def called(checkpoint: str) -> str:
+    """A model's name in tables: the last part of its place; of a step the run's before it."""
+    *before, last = [part for part in checkpoint.split("/") if part not in ("", "checkpoints")]
+    return "/".join([*before[-1:], last]) if last.isdecimal() else last
 
 
 def run_suite(args: Any) -> dict[str, float]:
@@ -223,6 +251,9 @@ def run_suite(args: Any) -> dict[str, float]:
     out = args.out or args.checkpoint
     if not args.out and not storage.place(out).is_dir():
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
+    from coca_jax.evaluators import results
+
+    results.check_checkpoint(out, args.checkpoint)
     cli.say(f"loading {args.checkpoint}")
     from coca_jax import inference
     from coca_jax.suites import running
@@ -230,10 +261,11 @@ def run_suite(args: Any) -> dict[str, float]:
     size = args.batch_size or 64
     how: dict[str, Any] = dict(dtype=args.dtype, num_frames=args.num_frames)
     model = inference.load(args.checkpoint, batch_size=size, **how)
-    name = args.name or posixpath.basename(args.checkpoint.rstrip("/"))
+    name = args.name or called(args.checkpoint)
     suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
     suite = suite.partition(".")[0]
     how = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
+    results.save_checkpoint(out, args.checkpoint)
     scores, lines = running.run(model, tasks, out, **how)
     print("\n".join(lines))
     return scores
@@ -278,8 +310,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     out = args.out or args.checkpoint
     if args.out or storage.is_remote(out):
         storage.check_writable(out, make=False)
-    if args.out:
-        results.check_checkpoint(out, args.checkpoint)
+    results.check_checkpoint(out, args.checkpoint)
     devices = jax.devices()
     size = args.batch_size or max(64, 32 * len(devices))
     model = inference.load(
@@ -298,11 +329,11 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
     if not args.tasks:
         tasks = able(model, tasks)
+    if not jax.process_index():
+        results.save_checkpoint(out, args.checkpoint)
     scores = evaluation.run_tasks(model, tasks, out)
     if jax.process_index():
         return None
-    if args.out:
-        results.save_checkpoint(out, args.checkpoint)
     for line in results.table(scores):
         print(line)
     return scores

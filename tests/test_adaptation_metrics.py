@@ -1,13 +1,17 @@
 """Metrics of task heads and probes against independent computations."""
 
 import importlib
+import io
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from coca_jax import run_config
-from coca_jax.evaluators import linear, probes
+from coca_jax.evaluators import linear, probes, tasks
+from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
 
@@ -58,6 +62,30 @@ def test_top1_and_top5_equal_a_plain_count():
     table = np.array(evaluator.examples["confusion"]["counts"])
     assert table.sum() == 299 and len(evaluator.examples["items"]) == 16
     assert np.sum(evaluator.classes["count"]) == 299
+
+
+def test_small_probabilities_are_ranked_and_are_no_ties():
+    """The true class is the third, fifth or sixth of probabilities from 1 down to 1e-30; of a head,
+    and of a probe that finds the same."""
+    row = np.asarray([1.0, 1e-8, 1e-12, 1e-18, 1e-24, 1e-28, 1e-30], np.float32)
+    records = records_of([[NAMES[c]] for c in (2, 4, 5, 0)])
+    found = dict(Classification("set").run(Fixed(np.tile(row, (4, 1))), records))
+    assert found["classification/set/top5"] == 0.75 and found["classification/set/top1"] == 0.25
+
+    class Probe(probes.NearestNeighbours):
+        def scores(self, test, train, classes):
+            return np.tile(row.astype(np.float64), (len(test), 1)), {}
+
+    class Model:
+        def features(self, images):
+            return np.ones((len(images), 2), np.float32)
+
+    found = dict(Probe("set", NAMES, records).run(Model(), records))
+    assert found["knn/set/top5"] == 0.75 and found["knn/set/top1"] == 0.25
+    # Those that differ by less than a millionth of themselves are ties, however small.
+    row[1:] = 1e-20 * (1 + 1e-7 * np.arange(6))
+    found = dict(Classification("set").run(Fixed(np.tile(row, (4, 1))), records))
+    assert found["classification/set/top5"] == 0.25
 
 
 def test_equal_probabilities_score_nothing():
@@ -164,6 +192,45 @@ def test_a_probe_learns_from_its_training_records(maker):
     stranger = [dict(image=np.zeros((4, 4, 3), np.uint8), labels=["new"], key="x")]
     with pytest.raises(ValueError, match="labels of x are .'new'."):
         dict(maker("set", NAMES[:3], records(9)).run(Mean(), stranger))
+
+
+def test_probes_of_other_records_do_not_share_features(tmp_path):
+    """Of twelve pictures the half has a text that the candidates hold; the wrong labels are all
+    outside of it."""
+    for part in ("train", "test"):
+        rows = []
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(12):
+            known, shade = i % 2 == 1, i % 3
+            noise = np.random.default_rng(i).integers(0, 50, (4, 4, 3))
+            pixels = (noise + 200 * np.eye(3)[shade]).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / part / f"{i:02d}.png")
+            label = NAMES[shade if known or part == "train" else (shade + 1) % 3]
+            row = dict(file_name=f"{i:02d}.png", text=f"{known} of {part}", label=label)
+            rows.append(json.dumps(row))
+        (tmp_path / "data" / part / "metadata.jsonl").write_text("\n".join(rows))
+    words = tmp_path / "words"
+    words.mkdir()
+    Image.new("RGB", (4, 4)).save(words / "a.png")
+    (words / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "True of test"}\n')
+
+    class Mean:
+        def features(self, images):
+            pixels = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+            return np.stack(pixels).mean((1, 2)).astype(np.float32)
+
+    setting = Setting(batch_size=8)
+    data = dict(path=str(tmp_path / "data"), split="test", kind="label")
+    task = dict(kind="knn", name="x", data=data)
+    known = dict(task, known_only=True, candidates=dict(path=str(words)))
+    for one, top1 in ((task, 0.5), (known, 1.0), (task, 0.5)):
+        assert tasks.run_task(Mean(), one, setting)["knn/x/top1"] == top1
+    assert (
+        tasks.run_task(Mean(), dict(known, kind="linear_probe"), setting)[
+            "linear_probe/x/num_examples"
+        ]
+        == 6
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,18 @@ def test_references_that_are_cut_are_counted(caplog):
     ]
 
 
+@pytest.mark.parametrize("nats, wanted", [(2.0, math.exp(2)), (710.0, math.inf)])
+def test_perplexity_beyond_a_float_is_infinite(nats, wanted):
+    class Unlikely(Fake):
+        def caption_log_likelihood(self, images, texts):
+            return np.full(len(texts), -3 * nats), np.full(len(texts), 3)
+
+    records = [dict(image=picture(i), text="a b", key=i) for i in range(3)]
+    found = dict(captioning.Captioning("x", captions=False).run(Unlikely(), records))
+    for end in ("", "_low", "_high"):
+        assert found[f"captioning/x/perplexity{end}"] == pytest.approx(wanted)
+
+
 def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
     captions = [f"caption {i % 7}" for i in range(20)]
     captions[1] = "one line\u2028for JSON"
@@ -150,6 +162,25 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
         model.made = 0
         run(model, request, data)
         assert model.made == again
+
+
+@pytest.mark.parametrize("bad", [b'{"key": "3", "cap', b"[]", b"{}", b'{"key": "3\xff"}', b""])
+def test_a_damaged_line_ends_the_captions_so_far_and_no_evaluation(bad, tmp_path, caplog):
+    path, records = tmp_path / "o.jsonl", [dict(key=str(i)) for i in range(6)]
+    outputs = captioning.Outputs(path, dict(step=1), write=True)
+    outputs.add([dict(record, caption="a") for record in records])
+    outputs.close()
+    lines = path.read_bytes().split(b"\n")
+    lines[4] = bad
+    path.write_bytes(b"\n".join(lines))
+    again = captioning.Outputs(path, dict(step=1), write=True)
+    assert [one["key"] for one in again.take(records)] == ["0", "1", "2"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{path}, line 5, is damaged (")
+    again.add([dict(record, caption="b") for record in records[3:]])
+    again.close()
+    whole = captioning.Outputs(path, dict(step=1), write=False).take(records)
+    assert "".join(one["caption"] for one in whole) == "aaabbb"
 
 
 @pytest.mark.parametrize(

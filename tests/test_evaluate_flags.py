@@ -3,18 +3,21 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
+import types
 
 import pytest
 from in_place_cases import write_tar
 from test_own_data import by_class, captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, prepare
+from coca_jax import evaluate, inference, prepare
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations
+from coca_jax.evaluators import tasks as evaluation
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import indexes, own_data, seen, splits, unprepared
 
@@ -81,6 +84,22 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     ask(data=tmp_path / "texts", tasks="bleu")
     with pytest.raises(ValueError, match="--tasks=bleu: choose from zeroshot, "):
         evaluate.tasks_of_flags()
+
+
+def test_two_parts_have_two_names():
+    long = "a" * 40
+    parts = [
+        *({"vendor": [long, "b"]}, {"vendor": [long, "c"]}, {"vendor": [long]}),
+        *({"v": ["a b"]}, {"v": ["a_b"]}, {"v": ["a/b"]}, {"v": ["a", "b"]}, {"v": ["a+b"]}),
+        *({"v": ["a+b", "c"]}, {"v": ["a", "b+c"]}, {"v w": ["a"]}, {"v_w": ["a"]}),
+    ]
+    names = [evaluate._part(part, 0) for part in parts]
+    assert len(set(names)) == len(parts)
+    plain = [f"-vendor-{long}", "-v-a_b", "-v-a+b", "-v_w-a"]  # where nothing is lost
+    assert [name for name in names if name in plain] == plain
+    others = [name for name in names if name not in plain]
+    assert all(re.fullmatch(r"[\w.+-]+-[0-9a-f]{8}", name) for name in others)
+    assert evaluate._part({"v": ["a b"]}, 30) == f"{names[3]}-first30"
 
 
 def with_field(folder, kind):
@@ -251,6 +270,11 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
         (dict(suite="datacomp", checkpoint="x", root="y", where="a=b"), "^--where=a=b: a suite"),
         (dict(checkpoint="x", data="scenes", csv="t.csv"), "--csv=t.csv: it is for --suite; leave"),
         (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
+        (
+            dict(checkpoint="x", data="scenes", where="a=b"),
+            "^--where=a=b: scenes are drawn, .* out$",
+        ),
+        (dict(checkpoint="x", data="scenes", text_field="t"), "--text_field=t: scenes are drawn"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
     ],
 )
@@ -259,6 +283,49 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
     with pytest.raises(ValueError, match=says) as error:
         evaluate.main(["evaluate"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(tasks="zeroshot", rerank=20), "--rerank=20: it is of retrieval, and the tasks are z"),
+        (dict(tasks="zeroshot", num_beams=4), "--num_beams=4: it is of captioning, and the tasks"),
+        (dict(tasks="knn", questions="q"), "=q: it is of classification and answers, and the task"),
+        (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zeros"),
+        (dict(tasks="retrieval", class_names="none.txt"), "--class_names=none.txt: it is of zeros"),
+        (dict(tasks="retrieval", attention=0), "--noattention: it is of captioning"),
+        (dict(templates="photo", data="texts"), "--templates=photo: .* are retrieval, captioning"),
+    ],
+)
+def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captioned(tmp_path / "texts", 2)  # for which zeroshot, a usual one, is left out
+    ask(**dict(dict(data="scenes"), **given))
+    with pytest.raises(ValueError, match=f"{says}.*; leave it out") as error:
+        evaluate.tasks_of_flags()
+    assert "\n" not in str(error.value)
+
+
+def test_flags_of_one_of_several_tasks_are_read(ask):
+    ask(data="scenes", tasks="zeroshot,retrieval", rerank=3, prompts="bare")
+    zeroshot, retrieval = evaluate.tasks_of_flags()
+    assert (zeroshot["prompts"], retrieval["rerank"]) == ("bare", 3)
+
+
+def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    model = types.SimpleNamespace(config=typed(recipe()))
+    monkeypatch.setattr(inference, "load", lambda *_, **__: model)
+    monkeypatch.setattr(evaluation, "run_tasks", killed)
+    given = dict(data="scenes", tasks="retrieval", out=tmp_path / "scores")
+    ask(checkpoint="runs/a", **given)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(["evaluate"])
+    ask(checkpoint="runs/b", **given)
+    with pytest.raises(ValueError, match="scores holds the scores of runs/a; give another --out"):
+        evaluate.main(["evaluate"])
 
 
 @pytest.mark.parametrize("place", ["none", "none.csv", "none/"])

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from coca_jax.evaluators import intervals, results
+from coca_jax.evaluators import intervals, results, unfinished
 
 
 def test_intervals_of_other_figures_agree_with_theory():
@@ -130,6 +130,41 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
         ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
         ["a/b/num_examples", "1200.0000"],
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"request": {"wei', "[]", "{}", '{"request": {"weights": "w"}, "started": 1}', "\xff"]
+)
+def test_a_damaged_account_of_what_is_finished_is_begun_anew(text, tmp_path, caplog):
+    path = tmp_path / "eval_progress.json"
+    asked = dict(weights="w")
+    begun = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    begun.add("task", {"a": 0.5})
+    path.write_bytes(text.encode("latin-1"))
+    begun.add("other", {"b": 0.5})  # it is not this evaluation's any more
+    assert path.read_bytes() == text.encode("latin-1")
+    again = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    assert again.scores("task") is None and str(path) in caplog.text
+    again.add("task", {"a": 0.25})
+    found = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    assert found.scores("task") == {"a": 0.25}
+
+
+def test_the_folder_of_a_run_has_its_own_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "open_clip_config.json"):
+        run = tmp_path / name.partition(".")[0]
+        run.mkdir()
+        (run / name).write_text("{}")
+        results.check_checkpoint(str(run), "runs/other")  # no scores yet
+        results.save_results(run, {"a/b/r1": 0.5})
+        results.save_checkpoint(str(run), f"{run.name}/")
+        assert not (run / results.CHECKPOINT).exists()  # it may be moved
+        results.check_checkpoint(str(run), run.name)
+        with pytest.raises(ValueError, match=f"--out={run} holds the scores of {run}; give an"):
+            results.check_checkpoint(str(run), "runs/other")
+    results.save_results("scores", {"a/b/r1": 0.5})  # of an earlier version, which noted none
+    results.check_checkpoint("scores", "runs/other")
 
 
 def test_a_folder_has_the_scores_of_one_checkpoint(tmp_path, monkeypatch):

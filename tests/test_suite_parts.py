@@ -12,9 +12,12 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from test_version_0_1 import flags_of
 
+from coca_jax import evaluate, inference
 from coca_jax.suites import (
     clip_benchmark,
+    comparing,
     folders,
     linear_probe,
     measuring,
@@ -305,7 +308,44 @@ class Colours:
         return np.asarray([[1.0, 0, 0] if "red" in text else [0, 0, 1.0] for text in texts])
 
 
-def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch):
+def test_two_sets_of_one_name_in_the_scores_are_refused(tmp_path):
+    for name in ("a/b", "a-b"):
+        tar_set(tmp_path / "sets" / name, dict(png=b"x", cls=b"0"))
+    (tmp_path / "one.txt").write_text("a/b\n")
+    (tmp_path / "both.txt").write_text("a/b\na-b\n")
+    root = str(tmp_path / "sets")
+    for suite in ("clip_benchmark", str(tmp_path / "both.txt")):
+        with pytest.raises(ValueError, match="a-b and a/b would both be a-b in the scores"):
+            tables.tasks(suite, root)
+    assert [task.key for task in tables.tasks(str(tmp_path / "one.txt"), root)[0]] == ["a/b"]
+
+
+def test_a_suite_notes_whose_scores_a_folder_holds_before_the_first(tmp_path, monkeypatch):
+    """One that is killed in its first set is another checkpoint's no more."""
+    tar_set(tmp_path / "sets/tars", dict(png=png("red"), cls=b"0"))
+    flags_of("evaluate", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def score(checkpoint):
+        evaluate.flags.FLAGS.unparse_flags()
+        flags = ["--suite=clip_benchmark", "--root=sets", "--out=scores"]
+        evaluate.flags.FLAGS(["evaluate", f"--checkpoint={checkpoint}", *flags])
+        return evaluate.main(["evaluate"])
+
+    def killed(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "load", lambda *_, **__: Colours())
+    with monkeypatch.context() as now:
+        now.setattr(Colours, "encode_image", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score("runs/a")
+    with pytest.raises(ValueError, match="--out=scores holds the scores of runs/a; give another"):
+        score("runs/b")
+    assert score("runs/a")["suite/tars/acc1"] == 1
+
+
+def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypatch, caplog):
     """In folders of classes, in tars whose padding keeps their size, and in lists of pairs; with
     the scores written among the data."""
     for name, width in (("blue", 10), ("red", 30)):
@@ -324,6 +364,13 @@ def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypa
         return [found[f"suite/{key}/{one.metric}"] for key, one in zip(keys, sets)]
 
     assert scores("plain/out") == [1, 0, 1]
+    kept_file = tmp_path / "plain/out/suite/plain.json"
+    for text in ("", '{"request": ', "[]", '{"request": {}}'):  # measured again, and written anew
+        kept_file.write_text(text)
+        with pytest.raises(ValueError, match="plain.json or the .npz beside it is damaged"):
+            comparing.compare(str(tmp_path / "plain/out"), [str(tmp_path / "plain/out")])
+        assert scores("plain/out") == [1, 0, 1] and str(kept_file) in caplog.text
+        caplog.clear()
     with monkeypatch.context() as kept:
         kept.setattr(measuring, "measure", None)
         assert scores("plain/out") == [1, 0, 1]

@@ -247,6 +247,16 @@ def test_figures_equal_their_definitions():
     assert measuring.chosen(tables_) == dict(
         image_acc=[1.0, 1.0], text_acc=[1.0, 0.0], acc=[1.0, 0.0]
     )
+    # Equal scores, of texts or of images, are no choice; an image alone is not taken for another.
+    for table, right in (
+        ([[0.5, 0.5], [0.5, 0.5]], (0, 0, 0)),
+        ([[0.5, 0.5], [0.1, 0.6]], (1, 0, 0)),
+        ([[0.5, 0.4], [0.5, 0.6]], (0, 1, 0)),
+        ([[0.5, 0.5]], (1, 0, 0)),
+        ([[0.5, 0.4, 0.3]], (1, 1, 1)),
+    ):
+        names = ("image_acc", "text_acc", "acc")
+        assert measuring.chosen([np.array(table)]) == dict(zip(names, [[one] for one in right]))
     assert measuring._jaccard(np.array([0.5, 0.9, 0.1, 0.4]), [1, 3]) == 1 / 3
     assert measuring.cue_prompt("Apple") == "An apple"  # as DataComp's eval_utils/wino_eval.py
     cues = dict(jaccard=np.array([1, 0.5, 0.25, 0]), candidates=np.array([5, 10, 12, 6]))
@@ -266,6 +276,18 @@ def test_interval_of_a_difference_is_paired():
     assert change == pytest.approx(first[:12].sum() / 400) and 0 <= low <= change <= high < 0.04
     with pytest.raises(ValueError, match="same examples"):
         metrics.difference("acc1", dict(target=target, guess=first), dict(target=1 + target))
+
+
+def test_draws_without_any_group_are_left_out_of_its_interval():
+    """Of four examples one has a group, and is right: a third of the draws has none of it."""
+    zeros = np.zeros(4, int)
+    found = dict(target=zeros, guess=zeros, group=np.array([0, -1, -1, -1]), in_top5=zeros == 0)
+    for name in ("acc_worst_group", "acc5_worst_group"):
+        assert metrics.value(name, found) == 1 and metrics.interval(name, found) == (1, 1)
+    wrong = dict(found, guess=zeros + 1)
+    assert metrics.difference("acc_worst_group", found, wrong) == (-1, -1, -1)
+    none = metrics.value("acc_worst_group", dict(found, group=zeros - 1))
+    assert np.isnan(none)
 
 
 @pytest.mark.long
@@ -314,16 +336,6 @@ def test_datacomp_takes_what_is_there_with_its_own_figures(root, tmp_path):
     file.write_text("vtab/colours:\n  name: Colours\n  main_metric: mean_per_class_recall\n")
     (task,), _ = tables.tasks(str(file), str(root))
     assert (task.title, task.metric) == ("Colours", "mean_per_class_recall")
-
-
-def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
-    file = tmp_path / "table.csv"
-    file.write_text("name,MNIST,ImageNet 1k\nother,0.1,0.2\n")
-    for value in (0.5, 0.25):
-        running.write_row(str(file), {"name": "mine", "ImageNet 1k": value, "New": 0.75})
-    assert file.read_text().splitlines() == [
-        *("name,MNIST,ImageNet 1k,New", "other,0.1,0.2,", "mine,,0.2500,0.7500")
-    ]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +26,7 @@ from coca_jax.evaluators import (
 from coca_jax.evaluators.caption_match import Scorer, score_references, score_scene
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting, called
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
+from coca_jax.evaluators.outputs import Outputs
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
 from coca_jax.inference.generation.settings import Settings
 
@@ -66,61 +65,6 @@ def _encoded(attention: np.ndarray) -> str:
     """A map [R, C] as base64 of uint8, 255 where it is highest."""
     scaled = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
     return base64.b64encode(scaled.tobytes()).decode()
-
-
-class Outputs:
-    """What a model said of each record so far, a file from which a later start goes on.
-
-    JSON lines: first what was asked for, then for each record in order its key, its caption and
-    the log likelihood (nats) and number of tokens of each of its references.
-
-    Args:
-      path: of the file; its folder is made when missing.
-      request: what the outputs depend on. A file made for another request is begun anew; a last
-        line that was cut short is dropped.
-      write: False on all processes but one; every process reads the file when this is made.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: bool):
-        self._path, self._write = storage.place(path), write
-        self._first = json.dumps(dict(request=request), sort_keys=True, default=list) + "\n"
-        self._found: list[dict[str, Any]] = []
-        lines = self._path.read_text() if self._path.exists() else ""
-        if lines.startswith(self._first):
-            # Not splitlines: captions may hold other separators. What is behind the last is cut.
-            self._found += map(json.loads, lines[len(self._first) :].split("\n")[:-1])
-        self._taken = 0
-        self._file: storage.Growing | None = None
-
-    def take(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Returns what the file holds of the records that come next: of all, the first, or none."""
-        found: list[dict[str, Any]] = []
-        for record, one in zip(records, self._found[self._taken :]):
-            if one["key"] != str(record.get("key", "")):  # other data than it was made from
-                del self._found[self._taken + len(found) :]
-                break
-            found.append(one)
-        self._taken += len(found)
-        return found
-
-    def add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the outputs of the records that `take` did not have."""
-        if not self._write:
-            return
-        if self._file is None:
-            begin = (self._first + _lines(self._found[: self._taken])).encode()
-            storage.write_bytes(self._path, begin)
-            self._file = storage.Growing(self._path, keep=len(begin))
-        self._file.write(_lines(outputs).encode())
-
-    def close(self) -> None:
-        """Returns when the file holds all of it."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _lines(outputs: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outputs)
 
 
 class Captioning(Evaluator):
@@ -342,9 +286,10 @@ class Captioning(Evaluator):
                 "and what is longer loses its end: perplexity is of what is left"
             )
             logging.warning("%s: %s", self.name, self.cut)
-        nats, low, high = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
-        interval = (math.exp(low), math.exp(high))
-        yield from scored(f"{self.name}/perplexity", math.exp(nats), interval, len(sums))
+        nats = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
+        with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
+            found, low, high = np.exp(nats).tolist()
+        yield from scored(f"{self.name}/perplexity", found, (low, high), len(sums))
 
     def _collapse(
         self,

@@ -32,6 +32,7 @@ class Tally:
       class_names: distinct names, [classes].
       labels: how the records call the classes, [classes]; by default as `class_names`.
       tie: scores closer than this are equal.
+      relative: `tie` is a share of the higher score, as probabilities need, of which most are tiny.
       missing: whether an image with none of the classes counts as wrong and is not refused.
       num_examples: pictures kept for the report.
 
@@ -48,6 +49,7 @@ class Tally:
         labels: Sequence[str] | None = None,
         *,
         tie: float = 1e-6,
+        relative: bool = False,
         missing: bool = False,
         num_examples: int = 16,
     ):
@@ -59,7 +61,7 @@ class Tally:
                 "class_names; give one for each name"
             )
         self.name, self.class_names = name, list(class_names)
-        self.tie, self.missing = tie, missing
+        self.tie, self.relative, self.missing = tie, relative, missing
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
         self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
@@ -87,9 +89,10 @@ class Tally:
             known = self.true_classes(record)
             right[row, known] = True
             self._truths.append(known[0] if known else -1)
-        self._ranks.append(rank_of_best(scores, right, self.tie))
+        self._ranks.append(rank_of_best(scores, right, self.tie, self.relative))
         # Among equal scores a wrong class is the guess, as in the rank.
-        best = scores >= scores.max(1, keepdims=True) - self.tie
+        top = scores.max(1, keepdims=True)
+        best = scores >= top - _width(self.tie, top, self.relative)
         self._guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
         # How far the guess lies over the truth, where it is wrong.
         margin = scores.max(1) - np.where(right, scores, -np.inf).max(1)
@@ -200,7 +203,9 @@ class Tally:
         return examples
 
 
-def rank_of_best(scores: np.ndarray, right: np.ndarray, tie: float = 1e-6) -> np.ndarray:
+def rank_of_best(
+    scores: np.ndarray, right: np.ndarray, tie: float = 1e-6, relative: bool = False
+) -> np.ndarray:
     """Returns how many wrong candidates score no less than the best right one, int [N].
 
     Args:
@@ -208,6 +213,13 @@ def rank_of_best(scores: np.ndarray, right: np.ndarray, tie: float = 1e-6) -> np
       right: bool [N, C]; a row without one has rank C.
       tie: scores closer than this are equal; float32 dot products of the same unit vectors may
         differ by about 1e-7.
+      relative: `tie` is a share of the best right score.
     """
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    tie = _width(tie, best, relative)
     return ((scores >= best - tie) & ~right).sum(1)
+
+
+def _width(tie: float, best: np.ndarray, relative: bool) -> Any:
+    """How far below `best` scores are equal to it; best may be -inf, where there is none."""
+    return tie * np.maximum(best, 0) if relative else tie

@@ -298,6 +298,12 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
         entry = Entry.of(data, "data")
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from None
+    for key in ("where", "text_field", "label_field", "image_field", "limit"):
+        if entry.builtin and getattr(entry, key):
+            raise ValueError(
+                f"{task}: {key}={getattr(entry, key)!r}: builtin={entry.builtin!r} is scored whole "
+                "and as it is drawn; leave it out, or give the task's own limit"
+            )
     if entry.builtin or not (entry.path or entry.tfds or entry.seqio):
         open_whole(entry)  # at once, for scenes; refuses what is nowhere
         return

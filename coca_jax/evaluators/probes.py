@@ -62,7 +62,9 @@ class Probe(Evaluator):
     ):
         super().__init__(data_name)
         self._cache: dict[str, np.ndarray] = {} if cache is None else cache
-        self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
+        self._new_tally = lambda: Tally(
+            self.name, class_names, labels, relative=True, num_examples=num_examples
+        )
         self._new_tally()  # refuses unsuitable names now
         self.num_classes, self.train = len(class_names), train
         self.batch_size, self.progress = batch_size, progress
@@ -111,7 +113,8 @@ class Probe(Evaluator):
         names, labels = class_names.names_and_labels(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0), need=cls.needs)
         limits = [task.get("limit", 0), task.get("train_limit", 0)]
-        of_data = json.dumps(["features", train, task["data"], limits], sort_keys=True)
+        some = [task.get("known_only", False), task.get("candidates")]
+        of_data = json.dumps(["features", train, task["data"], limits, some], sort_keys=True)
         cache = setting.shared.setdefault(of_data, {})
         how = dict(setting.common(), labels=labels, cache=cache)
         probe = cls(task["name"], names, found, **how)

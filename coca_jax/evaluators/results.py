@@ -21,7 +21,8 @@ from coca_jax.data import bounded_json, files, resizing, videos
 from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
-_CHECKPOINT = "eval_checkpoint.txt"  # beside the scores of a model from elsewhere
+CHECKPOINT = "eval_checkpoint.txt"  # beside the scores of a model from elsewhere
+_OF_MODELS = ("config.json", "open_clip_config.json")  # one of these is in a model's folder
 
 
 def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -> None:
@@ -31,20 +32,44 @@ def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -
 
 
 def save_checkpoint(workdir: str, checkpoint: str) -> None:
-    """Notes whose scores `workdir` holds: eval.json says of none whose it is."""
-    storage.write_text(storage.place(workdir) / _CHECKPOINT, f"{_place(checkpoint)}\n")
+    """Notes whose scores `workdir` will hold, before the first is there: eval.json says of none
+    whose it is. A model's own folder needs no note."""
+    if _place(workdir) != _place(checkpoint):
+        storage.write_text(storage.place(workdir) / CHECKPOINT, f"{_place(checkpoint)}\n")
 
 
 def check_checkpoint(workdir: str, checkpoint: str) -> None:
-    """Raises ValueError where `workdir` holds the scores of another checkpoint."""
-    path = storage.place(workdir) / _CHECKPOINT
-    there = path.read_text().strip() if path.exists() else _place(checkpoint)
+    """Raises ValueError where `workdir` holds the scores of another checkpoint: the one that is
+    noted, or in the folder of a run or a model, which notes none, its own."""
+    place = storage.place(workdir)
+    there = _place(checkpoint)
+    if (place / CHECKPOINT).exists():
+        there = (place / CHECKPOINT).read_text().strip()
+    elif (place / "eval.json").exists() and any((place / one).exists() for one in _OF_MODELS):
+        there = _place(workdir)
     if there != _place(checkpoint):
         raise ValueError(f"--out={workdir} holds the scores of {there}; give another --out")
 
 
 def _place(checkpoint: str) -> str:
     return files.real(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
+
+
+def kept(path: Any, **needs: type) -> dict[str, Any]:
+    """What a file of unfinished work holds; {} where there is none, and where it is damaged, of
+    which a warning tells. needs: keys that it must have, and of which type."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    try:
+        found = bounded_json.parse(data, len(data))
+        for key, kind in needs.items():
+            if not isinstance(found.get(key), kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+        return found
+    except ValueError as error:
+        logging.warning("%s is damaged (%s): what it held is computed again", path, error)
+        return {}
 
 
 def table(scores: Mapping[str, float]) -> list[str]:

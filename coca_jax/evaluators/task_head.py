@@ -98,7 +98,8 @@ class Classification(OfRecords):
         """
         names = predict.class_names
         number = {name: i for i, name in enumerate(names)}
-        tally = Tally(self.name, names, missing=True, num_examples=self.num_examples)
+        how: dict[str, Any] = dict(missing=True, num_examples=self.num_examples)
+        tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
         count = 0
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):

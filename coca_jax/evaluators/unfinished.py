@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from coca_jax import storage
+from coca_jax.evaluators import results
 from coca_jax.inference import model_checksum
 
 
@@ -60,8 +61,8 @@ class Unfinished:
 
     def _found(self) -> dict[str, Any]:
         try:
-            return json.loads(self._path.read_text())
-        except FileNotFoundError:
+            return results.kept(self._path, request=dict, started=int, tasks=dict)
+        except FileNotFoundError:  # another evaluation has just finished
             return {}
 
     def _write(self, state: Mapping[str, Any]) -> None:

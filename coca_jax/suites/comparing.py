@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from coca_jax import storage
+from coca_jax.data import bounded_json
 from coca_jax.suites import metrics
 
 
@@ -17,7 +18,7 @@ def compare(base: str, others: Sequence[str]) -> list[dict[str, Any]]:
     high, examples), difference being the other's score less the base's with its 95% interval.
 
     base, others: folders that `evaluate --suite` wrote. Data sets that both have are compared.
-    Raises FileNotFoundError for a folder without any, ValueError for other examples.
+    Raises FileNotFoundError for a folder without any, ValueError for other examples and damage.
     """
     mine, rows = _read(base), []
     for other in others:
@@ -41,9 +42,15 @@ def _read(out: str) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
     """{data set: (the figure that counts, its outcome)} of a folder."""
     found = {}
     for file in sorted((storage.place(out) / "suite").glob("*.json")):
-        metric = json.loads(file.read_text())["metric"]
-        with file.with_suffix(".npz").open("rb") as handle, np.load(handle) as arrays:
-            found[file.stem] = (metric, dict(arrays))
+        try:
+            metric = bounded_json.parse(file.read_bytes())["metric"]
+            with file.with_suffix(".npz").open("rb") as handle, np.load(handle) as arrays:
+                found[file.stem] = (metric, dict(arrays))
+        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            told = (
+                f"{file} or the .npz beside it is damaged ({error}); remove both and score it anew"
+            )
+            raise ValueError(told) from None
     if not found:
         raise FileNotFoundError(f"{out}: no scores of a suite; run evaluate --suite there first")
     return found

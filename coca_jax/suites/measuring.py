@@ -137,12 +137,15 @@ def _likelihoods(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> list[n
 def chosen(tables: Iterable[np.ndarray]) -> dict[str, list[float]]:
     """Of tables [images, texts], where image i belongs to text i: whether every image chooses its
     text (`text_acc`), every text its image (`image_acc`), both (`acc`). Winoground's text, image
-    and group score (Thrush et al. 2022); of one image and two texts SugarCrepe's accuracy."""
+    and group score (Thrush et al. 2022); of one image and two texts SugarCrepe's accuracy. To be
+    chosen is to score more than every other: what a model cannot tell apart it does not choose."""
     found: dict[str, list[float]] = dict(image_acc=[], text_acc=[], acc=[])
     for table in tables:
-        right = np.arange(min(table.shape))
-        text = bool((table.argmax(1)[: len(right)] == right).all())
-        image = bool((table.argmax(0)[: len(right)] == right).all())
+        own, count = np.diagonal(table), min(table.shape)
+        others = table.copy()
+        np.fill_diagonal(others, -np.inf)
+        text = bool((own > others[:count].max(1)).all())
+        image = bool((own > others[:, :count].max(0)).all())
         for name, value in dict(image_acc=image, text_acc=text, acc=image and text).items():
             found[name].append(float(value))
     return found

@@ -2,7 +2,8 @@
 
 The definitions are those of CLIP_benchmark 1.6 (`metrics/`), of WILDS (Koh et al. 2021) and of
 DataComp (Gadre et al. 2023, appendix N); they differ from evaluators/ where several answers score
-the same: there ties count against the model, here the first of them is taken.
+the same: there ties count against the model, here the first of them is taken, but of pairs none
+(Thrush et al. 2022; `measuring.chosen`).
 
 `Outcome`: arrays with an example a row, by name. Every metric is a function of an outcome, so that
 its interval, and that of the difference of two models, comes from drawing rows.
@@ -91,8 +92,11 @@ def f1_macro(found: Outcome) -> float:
 
 
 def worst_group(found: Outcome, right: np.ndarray) -> float:
-    """The lowest share of right ones over the groups that occur: `group` int [N], below 0: none."""
+    """The lowest share of right ones over the groups that occur: `group` int [N], below 0: none;
+    NaN where no example has one, as in draws of few."""
     inside = found["group"] >= 0
+    if not inside.any():
+        return float("nan")
     total = np.bincount(found["group"][inside])
     hits = np.bincount(found["group"][inside], right[inside], minlength=len(total))
     return float((hits[total > 0] / total[total > 0]).min())

@@ -24,15 +24,10 @@ from coca_jax.evaluators.intervals import scored
 from coca_jax.importers import indexes
 from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics
-from coca_jax.suites.tables import DATACOMP, Task
+from coca_jax.suites.tables import DATACOMP, Task, slug
 
-WRITTEN = ("suite", "eval.json", "suite.md", "suite.csv")
+WRITTEN = ("suite", "eval.json", results.CHECKPOINT, "suite.md", "suite.csv")
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
-
-
-def slug(key: str) -> str:
-    """A data set's name in files and scores."""
-    return key.replace("/", "-")
 
 
 def run(
@@ -50,10 +45,14 @@ def run(
     Data sets that an earlier call with the same weights and files finished are taken over. name: of
     the model in the row. table: a CSV file whose row of this name is written, in its columns.
     probe: of classification sets with a split 'train' the linear probe as well.
+
+    Raises ValueError for a damaged table before anything is measured.
     """
+    table = table or str(storage.place(out) / "suite.csv")
+    read_table(table)  # refuses it before anything is measured
     of_model = dict(weights=model.checksum(), num_frames=model.num_frames)
     scores: dict[str, float] = {}
-    ours = [f"{out.rstrip('/')}/{name}" for name in WRITTEN] + ([table] if table else [])
+    ours = [*(f"{out.rstrip('/')}/{name}" for name in WRITTEN), table]
     for task in tasks:
         with_probe = probe and _has_train(task)
         request = dict(of_model, data=_data(task, ours), metric=task.metric, probe=with_probe)
@@ -69,7 +68,7 @@ def run(
     }
     row["name"], row["params (M)"] = name, _parameters(model) / 1e6
     row[f"Average perf. on {len(mains)} datasets"] = scores[f"suite/{suite}/average"]
-    write_row(table or str(storage.place(out) / "suite.csv"), row)
+    write_row(table, row)
     return scores, lines
 
 
@@ -83,7 +82,9 @@ def _data(task: Task, ours: Sequence[str]) -> str:
         beside = str(storage.place(folder.path).parent)
         states.append(indexes.state_of_place(beside, formats.MEDIA))
     texts = [folder.kind, *folder.class_names, *folder.prompts]
-    return json.dumps([folder.path, folder.split, states, texts])
+    # Earlier versions counted ties of pairs as right: what they finished is measured once more.
+    counted = ["ties are wrong"] if folder.kind == "selection" else []
+    return json.dumps([folder.path, folder.split, states, texts, *counted])
 
 
 def _has_train(task: Task) -> bool:
@@ -93,7 +94,7 @@ def _has_train(task: Task) -> bool:
 
 def _kept(out: str, task: Task, request: Mapping[str, Any]) -> dict[str, float] | None:
     file = storage.place(out) / "suite" / f"{slug(task.key)}.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = results.kept(file, request=dict, scores=dict)
     return found["scores"] if model_checksum.same_request(found.get("request"), request) else None
 
 
@@ -153,11 +154,7 @@ def write_row(table: str, row: Mapping[str, Any]) -> None:
     A file that is there keeps its columns and their order, and gets those of the row that it lacks
     at its end; a new one has the columns of open_clip's docs/openclip_results.csv, then others.
     """
-    place = storage.place(table)
-    rows, columns = [], []  # type: list[dict[str, Any]], list[str]
-    if place.exists():
-        reader = csv.DictReader(io.StringIO(place.read_text()))
-        rows, columns = list(reader), list(reader.fieldnames or ())
+    rows, columns = read_table(table)
     if not columns:
         averages = [name for name in row if name.startswith("Average perf.")]
         titles = [title for title, _ in DATACOMP.values() if title in row]
@@ -173,4 +170,26 @@ def write_row(table: str, row: Mapping[str, Any]) -> None:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    storage.write_text(place, buffer.getvalue())
+    storage.write_text(storage.place(table), buffer.getvalue())
+
+
+def read_table(table: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, columns) of a CSV file, without a spreadsheet's byte order mark; none where it is not
+    there. Raises ValueError for one that could not be written again as it is."""
+    place = storage.place(table)
+    if not place.exists():
+        return [], []
+    try:
+        reader = csv.DictReader(io.StringIO(place.read_bytes().decode("utf-8-sig"), newline=""))
+        rows: list[dict[Any, Any]] = []
+        for row in reader:
+            rows.append(row)
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{table}: {error}; mend it, or give another file as --csv") from None
+    columns = list(reader.fieldnames or ())
+    twice = [name for name in columns if name and columns.count(name) > 1]
+    if twice:
+        raise ValueError(f"{table}: two columns {twice[0]!r}; rename one, or give another --csv")
+    return rows, columns

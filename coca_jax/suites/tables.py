@@ -89,12 +89,17 @@ class Task:
         return self.main or MAIN[self.folder.kind]
 
 
+def slug(key: str) -> str:
+    """A data set's name in files and scores."""
+    return key.replace("/", "-")
+
+
 def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[str]]:
     """(the tasks of a suite whose data lie below `root`, keys of those that do not).
 
     suite: 'datacomp'; 'clip_benchmark', every set in its layout below root; or a file, a tasklist
     as DataComp's (`key: {name, main_metric}`) or a key a line. Raises ValueError where no data are
-    there, or a set is not as it should be.
+    there, a set is not as it should be, or two have one name in the scores.
     """
     if suite == "clip_benchmark":
         found = sorted(_sets(root, split).items())
@@ -107,6 +112,13 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
         raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}")
     here = [Task(key, wanted[key][0], folders.read(p, split), wanted[key][1]) for key, p in found]
     there = {key for key, _ in found}
+    called: dict[str, str] = {}
+    for key in sorted(there):
+        if (other := called.setdefault(slug(key), key)) != key:
+            raise ValueError(
+                f"--suite={suite}: {other} and {key} would both be {slug(key)} in the "
+                "scores; rename one, or name one of them in a file for --suite"
+            )
     return here, [key for key in wanted if key not in there]
 
 

@@ -1,0 +1,68 @@
+"""The row that a suite writes into a table of several models."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from coca_jax import evaluate
+from coca_jax.suites import folders, running, tables
+
+
+def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("name,MNIST,ImageNet 1k\nother,0.1,0.2\n")
+    for value in (0.5, 0.25):
+        running.write_row(str(file), {"name": "mine", "ImageNet 1k": value, "New": 0.75})
+    assert file.read_text().splitlines() == [
+        *("name,MNIST,ImageNet 1k,New", "other,0.1,0.2,", "mine,,0.2500,0.7500")
+    ]
+
+
+def test_a_spreadsheet_s_table_keeps_its_rows(tmp_path):
+    """With a byte order mark, lines of its own, a short row and a break in a cell."""
+    file = tmp_path / "table.csv"
+    file.write_bytes('\ufeffname,MNIST,note\r\nmine,0.1,"a\r\nb"\r\nother,0.2\r\n'.encode())
+    running.write_row(str(file), {"name": "mine", "MNIST": 0.5})
+    rows, columns = running.read_table(str(file))
+    assert columns == ["name", "MNIST", "note"]
+    assert [list(row.values()) for row in rows] == [
+        ["mine", "0.5000", "a\r\nb"],
+        ["other", "0.2", ""],
+    ]
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (b"name,MNIST\na,0.1\nb,0.2,0.3\n", "line 3 has more cells than there are columns; mend"),
+        (b"name,MNIST,MNIST\na,0.1,0.2\n", "two columns 'MNIST'; rename one"),
+        ("name\ncafé\n".encode("latin-1"), "can't decode byte 0xe9 .*; mend it, or give another"),
+    ],
+)
+def test_a_bad_table_is_refused_before_anything_is_measured(tmp_path, data, says):
+    file = tmp_path / "table.csv"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"table.csv: .*{says}") as error:
+        running.run(None, [], str(tmp_path), suite="x", name="y", table=str(file))
+    assert "\n" not in str(error.value) and file.read_bytes() == data
+
+
+def test_pairs_that_counted_ties_as_right_are_measured_once_more(tmp_path):
+    """By the account of what the scores depend on, which of other sets is as it was."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = dict(filename="a.png", caption="one", negative_caption="two")
+    (tmp_path / "pairs.json").write_text(json.dumps({"0": row}))
+    (tmp_path / "plain/test/red").mkdir(parents=True)
+    (tmp_path / "plain/test/blue").mkdir(parents=True)
+    for name in ("red", "blue"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "plain/test" / name / "a.png")
+    for place, more in (("pairs.json", ["ties are wrong"]), ("plain", [])):
+        task = tables.Task(place, place, folders.read(str(tmp_path / place)))
+        assert json.loads(running._data(task, []))[4:] == more
+
+
+def test_a_row_is_called_by_the_model_s_place():
+    names = {"runs/a/": "a", "runs/a/checkpoints/2000": "a/2000", "b/checkpoints/2000/": "b/2000"}
+    names |= {"weights": "weights", "2000": "2000", "coca_ViT-B-32:tag": "coca_ViT-B-32:tag"}
+    assert {place: evaluate.called(place) for place in names} == names
