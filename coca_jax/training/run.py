@@ -15,6 +15,7 @@ from coca_jax import (
     local_files,
     metrics,
     out_folder,
+    partitioning,
     run_config,
     storage,
 )
@@ -249,6 +250,7 @@ def open_batches(
 ) -> Batches:
     """The batches of this process from step `start` on, without those that are left out; features:
     the kept tokens of each source, see locked.py."""
+    reader, readers = partitioning.readers(run.mesh)
     return Batches(
         left_out,
         start,
@@ -257,8 +259,8 @@ def open_batches(
         run.mixture,
         class_names=run.class_names,
         features=features,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=reader,
+        process_count=readers,
     )
 
 
