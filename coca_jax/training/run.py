@@ -95,7 +95,7 @@ def train_alone(
         checkpoints = checkpointing.Checkpoints(
             workdir, keep=config.checkpoint.keep, best=best, run=contents
         )
-        spikes = Spikes(workdir, config.faults, write=run.main_process)
+        spikes = Spikes.of(run)
         if spikes.back is not None:  # killed while it went back
             checkpoints.drop_after(spikes.back)
             spikes.gone_back()
