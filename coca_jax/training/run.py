@@ -107,21 +107,23 @@ def train_alone(
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints, best)
     try:
-        evaluate.catch_up(start, state)
-        state = steps(run, state, start, checkpoints, evaluate, good, spikes)
+        try:
+            evaluate.catch_up(start, state)
+            state = steps(run, state, start, checkpoints, evaluate, good, spikes)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"out of memory in a step of batch_size={config.batch_size} "
+                f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
+                f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
+            ) from None
+        stop.end("evaluating")
+        scores = evaluate(run.steps, state)
     except guard.LostTooMuch:
+        good.close()
         report(run)
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"out of memory in a step of batch_size={config.batch_size} "
-            f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
-            f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
-        ) from None
-    stop.end("evaluating")
-    scores = evaluate(run.steps, state)
     for line in results.table({k: v for k, v in scores.items() if "/" in k}):
         run.say(line)
     if best is not None:
