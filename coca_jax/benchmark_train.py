@@ -89,7 +89,7 @@ def lengths_of(batch: Batch, config: Config) -> text_lengths.Lengths:
 def ours(config: Config) -> Callable[[Batch], Any]:
     """A function that takes one step on a batch, and its metrics."""
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    run_config.check_batch(config, partitioning.batch_parts(mesh))
     compiled: dict[text_lengths.Lengths, Any] = {}
     with jax.set_mesh(mesh):
         model = build(config)

@@ -20,6 +20,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from coca_jax import batch_readers
+
 # Without a sign of life of another process for so long, a process ends in place of waiting.
 PEER_SECONDS = 60
 
@@ -78,25 +80,6 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if active_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))
-
-
-def local_map(
-    function: Callable[[tuple[int, ...]], jax.Array], shape: tuple[int, ...], names: tuple
-) -> jax.Array:
-    """An array of `shape` split by logical names, each device's part made by function(its shape)
-    on that device; function(shape) without a mesh."""
-    mesh = active_mesh()
-    if mesh is None:
-        return function(shape)
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec(*names)]
-    parts = [int(np.prod([mesh.shape[a] for a in axes])) for axes in entries]
-    if any(n % p for n, p in zip(shape, parts)):
-        return function(shape)
-    local = tuple(n // p for n, p in zip(shape, parts))
-    make = jax.shard_map(
-        lambda: function(local), mesh=mesh, in_specs=(), out_specs=spec(*names), check_vma=False
-    )
-    return make()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,10 +324,20 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def readers(mesh: Mesh) -> tuple[int, int]:
+    """(which reader of batches this process is, how many there are): see `batch_readers.of`."""
+    return batch_readers.of(NamedSharding(mesh, spec("batch")), batch_parts(mesh))
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Process-local rows -> global arrays split over data x fsdp along the first axis."""
+    """The rows of this reader (see `readers`) -> global arrays split over data x fsdp along the
+    first axis."""
     sharding = NamedSharding(mesh, spec("batch"))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    count = readers(mesh)[1]
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v, (count * len(v), *v.shape[1:]))
+        for k, v in batch.items()
+    }
 
 
 def start_processes(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:

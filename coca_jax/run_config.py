@@ -64,8 +64,8 @@ def check_head(config: Config) -> None:
     kind.check(config)
 
 
-def check_batch(config: Config, parts: int, processes: int) -> None:
-    """Raises ValueError when the batch does not split over devices, processes and micro-batches."""
+def check_batch(config: Config, parts: int) -> None:
+    """Raises ValueError when the batch does not split over `parts` shards and micro-batches."""
     micro, sizes = config.accumulate_steps, stages.sizes(config)
     for number, size in enumerate(sizes):
         last = number == len(sizes) - 1
@@ -81,8 +81,6 @@ def check_batch(config: Config, parts: int, processes: int) -> None:
                 f"micro-batches x text_parts={config.text_parts}; choose a multiple of "
                 f"{parts * micro * config.text_parts}"
             )
-        if size % processes:
-            raise ValueError(f"{name} is not a multiple of {processes} processes")
 
 
 def remarks(config: Config, num_examples: int) -> list[str]:

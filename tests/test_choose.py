@@ -82,7 +82,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
             found = chosen(facts, machine, minutes, seconds)
             config = found.config
             run_config.check(config)  # among others: warm-up below the steps, sizes that divide
-            run_config.check_batch(config, machine.devices, 1)
+            run_config.check_batch(config, machine.devices)
             assert sum(shares(config.data.sources, config.batch_size)) == config.batch_size
             assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
             assert config.steps * seconds <= max(60 * minutes, 10 * seconds)

@@ -185,8 +185,15 @@ def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
     with pytest.raises(guard.LostTooMuch):  # not by starting it again
         train_alone(guarded_run(), tmp_path)
     assert (tmp_path / "report.html").exists()
+    given[4] = 0.2  # lost at the end alone, where a run without every_steps looks too
+    config = guarded_run()
+    config.eval.every_steps = 0
+    for _ in range(2):
+        with pytest.raises(guard.LostTooMuch, match="step 4 lost more .* 0.2000 and was 0.8000"):
+            train_alone(config, tmp_path / "end")
+    assert checkpointing.find_step(str(tmp_path / "end"))[1] == 4
+    assert (tmp_path / "end" / "report.html").exists()
     (tmp_path / history.FILE).unlink()  # of a run that began without a guard, say
-    given[4] = 0.1
     train_alone(guarded_run(), tmp_path)
     assert "eval.guard is silent" in capfd.readouterr().err
 

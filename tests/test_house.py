@@ -59,7 +59,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "operations": ("ops",),
     "devices": ("partitioning",),
     "base": (
-        *("activity", "bucket_arrays", "cache_folder", "checked_files", "checkpoint_items"),
+        *(
+            "activity",
+            "batch_readers",
+            "bucket_arrays",
+            "cache_folder",
+            "checked_files",
+            "checkpoint_items",
+        ),
         *(
             "checkpoint_places",
             "checkpoint_record",

@@ -34,6 +34,23 @@ def test_the_compiler_s_count_lies_between_the_bounds(counted):
     assert found > 3 * 4 * 20_000  # parameters and the optimizer's two moments, at least
 
 
+@pytest.mark.parametrize(
+    "init_from, optimizer", [("weights", dict(image_learning_rate=0.0)), ("", dict(lora_rank=2))]
+)
+def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
+    init_from, optimizer, mesh, monkeypatch
+):
+    config = small_run(batch_size=2, init_from=init_from)
+    config.model.image.update(width=128, mlp_dim=512, depth=4)
+    config.optimizer.update(ema=0.0, **optimizer)
+    found, (least, most) = memory.step_bytes(config, mesh), memory.bounds(config, mesh)
+    assert least < found < most
+    monkeypatch.setattr(memory, "bounds_kept", lambda *_: (least, most))
+    monkeypatch.setattr(memory, "step_bytes", lambda *_: found)
+    monkeypatch.setattr(memory, "available", lambda: found)
+    memory.check(typed(config), mesh, lambda _: None)
+
+
 def test_a_step_that_fits_is_not_compiled_for_the_question(mesh, monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
     said = []

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import partitioning
+from coca_jax import batch_readers, partitioning
 from coca_jax.models import coca
 from coca_jax.training.state import state_shardings
 
@@ -129,6 +129,55 @@ def test_batches_are_split_over_data_and_fsdp():
         placed = partitioning.place_batch(mesh, {"rows": rows})["rows"]
         np.testing.assert_array_equal(placed, rows)
         assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // parts, 2)}
+
+
+def processes_of(*sizes, devices):
+    """{process: its batch shards}, where each has so many devices in a row of a mesh."""
+    data, fsdp, tensor = sizes
+    held = {}
+    for device in range(data * fsdp * tensor):
+        held.setdefault(device // devices, set()).add(device // tensor)
+    return held
+
+
+@pytest.mark.parametrize(
+    "sizes, devices, numbers",
+    [
+        ((8, 1, 1), 2, [0, 1, 2, 3]),
+        ((2, 2, 2), 2, [0, 1, 2, 3]),  # tensor within a process
+        ((2, 2, 2), 1, [0, 0, 1, 1, 2, 2, 3, 3]),  # one process a GPU: pairs of them are a reader
+        ((1, 2, 4), 2, [0, 0, 1, 1]),
+        ((1, 1, 8), 2, [0, 0, 0, 0]),
+        ((3, 1, 6), 3, [0, 0, 1, 1, 2, 2]),
+        ((3, 1, 2), 6, [0]),
+    ],
+)
+def test_processes_that_hold_the_same_batch_shards_are_one_reader(sizes, devices, numbers):
+    found = batch_readers.numbers(processes_of(*sizes, devices=devices))
+    assert [found[process] for process in range(len(found))] == numbers
+
+
+def test_readers_stand_in_the_order_of_their_shards_which_may_lie_apart():
+    held = {0: {4, 5}, 1: {0, 2}, 2: {1, 3}, 3: {0, 2}}  # as chips in squares are on a torus
+    assert batch_readers.numbers(held) == {0: 2, 1: 0, 2: 1, 3: 0}
+    mesh = mesh_of(2, 2, 2)
+    assert partitioning.readers(mesh) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "held, message",
+    [
+        (processes_of(2, 1, 3, devices=2), r"process 0 holds .* \[0\] and process 1 \[0, 1\]"),
+        (
+            {0: {0, 1}, 1: {1, 2}, 2: {2, 0}},
+            r"process 0 .* \[0, 1\] and process 1 \[1, 2\].*tensor",
+        ),
+        ({0: {0, 1}, 1: {2}}, r"process 0 .* \[0, 1\] and process 1 \[2\]"),  # unequal shares
+    ],
+)
+def test_processes_that_share_a_part_of_their_shards_are_refused(held, message):
+    with pytest.raises(ValueError, match=message):
+        batch_readers.numbers(held)
 
 
 def test_nothing_is_pinned_without_a_mesh_and_where_devices_hold_their_own_part():

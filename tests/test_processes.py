@@ -57,11 +57,15 @@ def assert_same(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got[1], want[1])
 
 
+# The second has one device a process, and both hold all rows: as on nodes of GPUs with mesh.tensor.
 @pytest.mark.long
-def test_one_device_saves_and_four_of_two_processes_go_on(one_device, commands, tmp_path):
+@pytest.mark.parametrize("devices, mesh", [(2, "fsdp"), (1, "tensor")])
+def test_one_device_saves_and_those_of_two_processes_go_on(
+    devices, mesh, one_device, commands, tmp_path
+):
     workdir = str(shutil.copytree(one_device[0], tmp_path / "copy"))
     forget_the_end(workdir)
-    assert_same(launch(commands, workdir, 2, 2, "--config.mesh.fsdp=2"), one_device[1])
+    assert_same(launch(commands, workdir, 2, devices, f"--config.mesh.{mesh}=2"), one_device[1])
 
 
 @pytest.mark.long
@@ -98,13 +102,24 @@ partitioning.start_processes(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 there, params = devices.place({"scale": np.arange(6.0)}, jax.devices())
 rows = there.put(np.arange(5.0), there.bucket(5))
 whole = there.jit(lambda rows, params: rows * params["scale"][2])(rows, params)
-told = dict(own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
+batches = {}
+for tensor in (1, 2, 4):  # two devices a process: one holds two shards, one, and both the same one
+    mesh = partitioning.make_mesh(-1, 1, tensor)
+    number, count = partitioning.readers(mesh)
+    mine = np.arange(8.0)[number * 8 // count : (number + 1) * 8 // count]
+    placed = partitioning.place_batch(mesh, {"rows": mine})["rows"]
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    batch = jax.jit(lambda rows: rows, out_shardings=everywhere)(placed)
+    parts = [np.asarray(shard.data).tolist() for shard in placed.addressable_shards]
+    batches[tensor] = (number, count, parts, np.asarray(batch).tolist())
+told = dict(batches=batches, own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
 print(json.dumps(told | dict(one=[float(np.asarray(s.data)[0]) for s in rows.addressable_shards])))
 """
 
 
-def test_rows_of_a_model_s_batch_lie_on_the_devices_of_both_processes():
-    """Five rows are eight on four devices: a process reads its four, both have every result."""
+@pytest.fixture(scope="module")
+def shares():
+    """What each of two processes of two devices says of its rows."""
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -121,7 +136,23 @@ def test_rows_of_a_model_s_batch_lie_on_the_devices_of_both_processes():
     ]
     said = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    first, second = (json.loads(out) for out, _ in said)
+    return [json.loads(out) for out, _ in said]
+
+
+def test_rows_of_a_training_batch_are_dealt_to_the_processes_that_hold_them(shares):
+    """With the parameters split over both processes (tensor=4) each reads every row."""
+    rows = np.arange(8.0).tolist()
+    first, second = (one["batches"] for one in shares)
+    assert first["1"] == [0, 2, [rows[:2], rows[2:4]], rows]
+    assert second["1"] == [1, 2, [rows[4:6], rows[6:]], rows]
+    assert first["2"] == [0, 2, [rows[:4]] * 2, rows]
+    assert second["2"] == [1, 2, [rows[4:]] * 2, rows]
+    assert first["4"] == second["4"] == [0, 1, [rows] * 2, rows]
+
+
+def test_rows_of_a_model_s_batch_lie_on_the_devices_of_both_processes(shares):
+    """Five rows are eight on four devices: a process reads its four, both have every result."""
+    first, second = ({k: v for k, v in one.items() if k != "batches"} for one in shares)
     assert first.pop("own") == [True] * 4 + [False] * 4
     assert second.pop("own") == [False] * 4 + [True] * 4
     assert (first.pop("one"), second.pop("one")) == ([0.0, 2.0], [4.0, 0.0])  # of each device

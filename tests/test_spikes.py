@@ -1,6 +1,7 @@
 """A loss spike sends the run back to before it, without its batches, the same after every kill."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing
+from coca_jax import checkpointing, sealed_json
 from coca_jax.config import typed
+from coca_jax.data.mixture import Mixture
 from coca_jax.metrics import read_metrics
 from coca_jax.training import gradients, left_out, run, spikes, step, stopping
 from coca_jax.training.skipping import Diverged
@@ -61,6 +63,58 @@ def test_noise_drift_and_one_hard_batch_are_no_spike_and_a_spike_is():
     assert detect(losses)[0] == 1202
     losses[:50] += 100  # the first steps say nothing
     assert detect(losses)[0] == 1202
+
+
+def watch(found, losses, start=0, stop=None):
+    """The step at which `found` sees a spike in the losses of the steps from start + 1 on, or None;
+    settled at stop."""
+    found.begin(start)
+    try:
+        for step in range(start + 1, (stop or len(losses)) + 1):
+            found(step, dict(loss=np.float32(losses[step - 1])))
+        found.settle(stop or len(losses))
+    except WentUp as error:
+        return error.step
+    return None
+
+
+def test_a_larger_batch_is_no_spike_and_a_spike_after_it_is(tmp_path, config):
+    config.faults.spike_deviations = 6.0
+    config.steps, config.batch_sizes, config.image_sizes = 2000, ((0.5, 8),), ((0.25, 16),)
+    config.data.sources = (dict(builtin="scenes"),)
+    config, rng = typed(config), np.random.default_rng(0)
+    losses = 4 + 0.1 * rng.normal(size=2000)
+    losses[500:] += 2  # larger images
+    losses[1000:] += 2  # larger batches, of which more are as unlike
+    faults = config.faults
+    assert watch(Spikes(str(tmp_path / "none"), faults), losses) == 503
+
+    def run_in(workdir):
+        run = types.SimpleNamespace(config=config, mixture=Mixture(config), steps=2000)
+        run.workdir, run.main_process = str(tmp_path / workdir), True
+        return Spikes.of(run)
+
+    assert watch(run_in("whole"), losses) is None
+    # The same, stopped where a stage ends, and after it before it was watched for long.
+    for start, stop in ((0, 500), (500, 1000), (1000, 1050), (1050, 2000)):
+        assert watch(run_in("stopped"), losses, start, stop) is None
+    kept = [sealed_json.read(tmp_path / name / spikes.FILE) for name in ("whole", "stopped")]
+    assert kept[0]["detector"]["2000"] == kept[1]["detector"]["2000"]
+    assert kept[1]["detector"]["500"][2] == 500 and kept[1]["detector"]["1050"][2] == 50
+    losses[1200:1210] += 2
+    assert watch(run_in("high"), losses) == 1203
+
+
+def test_batches_that_are_left_out_bring_the_next_stage_nearer(tmp_path, config):
+    """With 10 of them step 191, the first to see a loss of 9, has batch 200."""
+    config.faults.spike_deviations, config.faults.spike_batches = 6.0, 10
+    losses = np.where(np.arange(400) < 190, 4.0, 9.0) + 0.1 * np.sin(np.arange(400))
+    found = Spikes(str(tmp_path), typed(config).faults, batches_grow=[0, 200])
+    found.plan(WentUp(150, 9.0, 1.0), [])
+    found.gone_back()
+    assert found.left_out == ((140, 149),)
+    assert watch(found, losses) is None
+    assert watch(Spikes(str(tmp_path), typed(config).faults, batches_grow=[0, 210]), losses) == 193
 
 
 def test_too_many_spikes_end_the_run(tmp_path, config):

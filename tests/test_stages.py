@@ -122,11 +122,11 @@ def test_what_cannot_be_is_a_line(changes, message):
 
 def test_each_size_must_split(data):
     config = typed(data[0])
-    run_config.check_batch(config, 2, 2)
+    run_config.check_batch(config, 2)
     with pytest.raises(ValueError, match="config.batch_sizes: 4 is not a multiple of 8 batch sh"):
-        run_config.check_batch(config, 8, 1)
-    with pytest.raises(ValueError, match="config.batch_size=16 is not a multiple of 3 processes"):
-        run_config.check_batch(config.change({"batch_sizes": ()}), 1, 3)
+        run_config.check_batch(config, 8)
+    with pytest.raises(ValueError, match="config.batch_size=16 is not a multiple of 3 batch sh"):
+        run_config.check_batch(config.change({"batch_sizes": ()}), 3)
     with pytest.raises(ValueError, match="batch_size=6 with source weights .* not whole numbers"):
         Mixture(config.change({"batch_sizes": ((0.5, 6),)}))
     assert "batch_size=64 is more than all 40" in run_config.remark_batch(

@@ -172,4 +172,4 @@ def test_impossible_values_are_refused():
         with pytest.raises(ValueError, match=message):
             run_config.check(config)
     with pytest.raises(ValueError, match="text_parts=4; choose a multiple of 32"):
-        run_config.check_batch(_config(), 8, 1)
+        run_config.check_batch(_config(), 8)

@@ -1,7 +1,7 @@
 """Batches: what is in one, the batch of a step as a function of the step, and a stream of them.
 
-The batch of a step follows from (config, vocabulary, step) alone: process p of P has the rows
-[p * b, (p + 1) * b) of it, b being the batch size over P, and the whole is the same for any P.
+The batch of a step follows from (config, vocabulary, step) alone: process p of P that read it has
+the rows [p * b, (p + 1) * b), b being the batch size over P, and the whole is the same for any P.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Batches:
         config: of the run.
         vocabulary: of the run.
         mixture: its data, where they are open already.
-        process_index: which process of the run this is, which says its rows of each batch.
+        process_index: which of those that read the run's batches this process is, which says its
+            rows of each; see partitioning.readers.
         process_count: how many there are.
         class_names: of the task head, in the order of its outputs; () without one.
         features: with config.data.features the kept tokens of each source (training/locked.py).

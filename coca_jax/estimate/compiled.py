@@ -90,7 +90,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         mesh = partitioning.make_mesh(
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slice_.devices
         )
-        run_config.check_batch(config, partitioning.batch_parts(mesh), 1)
+        run_config.check_batch(config, partitioning.batch_parts(mesh))
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()
         if slice_.chip is None:

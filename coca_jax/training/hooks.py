@@ -158,6 +158,7 @@ class Evaluation:
         """Scores by name, also written to workdir/eval.json.
 
         An evaluation inside the run that cannot be written, on a full disk, does not end it.
+        Raises guard.LostTooMuch.
         """
         run = self._run
         if not run.config.eval.tasks:
@@ -172,7 +173,7 @@ class Evaluation:
         if self._best is not None:
             self._best.note(step, scores)
         line = guard.judge(run.workdir, run.config.eval, step, scores)
-        if line and run.config.eval.guard == "stop" and step < run.steps:
+        if line and run.config.eval.guard == "stop":
             raise guard.LostTooMuch(f"{line}; the run stops, and its checkpoints stay")
         if line:
             run.say(f"warning: {line}")

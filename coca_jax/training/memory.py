@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 import coca_jax
 from coca_jax import cache_folder, partitioning, storage
 from coca_jax import ops as operations
-from coca_jax.config import Config
+from coca_jax.config import Config, typed
 from coca_jax.data import stages
 from coca_jax.data.mixture import head_classes
 from coca_jax.estimate.step import abstract_batch, build_step
-from coca_jax.training.state import of_state
+from coca_jax.training.state import of_state, trainable
 
 # On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.
 QUICK = {
@@ -83,14 +83,17 @@ def step_bytes(config: Config, mesh: Mesh) -> int:
 def bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     """(what a step needs at least, at most) of one device in bytes, without compiling.
 
-    At least: the state and the gradients of what is trained, spread evenly. At most: besides, every
-    array that the traced step ever makes, a loop's as often as it runs.
+    At least: the state and the gradients of what is trained, in the model's dtype where that is
+    smaller, spread evenly. At most: besides, every array that the traced step ever makes, a loop's
+    as often as it runs.
     """
     with jax.set_mesh(mesh):
         step, arguments = build_step(config, mesh)
         state = arguments[0]
         kept = sum(_bytes(x) for x in jax.tree.leaves(arguments))
-        gradients = sum(_bytes(x) for x in jax.tree.leaves(state.ema or state.params))
+        width = np.dtype(config.model.dtype).itemsize  # in which the compiler may keep them
+        trained = jax.tree.leaves(trainable(state.params, typed(config)))
+        gradients = sum(x.size * min(width, x.dtype.itemsize) for x in trained)
         made = _made(jax.make_jaxpr(step)(*arguments).jaxpr)
     return (kept + gradients) // mesh.size, kept + made
 

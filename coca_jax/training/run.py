@@ -15,6 +15,7 @@ from coca_jax import (
     local_files,
     metrics,
     out_folder,
+    partitioning,
     run_config,
     storage,
 )
@@ -94,7 +95,7 @@ def train_alone(
         checkpoints = checkpointing.Checkpoints(
             workdir, keep=config.checkpoint.keep, best=best, run=contents
         )
-        spikes = Spikes(workdir, config.faults, write=run.main_process)
+        spikes = Spikes.of(run)
         if spikes.back is not None:  # killed while it went back
             checkpoints.drop_after(spikes.back)
             spikes.gone_back()
@@ -106,21 +107,23 @@ def train_alone(
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
     evaluate = hooks.Evaluation(run, checkpoints, best)
     try:
-        evaluate.catch_up(start, state)
-        state = steps(run, state, start, checkpoints, evaluate, good, spikes)
+        try:
+            evaluate.catch_up(start, state)
+            state = steps(run, state, start, checkpoints, evaluate, good, spikes)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"out of memory in a step of batch_size={config.batch_size} "
+                f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
+                f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
+            ) from None
+        stop.end("evaluating")
+        scores = evaluate(run.steps, state)
     except guard.LostTooMuch:
+        good.close()
         report(run)
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"out of memory in a step of batch_size={config.batch_size} "
-            f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
-            f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
-        ) from None
-    stop.end("evaluating")
-    scores = evaluate(run.steps, state)
     for line in results.table({k: v for k, v in scores.items() if "/" in k}):
         run.say(line)
     if best is not None:
@@ -249,6 +252,7 @@ def open_batches(
 ) -> Batches:
     """The batches of this process from step `start` on, without those that are left out; features:
     the kept tokens of each source, see locked.py."""
+    reader, readers = partitioning.readers(run.mesh)
     return Batches(
         left_out,
         start,
@@ -257,8 +261,8 @@ def open_batches(
         run.mixture,
         class_names=run.class_names,
         features=features,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=reader,
+        process_count=readers,
     )
 
 

@@ -104,7 +104,8 @@ def check_config(config: Config) -> Mesh:
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
+    run_config.check_batch(config, partitioning.batch_parts(mesh))
+    partitioning.readers(mesh)  # which processes read which rows, or why they cannot
     Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])

@@ -4,6 +4,10 @@ As in PaLM (Chowdhery et al. 2022, section 5.1), where a restart from before a s
 batches around it was enough each time, and the same batches did no harm elsewhere. Off unless
 config.faults.spike_deviations is set.
 
+Where batches (config.batch_sizes) or images (config.image_sizes) grow, the losses before say
+nothing of those that follow, as a contrastive loss is higher in a larger batch: the detector begins
+anew.
+
 Which batches are left out is kept in `spikes.json`, with what the detector knew at each checkpoint:
 so a run that is killed and resumed sees and does the same as one that is not.
 """
@@ -19,8 +23,10 @@ import numpy as np
 from absl import logging
 
 from coca_jax import sealed_json, storage
+from coca_jax.data import stages
 from coca_jax.training.gradients import Metrics
-from coca_jax.training.left_out import Ranges, leave_out
+from coca_jax.training.left_out import Ranges, leave_out, number_of
+from coca_jax.training.setup import Run
 from coca_jax.training.skipping import Diverged
 
 FILE = "spikes.json"
@@ -70,16 +76,27 @@ class Spikes:
         workdir: of the run.
         faults: its section of the config.
         write: whether this process keeps spikes.json.
+        batches_grow, images_grow: the numbers of the batches, and the steps (from 0), with which
+            a stage of their sizes begins.
 
     Attributes:
         left_out: which batches are.
         back: the step that the run was about to go back to when it was killed, else None.
     """
 
-    def __init__(self, workdir: str, faults: Any, *, write: bool = True):
+    def __init__(
+        self,
+        workdir: str,
+        faults: Any,
+        *,
+        write: bool = True,
+        batches_grow: Sequence[int] = (),
+        images_grow: Sequence[int] = (),
+    ):
         self._path = storage.place(workdir) / FILE
         self._deviations, self._batches = faults.spike_deviations, faults.spike_batches
         self._write, self._warned = write, False
+        self._batches_grow, self._images_grow = batches_grow, images_grow
         self._pending: tuple[int, Metrics] | None = None
         self._detector = Detector()
         found = sealed_json.read(self._path) if self._path.exists() else {}
@@ -88,6 +105,17 @@ class Spikes:
         self._times = found.get("times", 0)
         self._known: dict[str, list[float]] = found.get("detector", {})
         self._first_save: int | None = found.get("first_save")
+
+    @classmethod
+    def of(cls, run: Run) -> Spikes:
+        """The detector of a run, with what its workdir knows."""
+        return cls(
+            run.workdir,
+            run.config.faults,
+            write=run.main_process,
+            batches_grow=[stage.first for stage in run.mixture.stages],
+            images_grow=stages.starts([share for share, _ in run.config.image_sizes], run.steps),
+        )
 
     def begin(self, step: int) -> None:
         """The run goes on from `step`: what was known then is known again."""
@@ -128,9 +156,20 @@ class Spikes:
         if found is None:
             return
         step, values = found
+        if self._begins_a_stage(step):
+            self._detector = Detector()
         loss, usual = float(np.asarray(values["loss"])), self._detector.mean
         if self._detector.add(loss, self._deviations):
             raise WentUp(step, loss, usual)
+
+    def _begins_a_stage(self, step: int) -> bool:
+        """Whether `step`, from 1, has another size of batches or of images than the one before."""
+        if step == 1:
+            return False
+        before, now = (number_of(n, self.left_out) for n in (step - 2, step - 1))
+        return step - 1 in self._images_grow or any(
+            before < first <= now for first in self._batches_grow
+        )
 
     def plan(self, spike: WentUp, saved: Sequence[int]) -> int:
         """The step to go back to, 0 for the beginning; from there on the batches are left out.

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from coca_jax import partitioning
 from coca_jax.ops.tpu import attention, forms
-from coca_jax.partitioning import constrain, local_map
+from coca_jax.partitioning import constrain
 
 Weights = dict[str, jax.Array]
 
@@ -126,7 +128,30 @@ _run.defvjp(_run_forward, _run_backward)
 def _stack(depth: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """[depth, B, ...] whose contents are not set, each device's rows on it."""
     names = (None, "batch") + (None,) * (len(shape) - 2) + ("act_mlp" if shape[-1] > 1 else None,)
-    return local_map(lambda s: jax.lax.empty(s, dtype), (depth,) + shape, names)
+    return _local_map(lambda s: jax.lax.empty(s, dtype), (depth,) + shape, names)
+
+
+def _local_map(
+    function: Callable[[tuple[int, ...]], jax.Array], shape: tuple[int, ...], names: tuple
+) -> jax.Array:
+    """An array of `shape` split by logical names, each device's part made by function(its shape)
+    on that device; function(shape) without a mesh."""
+    mesh = partitioning.active_mesh()
+    if mesh is None:
+        return function(shape)
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in partitioning.spec(*names)]
+    parts = [int(np.prod([mesh.shape[a] for a in axes])) for axes in entries]
+    if any(n % p for n, p in zip(shape, parts)):
+        return function(shape)
+    local = tuple(n // p for n, p in zip(shape, parts))
+    make = jax.shard_map(
+        lambda: function(local),
+        mesh=mesh,
+        in_specs=(),
+        out_specs=partitioning.spec(*names),
+        check_vma=False,
+    )
+    return make()
 
 
 class _Keeper:
