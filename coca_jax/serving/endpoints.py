@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.forms import Field
 from coca_jax.serving.refusals import STOPPING, Refused
 from coca_jax.serving.reopening import Reopened
-from coca_jax.serving.uploads import Limits
+from coca_jax.serving.uploads import Decoder, Limits
 
 MOST_LABELS = 1000
 PICTURES = "/api/pictures/"  # before a row of the index
@@ -38,6 +39,7 @@ class Server:
     batcher: Batcher
     limits: Limits
     index: Reopened
+    decoder: Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Endpoint:
             pictures = values.get("image", [])
             if len(pictures) > server.limits.images:
                 raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
-            values["image"] = await uploads.read(server.model, pictures, server.limits)
+            values["image"] = await uploads.read(
+                server.model, pictures, server.limits, server.decoder
+            )
             answer = await self.answer(server, values)
         except ValueError as error:
             raise Refused(400, str(error)) from None
@@ -234,7 +238,8 @@ async def picture(server: Server, request: Request) -> Response:
     except ValueError as error:
         raise Refused(404, str(error)) from None
     try:
-        data = await run_in_threadpool(uploads.smaller, index, row, int(given))
+        shrink = functools.partial(uploads.smaller, index, row, int(given))
+        [data] = await server.decoder.run([shrink])
     except (ValueError, OSError):
         raise Refused(
             404, f"picture {asked} cannot be shown: it lies in an archive, or was moved or changed"
