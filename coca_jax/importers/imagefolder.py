@@ -86,15 +86,15 @@ def _refuse_fields(path: str, options: Options) -> None:
     )
 
 
-def unlisted(path: str, options: Options) -> tuple[int, int]:
+def unlisted(path: str, options: Options, lists: Any = None) -> tuple[int, int]:
     """(pictures of a local folder that no row of its metadata names, all pictures); (0, 0) where
-    there are no metadata."""
+    there are no metadata. lists: an importer of lists, whose rows count in place of metadata."""
     root = os.path.realpath(path)
-    if not _metadata(root):
+    if not lists and not _metadata(root):
         return 0, 0
     left = {os.path.normpath(one) for one in _images(root)}
     count = len(left)
-    for unit in whole_files(plan(root, "", options)):
+    for unit in whole_files((lists.plan if lists else plan)(root, "", options)):
         for one in located(unit, options):
             for name in filter(None, (one.name, one.second)):
                 with contextlib.suppress(ValueError):  # the import says what is wrong with it
