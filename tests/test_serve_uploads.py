@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib.util
+import socket
 import threading
 import time
 
@@ -63,3 +64,38 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
         client.close()
     assert most == 1 and sorted(statuses) == [404] * 4 + [503] * 8
     assert list(answers).count("too many requests wait; ask again later") == 8
+
+
+def multipart(*parts: bytes, end: bytes = b"--x--\r\n") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="'
+    return b"".join(head + part + b"\r\n" for part in parts) + end
+
+
+def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
+    """A form that was cut at its end would lose its last field; who hangs up is told nothing."""
+    client, kind = Client(model), {"Content-Type": "multipart/form-data; boundary=x"}
+    text = b'text"\r\n\r\na cat'
+    try:
+        for end, wanted in ((b"--x--\r\n", 404), (b"--x--", 404), (b"", 400), (b"--x\r\n", 400)):
+            body = multipart(text, text, end=end)
+            status, _, answer = client.send("POST", "/api/search", body, kind)
+            assert (status, b"closing boundary is missing" in answer) == (wanted, wanted == 400)
+        for head in ("multipart/form-data; boundary=x", "application/x-www-form-urlencoded"):
+            before = client.numbers.answered
+            sending = socket.create_connection(("127.0.0.1", client.port))
+            sending.sendall(
+                b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
+                + f"Content-Type: {head}\r\n\r\n".encode()
+                + multipart(text, end=b"")
+            )
+            sending.close()
+            for _ in range(1000):
+                if client.numbers.answered > before:
+                    break
+                time.sleep(0.01)
+            assert client.numbers.answered == before + 1
+    finally:
+        client.close()
+    counted = client.numbers.text()[0].decode()
+    assert 'coca_jax_requests_total{path="/api/search",status="400"} 4.0' in counted
+    assert 'status="500"' not in counted and not caplog.records

@@ -54,10 +54,9 @@ class Endpoint:
 
     async def respond(self, server: Server, request: Request) -> Response:
         """The answer to a request. Raises Refused."""
-        forms.check_kind(request.headers.get("content-type", ""))
         try:
             async with asyncio.timeout(server.limits.seconds):
-                form = await request.form(max_fields=1200)
+                form = await forms.sent(request)
         except TimeoutError:
             raise Refused(408, f"not sent within {server.limits.seconds} s") from None
         try:
