@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import gc
 import importlib
 import importlib.util
@@ -49,6 +50,7 @@ CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
 FOLDERS = ("workdir", "out")  # flags that name where a command writes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 # Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
 # that stay, and to look through them again and again takes a tenth of a start.
@@ -141,7 +143,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
                 if result is not None:
                     print(json.dumps(result), flush=True)
         except (ValueError, OSError) as error:
-            fail(str(error))
+            fail(told(error))
         except RuntimeError as error:
             if "Unable to initialize backend" not in str(error):
                 raise
@@ -210,6 +212,14 @@ def fail(text: str) -> NoReturn:
     """Bad input: one line on standard error, exit status 2."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def told(error: Exception) -> str:
+    """What went wrong; where a disk is full and the system names no file, also what the command
+    was writing."""
+    given = [f"--{name}={flags.FLAGS[name].value}" for name in FOLDERS if name in flags.FLAGS]
+    full = isinstance(error, OSError) and error.errno in FULL and not error.filename
+    return f"{error}, while {given[0]} was written" if full and given else str(error)
 
 
 def help_text(name: str, module: Any) -> str:

@@ -15,7 +15,7 @@ from absl import flags
 from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
-from coca_jax import cli, quiet, recipes
+from coca_jax import cli, convert, quiet, recipes
 from coca_jax.importers import metadata
 from coca_jax.inference.generation.settings import Settings
 
@@ -325,3 +325,25 @@ def test_a_full_standard_output_is_named_and_another_file_is_not_taken_for_it(mo
     assert ended.value.code == 2
     said = "error: standard output cannot be written: [Errno 28] No space left on device"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    """The system says which file only where it cannot be opened, not where it has no room."""
+    flags_of("convert", monkeypatch)
+    flags.DEFINE_integer("verbosity", 0, "As absl has it.")
+    monkeypatch.setattr(convert, "define_flags", lambda: None)
+
+    def writes(argv):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    monkeypatch.setattr(convert, "main", writes)
+    monkeypatch.setattr(cli.app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
+    with pytest.raises(SystemExit) as ended:
+        cli._start("convert", ["--out=some/model", "--verbosity=0"])
+    assert ended.value.code == 2
+    said = "error: [Errno 28] No space left on device, while --out=some/model was written\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert cli.told(OSError(28, "full", "a/b")) == "[Errno 28] full: 'a/b'"
+    assert cli.told(FileNotFoundError(2, "none")) == "[Errno 2] none"
