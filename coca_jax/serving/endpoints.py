@@ -145,6 +145,8 @@ async def zero_shot(server: Server, values: Values) -> Any:
     """Probabilities of labels."""
     given = [line.strip() for text in values["label"] for line in text.splitlines()]
     labels = tuple(dict.fromkeys(filter(None, given)))
+    if labels:  # else it is said below that there are none
+        _refuse_empty("label", values["label"])
     if not 1 <= len(labels) <= MOST_LABELS:
         raise Refused(400, f"label: {len(labels)} labels; give 1 to {MOST_LABELS}, one a line")
     longest = max(map(len, labels))
@@ -177,8 +179,15 @@ async def answer(server: Server, values: Values) -> Any:
     return dict(results=await server.batcher.answers(works.Answer(), items))
 
 
+def _refuse_empty(name: str, texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise Refused(400, f"{name}: number {number} of {len(texts)} is empty; leave it out")
+
+
 async def embed(server: Server, values: Values) -> Any:
     """Embeddings."""
+    _refuse_empty("text", values["text"])
     pictures, texts = await _embedded(server, values["image"], values["text"])
     if not pictures and not texts:
         raise Refused(400, "nothing to embed; send pictures as 'image' or texts as 'text'")
@@ -281,7 +290,7 @@ ENDPOINTS = (
             IMAGE,
             Field(
                 "label",
-                "A label, or several, one a line; may be repeated.",
+                "A label, or several, one a line, those given twice once; may be repeated.",
                 many=True,
                 longest=100 * MOST_LABELS,
             ),
