@@ -257,6 +257,7 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         if "config" in flags.FLAGS:
             argv = recipes.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))[1]
         rest = flags.FLAGS(argv)
+        _check_one_checkpoint()
         for name in FOLDERS:
             if name in flags.FLAGS and isinstance(flags.FLAGS[name].value, str):
                 flags.FLAGS[name].value = local_files.plain(flags.FLAGS[name].value)
@@ -267,9 +268,27 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         fail(_unknown_flag(error.flagname, argv, module))
     except flags.IllegalFlagValueError as error:
-        fail(recipes.explain(str(error)))
+        fail(_of_number(recipes.explain(str(error))))
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
+
+
+def _of_number(text: str) -> str:
+    """absl's line for a value that is no number, without Python's words; others as they are."""
+    pattern = r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)"
+    if not (match := re.match(pattern, text, re.DOTALL)):
+        return text
+    return f"{match[1]}: give a {'whole ' if match[2].endswith('int') else ''}number"
+
+
+def _check_one_checkpoint() -> None:
+    """Raises ValueError where --checkpoint stands there several times."""
+    if "checkpoint" not in flags.FLAGS or (flag := flags.FLAGS["checkpoint"]).present < 2:
+        return
+    fix = "separate them by commas" if flag.flag_type().startswith("comma") else "give one"
+    raise ValueError(
+        f"--checkpoint stands there {flag.present} times, of which the last would count; {fix}"
+    )
 
 
 def check_one_input(several: str) -> None:

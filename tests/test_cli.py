@@ -1,5 +1,6 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -302,6 +303,26 @@ def test_a_number_that_counts_has_a_lowest_value(name, monkeypatch):
     for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
         if flag.flag_type() in ("int", "float") and flag.name not in SIGNED + CHECKED:
             assert flag.parser.lower_bound is not None, flag.name
+
+
+LAST = "times, of which the last would count"
+
+
+@pytest.mark.parametrize(
+    "name, given, says",
+    [
+        ("serve", ["--port=http"], "--port=http: give a whole number"),
+        ("serve", ["--wait_ms=some: time"], "--wait_ms=some: time: give a number"),
+        ("serve", ["--port=-1"], "--port=-1: -1 is not an integer in the range [0, 65535]"),
+        ("caption", ["--checkpoint=a"] * 2, f"--checkpoint stands there 2 {LAST}; give one"),
+        ("recaption", ["--checkpoint=a"] * 3, f"--checkpoint stands there 3 {LAST}; separate"),
+    ],
+)
+def test_a_value_that_cannot_be_is_a_plain_line(name, given, says, monkeypatch, capsys):
+    flags_of(name, monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_flags([name, *given], importlib.import_module(f"coca_jax.{name}"))
+    assert capsys.readouterr().err.removeprefix("error: ").removeprefix("flag ").startswith(says)
 
 
 def test_what_waits_says_for_how_long(capsys):
