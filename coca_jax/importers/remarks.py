@@ -18,7 +18,7 @@ from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 _MOST_LOOKED_AT = 20_000  # files of a folder
-_MOST_OF_LISTS = 64 << 20  # bytes, which take a second or two to go through
+_MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 _LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
