@@ -67,7 +67,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         shares = [1.0] if not args["shares"].present else shares
         if len(shares) > 1:
             raise ValueError(f"--shares={','.join(args.shares)}: one to write, or give --data")
-    out_folder.check(args.out, in_run=bool(tasks))  # the curve belongs to the tuned run
+    if tasks or args.rank:
+        out_folder.check(args.out, in_run=bool(tasks))  # the curve belongs to the tuned run
+    else:
+        out_folder.check_model(args.out)
     cli.say(f"loading {args.base}")
     base = coca_jax.load(args.base, dtype="float32")
     first = to_host(base.params)

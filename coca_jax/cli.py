@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import gc
 import importlib
 import importlib.util
@@ -49,6 +50,7 @@ CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
 FOLDERS = ("workdir", "out")  # flags that name where a command writes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 # Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
 # that stay, and to look through them again and again takes a tenth of a start.
@@ -141,7 +143,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
                 if result is not None:
                     print(json.dumps(result), flush=True)
         except (ValueError, OSError) as error:
-            fail(str(error))
+            fail(told(error))
         except RuntimeError as error:
             if "Unable to initialize backend" not in str(error):
                 raise
@@ -213,6 +215,14 @@ def fail(text: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def told(error: Exception) -> str:
+    """What went wrong; where a disk is full and the system names no file, also what the command
+    was writing."""
+    given = [f"--{name}={flags.FLAGS[name].value}" for name in FOLDERS if name in flags.FLAGS]
+    full = isinstance(error, OSError) and error.errno in FULL and not error.filename
+    return f"{error}, while {given[0]} was written" if full and given else str(error)
+
+
 def help_text(name: str, module: Any) -> str:
     """What a command does, its flags and, where it takes one, the recipes."""
     lines = [f"coca-jax {name}: {COMMANDS[name]}", "", (module.__doc__ or "").strip(), "", "Flags:"]
@@ -248,6 +258,7 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
         if "config" in flags.FLAGS:
             argv = recipes.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))[1]
         rest = flags.FLAGS(argv)
+        _check_one_checkpoint()
         for name in FOLDERS:
             if name in flags.FLAGS and isinstance(flags.FLAGS[name].value, str):
                 flags.FLAGS[name].value = local_files.plain(flags.FLAGS[name].value)
@@ -258,9 +269,27 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         fail(_unknown_flag(error.flagname, argv, module))
     except flags.IllegalFlagValueError as error:
-        fail(recipes.explain(str(error)))
+        fail(_of_number(recipes.explain(str(error))))
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
+
+
+def _of_number(text: str) -> str:
+    """absl's line for a value that is no number, without Python's words; others as they are."""
+    pattern = r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)"
+    if not (match := re.match(pattern, text, re.DOTALL)):
+        return text
+    return f"{match[1]}: give a {'whole ' if match[2].endswith('int') else ''}number"
+
+
+def _check_one_checkpoint() -> None:
+    """Raises ValueError where --checkpoint stands there several times."""
+    if "checkpoint" not in flags.FLAGS or (flag := flags.FLAGS["checkpoint"]).present < 2:
+        return
+    fix = "separate them by commas" if flag.flag_type().startswith("comma") else "give one"
+    raise ValueError(
+        f"--checkpoint stands there {flag.present} times, of which the last would count; {fix}"
+    )
 
 
 def check_one_input(several: str) -> None:

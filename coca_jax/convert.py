@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -48,11 +47,6 @@ from coca_jax.interop.towers_layout import TowersLayout
 from coca_jax.models import tower_kinds
 
 CLIP_IDS = 49_408
-# What an earlier `convert` left, and files of the file system's own.
-_OURS = re.compile(
-    r"\..*|.*\.new|config\.json|params\.safetensors|vocabulary\..*|"
-    r"open_clip_(config\.json|model\.safetensors)"
-)
 WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.CONFIG_FILE
 
 
@@ -323,16 +317,12 @@ def define_flags() -> None:
 
 
 def _check_out(source: str, out: str) -> None:
-    """Raises ValueError for a folder that is the input's, or holds what no `convert` writes."""
-    out_folder.check(out)
+    """Raises ValueError for a folder that is the input's, or as `out_folder.check_model`."""
     place = os.path.realpath(local_files.whole_path(out))
     given = os.path.realpath(local_files.whole_path(source))
     if place in (given, os.path.dirname(given)) and os.path.exists(given):
         raise ValueError(f"--out={out} is the folder of --input={source}; give another one")
-    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
-    others = [name for name in names if not _OURS.fullmatch(name)]
-    if others:
-        raise ValueError(f"--out={out} holds something else ({others[0]}); give a new folder")
+    out_folder.check_model(out)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

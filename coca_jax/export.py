@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--private: only with --push=org/name")
     if args.format == "onnx":
         _onnx().packages()
-    out_folder.check(args.out)
+    out_folder.check_model(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint, narrow=False)  # its weights are written as they are
     from coca_jax.inference import export_folder

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from coca_jax import storage
+from coca_jax.data import bounded_json
 
 PLAN = "plan.json"  # of an ablation, in its folder
 
+CARD = "---\nlibrary_name: coca_jax\n"  # how the README.md of a model's folder begins
+# What `export` and `convert` leave, and files of the file system's own.
+_OURS = re.compile(
+    r"\..*|.*\.new|config\.json|params\.safetensors|vocabulary\..*|programs|onnx|"
+    r"open_clip_(config\.json|model\.safetensors)"
+)
+_OF_HUB = re.compile(r"README\.md|preprocessor_config\.json|model\.safetensors|tokenizer\..*")
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".npz", ".msgpack", ".json")
 
 
@@ -31,6 +41,38 @@ def check(folder: str | os.PathLike[str], *, in_run: bool = False) -> None:
     if not in_run and ((found / "checkpoints").exists() or (found / "metrics.jsonl").exists()):
         raise ValueError(f"--out={folder} is the folder of a run; give another one")
     storage.check_writable(folder, make=False)
+
+
+def check_model(folder: str | os.PathLike[str]) -> None:
+    """`check`, and nothing of somebody else's in the folder: it is new or empty, or holds a model
+    that was written there before, whole or, after a stop, in part.
+
+    Raises:
+        ValueError: it may not be written to.
+    """
+    check(folder)
+    found = storage.place(folder)
+    if not found.exists() or _is_ours(found / "config.json"):
+        return
+    names = sorted(path.name for path in found.iterdir())
+    card = found / "README.md"
+    stopped = card.exists() and card.read_bytes().startswith(CARD.encode())
+    others = [
+        name
+        for name in names
+        if name == "config.json"
+        or not (_OURS.fullmatch(name) or (stopped and _OF_HUB.fullmatch(name)))
+    ]
+    if others:
+        raise ValueError(f"--out={folder} holds something else ({others[0]}); give a new folder")
+
+
+def _is_ours(path: Any) -> bool:
+    """Whether a config.json is that of a model of this library: many programs have such a file."""
+    try:
+        return {"model", "preprocess", "tokenizer"} <= bounded_json.parse(path.read_bytes()).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def check_run(workdir: str | os.PathLike[str]) -> None:

@@ -42,7 +42,12 @@ def define_flags() -> None:
     flags.DEFINE_string("key_file", "", "A file that holds the key that requests must bring.")
     flags.DEFINE_integer("batch_size", 16, "Requests that run together.", lower_bound=1)
     flags.DEFINE_float("wait_ms", 5.0, "Milliseconds that a request waits for others.", 0, 1000)
-    flags.DEFINE_integer("queue", 1024, "Pictures and texts that may wait.", lower_bound=1)
+    flags.DEFINE_integer(
+        "queue",
+        1024,
+        "Pictures and texts that may wait to be decoded, or for the model.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("max_megabytes", 32, "Of a request.", 1, 1024)
     flags.DEFINE_integer("max_pixels", 50_000_000, "Of a picture or frame.", 1, 120_000_000)
     flags.DEFINE_integer("max_images", 16, "Pictures of a request.", 1, 1024)

@@ -83,7 +83,7 @@ def test_what_is_no_image_is_named_once(model, folder):  # noqa: F811
         assert found["error"].count(found["image"]) == 1 and " at 0x" not in found["error"]
     with pytest.raises(ValueError, match="is a folder; give it alone"):
         model.caption([str(folder)])
-    with pytest.raises(FileNotFoundError, match="none.jpg does not exist; give an image"):
+    with pytest.raises(FileNotFoundError, match="none.jpg: no such file; give an image"):
         model.caption([str(folder / "none.jpg")])
 
 

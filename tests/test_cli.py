@@ -1,5 +1,6 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,7 +16,7 @@ from absl import flags
 from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
-from coca_jax import cli, quiet, recipes
+from coca_jax import cli, convert, quiet, recipes
 from coca_jax.importers import metadata
 from coca_jax.inference.generation.settings import Settings
 
@@ -310,6 +311,26 @@ def test_an_error_is_one_line_in_which_names_are_as_they_are(capsys):
     assert capsys.readouterr().err == "error: my  photos/a\tb.png: no such file ; give one\n"
 
 
+LAST = "times, of which the last would count"
+
+
+@pytest.mark.parametrize(
+    "name, given, says",
+    [
+        ("serve", ["--port=http"], "--port=http: give a whole number"),
+        ("serve", ["--wait_ms=some: time"], "--wait_ms=some: time: give a number"),
+        ("serve", ["--port=-1"], "--port=-1: -1 is not an integer in the range [0, 65535]"),
+        ("caption", ["--checkpoint=a"] * 2, f"--checkpoint stands there 2 {LAST}; give one"),
+        ("recaption", ["--checkpoint=a"] * 3, f"--checkpoint stands there 3 {LAST}; separate"),
+    ],
+)
+def test_a_value_that_cannot_be_is_a_plain_line(name, given, says, monkeypatch, capsys):
+    flags_of(name, monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_flags([name, *given], importlib.import_module(f"coca_jax.{name}"))
+    assert capsys.readouterr().err.removeprefix("error: ").removeprefix("flag ").startswith(says)
+
+
 def test_what_waits_says_for_how_long(capsys):
     with cli.waiting("compiling", every=0.02):
         time.sleep(0.1)
@@ -331,3 +352,25 @@ def test_a_full_standard_output_is_named_and_another_file_is_not_taken_for_it(mo
     assert ended.value.code == 2
     said = "error: standard output cannot be written: [Errno 28] No space left on device"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    """The system says which file only where it cannot be opened, not where it has no room."""
+    flags_of("convert", monkeypatch)
+    flags.DEFINE_integer("verbosity", 0, "As absl has it.")
+    monkeypatch.setattr(convert, "define_flags", lambda: None)
+
+    def writes(argv):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    monkeypatch.setattr(convert, "main", writes)
+    monkeypatch.setattr(cli.app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
+    with pytest.raises(SystemExit) as ended:
+        cli._start("convert", ["--out=some/model", "--verbosity=0"])
+    assert ended.value.code == 2
+    said = "error: [Errno 28] No space left on device, while --out=some/model was written\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert cli.told(OSError(28, "full", "a/b")) == "[Errno 28] full: 'a/b'"
+    assert cli.told(FileNotFoundError(2, "none")) == "[Errno 2] none"

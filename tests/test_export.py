@@ -308,6 +308,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     told = call("hub", "--format=hub", "--push=org/name", "--private")
     assert told["url"] == "org/name True"
     assert (str(tmp_path / "hub"), "org/name", {"score": 1}) in calls
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text('{"port": 80}')
+    for kind in ("folder", "hub", "onnx"):
+        with pytest.raises(ValueError, match=r"theirs holds something else \(config.json\)"):
+            call("theirs", f"--format={kind}")
     call("mine", "--format=hub")
     assert calls[-1] == (str(tmp_path / "mine"), "org/mine", {"score": 1})
     told = call("onnx", "--format=onnx", "--batch_size=8", "--int8")

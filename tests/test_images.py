@@ -158,6 +158,10 @@ def test_commands_say_one_line_of_a_large_picture(recwarn):
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(ValueError, match="too many pixels: 13000 x 13000"):
         images.open_image(bytes(data))
+    data[16:24] = struct.pack(">II", 30_000, 30_000)  # PIL itself opens none of this size
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(ValueError, match="too many pixels: the limit is 50000000$"):
+        images.open_image(bytes(data), 50_000_000)
     # A collector may find another test's garbage meanwhile, and warn.
     assert not [w for w in recwarn.list if issubclass(w.category, Image.DecompressionBombWarning)]
 

@@ -1,5 +1,7 @@
 """The folder that a command will write to: looked at, and left as it was."""
 
+import json
+
 import pytest
 
 from coca_jax import out_folder
@@ -38,3 +40,32 @@ def test_the_name_of_a_file_is_not_written_as_a_folder(tmp_path):
     (tmp_path / "model.bin").mkdir()
     out_folder.check(tmp_path / "model.bin")
     out_folder.check(tmp_path / "version-0.2")
+
+
+def test_a_model_is_not_written_among_files_of_something_else(tmp_path):
+    """Over an earlier model it is, whole or left by a stop."""
+    model = dict(model={}, preprocess={}, tokenizer={})
+    card = "---\nlibrary_name: coca_jax\nlicense: mit\n"
+    for number, (files, told) in enumerate((
+        ({"a.jpg": "", "b.jpg": ""}, "a.jpg"),
+        ({"config.json": '{"port": 80}'}, "config.json"),
+        ({"config.json": "{", "params.safetensors": ""}, "config.json"),
+        ({"README.md": "# Mine\n"}, "README.md"),
+        ({"model.safetensors": ""}, "model.safetensors"),
+        ({}, ""),
+        ({".gitattributes": "", "params.safetensors": "", "vocabulary.json": ""}, ""),
+        ({"README.md": card, "model.safetensors.new": "", "tokenizer.json": ""}, ""),
+        ({"config.json": json.dumps(model), "notes.txt": "of its user"}, ""),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        if told:
+            with pytest.raises(ValueError) as error:
+                out_folder.check_model(folder)
+            said = f"--out={folder} holds something else ({told}); give a new folder"
+            assert str(error.value) == said
+        else:
+            out_folder.check_model(folder)
+    out_folder.check_model(tmp_path / "new")

@@ -361,3 +361,32 @@ def test_suffixes_in_any_case_are_told_and_read(tmp_path):
     assert [unit.path[-13:] for unit in units] == [
         "r/x.tfrecords", "/r/y.tfrecord", "0000-of-00001"
     ]  # fmt: skip
+
+
+def test_lists_of_few_pictures_are_told_and_captions_of_ours_are_none(tmp_path):
+    """What `caption --out` wrote among pictures takes none from them; of pictures that a list does
+    not name the line says how many."""
+    folder = beside(tmp_path / "p", dict.fromkeys("abcde"))
+    rows = [json.dumps(dict(image=f"{name}.jpg", caption="x", score=-1.0)) for name in "abcde"]
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
+    assert formats.guess(str(folder)) == "jsonl"
+    line = f"{folder}: read as --format=jsonl"
+    assert remarks.of_format(str(folder), "jsonl") == line
+    (folder / "captions.jsonl.how.json").write_text("{}")
+    assert formats.guess(str(folder)) == "imagefolder"
+    assert formats.guess(str(folder / "captions.jsonl")) == "jsonl"  # which somebody asked for
+    said = "; not read: 3 of 5 pictures, which no row of its lists names; --format=imagefolder "
+    (folder / "captions.jsonl").write_text("\n".join(rows[:2]) + "\n")
+    (folder / "captions.jsonl").rename(folder / "notes.jsonl")
+    assert formats.guess(str(folder)) == "jsonl"
+    assert remarks.of_format(str(folder), "jsonl").startswith(line + said)
+    (folder / "notes.jsonl").unlink()
+    (folder / "notes.csv").write_text("file_name,text\na.jpg,x\nb.jpg,y\n")
+    assert formats.guess(str(folder)) == "csv"
+    assert said in remarks.of_format(str(folder), "csv")
+    assert len(imagefolder.plan(str(folder), "", Options())[0].names) == 5  # as the line says
+    for name in "abcde":  # the pictures lie elsewhere: there is nothing but the captions
+        (folder / f"{name}.jpg").unlink()
+    (folder / "notes.csv").unlink()
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
+    assert formats.guess(str(folder)) == "jsonl"

@@ -179,6 +179,10 @@ def test_labels_answers_and_embeddings(client, model):
         400, "/api/zero_shot", *labels, ("template", "red")
     )
     many = "\n".join(f"{i} things that are red" for i in range(300))  # as the page's box gives them
+    says = "label: number 2 of 2 is empty; leave it out"
+    assert client.refused(400, "/api/zero_shot", *labels, ("label", " \n")) == says
+    says = "text: number 1 of 1 is empty; leave it out"
+    assert client.refused(400, "/api/embed", ("image", picture), ("text", "")) == says
     status, answer = client.post("/api/zero_shot", ("image", picture), ("label", many))
     assert status == 200 and len(many) > 6000
     assert "2001 characters; at most 2000 each" in client.refused(

@@ -184,7 +184,7 @@ def read_image(path: str) -> bytes:
     if is_remote(path):
         return read_bounded(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist; give an image file, folder or URL")
+        raise FileNotFoundError(f"{path}: no such file; give an image file, folder or URL")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder; give it alone for all of its images, or name them")
     return read_bounded(path)

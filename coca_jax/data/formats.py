@@ -42,6 +42,7 @@ PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
 PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: a list is named itself
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
+HOW = ".how.json"  # behind the name of a file of `caption --out`: what it is made with
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _READ = "images, tars, parquet, CSV, TSV or JSON lists"
 _HINTS = {  # by the ends of files' names
@@ -81,8 +82,11 @@ def guess(path: str) -> str:
         return "tfds"
     if any(name.count("/") <= 1 and posixpath.basename(name) in METADATA for name in names):
         return "imagefolder"
-    found = _of_names(names)
     pictures = any(name.lower().endswith(MEDIA) for name in names)
+    if pictures:  # what `caption` wrote of them is no list of a data set
+        told = {name.removesuffix(HOW) for name in names if name.endswith(HOW)}
+        names = [name for name in names if name not in told]
+    found = _of_names(names)
     if found in ("", "parquet") and _has_sidecars(names):
         return "sidecars"
     if found == "jsonl" or (found == "csv" and pictures):

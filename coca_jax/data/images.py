@@ -51,8 +51,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if data[:2] in _PLAIN_PPM:
             raise UnidentifiedImageError
         image = Image.open(io.BytesIO(data), formats=formats())
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"too many pixels: {error}") from None
+    except Image.DecompressionBombError:  # which names a limit of PIL's own
+        raise ValueError(f"too many pixels: the limit is {max_pixels}") from None
     except UnidentifiedImageError:
         if is_video_file(data):
             raise ValueError("a video file, not an image: read it with num_frames set") from None

@@ -86,20 +86,23 @@ def _refuse_fields(path: str, options: Options) -> None:
     )
 
 
-def unlisted(path: str, options: Options) -> tuple[int, int]:
+def unlisted(path: str, options: Options, lists: Any = None) -> tuple[int, int]:
     """(pictures of a local folder that no row of its metadata names, all pictures); (0, 0) where
-    there are no metadata."""
+    there are no metadata. lists: an importer of lists, whose rows count in place of metadata."""
     root = os.path.realpath(path)
-    if not _metadata(root):
+    if not lists and not _metadata(root):
         return 0, 0
-    left = {os.path.normpath(one) for one in _images(root)}
-    count = len(left)
-    for unit in whole_files(plan(root, "", options)):
+    there = {os.path.normpath(one) for one in _images(root)}
+    left = set(there)
+    for unit in whole_files((lists.plan if lists else plan)(root, "", options)):
         for one in located(unit, options):
             for name in filter(None, (one.name, one.second)):
                 with contextlib.suppress(ValueError):  # the import says what is wrong with it
-                    left.discard(named_files.resolve(one.folder, name, [root]))
-    return len(left), count
+                    path = os.path.normpath(files.join(one.folder, str(name)))
+                    if path not in there:  # links, other spellings: that takes ten times as long
+                        path = named_files.resolve(one.folder, name, [root])
+                    left.discard(path)
+    return len(left), len(there)
 
 
 def splits(path: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import posixpath
 import re
 from collections import Counter
@@ -11,13 +13,15 @@ from typing import Any
 
 from coca_jax.data import files, formats, views
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, imagefolder
+from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list
 from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 _MOST_LOOKED_AT = 20_000  # files of a folder
+_MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
+_LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
 
 _CAPTION_LIKE = re.compile(
     r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
@@ -32,7 +36,8 @@ HOW_TO_CAPTION = (
 
 def of_format(input: str, format: str) -> str:
     """The line for a format that the files told, with the pictures that it leaves unread."""
-    return f"{input}: read as --format={format}{pictures_beside(input, format)}"
+    beside = pictures_beside(input, format) + _beside_lists(input, format)
+    return f"{input}: read as --format={format}{beside}"
 
 
 def pictures_beside(input: str, format: str) -> str:
@@ -48,6 +53,23 @@ def pictures_beside(input: str, format: str) -> str:
         f"; not read: {len(found)} pictures beside its archives ({_first(found)}), which "
         "--format=imagefolder or sidecars reads"
     )
+
+
+def _beside_lists(input: str, format: str) -> str:
+    """What is said of the pictures in a local folder that is read for its lists, which name
+    others; '' for none, and beside lists of many bytes."""
+    if format not in _LISTS or files.is_remote(input) or not os.path.isdir(input):
+        return ""
+    lists = formats.PATTERNS[format]
+    with contextlib.suppress(OSError, ValueError):  # the import says what is wrong with them
+        if sum(map(os.path.getsize, files.find(input, lists))) <= _MOST_OF_LISTS:
+            left, count = imagefolder.unlisted(input, Options(), _LISTS[format])
+            if left:
+                return (
+                    f"; not read: {left} of {count} pictures, which no row of its lists names; "
+                    "--format=imagefolder reads all, by their folders"
+                )
+    return ""
 
 
 def nothing_usable(

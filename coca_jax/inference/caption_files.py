@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coca_jax import sealed_json, storage
-from coca_jax.data import bounded_json
+from coca_jax.data import bounded_json, formats
 from coca_jax.inference import model_checksum, read_ahead
 
 if TYPE_CHECKING:
     from coca_jax import inference
-
-
-HOW = ".how.json"  # behind the name of a file: what it is made with
 
 
 def json_line(result: dict[str, Any]) -> str:
@@ -72,12 +69,12 @@ def check_name(out: str) -> None:
 def remember(out: str, checkpoint: str, checksum: str, how: dict[str, Any]) -> None:
     """Writes beside a file of captions what they are made with; how: prompt and settings."""
     told = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
-    sealed_json.write(f"{out}{HOW}", told)
+    sealed_json.write(f"{out}{formats.HOW}", told)
 
 
 def begun_with(out: str) -> dict[str, Any] | None:
     """What `remember` wrote; None of a file that older versions began."""
-    path = storage.place(f"{out}{HOW}")
+    path = storage.place(f"{out}{formats.HOW}")
     if not path.exists():
         return None
     told = sealed_json.read(path)

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from coca_jax import export_format, image_shape, storage
+from coca_jax import export_format, image_shape, out_folder, storage
 from coca_jax.export_format import CARD, PREPROCESSOR
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
 from coca_jax.models import tower_kinds
 
-_OURS = "---\nlibrary_name: coca_jax\n"  # how model_card.md begins
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
 
 
@@ -95,7 +94,7 @@ def write_hub(
     Raises ValueError for a README.md there that is of something else.
     """
     there = storage.place(out) / CARD
-    if there.exists() and not there.read_text().startswith(_OURS):
+    if there.exists() and not there.read_text().startswith(out_folder.CARD):
         raise ValueError(
             f"{there} is of something else, and a model's card goes there; give a new folder, or "
             "move it away"

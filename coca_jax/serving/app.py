@@ -23,7 +23,7 @@ from coca_jax.serving.guard import Guard
 from coca_jax.serving.numbers import Numbers
 from coca_jax.serving.refusals import Refused, answer_refused
 from coca_jax.serving.reopening import Reopened
-from coca_jax.serving.uploads import Limits
+from coca_jax.serving.uploads import Decoder, Limits
 
 # The page: these files and no others, read once.
 PAGE = {
@@ -51,14 +51,15 @@ def build(
 
     model: what `coca_jax.load` returns; name: how the page calls it. index: a
     searching.index.Index of this model. key, loopback, public_name: see guard.Guard. batch_size,
-    wait, depth: see batcher.Batcher.
+    wait, depth: see batcher.Batcher; depth also of uploads.Decoder.
     """
     limits = limits or Limits()
     routes = {"/healthz", "/metrics", "/openapi.json", "/api/info", *PAGE}
     numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}), PICTURES)
     batcher = Batcher(model, batch_size=batch_size, wait=wait, depth=depth, seen=numbers.batch)
-    numbers.waiting(lambda: batcher.waiting)
-    server = Server(model, batcher, limits, Reopened(index, model))
+    decoder = Decoder(depth)
+    numbers.waiting(lambda: decoder.waiting + batcher.waiting)
+    server = Server(model, batcher, limits, Reopened(index, model), decoder)
     about = _about(server, name)
     files = importlib.resources.files("coca_jax.serving") / "page"
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from coca_jax.serving.refusals import STOPPING, Refused
+from coca_jax.serving.refusals import STOPPING, Refused, too_many
 
 
 class Work(Protocol):
@@ -87,7 +87,7 @@ class Batcher:
             if self._stopping:
                 raise Refused(503, STOPPING)
             if len(self._jobs) + len(items) > self._depth:
-                raise Refused(503, "too many requests wait; ask again later", {"Retry-After": "1"})
+                raise too_many()
             streams = []
             for item in items:
                 answers: asyncio.Queue[Any] = asyncio.Queue()

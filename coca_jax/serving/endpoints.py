@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from coca_jax.serving.batcher import Batcher
 from coca_jax.serving.forms import Field
 from coca_jax.serving.refusals import STOPPING, Refused
 from coca_jax.serving.reopening import Reopened
-from coca_jax.serving.uploads import Limits
+from coca_jax.serving.uploads import Decoder, Limits
 
 MOST_LABELS = 1000
 PICTURES = "/api/pictures/"  # before a row of the index
@@ -38,6 +39,7 @@ class Server:
     batcher: Batcher
     limits: Limits
     index: Reopened
+    decoder: Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,9 @@ class Endpoint:
 
     async def respond(self, server: Server, request: Request) -> Response:
         """The answer to a request. Raises Refused."""
-        forms.check_kind(request.headers.get("content-type", ""))
         try:
             async with asyncio.timeout(server.limits.seconds):
-                form = await request.form(max_fields=1200)
+                form = await forms.sent(request)
         except TimeoutError:
             raise Refused(408, f"not sent within {server.limits.seconds} s") from None
         try:
@@ -63,7 +64,9 @@ class Endpoint:
             pictures = values.get("image", [])
             if len(pictures) > server.limits.images:
                 raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
-            values["image"] = await uploads.read(server.model, pictures, server.limits)
+            values["image"] = await uploads.read(
+                server.model, pictures, server.limits, server.decoder
+            )
             answer = await self.answer(server, values)
         except ValueError as error:
             raise Refused(400, str(error)) from None
@@ -142,6 +145,8 @@ async def zero_shot(server: Server, values: Values) -> Any:
     """Probabilities of labels."""
     given = [line.strip() for text in values["label"] for line in text.splitlines()]
     labels = tuple(dict.fromkeys(filter(None, given)))
+    if labels:  # else it is said below that there are none
+        _refuse_empty("label", values["label"])
     if not 1 <= len(labels) <= MOST_LABELS:
         raise Refused(400, f"label: {len(labels)} labels; give 1 to {MOST_LABELS}, one a line")
     longest = max(map(len, labels))
@@ -174,8 +179,15 @@ async def answer(server: Server, values: Values) -> Any:
     return dict(results=await server.batcher.answers(works.Answer(), items))
 
 
+def _refuse_empty(name: str, texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise Refused(400, f"{name}: number {number} of {len(texts)} is empty; leave it out")
+
+
 async def embed(server: Server, values: Values) -> Any:
     """Embeddings."""
+    _refuse_empty("text", values["text"])
     pictures, texts = await _embedded(server, values["image"], values["text"])
     if not pictures and not texts:
         raise Refused(400, "nothing to embed; send pictures as 'image' or texts as 'text'")
@@ -234,7 +246,8 @@ async def picture(server: Server, request: Request) -> Response:
     except ValueError as error:
         raise Refused(404, str(error)) from None
     try:
-        data = await run_in_threadpool(uploads.smaller, index, row, int(given))
+        shrink = functools.partial(uploads.smaller, index, row, int(given))
+        [data] = await server.decoder.run([shrink])
     except (ValueError, OSError):
         raise Refused(
             404, f"picture {asked} cannot be shown: it lies in an archive, or was moved or changed"
@@ -277,7 +290,7 @@ ENDPOINTS = (
             IMAGE,
             Field(
                 "label",
-                "A label, or several, one a line; may be repeated.",
+                "A label, or several, one a line, those given twice once; may be repeated.",
                 many=True,
                 longest=100 * MOST_LABELS,
             ),

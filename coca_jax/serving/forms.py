@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -9,12 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
 
 from coca_jax.inference.generation.settings import NOTES, Settings
 from coca_jax.serving.refusals import Refused
 
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", UploadFile: "string"}
 LONGEST = 2000  # characters of a text
+_MOST = 1200  # fields of a request that are no files
 KINDS = ("multipart/form-data", "application/x-www-form-urlencoded")
 SEND = "send multipart/form-data, a picture as the field 'image' (curl -F image=@cat.jpg)"
 
@@ -99,11 +103,34 @@ def _number(x: float) -> str:
     return f"{x:.0f}" if float(x).is_integer() else f"{x:g}"
 
 
-def check_kind(content_type: str) -> None:
-    """Raises Refused, 400, for a body that does not come as a form."""
-    kind = content_type.partition(";")[0].strip().lower()
+async def sent(request: Request) -> FormData:
+    """The form that a request sends. Raises Refused, 400, for a body that is none, or not whole."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in KINDS:
         raise Refused(400, f"Content-Type {kind[:80] or 'is missing'}: {SEND}")
+    try:
+        if kind != KINDS[0]:
+            return await request.form(max_fields=_MOST)
+        async with contextlib.aclosing(request.stream()) as stream:
+            parser = _Multipart(request.headers, stream, max_fields=_MOST)
+            form = await parser.parse()
+    except ClientDisconnect:  # nobody reads this: the client hung up
+        raise Refused(400, "the request ended before all of it was sent") from None
+    except MultiPartException as error:
+        raise Refused(400, error.message) from None
+    if not parser.ended:
+        await form.close()
+        raise Refused(400, "the form was cut: its closing boundary is missing; send all of it")
+    return form
+
+
+class _Multipart(MultiPartParser):
+    """Starlette's, which takes a form without its end, and without the field that it cut."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 def bounds(fields: Sequence[Field]) -> dict[str, list[float]]:

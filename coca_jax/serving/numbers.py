@@ -32,7 +32,9 @@ class Numbers:
         self._sizes = Histogram(
             "coca_jax_batch_items", "Items that ran together.", buckets=_SIZES, **own
         )
-        self._waiting = Gauge("coca_jax_waiting_items", "Items that wait for a batch.", **own)
+        self._waiting = Gauge(
+            "coca_jax_waiting_items", "Items that wait to be decoded, or for a batch.", **own
+        )
 
     def waiting(self, count: Callable[[], int]) -> None:
         """Where the number of waiting items is read."""

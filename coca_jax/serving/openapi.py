@@ -19,7 +19,7 @@ def document(locked: bool) -> dict[str, Any]:
         {"name": "side", "in": "query", "schema": side},
     ]
     paths["/api/pictures/{row}"] = dict(get=picture)
-    paths["/healthz"] = dict(get=_read("Whether it answers; 503 while it stops."))
+    paths["/healthz"] = dict(get=_read("200: it answers; 503: the thread of the model has ended."))
     paths["/metrics"] = dict(get=_read("Counters for Prometheus.", "text/plain"))
     found: dict[str, Any] = dict(
         openapi="3.1.0",

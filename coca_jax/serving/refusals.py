@@ -20,6 +20,11 @@ class Refused(Exception):
         return JSONResponse({"error": self.text}, self.status, self.headers)
 
 
+def too_many() -> Refused:
+    """For a request that finds more before it than may wait."""
+    return Refused(503, "too many requests wait; ask again later", {"Retry-After": "1"})
+
+
 async def answer_refused(_: Request, error: Exception) -> Response:
     """A handler of Starlette's."""
     assert isinstance(error, Refused)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from coca_jax import cores
 from coca_jax.data import images, videos
-from coca_jax.serving.refusals import Refused
+from coca_jax.serving.refusals import too_many
+
+# Pictures that are decoded at a time at most: each takes some 7 bytes a pixel, however few bytes
+# its file has.
+MOST = 8
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +40,55 @@ class Limits:
         return self.megabytes << 20
 
 
-async def read(model: Any, files: Sequence[UploadFile], limits: Limits) -> list[np.ndarray]:
-    """What `model.preprocess` makes of each file. Raises Refused, 400, for one that is no picture
-    or has too many pixels."""
-    found = []
-    for number, file in enumerate(files, 1):
-        data = await file.read()
-        try:
-            found.append(await run_in_threadpool(_preprocess, model, data, limits.pixels))
-        except ValueError as error:
-            which = f"picture {number} of {len(files)}: " if len(files) > 1 else ""
-            raise Refused(400, f"{which}{error}") from None
-    return found
+class Decoder:
+    """The threads that decode pictures, one a core and MOST at most; other pictures wait.
+
+    depth: pictures that may wait; more are refused with status 503.
+    """
+
+    def __init__(self, depth: int):
+        self._threads = min(cores.count(), MOST)
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decoder")
+        self._depth, self._open = depth, 0
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait."""
+        return max(self._open - self._threads, 0)
+
+    async def run(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
+        """What each call gives, which decodes a picture. Raises what a call does, and Refused
+        when too many wait."""
+        if self._open + len(calls) > self._depth + self._threads:
+            raise too_many()
+        self._open += len(calls)
+        loop = asyncio.get_running_loop()
+        try:  # one by one, so that no request of many pictures holds up the others
+            return [await loop.run_in_executor(self._pool, call) for call in calls]
+        finally:
+            self._open -= len(calls)
+
+
+async def read(
+    model: Any, files: Sequence[UploadFile], limits: Limits, decoder: Decoder
+) -> list[np.ndarray]:
+    """What `model.preprocess` makes of each file. Raises ValueError for one that is no picture or
+    has too many pixels, Refused when too many wait."""
+    calls = [
+        functools.partial(
+            _read, model, file, limits.pixels, f"picture {n} of {len(files)}: " * (len(files) > 1)
+        )
+        for n, file in enumerate(files, 1)
+    ]
+    return await decoder.run(calls)
+
+
+def _read(model: Any, file: UploadFile, pixels: int, which: str) -> np.ndarray:
+    data = file.file.read()  # here: no picture that waits is in memory beside its file
+    try:
+        return _preprocess(model, data, pixels)
+    except ValueError as error:
+        raise ValueError(f"{which}{error}") from None
 
 
 def _preprocess(model: Any, data: bytes, pixels: int) -> np.ndarray:

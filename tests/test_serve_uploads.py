@@ -1,0 +1,101 @@
+"""What is sent to the server: how much is decoded at once, what becomes of half an upload."""
+
+import concurrent.futures
+import importlib.util
+import socket
+import threading
+import time
+
+import jax
+import pytest
+from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
+
+if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
+    pytest.skip("needs the extra 'serve'", allow_module_level=True)
+
+from test_serve import Client, png  # noqa: E402
+
+from coca_jax.serving import uploads  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(words):  # noqa: F811
+    return tiny_model(words, devices=jax.devices()[:1])
+
+
+def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
+    """A small file may be gigabytes of pixels: of 12 requests at once one is decoded, three wait
+    and are answered then, here that there is no index; the others are refused."""
+    go, lock, now, most = threading.Event(), threading.Lock(), 0, 0
+
+    class Held:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def preprocess(self, data):
+            nonlocal now, most
+            with lock:
+                now += 1
+                most = max(most, now)
+            go.wait(60)
+            with lock:
+                now -= 1
+            return model.preprocess(data)
+
+    monkeypatch.setattr(uploads, "MOST", 1)
+    client, statuses = Client(Held(), depth=3), []
+
+    def ask(number: int):
+        status, answer = client.post("/api/search", ("image", png(number)))
+        statuses.append(status)
+        return answer["error"]
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            answers = pool.map(ask, range(12))
+            for _ in range(6000):
+                if len(statuses) == 8:
+                    break
+                time.sleep(0.01)
+            assert "coca_jax_waiting_items 3.0" in client.numbers.text()[0].decode()
+            go.set()
+    finally:
+        go.set()
+        client.close()
+    assert most == 1 and sorted(statuses) == [404] * 4 + [503] * 8
+    assert list(answers).count("too many requests wait; ask again later") == 8
+
+
+def multipart(*parts: bytes, end: bytes = b"--x--\r\n") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="'
+    return b"".join(head + part + b"\r\n" for part in parts) + end
+
+
+def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
+    """A form that was cut at its end would lose its last field; who hangs up is told nothing."""
+    client, kind = Client(model), {"Content-Type": "multipart/form-data; boundary=x"}
+    text = b'text"\r\n\r\na cat'
+    try:
+        for end, wanted in ((b"--x--\r\n", 404), (b"--x--", 404), (b"", 400), (b"--x\r\n", 400)):
+            body = multipart(text, text, end=end)
+            status, _, answer = client.send("POST", "/api/search", body, kind)
+            assert (status, b"closing boundary is missing" in answer) == (wanted, wanted == 400)
+        for head in ("multipart/form-data; boundary=x", "application/x-www-form-urlencoded"):
+            before = client.numbers.answered
+            sending = socket.create_connection(("127.0.0.1", client.port))
+            sending.sendall(
+                b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
+                + f"Content-Type: {head}\r\n\r\n".encode()
+                + multipart(text, end=b"")
+            )
+            sending.close()
+            for _ in range(1000):
+                if client.numbers.answered > before:
+                    break
+                time.sleep(0.01)
+            assert client.numbers.answered == before + 1
+    finally:
+        client.close()
+    counted = client.numbers.text()[0].decode()
+    assert 'coca_jax_requests_total{path="/api/search",status="400"} 4.0' in counted
+    assert 'status="500"' not in counted and not caplog.records
