@@ -131,11 +131,16 @@ def _index(inputs: list[str]) -> dict[str, Any]:
 
 
 def _told(input: str, parts: Any) -> str:
-    """How an input is read. Raises what `formats.guess` raises."""
+    """How an input is read, and what in it is not. Raises what `formats.guess` raises."""
+    from coca_jax.importers import remarks
     from coca_jax.searching import index
 
     try:
-        return f"read as {formats.guess(input)}"
+        format = formats.guess(input)
+        beside = remarks.unread(input, format)
+        if beside:
+            beside += "; index these in a folder of their own, or take the others out of this one"
+        return f"read as {format}{beside}"
     except ValueError:
         if not index.emptied(input, parts):
             raise

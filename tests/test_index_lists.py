@@ -47,7 +47,7 @@ def test_what_a_list_names_are_files(model, folder, monkeypatch, kind):  # noqa:
     monkeypatch.chdir(folder)
     said = []
     assert again(model, path.name, "../i", say=said.append) == (0, 0, 0, 1, 3)
-    assert len(said) == 1 and f"{folder}/1.png does not exist" in said[0]
+    assert len(said) == 1 and f"{folder}/1.png: no such file" in said[0]
     monkeypatch.chdir(folder.parent)
     assert sorted(rows(model)) == ["s/0.png", "s/2.png", "s/3.png"]
     assert index.Index("i").file(0)[0] == str(folder / "3.png")

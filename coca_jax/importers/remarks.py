@@ -36,23 +36,33 @@ HOW_TO_CAPTION = (
 
 def of_format(input: str, format: str) -> str:
     """The line for a format that the files told, with the pictures that it leaves unread."""
-    beside = pictures_beside(input, format) + _beside_lists(input, format)
+    beside = pictures_beside(input, format)
+    if lists := _beside_lists(input, format):
+        beside += f"{lists}; --format=imagefolder reads all, by their folders"
     return f"{input}: read as --format={format}{beside}"
 
 
+def unread(input: str, format: str) -> str:
+    """What is said of the pictures in a folder that is read for its archives or lists; '' for
+    none."""
+    return _beside_archives(input, format) + _beside_lists(input, format)
+
+
 def pictures_beside(input: str, format: str) -> str:
-    """What is said of the pictures in a folder that is read for its archives; '' for none."""
+    """What is said of the pictures in a folder that is read for its archives, and how to read them;
+    '' for none."""
+    beside = _beside_archives(input, format)
+    return beside and f"{beside}, which --format=imagefolder or sidecars reads"
+
+
+def _beside_archives(input: str, format: str) -> str:
     system, plain = files.filesystem(input)
     if format not in _ARCHIVES or files.is_pattern(input) or not system.isdir(plain):
         return ""
     names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
     found = [name for name in names if name.lower().endswith(formats.MEDIA)]
-    if not found:
-        return ""
-    return (
-        f"; not read: {len(found)} pictures beside its archives ({_first(found)}), which "
-        "--format=imagefolder or sidecars reads"
-    )
+    told = f"; not read: {len(found)} pictures beside its archives"
+    return f"{told} ({_first(found)})" if found else ""
 
 
 def _beside_lists(input: str, format: str) -> str:
@@ -65,10 +75,7 @@ def _beside_lists(input: str, format: str) -> str:
         if sum(map(os.path.getsize, files.find(input, lists))) <= _MOST_OF_LISTS:
             left, count = imagefolder.unlisted(input, Options(), _LISTS[format])
             if left:
-                return (
-                    f"; not read: {left} of {count} pictures, which no row of its lists names; "
-                    "--format=imagefolder reads all, by their folders"
-                )
+                return f"; not read: {left} of {count} pictures, which no row of its lists names"
     return ""
 
 
