@@ -138,6 +138,7 @@ def prepare(
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
         run_config.check_resumable(config, old, workdir, class_names)
+        run_config.check_data(mixture.data_told, config, old, workdir)
         check_vocabulary(config, old, workdir)
     steps = run_config.num_steps(config, mixture.num_examples)
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
