@@ -231,6 +231,15 @@ def check_data(
 _PLACES = ("path", "builtin", "tfds", "seqio")
 
 
+def within(path: str, before: str, workdir: str) -> str:
+    """A source's path, which lies in `workdir` now where it lay in it when that was `before`."""
+    folder = local_files.whole_path(before).rstrip("/") + "/"
+    whole = local_files.whole_path(path) if path else ""
+    return (
+        f"{workdir.rstrip('/')}/{whole.removeprefix(folder)}" if whole.startswith(folder) else path
+    )
+
+
 def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:
     """The value of a key with the paths of sources whole, or (path,) within their workdir."""
     if key == "loss.global_examples" and not whole:

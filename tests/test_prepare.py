@@ -342,7 +342,7 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
         ((), dict(sample=1.5), "--sample=1.5: give a share above 0, at most 1"),
         ((), dict(input=""), "--input is missing"),
         (("vocabulary",), dict(out=""), "prepare vocabulary needs --input and --out"),
-        (("inspect",), {}, "prepare inspect needs --config=NAME"),
+        (("inspect",), {}, "prepare inspect needs --config=NAME or --work"),
         (
             ("look",),
             {},
@@ -357,8 +357,10 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
             command.flags.FLAGS(["prepare", f"--out={tmp_path / 'out'}", *twice])
             with pytest.raises(ValueError, match=f"--input stands there several times.*; {fix}"):
                 command.main(["prepare", *uses])
-    with pytest.raises(ValueError, match="--step=-1: steps count from 0"):
-        command.inspect(tiny_config(), -1)
+    recipe = tiny_config()
+    recipe.data.sources = (dict(builtin="scenes"),)
+    with pytest.raises(ValueError, match="--step=0: steps count from 1"):
+        command.inspect(recipe, 0)
     assert not (tmp_path / "out").exists()
 
 
