@@ -98,14 +98,21 @@ def check(config: Config, workdir: str) -> Mesh:
 
 def check_config(config: Config) -> Mesh:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
-    run_config.check(config)
+    mesh = check_devices(config)
     guard.check(config.eval)
     best.check(config)
+    Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
+    return mesh
+
+
+def check_devices(config: Config) -> Mesh:
+    """The mesh of a run whose data are still to come. Raises as `check`, for what needs neither
+    them nor a workdir."""
+    run_config.check(config)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh), jax.process_count())
-    Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
     if config.optimizer.image_learning_rate == 0 and not config.init_from:
