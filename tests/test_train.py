@@ -233,6 +233,23 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
         run_config.check_resumable(config, old, "runs/old")
 
 
+def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, monkeypatch):
+    config, workdir = smallest_run(), str(tmp_path / "run")
+    config.data.sources = (dict(builtin="scenes"), dict(path="d/mine"))
+    config.batch_size, words = 16, types.SimpleNamespace(checksum="")
+    config = typed(config)
+    run_config.write(run_config.contents(config, workdir, words), workdir)
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "d/mine").mkdir(parents=True)
+    (here / "d/mine/manifest.json").write_text("{}")
+    there.mkdir()
+    monkeypatch.chdir(here)
+    setup.check(config, workdir)
+    monkeypatch.chdir(there)
+    with pytest.raises(FileNotFoundError, match=f"source d/mine is not there, seen from {there};"):
+        setup.check(config, workdir)
+
+
 def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
     """Also of as many examples, of which a caption was corrected."""
     raw, out = write_folder(tmp_path / "raw", 12), str(tmp_path / "data")

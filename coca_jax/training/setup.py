@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from concurrent import futures
@@ -23,8 +24,8 @@ from coca_jax import (
     trackers,
     warm_start,
 )
-from coca_jax.config import Config
-from coca_jax.data import run_vocabulary, vocabulary
+from coca_jax.config import Config, Entry
+from coca_jax.data import files, run_vocabulary, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
@@ -85,6 +86,7 @@ def check(config: Config, workdir: str) -> Mesh:
     checkpoint_places.check_writable(workdir)
     if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
+    _check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
         if indexes.is_needed(one)
@@ -94,6 +96,20 @@ def check(config: Config, workdir: str) -> Mesh:
     planned = config.change({"data.sources": tuple(one.to_dict() for one in sources)})
     run_config.check_before_data(planned, workdir)
     return mesh
+
+
+def _check_seen(sources: Sequence[Entry], workdir: str) -> None:
+    """Raises FileNotFoundError where a run that goes on is asked for in another folder, from which
+    its data are not seen, and would be taken for one of other data."""
+    if not (storage.place(workdir) / "config.json").exists():
+        return
+    for one in sources:
+        whole = os.path.isabs(one.path) or files.is_remote(one.path)
+        if one.path and not (whole or files.is_pattern(one.path) or files.exists(one.path)):
+            raise FileNotFoundError(
+                f"data source {one.path} is not there, seen from {os.getcwd()}; run the command in "
+                "the folder from which it is seen, or put it back"
+            )
 
 
 def check_config(config: Config) -> Mesh:
