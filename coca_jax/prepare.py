@@ -125,7 +125,7 @@ def inspect_run(workdir: str, step: int) -> dict[str, Any]:
         ValueError: besides, a source has other data than the run was trained on.
     """
     from coca_jax import checkpointing, run_config  # JAX takes seconds to import
-    from coca_jax.training import spikes
+    from coca_jax.training import setup, spikes
 
     config, old = checkpointing.read_config(workdir), checkpointing.read_run(workdir)
     before = str(old.get("workdir", workdir))
@@ -134,6 +134,7 @@ def inspect_run(workdir: str, step: int) -> dict[str, Any]:
         for one in config.data.sources
     ]
     config = config.change({"data.sources": tuple(one.to_dict() for one in moved)})
+    setup.check_seen(config.data.sources, workdir)
     mixture = Mixture(config, workdir)
     run_config.check_data(mixture.data_told, config, old, workdir)
     left_out = spikes.Spikes(workdir, config.faults, write=False).left_out

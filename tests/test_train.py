@@ -19,6 +19,7 @@ from data_cases import write_folder
 from one_device import smallest_run, train_alone
 
 from coca_jax import checkpointing, metrics, partitioning, run_config
+from coca_jax import prepare as command
 from coca_jax.config import typed
 from coca_jax.data import vocabulary
 from coca_jax.importers.splits import prepare
@@ -248,6 +249,8 @@ def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, 
     monkeypatch.chdir(there)
     with pytest.raises(FileNotFoundError, match=f"source d/mine is not there, seen from {there};"):
         setup.check(config, workdir)
+    with pytest.raises(FileNotFoundError, match=f"source d/mine is not there, seen from {there};"):
+        command.inspect_run(workdir, 1)
 
 
 def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):

@@ -86,7 +86,7 @@ def check(config: Config, workdir: str) -> Mesh:
     checkpoint_places.check_writable(workdir)
     if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
-    _check_seen(config.data.sources, workdir)
+    check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
         if indexes.is_needed(one)
@@ -98,7 +98,7 @@ def check(config: Config, workdir: str) -> Mesh:
     return mesh
 
 
-def _check_seen(sources: Sequence[Entry], workdir: str) -> None:
+def check_seen(sources: Sequence[Entry], workdir: str) -> None:
     """Raises FileNotFoundError where a run that goes on is asked for in another folder, from which
     its data are not seen, and would be taken for one of other data."""
     if not (storage.place(workdir) / "config.json").exists():
@@ -160,8 +160,9 @@ def prepare(
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
-        run_config.check_resumable(config, old, workdir, class_names)
+        # First: other data have other classes and numbers of examples, which say less.
         run_config.check_data(mixture.data_told, config, old, workdir)
+        run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
     steps = run_config.num_steps(config, mixture.num_examples)
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
