@@ -255,11 +255,14 @@ def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, 
 
 def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
     """Also of as many examples, of which a caption was corrected."""
-    raw, out = write_folder(tmp_path / "raw", 12), str(tmp_path / "data")
+    raw, out = write_folder(tmp_path / "raw", 12), str(tmp_path / "my data")
     prepare("imagefolder", str(raw), out, progress=False)
     config = smallest_run()
     config.data.vocabulary = scenes_words()
-    config.data.sources = (dict(path=out, kind="caption", limit=5), dict(builtin="scenes"))
+    config.data.sources = (
+        dict(path=(tmp_path / "my data").as_uri(), kind="caption", limit=5),
+        dict(builtin="scenes"),
+    )
     workdir, mesh = (
         str(tmp_path / "run"),
         partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
