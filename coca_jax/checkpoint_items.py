@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,18 @@ def _reading(path: epath.Path) -> Iterator[ocp.StandardCheckpointHandler]:
         handler.close()
 
 
+# Where Orbax and TensorStore begin to show their own objects.
+_INSIDES = re.compile(r"\.? See full TensorStore details|,? \[(?:tensorstore_spec|source)")
+
+
 def first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+    """What an error tells, in one line: of a chain of errors, as TensorStore writes them, the kind
+    and the innermost one; of one that shows TensorStore's objects, what caused it."""
+    while "See full TensorStore details" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    name = type(error).__name__
+    line = _INSIDES.split(str(error).partition("\n")[0])[0]
+    kind = re.match("[A-Z_]+: (?=Error )", line)
+    if kind:
+        line = kind[0] + "Error " + line.rpartition(": Error ")[2]
+    return f"{name}: {line}"[:300] if line else name

@@ -190,10 +190,11 @@ class Checkpoints:
             if jax.process_index() == 0:
                 checkpoint_places.rename(self.directory / str(step), self.directory / name)
             lines.append(
-                f"checkpoint {step} is damaged ({problem}): set aside as {self.directory / name}; "
-                f"going on from step {used}, {step - used} steps are trained again"
+                f"checkpoint {step} is damaged ({problem}): set aside as {self.directory / name}"
             )
         if lines:
+            step = max(problems)
+            lines.append(f"going on from step {used}, {step - used} steps are trained again")
             _meet("damaged checkpoints are set aside")
             self._manager.reload()
         return lines

@@ -124,7 +124,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, h100:8, h200:8, a100:8 or cpu:8.",
+        "Chips, as v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16, v7x:8x8x8, h100:8, h200:8, a100:8 "
+        "or cpu:8.",
     )
     flags.DEFINE_string("dump_hlo", "", "File for the optimised HLO text.")
     flags.DEFINE_integer("hosts", 0, "Hosts of the run: says the goodput to expect; 0: does not.")
@@ -145,6 +146,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_goodput()
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
+    check_hosts(flags.FLAGS.topology, flags.FLAGS.hosts)
     if flags.FLAGS.dump_hlo:
         storage.check_writable(pathlib.Path(flags.FLAGS.dump_hlo).parent, make=False)
     prepare_platform(flags.FLAGS.topology)
@@ -171,6 +173,17 @@ def check_goodput() -> None:
         value = given[name].value
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name}={value}: give a number above 0")
+
+
+def check_hosts(topology: str, hosts: int) -> None:
+    """Raises ValueError for more hosts than chips; what is no topology has its own words later."""
+    match = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
+    chips = math.prod(int(n) for n in match[1].split("x")) if match else hosts
+    if hosts > chips:
+        raise ValueError(
+            f"--hosts={hosts} is more than the {chips} devices of --topology={topology}; give the "
+            "hosts that these are on"
+        )
 
 
 def prepare_platform(topology: str) -> None:

@@ -186,6 +186,8 @@ class Progress:
         self._pairs = pairs or (lambda step: step)
         self._step, self._time = start_step, time.perf_counter()
         self._pace = 0.0  # seconds a step at the last update
+        self._compiled: set[int] = set()  # steps that are not shown yet
+        self._compiling = 0.0  # seconds since the last update
         self._bar = None
         if enabled and self._file.isatty():
             self._bar = tqdm.tqdm(
@@ -212,11 +214,18 @@ class Progress:
         """
         now = time.perf_counter()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
+        pairs = self._pairs(step) - self._pairs(self._step)
+        own = [n for n in self._compiled if n <= step]
+        if len(own) < steps:  # else nothing but the compiled steps could tell a rate
+            seconds = max(seconds - self._compiling, 1e-9)
+            steps -= len(own)
+            pairs -= sum(self._pairs(n) - self._pairs(n - 1) for n in own)
         if at_once:
             seconds = max(seconds, self._pace * steps)
         self._pace = seconds / max(steps, 1)
-        rate = (self._pairs(step) - self._pairs(self._step)) / seconds
-        self._step, self._time = step, now
+        rate = pairs / seconds
+        self._step, self._time, self._compiling = step, now, 0.0
+        self._compiled = {n for n in self._compiled if n > step}
         if not self._enabled:
             return rate
         shown = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -231,6 +240,12 @@ class Progress:
             line = f"step {step}/{self._total} ({share:.0%}) {shown} | {eta} left"
             print(line, file=self._file, flush=True)
         return rate
+
+    def compiled(self, step: int, seconds: float) -> None:
+        """The program of `step`, which is not shown yet, was compiled in that time: neither is of
+        the rate, where other steps tell one."""
+        self._compiled.add(step)
+        self._compiling += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

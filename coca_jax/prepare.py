@@ -15,14 +15,16 @@ Examples:
   coca-jax prepare --format=csv --input=list.csv --text_field=description --out=data/mine
   coca-jax prepare vocabulary --input=data/a,data/b --size=64000 --out=words.model
   coca-jax prepare inspect --config=coca_224 --step=1000
+  coca-jax prepare inspect --workdir=runs/mine --step=1000
 
-The last two train a SentencePiece vocabulary on prepared data, and print which examples a step
-trains on.
+The last three train a SentencePiece vocabulary on prepared data, and print which examples a step
+trains on, by a recipe or in a run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,14 +33,15 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, engines, local_files, recipes, storage
-from coca_jax.config import Recipe, typed
-from coca_jax.data import files, formats, images, order, sources, vocabulary
+from coca_jax.config import Config, Recipe, typed
+from coca_jax.data import files, formats, images, order, sources, stages, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
 from coca_jax.importers import asked, indexes, metadata, remarks, shards, split_field, splits
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.splits import prepare, prepare_with_holdout
 from coca_jax.training import lease
+from coca_jax.training.left_out import number_of
 
 
 def _options() -> Options:
@@ -101,12 +104,52 @@ def inspect(config: Recipe, step: int) -> dict[str, Any]:
 
     Images that do not decode are listed as well; training takes the next good one in their place.
 
+    Args:
+        step: as logs, metrics and checkpoints count, from 1.
+
     Returns:
         step, examples: a list of {row, source, epoch, index, key, text}.
+
+    Raises:
+        ValueError: the run has no such step; or what is wrong with the data.
     """
-    if step < 0:
-        raise ValueError(f"--step={step}: steps count from 0")
-    examples = Mixture(typed(config)).step_examples(step)
+    config = typed(config)
+    return _inspect(config, Mixture(config), step)
+
+
+def inspect_run(workdir: str, step: int) -> dict[str, Any]:
+    """`inspect` of a run, by its own config, indexes and batches that it left out after spikes.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: besides, a source has other data than the run was trained on.
+    """
+    from coca_jax import checkpointing, run_config  # JAX takes seconds to import
+    from coca_jax.training import setup, spikes
+
+    config, old = checkpointing.read_config(workdir), checkpointing.read_run(workdir)
+    before = str(old.get("workdir", workdir))
+    moved = [
+        dataclasses.replace(one, path=run_config.within(one.path, before, workdir))
+        for one in config.data.sources
+    ]
+    config = config.change({"data.sources": tuple(one.to_dict() for one in moved)})
+    setup.check_seen(config.data.sources, workdir)
+    mixture = Mixture(config, workdir)
+    run_config.check_data(mixture.data_told, config, old, workdir)
+    left_out = spikes.Spikes(workdir, config.faults, write=False).left_out
+    return _inspect(config, mixture, step, left_out)
+
+
+def _inspect(
+    config: Config, mixture: Mixture, step: int, left_out: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
+    if step < 1:
+        raise ValueError(f"--step={step}: steps count from 1")
+    steps = stages.steps_of(config, mixture.num_examples)
+    if steps and step > steps:  # a recipe may leave its length to flags
+        raise ValueError(f"--step={step}: the run has {steps} steps")
+    examples = mixture.step_examples(number_of(step - 1, tuple(left_out)))
     for example in examples:
         print("{row:6d}  {source}  epoch {epoch}  index {index}  {key}  {text!r}".format(**example))
     return dict(step=step, examples=examples)
@@ -182,7 +225,8 @@ def _define_other_uses() -> None:
         vocabulary.KINDS,
         "vocabulary: 'auto' is unigram, and of texts too few for it what leaves fewer tokens.",
     )
-    flags.DEFINE_integer("step", 0, "inspect: which step.")
+    flags.DEFINE_integer("step", 1, "inspect: which step, counted from 1 as in the logs.")
+    flags.DEFINE_string("workdir", "", "inspect: a run, in place of --config.")
     recipes.define_flag("inspect: ")
     flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
 
@@ -202,9 +246,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             flags.FLAGS.vocabulary_kind,
         )
     if argv[1:] == ["inspect"]:
-        if flags.FLAGS.config is None:
-            raise ValueError("prepare inspect needs --config=NAME")
-        return inspect(flags.FLAGS.config, flags.FLAGS.step)
+        workdir, config = flags.FLAGS.workdir, flags.FLAGS.config
+        if bool(workdir) == (config is not None):
+            raise ValueError("prepare inspect needs --config=NAME or --workdir=RUN, one of them")
+        step = flags.FLAGS.step
+        return inspect_run(workdir, step) if workdir else inspect(config, step)
     if len(argv) > 1:
         raise ValueError(
             f"unexpected argument {argv[1]!r}; give --input={argv[1]}, or 'vocabulary' or 'inspect'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax import local_files, sealed_json, storage
@@ -127,14 +127,21 @@ def num_steps(config: Config, num_examples: int) -> int:
 
 
 def contents(
-    config: Config, workdir: str, vocabulary: Any, class_names: Sequence[str] = ()
+    config: Config,
+    workdir: str,
+    vocabulary: Any,
+    class_names: Sequence[str] = (),
+    data_told: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
     """What config.json holds: the config, the workdir as it is spelled in the config's paths, the
-    vocabulary's checksum and the head's classes, in the order of its outputs."""
+    vocabulary's checksum, what tells each source's data (`Mixture.data_told`) and the head's
+    classes, in the order of its outputs."""
     data = config.to_dict()
     data |= {"workdir": str(workdir), "vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
+    if any(data_told):
+        data["data_told"] = list(data_told)
     return _json(data)
 
 
@@ -173,6 +180,7 @@ def check_resumable(
     new = flatten(_json(read(Config, config.to_dict()).to_dict()))
     # A run from before a key was there has its default; keys of today as they are written today.
     old = flatten(old) | flatten(_json(read(Config, old, f"{workdir}/config.json", True).to_dict()))
+    old.pop("data_told", None)  # by `check_data`
     classes = old.pop("class_names", [])
     before = old.pop("workdir", workdir)
     changed = [
@@ -198,7 +206,36 @@ def check_resumable(
         )
 
 
+def check_data(
+    data_told: Sequence[Mapping[str, Any] | None],
+    config: Config,
+    old: Mapping[str, Any],
+    workdir: str,
+) -> None:
+    """Raises ValueError naming the first prepared source that has other data than the run of
+    `workdir` began with, whose config.json holds `old`. Runs from before that was kept pass."""
+    for number, (before, now) in enumerate(zip(old.get("data_told", ()), data_told)):
+        if before and now and before != now:
+            there, here = (f"{x['examples']} examples (sha256 {x['sha256'][:12]})"
+                           for x in (before, now))  # fmt: skip
+            raise ValueError(
+                f"data.sources[{number}], {config.data.sources[number].path}, was prepared anew "
+                f"since the run of {workdir} began: {there} then, {here} now; put the data of then "
+                f"back, or use a new --workdir, with --config.init_from={workdir} to train on from "
+                "its weights"
+            )
+
+
 _PLACES = ("path", "builtin", "tfds", "seqio")
+
+
+def within(path: str, before: str, workdir: str) -> str:
+    """A source's path, which lies in `workdir` now where it lay in it when that was `before`."""
+    folder = local_files.whole_path(before).rstrip("/") + "/"
+    whole = local_files.whole_path(path) if path else ""
+    return (
+        f"{workdir.rstrip('/')}/{whole.removeprefix(folder)}" if whole.startswith(folder) else path
+    )
 
 
 def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from coca_jax import checkpointing, partitioning
     from coca_jax.importers import own_data
-    from coca_jax.training import replicas, stopping
+    from coca_jax.training import replicas, setup, stopping
 
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
@@ -98,7 +98,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
             fields = own_data_flags.fields()
             config = own_data.of_command(
-                config, flags.FLAGS.data, flags.FLAGS.workdir, fields=fields, main_process=first
+                config,
+                flags.FLAGS.data,
+                flags.FLAGS.workdir,
+                check=setup.check_devices,
+                fields=fields,
+                main_process=first,
             )
         try:
             summary = train(config, flags.FLAGS.workdir)

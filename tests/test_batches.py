@@ -23,6 +23,7 @@ from coca_jax import prepare
 from coca_jax.config import Entry, typed
 from coca_jax.data import images, prompts, resizing, run_vocabulary, sources, texts
 from coca_jax.data import vocabulary as vocabularies
+from coca_jax.data.batches import Batches
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture, class_names, nearest_shares, shares
 from coca_jax.evaluators import declarations
@@ -228,6 +229,9 @@ def test_undecodable_images_are_stepped_over(tmp_path):
     assert batches.skipped() == [3] and batches.progress(15)["bad_images"] == 3
     resumed = open_stream(config, vocabulary, start_step=7)
     assert all(equal(a, b) for a, b in zip(take(resumed, 3), whole[7:]))
+    config.data.max_bad_fraction = 0.03
+    with pytest.raises(ValueError, match="n.: 2 undecodable images in a row, .*; first: '0003.png"):
+        [Batches(config, vocabulary).batch(step) for step in range(4)]
     config.data.max_bad_fraction = 0.05
     with pytest.raises(ValueError, match="max_bad_fraction"):
         take(open_stream(config, vocabulary), 15)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import checkpoint_record, checkpointing, checksums, lean_saves, sealed_json
+from coca_jax.checkpoint_items import first_line
 from coca_jax.checkpoint_record import Damaged, Misfit
 from coca_jax.training.state import TrainState
 
@@ -202,8 +203,9 @@ def attack(saved, place, rng):
         assert lines == []
         return "as it was"
     assert step == 3, (path, how)
-    assert len(lines) == 1 and "checkpoint 5 is damaged" in lines[0]
-    assert "going on from step 3, 2 steps are trained again" in lines[0]
+    assert len(lines) == 2 and "checkpoint 5 is damaged" in lines[0]
+    assert "tensorstore" not in lines[0].lower().replace(str(workdir).lower(), "")
+    assert lines[1] == "going on from step 3, 2 steps are trained again"
     assert (workdir / "checkpoints/5.damaged").is_dir()
     assert checkpointing.find_step(str(workdir))[1] == 3
     return "went back"
@@ -215,6 +217,36 @@ def test_no_damage_is_silent_and_none_ends_the_run(saved, tmp_path, count):
     seen = [attack(saved, tmp_path / str(number), rng) for number in range(count)]
     print(collections.Counter(seen))
     assert seen.count("went back") > count / 4
+
+
+def test_of_several_damaged_steps_each_is_told_and_the_loss_once(workdir):
+    checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
+    checkpoints.save(9, state_of(9))
+    checkpoints.wait_for(9)
+    checkpoints.close()
+    for step in (5, 9):
+        for path in (workdir / f"checkpoints/{step}/params").rglob("d/*"):
+            path.write_bytes(b"")
+    state, step, lines = restore(workdir)
+    assert step == 3
+    assert_equal(state, state_of(3))
+    for number, line in zip((9, 5), lines):
+        params = workdir / f"checkpoints/{number}/params"
+        assert line.startswith(f"checkpoint {number} is damaged ({params} cannot be read: ")
+        assert "ValueError: OUT_OF_RANGE: Error reading Byte range" in line
+    assert lines[2:] == ["going on from step 3, 6 steps are trained again"]
+
+
+def test_an_error_of_a_library_is_told_without_its_insides():
+    inside = ValueError(
+        'DATA_LOSS: Error opening "zarr" driver: Error decoding x: CRC [source a.cc]'
+    )
+    outside = Exception("Encountered error. See full TensorStore details: <bound method pybind11")
+    assert first_line(outside) == "Exception: Encountered error"
+    outside.__cause__ = inside
+    assert first_line(outside) == "ValueError: DATA_LOSS: Error decoding x: CRC"
+    assert first_line(OSError(28, "No space left on device")).endswith("No space left on device")
+    assert first_line(RuntimeError()) == "RuntimeError"
 
 
 def test_load_goes_back_too_but_never_from_a_step_that_was_named(workdir, caplog):
@@ -329,7 +361,7 @@ def test_a_step_may_be_damaged_twice(workdir):
         file.write_text(json.dumps(sealed_json.seal(record)))
         _, step, lines = restore(workdir)
         assert step == 3 and "params/bias holds other values than were saved" in lines[0]
-        assert "going on from step 3, 2 steps are trained again" in lines[0]
+        assert lines[1] == "going on from step 3, 2 steps are trained again"
         assert (workdir / "checkpoints" / name).is_dir()
         checkpoints = checkpointing.Checkpoints(str(workdir), run=RUN)
         checkpoints.save(5, state_of(5))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from test_own_data import captioned, recipe
 from test_version_0_1 import flags_of
@@ -10,6 +11,7 @@ from coca_jax import own_data_flags
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
+from coca_jax.training import setup
 
 
 @pytest.mark.parametrize(
@@ -101,4 +103,21 @@ def test_train_has_them(monkeypatch):
     fields = own_data_flags.fields()
     assert fields == dict(text_field="words", label_field="", image_field="")
     with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):
-        own_data.of_command(typed(recipe()), [], "w", fields=fields)
+        own_data.of_command(typed(recipe()), [], "w", check=setup.check_devices, fields=fields)
+
+
+RUNS = {"steps": 4, "epochs": 0, "optimizer.warmup_steps": 0}
+
+
+def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):
+    folder, workdir = words(tmp_path / "mine", 5), str(tmp_path / "run")
+    many, batch = 2 * jax.device_count(), 3 * jax.device_count() // 2
+    for changes, says in (
+        ({"mesh.fsdp": many}, f"fsdp={many}"),
+        ({"batch_size": batch}, f"batch_size={batch} is not a multiple of"),
+        ({"optimizer.image_learning_rate": 0.0}, "image_learning_rate=0 locks"),
+    ):
+        config = typed(recipe()).change(RUNS | changes)
+        with pytest.raises(ValueError, match=says):
+            own_data.of_command(config, [folder], workdir, check=setup.check_devices)
+    assert not (tmp_path / "run").exists()

@@ -5,9 +5,13 @@ import json
 import time
 import types
 
+import numpy as np
 import pytest
+from conftest import tiny_config
 
 from coca_jax import metrics
+from coca_jax.config import typed
+from coca_jax.training import hooks
 
 
 def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
@@ -86,6 +90,60 @@ def test_time_that_trains_nothing_is_none_of_the_rate_s(monkeypatch):
         now[0] += 100.0
     now[0] += 4.0
     assert progress.update(5, {}, 0.0) == pytest.approx(4)
+
+
+def test_compilation_is_none_of_the_rate_s_and_of_the_time_left(monkeypatch):
+    """The first step is compiled in 60 s, another size at step 11 in 40; each other takes 2 s."""
+    now, file = [0.0], io.StringIO()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(110, pairs=lambda step: 8 * step, file=file)
+    rates = []
+    for step in range(1, 22):
+        compiling = {1: 60.0, 11: 40.0}.get(step, 0.0)
+        now[0] += compiling or 2.0 * (step < 21)
+        if compiling:
+            progress.compiled(step, compiling)
+        if step in (11, 21):  # a row comes a step late, when the step after it has begun
+            rates.append(progress.update(step - 1, {}, 0.0))
+    assert rates == pytest.approx([4, 4])
+    lines = file.getvalue().splitlines()
+    assert lines[0].endswith("03:20 left") and lines[1].endswith("03:00 left")
+    alone = metrics.Progress(9, pairs=lambda step: 8 * step, file=file)
+    now[0] += 16.0
+    alone.compiled(1, 15.0)
+    assert alone.update(1, {}, 0.0) == pytest.approx(0.5)  # no other step tells a rate
+
+
+def test_a_run_s_rows_leave_out_the_steps_that_were_compiled(monkeypatch, tmp_path):
+    now = [0.0]
+    clock = types.SimpleNamespace(
+        perf_counter=lambda: now[0], process_time=lambda: 0.0, monotonic=lambda: 0.0
+    )
+    monkeypatch.setattr(metrics, "time", clock)
+    config = typed(tiny_config()).change({"log.every_steps": 5})
+    buckets = metrics.TimeBuckets()
+    run = types.SimpleNamespace(
+        config=config,
+        workdir=str(tmp_path),
+        buckets=buckets,
+        steps=10,
+        main_process=True,
+        say=print,
+    )
+    run.mixture = types.SimpleNamespace(pairs=lambda step: 8 * step)
+    feed = types.SimpleNamespace(take_waited=lambda: 0.0)
+    beside = types.SimpleNamespace(
+        progress=lambda step: {}, shares=dict, first_step=lambda: None, note=lambda *a: None
+    )
+    beside.close = lambda: None
+    log = hooks.Log(run, 0, feed, beside, beside)
+    for step in range(1, 11):
+        with buckets("compile" if step in (1, 8) else "step"):
+            now[0] += {1: 50.0, 6: 0.0, 7: 4.0, 8: 50.0}.get(step, 2.0)  # 6 is done in 7
+        log(step, {"loss": np.float32(1)})
+    log.close()
+    rates = [row["pairs_per_second"] for row in metrics.read_metrics(tmp_path)]
+    assert rates == pytest.approx([4, 4])
 
 
 def test_progress_prints_rate_losses_and_waiting_share():

@@ -253,7 +253,7 @@ def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(tmp
     assert found[2].image == encode(2)
 
 
-def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
+def test_a_data_set_of_tfds_trains_by_its_name(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     write_tar(tmp_path / "a.tar", 5)
     import_data("webdataset", tmp_path / "a.tar", tmp_path / "tfds" / "mine" / "1.0.0")
@@ -272,6 +272,9 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path):
     for name in ("absent", "tfds:absent"):
         with pytest.raises(ValueError, match="^tfds:absent: .* data: Dataset absent not found$"):
             import_data("tfds", name, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^tfds:tfds/mine: .* tfds/mine is a folder without"):
+        import_data("tfds", "tfds/mine", tmp_path / "out")
 
 
 def test_records_of_tfds_without_a_label_have_none():
@@ -342,7 +345,7 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
         ((), dict(sample=1.5), "--sample=1.5: give a share above 0, at most 1"),
         ((), dict(input=""), "--input is missing"),
         (("vocabulary",), dict(out=""), "prepare vocabulary needs --input and --out"),
-        (("inspect",), {}, "prepare inspect needs --config=NAME"),
+        (("inspect",), {}, "prepare inspect needs --config=NAME or --work"),
         (
             ("look",),
             {},
@@ -357,8 +360,10 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
             command.flags.FLAGS(["prepare", f"--out={tmp_path / 'out'}", *twice])
             with pytest.raises(ValueError, match=f"--input stands there several times.*; {fix}"):
                 command.main(["prepare", *uses])
-    with pytest.raises(ValueError, match="--step=-1: steps count from 0"):
-        command.inspect(tiny_config(), -1)
+    recipe = tiny_config()
+    recipe.data.sources = (dict(builtin="scenes"),)
+    with pytest.raises(ValueError, match="--step=0: steps count from 1"):
+        command.inspect(recipe, 0)
     assert not (tmp_path / "out").exists()
 
 

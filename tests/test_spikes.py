@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import scenes_words
+from data_cases import data_config, write_folder
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing, sealed_json
+from coca_jax import checkpointing, prepare, run_config, sealed_json
 from coca_jax.config import typed
 from coca_jax.data.mixture import Mixture
 from coca_jax.metrics import read_metrics
@@ -44,6 +45,35 @@ def test_two_thousand_random_ranges_leave_each_other_batch_once():
         assert {n for a, b in ranges for n in range(a, b + 1)} == gone
         shown = [left_out.number_of(n, ranges) for n in range(100)]
         assert shown == [n for n in range(500) if n not in gone][:100]
+
+
+def test_inspect_shows_what_a_step_of_a_run_trained_on(tmp_path, capsys):
+    """Counted as logs do, without the batches left out, from wherever the run lies now."""
+    workdir = tmp_path / "before"
+    prepare.prepare(
+        "imagefolder",
+        str(write_folder(tmp_path / "raw", 9)),
+        str(workdir / "data/nine"),
+        progress=False,
+    )
+    config = data_config(dict(path=f"{workdir}/data/nine", kind="caption"), batch=4)
+    config.steps, config.optimizer.warmup_steps = 6, 0
+    config, words = typed(config), types.SimpleNamespace(checksum="")
+    mixture = Mixture(config)
+    told = (str(workdir), words, (), mixture.data_told)
+    run_config.write(run_config.contents(config, *told), str(workdir))
+    batches = [[row["index"] for row in mixture.step_examples(n)] for n in range(8)]
+    now = str(workdir.rename(tmp_path / "now"))
+
+    def shown(step):
+        return [row["index"] for row in prepare.inspect_run(now, step)["examples"]]
+
+    assert [shown(step) for step in range(1, 7)] == batches[:6]
+    sealed_json.write(tmp_path / "now/spikes.json", {"left_out": [(2, 3)]})
+    assert [shown(step) for step in range(1, 7)] == [*batches[:2], *batches[4:]]
+    for number, says in ((0, "steps count from 1"), (7, "--step=7: the run has 6 steps")):
+        with pytest.raises(ValueError, match=says):
+            shown(number)
 
 
 def detect(losses, deviations=6.0):

@@ -15,11 +15,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import COMPILE_FAST, scenes_words, tiny_config
+from data_cases import write_folder
 from one_device import smallest_run, train_alone
 
-from coca_jax import checkpointing, run_config
+from coca_jax import checkpointing, metrics, partitioning, run_config
+from coca_jax import prepare as command
 from coca_jax.config import typed
 from coca_jax.data import vocabulary
+from coca_jax.importers.splits import prepare
 from coca_jax.metrics import read_metrics
 from coca_jax.train import train
 from coca_jax.training import goodput, objectives, setup, stopping
@@ -229,6 +232,62 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
     config.steps += 100
     with pytest.raises(ValueError, match="same config; to train on .*--config.init_from=runs/old"):
         run_config.check_resumable(config, old, "runs/old")
+
+
+def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, monkeypatch):
+    config, workdir = smallest_run(), str(tmp_path / "run")
+    config.data.sources = (dict(builtin="scenes"), dict(path="d/mine"))
+    config.batch_size, words = 16, types.SimpleNamespace(checksum="")
+    config = typed(config)
+    run_config.write(run_config.contents(config, workdir, words), workdir)
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "d/mine").mkdir(parents=True)
+    (here / "d/mine/manifest.json").write_text("{}")
+    there.mkdir()
+    monkeypatch.chdir(here)
+    setup.check(config, workdir)
+    monkeypatch.chdir(there)
+    with pytest.raises(FileNotFoundError, match=f"source d/mine is not there, seen from {there};"):
+        setup.check(config, workdir)
+    with pytest.raises(FileNotFoundError, match=f"source d/mine is not there, seen from {there};"):
+        command.inspect_run(workdir, 1)
+
+
+def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
+    """Also of as many examples, of which a caption was corrected."""
+    raw, out = write_folder(tmp_path / "raw", 12), str(tmp_path / "my data")
+    prepare("imagefolder", str(raw), out, progress=False)
+    config = smallest_run()
+    config.data.vocabulary = scenes_words()
+    config.data.sources = (
+        dict(path=(tmp_path / "my data").as_uri(), kind="caption", limit=5),
+        dict(builtin="scenes"),
+    )
+    workdir, mesh = (
+        str(tmp_path / "run"),
+        partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
+    )
+
+    def started():
+        return setup.prepare(
+            mesh, typed(config), workdir, metrics.TimeBuckets(), stopping.current()
+        )
+
+    told = started().mixture.data_told
+    assert told[0]["examples"] == 12 and told[1] is None
+    words = types.SimpleNamespace(checksum=vocabulary.load(scenes_words()).checksum)
+    run_config.write(run_config.contents(typed(config), workdir, words, (), told), workdir)
+    started()
+    rows = (raw / "metadata.jsonl").read_text()
+    for corrected, count in ((rows.replace("picture 3", "picture three"), 12), (rows, 11)):
+        (raw / "metadata.jsonl").write_text(corrected)
+        if count == 11:
+            (raw / "0011.png").unlink()
+        prepare("imagefolder", str(raw), out, overwrite=True, progress=False)
+        with pytest.raises(ValueError, match=rf"data, was .* began: 12 examples .*, {count} ex"):
+            started()
+    run_config.write(run_config.contents(typed(config), workdir, words), workdir)
+    started()  # a run from before this was kept
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,12 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
     for number, variant in enumerate(table.variants):
         # What is indexed for the first is told once; the others find it.
         config = own_data.of_command(
-            variant.config(), named, out, fields=fields, main_process=not number
+            variant.config(),
+            named,
+            out,
+            check=setup.check_devices,
+            fields=fields,
+            main_process=not number,
         )
         own = {"data.sources": config.data.sources, "eval.tasks": config.eval.tasks}
         values = {**variant.values, **{key: plain(value) for key, value in own.items()}}

@@ -232,12 +232,12 @@ class Stream(abc.ABC):
         return made.arrays
 
     def skipped(self) -> list[int]:
-        """How many undecodable images each source has shown so far."""
+        """How many undecodable images each source has shown since this start."""
         return [len(tally.bad) for tally in self._tallies]
 
     def progress(self, step: int) -> dict[str, float]:
         """{epoch/0, epoch/1, ...: how often `step` batches have gone through each source of
-        config.data.sources; bad_images: undecodable ones seen so far by this process}."""
+        config.data.sources; bad_images: undecodable ones seen by this process since its start}."""
         seen = self._batches.mixture.epochs(step)
         found = {f"epoch/{number}": value for number, value in enumerate(seen)}
         return found | {"bad_images": float(sum(self.skipped()))}

@@ -148,7 +148,8 @@ class Examples:
                 why = failed[0]
             part.bad[index] = _named(record, index, why)
             if step > limit:
-                raise too_many(self.source, part.bad, step + 1, self.max_bad_fraction)
+                what = f"{step + 1} undecodable images in a row"
+                raise too_many(self.source, what, part.bad[first], self.max_bad_fraction)
         raise ValueError(f"data source {self.source.name}: no image in it can be decoded")
 
 
@@ -206,11 +207,11 @@ def _named(record: Record, index: int, why: str) -> str:
     return f"{which}: {why}"
 
 
-def too_many(source: Source, bad: Mapping[int, str], seen: int, fraction: float) -> ValueError:
-    """The error of a source with more bad images than a run tolerates."""
+def too_many(source: Source, what: str, first: str, fraction: float) -> ValueError:
+    """The error of a source with more bad images than a run tolerates; first: of them."""
     return ValueError(
-        f"data source {source.name}: {len(bad)} undecodable images among {seen} seen, more than "
-        f"data.max_bad_fraction={fraction:g} allows; first: {next(iter(bad.values()))}"
+        f"data source {source.name}: {what}, more than data.max_bad_fraction={fraction:g} allows; "
+        f"first: {first}"
     )
 
 
@@ -244,7 +245,7 @@ class Lengths:
 
 
 class Tally:
-    """Counts the undecodable images that a source has shown, batch after batch.
+    """Counts the undecodable images that a source has shown since this start, batch after batch.
 
     Attributes:
         bad: {index: name and why}.
@@ -271,5 +272,5 @@ class Tally:
         size = len(self._source)
         allowed = self._max_fraction * min(size, max(self._seen, 10_000))
         if len(self.bad) > allowed:
-            seen = min(self._seen, size)
-            raise too_many(self._source, self.bad, seen, self._max_fraction)
+            what = f"{len(self.bad)} undecodable images among {min(self._seen, size)} seen"
+            raise too_many(self._source, what, next(iter(self.bad.values())), self._max_fraction)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 from typing import Any
 
+from coca_jax import local_files
 from coca_jax.data import bounded_json, files
 
 FILE = "manifest.json"
@@ -33,6 +35,14 @@ def read(path: str) -> dict[str, Any] | None:
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}; prepare the data again") from None
     return found
+
+
+def told(path: str, split: str) -> dict[str, Any]:
+    """{examples, sha256}: how many examples a split of prepared data has, and a digest of its
+    shards' checksums, which tells its data from others. Raises KeyError where there is none."""
+    found = (read(local_files.plain(path)) or {"splits": {}})["splits"][split]
+    sums = " ".join(shard["sha256"] for shard in found["shards"])
+    return {"examples": found["count"], "sha256": hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def _check(found: dict[str, Any]) -> None:

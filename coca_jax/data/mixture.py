@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from coca_jax.config import Config, Entry
-from coca_jax.data import kinds, order, prepared, sources, stages
+from coca_jax.data import kinds, manifest, order, prepared, sources, stages
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.random_access import Source, read_all, read_whole_texts
 from coca_jax.data.stages import Stage
@@ -106,6 +106,16 @@ class Mixture:
     def num_examples(self) -> int:
         """Examples in one pass over all sources together."""
         return sum(self.sizes)
+
+    @functools.cached_property
+    def data_told(self) -> list[dict[str, Any] | None]:
+        """`manifest.told` of each source, what it leaves out included; None of those that are no
+        prepared data."""
+        _ = self.sources  # what is wrong with them is said in its own words
+        return [
+            manifest.told(entry.path, entry.split or "train") if entry.path else None
+            for entry in self.entries
+        ]
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been gone through after `step` batches."""

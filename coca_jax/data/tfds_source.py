@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,11 @@ def _keep_tensorflow_off_gpus() -> None:
         logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
 
 
-def why(error: Exception) -> str:
-    """What an error of TFDS says in its first line; below stand all data sets that it knows."""
+def why(error: Exception, name: str) -> str:
+    """What an error of TFDS for a name says in its first line; below stand all data sets that it
+    knows. Of the path of a folder it would speak of the part before the first slash alone."""
+    if "/" in name and os.path.isdir(name):
+        return f"{name} is a folder without the features.json of one"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" :.")
 
@@ -68,7 +72,9 @@ def open_entry(entry: Entry, split: str) -> Source:
             split=split, decoders={image_field: tfds.decode.SkipDecoding()}
         )
     except Exception as error:  # TFDS raises its own kinds for each way to be absent
-        raise ValueError(f"data source tfds={name!r} [{split}]: {why(error)}; {hint}") from None
+        raise ValueError(
+            f"data source tfds={name!r} [{split}]: {why(error, name)}; {hint}"
+        ) from None
     features = builder.info.features
     for field in (image_field, text_field, label_field):
         if field and field not in features and field != "label":

@@ -164,6 +164,13 @@ def _cpu_slice(topology: str, shape: tuple[int, ...]) -> Slice:
 def _tpu_slice(topology: str, shape: tuple[int, ...], chip: Tpu) -> Slice:
     from jax.experimental import topologies
 
+    axes = chip.smallest.count("x") + 1
+    if len(shape) != axes:
+        like = "x".join("ABC"[:axes])
+        raise ValueError(
+            f"--topology={topology}: this chip's slices have {axes} axes; write {like}, "
+            f"{chip.smallest} being the smallest"
+        )
     try:
         description = topologies.get_topology_desc(
             platform="tpu",

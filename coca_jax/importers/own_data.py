@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config
@@ -130,20 +130,19 @@ def of_command(
     texts: Sequence[str],
     workdir: str,
     *,
+    check: Callable[[Config], object],
     fields: Mapping[str, str] | None = None,
     main_process: bool = True,
 ) -> Config:
-    """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and for a bad
-    config before anything is indexed."""
+    """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and before
+    anything is indexed as `check` does for a config that cannot be."""
     if not texts:
         for name, field in (fields or {}).items():
             if field:
                 raise ValueError(f"--{name}={field} is of --data; give --data=PATH as well")
         return config
-    from coca_jax import run_config  # it knows models, whose libraries others do not need here
-
     places = tuple(dict(path=data_flag.parse(text).path) for text in texts)
-    run_config.check(config.change({"data.sources": places}))
+    check(config.change({"data.sources": places}))
     return apply(config, texts, workdir, fields=fields, main_process=main_process)
 
 

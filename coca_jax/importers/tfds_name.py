@@ -36,7 +36,7 @@ def _builder(name: str) -> Any:
             return tfds.builder_from_directory(name)
         return tfds.builder(name)
     except Exception as error:  # TFDS has a type for each way to be absent
-        why = tfds_source.why(error)
+        why = tfds_source.why(error, name)
         raise ValueError(f"tfds:{name}: tensorflow-datasets has no such data: {why}") from None
 
 

@@ -46,11 +46,15 @@ class Log:
         self._feed, self._batches, self._good = feed, batches, good
         self._pending: tuple[int, Metrics] | None = None
         self._previous: jax.Array | None = None
+        self._compiling = run.buckets.seconds("compile")
         self._late = False  # whether the last call has shown the step before its own
 
     def __call__(self, step: int, values: Metrics) -> None:
         """Keeps the metrics of `step`, which may still run, and shows those kept before."""
         with self._buckets("step"):
+            before, self._compiling = self._compiling, self._buckets.seconds("compile")
+            if self._compiling > before:
+                self._progress.compiled(step, self._compiling - before)
             self._late = self._pending is not None
             self._show()
             if step % self._every == 0 or step == self._steps:

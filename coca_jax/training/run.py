@@ -89,8 +89,8 @@ def train_alone(
         run = setup.prepare(mesh, config, workdir, buckets, stop)
         config = run.config  # which the data may have completed
         memory.check(config, mesh, run.say)
-        words = (run.vocabulary, run.class_names)
-        contents = run_config.contents(config, workdir, *words)
+        told = (run.vocabulary, run.class_names, run.mixture.data_told)
+        contents = run_config.contents(config, workdir, *told)
         best = Best(config, workdir) if config.checkpoint.best else None
         checkpoints = checkpointing.Checkpoints(
             workdir, keep=config.checkpoint.keep, best=best, run=contents

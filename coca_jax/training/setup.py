@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from concurrent import futures
@@ -23,8 +24,8 @@ from coca_jax import (
     trackers,
     warm_start,
 )
-from coca_jax.config import Config
-from coca_jax.data import run_vocabulary, vocabulary
+from coca_jax.config import Config, Entry
+from coca_jax.data import files, run_vocabulary, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
@@ -85,6 +86,7 @@ def check(config: Config, workdir: str) -> Mesh:
     checkpoint_places.check_writable(workdir)
     if config.init_from and not _goes_on(workdir):
         warm_start.check_weights(config.init_from)
+    check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
         if indexes.is_needed(one)
@@ -96,17 +98,38 @@ def check(config: Config, workdir: str) -> Mesh:
     return mesh
 
 
+def check_seen(sources: Sequence[Entry], workdir: str) -> None:
+    """Raises FileNotFoundError where a run that goes on is asked for in another folder, from which
+    its data are not seen, and would be taken for one of other data."""
+    if not (storage.place(workdir) / "config.json").exists():
+        return
+    for one in sources:
+        whole = os.path.isabs(one.path) or files.is_remote(one.path)
+        if one.path and not (whole or files.is_pattern(one.path) or files.exists(one.path)):
+            raise FileNotFoundError(
+                f"data source {one.path} is not there, seen from {os.getcwd()}; run the command in "
+                "the folder from which it is seen, or put it back"
+            )
+
+
 def check_config(config: Config) -> Mesh:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
-    run_config.check(config)
+    mesh = check_devices(config)
     guard.check(config.eval)
     best.check(config)
+    Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
+    return mesh
+
+
+def check_devices(config: Config) -> Mesh:
+    """The mesh of a run whose data are still to come. Raises as `check`, for what needs neither
+    them nor a workdir."""
+    run_config.check(config)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_config.check_batch(config, partitioning.batch_parts(mesh))
     partitioning.readers(mesh)  # which processes read which rows, or why they cannot
-    Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
     if config.optimizer.image_learning_rate == 0 and not config.init_from:
@@ -138,6 +161,8 @@ def prepare(
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
+        # First: other data have other classes and numbers of examples, which say less.
+        run_config.check_data(mixture.data_told, config, old, workdir)
         run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
     steps = run_config.num_steps(config, mixture.num_examples)
