@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from coca_jax import export_format, storage
+from coca_jax import activity, export_format, storage
 from coca_jax.config import Config, checks
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
@@ -59,6 +59,7 @@ def load_or_train(
             if time.monotonic() > deadline:
                 raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(1)
+            activity.alive()  # the deadline is the bound
         vocabulary = vocabularies.load(path)
     elif given is not None:
         _check(config, given)  # before anything is left in the workdir
