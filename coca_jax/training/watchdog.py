@@ -2,8 +2,9 @@
 
 A thread looks whether the run changes what it does: a step, a wait for data, a save (TimeBuckets
 counts the changes, so nothing is added to a step); in work that has no steps, whether it gets on
-with its parts (`activity.alive`). Where Python itself is stuck, in C code that
-does not release it, faulthandler's own thread ends the process.
+with its parts (`activity.alive`). Where Python itself is stuck, in C code that does not release it,
+faulthandler's own thread writes the stacks to standard error and ends the process with status 1,
+the only one that it has: launchers count that as a failure.
 """
 
 from __future__ import annotations
