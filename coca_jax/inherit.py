@@ -1,11 +1,13 @@
 """Values that a recipe leaves to the weights it starts from.
 
 A recipe is evaluated without reading them: `leave` marks keys, which are None until `fill` puts in
-what the run or export at `init_from` has. Whatever the recipe sets behind `leave` is its own.
+what the run or export at `init_from` has. Whatever the recipe sets behind `leave` is its own. A run
+that goes on does not need the weights any more: it has their values in its config.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
-    from coca_jax.config import Section
+    from coca_jax.config import Config, Section
 
 
 # How many patches an image has belongs to resize='native', whoever leaves that.
@@ -32,8 +34,9 @@ def leave(config: ConfigDict, *keys: str) -> None:
             group[last] = None
 
 
-def fill(config: ConfigDict) -> ConfigDict:
-    """The config, with the values of the weights in the keys that are left to them.
+def fill(config: ConfigDict, workdir: str = "") -> ConfigDict:
+    """The config, with the values of the weights in the keys that are left to them. Where these are
+    gone, they are those of the run in `workdir` that began from them and has saved a step.
 
     Raises:
         FileNotFoundError: no run and no export at `init_from`.
@@ -44,7 +47,7 @@ def fill(config: ConfigDict) -> ConfigDict:
         return config
     if not config.get("init_from"):
         raise ValueError(f"config.{left[0]} is left to the weights, but init_from names none")
-    found = _of_weights(str(config.init_from))
+    found = _found(str(config.init_from), workdir)
     for key in left:
         if key not in found:
             raise ValueError(f"config.{key} is None: give a value; weights have none for it")
@@ -67,15 +70,28 @@ def _place(config: ConfigDict | Section, key: str) -> tuple[Any, str]:
     return functools.reduce(getattr, groups, config), last
 
 
-def _of_weights(path: str) -> dict[str, Any]:
-    """{key: value} that a run or an export has: its model, and how texts and images are read."""
+def _found(path: str, workdir: str) -> dict[str, Any]:
+    """{key: value} of the weights at `path`, or of the run in `workdir` that began from them."""
     from coca_jax import checkpointing, export_format  # JAX and Orbax take seconds to import
+
+    try:
+        if export_format.is_export(path):
+            return _values(export_format.read_config(path), export_format.vocabulary_path(path))
+        return _values(checkpointing.load_config(path), "")  # its vocabulary is found by itself
+    except FileNotFoundError:
+        if workdir:
+            with contextlib.suppress(FileNotFoundError):
+                begun = checkpointing.load_config(workdir)
+                if begun.init_from == path:
+                    return _values(begun, begun.data.vocabulary)
+        raise
+
+
+def _values(given: Config, words: str) -> dict[str, Any]:
+    """{key: value} of a config: its model, and how texts and images are read. words: the file of
+    the vocabulary."""
     from coca_jax.config import Model, keys
 
-    if export_format.is_export(path):
-        given, words = export_format.read_config(path), export_format.vocabulary_path(path)
-    else:
-        given, words = checkpointing.load_config(path), ""  # that beside it is found by itself
     found: dict[str, Any] = {
         "data.resize": given.data.resize,
         "data.max_patches": given.data.max_patches,

@@ -79,8 +79,9 @@ def find(name: str) -> pathlib.Path:
     )
 
 
-def load(value: str) -> ConfigDict:
-    """The config of a `--config=` value, unlocked, with what it leaves to its weights.
+def load(value: str, workdir: str = "") -> ConfigDict:
+    """The config of a `--config=` value, unlocked, with what it leaves to its weights. workdir: of
+    the run that it is for, see `inherit.fill`.
 
     Raises ValueError, in one line with file, line and cause, for a recipe that cannot be had.
     """
@@ -116,15 +117,16 @@ def load(value: str) -> ConfigDict:
                 f"get_config() gives {type(config).__name__}, not a ConfigDict; "
                 "begin from coca_jax.configs.base.get_config()"
             )
-        return inherit.fill(config)
+        return inherit.fill(config, workdir)
 
 
-def typed(config: Recipe) -> Config:
-    """What a recipe's get_config() gave as a Config, with what it leaves to its weights.
+def typed(config: Recipe, workdir: str = "") -> Config:
+    """What a recipe's get_config() gave as a Config, with what it leaves to its weights; workdir:
+    as of `load`.
 
     Raises ValueError for a key that there is not, or a value that cannot be.
     """
-    return config if isinstance(config, Config) else read(Config, inherit.fill(config))
+    return config if isinstance(config, Config) else read(Config, inherit.fill(config, workdir))
 
 
 def check_weights(config: ConfigDict) -> None:
@@ -191,7 +193,7 @@ def define_flag(note: str = "") -> None:
     if value is None:
         flags.DEFINE_string("config", None, note + HELP)
         return
-    config = load(value)
+    config = load(value, split(rest, "workdir")[0] or "")
     for key, text in _overrides(rest):
         check_key(config, key, text)
     config_flags.DEFINE_config_dict("config", config, note + HELP, sys_argv=rest)
@@ -239,8 +241,8 @@ def change(config: Config, given: Mapping[str, Any] | None = None) -> Config:
     return config
 
 
-def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The last value of `--config`, and the command line without it.
+def split(argv: Sequence[str], name: str = "config") -> tuple[str | None, list[str]]:
+    """The last value of a flag, `--config`, and the command line without it.
 
     config_flags takes the loaded config as a default; its flag accepts no text.
     """
@@ -250,13 +252,14 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     for argument in arguments:
         if argument == "--":
             return value, [*rest, argument, *arguments]
-        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        match = re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             rest.append(argument)
             continue
         given = match[1] if match[1] is not None else next(arguments, "")
         if not given or given.startswith("--"):
-            raise ValueError("--config needs a value: the name of a recipe, or its file")
+            what = dict(config="the name of a recipe, or its file", workdir="the run's folder")
+            raise ValueError(f"--{name} needs a value: {what[name]}")
         value = given
     return value, rest
 

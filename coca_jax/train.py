@@ -38,7 +38,7 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
     """Trains by `config` in `workdir`, as the command does; see `training.run.train`."""
     from coca_jax.training import run  # JAX and the rest take seconds to import
 
-    return run.train(recipes.typed(config), workdir)
+    return run.train(recipes.typed(config, workdir), workdir)
 
 
 def define_flags() -> None:

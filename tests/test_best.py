@@ -54,7 +54,8 @@ def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_p
     perplexity = best.Best(typed(run_of("captioning/s/perplexity")), tmp_path)
     assert recall.among([1, 2, 3]) == 2 and recall.among([1, 3]) == 1
     assert perplexity.among([1, 2, 3]) == 2 and perplexity.among([1, 3]) == 3
-    assert recall.among([3, 4]) is None and recall.line([3], "x") == ""
+    assert recall.among([3, 4]) is None
+    assert recall.line([3], "x") == f"best {NAME}: no checkpoint in x has a score"
     recall.note(4, {NAME: 0.6})
     assert recall.among([2, 4]) == 4
 

@@ -226,6 +226,11 @@ KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
         ({"model.pooler.project": False}, "model.embed_dim=16: without .* model.text.width=24"),
         (LORA | {"optimizer.layer_decay": 0.5}, "layer_decay=0.5 has no effect .*lora_rank=2"),
         (LORA | {"loss.min_temperature": 0.05}, "min_temperature=0.05 has no effect"),
+        (LORA | {"loss.bag_weight": 1.0}, "bag_weight=1.0 reads a layer of its own, .*rank=2"),
+        (
+            LORA | {"loss.hidden_weight": 0.5, "optimizer.ema": 0.9},
+            "hidden_weight=0.5 reads a layer of its own, .*rank=2 leaves as it is drawn; set 0",
+        ),
         (KEPT | {"loss.bag_weight": 1.0}, "loss.bag_weight=1.0 does not go with .*set 0.0"),
         (
             {"loss.contrastive": "sigmoid", "loss.reduction": "mean"},

@@ -22,7 +22,7 @@ from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles
 from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
-from coca_jax.training import guard
+from coca_jax.training import guard, setup
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -207,6 +207,11 @@ def test_guard_and_lora_say_what_they_need():
     config.optimizer.update(lora_rank=2, l2_to_start=0.1)
     with pytest.raises(ValueError, match="optimizer.lora_rank=2 needs"):
         run_config.check(run_config_of(config))
+    config.optimizer.l2_to_start = 0.0
+    with pytest.raises(ValueError, match="lora_rank=2 adapts kernels that weights have and needs"):
+        setup.check_config(run_config_of(config))
+    config.init_from = "runs/first"
+    setup.check_config(run_config_of(config))
 
 
 def run_config_of(config):

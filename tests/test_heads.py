@@ -4,10 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import needs_compiler, params_of, random_batch, tiny_config, train_step_of
+from conftest import (
+    needs_compiler,
+    params_of,
+    random_batch,
+    tiny,
+    tiny_config,
+    train_step_of,
+)
+from jax.interpreters import partial_eval
 
 from coca_jax import optimizer, partitioning
-from coca_jax.models import coca
+from coca_jax.config import Loss
+from coca_jax.models import coca, pooler_kinds, roles
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import objectives
 from coca_jax.training.gradients import value_and_gradients
@@ -139,7 +148,69 @@ def test_only_what_the_losses_read_is_trained():
     assert parts("answer", captioning_weight=1.0)[1] == {"cls", "unimodal_norm"}
     assert parts("classification", captioning_weight=1.0)[0] == read
     read, left = parts("classification", contrastive_weight=1.0)
-    assert {"contrastive_pooler", "log_scale", "text_to_joint"} < read and not left
+    assert {"contrastive_pooler", "generative_pooler", "log_scale", "text_to_joint"} < read
+    assert left == {"multimodal", "multimodal_norm", "head"}
+
+
+@pytest.mark.parametrize(
+    ("pooler", "kind"),
+    [
+        *(("cascade", "classification"), ("parallel", "answer")),
+        *(("open_clip", "answer"), ("none", "classification")),
+    ],
+)
+def test_a_loss_serves_the_parts_that_it_depends_on(pooler, kind):
+    """And no other one, which weight decay would shrink: by what jax's program of it reads."""
+    config = tiny(**{"head.kind": kind, "model.pooler.kind": pooler})
+    config = config.change({"model.image.class_token": pooler == "none"})
+    weights = {name: 1.0 for name in vars(Loss()) if name.endswith("_weight")}
+    config = config.change({"loss": weights | dict(contrastive="sigmoid", global_examples=40)})
+    model = coca.build(config.model, head=config.head, num_classes=CLASSES, loss=config.loss)
+    params, batch = abstract_params(model), every_field(config)
+    losses = []
+    for objective in objectives.OBJECTIVES:
+        every = objective is objectives.GlobalContrastive
+        given = config.change({"loss.contrastive": "global" if every else "sigmoid"})
+        losses.append(objective.of(given, objectives.REFERENCE))
+
+    def values(params):
+        rngs = {"patch_dropout": jax.random.key(0)}
+        given = [batch[k] for k in ("pixels", "tokens", "text_valid", "prompt_len")]
+        found = model.apply({"params": params}, *given, deterministic=False, rngs=rngs)
+        inputs = batch | vars(found)
+        return [loss.value(inputs, loss.totals(inputs))[0] for loss in losses]
+
+    program = jax.make_jaxpr(values)(params).jaxpr
+    paths = [path for path in roles.PARTS if leaves(params, path)]
+    # Numbers of the similarity do not decay, nor do what stands for [CLS], which is cut off again,
+    # and for hidden patches.
+    aside = {("log_scale",), ("logit_bias",), ("text_decoder", "cls")}
+    aside.add(("image_encoder", "mask_token"))
+    for number, loss in enumerate(losses):
+        read = partial_eval.dce_jaxpr(program, [i == number for i in range(len(losses))])[1]
+        read = jax.tree.unflatten(jax.tree.structure(params), read)
+        depends = {path for path in paths if any(leaves(read, path))}
+        found = roles.served(params, loss.serves, pooler_kinds.of(pooler))
+        served = {path for path in paths if leaves(found, path)}
+        assert len(served) > 5 and depends - aside == served - aside, loss.name
+
+
+def every_field(config):
+    """All fields of a batch that some loss reads, and its pixels."""
+    batch, rows = head_batch(config), config.batch_size
+    rng = np.random.default_rng(0)
+    batch |= {f"teacher_{side}": rng.normal(size=(rows, 16)) for side in ("image", "text")}
+    batch["teacher_tokens"] = rng.normal(size=(rows, 4, 16))
+    batch |= {f"estimate/{side}": np.zeros(rows, np.float32) for side in ("image", "text")}
+    batch["pixels"] = normalise_pixels(batch["image"], config.model)
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def leaves(tree, path):
+    """The arrays of a tree of parameters at a path."""
+    for name in path:
+        tree = tree.get(name, {})
+    return jax.tree.leaves(tree)
 
 
 def test_head_and_layers_move_at_their_own_rates(one_device_mesh):

@@ -90,6 +90,20 @@ def test_who_was_asleep_and_lost_its_workdir_ends(tmp_path):
     assert json.loads((tmp_path / lease.FILE).read_text())["owner"] == "new"
 
 
+def test_a_lease_that_somebody_deletes_is_written_again_and_not_after_the_end(tmp_path):
+    owner, file = taken(tmp_path, beat=0.05), tmp_path / lease.FILE
+    for _ in range(2):
+        file.unlink()
+        end = time.monotonic() + 10
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        with pytest.raises(lease.Held):
+            taken(tmp_path)
+    owner.release()
+    time.sleep(0.2)
+    assert not file.exists() and not owner._thread.is_alive()
+
+
 def test_what_a_killed_writer_left_is_no_lease(tmp_path):
     for text in ("", '{"pid": 3', "[]", "{}"):
         (tmp_path / lease.FILE).write_text(text)

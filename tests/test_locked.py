@@ -13,7 +13,15 @@ from conftest import fresh_state, params_of
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing, export_format, optimizer, partitioning, run_config, warm_start
+from coca_jax import (
+    activity,
+    checkpointing,
+    export_format,
+    optimizer,
+    partitioning,
+    run_config,
+    warm_start,
+)
 from coca_jax.config import Config, Model, Optimizer, read, typed
 from coca_jax.data import features, images, random_access, vocabulary
 from coca_jax.data.batches import Batches, trained
@@ -149,7 +157,9 @@ def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path):
     (place / "tokens.bin").write_bytes(whole[: 30 * 256].ljust(len(whole), b"\0"))
     config = kept[1].copy_and_resolve_references()
     config.data.features = str(folder)
+    parts = activity.parts()
     run, _, tokens = of_place(config, tmp_path / "run")
+    assert activity.parts() - parts >= 2  # a block, read and kept: no hang
     assert (place / "tokens.bin").read_bytes() == whole
     np.testing.assert_array_equal(np.fromfile(place / "rows.bin", features.ROW), rows)
     (place / "tokens.bin").write_bytes(bytes(len(whole)))

@@ -5,13 +5,15 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
-from conftest import tiny
+from conftest import scenes_words, tiny
 from ml_collections import ConfigDict
 
-from coca_jax import cli, recipes, run_config
+from coca_jax import cli, export_format, recipes, run_config
 from coca_jax.data import mixture, run_vocabulary
+from coca_jax.training import setup
 
 OWN = "from coca_jax.configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
 
@@ -228,3 +230,47 @@ def test_a_batch_larger_than_the_data_is_remarked_on():
     assert "config.batch_size=16 is more than all 15 examples" in run_config.remark_batch(
         config, 15
     )
+
+
+STARTED = """
+from coca_jax import inherit
+from coca_jax.configs import tiny
+
+
+def get_config(weights):
+    config = tiny.get_config()
+    config.init_from = weights
+    inherit.leave(config, "model", "data.vocabulary", "data.resize")
+    return config
+"""
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_from(parse, elsewhere, request):
+    """Its recipe leaves values to them, and its config.json has these."""
+    (elsewhere / "mine.py").write_text(STARTED)
+    sizes = tiny(**{"model.text.vocab_size": 320}).model.to_dict()
+    params = {"x": np.zeros(2, np.float32)}
+    given = dict(model=sizes, preprocess=dict(resize="squash", label_token=True))
+    export_format.write_export("weights", params, given, scenes_words())
+    before = recipes.typed(recipes.load("mine.py:weights"))
+    assert before.data.vocabulary == "weights/vocabulary.model"
+    assert before.model.to_dict() == sizes
+    kept = run_vocabulary.load_or_train(before, "run")
+    run_config.write(run_config.contents(before, "run", kept), "run")
+    pathlib.Path("weights").rename("gone")
+    with pytest.raises(ValueError, match="no checkpoint under weights"):  # it has no step
+        recipes.load("mine.py:weights", "run")
+    pathlib.Path("run/checkpoints/3/params").mkdir(parents=True)
+    if "workdir" not in flags.FLAGS:
+        flags.DEFINE_string("workdir", None, "The command's.")
+        request.addfinalizer(lambda: delattr(flags.FLAGS, "workdir"))
+    after = recipes.typed(parse("--config=mine.py:weights", "--workdir", "run"))
+    assert after == before
+    setup.check(after, "run")
+    assert run_vocabulary.load_or_train(after, "run").checksum == kept.checksum
+    shutil.copytree("run", "other")
+    with pytest.raises(ValueError, match="no checkpoint under others"):
+        recipes.load("mine.py:others", "other")
+    pathlib.Path("other/vocabulary.model").unlink()
+    with pytest.raises(FileNotFoundError, match="data.vocabulary=weights/vocabulary.model: no"):
+        run_vocabulary.load_or_train(after, "other")

@@ -94,6 +94,17 @@ def test_the_last_save_is_tried_several_times(run):
     save.close()
 
 
+def test_a_step_that_is_not_saved_begins_an_interval_that_is_measured_too(run):
+    run.config = run.config.change({"checkpoint.every": "auto"})
+    skipping_all = [types.SimpleNamespace(skipped=step) for step in range(60)]
+    save, asked = saving.Save(run, run.checkpoints, skipping_all[0], 0), []
+    for step in range(1, 60):
+        if save.due(step):
+            asked.append(step)
+            assert save(step, skipping_all[step]) == 0
+    assert asked == [saving.FIRST, 2 * saving.FIRST] and len(run.said) == 2
+
+
 def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
     save = saving.Save(run, run.checkpoints, state_of(0), 0)
     save(10, state_of(10), last=True)

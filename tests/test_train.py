@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from coca_jax.data import vocabulary
 from coca_jax.importers.splits import prepare
 from coca_jax.metrics import read_metrics
 from coca_jax.train import train
-from coca_jax.training import goodput, objectives, setup, stopping
+from coca_jax.training import goodput, objectives, run, setup, stopping
 from coca_jax.training.stopping import Preempted
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -218,6 +219,30 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     shutil.copytree(whole[0], there)
     run_config.write(checkpointing.read_run(there) | {"init_from": config.init_from}, there)
     setup.check(typed(config), there)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"batch_size": 24}, "--config.accumulate_steps=2 --config.remat=named"),
+        ({"batch_size": 18, "accumulate_steps": 2}, "--config.accumulate_steps=6 --config.remat"),
+        ({"batch_size": 21, "accumulate_steps": 3}, "--config.accumulate_steps=7 --config.remat"),
+        ({"batch_size": 6, "accumulate_steps": 3, "text_parts": 2}, "--config.remat=named, or"),
+        (
+            {"batch_size": 24, "batch_sizes": ((0.5, 18),), "accumulate_steps": 2},
+            "--config.accumulate_steps=6 --config.remat=named",
+        ),
+    ],
+)
+def test_what_is_advised_where_memory_ends_is_a_run_that_can_be(changes, advice):
+    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    config = typed(tiny_run()).change({"text_lengths": (8,)} | changes)
+    run_config.check_batch(config, 1, 1)
+    told = run.less_memory(config, mesh)
+    assert told.startswith(advice) and told.endswith("or a smaller batch_size")
+    given = re.findall(r"accumulate_steps=(\d+)", told)
+    for number in map(int, given):
+        run_config.check_batch(config.change({"accumulate_steps": number}), 1, 1)
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():

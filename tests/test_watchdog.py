@@ -7,9 +7,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from coca_jax import activity
+from coca_jax.evaluators.records import Records
+from coca_jax.inference.devices import Devices
 from coca_jax.metrics import TimeBuckets
 from coca_jax.training import watchdog
 
@@ -69,6 +72,36 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path):
     assert not watched.ended.is_set() and not list(tmp_path.iterdir())
     assert watched.lines[0].startswith("warning: no step for 0 s, saving")
     assert watched.lines[1].startswith("going on after")
+
+
+def test_parts_of_long_work_are_progress_and_of_a_step_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LONGER", 1)
+    watched = Watched(tmp_path)
+    for doing in watchdog.LONG:
+        with watched.buckets(doing):
+            for _ in range(30):
+                activity.alive()
+                time.sleep(0.03)  # in all nearly twice the bound
+    assert not watched.ended.is_set()
+    with watched.buckets("step"):  # a thread that reads on does not save a step that hangs
+        while not watched.ended.is_set():
+            with activity.doing("reading data/mine"):
+                watched.ended.wait(0.03)
+    watched.dog.close()
+    assert "in a step" in watched.line
+
+
+def test_long_work_says_that_it_gets_on(tmp_path):
+    def moved(work):
+        before = activity.parts()
+        work()
+        return activity.parts() - before
+
+    records = Records(dict(builtin="scenes", split="test", kind="caption"), 600)
+    assert moved(lambda: list(records)) == 3  # of 256 at a time
+    assert moved(lambda: Records(dict(builtin="scenes"), 600, known={"no text"})) == 3
+    devices = Devices(None)
+    assert moved(lambda: [devices.put(np.zeros((3, 2)), 4) for _ in range(5)]) == 5
 
 
 def test_without_a_bound_nothing_is_watched(tmp_path):

@@ -34,6 +34,15 @@ def check(config: Config) -> None:
                     f"{key}={number} has no effect with optimizer.lora_rank={optimizer.lora_rank}, "
                     f"which trains factors of the products alone; set {none}"
                 )
+        for key, weight in (
+            ("loss.bag_weight", config.loss.bag_weight),
+            ("loss.hidden_weight", config.loss.hidden_weight),
+        ):
+            if weight:
+                raise ValueError(
+                    f"{key}={weight} reads a layer of its own, which optimizer.lora_rank="
+                    f"{optimizer.lora_rank} leaves as it is drawn; set 0"
+                )
     if optimizer.keep_embeddings:
         wanted: list[tuple[str, object, object]] = [
             ("config.head.kind", config.head.kind, ""),

@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from coca_jax import export_format, storage
+from coca_jax import activity, export_format, storage
 from coca_jax.config import Config, checks
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
@@ -30,16 +30,17 @@ def load_or_train(
         ValueError: more ids than `config.model.text.vocab_size`, no label symbol where the
             configuration wants it, another vocabulary than the run began with, weights to start
             from without theirs, or nothing to train on.
-        FileNotFoundError: `config.data.vocabulary` does not exist.
+        FileNotFoundError: `config.data.vocabulary` does not exist, and no run began here.
     """
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_of_weights(config)
-    given = _load_given(place, bool(config.data.vocabulary)) if place else None
+    kept = storage.place(path).exists()
+    began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
+    given = _load_given(place, bool(config.data.vocabulary), kept and began) if place else None
     if given and config.data.vocabulary and not process_index:
         _warn_of_another(config, given)
-    if storage.place(path).exists():
+    if kept:
         vocabulary = vocabularies.load(path)
-        began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
         if given is None and not began and not process_index:
             # Of a start that was stopped, or put there. Its data may have been others.
             logging.warning(
@@ -59,6 +60,7 @@ def load_or_train(
             if time.monotonic() > deadline:
                 raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(1)
+            activity.alive()  # the deadline is the bound
         vocabulary = vocabularies.load(path)
     elif given is not None:
         _check(config, given)  # before anything is left in the workdir
@@ -111,10 +113,13 @@ def _warn_of_another(config: Config, given: Vocabulary) -> None:
         )
 
 
-def _load_given(place: str, named: bool) -> Vocabulary:
+def _load_given(place: str, named: bool, goes_on: bool) -> Vocabulary | None:
+    """The vocabulary of a file; None where it is gone and a run that goes on has its own."""
     try:
         return vocabularies.load(place)
     except FileNotFoundError:
+        if goes_on:
+            return None
         key = "data.vocabulary" if named else "init_from has its vocabulary at"
         raise FileNotFoundError(
             f"{key}={place}: no such file; give a tokenizer's (.model, .bpe.gz or .json), or '' to "

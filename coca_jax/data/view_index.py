@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from coca_jax import activity
 from coca_jax.data import files
 from coca_jax.storage import write_bytes
 
@@ -99,6 +100,7 @@ class Indexes:
             if time.monotonic() > deadline:
                 raise ValueError(f"{path}: process 0 has not written it within an hour")
             time.sleep(0.5)
+            activity.alive()  # the deadline is the bound
         return found
 
     def _save(self, folder: str, name: str, data: bytes) -> None:

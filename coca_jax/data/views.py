@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from coca_jax import activity
 from coca_jax.config import Entry
 from coca_jax.data import kinds
 from coca_jax.data.field_texts import (
@@ -140,7 +141,8 @@ class View:
         read = source.read_texts if source.folder else source.read
         try:
             for start in range(0, len(source), 256):
-                found = read(range(start, min(start + 256, len(source))))
+                with activity.doing(f"reading {source.name}"):
+                    found = read(range(start, min(start + 256, len(source))))
                 for row, record in enumerate(found, start):
                     yield row, record
         except RuntimeError:

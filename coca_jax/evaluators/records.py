@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax import activity
 from coca_jax.config.data import Entry
 from coca_jax.data import kinds
 from coca_jax.evaluators import Record, declarations
@@ -83,6 +84,7 @@ class Records:
     def _parts(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self._indices), _PART):
             yield self._indices[start : start + _PART]
+            activity.alive()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._given = 0

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import partitioning
+from coca_jax import activity, partitioning
 
 WHOLE = P()
 
@@ -38,6 +38,7 @@ class Devices:
 
     def put(self, array: np.ndarray, size: int) -> Any:
         """The array with rows of zeros to `size` rows, spread over the devices."""
+        activity.alive()
         array = pad(array, size)
         if self.mesh is None:
             return array

@@ -25,8 +25,8 @@ from coca_jax.ops.reference import wide
 # Beside the two towers, whose modules have their own; see roles.Role. The projections to the joint
 # space and the similarity's numbers are computed in float32.
 PARTS = dict(
-    generative_pooler=Part("decoding"),
-    pooled_norm=Part("decoding"),
+    generative_pooler=Part("pooling"),
+    pooled_norm=Part("pooling"),
     contrastive_pooler=Part("contrastive"),
     image_to_joint=Part("contrastive", wide=True),
     text_to_joint=Part("contrastive", wide=True),

@@ -11,11 +11,11 @@ BOTTOM, STACK, TOP = "bottom", "stack", "top"  # where in its tower: below, in o
 class Part:
     """A part of the model, by its place in the tree of parameters.
 
-    serves: what it works for ("image", "decoding", "words" ...), as losses name what they train: a
+    serves: what it works for ("image", "text", "words" ...), as losses name what they train: a
     run none of whose losses does leaves it alone. tower: whose layers it lies below, in or above
     (`place`), '' for none; towers are what layer decay counts. optional: weights to start from may
     lack it. wide: it is computed in float32 in any case. positions: how positions are fitted to
-    another size: 'grid' or 'text'. captions_alone: no embedding depends on it, only captions do.
+    another size: 'grid' or 'text'.
     """
 
     serves: str
@@ -24,4 +24,3 @@ class Part:
     optional: bool = False
     wide: bool = False
     positions: str = ""
-    captions_alone: bool = False

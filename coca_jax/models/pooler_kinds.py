@@ -33,6 +33,11 @@ class PoolerKind:
         """Whether the first query of the only pooler makes the embedding."""
         return self.pools and not self.second_pooler
 
+    @property
+    def of_captions(self) -> bool:
+        """Whether captions alone depend on the first pooler: the second one reads the encoder."""
+        return self.second_pooler and not self.in_cascade
+
     def num_seen(self, num_queries: int) -> int:
         """Of so many queries, those whose tokens the decoder sees."""
         return num_queries - self.by_query

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -104,13 +104,18 @@ def select(tree: dict, wanted: Any, names: tuple[str, ...] = ()) -> dict:
     return found
 
 
+def served(tree: dict, words: Set[str], pooler: PoolerKind) -> dict:
+    """What of a tree by parameters losses depend on that serve `words`. What serves embeddings
+    reads the generative pooler, unless that is of captions alone."""
+    pooled = {"pooling"} if "contrastive" in words and not pooler.of_captions else set()
+    return select(tree, lambda part: part.serves in words | pooled)
+
+
 def of_captions(tree: dict, pooler: PoolerKind) -> dict:
     """What of a tree by parameters captions alone depend on: without it, both embeddings are the
     same. The generative pooler is among it where the contrastive one does not read it."""
-    found = select(tree, lambda part: part.captions_alone)
-    if pooler.second_pooler and not pooler.in_cascade:
-        found["generative_pooler"] = tree["generative_pooler"]
-    return found
+    words = {"decoding", "captioning"} | ({"pooling"} if pooler.of_captions else set())
+    return select(tree, lambda part: part.serves in words)
 
 
 def adapted(tree: dict, which: str, names: tuple[str, ...] = ()) -> dict:

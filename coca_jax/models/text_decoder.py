@@ -15,14 +15,14 @@ from coca_jax.partitioning import constrain
 
 # See roles.Role. The halves are one tower: the upper one's layers stand on the lower one's.
 PARTS = dict(
-    token_embedding=Part("decoding", "text", BOTTOM),
-    positions=Part("decoding", "text", BOTTOM, positions="text"),
+    token_embedding=Part("text", "text", BOTTOM),
+    positions=Part("text", "text", BOTTOM, positions="text"),
     cls=Part("contrastive", "text", BOTTOM),
-    unimodal=Part("decoding", "text", STACK),
+    unimodal=Part("text", "text", STACK),
     unimodal_norm=Part("contrastive", "text"),
-    multimodal=Part("decoding", "text", STACK, captions_alone=True),
-    multimodal_norm=Part("decoding", "text", captions_alone=True),
-    head=Part("captioning", "text", captions_alone=True),
+    multimodal=Part("decoding", "text", STACK),
+    multimodal_norm=Part("decoding", "text"),
+    head=Part("captioning", "text"),
 )
 
 

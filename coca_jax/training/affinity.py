@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from coca_jax.config import Config
 from coca_jax.ops.contrastive import HIGHEST
 from coca_jax.ops.reference import Reference
-from coca_jax.training.objective import Configured, Inputs, Means
+from coca_jax.training.objective import EMBEDDINGS, Configured, Inputs, Means
 
 NEVER = -1e30  # logit of what is left out
 
@@ -31,7 +31,7 @@ class Affinity(Configured):
     outputs = ("image_embedding", "text_embedding", "scale")
     fields = ("teacher_image", "teacher_text")
     couples = True
-    serves = frozenset({"image", "decoding", "captioning", "contrastive"})
+    serves = EMBEDDINGS
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Affinity:
@@ -63,7 +63,7 @@ class Imitation(Configured):
     shown = ("imitation_loss",)
     outputs = ("image_embedding", "text_embedding")
     fields = ("teacher_image", "teacher_text")
-    serves = Affinity.serves
+    serves = EMBEDDINGS
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Imitation:

@@ -70,8 +70,8 @@ class Best:
         return [one.step == best for one in checkpoints]
 
     def line(self, steps: Collection[int], folder: Any) -> str:
-        """Says which of the checkpoints below `folder` is the best; '' where none was scored."""
+        """Says which of the checkpoints below `folder` is the best, or that none was scored."""
         best = self.among(steps)
         if best is None:
-            return ""
+            return f"best {self.name}: no checkpoint in {folder} has a score"
         return f"best {self.name}: {self._values[best]:.4g} after step {best}, {folder}/{best}"

@@ -28,6 +28,7 @@ FILE = "lease.json"
 BEAT, BUCKET_BEAT = 5.0, 15.0  # seconds between two beats, on a disk and in a bucket
 MISSED = 4  # beats without which an owner on another machine counts as dead
 SETTLE = 2.0  # seconds after which a writer in a bucket, which has no lock, reads what it wrote
+LAST_BEAT = 1.0  # seconds that a beat under way may take at the end
 EXIT_LOST = 2  # another start would be refused
 
 
@@ -178,7 +179,9 @@ class Lease:
         if self._remote or self._beats == 0:
             storage.write_text(self._path, text)
             return
-        with open(self._path, "r+b") as file:  # as long as before: a full disk takes it too
+        # As long as before: a full disk takes it too. Deleted by somebody, it may be another's by
+        # now, which "x" does not write over.
+        with open(self._path, "r+b" if self._path.exists() else "xb") as file:
             file.write(text.encode())
             file.truncate()
 
@@ -203,6 +206,8 @@ class Lease:
     def release(self) -> None:
         """Gives the lease back, if it is still this process's."""
         self._done.set()
+        if self._thread is not None:
+            self._thread.join(LAST_BEAT)  # which would write the file again
         with contextlib.suppress(Exception):
             owner = self._read()
             if owner is not None and owner.get("owner") == self._me["owner"]:

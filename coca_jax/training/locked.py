@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import checksums, partitioning
+from coca_jax import activity, checksums, partitioning
 from coca_jax.data import features
 from coca_jax.data.features import Features
 from coca_jax.data.pixels import Pixels
@@ -87,6 +87,7 @@ class _Filling:
                 if number + 1 < len(blocks):
                     coming = ahead.submit(self._read, blocks[number + 1])
                 self._keep(rows, records, image, failed, size)
+                activity.alive()
                 done += len(rows)
                 if time.monotonic() - said > SAY_SECONDS:
                     self._run.say(f"features: {done} of {len(missing)} images")

@@ -15,6 +15,10 @@ from coca_jax.ops.reference import Reference
 Inputs = Mapping[str, Any]  # fields of coca.Outputs and of the batch, by name
 Means = dict[str, tuple[jax.Array, jax.Array]]  # metrics as (sum, count): both add over parts
 
+# What a loss serves that reads both embeddings, and one that reads the decoder's states.
+EMBEDDINGS = frozenset({"image", "text", "contrastive"})
+STATES = frozenset({"image", "text", "pooling", "decoding"})
+
 
 class Objective(abc.ABC):
     """A loss of the run.

@@ -23,7 +23,15 @@ from coca_jax.ops import captioning, contrastive, global_contrastive
 from coca_jax.ops.reference import Reference
 from coca_jax.training.affinity import Affinity, Imitation
 from coca_jax.training.image_losses import BagOfTokens, HiddenPatches
-from coca_jax.training.objective import Configured, Inputs, Means, Objective, by_source
+from coca_jax.training.objective import (
+    EMBEDDINGS,
+    STATES,
+    Configured,
+    Inputs,
+    Means,
+    Objective,
+    by_source,
+)
 
 REFERENCE = Reference()
 
@@ -50,7 +58,7 @@ class Head(Configured):
 
     @property
     def serves(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"head", "image"} | ({"decoding"} if self.reads_text else set()))
+        return frozenset({"head", "image"} | (STATES if self.reads_text else set()))
 
     def totals(self, batch: Inputs) -> jax.Array:
         """Rows that have a class, float32, at least 1."""
@@ -77,7 +85,7 @@ class Contrastive(Configured):
     outputs = ("image_embedding", "text_embedding", "scale", "logit_bias")
     fields = ("text_id", "is_label")
     couples = True
-    serves = frozenset({"image", "decoding", "captioning", "contrastive"})
+    serves = EMBEDDINGS
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Contrastive:
@@ -126,7 +134,7 @@ class GlobalContrastive(Configured):
     outputs = ("image_embedding", "text_embedding", "scale")
     fields = ("text_id", "is_label", *(ESTIMATE.format(side) for side in ESTIMATES))
     couples = True
-    serves = Contrastive.serves
+    serves = EMBEDDINGS
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> GlobalContrastive:
@@ -169,7 +177,7 @@ class Captioning(Configured):
     shown = ("captioning_loss",)
     outputs = ("states", "kernel", "bias")
     fields = ("tokens", "text_valid", "is_label")
-    serves = frozenset({"image", "decoding", "captioning"})
+    serves = STATES | {"captioning"}
 
     @classmethod
     def of(cls, config: Config, ops: Reference) -> Captioning:

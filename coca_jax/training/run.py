@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,8 +116,7 @@ def train_alone(
                 raise
             raise ValueError(
                 f"out of memory in a step of batch_size={config.batch_size} "
-                f"({str(error).splitlines()[0]}); give --config.accumulate_steps="
-                f"{2 * config.accumulate_steps} --config.remat=named, or a smaller batch_size"
+                f"({str(error).splitlines()[0]}); give {less_memory(config, mesh)}"
             ) from None
         stop.end("evaluating")
         scores = evaluate(run.steps, state)
@@ -131,6 +131,15 @@ def train_alone(
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
     good.note(run.steps, now=True)
     return summary | good.summary() | scores | report(run)
+
+
+def less_memory(config: Config, mesh: jax.sharding.Mesh) -> str:
+    """Flags of the same run in less memory: at least twice as many micro-batches, if the batches
+    split into these, and remat."""
+    rows = math.gcd(*stages.sizes(config)) // (partitioning.batch_parts(mesh) * config.text_parts)
+    more = (n for n in range(2 * config.accumulate_steps, rows + 1) if rows % n == 0)
+    parts = "".join(f"--config.accumulate_steps={n} " for n in [*more][:1])
+    return f"{parts}--config.remat=named, or a smaller batch_size"
 
 
 def steps(

@@ -56,6 +56,10 @@ class Interval:
                     f"a checkpoint every {self._steps} steps: a save takes {seconds:.2f} s, a step "
                     f"{one:.3g} s, and the run fails every {self._between / 3600:g} h"
                 )
+        self.begin(step)
+
+    def begin(self, step: int) -> None:
+        """The interval is counted from `step` on."""
         self._start, self._since = step, None
 
 
@@ -107,6 +111,7 @@ class Save:
             before, skipped_before = self._kept
             if skipped - skipped_before == step - before > 0:
                 self._run.say(f"step {step} is not saved: every step since {before} was skipped")
+                self._interval.begin(step)  # else every later step would be due
                 return before
             waits = iter(LAST_RETRY if last else ())
             while not self._try((step, skipped), state, wait=last):

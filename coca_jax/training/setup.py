@@ -132,17 +132,30 @@ def check_devices(config: Config) -> Mesh:
     partitioning.readers(mesh)  # which processes read which rows, or why they cannot
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
-    if config.optimizer.image_learning_rate == 0 and not config.init_from:
+    check_started(config)
+    return mesh
+
+
+def check_started(config: Config) -> None:
+    """Raises ValueError where parts stay as they are and no weights say how."""
+    optimizer = config.optimizer
+    if config.init_from:
+        return
+    if optimizer.image_learning_rate == 0:
         raise ValueError(
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
             "weights that it has; without any set -1"
         )
-    if config.optimizer.keep_embeddings and not config.init_from:
+    if optimizer.keep_embeddings:
         raise ValueError(
             "optimizer.keep_embeddings keeps what weights have and needs init_from; without any "
             "set it to False"
         )
-    return mesh
+    if optimizer.lora_rank:
+        raise ValueError(
+            f"optimizer.lora_rank={optimizer.lora_rank} adapts kernels that weights have and needs "
+            "init_from; without any set it to 0"
+        )
 
 
 def prepare(

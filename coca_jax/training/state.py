@@ -98,10 +98,10 @@ def trainable(params: dict, config: Config) -> dict:
         if config.optimizer.image_learning_rate:
             return params
         return roles.select(params, lambda part: part.serves != "image")
-    served = {"head"}
+    words = {"head"}
     if config.optimizer.encoder_learning_rate != 0:
-        served = served.union(*(objective.serves for objective in objectives.of(config)))
-    return roles.select(params, lambda part: part.serves in served)
+        words = words.union(*(objective.serves for objective in objectives.of(config)))
+    return roles.served(params, words, pooler_kinds.of(config.model.pooler.kind))
 
 
 def merge(params: dict, part: dict) -> dict:

@@ -1,8 +1,10 @@
 """A run that hangs is ended with the status that starts it again, and says what it hung in.
 
 A thread looks whether the run changes what it does: a step, a wait for data, a save (TimeBuckets
-counts the changes, so nothing is added to a step). Where Python itself is stuck, in C code that
-does not release it, faulthandler's own thread ends the process.
+counts the changes, so nothing is added to a step); in work that has no steps, whether it gets on
+with its parts (`activity.alive`). Where Python itself is stuck, in C code that does not release it,
+faulthandler's own thread writes the stacks to standard error and ends the process with status 1,
+the only one that it has: launchers count that as a failure.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ DOING = {
 class Watchdog:
     """From `start` to `close`, ends the process when the run stands still for `seconds`.
 
-    Ten times as long in start-up, compilation and evaluation, which have no steps.
+    Ten times as long in start-up, compilation and evaluation, which have no steps; there a part of
+    the work that is done, as a batch of images, is a change too.
 
     Args:
         workdir: where the stacks of all threads go, as hang_TIME_PROCESS.txt.
@@ -81,7 +84,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(2.0, self._seconds / 10, self._warn / 4)
-        before, since, warned = self._buckets.changes, time.monotonic(), False
+        before, since, warned = self._seen(), time.monotonic(), False
         while not self._closed.wait(pause):
             now, doing = time.monotonic(), self._buckets.now
             bound = self._seconds * (LONGER if doing in LONG else 1)
@@ -89,16 +92,22 @@ class Watchdog:
             faulthandler.dump_traceback_later(
                 bound + STUCK, exit=True, file=stopping.standard_error()
             )
-            if self._buckets.changes != before:
+            if (seen := self._seen()) != before:
                 if warned:
                     self._say(f"going on after {now - since:.0f} s")
-                before, since, warned = self._buckets.changes, now, False
+                before, since, warned = seen, now, False
             elif now - since >= bound:
                 self._leave(doing, now - since)
                 return
             elif now - since >= self._warn and not warned and doing not in LONG:
                 warned = True
                 self._say(f"warning: no step for {self._what(doing, now - since)}")
+
+    def _seen(self) -> tuple[int, int]:
+        """What moves while the run does. In steps, saves and waits threads may read on that no
+        longer serve them: parts of work do not count there."""
+        long = self._buckets.now in LONG
+        return self._buckets.changes, activity.parts() if long else 0
 
     def _what(self, doing: str, seconds: float) -> str:
         text = f"{seconds:.0f} s, {DOING[doing]}"
