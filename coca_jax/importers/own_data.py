@@ -60,19 +60,23 @@ def apply(
     for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
             place: dict[str, Any] = {"builtin": "scenes"}
-            kind, train, held = one.kind or "caption", "train", "test"
+            entries = [dict(kind=one.kind or "caption", weight=one.weight)]
+            train, held = "train", "test"
         else:
             path = prepared(one.path, out, Options(**named), wait=not main_process)
             train, held = choose_splits(path)
             left = _not_taken(named, path, train)
             place = {"path": path} | left
             kind = data_flag.kind_of(one, path, train, left)
+            entries = data_flag.entries_of(one, path, train, kind, config.data.sources)
             if main_process:
-                print(data_flag.described(one, path, kind, train, held, left), file=sys.stderr)
-        sources.append(dict(place, split=train, kind=kind, weight=one.weight))
+                line = data_flag.described(one, path, entries[0], train, held, left)
+                print(line, file=sys.stderr)
+        sources += [dict(place, split=train, **entry) for entry in entries]
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
-            tasks += evaluations(config, dict(place, split=held, kind=kind), f"{name}_{held}")
+            of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
+            tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
     if len(sources) > config.batch_size:
         rows = config.batch_size
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
