@@ -98,7 +98,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
             fields = own_data_flags.fields()
             config = own_data.of_command(
-                config, flags.FLAGS.data, flags.FLAGS.workdir, fields=fields, main_process=first
+                config,
+                flags.FLAGS.data,
+                flags.FLAGS.workdir,
+                fields=fields,
+                keep_tasks="eval.tasks" in recipes.changes(),
+                main_process=first,
             )
         try:
             summary = train(config, flags.FLAGS.workdir)

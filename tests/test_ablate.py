@@ -356,41 +356,10 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
     assert mine.variants[1].values["checkpoint.keep"] == 1
     assert running.with_data(found, [], "out", {}) is found
-
-
-def test_folders_that_train_reads_in_place_are_indexed_once_for_all_runs(
-    tmp_path, monkeypatch, capsys
-):
-    """With a stand-in for training, which sees what the runs have. They were refused."""
-    for place, names in (("one", "cat dog"), ("other", "ant bee")):
-        for name in names.split():
-            (tmp_path / place / "fm" / name).mkdir(parents=True)
-            for number in range(2):
-                picture = Image.new("RGB", (24, 24), (60 * number, len(name), ord(name[0])))
-                picture.save(tmp_path / place / "fm" / name / f"{number}.png")
-    saw = {}
-
-    def train(config, workdir):
-        (source,) = config.data.sources
-        saw[workdir.removeprefix(f"{out}/")] = sources.open_whole(source).labels(), source.path
-        pathlib.Path(workdir).mkdir(parents=True)
-        return dict(steps=config.steps)
-
-    monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(metrics, "read_metrics", lambda place: [dict(loss=1.0)])
-    of = 'data.sources = [{path = "%s/fm", kind = "label"}]\n'
-    text = TABLE.replace("[variants.again]", "eval.tasks = []\n" + of % (tmp_path / "one"))
-    text = text.replace("checkpoint.keep = 1\n", "")
-    text += f"[variants.again]\ncheckpoint.keep = 1\n{of % (tmp_path / 'one')}"
-    text += f"[variants.other]\n{of % (tmp_path / 'other')}"
-    found, out = table.read(written(tmp_path, text), {}), tmp_path / "out"
-    assert running.ablate(found, str(out), 0, quietly)["failed"] == {}
-    assert len(saw) == 6 and {path for _, path in saw.values()} == {
-        str(path.parent) for path in out.glob("data/*/data/fm/manifest.json")
-    }
-    for name, labels in dict(both="cat dog", again="cat dog", other="ant bee").items():
-        assert [saw[f"{name}/seed{seed}"][0] for seed in (0, 3)] == [labels.split()] * 2
-    assert capsys.readouterr().err.count("making an index") == 2
+    # Evaluations that the table gives, none of them perhaps, are kept.
+    found = table.read(written(tmp_path, TABLE + "eval.tasks = []\n"), {})
+    mine = running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"), {})
+    assert [len(variant.config().eval.tasks) for variant in mine.variants] == [2, 0]
 
 
 def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):

@@ -125,14 +125,20 @@ def check(variant: Variant, minutes: float, folder: pathlib.Path) -> None:
 
 def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str, str]) -> Table:
     """The table with the data of `--data` in place of its recipes', indexed in `out`/data where
-    they are not prepared. fields: as of `own_data.of_command`. Raises as that."""
+    they are not prepared; evaluations that the table gives stay. fields: as of
+    `own_data.of_command`. Raises as that."""
     if not named and not any(fields.values()):
         return table
     variants = []
     for number, variant in enumerate(table.variants):
         # What is indexed for the first is told once; the others find it.
         config = own_data.of_command(
-            variant.config(), named, out, fields=fields, main_process=not number
+            variant.config(),
+            named,
+            out,
+            fields=fields,
+            keep_tasks="eval.tasks" in variant.values,
+            main_process=not number,
         )
         own = {"data.sources": config.data.sources, "eval.tasks": config.eval.tasks}
         values = {**variant.values, **{key: plain(value) for key, value in own.items()}}

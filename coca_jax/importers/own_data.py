@@ -37,6 +37,7 @@ def apply(
     workdir: str,
     *,
     fields: Mapping[str, str] | None = None,
+    keep_tasks: bool = False,
     main_process: bool = True,
 ) -> Config:
     """The config with the named data in place of its sources, and evaluations on what is held out
@@ -45,6 +46,7 @@ def apply(
     Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
     workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
     fields: text_field, label_field and image_field, where the data call them otherwise.
+    keep_tasks: the evaluations stay those of the config.
 
     Raises ValueError or OSError for data that cannot be used, in one line.
     """
@@ -86,9 +88,8 @@ def apply(
         _tell_shares(weights, shares)
     for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
-    return config.change(
-        {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
-    )
+    told = config.eval.tasks if keep_tasks else kept or tasks
+    return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
 
 
 def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
@@ -135,6 +136,7 @@ def of_command(
     workdir: str,
     *,
     fields: Mapping[str, str] | None = None,
+    keep_tasks: bool = False,
     main_process: bool = True,
 ) -> Config:
     """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and for a bad
@@ -148,7 +150,8 @@ def of_command(
 
     places = tuple(dict(path=data_flag.parse(text).path) for text in texts)
     run_config.check(config.change({"data.sources": places}))
-    return apply(config, texts, workdir, fields=fields, main_process=main_process)
+    how: dict[str, Any] = dict(fields=fields, keep_tasks=keep_tasks, main_process=main_process)
+    return apply(config, texts, workdir, **how)
 
 
 def is_prepared(path: str) -> bool:
