@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 
 import jax
 import numpy as np
@@ -115,6 +116,31 @@ def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch)
     np.testing.assert_allclose(some, whole[pairs], rtol=1e-5)
     assert sizes == [8] * 6
     assert model.score(images, []).shape == (6, 0)
+
+
+def test_one_warning_a_call_says_how_many_texts_are_cut(model, words, images):
+    """They were cut without a word; a text that fits to its last token is not."""
+    fits = "a " * next(n for n in range(30) if len(words.encode("a " * n)) >= model.max_len - 2)
+    assert len(words.encode(fits)) == model.max_len - 2
+    long = "red " * 30
+    some = [fits, long, "a star"]
+    calls = {
+        "1 of 3 texts": lambda: model.encode_text(some),
+        "10 of 330 texts": lambda: model.encode_text(TEXTS * 50 + some * 10),
+        "3 of 6 texts": lambda: model.zero_shot(images, [long, "a"], ["{}", "a {}", "the {}"]),
+        "2 of 6 texts": lambda: model.caption_log_likelihood(images, some * 2),
+        "1 of 2 texts": lambda: model.score(images, some[1:]),
+        "4 of 6 texts": lambda: model.similarity(images, [long] * 4 + TEXTS[:2]),
+    }
+    for start, call in calls.items():
+        with pytest.warns(UserWarning) as told:
+            call()
+        (one,) = told
+        assert str(one.message).startswith(f"{start} are cut: they have more tokens than ")
+        assert "model.text.max_len=24" in str(one.message) and one.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode_text([fits, *TEXTS])
 
 
 def test_texts_of_like_length_run_together_and_come_back_in_order(model):

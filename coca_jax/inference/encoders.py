@@ -117,6 +117,7 @@ class Encoders:
         ]
         return joined(parts, (self.config.model.embed_dim,))
 
+    @text_arrays.telling_cuts()
     def encode_text(
         self, texts: str | Sequence[str], *, labels: bool = False, progress: bool = False
     ) -> np.ndarray:
@@ -163,10 +164,12 @@ class Encoders:
         """The inverse of the temperature, which cosine similarities are multiplied by as logits."""
         return float(np.exp(np.asarray(roles.log_scale(self.params))))
 
+    @text_arrays.telling_cuts()
     def similarity(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
+    @text_arrays.telling_cuts()
     def zero_shot(
         self,
         images: Any,
@@ -201,6 +204,7 @@ class Encoders:
 
     # -- the task head --------------------------------------------------------------------------
 
+    @text_arrays.telling_cuts()
     def classify(
         self, images: Any, texts: Sequence[str] | None = None, *, progress: bool = False
     ) -> np.ndarray:
@@ -258,6 +262,7 @@ class Encoders:
         """
         return self._reader.preprocess(image, num_frames)
 
+    @text_arrays.telling_cuts()
     def tokenize(
         self, texts: Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:

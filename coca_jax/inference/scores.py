@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.devices import pad
 from coca_jax.inference.encoders import Encoders, joined
 
@@ -19,6 +20,7 @@ from coca_jax.inference.encoders import Encoders, joined
 class Scores(Encoders):
     """Adds log probabilities of texts to the encoders; see `model.CoCaModel`."""
 
+    @text_arrays.telling_cuts()
     def caption_log_likelihood(
         self, images: Any, texts: Sequence[str], *, progress: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +45,7 @@ class Scores(Encoders):
             raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
         return joined(sums, ()), joined(counts, ()).astype(np.int32)
 
+    @text_arrays.telling_cuts()
     def score(
         self,
         images: Any,
