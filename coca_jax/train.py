@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from coca_jax import checkpointing, partitioning
     from coca_jax.importers import own_data
-    from coca_jax.training import replicas, stopping
+    from coca_jax.training import replicas, setup, stopping
 
     partitioning.start_processes(
         flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            setup.check_start(config, flags.FLAGS.workdir)
             fields = own_data_flags.fields()
             config = own_data.of_command(
                 config,
