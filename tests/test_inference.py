@@ -12,7 +12,7 @@ from conftest import params_of, tiny_config
 from PIL import Image
 
 from coca_jax import inference
-from coca_jax.data import vocabulary
+from coca_jax.data import prompts, vocabulary
 from coca_jax.inference import export_programs, loading
 from coca_jax.models import coca, decoding
 
@@ -205,6 +205,25 @@ def test_zero_shot_is_the_softmax_of_scaled_similarities(model, images):
     scale = np.exp(float(model.params["log_scale"]["value"]))
     logits = scale * model.similarity(images, ["red", "blue", "green"])
     np.testing.assert_allclose(found, np.asarray(jax.nn.softmax(logits, axis=-1)), atol=1e-4)
+
+
+def test_a_set_of_prompts_goes_by_its_name_and_images_may_come_one_by_one(model, images):
+    names = ["red", "blue"]
+    found = model.zero_shot((image for image in images), names, prompts="clip7")
+    np.testing.assert_array_equal(found, model.zero_shot(images, names, prompts.CLIP_7))
+    with pytest.raises(ValueError, match="prompt 'clop' must hold '{}' once"):
+        model.zero_shot(images, names, prompts="clop")
+
+
+def test_what_is_no_text_is_named(model, images):
+    with pytest.raises(ValueError, match=r"class_names\[0\]=\['a', 'b'\]: give a str"):
+        model.zero_shot(images, [["a", "b"], ["c"]])
+    line = r"texts\[1\]='a \\ud800' holds half of a character \(a surrogate\); leave it out"
+    for call in (model.encode_text, lambda texts: model.score(images, texts)):
+        with pytest.raises(ValueError, match=line):
+            call(["é", "a \ud800"])
+    with pytest.raises(ValueError, match=line):
+        model.caption_log_likelihood(images[:2], ["é", "a \ud800"])
 
 
 def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):

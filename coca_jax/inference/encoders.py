@@ -127,9 +127,7 @@ class Encoders:
         sees its label symbol before them. Raises ValueError for what is not text.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{number}]={text!r}: give a str")
+        text_arrays.check(texts)
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):
@@ -182,18 +180,20 @@ class Encoders:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
 
         A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
-        hold '{}' once, and one may stand alone; default: the three of `data.prompts.PHOTO`. The
-        probabilities use the model's temperature. Raises ValueError for a prompt without '{}' or
-        no class.
+        hold '{}' once, and one may stand alone, or the name of a set in `data.prompts.SETS`;
+        default: 'photo'. The probabilities use the model's temperature. Raises ValueError for a
+        prompt without '{}', no class, or a name that is no text.
         templates: the old name of prompts.
         """
         prompts = renamed.one_of(prompts, "prompts", templates, "templates")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if isinstance(prompts, str):  # no file: `serve` hands on what strangers write
+            prompts = prompt_sets.SETS.get(prompts, (prompts,))
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
         if not len(class_names):
             raise ValueError("class_names is empty; give the names to choose among")
+        text_arrays.check(class_names, "class_names")
         texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
         embeddings = self.encode_text(texts, labels=True)
         mean = embeddings.reshape(len(class_names), len(prompts), -1).mean(1)

@@ -31,6 +31,7 @@ class Scores(Encoders):
         are as many texts as images.
         """
         texts = list(texts)
+        text_arrays.check(texts)
         sums, counts = [], []
         done = 0
         for pixels in self._reader.batches(images, progress):
@@ -61,7 +62,9 @@ class Scores(Encoders):
         the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
         encoded once.
         """
-        tokens, valid = self._tokenize(list(texts), labels)
+        texts = list(texts)
+        text_arrays.check(texts)
+        tokens, valid = self._tokenize(texts, labels)
         states = self._text_states(tokens, valid)
         rows = []
         for pixels in self._reader.batches(images, progress):

@@ -48,6 +48,19 @@ def note_cuts(cut: int, count: int, max_len: int) -> None:
         found.append((cut, count, max_len))
 
 
+def check(texts: Sequence[str], name: str = "texts") -> None:
+    """Raises ValueError naming the first that is no text, or that no file can hold."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{number}]={text!r}: give a str")
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name}[{number}]={text!r} holds half of a character (a surrogate); leave it out"
+            ) from None
+
+
 def tokenize(
     vocabulary: Vocabulary, texts: Sequence[str], max_len: int, labels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
