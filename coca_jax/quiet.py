@@ -28,6 +28,8 @@ def environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # PIL's two lines on a large picture, of which this package has its own limit and its own line.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
+    # Said to programs of each call; a command makes one for each batch of its data.
+    warnings.filterwarnings("ignore", r"\d+ of \d+ texts are cut: ")
     if importlib.util.find_spec("libtpu") and not has_accelerator():
         # There for `compile` alone. JAX would start it, and it complains of the missing TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -254,7 +254,10 @@ def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:
                 path = (re.sub(r"-\d+$", "", path[0]),)
         source = {**source, "path": path}
         found.append(source if whole else {name: source.get(name, "") for name in _PLACES})
-    return found
+    if whole:
+        return found
+    # Data of questions may be several sources, by their answers, which the data will tell.
+    return [source for n, source in enumerate(found) if source not in found[:n]]
 
 
 def _json(tree: dict[str, Any]) -> dict[str, Any]:

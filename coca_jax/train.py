@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            setup.check_start(config, flags.FLAGS.workdir)
             fields = own_data_flags.fields()
             config = own_data.of_command(
                 config,
@@ -103,6 +104,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
                 flags.FLAGS.workdir,
                 check=setup.check_devices,
                 fields=fields,
+                keep_tasks="eval.tasks" in recipes.changes(),
                 main_process=first,
             )
         try:

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from coca_jax import checkpointing, export_format, storage
-from coca_jax.models import roles
+from coca_jax import checkpointing, export_format, partitioning, storage
+from coca_jax.config import Config, Model
+from coca_jax.config.section import flatten
+from coca_jax.models import coca, roles
 from coca_jax.training.state import TrainState
 
 
@@ -52,14 +54,10 @@ def apply(
             params[name] = leaf
             continue
         array = np.asarray(given[name], np.float32)
-        if part.positions == "grid" and (
-            array.shape != leaf.shape or old_grid != (grid or old_grid)
-        ):
-            array = resize_positions(array, leaf.shape[0], old_grid, grid)
+        if part.positions == "grid":
+            array = _of_grid(array, leaf.shape, old_grid, grid)
         if part.positions == "text":
-            if positions == "interpolate" and len(array) < leaf.shape[0]:
-                array = spread_text_positions(array, leaf.shape[0])
-            array = fit_text_positions(array, leaf.shape[0])
+            array = _of_texts(array, leaf.shape[0], positions)
         if array.shape != leaf.shape:
             raise ValueError(
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
@@ -70,6 +68,29 @@ def apply(
         logging.warning("init_from: %s starts untrained", missing)
     tree = export_format.unflatten(params)
     return state.replace(params=tree, ema=_averages(state.ema, tree))
+
+
+def _of_grid(
+    array: np.ndarray, shape: tuple[int, ...], old: tuple[int, int], new: tuple[int, int] | None
+) -> np.ndarray:
+    """Positions of patches on this model's grid; says so where they are resized."""
+    if array.shape == shape and old == (new or old):
+        return array
+    now = f"{new[0]} x {new[1]}" if new else "those of this image size"
+    logging.warning("init_from: positions of %d x %d patches are resized to %s", *old, now)
+    return resize_positions(array, shape[0], old, new)
+
+
+def _of_texts(array: np.ndarray, length: int, how: str) -> np.ndarray:
+    """Positions of `length` tokens; says so where the weights have more or less."""
+    if len(array) != length:
+        beyond = "the others start untrained" if len(array) < length else "those beyond go"
+        said = "they are spread" if how == "interpolate" and len(array) < length else beyond
+        told = "init_from: the weights have %d positions of texts, this model %d: %s"
+        logging.warning(told, len(array), length, said)
+    if how == "interpolate" and len(array) < length:
+        array = spread_text_positions(array, length)
+    return fit_text_positions(array, length)
 
 
 def _known(given: dict[str, Any], target: dict[str, Any], path: str) -> dict[str, Any]:
@@ -108,6 +129,54 @@ def check_weights(path: str) -> None:
     check_place(path)
     if not export_format.is_export(path):
         checkpointing.find_steps(path)
+
+
+# Keys of config.model that weights of any value fit.
+_FIT = (
+    *("image_size", "text.max_len", "dtype", "implementation", "pad_id", "clean", "mend_texts"),
+    *("image_mean", "image_std"),
+)
+
+
+def check_model(config: Config) -> None:
+    """Raises ValueError where parameters at config.init_from have other shapes than this model's,
+    with the keys of the model that are others there: before any data are read."""
+    path, parts = config.init_from, config.init_parts
+    export = export_format.is_export(path)
+    there = (export_format.read_config if export else checkpointing.load_config)(path).model
+    if {there.family, config.model.family} != {"coca"}:
+        return
+    old, new = (flatten(model.to_dict()) for model in (there, config.model))
+    keys = [
+        key
+        for key in new
+        if old.get(key) != new[key] and key not in _FIT and not isinstance(new[key], float)
+        if parts == "all" or not key.startswith("text.")
+    ]
+    if not keys or not _differ(_shapes(there), _shapes(config.model), parts):
+        return
+    told = (f"model.{key} is {old.get(key)} there, {new[key]} here" for key in keys)
+    raise ValueError(f"init_from={path}: {'; '.join(told)}; set what the weights have")
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a model, () of positions, which are resized."""
+    module = coca.build(model)
+    tree = partitioning.unbox(jax.eval_shape(lambda: coca.init(module, jax.random.key(0))))
+    return {
+        name: () if roles.part_of(name.split("/")).positions else leaf.shape
+        for name, leaf in export_format.flatten(tree).items()
+    }
+
+
+def _differ(old: dict[str, Any], new: dict[str, Any], parts: str) -> bool:
+    """Whether a parameter that a run takes from weights has another shape, or only one has it."""
+    return any(
+        old.get(name) != new.get(name)
+        for name in old | new
+        if not roles.is_optional(name.split("/"))
+        if parts == "all" or roles.part_of(name.split("/")).serves == "image"
+    )
 
 
 def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:

@@ -16,7 +16,9 @@ from PIL import Image
 from coca_jax import ablate, metrics, out_folder, partitioning, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
 from coca_jax.data import sources
+from coca_jax.evaluators.declarations import Metric
 from coca_jax.fitting import kept
+from coca_jax.report import ablation
 from coca_jax.training import lease, stopping
 from coca_jax.training import run as training
 
@@ -139,7 +141,9 @@ def test_the_table_and_the_page_show_every_variant(done):
     found, folder = done
     lines = (folder / "results.md").read_text().splitlines()
     assert lines[0] == "| variant | runs | steps | minutes | retrieval/x/image_to_text_r1 |"
-    assert lines[2] == "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |"
+    assert lines[2] == "| both | 2 | 2 | 1.5 | 30.0% (0.0 to 100.0) |"
+    narrow = dict(mean=0.728, low=0.3781, high=0.771)  # what results.json has is not cut
+    assert ablation.limits(Metric("Top 1"), narrow) == pytest.approx((37.81, 77.1))
     page = (folder / "report.html").read_text()
     assert page.count('<figure class="card spread">') == 1
     assert page.count('<circle class="p s1"') == 2  # a dot a seed
@@ -157,7 +161,7 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, c
     told = commands.run(["ablate", *map(str, places)], tmp_path)
     assert told.returncode == 0, told.stderr
     *lines, last = told.stdout.splitlines()
-    assert "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |" in lines
+    assert "| both | 2 | 2 | 1.5 | 30.0% (0.0 to 100.0) |" in lines
     assert json.loads(last) | dict(out="") == dict(
         out="", results=str(out / "results.json"), runs=4, failed={}
     )
@@ -168,7 +172,7 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_run_failed(done, c
     failed = "missing, seed 0, missing, seed 3"
     end = f"error: these runs failed ({out}/results.json says why): {failed}"
     assert told.stderr.splitlines()[-1] == end and "Traceback" not in told.stderr
-    assert "| both | 2 | 2 | 1.5 | 30.0% (-97.06 to 157.1) |" in told.stdout
+    assert "| both | 2 | 2 | 1.5 | 30.0% (0.0 to 100.0) |" in told.stdout
     why = json.loads((out / "results.json").read_text())["failed"]["missing, seed 0"]
     assert why.startswith("no checkpoint under none")
 
@@ -373,6 +377,10 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
     assert mine.variants[1].values["checkpoint.keep"] == 1
     assert running.with_data(found, [], "out", {}) is found
+    # Evaluations that the table gives, none of them perhaps, are kept.
+    found = table.read(written(tmp_path, TABLE + "eval.tasks = []\n"), {})
+    mine = running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"), {})
+    assert [len(variant.config().eval.tasks) for variant in mine.variants] == [2, 0]
 
 
 def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
-"""Ablations: what a variant is, that one that has begun stays it, its steps, and what is shown."""
+"""Ablations: what a variant is, that one that has begun stays it, its steps, what its runs read,
+and what is shown."""
 
 import json
 import pathlib
 
 import pytest
+from PIL import Image
 from test_ablate import TABLE, quietly, written
 
-from coca_jax import recipes, sealed_json
+from coca_jax import metrics, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
+from coca_jax.data import sources
 from coca_jax.report import ablation
 from coca_jax.training import run as training
 
@@ -114,4 +117,39 @@ def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
     first, second = (row["cells"] for row in ablation.rows(dict(variants=variants), names))
     assert first[0] == dict(value="2.3", interval="(1.029 to 3.571)")
     assert second[0] == dict(value="0.85", interval="(0.2147 to 1.485)")
-    assert first[1] == second[1] == dict(value="50.0%", interval="(-77.06 to 177.1)")
+    assert first[1] == second[1] == dict(value="50.0%", interval="(0.0 to 100.0)")
+
+
+def test_folders_that_train_reads_in_place_are_indexed_once_for_all_runs(
+    tmp_path, monkeypatch, capsys
+):
+    """With a stand-in for training, which sees what the runs have. They were refused."""
+    for place, names in (("one", "cat dog"), ("other", "ant bee")):
+        for name in names.split():
+            (tmp_path / place / "fm" / name).mkdir(parents=True)
+            for number in range(2):
+                picture = Image.new("RGB", (24, 24), (60 * number, len(name), ord(name[0])))
+                picture.save(tmp_path / place / "fm" / name / f"{number}.png")
+    saw = {}
+
+    def train(config, workdir):
+        (source,) = config.data.sources
+        saw[workdir.removeprefix(f"{out}/")] = sources.open_whole(source).labels(), source.path
+        pathlib.Path(workdir).mkdir(parents=True)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(metrics, "read_metrics", lambda place: [dict(loss=1.0)])
+    of = 'data.sources = [{path = "%s/fm", kind = "label"}]\n'
+    text = TABLE.replace("[variants.again]", "eval.tasks = []\n" + of % (tmp_path / "one"))
+    text = text.replace("checkpoint.keep = 1\n", "")
+    text += f"[variants.again]\ncheckpoint.keep = 1\n{of % (tmp_path / 'one')}"
+    text += f"[variants.other]\n{of % (tmp_path / 'other')}"
+    found, out = table.read(written(tmp_path, text), {}), tmp_path / "out"
+    assert running.ablate(found, str(out), 0, quietly)["failed"] == {}
+    assert len(saw) == 6 and {path for _, path in saw.values()} == {
+        str(path.parent) for path in out.glob("data/*/data/fm/manifest.json")
+    }
+    for name, labels in dict(both="cat dog", again="cat dog", other="ant bee").items():
+        assert [saw[f"{name}/seed{seed}"][0] for seed in (0, 3)] == [labels.split()] * 2
+    assert capsys.readouterr().err.count("making an index") == 2

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import params_of, tiny_config
 from PIL import Image
 
 from coca_jax import inference, ops
-from coca_jax.data import vocabulary
+from coca_jax.data import prompts, vocabulary
 from coca_jax.inference import export_programs, loading
 from coca_jax.models import coca, decoding
 
@@ -153,6 +154,31 @@ def test_operations_have_the_form_of_the_devices_that_are_given(words, images, m
     assert spec.unimodal.options.ops == ops.Cpu() and layout == "transposed"
 
 
+def test_one_warning_a_call_says_how_many_texts_are_cut(model, words, images):
+    """They were cut without a word; a text that fits to its last token is not."""
+    fits = "a " * next(n for n in range(30) if len(words.encode("a " * n)) >= model.max_len - 2)
+    assert len(words.encode(fits)) == model.max_len - 2
+    long = "red " * 30
+    some = [fits, long, "a star"]
+    calls = {
+        "1 of 3 texts": lambda: model.encode_text(some),
+        "10 of 330 texts": lambda: model.encode_text(TEXTS * 50 + some * 10),
+        "3 of 6 texts": lambda: model.zero_shot(images, [long, "a"], ["{}", "a {}", "the {}"]),
+        "2 of 6 texts": lambda: model.caption_log_likelihood(images, some * 2),
+        "1 of 2 texts": lambda: model.score(images, some[1:]),
+        "4 of 6 texts": lambda: model.similarity(images, [long] * 4 + TEXTS[:2]),
+    }
+    for start, call in calls.items():
+        with pytest.warns(UserWarning) as told:
+            call()
+        (one,) = told
+        assert str(one.message).startswith(f"{start} are cut: they have more tokens than ")
+        assert "model.text.max_len=24" in str(one.message) and one.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode_text([fits, *TEXTS])
+
+
 def test_texts_of_like_length_run_together_and_come_back_in_order(model):
     texts = [" ".join(["a red dog on grass"] * (1 + i % 3)) for i in range(20)] + ["", "b"]
     alone = np.concatenate([model.encode_text(text) for text in texts])
@@ -230,6 +256,25 @@ def test_beams_that_find_no_more_give_fewer_captions(model, images):
         assert all(one.num_tokens == 1 and one.log_prob < 0 for one in row)
     (row,) = model.captions(images[:1], **how)
     assert len(row) == ids
+
+
+def test_a_set_of_prompts_goes_by_its_name_and_images_may_come_one_by_one(model, images):
+    names = ["red", "blue"]
+    found = model.zero_shot((image for image in images), names, prompts="clip7")
+    np.testing.assert_array_equal(found, model.zero_shot(images, names, prompts.CLIP_7))
+    with pytest.raises(ValueError, match="prompt 'clop' must hold '{}' once"):
+        model.zero_shot(images, names, prompts="clop")
+
+
+def test_what_is_no_text_is_named(model, images):
+    with pytest.raises(ValueError, match=r"class_names\[0\]=\['a', 'b'\]: give a str"):
+        model.zero_shot(images, [["a", "b"], ["c"]])
+    line = r"texts\[1\]='a \\ud800' holds half of a character \(a surrogate\); leave it out"
+    for call in (model.encode_text, lambda texts: model.score(images, texts)):
+        with pytest.raises(ValueError, match=line):
+            call(["é", "a \ud800"])
+    with pytest.raises(ValueError, match=line):
+        model.caption_log_likelihood(images[:2], ["é", "a \ud800"])
 
 
 def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):

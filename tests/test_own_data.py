@@ -282,6 +282,9 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     again = own_data.apply(typed(recipe()), flags, workdir)
     assert again.data.sources == config.data.sources and again.eval.tasks == config.eval.tasks
     assert "in place" not in capsys.readouterr().err
+    kept = own_data.apply(typed(recipe()), flags, workdir, keep_tasks=True)
+    assert kept.data.sources == config.data.sources
+    assert kept.eval.tasks == typed(recipe()).eval.tasks
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):

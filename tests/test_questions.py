@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -11,12 +12,15 @@ from one_device import train_alone as train
 from PIL import Image
 
 import coca_jax
+from coca_jax import sealed_json
+from coca_jax.config import typed
 from coca_jax.data import kinds, mixture, questions, run_vocabulary, sources, vocabulary
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
 from coca_jax.evaluators.records import Records
+from coca_jax.importers import own_data
 from coca_jax.prepare import prepare
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "black": (9, 9, 9)}
@@ -115,6 +119,35 @@ def test_a_question_that_holds_the_border_of_questions_and_answers_stays_whole(t
     kind = kinds.Question()
     tokens, _, prompt = kind.encode(words, kind.choose([record], {}, draw)[0], 40, False)
     assert words.decode(tokens[0, : prompt[0]]) == "what is it?"
+
+
+def test_own_data_are_asked_as_the_recipe_asks(asked, tmp_path, capsys):
+    """Questions were taken from texts and labels, whatever the recipe says."""
+    recipe = typed(question_config("of_the_recipe"))
+    answers = [tuple(COLOURS), ("yes", "no")]
+    entry = dict(recipe.data.sources[0].to_dict(), path="of_the_recipe")
+    both = [dict(entry, answers=some, weight=w) for some, w in zip(answers, (1.0, 2.0))]
+    of_two = recipe.change({"data.sources": tuple(both)})
+    workdir, images = str(tmp_path / "run"), tmp_path / "mine"
+    images.mkdir()
+    for split in ("train", "test"):
+        shutil.copy(asked.removesuffix("out") + "train.tar", images / f"{split}.tar")
+    found = own_data.apply(of_two, [f"{images}:question"], workdir)
+    place = dict(path=f"{workdir}/data/mine", kind="question", questions="qa")
+    assert [s.to_dict() for s in found.data.sources] == [
+        dict(place, split="train", answers=some, weight=rows)
+        for some, rows in zip(answers, (8, 16))
+    ]
+    assert [t["data"] for t in found.eval.tasks] == [dict(place, split="test")]
+    assert "train with the questions of their field 'qa'" in capsys.readouterr().err
+    # A run that goes on finds its sources, before its data are looked at.
+    sealed_json.write(tmp_path / "run" / "config.json", json.loads(json.dumps(found.to_dict())))
+    assert own_data.apply(of_two, [f"{images}:question"], workdir) == found
+    # A recipe that says nothing of the field would ask nothing, or something else.
+    for source in (dict(entry, questions=""), dict(path="x")):
+        other = recipe.change({"data.sources": (source,)})
+        with pytest.raises(ValueError, match="in the field 'qa', which the recipe does not name; "):
+            own_data.apply(other, [f"{asked}:question"], str(tmp_path / "other"))
 
 
 def test_question_and_answer_share_a_row(asked, tmp_path, monkeypatch):

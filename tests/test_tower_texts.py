@@ -74,6 +74,8 @@ def test_ids_and_embeddings_of_texts_equal_those_of_transformers(make, tmp_path)
     texts = [text.lower() for text in SENTENCES] if make is siglip_2 else SENTENCES
     wanted = np.array(words(texts, truncation=True, **how).input_ids)
     model = coca_jax.load(str(tmp_path))
+    with pytest.warns(UserWarning, match="1 of 2 texts are cut: .*max_len=16"):
+        model.encode_text(["a", "dog " * 30])
     tokens, valid = model._tokenize(SENTENCES)
     np.testing.assert_array_equal(tokens, wanted[:, : tokens.shape[1]])
     assert valid[-1].all() and not valid[2].all()  # one is cut, one is padded

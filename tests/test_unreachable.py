@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import re
+import socket
 import struct
 import tarfile
 
@@ -14,7 +16,7 @@ from data_cases import picture
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from coca_jax.data import records, references, unreachable
+from coca_jax.data import files, records, references, unreachable
 from coca_jax.data.records import Record
 from coca_jax.importers import splits
 from coca_jax.importers.items import Options
@@ -171,3 +173,17 @@ def test_what_a_store_says_is_no_failure(tmp_path):
         "jsonl", f"flaky://{tmp_path}/0.jsonl", str(out), processes=1, progress=False
     )
     assert done["written"] == COUNT - 1 and done["quarantined"] == {"missing_image": 1}
+
+
+@pytest.mark.parametrize("scheme", ["http", "ftp"])
+def test_an_address_that_is_not_reached_is_named_and_no_missing_file(scheme):
+    """http:// was a file that is not there, of which an import would go on without it."""
+    with socket.socket() as held:  # bound, and it does not listen: refused
+        held.bind(("127.0.0.1", 0))
+        url = f"{scheme}://127.0.0.1:{held.getsockname()[1]}/x.jpg"
+        with unreachable.noting() as noted:
+            with pytest.raises(
+                ConnectionError, match=f"{re.escape(url)} cannot be reached: .*onnect"
+            ):
+                files.read_image(url)
+    assert [path for path, _ in noted] == [url]

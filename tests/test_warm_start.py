@@ -11,7 +11,7 @@ from coca_jax import export_format, warm_start
 from coca_jax.config import typed
 from coca_jax.fitting import weights
 from coca_jax.models import coca
-from coca_jax.training import run
+from coca_jax.training import run, setup
 from coca_jax.training.state import init_state
 
 
@@ -40,7 +40,7 @@ def test_text_positions_keep_their_places_and_cls_stays_last(length):
 
 
 @pytest.mark.long
-def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh):
+def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh, caplog):
     short, longer = tiny_config(), tiny_config()
     longer.model.text.max_len = short.model.text.max_len + 4
     source = init_state(coca.build(short.model), short, one_device_mesh)
@@ -52,6 +52,10 @@ def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh)
     model = coca.build(longer.model)
     state = init_state(model, longer, one_device_mesh)
     state = warm_start.apply(state, str(tmp_path / "export"))
+    assert (
+        "positions of texts, this model " in caplog.text
+        and "the others start untrained" in caplog.text
+    )
     tokens = np.arange(12).reshape(2, 6) + 5
     valid = np.ones((2, 6), bool)
     embeddings = [
@@ -61,7 +65,30 @@ def test_longer_texts_leave_shorter_ones_as_they_were(tmp_path, one_device_mesh)
     np.testing.assert_array_equal(*embeddings)
 
 
-def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
+def test_a_model_of_another_size_is_refused_by_its_keys_before_data_are_read(tmp_path):
+    """An array was named, once the data were indexed."""
+    words, place = tmp_path / "vocabulary.model", str(tmp_path / "export")
+    words.write_bytes(b"-")
+    given = {"model": tiny_config().model.to_dict()}
+    export_format.write_export(place, params_of(coca.build(tiny_config().model)), given, words)
+
+    def config(**changes):
+        return tiny().change({"init_from": place} | {f"model.{k}": v for k, v in changes.items()})
+
+    size, layers = {"image.width": 48}, {"text.multimodal_depth": 3, "pooler.num_queries": 2}
+    old = tiny().model.text.multimodal_depth, tiny().model.pooler.num_queries
+    with pytest.raises(ValueError, match="model.image.width is 16 there, 48 here; set what"):
+        setup.check_start(config(**size), str(tmp_path / "run"))
+    line = f"multimodal_depth is {old[0]} there, 3 here; model.pooler.num_queries is {old[1]} there"
+    with pytest.raises(ValueError, match=line):
+        setup.check_start(config(**layers), str(tmp_path / "run"))
+    # What does not matter to the image encoder, and what no array has the shape of, may differ.
+    setup.check_start(config(**layers).change({"init_parts": "image"}), str(tmp_path / "run"))
+    fits = {"image_size": 32, "text.max_len": 99, "activation": "relu", "norm_eps": 1e-6}
+    setup.check_start(config(**fits), str(tmp_path / "run"))
+
+
+def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh, caplog):
     small, large = tiny_config(), tiny_config(image_size=32)
     source = init_state(coca.build(small.model), small, one_device_mesh)
     vocabulary = tmp_path / "vocabulary.model"
@@ -82,6 +109,8 @@ def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh):
         warm_start.apply(state, str(tmp_path / "export"))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
         warm_start.apply(state, str(tmp_path / "nothing"))
+    # The positions that changed are said.
+    assert "init_from: positions of 2 x 2 patches are resized" in caplog.text
 
 
 def test_what_a_helping_loss_left_in_weights_is_left_out(tmp_path, one_device_mesh, caplog):

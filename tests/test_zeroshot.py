@@ -152,7 +152,7 @@ def test_zeroshot_errors_name_what_is_wrong():
     model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
     with pytest.raises(ValueError, match=r"labels of x.png are \['z'\]; none is among the 2"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["z"], key="x.png")]))
-    with pytest.raises(ValueError, match="of zeroshot/toy, of which 'b' is the nearest"):
+    with pytest.raises(ValueError, match="which 'b' is the nearest; give all .*--where=label=NA"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["bb"], key="x.png")]))
     with pytest.raises(ValueError, match="has no record"):
         list(evaluator.run(model, []))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import itertools
 import pathlib
 import shutil
@@ -25,9 +26,9 @@ from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.config import Config, checks
 from coca_jax.config.section import dotted, plain
-from coca_jax.data import kinds, sources
+from coca_jax.data import files, kinds, sources
 from coca_jax.evaluators import declarations
-from coca_jax.importers import own_data
+from coca_jax.importers import indexes, own_data
 from coca_jax.training import lease, setup
 from coca_jax.training import run as training
 
@@ -59,7 +60,7 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
     for variant in table.variants:
         places = (folder / variant.name / f"seed{seed}" for seed in table.seeds)
         if not all((place / outcome.DONE).exists() for place in places):
-            check(variant, minutes)
+            check(variant, minutes, folder)
             undone.append(variant)
     folder.mkdir(parents=True, exist_ok=True)
     with lease.held(out, "--out"):  # whoever else began would throw away what this one times
@@ -88,7 +89,7 @@ def _all_runs(
                 say(f"run {number} of {total}: {variant.name}, seed {seed}")
                 values = dict(seed=seed) | (dict(steps=steps, epochs=0.0) if steps else {})
                 try:
-                    one_run(variant, values, place)
+                    one_run(indexed(variant.config(values), folder), place)
                 except (ValueError, OSError) as error:  # a loss that diverges is a result too
                     failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
                     say(f"{variant.name}, seed {seed}: {error}")
@@ -98,14 +99,26 @@ def _all_runs(
     return failed
 
 
-def check(variant: Variant, minutes: float) -> None:
-    """Raises ValueError or OSError, naming the variant, for a config or data that cannot be."""
+def indexed(config: Config, folder: pathlib.Path) -> Config:
+    """The config whose sources that are not prepared are indexes of them, made now where they are
+    not there: below `folder`/data, one for all variants of the same sources. Raises as
+    `indexes.of_sources`."""
+    paths = [files.absolute(one.path) for one in config.data.sources if indexes.is_needed(one)]
+    if not paths:
+        return config
+    name = hashlib.blake2b("\n".join(paths).encode(), digest_size=4).hexdigest()
+    return indexes.of_sources(config, str(folder / "data" / name))
+
+
+def check(variant: Variant, minutes: float, folder: pathlib.Path) -> None:
+    """Raises ValueError or OSError, naming the variant, for a config or data that cannot be. Data
+    that are not prepared are indexed, see `indexed`."""
     try:
         config = variant.config(dict(steps=1) | _ANY_LENGTH if minutes else None)
         if not (config.steps or config.epochs):
             raise ValueError("give steps or epochs, or --minutes")
         setup.check_config(config)
-        for entry in config.data.sources:
+        for entry in indexed(config, folder).data.sources:
             sources.open_whole(entry)
             kinds.of(entry).configured(entry, config.data)
         declarations.check(config.eval.tasks)
@@ -125,7 +138,8 @@ def _check_steps(variant: Variant, steps: int) -> None:
 
 def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str, str]) -> Table:
     """The table with the data of `--data` in place of its recipes', indexed in `out`/data where
-    they are not prepared. fields: as of `own_data.of_command`. Raises as that."""
+    they are not prepared; evaluations that the table gives stay. fields: as of
+    `own_data.of_command`. Raises as that."""
     if not named and not any(fields.values()):
         return table
     variants = []
@@ -137,6 +151,7 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
             out,
             check=setup.check_devices,
             fields=fields,
+            keep_tasks="eval.tasks" in variant.values,
             main_process=not number,
         )
         own = {"data.sources": config.data.sources, "eval.tasks": config.eval.tasks}
@@ -145,9 +160,9 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
     return dataclasses.replace(table, variants=tuple(variants))
 
 
-def one_run(variant: Variant, values: Mapping[str, Any], place: pathlib.Path) -> None:
+def one_run(config: Config, place: pathlib.Path) -> None:
     """Trains, and notes what came out. Raises as `training.run.train`."""
-    summary = training.train(variant.config(values), str(place))
+    summary = training.train(config, str(place))
     rows = metrics.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
     commit = outcome.commit()
@@ -245,7 +260,7 @@ class Plan:
         say(f"{variant.name}: {PACE} steps, to see how long one takes")
         shutil.rmtree(place, ignore_errors=True)
         values = {"steps": PACE, "eval.tasks": (), "eval.guard": "", "log.every_steps": 1}
-        training.train(variant.config(values | _ANY_LENGTH), str(place))
+        training.train(indexed(variant.config(values | _ANY_LENGTH), place.parent), str(place))
         rows = metrics.read_metrics(place)[2:]
         shutil.rmtree(place, ignore_errors=True)
         return max(1e-9, sum(map(seconds, rows)) / len(rows))

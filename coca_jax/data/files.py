@@ -8,6 +8,7 @@ import fnmatch
 import os
 import posixpath
 import re
+import socket
 import stat
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ SPLITS = {  # what files and folders are called, in any case -> the split that t
     **dict.fromkeys(VALIDATION, "validation"),
 }
 _OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
+_UNREACHED = (ConnectionError, TimeoutError, socket.gaierror)
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
 MAX_TEXT_FILE = 64 << 20  # of a list of names or prompts
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # of a pattern
@@ -192,13 +194,28 @@ def read_image(path: str) -> bytes:
 
 def open_binary(path: str) -> Any:
     """A file to read, seekable. Raises OSError where it cannot be, as of a pipe or a device."""
-    system, plain = filesystem(path)
     if is_remote(path):
-        with unreachable.asking(path):
+        with unreachable.asking(path), _named(path):
+            system, plain = filesystem(path)
             return unreachable.Asked(system.open(plain, "rb"), path)
+    system, plain = filesystem(path)
     if not stat.S_ISREG(os.stat(plain).st_mode):
         raise OSError(f"{path}: not a regular file")
     return system.open(plain, "rb")
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Raises ConnectionError naming the URL where nothing was reached: fsspec takes a refused
+    http:// for a file that is not there, and ftp:// names no address."""
+    try:
+        yield
+    except OSError as error:
+        why = error.__cause__ if isinstance(error, FileNotFoundError) else error
+        refused = why is not error and isinstance(why, OSError)  # by the library of the store
+        if isinstance(why, FileNotFoundError) or not (refused or isinstance(why, _UNREACHED)):
+            raise
+        raise ConnectionError(f"{path} cannot be reached: {why}") from why
 
 
 @contextlib.contextmanager

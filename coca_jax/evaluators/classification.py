@@ -77,7 +77,8 @@ class Tally:
             raise ValueError(
                 f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
                 f"none is among the {len(self._number)} classes of {self.name}, of which "
-                f"{near[0]!r} is the nearest"
+                f"{near[0]!r} is the nearest; give all classes, or keep only records of these with "
+                "--where=label=NAME,NAME"
             )
         return found
 

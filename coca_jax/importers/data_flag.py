@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from coca_jax.data import files, kinds
+from coca_jax.config import Entry
+from coca_jax.data import files, kinds, sources
 from coca_jax.importers import metadata
+
+_LOOKED_AT = 256  # records, for a field that lists questions
+_ASKED = ("questions", "answers")  # keys of an entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +76,64 @@ def kind_of(one: Named, path: str, split: str, fields: Mapping[str, str]) -> str
     return "caption" if "text_field" in fields else "label"
 
 
+def entries_of(
+    one: Named, path: str, split: str, kind: str, recipe: Sequence[Entry]
+) -> list[dict[str, Any]]:
+    """dict(kind, weight) of the source that a flag is, with what else its kind says. Questions are
+    looked for, and chosen by their answers, as in those sources of the recipe whose field a
+    prepared split has: one for each of those, which share the weight.
+
+    Raises ValueError naming a field that lists questions where the recipe has no such source.
+    """
+    if not kinds.KINDS[kind].asks:
+        return [dict(kind=kind, weight=one.weight)]
+    fields = _lists_of_questions(path, split)
+    like = [e for e in recipe if e.kind == kind and e.questions in (fields or [""])]
+    if fields and not like:
+        there = f"{{'path': {one.path!r}, 'kind': {kind!r}, 'questions': {fields[0]!r}}}"
+        raise ValueError(
+            f"--data={one.path}:{kind}: its records list questions and answers in the field "
+            f"{fields[0]!r}, which the recipe does not name; in place of --data give "
+            f'--config.data.sources="({there},)"'
+        )
+    whole = sum(entry.weight for entry in like)
+    return [
+        dict(
+            kind=kind,
+            weight=one.weight * entry.weight / whole,
+            **{key: value for key in _ASKED if (value := getattr(entry, key))},
+        )
+        for entry in like
+    ] or [dict(kind=kind, weight=one.weight)]
+
+
+def _lists_of_questions(path: str, split: str) -> list[str]:
+    """The fields in which records of a prepared split list {question, answer}."""
+    source = sources.open_whole(Entry(path=path, split=split))
+    found: dict[str, None] = {}
+    for record in source.read_texts(range(min(len(source), _LOOKED_AT))):
+        for name, value in json.loads(record.extra or "{}").items():
+            first = value[0] if isinstance(value, list) and value else None
+            if isinstance(first, dict) and {"question", "answer"} <= first.keys():
+                found[name] = None
+    return list(found)
+
+
 def described(
-    one: Named, path: str, kind: str, train: str, held: str, left: Mapping[str, str]
+    one: Named,
+    path: str,
+    source: Mapping[str, Any],
+    train: str,
+    held: str,
+    left: Mapping[str, str],
 ) -> str:
-    """A line for people: what trains, as what, and what is held out. left: the fields of the
-    records of which texts or labels are taken, and not counted."""
+    """A line for people: what trains, as what, and what is held out. source: of `entries_of`;
+    left: the fields of the records of which texts or labels are taken, and not counted."""
     entries = metadata.read_manifest(path)["splits"]
-    entry, of = entries[train], kinds.KINDS[kind]
+    entry, of, field = entries[train], kinds.KINDS[source["kind"]], source.get("questions")
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
     line += of.counted_as({} if left else entry)
+    line += f" with the questions of their field {field!r}" if field else ""
     for other in () if one.kind or left else kinds.KINDS.values():
         if other.counted and other is not of and entry[f"with_{other.wanted}"]:
             line += f"; --data={one.path}:{other.name} trains on its {other.name}s"

@@ -37,6 +37,7 @@ def apply(
     workdir: str,
     *,
     fields: Mapping[str, str] | None = None,
+    keep_tasks: bool = False,
     main_process: bool = True,
 ) -> Config:
     """The config with the named data in place of its sources, and evaluations on what is held out
@@ -45,6 +46,7 @@ def apply(
     Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
     workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
     fields: text_field, label_field and image_field, where the data call them otherwise.
+    keep_tasks: the evaluations stay those of the config.
 
     Raises ValueError or OSError for data that cannot be used, in one line.
     """
@@ -60,19 +62,23 @@ def apply(
     for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
             place: dict[str, Any] = {"builtin": "scenes"}
-            kind, train, held = one.kind or "caption", "train", "test"
+            entries = [dict(kind=one.kind or "caption", weight=one.weight)]
+            train, held = "train", "test"
         else:
             path = prepared(one.path, out, Options(**named), wait=not main_process)
             train, held = choose_splits(path)
             left = _not_taken(named, path, train)
             place = {"path": path} | left
             kind = data_flag.kind_of(one, path, train, left)
+            entries = data_flag.entries_of(one, path, train, kind, config.data.sources)
             if main_process:
-                print(data_flag.described(one, path, kind, train, held, left), file=sys.stderr)
-        sources.append(dict(place, split=train, kind=kind, weight=one.weight))
+                line = data_flag.described(one, path, entries[0], train, held, left)
+                print(line, file=sys.stderr)
+        sources += [dict(place, split=train, **entry) for entry in entries]
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
-            tasks += evaluations(config, dict(place, split=held, kind=kind), f"{name}_{held}")
+            of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
+            tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
     if len(sources) > config.batch_size:
         rows = config.batch_size
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
@@ -82,9 +88,8 @@ def apply(
         _tell_shares(weights, shares)
     for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
-    return config.change(
-        {"data.sources": tuple(sources), "eval.tasks": tuple(kept or tasks)},
-    )
+    told = config.eval.tasks if keep_tasks else kept or tasks
+    return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
 
 
 def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
@@ -132,6 +137,7 @@ def of_command(
     *,
     check: Callable[[Config], object],
     fields: Mapping[str, str] | None = None,
+    keep_tasks: bool = False,
     main_process: bool = True,
 ) -> Config:
     """`apply` for the texts of a `--data` flag, which may be none. Raises as it does, and before
@@ -143,7 +149,8 @@ def of_command(
         return config
     places = tuple(dict(path=data_flag.parse(text).path) for text in texts)
     check(config.change({"data.sources": places}))
-    return apply(config, texts, workdir, fields=fields, main_process=main_process)
+    how: dict[str, Any] = dict(fields=fields, keep_tasks=keep_tasks, main_process=main_process)
+    return apply(config, texts, workdir, **how)
 
 
 def is_prepared(path: str) -> bool:

@@ -118,6 +118,7 @@ class Encoders:
         ]
         return joined(parts, (self.config.model.embed_dim,))
 
+    @text_arrays.telling_cuts()
     def encode_text(
         self, texts: str | Sequence[str], *, labels: bool = False, progress: bool = False
     ) -> np.ndarray:
@@ -127,6 +128,7 @@ class Encoders:
         sees its label symbol before them. Raises ValueError for what is not text.
         """
         texts = text_arrays.listed(texts)
+        text_arrays.check(texts)
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):
@@ -161,10 +163,12 @@ class Encoders:
         """The inverse of the temperature, which cosine similarities are multiplied by as logits."""
         return float(np.exp(np.asarray(roles.log_scale(self.params))))
 
+    @text_arrays.telling_cuts()
     def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
+    @text_arrays.telling_cuts()
     def zero_shot(
         self,
         images: Any,
@@ -177,18 +181,20 @@ class Encoders:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
 
         A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
-        hold '{}' once, and one may stand alone; default: the three of `data.prompts.PHOTO`. The
-        probabilities use the model's temperature. Raises ValueError for a prompt without '{}' or
-        no class.
+        hold '{}' once, and one may stand alone, or the name of a set in `data.prompts.SETS`;
+        default: 'photo'. The probabilities use the model's temperature. Raises ValueError for a
+        prompt without '{}', no class, or a name that is no text.
         templates: the old name of prompts.
         """
         prompts = renamed.one_of(prompts, "prompts", templates, "templates")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if isinstance(prompts, str):  # no file: `serve` hands on what strangers write
+            prompts = prompt_sets.SETS.get(prompts, (prompts,))
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
         if not len(class_names):
             raise ValueError("class_names is empty; give the names to choose among")
+        text_arrays.check(class_names, "class_names")
         texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
         embeddings = self.encode_text(texts, labels=True)
         mean = embeddings.reshape(len(class_names), len(prompts), -1).mean(1)
@@ -199,6 +205,7 @@ class Encoders:
 
     # -- the task head --------------------------------------------------------------------------
 
+    @text_arrays.telling_cuts()
     def classify(
         self, images: Any, texts: str | Sequence[str] | None = None, *, progress: bool = False
     ) -> np.ndarray:
@@ -258,6 +265,7 @@ class Encoders:
         """
         return self._reader.preprocess(image, num_frames)
 
+    @text_arrays.telling_cuts()
     def tokenize(
         self, texts: str | Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:

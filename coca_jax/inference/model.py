@@ -251,6 +251,7 @@ class CoCaModel(Scores):
         with self._devices.context():
             return decoding.pack(self._spec, self.params, self._decoding.result()[1])
 
+    @text_arrays.telling_cuts()
     def answer(
         self, images: Any, questions: str | Sequence[str], *, progress: bool = False, **how: Any
     ) -> list[str]:
@@ -266,6 +267,7 @@ class CoCaModel(Scores):
         for question in questions:
             ids = self.vocabulary.encode_question(question, self.max_len)
             whole = len(ids) > len(self.vocabulary.encode(question))
+            text_arrays.note_cuts(not whole, 1, self.max_len)
             prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
         written = self.caption(images, prompts, progress=progress, **how)
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
@@ -276,6 +278,7 @@ class CoCaModel(Scores):
         """Whether `explain` is for this model: its images are of one shape."""
         return self.resize != "native"
 
+    @text_arrays.telling_cuts()
     def explain(
         self, images: Any, texts: str | Caption | Sequence[str | Caption], *, progress: bool = False
     ) -> list[Explanation]:

@@ -119,7 +119,8 @@ _ELSEWHERE = object()  # in place of an image that another process decodes
 
 def as_list(images: Any, clips: bool = False) -> Sequence:
     """Images as a sequence: one path, PIL image, encoded image, open file or array [h, w(, c)]
-    becomes a list of one, a folder the images in it and below; arrays [N, h, w, c] and lists stay.
+    becomes a list of one, a folder the images in it and below, an iterator a list of what it gives;
+    arrays [N, h, w, c] and lists stay.
 
     Raises ValueError for anything else, FileNotFoundError for a path that does not exist.
 
@@ -137,6 +138,8 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
             raise ValueError(f"image array of shape {images.shape}; give [h, w, 3] or [N, h, w, 3]")
         array = np.asarray(images)
         return cast(Sequence, array) if images.ndim == 4 + clips else [array]
+    if isinstance(images, Iterator):
+        return list(images)
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")
     return images

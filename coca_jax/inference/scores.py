@@ -20,6 +20,7 @@ from coca_jax.inference.encoders import Encoders, joined
 class Scores(Encoders):
     """Adds log probabilities of texts to the encoders; see `model.CoCaModel`."""
 
+    @text_arrays.telling_cuts()
     def caption_log_likelihood(
         self, images: Any, texts: str | Sequence[str], *, progress: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -30,6 +31,7 @@ class Scores(Encoders):
         are as many texts as images.
         """
         texts = text_arrays.listed(texts)
+        text_arrays.check(texts)
         sums, counts = [], []
         done = 0
         for pixels in self._reader.batches(images, progress):
@@ -44,6 +46,7 @@ class Scores(Encoders):
             raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
         return joined(sums, ()), joined(counts, ()).astype(np.int32)
 
+    @text_arrays.telling_cuts()
     def score(
         self,
         images: Any,
@@ -59,7 +62,9 @@ class Scores(Encoders):
         the text's number of predicted tokens. labels: as in `encode_text`. Image and text are each
         encoded once.
         """
-        tokens, valid = self._tokenize(text_arrays.listed(texts), labels)
+        texts = text_arrays.listed(texts)
+        text_arrays.check(texts)
+        tokens, valid = self._tokenize(texts, labels)
         states = self._text_states(tokens, valid)
         rows = []
         for pixels in self._reader.batches(images, progress):

@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
+
+# (texts that were cut, texts in all, max_len) of each batch of the call that is going on.
+_cuts: contextvars.ContextVar[list[tuple[int, int, int]] | None] = contextvars.ContextVar(
+    "cuts", default=None
+)
+
+
+@contextlib.contextmanager
+def telling_cuts() -> Iterator[None]:
+    """Warns, once and at the end, where texts were cut within; of calls within a call the outermost
+    warns. To stand over a method."""
+    if _cuts.get() is not None:
+        yield
+        return
+    found: list[tuple[int, int, int]] = []
+    before = _cuts.set(found)
+    try:
+        yield
+    finally:
+        _cuts.reset(before)
+    cut, count = (sum(one[place] for one in found) for place in (0, 1))
+    if cut:
+        warnings.warn(
+            f"{cut} of {count} texts are cut: they have more tokens than "
+            f"model.text.max_len={found[0][2]} leaves room for",
+            stacklevel=4,  # whoever called the method
+        )
+
+
+def note_cuts(cut: int, count: int, max_len: int) -> None:
+    """Tells the call that is going on how many of `count` texts were cut."""
+    if (found := _cuts.get()) is not None:
+        found.append((cut, count, max_len))
+
+
+def check(texts: Sequence[str], name: str = "texts") -> None:
+    """Raises ValueError naming the first that is no text, or that no file can hold."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{number}]={text!r}: give a str")
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name}[{number}]={text!r} holds half of a character (a surrogate); leave it out"
+            ) from None
 
 
 def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
@@ -30,7 +79,14 @@ def tokenize(
     """Tokens and validity [N, L], L the smallest multiple of 16 that leaves a place of padding
     (open_clip's shifted mask reads it) or max_len. labels: with the symbol before label texts."""
     marks = [True] * len(texts) if labels else None
-    return trimmed(*vocabulary.encode_batch(texts, max_len, marks))
+    tokens, valid = vocabulary.encode_batch(texts, max_len, marks)
+    full = np.flatnonzero(
+        (tokens[:, -2:] != vocabulary.pad_id).any(1)
+    )  # these may fit to the last token
+    ids = vocabulary.encode_many([texts[int(row)] for row in full])
+    room = max_len - (3 if labels else 2)
+    note_cuts(sum(len(one) > room for one in ids), len(texts), max_len)
+    return trimmed(tokens, valid)
 
 
 def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +112,9 @@ def questions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [N, L] of questions, L a multiple of 16 or max_len, and their lengths [N]."""
     ids = [vocabulary.encode_question(text, max_len) for text in texts]
+    most = max(map(len, ids), default=0)
+    full = [text for text, row in zip(texts, ids) if len(row) == most]
+    note_cuts(sum(len(row) >= most for row in vocabulary.encode_many(full)), len(texts), max_len)
     lengths = np.array([len(row) for row in ids], np.int32)
     length = min(-(-int(lengths.max()) // 16) * 16, max_len)
     tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)

@@ -52,11 +52,22 @@ def _cell(shown: Metric, found: Mapping[str, Any] | None) -> dict[str, str]:
     if found is None or found["mean"] is None:
         return dict(value="", interval="")
     interval = ""
-    if found["low"] is not None:
-        factor = numbers.factor(shown)
-        low, high = factor * found["low"], factor * found["high"]
-        interval = f"({low:.4g} to {high:.4g})"
+    low, high = limits(shown, found)
+    if low is not None and high is not None:
+        form = ".4g" if shown.scale is Scale.PLAIN else ".1f"
+        interval = f"({low:{form}} to {high:{form}})"
     return dict(value=numbers.score(shown, found["mean"]), interval=interval)
+
+
+def limits(shown: Metric, found: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The interval of a metric as it is shown, (None, None) without one. Student's does not know
+    that a share lies between 0 and 100%, and is cut there."""
+    low, high, factor = found["low"], found["high"], numbers.factor(shown)
+    if low is None or high is None:
+        return None, None
+    if shown.scale is Scale.PERCENT and 0 <= found["mean"] <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return factor * low, factor * high
 
 
 def write(found: Mapping[str, Any], shown: Sequence[str], path: pathlib.Path) -> None:
@@ -70,12 +81,7 @@ def write(found: Mapping[str, Any], shown: Sequence[str], path: pathlib.Path) ->
             charts.Spread(
                 variant,
                 [factor * value for value in one["metrics"][name]["values"].values()],
-                *(
-                    None
-                    if one["metrics"][name][key] is None
-                    else factor * one["metrics"][name][key]
-                    for key in ("low", "high")
-                ),
+                *limits(about, one["metrics"][name]),
             )
             for variant, one in found["variants"].items()
             if one["metrics"].get(name, {}).get("values")

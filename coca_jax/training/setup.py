@@ -79,13 +79,20 @@ def _goes_on(workdir: str) -> bool:
         return False
 
 
+def check_start(config: Config, workdir: str) -> None:
+    """Raises ValueError or FileNotFoundError for weights that a new run cannot start from, before
+    any data are read."""
+    if config.init_from and not _goes_on(workdir):
+        warm_start.check_weights(config.init_from)
+        warm_start.check_model(config)
+
+
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
     out_folder.check_run(workdir)
     checkpoint_places.check_writable(workdir)
-    if config.init_from and not _goes_on(workdir):
-        warm_start.check_weights(config.init_from)
+    check_start(config, workdir)
     check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
