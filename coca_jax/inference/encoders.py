@@ -128,7 +128,6 @@ class Encoders:
         sees its label symbol before them. Raises ValueError for what is not text.
         """
         texts = text_arrays.listed(texts)
-        text_arrays.check(texts)
         parts = []
         with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):

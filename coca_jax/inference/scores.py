@@ -31,7 +31,6 @@ class Scores(Encoders):
         are as many texts as images.
         """
         texts = text_arrays.listed(texts)
-        text_arrays.check(texts)
         sums, counts = [], []
         done = 0
         for pixels in self._reader.batches(images, progress):
@@ -63,7 +62,6 @@ class Scores(Encoders):
         encoded once.
         """
         texts = text_arrays.listed(texts)
-        text_arrays.check(texts)
         tokens, valid = self._tokenize(texts, labels)
         states = self._text_states(tokens, valid)
         rows = []

@@ -48,13 +48,13 @@ def note_cuts(cut: int, count: int, max_len: int) -> None:
         found.append((cut, count, max_len))
 
 
-def check(texts: Sequence[str], name: str = "texts") -> None:
-    """Raises ValueError naming the first that is no text, or that no file can hold."""
+def check(texts: Sequence[Any], name: str = "texts", kinds: tuple[type, ...] = (str,)) -> None:
+    """Raises ValueError naming the first that is none of the `kinds`, or that no file can hold."""
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
+        if not isinstance(text, kinds):
             raise ValueError(f"{name}[{number}]={text!r}: give a str")
         try:
-            text.isascii() or text.encode()
+            isinstance(text, str) and (text.isascii() or text.encode())
         except UnicodeEncodeError:
             raise ValueError(
                 f"{name}[{number}]={text!r} holds half of a character (a surrogate); leave it out"
@@ -62,14 +62,9 @@ def check(texts: Sequence[str], name: str = "texts") -> None:
 
 
 def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
-    """Texts as a list; one alone counts as a list of one. Raises ValueError for what is of none of
-    the `kinds`."""
-    if isinstance(texts, kinds):
-        return [texts]
-    texts = list(texts)
-    for number, text in enumerate(texts):
-        if not isinstance(text, kinds):
-            raise ValueError(f"texts[{number}]={text!r}: give a str")
+    """Texts as a list; one alone counts as a list of one. Raises ValueError as `check`."""
+    texts = [texts] if isinstance(texts, kinds) else list(texts)
+    check(texts, kinds=kinds)
     return texts
 
 
@@ -80,9 +75,7 @@ def tokenize(
     (open_clip's shifted mask reads it) or max_len. labels: with the symbol before label texts."""
     marks = [True] * len(texts) if labels else None
     tokens, valid = vocabulary.encode_batch(texts, max_len, marks)
-    full = np.flatnonzero(
-        (tokens[:, -2:] != vocabulary.pad_id).any(1)
-    )  # these may fit to the last token
+    full = np.flatnonzero((tokens[:, -2:] != vocabulary.pad_id).any(1))  # or fit to the last token
     ids = vocabulary.encode_many([texts[int(row)] for row in full])
     room = max_len - (3 if labels else 2)
     note_cuts(sum(len(one) > room for one in ids), len(texts), max_len)
