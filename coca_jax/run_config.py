@@ -216,8 +216,9 @@ def check_data(
     `workdir` began with, whose config.json holds `old`. Runs from before that was kept pass."""
     for number, (before, now) in enumerate(zip(old.get("data_told", ()), data_told)):
         if before and now and before != now:
-            there, here = (f"{x['examples']} examples (sha256 {x['sha256'][:12]})"
-                           for x in (before, now))  # fmt: skip
+            there, here = (
+                f"{one['examples']} examples (sha256 {one['sha256'][:12]})" for one in (before, now)
+            )
             raise ValueError(
                 f"data.sources[{number}], {config.data.sources[number].path}, was prepared anew "
                 f"since the run of {workdir} began: {there} then, {here} now; put the data of then "
