@@ -237,12 +237,12 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
 def test_what_is_advised_where_memory_ends_is_a_run_that_can_be(changes, advice):
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     config = typed(tiny_run()).change({"text_lengths": (8,)} | changes)
-    run_config.check_batch(config, 1, 1)
+    run_config.check_batch(config, 1)
     told = run.less_memory(config, mesh)
     assert told.startswith(advice) and told.endswith("or a smaller batch_size")
     given = re.findall(r"accumulate_steps=(\d+)", told)
     for number in map(int, given):
-        run_config.check_batch(config.change({"accumulate_steps": number}), 1, 1)
+        run_config.check_batch(config.change({"accumulate_steps": number}), 1)
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
