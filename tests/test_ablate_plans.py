@@ -10,7 +10,9 @@ from test_ablate import TABLE, quietly, written
 
 from coca_jax import metrics, recipes, sealed_json
 from coca_jax.ablating import outcome, running, table
+from coca_jax.config import typed
 from coca_jax.data import sources
+from coca_jax.importers import indexes
 from coca_jax.report import ablation
 from coca_jax.training import run as training
 
@@ -153,3 +155,28 @@ def test_folders_that_train_reads_in_place_are_indexed_once_for_all_runs(
     for name, labels in dict(both="cat dog", again="cat dog", other="ant bee").items():
         assert [saw[f"{name}/seed{seed}"][0] for seed in (0, 3)] == [labels.split()] * 2
     assert capsys.readouterr().err.count("making an index") == 2
+
+
+def test_variants_of_other_images_read_other_images(tmp_path):
+    """Of one list with two columns of images: what one variant reads is not what the other does."""
+    for number in range(4):
+        Image.new("RGB", (24, 24), (60 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    rows = [f"{n}.png,{3 - n}.png,no. {n}\n" for n in range(4)]
+    (tmp_path / "list.csv").write_text("one,two,text\n" + "".join(rows))
+
+    def images(field, folder):
+        entry = dict(path=str(tmp_path / "list.csv"), kind="caption", image_field=field)
+        config = typed(recipes.load("tiny")).change({"data.sources": (entry,)})
+        (source,) = running.indexed(config, folder).data.sources
+        return [record.image for record in sources.open_whole(source).read([0, 1, 2, 3])]
+
+    kept = [(tmp_path / f"{n}.png").read_bytes() for n in range(4)]
+    assert images("one", tmp_path / "out") == kept
+    assert images("two", tmp_path / "out") == images("two", tmp_path / "new") == kept[::-1]
+    # A run's own workdir has one index of a path.
+    entry = dict(path=str(tmp_path / "list.csv"), kind="caption", image_field="one")
+    config = typed(recipes.load("tiny")).change({"data.sources": (entry,)})
+    assert indexes.of_sources(config, str(tmp_path / "run")).data.sources[0].image_field == ""
+    other = config.change({"data.sources": (entry | dict(image_field="two"),)})
+    with pytest.raises(ValueError, match="is of image_field='one', not 'two'; use a new --workdir"):
+        indexes.of_sources(other, str(tmp_path / "run"))

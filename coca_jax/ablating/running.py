@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import hashlib
 import itertools
+import json
 import pathlib
 import shutil
 import textwrap
@@ -101,12 +102,13 @@ def _all_runs(
 
 def indexed(config: Config, folder: pathlib.Path) -> Config:
     """The config whose sources that are not prepared are indexes of them, made now where they are
-    not there: below `folder`/data, one for all variants of the same sources. Raises as
+    not there: below `folder`/data, one for all variants that read the same. Raises as
     `indexes.of_sources`."""
-    paths = [files.absolute(one.path) for one in config.data.sources if indexes.is_needed(one)]
-    if not paths:
+    read = [indexes.reading(one) for one in config.data.sources if indexes.is_needed(one)]
+    if not read:
         return config
-    name = hashlib.blake2b("\n".join(paths).encode(), digest_size=4).hexdigest()
+    told = json.dumps([[files.absolute(path), *how] for path, *how in read])
+    name = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
     return indexes.of_sources(config, str(folder / "data" / name))
 
 

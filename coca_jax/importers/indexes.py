@@ -47,8 +47,7 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     sources = list(config.data.sources)
     numbers = [number for number, entry in enumerate(sources) if is_needed(entry)]
     needed = [sources[number] for number in numbers]
-    read = [(e.path, e.split or "train", *_fields(e).values()) for e in needed]
-    outs = places(workdir, read)
+    outs = places(workdir, [reading(entry) for entry in needed])
     for number, out in zip(numbers, outs):
         entry = sources[number]
         split = entry.split or "train"
@@ -64,6 +63,11 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def reading(entry: Entry) -> tuple[str, ...]:
+    """What decides what is read of data which are not prepared: path, split and fields."""
+    return entry.path, entry.split or "train", *_fields(entry).values()
 
 
 def places(workdir: str, read: Sequence[tuple[str, ...]]) -> list[str]:
@@ -158,8 +162,15 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
 
 def of_index(entry: Entry, out: str, split: str) -> Entry:
     """The entry that reads the index of its data in `out`, whose texts and labels are those of its
-    fields already, but for fields that the index was not made by."""
+    fields already, but for fields that the index was not made by. Raises ValueError where that was
+    made by another field of the images, of which its records have one alone."""
     made_by = metadata.request(out, split).get("options", {})
+    image = made_by.get("image_field", "")
+    if made_by and image != entry.image_field:
+        raise ValueError(
+            f"data source {entry.path}: its index in {out} is of image_field={image!r}, not "
+            f"{entry.image_field!r}; use a new --workdir, or remove that index"
+        )
     taken = (key for key in _fields(entry) if made_by.get(key, "") == getattr(entry, key))
     changes: dict[str, Any] = dict.fromkeys(taken, "")
     return dataclasses.replace(entry, path=out, **changes)
