@@ -283,21 +283,18 @@ def _of_number(text: str) -> str:
 
 
 def _check_one_checkpoint() -> None:
-    """Raises ValueError where --checkpoint stands there several times."""
-    if "checkpoint" not in flags.FLAGS or (flag := flags.FLAGS["checkpoint"]).present < 2:
-        return
-    fix = "separate them by commas" if flag.flag_type().startswith("comma") else "give one"
-    raise ValueError(
-        f"--checkpoint stands there {flag.present} times, of which the last would count; {fix}"
-    )
+    """`check_once` for --checkpoint, where the command has it."""
+    if "checkpoint" in flags.FLAGS:
+        commas = flags.FLAGS["checkpoint"].flag_type().startswith("comma")
+        check_once("checkpoint", "separate them by commas" if commas else "give one")
 
 
-def check_one_input(several: str) -> None:
-    """Raises ValueError where --input stands there several times, of which the last would count.
-    several: how to give more than one of them, for the text."""
-    if flags.FLAGS["input"].present > 1:
+def check_once(name: str, fix: str) -> None:
+    """Raises ValueError where a flag stands there several times, of which the last would count.
+    fix: how to give one, or more than one, for the text."""
+    if (times := flags.FLAGS[name].present) > 1:
         raise ValueError(
-            f"--input stands there several times, of which the last would count; {several}"
+            f"--{name} stands there {times} times, of which the last would count; {fix}"
         )
 
 

@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if argv[1:] == ["vocabulary"]:
         if not flags.FLAGS.input or not flags.FLAGS.out:
             raise ValueError("prepare vocabulary needs --input and --out")
-        cli.check_one_input("separate them by commas, as --input=data/a,data/b")
+        cli.check_once("input", "separate them by commas, as --input=data/a,data/b")
         paths = flags.FLAGS.input.split(",")
         return train_vocabulary(
             paths,
@@ -258,8 +258,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
-    cli.check_one_input(
-        "put a pattern in quotes, as --input='laion/{00000..00999}.tar', or give a folder"
+    cli.check_once(
+        "input", "put a pattern in quotes, as --input='laion/{00000..00999}.tar', or give a folder"
     )
     return _import()
 

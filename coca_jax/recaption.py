@@ -69,8 +69,8 @@ def _request() -> Request:
     for name in ("checkpoint", "input", "out"):
         if not args[name].value:
             raise ValueError(f"--{name} is missing; `coca-jax recaption --help` shows examples")
-    cli.check_one_input(
-        "put a pattern in quotes, as --input='tars/{000..099}.tar', or give a folder"
+    cli.check_once(
+        "input", "put a pattern in quotes, as --input='tars/{000..099}.tar', or give a folder"
     )
     format = args.format
     if not format:

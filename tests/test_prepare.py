@@ -358,7 +358,7 @@ def test_flags_that_cannot_be_are_a_line(call, tmp_path):
         for twice in (["--input=a", "--input=b"], ["--input", "a", "--input", "b"]):
             command.flags.FLAGS.unparse_flags()
             command.flags.FLAGS(["prepare", f"--out={tmp_path / 'out'}", *twice])
-            with pytest.raises(ValueError, match=f"--input stands there several times.*; {fix}"):
+            with pytest.raises(ValueError, match=f"--input stands there 2 times.*; {fix}"):
                 command.main(["prepare", *uses])
     recipe = tiny_config()
     recipe.data.sources = (dict(builtin="scenes"),)

@@ -200,7 +200,7 @@ def test_an_input_that_stands_there_twice_is_refused(monkeypatch):
     for given in (["--input=a", "--input=b"], ["--input", "a", "--input", "b"]):
         recaption.flags.FLAGS.unparse_flags()
         recaption.flags.FLAGS(["recaption", "--checkpoint=c", "--out=o", *given])
-        with pytest.raises(ValueError, match="--input stands there several times, of which the"):
+        with pytest.raises(ValueError, match="--input stands there 2 times, of which the"):
             recaption.main(["recaption"])
 
 
