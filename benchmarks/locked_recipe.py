@@ -34,7 +34,8 @@ def get_config(given: str) -> ConfigDict:
 
     config.data.sources = tuple(few(entry) for entry in config.data.sources)
     config.eval.tasks = tuple(
-        dict(task) | {name: few(task[name]) for name in ("data", "candidates")}
+        dict(task)
+        | {name: few(task[name]) for name in ("data", "candidates", "querybank") if name in task}
         for task in config.eval.tasks
         if kind != "contrastive" or task["kind"] == "retrieval"
     )

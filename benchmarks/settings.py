@@ -104,7 +104,8 @@ def config_of(data: str, folder: str, steps: int, seed: int) -> Config:
     sources = tuple(moved(entry.to_dict()) for entry in config.data.sources)
     tasks = []
     for task in config.eval.tasks:
-        parts = {key: moved(dict(task[key])) for key in ("data", "candidates") if key in task}
+        named = [key for key in ("data", "candidates", "querybank") if key in task]
+        parts = {key: moved(dict(task[key])) for key in named}
         tasks.append(dict(task) | parts)
     warmup = min(config.optimizer.warmup_steps, max(steps // 10, 0))
     return config.change(

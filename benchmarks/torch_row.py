@@ -202,8 +202,9 @@ class Run:
                 ]
                 if not lacking:
                     setting = Setting(batch_size=128, workdir=workdir, request={"row": workdir})
-                    task = {key: value for key, value in task.items() if key != "rerank"}
-                    scores |= run_task(predictor, task, setting)  # embeddings are compared
+                    more = ("rerank", "querybank")  # embeddings are compared
+                    task = {key: value for key, value in task.items() if key not in more}
+                    scores |= run_task(predictor, task, setting)
         return scores
 
 

@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.data.resize = "trim"  # vendors leave more or less room around the same thing
     unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
     task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)
-    config.eval.tasks = (dict(task, kind="retrieval", rerank=20), dict(task, kind="captioning"))
+    retrieval = dict(task, kind="retrieval", rerank=20, querybank=names)
+    config.eval.tasks = (retrieval, dict(task, kind="captioning"))
     config.checkpoint.every_steps = 300
     return config

@@ -289,6 +289,7 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
     "given, says",
     [
         (dict(tasks="zeroshot", rerank=20), "--rerank=20: it is of retrieval, and the tasks are z"),
+        (dict(tasks="zeroshot", querybank="a"), "--querybank=a: it is of retrieval, and the tasks"),
         (dict(tasks="zeroshot", num_beams=4), "--num_beams=4: it is of captioning, and the tasks"),
         (dict(tasks="knn", questions="q"), "=q: it is of classification and answers, and the task"),
         (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zeros"),
@@ -306,10 +307,13 @@ def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkey
     assert "\n" not in str(error.value)
 
 
-def test_flags_of_one_of_several_tasks_are_read(ask):
-    ask(data="scenes", tasks="zeroshot,retrieval", rerank=3, prompts="bare")
+def test_flags_of_one_of_several_tasks_are_read(ask, tmp_path):
+    captioned(tmp_path, 2)
+    bank = str(tmp_path)
+    ask(data="scenes", tasks="zeroshot,retrieval", rerank=3, prompts="bare", querybank=bank)
     zeroshot, retrieval = evaluate.tasks_of_flags()
     assert (zeroshot["prompts"], retrieval["rerank"]) == ("bare", 3)
+    assert retrieval["querybank"] == dict(path=bank)
 
 
 def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, monkeypatch):

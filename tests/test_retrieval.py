@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax.evaluators import declarations, rerank, retrieval, zeroshot
+from coca_jax.evaluators import declarations, guessing, rerank, retrieval, zeroshot
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
 
@@ -105,13 +105,13 @@ def test_a_guesser_has_the_recall_that_random_embeddings_have():
         got = dict(evaluator.run(Fake(unit(rng, 32, 12), table.__getitem__), records))
         for metric in ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1"):
             sums[metric] = sums.get(metric, 0) + got[f"retrieval/toy/{metric}"] / draws
-    found = retrieval.guessed(records)
+    found = guessing.guessed(records)
     for metric, mean in sums.items():
         assert found[metric] == pytest.approx(mean, abs=0.03), metric
     # Of 37 captions 24 are of 8 pictures, 9 of 9 and 4 of one.
     assert found["text_to_image_r1"] == pytest.approx((24 * 8 + 9 * 9 + 4) / 37 / 32)
     assert found["image_to_text_r10"] == 1  # eight different captions in all
-    more = retrieval.guessed(records, ["nobody", "shade 0"])
+    more = guessing.guessed(records, ["nobody", "shade 0"])
     assert more["image_to_text_r1"] == pytest.approx(found["image_to_text_r1"] * 8 / 9)
 
 

@@ -320,6 +320,18 @@ def called(task: Mapping[str, Any]) -> str:
     return f"eval.tasks, {task['kind']} of {task.get('name')}"
 
 
+def check_apart(task: Mapping[str, Any], other: Mapping[str, Any], use: str) -> None:
+    """Raises ValueError where a task's other data are those that it scores. use: what they are."""
+    given, test = (Entry.of(dict(dict(split="test"), **data)) for data in (other, task["data"]))
+    if test.path and not unprepared.splits(test):  # then all is read, whatever it is called
+        given = dataclasses.replace(given, split=test.split)
+    if given == dataclasses.replace(test, kind=given.kind):
+        raise ValueError(
+            f"{called(task)}: {test.path or test.tfds or test.builtin} would be {use} and scored: "
+            "give another split, or folders `train` and `test`"
+        )
+
+
 def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
     """Raises ValueError for a key that tasks of this kind do not have, with the nearest one, a
     value that cannot be, or a key that is needed and not there."""

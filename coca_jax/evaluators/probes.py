@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from coca_jax.config import Entry
 from coca_jax.evaluators import Record, check_finite, class_names, in_batches, stack_images
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import (
@@ -20,10 +18,9 @@ from coca_jax.evaluators.declarations import (
     Metric,
     Scale,
     Setting,
-    called,
+    check_apart,
 )
 from coca_jax.evaluators.records import Records
-from coca_jax.importers import unprepared
 
 Encode = Callable[[Any], np.ndarray]
 
@@ -93,17 +90,7 @@ class Probe(Evaluator):
     @classmethod
     def check_data(cls, task: Mapping[str, Any]) -> None:
         """Refuses to learn from what is scored."""
-        train, test = (
-            Entry.of(dict(dict(split="test"), **data))
-            for data in (cls.train_data(task), task["data"])
-        )
-        if test.path and not unprepared.splits(test):  # then all is read, whatever it is called
-            train = dataclasses.replace(train, split=test.split)
-        if train == dataclasses.replace(test, kind=train.kind):
-            raise ValueError(
-                f"{called(task)}: {test.path or test.tfds or test.builtin} would be learned from "
-                "and scored: give another split, or folders `train` and `test`"
-            )
+        check_apart(task, cls.train_data(task), "learned from")
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Probe:

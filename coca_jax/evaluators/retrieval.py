@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -17,20 +16,29 @@ from coca_jax.evaluators import (
     check_finite,
     encode_texts,
     in_batches,
+    querybank,
     record_texts,
     rerank,
     stack_images,
 )
-from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting
+from coca_jax.evaluators.declarations import (
+    DATA,
+    Evaluator,
+    Flag,
+    Metric,
+    Scale,
+    Setting,
+    check_apart,
+)
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
-from coca_jax.evaluators.records import candidates
+from coca_jax.evaluators.records import Records, candidates
 from coca_jax.evaluators.results import encode_png, picture
 
-_CUTOFFS = (1, 5, 10)
+CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 _METRICS = (
-    {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in _CUTOFFS}
+    {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in CUTOFFS}
     | {"mean_recall": Metric("Mean recall")}
     | {
         f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)
@@ -40,39 +48,10 @@ _METRICS = (
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
 
 
-def _digest(image: Any) -> bytes:
+def content_digest(image: Any) -> bytes:
     """Tells images by content: encoded bytes, or an array."""
     data = image.tobytes() if isinstance(image, np.ndarray) else bytes(image)
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def guessed(records: Iterable[Record], extra_texts: Sequence[str] = ()) -> dict[str, float]:
-    """What `Retrieval` gives a guesser as a rule: {'image_to_text_r1': ...}, at each cut-off.
-
-    Of N candidates with m right ones that is 1 - C(N - m, k) / C(N, k), a mean over the queries.
-    Raises ValueError for a record without a text.
-    """
-    texts_of: dict[bytes, set[str]] = {}
-    images_of: dict[str, set[bytes]] = {text: set() for text in extra_texts}
-    shown: list[bytes] = []  # the query of each record
-    written: list[str] = []  # and of each caption
-    for record in records:
-        shown.append(_digest(record["image"]))
-        for text in record_texts(record, "retrieval"):
-            texts_of.setdefault(shown[-1], set()).add(text)
-            images_of.setdefault(text, set()).add(shown[-1])
-            written.append(text)
-    right = dict(
-        image_to_text=(len(images_of), [len(texts_of[image]) for image in shown]),
-        text_to_image=(len(texts_of), [len(images_of[text]) for text in written]),
-    )
-    found = {}
-    for direction, (count, answers) in right.items():
-        for k in _CUTOFFS:
-            first = min(k, count)
-            missed = [math.comb(count - m, first) / math.comb(count, first) for m in answers]
-            found[f"{direction}_r{k}"] = 1 - sum(missed) / len(missed)
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +82,8 @@ class Retrieval(Evaluator):
       extra_texts: candidates that belong to no image, e.g. all names a model might know.
       rerank: the first so many candidates of each query are ordered anew by similarity and
         captioner together (rerank.py), and scored beside; 0: none.
+      bank: records whose images and texts are the queries of a querybank (querybank.py), by which
+        similarities are normalised, and scored beside; None: no such scores.
       batch_size: images or texts at a time.
       chunk: side of a tile of the similarity matrix.
       num_examples: queries of each direction kept for the report.
@@ -115,11 +96,15 @@ class Retrieval(Evaluator):
 
     kind, order, title, usual = "retrieval", 30, "Retrieval", True
     needs, programs = "caption", ("encode_image", "encode_text")
-    flags = (Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),)
-    options = dict(rerank=rules.whole(0, 1 << 30, "candidates to order anew"))
+    flags = (
+        Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),
+        Flag("querybank", "", "Data, no test, whose split 'train' tells hubs among candidates."),
+    )
+    options = dict(rerank=rules.whole(0, 1 << 30, "candidates to order anew"), querybank=DATA)
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
     metrics = _METRICS | {
-        f"reranked_{name}": dataclasses.replace(metric, title=f"{metric.title}, reranked")
+        f"{how}_{name}": dataclasses.replace(metric, title=f"{metric.title}, {how}")
+        for how in ("normalised", "reranked")
         for name, metric in _METRICS.items()
     }
 
@@ -129,22 +114,43 @@ class Retrieval(Evaluator):
         *,
         extra_texts: Sequence[str] = (),
         rerank: int = 0,
+        bank: Iterable[Record] | None = None,
         batch_size: int = 256,
         chunk: int = 4096,
         num_examples: int = 8,
         progress: bool = False,
     ):
         super().__init__(data_name)
-        self.extra_texts, self.rerank = list(extra_texts), rerank
+        self.extra_texts, self.rerank, self.bank = list(extra_texts), rerank, bank
         self.batch_size, self.chunk, self.num_examples = batch_size, chunk, num_examples
         self.progress = progress
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --rerank."""
+        """Takes --rerank and --querybank."""
         super().from_flags(task, flags)
         if flags.rerank:
             task["rerank"] = flags.rerank
+        if flags.querybank:
+            fields = {k: v for k, v in task["data"].items() if k.endswith("_field")}
+            task["querybank"] = dict(fields, path=flags.querybank)
+
+    @classmethod
+    def bank_data(cls, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The data entry of a task's querybank; {} where it has none."""
+        given = task.get("querybank")
+        return dict(dict(split="train", kind=cls.needs), **given) if given else {}
+
+    @classmethod
+    def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+        bank = cls.bank_data(task)
+        return super().more_data(task) + ([bank] if bank else [])
+
+    @classmethod
+    def check_data(cls, task: Mapping[str, Any]) -> None:
+        """Refuses what is scored as a querybank."""
+        if bank := cls.bank_data(task):
+            check_apart(task, bank, "the querybank")
 
     @classmethod
     def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
@@ -158,13 +164,19 @@ class Retrieval(Evaluator):
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Retrieval:
-        """task: candidates, a data entry whose texts are further candidates; rerank."""
-        extra, rerank = candidates(task), task.get("rerank", 0)
-        return cls(task["name"], extra_texts=extra, rerank=rerank, **setting.common())
+        """task: candidates, a data entry whose texts are further candidates; rerank; querybank, a
+        data entry."""
+        how = dict(setting.common(), extra_texts=candidates(task), rerank=task.get("rerank", 0))
+        data = cls.bank_data(task)
+        bank = Records(data, need=cls.needs) if data else None
+        made = cls(task["name"], bank=bank, **how)
+        made.further = (bank,) if bank else ()
+        return made
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, and their intervals;
-        with `rerank` also reranked_image_to_text_r1 and so on.
+        with `bank` also normalised_image_to_text_r1 and so on, with `rerank` also
+        reranked_image_to_text_r1 and so on.
 
         A record needs `image` and `text`, one caption or several (any of them is right); one
         without raises ValueError. Every record is a query of image-to-text, every caption of every
@@ -176,17 +188,34 @@ class Retrieval(Evaluator):
 
         if self.rerank:
             records = records if isinstance(records, Sized) else list(records)
-        found = self._encode(predict, records)
+        found = self._encode(predict, records, self.extra_texts)
         matches, record_of = found.matches()
         ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
         self.examples = self._examples(found, matches)
         self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
         yield from self._metrics("", ranks, found, matches, record_of)
+        if self.bank is not None:
+            without_hubs = self._normalised(predict, found, matches)
+            yield from self._metrics("normalised_", without_hubs, found, matches, record_of)
         if self.rerank:
             ranks = self._reranked(predict, records, found, matches, ranks)
             yield from self._metrics("reranked_", ranks, found, matches, record_of)
         yield f"{self.name}/num_images", float(len(found.images))
         yield f"{self.name}/num_texts", float(len(found.texts))
+
+    def _normalised(
+        self, predict: Predictor, found: _Encoded, matches: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ranks of each image and each text with the hubs of the bank put back."""
+        from coca_jax.evaluators.ranks import retrieval_ranks
+
+        bank, scale = self._encode(predict, self.bank, title=" querybank"), predict.scale
+        to_text = querybank.normalised(found.images, found.embeddings, bank.images, scale)
+        to_image = querybank.normalised(found.embeddings, found.images, bank.embeddings, scale)
+        return (
+            retrieval_ranks(*to_text, matches, chunk=self.chunk)[0],
+            retrieval_ranks(*to_image[::-1], matches, chunk=self.chunk)[1],
+        )
 
     def _reranked(
         self,
@@ -230,9 +259,15 @@ class Retrieval(Evaluator):
             rerank.reranked(ranks[1], images, of_texts, images_of),
         )
 
-    def _encode(self, predict: Predictor, records: Iterable[Record]) -> _Encoded:
-        """Each different image and text once."""
-        show = self.name if self.progress else ""
+    def _encode(
+        self,
+        predict: Predictor,
+        records: Iterable[Record],
+        extra: Sequence[str] = (),
+        title: str = "",
+    ) -> _Encoded:
+        """Each different image and text once, and texts besides. title: before those of bars."""
+        show = f"{self.name}{title}" if self.progress else ""
         text_numbers: dict[str, int] = {}
         image_numbers: dict[bytes, int] = {}
         image_of: list[int] = []
@@ -244,7 +279,7 @@ class Retrieval(Evaluator):
             for record in batch:
                 texts = record_texts(record, self.name)
                 texts_of.append([text_numbers.setdefault(t, len(text_numbers)) for t in texts])
-                digest = _digest(record["image"])
+                digest = content_digest(record["image"])
                 if digest not in image_numbers:
                     image_numbers[digest] = len(image_numbers)
                     new.append(record)
@@ -255,11 +290,11 @@ class Retrieval(Evaluator):
                 kept.append(picture(record["image"]))
         if not image_of:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
-        for text in self.extra_texts:
+        for text in extra:
             text_numbers.setdefault(text, len(text_numbers))
-        texts, title = list(text_numbers), show and f"{show} texts"
+        texts, named = list(text_numbers), show and f"{show} texts"
         images = check_finite(np.concatenate(parts), "image embeddings")
-        embeddings = encode_texts(predict, texts, self.batch_size, show=title)
+        embeddings = encode_texts(predict, texts, self.batch_size, show=named)
         return _Encoded(images, embeddings, texts, image_of, texts_of, kept)
 
     def _metrics(
@@ -281,7 +316,7 @@ class Retrieval(Evaluator):
             [
                 np.bincount(owner, places < k, minlength=len(counts))
                 for places, owner in by_direction.values()
-                for k in _CUTOFFS
+                for k in CUTOFFS
             ],
             1,
         )
@@ -291,7 +326,7 @@ class Retrieval(Evaluator):
             np.concatenate([s[:, :3] / s[:, 6:7], s[:, 3:6] / s[:, 7:8]], 1)
             for s in (stats.sum(0, keepdims=True), drawn)
         ]
-        names = [f"{prefix}{direction}_r{k}" for direction in by_direction for k in _CUTOFFS]
+        names = [f"{prefix}{direction}_r{k}" for direction in by_direction for k in CUTOFFS]
         queries = [len(counts)] * 3 + [int(counts.sum())] * 3
         for column, (metric, number) in enumerate(zip(names, queries)):
             value = shares[0][0, column]

@@ -11,8 +11,8 @@ from typing import Any
 
 from coca_jax.config import Config, keys
 from coca_jax.evaluators.caption_match import score_references
+from coca_jax.evaluators.guessing import guessed
 from coca_jax.evaluators.records import Records, candidates, records_of
-from coca_jax.evaluators.retrieval import guessed
 from coca_jax.fitting.choose import FEW, kinds, training
 from coca_jax.fitting.look import Facts
 
