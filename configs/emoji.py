@@ -18,8 +18,7 @@ def get_config() -> ConfigDict:
     small, and every row is a name, in tokens of which names have 2.8.
     """
     config = base.get_config()
-    config.batch_size = 128
-    config.steps = 7200
+    config.batch_size, config.steps = 128, 7200
     config.image_sizes = ((0.3, 32),)
     config.text_lengths, config.text_parts = (7,), 4  # three names in four have at most six tokens
     config.model.update(
