@@ -91,26 +91,30 @@ def read_items(job: Job) -> Iterator[Item]:
 
     Raises:
         Unreachable: the store of a file did not give it; what is behind the gap is not known.
+        OSError: prepared data are no longer there.
     """
     module = importer(job.format)
     for unit in job.units:
         items = module.read(unit, job.options)
-        while (item := _next_item(items, unit)) is not None:
+        while (item := _next_item(items, unit, job.format)) is not None:
             item.key = printable(item.key)
             yield item
 
 
-def _next_item(items: Iterator[Item], unit: Unit) -> Item | None:
+def _next_item(items: Iterator[Item], unit: Unit, format: str) -> Item | None:
     """The next item of a unit, None after the last one. Raises Unreachable."""
     with unreachable.noting() as failures:
         try:
             item = next(items, None)
+        except unreachable.Unreachable:
+            raise
         except Exception as error:
             remote = files.is_remote(unit.path) and not isinstance(error, FileNotFoundError)
             of_store = isinstance(error, OSError) or storage.is_of_network(error)
             if remote and of_store and not failures:
                 failures.append((unit.path, error))
-            if not failures and not isinstance(error, OSError):
+            of_file = isinstance(error, OSError) and format != "prepared"  # which tells each record
+            if not failures and not of_file:
                 raise
             # It was there when the import was planned.
             item = Item(printable(unit.path), problem="damaged_archive", detail=str(error))
