@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 
@@ -13,6 +14,7 @@ from coca_jax.importers import metadata
 from coca_jax.importers.items import Drawn, Item, Options, Unit, names, split_units, strings
 
 ROWS_PER_UNIT = 4096
+_LOOK_AT = 64  # records
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -34,6 +36,12 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 def splits(path: str) -> list[str]:
     """The splits that were prepared."""
     return sorted(prepared.read_manifest(path)["splits"])
+
+
+def has_pairs(path: str, split: str) -> bool:
+    """Whether there are pairs of images among its first records. Raises as `plan` and `read`."""
+    units = plan(path, split, Options())
+    return any(item.second for item in itertools.islice(read(units[0], Options()), _LOOK_AT))
 
 
 def declared_classes(unit: Unit, options: Options) -> list[str]:
