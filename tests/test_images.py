@@ -82,6 +82,53 @@ def test_exif_orientation(orientation):
     assert how == (images.JPEG if orientation == 1 else images.OTHER)
 
 
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-'
+    b'syntax-ns#"><rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+    b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def _chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _tagged(format, pixels, **options):
+    """A picture that is to be turned by a quarter, by its EXIF tag."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if format != "late PNG":
+        return _encode(pixels, format, exif=exif, **options)
+    whole = _encode(pixels, "PNG")  # the tag stands behind the pixels
+    return whole[:-12] + _chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + whole[-12:]
+
+
+@pytest.mark.parametrize("format", ["TIFF", "MPO", "PNG", "late PNG", "WEBP"])
+def test_all_formats_are_turned_by_their_tag_and_planned_as_they_are_turned(format):
+    stored = _scene().transpose(Image.Transpose.ROTATE_90)
+    data = _tagged(format, stored, **(dict(quality=95) if format == "WEBP" else {}))
+    _looks_right(images.decode(data))
+    assert images.sniff(data) == (images.OTHER, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB")]
+)
+@pytest.mark.parametrize("tags", [False, True])
+def test_xmp_turns_nothing(format, mode, tags):
+    """Neither in what is planned nor in what is decoded."""
+    exif = Image.Exif()
+    if tags:  # without the one of the orientation
+        exif[0x010F] = "Maker"
+    if format == "PNG":
+        whole = _encode(_scene(), format, exif=exif)
+        data = whole[:33] + _chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + XMP) + whole[33:]
+    else:
+        data = _encode(_scene().convert(mode), format, xmp=XMP, exif=exif, quality=95)
+    _looks_right(images.decode(data))
+    assert images.sniff(data)[1:] == (16, 24)
+
+
 def test_cmyk_gray_and_one_bit():
     _looks_right(images.decode(_encode(_scene("CMYK"), "JPEG", quality=95)), tolerance=60)
     assert images.sniff(_encode(_scene("CMYK"), "JPEG"))[0] == images.OTHER

@@ -49,6 +49,15 @@ def test_unaugmented_pixels_are_those_of_evaluation(side):
             assert np.abs(found.astype(int) - wanted).mean() < 1
 
 
+def test_a_turned_tiff_trains_whole():
+    """Its size was taken for turned twice, and a third of the picture cut out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encode(_photo(30, 90), "TIFF", exif=exif)
+    wanted = resizing.preprocess_eval(images.decode(data), 16)
+    assert np.array_equal(_render(data, "none", 16)[0], wanted)
+
+
 @pytest.mark.parametrize("height", [100, 200, 224, 300, 448, 500, 1000, 1600])
 def test_the_fast_resize_is_close_to_the_exact_one(height):
     """Also where an image grows, and where it shrinks much more in one direction."""

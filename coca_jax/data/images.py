@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from coca_jax.data import files
 
@@ -77,9 +77,17 @@ def _too_many_scans(data: bytes, pixels: int) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How an image is turned, 1 to 8, by its EXIF tag; damaged tags say nothing of the pixels."""
+    """How an image is turned, 1 to 8, by its EXIF tag; damaged tags say nothing of the pixels. Nor
+    does XMP, which browsers do not ask either."""
     try:
-        found = image.getexif().get(0x0112, 1)
+        if image.format == "TIFF":  # which PIL turns as it loads, by what it finds
+            found = image.getexif().get(0x0112, 1)
+        else:
+            if image.format == "PNG" and "exif" not in image.info:
+                image.load()  # the tag may stand behind the pixels
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            found = exif.get(0x0112, 1)
     except Exception:  # a damaged block surfaces as any of a dozen types
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
@@ -144,7 +152,7 @@ def loses_range(data: bytes) -> bool:
 def to_rgba(image: Image.Image) -> np.ndarray:
     """A PIL image, upright by its EXIF tag: uint8 [h, w, 4] with transparency, else [h, w, 3]."""
     image.load()
-    if "exif" in image.info or image.format in ("TIFF", "MPO"):
+    if "exif" in image.info:
         turn = _TURNS.get(_orientation(image))
         image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
@@ -302,7 +310,7 @@ def sniff(data: bytes) -> tuple[int, int, int]:
             return JPEG, *found
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 33:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-        if 0 < width * height <= MAX_PIXELS and b"eXIf" not in data[33 : data.find(b"IDAT")]:
+        if 0 < width * height <= MAX_PIXELS and data.find(b"eXIf", 33) < 0:
             return OTHER, height, width
     elif data[:2] == b"BM" and data[14:18] == b"(\0\0\0" and data[28:34] == b"\x18\0\0\0\0\0":
         width, height = int.from_bytes(data[18:22], "little"), int.from_bytes(data[22:26], "little")
@@ -310,6 +318,8 @@ def sniff(data: bytes) -> tuple[int, int, int]:
             return BMP, height, width
     image = open_image(data)
     width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size later versions of PIL turn
+        width, height = image.tag_v2[256], image.tag_v2[257]
     if _orientation(image) >= 5:
         width, height = height, width
     return OTHER, height, width

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax.data import files, shard_cache
+from coca_jax.data import files, shard_cache, unreachable
 from coca_jax.data.references import Reference
 
 GAP_BYTES = 64 << 10  # between ranges that come in one request
@@ -99,8 +99,11 @@ def fetched(requests: Sequence[Request]) -> Iterator[bytes]:
         if not todo:
             break
         error = _fetch(requests, todo, results)
-        if error is not None and (pause is None or isinstance(error, FileNotFoundError)):
+        final = isinstance(error, (FileNotFoundError, PermissionError))
+        if error is not None and (pause is None or final):
             path = requests[next(n for n in todo if n not in results)][0].path
+            if not isinstance(error, unreachable.ANSWERS):
+                unreachable.note(path, error)
             raise OSError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if error is not None:
             logging.warning("%s: tried again (%s)", requests[todo[0]][0].path, error)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 from coca_jax import cache_folder, storage
-from coca_jax.data import files
+from coca_jax.data import files, unreachable
 
 LIMIT = "COCA_JAX_SHARD_CACHE_GIB"  # a variable of the environment
 DEFAULT_GIB = 100.0
@@ -55,8 +55,9 @@ def opened(path: str) -> Iterator[str]:
         return
     place = folder()
     system, plain = files.filesystem(path)
-    size = system.size(plain)
-    mark = f"{path} {size} {system.checksum(plain)}"
+    with unreachable.asking(path):
+        size = system.size(plain)
+        mark = f"{path} {size} {system.checksum(plain)}"
     copy = place / hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()
     with _locked(place, fcntl.LOCK_SH):
         if copy.exists():
@@ -66,9 +67,10 @@ def opened(path: str) -> Iterator[str]:
     make_room(place, size)
     unfinished = place / storage.unnamed(copy.name)
     try:
-        system.get_file(plain, str(unfinished))
-        if unfinished.stat().st_size != size:
-            raise OSError(f"{path}: {unfinished.stat().st_size} of {size} bytes were copied")
+        with unreachable.asking(path):
+            system.get_file(plain, str(unfinished))
+            if unfinished.stat().st_size != size:
+                raise OSError(f"{path}: {unfinished.stat().st_size} of {size} bytes were copied")
         with _locked(place, fcntl.LOCK_SH):
             os.replace(unfinished, copy)
             yield str(copy)

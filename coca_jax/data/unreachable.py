@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # What says that nothing is there, or that it is no file: another try gives the same.
-_ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 Failure = tuple[str, Exception]  # the file's path, and what its store said
 
 _noted: contextvars.ContextVar[list[Failure] | None] = contextvars.ContextVar("noted", default=None)
@@ -58,17 +58,22 @@ def required() -> Iterator[None]:
         raise error(*failures[0]) from failures[0][1]
 
 
+def note(path: str, why: Exception) -> None:
+    """Tells whoever is `noting` that a store failed to give a file."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.append((path, why))
+
+
 @contextlib.contextmanager
-def asking(path: str, answers: tuple[type[Exception], ...] = _ANSWERS) -> Iterator[None]:
+def asking(path: str, answers: tuple[type[Exception], ...] = ANSWERS) -> Iterator[None]:
     """Notes what a store raises there, but for answers, and raises it."""
     try:
         yield
     except answers:
         raise
     except Exception as why:  # the libraries of stores have types of their own
-        noted = _noted.get()
-        if noted is not None:
-            noted.append((path, why))
+        note(path, why)
         raise
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from coca_jax.data import files
-from coca_jax.importers import metadata
+from coca_jax.importers import metadata, shards
 from coca_jax.importers.items import Options, Unit
 
 
@@ -56,6 +56,16 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
         raise ValueError(
             f"--out={out} holds a split {name!r} of images held out of the same input, which "
             f"would be in both; give --holdout={held['holdout']}, or another --out"
+        )
+
+
+def refuse_pairs(format: str, input: str, split: str, options: Options) -> None:
+    """Raises ValueError for pairs of images, which by the bytes of one image cannot be held out."""
+    told = getattr(shards.importer(format), "has_pairs", None)
+    if "," in options.image_field or (told and told(input, split)):
+        raise ValueError(
+            f"--input={input}: --holdout keeps no pairs of images apart, as an image may stand in "
+            "several; give them a field 'split', or write each side by --where and --split"
         )
 
 

@@ -18,6 +18,7 @@ from coca_jax.data.sources import open_source
 
 SIDE = 16  # of the difference hash: SIDE x SIDE bits
 BITS = SIDE * SIDE
+_CONTENT = 16  # bytes of a content
 _COMPARED = 1024  # rows that are compared each with each
 _LEAST_BITS = 8  # of a band
 _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
@@ -25,7 +26,7 @@ _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 def content_hash(data: bytes) -> bytes:
     """16 bytes that tell encoded images apart."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data, digest_size=_CONTENT).digest()
 
 
 def look(image: np.ndarray) -> np.ndarray:
@@ -39,8 +40,14 @@ def look(image: np.ndarray) -> np.ndarray:
     return np.packbits(cells[:, :-1] > cells[:, 1:] + 2)
 
 
-def fingerprint(data: bytes) -> tuple[str, str]:
-    """Content and look of an encoded image, or of a video's middle frame, in hexadecimal."""
+def fingerprint(data: bytes, second: bytes = b"") -> tuple[str, str]:
+    """Content and look of an encoded image, or of a video's middle frame, in hexadecimal; of a pair
+    those of both, one behind the other."""
+    both = [_fingerprint(one) for one in (data, second) if one]
+    return "".join(content for content, _ in both), "".join(look for _, look in both)
+
+
+def _fingerprint(data: bytes) -> tuple[str, str]:
     if images.is_video_file(data):
         return content_hash(data).hex(), look(videos.decode(data, 1)[0]).tobytes().hex()
     image = images.open_image(data)
@@ -60,7 +67,7 @@ def to_exclude(path: str) -> list[tuple[str, str]]:
     found, left = [], []
     for name, data in _evaluation_images(path):
         try:
-            found.append(fingerprint(data()))
+            found.append(_fingerprint(data()))
         except Exception as error:  # file systems and decoders raise all sorts
             left.append(f"{name} ({type(error).__name__}: {error})")
     if left:
@@ -90,18 +97,21 @@ def _evaluation_images(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
         return
     for split in prepared["splits"]:
         source: Source = open_source({"path": path, "split": split})
-        yield from ((record.key, functools.partial(bytes, record.image)) for record in source)
+        for record in source:
+            for image in filter(None, (record.image, record.second)):
+                yield record.key, functools.partial(bytes, image)
 
 
 def decide(
     found: Sequence[Sequence[Any]], mode: str, distance: int, exclude: Sequence[tuple[str, str]]
 ) -> dict[tuple[int, int], str]:
-    """Which images go, the first of its kind staying.
+    """Which images go, the first of its kind staying. A pair goes where both of its images are
+    those of another, or one of them is of an evaluation.
 
     Args:
-        found: (shard, number in it, key, content, look) of each image, in their order.
+        found: (shard, number in it, key, content, look) of each image or pair, in their order.
         mode: 'none', 'content' (equal bytes) or 'perceptual' (and equal looks).
-        distance: bits of BITS in which two equal looks may differ.
+        distance: bits of BITS in which two equal looks may differ; of two pairs those of both.
         exclude: (content, look) of evaluation images; they count whatever the mode.
 
     Returns:
@@ -111,36 +121,44 @@ def decide(
     barred = {content for content, _ in exclude}
     first: dict[str, str] = {}
     for shard, number, key, content, _ in found:
-        if content in barred:
+        if not barred.isdisjoint(_each(content, _CONTENT)):
             drop[shard, number] = "in_evaluation: the same bytes"
         elif mode != "none" and content in first:
             drop[shard, number] = f"duplicate_image: {first[content]}"
         else:
             first.setdefault(content, key)
     rest = [f for f in found if (f[0], f[1]) not in drop]
-    if rest and (exclude or mode == "perceptual"):
-        looks = _looks([look for _, look in exclude] + [f[4] for f in rest])
-        names = ["" for _ in exclude] + [f[2] for f in rest]
-        for row, other in _near(looks, len(exclude), distance, mode == "perceptual").items():
-            shard, number = rest[row - len(exclude)][:2]
-            drop[shard, number] = (
-                "in_evaluation: looks the same"
-                if other < len(exclude)
-                else f"near_duplicate: {names[other]}"
-            )
+    if rest and exclude:
+        single = [(f, look) for f in rest for look in _each(f[4], BITS // 8)]
+        looks = _looks([look for _, look in exclude] + [look for _, look in single])
+        for row in _near(looks, len(exclude), distance, False):
+            shard, number = single[row - len(exclude)][0][:2]
+            drop[shard, number] = "in_evaluation: looks the same"
+        rest = [f for f in rest if (f[0], f[1]) not in drop]
+    for size in sorted({len(f[4]) for f in rest} if mode == "perceptual" else ()):
+        alike = [f for f in rest if len(f[4]) == size]  # images, or pairs
+        for row, other in _near(_looks([f[4] for f in alike]), 0, distance, True).items():
+            shard, number = alike[row][:2]
+            drop[shard, number] = f"near_duplicate: {alike[other][2]}"
     return drop
 
 
+def _each(hexadecimal: str, size: int) -> list[str]:
+    """The parts of `size` bytes."""
+    return [hexadecimal[n : n + 2 * size] for n in range(0, len(hexadecimal), 2 * size)]
+
+
 def _looks(hexadecimal: Sequence[str]) -> np.ndarray:
+    """uint8 [n, bytes of each]."""
     joined = bytes.fromhex("".join(hexadecimal))
-    return np.frombuffer(joined, np.uint8).reshape(-1, BITS // 8)
+    return np.frombuffer(joined, np.uint8).reshape(len(hexadecimal), -1)
 
 
 def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int, int]:
     """Rows within `distance` bits of an earlier row that stays: row -> such a row.
 
     Args:
-        looks: uint8 [n, BITS / 8]; the first `fixed` rows always stay.
+        looks: uint8 [n, bytes of each]; the first `fixed` rows always stay.
         among: compare the other rows with one another as well.
     """
     first, same = np.unique(_values(looks), return_index=True, return_inverse=True)[1:]
@@ -184,7 +202,7 @@ def _groups(
     bits that are left. Bands of few bits keep little apart, and so do bits that hardly differ, as
     those of a ground that all pictures share: each band gets as many of those as of the others.
     """
-    left = [(rows, np.arange(BITS), 2)]
+    left = [(rows, np.arange(bits.shape[1]), 2)]
     while left:
         rows, columns, deep = left.pop()
         if len(rows) < 2 or not (rows[0] < fixed <= rows[-1] if not among else rows[-1] >= fixed):

@@ -117,7 +117,9 @@ def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pa
     format = formats.guess(path)
     _check(path, format)
     units = shards.importer(format).plan(path, split, options)
-    mark = [format, path, split, dataclasses.asdict(options), _files(_paths(units))]
+    asked = dataclasses.asdict(options)
+    del asked["yields_to"]  # which no index does, and earlier versions did not know
+    mark = [format, path, split, asked, _files(_paths(units))]
     if named := images and _state_of_named(format, units, options):
         mark.append(named)
     folder = cache_folder.folder() / "indexes"

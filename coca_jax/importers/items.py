@@ -44,6 +44,8 @@ class Options:
         dedup: 'none', 'content' (images of equal bytes) or 'perceptual' (that look the same too).
         distance: bits of 256 in which images that look the same may differ.
         exclude: paths of evaluation images, none of which is to be trained on.
+        yields_to: (field, values) of the examples of other splits, in order, that keep their images
+            where `dedup` finds the same among those of this split.
         allow_paths: folders and URLs from which rows may name image files, besides the input's own.
         in_place: write references to the images' bytes in place of the bytes.
     """
@@ -69,6 +71,7 @@ class Options:
     dedup: str = "none"
     distance: int = 6
     exclude: tuple[str, ...] = ()
+    yields_to: tuple[tuple[str, tuple[str, ...]], ...] = ()
     allow_paths: tuple[str, ...] = ()
     in_place: bool = False
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from coca_jax.data import prepared
+from coca_jax.data import prepared, unreachable
+from coca_jax.data.random_access import UNREAD, Source, read_one
+from coca_jax.data.records import Record
 from coca_jax.importers import metadata
 from coca_jax.importers.items import Drawn, Item, Options, Unit, names, split_units, strings
 
 ROWS_PER_UNIT = 4096
+_LOOK_AT = 64  # records
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -33,6 +38,12 @@ def splits(path: str) -> list[str]:
     return sorted(prepared.read_manifest(path)["splits"])
 
 
+def has_pairs(path: str, split: str) -> bool:
+    """Whether there are pairs of images among its first records. Raises as `plan` and `read`."""
+    units = plan(path, split, Options())
+    return any(item.second for item in itertools.islice(read(units[0], Options()), _LOOK_AT))
+
+
 def declared_classes(unit: Unit, options: Options) -> list[str]:
     """The class names of the data, unless other labels are taken or others given."""
     if options.label_field or options.class_names:
@@ -47,25 +58,63 @@ def drawn(unit: Unit) -> Drawn:
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
-    """The records of a range, in their order."""
+    """The records of a range, in their order; one that cannot be read is one problem item.
+
+    Raises:
+        Unreachable: a store did not give what it has.
+        FileNotFoundError, ValueError: the data are no longer there.
+        OSError: this process has too many files open.
+    """
     path, _, split = unit.path.rpartition("@")
     source, before = prepared.open_split(path, split), drawn(unit)
     for start in range(unit.start, unit.stop, 256):
-        for record in source.read(range(start, min(start + 256, unit.stop))):
-            extra = json.loads(record.extra) if record.extra else {}
-            item = Item(record.key, record.image, record.texts, record.labels)
-            item.second, item.drawn = record.second, before
-            if options.text_field:
-                try:
-                    item.texts = strings(extra.pop(options.text_field, None))
-                except ValueError as error:
-                    item.problem, item.detail = "bad_record", str(error)
-            if options.label_field or options.class_names:
-                field = options.label_field
-                try:
-                    found = extra.pop(field, None) if field else record.labels
-                    item.labels = names(found, options.class_names)
-                except ValueError as error:
-                    item.problem, item.detail = "bad_label", str(error)
-            item.extra = extra
+        rows = range(start, min(start + 256, unit.stop))
+        for row, (record, why) in zip(rows, _records(source, rows)):
+            item = _item(record, options)
+            item.drawn = before
+            if why:
+                item.key = item.key or f"{split}/{row}"
+                item.problem = "missing_image" if record is not UNREAD else "damaged_archive"
+                item.detail = why
             yield item
+
+
+def _item(record: Record, options: Options) -> Item:
+    """The item of a record, of the wanted fields."""
+    extra = json.loads(record.extra) if record.extra else {}
+    item = Item(record.key, record.image, record.texts, record.labels, second=record.second)
+    if options.text_field:
+        try:
+            item.texts = strings(extra.pop(options.text_field, None))
+        except ValueError as error:
+            item.problem, item.detail = "bad_record", str(error)
+    if options.label_field or options.class_names:
+        field = options.label_field
+        try:
+            found = extra.pop(field, None) if field else record.labels
+            item.labels = names(found, options.class_names)
+        except ValueError as error:
+            item.problem, item.detail = "bad_label", str(error)
+    item.extra = extra
+    return item
+
+
+def _records(source: Source, rows: range) -> Iterable[tuple[Record, str]]:
+    """Each record with ''; where one cannot be read, what an index says of it, or UNREAD, and why.
+    Raises as `read`."""
+    try:
+        with unreachable.required():
+            return [(record, "") for record in source.read(rows)]
+    except unreachable.Unreachable:
+        raise
+    except Exception:  # of one of them; of which its own read says
+        return (_record(source, row) for row in rows)
+
+
+def _record(source: Source, row: int) -> tuple[Record, str]:
+    with unreachable.required():
+        record, why = read_one(source, row)
+        if why:
+            with contextlib.suppress(Exception):  # as of the image, of a shard that is damaged
+                record = source.read_texts([row])[0]
+    return record, why

@@ -91,26 +91,30 @@ def read_items(job: Job) -> Iterator[Item]:
 
     Raises:
         Unreachable: the store of a file did not give it; what is behind the gap is not known.
+        OSError: prepared data are no longer there.
     """
     module = importer(job.format)
     for unit in job.units:
         items = module.read(unit, job.options)
-        while (item := _next_item(items, unit)) is not None:
+        while (item := _next_item(items, unit, job.format)) is not None:
             item.key = printable(item.key)
             yield item
 
 
-def _next_item(items: Iterator[Item], unit: Unit) -> Item | None:
+def _next_item(items: Iterator[Item], unit: Unit, format: str) -> Item | None:
     """The next item of a unit, None after the last one. Raises Unreachable."""
     with unreachable.noting() as failures:
         try:
             item = next(items, None)
+        except unreachable.Unreachable:
+            raise
         except Exception as error:
             remote = files.is_remote(unit.path) and not isinstance(error, FileNotFoundError)
             of_store = isinstance(error, OSError) or storage.is_of_network(error)
             if remote and of_store and not failures:
                 failures.append((unit.path, error))
-            if not failures and not isinstance(error, OSError):
+            of_file = isinstance(error, OSError) and format != "prepared"  # which tells each record
+            if not failures and not of_file:
                 raise
             # It was there when the import was planned.
             item = Item(printable(unit.path), problem="damaged_archive", detail=str(error))
@@ -266,27 +270,49 @@ def _put(local: str, data: str) -> None:
     system.mv(f"{plain}.tmp", plain)
 
 
-def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, str, str, str]]:
-    """(number in the shard, key, content, look) of each item that can be used; kept on disk."""
+def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, int, str, str, str, str]]:
+    """(rank, number in the shard, key, place, content, look) of each item that can be used, on both
+    sides of a holdout; kept on disk. rank: 0 for what keeps its images first, `Options.yields_to`.
+    place: the file or files that a row names for its images; '' where they are no files."""
     known = scanned(job)
     if known is not None:
         return known
-    found = []
+    found, ranked = [], [dataclasses.replace(job, options=one) for one in _ranked(job.options)]
     for number, item in enumerate(read_items(job)):
         report(1)
         try:
-            _, record, _, _ = _judged(number, item, job)
-            if record:
-                found.append((number, item.key, *dedup.fingerprint(item.image)))
+            for rank, one in enumerate(ranked):
+                if not checks.wanted(item, one.options):
+                    if _judged(number, item, one)[1]:
+                        told = dedup.fingerprint(item.image, item.second)
+                        found.append((rank, number, item.key, _files(item), *told))
+                    break
         except Exception:  # `write` says what is wrong with it
             continue
-    storage.write_bytes(f"{job.part}.hashes.json", json.dumps(found).encode())
+    storage.write_bytes(f"{job.part}.fingerprints.json", json.dumps(found).encode())
     return found
 
 
-def scanned(job: Job) -> list[tuple[int, str, str, str]] | None:
+def _ranked(options: Options) -> list[Options]:
+    """Of what an import yields to, in order, and of itself, without a holdout."""
+    whole = dataclasses.replace(options, holdout=0.0)
+    found = []
+    for field, values in options.yields_to:
+        where = (*(one for one in options.where if one[0] != field), (field, values))
+        found.append(dataclasses.replace(whole, where=where))
+    return [*found, whole]
+
+
+def _files(item: Item) -> str:
+    """The files that are an item's images; '' where one is part of a file, or lies nowhere."""
+    spans = [item.span, item.second_span] if item.second else [item.span]
+    whole = [span.path for span in spans if span and not span.page and span.size == span.file_bytes]
+    return "\n".join(whole) if len(whole) == len(spans) else ""
+
+
+def scanned(job: Job) -> list[tuple[int, int, str, str, str, str]] | None:
     """What `scan` has found, or None."""
-    path = f"{job.part}.hashes.json"
+    path = f"{job.part}.fingerprints.json"
     if not files.exists(path):
         return None
     return [tuple(entry) for entry in json.loads(files.read(path))]

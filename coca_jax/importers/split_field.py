@@ -30,9 +30,14 @@ class Told:
     rows: Mapping[str, int]
 
     def options(self, split: str, options: Options) -> Options:
-        """The options with which one of the splits, by any of its names, is read."""
-        values = self.values[split_of(split)]
-        return dataclasses.replace(options, where=(*options.where, (FIELD, values)))
+        """The options with which one of the splits, by any of its names, is read. What `dedup`
+        finds in several stays in the first that is held out."""
+        name = split_of(split)
+        where = (*options.where, (FIELD, self.values[name]))
+        order = [one for one in self.values if one != "train"] + ["train"]
+        before = order[: order.index(name)] if options.dedup != "none" else []
+        yields_to = tuple((FIELD, self.values[one]) for one in before)
+        return dataclasses.replace(options, where=where, yields_to=yields_to)
 
     def unused(self, used: Sequence[str]) -> str:
         """A line on the examples that are in none of the used splits; '' where all are."""

@@ -80,7 +80,7 @@ def prepare_with_holdout(
         What `prepare` returns, of the others and of those kept apart.
 
     Raises:
-        FileNotFoundError, ValueError: as `prepare`.
+        FileNotFoundError, ValueError: as `prepare`; pairs of images.
         EmptySide: no image falls to one of the sides.
     """
     if not 0 < share < 1:
@@ -90,8 +90,10 @@ def prepare_with_holdout(
         raise ValueError(f"--split={split} is what --holdout writes; give another --split")
     options = dataclasses.replace(keywords.pop("options", None) or Options(), holdout=share)
     keywords.setdefault("read_split", split)
-    if not keywords.get("overwrite"):  # before the one is written that others must go with
-        asked.is_there(out, split, asked.request(format, str(input), options))
+    request = asked.request(format, str(input), options)
+    # Asked before the one is written that others must go with.
+    if keywords.get("overwrite") or not asked.is_there(out, split, request):
+        asked.refuse_pairs(format, str(input), keywords["read_split"], options)
     apart = dataclasses.replace(options, held_out=True)
     beside, work = (split, options), asked.unfinished(out, split)
     known = files.exists(work)

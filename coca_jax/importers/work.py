@@ -55,15 +55,27 @@ def written(jobs: list[shards.Job], options: Options, hands: Hands) -> list[dict
 
 
 def _deduplicated(
-    jobs: list[shards.Job], scanned: list[list[tuple[int, str, str, str]]], options: Options
+    jobs: list[shards.Job],
+    scanned: list[list[tuple[int, int, str, str, str, str]]],
+    options: Options,
 ) -> list[shards.Job]:
-    """Tells each job what to leave out, by the fingerprints of all."""
-    found = [(job.number, *entry) for job, entries in zip(jobs, scanned) for entry in entries]
+    """Tells each job what to leave out, by the fingerprints of all. Rows of one split that name the
+    same file are no duplicates: they go or stay together."""
+    every = [(job.number, entry) for job, entries in zip(jobs, scanned) for entry in entries]
+    of_file: dict[tuple[int, str], tuple[int, int]] = {}
+    like: dict[tuple[int, int], tuple[int, int]] = {}
+    found = []
+    for shard, (rank, number, key, place, content, look) in sorted(
+        every, key=lambda one: one[1][0]
+    ):
+        here = shard, number
+        like[here] = of_file.setdefault((rank, place), here) if place else here
+        if like[here] == here:
+            found.append((shard, number, key, content, look))
     exclude = [one for path in options.exclude for one in dedup.to_exclude(path)]
     drop = dedup.decide(found, options.dedup, options.distance, exclude)
-    return [
-        dataclasses.replace(
-            job, drop={number: why for (shard, number), why in drop.items() if shard == job.number}
-        )
-        for job in jobs
-    ]
+    told: dict[int, dict[int, str]] = {job.number: {} for job in jobs}
+    for (shard, number), first in like.items():
+        if first in drop:
+            told[shard][number] = drop[first]
+    return [dataclasses.replace(job, drop=told[job.number]) for job in jobs]

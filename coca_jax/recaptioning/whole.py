@@ -21,7 +21,7 @@ from typing import Any
 from coca_jax import sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
-from coca_jax.importers import metadata, remarks, shards, splits
+from coca_jax.importers import asked, metadata, remarks, shards, splits
 from coca_jax.importers.shards import Job
 from coca_jax.inference import model_checksum
 from coca_jax.recaptioning import inputs, shard
@@ -52,19 +52,21 @@ def plan(request: Request) -> list[Job]:
     if begins := not files.exists(path):
         inputs.refuse_inside(request)
     module = shards.importer(request.format)
-    asked = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
+    wanted = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
     split, options = inputs.of_split(request) if begins else inputs.kept_split(request)
     where = request.format, request.input, split, options, work
     # A plan without a request is of a start that came no further, or of another job of this one,
     # which reads it now: it is not removed but written again.
-    jobs = splits.plan(module, *where, 0, asked, anew=begins)
+    jobs = splits.plan(module, *where, 0, wanted, anew=begins)
     if begins:
         inputs.write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
 
 
 def _flat(told: dict[str, Any]) -> dict[str, Any]:
-    """What a request says, with its options one by one."""
+    """What a request says, with its options one by one, those included that an older version did
+    not know."""
+    told = asked.whole(told)
     return {key: value for key, value in told.items() if key != "options"} | told["options"]
 
 
