@@ -33,13 +33,16 @@ class Reopened:
         return self._index
 
     def _look(self) -> None:
+        folder, found = self._index.folder, self._stamp
         try:
-            found = stamp(self._index.folder)
+            found = stamp(folder)
             if found in (None, self._stamp):
                 return
-            self._stamp = found
-            index = Index(self._index.folder)
+            index = Index(folder)
             index.check(self._model)
             self._index = index
         except (OSError, ValueError) as error:
             logging.warning("--index is served as it was before it changed: %s", error)
+            if isinstance(error, OSError):  # the same folder may be read at the next look
+                return
+        self._stamp = found
