@@ -105,3 +105,30 @@ def test_an_index_that_could_not_be_read_once_is_read_at_the_next_look(
     other = changed(model, model__activation="relu").checksum()
     sealed_json.write(pathlib.Path(out, "index.json"), told | dict(model=other))
     assert [found(), found()] == [2, 2] and len(opened) == 3
+
+
+def test_an_index_whose_bucket_is_away_is_served_as_it_was(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0.png").write_bytes(png(0))
+    embed(model, tmp_path / "pictures", str(tmp_path / "index"))
+    served = Client(model, index=index.Index(str(tmp_path / "index")))
+
+    class Away(Exception):
+        __module__ = "botocore.exceptions"  # neither OSError nor ValueError, as the library's are
+
+    def stamp(folder):
+        raise Away("Could not connect to the endpoint URL")
+
+    monkeypatch.setattr(reopening, "SECONDS", 0)
+    monkeypatch.setattr(reopening, "stamp", stamp)
+    try:
+        status, _, data = served.get("/api/info")
+        assert status == 200 and json.loads(data)["index"] == dict(pictures=1)
+    finally:
+        served.close()
+    assert f"{tmp_path / 'index'} cannot be read: Away: Could not connect" in caplog.text

@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 from starlette.concurrency import run_in_threadpool
 
+from coca_jax import storage
 from coca_jax.searching.index import Index, stamp
 
 SECONDS = 5.0  # between two looks at the folder
@@ -35,10 +36,11 @@ class Reopened:
     def _look(self) -> None:
         folder, found = self._index.folder, self._stamp
         try:
-            found = stamp(folder)
-            if found in (None, self._stamp):
-                return
-            index = Index(folder)
+            with storage.as_os_error(folder, "cannot be read"):
+                found = stamp(folder)
+                if found in (None, self._stamp):
+                    return
+                index = Index(folder)
             index.check(self._model)
             self._index = index
         except (OSError, ValueError) as error:
