@@ -43,7 +43,8 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
             return model.preprocess(data)
 
     monkeypatch.setattr(uploads, "MOST", 1)
-    client, statuses = Client(Held(), depth=3), []
+    limits = uploads.Limits(1, 40_000, 5, 60)
+    client, statuses = Client(Held(), depth=3, limits=limits), []
 
     def ask(number: int):
         status, answer = client.post("/api/search", ("image", png(number)))
@@ -57,11 +58,14 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
                 if len(statuses) == 8:
                     break
                 time.sleep(0.01)
+            five = [("image", png(number)) for number in range(5)]
+            never = client.refused(400, "/api/search", *five)
             assert "coca_jax_waiting_items 3.0" in client.numbers.text()[0].decode()
             go.set()
     finally:
         go.set()
         client.close()
+    assert "5 pictures or texts; at most 4 are taken at a time (--queue)" in never
     assert most == 1 and sorted(statuses) == [404] * 4 + [503] * 8
     assert list(answers).count("too many requests wait; ask again later") == 8
 
