@@ -25,7 +25,7 @@ from coca_jax.evaluators import (
     retrieval,
     zeroshot,
 )
-from coca_jax.report import charts
+from coca_jax.report import charts, numbers
 
 
 class Reader(html.parser.HTMLParser):
@@ -249,6 +249,18 @@ def test_a_metric_of_one_s_own_that_is_no_share_is_drawn_as_it_is():
     loss, found = charts.evaluations([types.SimpleNamespace(name="a", evaluations=rows)])
     assert 'data-points="[[[1.0,2.5],[2.0,0.9]]]"' in loss and "%" not in loss
     assert 'data-points="[[[1.0,50.0],[2.0,75.0]]]"' in found and "%" in found
+
+
+def test_an_interval_has_the_scale_of_its_score():
+    """Also where it reaches below 0, or above 1."""
+    for value, low, high, says in (
+        (0.03, -0.01, 0.07, "-1.0\u2009\u2013\u20097.0%"),
+        (0.98, 0.95, 1.01, "95.0\u2009\u2013\u2009101.0%"),
+        (1.5, 0.5, 2.5, "0.5\u2009\u2013\u20092.5"),
+    ):
+        scores = {"mine/d/gain": value, "mine/d/gain_low": low, "mine/d/gain_high": high}
+        shown = numbers.metric_of("mine", "gain", [value])
+        assert numbers.interval(shown, scores, "mine/d/gain") == says
 
 
 def test_pictures_stand_on_a_map_by_their_embeddings(run):

@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from coca_jax.config.rules import is_number
 from coca_jax.evaluators.declarations import Scale
 from coca_jax.report import numbers
 from coca_jax.report.run_files import RunFiles
@@ -71,7 +72,7 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
         there = list(dict.fromkeys(matched))
         for dash, run in enumerate(runs):
             for colour, key in enumerate(there):
-                points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
+                points = [(r["step"], r[key]) for r in run.rows if is_number(r.get(key))]
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
                     curves.append(_curve(name, thin(points, FINE), colour, dash, runs))
@@ -90,7 +91,7 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
             for metric in headline_metrics(evaluator, there)[:2]:
                 name = f"{evaluator}/{data}/{metric}"
                 values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
-                points = [(step, value) for step, value in values if _is_number(value)]
+                points = [(step, value) for step, value in values if is_number(value)]
                 if len(points) > 1:
                     curve = _curve(data, thin(points, FINE), colour, dash, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
@@ -115,21 +116,23 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
 def blended(rows: Any) -> list[Markup]:
     """A chart an evaluator of what `blend` scored between a model and its start: rows
     [dict(share, scores)] of blend.json; [] for what are none."""
+    points: dict[str, Points] = {}
     try:
-        names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-        points = {
-            name: [(row["share"], 100 * row["scores"][name]) for row in rows] for name in names
-        }
+        for row in rows:
+            for name, value in row["scores"].items():
+                if is_number(value) and is_number(row["share"]):  # a score may not be finite
+                    points.setdefault(name, []).append((row["share"], value))
     except (LookupError, TypeError, AttributeError):
         return []
     by_evaluator: dict[str, list[Curve]] = {}
-    for name in names:
+    for name, found in points.items():
         evaluator, data, metric = numbers.split_name(name)
-        shown = numbers.metric_of(evaluator, metric, [row["scores"][name] for row in rows])
+        shown = numbers.metric_of(evaluator, metric, [value for _, value in found])
         curves = by_evaluator.setdefault(evaluator, [])
-        if shown.scale is not Scale.PLAIN and len(points[name]) > 1:
+        if shown.scale is not Scale.PLAIN and len(found) > 1:
             title = f"{shown.title} \u00b7 {data}"
-            curves.append(Curve(title, points[name], len(curves) % COLOURS, dots=True))
+            scaled = [(share, 100 * value) for share, value in found]
+            curves.append(Curve(title, scaled, len(curves) % COLOURS, dots=True))
     across = "share of the way from the start to the tuned model"
     return [
         chart(f"{numbers.title_of(evaluator)} between both models", "x 100", curves, across)
@@ -144,10 +147,6 @@ def _curve(
     if len(runs) > 1:
         name = f"{name} \u00b7 {runs[dash].name}"
     return Curve(name, points, colour % COLOURS, dash, dots)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int)
 
 
 def thin(points: Points, most: int = POINTS) -> Points:
@@ -303,7 +302,7 @@ def time_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     totals: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
-            if key.endswith("_seconds") and _is_number(value):
+            if key.endswith("_seconds") and is_number(value):
                 name = key.removesuffix("_seconds")
                 totals[name] = totals.get(name, 0.0) + value
     positive = {name: seconds for name, seconds in totals.items() if seconds > 0}
