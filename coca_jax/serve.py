@@ -105,14 +105,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _key(loopback: bool) -> str:
-    """The key, from where it stands; '' for none."""
-    key = os.environ.get("COCA_JAX_SERVE_KEY", "")
+    """The key, from where it stands; '' for none. Raises ValueError for an empty one."""
+    given, public = os.environ.get("COCA_JAX_SERVE_KEY"), flags.FLAGS.public_name
+    where = "COCA_JAX_SERVE_KEY"
     if path := flags.FLAGS.key_file:
+        where = f"--key_file={path}"
         try:
-            key = files.read_bounded(path, 4096).decode("utf-8", "replace")
+            given = files.read_bounded(path, 4096).decode("utf-8", "replace")
         except (OSError, ValueError) as error:
-            raise ValueError(f"--key_file={path} cannot be read: {error}") from None
-    key, public = key.strip(), flags.FLAGS.public_name
+            raise ValueError(f"{where} cannot be read: {error}") from None
+    key = (given or "").strip()
+    if given is not None and not key:  # who names a key would not serve without one
+        raise ValueError(f"{where} is empty; put a key there, or leave it out to serve without one")
     if set(public) & set("/:@[] "):
         raise ValueError(f"--public_name={public}: give the name alone, such as coca.example.org")
     if not key and (public or not loopback):

@@ -36,8 +36,13 @@ def test_a_batch_is_bounded_and_one_bad_item_spoils_none():
         await asyncio.sleep(0.5)  # taken, and held
         more = [asyncio.create_task(batcher.answers(work, [x])) for x in "defgh"]
         await asyncio.sleep(0.1)
-        with pytest.raises(Refused, match="too many requests"):
+        with pytest.raises(Refused, match="too many requests") as later:
             await batcher.answers(work, ["i"])
+        with pytest.raises(
+            Refused, match=r"6 pictures or texts; at most 5 are taken at a time"
+        ) as never:
+            await batcher.answers(work, list("ijklmn"))
+        assert (later.value.status, never.value.status) == (503, 400)
         more[4].cancel()  # whoever asked has left
         await asyncio.sleep(0.1)
         work.go.set()

@@ -233,7 +233,10 @@ def test_mixing_goes_from_one_to_the_other_and_has_a_chart():
     (figure,) = charts.blended(rows)
     assert "share of the way" in figure and "Retrieval between both models" in figure
     assert charts.blended([dict(share=1)]) == charts.blended("rubbish") == []
-    assert json.dumps(rows)
+    rows += [dict(share=0.5, scores={"retrieval/x/mean_recall": None}), dict(share=None, scores={})]
+    rows += [dict(share=None, scores={"retrieval/x/mean_recall": 0.5})]
+    (figure,) = charts.blended(rows)  # without what is no number
+    assert 'data-points="[[[0.0,50.0],[1.0,75.0]]]"' in figure
 
 
 def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsys):  # noqa: F811

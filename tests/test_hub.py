@@ -32,6 +32,7 @@ SCORES = {
     "zeroshot/birds/top1_low": 0.75,
     "zeroshot/birds/top1_high": 0.875,
     "zeroshot/birds/top1_count": 1600.0,
+    "zeroshot/birds/num_examples": 1600.0,
     "captioning/birds/bleu4": None,
 }
 
@@ -158,6 +159,7 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlibrary_name: coca_jax\n") and "$" not in card
     assert "| zeroshot/birds/top1 | 0.8125 | 0.7500 to 0.8750 | 1,600 |" in card
+    assert "| zeroshot/birds/num_examples | 1,600 |  |  |" in card
     assert 'coca_jax.load("hf-hub:org/birds")' in card and "bleu4" not in card
     wanted = model.encode_image(images)
     np.testing.assert_array_equal(coca_jax.load(tmp_path / "out").encode_image(images), wanted)

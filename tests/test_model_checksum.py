@@ -11,6 +11,7 @@ from coca_jax.config import typed
 from coca_jax.evaluators import unfinished
 from coca_jax.inference import model_checksum
 from coca_jax.inference.model import CoCaModel
+from coca_jax.models import roles
 from coca_jax.recaptioning import whole
 from coca_jax.recaptioning.request import Request
 from coca_jax.searching import index, parts
@@ -63,6 +64,23 @@ def test_an_index_is_refused_to_other_preprocessing_and_an_old_one_goes_on(model
     old.begin(dict(old.about, model=model.checksum()))
     with pytest.raises(ValueError, match="made by another model"):
         old.begin(dict(old.about, model="0" * 16 + "-" + "0" * 16))
+
+
+def test_an_index_of_another_dtype_is_told_so(model, tmp_path):  # noqa: F811
+    """Rounded weights are others, though the checkpoint is the same."""
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    embed(model, tmp_path / "a.png", tmp_path / "i")
+    config = typed(model.config).change({"model.dtype": "bfloat16"})
+    rounded = CoCaModel(config, roles.narrow(model.params), model.vocabulary)
+    found = index.Index(str(tmp_path / "i"))
+    says = "was made with --dtype=float32, and the model is in bfloat16: .* give --dtype=float32"
+    with pytest.raises(ValueError, match=f"this index {says}"):
+        found.check(rounded)
+    with pytest.raises(ValueError, match=f"--out=.*i {says}"):
+        embed(rounded, tmp_path / "a.png", tmp_path / "i")
+    del found.about["dtype"]  # as before
+    with pytest.raises(ValueError, match="give that --checkpoint, and the --dtype of then"):
+        found.check(rounded)
 
 
 def test_recaption_and_evaluate_go_on_from_the_older_checksum(model, tmp_path):  # noqa: F811

@@ -1,5 +1,6 @@
 """A served index whose folder changes."""
 
+import asyncio
 import json
 import pathlib
 import shutil
@@ -11,6 +12,13 @@ from test_serve import Client, model, png  # noqa: F401
 from coca_jax import sealed_json
 from coca_jax.searching import index, parts
 from coca_jax.serving import reopening
+
+
+def embed(model, pictures, out):  # noqa: F811
+    new = parts.Parts(out)
+    how = dict(checkpoint="here", batch_size=4, say=lambda text: None)
+    gone = index.gone([str(pictures)], new)
+    index.add(model, index.groups([str(pictures)], new), new, gone=gone, **how)
 
 
 def test_an_index_that_has_changed_is_served_as_it_is_now(
@@ -26,10 +34,7 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         (pictures / f"below/{number}.png").write_bytes(png(number))
 
     def again():
-        new = parts.Parts(out)
-        how = dict(checkpoint="here", batch_size=4, say=lambda text: None)
-        gone = index.gone([str(pictures)], new)
-        index.add(model, index.groups([str(pictures)], new), new, gone=gone, **how)
+        embed(model, pictures, out)
 
     def found():
         count = json.loads(served.get("/api/info")[2])["index"]["pictures"]
@@ -66,3 +71,64 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         assert sorted(found()) == ["1.png", "2.png", "3.png"]
     finally:
         served.close()
+
+
+def test_an_index_that_could_not_be_read_once_is_read_at_the_next_look(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    """One that another model made is read once until it changes again."""
+    pictures, out, opened = tmp_path / "pictures", str(tmp_path / "index"), []
+    pictures.mkdir()
+    (pictures / "0.png").write_bytes(png(0))
+    embed(model, pictures, out)
+    served = reopening.Reopened(index.Index(out), model)
+    monkeypatch.setattr(reopening, "SECONDS", 0)
+
+    def failing(folder):
+        opened.append(folder)
+        if len(opened) == 1:
+            raise OSError("the network is away for a second")
+        return index.Index(folder)
+
+    def found():
+        return len(asyncio.run(served.now()).names)
+
+    monkeypatch.setattr(reopening, "Index", failing)
+    (pictures / "1.png").write_bytes(png(1))
+    embed(model, pictures, out)
+    assert [found() for _ in range(3)] == [1, 2, 2] and len(opened) == 2
+    assert caplog.text.count("is served as it was before it changed: the network is away") == 1
+    told = sealed_json.read(f"{out}/index.json")
+    other = changed(model, model__activation="relu").checksum()
+    sealed_json.write(pathlib.Path(out, "index.json"), told | dict(model=other))
+    assert [found(), found()] == [2, 2] and len(opened) == 3
+
+
+def test_an_index_whose_bucket_is_away_is_served_as_it_was(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0.png").write_bytes(png(0))
+    embed(model, tmp_path / "pictures", str(tmp_path / "index"))
+    served = Client(model, index=index.Index(str(tmp_path / "index")))
+
+    class Away(Exception):
+        __module__ = "botocore.exceptions"  # neither OSError nor ValueError, as the library's are
+
+    def stamp(folder):
+        raise Away("Could not connect to the endpoint URL")
+
+    monkeypatch.setattr(reopening, "SECONDS", 0)
+    monkeypatch.setattr(reopening, "stamp", stamp)
+    try:
+        status, _, data = served.get("/api/info")
+        assert status == 200 and json.loads(data)["index"] == dict(pictures=1)
+    finally:
+        served.close()
+    assert f"{tmp_path / 'index'} cannot be read: Away: Could not connect" in caplog.text

@@ -25,7 +25,7 @@ from coca_jax.evaluators import (
     retrieval,
     zeroshot,
 )
-from coca_jax.report import charts
+from coca_jax.report import charts, numbers
 
 
 class Reader(html.parser.HTMLParser):
@@ -251,6 +251,18 @@ def test_a_metric_of_one_s_own_that_is_no_share_is_drawn_as_it_is():
     assert 'data-points="[[[1.0,50.0],[2.0,75.0]]]"' in found and "%" in found
 
 
+def test_an_interval_has_the_scale_of_its_score():
+    """Also where it reaches below 0, or above 1."""
+    for value, low, high, says in (
+        (0.03, -0.01, 0.07, "-1.0\u2009\u2013\u20097.0%"),
+        (0.98, 0.95, 1.01, "95.0\u2009\u2013\u2009101.0%"),
+        (1.5, 0.5, 2.5, "0.5\u2009\u2013\u20092.5"),
+    ):
+        scores = {"mine/d/gain": value, "mine/d/gain_low": low, "mine/d/gain_high": high}
+        shown = numbers.metric_of("mine", "gain", [value])
+        assert numbers.interval(shown, scores, "mine/d/gain") == says
+
+
 def test_pictures_stand_on_a_map_by_their_embeddings(run):
     found = json.loads((run / "eval_examples.json").read_text())
     scores = json.loads((run / "eval.json").read_text())
@@ -356,6 +368,10 @@ def test_several_runs_are_laid_over_each_other(run, tmp_path):
         [tmp_path / "a/seed0", tmp_path / "b/seed0"], tmp_path / "seeds.html"
     ).read_text()
     assert "loss · a/seed0" in page and "loss · b/seed0" in page
+    page = report.write_comparison([run] * 13, tmp_path / "many.html").read_text()
+    lines = re.findall(r'<path class="c s5 ([dw0-9 ]+)"', page)
+    assert len(lines) == 13 and len(set(lines[:12])) == 12 and lines[12] == lines[0]
+    assert all(f'class="c s0 {line}"' in page for line in lines)
     with pytest.raises(FileNotFoundError, match="not a folder"):
         report.write_comparison([run, tmp_path / "none"], tmp_path / "x.html")
 

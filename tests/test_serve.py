@@ -274,9 +274,9 @@ def test_uploads_that_cannot_be_are_a_sentence(client):
     assert "larger than 1 MiB" in client.refused(413, ask, ("image", b"x" * (2 << 20)))
     for field, value, says in (
         ("num_beams", 9, "from 1 to 8"),
-        ("num_beams", "many", "give a number"),
+        ("num_beams", "1.5", "give a whole number"),
         ("temperature", "nan", "from 0 to 10"),
-        ("seed", 2**32, "give a number from 0 to 4294967295"),
+        ("seed", 2**32, "give a whole number from 0 to 4294967295"),
         ("num_captions", 2, "greedy decoding"),
         ("stream", "maybe", "true or false"),
         ("path", "/etc/passwd", "no such field"),

@@ -57,7 +57,7 @@ def command(*arguments: str, **env: str) -> subprocess.Popen:
     ],
 )
 def test_what_the_command_refuses(commands, arguments, says, tmp_path):
-    done = commands.run(["serve", *arguments], tmp_path, {"COCA_JAX_SERVE_KEY": ""}, timeout=120)
+    done = commands.run(["serve", *arguments], tmp_path, timeout=120)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
@@ -118,6 +118,15 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
     (tmp_path / "key").write_text("short")
     with pytest.raises(ValueError, match="the key has 5 letters; give 16 or more of ASCII"):
         serve.main(["serve"])
+    (tmp_path / "key").write_text(" \n")
+    monkeypatch.setenv("COCA_JAX_SERVE_KEY", "another-key-of-24-letters")
+    with pytest.raises(ValueError, match="--key_file=.*key is empty; put a key there"):
+        serve.main(["serve"])
+    serve.flags.FLAGS.key_file, serve.flags.FLAGS.public_name = "", ""
+    for blank in ("", " "):  # as of a file that was not there to be read
+        monkeypatch.setenv("COCA_JAX_SERVE_KEY", blank)
+        with pytest.raises(ValueError, match="COCA_JAX_SERVE_KEY is empty; put a key there"):
+            serve.main(["serve"])
     serve.flags.FLAGS.key_file = str(tmp_path / "none")
     with pytest.raises(ValueError, match=r"--key_file=.*none cannot be read: .*No such file"):
         serve.main(["serve"])

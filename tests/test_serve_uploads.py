@@ -13,9 +13,10 @@ from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
 
+from starlette.datastructures import FormData  # noqa: E402
 from test_serve import Client, png  # noqa: E402
 
-from coca_jax.serving import uploads  # noqa: E402
+from coca_jax.serving import endpoints, forms, refusals, uploads  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
             return model.preprocess(data)
 
     monkeypatch.setattr(uploads, "MOST", 1)
-    client, statuses = Client(Held(), depth=3), []
+    limits = uploads.Limits(1, 40_000, 5, 60)
+    client, statuses = Client(Held(), depth=3, limits=limits), []
 
     def ask(number: int):
         status, answer = client.post("/api/search", ("image", png(number)))
@@ -57,11 +59,14 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
                 if len(statuses) == 8:
                     break
                 time.sleep(0.01)
+            five = [("image", png(number)) for number in range(5)]
+            never = client.refused(400, "/api/search", *five)
             assert "coca_jax_waiting_items 3.0" in client.numbers.text()[0].decode()
             go.set()
     finally:
         go.set()
         client.close()
+    assert "5 pictures or texts; at most 4 are taken at a time (--queue)" in never
     assert most == 1 and sorted(statuses) == [404] * 4 + [503] * 8
     assert list(answers).count("too many requests wait; ask again later") == 8
 
@@ -99,3 +104,13 @@ def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
     counted = client.numbers.text()[0].decode()
     assert 'coca_jax_requests_total{path="/api/search",status="400"} 4.0' in counted
     assert 'status="500"' not in counted and not caplog.records
+
+
+def test_a_text_that_a_request_must_have_is_not_blank():
+    fields = {one.path: one.fields for one in endpoints.ENDPOINTS}
+    for path, name in (("/api/explain", "text"), ("/api/answer", "question")):
+        for blank in ("", " \n"):
+            with pytest.raises(refusals.Refused, match=f"^{name} is missing: The ") as found:
+                forms.read(fields[path], FormData([(name, blank)]))
+            assert found.value.status == 400
+    assert forms.read(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "

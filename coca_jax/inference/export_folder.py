@@ -201,7 +201,8 @@ def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
         low, high, count = (scores.get(f"{key}_{end}") for end in ("low", "high", "count"))
         interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
         examples = "" if count is None else f"{count:,.0f}"
-        rows.append(f"| {key} | {value:.4f} | {interval} | {examples} |")
+        form = ",.0f" if key.rpartition("/")[2].startswith("num_") else ".4f"  # of how many things
+        rows.append(f"| {key} | {value:{form}} | {interval} | {examples} |")
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from coca_jax.config.rules import is_number
 from coca_jax.evaluators.declarations import Scale
 from coca_jax.report import numbers
 from coca_jax.report.run_files import RunFiles
@@ -29,6 +30,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 10, 44  # margins
 POINTS = 300  # of a curve as it is drawn; more would only weigh
 FINE = 900  # of a curve that is zoomed into
 COLOURS = 6
+DASHES, WEIGHTS = 4, 3  # of lines: one of each a run, so that twelve runs look different
 ROW = 34  # pixels of a row of `spread`
 
 TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
@@ -52,12 +54,12 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """colour: 0 to COLOURS - 1, of a metric; dash: 0, 1, ..: of a run."""
+    """colour: 0 to COLOURS - 1, of a metric; run: 0, 1, .., which gives its line, see `line_of`."""
 
     name: str
     points: Points
     colour: int
-    dash: int = 0
+    run: int = 0
     dots: bool = False
 
 
@@ -69,12 +71,12 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
         curves = []
         matched = (name for key in keys for name in logged if fnmatch.fnmatchcase(name, key))
         there = list(dict.fromkeys(matched))
-        for dash, run in enumerate(runs):
+        for place, run in enumerate(runs):
             for colour, key in enumerate(there):
-                points = [(r["step"], r[key]) for r in run.rows if _is_number(r.get(key))]
+                points = [(r["step"], r[key]) for r in run.rows if is_number(r.get(key))]
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
-                    curves.append(_curve(name, thin(points, FINE), colour, dash, runs))
+                    curves.append(_curve(name, thin(points, FINE), colour, place, runs))
         charts += [chart(title, unit, curves)] if curves else []
     return charts
 
@@ -82,7 +84,7 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
 def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
     """A chart a headline metric, over the evaluations of a run: a curve a data set."""
     charts: dict[tuple[str, str], list[Curve]] = {}
-    for dash, run in enumerate(runs):
+    for place, run in enumerate(runs):
         scores = {name: None for row in run.evaluations for name in row["scores"]}
         colours: dict[str, int] = {}
         for (evaluator, data), there in tasks_of(scores).items():
@@ -90,9 +92,9 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
             for metric in headline_metrics(evaluator, there)[:2]:
                 name = f"{evaluator}/{data}/{metric}"
                 values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
-                points = [(step, value) for step, value in values if _is_number(value)]
+                points = [(step, value) for step, value in values if is_number(value)]
                 if len(points) > 1:
-                    curve = _curve(data, thin(points, FINE), colour, dash, runs, dots=True)
+                    curve = _curve(data, thin(points, FINE), colour, place, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
     found = []
     for (evaluator, metric), curves in charts.items():
@@ -115,21 +117,23 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
 def blended(rows: Any) -> list[Markup]:
     """A chart an evaluator of what `blend` scored between a model and its start: rows
     [dict(share, scores)] of blend.json; [] for what are none."""
+    points: dict[str, Points] = {}
     try:
-        names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-        points = {
-            name: [(row["share"], 100 * row["scores"][name]) for row in rows] for name in names
-        }
+        for row in rows:
+            for name, value in row["scores"].items():
+                if is_number(value) and is_number(row["share"]):  # a score may not be finite
+                    points.setdefault(name, []).append((row["share"], value))
     except (LookupError, TypeError, AttributeError):
         return []
     by_evaluator: dict[str, list[Curve]] = {}
-    for name in names:
+    for name, found in points.items():
         evaluator, data, metric = numbers.split_name(name)
-        shown = numbers.metric_of(evaluator, metric, [row["scores"][name] for row in rows])
+        shown = numbers.metric_of(evaluator, metric, [value for _, value in found])
         curves = by_evaluator.setdefault(evaluator, [])
-        if shown.scale is not Scale.PLAIN and len(points[name]) > 1:
+        if shown.scale is not Scale.PLAIN and len(found) > 1:
             title = f"{shown.title} \u00b7 {data}"
-            curves.append(Curve(title, points[name], len(curves) % COLOURS, dots=True))
+            scaled = [(share, 100 * value) for share, value in found]
+            curves.append(Curve(title, scaled, len(curves) % COLOURS, dots=True))
     across = "share of the way from the start to the tuned model"
     return [
         chart(f"{numbers.title_of(evaluator)} between both models", "x 100", curves, across)
@@ -139,15 +143,16 @@ def blended(rows: Any) -> list[Markup]:
 
 
 def _curve(
-    name: str, points: Points, colour: int, dash: int, runs: Sequence[RunFiles], dots: bool = False
+    name: str, points: Points, colour: int, run: int, runs: Sequence[RunFiles], dots: bool = False
 ) -> Curve:
     if len(runs) > 1:
-        name = f"{name} \u00b7 {runs[dash].name}"
-    return Curve(name, points, colour % COLOURS, dash, dots)
+        name = f"{name} \u00b7 {runs[run].name}"
+    return Curve(name, points, colour % COLOURS, run, dots)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int)
+def line_of(run: int) -> str:
+    """The classes of style.css of the lines of a run: 0, 1, .."""
+    return f"d{run % DASHES} w{run // DASHES % WEIGHTS}"
 
 
 def thin(points: Points, most: int = POINTS) -> Points:
@@ -239,7 +244,7 @@ def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") 
     frame = Frame.around(curves)
     parts, legend, data = frame.axes(unit, across), [], []
     for curve in curves:
-        kind = f"s{curve.colour} d{curve.dash % 4}"
+        kind = f"s{curve.colour} {line_of(curve.run)}"
         places = [(frame.px(x), frame.py(y)) for x, y in thin(curve.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="c {kind}" points="{path}"/>')
@@ -303,7 +308,7 @@ def time_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     totals: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
-            if key.endswith("_seconds") and _is_number(value):
+            if key.endswith("_seconds") and is_number(value):
                 name = key.removesuffix("_seconds")
                 totals[name] = totals.get(name, 0.0) + value
     positive = {name: seconds for name, seconds in totals.items() if seconds > 0}

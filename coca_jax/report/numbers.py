@@ -70,11 +70,16 @@ def factor(metric: Metric) -> float:
 
 
 def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
-    """The 95% interval of a score, '' where it has none."""
+    """The 95% interval of a score, in the scale of that one; '' where it has none."""
     low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
     if low is None or high is None:
         return ""
-    return f"{score(metric, low).rstrip('%')}\u2009\u2013\u2009{score(metric, high)}"
+    sign = "%" if score(metric, scores.get(name)).endswith("%") else ""
+    if sign or metric.scale is Scale.HUNDREDFOLD:
+        first, last = f"{100 * low:.1f}", f"{100 * high:.1f}"
+    else:
+        first, last = number(low), number(high)
+    return f"{first}\u2009\u2013\u2009{last}{sign}"
 
 
 def split_name(name: str) -> tuple[str, str, str]:

@@ -75,7 +75,15 @@ def write_comparison(
     runs = run_files.read_several(workdirs)
     context: dict[str, Any] = dict(
         title=" \u00b7 ".join(run.name for run in runs),
-        runs=[dict(name=run.name, summary=summary(run), goodput=goodput(run)) for run in runs],
+        runs=[
+            dict(
+                name=run.name,
+                summary=summary(run),
+                goodput=goodput(run),
+                line=charts.line_of(place),
+            )
+            for place, run in enumerate(runs)
+        ],
         tables=scores.side_by_side(runs),
         evaluations=charts.evaluations(runs),
         training=charts.training(runs),

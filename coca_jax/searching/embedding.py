@@ -22,7 +22,8 @@ VERSION = 1  # of the folder's layout
 def about(model: CoCaModel, checkpoint: str) -> dict[str, Any]:
     """The contents of index.json."""
     told = dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint)
-    return told | dict(width=model.config.model.embed_dim, made_in=os.getcwd())
+    sizes = model.config.model
+    return told | dict(width=sizes.embed_dim, dtype=sizes.dtype, made_in=os.getcwd())
 
 
 def add(

@@ -16,7 +16,7 @@ from coca_jax.data import files, image_files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
-from coca_jax.searching.parts import LEASE, STAGED, Parts
+from coca_jax.searching.parts import LEASE, STAGED, Parts, check_dtype
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
@@ -222,9 +222,10 @@ class Index:
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
         if not model_checksum.same(self.about["model"], model.checksum()):
+            check_dtype("this index", self.about, model.config.model.dtype)
             raise ValueError(
                 f"this index was made by {self.checkpoint} with other weights or preprocessing; "
-                "give that --checkpoint, or index again"
+                "give that --checkpoint, and the --dtype of then, or index again"
             )
 
     def file(self, row: int) -> tuple[str, tuple[int, int] | None]:

@@ -331,9 +331,21 @@ def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
 def check_model(folder: str, there: dict[str, Any], about: dict[str, Any]) -> None:
     """Raises ValueError where the index of `folder`, {} for a new one, is another model's."""
     if there and not model_checksum.same(there["model"], about["model"]):
+        check_dtype(f"--out={folder}", there, about.get("dtype"))
         raise ValueError(
             f"--out={folder} was made by another model ({there['checkpoint']}); embeddings of two "
             "models do not compare: give a new folder"
+        )
+
+
+def check_dtype(index: str, there: dict[str, Any], dtype: str | None) -> None:
+    """Raises ValueError where an index, called `index`, was made in another dtype than a model's,
+    whose weights are rounded to it. None, and in what older versions wrote: unknown."""
+    made = there.get("dtype")
+    if made and dtype and made != dtype:
+        raise ValueError(
+            f"{index} was made with --dtype={made}, and the model is in {dtype}: other weights; "
+            f"give --dtype={made}, or index again into a new folder"
         )
 
 

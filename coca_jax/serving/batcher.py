@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from coca_jax.serving.refusals import STOPPING, Refused, too_many
+from coca_jax.serving.refusals import STOPPING, Refused, check_room
 
 
 class Work(Protocol):
@@ -40,7 +40,7 @@ class Batcher:
         model: what works are run with.
         batch_size: items of a batch at most.
         wait: seconds that the first of a batch waits for others.
-        depth: items that may wait; more are refused with status 503.
+        depth: items that may wait; more are refused, see `check_room`.
         seen: called with the size of each batch that was run.
     """
 
@@ -86,8 +86,7 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise Refused(503, STOPPING)
-            if len(self._jobs) + len(items) > self._depth:
-                raise too_many()
+            check_room(len(items), len(self._jobs), self._depth)
             streams = []
             for item in items:
                 answers: asyncio.Queue[Any] = asyncio.Queue()

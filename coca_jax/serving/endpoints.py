@@ -166,7 +166,7 @@ async def head(server: Server, values: Values) -> Any:
         if len(pictures) != kind.images:
             raise Refused(400, f"image: {len(pictures)} pictures; this head takes {kind.images}")
         pictures = [np.stack(pictures)]
-    if kind.reads_text and not values["question"]:
+    if kind.reads_text and not values["question"].strip():
         raise Refused(400, "question is missing: this head reads a question or statement")
     items = [(pixels, values["question"]) for pixels in pictures]
     return dict(results=await server.batcher.answers(works.Head(values["k"]), items))

@@ -48,7 +48,7 @@ class Field:
             return [self._value(value) for value in given]
         if len(given) > 1:
             raise Refused(400, f"{self.name}: given {len(given)} times; give it once")
-        if not given or given == [""]:
+        if not given or given == [""] or (self.required and str(given[0]).isspace()):
             if self.default is None:
                 raise Refused(400, f"{self.name} is missing: {self.about}")
             return self.default
@@ -66,13 +66,14 @@ class Field:
             if given not in ("true", "false", "1", "0"):
                 raise Refused(400, f"{self.name}={given[:40]!r}: give true or false")
             return given in ("true", "1")
+        kind = "a whole number" if self.type is int else "a number"
         try:
             value = self.type(given)
         except ValueError:
-            raise Refused(400, f"{self.name}={given[:40]!r}: give a number") from None
+            raise Refused(400, f"{self.name}={given[:40]!r}: give {kind}") from None
         if not self.low <= value <= self.high:
             bounds = f"from {_number(self.low)} to {_number(self.high)}"
-            raise Refused(400, f"{self.name}={given[:40]}: give a number {bounds}")
+            raise Refused(400, f"{self.name}={given[:40]}: give {kind} {bounds}")
         return value
 
     def schema(self) -> dict[str, Any]:

@@ -20,9 +20,14 @@ class Refused(Exception):
         return JSONResponse({"error": self.text}, self.status, self.headers)
 
 
-def too_many() -> Refused:
-    """For a request that finds more before it than may wait."""
-    return Refused(503, "too many requests wait; ask again later", {"Retry-After": "1"})
+def check_room(new: int, there: int, most: int) -> None:
+    """Raises Refused where `new` pictures or texts do not fit beside those `there`, `most` in all:
+    400 where they never would, else 503."""
+    if new > most:
+        told = f"{new} pictures or texts; at most {most} are taken at a time (--queue)"
+        raise Refused(400, f"{told}: send fewer")
+    if there + new > most:
+        raise Refused(503, "too many requests wait; ask again later", {"Retry-After": "1"})
 
 
 async def answer_refused(_: Request, error: Exception) -> Response:

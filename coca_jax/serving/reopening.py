@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 from starlette.concurrency import run_in_threadpool
 
+from coca_jax import storage
 from coca_jax.searching.index import Index, stamp
 
 SECONDS = 5.0  # between two looks at the folder
@@ -33,13 +34,17 @@ class Reopened:
         return self._index
 
     def _look(self) -> None:
+        folder, found = self._index.folder, self._stamp
         try:
-            found = stamp(self._index.folder)
-            if found in (None, self._stamp):
-                return
-            self._stamp = found
-            index = Index(self._index.folder)
+            with storage.as_os_error(folder, "cannot be read"):
+                found = stamp(folder)
+                if found in (None, self._stamp):
+                    return
+                index = Index(folder)
             index.check(self._model)
             self._index = index
         except (OSError, ValueError) as error:
             logging.warning("--index is served as it was before it changed: %s", error)
+            if isinstance(error, OSError):  # the same folder may be read at the next look
+                return
+        self._stamp = found

@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 
 from coca_jax import cores
 from coca_jax.data import images, videos
-from coca_jax.serving.refusals import too_many
+from coca_jax.serving.refusals import check_room
 
 # Pictures that are decoded at a time at most: each takes some 7 bytes a pixel, however few bytes
 # its file has.
@@ -43,7 +43,7 @@ class Limits:
 class Decoder:
     """The threads that decode pictures, one a core and MOST at most; other pictures wait.
 
-    depth: pictures that may wait; more are refused with status 503.
+    depth: pictures that may wait; more are refused, see `check_room`.
     """
 
     def __init__(self, depth: int):
@@ -59,8 +59,7 @@ class Decoder:
     async def run(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
         """What each call gives, which decodes a picture. Raises what a call does, and Refused
         when too many wait."""
-        if self._open + len(calls) > self._depth + self._threads:
-            raise too_many()
+        check_room(len(calls), self._open, self._depth + self._threads)
         self._open += len(calls)
         loop = asyncio.get_running_loop()
         try:  # one by one, so that no request of many pictures holds up the others

@@ -70,21 +70,33 @@ function withPicture(values) {
   return form;
 }
 
+// The first result of what `path` says of the chosen picture, and that picture: by then another one
+// may be chosen.
+async function askAbout(path, values, signal) {
+  const form = withPicture(values);
+  const one = current;
+  const { results: [found] } = await (await ask(path, form, signal)).json();
+  return [found, one];
+}
+
 // -- pictures ----------------------------------------------------------------------------------
 
 function add(files) {
   const limits = info?.limits;
-  $("error").textContent = "";
+  let added = null;
+  let refused = "";
   for (const file of files) {
     if (limits && file.size > limits.bytes - 4096) {
-      $("error").textContent = `${file.name} is larger than ${limits.bytes >> 20} MiB; make it smaller.`;
+      refused = `${file.name} is larger than ${limits.bytes >> 20} MiB; make it smaller.`;
       continue;
     }
     const clip = file.type.startsWith("video/");
-    pictures.push({ file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture" });
+    added = { file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture" };
+    pictures.push(added);
   }
   pictures.splice(0, pictures.length - 48).forEach((old) => URL.revokeObjectURL(old.url));
-  if (files.length && pictures.length) show(pictures[pictures.length - 1], true);
+  if (added) show(added, true);
+  $("error").textContent = refused; // now: the caption of what is shown began without one
 }
 
 function list() {

@@ -117,14 +117,15 @@ $("caption-form").addEventListener("submit", (event) => {
     release();
     hideHeat();
     const response = await ask("/api/caption", request, signal);
-    $("captions").replaceChildren();
+    if (one === current) $("captions").replaceChildren();
     const grow = growing();
     for await (const [kind, data] of events(response)) {
       if (kind === "error") throw new Error(data.error);
       if (kind === "tokens" && one === current) grow(data.tokens);
       if (kind === "result") {
         one.captions = data;
-        if (one === current) results(data);
+        if (one !== current) return "";
+        results(data);
         const more = info.explains ? " Choose a word to see where the model looked." : "";
         return `Caption: ${data.captions.map((c) => c.text).join("; ")}.${more}`;
       }
@@ -143,9 +144,10 @@ modeChanged();
 $("explain-form").addEventListener("submit", (event) => {
   event.preventDefault();
   during(event.target, "Reading …", async (signal) => {
-    const answer = await (await ask("/api/explain", withPicture({ text: event.target.text.value }), signal)).json();
-    current.captions = answer.results[0];
-    results(current.captions);
+    const [found, one] = await askAbout("/api/explain", { text: event.target.text.value }, signal);
+    one.captions = found;
+    if (one !== current) return "";
+    results(found);
     return "Choose a word to see where the model looked.";
   });
 });
@@ -167,8 +169,9 @@ $("labels-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const { label, template } = event.target;
   during(event.target, "Comparing …", async (signal) => {
-    const form = withPicture({ label: label.value, template: template.value });
-    const { labels } = (await (await ask("/api/zero_shot", form, signal)).json()).results[0];
+    const values = { label: label.value, template: template.value };
+    const [{ labels }, one] = await askAbout("/api/zero_shot", values, signal);
+    if (one !== current) return "";
     bars("labels", labels);
     return `Most probable: ${labels[0].label}, ${percent(labels[0].probability)}.`;
   });
@@ -179,12 +182,14 @@ $("ask-form").addEventListener("submit", (event) => {
   const question = event.target.question.value;
   during(event.target, "Asking …", async (signal) => {
     if (info.head) {
-      const form = withPicture(info.head.reads_text ? { question } : {});
-      const { labels } = (await (await ask("/api/head", form, signal)).json()).results[0];
+      const values = info.head.reads_text ? { question } : {};
+      const [{ labels }, one] = await askAbout("/api/head", values, signal);
+      if (one !== current) return "";
       bars("answers", labels);
       return `Answer: ${labels[0].label}, ${percent(labels[0].probability)}.`;
     }
-    const { answer } = (await (await ask("/api/answer", withPicture({ question }), signal)).json()).results[0];
+    const [{ answer }, one] = await askAbout("/api/answer", { question }, signal);
+    if (one !== current) return "";
     $("answers").replaceChildren(make("li", { textContent: answer || "(nothing)" }));
     return `Answer: ${answer || "nothing"}.`;
   });
@@ -222,7 +227,10 @@ async function search(form, signal) {
   return `Found ${plural(found.length, "picture")}.`;
 }
 
+let enlarged = null; // the find that is shown large
+
 async function enlarge(one, says) {
+  enlarged = one;
   $("large-title").textContent = says;
   $("large-note").textContent = `${one.image} · similarity ${one.score.toFixed(4)}`;
   $("large-picture").removeAttribute("src");
@@ -232,7 +240,9 @@ async function enlarge(one, says) {
     during($("search-form"), "Searching …", (signal) => search(searchForm({ like: one.row }), signal));
   };
   $("large").showModal();
-  $("large-picture").src = await thumbnail(one.picture, 1280).catch(() => "data:,");
+  const src = await thumbnail(one.picture, 1280).catch(() => "data:,");
+  if (enlarged === one) $("large-picture").src = src;
+  else URL.revokeObjectURL(src);
 }
 
 $("search-form").addEventListener("submit", (event) => {
