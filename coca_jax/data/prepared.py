@@ -65,7 +65,7 @@ def open_split(path: str, split: str) -> Source:
     Raises:
         FileNotFoundError: the folder or one of its shards is missing.
         ValueError: no such split, or a shard has another size than the manifest says; or the
-            bound of the copies of remote files is no number.
+            bound of the copies of remote files is no number, or less than a shard.
     """
     path = local_files.plain(path)
     splits = read_manifest(path)["splits"]
@@ -82,7 +82,9 @@ def open_split(path: str, split: str) -> Source:
                 f"manifest says {shard['bytes']}; prepare it again"
             )
     if any(map(files.is_remote, (path, splits[split].get("root", "")))):
-        shard_cache.limit()  # is refused here, not as an image that cannot be read
+        copied = [shard["bytes"] for shard in shards] if files.is_remote(path) else []
+        # Refused here, not as an image that cannot be read.
+        shard_cache.check_limit(max(copied, default=0))
     counts = [shard["count"] for shard in shards]
     read: Reader = ArrayRecordFiles(paths, counts)
     if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:
