@@ -311,7 +311,15 @@ def _matching(system: Any, plain: str, path: str) -> set[str]:
 
 
 def _globbed(system: Any, plain: str) -> set[str]:
-    return {file for file in system.glob(plain) if not system.isdir(file)}
+    """The files of a glob; hidden ones, as shells do, only where its wildcards are behind a dot."""
+    parts = plain.split("/")
+    first = next(number for number, part in enumerate(parts) if _has_marks(part))
+    named = is_hidden("/".join(parts[first:]))
+    return {
+        file
+        for file in system.glob(plain)
+        if not system.isdir(file) and (named or not is_hidden("/".join(file.split("/")[first:])))
+    }
 
 
 def _expanded(path: str) -> list[str]:
