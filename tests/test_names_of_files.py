@@ -1,4 +1,4 @@
-"""Files by their names: hidden ones are not read."""
+"""Files by their names: hidden ones are not read, and each picture has a key of its own."""
 
 import tarfile
 
@@ -58,3 +58,17 @@ def test_hidden_files_are_not_read_from_a_folder_a_pattern_or_a_tar(folder, tmp_
         archive.add(folder, ".")
     found = texts("webdataset", tmp_path / "a.tar", tmp_path / "of tar")
     assert found == {f"a.tar/{key}": told for key, told in wanted.items()}
+
+
+def test_pictures_of_one_stem_have_keys_of_their_own(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for number, name in enumerate(("a.jpg", "a.png", "b.jpg", "a.jpg.jpeg")):
+        (folder / name).write_bytes(encode(number))
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    (folder / "a.jpg.txt").write_text("three")
+    assert texts("sidecars", folder, tmp_path / "p") == {
+        **{"a.jpg": ("one",), "a.png": ("one",), "b": ("two",), "a.jpg.jpeg": ("three",)}
+    }
+    assert texts("sidecars", folder / "*.png", tmp_path / "q") == {"a.png": ("one",)}
