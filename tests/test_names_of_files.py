@@ -72,3 +72,17 @@ def test_pictures_of_one_stem_have_keys_of_their_own(tmp_path):
         **{"a.jpg": ("one",), "a.png": ("one",), "b": ("two",), "a.jpg.jpeg": ("three",)}
     }
     assert texts("sidecars", folder / "*.png", tmp_path / "q") == {"a.png": ("one",)}
+
+
+def test_pictures_below_a_list_are_looked_for_anew_and_hidden_ones_do_not_count(tmp_path):
+    def found(out):
+        import_data("csv", tmp_path / "a" / "list.csv", tmp_path / out)
+        return [record.texts for record in sources.open_source(str(tmp_path / out))]
+
+    for number, name in enumerate(("b/0.jpg", "b/.ipynb_checkpoints/0.jpg")):
+        (tmp_path / "a" / name).parent.mkdir(parents=True)
+        (tmp_path / "a" / name).write_bytes(encode(number))
+    (tmp_path / "a" / "list.csv").write_text("image,text\n0.jpg,no. 0\n1.jpg,no. 1\n")
+    assert found("p") == [("no. 0",)]
+    (tmp_path / "a" / "b" / "1.jpg").write_bytes(encode(2))
+    assert found("q") == [("no. 0",), ("no. 1",)]
