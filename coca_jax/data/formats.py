@@ -258,7 +258,8 @@ def _first_rows(path: str) -> list[dict[str, str]]:
         data = file.read(_LOOK_AT_BYTES)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
     text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
-    header, row, *_ = [*text.split("\n", 2), ""]
+    header, _, rest = text.partition("\n")
+    row = rest.partition("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""), **dialect(header, row))
     found: list[list[str]] = []
     with contextlib.suppress(csv.Error):
