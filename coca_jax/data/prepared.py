@@ -55,8 +55,19 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def open_entry(entry: Entry, split: str) -> Source:
-    """An entry dict(path=...) of config.data.sources; see `open_split`."""
-    return open_split(entry.path, split)
+    """An entry dict(path=...) of config.data.sources. Raises as `open_split`, and ValueError for
+    another field of the images than its records are of."""
+    found = open_split(entry.path, split)
+    request = read_manifest(local_files.plain(entry.path))["splits"][split].get("request")
+    options = request.get("options") if isinstance(request, dict) else None
+    if entry.image_field and isinstance(options, dict):
+        made_by = options.get("image_field", "")
+        if made_by != entry.image_field:
+            raise ValueError(
+                f"data source {entry.path}: it was prepared with image_field={made_by!r}, not "
+                f"{entry.image_field!r}; leave that out, or prepare the data by it"
+            )
+    return found
 
 
 def open_split(path: str, split: str) -> Source:
