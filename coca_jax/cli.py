@@ -298,6 +298,14 @@ def check_once(name: str, fix: str) -> None:
         )
 
 
+def refuse_given(names: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first of the flags that is given. why: it has no effect."""
+    for name in names:
+        flag = flags.FLAGS[name]
+        if flag.present:
+            raise ValueError(f"{' '.join(flag.serialize().split())}: {why}; leave it out")
+
+
 def where_of(clauses: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """(field, values) of each --where, 'field=value,value'.
 

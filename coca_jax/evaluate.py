@@ -120,7 +120,7 @@ def data_of_flags() -> dict[str, Any]:
             data[field] = args[field].value
     if "builtin" in data:
         fields = ("where", "text_field", "label_field", "image_field")
-        refuse_given(fields, "scenes are drawn, and are scored whole and as they are")
+        cli.refuse_given(fields, "scenes are drawn, and are scored whole and as they are")
     if args.split or "builtin" in data:
         if args.split and "path" in data:
             unprepared.check_split(data, args.split)
@@ -207,21 +207,13 @@ def _part(where: Mapping[str, Sequence[str]], limit: int) -> str:
     return name + (f"-first{limit}" if limit else "")
 
 
-def refuse_given(names: Sequence[str], why: str) -> None:
-    """Raises ValueError for the first of the flags that is given."""
-    for name in names:
-        flag = flags.FLAGS[name]
-        if flag.present:
-            raise ValueError(f"{' '.join(flag.serialize().split())}: {why}; leave it out")
-
-
 def refuse_unused(kinds: Sequence[str]) -> None:
     """Raises ValueError for the first flag that is given and that no task of these kinds reads."""
     for flag in evaluator_flags():
         takers = [kind for kind, one in declarations.kinds().items() if flag in one.flags]
         if not set(takers) & set(kinds):
             why = f"it is of {' and '.join(takers)}, and the tasks are {', '.join(kinds)}"
-            refuse_given([flag.name], why)
+            cli.refuse_given([flag.name], why)
 
 
 def called(checkpoint: str) -> str:
@@ -236,7 +228,7 @@ def run_suite(args: Any) -> dict[str, float]:
         raise ValueError("give --suite=NAME with --checkpoint=DIR and --root=DIR, without --data")
     if args.num_processes > 1:
         raise ValueError(f"--num_processes={args.num_processes}: a suite runs in one process")
-    refuse_given(
+    cli.refuse_given(
         [*OF_TASKS, *(flag.name for flag in evaluator_flags())],
         "a suite scores all of its data sets, each by its own definition",
     )
@@ -294,7 +286,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else, or --suite=NAME "
             "--root=DIR in place of --data"
         )
-    refuse_given(OF_SUITES, "it is for --suite")
+    cli.refuse_given(OF_SUITES, "it is for --suite")
     tasks = tasks_of_flags()
     if not args.out and hub.is_name(args.checkpoint):
         raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")

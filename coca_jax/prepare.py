@@ -43,6 +43,18 @@ from coca_jax.importers.splits import prepare, prepare_with_holdout
 from coca_jax.training import lease
 from coca_jax.training.left_out import number_of
 
+_ALONE = ("size", "sentences", "vocabulary_kind", "step", "workdir", "config")  # of other uses
+_OF_VOCABULARY = (*_ALONE[:3], "input", "out", "split", "overwrite")
+_READ = {"vocabulary": _OF_VOCABULARY, "inspect": _ALONE[3:]}
+
+
+def _refuse_unread(use: str = "") -> None:
+    """Raises ValueError for a flag that is given and that a use does not read; '': an import."""
+    modules = (__name__, engines.__name__)
+    own = [flag.name for one in modules for flag in flags.FLAGS.get_flags_for_module(one)]
+    unread = [name for name in own if name not in _READ[use]] if use else _ALONE
+    cli.refuse_given(unread, f"`{f'prepare {use}'.strip()}` does not read it")
+
 
 def _options() -> Options:
     where = cli.where_of(flags.FLAGS.where)
@@ -52,6 +64,10 @@ def _options() -> Options:
         names = read_class_names(given, f"--class_names={given}")
     if not 0 < flags.FLAGS.sample <= 1:
         raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
+    if flags.FLAGS.dedup != "perceptual" and not flags.FLAGS.exclude:
+        cli.refuse_given(["distance"], "it is of --dedup=perceptual and --exclude")
+    if flags.FLAGS.sample == 1:
+        cli.refuse_given(["seed"], "it is of --sample")
     return Options(
         text_field=flags.FLAGS.text_field,
         label_field=flags.FLAGS.label_field,
@@ -77,9 +93,14 @@ def _options() -> Options:
 
 
 def train_vocabulary(
-    paths: Sequence[str], size: int, out: str, sentences: int, kind: str = "auto"
+    paths: Sequence[str],
+    size: int,
+    out: str,
+    sentences: int,
+    kind: str = "auto",
+    split: str = "train",
 ) -> dict[str, Any]:
-    """Trains a vocabulary on captions and label names of prepared folders (split 'train').
+    """Trains a vocabulary on captions and label names of a split of prepared folders.
 
     Returns:
         pieces, sentences, sha256, out.
@@ -89,7 +110,7 @@ def train_vocabulary(
     """
     texts: list[str] = []
     for number, path in enumerate(paths):
-        source = sources.open_source(path)
+        source = sources.open_source(path, split)
         count = min(len(source), -(-sentences // len(paths)))
         picked = order.indices(np.arange(count), len(source), 0, number)
         for _, record in read_whole_texts(source, picked):
@@ -228,7 +249,7 @@ def _define_other_uses() -> None:
     flags.DEFINE_integer("step", 1, "inspect: which step, counted from 1 as in the logs.")
     flags.DEFINE_string("workdir", "", "inspect: a run, in place of --config.")
     recipes.define_flag("inspect: ")
-    flags.DEFINE_bool("overwrite", False, "Replace a split that is already there.")
+    flags.DEFINE_bool("overwrite", False, "Replace a split, or a vocabulary, that is there.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -237,18 +258,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if not flags.FLAGS.input or not flags.FLAGS.out:
             raise ValueError("prepare vocabulary needs --input and --out")
         cli.check_once("input", "separate them by commas, as --input=data/a,data/b")
-        paths = flags.FLAGS.input.split(",")
-        return train_vocabulary(
-            paths,
-            flags.FLAGS.size,
-            flags.FLAGS.out,
-            flags.FLAGS.sentences,
-            flags.FLAGS.vocabulary_kind,
-        )
+        _refuse_unread("vocabulary")
+        given = flags.FLAGS
+        if files.exists(given.out) and not given.overwrite:
+            raise ValueError(f"--out={given.out} is there already; give --overwrite, or another")
+        how = (given.size, given.out, given.sentences, given.vocabulary_kind, given.split)
+        return train_vocabulary(given.input.split(","), *how)
     if argv[1:] == ["inspect"]:
         workdir, config = flags.FLAGS.workdir, flags.FLAGS.config
         if bool(workdir) == (config is not None):
             raise ValueError("prepare inspect needs --config=NAME or --workdir=RUN, one of them")
+        _refuse_unread("inspect")
         step = flags.FLAGS.step
         return inspect_run(workdir, step) if workdir else inspect(config, step)
     if len(argv) > 1:
@@ -258,6 +278,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("input", "out"):
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
+    _refuse_unread()
     cli.check_once(
         "input", "put a pattern in quotes, as --input='laion/{00000..00999}.tar', or give a folder"
     )

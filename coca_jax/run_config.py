@@ -9,6 +9,7 @@ from typing import Any
 
 from coca_jax import local_files, sealed_json, storage
 from coca_jax.config import Config, checks, read
+from coca_jax.config.data import PLACES
 from coca_jax.config.section import flatten
 from coca_jax.data import stages
 from coca_jax.models import head_kinds, heads
@@ -227,9 +228,6 @@ def check_data(
             )
 
 
-_PLACES = ("path", "builtin", "tfds", "seqio")
-
-
 def within(path: str, before: str, workdir: str) -> str:
     """A source's path, which lies in `workdir` now where it lay in it when that was `before`."""
     folder = local_files.whole_path(before).rstrip("/") + "/"
@@ -254,7 +252,7 @@ def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:
             if not whole:  # of several of one name, each has its number when all are known
                 path = (re.sub(r"-\d+$", "", path[0]),)
         source = {**source, "path": path}
-        found.append(source if whole else {name: source.get(name, "") for name in _PLACES})
+        found.append(source if whole else {name: source.get(name, "") for name in PLACES})
     if whole:
         return found
     # Data of questions may be several sources, by their answers, which the data will tell.

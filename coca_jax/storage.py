@@ -25,7 +25,7 @@ import fsspec
 from absl import logging as absl_logging
 from etils import epath
 
-from coca_jax import extras
+from coca_jax import extras, local_files
 
 # Where TensorFlow is installed, etils would reach buckets through it: another way of finding
 # credentials than that of the data's files, seconds to import, and no s3://.
@@ -82,7 +82,7 @@ def filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
     """
     check_slashes(path)
     try:
-        return fsspec.url_to_fs(os.fspath(path))
+        return fsspec.url_to_fs(local_files.plain(os.fspath(path)))
     except ImportError as error:
         extra = EXTRAS.get(os.fspath(path).split("://", 1)[0])
         raise ValueError(f"{path}: {extras.remedy(extra) if extra else error}") from None
@@ -99,7 +99,7 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
     text = os.fspath(path)
     check_slashes(text)
     if not is_remote(text):
-        return epath.Path(os.path.abspath(text.removeprefix("file://")))
+        return epath.Path(os.path.abspath(local_files.plain(text)))
     scheme = text.split("://", 1)[0]
     if scheme not in PACKAGES:
         raise ValueError(

@@ -249,3 +249,42 @@ def test_what_could_have_no_effect_is_refused(changes, told):
     run_config.check(plain)
     with pytest.raises(ValueError, match=told):
         run_config.check(plain.change(changes))
+
+
+OF_PATH = dict(path="data/mine")
+
+
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        (dict(OF_PATH, questions="q"), "questions='q' is of kind='question', .* kind='caption'; "),
+        (dict(OF_PATH, answers=("yes",)), r"answers=\('yes',\) is of kind='question'"),
+        (dict(OF_PATH, captions="all", kind="label"), "captions='all' is of kind='caption'"),
+        (dict(OF_PATH, prompts="plain"), "prompts='plain' is of kind='label'"),
+        (dict(OF_PATH, synthetic=0.3), "synthetic=0.3 is of captions='scored', and .*='sampled'"),
+        (dict(OF_PATH, scenery="varied"), "scenery='varied' is of data by builtin, .* by path='da"),
+        (dict(OF_PATH, objects=(1,)), r"objects=\(1,\) is of data by builtin"),
+        (dict(OF_PATH, data_dir="/x"), "data_dir='/x' is of data by tfds"),
+        (dict(OF_PATH, module="x"), "module='x' is of data by seqio"),
+        (dict(builtin="scenes", image_field="x"), "image_field='x' is of data by path or tfds or"),
+    ],
+)
+def test_a_key_of_a_source_that_nothing_reads_is_refused(entry, told):
+    sources = (dict(builtin="scenes"), entry)
+    with pytest.raises(ValueError, match=rf"config.data.sources\[1\]: {told}"):
+        checks.check(tiny(**{"data.sources": sources}))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        dict(OF_PATH, kind="question", questions="q", answers=("yes",), image_field="a,b"),
+        dict(OF_PATH, captions="scored", synthetic=0.3, where=dict(lang="de"), limit=3),
+        dict(OF_PATH, kind="label", prompts="plain", text_field="a", label_field="b"),
+        dict(builtin="scenes", objects=(1,), scenery="varied"),
+        dict(tfds="a", data_dir="/x", image_field="x"),
+        dict(seqio="a", module="x", image_field="x"),
+    ],
+)
+def test_keys_of_a_source_that_its_data_read_are_taken(entry):
+    checks.check(tiny(**{"data.sources": (entry,)}))

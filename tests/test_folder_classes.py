@@ -1,6 +1,10 @@
 """Folders and columns as classes: what a line says of their names, and names from a file."""
 
-from prepare_cases import import_data, reasons_of
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
 from coca_jax.data import prepared, sources
@@ -53,3 +57,15 @@ def test_numbers_as_tables_write_them_are_classes(tmp_path, capsys):
     (tmp_path / "a/metadata.csv").write_text("file_name,label\n0.jpg,1.0\n1.jpg,0.0\n")
     brought("imagefolder", tmp_path / "a", tmp_path / "q")
     assert "class names are numbers (0.0, 1.0, ...)" in capsys.readouterr().err
+
+
+def test_minus_one_of_numbered_classes_is_no_label(tmp_path):
+    told = dict(info=dict(features=dict(label=dict(_type="ClassLabel", names=["cat", "dog"]))))
+    columns = dict(image=[encode(i) for i in range(4)], text=list("abcd"), label=[1, -1, 0, -2])
+    table = pa.table(columns).replace_schema_metadata({b"huggingface": json.dumps(told).encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = brought("parquet", tmp_path / "a.parquet", tmp_path / "p")
+    assert list(found.values()) == [(("a",), ("dog",)), (("b",), ()), (("c",), ("cat",))]
+    assert reasons_of(tmp_path / "p") == {"a.parquet#3": "bad_label"}
+    assert items.names([-1, 1], ("cat", "dog")) == ["dog"]
+    assert items.names(-1, ()) == ["-1"]

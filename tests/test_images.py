@@ -227,6 +227,15 @@ def test_arrays_and_paths(tmp_path):
         images.decode(np.zeros((2, 2, 2, 3), np.uint8))
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_picture_of_pil_whose_file_is_cut_short(format):
+    half = _encode(_scene(size=(240, 160)), format)
+    half = half[: len(half) // 2]
+    for image, told in ((half, rf" \({len(half)} bytes\)"), (Image.open(io.BytesIO(half)), "")):
+        with pytest.raises(ValueError, match=f"^damaged image{told}: "):
+            images.decode(image)
+
+
 def test_bmp_round_trip():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     data = images.encode_bmp(pixels)

@@ -67,6 +67,18 @@ def test_parquet_with_bytes_in_pages(codec, version, encoding, tmp_path):
     assert list(pairs[0]) == list(pairs[1]) and pairs[1].read([0])[0].second == picture(3)
 
 
+def test_parquet_with_images_in_one_column_or_another(tmp_path):
+    pictures = [picture(n) for n in range(12)]
+    columns = dict(image=[None] * 12, jpg=[None] * 12, png=[b"none of these"] * 12)
+    for n, data in enumerate(pictures):
+        columns["jpg" if n % 3 else "image"][n] = data
+    file = tmp_path / "a.parquet"
+    small = dict(use_dictionary=False, data_page_size=1, write_batch_size=2, row_group_size=8)
+    pq.write_table(pa.table(columns | dict(text=["a"] * 12)), file, **small)
+    copy, index = both("parquet", file, tmp_path / "out")
+    assert [record.image for record in index] == pictures and list(copy) == list(index)
+
+
 def test_damaged_tars_are_handled_as_a_copy_handles_them(tmp_path):
     rng = random.Random(0)
     write_tar(tmp_path / "whole.tar", 0, 5)

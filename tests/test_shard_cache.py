@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import resource
+import threading
 import time
 
 import fsspec
@@ -120,6 +121,41 @@ def test_a_limit_that_is_none_is_refused(bucket, monkeypatch):
         with pytest.raises(ValueError, match=f"COCA_JAX_SHARD_CACHE_GIB={text}: give the GiB"):
             _read(bucket[0])
     assert _read("/proc/self/comm")  # a local file is no copy
+
+
+def test_files_that_vanish_while_room_is_made(bucket, tmp_path):
+    _read(bucket[0])
+    folder, stopped = tmp_path / "coca_jax/shards", threading.Event()
+
+    def come_and_go():
+        while not stopped.is_set():
+            for number in range(30):
+                (folder / f"abc.{number}.new").touch()
+            for number in range(30):
+                (folder / f"abc.{number}.new").unlink()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(come_and_go)
+        try:
+            for _ in range(400):
+                shard_cache.make_room(folder, 1)
+        finally:
+            stopped.set()
+        done.result()
+    assert _copies(tmp_path) == [0]
+
+
+def test_a_limit_below_a_shard_is_refused_before_any_record(bucket, tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", 0, 2)
+    make("webdataset", tmp_path / "a.tar", tmp_path / "p", in_place=False)
+    fsspec.filesystem("memory").put(f"{tmp_path}/p/", "/shards/p/", recursive=True)
+    size = next((tmp_path / "p").glob("*.array_record")).stat().st_size
+    monkeypatch.setenv(shard_cache.LIMIT, "1e-5")
+    line = f"GIB=1e-5: .* less room than one of {size} bytes takes; set 0.001 or more"
+    with pytest.raises(ValueError, match=line):
+        prepared.open_split("memory://shards/p", "train")
+    monkeypatch.setenv(shard_cache.LIMIT, "0.001")
+    assert len(prepared.open_split("memory://shards/p", "train")) == 2
 
 
 def test_a_limit_that_is_none_is_refused_before_any_record(bucket, tmp_path, monkeypatch):

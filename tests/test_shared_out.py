@@ -1,12 +1,14 @@
 """Splits that share a folder: what one may be beside another, what is written anew, at once."""
 
+import pathlib
 import threading
 import time
 
 import pytest
 from prepare_cases import encode, write_tar
 
-from coca_jax.data import prepared, sources
+from coca_jax.data import formats, image_files, prepared, sources
+from coca_jax.data import images as image_data
 from coca_jax.importers import checks, metadata, own_data, splits
 from coca_jax.importers.items import Item, Options
 
@@ -107,7 +109,11 @@ def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
 
 
 def test_a_folder_may_be_a_url_of_this_machine(tmp_path):
-    folder = f"file://{pictures(tmp_path / 'a', range(12))}"
+    folder = pathlib.Path(pictures(tmp_path / "a a", range(12))).as_uri()
+    assert "a%20a" in folder and formats.guess(folder) == "imagefolder"
+    assert len(image_files.find([folder])) == 12
+    picture = next((tmp_path / "a a").rglob("*.jpg"))
+    assert (image_data.decode(picture.as_uri()) == image_data.decode(picture)).all()
     out = f"file://{tmp_path}/b%20c"
     rest, held = halved(folder, out, options=Options(in_place=True))
     assert rest["written"] + held["written"] == 12 == len(images(out) | images(out, "test"))

@@ -103,13 +103,14 @@ def flags_of(command: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", [command])
     for name, value in list(vars(flags).items()):
         if name.startswith("DEFINE_") and callable(value):
-            monkeypatch.setattr(flags, name, with_values(value, own))
+            monkeypatch.setattr(flags, name, with_values(value, own, f"coca_jax.{command}"))
     importlib.import_module(f"coca_jax.{command}").define_flags()
     return set(own)
 
 
-def with_values(define, values):
-    return lambda *args, **more: define(*args, **more | dict(flag_values=values))
+def with_values(define, values, module):
+    given = dict(flag_values=values, module_name=module)
+    return lambda *args, **more: define(*args, **more | given)
 
 
 def test_the_model_has_the_methods_of_0_1():

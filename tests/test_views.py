@@ -232,3 +232,16 @@ def test_labels_and_texts_select_records_and_what_none_has_is_named(data, tmp_pa
     out = str(tmp_path / "selected")
     prepare("imagefolder", str(data / "raw/a"), out, options=options, progress=False)
     assert {r.key for r in sources.open_source(out)} == {f"{i:04d}.png" for i in (1, 7, 13, 19)}
+
+
+def test_prepared_data_have_the_images_that_they_were_prepared_with(data):
+    place = dict(path=str(data / "a"), split="train")
+    file = data / "a" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["splits"]["train"]["request"] = dict(options=dict(image_field="left,right"))
+    file.write_text(json.dumps(manifest))
+    whole = len(sources.open_source(place))
+    assert len(sources.open_source(place | dict(image_field="left,right"))) == whole > 0
+    line = "it was prepared with image_field='left,right', not 'zzz'; leave that out, or prepare"
+    with pytest.raises(ValueError, match=line):
+        sources.open_source(place | dict(image_field="zzz"))

@@ -56,6 +56,8 @@ def check(config: Config) -> None:
         )
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one source of data")
+    for number, entry in enumerate(config.data.sources):
+        entry.check_read(f"config.data.sources[{number}]")
     taught(config)
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):

@@ -21,6 +21,23 @@ from coca_jax.config.rules import (
 )  # fmt: skip
 from coca_jax.config.section import Section, read
 
+PLACES = ("path", "builtin", "tfds", "seqio")  # keys of an entry, which has one of them
+# What of an entry only data of some places, or of one kind, read.
+_OF_PLACES = {
+    "module": ("seqio",),
+    "data_dir": ("tfds",),
+    "objects": ("builtin",),
+    "scenery": ("builtin",),
+    "image_field": ("path", "tfds", "seqio"),
+}
+_OF_KINDS = {
+    "captions": "caption",
+    "synthetic": "caption",
+    "prompts": "label",
+    "questions": "question",
+    "answers": "question",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry(Section):
@@ -84,6 +101,29 @@ class Entry(Section):
         if isinstance(entry, str):
             return cls(path=entry)
         return entry if isinstance(entry, Entry) else read(cls, entry, name)
+
+    def check_read(self, name: str) -> None:
+        """Raises ValueError for a key that data of this place or kind do not read; `name` is what
+        the message calls the entry."""
+        told = self.to_dict()
+        place = next((given for given in PLACES if given in told), "")
+        for one, places in _OF_PLACES.items():
+            if one in told and place and place not in places:
+                raise ValueError(
+                    f"{name}: {one}={told[one]!r} is of data by {' or '.join(places)}, and these "
+                    f"are by {place}={told[place]!r}; leave it out"
+                )
+        for one, kind in _OF_KINDS.items():
+            if one in told and self.kind != kind:
+                raise ValueError(
+                    f"{name}: {one}={told[one]!r} is of kind={kind!r}, and this is kind="
+                    f"{self.kind!r}; leave it out, or set that kind"
+                )
+        if "synthetic" in told and self.captions != "scored":
+            raise ValueError(
+                f"{name}: synthetic={self.synthetic} is of captions='scored', and captions="
+                f"{self.captions!r}; leave it out, or set that"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that say something: kind and weight, and what is not as by default."""

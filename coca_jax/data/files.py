@@ -104,7 +104,7 @@ def linked_folders(path: str) -> str:
     they may lead anywhere; '' for none."""
     found = []
     if not is_remote(path):
-        top = path.removeprefix("file://")
+        top = local_files.plain(path)
         for folder, folders, _ in os.walk(top):
             folders[:] = [name for name in folders if not is_hidden(name)]
             links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
@@ -163,7 +163,7 @@ def read_bounded(path: str, most: int = MAX_IMAGE_FILE) -> bytes:
         with open_binary(path) as file:
             data = file.read(most + 1)
     else:
-        path = path.removeprefix("file://")
+        path = local_files.plain(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(f"{path}: not a regular file")
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -185,6 +185,7 @@ def read_image(path: str) -> bytes:
     """
     if is_remote(path):
         return read_bounded(path)
+    path = local_files.plain(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; give an image file, folder or URL")
     if os.path.isdir(path):
@@ -256,7 +257,7 @@ def find(
     if is_pattern(path):
         found = list(_matching(system, plain, path))
     elif system.isfile(plain):
-        return [path]
+        return [local_files.plain(path)]
     elif system.isdir(plain):
         told = _told_splits(system, plain, patterns)
         found = list(told)
@@ -310,7 +311,15 @@ def _matching(system: Any, plain: str, path: str) -> set[str]:
 
 
 def _globbed(system: Any, plain: str) -> set[str]:
-    return {file for file in system.glob(plain) if not system.isdir(file)}
+    """The files of a glob; hidden ones, as shells do, only where its wildcards are behind a dot."""
+    parts = plain.split("/")
+    first = next(number for number, part in enumerate(parts) if _has_marks(part))
+    named = is_hidden("/".join(parts[first:]))
+    return {
+        file
+        for file in system.glob(plain)
+        if not system.isdir(file) and (named or not is_hidden("/".join(file.split("/")[first:])))
+    }
 
 
 def _expanded(path: str) -> list[str]:

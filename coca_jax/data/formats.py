@@ -159,13 +159,33 @@ def _has_sidecars(names: list[str]) -> bool:
     return 2 * sum(name in texts for name in pictures) > len(pictures)
 
 
-def dialect(header: str) -> dict[str, Any]:
-    """How `csv` is to read a list with this first line. What separates its columns: a tab where it
-    has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a bar. Where a
-    space follows there, it is none of the cells', which may be quoted behind it."""
-    mark = next((mark for mark in ("\t", ",", ";", "|") if mark in header), ",")
+def dialect(header: str, row: str = "") -> dict[str, Any]:
+    """How `csv` is to read a list with this first line, and the second. What separates its columns:
+    a tab where it has one, else a comma, a semicolon (as spreadsheets write in much of Europe) or a
+    bar; of several the first that sets an image apart, best with as many cells in both lines. Where
+    a space follows there, it is none of the cells', which may be quoted behind it."""
+    ways = [_separated(mark, header) for mark in ("\t", ",", ";", "|") if mark in header]
+    return max(ways or [_separated(",", header)], key=lambda way: _fit(header, row, way))
+
+
+def _separated(mark: str, header: str) -> dict[str, Any]:
     quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL  # no text has bars
     return dict(delimiter=mark, skipinitialspace=f"{mark} " in header, quoting=quoting)
+
+
+def _fit(header: str, row: str, way: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether a cell of the two lines is an image's or so called, and whether both have as many."""
+    names, cells = _cells(header, way), _cells(row, way)
+    named = set(IMAGE_COLUMNS) & {*names} or any(cell.lower().endswith(MEDIA) for cell in cells)
+    return bool(named), len(names) == len(cells)
+
+
+def _cells(line: str, way: dict[str, Any]) -> list[str]:
+    """The cells of a line; none of what the format does not allow."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line.rstrip("\r\n")], **way), [])]
+    except csv.Error:
+        return []
 
 
 def image_field(row: Mapping[str, Any]) -> str:
@@ -238,8 +258,9 @@ def _first_rows(path: str) -> list[dict[str, str]]:
         data = file.read(_LOOK_AT_BYTES)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # refused when it is read
     text = data.decode("utf-16" if marked else "utf-8", "replace").removeprefix("\ufeff")
-    header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), **dialect(header))
+    header, _, rest = text.partition("\n")
+    row = rest.partition("\n")[0]
+    rows = csv.reader(io.StringIO(text, newline=""), **dialect(header, row))
     found: list[list[str]] = []
     with contextlib.suppress(csv.Error):
         found.extend(itertools.islice(rows, 1 + _LOOK_AT_ROWS))

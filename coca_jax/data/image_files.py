@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections.abc import Sequence
 
+from coca_jax import local_files
 from coca_jax.data import files, images, videos
 
 
@@ -22,7 +23,7 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
     if video:
         extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}
-    for path in paths:
+    for path in map(local_files.plain, paths):
         for name in _below(path):
             image = posixpath.splitext(name)[1].lower() in extensions
             if name == path or (image and not files.is_hidden(posixpath.relpath(name, path))):

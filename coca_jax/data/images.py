@@ -186,13 +186,17 @@ def decode_rgba(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         ValueError: the bytes are not an image, are damaged or cut short, or too large.
     """
-    image = open_image(data, max_pixels)
+    return _whole(open_image(data, max_pixels), f" ({len(data)} bytes)")
+
+
+def _whole(image: Image.Image, told: str = "") -> np.ndarray:
+    """`to_rgba`. Raises ValueError for a damaged image; told: what the text says of it."""
     try:
         return to_rgba(image)
     except ValueError:
         raise
     except Exception as error:  # a damaged file surfaces as any of a dozen types
-        raise ValueError(f"damaged image ({len(data)} bytes): {error}") from None
+        raise ValueError(f"damaged image{told}: {error}") from None
 
 
 def decode(image: Any) -> np.ndarray:
@@ -215,7 +219,7 @@ def decode(image: Any) -> np.ndarray:
     if isinstance(image, (bytes, bytearray, memoryview)):
         pixels = decode_rgba(bytes(image))
     elif isinstance(image, Image.Image):
-        pixels = to_rgba(image)
+        pixels = _whole(image)
     elif hasattr(image, "read"):
         pixels = decode_rgba(image.read())
     elif isinstance(image, (list, tuple)):

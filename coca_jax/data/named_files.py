@@ -25,7 +25,9 @@ class Outside(ValueError):
 def root_of(path: str) -> str:
     """The folder below which an input's rows may name files: the input where it is a folder, else
     the folder that it lies in, of a glob the part before the first wildcard or brace. JSON lists
-    in a folder `annotations` are those of the folder above, as COCO lays them out."""
+    in a folder `annotations` are those of the folder above, as COCO lays them out. To ask begins to
+    read an input: what lies below is looked for anew."""
+    _pictures_below.cache_clear()
     system, plain = files.filesystem(path)
     if files.is_pattern(path):
         parts = path.split("/")
@@ -88,12 +90,14 @@ def _meant(folder: str, name: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _pictures_below(folder: str) -> dict[str, str]:
-    """Names of the pictures in a folder and below -> their paths; '' for a name that several have.
+    """Names of the pictures in a folder and below -> their paths; '' for a name that several have,
+    hidden folders left out.
     Of a folder with more than half a million files nothing: a list may lie above all that is there.
     """
     found: dict[str, str] = {}
     seen = 0
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not files.is_hidden(name)]
         seen += len(names)
         if seen > _MOST_BELOW:
             return {}

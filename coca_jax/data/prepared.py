@@ -55,8 +55,19 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def open_entry(entry: Entry, split: str) -> Source:
-    """An entry dict(path=...) of config.data.sources; see `open_split`."""
-    return open_split(entry.path, split)
+    """An entry dict(path=...) of config.data.sources. Raises as `open_split`, and ValueError for
+    another field of the images than its records are of."""
+    found = open_split(entry.path, split)
+    request = read_manifest(local_files.plain(entry.path))["splits"][split].get("request")
+    options = request.get("options") if isinstance(request, dict) else None
+    if entry.image_field and isinstance(options, dict):
+        made_by = options.get("image_field", "")
+        if made_by != entry.image_field:
+            raise ValueError(
+                f"data source {entry.path}: it was prepared with image_field={made_by!r}, not "
+                f"{entry.image_field!r}; leave that out, or prepare the data by it"
+            )
+    return found
 
 
 def open_split(path: str, split: str) -> Source:
@@ -65,7 +76,7 @@ def open_split(path: str, split: str) -> Source:
     Raises:
         FileNotFoundError: the folder or one of its shards is missing.
         ValueError: no such split, or a shard has another size than the manifest says; or the
-            bound of the copies of remote files is no number.
+            bound of the copies of remote files is no number, or less than a shard.
     """
     path = local_files.plain(path)
     splits = read_manifest(path)["splits"]
@@ -82,7 +93,9 @@ def open_split(path: str, split: str) -> Source:
                 f"manifest says {shard['bytes']}; prepare it again"
             )
     if any(map(files.is_remote, (path, splits[split].get("root", "")))):
-        shard_cache.limit()  # is refused here, not as an image that cannot be read
+        copied = [shard["bytes"] for shard in shards] if files.is_remote(path) else []
+        # Refused here, not as an image that cannot be read.
+        shard_cache.check_limit(max(copied, default=0))
     counts = [shard["count"] for shard in shards]
     read: Reader = ArrayRecordFiles(paths, counts)
     if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import pathlib
 import shutil
@@ -34,6 +35,16 @@ def limit() -> int:
     if not 0 < gib < 1e9:
         raise ValueError(f"{LIMIT}={text}: give the GiB that copies of shards may take, above 0")
     return int(gib * (1 << 30))
+
+
+def check_limit(largest: int) -> None:
+    """Raises ValueError for a limit that is no number, or less than the largest shard's bytes."""
+    if largest > limit():
+        enough = math.ceil(1000 * largest / (1 << 30)) / 1000
+        raise ValueError(
+            f"{LIMIT}={os.environ.get(LIMIT) or DEFAULT_GIB}: copies of shards have less room than "
+            f"one of {largest} bytes takes; set {enough} or more"
+        )
 
 
 def folder() -> pathlib.Path:
@@ -85,7 +96,10 @@ def make_room(folder: pathlib.Path, size: int) -> None:
     with _locked(folder, fcntl.LOCK_EX):
         found = []
         for file in folder.iterdir():
-            about = file.stat()
+            try:
+                about = file.stat()
+            except FileNotFoundError:  # a copy that another has just finished, or given up
+                continue
             if "." not in file.name:
                 found.append((about.st_mtime, _taken(about), file))
             elif file.name != _LOCK and time.time() - about.st_mtime > _UNFINISHED_SECONDS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 
+from coca_jax import local_files
 from coca_jax.data import files, named_files, references
 from coca_jax.data.records import Record
 from coca_jax.importers import tar_members
@@ -48,7 +49,7 @@ def check(format: str, units: list[Unit], options: Options) -> None:
 def root_of(input: str) -> str:
     """The folder or URL below which an index names files: absolute where it is here."""
     found = named_files.root_of(input)
-    return found if files.is_remote(found) else os.path.realpath(found.removeprefix("file://"))
+    return found if files.is_remote(found) else os.path.realpath(local_files.plain(found))
 
 
 def told_root(root: str, out: str) -> str:

@@ -188,8 +188,8 @@ def printable(text: str) -> str:
 
 
 def names(value: Any, class_names: Sequence[str]) -> list[str]:
-    """Labels as names: integers (or their digits) are looked up where class names are known, and
-    WordNet ids where each line has one before the name.
+    """Labels as names: integers (or their digits) are looked up where class names are known, of
+    which -1 says that there is no label, and WordNet ids where each line has one before the name.
 
     Raises:
         ValueError: a number outside the class names, or as `strings`.
@@ -198,6 +198,8 @@ def names(value: Any, class_names: Sequence[str]) -> list[str]:
     listed, by_id = named_classes(tuple(class_names))
     for text in strings(value, INNER_LABELS):
         if class_names and (number := class_number(text)) is not None:
+            if number == -1:
+                continue
             if not 0 <= number < len(listed):
                 raise ValueError(f"label {text} of {len(listed)} class names")
             text = listed[number]

@@ -105,6 +105,7 @@ class _CsvLines:
         """The next line is that which begins at a byte of the file."""
         self._file.seek(position)
         self._queue.clear()
+        self._error = None
         self._lines, self._position = lines(self._file), position
 
     def position(self) -> int:
@@ -116,18 +117,18 @@ class _CsvLines:
         self._queue.extendleft(reversed(self.taken[start:]))
         self.taken = []
 
-    def at_end(self) -> bool:
-        """Whether there is no further line."""
+    def following(self) -> str | None:
+        """The next line, which comes again; '' for one that is too long, None at the end."""
         taken, self.taken = self.taken, []
         try:
-            next(self)
+            found = next(self)
             self.take_back(0)
-            return False
+            return found
         except csv.Error as error:
             self._error = error
-            return False
+            return ""
         except StopIteration:
-            return True
+            return None
         finally:
             self.taken = taken
 
@@ -146,21 +147,26 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
     comes as its error.
 
     Raises:
-        ValueError: the file has no header that can be read, or is UTF-16.
+        ValueError: the file has no header that can be read, or one that names two columns alike,
+            or is UTF-16.
     """
     with files.open_binary(path) as file:
         refuse_utf16(path, file)
         source = _CsvLines(file)
         try:
             head = next(source, "").removeprefix("\ufeff")
+            second = source.following() or ""
             source.taken = [head]
             source.take_back(0)
             # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers
             # keep it only where it does not open the field, so quotes count as pandas counts them.
-            rows = csv.DictReader(source, **formats.dialect(head))
+            rows = csv.DictReader(source, **formats.dialect(head, second))
             columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         except csv.Error as error:
             raise ValueError(f"{path}: its first line names no columns: {error}") from None
+        named = [name for name in columns if name]
+        if second and (twice := next((name for name in named if named.count(name) > 1), "")):
+            raise ValueError(f"{path}: two columns are called {twice!r}; rename one of them")
         if start:
             source.go_to(start)
         while columns:
@@ -168,7 +174,7 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
             try:
                 row = next(rows)
                 several = len(source.taken) > 1
-                if several and "".join(source.taken).count('"') % 2 and source.at_end():
+                if several and "".join(source.taken).count('"') % 2 and source.following() is None:
                     raise csv.Error("a quotation mark that is never closed")
             except StopIteration:
                 return

@@ -124,7 +124,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if number >= unit.stop or first <= unit.start:
                 continue
             batches = _batches(table, group, file_bytes)
-            places = _Places(columns, group, options, table.schema_arrow.names)
+            places = _Places(columns, group, options)
             while number < first:
                 try:
                     batch = next(batches, None)
@@ -142,7 +142,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                     if number + row < unit.stop:
                         key, one = f"{base}#{number + row}", batch.slice(row, 1)
                         item = guarded(key, lambda: _row(key, one, unit, options, classes))  # noqa: B023
-                        yield places.tell(item)
+                        yield places.tell(item, one) if options.in_place else item
                 number += batch.num_rows
 
 
@@ -162,22 +162,31 @@ def column(unit: Unit, name: str) -> Iterator[Any]:
 class _Places:
     """Where the images of a row group lie, of rows that hold their bytes."""
 
-    def __init__(
-        self, columns: parquet_pages.Columns, group: int, options: Options, there: list[str]
-    ):
-        first, _, second = options.image_field.partition(",")
-        names = [first] if first else [name for name in IMAGE_FIELDS if name in there]
-        wanted = options.in_place
-        self._images = columns.values(group, names) if wanted else None
-        self._seconds = columns.values(group, [second]) if wanted and second else None
+    def __init__(self, columns: parquet_pages.Columns, group: int, options: Options):
+        self._columns, self._group = columns, group
+        self._first, _, self._second = options.image_field.partition(",")
+        self._known: dict[tuple[str, bool], parquet_pages.Values] = {}
 
-    def tell(self, item: Item) -> Item:
-        """The item, which says where its images lie where that is asked for."""
-        if self._images and item.image and not item.problem:
-            item.span = item.span or self._images.find(item.image)
-        if self._seconds and item.second and not item.problem:
-            item.second_span = item.second_span or self._seconds.find(item.second)
+    def tell(self, item: Item, row: pa.RecordBatch) -> Item:
+        """The item of a row, which says where its images lie."""
+        if not item.problem:
+            if item.image and not item.span:
+                field = self._first or _usual_field(row)
+                item.span = self._values(field).find(item.image)
+            if item.second and not item.second_span:
+                item.second_span = self._values(self._second, True).find(item.second)
         return item
+
+    def _values(self, field: str, second: bool = False) -> parquet_pages.Values:
+        if (field, second) not in self._known:
+            self._known[field, second] = self._columns.values(self._group, field)
+        return self._known[field, second]
+
+
+def _usual_field(row: pa.RecordBatch) -> str:
+    """The field that `take` takes a row's image from where none is named."""
+    there = (name for name in IMAGE_FIELDS if name in row.schema.names)
+    return next(name for name in there if row.column(name)[0].as_py() not in (None, "", []))
 
 
 def _batches(table: pq.ParquetFile, group: int, file_bytes: int) -> Iterator[pa.RecordBatch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -131,18 +131,17 @@ class Columns:
         except (ValueError, IndexError, KeyError, struct.error):
             return
 
-    def values(self, group: int, names: Sequence[str]) -> Values:
-        """The values of the first of these columns that the group has as bytes; a struct's field
-        `bytes` counts as the struct."""
+    def values(self, group: int, name: str) -> Values:
+        """The values of a column that the group has as bytes; a struct's field `bytes` counts as
+        the struct."""
         if self._handle is None:
             self._open()
         try:
             chunks = [chunk[3] for chunk in self._groups[group][1]]
-            for name in names:
-                for chunk in chunks:
-                    told = [part.decode() for part in chunk[3]]
-                    if told in ([name], [name, "bytes"]) and chunk[1] == _BYTE_ARRAY:
-                        return Values(_pages(self._handle, chunk), self._path, self._bytes)
+            for chunk in chunks:
+                told = [part.decode() for part in chunk[3]]
+                if told in ([name], [name, "bytes"]) and chunk[1] == _BYTE_ARRAY:
+                    return Values(_pages(self._handle, chunk), self._path, self._bytes)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             pass  # damaged, which the reader of the rows says
         return Values(iter(()), self._path, self._bytes)

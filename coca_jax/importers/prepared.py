@@ -21,8 +21,14 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """Units of a split: ranges of its records; of the only split where `split` is ''.
 
     Raises:
-        FileNotFoundError, ValueError: not prepared data, or no such split.
+        FileNotFoundError, ValueError: not prepared data, or no such split; or images of a field
+            are asked for.
     """
+    if options.image_field:
+        raise ValueError(
+            f"--image_field={options.image_field}: {path} is prepared, and its images are those "
+            "that it was prepared with; leave it out"
+        )
     found = splits(path)
     if not split and len(found) == 1:
         split = found[0]

@@ -5,6 +5,7 @@ but for texts of several lines, each of which is a caption.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import posixpath
@@ -57,10 +58,14 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     Raises ValueError for a unit that names none, as those of earlier versions do.
     """
     there = _listing(unit)
+    pictures = [name for name in there.values() if name.lower().endswith(formats.MEDIA)]
+    # 'a.jpg' and 'a.png' are two examples, and the key of each says which.
+    taken = collections.Counter([*pictures, *(posixpath.splitext(name)[0] for name in pictures)])
     plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
     for name in names_of(unit):
-        key = posixpath.normpath(posixpath.join(within, posixpath.splitext(name)[0]))
+        stem = posixpath.splitext(name)[0]
+        key = posixpath.normpath(posixpath.join(within, stem if taken[stem] == 1 else name))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
 

@@ -96,7 +96,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             for member in tar_members.members(handle):
                 folder, last = posixpath.split(member.name.removeprefix("./"))
                 stem, dot, suffix = last.partition(".")
-                if not dot or not stem:
+                if not dot or not stem or files.is_hidden(folder):
                     continue
                 key, suffix = posixpath.join(folder, stem), suffix.lower()
                 if key != group.key or suffix in group.data:

@@ -1,0 +1,67 @@
+"""Each use of `prepare` refuses the flags that it does not read."""
+
+import pytest
+from prepare_cases import encode
+from test_version_0_1 import flags_of
+
+from coca_jax import prepare as command
+from coca_jax.data import vocabulary
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The command in this process: what it returns."""
+    flags_of("prepare", monkeypatch)
+
+    def run(*uses, **given):
+        command.flags.FLAGS.unparse_flags()
+        command.flags.FLAGS(["prepare", *(f"--{name}={value}" for name, value in given.items())])
+        return command.main(["prepare", *uses])
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = ["file_name,text,other"]
+    (tmp_path / "a").mkdir()
+    for number in range(8):
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(encode(number))
+        rows.append(f"{number}.jpg,text {number},other")
+    (tmp_path / "a" / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "a"
+
+
+def test_flags_that_a_use_does_not_read_are_refused(call, folder, tmp_path):
+    place = dict(input=folder, out=tmp_path / "out")
+    for uses, given, says in (
+        ((), place | dict(distance=40), "--distance=40: it is of --dedup=perceptual and --ex"),
+        ((), place | dict(distance=40, dedup="content"), "--distance=40: it is of"),
+        ((), place | dict(seed=1), "--seed=1: it is of --sample; leave it out"),
+        ((), place | dict(size=400), "--size=400: `prepare` does not read it; leave it out"),
+        ((), place | dict(step=2), "--step=2: `prepare` does not read it"),
+        (("vocabulary",), place | dict(text_field="other"), "--text_field=other: `prepare voc"),
+        (("vocabulary",), place | dict(where="a=b"), "--where=a=b: `prepare vocabulary` does"),
+        (("vocabulary",), place | dict(shard="0/2"), "--shard=0/2: `prepare vocabulary` does"),
+        (("inspect",), dict(workdir="a", split="test"), "--split=test: `prepare inspect` does not"),
+        (("inspect",), dict(workdir="a", input="b"), "--input=b: `prepare inspect` does not"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call(*uses, **given)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="out is prepared, and its images are those that it was"):
+        call(**place, processes=1)
+        call(input=tmp_path / "out", out=tmp_path / "again", image_field="zzz", processes=1)
+
+
+def test_a_vocabulary_is_of_a_split_and_replaces_no_file(call, folder, tmp_path):
+    call(input=folder, out=tmp_path / "p", split="test", processes=1)
+    place = dict(input=tmp_path / "p", out=tmp_path / "words.model", size=400)
+    with pytest.raises(ValueError, match=r"no split 'train'; it has \['test'\]"):
+        call("vocabulary", **place)
+    (tmp_path / "words.model").write_text("precious")
+    with pytest.raises(ValueError, match="words.model is there already; give --overwrite, or an"):
+        call("vocabulary", **place, split="test")
+    assert (tmp_path / "words.model").read_text() == "precious"
+    assert call("vocabulary", **place, split="test", overwrite=True)["sentences"] == 8
+    assert vocabulary.load(str(tmp_path / "words.model")).size > 256

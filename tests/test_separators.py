@@ -1,0 +1,47 @@
+"""The separator of a list is told by its first two lines, and each column has a name of its own."""
+
+import csv
+
+import pytest
+from prepare_cases import encode, import_data
+
+from coca_jax.data import formats, sources
+
+
+@pytest.mark.parametrize(
+    "header, row, columns",
+    [
+        ("image;caption (en, de)", "0.jpg;a dog, ein Hund", ["image", "caption (en, de)"]),
+        ("image;caption (en, de)", "0.jpg;a dog", ["image", "caption (en, de)"]),
+        ("image;caption (en, de)", "", ["image", "caption (en, de)"]),
+        ("picture;caption (en, de)", "0;a dog", ["picture", "caption (en, de)"]),
+        ("image|a, b;c", "0.jpg|1, 2, 3;4;5", ["image", "a, b;c"]),
+        ("image,caption (a; b)", "0.jpg,a dog; a cat", ["image", "caption (a; b)"]),
+        ("image,caption; all", "0.jpg,a dog, running; a cat", ["image", "caption; all"]),
+        ('"image";"one, two"', '"0.jpg";"a, b; c"', ["image", "one, two"]),
+        ("image\ta, b", "0.jpg\ta dog", ["image", "a, b"]),
+        ("image,caption", '0.jpg,"a dog', ["image", "caption"]),
+    ],
+)
+def test_columns_are_where_an_image_stands_apart(header, row, columns):
+    way = formats.dialect(header, f"{row}\r\n")
+    assert next(csv.reader([header], **way)) == columns
+
+
+def test_lists_with_another_mark_in_the_name_of_a_column(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    path = tmp_path / "list.csv"
+
+    def texts(out, **options):
+        import_data("csv", path, tmp_path / out, **options)
+        return [record.texts for record in sources.open_source(str(tmp_path / out))]
+
+    path.write_text("image;caption (en, de)\n0.jpg;a dog, ein Hund\n1.jpg;a cat\n")
+    assert formats.guess(str(tmp_path)) == "csv"
+    assert texts("p", text_field="caption (en, de)") == [("a dog, ein Hund",), ("a cat",)]
+    path.write_text("image,title,title\n0.jpg,a dog,a cat\n")
+    with pytest.raises(ValueError, match="list.csv: two columns are called 'title'; rename one"):
+        texts("q")
+    path.write_text("image,title,,\n0.jpg,a dog,,\n")  # as spreadsheets leave empty columns
+    assert texts("r") == [("a dog",)]
