@@ -108,7 +108,13 @@ def build(model: Model, training: bool = False) -> Any:
     from open_clip.coca_model import CoCa
 
     config = open_clip_config.from_model(model)
-    peer = CoCa(**{k: v for k, v in config.items() if k != "custom_text"})
+    try:
+        peer = CoCa(**{k: v for k, v in config.items() if k != "custom_text"})
+    except TypeError as error:  # a key that only other releases know, as correct_cls_mask
+        raise ValueError(
+            f"--peer: the installed open_clip has no such model ({error}); of correct_cls_mask: "
+            "add --config.model.text.cls_mask=shifted"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in peer.parameters():

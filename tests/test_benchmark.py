@@ -212,9 +212,14 @@ def test_a_peer_needs_a_batch_of_records():
 
 
 def test_a_peer_needs_a_model_that_it_has():
-    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     with pytest.raises(ValueError, match="open_clip has only"):
         benchmark_peer.build(tiny_config().model)
+    if "correct_cls_mask" not in open_clip.CLIPTextCfg.__dataclass_fields__:  # a later release's
+        exact = typed(peer_config()).change({"model.text.cls_mask": "exact"})
+        says = "no such model .*'correct_cls_mask'.*add --config.model.text.cls_mask=shifted"
+        with pytest.raises(ValueError, match=says):
+            benchmark_peer.build(exact.model)
 
 
 def test_a_peer_is_compared_in_its_own_precision():

@@ -117,6 +117,7 @@ def test_arrangements_that_are_not_supported_are_named(section, keys, message):
         (lambda m: m.text.update(cross="paper"), "model.text.cross='paper'"),
         (lambda m: m.text.update(tie_embeddings=True), "model.text.tie_embeddings=True"),
         (lambda m: m.image.update(final_norm=True), "model.image.final_norm=True"),
+        (lambda m: m.image.update(conv_widths=[8, 8], conv_depths=[0, 1]), "conv_widths=.8, 8.: "),
     ],
 )
 def test_models_that_open_clip_cannot_hold_are_refused(change, message):

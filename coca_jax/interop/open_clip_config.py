@@ -288,6 +288,7 @@ def _check_expressible(model: Model) -> None:
         ("text.head_bias", text.head_bias, False),
         ("text.width", text.width, model.embed_dim if kind.pools else image.width),
         ("text.multimodal_mlp_dim", fusion_mlp, 4 * text.width),
+        ("image.conv_widths", tuple(image.conv_widths), ()),
         ("image.class_token", image.class_token, True),
         ("image.patch_bias", image.patch_bias, False),
         ("image.final_norm", image.final_norm, not kind.by_query),
