@@ -124,6 +124,12 @@ def test_the_peer_learns_from_captions_of_a_file(tmp_path):
         benchmark_train.batches(config.change({"batch_size": 10}), str(file))
     with pytest.raises(ValueError, match="optimizer.name='muon'; add --config.optimizer.name=adam"):
         benchmark_peer.trainer(config.change({"optimizer.name": "muon"}))
+    with pytest.raises(
+        ValueError, match="pooler.token_dropout=0.5 hides .* add --config.model.pool"
+    ):
+        benchmark_peer.trainer(config.change({"model.pooler.token_dropout": 0.5}))
+    fewer = benchmark_peer.build(config.model.change({"image.patch_dropout": 0.5}), training=True)
+    assert fewer.visual.patch_dropout.prob == 0.5
 
 
 @pytest.mark.slow

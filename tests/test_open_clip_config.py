@@ -53,6 +53,7 @@ def test_the_later_layout_s_own_configuration_is_read():
 def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
     width = {} if pool else dict(width=48)
     keys = dict(attentional_pool=pool, no_ln_pre=quick_gelu) | width
+    keys |= dict(patch_dropout=0.5) if quick_gelu else {}
     config = with_keys(cases.SMALL, vision_cfg=keys)
     config = config | dict(quick_gelu=quick_gelu)
     model = read(Model, open_clip_config.to_model(config))
