@@ -331,6 +331,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
+    for name in ("model", "bpe"):
+        if flags.FLAGS.to == "open_clip" and (given := flags.FLAGS[name].value):
+            raise ValueError(
+                f"--{name}={given}: --to=open_clip writes what --input says; leave out --{name}"
+            )
     _check_out(source, out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":

@@ -190,6 +190,19 @@ def test_embeddings_equal_those_of_open_clip(quick, tmp_path):
     np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
+def test_the_model_that_is_asked_for_is_not_taken_from_beside_the_weights(tmp_path):
+    in_open_clip(tmp_path / "weights", False)
+    given = str(tmp_path / "weights"), str(tmp_path / "out")
+    for model in ("nonsense", str(tmp_path / "typo.json")):
+        with pytest.raises(FileNotFoundError, match=f"^--model={model}: no such file, and not one"):
+            convert.from_open_clip(*given, model)
+    with pytest.raises(ValueError, match="do not fit the model: missing: visual.transformer"):
+        convert.from_open_clip(*given, "coca_ViT-L-14")
+    own = tmp_path / "own.json"
+    (tmp_path / "weights/open_clip_config.json").rename(own)
+    assert convert.from_open_clip(*given, str(own))[0]["model"]["family"] == "clip"
+
+
 @pytest.mark.parametrize("tanh", [False, True])
 def test_siglip_of_open_clip_equals_its_own(tanh, tmp_path, monkeypatch):
     monkeypatch.setitem(timm_trunks.TRUNKS, "small8", (48, 2, 4, 2.0))

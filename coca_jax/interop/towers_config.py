@@ -70,15 +70,13 @@ _DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def find(weights: str, model: str = "") -> dict[str, Any] | None:
-    """The configuration of towers beside a file of weights, or in the file `model`: dict(model,
-    resize, mean, std, and eos_id where texts are pooled at it); None where it is of no such model.
-    Raises ValueError for what is not supported, naming the key."""
+    """The configuration of towers beside a file of weights, or, if given, in the file `model`
+    alone: dict(model, resize, mean, std, and eos_id where texts are pooled at it); None where it
+    is of no such model. Raises ValueError for what is not supported, naming the key."""
     folder = os.path.dirname(weights)
-    for name in (
-        model,
-        *(os.path.join(folder, n) for n in (open_clip_config.CONFIG_FILE, CONFIG_FILE)),
-    ):
-        if not name.endswith(".json") or not os.path.isfile(name):
+    beside = [os.path.join(folder, n) for n in (open_clip_config.CONFIG_FILE, CONFIG_FILE)]
+    for name in [model] if model else beside:
+        if not os.path.isfile(name):
             continue
         try:
             found = bounded_json.parse(files.read_bounded(name))
