@@ -276,13 +276,19 @@ def test_flags_of_another_benchmark_are_refused(monkeypatch):
     flags_of("benchmark", monkeypatch)
     for kind, flag, says in (
         ("train", "", "benchmark train needs --config=NAME"),
-        ("losses", "--peer", "--peer compares .*, not `losses`"),
-        ("losses", "--texts=t", "--texts gives captions to `train`, not to `losses`"),
-        ("losses", "--memory_every=1", "--memory_every looks .* leave it out of `losses`$"),
+        ("losses", "--peer", "--peer is of `train` and .*; leave it out of `losses`$"),
+        ("losses", "--texts=t", "--texts is of `train`; leave it out of `losses`$"),
+        ("losses", "--memory_every=1", "--memory_every is of `input`; leave it out of `losses`$"),
         ("input", "--peer --memory_every=1 --config=tiny", "leave it out of `input --peer`$"),
+        ("train", "--batch_size=3 --config=tiny", "of `train`; .* read --config.batch_size$"),
+        ("train", "--num_beams=7 --config=tiny", "--num_beams is of `caption`; leave it out"),
+        ("encode", "--tokens=9 --config=tiny", "--tokens is of `caption`; leave it out of `encode"),
+        ("encode", "--seconds=0.1 --config=tiny", "--seconds is of `input` and `input --peer`;"),
+        ("input", "--repeats=2 --config=tiny", "--repeats is of .*; leave it out of `input`$"),
+        ("losses", "--config=tiny", "--config is of .*; leave it out of `losses`$"),
     ):
-        unset = ("--nopeer", "--texts=", "--memory_every=0")
-        benchmark.flags.FLAGS(["benchmark", *unset, *flag.split()])
+        benchmark.flags.FLAGS.unparse_flags()
+        benchmark.flags.FLAGS(["benchmark", *flag.split()])
         with pytest.raises(ValueError, match=says):
             benchmark.main(["benchmark", kind])
 
