@@ -110,7 +110,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         many = value if isinstance(value, list) else [value]
         print(f"{name:28s}", *(f"{v:12.4f}" for v in many))
     device = jax.devices()[0]
-    return {"benchmark": kind, "device": device.device_kind, "devices": jax.device_count()} | result
+    devices = 1 if kind in ("encode", "caption") else jax.device_count()  # these split no batch
+    return {"benchmark": kind, "device": device.device_kind, "devices": devices} | result
 
 
 if __name__ == "__main__":
