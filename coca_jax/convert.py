@@ -209,6 +209,8 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
+    if frames := config.data.num_frames:
+        logging.warning("%s: a model of clips of %d frames; open_clip reads images", source, frames)
     model_cfg = open_clip_config.from_model(config.model)
     _check_vocabulary(source)
     params = roles.without_training_aids(params)
