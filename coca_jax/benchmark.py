@@ -26,6 +26,16 @@ from coca_jax.config import typed
 from coca_jax.training import start
 
 KINDS = ("train", "encode", "caption", "input", "losses")
+READ_BY = {  # by flag: the benchmarks that it says something to
+    "config": ("train", "encode", "caption", "input", "input --peer"),
+    "repeats": ("train", "encode", "caption", "input --peer", "losses"),
+    "batch_size": ("encode", "caption"),
+    **dict.fromkeys(("tokens", "num_beams", "beams"), ("caption",)),
+    "seconds": ("input", "input --peer"),
+    "memory_every": ("input",),
+    "peer": ("train", "encode", "caption", "input --peer"),
+    "texts": ("train",),
+}
 
 
 def define_flags() -> None:
@@ -44,6 +54,18 @@ def define_flags() -> None:
     )
     flags.DEFINE_boolean("peer", False, "Run open_clip beside ours, in turn.")
     flags.DEFINE_string("texts", "", "Captions of `train`: a file with one a line; '': drawn.")
+
+
+def _check_flags(kind: str) -> None:
+    """Raises ValueError for a flag that is given to a benchmark which does not read it."""
+    args = flags.FLAGS
+    what = "input --peer" if kind == "input" and args.peer else kind
+    for name, of in READ_BY.items():
+        if args[name].value == args[name].default or what in of:
+            continue
+        wanted = " and ".join(f"`{one}`" for one in of)
+        instead = "; `train` and `input` read --config.batch_size" if name == "batch_size" else ""
+        raise ValueError(f"--{name} is of {wanted}; leave it out of `{what}`{instead}")
 
 
 def measure(kind: str) -> dict[str, Any]:
@@ -73,15 +95,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     kind = argv[1]
     if kind != "losses" and flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=NAME")
-    if flags.FLAGS.peer and kind == "losses":
-        raise ValueError("--peer compares `train`, `encode`, `caption` and `input`, not `losses`")
-    if flags.FLAGS.texts and kind != "train":
-        raise ValueError(f"--texts gives captions to `train`, not to `{kind}`")
-    if flags.FLAGS.memory_every and (kind != "input" or flags.FLAGS.peer):
-        raise ValueError(
-            "--memory_every looks at the memory of `input` without --peer; leave it out of "
-            f"`{kind}{' --peer' if flags.FLAGS.peer else ''}`"
-        )
+    _check_flags(kind)
     if kind == "train" and not flags.FLAGS.peer:  # the peer would have them too, as nowhere else
         start.with_huge_pages()
     cli.say(f"benchmark {kind}: starting JAX")
@@ -96,7 +110,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         many = value if isinstance(value, list) else [value]
         print(f"{name:28s}", *(f"{v:12.4f}" for v in many))
     device = jax.devices()[0]
-    return {"benchmark": kind, "device": device.device_kind, "devices": jax.device_count()} | result
+    devices = 1 if kind in ("encode", "caption") else jax.device_count()  # these split no batch
+    return {"benchmark": kind, "device": device.device_kind, "devices": devices} | result
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def trainer(config: Config) -> Callable[[np.ndarray, np.ndarray], float]:
     [B, L], 0 where there is nothing) -> loss.
 
     Both losses with the config's weights, AdamW with its constants, its gradient clipping; in
-    bfloat16 under autocast. Raises ValueError for another optimizer than AdamW.
+    bfloat16 under autocast. Raises ValueError for another optimizer than AdamW, and for image
+    tokens that are hidden from the decoder.
     """
     torch = import_torch()
     from open_clip.loss import CoCaLoss
@@ -59,6 +60,11 @@ def trainer(config: Config) -> Callable[[np.ndarray, np.ndarray], float]:
         raise ValueError(
             f"--peer trains with AdamW but optimizer.name={options.name!r}; "
             "add --config.optimizer.name=adamw"
+        )
+    if hidden := config.model.pooler.token_dropout:
+        raise ValueError(
+            f"--peer: model.pooler.token_dropout={hidden} hides image tokens from the decoder; "
+            "open_clip has no such option; add --config.model.pooler.token_dropout=0"
         )
     peer = build(config.model, training=True).train()
     rule = torch.optim.AdamW(

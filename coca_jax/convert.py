@@ -209,6 +209,8 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
+    if frames := config.data.num_frames:
+        logging.warning("%s: a model of clips of %d frames; open_clip reads images", source, frames)
     model_cfg = open_clip_config.from_model(config.model)
     _check_vocabulary(source)
     params = roles.without_training_aids(params)
@@ -331,6 +333,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out = flags.FLAGS.input, flags.FLAGS.out
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
+    for name in ("model", "bpe"):
+        if flags.FLAGS.to == "open_clip" and (given := flags.FLAGS[name].value):
+            raise ValueError(
+                f"--{name}={given}: --to=open_clip writes what --input says; leave out --{name}"
+            )
     _check_out(source, out)
     source = hub.local(source)
     if flags.FLAGS.to == "coca_jax":

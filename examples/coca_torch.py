@@ -51,6 +51,10 @@ class CoCa:
                 raise ValueError(f"model.{name}={self.model[name]!r}: not here")
         if self.model["pooler"]["kind"] == "open_clip" or self.model.get("qk_norm"):
             raise ValueError("this is open_clip's layout, or has QK-norm: not here")
+        if not isinstance(self.model["patch_size"], int):
+            raise ValueError(f"model.patch_size={self.model['patch_size']}: no square: not here")
+        if frames := config.get("preprocess", {}).get("num_frames"):
+            raise ValueError(f"preprocess.num_frames={frames}, a model of clips: not here")
         self.activation = ACTIVATIONS[self.model["activation"]]
 
     @classmethod

@@ -133,6 +133,12 @@ def test_the_compiler_s_schedule_of_a_kernel_is_counted(monkeypatch):
     assert all(128 < bundles < 20_000 for bundles in blocks)  # half as many weights, at least
 
 
+def test_a_process_of_kernels_that_ends_without_a_word_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="no schedule of the kernels: it ended with 1$"):
+        kernels.bundles("v5e:2x2", {}, [("attention_4_heads", ["s32[1]", "bf16[8,64,256]"])])
+
+
 def test_text_without_a_module_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.summarise("nothing")

@@ -215,7 +215,7 @@ def test_a_bucket_gets_the_whole_folder(source, export, s3, tmp_path, monkeypatc
 def test_a_vocabulary_that_open_clip_lacks_does_not_go_back(export, tmp_path, caplog):
     """Its texts would be read by CLIP's byte pairs, with ids of others."""
     convert.to_open_clip(str(export), str(tmp_path / "back"))
-    assert "other merges than CLIP's" in caplog.text
+    assert "other merges than CLIP's" in caplog.text and "clips" not in caplog.text
     words = tmp_path / "words.model"
     vocabulary.train([f"a {word} {i}" for word in ("cat", "dog") for i in range(60)], 300, words)
     params, config = export_format.read_export(export)
@@ -224,6 +224,16 @@ def test_a_vocabulary_that_open_clip_lacks_does_not_go_back(export, tmp_path, ca
     with pytest.raises(ValueError, match="own/vocabulary.model is of another kind than CLIP's"):
         convert.to_open_clip(own, str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_that_open_clip_reads_no_clips_is_told(export, tmp_path, caplog):
+    params, config = export_format.read_export(export)
+    told = dict(resize="crop", num_frames=4, mean=[0.5] * 3, std=[0.5] * 3)
+    given = {"model": config.model.to_dict(), "preprocess": told}
+    clips = str(tmp_path / "clips")
+    export_format.write_export(clips, params, given, export / "vocabulary.bpe.gz")
+    convert.to_open_clip(clips, str(tmp_path / "back"))
+    assert f"{clips}: a model of clips of 4 frames; open_clip reads images" in caplog.text
 
 
 def test_converting_holds_no_second_copy(tmp_path):

@@ -52,7 +52,6 @@ ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"fit ", ["--minutes=0.1", "--config.steps=3", *PLAIN]),
     (r"evaluate .*captioning", ["--nojava_metrics"]),  # METEOR's tables take Java 5 s to read
     (r"benchmark input", ["--seconds=1"]),
-    (r"benchmark ", [*SMALL, "--repeats=1", "--batch_size=2"]),
     (r"compile .*cpu:", SMALL),
 )
 

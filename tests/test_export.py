@@ -245,9 +245,15 @@ def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path
     for found, want in zip((image, text, seen, logits), wanted_of(wanted)):
         np.testing.assert_allclose(found.numpy(), want, atol=2e-5)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["model"]["text"]["cross"] = "open_clip"
-    with pytest.raises(ValueError, match="model.text.cross='open_clip': not here"):
-        example.CoCa(config, {})
+    for part, key, value, told in (
+        (config["preprocess"], "num_frames", 4, "preprocess.num_frames=4, .* clips: not here"),
+        (config["model"], "patch_size", [8, 4], r"model.patch_size=\[8, 4\]: .* not here"),
+        (config["model"]["text"], "cross", "open_clip", "model.text.cross='open_clip': not here"),
+    ):
+        before, part[key] = part.get(key), value
+        with pytest.raises(ValueError, match=told):
+            example.CoCa(config, {})
+        part[key] = before
 
 
 def wanted_of(found):

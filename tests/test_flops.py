@@ -53,6 +53,38 @@ def test_a_step_s_flops_are_of_what_is_read_and_trained():
     assert saved(alone | {"optimizer.keep_embeddings": True}) == 3 * embedded + 2 * kept
 
 
+def test_a_step_s_flops_leave_out_what_is_not_computed():
+    config = Config().change({"steps": 1, "optimizer.warmup_steps": 0})
+
+    def saved(changes):
+        return flops.step_flops(config) - flops.step_flops(config.change(changes))
+
+    def attention(queries, places, width):  # of what grows with the number of places
+        return 4 * places * width**2 + 4 * queries * places * width
+
+    model, least = config.model, 64  # of 256 patches, each 18 x 18 x 3
+    width, depth, queries = model.image.width, model.image.depth, model.pooler.num_queries
+    assert model.num_patches == 256 == 4 * least
+
+    def blocks(n):
+        return depth * (attention(n, n, width) + 4 * n * width**2 + 4 * n * width * 4 * width)
+
+    pooled = attention(queries, 256 - least, width)
+    left_out = blocks(256) - blocks(least) + pooled
+    whole = flops.step_flops(config)
+    assert saved({"model.image.patch_dropout": 0.75}) == 3 * left_out > 0.2 * whole
+    embedded = 2 * (256 - least) * 18 * 18 * 3 * width
+    native = {"data.resize": "native", "data.augment": "none"}
+    assert saved(native) == 0
+    assert saved(native | {"data.max_patches": least}) == 3 * (left_out + embedded)
+    hidden = model.text.multimodal_depth * attention(model.text.max_len, queries - 90, width)
+    assert saved({"model.pooler.token_dropout": 0.65}) == 3 * hidden
+    head = {"head.kind": "classification", "loss.contrastive_weight": 0.0}
+    head |= {"loss.captioning_weight": 0.0}
+    less = saved(head | {"model.image.patch_dropout": 0.75}) - saved(head)
+    assert less == 3 * (blocks(256) - blocks(least) + attention(1, 256 - least, width))
+
+
 @pytest.mark.parametrize("kind", ["classification", "answer", "pair"])
 def test_a_step_of_a_head_alone_counts_what_the_head_needs(kind):
     alone = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0, "head.kind": kind}

@@ -53,6 +53,7 @@ def test_the_later_layout_s_own_configuration_is_read():
 def test_every_arrangement_has_the_model_s_own_parameters(pool, quick_gelu):
     width = {} if pool else dict(width=48)
     keys = dict(attentional_pool=pool, no_ln_pre=quick_gelu) | width
+    keys |= dict(patch_dropout=0.5) if quick_gelu else {}
     config = with_keys(cases.SMALL, vision_cfg=keys)
     config = config | dict(quick_gelu=quick_gelu)
     model = read(Model, open_clip_config.to_model(config))
@@ -117,6 +118,7 @@ def test_arrangements_that_are_not_supported_are_named(section, keys, message):
         (lambda m: m.text.update(cross="paper"), "model.text.cross='paper'"),
         (lambda m: m.text.update(tie_embeddings=True), "model.text.tie_embeddings=True"),
         (lambda m: m.image.update(final_norm=True), "model.image.final_norm=True"),
+        (lambda m: m.image.update(conv_widths=[8, 8], conv_depths=[0, 1]), "conv_widths=.8, 8.: "),
     ],
 )
 def test_models_that_open_clip_cannot_hold_are_refused(change, message):

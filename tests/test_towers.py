@@ -145,6 +145,9 @@ def test_embeddings_equal_those_of_transformers(kind, tmp_path):
         (dict(do_center_crop=True, size={"shortest_edge": 48}, crop_size=32), "size=48 and crop"),
         (dict(do_normalize=False), "do_normalize=false"),
         (dict(rescale_factor=1.0), "rescale_factor=1.0; only 1/255"),
+        (dict(resample=0), r"resample=0; of cropped images only 3 \(bicubic\)$"),
+        (dict(resample=2, do_center_crop=True), "resample=2; of cropped images only 3"),
+        (dict(resample=1, do_center_crop=False), "resample=1; of squashed images only 2 .* or 3"),
     ],
 )
 def test_images_that_come_to_a_model_otherwise_are_refused(given, told, tmp_path):
@@ -153,7 +156,7 @@ def test_images_that_come_to_a_model_otherwise_are_refused(given, told, tmp_path
     with pytest.raises(ValueError, match=f"preprocessor_config.json: {told}"):
         coca_jax.load(str(tmp_path))
     usual = dict(do_center_crop=True, size=32, crop_size={"height": 32, "width": 32})
-    usual |= dict(rescale_factor=0.00392156862745098, do_resize=True, do_normalize=True)
+    usual |= dict(rescale_factor=0.00392156862745098, do_resize=True, do_normalize=True, resample=3)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
     assert coca_jax.load(str(tmp_path)).resize == "crop"
 
@@ -188,6 +191,19 @@ def test_embeddings_equal_those_of_open_clip(quick, tmp_path):
     assert len(layout.tensors()) == len(original.state_dict())
     again = coca_jax.load(str(tmp_path / "out"))
     np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+
+
+def test_the_model_that_is_asked_for_is_not_taken_from_beside_the_weights(tmp_path):
+    in_open_clip(tmp_path / "weights", False)
+    given = str(tmp_path / "weights"), str(tmp_path / "out")
+    for model in ("nonsense", str(tmp_path / "typo.json")):
+        with pytest.raises(FileNotFoundError, match=f"^--model={model}: no such file, and not one"):
+            convert.from_open_clip(*given, model)
+    with pytest.raises(ValueError, match="do not fit the model: missing: visual.transformer"):
+        convert.from_open_clip(*given, "coca_ViT-L-14")
+    own = tmp_path / "own.json"
+    (tmp_path / "weights/open_clip_config.json").rename(own)
+    assert convert.from_open_clip(*given, str(own))[0]["model"]["family"] == "clip"
 
 
 @pytest.mark.parametrize("tanh", [False, True])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conversion_cases import small_weights, write_source
 from PIL import Image
+from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import convert
@@ -70,6 +71,15 @@ def test_a_tokenizer_that_is_not_there_is_told_by_its_flag(tmp_path):
     source = write_source(tmp_path / "given", small_weights())
     with pytest.raises(FileNotFoundError, match="^--bpe=/nope.gz: no such file; give"):
         convert.from_open_clip(str(source), str(tmp_path / "out"), bpe="/nope.gz")
+
+
+def test_flags_of_the_other_direction_are_refused(monkeypatch):
+    flags_of("convert", monkeypatch)
+    given = ["convert", "--input=in", "--out=out", "--to=open_clip", "--model=", "--bpe="]
+    for flag in ("--model=coca_ViT-L-14", "--bpe=vocabulary.bpe.gz"):
+        convert.flags.FLAGS([*given, flag])
+        with pytest.raises(ValueError, match=f"{flag}: .* says; leave out {flag.split('=')[0]}$"):
+            convert.main(["convert"])
 
 
 def test_a_refused_convert_leaves_no_folder(tmp_path):

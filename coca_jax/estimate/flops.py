@@ -6,19 +6,23 @@ import math
 
 from coca_jax import image_shape
 from coca_jax.config import Config, ImageModel, Model, checks, partial_checks
+from coca_jax.data import native
 from coca_jax.models import head_kinds, pooler_kinds
+from coca_jax.models.image_encoder import num_kept
 from coca_jax.training import objectives
 
 
 def step_flops(config: Config) -> int:
     """Floating-point operations of a train step over one pair: three times the forward pass of what
     a loss reads, of what is frozen the forward pass alone, and nothing of an encoder whose tokens
-    are kept. Nothing is taken off for adapters, nor added for the classes of a task head."""
+    are kept. Patches and image tokens that training leaves out are not counted. Nothing is taken
+    off for adapters, nor added for the classes of a task head."""
     model, head = config.model, head_kinds.of(config.head.kind)
-    frames = max(config.data.num_frames, 1)
-    parts = forward_flops(model, frames)
+    frames, patches = max(config.data.num_frames, 1), native.budget(config)
+    parts = forward_flops(model, frames, patches, training=True)
     if head:
-        places, source = frames * _tokens(model), model.image.width
+        kept = num_kept(patches, model.image.patch_dropout)
+        places, source = frames * (kept + int(model.image.class_token)), model.image.width
         if head.reads_text:
             places, source = model.text.max_len, model.text.width
         width = checks.head_sizes(config.head, model)[0]
@@ -73,12 +77,17 @@ def model_flops(model: Model, num_frames: int = 0) -> int:
     return sum(forward_flops(model, num_frames).values())
 
 
-def forward_flops(model: Model, num_frames: int = 0) -> dict[str, int]:
-    """What `model_flops` adds up, by part of the model."""
+def forward_flops(
+    model: Model, num_frames: int = 0, patches: int = 0, *, training: bool = False
+) -> dict[str, int]:
+    """What `model_flops` adds up, by part of the model; patches: of an image, 0 for those of a
+    square one; training: without the patches and image tokens that training leaves out."""
     frames = max(num_frames, 1)
     image, text, pooler = model.image, model.text, model.pooler
-    tokens = _tokens(model)
-    num_patches, inside = tokens - int(image.class_token), tokens + image.registers
+    patches = patches or image_shape.patches(model.image_size, model.patch_size)
+    num_patches = num_kept(patches, image.patch_dropout) if training else patches
+    tokens = num_patches + int(image.class_token)
+    inside = tokens + image.registers
     length, queries = text.max_len, pooler.num_queries
 
     def kv_width(heads: int) -> int | None:
@@ -90,7 +99,7 @@ def forward_flops(model: Model, num_frames: int = 0) -> dict[str, int]:
     blocks = image.depth * (
         _attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )
-    encoder = frames * (_before_blocks(model, num_patches) + blocks)
+    encoder = frames * (_before_blocks(model, patches) + blocks)
     kind = pooler_kinds.of(pooler.kind)
     generative = _attention(queries, frames * tokens, text.width, image.width) if kind.pools else 0
     contrastive = 0
@@ -104,6 +113,7 @@ def forward_flops(model: Model, num_frames: int = 0) -> dict[str, int]:
         + mlp(with_cls, text.width, text.mlp_dim)
     )
     seen = kind.num_seen(queries) if kind.pools else frames * num_patches
+    seen = num_kept(seen, pooler.token_dropout) if training else seen
     multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
     upper = text.multimodal_heads or text.num_heads
     mlps = 2 if text.cross == "open_clip" else 1
@@ -125,12 +135,6 @@ def forward_flops(model: Model, num_frames: int = 0) -> dict[str, int]:
     )
 
 
-def _tokens(model: Model) -> int:
-    """That the image encoder gives of an image."""
-    patches = image_shape.patches(model.image_size, model.patch_size)
-    return patches + int(model.image.class_token)
-
-
 def _attention(
     n: int, m: int, width: int, source: int | None = None, kv_width: int | None = None
 ) -> int:
@@ -142,7 +146,7 @@ def _attention(
 def _before_blocks(model: Model, num_patches: int) -> int:
     """Of an image's convolutional stem, where it has one, and the projection of its patches."""
     image: ImageModel = model.image
-    channels, values = 3, 3 * math.prod(image_shape.pair(model.image_size))
+    channels, values = 3, 3 * num_patches * math.prod(image_shape.pair(model.patch_size))
     stem = 0
     for width, depth in zip(image.conv_widths, image.conv_depths):
         places = values // channels // 4

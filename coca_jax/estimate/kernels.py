@@ -49,7 +49,8 @@ def bundles(topology: str, options: dict, calls: list[tuple[str, list[str]]]) ->
             },
         )
         if done.returncode:
-            raise ValueError(f"no schedule of the kernels: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise ValueError(f"no schedule of the kernels: {said[-1]}")
         return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -241,6 +241,8 @@ def from_model(model: Model) -> dict[str, Any]:
         ),
         custom_text=True,
     )
+    if image.patch_dropout:
+        result["vision_cfg"]["patch_dropout"] = image.patch_dropout
     if text.cls_mask == "exact":
         result["text_cfg"]["correct_cls_mask"] = True
     towers = block_options(model)

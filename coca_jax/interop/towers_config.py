@@ -70,15 +70,13 @@ _DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def find(weights: str, model: str = "") -> dict[str, Any] | None:
-    """The configuration of towers beside a file of weights, or in the file `model`: dict(model,
-    resize, mean, std, and eos_id where texts are pooled at it); None where it is of no such model.
-    Raises ValueError for what is not supported, naming the key."""
+    """The configuration of towers beside a file of weights, or, if given, in the file `model`
+    alone: dict(model, resize, mean, std, and eos_id where texts are pooled at it); None where it
+    is of no such model. Raises ValueError for what is not supported, naming the key."""
     folder = os.path.dirname(weights)
-    for name in (
-        model,
-        *(os.path.join(folder, n) for n in (open_clip_config.CONFIG_FILE, CONFIG_FILE)),
-    ):
-        if not name.endswith(".json") or not os.path.isfile(name):
+    beside = [os.path.join(folder, n) for n in (open_clip_config.CONFIG_FILE, CONFIG_FILE)]
+    for name in [model] if model else beside:
+        if not os.path.isfile(name):
             continue
         try:
             found = bounded_json.parse(files.read_bounded(name))
@@ -154,8 +152,9 @@ def _tokenizer_class(folder: str) -> str:
     return str(given.get("tokenizer_class") or "")
 
 
-def _check_preprocessor(given: Any) -> None:
-    """Raises ValueError, naming the key, for images that come to a model otherwise than here."""
+def _check_preprocessor(given: Any, crop: bool) -> None:
+    """Raises ValueError, naming the key, for images that come to a model otherwise than here; crop:
+    whether a square of them is cut out."""
     if not isinstance(given, dict):
         raise ValueError(f"{PREPROCESSOR}: not a JSON object")
     for key in ("do_resize", "do_rescale", "do_normalize"):
@@ -164,10 +163,16 @@ def _check_preprocessor(given: Any) -> None:
     factor = given.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-3:
         raise ValueError(f"{PREPROCESSOR}: rescale_factor={short(factor)}; only 1/255 is known")
-    size, crop = (_side(given.get(name)) for name in ("size", "crop_size"))
-    if given.get("do_center_crop") and size and crop and size != crop:
+    filters = {3: "bicubic"} if crop else {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+    how = given.get("resample")
+    if how is not None and not (isinstance(how, int) and how in filters):
+        wanted = " or ".join(f"{number} ({name})" for number, name in filters.items())
+        ways = "cropped" if crop else "squashed"
+        raise ValueError(f"{PREPROCESSOR}: resample={short(how)}; of {ways} images only {wanted}")
+    size, cut = (_side(given.get(name)) for name in ("size", "crop_size"))
+    if given.get("do_center_crop") and size and cut and size != cut:
         raise ValueError(
-            f"{PREPROCESSOR}: size={size} and crop_size={crop}: images are resized to the crop's "
+            f"{PREPROCESSOR}: size={size} and crop_size={cut}: images are resized to the crop's "
             "own size here; set both alike if that is meant"
         )
 
@@ -184,8 +189,9 @@ def _preprocessor(folder: str, clip: bool) -> dict[str, Any]:
     """How images come to the model's size, and their mean and deviation."""
     path = os.path.join(folder, PREPROCESSOR)
     given = bounded_json.parse(files.read_bounded(path)) if os.path.isfile(path) else {}
-    _check_preprocessor(given)
+    crop = given.get("do_center_crop", clip) if isinstance(given, dict) else clip
+    _check_preprocessor(given, crop)
     half = (0.5, 0.5, 0.5)
     numbers = {k: given[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in given}
-    mode = "shortest" if given.get("do_center_crop", clip) else "squash"
+    mode = "shortest" if crop else "squash"
     return open_clip_preprocess.read(numbers, mode, *(() if clip else (half, half)))

@@ -235,10 +235,15 @@ def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
+def num_kept(length: int, rate: float) -> int:
+    """How many of so many tokens are left where a share `rate` is left out: one at least."""
+    return max(1, round(length * (1 - rate)))
+
+
 def kept_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """A random subset of each row's tokens: [B, N, D] -> places int32 [B, round(N (1 - rate))]."""
+    """A random subset of each row's tokens: [B, N, D] -> places int32 [B, num_kept(N, rate)]."""
     batch, length, _ = x.shape
-    keep = max(1, round(length * (1 - rate)))
+    keep = num_kept(length, rate)
     return jnp.argsort(jax.random.uniform(rng, (batch, length)), axis=1)[:, :keep]
 
 
