@@ -113,6 +113,16 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
+    """A file's programs stay as well: some gigabytes late in the suite, in which a collection that
+    a test asks for takes seconds."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @functools.cache
 def _drawn(model: coca.CoCa, seed: int) -> dict:
     """`coca.init`, in boxes."""
