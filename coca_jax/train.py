@@ -85,13 +85,11 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
-    from coca_jax import checkpointing, partitioning
+    from coca_jax import checkpointing, processes
     from coca_jax.importers import own_data
     from coca_jax.training import replicas, setup, stopping
 
-    partitioning.start_processes(
-        flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
-    )
+    processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
     with stopping.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0

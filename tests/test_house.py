@@ -57,7 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "configuration": ("config",),
     "kinds": ("models.pooler_kinds", "models.head_kinds", "models.tower_kinds"),
     "operations": ("ops",),
-    "devices": ("partitioning",),
+    "devices": ("partitioning", "processes"),
     "base": (
         *(
             "activity",
