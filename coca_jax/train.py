@@ -87,13 +87,15 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from coca_jax import checkpointing, processes
     from coca_jax.importers import own_data
-    from coca_jax.training import replicas, setup, stopping
+    from coca_jax.training import agreement, replicas, setup, stopping
 
     processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+    stopping.current().joined(jax.process_count())
     with stopping.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            agreement.on_command(config, flags.FLAGS.workdir)
             setup.check_start(config, flags.FLAGS.workdir)
             fields = own_data_flags.fields()
             config = own_data.of_command(

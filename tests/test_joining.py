@@ -1,5 +1,6 @@
-"""Processes join, before the first collective."""
+"""Processes join, and agree on what they train, before the first collective."""
 
+import json
 import os
 import pathlib
 import socket
@@ -109,3 +110,83 @@ def test_a_process_says_which_others_it_waits_for():
         finally:
             one.kill()
     assert told == [f"waiting for 2 processes at localhost:{port}, this is process 0\n"] * 2
+
+
+AGREE = """
+import json, os, sys, time
+from coca_jax.training import stopping
+stopping.install()
+import jax
+from coca_jax import config, processes
+from coca_jax.training import agreement, lease
+number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+processes.start(f"localhost:{port}", 2, number)
+stopping.current().joined(jax.process_count())
+agreement.SEEN_WITHIN = 0.6
+shared, other = f"{folder}/run", f"{folder}/own{number}"
+plain = config.Config()
+said = {}
+
+def tell(name, check):
+    try:
+        check()
+        said[name] = ""
+    except processes.KnownToAll as error:
+        said[name] = str(error)
+
+threads = plain.change({"data.num_threads": 3 + number})
+tell("same", lambda: agreement.on_command(threads, shared))
+faster = plain.change({"optimizer.learning_rate": 5e-4, "seed": 3})
+tell("config", lambda: agreement.on_command(faster if number else plain, shared))
+sources = [dict(path=f"{folder}/{name}", split="train") for name in "ab"]
+mine = plain.change({"data.sources": (sources[0], sources[number])})
+tell("source", lambda: agreement.on_command(mine, shared))
+tell("workdir", lambda: agreement.on_command(plain, other))
+told = dict(plain.to_dict(), data_told=[dict(examples=9 + number, sha256="a")], workdir=other)
+tell("data", lambda: agreement.on_data(told, shared, 9))
+tell("again", lambda: agreement.on_data(plain.to_dict(), shared, 9))
+said["left"] = [] if number else os.listdir(shared) + os.listdir(other)
+
+def take():
+    with lease.held(shared):
+        raise AssertionError
+if number == 0:
+    held = lease.Lease(shared)
+    held.acquire()
+tell("lease", take)
+if number == 0:
+    held.release()
+print(json.dumps(said), flush=True)
+with stopping.failing_alone(2):
+    if number == 0:
+        time.sleep(100)  # as in a collective
+    raise ValueError("no such\\nfolder")
+"""
+
+
+def test_processes_that_differ_all_say_so_and_end(tmp_path):
+    port = free_port()
+    both = [python(AGREE, str(n), port, str(tmp_path), stdout=subprocess.PIPE) for n in range(2)]
+    try:
+        outs = [one.communicate(timeout=100) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [one.returncode for one in both] == [2, 2], outs
+    first, second = (json.loads(out) for out, _ in outs)
+    assert first == second and first["same"] == first["again"] == "" and first["left"] == []
+    assert first["config"] == (
+        "process 1 has optimizer.learning_rate=0.0005, process 0 has 0.0008 (seed too); start "
+        "all processes with the same command, recipe and data"
+    )
+    assert f'has data.sources[1].path="{tmp_path}/b", process 0 has "{tmp_path}/a";' in str(
+        first["source"]
+    )
+    assert first["workdir"] == (
+        f"{tmp_path}/own1 of process 1 is not the folder of process 0 ({tmp_path}/own0): the "
+        "workdir must be shared by all processes, or lie in a bucket"
+    )
+    assert "process 1 has data_told[0].examples=10, process 0 has 9; start" in first["data"]
+    assert f"{tmp_path}/run is in use: process {both[0].pid} on host" in first["lease"]
+    assert outs[0][1].endswith("error: process 1 ended: no such folder\n")
+    assert outs[1][1].endswith("error: no such folder\n")

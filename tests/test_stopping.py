@@ -196,10 +196,10 @@ def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(cache, t
 
 FAILING = """
 import sys, time
-from coca_jax import partitioning
+from coca_jax import processes
 from coca_jax.training import stopping
 number, port, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "alone"
-partitioning.start_processes(f"localhost:{port}", 2, number)
+processes.start(f"localhost:{port}", 2, number)
 stopping.MEET = 1.0 if alone else 60.0
 with stopping.failing_alone(2):
     if alone and number == 1:
