@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         except stopping.Preempted as stop:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # together: the first to go would take the others down
-            stopping.leave(str(stop), stopping.EXIT_AGAIN)
+            stopping.leave(str(stop) if first else "", stopping.EXIT_AGAIN)
         if jax.process_count() > 1:
             # Before the result is told: where a peer fails in its last instants, a launcher starts
             # all again, and the result would be told twice.

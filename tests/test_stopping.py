@@ -233,6 +233,13 @@ def test_a_process_of_two_that_fails_does_not_wait_for_the_other(how, tmp_path):
             process.communicate()
 
 
+def test_who_has_nothing_to_say_leaves_without_a_line():
+    """All processes of a run that is stopped but the first, which says what is saved."""
+    code = "from coca_jax.training import stopping; stopping.leave('', 75)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout) == (75, "", "")
+
+
 ENDING = """
 import os, time
 from coca_jax.training import stopping

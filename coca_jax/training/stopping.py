@@ -303,8 +303,9 @@ def not_before_leaving(work: Callable[[], object]) -> None:
 
 
 def leave(line: str, status: int) -> NoReturn:
-    """Says `line` and ends the process: no handlers, no waiting for threads inside C++."""
-    say(line)
+    """Says `line`, if any, and ends the process: no handlers, no waiting for threads inside C++."""
+    if line:
+        say(line)
 
     def part() -> None:
         for work in list(_farewells):
