@@ -1,5 +1,6 @@
 """Processes join, and agree on what they train, before the first collective."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -10,7 +11,8 @@ import sys
 import jax
 import pytest
 
-from coca_jax import processes
+from coca_jax import activity, processes
+from coca_jax.importers import indexes
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="a", SLURM_LOCALID="0", SLURM_PROCID="0")
@@ -80,6 +82,23 @@ def test_an_environment_that_names_no_process_is_refused_by_its_variable(env, sa
     with pytest.raises(ValueError, match=said):
         processes.start()
     assert not joined
+
+
+def test_what_another_process_writes_is_waited_for_with_a_word_and_a_bound(monkeypatch, capsys):
+    """Of the index that process 0 makes, which had no bound."""
+    clock = itertools.count(0, 40_000)
+
+    class Hours:
+        monotonic = staticmethod(lambda: next(clock))
+        sleep = staticmethod(lambda seconds: None)
+
+    monkeypatch.setattr(activity, "time", Hours)
+    parts, looks = activity.parts(), iter([None, None, 7])
+    assert activity.until("process 0", lambda: next(looks), hours=24) == 7
+    assert activity.parts() == parts + 2 and capsys.readouterr().err == "waiting for process 0\n"
+    with pytest.raises(ValueError, match="waited 24 h for process 0 to write the split 'train' of"):
+        indexes.wait_for("memory://nobody", "train")
+    assert next(clock) == 280_000  # after three looks, the last of which was after a day
 
 
 ALONE = """
