@@ -61,6 +61,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": (
         *(
             "activity",
+            "bars",
             "batch_readers",
             "bucket_arrays",
             "cache_folder",
