@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import time
 import uuid
@@ -40,7 +41,10 @@ def on_command(config: Config, workdir: str) -> None:
         mine = _keys(config.to_dict(), workdir) | _code()
         first = json.loads(processes.from_first("command", json.dumps([workdir, token, mine])))
         line = _other(first[2], mine) or _elsewhere(workdir, *first[:2])
-        _agree("command", line)
+        found = processes.agreed("command", line)
+    processes.from_first("command", "")  # what is made in the workdir now, the token does not take
+    if found:
+        raise processes.KnownToAll(found)
 
 
 def on_data(contents: Mapping[str, Any], workdir: str, num_examples: int) -> None:
@@ -50,25 +54,25 @@ def on_data(contents: Mapping[str, Any], workdir: str, num_examples: int) -> Non
         return
     mine = _keys(contents, workdir) | {"examples of the data": str(num_examples)}
     first = json.loads(processes.from_first("data", json.dumps(mine)))
-    _agree("data", _other(first, mine))
-
-
-def _agree(name: str, line: str) -> None:
-    if found := processes.agreed(name, line):
+    if found := processes.agreed("data", _other(first, mine)):
         raise processes.KnownToAll(found)
 
 
 @contextlib.contextmanager
 def _token(workdir: str) -> Iterator[str]:
-    """Inside, process 0 has a file in the workdir, that holds the text which it gets here."""
+    """Inside, process 0 has a file in the workdir, that holds the text which it gets here. A folder
+    that is new goes with it: what is refused leaves none."""
     if jax.process_index():
         yield ""
         return
     path, token = storage.place(workdir) / FILE, uuid.uuid4().hex
+    new = not storage.is_remote(path) and not path.parent.exists()
 
     def remove() -> None:
         with contextlib.suppress(OSError):
             path.unlink()
+            if new:
+                os.rmdir(path.parent)
 
     storage.write_text(path, token)
     stopping.before_leaving(remove)
