@@ -125,7 +125,8 @@ def test_a_process_says_which_others_it_waits_for():
     port = free_port()
     with python(ALONE, port) as one:
         try:
-            told = [one.stderr.readline() for _ in range(2)]
+            lines = (line for line in one.stderr if line.startswith("waiting"))  # jax may warn
+            told = list(itertools.islice(lines, 2))
         finally:
             one.kill()
     assert told == [f"waiting for 2 processes at localhost:{port}, this is process 0\n"] * 2
