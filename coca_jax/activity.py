@@ -3,14 +3,19 @@ told from its cause, and from long work.
 
 `with activity.doing("reading data/mine"): ...` stands around reads and writes that may stall, in
 any thread. Work of many parts that is no step, as an evaluation, calls `activity.alive()` after
-each. Both cost a microsecond.
+each. Both cost a microsecond. `activity.until` waits for what another process has to do first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+TOLD_AFTER = 60.0  # seconds after which a line says what is waited for
 
 _under_way: dict[object, tuple[str, float]] = {}
 _parts = 0
@@ -43,3 +48,21 @@ def under_way() -> list[tuple[str, float]]:
     """(name, seconds so far) of all that is under way, the longest first."""
     now = time.monotonic()
     return sorted(((n, now - t) for n, t in list(_under_way.values())), key=lambda x: -x[1])
+
+
+def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: float = 1.0) -> T:
+    """What `look` finds, which is asked every `pause` seconds until it is no longer None.
+
+    After a minute a line says `what` is waited for. Raises ValueError after so many hours.
+    """
+    began, told = time.monotonic(), False
+    while (found := look()) is None:
+        waited = time.monotonic() - began
+        if waited > 3600 * hours:
+            raise ValueError(f"waited {hours} h for {what}, in vain")
+        if waited > TOLD_AFTER and not told:
+            told = True
+            print(f"waiting for {what}", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        alive()  # the hours are the bound
+    return found

@@ -294,11 +294,11 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"loading {args.checkpoint}")
     import jax
 
-    from coca_jax import inference, partitioning
+    from coca_jax import inference, processes
     from coca_jax.evaluators import results
     from coca_jax.evaluators import tasks as evaluation
 
-    partitioning.start_processes(args.coordinator, args.num_processes, args.process_id)
+    processes.start(args.coordinator, args.num_processes, args.process_id)
     out = args.out or args.checkpoint
     if args.out or storage.is_remote(out):
         storage.check_writable(out, make=False)

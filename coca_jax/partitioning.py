@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import urllib.request
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,9 +19,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coca_jax import batch_readers
-
-# Without a sign of life of another process for so long, a process ends in place of waiting.
-PEER_SECONDS = 60
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -338,56 +333,3 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         k: jax.make_array_from_process_local_data(sharding, v, (count * len(v), *v.shape[1:]))
         for k, v in batch.items()
     }
-
-
-def start_processes(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Joins the other processes of this run, before anything touches a device.
-
-    With no arguments it does so only where the environment (Cloud TPU, SLURM, GKE, MPI) describes
-    several processes. Raises ValueError when only some of the three are given.
-    """
-    given = [bool(coordinator), num_processes > 0, process_id >= 0]
-    if any(given) and not all(given):
-        raise ValueError(
-            "--coordinator, --num_processes and --process_id go together: "
-            f"got {coordinator!r}, {num_processes}, {process_id}"
-        )
-    # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
-    jax.config.update("jax_enable_preemption_service", False)
-    if all(given):
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=PEER_SECONDS
-        )
-    elif _environment_has_processes():
-        jax.distributed.initialize(heartbeat_timeout_seconds=PEER_SECONDS)
-
-
-def _environment_has_processes() -> bool:
-    env = os.environ
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        return True
-    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1:
-        return True
-    if "TPU_WORKER_HOSTNAMES" in env:
-        return len([h for h in env["TPU_WORKER_HOSTNAMES"].split(",") if h]) > 1
-    return _tpu_vm_workers() > 1
-
-
-def _tpu_vm_workers() -> int:
-    """Hosts of the Cloud TPU VM slice that this machine is in, by its metadata server; 0 elsewhere.
-
-    JAX sets TPU_ML_PLATFORM when it is imported on a machine with TPU chips.
-    """
-    env = os.environ
-    if env.get("TPU_ML_PLATFORM") != "JAX" or "TPU_SKIP_MDS_QUERY" in env:
-        return 0
-    server = env.get("GCE_METADATA_IP", "metadata.google.internal")
-    request = urllib.request.Request(
-        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
-        headers={"Metadata-Flavor": "Google"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return len(answer.read().decode().split(","))
-    except OSError:  # a TPU that is not in Google's cloud, or not of a slice
-        return 0

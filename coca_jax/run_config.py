@@ -188,8 +188,8 @@ def check_resumable(
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
         if key != "vocabulary_checksum"
-        and _compared(key, old.get(key), before, whole)
-        != _compared(key, new.get(key), workdir, whole)
+        and compared(key, old.get(key), before, whole)
+        != compared(key, new.get(key), workdir, whole)
         and not any(key == free or key.startswith(free + ".") for free in FREE)
     ]
     if changed:
@@ -237,7 +237,7 @@ def within(path: str, before: str, workdir: str) -> str:
     )
 
 
-def _compared(key: str, value: Any, workdir: str, whole: bool) -> Any:
+def compared(key: str, value: Any, workdir: str, whole: bool = True) -> Any:
     """The value of a key with the paths of sources whole, or (path,) within their workdir."""
     if key == "loss.global_examples" and not whole:
         return None

@@ -85,17 +85,17 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
-    from coca_jax import checkpointing, partitioning
+    from coca_jax import checkpointing, processes
     from coca_jax.importers import own_data
-    from coca_jax.training import replicas, setup, stopping
+    from coca_jax.training import agreement, replicas, setup, stopping
 
-    partitioning.start_processes(
-        flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
-    )
+    processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+    stopping.current().joined(jax.process_count())
     with stopping.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
+            agreement.on_command(config, flags.FLAGS.workdir)
             setup.check_start(config, flags.FLAGS.workdir)
             fields = own_data_flags.fields()
             config = own_data.of_command(
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         except stopping.Preempted as stop:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # together: the first to go would take the others down
-            stopping.leave(str(stop), stopping.EXIT_AGAIN)
+            stopping.leave(str(stop) if first else "", stopping.EXIT_AGAIN)
         if jax.process_count() > 1:
             # Before the result is told: where a peer fails in its last instants, a launcher starts
             # all again, and the result would be told twice.

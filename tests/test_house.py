@@ -57,10 +57,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "configuration": ("config",),
     "kinds": ("models.pooler_kinds", "models.head_kinds", "models.tower_kinds"),
     "operations": ("ops",),
-    "devices": ("partitioning",),
+    "devices": ("partitioning", "processes"),
     "base": (
         *(
             "activity",
+            "bars",
             "batch_readers",
             "bucket_arrays",
             "cache_folder",

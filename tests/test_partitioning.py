@@ -194,35 +194,3 @@ def test_nothing_is_pinned_without_a_mesh_and_where_devices_hold_their_own_part(
         split = jax.shard_map(look, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
         jax.eval_shape(split, jax.ShapeDtypeStruct((16, 2), jnp.float32))
     assert inside == [None]
-
-
-@pytest.mark.parametrize(
-    "env, joins",
-    [
-        ({}, False),
-        (dict(SLURM_NTASKS="2", SLURM_PROCID="0"), True),
-        (dict(SLURM_NTASKS="1", SLURM_PROCID="0"), False),
-        (dict(SLURM_NTASKS="2"), False),  # an allocation, outside of a step
-        (dict(OMPI_COMM_WORLD_SIZE="2"), True),
-        (dict(MEGASCALE_NUM_SLICES="2"), True),
-        (dict(TPU_WORKER_HOSTNAMES="a,b"), True),
-        (dict(TPU_WORKER_HOSTNAMES="a,"), False),
-    ],
-)
-def test_a_process_joins_others_where_its_environment_has_several(env, joins, monkeypatch):
-    for name in (
-        *("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"),
-        *("TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"),
-    ):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
-    partitioning.start_processes()
-    assert joined == ([()] if joins else [])
-    for some in (("host:1",), ("", 2), ("host:1", 2), ("", 0, 0)):
-        with pytest.raises(ValueError, match="go together"):
-            partitioning.start_processes(*some)
-    partitioning.start_processes("host:1", 2, 0)
-    assert joined[-1] == ("host:1", 2, 0)

@@ -95,10 +95,10 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 SHARES = """
 import json, sys
 import jax, numpy as np
-from coca_jax import partitioning, quiet
+from coca_jax import partitioning, processes, quiet
 from coca_jax.inference import devices
 quiet.standard_output()
-partitioning.start_processes(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+processes.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 there, params = devices.place({"scale": np.arange(6.0)}, jax.devices())
 rows = there.put(np.arange(5.0), there.bucket(5))
 whole = there.jit(lambda rows, params: rows * params["scale"][2])(rows, params)

@@ -196,10 +196,10 @@ def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(cache, t
 
 FAILING = """
 import sys, time
-from coca_jax import partitioning
+from coca_jax import processes
 from coca_jax.training import stopping
 number, port, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "alone"
-partitioning.start_processes(f"localhost:{port}", 2, number)
+processes.start(f"localhost:{port}", 2, number)
 stopping.MEET = 1.0 if alone else 60.0
 with stopping.failing_alone(2):
     if alone and number == 1:
@@ -231,6 +231,13 @@ def test_a_process_of_two_that_fails_does_not_wait_for_the_other(how, tmp_path):
         for process in both:
             process.kill()
             process.communicate()
+
+
+def test_who_has_nothing_to_say_leaves_without_a_line():
+    """All processes of a run that is stopped but the first, which says what is saved."""
+    code = "from coca_jax.training import stopping; stopping.leave('', 75)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout) == (75, "", "")
 
 
 ENDING = """

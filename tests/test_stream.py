@@ -195,9 +195,10 @@ def test_texts_that_are_too_long_for_the_model_are_said_once(caplog):
     config.model.image_size = 8
     vocabulary = run_vocabulary.vocabularies.train(["a red circle", "blue"] * 9, 300, "memory://v")
 
-    def warnings(max_len):
+    def warnings(max_len, process=0):
         config.model.text.max_len = max_len
-        stream = DirectStream(Batches(config, vocabulary))
+        mixture = Mixture(config, process_index=process, process_count=2)
+        stream = DirectStream(Batches(config, vocabulary, mixture))
         caplog.clear()
         taken = take(stream, 12)
         stream.close()
@@ -209,6 +210,7 @@ def test_texts_that_are_too_long_for_the_model_are_said_once(caplog):
         f"scenes [train]: {full} of the first 512 texts fill all model.text.max_len=100 tokens, "
         "and what is longer loses its end; raise it to learn them whole"
     ]
+    assert warnings(100, process=1) == (full, [])  # the first process has said it
     full, said = warnings(600)
     assert full == 0 and said == []
     # What no loss and no head reads loses nothing.

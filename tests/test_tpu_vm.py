@@ -134,7 +134,9 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
     import http.server
     import threading
 
-    from coca_jax import partitioning
+    import jax
+
+    from coca_jax import processes
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
@@ -150,9 +152,7 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     started = []
-    monkeypatch.setattr(
-        partitioning.jax.distributed, "initialize", lambda *a, **_: started.append(a)
-    )
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: started.append(a))
     monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     for workers, platform, want in (
@@ -163,6 +163,6 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
         server.workers = workers
         monkeypatch.setenv("TPU_ML_PLATFORM", platform)
         started.clear()
-        partitioning.start_processes()
+        processes.start()
         assert len(started) == want
     server.shutdown()

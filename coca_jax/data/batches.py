@@ -225,7 +225,7 @@ class Stream(abc.ABC):
         for number, bad in made.bad.items():
             rows = self._batches.rows_at(self.step).here[number]
             self._tallies[number].add(rows, bad)
-            if self._batches.examples[number].reads_text:
+            if self._batches.examples[number].reads_text and self._batches.mixture.main_process:
                 self._lengths[number].add(rows, int((full == number).sum()))
         self._made = None
         self.step += 1

@@ -31,6 +31,7 @@ class Mixture:
         process_index, process_count: of this process, and how many there are.
 
     Attributes:
+        main_process: whether this process says what is true of the data of all.
         entries: of `config.data.sources`.
         shares: rows of each source in a batch of config.batch_size.
         pattern: int32 [batch], the source of each row of such a batch.
@@ -43,6 +44,7 @@ class Mixture:
         self, config: Config, workdir: str = "", process_index: int = 0, process_count: int = 1
     ):
         self._config = config
+        self.main_process = process_index == 0
         self._indexes = Indexes(os.fspath(workdir), process_index, process_count)
         self.entries = [
             Entry.of(entry, f"config.data.sources[{i}]")

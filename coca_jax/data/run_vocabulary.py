@@ -55,12 +55,8 @@ def load_or_train(
                 + ("" if began else ", or remove that file: no run began here yet")
             )
     elif process_index:
-        deadline = time.monotonic() + 3600
-        while not storage.place(path).exists():
-            if time.monotonic() > deadline:
-                raise ValueError(f"{path}: process 0 has not written it within an hour")
-            time.sleep(1)
-            activity.alive()  # the deadline is the bound
+        there = storage.place(path)
+        activity.until(f"process 0 to write {path}", lambda: there.exists() or None)
         vocabulary = vocabularies.load(path)
     elif given is not None:
         _check(config, given)  # before anything is left in the workdir

@@ -6,11 +6,10 @@ run, and is checked when it is read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from coca_jax.storage import write_bytes
 
 FOLDER = "views"  # of index files, beside the shards or in a workdir
 _FORMAT = 2  # of index files; a file of another is made anew. 2: answers of null are none
-_WAIT_SECONDS = 3600.0
 
 
 class Index(NamedTuple):
@@ -94,14 +92,8 @@ class Indexes:
 
     def _wait(self, name: str, mark: str, rows: int) -> Index:
         path = f"{self._workdir}/{FOLDER}/{name}"
-        print(f"waiting for process 0 to write {path}", file=sys.stderr, flush=True)
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while (found := self._find("", name, mark, rows)) is None:
-            if time.monotonic() > deadline:
-                raise ValueError(f"{path}: process 0 has not written it within an hour")
-            time.sleep(0.5)
-            activity.alive()  # the deadline is the bound
-        return found
+        look = functools.partial(self._find, "", name, mark, rows)
+        return activity.until(f"process 0 to write {path}", look, pause=0.5)
 
     def _save(self, folder: str, name: str, data: bytes) -> None:
         written = bool(folder) and _write(folder, name, data)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import tqdm
 
+from coca_jax import bars
 from coca_jax.image_shape import Size
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator
     """
     total = len(records) if isinstance(records, Sized) else None
     batch: list[Any] = []
-    with tqdm.tqdm(
-        total=total, desc=show, disable=not show, mininterval=1.0, dynamic_ncols=True
-    ) as bar:
+    with bars.Bar(total, "", show, shown=bool(show)) as bar:
         for record in records:
             batch.append(record)
             if len(batch) == size:

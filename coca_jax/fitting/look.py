@@ -8,14 +8,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
-import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
+from coca_jax import bars
 from coca_jax.data import images
 from coca_jax.importers import checks, dedup
 from coca_jax.importers.items import Item
@@ -93,12 +92,11 @@ class Scan:
         self._sample: list[tuple[float, bytes]] = []  # a heap of those with the lowest place
         self._captions = self._labels = self._repeated = 0
         places: list[float] = []
-        with tqdm.tqdm(
-            items, desc=show, total=total, disable=not show, unit=" pictures", file=sys.stderr
-        ) as shown:
-            for item in shown:
+        with bars.Bar(total, "pictures", show, shown=bool(show)) as bar:
+            for item in items:
                 if self._add(item):
                     places.append(checks.place(item.image, item.drawn.holdouts))
+                bar.update()
         self.places = np.asarray(places)
         self.facts = self._facts()
 

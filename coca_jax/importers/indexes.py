@@ -15,12 +15,11 @@ import pathlib
 import posixpath
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax import cache_folder, local_files
+from coca_jax import activity, cache_folder, local_files
 from coca_jax.config import Config, Entry
 from coca_jax.data import files, formats, manifest, named_files, references
 from coca_jax.importers import in_place, metadata, shards, split_field, splits
@@ -57,12 +56,21 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
                 now = state_of_input(formats.guess(input), input, out, options, split)
                 refuse_changed(input, out, now)
             _make(input, split, out, options)
-        while split not in (manifest.read(out) or {"splits": {}})["splits"]:
-            time.sleep(1)
+        wait_for(out, split)
         sources[number] = dataclasses.replace(of_index(entry, out, split), split=split)
     if not numbers:
         return config
     return config.change({"data.sources": tuple(source.to_dict() for source in sources)})
+
+
+def wait_for(out: str, split: str) -> None:
+    """Returns once the main process has written a split of data into `out`. Raises ValueError where
+    it has not within a day: a copy of data that cannot be read in place takes hours."""
+
+    def look() -> Any:
+        return metadata.read_manifest(out)["splits"].get(split)
+
+    activity.until(f"process 0 to write the split {split!r} of {out}", look, hours=24)
 
 
 def reading(entry: Entry) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ import dataclasses
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -219,8 +218,7 @@ def prepared(path: str, out: str, options: Options | None = None, *, wait: bool 
     if is_prepared(path):
         return path
     if wait:
-        while "train" not in metadata.read_manifest(out)["splits"]:
-            time.sleep(1)
+        indexes.wait_for(out, "train")
         return out
     there = _is_there(_format_and_input(path)[1], out)
     if there:

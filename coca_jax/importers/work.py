@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import tqdm
-
-from coca_jax import cores
+from coca_jax import bars, cores
 from coca_jax.engines import Engine
 from coca_jax.importers import dedup, shards
 from coca_jax.importers.items import Options
@@ -32,9 +29,7 @@ class Hands:
         # In-memory files exist in this process only.
         if any("memory://" in path for job in jobs for path in (job.work, job.units[0].path)):
             processes = 1
-        with tqdm.tqdm(
-            total=total, desc=what, unit=" examples", file=sys.stderr, disable=not self.progress
-        ) as bar:
+        with bars.Bar(total, "examples", what, shown=self.progress) as bar:
             return self.engine.run(function, jobs, bar.update, processes=processes)
 
 

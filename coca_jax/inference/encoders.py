@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-import tqdm
 
-from coca_jax import renamed
+from coca_jax import bars, renamed
 from coca_jax.config import Config, StoredConfig, checks
 from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
@@ -129,7 +128,7 @@ class Encoders:
         """
         texts = text_arrays.listed(texts)
         parts = []
-        with tqdm.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+        with bars.Bar(len(texts), "texts", shown=progress) as bar:
             for start in range(0, len(texts), _SORTED * self.batch_size):
                 some = texts[start : start + _SORTED * self.batch_size]
                 tokens, valid = self._tokenize(some, labels)

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import tqdm
 from PIL import Image
 
-from coca_jax import cores, image_shape, local_files
+from coca_jax import bars, cores, image_shape, local_files
 from coca_jax.config import rules
 from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
@@ -61,7 +60,7 @@ class ImageReader:
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
         with (
             concurrent.futures.ThreadPoolExecutor(cores.count()) as pool,
-            tqdm.tqdm(total=len(images), unit="image", disable=not progress) as bar,
+            bars.Bar(len(images), "images", shown=progress) as bar,
         ):
             for start in range(0, len(images) + size, size):
                 part = images[start : start + size]

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-import tqdm
 
-from coca_jax import storage
+from coca_jax import bars, storage
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -109,7 +108,7 @@ def write(
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt", **(about or {})}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the arrays start aligned
-    bar = tqdm.tqdm(total=offset, unit="B", unit_scale=True, disable=not progress)
+    bar = bars.Bar(offset, "bytes", shown=progress, thousands=True)
     with storage.whole_file(path) as temporary, bar, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, blocks in tensors.items():

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from coca_jax import local_files, storage
+from coca_jax import local_files, processes, storage
 from coca_jax.training import stopping
 
 FILE = "lease.json"
@@ -32,7 +32,7 @@ LAST_BEAT = 1.0  # seconds that a beat under way may take at the end
 EXIT_LOST = 2  # another start would be refused
 
 
-class Held(ValueError):
+class Held(processes.KnownToAll):
     """Another process trains in the workdir."""
 
 
@@ -226,19 +226,17 @@ def held(workdir: str, flag: str = "--workdir") -> Iterator[None]:
     Raises Held on all processes where another run has it.
     """
     import jax
-    from jax.experimental import multihost_utils
 
-    lease = Lease(workdir, flag=flag)
-    refused: Held | None = None
+    lease, refused = Lease(workdir, flag=flag), ""
     if jax.process_index() == 0:
         try:
             lease.acquire()
         except Held as error:
-            refused = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(refused is not None):
-        raise refused or Held(f"{workdir} is in use, as process 0 says")
-    if refused is not None:
-        raise refused
+            refused = str(error)
+    if jax.process_count() > 1:
+        refused = processes.from_first("lease", refused)
+    if refused:
+        raise Held(refused)
     with _given_back(lease):
         yield
 

@@ -26,6 +26,7 @@ from coca_jax.data.features import Features
 from coca_jax.evaluators import results
 from coca_jax.importers import indexes
 from coca_jax.training import (
+    agreement,
     goodput,
     guard,
     hooks,
@@ -58,6 +59,7 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
     with out_folder.gone_if_refused(workdir):
         with buckets("init"):
             config = typed(config)
+            agreement.on_command(config, workdir)
             mesh = setup.check(config, workdir)
             config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
         with jax.set_mesh(mesh):
@@ -92,6 +94,7 @@ def train_alone(
         memory.check(config, mesh, run.say)
         told = (run.vocabulary, run.class_names, run.mixture.data_told)
         contents = run_config.contents(config, workdir, *told)
+        agreement.on_data(contents, workdir, run.mixture.num_examples)
         best = Best(config, workdir) if config.checkpoint.best else None
         checkpoints = checkpointing.Checkpoints(
             workdir, keep=config.checkpoint.keep, best=best, run=contents

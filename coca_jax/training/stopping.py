@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from coca_jax import processes
+
 SAVED = ("ablate", "fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again
 EXIT_AT_ONCE = 130  # as a shell says of a program that SIGINT ended
@@ -34,9 +36,8 @@ EXIT_AT_ONCE = 130  # as a shell says of a program that SIGINT ended
 SAME_KEY = 0.5
 GRACE = 2.0  # seconds that a command without anything to save may take to remove its files
 AGAIN = "run the same command to go on"
-PEERS = "coca_jax/stopped"  # a key of the processes' common store, set by the first that leaves
 MEET = 10.0  # seconds in which processes that fail alike meet at their ends
-POLL = 1.0  # seconds between two looks at it
+POLL = 1.0  # seconds between two looks at what the other processes say
 
 
 class Preempted(Exception):
@@ -92,8 +93,15 @@ class Stop:
                 for number in os.read(reading, 16):
                     if number in (signal.SIGINT, signal.SIGTERM):
                         self._receive(number)
-            elif self._processes > 1 and self._stage is not None and _peer_left():
-                self._start_leaving("another process of the run was stopped")
+            elif self._processes > 1 and self._stage is not None:
+                self._look_at_peers()
+
+    def _look_at_peers(self) -> None:
+        if processes.has_stopped():
+            self._start_leaving("another process of the run was stopped")
+        elif (line := processes.has_ended()) and _ending.acquire(blocking=False):
+            args = (f"error: {line}", 2)
+            threading.Thread(target=_end_together, args=args, name="leave", daemon=True).start()
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()
@@ -169,9 +177,9 @@ class Stop:
             with self._lock:
                 self._stage, self._before_leaving = held, None
 
-    def joined(self, processes: int) -> None:
+    def joined(self, count: int) -> None:
         """Says how many processes the run has, once they have met."""
-        self._processes = processes
+        self._processes = count
         self._catch()
 
     def listen(self) -> None:
@@ -295,8 +303,9 @@ def not_before_leaving(work: Callable[[], object]) -> None:
 
 
 def leave(line: str, status: int) -> NoReturn:
-    """Says `line` and ends the process: no handlers, no waiting for threads inside C++."""
-    say(line)
+    """Says `line`, if any, and ends the process: no handlers, no waiting for threads inside C++."""
+    if line:
+        say(line)
 
     def part() -> None:
         for work in list(_farewells):
@@ -310,53 +319,52 @@ def leave(line: str, status: int) -> NoReturn:
     os._exit(status)
 
 
+_ending = threading.Lock()  # held by the thread that ends this process for an error
+
+
 @contextlib.contextmanager
-def failing_alone(processes: int) -> Iterator[None]:
-    """Around what one of `processes` does: where it fails, it ends within MEET seconds.
+def failing_alone(count: int) -> Iterator[None]:
+    """Around what one of `count` processes does: where it fails, it ends within MEET seconds.
 
     jax would hold it at its exit for five minutes, for peers that in turn wait for it in a step.
     Those that all fail, as of bad input, meet within that time and end with what each has to say.
+    Of bad input the others hear, and end with its line where there is no step to lose.
     """
     try:
         yield
     except Exception as error:
-        if processes == 1:
+        if count == 1:
             raise
+        _ending.acquire()
         bad_input = isinstance(error, (ValueError, OSError))  # as cli has it
         if not bad_input:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-        import jax
+            _end_together("ended by this error", 1)
+        line = " ".join(str(error).split())
+        if not isinstance(error, processes.KnownToAll):
+            processes.tell_ended(line)
+        _end_together(f"error: {line}", 2)
 
-        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        meeting.start()
-        meeting.join(MEET)
-        line = f"error: {' '.join(str(error).split())}" if bad_input else "ended by this error"
-        leave(line, 2 if bad_input else 1)
+
+def _end_together(line: str, status: int) -> NoReturn:
+    """`leave`, once the others end too, or MEET seconds have passed."""
+    import jax
+
+    meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    meeting.start()
+    meeting.join(MEET)
+    leave(line, status)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
     """A handler must be there for the interpreter to write the signal into the pipe."""
 
 
-def _store() -> Any:
-    """The processes' common store of short texts; jax has no public name for it."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
-def _peer_left() -> bool:
-    try:
-        return bool(_store().key_value_try_get(PEERS))
-    except Exception:  # its own type: nobody has written it, or process 0 does not answer
-        return False
-
-
 def _tell_peers() -> None:
     """Makes the others leave too, in place of waiting for this process until jax misses it."""
     with contextlib.suppress(Exception):
-        _store().key_value_set(PEERS, "1", allow_overwrite=True)
+        processes.tell_stopped()
         time.sleep(2.5 * POLL)  # process 0 holds the store: the others look first
 
 
@@ -364,7 +372,7 @@ def _start_agreement() -> None:
     """Lets jax take SIGTERM: it tells all processes and finds the step at which all can stop.
 
     jax does this at jax.distributed.initialize, before there is a step to stop at; commands switch
-    that off (partitioning.start_processes) and come here before the loop.
+    that off (processes.start) and come here before the loop.
     """
     import jax
     from jax._src import distributed  # jax has no public name for it
