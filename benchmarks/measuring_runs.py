@@ -21,15 +21,11 @@ DEMO = {
     "demo/zeroshot_unseen": "zeroshot/scenes_unseen/top1",
     "demo/exact_unseen": "captioning/scenes_unseen/exact_match",
 }
-EMOJI = {
-    "emoji/image_to_text": "retrieval/emoji_openmoji/image_to_text_r1",
-    "emoji/image_to_text_r5": "retrieval/emoji_openmoji/image_to_text_r5",
-    "emoji/text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
-    "emoji/text_to_image_r5": "retrieval/emoji_openmoji/text_to_image_r5",
-    "emoji/reranked_image_to_text": "retrieval/emoji_openmoji/reranked_image_to_text_r1",
-    "emoji/reranked_text_to_image": "retrieval/emoji_openmoji/reranked_text_to_image_r1",
-    "emoji/exact": "captioning/emoji_openmoji/exact_match",
-}
+_WAYS = ("", "normalised_", "reranked_")
+_FIRST = [f"{way}{to}" for way in _WAYS for to in ("image_to_text", "text_to_image")]
+EMOJI = {f"emoji/{name}": f"retrieval/emoji_openmoji/{name}_r1" for name in _FIRST}
+EMOJI |= {f"emoji/{name}_r5": f"retrieval/emoji_openmoji/{name}_r5" for name in _FIRST[:2]}
+EMOJI["emoji/exact"] = "captioning/emoji_openmoji/exact_match"
 TOP1 = "classification/fashion_mnist/top1"
 QUESTIONS = {
     "easy_vqa/head": "classification/easy_vqa/top1",
@@ -46,7 +42,11 @@ AVERAGING = {
     "emoji_text_to_image": "retrieval/emoji_openmoji/text_to_image_r1",
     "emoji_exact": "captioning/emoji_openmoji/exact_match",
 }
-DRAWINGS = {row.partition("/")[2]: key for row, key in EMOJI.items() if not row.endswith("_r5")}
+DRAWINGS = {
+    row.partition("/")[2]: key
+    for row, key in EMOJI.items()
+    if not (row.endswith("_r5") or "normalised" in row)
+}
 SHORT = ("--config.steps=1200",)
 FREE = ("--config.loss.min_temperature=0", "--config.model.temperature=0.07")
 SQUASHED = (*SHORT, *FREE, "--config.data.resize=squash")  # the emoji recipe as it was
