@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         many = value if isinstance(value, list) else [value]
         print(f"{name:28s}", *(f"{v:12.4f}" for v in many))
     device = jax.devices()[0]
-    devices = 1 if kind in ("encode", "caption") else jax.device_count()  # these split no batch
+    devices = 1 if kind in READ_BY["batch_size"] else jax.device_count()  # these split no batch
     return {"benchmark": kind, "device": device.device_kind, "devices": devices} | result
 
 

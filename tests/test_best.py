@@ -1,6 +1,7 @@
 """checkpoint.best: the step that scored best stays, however many steps later ones there are."""
 
 import os
+import time
 
 import pytest
 from conftest import scenes_words, tiny_config
@@ -23,6 +24,17 @@ def run_of(name=NAME, every=1, given=(TASK, CAPTIONING)):
     return config
 
 
+def settled(folder):
+    """What is in a folder of checkpoints once it stays so: what writes and deletes there does not
+    end with a run that is killed in this process, as it would with its own."""
+    seen, deadline = None, time.monotonic() + 60
+    while seen != (now := sorted(os.listdir(folder))) or any("tmp" in name for name in now):
+        assert time.monotonic() < deadline, now
+        seen = now
+        time.sleep(0.5)
+    return seen
+
+
 def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkeypatch, capfd):
     config = run_of(given=(TASK,))
     config.steps, config.data.vocabulary = 6, scenes_words()
@@ -37,7 +49,7 @@ def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkey
     monkeypatch.setattr(tasks, "run_task", scored)
     with pytest.raises(KeyboardInterrupt):
         train_alone(config, tmp_path)
-    assert "2" in os.listdir(tmp_path / "checkpoints")  # others are being written, or deleted
+    assert "2" in settled(tmp_path / "checkpoints")
     train_alone(config, tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
     told = f"best {NAME}: 0.5 after step 2, {tmp_path}/checkpoints/2"
