@@ -97,3 +97,13 @@ def test_a_folder_without_splits_is_no_querybank_of_itself(tmp_path):
         declarations.check(
             [task_of(data=dict(path=str(tmp_path)), querybank=dict(path=str(tmp_path)))]
         )
+
+
+def test_what_holds_all_that_is_scored_is_no_querybank():
+    """`--where` leaves a part to be scored, and a bank of everything would have it too."""
+    data = dict(tfds="x", split="train", where={"site": "a"})
+    for bank in (dict(tfds="x", split="train"), data):
+        with pytest.raises(ValueError, match="x would be the querybank and scored"):
+            declarations.check_apart(task_of(data=data), bank, "the querybank")
+    for other in (dict(data, where={"site": "b"}), dict(tfds="x", split="validation")):
+        declarations.check_apart(task_of(data=data), other, "the querybank")

@@ -321,11 +321,13 @@ def called(task: Mapping[str, Any]) -> str:
 
 
 def check_apart(task: Mapping[str, Any], other: Mapping[str, Any], use: str) -> None:
-    """Raises ValueError where a task's other data are those that it scores. use: what they are."""
+    """Raises ValueError where a task's other data are those that it scores, or hold them all. use:
+    what they are."""
     given, test = (Entry.of(dict(dict(split="test"), **data)) for data in (other, task["data"]))
     if test.path and not unprepared.splits(test):  # then all is read, whatever it is called
         given = dataclasses.replace(given, split=test.split)
-    if given == dataclasses.replace(test, kind=given.kind):
+    where = test.where if given.where else given.where  # the whole holds each part
+    if given == dataclasses.replace(test, kind=given.kind, where=where):
         raise ValueError(
             f"{called(task)}: {test.path or test.tfds or test.builtin} would be {use} and scored: "
             "give another split, or folders `train` and `test`"
