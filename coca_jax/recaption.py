@@ -17,7 +17,6 @@ Examples:
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +118,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     with lease.alone(place, use="captions into it", flag="--out", beside=bool(engine.share)):
         jobs = whole.plan(request)
         told = whole.finished(request) or running.run(
-            request, jobs, engine, say=cli.say, progress=sys.stderr.isatty()
+            request, jobs, engine, say=cli.say, progress=True
         )
     seconds = round(time.time() - start, 2)
     if "waiting" in told:

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -150,7 +149,7 @@ def _told(input: str, parts: Any) -> str:
 def _how() -> dict[str, Any]:
     args = flags.FLAGS
     told = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
-    return told | dict(progress=sys.stderr.isatty())
+    return told | dict(progress=True)
 
 
 def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:
         cli.say(f"building the graph of {done['pictures']} pictures")
     result = dict(out=out) | {key: done[key] for key in done if key != "already_there"}
-    return result | dict(search=index.finish(parts, progress=sys.stderr.isatty()))
+    return result | dict(search=index.finish(parts, progress=True))
 
 
 def _apart(out: str, shards: int, waiting: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from test_search import embed, encoded, tree
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import local_files, search
+from coca_jax import bars, local_files, search
 from coca_jax.inference import loading
 from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease
@@ -279,6 +279,13 @@ def test_two_runs_into_one_index_are_not_at_once(call, folder):
                 call("index", "s", **given | dict(out=out))
     assert call("index", "s", **given)["pictures"] == 6
     assert not os.path.exists("new")
+
+
+def test_a_log_file_of_a_long_index_says_how_far_it_is(call, folder, capsys, monkeypatch):
+    monkeypatch.setattr(bars, "LINE_EVERY", 0.0)
+    call("index", "s", checkpoint="here", out="i", batch_size=4)
+    said = capsys.readouterr().err
+    assert "7 of 7 pictures in 00:" in said and "\r" not in said
 
 
 def test_a_query_says_where_the_index_looks_for_its_model(call, folder, monkeypatch):

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tqdm
-
+from coca_jax import bars
 from coca_jax.engines import Engine, Report
 from coca_jax.importers.shards import Job
 from coca_jax.recaptioning import shard, whole
@@ -35,9 +34,7 @@ def run(
     if left:
         say(f"loading {', '.join(request.checkpoints)}")
         known = [unit.rows for job in left for unit in job.units]
-        with tqdm.tqdm(
-            total=sum(known) if all(known) else None, unit="image", disable=not progress
-        ) as bar:
+        with bars.Bar(sum(known) if all(known) else None, "images", shown=progress) as bar:
             for seconds in engine.run(Work(request, jobs), left, bar.update, models=True):
                 spent.update(seconds)
     waiting = _write(request, jobs, own)

@@ -9,9 +9,8 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tqdm
 
-from coca_jax import local_files, storage
+from coca_jax import bars, local_files, storage
 from coca_jax.data import files, image_files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
@@ -140,7 +139,7 @@ def add(
     before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
     in_groups = parts.in_groups
     total = sum(group.count for group in groups)
-    with tqdm.tqdm(total=total or None, unit="picture", disable=not progress) as bar:
+    with bars.Bar(total or None, "pictures", shown=progress) as bar:
         for group in groups:
             if staged.take(parts, group, say):
                 bar.update(group.count)

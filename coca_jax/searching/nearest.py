@@ -7,9 +7,8 @@ import pathlib
 from typing import Any, Protocol
 
 import numpy as np
-import tqdm
 
-from coca_jax import extras, storage
+from coca_jax import bars, extras, storage
 
 EXACT_BELOW = 100_000  # pictures: every one is compared, in some 10 ms
 FILE = "nearest.usearch"
@@ -113,7 +112,7 @@ def build(embeddings: np.ndarray, folder: str, *, progress: bool = False) -> Non
         )
     if len(graph) == len(embeddings):
         return  # of this very index
-    with tqdm.tqdm(total=len(embeddings), initial=len(graph), disable=not progress) as bar:
+    with bars.Bar(len(embeddings) - len(graph), "pictures", "graph", shown=progress) as bar:
         for start in range(len(graph), len(embeddings), _ADDED):
             rows = np.arange(start, min(start + _ADDED, len(embeddings)))
             graph.add(rows, _coarse(embeddings[rows]))

@@ -10,9 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import tqdm
-
-from coca_jax import storage
+from coca_jax import bars, storage
 from coca_jax.data import files
 from coca_jax.engines import Engine, Report
 from coca_jax.importers.items import printable
@@ -50,9 +48,8 @@ def stage(
     left = [one for one in groups if not joined(parts, one)]
     own = [one for one in engine.own(left) if not _whole(parts.folder, one)]
     work = Work(load, parts.folder, dict(parts.about), checkpoint, batch_size, part)
-    with tqdm.tqdm(
-        total=sum(one.count for one in own) or None, unit="picture", disable=not progress
-    ) as bar:
+    total = sum(one.count for one in own) or None
+    with bars.Bar(total, "pictures", shown=progress) as bar:
         engine.run(work, own, bar.update, models=True)
     return sum(not _whole(parts.folder, one) for one in left)
 
