@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
@@ -238,13 +238,14 @@ def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
 
 
 def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
-    """Removes and returns the wanted field, or the first of the usual ones that is there."""
-    if wanted:
-        return fields.pop(wanted, None)
-    for name in usual:
-        if fields.get(name) not in (None, "", []):
-            return fields.pop(name)
-    return None
+    """Removes and returns the field that `chosen` names; None where it is not there."""
+    name = chosen(fields, wanted, usual)
+    return fields.pop(name, None) if name else None
+
+
+def chosen(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
+    """The name of the wanted field, else of the first of the usual ones with a value; '': none."""
+    return wanted or next((n for n in usual if fields.get(n) not in (None, "", [])), "")
 
 
 def without_bytes(value: Any) -> Any:

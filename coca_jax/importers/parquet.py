@@ -20,6 +20,7 @@ from coca_jax.importers.items import (
     Item,
     Options,
     Unit,
+    chosen,
     guarded,
     load_image,
     names,
@@ -171,7 +172,9 @@ class _Places:
         """The item of a row, which says where its images lie."""
         if not item.problem:
             if item.image and not item.span:
-                field = self._first or _usual_field(row)
+                there = [name for name in IMAGE_FIELDS if name in row.schema.names]
+                values = {name: row.column(name)[0].as_py() for name in there}
+                field = chosen(values, self._first, there)
                 item.span = self._values(field).find(item.image)
             if item.second and not item.second_span:
                 item.second_span = self._values(self._second, True).find(item.second)
@@ -181,12 +184,6 @@ class _Places:
         if (field, second) not in self._known:
             self._known[field, second] = self._columns.values(self._group, field)
         return self._known[field, second]
-
-
-def _usual_field(row: pa.RecordBatch) -> str:
-    """The field that `take` takes a row's image from where none is named."""
-    there = (name for name in IMAGE_FIELDS if name in row.schema.names)
-    return next(name for name in there if row.column(name)[0].as_py() not in (None, "", []))
 
 
 def _batches(table: pq.ParquetFile, group: int, file_bytes: int) -> Iterator[pa.RecordBatch]:
