@@ -58,15 +58,16 @@ def open_entry(entry: Entry, split: str) -> Source:
     """An entry dict(path=...) of config.data.sources. Raises as `open_split`, and ValueError for
     another field of the images than its records are of."""
     found = open_split(entry.path, split)
+    if not entry.image_field:
+        return found
     request = read_manifest(local_files.plain(entry.path))["splits"][split].get("request")
     options = request.get("options") if isinstance(request, dict) else None
-    if entry.image_field and isinstance(options, dict):
-        made_by = options.get("image_field", "")
-        if made_by != entry.image_field:
-            raise ValueError(
-                f"data source {entry.path}: it was prepared with image_field={made_by!r}, not "
-                f"{entry.image_field!r}; leave that out, or prepare the data by it"
-            )
+    made_by = options.get("image_field", "") if isinstance(options, dict) else entry.image_field
+    if made_by != entry.image_field:
+        raise ValueError(
+            f"data source {entry.path}: it was prepared with image_field={made_by!r}, not "
+            f"{entry.image_field!r}; leave that out, or prepare the data by it"
+        )
     return found
 
 
