@@ -3,13 +3,15 @@ told from its cause, and from long work.
 
 `with activity.doing("reading data/mine"): ...` stands around reads and writes that may stall, in
 any thread. Work of many parts that is no step, as an evaluation, calls `activity.alive()` after
-each. Both cost a microsecond. `activity.until` waits for what another process has to do first.
+each. Both cost a microsecond. `activity.until` waits for what another process has to do first, and
+inside `activity.telling` a thread says what takes long.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -48,6 +50,26 @@ def under_way() -> list[tuple[str, float]]:
     """(name, seconds so far) of all that is under way, the longest first."""
     now = time.monotonic()
     return sorted(((n, now - t) for n, t in list(_under_way.values())), key=lambda x: -x[1])
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[], None], first: float, every: float) -> Iterator[None]:
+    """Inside, a thread calls `tell` after `first` seconds, and then each `every` seconds."""
+    over = threading.Event()
+
+    def run() -> None:
+        pause = first
+        while not over.wait(pause):
+            pause = every
+            tell()
+
+    teller = threading.Thread(target=run, name="telling", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: float = 1.0) -> T:

@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -25,7 +24,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import compile_cache, engines, extras, local_files, own_data_flags, quiet, recipes
+from coca_jax import (
+    activity,
+    compile_cache,
+    engines,
+    extras,
+    local_files,
+    own_data_flags,
+    quiet,
+    recipes,
+)
 from coca_jax.inference.generation import settings
 from coca_jax.training import start, stopping
 
@@ -193,19 +201,13 @@ def waiting(text: str, every: float = 10.0) -> Iterator[None]:
     """Says what the command waits for, and inside, each `every` seconds, for how long already: for
     what has no steps that a bar could count."""
     say(f"{text} ...")
-    began, over = time.monotonic(), threading.Event()
+    began = time.monotonic()
 
     def tell() -> None:
-        while not over.wait(every):
-            say(f"{text} ... {time.monotonic() - began:.0f} s so far")
+        say(f"{text} ... {time.monotonic() - began:.0f} s so far")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
+    with activity.telling(tell, every, every):
         yield
-    finally:
-        over.set()
-        teller.join()
 
 
 def fail(text: str) -> NoReturn:

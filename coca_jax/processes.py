@@ -11,9 +11,7 @@ import itertools
 import json
 import os
 import sys
-import threading
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 from coca_jax import activity
@@ -48,7 +46,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         )
     # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
     jax.config.update("jax_enable_preemption_service", False)
-    with _told():
+    with activity.telling(_tell, TOLD_AFTER, TOLD_EVERY):
         if all(given):
             jax.distributed.initialize(
                 coordinator, num_processes, process_id, heartbeat_timeout_seconds=PEER_SECONDS
@@ -57,30 +55,15 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
             jax.distributed.initialize(heartbeat_timeout_seconds=PEER_SECONDS)
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Inside, says now and then which processes are waited for, and where."""
-    over = threading.Event()
-
-    def tell() -> None:
-        pause = TOLD_AFTER
-        while not over.wait(pause):
-            pause, state = TOLD_EVERY, _state()
-            if state.num_processes:
-                print(
-                    f"waiting for {state.num_processes} processes at {state.coordinator_address}, "
-                    f"this is process {state.process_id}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-    teller = threading.Thread(target=tell, name="joining", daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()
+def _tell() -> None:
+    """Says which processes are waited for, and where."""
+    if (state := _state()).num_processes:
+        print(
+            f"waiting for {state.num_processes} processes at {state.coordinator_address}, "
+            f"this is process {state.process_id}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _environment_has_processes() -> bool:

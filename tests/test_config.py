@@ -287,4 +287,6 @@ def test_a_key_of_a_source_that_nothing_reads_is_refused(entry, told):
     ],
 )
 def test_keys_of_a_source_that_its_data_read_are_taken(entry):
-    checks.check(tiny(**{"data.sources": (entry,)}))
+    config = tiny(**{"data.sources": (entry,)})
+    checks.check(config)
+    assert entry.keys() <= config.data.sources[0].to_dict().keys()
