@@ -85,6 +85,16 @@ def test_a_step_s_flops_leave_out_what_is_not_computed():
     assert less == 3 * (blocks(256) - blocks(least) + attention(1, 256 - least, width))
 
 
+def test_hidden_patches_take_a_pass_that_learns_and_one_of_the_averaged_encoder():
+    """Over all patches, though the other losses' pass leaves three in four out."""
+    changes = {"steps": 1, "optimizer.warmup_steps": 0, "model.image.patch_dropout": 0.75}
+    config = Config().change(changes)
+    hidden = config.change({"loss.hidden_weight": 1.0, "optimizer.ema": 0.99})
+    encoder, width = flops.forward_flops(config.model)["encoder"], config.model.image.width
+    more = flops.step_flops(hidden) - flops.step_flops(config)
+    assert more == 3 * (encoder + 2 * 256 * width**2) + encoder
+
+
 @pytest.mark.parametrize("kind", ["classification", "answer", "pair"])
 def test_a_step_of_a_head_alone_counts_what_the_head_needs(kind):
     alone = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0, "head.kind": kind}
@@ -103,5 +113,5 @@ def test_a_step_of_a_head_alone_counts_what_the_head_needs(kind):
 
 def test_every_field_that_a_loss_reads_has_its_parts():
     read = {field for objective in objectives.OBJECTIVES for field in objective.outputs}
-    parts = set(flops.forward_flops(Config().model)) | {"head"}
+    parts = set(flops.forward_flops(Config().model)) | {"head", "hidden", "teacher"}
     assert all(flops.reads(Config(), field) <= parts for field in read)

@@ -223,6 +223,15 @@ def test_braces_name_globs_too(tars):
         files.find(f"{tars}/{{00*,9*}}.tar", ())
 
 
+def test_marks_of_a_glob_in_the_names_of_folders_are_letters(tars, tmp_path):
+    folder = tmp_path / "[2024] a*b?"
+    shutil.copytree(tars, folder / "in")
+    found = files.find(f"{folder}/i?/*0.tar", ())
+    assert found == files.find(f"{folder}/in/0*0.tar", ()) == [f"{folder}/in/000.tar"]
+    with pytest.raises(FileNotFoundError):
+        files.find(f"{tmp_path}/[2024]/*.tar", ())
+
+
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     bucket = request.getfixturevalue(kind)

@@ -128,7 +128,7 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
     lines = results.table(scores | {"a/b/num_examples": 1200.0})
     assert [line.split() for line in lines] == [
         ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
-        ["a/b/num_examples", "1200.0000"],
+        ["a/b/num_examples", "1,200"],
     ]
 
 

@@ -311,10 +311,13 @@ def _matching(system: Any, plain: str, path: str) -> set[str]:
 
 
 def _globbed(system: Any, plain: str) -> set[str]:
-    """The files of a glob; hidden ones, as shells do, only where its wildcards are behind a dot."""
+    """The files of a glob; hidden ones, as shells do, only where its wildcards are behind a dot.
+    Marks in the names of folders that are there, '[2024] photos/*.jpg', are letters."""
     parts = plain.split("/")
-    first = next(number for number, part in enumerate(parts) if _has_marks(part))
-    named = is_hidden("/".join(parts[first:]))
+    marked = [number for number, part in enumerate(parts) if _has_marks(part)]
+    first = next((n for n in marked[:-1] if not system.isdir("/".join(parts[: n + 1]))), marked[-1])
+    there, named = "/".join(parts[:first]), is_hidden("/".join(parts[first:]))
+    plain = "/".join([re.sub(r"([*?[])", r"[\1]", there)] * bool(first) + parts[first:])
     return {
         file
         for file in system.glob(plain)

@@ -27,11 +27,15 @@ def step_flops(config: Config) -> int:
             places, source = model.text.max_len, model.text.width
         width = checks.head_sizes(config.head, model)[0]
         parts["head"] = _attention(config.head.num_queries, places, width, source)
+    if config.loss.hidden_weight:
+        # Each sees all patches, some of them hidden, beside the pass that the other losses read.
+        every = forward_flops(model, frames, patches)["encoder"]
+        parts |= dict(hidden=every + 2 * patches * model.image.width**2, teacher=every)
     outputs = {output for objective in objectives.of(config) for output in objective.outputs}
     read = set[str]().union(*(reads(config, output) for output in outputs))
     if config.data.features:
         read -= {"encoder"}
-    frozen = _frozen(config, set(parts))
+    frozen = _frozen(config, set(parts)) | {"teacher"}
     images = head.images if head else 1
     return images * sum((1 if part in frozen else 3) * parts[part] for part in read)
 
@@ -62,7 +66,7 @@ def reads(config: Config, output: str) -> set[str]:
         "kernel": {"softmax"},
         "class_logits": {"head"} | (states if head and head.reads_text else {"encoder"}),
         "pooled": {"encoder"},
-        "predicted_tokens": {"encoder"},
+        "predicted_tokens": {"hidden", "teacher"},
         **dict.fromkeys(("scale", "logit_bias", "bias", "bag_kernel", "hidden"), set()),
     }[output]
 

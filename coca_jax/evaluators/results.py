@@ -78,7 +78,8 @@ def table(scores: Mapping[str, float]) -> list[str]:
     for key, value in scores.items():
         if key.endswith(("_low", "_high", "_count")):
             continue
-        line = f"{key:60s} {value:10.4f}"
+        digits = 0 if key.endswith("num_examples") else 4
+        line = f"{key:60s} {value:10,.{digits}f}"
         if f"{key}_count" in scores:
             low, high = scores[f"{key}_low"], scores[f"{key}_high"]
             line += f"  [{low:.4f}, {high:.4f}] of {scores[f'{key}_count']:,.0f}"

@@ -56,13 +56,14 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
     packages()
     arrays = Arrays(model, batch)
     functions = export_programs.functions_of(model, ["cpu"], layout="kernel")
-    with storage.local_folder(out) as folder:
-        os.makedirs(os.path.join(folder, export_format.ONNX), exist_ok=True)
-        for name in NAMES:
-            storage.remove(_beside(folder, name))  # onnx would write behind what is there
+    with (
+        storage.local_folder(out) as folder,
+        tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch,
+    ):
+        os.mkdir(os.path.join(scratch, export_format.ONNX))
         for name, (function, *arguments) in programs(functions, model, arrays).items():
-            write(function, arguments, name, file(folder, name))
-        found = Found(model, arrays, folder, "")
+            write(function, arguments, name, file(scratch, name))
+        found = Found(model, arrays, scratch, "")
         result: dict[str, Any] = dict(differences=found.differences())
         limit = 1e-4 if model.config.model.dtype == "float32" else 0.1
         for name, difference in result["differences"].items():
@@ -70,15 +71,26 @@ def export(model: CoCaModel, out: str, *, batch: int = 1, int8: bool = False) ->
                 raise ValueError(f"onnx/{name}.onnx differs from the model by {difference}")
         if int8:
             for name in NAMES:
-                quantise(file(folder, name), file(folder, name, ".int8"))
-            result["int8"] = Found(model, arrays, folder, ".int8").losses()
-        kinds = ("", ".int8") if int8 else ("",)
-        written = [file(folder, name, kind) for name in NAMES for kind in kinds]
-        written += [path for name in NAMES if os.path.exists(path := _beside(folder, name))]
-        names = [f"{export_format.ONNX}/{os.path.basename(path)}" for path in written]
+                quantise(file(scratch, name), file(scratch, name, ".int8"))
+            result["int8"] = Found(model, arrays, scratch, ".int8").losses()
+        names = _take_place(scratch, folder, out)
         export_folder.write(model, folder, programs=names)
         result["files"] = export_folder.sizes(folder)
     return result
+
+
+def _take_place(scratch: str, folder: str, out: str) -> list[str]:
+    """Moves what is written and checked to `folder`, which belongs at `out`, where no program of an
+    earlier export stays. Returns the files' names in it."""
+    for name in NAMES:
+        for path in (file(out, name), file(out, name, ".int8"), _beside(out, name)):
+            storage.remove(path)
+    os.makedirs(os.path.join(folder, export_format.ONNX), exist_ok=True)
+    names = sorted(os.listdir(os.path.join(scratch, export_format.ONNX)))
+    names = [f"{export_format.ONNX}/{name}" for name in names]
+    for name in names:
+        os.replace(os.path.join(scratch, name), os.path.join(folder, name))
+    return names
 
 
 def file(folder: str, name: str, kind: str = "") -> str:
