@@ -1,7 +1,9 @@
 """A step or a state is kept by what of the configuration it follows from: all that it reads."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 
 import flax
 import jax
@@ -19,8 +21,8 @@ STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
 MODEL |= {"data.sources": (dict(builtin="scenes", kind="label"),)}  # a head's classes are theirs
 CASES = {
-    "muon": {
-        **{"optimizer.name": "muon", "optimizer.l2_to_start": 0.1, "optimizer.ema": 0.9},
+    "parts": {
+        **{"optimizer.l2_to_start": 0.1, "optimizer.ema": 0.9},
         **{"accumulate_steps": 2, "text_parts": 2, "loss.bag_weight": 1.0},
         "loss.hidden_weight": 1.0,
     },
@@ -38,6 +40,7 @@ CASES = {
     },
     "frozen with a head": {
         **{"head.kind": "answer", "optimizer.encoder_learning_rate": 0.0},
+        "optimizer.name": "muon",  # of few parameters: of many it takes long to trace
         **{"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0},
     },
     "lora": {
@@ -53,7 +56,7 @@ CASES = {
         **{"loss.contrastive": "sigmoid", "model.image.patch_dropout": 0.5},
     },
 }
-DRAWING = ("muon", "lora", "a teacher")
+DRAWING = ("parts", "lora", "a teacher")
 
 
 def paths(section: type[Section] = Config, prefix: str = "") -> dict[type, str]:
@@ -65,9 +68,9 @@ def paths(section: type[Section] = Config, prefix: str = "") -> dict[type, str]:
     return found
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The keys that are read while the test runs, by their dotted names."""
+@contextlib.contextmanager
+def reads():
+    """The keys that are read inside, by their dotted names."""
     found: set[str] = set()
     places = paths()
     names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in places}
@@ -77,8 +80,9 @@ def reads(monkeypatch):
             found.add(places[type(self)] + name)
         return object.__getattribute__(self, name)
 
-    monkeypatch.setattr(Section, "__getattribute__", read, raising=False)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", read, raising=False)
+        yield found
 
 
 def otherwise(config: Config, key: str) -> Config:
@@ -105,7 +109,8 @@ def built(name: str):
 
 def missing(of, config: Config, reads: set[str]) -> list[str]:
     """The keys that were read and do not tell `of` of two configurations apart."""
-    return sorted(key for key in reads if of(otherwise(config, key)) == of(config))
+    own = of(config)
+    return sorted(key for key in reads if of(otherwise(config, key)) == own)
 
 
 OTHER = {"head.kind": "pair"}  # a batch is asked for of a kind that there is
@@ -120,15 +125,21 @@ def bounds_key(mesh: jax.sharding.Mesh):
     return lambda config: memory._key(config, mesh)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
+@functools.cache
+def traced_state(name: str):
+    """(an abstract state of a case, the keys that were read for it), for both tests of the case."""
     config, mesh, model = built(name)
     alike = state.of_state(config)
-    with jax.set_mesh(mesh):
-        reads.clear()
-        state._shardings.__wrapped__(model, alike, mesh)
+    with jax.set_mesh(mesh), reads() as found:
+        abstract, _ = state._shardings.__wrapped__(model, alike, mesh)
         state._draw.__wrapped__(model, alike, mesh).eval_shape(0)
-    found = set(reads)
+    return abstract, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_state_is_told_apart_by_every_key_that_it_reads(name):
+    config, mesh, _ = built(name)
+    found = traced_state(name)[1]
     assert {"optimizer.ema", "optimizer.lora_rank", "loss.contrastive"} <= found
     assert not missing(state.of_state, config, found)
     assert not missing(bounds_key(mesh), config, found - RATES)
@@ -136,16 +147,15 @@ def test_a_state_is_told_apart_by_every_key_that_it_reads(name, reads):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.long
-def test_a_step_is_told_apart_by_every_key_that_it_reads(name, reads):
+def test_a_step_is_told_apart_by_every_key_that_it_reads(name):
     config, mesh, model = built(name)
     alike = step.of_step(config)
+    abstract = traced_state(name)[0]
     with jax.set_mesh(mesh):
-        abstract, _ = state.state_shardings(model, config, mesh)
         batch, schedule = abstract_batch(config, mesh), make_schedule(config.optimizer, STEPS)
-        reads.clear()
-        function = step.make_train_step(model, alike.config, None, LENGTHS)
-        program = str(jax.make_jaxpr(function)(abstract, batch, schedule))
-    found = set(reads)
+        with reads() as found:
+            function = step.make_train_step(model, alike.config, None, LENGTHS)
+            program = str(jax.make_jaxpr(function)(abstract, batch, schedule))
     assert gradients.draws(config) == (name in DRAWING) == ("random_bits" in program)
     if not gradients.draws(config):
         found.remove("seed")  # of a key that no number is drawn by

@@ -1,17 +1,14 @@
 """What a run does when its disk is full: goes on, tries again, and says so where it cannot end."""
 
 import contextlib
-import os
 import resource
-import subprocess
-import sys
 import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import COMPILE_FAST, tiny
+from conftest import tiny
 from test_checkpointing import assert_equal, restore, state_of
 
 from coca_jax import checkpointing, sealed_json
@@ -151,9 +148,7 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
 
 
 BREAKS = """
-import sys
-import coca_jax.train
-from coca_jax import cli
+from coca_jax import recipes
 from coca_jax.training import run
 
 def breaks(state, start, steps, *, save, **parts):
@@ -161,18 +156,19 @@ def breaks(state, start, steps, *, save, **parts):
     raise ValueError("a shard is damaged")
 
 run.loop.run = breaks
-sys.argv = ["coca-jax train", "--config=tiny", f"--workdir={sys.argv[1]}"]
-sys.argv.append("--config.model.text.mlp_dim=65536")  # whose save takes a while
-cli.command("train")
+
+def get_config():
+    config = recipes.load("tiny")
+    config.model.text.mlp_dim = 65536  # whose save takes a while
+    return config
 """
 
 
 @pytest.mark.long
-def test_a_save_under_way_is_finished_before_an_error_ends_the_run(tmp_path):
+def test_a_save_under_way_is_finished_before_an_error_ends_the_run(commands, tmp_path):
     """With the process it would be lost: "its last checkpoint stays" is said of it."""
-    run = [sys.executable, "-c", BREAKS, str(tmp_path)]
-    env = os.environ | {"XLA_FLAGS": COMPILE_FAST}
-    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    (tmp_path / "breaks.py").write_text(BREAKS)
+    done = commands.run(["train", "--config=breaks.py", f"--workdir={tmp_path}"], tmp_path)
     assert done.returncode == 2 and "error: a shard is damaged" in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     checkpointing.load_params(str(tmp_path))

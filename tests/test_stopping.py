@@ -31,15 +31,12 @@ COMPARED = ("loss", "contrastive_loss", "captioning_loss", "gradient_norm", "lea
 class Command:
     """A `coca-jax train` of the tiny recipe, whose lines are read as they come."""
 
-    def __init__(self, workdir, cache, *more):
+    def __init__(self, workdir, program, env, *more):
         flags = [f"--config.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
         flags += [f"--config.eval.every_steps={EVALUATE}", f"--config.eval.tasks=({TASK!r},)"]
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": COMPILE_FAST}
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "PYTHONPATH": str(ROOT)}
         self.workdir = workdir
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "coca_jax", "train", "--config=tiny", f"--workdir={workdir}"]
-            + [*flags, *more],
+            [*program, "train", "--config=tiny", f"--workdir={workdir}", *flags, *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -63,8 +60,10 @@ class Command:
         while self.process.poll() is None and not any(text in line for line in self.lines):
             time.sleep(0.01)
 
-    def send(self, number):
-        self.process.send_signal(number)
+    @property
+    def owner(self):
+        """The number of the process that trains, once it does: it may be another one's fork."""
+        return json.loads((self.workdir / "lease.json").read_text())["pid"]
 
     def end(self):
         """(exit status, standard error)"""
@@ -72,6 +71,13 @@ class Command:
         for reader in self._readers:
             reader.join()
         return status, "".join(self.lines)
+
+
+def alone(workdir, cache):
+    """In an interpreter of its own, whose compiled programs are kept in `cache`."""
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": COMPILE_FAST}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "PYTHONPATH": str(ROOT)}
+    return Command(workdir, [sys.executable, "-m", "coca_jax"], env)
 
 
 def assert_stopped(command):
@@ -108,7 +114,7 @@ def cache(tmp_path_factory):
 def whole(tmp_path_factory, cache):
     """An undisturbed run."""
     workdir = tmp_path_factory.mktemp("whole")
-    status, text = Command(workdir, cache).end()
+    status, text = alone(workdir, cache).end()
     assert status == 0, text[-3000:]
     return workdir
 
@@ -152,9 +158,9 @@ def test_signals_act_while_the_main_thread_is_inside_c(script, signals, status, 
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    for name in signals.split():
+    for number, name in enumerate(signals.split()):
+        time.sleep(0.6 if number else 0)  # within half a second two Ctrl-C are one
         process.send_signal(getattr(signal, f"SIG{name}"))
-        time.sleep(0.6)  # within half a second two Ctrl-C are one
     text = process.communicate(timeout=30)[0]
     assert process.returncode == status, text
     assert said in text and "Traceback" not in text
@@ -180,57 +186,67 @@ def test_a_command_without_anything_to_save_ends_within_seconds():
 
 
 @pytest.mark.long
-def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(cache, tmp_path):
+def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(commands, tmp_path):
+    program = [commands.bin / "coca-jax"]
     for moment, number, said in (
         ("reading data", signal.SIGTERM, "stopped while reading data: no step is lost"),
         ("step 5/", signal.SIGINT, "asked to stop: step "),
         ("evaluating step 30", signal.SIGINT, "stopped while evaluating: no step is lost"),
     ):
-        command = Command(tmp_path, cache)
+        less = "--config.loss.captioning_weight=0.0"  # half as much to compile
+        command = Command(tmp_path, program, commands.env, less)
         command.wait_for(moment)
-        command.send(number)
+        os.kill(command.owner, number)
         status, text = assert_stopped(command)
         assert status == 75 and said in text, text[-3000:]
     assert checkpointing.find_step(str(tmp_path))[1] == 30
 
 
 FAILING = """
-import sys, time
+import os, signal, sys, time
 from coca_jax import processes
 from coca_jax.training import stopping
-number, port, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "alone"
-processes.start(f"localhost:{port}", 2, number)
-stopping.MEET = 1.0 if alone else 60.0
-with stopping.failing_alone(2):
-    if alone and number == 1:
-        time.sleep(600)  # as in a step, for process 0
-    raise ValueError(f"process {number} cannot\\ngo on")
+
+def fails(number, port, alone):
+    processes.start(f"localhost:{port}", 2, number)
+    stopping.MEET = 1.0 if alone else 60.0
+    with stopping.failing_alone(2):
+        if alone and number == 1:
+            time.sleep(600)  # as in a step, for process 0
+        raise ValueError(f"process {number} cannot\\ngo on")
+
+# Forks of one interpreter that has imported everything, of which each writes a file of its own.
+started = {}
+for port in sys.argv[1:]:
+    alone = port == sys.argv[1]
+    for one in range(2):
+        name = f"{'alone' if alone else 'together'} {one}"
+        started[name] = os.fork()
+        if not started[name]:
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), 2)
+            signal.alarm(100)  # ends what waits for the other; jax's own bound is 300 s
+            fails(one, port, alone)
+for name, process in started.items():
+    if name == "alone 1":
+        os.kill(process, signal.SIGKILL)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("how", ["alone", "together"])
-def test_a_process_of_two_that_fails_does_not_wait_for_the_other(how, tmp_path):
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+def test_a_process_of_two_that_fails_does_not_wait_for_the_other(tmp_path):
+    """Neither where the other is in a step nor where it fails too."""
+    servers = [socket.create_server(("localhost", 0)) for _ in range(2)]
+    ports = [str(server.getsockname()[1]) for server in servers]
+    for server in servers:
+        server.close()
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING, str(number), str(port), how],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        for number, process in list(enumerate(both))[: 1 if how == "alone" else 2]:
-            said = process.communicate(timeout=120)[1]  # jax's own bound is 300 s
-            assert process.returncode == 2, said
-            assert f"error: process {number} cannot go on\n" in said
-    finally:
-        for process in both:
-            process.kill()
-            process.communicate()
+    command = [sys.executable, "-c", FAILING, *ports]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    status = ["alone 0 2", f"alone 1 {-signal.SIGKILL}", "together 0 2", "together 1 2"]
+    assert done.stdout.splitlines() == status, done.stderr
+    for name in ("alone 0", "together 0", "together 1"):
+        said = (tmp_path / name).read_text()
+        assert f"error: process {name[-1]} cannot go on\n" in said
 
 
 def test_who_has_nothing_to_say_leaves_without_a_line():
@@ -278,16 +294,16 @@ def test_thirty_times_at_random_moments(whole, cache, tmp_path, capsys):
     rng = random.Random(0)
     seen, run = [], 0
     start = time.monotonic()
-    status, text = Command(tmp_path / "timed", cache).end()
+    status, text = alone(tmp_path / "timed", cache).end()
     longest = time.monotonic() - start
     while len(seen) < 30:
         workdir = tmp_path / str(run)
         # A cache of its own now and then: compilation is as long as the first time.
         own = tmp_path / f"cache{run}" if len(seen) % 3 == 0 else cache
-        command = Command(workdir, own)
+        command = alone(workdir, own)
         time.sleep(rng.uniform(0.3, longest))
         if command.process.poll() is None:
-            command.send(signal.SIGINT)
+            command.process.send_signal(signal.SIGINT)
             status, text = assert_stopped(command)
             if status == 75:
                 seen.append([line for line in text.splitlines() if "go on" in line][0])

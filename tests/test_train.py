@@ -7,15 +7,13 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILE_FAST, scenes_words, tiny_config
+from conftest import scenes_words, tiny_config
 from data_cases import write_folder
 from one_device import smallest_run, train_alone
 
@@ -85,13 +83,23 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.long
-def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    reached = stopping.Stop.reached
-    monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
+def test_a_run_that_sigterm_stopped_goes_on_as_if_uninterrupted(whole, tmp_path, monkeypatch):
+    """It saves the step under way and asks for a restart; signals are the program's own again."""
+    reached, former = stopping.Stop.reached, signal.getsignal(signal.SIGTERM)
+
+    def sent(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reached(self, step)
+
+    monkeypatch.setattr(stopping.Stop, "reached", sent)
     config = tiny_run()
     config.data.vocabulary = scenes_words()  # what the whole run trained
     with pytest.raises(Preempted, match="step 3 is saved"):
         train(config, str(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is former
+    _, step = checkpointing.find_step(str(tmp_path))
+    assert step == read_metrics(tmp_path)[-1]["step"] == 3
     monkeypatch.setattr(stopping.Stop, "reached", reached)
     train(config, str(tmp_path))
     kept = [pathlib.Path(run, "vocabulary.model").read_bytes() for run in (whole[0], tmp_path)]
@@ -101,34 +109,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch)
     want, _ = checkpointing.load_params(whole[0])
     got, _ = checkpointing.load_params(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.mark.long
-def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from test_train import tiny_run\n"
-        "from coca_jax import train\nfrom coca_jax.training import stopping\n"
-        "try:\n"
-        f"  train.train(tiny_run(steps=100_000), {str(tmp_path)!r})\n"
-        "except stopping.Preempted:\n"
-        "  sys.exit(stopping.EXIT_AGAIN)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"XLA_FLAGS": COMPILE_FAST},  # one device
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == stopping.EXIT_AGAIN == 75
-    _, step = checkpointing.find_step(str(tmp_path))
-    assert step == read_metrics(tmp_path)[-1]["step"] > 0
 
 
 @pytest.mark.parametrize("version", ["0_1", "0_2"])
@@ -196,7 +176,7 @@ def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, mon
     config.data.vocabulary = scenes_words()
     config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
     with pytest.raises(ValueError, match=r"of 5 steps in a row \(1 to 5\) are not finite") as error:
-        train(config, str(tmp_path))
+        train_alone(config, tmp_path)
     assert "optimizer.learning_rate=0.001" in str(error.value)
     assert "scenes" in str(error.value)
     rows = json.loads((tmp_path / "skipped_step_1.json").read_text())

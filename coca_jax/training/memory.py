@@ -8,6 +8,7 @@ a fraction of a compilation; it is asked only where a bound from above does not 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
@@ -83,19 +84,25 @@ def step_bytes(config: Config, mesh: Mesh) -> int:
 def bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     """(what a step needs at least, at most) of one device in bytes, without compiling.
 
-    At least: the state and the gradients of what is trained, in the model's dtype where that is
-    smaller, spread evenly. At most: besides, every array that the traced step ever makes, a loop's
-    as often as it runs.
+    At most: its arguments and every array that the traced step ever makes, a loop's as often as it
+    runs.
     """
     with jax.set_mesh(mesh):
         step, arguments = build_step(config, mesh)
-        state = arguments[0]
-        kept = sum(_bytes(x) for x in jax.tree.leaves(arguments))
-        width = np.dtype(config.model.dtype).itemsize  # in which the compiler may keep them
-        trained = jax.tree.leaves(trainable(state.params, typed(config)))
-        gradients = sum(x.size * min(width, x.dtype.itemsize) for x in trained)
         made = _made(jax.make_jaxpr(step)(*arguments).jaxpr)
-    return (kept + gradients) // mesh.size, kept + made
+    return least(config, mesh), made + sum(_bytes(x) for x in jax.tree.leaves(arguments))
+
+
+def least(config: Config, mesh: Mesh) -> int:
+    """What a step needs at least of one device in bytes, without a trace: the state, the batch and
+    the gradients of what is trained, in the model's dtype where that is smaller, spread evenly."""
+    with jax.set_mesh(mesh):
+        arguments = build_step(config, mesh)[1]
+    kept = sum(_bytes(x) for x in jax.tree.leaves(arguments))
+    width = np.dtype(config.model.dtype).itemsize  # in which the compiler may keep them
+    trained = jax.tree.leaves(trainable(arguments[0].params, typed(config)))
+    gradients = sum(x.size * min(width, x.dtype.itemsize) for x in trained)
+    return (kept + gradients) // mesh.size
 
 
 def bounds_kept(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -105,8 +112,8 @@ def bounds_kept(config: Config, mesh: Mesh) -> tuple[int, int]:
     kept: dict[str, list[int]] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged
         kept = dict(json.loads(file.read_text()))
-        least, most = kept[key]
-        return int(least), int(most)
+        low, high = kept[key]
+        return int(low), int(high)
     kept[key] = list(bounds(config, mesh))
     with contextlib.suppress(OSError):  # it is for the next start only
         newest = dict(list(kept.items())[-MOST_KEPT:])
@@ -116,15 +123,20 @@ def bounds_kept(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 def _key(config: Config, mesh: Mesh) -> str:
     """Of all that a step's bounds follow from, this package's own sources included."""
-    sources = sorted(pathlib.Path(coca_jax.__file__).parent.rglob("*.py"))
-    stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sources]
     platform = mesh.devices.flat[0].platform
     classes = len(head_classes(config))
     parts = (config.remat, config.accumulate_steps, config.text_parts)
     model = (repr(of_state(config).config), *parts, classes)
     batch = {name: (x.shape, str(x.dtype)) for name, x in abstract_batch(config, mesh).items()}
-    known = (jax.__version__, stats, platform, dict(mesh.shape), model, batch)
+    known = (jax.__version__, _sources(), platform, dict(mesh.shape), model, batch)
     return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+@functools.cache  # what this process runs by
+def _sources() -> list[tuple[str, int, int]]:
+    """Name, time of change and size of each file of this package."""
+    files = sorted(pathlib.Path(coca_jax.__file__).parent.rglob("*.py"))
+    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
 
 
 def _bytes(x: Any) -> int:
@@ -155,11 +167,10 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     room = available()
     if config.batch_sizes:
         config = config.change({"batch_size": max(stages.sizes(config)), "batch_sizes": ()})
-    least, most = bounds_kept(config, mesh)
+    need, most = bounds_kept(config, mesh)
     if most <= room:
         return
-    need = least
-    if least <= room:
+    if need <= room:
         say("asking the compiler whether a step fits the memory ...")
         need = _bytes_or_all(config, mesh)
         if need <= room:
@@ -185,16 +196,18 @@ def fitting(config: Config, mesh: Mesh, room: int) -> dict[str, Any]:
     fewest accumulate_steps, which compute the same; else the largest batch_size; {} for nothing."""
     unit = partitioning.batch_parts(mesh) * config.text_parts
     rows = config.batch_size // unit
+    if least(config.change(dict(batch_size=unit, accumulate_steps=1)), mesh) > room:
+        return {}
     # Memory grows with the rows that are computed at a time: two points give the line.
     few = max(1, rows // 16)
     tried = config.change(dict(remat="named", batch_size=few * unit, accumulate_steps=1))
     base = _bytes_or_all(tried, mesh)
-    if base > room:
+    if base > room and few > 1:
         few, tried = 1, tried.change(dict(batch_size=unit))
         base = _bytes_or_all(tried, mesh)
-        if base > room:
-            return {}
-    with_state = bounds(tried, mesh)[0]
+    if base > room:
+        return {}
+    with_state = least(tried, mesh)
     each = max(1, (base - with_state) // few)
     at_a_time = max(1, min(rows, int(0.9 * (room - with_state) / each)))
     while at_a_time:
