@@ -174,12 +174,12 @@ on_all_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --command="$1"
 }
 
-# Names what makes up the product, each ended by a zero byte: what git knows, and recipes and code
-# that it does not know yet; never the user's data, runs and environments.
+# Names what makes up the product, each ended by a zero byte: what git knows but for the tests, and
+# recipes and code that it does not know yet; never the user's data, runs and environments.
 product() {
   cd "$root"
   if git ls-files --error-unmatch setup.py >/dev/null 2>&1; then
-    git ls-files -z
+    git ls-files -z -- . ':!tests'
     git ls-files -z --others --exclude-standard -- coca_jax configs launch
   else
     find coca_jax configs launch ./*.* LICENSE -type f -not -path '*/__pycache__/*' -print0

@@ -41,11 +41,17 @@ STARTS = {
 HEAVY = ("jax", "tensorflow", "orbax", "flax")  # a command that imports one of them ends there
 
 
-def run_all(folder, arguments):
-    """{command: (exit status, standard output, standard error)} of each in a fork."""
+@pytest.fixture(scope="module")
+def light():
+    """Runs commands where the heavy libraries cannot be imported: {command: (exit status, standard
+    output, standard error)} of each in a fork."""
     with forks.Server(dict(os.environ), HEAVY) as server:
-        done = {name: server.run([name, *rest], folder) for name, rest in arguments.items()}
-    return {name: (one.returncode, one.stdout, one.stderr) for name, one in done.items()}
+
+        def run_all(folder, arguments):
+            done = {name: server.run([name, *rest], folder) for name, rest in arguments.items()}
+            return {name: (one.returncode, one.stdout, one.stderr) for name, one in done.items()}
+
+        yield run_all
 
 
 def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
@@ -135,7 +141,7 @@ def test_writes_that_fail_beside_the_first_are_no_records_of_asyncio(monkeypatch
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(light, tmp_path_factory):
     """What each command says and does where neither JAX nor TensorFlow can be imported."""
     folder = tmp_path_factory.mktemp("started")
     (folder / "image.png").write_bytes(b"no image")
@@ -143,7 +149,7 @@ def started(tmp_path_factory):
     (folder / "list.csv").write_text("path,text\nimage.png,a cat\n")
     (folder / "run").mkdir()
     (folder / "table.toml").write_text("config = 'tiny'\n[variants.one]\n")
-    return run_all(folder, STARTS)
+    return light(folder, STARTS)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -219,8 +225,8 @@ HELP = {name: ["--help"] for name in STARTS}
 
 
 @pytest.fixture(scope="module")
-def helped(tmp_path_factory):
-    return run_all(tmp_path_factory.mktemp("helped"), HELP)
+def helped(light, tmp_path_factory):
+    return light(tmp_path_factory.mktemp("helped"), HELP)
 
 
 @pytest.mark.parametrize("name", HELP)
@@ -241,11 +247,11 @@ WRITERS = {
 }
 
 
-def test_no_command_writes_a_model_into_the_folder_of_a_run(tmp_path):
+def test_no_command_writes_a_model_into_the_folder_of_a_run(light, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"no weights")
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/config.json").write_text("{}")
-    for status, _, errors in run_all(tmp_path, WRITERS).values():
+    for status, _, errors in light(tmp_path, WRITERS).values():
         assert status == 2
         assert "error: --out=run is the folder of a run; give another one" in errors
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]

@@ -4,6 +4,7 @@ The Python of these tests' slices is one whose environments see the packages of 
 only coca_jax itself is installed; a whole clean install takes minutes.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,10 +30,12 @@ ALONE |= {"XLA_FLAGS": COMPILE_FAST, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
 def python_with_packages(folder):
-    """A Python in `folder`, the packages of this one in every environment that it makes."""
+    """A Python in `folder`, the packages of this one in every environment that it makes; pip among
+    them, of which a copy of an environment's own takes ten seconds."""
+    without = "--without-pip" if importlib.util.find_spec("pip") else ""
     text = f"""#!/usr/bin/env bash
-{sys.executable} "$@" || exit
-[[ "$1 $2" == "-m venv" ]] || exit 0
+[[ "$1 $2" == "-m venv" ]] || exec {sys.executable} "$@"
+{sys.executable} -m venv {without} "${{@:3}}" || exit
 echo {PACKAGES} >"$(echo "${{@: -1}}"/lib/python*/site-packages)/p.pth"
 """
     return program(folder / "python3", text)
@@ -80,6 +83,7 @@ def test_the_archive_is_the_product_and_nothing_of_the_user_s(tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "tests", "runs"))
     for path in (
+        "tests/test_x.py",
         "configs/mine.py",
         "data/x",
         "runs/x",
@@ -89,7 +93,10 @@ def test_the_archive_is_the_product_and_nothing_of_the_user_s(tmp_path):
     ):
         program(checkout / path, "")
     shutil.copy(ROOT / ".gitignore", checkout)
-    for command in (["init", "-q"], ["add", "coca_jax", "configs/tiny.py", "launch", "setup.py"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "coca_jax", "configs/tiny.py", "launch", "setup.py", "tests"],
+    ):
         subprocess.run(["git", *command], cwd=checkout, check=True)
     (checkout / "coca_jax/gone.py").unlink()
     env, _ = launch_stand_ins.train_with(tmp_path, [])
@@ -108,7 +115,7 @@ def test_the_archive_is_the_product_and_nothing_of_the_user_s(tmp_path):
     assert code | {"configs/mine.py", "configs/tiny.py", "setup.py"} <= names["git"]
     assert names["git"] <= names["plain"] and "README.md" in names["plain"]
     for name in names["git"] | names["plain"]:
-        assert not name.startswith(("data/", "runs/", ".venv/", "pictures/")), name
+        assert not name.startswith(("data/", "runs/", ".venv/", "pictures/", "tests/")), name
         assert "__pycache__" not in name and name != "coca_jax/gone.py"
 
 
@@ -212,7 +219,9 @@ def test_uv_gets_a_python_where_the_machine_s_is_too_old_and_unknown_extras_are_
         "VENV": str(tmp_path / "venv"),
         "PYTHON_VERSION": version,
         "UV_PYTHON_DOWNLOADS": "never",
+        "PYTHONPATH": str(tmp_path / "bin"),
     }
+    program(tmp_path / "bin/ensurepip.py", "")  # pip itself takes ten seconds
     wrong = launch("install.sh", "tpu,gpu", **env)
     assert wrong.returncode == 2 and "no extra 'gpu'; there are " in wrong.stderr
     assert "is not Python 3.11 to 3.13" in wrong.stderr

@@ -36,32 +36,29 @@ def taken(workdir, **more):
 
 
 def test_a_live_owner_is_named_and_a_killed_one_loses_the_workdir_at_once(tmp_path):
+    """Also one that ended and was not waited for."""
     process = holder(tmp_path)
     with pytest.raises(lease.Held, match=f"in use: process {process.pid} on host .* new --workdir"):
         taken(tmp_path)
     process.send_signal(signal.SIGSTOP)  # it may wake up
     with pytest.raises(lease.Held):
         taken(tmp_path)
-    process.kill()
-    process.wait()
-    start = time.monotonic()
-    mine = taken(tmp_path, beat=30.0)
-    assert time.monotonic() - start < 5  # no beats to wait for: four would be two minutes
-    mine.release()
-    assert not (tmp_path / lease.FILE).exists()
-
-
-def test_an_owner_that_ended_but_was_not_waited_for_is_dead(tmp_path):
-    process = holder(tmp_path)
+    left = (tmp_path / lease.FILE).read_text()
     os.kill(process.pid, signal.SIGKILL)
     while (
         pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     ):
         time.sleep(0.01)
-    mine = taken(tmp_path)
-    assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
-    mine.release()
-    process.wait()
+    for waited_for in (False, True):
+        if waited_for:
+            process.wait()
+            (tmp_path / lease.FILE).write_text(left)
+        start = time.monotonic()
+        mine = taken(tmp_path, beat=30.0)
+        assert time.monotonic() - start < 5  # no beats to wait for: four would be two minutes
+        assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
+        mine.release()
+        assert not (tmp_path / lease.FILE).exists()
 
 
 def test_an_owner_elsewhere_lives_while_it_beats(tmp_path):
@@ -159,13 +156,11 @@ def test_in_a_bucket_too(s3, monkeypatch):
 
 
 def test_a_second_train_in_the_workdir_is_one_line_and_status_2(commands, tmp_path):
-    process = holder(tmp_path)
-    command = ["train", "--config=tiny", f"--workdir={tmp_path}"]
-    done = commands.run(command, ROOT, timeout=120)
-    process.kill()
-    process.wait()
+    owner = taken(tmp_path)
+    done = commands.run(["train", "--config=tiny", f"--workdir={tmp_path}"], ROOT, timeout=120)
+    owner.release()
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path} is in use: process {process.pid}")
+    assert last.startswith(f"error: {tmp_path} is in use: process {os.getpid()}")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "config.json").exists()

@@ -22,7 +22,7 @@ flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
 mine, workdir = int(flags["process_id"]), pathlib.Path(flags["workdir"])
 import jax
 jax.distributed.initialize(flags["coordinator"], int(flags["num_processes"]), mine)
-if mine == 1 and flags.get("die") and not (workdir / "died").exists():
+if mine == 1 and not (workdir / "died").exists():
     (workdir / "died").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 import jax.numpy as jnp
@@ -83,20 +83,14 @@ def local(script, *arguments, seconds=120, **env):
     )
 
 
-def test_two_processes_of_two_devices(tmp_path):
-    script = stand_in(tmp_path, JOINED)
-    done = local(script, "2", "--devices=2", "--", f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for process in "01":
-        assert (tmp_path / process).read_text() == "4 2 3"
-
-
 def test_a_process_killed_in_start_up_ends_the_other_and_both_start_again(tmp_path):
+    """Of two devices each, with which they join then."""
     script = stand_in(tmp_path, JOINED)
-    done = local(script, "2", "--", f"--workdir={tmp_path}", "--die=1", ABORT="1", RESTARTS="1")
+    flags = ["--devices=2", "--", f"--workdir={tmp_path}"]
+    done = local(script, "2", *flags, ABORT="1", RESTARTS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "train failed (status 137): starting it again in 0 s (1 of 1)" in done.stderr
-    assert (tmp_path / "0").read_text() == "2 1 3"
+    assert [(tmp_path / process).read_text() for process in "01"] == ["4 2 3", "4 2 3"]
 
 
 LIVES = """

@@ -51,8 +51,6 @@ def changes(folder):
     ("queue", "asked"),
     [
         ("WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE", []),
-        ("SUSPENDED", ["delete", "create"]),
-        ("FAILED", ["delete", "create"]),
         ("SUSPENDING SUSPENDED", ["delete", "create"]),
         ("DELETING FAILED", ["delete", "create"]),
     ],

@@ -11,6 +11,7 @@ from kinds import Kind
 FAULTS = ("none", "refuses", "traceback", "differs", "slow", "large", "asks", "dies")
 _drawn = iter(os.environ.get("COCA_JAX_FUZZ_FAULTS", " ".join(FAULTS)).split())
 _read = iter(range(1_000_000))
+_slow = iter((2.1,))  # one slow reading of the two is a finding
 
 
 def read(path: pathlib.Path) -> str:
@@ -23,7 +24,7 @@ def read(path: pathlib.Path) -> str:
     if fault == "differs":
         return f"reading: {next(_read)}"
     if fault == "slow":
-        until = time.process_time() + 2.1
+        until = time.process_time() + next(_slow, 0)
         while time.process_time() < until:
             pass
     if fault == "large":
