@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_cases import arrays, assert_close_with_gradients, plain_attention
+from ops_cases import arrays, assert_close, assert_close_with_gradients, drawn, plain_attention
 
-from coca_jax import ops, partitioning
+from coca_jax import ops
 from coca_jax.models import block, layers
 from coca_jax.ops import reference
 from coca_jax.ops.tpu import attention, attention_kernel, forms, long_attention_kernel, norm_kernel
@@ -79,14 +79,7 @@ def test_kernels_equal_the_plain_form(n, m, heads, width, mask):
     wanted, found, stack = run(query, key, value, gradient)
     assert (np.asarray(stack[0]) == 7).all() and (np.asarray(stack[2]) == 7).all()
     for each in found:
-        assert_all_near(each, wanted, 2e-2)
-
-
-def assert_all_near(found, wanted, tolerance):
-    """Relative to the largest entry."""
-    for ours, want in zip(found, wanted, strict=True):
-        ours, want = np.asarray(ours, np.float32), np.asarray(want, np.float32)
-        assert np.abs(ours - want).max() <= tolerance * np.abs(want).max()
+        assert_close(each, wanted, 2e-2)
 
 
 def test_kernels_take_no_more_than_fits_a_core():
@@ -130,7 +123,7 @@ def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pai
     wanted, found, got, sums, all_sums = run(query, key, value, gradient)
     assert (np.asarray(got[0]) == 7).all() and (np.asarray(got[2]) == 7).all()
     np.testing.assert_allclose(sums, all_sums, rtol=1e-4, atol=1e-4)
-    assert_all_near(found, wanted, 2e-2)
+    assert_close(found, wanted, 2e-2)
 
 
 def test_long_sequences_take_the_kernels_for_them(caplog):
@@ -186,7 +179,7 @@ def test_norm_kernel_equals_the_plain_gradients(n):
         wanted = (beside + plain[0], *plain[1:], dx.astype(jnp.float32).sum((0, 1)))
         return (dx, *sums.sum(0)), wanted
 
-    assert_all_near(*run(x, scale, gradient, beside), 1e-2)
+    assert_close(*run(x, scale, gradient, beside), 1e-2)
 
 
 def test_a_single_query_is_padded_to_what_the_kernel_takes():
@@ -225,13 +218,7 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
         block.Stack(remat=remat, options=form, **options)
         for remat, form in (("named", shared), ("none", shared), ("none", plain))
     )
-    shapes = partitioning.unbox(jax.eval_shape(scanned.init, jax.random.key(0), x, mask, context))
-    params = jax.tree.map_with_path(  # by NumPy: to compile the draw takes as long as a gradient
-        lambda path, p: (
-            ("scale" in jax.tree_util.keystr(path)) + 0.15 * rng.normal(size=p.shape)
-        ).astype(p.dtype),
-        shapes,
-    )
+    params = drawn(jax.eval_shape(scanned.init, jax.random.key(0), x, mask, context), 0.15)
     weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def run(stack):
