@@ -1,15 +1,17 @@
 """The kernels of decoding in bfloat16 against those in float32, which have their own tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_cpu_kernels
-from conftest import needs_bfloat16, needs_compiler, params_of, tiny_config
-from decoding_cases import EOS, LENGTH, PROMPT, moved, own, run
+from conftest import needs_bfloat16, needs_compiler, tiny_config
+from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
 
 from coca_jax import compile_cache
-from coca_jax.models import coca, decoding
+from coca_jax.models import decoding
 from coca_jax.ops import packed as packing
 from coca_jax.ops.cpu import build
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
@@ -147,26 +149,23 @@ def test_a_model_chooses_the_tokens_of_float32(kernels, cross):
     config = tiny_config().model
     config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130, cross=cross)
     config.pooler.num_heads = 2
-    params = params_of(coca.build(config))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
+    _, params, image_tokens = text_decoder(config, by=0.15)
     numbers, spec = Numbers(0), decoding.decoder(config, num_ids=130, eos_id=1)
-    image_tokens = numbers(3, config.pooler.num_queries, 96)
     tokens, slots = numbers.rng.integers(130, size=(3, 8)), np.arange(8)
     mask = np.broadcast_to(slots <= slots[:, None], (3, 8, 8))
 
-    def log_probs(layout):
+    @functools.partial(jax.jit, static_argnames="layout")
+    def log_probs(params, layout):
         weights = decoding.pack(spec, params, layout)
         caches = decoding.empty_caches(spec, weights, 3, 8)
         image = decoding.image_caches(spec, weights, image_tokens)
         assert image.dtype == (HALVES if "bfloat16" in layout else jnp.float32)
         places = np.broadcast_to(slots, (3, 8))
         states = decoding.run_tokens(spec, weights, tokens, places, mask, 0, caches, image)[0]
-        return np.asarray(decoding.log_probs_of(weights, states))
+        return decoding.log_probs_of(weights, states)
 
-    found, want = log_probs("bfloat16_panels"), log_probs("panels")
+    layouts = ("bfloat16_panels", "panels")
+    found, want = (np.asarray(log_probs(params, layout)) for layout in layouts)
     apart = np.sqrt(np.square(found - want).mean())
     assert 0 < apart < 0.03 * want.std()
     best = np.sort(want, -1)[..., -2:]
@@ -189,8 +188,7 @@ def test_several_captions_of_a_model_in_bfloat16(monkeypatch, cross, layout):
     config = tiny_config(dtype="bfloat16").model
     config.text.update(num_heads=1, vocab_size=32, cross=cross)
     config.text.update(unimodal_depth=1, multimodal_depth=1)
-    params = moved(params_of(coca.build(config)), 0.2)
-    image_tokens = Numbers(0)(3, config.pooler.num_queries, 16)
+    _, params, image_tokens = text_decoder(config, by=0.3)
     spec = decoding.decoder(config, num_ids=32, eos_id=EOS)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(packing, "STREAMED", 0)
