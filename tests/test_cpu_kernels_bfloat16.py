@@ -9,6 +9,7 @@ import pytest
 import test_cpu_kernels
 from conftest import needs_bfloat16, needs_compiler, tiny_config
 from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
+from test_cpu_kernels import packed, panels_of_heads
 
 from coca_jax import compile_cache
 from coca_jax.models import decoding
@@ -31,10 +32,6 @@ class Numbers(test_cpu_kernels.Numbers):
     def dense(self, depth, width):
         layer = super().dense(depth, width)
         return layer | dict(kernel=layer["kernel"].astype(HALVES))
-
-
-def packed(layer, dtype):
-    return dict(panels=cpu_kernels.panels(layer["kernel"], dtype), bias=layer["bias"])
 
 
 def assert_near(run, x=0.0, most=0.01):
@@ -103,14 +100,13 @@ def shared_attention(kernels, numbers, x, heads, tokens):
     norm, query, out = numbers.norm(width), *(numbers.dense(width, width) for _ in range(2))
     key, value = (numbers(width, heads, head, scale=width**-0.5) for _ in range(2))
     value = np.pad(value, ((0, pad), (0, 0), (0, 0)))
+    across = value.transpose(1, 0, 2)
     image = np.pad(tokens, ((0, 0), (0, 0), (0, pad)))
     bias = numbers(width)
 
     def run(dtype):
-        panels = jax.vmap(lambda kernel: kernels.panels(kernel, dtype))
-        shared = dict(
-            query=panels(key.transpose(1, 2, 0)), value=panels(value.transpose(1, 0, 2)), bias=bias
-        )
+        parts = (panels_of_heads(x, dtype) for x in (key.transpose(1, 2, 0), across))
+        shared = dict(zip(("query", "value"), parts), bias=bias)
         layers = (packed(query, dtype), packed(out, dtype))
         return kernels.image_attention(x, norm, *layers, shared, image.astype(dtype))
 
