@@ -1,9 +1,11 @@
 """Small models of every kind of decoder, and ragged prompts, for tests of decoding."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import needs_compiler, params_of, tiny_config
+from conftest import needs_compiler, tiny_config
+from ops_cases import drawn
 
 from coca_jax.inference.generation import loop
 from coca_jax.inference.generation.settings import Settings
@@ -29,15 +31,25 @@ MODERN = dict(
 )
 
 
-def moved(params, by):
-    """The parameters with noise of standard deviation `by`: norms and biases have numbers too."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, leaves)
+def logits_of(text, tokens, valid, image_tokens):
+    """The forward pass of a text decoder."""
+    _, states = text(tokens, valid, image_tokens)
+    kernel, bias = text.output_layer()
+    return states @ kernel + (0 if bias is None else bias)
 
 
-def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
+def text_decoder(model, by=0.4, queries=4, seed=2):
+    """(the text decoder of config.model, its parameters in a model's, image tokens [3, Q, D]): of
+    standard deviation `by`, norms about one. The image's tower is not there: it takes as long to
+    compile."""
+    text, rng = coca.build(model).decoder, np.random.default_rng(seed)
+    image_tokens = jnp.asarray(rng.normal(size=(3, queries, model.text.width)), np.float32)
+    row = np.zeros((3, 4), np.int32)
+    shapes = jax.eval_shape(text.init, jax.random.key(0), row, row == 0, image_tokens)["params"]
+    return text, {"text_decoder": drawn(shapes, by, seed)}, image_tokens
+
+
+def make(kind="paper", vocab=VOCAB, hidden_id=None, seed=2, **text_options):
     """(spec, decoding weights, image tokens [3, Q, D], log probabilities of token rows)."""
     options = dict(
         paper={},
@@ -52,28 +64,24 @@ def make(kind="paper", vocab=VOCAB, hidden_id=None, **text):
     )[kind]
     config = tiny_config().model
     config.text.update(options | dict(vocab_size=vocab, unimodal_depth=1, multimodal_depth=1))
-    config.text.update(text)
-    config.image.depth = 1
+    config.text.update(text_options)
     modern = dict(MODERN.get(kind, {}))
     config.text.update(modern.pop("text", {}))
     config.update(modern)
-    module = coca.build(config)
-    params = moved(params_of(module), 0.3)
-    pixels = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
-    encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image")[1])
-    image_tokens = encode(params, pixels)
+    text, params, image_tokens = text_decoder(config, seed=seed)
 
     @jax.jit
     def log_probs(rows, tokens):
         valid = tokens != (-1 if hidden_id is None else hidden_id)
-        out = module.apply({"params": params}, pixels[rows], tokens, valid)
-        return jax.nn.log_softmax(out.logits)
+        given = {"params": params["text_decoder"]}
+        return jax.nn.log_softmax(
+            text.apply(given, tokens, valid, image_tokens[rows], method=logits_of)
+        )
 
     spec = decoding.decoder(config, num_ids=vocab, eos_id=EOS, hidden_id=hidden_id)
     layout = next((name for name in ("panels", "reference") if kind.endswith(name)), "kernel")
     assert layout != "panels" or cpu_kernels.available()
-    pack = jax.jit(lambda params: decoding.pack(spec, params, layout))
-    return spec, pack(params), image_tokens, log_probs
+    return spec, decoding.pack(spec, params, layout), image_tokens, log_probs
 
 
 PROMPT = np.array([[0, 0, 3], [0, 3, 5], [3, 6, 2]], np.int32)  # right-aligned

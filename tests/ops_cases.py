@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coca_jax import partitioning
 from coca_jax.ops import reference
 
 
@@ -12,22 +13,41 @@ def arrays(*shape, count=1, dtype=jnp.float32, seed=0):
     return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count)]
 
 
+def drawn(shapes, by=0.3, seed=0):
+    """Parameters of these shapes, norms' scales about one: by NumPy, since a program that draws
+    takes as long to compile as a forward pass."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        about = float("scale" in jax.tree_util.keystr(path))
+        return jnp.asarray(about + by * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, partitioning.unbox(shapes))
+
+
+def with_gradients(function, inputs):
+    """(value, every gradient of it times fixed random numbers)."""
+    (weight,) = arrays(*jax.eval_shape(function, *inputs).shape, seed=9)
+
+    def scalar(*x):
+        out = function(*x).astype(jnp.float32)
+        return (out * weight).sum(), out
+
+    gradients, out = jax.grad(scalar, tuple(range(len(inputs))), has_aux=True)(*inputs)
+    return (out, *gradients)
+
+
+def assert_close(found, wanted, tolerance, name=""):
+    """Relative to the largest entry."""
+    for got, want in zip(found, wanted, strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), name
+
+
 def assert_close_with_gradients(ours, plain, inputs, tolerance):
     """Value and every gradient, relative to the largest entry."""
-    (weight,) = arrays(*jax.eval_shape(plain, *inputs).shape, seed=9)
-    argnums = tuple(range(len(inputs)))
-
-    def run(function):
-        def scalar(*x):
-            out = function(*x).astype(jnp.float32)
-            return (out * weight).sum(), out
-
-        gradients, out = jax.jit(jax.grad(scalar, argnums, has_aux=True))(*inputs)
-        return (out, *gradients)
-
-    for got, want in zip(run(ours), run(plain)):
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+    found, wanted = (jax.jit(lambda *x, f=f: with_gradients(f, x))(*inputs) for f in (ours, plain))
+    assert_close(found, wanted, tolerance)
 
 
 def plain_attention(q, k, v, mask, heads):

@@ -1,5 +1,6 @@
 """The kernels of decoding on a CPU against NumPy in float64."""
 
+import functools
 from concurrent import futures
 
 import jax
@@ -40,8 +41,16 @@ class Numbers:
         return dict(kernel=self(depth, width, scale=depth**-0.5), bias=self(width, scale=0.1))
 
 
-def packed(layer):
-    return dict(panels=cpu_kernels.panels(layer["kernel"]), bias=layer["bias"])
+# Operation by operation they would be half a dozen programs for each shape.
+panels = jax.jit(cpu_kernels.panels, static_argnums=1)
+panels_of_heads = jax.jit(
+    lambda kernels, dtype: jax.vmap(lambda kernel: cpu_kernels.panels(kernel, dtype))(kernels),
+    static_argnums=1,
+)
+
+
+def packed(layer, dtype=np.float32):
+    return dict(panels=panels(layer["kernel"], dtype), bias=layer["bias"])
 
 
 def normed(norm, x):
@@ -198,8 +207,8 @@ def test_image_attention_equals_numpy(kernels, batch, queries, width, heads, cou
     pad = -width % 32
     padded = np.pad(value, ((0, pad), (0, 0), (0, 0)))
     shared = dict(
-        query=jax.vmap(kernels.panels)(key.transpose(1, 2, 0)),
-        value=jax.vmap(kernels.panels)(padded.transpose(1, 0, 2)),
+        query=panels_of_heads(key.transpose(1, 2, 0), np.float32),
+        value=panels_of_heads(padded.transpose(1, 0, 2), np.float32),
         bias=bias,
     )
     image = np.pad(tokens, ((0, 0), (0, 0), (0, pad)))
@@ -247,15 +256,21 @@ def test_where_the_kernels_are_used(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)
     monkeypatch.setattr(cpu_kernels, "available_in_bfloat16", lambda: False)
 
-    def layout(recipe, devices=1, **text):
-        monkeypatch.setattr(jax, "device_count", lambda: devices)
+    @functools.cache  # once for all dtypes
+    def shapes(recipe, **text):
         config = recipe.get_config()
-        config.model.dtype = text.pop("dtype", "float32")
         config.model.text.update(text)
-        params = jax.eval_shape(
+        return jax.eval_shape(
             lambda key: partitioning.unbox(coca.init(coca.build(config.model), key)),
             jax.random.key(0),
         )
+
+    def layout(recipe, devices=1, dtype="float32", **text):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        config = recipe.get_config()
+        config.model.dtype = dtype
+        config.model.text.update(text)
+        params = shapes(recipe, **text)
         spec = decoding.decoder(config.model, num_ids=config.model.text.vocab_size, eos_id=1)
         spec, layout = decoding.fastest(spec, params)
         assert spec.dtype == ("float32" if "panels" in layout else config.model.dtype)

@@ -1,15 +1,18 @@
 """The kernels of decoding in bfloat16 against those in float32, which have their own tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_cpu_kernels
-from conftest import needs_bfloat16, needs_compiler, params_of, tiny_config
-from decoding_cases import EOS, LENGTH, PROMPT, moved, own, run
+from conftest import needs_bfloat16, needs_compiler, tiny_config
+from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
+from test_cpu_kernels import packed, panels_of_heads
 
 from coca_jax import compile_cache
-from coca_jax.models import coca, decoding
+from coca_jax.models import decoding
 from coca_jax.ops import packed as packing
 from coca_jax.ops.cpu import build
 from coca_jax.ops.cpu import decode_kernels as cpu_kernels
@@ -29,10 +32,6 @@ class Numbers(test_cpu_kernels.Numbers):
     def dense(self, depth, width):
         layer = super().dense(depth, width)
         return layer | dict(kernel=layer["kernel"].astype(HALVES))
-
-
-def packed(layer, dtype):
-    return dict(panels=cpu_kernels.panels(layer["kernel"], dtype), bias=layer["bias"])
 
 
 def assert_near(run, x=0.0, most=0.01):
@@ -101,14 +100,13 @@ def shared_attention(kernels, numbers, x, heads, tokens):
     norm, query, out = numbers.norm(width), *(numbers.dense(width, width) for _ in range(2))
     key, value = (numbers(width, heads, head, scale=width**-0.5) for _ in range(2))
     value = np.pad(value, ((0, pad), (0, 0), (0, 0)))
+    across = value.transpose(1, 0, 2)
     image = np.pad(tokens, ((0, 0), (0, 0), (0, pad)))
     bias = numbers(width)
 
     def run(dtype):
-        panels = jax.vmap(lambda kernel: kernels.panels(kernel, dtype))
-        shared = dict(
-            query=panels(key.transpose(1, 2, 0)), value=panels(value.transpose(1, 0, 2)), bias=bias
-        )
+        parts = (panels_of_heads(x, dtype) for x in (key.transpose(1, 2, 0), across))
+        shared = dict(zip(("query", "value"), parts), bias=bias)
         layers = (packed(query, dtype), packed(out, dtype))
         return kernels.image_attention(x, norm, *layers, shared, image.astype(dtype))
 
@@ -147,26 +145,23 @@ def test_a_model_chooses_the_tokens_of_float32(kernels, cross):
     config = tiny_config().model
     config.text.update(width=96, num_heads=2, mlp_dim=160, vocab_size=130, cross=cross)
     config.pooler.num_heads = 2
-    params = params_of(coca.build(config))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
+    _, params, image_tokens = text_decoder(config, by=0.15)
     numbers, spec = Numbers(0), decoding.decoder(config, num_ids=130, eos_id=1)
-    image_tokens = numbers(3, config.pooler.num_queries, 96)
     tokens, slots = numbers.rng.integers(130, size=(3, 8)), np.arange(8)
     mask = np.broadcast_to(slots <= slots[:, None], (3, 8, 8))
 
-    def log_probs(layout):
+    @functools.partial(jax.jit, static_argnames="layout")
+    def log_probs(params, layout):
         weights = decoding.pack(spec, params, layout)
         caches = decoding.empty_caches(spec, weights, 3, 8)
         image = decoding.image_caches(spec, weights, image_tokens)
         assert image.dtype == (HALVES if "bfloat16" in layout else jnp.float32)
         places = np.broadcast_to(slots, (3, 8))
         states = decoding.run_tokens(spec, weights, tokens, places, mask, 0, caches, image)[0]
-        return np.asarray(decoding.log_probs_of(weights, states))
+        return decoding.log_probs_of(weights, states)
 
-    found, want = log_probs("bfloat16_panels"), log_probs("panels")
+    layouts = ("bfloat16_panels", "panels")
+    found, want = (np.asarray(log_probs(params, layout)) for layout in layouts)
     apart = np.sqrt(np.square(found - want).mean())
     assert 0 < apart < 0.03 * want.std()
     best = np.sort(want, -1)[..., -2:]
@@ -189,8 +184,7 @@ def test_several_captions_of_a_model_in_bfloat16(monkeypatch, cross, layout):
     config = tiny_config(dtype="bfloat16").model
     config.text.update(num_heads=1, vocab_size=32, cross=cross)
     config.text.update(unimodal_depth=1, multimodal_depth=1)
-    params = moved(params_of(coca.build(config)), 0.2)
-    image_tokens = Numbers(0)(3, config.pooler.num_queries, 16)
+    _, params, image_tokens = text_decoder(config, by=0.3)
     spec = decoding.decoder(config, num_ids=32, eos_id=EOS)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(packing, "STREAMED", 0)

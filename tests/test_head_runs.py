@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from one_device import train_alone
+from ops_cases import drawn
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import checkpointing, export_format, partitioning
+from coca_jax import checkpointing, export_format
 from coca_jax.data import vocabulary
 from coca_jax.metrics import read_metrics
 from coca_jax.models import coca
@@ -41,9 +42,8 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     config = tiny_run()
     vocabulary.train(["a red circle", "two blue squares"] * 9, 310, str(folder / "words"))
-    params = jax.jit(lambda k: partitioning.unbox(coca.init(coca.build(config.model), k)))(
-        jax.random.key(7)
-    )
+    model = coca.build(config.model)
+    params = drawn(jax.eval_shape(lambda: coca.init(model, jax.random.key(7))), 0.1)
     given = dict(model=config.model.to_dict(), preprocess=dict(resize="squash"))
     export_format.write_export(folder / "export", params, given, folder / "words")
     return str(folder / "export")
@@ -85,7 +85,8 @@ def test_a_run_with_a_head_leaves_what_it_promises(tuned, pretrained, classes):
 @pytest.mark.long
 def test_a_loaded_run_classifies(tuned, tmp_path):
     workdir, config, summary = tuned
-    model = coca_jax.load(workdir)
+    alone = dict(devices=jax.devices()[:1])
+    model = coca_jax.load(workdir, **alone)
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     found = model.classify(images)
     assert found.shape == (5, len(model.class_names)) and found.dtype == np.float32
@@ -93,7 +94,8 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
     params, _ = checkpointing.load_params(workdir)
     pixels = normalise_pixels(jnp.asarray(images), config.model)
     module = coca.build(config.model, head=config.head, num_classes=len(model.class_names))
-    want = jax.nn.softmax(module.apply({"params": params}, pixels, method="classify"))
+    classify = jax.jit(lambda p, x: module.apply({"params": p}, x, method="classify"))
+    want = jax.nn.softmax(classify(params, pixels))
     np.testing.assert_allclose(found, want, atol=1e-6)
     # An export says as much: the head's weights and its classes travel.
     config = dict(model=config.model.to_dict(), preprocess=dict(resize="squash"))
@@ -101,7 +103,7 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
     words = f"{workdir}/vocabulary.model"
     export_format.write_export(tmp_path / "export", model.params, config, words)
     np.testing.assert_allclose(
-        coca_jax.load(tmp_path / "export").classify(images), found, atol=1e-6
+        coca_jax.load(tmp_path / "export", **alone).classify(images), found, atol=1e-6
     )
     # The average of what was trained, the weights of what was not.
     _, step = checkpointing.find_step(workdir)

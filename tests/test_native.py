@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
+from conftest import tiny_config
 from data_cases import equal
+from one_device import train_alone
+from ops_cases import drawn
 from PIL import Image
 
 import coca_jax
@@ -19,7 +21,6 @@ from coca_jax.data.batches import Batches
 from coca_jax.importers.splits import prepare
 from coca_jax.models import coca, image_encoder
 from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training.run import train
 
 SHAPES = [(20, 20), (12, 40), (48, 10), (16, 24), (9, 90), (33, 21), (64, 64), (5, 7)]
 
@@ -61,9 +62,7 @@ def model(request):
     config = typed(tiny_config(image_size=16, patch_size=4))
     config = config.change({f"model.{k}": v for k, v in VARIANTS[request.param].items()})
     module = coca.build(config.model)
-    params = params_of(module)
-    noise = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: x + 0.05 * noise.normal(size=x.shape).astype(x.dtype), params)
+    params = drawn(jax.eval_shape(lambda: coca.init(module, jax.random.key(0))), 0.2)
     run = jax.jit(lambda params, x: module.apply({"params": params}, x, method="encode_image"))
     return config.model, run, params
 
@@ -114,7 +113,7 @@ def test_every_form_of_the_operations_gives_the_same():
     images = np.stack([native.pack(picture(*shape, 3), 4, 16) for shape in ((8, 12), (4, 64))])
     pixels = normalise_pixels(jnp.asarray(images), config)
     reference = coca.build(dataclasses.replace(config, implementation="reference"))
-    params = params_of(reference)
+    params = drawn(jax.eval_shape(lambda: coca.init(reference, jax.random.key(0))), 0.2)
 
     def run(module, params):
         embedding, tokens = module.apply({"params": params}, pixels, method="encode_image")
@@ -151,8 +150,13 @@ def data(tmp_path_factory):
     config.data.update(resize="native", max_patches=12, augment="crop", flip=True)
     config.data.sources = (dict(path=str(root / "data"), kind="caption"),)
     config.batch_size, config.steps = 8, 2
-    train(config, str(root / "run"))
+    train_alone(config, root / "run")
     return config, root / "run", root / "raw"
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    return coca_jax.load(str(data[1]), devices=jax.devices()[:1])
 
 
 @pytest.mark.long
@@ -173,9 +177,8 @@ def test_batches_are_a_function_of_the_step_on_any_number_of_processes(data):
 
 
 @pytest.mark.long
-def test_a_trained_model_takes_images_of_any_shape(data):
-    _, workdir, folder = data
-    model = coca_jax.load(str(workdir))
+def test_a_trained_model_takes_images_of_any_shape(data, trained):
+    folder, model = data[2], trained
     images = [np.asarray(Image.open(folder / f"{number}.png")) for number in range(5)]
     together = model.encode_image(images)
     for image, embedding in zip(images, together):
@@ -191,14 +194,13 @@ def test_a_trained_model_takes_images_of_any_shape(data):
         model.explain(images[:1], ["picture"])
 
 
-def test_plain_training_pixels_are_those_of_evaluation(data):
+def test_plain_training_pixels_are_those_of_evaluation(data, trained):
     config, workdir, folder = data
     plain = config.copy_and_resolve_references()
     plain.data.update(augment="none", flip=False)
     vocabulary = run_vocabulary.load_or_train(config, str(workdir))
     batch = Batches(typed(plain), vocabulary).batch(0)
-    model = coca_jax.load(str(workdir))
-    pictures = [model.preprocess(str(folder / f"{number}.png")).tobytes() for number in range(16)]
+    pictures = [trained.preprocess(str(folder / f"{number}.png")).tobytes() for number in range(16)]
     assert all(row.tobytes() in pictures for row in batch["image"])
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_cases import arrays, assert_close_with_gradients, plain_attention
+from ops_cases import arrays, assert_close, assert_close_with_gradients, drawn, plain_attention
 
-from coca_jax import ops, partitioning
+from coca_jax import ops
 from coca_jax.models import block, layers
 from coca_jax.ops import reference
 from coca_jax.ops.tpu import attention, attention_kernel, forms, long_attention_kernel, norm_kernel
@@ -47,39 +47,39 @@ def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
         (72, 72, 4, 64, "rows"),  # in pairs: so many queries otherwise go one by one
     ],
 )
-@pytest.mark.parametrize("stacked", [False, True])
-def test_kernels_equal_the_plain_form(n, m, heads, width, mask, stacked):
+def test_kernels_equal_the_plain_form(n, m, heads, width, mask):
+    """Alone, and as the middle one of three layers: what stands beside it must stay."""
     rng = np.random.default_rng(0)
-
-    def array(length):
-        return jnp.asarray(rng.normal(size=(2, length, heads * width)) * 2, jnp.bfloat16)
-
-    query, key, value, gradient = array(n), array(m), array(m), array(n)
-    seen = None
-    if mask:
-        seen = reference.causal_mask(n, n)
-        if mask == "rows":
-            seen &= jnp.asarray(rng.random((2, 1, 1, m)) > 0.3).at[..., 0].set(True)
-    bias = None if seen is None else jnp.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE)
-    out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
-    kept, options = [query, key, value, out], {"pairs": n > 64}
-    if stacked:  # the middle one of three layers; what stands beside it must stay
-        kept = [jnp.stack([x + 1, x, x - 1]) for x in kept]
-        stack = jnp.full((3,) + out.shape, 7, out.dtype)
-        options["index"] = 1
-        got = attention_kernel.forward(
-            query, key, value, bias, heads, stack=stack, **options, interpret=True
-        )
-        assert (got[0] == 7).all() and (got[2] == 7).all()
-        got = got[1]
-    else:
-        got = attention_kernel.forward(query, key, value, bias, heads, **options, interpret=True)
-    gradients = attention_kernel.backward(
-        *kept[:3], bias, kept[3], gradient, heads, **options, interpret=True
+    query, key, value, gradient = (
+        (rng.normal(size=(2, length, heads * width)) * 2).astype(jnp.bfloat16)
+        for length in (n, m, m, n)
     )
-    for ours, wanted in zip((got, *gradients), (out, *pull(gradient))):
-        ours, wanted = ours.astype(jnp.float32), wanted.astype(jnp.float32)
-        assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
+    seen = bias = None
+    if mask:
+        seen = np.tri(n, dtype=bool)[None, None]
+        if mask == "rows":
+            seen = seen & (rng.random((2, 1, 1, m)) > 0.3)
+            seen[..., 0] = True
+        bias = np.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE).astype(np.float32)
+    options = dict(pairs=n > 64, interpret=True)
+
+    @jax.jit  # in one program: there are many small operations
+    def run(query, key, value, gradient):
+        out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
+        call, found = (query, key, value, bias), []
+        single = attention_kernel.forward(*call, heads, **options)
+        found.append((single, *attention_kernel.backward(*call, out, gradient, heads, **options)))
+        *stacks, outs = (jnp.stack([x + 1, x, x - 1]) for x in (query, key, value, out))
+        call, stack = (*stacks, bias), jnp.full_like(outs, 7)
+        stack = attention_kernel.forward(*call, heads, stack=stack, index=1, **options)
+        gradients = attention_kernel.backward(*call, outs, gradient, heads, index=1, **options)
+        found.append((stack[1], *gradients))
+        return (out, *pull(gradient)), found, stack
+
+    wanted, found, stack = run(query, key, value, gradient)
+    assert (np.asarray(stack[0]) == 7).all() and (np.asarray(stack[2]) == 7).all()
+    for each in found:
+        assert_close(each, wanted, 2e-2)
 
 
 def test_kernels_take_no_more_than_fits_a_core():
@@ -103,23 +103,27 @@ def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pai
         arrays(2, length, heads * width, dtype=jnp.bfloat16, seed=seed)[0] * 2
         for seed, length in enumerate((n, m, m, n))
     )
-    out, pull = jax.vjp(lambda *x: plain_attention(*x, None, heads), query, key, value)
-    stack = jnp.full((3,) + out.shape, 7, out.dtype)
     options = dict(index=1, pairs=pairs, interpret=True)
-    operands = [jnp.stack([x + 1, x, x - 1]) for x in (query, key, value)]
-    got, sums = long_attention_kernel.forward(*operands, heads, stack=stack, **options)
-    assert (got[0] == 7).all() and (got[2] == 7).all()
-    scores = jnp.einsum(
-        "bnhk,bmhk->bnhm", *(reference.split_heads(x, heads) for x in (query, key)),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    wanted = jax.nn.logsumexp(scores * width**-0.5, -1)
-    np.testing.assert_allclose(sums[..., :heads], wanted, rtol=1e-4, atol=1e-4)
-    kept = (jnp.stack([out - 1, out, out]), gradient, jnp.stack([sums + 1, sums, sums]))
-    gradients = long_attention_kernel.backward(*operands, *kept, heads, **options)
-    for ours, wanted in zip((got[1], *gradients), (out, *pull(gradient))):
-        ours, wanted = ours.astype(jnp.float32), wanted.astype(jnp.float32)
-        assert jnp.abs(ours - wanted).max() <= 2e-2 * jnp.abs(wanted).max()
+
+    @jax.jit  # in one program: there are many small operations
+    def run(query, key, value, gradient):
+        out, pull = jax.vjp(lambda *x: plain_attention(*x, None, heads), query, key, value)
+        stack = jnp.full((3,) + out.shape, 7, out.dtype)
+        operands = [jnp.stack([x + 1, x, x - 1]) for x in (query, key, value)]
+        got, sums = long_attention_kernel.forward(*operands, heads, stack=stack, **options)
+        scores = jnp.einsum(
+            "bnhk,bmhk->bnhm", *(reference.split_heads(x, heads) for x in (query, key)),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        all_sums = jax.nn.logsumexp(scores * width**-0.5, -1)
+        kept = (jnp.stack([out - 1, out, out]), gradient, jnp.stack([sums + 1, sums, sums]))
+        gradients = long_attention_kernel.backward(*operands, *kept, heads, **options)
+        return (out, *pull(gradient)), (got[1], *gradients), got, sums[..., :heads], all_sums
+
+    wanted, found, got, sums, all_sums = run(query, key, value, gradient)
+    assert (np.asarray(got[0]) == 7).all() and (np.asarray(got[2]) == 7).all()
+    np.testing.assert_allclose(sums, all_sums, rtol=1e-4, atol=1e-4)
+    assert_close(found, wanted, 2e-2)
 
 
 def test_long_sequences_take_the_kernels_for_them(caplog):
@@ -161,23 +165,21 @@ def test_long_sequences_take_the_kernels_for_them(caplog):
 def test_norm_kernel_equals_the_plain_gradients(n):
     rng = np.random.default_rng(0)
     x, gradient, beside = (
-        jnp.asarray(rng.normal(size=(4, n, 96)) + shift, jnp.bfloat16) for shift in (3, 0, 0)
+        (rng.normal(size=(4, n, 96)) + shift).astype(jnp.bfloat16) for shift in (3, 0, 0)
     )
-    scale = jnp.asarray(rng.normal(size=96), jnp.float32)
-    mean, inverse = forms.statistics(x, 1e-5)
-    wanted = forms.norm_gradients(x, mean, inverse, scale, gradient)
-    stack = jnp.stack([x - 1, x])
-    dx, sums = norm_kernel.backward(
-        stack, scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
-    )
-    for got, want in (
-        (dx, beside + wanted[0]),
-        (sums[:, 0].sum(0), wanted[1]),
-        (sums[:, 1].sum(0), wanted[2]),
-        (sums[:, 2].sum(0), dx.astype(jnp.float32).sum((0, 1))),
-    ):
-        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-        assert jnp.abs(got - want).max() <= 1e-2 * jnp.abs(want).max()
+    scale = rng.normal(size=96).astype(np.float32)
+
+    @jax.jit  # in one program: there are many small operations
+    def run(x, scale, gradient, beside):
+        mean, inverse = forms.statistics(x, 1e-5)
+        plain = forms.norm_gradients(x, mean, inverse, scale, gradient)
+        dx, sums = norm_kernel.backward(
+            jnp.stack([x - 1, x]), scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
+        )
+        wanted = (beside + plain[0], *plain[1:], dx.astype(jnp.float32).sum((0, 1)))
+        return (dx, *sums.sum(0)), wanted
+
+    assert_close(*run(x, scale, gradient, beside), 1e-2)
 
 
 def test_a_single_query_is_padded_to_what_the_kernel_takes():
@@ -216,10 +218,7 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
         block.Stack(remat=remat, options=form, **options)
         for remat, form in (("named", shared), ("none", shared), ("none", plain))
     )
-    params = partitioning.unbox(jax.jit(scanned.init)(jax.random.key(0), x, mask, context))
-    params = jax.tree.map(
-        lambda p: np.asarray(p) + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params
-    )
+    params = drawn(jax.eval_shape(scanned.init, jax.random.key(0), x, mask, context), 0.15)
     weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def run(stack):
@@ -237,13 +236,17 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
     (ours, our_gradients), (value, gradients) = run(written), run(scanned)
     assert float(ours) == pytest.approx(float(value), rel=1e-4)
     assert jax.tree.structure(our_gradients) == jax.tree.structure(gradients)
-    leaves = (jax.tree.leaves(found) for found in (our_gradients, gradients, run(true)[1]))
-    for got, want, precise in zip(*leaves, strict=True):
-        got, want, precise = (np.asarray(x, np.float32) for x in (got, want, precise))
+    precise = None
+    pairs = zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients), strict=True)
+    for place, pair in enumerate(pairs):
+        got, want = (np.asarray(x, np.float32) for x in pair)
+        if np.abs(got - want).max() <= 1.5e-2 * np.abs(want).max() + 1e-6:
+            continue
         # Some versions of XLA round the scan's values at other places, farther from float32.
-        known = min(np.abs(want - precise).max(), 2e-2 * np.abs(precise).max())
-        apart = np.abs(got - want).max() - 1.5e-2 * np.abs(want).max()
-        assert apart <= 1e-6 or np.abs(got - precise).max() <= known
+        precise = precise or jax.tree.leaves(run(true)[1])
+        true_one = np.asarray(precise[place], np.float32)
+        known = min(np.abs(want - true_one).max(), 2e-2 * np.abs(true_one).max())
+        assert np.abs(got - true_one).max() <= known
 
 
 def test_norm_equals_the_plain_form_with_a_large_mean():
