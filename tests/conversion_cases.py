@@ -1,5 +1,6 @@
 """A small model's weights as open_clip has them, and ways to compare what came of them."""
 
+import functools
 import json
 
 import jax
@@ -37,8 +38,14 @@ def write_source(folder, tensors, config=cases.SMALL):
     return folder
 
 
+@functools.cache
+def _applied(model):
+    """`model.apply`, jitted once for all that ask for the same model."""
+    return jax.jit(model.apply)
+
+
 def forward(model, params, pixels, tokens):
-    return jax.jit(model.apply)({"params": params}, pixels, tokens, tokens != 0)
+    return _applied(model)({"params": params}, pixels, tokens, tokens != 0)
 
 
 def relative(value, reference):
@@ -72,7 +79,7 @@ def as_tensors(model, params):
 
 def each_loss(model, params, pixels, tokens):
     """The contrastive, then the captioning loss by open_clip's conventions, unweighted, each with
-    its gradients; all in the model's dtype."""
+    its gradients and what the model gave, as `forward`; all in the model's dtype."""
     dtype = model.dtype
     params, pixels = jax.tree.map(lambda x: np.asarray(x, dtype), (params, pixels))
 
@@ -84,22 +91,21 @@ def each_loss(model, params, pixels, tokens):
         captioning = captioning_loss(
             out.states[:, :-1], out.kernel, out.bias, tokens[:, 1:], tokens[:, 1:] != 0
         )[0]
-        return weights[0] * contrastive + weights[1] * captioning
+        return weights[0] * contrastive + weights[1] * captioning, out
 
-    run = jax.jit(jax.value_and_grad(total))
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
     for weights in np.eye(2, dtype=dtype):
-        value, gradients = run(params, weights)
-        yield float(value), gradients
+        (value, out), gradients = run(params, weights)
+        yield float(value), gradients, out
 
 
 def greedy(model, params, pixels, length, vocab_size):
     """Captions by the largest logit, the whole model on each prefix; zeros after the end."""
     tokens = np.zeros((len(pixels), length), np.int32)
     tokens[:, 0] = vocab_size - 2
-    run = jax.jit(lambda p, t: model.apply({"params": p}, pixels, t, t != 0).logits)
     ended = np.zeros(len(pixels), bool)
     for step in range(1, length):
-        logits = np.asarray(run(params, tokens))[:, step - 1]
+        logits = np.asarray(forward(model, params, pixels, tokens).logits)[:, step - 1]
         chosen = np.where(ended, 0, logits.argmax(-1))
         ended |= chosen == vocab_size - 1
         tokens[:, step] = chosen

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from clip_cases import animation, numbered, numbers_of
 from conftest import params_of, random_batch, tiny_config
+from one_device import models_on_one  # noqa: F401
+from test_inference import no_compile_cache  # noqa: F401
 
 from coca_jax import inference, partitioning, prepare
 from coca_jax.configs import base
@@ -18,14 +20,6 @@ from coca_jax.inference import caption_files, read_images
 from coca_jax.models import coca
 from coca_jax.models.pixels import shrink
 from coca_jax.training.gradients import loss_and_metrics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compile_cache():
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
 
 # ---- Prepared data and batches
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import open_clip_cases as cases
 import pytest
+from conftest import fresh_state
 from conversion_cases import (
     SMALL,
     as_tensors,
@@ -21,6 +22,7 @@ from conversion_cases import (
     with_keys,
     write_source,
 )
+from one_device import models_on_one  # noqa: F401
 
 import coca_jax
 from coca_jax import (
@@ -38,7 +40,6 @@ from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.models import coca
-from coca_jax.training.state import init_state
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 
@@ -66,26 +67,27 @@ def inputs():
     return cases.pixels(len(tokens), SMALL.image_size), tokens
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
-def test_outputs_equal_open_clip(export, golden, inputs, dtype, tolerance):
+def test_outputs_in_bfloat16_are_near_open_clips(export, golden, inputs):
+    """In float32 they are those of the model that is loaded, below."""
     params, config = export_format.read_export(export)
-    config = config.change({"model.dtype": dtype})
+    config = config.change({"model.dtype": "bfloat16"})
     pixels, tokens = inputs
     out = forward(coca.build(config.model), params, pixels, tokens)
-    assert relative(out.image_embedding, golden["image_embedding"]) < tolerance
-    assert relative(out.text_embedding, golden["text_embedding"]) < tolerance
+    assert relative(out.image_embedding, golden["image_embedding"]) < 2e-2
+    assert relative(out.text_embedding, golden["text_embedding"]) < 2e-2
     logits = np.asarray(out.logits[:, :-1])[tokens[:, 1:] != 0]
-    assert relative(logits, golden["logits"]) < tolerance
+    assert relative(logits, golden["logits"]) < 2e-2
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-11)])
-def test_losses_and_gradients_equal_open_clip(export, golden, inputs, dtype, tolerance):
-    """Of a model in float64; in float64 here too, what is left is not rounding but a mistake."""
+def test_losses_and_gradients_equal_open_clip(export, golden, inputs):
+    """Both in float64: what is left is not rounding but a mistake. What float32 rounds is in
+    test_open_clip_parity.py."""
+    tolerance = 1e-11
     params, config = export_format.read_export(export)
-    config = config.change({"model.dtype": dtype})
-    with jax.enable_x64(dtype == "float64"):
-        found = list(each_loss(coca.build(config.model), params, *inputs))
-    for (value, gradients), loss, digests in zip(found, golden["losses"], golden["gradients"]):
+    config = config.change({"model.dtype": "float64"})
+    with jax.enable_x64(True):
+        found = list(each_loss(coca.build(config.model, remat="full"), params, *inputs))
+    for (value, gradients, _), loss, digests in zip(found, golden["losses"], golden["gradients"]):
         assert value == pytest.approx(loss, rel=tolerance)
         wanted = dict(zip(golden["gradient_keys"], digests))
         assert_equal_digests(digests_of(as_tensors(config.model, gradients)), wanted, tolerance)
@@ -175,8 +177,9 @@ def test_the_sigmoid_loss_s_bias_goes_both_ways(tmp_path):
     params, config = export_format.read_export(tmp_path / "out")
     assert params["logit_bias"]["value"] == -9.5
     pixels, tokens = cases.pixels(1, 32), np.ones((1, 12), np.int32)
-    out = forward(coca.build(config.model, sigmoid=True), params, pixels, tokens)
-    assert out.logit_bias == -9.5
+    model = coca.build(config.model, sigmoid=True)
+    bias = jax.jit(lambda p: model.apply({"params": p}, pixels, tokens, tokens != 0).logit_bias)
+    assert bias(params) == -9.5
     model, _ = convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
     assert model["init_logit_bias"] == -9.5
     assert safetensors_file.read(tmp_path / "back" / convert.WEIGHTS_NAME)["logit_bias"] == -9.5
@@ -257,7 +260,7 @@ def test_weights_start_a_run_straight_on_the_mesh(export):
     mesh = partitioning.make_mesh(2, 4, 1)
     params = export_format.flatten(export_format.read_export(export)[0])
     with jax.set_mesh(mesh):
-        state = init_state(coca.build(config.model), config, mesh)
+        state = fresh_state(coca.build(config.model), config, mesh)
         wanted = {k: x.sharding for k, x in export_format.flatten(state.params).items()}
         state = warm_start.apply(state, str(export))
     split = []

@@ -16,6 +16,7 @@ import pytest
 from absl import flags
 from conftest import tiny_config
 from docs_walk import ROOT
+from one_device import models_on_one  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
@@ -148,7 +149,7 @@ def test_programs_of_a_model_of_clips_take_clips(model, tmp_path):  # noqa: F811
 
 
 def test_config_says_what_the_model_is(model, tmp_path):  # noqa: F811
-    export_programs.export(model, str(tmp_path))
+    export_folder.write(model, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["text"]["vocab_size"] == 320
     assert config["preprocess"]["resize"] == "squash"

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from conftest import scenes_words
-from one_device import train_alone
-from test_inference import tiny_model, tiny_parts, words  # noqa: F401
+from one_device import models_on_one, train_alone  # noqa: F401
+from test_inference import random_params, tiny_model, tiny_parts, words  # noqa: F401
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
@@ -19,7 +19,7 @@ from coca_jax.data import vocabulary
 from coca_jax.evaluators import history, tasks
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import roles
+from coca_jax.models import coca, roles
 from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
 from coca_jax.training import guard, setup
@@ -136,15 +136,12 @@ def guarded_run(**changes):
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A run that trains LoRA's factors alone, from another one's weights."""
+    """A run that trains LoRA's factors alone, from given weights."""
     folder = tmp_path_factory.mktemp("adapted")
-    first = tiny_run(4)  # as the guarded run, with whose step it shares a program
-    first.data.vocabulary = scenes_words()
-    first.optimizer.ema = 0.0
-    train_alone(first, folder / "first")
     config = guarded_run(init_from=str(folder / "first"))
+    params, told = random_params(coca.build(config.model)), {"model": config.model.to_dict()}
+    export_format.write_export(folder / "first", params, told, scenes_words())
     config.steps = 3
-    config.data.vocabulary = str(folder / "first" / "vocabulary.model")
     config.optimizer.update(lora_rank=2, lora="all", learning_rate=1e-2)
     config.eval.update(guard="warn", every_steps=0)
     return folder, train_alone(config, folder / "tuned")
@@ -154,8 +151,11 @@ def adapted(tmp_path_factory):
 def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(adapted):
     folder, _ = adapted
     first, tuned = (
-        export_format.flatten(jax.tree.map(np.asarray, checkpointing.load_params(str(place))[0]))
-        for place in (folder / "first", folder / "tuned")
+        export_format.flatten(jax.tree.map(np.asarray, params))
+        for params in (
+            warm_start.read(str(folder / "first"))[0],
+            checkpointing.load_params(str(folder / "tuned"))[0],
+        )
     )
     moved = {name for name in first if not np.array_equal(first[name], tuned[name])}
     kernels = export_format.flatten(roles.adapted(export_format.unflatten(tuned), "all"))

@@ -12,6 +12,7 @@ import hub_stand_in
 import numpy as np
 import open_clip_cases as cases
 import pytest
+from one_device import models_on_one  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 import coca_jax

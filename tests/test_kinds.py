@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -37,41 +38,53 @@ def names_in(node):
     return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
 
 
-def compared(path):
-    """(line, names) of each comparison of a kind with names."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def asking():
+    """(file, comparison or call) of the whole package, parsed once for all tests."""
+    return [
+        (str(path.relative_to(PACKAGE)), node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare | ast.Call)
+    ]
+
+
+@functools.cache
+def compared():
+    """(file, line, names) of each comparison of a kind with names."""
+    found = []
+    for file, node in asking():
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             if any(is_kind(side) for side in sides):
-                yield node.lineno, set().union(*(names_in(s) for s in sides if not is_kind(s)))
+                names = set().union(*(names_in(s) for s in sides if not is_kind(s)))
+                found.append((file, node.lineno, names))
+    return found
 
 
 @pytest.mark.parametrize("what", PARSED_IN)
 def test_no_kind_is_compared_by_its_name(what):
-    known, file = PARSED_IN[what]
+    known, parses = PARSED_IN[what]
     found = [
-        f"{path.relative_to(PACKAGE)}:{line}"
-        for path in PACKAGE.rglob("*.py")
-        if str(path.relative_to(PACKAGE)) != file
-        for line, names in compared(path)
-        if names & set(known)
+        f"{file}:{line}"
+        for file, line, names in compared()
+        if file != parses and names & set(known)
     ]
     assert not found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_no_source_is_asked_for_its_class(path):
+def test_no_source_is_asked_for_its_class():
     """Whoever asks `isinstance(kind, kinds.Label)` must be edited for a kind that is alike."""
     classes = {f"kinds.{one.__name__}" for one in kinds.KINDS.values()}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for file, node in asking():
         asked: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             asked = [node.left, *node.comparators]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+        elif ast.unparse(node.func) in ("isinstance", "issubclass"):
             asked = node.args
         names = {ast.unparse(one) for part in asked for one in ast.walk(part)
                  if isinstance(one, ast.Attribute)}  # fmt: skip
-        assert not names & classes, f"{path}:{node.lineno}"
+        assert not names & classes, f"{file}:{node.lineno}"
 
 
 class Amount(kinds.Kind):

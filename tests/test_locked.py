@@ -9,8 +9,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import fresh_state, params_of
+from conftest import fresh_state
 from one_device import train_alone
+from test_inference import random_params
 from test_train import tiny_run
 
 from coca_jax import (
@@ -57,7 +58,7 @@ def words(tmp_path_factory):
 def start(words, tmp_path_factory):
     """Weights of the model, as an export."""
     config = typed(tiny_run())
-    params = jax.device_get(params_of(coca.build(config.model), 5))
+    params = random_params(coca.build(config.model))
     folder = tmp_path_factory.mktemp("start") / "weights"
     export_format.write_export(folder, params, {"model": config.model.to_dict()}, words)
     return folder
@@ -240,8 +241,7 @@ def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_pat
     sizes["activation"] = "quick_gelu" if clip else "gelu"
     model = read(Model, sizes)
     towers = two_towers.build(model)
-    params = jax.jit(lambda key: partitioning.unbox(two_towers.init(towers, key)))(rng(3))
-    params = jax.device_get(params)
+    params = random_params(towers, two_towers)
     export_format.write_export(tmp_path / "towers", params, {"model": model.to_dict()}, words)
     config = locked_run(tmp_path / "towers", features=str(tmp_path / "features"))
     config.data.update(augment="none", augmentations=0, vocabulary=str(words))
@@ -251,7 +251,8 @@ def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_pat
     batches = Batches(run.config, run.vocabulary, features=tokens)
     plain = Batches(run.config.change({"data.features": ""}), run.vocabulary)
     pixels = normalise_pixels(plain.batch(0)["image"], model)
-    wanted = towers.apply({"params": params}, pixels, method="encode_pixels")
+    encode = jax.jit(lambda x: towers.apply({"params": params}, x, method="encode_pixels"))
+    wanted = encode(pixels)
     np.testing.assert_allclose(batches.batch(0)["encoded"], wanted, atol=1e-5)
     assert wanted.shape == (16, 4 + clip, 16)
     batches.close(), plain.close()
@@ -312,16 +313,16 @@ def test_what_is_kept_is_what_embeddings_are_made_of(kind):
     """Gradients of both embeddings are there exactly where keep_embeddings does not train."""
     config = typed(keeping("x")).change({"model.pooler.kind": kind})
     model = coca.build(config.model)
-    params = params_of(model)
-    image = jax.random.normal(rng(1), (2, config.model.image_size, config.model.image_size, 3))
+    params, draws = random_params(model), np.random.default_rng(0)
+    image = draws.standard_normal((2, config.model.image_size, config.model.image_size, 3))
     tokens = np.arange(8).reshape(2, 4) + 5
 
     def embeddings(params):
         one = model.apply({"params": params}, image, method="encode_image")[0]
         two = model.apply({"params": params}, tokens, tokens > 0, method="encode_text")
-        return (one @ rng_matrix + two @ rng_matrix).sum()
+        return (one @ matrix + two @ matrix).sum()
 
-    rng_matrix = jax.random.normal(rng(2), (config.model.embed_dim, 3))
+    matrix = draws.standard_normal((config.model.embed_dim, 3))
     slopes = flat(jax.jit(jax.grad(embeddings))(params))
     free = flat(trainable(params, config))
     parts = {name.split("/")[0] for name in free}

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
@@ -45,6 +46,22 @@ def test_what_changes_embeddings_changes_the_checksum_and_the_rest_does_not(mode
     pixels = np.zeros((1, *[model.image_size] * 2, 3), np.uint8)
     other = changed(model, model__image_mean=(0.1, 0.1, 0.1))
     assert np.abs(other.encode_image(pixels) - model.encode_image(pixels)).max() > 1e-3
+
+
+def test_host_and_devices_sum_the_same_bits(model, monkeypatch):  # noqa: F811
+    """In host memory NumPy does, elsewhere a program: of float32 and of what is narrowed."""
+    for each in (model, changed(model, model__dtype="bfloat16")):
+        params = roles.narrow(each.params) if each is not model else each.params
+        here = each._programs.bit_sums(params)
+        with monkeypatch.context() as patch:
+            patch.setattr(each._devices, "platform", "gpu")
+            del each._programs.bit_sums
+            with each._devices.context():
+                there = each._programs.bit_sums(params)
+        del each._programs.bit_sums
+        assert all(isinstance(x, np.uint32) for x in jax.tree.leaves(here))
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(there))
+        assert jax.tree.map(int, here) == jax.tree.map(int, there)
 
 
 def test_an_index_is_refused_to_other_preprocessing_and_an_old_one_goes_on(model, tmp_path):  # noqa: F811

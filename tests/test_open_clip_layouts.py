@@ -70,11 +70,7 @@ def test_two_poolers_and_the_corrected_mask(pool):
     params = there_and_back(model_config, theirs)
     tokens, pixels = cases.captions(530, 12), cases.pixels(6, 32)
     out = forward(coca.build(model_config), params, pixels, tokens)
-    wanted = oracle.run(theirs, pixels, tokens)
-    labels = tokens[:, 1:] != 0
-    assert relative(out.image_embedding, wanted["image_features"]) < 2e-5
-    assert relative(out.text_embedding, wanted["text_features"]) < 2e-5
-    assert relative(np.asarray(out.logits[:, :-1])[labels], wanted["logits"][labels]) < 2e-5
+    assert_near(out, oracle.run(theirs, pixels, tokens), tokens, 2e-5)
 
 
 BLOCKS = dict(
@@ -84,13 +80,16 @@ BLOCKS = dict(
 )
 OTHERS = dict(
     blocks=BLOCKS,
-    wide=dict(vision_cfg=dict(image_size=[16, 40])),
     tall_with_wide_patches=dict(vision_cfg=dict(image_size=[48, 32], patch_size=[8, 16])),
     no_pooler=dict(
         vision_cfg=dict(attentional_pool=False),
         text_cfg=dict(width=64, heads=4),
         multimodal_cfg=dict(width=64, heads=4),
     ),
+)
+# Of an image or a patch alone that is not square, outputs.
+NOT_SQUARE = dict(
+    wide=dict(vision_cfg=dict(image_size=[16, 40])),
     square_with_tall_patches=dict(vision_cfg=dict(patch_size=[16, 8])),
 )
 
@@ -103,18 +102,11 @@ def test_other_layouts_come_in_and_go_back(changes):
     the same tensors."""
     import open_clip_oracle as oracle
 
-    config = with_keys(cases.SMALL, **changes)
-    theirs = oracle.build(config)
-    model_config = read(Model, open_clip_config.to_model(config))
-    back = open_clip_config.from_model(model_config)
-    assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
-    json.dumps(back)
-    params = there_and_back(model_config, theirs)
+    theirs, model_config, params = converted(changes)
     tokens, pixels = cases.captions(530, 12), cases.pixels(6, model_config.image_size)
-    ours = coca.build(model_config)
-    for (value, gradients), (loss, wanted) in zip(
-        each_loss(ours, params, pixels, tokens), oracle.losses(theirs, pixels, tokens), strict=True
-    ):
+    ours = list(each_loss(coca.build(model_config), params, pixels, tokens))
+    its_own = oracle.losses(theirs, pixels, tokens)
+    for (value, gradients, _), (loss, wanted) in zip(ours, its_own, strict=True):
         assert value == pytest.approx(loss, rel=1e-5)
         found = as_tensors(model_config, gradients)
         for key, tensor in wanted.items():
@@ -123,15 +115,48 @@ def test_other_layouts_come_in_and_go_back(changes):
                 continue
             scale = max(np.abs(tensor).max(), 1e-12)
             assert np.abs(found[key] - tensor).max() <= 1e-4 * scale, key
-    wanted = oracle.run(theirs, pixels, tokens)
-    out, labels = forward(ours, params, pixels, tokens), tokens[:, 1:] != 0
-    assert relative(out.image_embedding, wanted["image_features"]) < 1e-5
-    assert relative(out.text_embedding, wanted["text_features"]) < 1e-5
-    assert relative(np.asarray(out.logits[:, :-1])[labels], wanted["logits"][labels]) < 1e-5
+    assert_near(ours[0][2], oracle.run(theirs, pixels, tokens), tokens, 1e-5)
+
+
+@pytest.mark.parametrize("changes", NOT_SQUARE.values(), ids=NOT_SQUARE)
+def test_what_is_not_square_gives_the_same_outputs(changes):
+    import open_clip_oracle as oracle
+
+    theirs, model_config, params = converted(changes)
+    tokens, pixels = cases.captions(530, 12), cases.pixels(6, model_config.image_size)
+    out = forward(coca.build(model_config), params, pixels, tokens)
+    assert_near(out, oracle.run(theirs, pixels, tokens), tokens, 1e-5)
+
+
+def converted(changes):
+    """(open_clip's model with other keys, its configuration here, its parameters here)."""
+    import open_clip_oracle as oracle
+
+    config = with_keys(cases.SMALL, **changes)
+    theirs = oracle.build(config)
+    model_config = read(Model, open_clip_config.to_model(config))
+    back = open_clip_config.from_model(model_config)
+    assert open_clip_config.to_model(back) == open_clip_config.to_model(config)
+    json.dumps(back)
+    return theirs, model_config, there_and_back(model_config, theirs)
+
+
+def assert_near(out, wanted, tokens, tolerance):
+    labels = tokens[:, 1:] != 0
+    assert relative(out.image_embedding, wanted["image_features"]) < tolerance
+    assert relative(out.text_embedding, wanted["text_features"]) < tolerance
+    logits = np.asarray(out.logits[:, :-1])[labels]
+    assert relative(logits, wanted["logits"][labels]) < tolerance
+
+
+@pytest.fixture(scope="module")
+def odd():
+    """100 images of every kind, drawn once."""
+    return cases.odd_images(100)
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
-def test_preprocessing_of_100_odd_images(resize):
+def test_preprocessing_of_100_odd_images(resize, odd):
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from PIL import Image
 
@@ -139,7 +164,7 @@ def test_preprocessing_of_100_odd_images(resize):
     said = open_clip_preprocess.write(typed(config).model, resize)
     transform = image_transform_v2(PreprocessCfg(size=224, **said), is_train=False)
     mean, std = (np.asarray(said[name], np.float32) for name in ("mean", "std"))
-    for image in cases.odd_images(100):
+    for image in odd:
         rgb = images.decode(image)
         got = resizing.preprocess_eval(rgb, 224, resize).astype(np.float32) / 255
         # To RGB first, as open_clip's own loader does.
@@ -150,12 +175,12 @@ def test_preprocessing_of_100_odd_images(resize):
 
 
 @pytest.mark.parametrize("size", [(96, 224), (224, 63)])
-def test_preprocessing_of_odd_images_to_sizes_that_are_not_square(size):
+def test_preprocessing_of_odd_images_to_sizes_that_are_not_square(size, odd):
     from open_clip.transform import image_transform
     from PIL import Image
 
     transform = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
-    for image in cases.odd_images(30):
+    for image in odd[:30]:
         rgb = images.decode(image)
         got = resizing.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0)

@@ -7,9 +7,11 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
+from conftest import tiny_config
+from one_device import models_on_one  # noqa: F401
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
+from test_inference import random_params
 from test_version_0_1 import flags_of
 
 from coca_jax import evaluate, inference
@@ -98,14 +100,9 @@ def model(tmp_path_factory):
     config = tiny_config()
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=16, unimodal_depth=1, multimodal_depth=1)
-    module = coca.build(config.model)
-    params = params_of(module)
-    keys = iter(jax.random.split(jax.random.key(1), 500))
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
-    from coca_jax.config import Config
-
-    config = Config.of(config) if hasattr(Config, "of") else config
-    return inference.CoCaModel(config, jax.device_get(params), words, batch_size=16)
+    return inference.CoCaModel(
+        config, random_params(coca.build(config.model)), words, batch_size=16
+    )
 
 
 @pytest.fixture(scope="module")

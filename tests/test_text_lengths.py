@@ -8,6 +8,7 @@ import numpy as np
 import open_clip_cases as cases
 import pytest
 from conftest import random_batch, tiny_config
+from test_inference import random_params
 
 from coca_jax import partitioning, run_config, text_ends
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
@@ -80,7 +81,7 @@ def _both_ways(config, mesh, function):
     batch = text_lengths.arrange(_batch(config, LENGTHS), config)
     with jax.set_mesh(mesh):
         model = coca.build(config.model)
-        params = jax.jit(lambda k: partitioning.unbox(coca.init(model, k)))(jax.random.key(0))
+        params = random_params(model)
         placed = partitioning.place_batch(mesh, batch)
         found = jax.jit(lambda valid: text_lengths.longest(valid, config))(placed["text_valid"])
         lengths = text_lengths.choose(config, found.tolist())

@@ -25,6 +25,11 @@ class Devices:
         self.several_processes = mesh is not None and mesh.is_multi_process
         self._parts = partitioning.batch_parts(mesh) if mesh else 1
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether NumPy reads what lies on them, whole, without a copy over a bus or a network."""
+        return self.platform == "cpu" and not self.several_processes
+
     def context(self) -> Any:
         """In which programs are called."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()

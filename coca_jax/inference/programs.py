@@ -21,6 +21,8 @@ from coca_jax.models import coca, native
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.ops.captioning import caption_targets
 
+_BITS: dict[int, Any] = {2: np.uint16, 4: np.uint32}  # by bytes of a number
+
 
 class Forward(NamedTuple):
     """What one forward pass gives, as NumPy arrays.
@@ -164,15 +166,26 @@ class Programs:
     @functools.cached_property
     def bit_sums(self) -> Callable:
         """Sum of each parameter's bits, modulo 2^32: the same on any mesh."""
+        if self._devices.in_host_memory:
+            return _bit_sums_here  # a program of so many parameters takes a second to compile
 
         def bits(x: jax.Array) -> jax.Array:
-            whole = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+            whole = _BITS[x.dtype.itemsize]
             return jnp.sum(jax.lax.bitcast_convert_type(x, whole).astype(jnp.uint32))
 
         return self._devices.jit(lambda params: jax.tree.map(bits, params))
 
     def _apply(self, params: dict, *inputs: Any, method: Any = None) -> Any:
         return self.module.apply({"params": params}, *inputs, method=method)
+
+
+def _bit_sums_here(params: dict) -> dict:
+    """`Programs.bit_sums` by NumPy."""
+
+    def bits(x: jax.Array) -> np.uint32:
+        return np.asarray(x).view(_BITS[x.dtype.itemsize]).sum(dtype=np.uint32)
+
+    return jax.tree.map(bits, params)
 
 
 def _sum_log_probs(

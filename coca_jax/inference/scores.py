@@ -150,12 +150,12 @@ class Scores(Encoders):
     ) -> np.ndarray:
         """See `Programs.pair_scores`; pairs int [K] are scored in batches: float32 [K]."""
         parts = []
+        # The last batch is as large as the others: there is one program to compile.
+        size = self._devices.bucket(min(self.batch_size, len(image)))
         for start in range(0, len(image), self.batch_size):
             rows = slice(start, start + self.batch_size)
             count = len(image[rows])
-            pair = (
-                pad(x[rows].astype(np.int32), self._devices.bucket(count)) for x in (image, text)
-            )
+            pair = (pad(x[rows].astype(np.int32), size) for x in (image, text))
             with self._devices.context():
                 out = self._programs.pair_scores(
                     self.params, image_tokens, states, tokens, valid, *pair
