@@ -82,14 +82,25 @@ def test_a_run_leaves_what_it_promises(whole):
     assert b"step_num" in trace.read_bytes()
 
 
+@pytest.fixture
+def unwatched(monkeypatch):
+    """No command watches this process's signals; one may have been run in it."""
+    monkeypatch.setattr(stopping, "_current", None)
+    watching = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(watching)
+
+
 @pytest.mark.long
-def test_a_run_that_sigterm_stopped_goes_on_as_if_uninterrupted(whole, tmp_path, monkeypatch):
+def test_a_run_that_sigterm_stopped_goes_on_as_if_uninterrupted(
+    whole, tmp_path, monkeypatch, unwatched
+):
     """It saves the step under way and asks for a restart; signals are the program's own again."""
     reached, former = stopping.Stop.reached, signal.getsignal(signal.SIGTERM)
 
     def sent(self, step):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return reached(self, step)
 
     monkeypatch.setattr(stopping.Stop, "reached", sent)
