@@ -294,11 +294,33 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"loading {args.checkpoint}")
     import jax
 
-    from coca_jax import inference, processes
+    from coca_jax import processes
+    from coca_jax.evaluators import results
+    from coca_jax.training import stopping
+
+    processes.start(args.coordinator, args.num_processes, args.process_id)
+    # One that fails, as of a checkpoint that is not there, does not wait five minutes for the rest.
+    first = jax.process_index() == 0
+    with stopping.failing_alone(jax.process_count()):
+        scores = score(tasks)
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()
+    if not first:
+        return None
+    for line in results.table(scores):
+        print(line)
+    return scores
+
+
+def score(tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """The scores of the checkpoint on the tasks, on every process."""
+    import jax
+
+    from coca_jax import inference
     from coca_jax.evaluators import results
     from coca_jax.evaluators import tasks as evaluation
 
-    processes.start(args.coordinator, args.num_processes, args.process_id)
+    args = flags.FLAGS
     out = args.out or args.checkpoint
     if args.out or storage.is_remote(out):
         storage.check_writable(out, make=False)
@@ -323,12 +345,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         tasks = able(model, tasks)
     if not jax.process_index():
         results.save_checkpoint(out, args.checkpoint)
-    scores = evaluation.run_tasks(model, tasks, out)
-    if jax.process_index():
-        return None
-    for line in results.table(scores):
-        print(line)
-    return scores
+    return evaluation.run_tasks(model, tasks, out)
 
 
 if __name__ == "__main__":

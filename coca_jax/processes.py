@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from coca_jax import activity
@@ -180,6 +181,32 @@ def agreed(name: str, line: str) -> str:
         found = next(filter(None, lines), "")
         _state().client.key_value_set(f"{key}/all", json.dumps(found))
     return _wait(f"{key}/all", name, 0)
+
+
+def compare(name: str, mine: Mapping[str, str]) -> None:
+    """That all processes have the same texts. mine: {what it is: this process's}; name: as of
+    `from_first`.
+
+    Raises KnownToAll on all of them, naming the first one that differs from process 0 and in what.
+    """
+    first = json.loads(from_first(name, json.dumps(mine)))
+    if found := agreed(name, difference(first, mine)):
+        raise KnownToAll(found)
+
+
+def difference(first: Mapping[str, str], mine: Mapping[str, str]) -> str:
+    """In what this process is not as process 0; '' where in nothing."""
+    names = [key for key in first.keys() | mine.keys() if first.get(key) != mine.get(key)]
+    if not names:
+        return ""
+    name, *more = sorted(names)
+    shown = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
+    also = f" ({shown} too)" if more else ""
+    return (
+        f"process {_state().process_id} has {name}={mine.get(name, 'none')}, process 0 has "
+        f"{first.get(name, 'none')}{also}; start all processes with the same command, recipe and "
+        "data"
+    )
 
 
 def _wait(key: str, name: str, process: int) -> str:

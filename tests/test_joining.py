@@ -133,11 +133,12 @@ def test_a_process_says_which_others_it_waits_for():
 
 
 AGREE = """
-import json, os, sys, time
+import json, os, sys, time, types
 from coca_jax.training import stopping
 stopping.install()
 import jax
 from coca_jax import config, processes
+from coca_jax.evaluators import tasks
 from coca_jax.training import agreement, lease
 number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 processes.start(f"localhost:{port}", 2, number)
@@ -165,6 +166,17 @@ tell("workdir", lambda: agreement.on_command(plain, other))
 told = dict(plain.to_dict(), data_told=[dict(examples=9 + number, sha256="a")], workdir=other)
 tell("data", lambda: agreement.on_data(told, shared, 9))
 tell("again", lambda: agreement.on_data(plain.to_dict(), shared, 9))
+
+def scored(**how):
+    model = types.SimpleNamespace(num_frames=0, batch_size=8, checksum=lambda: "ab")
+    vars(model).update(how)
+    tasks.run_tasks(model, [], f"{folder}/scores")
+
+tell("scores", scored)
+tell("weights", lambda: scored(checksum=lambda: "ab" if number else "cd"))
+tell("batches", lambda: scored(batch_size=8 + number))
+images = {"retrieval/a examples": str(20 - number)}
+tell("examples", lambda: processes.compare("examples", images))
 said["left"] = number == 0 and (os.path.exists(shared) or os.path.exists(other))
 
 def take():
@@ -194,7 +206,7 @@ def test_processes_that_differ_all_say_so_and_end(tmp_path):
         for one in both:
             one.kill()
     assert [one.returncode for one in both] == [2, 2], outs
-    first, second = (json.loads(out) for out, _ in outs)
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outs)  # Gloo has lines too
     assert first == second and first["same"] == first["again"] == "" and not first["left"]
     assert first["config"] == (
         "process 1 has optimizer.learning_rate=0.0005, process 0 has 0.0008 (seed too); start "
@@ -208,6 +220,12 @@ def test_processes_that_differ_all_say_so_and_end(tmp_path):
         "workdir must be shared by all processes, or lie in a bucket"
     )
     assert "process 1 has data_told[0].examples=10, process 0 has 9; start" in first["data"]
+    assert first["scores"] == "" and not any(
+        json.loads((tmp_path / "scores/eval.json").read_text())
+    )
+    assert "process 1 has weights=ab, process 0 has cd; start" in first["weights"]
+    assert "process 1 has batch_size=9, process 0 has 8; start" in first["batches"]
+    assert "process 1 has retrieval/a examples=19, process 0 has 20; start" in first["examples"]
     assert f"{tmp_path}/run is in use: process {both[0].pid} on host" in first["lease"]
     assert outs[0][1].endswith("error: process 1 ended: no such folder\n")
     assert outs[1][1].endswith("error: no such folder\n")

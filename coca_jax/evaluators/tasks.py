@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from coca_jax import processes
 from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import records_of
@@ -37,19 +38,23 @@ def run_tasks(
     """Runs every task; on process 0 writes eval.json, eval_classes.json, the report's examples and
     the captions (eval_captions/).
 
-    All processes call this with the same arguments, each computes its share, and all get the
-    scores; with `step` these join the run's history (history.py). A task with `known_only` scores
-    only records whose text the candidates hold. Scores of tasks that an earlier, killed call with
-    the same weights finished are taken over.
+    All processes call this with the same arguments, model and data, which they compare first; each
+    computes its share, and all get the scores; with `step` these join the run's history
+    (history.py). A task with `known_only` scores only records whose text the candidates hold.
+    Scores of tasks that an earlier, killed call with the same weights finished are taken over.
 
-    Raises ValueError for an unknown kind of task, options that cannot be, or one that the model has
-    no program for, before any of them runs.
+    Raises ValueError for an unknown kind of task, options that cannot be, one that the model has
+    no program for, or processes that differ, before any of them runs.
     """
     tasks = [_plain(task) for task in tasks]
     check(model, tasks)
     scores: dict[str, float] = {}
     main_process = jax.process_index() == 0
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)
+    if jax.process_count() > 1:
+        asked = {_named(t, f".{key}"): json.dumps(t[key]) for t in tasks for key in t}
+        model_is = dict(request, batch_size=model.batch_size)
+        processes.compare("tasks", asked | {name: str(one) for name, one in model_is.items()})
     unfinished = Unfinished(workdir, request, main_process=main_process)
     setting = Setting(
         batch_size=model.batch_size,
@@ -63,7 +68,7 @@ def run_tasks(
         if kept is not None:
             scores |= kept
             if main_process:
-                print(f"{task['kind']}/{task['name']}: kept from before", file=sys.stderr)
+                print(_named(task, ": kept from before"), file=sys.stderr)
             continue
         new = run_task(model, task, setting)
         if main_process:
@@ -89,6 +94,10 @@ def check(model: Model, tasks: Sequence[Mapping[str, Any]]) -> None:
         evaluator.check_model(model, task)
 
 
+def _named(task: Mapping[str, Any], what: str) -> str:
+    return f"{task['kind']}/{task['name']}{what}"
+
+
 def _plain(task: Any) -> Any:
     """A task without tuples, as JSON would give it back."""
     whole = task.to_dict() if hasattr(task, "to_dict") else dict(task)
@@ -104,6 +113,8 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     kind = declarations.of(task["kind"])
     task = dict(task, data=kind.data_of(task, model))
     records = records_of(task, task["data"], task.get("limit", 0))
+    if jax.process_count() > 1:
+        processes.compare("examples", {_named(task, " examples"): str(len(records))})
     setting.records = records
     evaluator = kind.from_task(task, setting)
     for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):

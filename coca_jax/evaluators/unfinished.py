@@ -35,6 +35,11 @@ class Unfinished:
                 self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("coca_jax evaluate")
+            if not self._main and not self._path.exists():
+                raise ValueError(
+                    f"{self._path} of process 0 is not here: the folder of the scores must be "
+                    "shared by all processes, or lie in a bucket"
+                )
         self._state = json.loads(self._path.read_text())
         self.request: dict[str, Any] = self._state["request"]
         self.started: int = self._state["started"]
@@ -51,6 +56,8 @@ class Unfinished:
 
     def close(self) -> None:
         """All is finished: the next start begins anew."""
+        if jax.process_count() > 1:  # all of which have read the file by then
+            multihost_utils.sync_global_devices("coca_jax evaluated")
         if self._main and self._is_mine():
             self._path.unlink(missing_ok=True)
 

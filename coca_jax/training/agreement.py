@@ -40,7 +40,7 @@ def on_command(config: Config, workdir: str) -> None:
     with _token(workdir) as token:
         mine = _keys(config.to_dict(), workdir) | _code()
         first = json.loads(processes.from_first("command", json.dumps([workdir, token, mine])))
-        line = _other(first[2], mine) or _elsewhere(workdir, *first[:2])
+        line = processes.difference(first[2], mine) or _elsewhere(workdir, *first[:2])
         found = processes.agreed("command", line)
     processes.from_first("command", "")  # what is made in the workdir now, the token does not take
     if found:
@@ -53,9 +53,7 @@ def on_data(contents: Mapping[str, Any], workdir: str, num_examples: int) -> Non
     if jax.process_count() == 1:
         return
     mine = _keys(contents, workdir) | {"examples of the data": str(num_examples)}
-    first = json.loads(processes.from_first("data", json.dumps(mine)))
-    if found := processes.agreed("data", _other(first, mine)):
-        raise processes.KnownToAll(found)
+    processes.compare("data", mine)
 
 
 @contextlib.contextmanager
@@ -131,18 +129,3 @@ def _code() -> dict[str, str]:
         digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
     version = f"{coca_jax.__version__} (its files: sha256 {digest.hexdigest()[:12]})"
     return {"the version of coca_jax": version, "the version of jax": jax.__version__}
-
-
-def _other(first: Mapping[str, str], mine: Mapping[str, str]) -> str:
-    """In which keys this process is not as process 0; '' where in none."""
-    names = [key for key in first.keys() | mine.keys() if first.get(key) != mine.get(key)]
-    if not names:
-        return ""
-    name, *more = sorted(names)
-    shown = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
-    also = f" ({shown} too)" if more else ""
-    return (
-        f"process {jax.process_index()} has {name}={mine.get(name, 'none')}, process 0 has "
-        f"{first.get(name, 'none')}{also}; start all processes with the same command, recipe and "
-        "data"
-    )
