@@ -86,7 +86,8 @@ def check_batch(config: Config, parts: int) -> None:
 
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
-    return [one for one in (remark_batch(config, num_examples), remark_losses(config)) if one]
+    found = (remark_batch(config, num_examples), remark_losses(config), remark_tiles(config))
+    return [one for one in found if one]
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
@@ -109,6 +110,21 @@ def remark_losses(config: Config) -> str:
     return (
         f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
         "leaves the head alone; set 0"
+    )
+
+
+def remark_tiles(config: Config) -> str:
+    """A warning where tiles of the contrastive loss are less than half as wide as asked for, as
+    they are all alike and a batch has no such divisor, else ''."""
+    largest, chunk = max(stages.sizes(config)), config.loss.contrastive_chunk
+    asked = min(chunk, largest)
+    width = max((n for n in range(1, asked + 1) if largest % n == 0), default=0)
+    if not config.loss.contrastive_weight or 2 * width >= asked:
+        return ""
+    return (
+        f"warning: loss.contrastive_chunk={chunk}: a batch of {largest} is cut into tiles of "
+        f"{width}, the largest number up to that which divides it, and many small ones are slow; "
+        f"choose a batch_size that is a multiple of {chunk}, or another chunk"
     )
 
 

@@ -151,6 +151,15 @@ def test_losses_beside_a_head_that_train_nothing_are_told():
     assert not run_config.remarks(frozen.change(weights), 1000)
 
 
+def test_a_batch_that_no_wide_tile_divides_is_told():
+    config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
+    (line,) = run_config.remarks(config, 5000)
+    assert "contrastive_chunk=512: a batch of 2038 is cut into tiles of 2, the largest" in line
+    for changes in ({"batch_size": 2048}, {"loss.contrastive_chunk": 0}, {"batch_size": 300}):
+        assert not run_config.remarks(config.change(changes), 5000)
+    assert not run_config.remarks(config.change({"loss.contrastive_weight": 0.0}), 5000)
+
+
 def test_the_page_on_resuming_names_all_that_may_change():
     page_ = (OLD.parents[2] / "docs/training.md").read_text()
     said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]

@@ -1,13 +1,16 @@
 """How kernels of C++ come to be: compiled once, several at a time, and life without a compiler."""
 
+import ctypes
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from concurrent import futures
 
+import numpy as np
 import pytest
 from conftest import needs_compiler, scenes_words, tiny_config
 
@@ -43,6 +46,47 @@ def place(tmp_path, monkeypatch):
         monkeypatch.setenv("CXX", str(script))
 
     return source, tmp_path / "cache/coca_jax", compiler
+
+
+def test_a_compiler_that_may_not_be_run_is_named(place, tmp_path, monkeypatch):
+    source, folder, compiler = place
+    compiler("exit 0")
+    (tmp_path / "own-c++").chmod(0o644)
+    with pytest.raises(
+        ValueError, match=r"cannot run the C\+\+ compiler '.*/own-c\+\+' \(.*denied"
+    ):
+        build._build(source, "")
+    monkeypatch.setenv("CXX", " ")  # as if there were none
+    if shutil.which("c++"):
+        assert build._build(source, "").coca_jax_seven() == 7
+
+
+EXPONENTIALS = """
+#include "vectors.h"
+extern "C" void exponentials(const float* x, float* alone, float* together, int count) {
+  for (int i = 0; i < count; i += kLanes) Store(together + i, Exp(Load(x + i)));
+  for (int i = 0; i < count; ++i) alone[i] = Exp(x[i]);
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("machine", ["native", "x86-64"])
+def test_exponentials_are_exact_to_the_last_places(machine, tmp_path):
+    """Though the compiler may regroup sums. Without products and sums in one, vectors' are."""
+    if machine == "x86-64" and platform.machine() != "x86_64":
+        pytest.skip("needs a processor of that kind")
+    (tmp_path / "e.cc").write_text(EXPONENTIALS)
+    flags = build.FLAGS.replace("-march=native", f"-march={machine}").split()
+    headers = pathlib.Path(build.__file__).parent
+    command = ["c++", *flags, f"-I{headers}", "e.cc", "-o", "e.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    x = np.linspace(-87, 80, 1 << 16, dtype=np.float32)
+    found = [np.zeros_like(x) for _ in range(2)]
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (x, *found)]
+    ctypes.CDLL(str(tmp_path / "e.so")).exponentials(*pointers, x.size)
+    for values in found[machine == "x86-64" :]:
+        np.testing.assert_allclose(values, np.exp(x.astype(np.float64)), rtol=2.5e-7)
 
 
 @needs_compiler

@@ -313,3 +313,21 @@ def test_float64_is_refused_where_it_would_not_be_float64(config):
             coca.build(config.model, platform="tpu")
         with pytest.raises(ValueError, match="decoding needs 'float32' or 'bfloat16'"):
             decoding.decoder(config.model, num_ids=64, eos_id=1)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_products_in_float32_of_a_model_in_bfloat16_are_that(platform):
+    """Those to the joint space, whose operands accelerators round unless told."""
+    model = coca.build(tiny_config(dtype="bfloat16").model, platform=platform)
+    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+    batch = random_batch(tiny_config())
+
+    def embeddings(params, image, tokens):
+        image = model.apply({"params": params}, image / 255.0, method="encode_image")[0]
+        return image, model.apply({"params": params}, tokens, tokens != 0, method="encode_text")
+
+    traced = jax.jit(embeddings).trace(params, batch["image"], batch["tokens"])
+    lines = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+    products = [line for line in lines if "dot_general" in line and "bf16>" not in line]
+    assert len(products) == 2
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -85,7 +85,11 @@ class CoCa(nn.Module):
         elif self.pooler_kind.second_pooler:
             self.contrastive_pooler = AttentionalPooler(1, **pooler)
         projection: dict[str, Any] = dict(
-            axes=("embed", "joint"), use_bias=False, dtype=wide(self.dtype), ops=self.options.ops
+            axes=("embed", "joint"),
+            use_bias=False,
+            dtype=wide(self.dtype),
+            ops=self.options.ops,
+            exact=True,
         )
         if self.image_projection:
             self.image_to_joint = layers.Projection((self.embed_dim,), **projection)

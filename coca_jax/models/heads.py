@@ -45,6 +45,7 @@ class TaskHead(nn.Module):
             axes=("embed", "joint"),
             init_scale=0.0,
             ops=self.options.ops,
+            exact=True,
             name="classifier",
         )(pooled.reshape((-1, parts * self.width)).astype(jnp.float32))
         return logits.astype(jnp.float32)

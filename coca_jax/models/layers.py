@@ -277,6 +277,7 @@ class Projection(nn.Module):
     The kernel has the shape in_shape + features; in_shape: () is the last axis of x as it is.
     axes: logical names of the kernel's dimensions (see partitioning.RULES).
     activation: of ACTIVATIONS, behind the bias; '': none.
+    exact: float32 products are that on TPUs and GPUs too, where they round operands by default.
     """
 
     features: tuple[int, ...]
@@ -288,6 +289,7 @@ class Projection(nn.Module):
     activation: str = ""
     dtype: Any = jnp.float32
     ops: Reference = Reference()
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -298,7 +300,8 @@ class Projection(nn.Module):
             with_axes(draws.truncated_normal(self.init_scale * width**-0.5), *self.axes),
             in_shape + self.features,
         )
-        y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
+        with jax.default_matmul_precision("highest" if self.exact else None):
+            y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
         if not self.use_bias:
             act = ACTIVATIONS[self.activation] if self.activation else None
             return y if act is None else act(checkpoint_name(y, "mlp"))

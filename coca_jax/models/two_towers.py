@@ -118,7 +118,7 @@ class TwoTowers(nn.Module):
         self.image_encoder = self.encoder.copy(name="image_encoder")
         self.text_decoder = self.tower.copy(name="text_decoder")
         projection: dict[str, Any] = dict(
-            axes=("embed", "joint"), dtype=wide(self.dtype), ops=self.options.ops
+            axes=("embed", "joint"), dtype=wide(self.dtype), ops=self.options.ops, exact=True
         )
         kind, joint = self.kind, (self.embed_dim,)
         if kind.pool == QUERY:

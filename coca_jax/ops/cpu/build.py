@@ -76,7 +76,7 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
 def _build(source: pathlib.Path, define: str) -> ctypes.CDLL:
     """The compiled library, loaded. Raises ValueError with the compiler's words, or OSError where
     there is no place for it, or it cannot be loaded from there."""
-    command = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS.split()]
+    command = [*shlex.split(os.environ.get("CXX", "").strip() or "c++"), *FLAGS.split()]
     command += [f"-D{define}"] * bool(define) + ["-isystem", jax.ffi.include_dir()]
     texts = [file.read_text() for file in (source, *HEADERS)]
     made_for = (texts, command, jax.__version__, compile_cache.processor())
@@ -96,6 +96,8 @@ def _build(source: pathlib.Path, define: str) -> ctypes.CDLL:
             )
         except FileNotFoundError:
             raise ValueError(f"there is no C++ compiler {command[0]!r}") from None
+        except OSError as error:  # such as a file that may not be run
+            raise ValueError(f"cannot run the C++ compiler {command[0]!r} ({error})") from None
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "failed")
             raise ValueError(f"{command[0]} cannot compile {source.name} ({first})")

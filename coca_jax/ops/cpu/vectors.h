@@ -42,6 +42,26 @@ inline Integers Truncated(Vector x) { return __builtin_convertvector(x, Integers
 inline float Exact(int32_t x) { return static_cast<float>(x); }
 inline Vector Exact(Integers x) { return __builtin_convertvector(x, Vector); }
 
+// A value that the compiler, which may regroup sums, takes as it is. Loops over numbers stay loops
+// that it can do in vectors, in which without products and sums in one it regroups all the same.
+inline float AsWritten(float x) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#endif
+#endif
+  return x;
+}
+
+inline Vector AsWritten(Vector x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // exp(x) for x <= 88, a number or a vector of them, to a few units in the last place; below -87, 0:
 // a product with a number too small for its exponent takes a hundred times as long.
 template <typename T>
@@ -51,7 +71,7 @@ inline T Exp(T given) {
   const auto nearest = Truncated(turns);
   const T n = Exact(nearest);
   // ln 2 in two parts, the first of few bits, so that n times it is exact.
-  const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const T r = AsWritten(x - n * 0.693359375f) + n * 2.12194440e-4f;
   T series = T{} + 1.0f / 5040.0f;
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     series = series * r + c;
