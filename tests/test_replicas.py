@@ -1,6 +1,7 @@
 """A device that holds other values than its replicas is found and named."""
 
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,21 @@ def test_replicas_that_agree_are_left_alone(mesh):
     found(20, jax.tree.map(lambda x: x + 1, state))
     assert [found.due(step, False) for step in (9, 10, 11)] == [False, True, False]
     assert found.due(9, True) and not Replicas(mesh, 0).due(9, True)
+
+
+class State(NamedTuple):
+    """Whose names are not in the order of the alphabet, as those of a run's state are not."""
+
+    whole: jax.Array
+    split: jax.Array
+
+
+def test_parts_of_one_array_are_not_taken_for_replicas_of_another(mesh):
+    arrays = state_on(mesh)
+    state = State(arrays["whole"], arrays["split"])
+    Replicas(mesh, 1)(1, state)
+    with pytest.raises(Corrupted, match="cpu:3 .process 0. hold.s. other values of whole than the"):
+        Replicas(mesh, 1)(1, state._replace(whole=flip(state.whole, {3})))
 
 
 @pytest.mark.parametrize("name", ["whole", "split", "step"])

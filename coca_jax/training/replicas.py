@@ -86,7 +86,8 @@ def sums_on_devices(arrays: dict[str, jax.Array], mesh: Mesh) -> Any:
     specs = {name: x.sharding.spec for name, x in arrays.items()}  # type: ignore[attr-defined]
 
     def own(parts: dict[str, jax.Array]) -> jax.Array:
-        return jnp.stack([checksums.sum_of(x, jnp) for x in parts.values()])[None]
+        # By name: of a dict, jit has the values in the order of its sorted keys.
+        return jnp.stack([checksums.sum_of(parts[name], jnp) for name in arrays])[None]
 
     everywhere = P(tuple(mesh.axis_names))
     return jax.jit(
