@@ -299,8 +299,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     from coca_jax.training import stopping
 
     processes.start(args.coordinator, args.num_processes, args.process_id)
-    # One that fails, as of a checkpoint that is not there, does not wait five minutes for the rest.
     first = jax.process_index() == 0
+    # One that fails, as of a checkpoint that is not there, does not wait five minutes for the rest.
     with stopping.failing_alone(jax.process_count()):
         scores = score(tasks)
         if jax.process_count() > 1:

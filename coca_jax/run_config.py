@@ -13,6 +13,7 @@ from coca_jax.config.data import PLACES
 from coca_jax.config.section import flatten
 from coca_jax.data import stages
 from coca_jax.models import head_kinds, heads
+from coca_jax.ops import contrastive
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
 FREE = (
@@ -117,9 +118,8 @@ def remark_tiles(config: Config) -> str:
     """A warning where tiles of the contrastive loss are less than half as wide as asked for, as
     they are all alike and a batch has no such divisor, else ''."""
     largest, chunk = max(stages.sizes(config)), config.loss.contrastive_chunk
-    asked = min(chunk, largest)
-    width = max((n for n in range(1, asked + 1) if largest % n == 0), default=0)
-    if not config.loss.contrastive_weight or 2 * width >= asked:
+    width = contrastive.tile_width(largest, chunk)
+    if not config.loss.contrastive_weight or 2 * width >= min(chunk, largest):
         return ""
     return (
         f"warning: loss.contrastive_chunk={chunk}: a batch of {largest} is cut into tiles of "

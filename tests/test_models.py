@@ -331,3 +331,9 @@ def test_products_in_float32_of_a_model_in_bfloat16_are_that(platform):
     products = [line for line in lines if "dot_general" in line and "bf16>" not in line]
     assert len(products) == 2
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    with jax.default_matmul_precision("highest"):  # as of JAX_DEFAULT_MATMUL_PRECISION
+        traced = jax.jit(lambda *given: embeddings(*given)).trace(
+            params, batch["image"], batch["tokens"]
+        )
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "DEFAULT" not in text and text.count("HIGHEST") > 20

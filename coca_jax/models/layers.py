@@ -7,6 +7,7 @@ of `coca_jax.ops`: every module carries the form that was chosen for its devices
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -300,7 +301,9 @@ class Projection(nn.Module):
             with_axes(draws.truncated_normal(self.init_scale * width**-0.5), *self.axes),
             in_shape + self.features,
         )
-        with jax.default_matmul_precision("highest" if self.exact else None):
+        # Else what the environment says counts: None here would take its place.
+        exact = jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext()
+        with exact:
             y = self.ops.dense(x, kernel.reshape((width, math.prod(self.features))), self.dtype)
         if not self.use_bias:
             act = ACTIVATIONS[self.activation] if self.activation else None

@@ -115,10 +115,14 @@ def _contrastive_backward(options, saved, cotangents):
 _contrastive.defvjp(_contrastive_forward, _contrastive_backward)
 
 
+def tile_width(size: int, chunk: int) -> int:
+    """Columns of a tile of `size` in all: the largest number up to chunk that divides it."""
+    return size if chunk <= 0 else max(c for c in range(1, min(chunk, size) + 1) if size % c == 0)
+
+
 def _tiles(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, ...] -> [B / C, C, ...]; C is the largest divisor of B up to chunk."""
-    size = x.shape[0]
-    width = size if chunk <= 0 else max(c for c in range(1, min(chunk, size) + 1) if size % c == 0)
+    """[B, ...] -> [B / C, C, ...]; C is the tile's width."""
+    width = tile_width(size := x.shape[0], chunk)
     return x.reshape((size // width, width) + x.shape[1:])
 
 
