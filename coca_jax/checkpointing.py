@@ -22,6 +22,7 @@ from coca_jax import (
     checkpoint_places,
     checkpoint_record,
     lean_saves,
+    save_barrier,
     sealed_json,
     storage,
 )
@@ -72,6 +73,7 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._stay),
             create=True,
             multiprocessing_options=several,
+            async_options=save_barrier.options(),
             **checkpoint_places.atomicity(self.directory),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -117,7 +119,8 @@ class Checkpoints:
         if _agree(problem is None):
             return
         self._reopen()
-        why = "on another process" if problem is None else first_line(problem)
+        elsewhere = problem is None or isinstance(problem, save_barrier.FailedElsewhere)
+        why = str(problem or "on another process") if elsewhere else first_line(problem)
         raise SaveFailed(f"could not finish a save in {self.directory}: {why}") from problem
 
     def wait_for(self, step: int) -> None:

@@ -183,6 +183,26 @@ def agreed(name: str, line: str) -> str:
     return _wait(f"{key}/all", name, 0)
 
 
+def meet(place: str, mine: Mapping[str, str], timeout_ms: int) -> dict[str, str]:
+    """What the processes say, each once, as soon as all have come here: {who or what: text}.
+
+    place: a name that no other meeting has; see `forget`. Raises jax.errors.JaxRuntimeError where
+    one does not come in time.
+    """
+    client = _state().client
+    for key, text in mine.items():
+        client.key_value_set(f"{place}/said/{key}", json.dumps(text), allow_overwrite=True)
+    client.wait_at_barrier(f"{place}/come", timeout_ms)
+    found = client.key_value_dir_get(f"{place}/said/")
+    return {key.rpartition("/said/")[2]: json.loads(text) for key, text in found}
+
+
+def forget(place: str) -> None:
+    """Frees what was said at a meeting, once all have met again: they have read it."""
+    if _state().process_id == 0:
+        _state().client.key_value_delete(f"{place}/")
+
+
 def compare(name: str, mine: Mapping[str, str]) -> None:
     """That all processes have the same texts. mine: {what it is: this process's}; name: as of
     `from_first`.

@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "suites": ("suites",),
     "scores and search": ("evaluators", "searching", "recaptioning"),
     "a trained model": ("", "decoding", "inference"),
-    "checkpoints": ("checkpointing", "training.goodput"),
+    "checkpoints": ("checkpointing", "save_barrier", "training.goodput"),
     "a step": (
         *("training.step", "training.state", "training.gradients", "training.objectives"),
         *("training.objective", "training.image_losses", "training.affinity"),

@@ -91,10 +91,11 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 
 
 SHARES = """
-import json, sys
+import contextlib, json, resource, sys
 import jax, numpy as np
-from coca_jax import partitioning, processes, quiet
+from coca_jax import checkpointing, partitioning, processes, quiet
 from coca_jax.inference import devices
+from coca_jax.training.state import TrainState
 quiet.standard_output()
 processes.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 there, params = devices.place({"scale": np.arange(6.0)}, jax.devices())
@@ -110,21 +111,40 @@ for tensor in (1, 2, 4):  # two devices a process: one holds two shards, one, an
     batch = jax.jit(lambda rows: rows, out_shardings=everywhere)(placed)
     parts = [np.asarray(shard.data).tolist() for shard in placed.addressable_shards]
     batches[tensor] = (number, count, parts, np.asarray(batch).tolist())
-told = dict(batches=batches, own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
+split = jax.NamedSharding(mesh, jax.P("tensor"))
+weights = jax.make_array_from_callback((1024,), split, lambda at: np.arange(1024.0)[at])
+one = jax.make_array_from_callback((), everywhere, lambda _: np.int32(1))
+params, counters = {"weights": weights}, {"count": one}
+state = TrainState(step=one, skipped=one, params=params, opt_state=counters, ema=None)
+checkpoints, failures = checkpointing.Checkpoints(sys.argv[3]), []
+largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+for step, full in ((1, -1), (2, 1), (3, 0), (4, -1)):  # whose disk has 100 bytes left
+    if full == int(sys.argv[1]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, largest[1]))
+    try:
+        checkpoints.save(step, state)
+        checkpoints.wait_for(step)
+    except checkpointing.SaveFailed as error:
+        failures.append((step, str(error)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+told = dict(batches=batches, failures=failures, steps=checkpoints.steps())
+checkpoints.close()
+told |= dict(own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
 print(json.dumps(told | dict(one=[float(np.asarray(s.data)[0]) for s in rows.addressable_shards])))
 """
 
 
 @pytest.fixture(scope="module")
-def shares():
-    """What each of two processes of two devices says of its rows."""
+def shares(tmp_path_factory):
+    """What each of two processes of two devices says of its rows and of its saves."""
+    workdir = str(tmp_path_factory.mktemp("saves"))
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {COMPILE_FAST}"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", SHARES, str(number), port],
+            [sys.executable, "-c", SHARES, str(number), port, workdir],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -150,8 +170,19 @@ def test_rows_of_a_training_batch_are_dealt_to_the_processes_that_hold_them(shar
 
 def test_rows_of_a_model_s_batch_lie_on_the_devices_of_both_processes(shares):
     """Five rows are eight on four devices: a process reads its four, both have every result."""
-    first, second = ({k: v for k, v in one.items() if k != "batches"} for one in shares)
+    names = ("own", "whole", "one")
+    first, second = ({name: one[name] for name in names} for one in shares)
     assert first.pop("own") == [True] * 4 + [False] * 4
     assert second.pop("own") == [False] * 4 + [True] * 4
     assert (first.pop("one"), second.pop("one")) == ([0.0, 2.0], [4.0, 0.0])  # of each device
     assert first == second == dict(whole=[0.0, 2.0, 4.0, 6.0, 8.0, 0.0, 0.0, 0.0])
+
+
+def test_a_save_that_one_process_cannot_write_fails_on_both_and_the_next_succeeds(shares):
+    """They would wait twenty minutes for each other, and end without the reason."""
+    for number, one in enumerate(shares):
+        assert one["steps"] == [1, 4]
+        assert [step for step, _ in one["failures"]] == [2, 3]
+        for process, (_, line) in zip((1, 0), one["failures"]):
+            assert "File too large" in line
+            assert (f"/checkpoints: process {process}: " in line) == (number != process)

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import pairs
 from kills import HERE, ROOT, Life, compare, environment, say, step_of
 
 STEPS = 200
@@ -81,18 +82,33 @@ def disk(work: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
 def full_disk(work: pathlib.Path) -> str:
     """Full from step 30 to step 110: saves, metrics and evaluations cannot be written."""
     with disk(work, "64m") as place:
-        life = start(work, str(place / "run"))
-        after(life, 30)
-        filler = place / "filler"
-        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-            while True:
-                file.write(b"x" * 4096)
-        after(life, 110)
-        filler.unlink()
-        ends(life, 0)
-        told(life, "could not")
+        _fill(start(work, str(place / "run")), place)
         equal(work, place / "run")
     return "warned, went on, ended equal"
+
+
+def full_disk_of_two(work: pathlib.Path) -> str:
+    """The same of a run of two processes, of which one learns that the disk is full."""
+    env = environment(work)
+    ends(Life(pairs.together(work / "calm_two", STEPS, 2), env), 0)
+    with disk(work, "64m") as place:
+        _fill(Life(pairs.together(place / "run", STEPS, 2), env), place)
+        problems = compare(place / "run", work / "calm_two", STEPS)
+        assert not problems, problems
+    return "warned, went on, ended equal"
+
+
+def _fill(life: Life, place: pathlib.Path) -> None:
+    """Lets a training go on with no room on its disk from step 30 to step 110, to its end."""
+    after(life, 30)
+    filler = place / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    after(life, 110)
+    filler.unlink()
+    ends(life, 0)
+    told(life, "could not")
 
 
 def read_only(work: pathlib.Path) -> str:
@@ -287,6 +303,7 @@ def asleep(work: pathlib.Path) -> str:
 
 FAULTS: dict[str, Callable[[pathlib.Path], str]] = dict(
     full_disk=full_disk,
+    full_disk_of_two=full_disk_of_two,
     read_only=read_only,
     bucket=bucket,
     clock=clock,
