@@ -10,6 +10,7 @@ from evaluator_cases import Fake, picture
 
 from coca_jax.data import scenes
 from coca_jax.evaluators import caption_match, captioning, collapse
+from coca_jax.evaluators.writing import Writing
 from coca_jax.inference.explain import Explanation, Word
 
 
@@ -136,7 +137,7 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
             return super().caption(images)
 
     def run(model, request, data=records):
-        outputs = captioning.Outputs(tmp_path / "o.jsonl", request, write=True)
+        outputs = captioning.Outputs(tmp_path / "o.jsonl", request, write=Writing(True))
         evaluator = captioning.Captioning("x", batch_size=6, outputs=outputs, how=dict(num_beams=2))
         return dict(evaluator.run(model, data))
 
@@ -167,19 +168,19 @@ def test_captions_so_far_are_kept_and_the_result_is_the_same(tmp_path):
 @pytest.mark.parametrize("bad", [b'{"key": "3", "cap', b"[]", b"{}", b'{"key": "3\xff"}', b""])
 def test_a_damaged_line_ends_the_captions_so_far_and_no_evaluation(bad, tmp_path, caplog):
     path, records = tmp_path / "o.jsonl", [dict(key=str(i)) for i in range(6)]
-    outputs = captioning.Outputs(path, dict(step=1), write=True)
+    outputs = captioning.Outputs(path, dict(step=1), write=Writing(True))
     outputs.add([dict(record, caption="a") for record in records])
     outputs.close()
     lines = path.read_bytes().split(b"\n")
     lines[4] = bad
     path.write_bytes(b"\n".join(lines))
-    again = captioning.Outputs(path, dict(step=1), write=True)
+    again = captioning.Outputs(path, dict(step=1), write=Writing(True))
     assert [one["key"] for one in again.take(records)] == ["0", "1", "2"]
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{path}, line 5, is damaged (")
     again.add([dict(record, caption="b") for record in records[3:]])
     again.close()
-    whole = captioning.Outputs(path, dict(step=1), write=False).take(records)
+    whole = captioning.Outputs(path, dict(step=1), write=Writing(False)).take(records)
     assert "".join(one["caption"] for one in whole) == "aaabbb"
 
 

@@ -20,6 +20,7 @@ from coca_jax.data.images import decode
 from coca_jax.evaluators import class_names, tasks
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import Records
+from coca_jax.evaluators.writing import Writing
 from coca_jax.importers import unprepared
 from coca_jax.importers.items import Options
 
@@ -246,7 +247,8 @@ def test_probes_take_names_of_classes_and_leave_out_what_has_no_label(tmp_path, 
     path.write_text("".join(f"{label}\t{name}\n" for label, name in names.items()))
     data = dict(path=str(tmp_path), split="test", kind="label")
     task = dict(kind=kind, name="c", data=data, class_names=str(path))
-    setting = Setting(batch_size=64, main_process=True, workdir=str(tmp_path / "out"))
+    out = str(tmp_path / "out")
+    setting = Setting(batch_size=64, main_process=True, write=Writing(True), workdir=out)
     got = tasks.run_task(Reads(), task, setting)
     assert got[f"{kind}/c/top1"] == 1 and got[f"{kind}/c/num_train"] == 15
     classes = json.loads((tmp_path / "out" / "eval_classes.json").read_text())[f"{kind}/c"]

@@ -10,6 +10,7 @@ from test_search import embed, encoded
 
 from coca_jax.config import typed
 from coca_jax.evaluators import unfinished
+from coca_jax.evaluators.writing import Writing
 from coca_jax.inference import model_checksum
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles
@@ -110,15 +111,15 @@ def test_recaption_and_evaluate_go_on_from_the_older_checksum(model, tmp_path): 
     with pytest.raises(ValueError, match="other weights or preprocessing"):
         whole.begin(Request("in", "imagefolder", str(tmp_path / "s")), [other])
     asked = dict(step=3, num_frames=0)
-    begun = unfinished.Unfinished(str(tmp_path), asked | dict(weights=old), main_process=True)
+    begun = unfinished.Unfinished(str(tmp_path), asked | dict(weights=old), Writing(True))
     begun.add("task", {"a": 0.5})
-    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=own), main_process=True)
+    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=own), Writing(True))
     assert again.scores("task") == {"a": 0.5} and again.request["weights"] == old
     path = tmp_path / "eval_progress.json"
     path.write_text(
         json.dumps(json.loads(path.read_text()) | dict(request=asked | dict(weights=own)))
     )
-    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=other), main_process=True)
+    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=other), Writing(True))
     assert again.scores("task") is None
     assert not model_checksum.same_request(
         dict(asked, weights=own, step=4), dict(asked, weights=own)

@@ -94,6 +94,8 @@ SHARES = """
 import contextlib, json, resource, sys
 import jax, numpy as np
 from coca_jax import checkpointing, partitioning, processes, quiet
+from coca_jax.evaluators.unfinished import Unfinished
+from coca_jax.evaluators.writing import NotWritten, Writing
 from coca_jax.inference import devices
 from coca_jax.training.state import TrainState
 quiet.standard_output()
@@ -127,7 +129,11 @@ for step, full in ((1, -1), (2, 1), (3, 0), (4, -1)):  # whose disk has 100 byte
     except checkpointing.SaveFailed as error:
         failures.append((step, str(error)))
     resource.setrlimit(resource.RLIMIT_FSIZE, largest)
-told = dict(batches=batches, failures=failures, steps=checkpoints.steps())
+try:
+    unwritten = str(Unfinished("/proc/scores", {}, Writing(sys.argv[1] == "0", 2)))
+except NotWritten as error:
+    unwritten = str(error)
+told = dict(batches=batches, unwritten=unwritten, failures=failures, steps=checkpoints.steps())
 checkpoints.close()
 told |= dict(own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
 print(json.dumps(told | dict(one=[float(np.asarray(s.data)[0]) for s in rows.addressable_shards])))
@@ -186,3 +192,9 @@ def test_a_save_that_one_process_cannot_write_fails_on_both_and_the_next_succeed
         for process, (_, line) in zip((1, 0), one["failures"]):
             assert "File too large" in line
             assert (f"/checkpoints: process {process}: " in line) == (number != process)
+
+
+def test_scores_that_process_0_cannot_write_are_told_to_all(shares):
+    """A run goes on without them, as one process does: on a full disk it may have room later."""
+    assert shares[0]["unwritten"] in shares[1]["unwritten"]
+    assert "/proc/scores" in shares[0]["unwritten"]

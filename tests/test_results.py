@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from coca_jax.evaluators import intervals, results, unfinished
+from coca_jax.evaluators.writing import Writing
 
 
 def test_intervals_of_other_figures_agree_with_theory():
@@ -138,15 +139,15 @@ def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
 def test_a_damaged_account_of_what_is_finished_is_begun_anew(text, tmp_path, caplog):
     path = tmp_path / "eval_progress.json"
     asked = dict(weights="w")
-    begun = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    begun = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
     begun.add("task", {"a": 0.5})
     path.write_bytes(text.encode("latin-1"))
     begun.add("other", {"b": 0.5})  # it is not this evaluation's any more
     assert path.read_bytes() == text.encode("latin-1")
-    again = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    again = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
     assert again.scores("task") is None and str(path) in caplog.text
     again.add("task", {"a": 0.25})
-    found = unfinished.Unfinished(str(tmp_path), asked, main_process=True)
+    found = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
     assert found.scores("task") == {"a": 0.25}
 
 

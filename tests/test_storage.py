@@ -13,6 +13,7 @@ import pytest
 
 from coca_jax import report, storage, trackers
 from coca_jax.evaluators import captioning, results, unfinished
+from coca_jax.evaluators.writing import Writing
 from coca_jax.metrics import MetricWriter, read_metrics
 
 
@@ -96,17 +97,15 @@ def test_tensorboard_reads_what_was_written(folder):
 
 
 def test_evaluations_and_their_report(folder):
-    state = unfinished.Unfinished(folder, dict(weights="w"), main_process=True)
+    state = unfinished.Unfinished(folder, dict(weights="w"), Writing(True))
     state.add("task", dict(score=1.0))
-    again = unfinished.Unfinished(folder, dict(weights="w"), main_process=True)
+    again = unfinished.Unfinished(folder, dict(weights="w"), Writing(True))
     assert again.scores("task") == dict(score=1.0)
-    assert (
-        unfinished.Unfinished(folder, dict(weights="v"), main_process=True).scores("task") is None
-    )
+    assert unfinished.Unfinished(folder, dict(weights="v"), Writing(True)).scores("task") is None
     state.add("other", dict(score=2.0))  # while that of other weights runs, whose file it is now
     state.close()
     assert (storage.place(folder) / "eval_progress.json").exists()
-    mine = [unfinished.Unfinished(folder, dict(weights="v"), main_process=True) for _ in range(2)]
+    mine = [unfinished.Unfinished(folder, dict(weights="v"), Writing(True)) for _ in range(2)]
     for one in mine:
         one.close()
     assert not (storage.place(folder) / "eval_progress.json").exists()
@@ -129,16 +128,16 @@ def test_evaluations_and_their_report(folder):
 def test_captions_of_a_killed_evaluation_are_taken_over(folder):
     path = storage.place(folder) / "eval_captions" / "data.jsonl"
     records = [dict(key=str(number)) for number in range(4)]
-    outputs = captioning.Outputs(path, dict(step=1), write=True)
+    outputs = captioning.Outputs(path, dict(step=1), write=Writing(True))
     outputs.add([dict(key="0", caption="a"), dict(key="1", caption="b")])
     outputs.close()
-    again = captioning.Outputs(path, dict(step=1), write=True)
+    again = captioning.Outputs(path, dict(step=1), write=Writing(True))
     assert [one["caption"] for one in again.take(records)] == ["a", "b"]
     again.add([dict(key="2", caption="c")])
     again.close()
-    whole = captioning.Outputs(path, dict(step=1), write=False)
+    whole = captioning.Outputs(path, dict(step=1), write=Writing(False))
     assert [one["caption"] for one in whole.take(records)] == ["a", "b", "c"]
-    assert captioning.Outputs(path, dict(step=2), write=False).take(records) == []
+    assert captioning.Outputs(path, dict(step=2), write=Writing(False)).take(records) == []
 
 
 def test_folders_and_their_copies(folder, tmp_path):

@@ -158,7 +158,7 @@ class Captioning(Evaluator):
             path = storage.place(setting.workdir) / "eval_captions" / name
             told = {key: value for key, value in task.items() if key != "attention"}
             made_for = dict(setting.request, task=told)
-            outputs = Outputs(path, made_for, write=setting.main_process)
+            outputs = Outputs(path, made_for, write=setting.write)
         drawn = getattr(setting.records, "scenes", False)
         return cls(
             task["name"],

@@ -24,6 +24,7 @@ from coca_jax.config.rules import Rule
 from coca_jax.data import kinds as sources
 from coca_jax.data.sources import open_whole
 from coca_jax.evaluators import Record
+from coca_jax.evaluators.writing import Writing
 from coca_jax.importers import unprepared
 
 RECORDS = Rule(
@@ -78,13 +79,15 @@ class Setting:
     """What an evaluator runs in.
 
     records: of the task. batch_size: of the model, images at a time. main_process: whether this
-    one writes and shows bars. workdir, request: where unfinished work is kept, and what it depends
-    on besides the task. shared: of all evaluators of one model, to keep what others need too.
+    one shows bars. write: does what is written. workdir, request: where unfinished work is kept,
+    and what it depends on besides the task. shared: of all evaluators of one model, to keep what
+    others need too.
     """
 
     records: Any = ()
     batch_size: int = 64
     main_process: bool = False
+    write: Writing = dataclasses.field(default_factory=Writing)
     workdir: str = ""
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ from absl import logging
 from coca_jax import storage
 from coca_jax.data import bounded_json
 from coca_jax.evaluators import Record
+from coca_jax.evaluators.writing import Writing
 
 
 class Outputs:
@@ -24,10 +25,10 @@ class Outputs:
       path: of the file; its folder is made when missing.
       request: what the outputs depend on. A file made for another request is begun anew; a last
         line that was cut short is dropped, and a damaged one with all behind it, with a warning.
-      write: False on all processes but one; every process reads the file when this is made.
+      write: does it on one process; every process reads the file when this is made.
     """
 
-    def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: bool):
+    def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: Writing):
         self._path, self._write = storage.place(path), write
         self._first = json.dumps(dict(request=request), sort_keys=True, default=list) + "\n"
         self._found: list[dict[str, Any]] = []
@@ -57,8 +58,9 @@ class Outputs:
 
     def add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
         """Appends the outputs of the records that `take` did not have."""
-        if not self._write:
-            return
+        self._write(lambda: self._add(outputs))
+
+    def _add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
         if self._file is None:
             begin = (self._first + _lines(self._found[: self._taken])).encode()
             storage.write_bytes(self._path, begin)
@@ -68,7 +70,7 @@ class Outputs:
     def close(self) -> None:
         """Returns when the file holds all of it."""
         if self._file is not None:
-            self._file.close()
+            self._write(self._file.close)
 
 
 def _output(line: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import records_of
 from coca_jax.evaluators.unfinished import Unfinished
+from coca_jax.evaluators.writing import Writing
 from coca_jax.models.head_kinds import HeadKind
 
 
@@ -44,7 +46,8 @@ def run_tasks(
     Scores of tasks that an earlier, killed call with the same weights finished are taken over.
 
     Raises ValueError for an unknown kind of task, options that cannot be, one that the model has
-    no program for, or processes that differ, before any of them runs.
+    no program for, or processes that differ, before any of them runs; OSError where something
+    cannot be written, NotWritten of several processes.
     """
     tasks = [_plain(task) for task in tasks]
     check(model, tasks)
@@ -55,10 +58,12 @@ def run_tasks(
         asked = {_named(t, f".{key}"): json.dumps(t[key]) for t in tasks for key in t}
         model_is = dict(request, batch_size=model.batch_size)
         processes.compare("tasks", asked | {name: str(one) for name, one in model_is.items()})
-    unfinished = Unfinished(workdir, request, main_process=main_process)
+    write = Writing(main_process, jax.process_count())
+    unfinished = Unfinished(workdir, request, write)
     setting = Setting(
         batch_size=model.batch_size,
         main_process=main_process,
+        write=write,
         workdir=workdir,
         request=dict(unfinished.request, started=unfinished.started),
     )
@@ -71,17 +76,15 @@ def run_tasks(
                 print(_named(task, ": kept from before"), file=sys.stderr)
             continue
         new = run_task(model, task, setting)
-        if main_process:
-            results.save_results(workdir, new)
+        write(functools.partial(results.save_results, workdir, new))
         unfinished.add(key, new)
         scores |= new
+    of_tasks = dict(scores)
     if step is not None:
         scores["step"] = step
-    if main_process:
-        results.save_results(workdir, scores)
-        if step is not None:
-            of_tasks = {name: value for name, value in scores.items() if name != "step"}
-            history.add(workdir, step, of_tasks)
+    write(lambda: results.save_results(workdir, scores))
+    if step is not None:
+        write(lambda: history.add(workdir, step, of_tasks))
     unfinished.close()
     return scores
 
@@ -138,10 +141,11 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
             "data, which leaves such images out and lists them"
         ) from error
     new[f"{evaluator.name}/num_examples"] = float(len(records))
+    workdir, name, classes = setting.workdir, evaluator.name, evaluator.classes
+    setting.write(lambda: results.save_examples(workdir, name, evaluator.examples))
+    if classes:
+        setting.write(lambda: results.save_classes(workdir, name, classes))
     if setting.main_process:
-        results.save_examples(setting.workdir, evaluator.name, evaluator.examples)
-        if evaluator.classes:
-            results.save_classes(setting.workdir, evaluator.name, evaluator.classes)
         for metric, why in evaluator.skipped.items():
             print(f"{evaluator.name}: {metric.upper()} skipped, {why}", file=sys.stderr)
     return new

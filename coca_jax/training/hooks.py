@@ -10,7 +10,7 @@ import jax
 
 from coca_jax import storage, trackers
 from coca_jax.checkpointing import Checkpoints
-from coca_jax.evaluators import history
+from coca_jax.evaluators import history, writing
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training import guard
 from coca_jax.training.best import Best
@@ -170,7 +170,8 @@ class Evaluation:
         try:
             scores = self._evaluate(step, state)
         except OSError as error:
-            if step == run.steps or not run.stop.alone:
+            # Of several processes all hear of what process 0 could not write, of nothing else.
+            if step == run.steps or not (run.stop.alone or isinstance(error, writing.NotWritten)):
                 raise
             run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
             return {}
