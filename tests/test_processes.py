@@ -96,7 +96,10 @@ import jax, numpy as np
 from coca_jax import checkpointing, partitioning, processes, quiet
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.evaluators.writing import NotWritten, Writing
+from coca_jax.config import typed
+from coca_jax.configs import tiny
 from coca_jax.inference import devices
+from coca_jax.training import setup
 from coca_jax.training.state import TrainState
 quiet.standard_output()
 processes.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
@@ -133,7 +136,15 @@ try:
     unwritten = str(Unfinished("/proc/scores", {}, Writing(sys.argv[1] == "0", 2)))
 except NotWritten as error:
     unwritten = str(error)
-told = dict(batches=batches, unwritten=unwritten, failures=failures, steps=checkpoints.steps())
+config = tiny.get_config()
+config.optimizer.name, config.optimizer.image_learning_rate = "adamw", 0.0
+config.init_from, config.data.features = "weights", "kept"
+try:
+    refused = str(setup.check_devices(typed(config)))
+except ValueError as error:
+    refused = str(error)
+told = dict(batches=batches, unwritten=unwritten, refused=refused)
+told |= dict(failures=failures, steps=checkpoints.steps())
 checkpoints.close()
 told |= dict(own=there.own_rows(5).tolist(), whole=np.asarray(whole).tolist())
 print(json.dumps(told | dict(one=[float(np.asarray(s.data)[0]) for s in rows.addressable_shards])))
@@ -198,3 +209,9 @@ def test_scores_that_process_0_cannot_write_are_told_to_all(shares):
     """A run goes on without them, as one process does: on a full disk it may have room later."""
     assert shares[0]["unwritten"] in shares[1]["unwritten"]
     assert "/proc/scores" in shares[0]["unwritten"]
+
+
+def test_kept_tokens_are_refused_before_any_data_are_read(shares):
+    """Each process would fill the folder with rows of all."""
+    for one in shares:
+        assert one["refused"] == "data.features=kept is for one process, these are 2; set it to ''"

@@ -256,6 +256,8 @@ def test_self_bleu_is_bleu_against_all_others():
     wanted = caption_metrics.bleu(caption_metrics.bleu_stats(said, rest))[:, 3].mean()
     assert collapse.self_bleu(texts).mean() == pytest.approx(wanted, rel=1e-6)
     assert collapse.self_bleu(["a photo of a dog"] * 9).mean() == pytest.approx(1, abs=1e-6)
+    short = collapse.self_bleu(["", "", "a dog", "A dog!", "a cat", "the red car"])
+    np.testing.assert_allclose(short, [1, 1, 1, 1, 0, 0], atol=1e-3)
     assert collapse.distinct(["A dog.", "a dog", "a cat"]).mean() == pytest.approx(2 / 3)
 
 

@@ -180,7 +180,10 @@ class Data(Section):
     )
     num_threads: int = key(0, whole(0, 4096, "threads"), "that decode; 0: one per core")
     features: str = key(
-        "", TEXT, "a folder that keeps the tokens of a frozen image encoder; '': computed each time"
+        "",
+        TEXT,
+        "a folder that keeps the tokens of a frozen image encoder, of one process; '': computed "
+        "each time",
     )
     features_gib: float = key(
         100.0, number(0, 1e9, "GiB", above=True), "of each source that may be kept there"

@@ -150,7 +150,7 @@ class Optimizer(Section):
     lora_rank: int = key(
         0,
         whole(0, 4096, "columns"),
-        "trains changes of kernels of this rank alone; 0: all as it is",
+        "trains changes of kernels of this rank alone, with adamw; 0: all as it is",
     )
     lora: str = key(
         "qv", choice("qv", "all"), "which: queries' and values', or all of attention and MLPs"

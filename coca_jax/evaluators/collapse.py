@@ -42,7 +42,8 @@ def distinct(texts: Sequence[str]) -> np.ndarray:
 
 def self_bleu(texts: Sequence[str]) -> np.ndarray:
     """BLEU-4 of each text with all others as references, float64 [N], of the first MOST texts; 0
-    of one text alone.
+    of one text alone. Of fewer than four words, where BLEU-4 is near 0 whatever they are: 1 where
+    another text is the same.
 
     The most that another text has of an n-gram is the most of all, or the second most where the
     text itself has the most: one pass for all.
@@ -67,7 +68,9 @@ def self_bleu(texts: Sequence[str]) -> np.ndarray:
     for row, one in zip(rows, said):
         row[8], row[9] = len(one), _closest(lengths, len(one))
     scores: np.ndarray = caption_metrics.bleu(rows)[:, 3]
-    return scores
+    same = collections.Counter(map(tuple, said))
+    short = [len(one) < 4 and same[tuple(one)] > 1 for one in said]
+    return np.where(short, 1.0, scores)
 
 
 def _closest(lengths: Sequence[int], own: int) -> int:

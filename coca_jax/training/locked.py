@@ -29,17 +29,12 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
     """The kept tokens of each source of a run with data.features, computed now where they are not
     there; () for a run without. It can be left at any moment, and goes on at the next start.
 
-    Raises ValueError for several processes, a folder that is too small for all, or a damaged one;
-    OSError where the disk is full.
+    Raises ValueError for a folder that is too small for all, or a damaged one; OSError where the
+    disk is full.
     """
     config = run.config
     if not config.data.features:
         return ()
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"data.features={config.data.features} is for one process, these are "
-            f"{jax.process_count()}; set it to ''"
-        )
     encoder = roles.select(state.params, lambda part: part.serves == "image")
     sums = checksums.of_tree(encoder)
     pixels = Pixels(config)

@@ -139,6 +139,11 @@ def check_devices(config: Config) -> Mesh:
     partitioning.readers(mesh)  # which processes read which rows, or why they cannot
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
+    if config.data.features and jax.process_count() > 1:
+        raise ValueError(
+            f"data.features={config.data.features} is for one process, these are "
+            f"{jax.process_count()}; set it to ''"
+        )
     check_started(config)
     return mesh
 
