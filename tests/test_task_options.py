@@ -34,6 +34,7 @@ WRONG = [
     (dict(data=dict(split="test")), "give exactly one of path, builtin"),
     (dict(data=dict(SCENES, where={"a": "b"})), "where=.*: builtin='scenes' is scored whole and"),
     (dict(data=dict(SCENES, label_field="a")), "label_field='a': builtin='scenes' is scored whol"),
+    (dict(data=dict(path="x", scenery="varied")), "mine: data: scenery='varied' is of data by bui"),
     (dict(data=dict(SCENES, limit=3)), "limit=3: builtin='scenes' .* or give the task's own limit"),
     (dict(class_names="names.txt"), "class_names names.txt: no such file"),
     (dict(class_names=["cat", "cat"]), "of mine: class_names holds 2 names, 1 distinct"),

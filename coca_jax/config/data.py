@@ -102,9 +102,9 @@ class Entry(Section):
             return cls(path=entry)
         return entry if isinstance(entry, Entry) else read(cls, entry, name)
 
-    def check_read(self, name: str) -> None:
-        """Raises ValueError for a key that data of this place or kind do not read; `name` is what
-        the message calls the entry."""
+    def check_place(self, name: str) -> None:
+        """Raises ValueError for a key that data of this place do not read; `name` is what the
+        message calls the entry."""
         told = self.to_dict()
         place = next((given for given in PLACES if given in told), "")
         for one, places in _OF_PLACES.items():
@@ -113,6 +113,11 @@ class Entry(Section):
                     f"{name}: {one}={told[one]!r} is of data by {' or '.join(places)}, and these "
                     f"are by {place}={told[place]!r}; leave it out"
                 )
+
+    def check_read(self, name: str) -> None:
+        """The same for a source that is trained on, and for a key that its kind does not read."""
+        self.check_place(name)
+        told = self.to_dict()
         for one, kind in _OF_KINDS.items():
             if one in told and self.kind != kind:
                 raise ValueError(

@@ -299,6 +299,7 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
     split."""
     try:
         entry = Entry.of(data, "data")
+        entry.check_place("data")
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from None
     for key in ("where", "text_field", "label_field", "image_field", "limit"):
