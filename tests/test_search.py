@@ -337,6 +337,9 @@ def test_each_part_of_the_command(model, folder, tmp_path, monkeypatch, capsys):
     call("clusters", index=out, clusters=2, seed=0)
     _, done = call("index", str(folder), checkpoint="here", out=str(tmp_path / "j"), shard="1/2")
     assert (done["waiting"], done["shards"]) == (1, 1)  # the first of two does it
+    call("index", str(folder), checkpoint="here", out=str(tmp_path / "j"), shard="0/2")
+    with pytest.raises(FileNotFoundError, match="no index there; make it: join its shards"):
+        call("query", "red", index=str(tmp_path / "j"))
     for asked, given, says in (
         (("query", "red"), {}, "--index is missing"),
         (("query",), dict(index=out), "give what to look for"),

@@ -207,7 +207,9 @@ class Index:
     def __init__(self, folder: str):
         place = storage.place(folder)
         if not (place / "index.json").exists():
-            raise FileNotFoundError(f"--index={folder}: no index there; make it: search index")
+            begun = (place / STAGED).exists()
+            remedy = "join its shards: search index, without --shard" if begun else "search index"
+            raise FileNotFoundError(f"--index={folder}: no index there; make it: {remedy}")
         self.folder, self.stamp = folder, stamp(folder)
         parts = Parts(folder)
         self.about: dict[str, Any] = parts.about
