@@ -96,6 +96,20 @@ def test_equal_probabilities_score_nothing():
         dict(Classification("set").run(Fixed(np.zeros((0, 7))), []))
 
 
+def test_examples_without_a_label_are_left_out_and_data_without_any_are_refused(capsys):
+    """They counted as wrong: captions alone scored 0%, without a word."""
+    row = np.asarray([0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], np.float32)
+    records = records_of([[NAMES[0]], [], [NAMES[1]], []])
+    for size in (1, 64):
+        evaluator = Classification("set", batch_size=size, progress=True)
+        scores = dict(evaluator.run(Fixed(np.tile(row, (2, 1))), records))
+        assert scores["classification/set/top1"] == 0.5
+        assert scores["classification/set/unknown_labels"] == 0
+        assert "classification/set: 2 examples have no label and are" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="classification/set: no example has a label, and this ta"):
+        dict(Classification("set").run(Fixed(row[None]), records_of([[], []])))
+
+
 def test_written_answers_are_compared_as_words():
     class Writer:
         def answer(self, images, questions):
