@@ -103,7 +103,8 @@ class Classification(OfRecords):
         so they count as wrong; records without any label are left out, with a line.
 
         A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
-        `text`. Raises ValueError where none has a label. Afterwards `examples` and `classes` are as those of ZeroShot.
+        `text`. Raises ValueError where none has a label. Afterwards `examples` and `classes` are as
+        those of ZeroShot.
         """
         names = predict.class_names
         number = {name: i for i, name in enumerate(names)}
