@@ -20,6 +20,12 @@ GUARDED = dict(retrieval="mean_recall", zeroshot="top1")  # evaluator: the score
 class LostTooMuch(ValueError):
     """A guarded score fell further than config.eval.most_lost allows."""
 
+    def __init__(self, line: str, workdir: str):
+        super().__init__(
+            f"{line}; the run in {workdir} stops, and its checkpoints stay; "
+            "--config.eval.guard=warn goes on"
+        )
+
 
 def check(config: Eval) -> None:
     """Raises ValueError for a guard without anything to watch."""

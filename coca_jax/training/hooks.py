@@ -141,7 +141,7 @@ class Evaluation:
         if config.guard == "stop" and step:
             for row in history.read(workdir):
                 if row["step"] == step and (line := guard.judge(workdir, config, **row)):
-                    raise guard.LostTooMuch(line)
+                    raise guard.LostTooMuch(line, workdir)
         if step and self.due(step) and not history.has(self._run.workdir, step):
             self(step, state)
 
@@ -179,7 +179,7 @@ class Evaluation:
             self._best.note(step, scores)
         line = guard.judge(run.workdir, run.config.eval, step, scores)
         if line and run.config.eval.guard == "stop":
-            raise guard.LostTooMuch(f"{line}; the run stops, and its checkpoints stay")
+            raise guard.LostTooMuch(line, run.workdir)
         if line:
             run.say(f"warning: {line}")
         return scores
