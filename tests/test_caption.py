@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import storage
+from coca_jax import cli, storage
 from coca_jax.data import image_files
 from coca_jax.inference import caption_files, export_programs
 
@@ -142,7 +142,7 @@ def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp
 
 def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):
     names = ["caf\u00e9.png", os.fsdecode(b"caf\xe9.png")]
-    lines = [caption_files.json_line(dict(image=name, caption="x")) for name in names]
+    lines = [cli.json_line(dict(image=name, caption="x")) for name in names]
     (tmp_path / "out.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     assert "\u00e9" in lines[0]
     assert caption_files.read_done(str(tmp_path / "out.jsonl"))[0] == set(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,17 +15,6 @@ from coca_jax.inference import model_checksum, read_ahead
 
 if TYPE_CHECKING:
     from coca_jax import inference
-
-
-def json_line(result: dict[str, Any]) -> str:
-    """A result as one line. A name of a file that is not UTF-8 is escaped, as JSON can, so that
-    `read_done` gives it back."""
-    text = json.dumps(result, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(result)
-    return text
 
 
 def read_done(path: str) -> tuple[set[str], int]:
