@@ -16,6 +16,8 @@ from coca_jax.inference import model_checksum, read_ahead
 if TYPE_CHECKING:
     from coca_jax import inference
 
+OURS = {"image", "caption", "score"}  # what every line has that `caption` wrote, of any version
+
 
 def read_done(path: str) -> tuple[set[str], int]:
     """Images that a JSONL file already holds, and its bytes without a last line cut short by a
@@ -35,8 +37,11 @@ def read_done(path: str) -> tuple[set[str], int]:
             if not line.endswith(b"\n"):
                 break
             try:
-                done.add(bounded_json.loads(line)["image"])
-            except (ValueError, KeyError, TypeError):
+                found = bounded_json.loads(line)
+                if not OURS <= found.keys():  # as of a list of pictures, which has captions too
+                    raise ValueError
+                done.add(found["image"])
+            except (ValueError, AttributeError, TypeError):
                 raise ValueError(
                     f"--out={path}: line {number} is not a caption; give another file"
                 ) from None
