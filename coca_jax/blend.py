@@ -15,16 +15,17 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, evaluate, export_format, out_folder, storage
+from coca_jax import checked_files, cli, evaluate, export_format, out_folder, storage
 from coca_jax.evaluators import declarations
 from coca_jax.interop import safetensors_file
 
@@ -96,8 +97,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     base.set_params(at(shares[0]))
-    export_folder.write(base, args.out, dtype=base.stored_dtype)
+    with _replacement_told(args.out, "config.json", "model"):  # which says what the weights are
+        export_folder.write(base, args.out, dtype=base.stored_dtype)
     return dict(out=args.out, share=shares[0])
+
+
+@contextlib.contextmanager
+def _replacement_told(out: str, name: str, what: str) -> Iterator[None]:
+    """Says afterwards where `what` was in the folder before, in the file `name`, and is another."""
+    there = [name] if (storage.place(out) / name).exists() else []
+    before = checked_files.describe(out, there)
+    yield
+    if before != checked_files.describe(out, there):
+        cli.say(f"--out={out} held another {what}, which this one replaces")
 
 
 def shares_of(texts: Sequence[str]) -> list[float]:
@@ -168,7 +180,8 @@ def curve(
         with tempfile.TemporaryDirectory() as scratch:
             scores = evaluation.run_tasks(model, tasks, scratch)
         rows.append(dict(share=share, scores={k: v for k, v in scores.items() if is_headline(k)}))
-    storage.write_text(storage.place(out) / CURVE, json.dumps(dict(curve=rows)) + "\n")
+    with _replacement_told(out, CURVE, "curve"):
+        storage.write_text(storage.place(out) / CURVE, json.dumps(dict(curve=rows)) + "\n")
     names = list(rows[0]["scores"])
     print("  ".join(["share", *names]))
     for row in rows:
@@ -199,7 +212,7 @@ def write_adapter(tuned: dict, base: dict, rank: int, out: str, checksum: str) -
     for name, x in export_format.flatten(tuned).items():
         whole += float(np.square(x - np.asarray(before[name], np.float64)).sum())
         left += float(np.square(x - again[name]).sum())
-    with storage.local_folder(out) as folder:
+    with _replacement_told(out, ADAPTER, "change"), storage.local_folder(out) as folder:
         blocks = {name: export_format.blocks(name, x) for name, x in factors.items()}
         safetensors_file.write(f"{folder}/{ADAPTER}", blocks, about=dict(base=checksum))
     numbers = sum(x.size for x in factors.values())

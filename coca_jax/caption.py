@@ -126,7 +126,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 failed += 1
                 bar.write(f"skipped {result['error']}", file=sys.stderr)
                 continue
-            line = caption_files.json_line(result)
+            line = cli.json_line(result)
             print(line, flush=True)
             if out:
                 out.write(f"{line}\n".encode())

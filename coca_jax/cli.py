@@ -149,7 +149,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
             with _pipe_may_close():
                 result = module.main(argv)
                 if result is not None:
-                    print(json.dumps(result), flush=True)
+                    print(json_line(result), flush=True)
         except (ValueError, OSError) as error:
             fail(told(error))
         except RuntimeError as error:
@@ -158,6 +158,18 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
             fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {error}")
 
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
+
+
+def json_line(result: Any) -> str:
+    """A result as one line of JSON. What standard output cannot show, and a name of a file that is
+    not UTF-8, is escaped, as JSON can."""
+    text = json.dumps(result, ensure_ascii=False)
+    try:
+        text.encode()
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(result)
+    return text
 
 
 def check_platforms(wanted: str) -> None:

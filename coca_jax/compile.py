@@ -16,7 +16,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -159,7 +158,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if flags.FLAGS.hosts:
         result |= show_goodput()
     if not result["fits"]:
-        print(json.dumps(result), flush=True)
+        print(cli.json_line(result), flush=True)
         sys.exit(1)
     return result
 

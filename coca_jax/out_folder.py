@@ -64,7 +64,12 @@ def check_model(folder: str | os.PathLike[str]) -> None:
         or not (_OURS.fullmatch(name) or (stopped and _OF_HUB.fullmatch(name)))
     ]
     if others:
-        raise ValueError(f"--out={folder} holds something else ({others[0]}); give a new folder")
+        raise something_else(folder, others[0])
+
+
+def something_else(folder: str | os.PathLike[str], name: str) -> ValueError:
+    """Why nothing is written to a folder that holds `name`, which is somebody else's."""
+    return ValueError(f"--out={folder} holds something else ({name}); give a new folder")
 
 
 def _is_ours(path: Any) -> bool:

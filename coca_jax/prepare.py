@@ -279,6 +279,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if not flags.FLAGS[name].value:
             raise ValueError(f"--{name} is missing")
     _refuse_unread()
+    asked.check_folder(flags.FLAGS.out)
     cli.check_once(
         "input", "put a pattern in quotes, as --input='laion/{00000..00999}.tar', or give a folder"
     )

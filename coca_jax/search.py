@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -204,7 +203,7 @@ def _query(wanted: list[str]) -> dict[str, Any]:
     ordered = [weight for _, weight in pairs]
     found = index.search(index.query(model, texts, images, ordered), flags.FLAGS.k)
     for one in found:
-        print(json.dumps(one, ensure_ascii=False), flush=True)
+        print(cli.json_line(one), flush=True)
     return dict(texts=texts, images=images, found=len(found), pictures=len(index.names))
 
 
@@ -248,7 +247,7 @@ def _duplicates(rest: list[str]) -> dict[str, Any]:
 
     groups = alike.duplicates(index, flags.FLAGS.threshold)
     for rows in groups:
-        print(json.dumps(dict(images=[index.names[row] for row in rows]), ensure_ascii=False))
+        print(cli.json_line(dict(images=[index.names[row] for row in rows])))
     extra = sum(len(rows) - 1 for rows in groups)
     return dict(groups=len(groups), duplicates=extra, pictures=len(index.names))
 
@@ -260,7 +259,7 @@ def _clusters(rest: list[str]) -> dict[str, Any]:
     found = alike.clusters(index, flags.FLAGS.clusters, flags.FLAGS.seed)
     for one in found:
         names = [index.names[row] for row in one["rows"]]
-        print(json.dumps(dict(size=len(names), images=names), ensure_ascii=False))
+        print(cli.json_line(dict(size=len(names), images=names)))
     return dict(clusters=len(found), pictures=len(index.names))
 
 

@@ -18,7 +18,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -99,7 +98,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ended = batcher.stop(left)
     result = dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
     if not ended:  # Python crashes where it ends beside a thread that compiles
-        print(json.dumps(result), flush=True)
+        print(cli.json_line(result), flush=True)
         os._exit(0)
     return result
 

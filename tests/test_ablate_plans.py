@@ -180,3 +180,28 @@ def test_variants_of_other_images_read_other_images(tmp_path):
     other = config.change({"data.sources": (entry | dict(image_field="two"),)})
     with pytest.raises(ValueError, match="is of image_field='one', not 'two'; use a new --workdir"):
         indexes.of_sources(other, str(tmp_path / "run"))
+
+
+def test_runs_that_the_table_no_longer_asks_for_are_named(tmp_path):
+    """Of a seed and of a variant that were taken out; what is done stays."""
+    out = tmp_path / "out"
+    for name in ("both", "again"):
+        for seed in (0, 3):
+            told = dict(steps=2, minutes=1.5, scores={"train/batches/loss": 2.0})
+            (out / name / f"seed{seed}").mkdir(parents=True)
+            sealed_json.write(out / name / f"seed{seed}" / outcome.DONE, told)
+    said: list[str] = []
+    for seeds, variants, others in (
+        ("[0, 3]", 2, ""),
+        ("[0]", 2, "again/seed3, both/seed3"),
+        ("[0]", 1, "again/seed0, again/seed3, both/seed3"),
+    ):
+        text = TABLE.replace("[0, 3]", seeds)
+        text = text if variants == 2 else text.split("[variants.again]")[0]
+        found = table.read(written(tmp_path, text), {})
+        done = running.ablate(found, str(out), 0, said.append)
+        line = f"left out of the results, as the table does not ask for them: {others}"
+        assert said == ([line] if others else [])
+        assert done["runs"] == len(found.seeds) * variants
+        said.clear()
+    assert len([*out.glob("*/seed*")]) == 4

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import storage
+from coca_jax import cli, storage
 from coca_jax.data import image_files
 from coca_jax.inference import caption_files, export_programs
 
@@ -89,13 +89,27 @@ def test_what_is_no_image_is_named_once(model, folder):  # noqa: F811
 
 def test_read_done_drops_a_line_cut_short(tmp_path):
     path = tmp_path / "out.jsonl"
-    path.write_text('{"image": "a"}\n{"image": "b"}\n{"ima')
-    assert caption_files.read_done(str(path)) == ({"a", "b"}, 30)
-    growing = storage.Growing(path, keep=30)
+    whole = "".join(f'{{"image": "{name}", "caption": "x", "score": -1.5}}\n' for name in "ab")
+    path.write_text(whole + '{"ima')
+    assert caption_files.read_done(str(path)) == ({"a", "b"}, len(whole))
+    growing = storage.Growing(path, keep=len(whole))
     growing.write(b"{}\n")
-    assert path.read_text() == '{"image": "a"}\n{"image": "b"}\n{}\n'
-    path.write_text("hello\n")
-    with pytest.raises(ValueError, match="line 1"):
+    assert path.read_text() == whole + "{}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hello",
+        '["image", "caption", "score"]',
+        '{"image": "a.png"}',
+        '{"image": "a.png", "captions": ["a cat"], "label": "cat"}',  # lists of pictures
+        '{"image": "a.png", "caption": "a cat"}',
+    ],
+)
+def test_a_file_of_other_lines_is_no_file_of_captions(line, tmp_path):
+    (path := tmp_path / "list.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="line 1 is not a caption; give another file"):
         caption_files.read_done(str(path))
 
 
@@ -142,7 +156,7 @@ def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp
 
 def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):
     names = ["caf\u00e9.png", os.fsdecode(b"caf\xe9.png")]
-    lines = [caption_files.json_line(dict(image=name, caption="x")) for name in names]
+    lines = [cli.json_line(dict(image=name, caption="x", score=-1.0)) for name in names]
     (tmp_path / "out.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     assert "\u00e9" in lines[0]
     assert caption_files.read_done(str(tmp_path / "out.jsonl"))[0] == set(names)

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import io
+import json
 import logging
 import os
 import runpy
@@ -192,6 +194,20 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "convert --out_put=x": "did you mean --out?",
     "report --colour=red": "--help lists the flags",
 }
+
+
+def test_a_line_of_results_has_letters_as_they_are_where_they_can_be_shown(monkeypatch):
+    texts = ["\u0635\u0648\u0631\u0629", "caf\u00e9"]
+    for encoding, shown in (
+        ("utf-8", (True, True)),
+        ("latin-1", (False, True)),
+        ("ascii", (False,) * 2),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        for text, as_it_is in zip(texts, shown):
+            line = cli.json_line(dict(texts=[text]))
+            print(line, flush=True)
+            assert (text in line) is as_it_is and json.loads(line) == dict(texts=[text])
 
 
 @pytest.mark.parametrize("line", OTHER_NAMES)

@@ -291,6 +291,12 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     given = ("--checkpoint=tuned", "--data=x", "--shares=0,0.25,1", f"--out={tmp_path}/curve")
     curve = call(*given)["curve"]
     assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
+    assert "held another" not in capsys.readouterr().err
+    call(*given)
+    assert "held another" not in capsys.readouterr().err  # the same
+    call(*given, "--shares=0,0.25")
+    assert "/curve held another curve, which this one replaces" in capsys.readouterr().err
+    call(*given)
     scores = [row["scores"]["retrieval/x/image_to_text_r1"] for row in curve]
     np.testing.assert_allclose(scores, [0, 0.25, 1], atol=1e-4)
     assert json.loads((tmp_path / "curve/blend.json").read_text())["curve"] == curve
@@ -310,8 +316,14 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
         call(f"--adapter={tmp_path}", f"--out={tmp_path}/o")
 
 
-def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch):  # noqa: F811
-    """And its weights are those of float32: nothing is rounded on the way."""
+def test_a_mixed_model_computes_in_the_base_s_dtype(
+    words,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    """And its weights are those of float32: nothing is rounded on the way. What another one takes
+    the place of is told."""
     config, params = tiny_parts()
     config.model.dtype = "bfloat16"
     start = np.float32(params["text_to_joint"]["kernel"])
@@ -320,8 +332,12 @@ def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch
         export_folder.write(CoCaModel(config, scaled, words), str(tmp_path / name))
     flags_of("blend", monkeypatch)
     given = [f"--{name}={tmp_path / name}" for name in ("base", "out")]
-    blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", "--shares=0.5"])
-    blend.main(["blend"])
+    place = f"--out={tmp_path}/out"
+    for share, replaces in ((0.25, False), (0.25, False), (0.5, True)):  # the second is the same
+        blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", f"--shares={share}"])
+        blend.main(["blend"])
+        line = f"{place} held another model, which this one replaces"
+        assert (line in capsys.readouterr().err) is replaces
     found, told = export_format.read_export(tmp_path / "out")
     assert told.model.dtype == "bfloat16"
     np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)

@@ -1,10 +1,12 @@
-"""The folder that a command will write to: looked at, and left as it was."""
+"""The place that a command will write to: looked at, and left as it was."""
 
 import json
 
 import pytest
+from test_version_0_1 import flags_of
 
-from coca_jax import out_folder
+from coca_jax import out_folder, report
+from coca_jax.evaluators import results
 
 
 def test_a_folder_that_was_missing_is_missing_afterwards(tmp_path):
@@ -69,3 +71,41 @@ def test_a_model_is_not_written_among_files_of_something_else(tmp_path):
         else:
             out_folder.check_model(folder)
     out_folder.check_model(tmp_path / "new")
+
+
+def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    results.save_results(run, {"zeroshot/data/accuracy": 0.5})
+    flags_of("report", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*folders, out=""):
+        report.flags.FLAGS.unparse_flags()
+        report.flags.FLAGS(["report", f"--out={out}"])
+        return report.main(["report", *map(str, folders)])["report"]
+
+    page = b"<!doctype html>\n<title>mine</title>\n"
+    for name, says in (
+        ("my.py", "--out=my.py: a report is a page; .* ends with .html, my.html$"),
+        ("my", "--out=my: a report .*, my.html$"),
+        ("mine.html", "--out=mine.html is there and no report; give another name$"),
+    ):
+        (tmp_path / name).write_bytes(page)
+        with pytest.raises(ValueError, match=says):
+            call(run, out=name)
+        assert (tmp_path / name).read_bytes() == page
+    (tmp_path / "comparison.html").write_bytes(page)  # the name that it takes by itself
+    with pytest.raises(ValueError, match="--out=comparison.html is there and no report"):
+        call(run, run)
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match="is a folder; .* --out=folder.html/report.html$"):
+        call(run, out="folder.html")
+    (tmp_path / "empty.html").touch()
+    for out in ("new/a.html", "empty.html"):
+        for folders in ((run,), (run, run), (run,)):  # over what it wrote before
+            assert call(*folders, out=out) == str(tmp_path / out)
+    old = "<!doctype html>\n<head>\n<title>a &amp; b \u00b7 coca_jax</title>\n"
+    (tmp_path / "old.html").write_text(old, "utf-8")
+    call(run, out="old.html")
+    assert len((tmp_path / "old.html").read_bytes()) > 1000

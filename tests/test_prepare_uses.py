@@ -65,3 +65,26 @@ def test_a_vocabulary_is_of_a_split_and_replaces_no_file(call, folder, tmp_path)
     assert (tmp_path / "words.model").read_text() == "precious"
     assert call("vocabulary", **place, split="test", overwrite=True)["sentences"] == 8
     assert vocabulary.load(str(tmp_path / "words.model")).size > 256
+
+
+def test_data_are_not_prepared_into_a_folder_of_something_else(call, folder, tmp_path):
+    """Its manifest would make that folder count as prepared data. What an earlier command wrote or
+    began goes on."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "metadata.jsonl").write_text('{"file_name": "1.jpg", "text": "mine"}\n')
+    for given in ({}, dict(overwrite=True), dict(shard="0/2"), dict(holdout=0.5)):
+        with pytest.raises(ValueError) as error:
+            call(input=folder, out=theirs, **given)
+        said = f"--out={theirs} holds something else (metadata.jsonl); give a new folder"
+        assert str(error.value) == said
+    assert [path.name for path in theirs.iterdir()] == ["metadata.jsonl"]
+    for name in ("new", "empty", "begun"):
+        (out := tmp_path / name).mkdir(exist_ok=name != "new")
+        (out / ".DS_Store").touch()
+        if name == "begun":  # and was killed while the shards got their names
+            begun = call(input=folder, out=out, shard="0/2")
+            assert begun["waiting"] == 0 and not (out / "manifest.json").exists()
+            (out / "train-00000-of-00001.array_record").write_bytes(b"")
+        for more in ({}, {}, dict(split="other")):  # what is there stays; a second split
+            assert call(input=folder, out=out, **more)["written"] == 8

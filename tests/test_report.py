@@ -203,9 +203,11 @@ def test_parts_without_a_file_are_left_out(tmp_path):
 
 
 def test_command_prints_one_json_line_and_explains_bad_input(run, commands, tmp_path):
+    run = shutil.copytree(run, tmp_path / "\u0635\u0648\u0631\u0629")
     done = commands.run(["report", f"--workdir={run}"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"report": str(run / "report.html")}
+    last = done.stdout.splitlines()[-1]
+    assert json.loads(last) == {"report": str(run / "report.html")} and run.name in last
     bad = commands.run(["report", f"--workdir={tmp_path}"], tmp_path)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "run train" in bad.stderr
 

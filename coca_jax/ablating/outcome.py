@@ -87,6 +87,13 @@ def missing(table: Table, folder: pathlib.Path) -> dict[str, str]:
     return found
 
 
+def unasked(table: Table, folder: pathlib.Path) -> list[str]:
+    """The runs, VARIANT/seedN, that are done in the folder and not of the table, by name."""
+    asked = {f"{one.name}/seed{seed}" for one in table.variants for seed in table.seeds}
+    there = {path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/seed*/{DONE}")}
+    return sorted(there - asked)
+
+
 def runs_of(variant: Variant, seeds: Sequence[int], folder: pathlib.Path) -> dict[int, Any]:
     """{seed: dict(steps, minutes, scores, and in a checkout commit)} of the runs that are done."""
     found = {}

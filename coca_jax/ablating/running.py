@@ -97,6 +97,8 @@ def _all_runs(
                 outcome.write(table, folder, minutes, failed)
     for name, near in outcome.missing(table, folder).items():
         say(f"metrics: no run has {name!r}; {near}: mend the table and give the command again")
+    if others := outcome.unasked(table, folder):
+        say(f"left out of the results, as the table does not ask for them: {', '.join(others)}")
     return failed
 
 

@@ -8,9 +8,12 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any
 
+from coca_jax import out_folder
 from coca_jax.data import files
 from coca_jax.importers import metadata, shards
 from coca_jax.importers.items import Options, Unit
+
+_BEGUN = ".unfinished-"  # before the name of a split
 
 
 def request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -71,7 +74,19 @@ def refuse_pairs(format: str, input: str, split: str, options: Options) -> None:
 
 def unfinished(out: str, split: str) -> str:
     """The folder of what is written of a split before it is whole."""
-    return files.join(out, f".unfinished-{split}")
+    return files.join(out, f"{_BEGUN}{split}")
+
+
+def check_folder(out: str) -> None:
+    """Raises ValueError for a folder that holds something and was neither written nor begun by an
+    import: with its manifest it would count as prepared data."""
+    system, plain = files.filesystem(out)
+    if not system.isdir(plain) or files.exists(files.join(out, metadata.MANIFEST)):
+        return
+    names = files.listing(out)
+    others = [name for name in names if not files.is_hidden(name)]
+    if others and not any(name.startswith(_BEGUN) for name in names):
+        raise out_folder.something_else(out, others[0])
 
 
 def begun(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,7 @@ from coca_jax.inference import model_checksum, read_ahead
 if TYPE_CHECKING:
     from coca_jax import inference
 
-
-def json_line(result: dict[str, Any]) -> str:
-    """A result as one line. A name of a file that is not UTF-8 is escaped, as JSON can, so that
-    `read_done` gives it back."""
-    text = json.dumps(result, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(result)
-    return text
+OURS = {"image", "caption", "score"}  # what every line has that `caption` wrote, of any version
 
 
 def read_done(path: str) -> tuple[set[str], int]:
@@ -47,8 +37,11 @@ def read_done(path: str) -> tuple[set[str], int]:
             if not line.endswith(b"\n"):
                 break
             try:
-                done.add(bounded_json.loads(line)["image"])
-            except (ValueError, KeyError, TypeError):
+                found = bounded_json.loads(line)
+                if not OURS <= found.keys():  # as of a list of pictures, which has captions too
+                    raise ValueError
+                done.add(found["image"])
+            except (ValueError, AttributeError, TypeError):
                 raise ValueError(
                     f"--out={path}: line {number} is not a caption; give another file"
                 ) from None

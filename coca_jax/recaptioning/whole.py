@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import sealed_json, storage
+from coca_jax import out_folder, sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
 from coca_jax.importers import asked, metadata, remarks, shards, splits
@@ -45,10 +45,10 @@ def plan(request: Request) -> list[Job]:
     if files.exists(path):
         _refuse_other(request.out, _flat(sealed_json.read(path)), _flat(told))
         inputs.check(request)
-    elif files.exists(request.out) and any(
-        found != "recaption" and not found.startswith(".") for found in files.listing(request.out)
-    ):
-        raise ValueError(f"--out={request.out} holds something else; give a new folder")
+    elif files.exists(request.out):
+        for found in files.listing(request.out):
+            if found != "recaption" and not found.startswith("."):
+                raise out_folder.something_else(request.out, found)
     if begins := not files.exists(path):
         inputs.refuse_inside(request)
     module = shards.importer(request.format)

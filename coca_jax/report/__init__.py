@@ -4,7 +4,8 @@ The page is a single file without links to anything: charts are inline SVG, pict
 It reads what the run left behind: config.json, metrics.jsonl, evaluations.jsonl, eval.json and
 eval_examples.json; a part whose file is missing is left out. `train` writes it at its end; this
 command writes it anew, after an evaluation for instance. Of several runs it writes one page with
-their curves in the same charts and their scores side by side.
+their curves in the same charts and their scores side by side. A file that is no such page is not
+written over.
 
 Examples:
   coca-jax report runs/mine
@@ -18,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax.report.page import write_comparison, write_report
+from coca_jax.report.page import check_out, write_comparison, write_report
 
 __all__ = ["define_flags", "main", "write_comparison", "write_report"]
 
@@ -37,9 +38,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     folders = ([args.workdir] if args.workdir else []) + list(argv[1:])
     if not folders:
         raise ValueError("give the folder of a run, or of several: coca-jax report DIR [DIR ...]")
+    out = args.out or ("" if len(folders) == 1 else "comparison.html")
+    if out:
+        check_out(out)
     if len(folders) == 1:
-        path = write_report(folders[0], args.out or None)
+        path = write_report(folders[0], out or None)
     else:
-        path = write_comparison(folders, args.out or "comparison.html")
+        path = write_comparison(folders, out)
     print(f"wrote {path} ({path.stat().length / 1024:,.0f} KiB)")
     return {"report": str(path)}

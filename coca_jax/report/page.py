@@ -28,6 +28,9 @@ TIMES = dict(  # parts of a run's time, as people call them
     lost="steps that were lost",
     down="not running",
 )
+# By which a page is known, of every version: base.html has it behind the title.
+TITLE_END = " \u00b7 coca_jax</title>".encode()
+_HEAD = 1 << 16  # bytes of a page in which its title ends
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
@@ -56,6 +59,28 @@ def write_report(
     )
     storage.write_text(path, _render("report.html", context, run.folder))
     return path
+
+
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Raises ValueError where a page may not be written to `out`: its name is not that of a page,
+    or something is there that is no page of this library."""
+    begin, end = os.path.splitext(str(out))
+    if end.lower() != ".html":
+        raise ValueError(
+            f"--out={out}: a report is a page; give a name that ends with .html, "
+            f"{begin if end else out}.html"
+        )
+    path = storage.place(out)
+    if not path.exists():
+        return
+    if path.is_dir():
+        raise ValueError(
+            f"--out={out} is a folder; give the name of a page: --out={out}/report.html"
+        )
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if head and TITLE_END not in head:
+        raise ValueError(f"--out={out} is there and no report; give another name")
 
 
 def _render(template: str, context: dict[str, Any], place: epath.Path) -> str:
