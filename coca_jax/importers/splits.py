@@ -383,6 +383,6 @@ def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
         with_label=found["with_label"],
         shards=len(found["shards"]),
         bytes=sum(shard["bytes"] for shard in found["shards"]),
-        classes=len(manifest["class_names"]),
+        classes=len(found.get("classes", manifest["class_names"] if found["with_label"] else ())),
         out=str(out),
     )
