@@ -68,6 +68,20 @@ def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_p
     assert call(**given) == first
 
 
+def test_a_vocabulary_says_what_its_flags_lack(call, folder, tmp_path):
+    place = dict(out=tmp_path / "words.model", size=300)
+    with pytest.raises(FileNotFoundError, match="data source nowhere: no such folder; "):
+        call("vocabulary", input="nowhere", **place)
+    (tmp_path / "list.tsv").write_text("filepath\ttitle\n0.jpg\ta\n")
+    with pytest.raises(ValueError, match="run `coca-jax prepare --format=csv --input="):
+        call("vocabulary", input=tmp_path / "list.tsv", **place)
+    rows = [f"{n}.jpg," + "".join(chr(0x4E00 + n * 60 + i) for i in range(60)) for n in range(8)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
+    call(input=folder, out=tmp_path / "p", processes=1)
+    with pytest.raises(ValueError, match=r"give [0-9]+ or more \(.*; --size of `prepare voc"):
+        call("vocabulary", input=tmp_path / "p", **place)
+
+
 def test_a_vocabulary_is_of_a_split_and_replaces_no_file(call, folder, tmp_path):
     call(input=folder, out=tmp_path / "p", split="test", processes=1)
     place = dict(input=tmp_path / "p", out=tmp_path / "words.model", size=400)
