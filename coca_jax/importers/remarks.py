@@ -263,9 +263,9 @@ def of_split(
     )
     if dark:
         lines.append(
-            f"{dark} of {found['count']} images have values that lose much in 8 bits: 16 bits are "
-            "taken for 0 to 65535, floats for 0 to 1 or 0 to 255, NaN for 0; scale them to that "
-            "range first"
+            f"{dark} of {found['count']} examples of the split {split!r} have images with values "
+            "that lose much in 8 bits: 16 bits are taken for 0 to 65535, floats for 0 to 1 or 0 to "
+            "255, NaN for 0; scale them to that range first"
         )
     if numbers and numbers == found["with_text"] and not apart:
         lines.append(
