@@ -13,7 +13,7 @@ from typing import Any
 
 from coca_jax.data import files, formats, views
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list
+from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
@@ -21,6 +21,7 @@ _MOST_LOOKED_AT = 20_000  # files of a folder
 _MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
+_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lines.PACKED)
 _LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
 
 _CAPTION_LIKE = re.compile(
@@ -99,6 +100,21 @@ def nothing_usable(
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
     return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+
+
+def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> list[str]:
+    """The line for the first of the lists at `paths` with bytes that are not UTF-8, as those of
+    spreadsheets are; none where nothing that is listed looks like that."""
+    if all(e["reason"] != "bad_utf8" and "\ufffd" not in e["key"] + e["detail"] for e in listed):
+        return []
+    for path in dict.fromkeys(path for path in paths if path.lower().endswith(_LISTS_END)):
+        with contextlib.suppress(OSError, ValueError):  # of a damaged end, which is listed
+            if number := lines.not_utf8(path):
+                return [
+                    f"{path}: line {number} is not UTF-8; save it in UTF-8 (iconv -f CP1252 -t "
+                    "UTF-8, where it is of a spreadsheet in Western Europe)"
+                ]
+    return []
 
 
 def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
