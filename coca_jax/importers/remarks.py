@@ -223,6 +223,17 @@ def _texts_beside(input: str) -> list[str]:
     ]
 
 
+def _of_named(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    """The lines for fields that were named and gave nothing: of archives, whose members all have
+    to be read before that is known."""
+    told = []
+    for flag, kind in (("text_field", "text"), ("label_field", "label")):
+        name = request.get("options", {}).get(flag)
+        if name and not found[f"with_{kind}"]:
+            told.append(f"{request['input']}: --{flag}={name}: no example has a {kind} in it")
+    return told
+
+
 def caption_like(extra: Mapping[str, Any]) -> set[str]:
     """The fields of an example that are called as captions are, and hold a text or several."""
     found = set()
@@ -277,6 +288,8 @@ def of_split(
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")
     )
+    if not apart:
+        lines += _of_named(found, request)
     if dark:
         lines.append(
             f"{dark} of {found['count']} examples of the split {split!r} have images with values "
