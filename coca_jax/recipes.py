@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 import coca_jax.configs
 from coca_jax import inherit, renamed, trackers
 from coca_jax.config import Config, Recipe, read
+from coca_jax.config.section import nearest
 
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
@@ -310,6 +311,7 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
             near = difflib.get_close_matches(part, group.keys(), n=1, cutoff=0.6)
             if near and (names == (part,) or not guess):
                 guess += [f"{done}.{near[0]}"]
+            guess = guess or [f"--config.{k}" for k in nearest(part, keys(config))]
             remedy = f"did you mean {' or '.join(guess)}?" if guess else f"{done} has: "
             raise ValueError(
                 f"--config.{key}={text}: no key {part!r}; {remedy}"

@@ -301,7 +301,7 @@ def test_errors_come_before_the_work(data, tmp_path):
     cases = {
         "not whole numbers": data_config(dict(path=path), dict(path=path), dict(path=path)),
         "no such folder": data_config(dict(path=str(data / "absent"))),
-        "coca_jax.prepare --format=imagefolder": data_config(dict(path=str(data / "raw" / "a"))),
+        "`coca-jax prepare --format=imagefolder": data_config(dict(path=str(data / "raw" / "a"))),
         "no split 'test'": data_config(dict(path=path, split="test")),
         "no key 'knd'; did you mean config.data.sources.0..kind": data_config(
             dict(path=path, knd="label")

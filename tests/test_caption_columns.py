@@ -1,9 +1,12 @@
 """Columns of captions that are called other than the usual: read, or named."""
 
+import json
+import tarfile
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_cases import encode, import_data
+from prepare_cases import add_member, encode, import_data
 
 from coca_jax.data import sources
 
@@ -46,3 +49,61 @@ def test_columns_like_captions_that_are_not_read_are_named(tmp_path, capsys):
     pq.write_table(pa.Table.from_pylist([dict(image=encode(0), label="cat", texture=3)]), path)
     import_data("parquet", path, tmp_path / "none")
     assert "not read" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "jsonl", "json"])
+def test_a_field_that_no_row_of_a_list_has_is_refused_with_those_there(tmp_path, format):
+    rows = [dict(file_name=f"{i}.jpg", Beschreibung=f"Hund {i}", label="dog") for i in range(4)]
+    rows[3]["rare"] = "Dackel"
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    path = tmp_path / ("metadata.jsonl" if format != "json" else "list.json")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if format == "json" else lines + "{\n")
+    input = tmp_path if format == "imagefolder" else path
+    there = r"it has \['file_name', 'Beschreibung', 'label', 'rare'\]"
+    for slip in (dict(text_field="Beschreibnug"), dict(label_field="labl", text_field="rare")):
+        name = slip.get("label_field") or slip["text_field"]
+        with pytest.raises(ValueError, match=f"{input}: no field {name!r}; {there}"):
+            import_data(format, input, tmp_path / "out", **slip)
+    assert not (tmp_path / "out").exists()
+    result = import_data(format, input, tmp_path / "few", text_field="rare")
+    assert (result["written"], result["with_text"], result["with_label"]) == (4, 1, 4)
+    if format == "imagefolder":
+        path.unlink()
+        (tmp_path / "metadata.csv").write_text("file_name,title\n0.jpg,a\n")
+        with pytest.raises(ValueError, match=r"no field 'titel'; it has \['file_name', 'title'\]"):
+            import_data(format, input, tmp_path / "out", text_field="titel")
+
+
+def test_a_field_that_gives_nothing_in_an_archive_is_a_line(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(2):
+            add_member(archive, f"{i}.jpg", encode(i))
+            add_member(archive, f"{i}.json", json.dumps(dict(alt="a dog", label="dog")).encode())
+    line = "a.tar: --text_field=atl: no example has a text in it\n"
+    for name, count in (("atl", 1), ("alt", 0)):
+        import_data("webdataset", tmp_path / "a.tar", tmp_path / name, text_field=name)
+        assert capsys.readouterr().err.count(line) == count
+
+
+def test_one_language_of_an_object_of_texts_is_named_with_a_dot(tmp_path):
+    """A field that has the dot in its own name goes before it."""
+    rows = [
+        dict(file_name=f"{i}.jpg", text=dict(de=f"Hund {i}", ja=f"犬 {i}"), info=dict(a=dict(b=i)))
+        for i in range(3)
+    ]
+    rows[2]["text.de"] = "wörtlich"
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in ("json", "jsonl"):
+        named = dict(text_field="text.de", label_field="info.a.b")
+        import_data(kind, tmp_path / f"a.{kind}", tmp_path / kind, **named)
+        assert texts_of(tmp_path / kind) == [("Hund 0",), ("Hund 1",), ("wörtlich",)]
+        first = next(iter(sources.open_source(str(tmp_path / kind))))
+        assert first.labels == ("0",)
+        assert json.loads(first.extra) == dict(text=dict(ja="犬 0"), info=dict(a={}))
+    with pytest.raises(ValueError, match=r"no field 'text.fr'; it has \['file_name', 'text'"):
+        import_data("jsonl", tmp_path / "a.jsonl", tmp_path / "fr", text_field="text.fr")

@@ -88,6 +88,8 @@ def test_a_config_is_frozen_and_changes_by_name():
         assert block.change(emptied) == config
     with pytest.raises(ValueError, match="^config.mesh.fsd: no key 'fsd'; did you mean"):
         config.change({"mesh.fsd": 8})
+    with pytest.raises(ValueError, match="no key 'fsdpp'; did you mean config.mesh.fsdp[?]"):
+        config.change({"fsdpp": 8})
     with pytest.raises(ValueError, match="^config.mesh.fsdp=0: give a whole number of devices"):
         config.change({"mesh.fsdp": 0})
 

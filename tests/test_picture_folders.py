@@ -336,7 +336,8 @@ def test_images_whose_values_are_lost_in_eight_bits_are_counted(tmp_path, capsys
     Image.fromarray(lost[0]).save(tmp_path / "a/11.png")
     (tmp_path / "a/11.txt").write_text("a ramp")
     brought("sidecars", tmp_path / "a", tmp_path / "p")
-    assert "7 of 12 images have values that lose much in 8 bits" in capsys.readouterr().err
+    line = "7 of 12 examples of the split 'train' have images with values that lose much in 8 bits"
+    assert line in capsys.readouterr().err
 
 
 def test_suffixes_in_any_case_are_told_and_read(tmp_path):

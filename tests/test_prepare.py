@@ -266,7 +266,7 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no field 'title'; it has .*'text'"):
         sources.open_source(entry | dict(text_field="title"))
     for wrong in (dict(tfds="absent"), dict(split="test")):
-        with pytest.raises(ValueError, match="; use `python -m coca_jax.prepare") as error:
+        with pytest.raises(ValueError, match="; use `coca-jax prepare") as error:
             sources.open_source(entry | wrong)
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
     for name in ("absent", "tfds:absent"):

@@ -5,7 +5,7 @@ from prepare_cases import encode
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
-from coca_jax.data import vocabulary
+from coca_jax.data import prepared, vocabulary
 
 
 @pytest.fixture
@@ -52,6 +52,34 @@ def test_flags_that_a_use_does_not_read_are_refused(call, folder, tmp_path):
     with pytest.raises(ValueError, match="out is prepared, and its images are those that it was"):
         call(**place, processes=1)
         call(input=tmp_path / "out", out=tmp_path / "again", image_field="zzz", processes=1)
+
+
+def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):
+    for name, pictures in (("a", 1), ("b", 8), ("c", 8)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(pictures):
+            (tmp_path / f"in/{name}/{number}.png").write_bytes(encode(ord(name) * 10 + number))
+    given = dict(input=tmp_path / "in", out=tmp_path / "out", holdout=0.3, processes=1)
+    first = call(**given)
+    told = prepared.read_manifest(str(tmp_path / "out"))
+    of_splits = [len(told["splits"][split]["classes"]) for split in ("train", "test")]
+    assert of_splits == [2, 3] and len(told["class_names"]) == 3
+    assert [first["classes"], first["held_out"]["classes"]] == of_splits
+    assert call(**given) == first
+
+
+def test_a_vocabulary_says_what_its_flags_lack(call, folder, tmp_path):
+    place = dict(out=tmp_path / "words.model", size=300)
+    with pytest.raises(FileNotFoundError, match="data source nowhere: no such folder; "):
+        call("vocabulary", input="nowhere", **place)
+    (tmp_path / "list.tsv").write_text("filepath\ttitle\n0.jpg\ta\n")
+    with pytest.raises(ValueError, match="run `coca-jax prepare --format=csv --input="):
+        call("vocabulary", input=tmp_path / "list.tsv", **place)
+    rows = [f"{n}.jpg," + "".join(chr(0x4E00 + n * 60 + i) for i in range(60)) for n in range(8)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
+    call(input=folder, out=tmp_path / "p", processes=1)
+    with pytest.raises(ValueError, match=r"give [0-9]+ or more \(.*; --size of `prepare voc"):
+        call("vocabulary", input=tmp_path / "p", **place)
 
 
 def test_a_vocabulary_is_of_a_split_and_replaces_no_file(call, folder, tmp_path):

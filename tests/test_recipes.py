@@ -150,6 +150,7 @@ def test_values_are_replaced_from_the_command_line(parse):
             ["--config.optimizer.lr=1"],
             "no key 'lr'; did you mean --config.optimizer.learning_rate?",
         ),
+        (["--config.learning_rte=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.model.batch_size=8"], "did you mean --config.batch_size?"),
         (
             ["--config.image_size=64"],

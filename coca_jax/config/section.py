@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coca_jax import image_shape
@@ -156,8 +156,18 @@ def unknown(section: type[Section], key: str, name: str) -> str:
     """The line for a key that a section has not."""
     here = [field.name for field in dataclasses.fields(section)]
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
-    remedy = f"did you mean {name}.{near[0]}?" if near else f"{name} has: {_names(section)}"
+    near = near or nearest(key, [below for below, _ in keys(section)])
+    guess = " or ".join(f"{name}.{one}" for one in near)
+    remedy = f"did you mean {guess}?" if near else f"{name} has: {_names(section)}"
     return f"{name}.{key}: no key {key!r}; {remedy}"
+
+
+def nearest(key: str, names: Sequence[str]) -> list[str]:
+    """Of dotted names those, three at most, whose last part is most like a key; [] where none is
+    much like it."""
+    last = [name.rpartition(".")[2] for name in names]
+    near = difflib.get_close_matches(key, last, n=1, cutoff=0.8)
+    return [name for name, one in zip(names, last) if [one] == near][:3]
 
 
 def _names(section: type[Section]) -> str:

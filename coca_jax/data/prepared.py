@@ -42,14 +42,16 @@ def read_manifest(path: str) -> dict[str, Any]:
     found = manifest.read(path)
     if found is not None:
         return found
-    if files.is_remote(path) or not os.path.exists(path):
+    remote = files.is_remote(path)
+    if remote or not os.path.exists(path):
+        what = f"no such folder, or no {MANIFEST} in it" if remote else "no such folder"
         raise FileNotFoundError(
-            f"data source {path}: no such folder, or no {MANIFEST} in it; write it with "
+            f"data source {path}: {what}; write it with "
             f"`coca-jax prepare --out={path}` (a recipe's first lines show how), or name data of "
             "your own (--data= of train, ablate and evaluate)"
         )
     raise ValueError(
-        f"data source {path}: not prepared data (no {MANIFEST}); run `python -m coca_jax.prepare "
+        f"data source {path}: not prepared data (no {MANIFEST}); run `coca-jax prepare "
         f"--format={formats.guess(path)} --input={path} --out=DIR` and give path=DIR"
     )
 

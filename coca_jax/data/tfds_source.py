@@ -65,7 +65,7 @@ def open_entry(entry: Entry, split: str) -> Source:
     tfds = package()
     name, image_field = entry.tfds, entry.image_field or "image"
     text_field, label_field = entry.text_field, entry.label_field or "label"
-    hint = "use `python -m coca_jax.prepare --format=tfds --input=NAME --out=DIR` and path=DIR"
+    hint = "use `coca-jax prepare --format=tfds --input=NAME --out=DIR` and path=DIR"
     try:
         builder = tfds.builder(name, data_dir=entry.data_dir or None)
         data = builder.as_data_source(

@@ -13,7 +13,7 @@ from typing import Any
 
 from coca_jax.data import bounded_json, files, formats, named_files
 from coca_jax.data.formats import MEDIA, METADATA
-from coca_jax.importers import lines
+from coca_jax.importers import lines, named_fields
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     LISTED_TEXTS,
@@ -41,7 +41,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
-        ValueError: two files of metadata in one folder, or fields are named where there are none;
+        ValueError: two files of metadata in one folder, or fields are named that there are not;
             or the folders are splits, and none or several of them are this one.
     """
     if not files.is_remote(path) and not files.exists(path):
@@ -60,6 +60,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         else:
             units += csv_units(metadata, below)
     if found:
+        named_fields.check(root, named_fields.rows_of(found), options)
         return units
     plain = files.filesystem(root)[1]
     found = _images(root)

@@ -238,9 +238,21 @@ def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
 
 
 def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
-    """Removes and returns the field that `chosen` names; None where it is not there."""
+    """Removes and returns the field that `chosen` names; None where it is not there. 'text.de' is
+    the field 'de' of the object 'text', where no field has the dot in its name."""
     name = chosen(fields, wanted, usual)
-    return fields.pop(name, None) if name else None
+    group, _, within = name.partition(".")
+    if name in fields or not isinstance(fields.get(group), dict):
+        return fields.pop(name, None) if name else None
+    fields[group] = dict(fields[group])  # a list that is kept has the object too
+    return take(fields[group], within, ())
+
+
+def is_field(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether `take` finds a field of this name, which may have no value."""
+    group, _, within = name.partition(".")
+    inner = fields.get(group)
+    return name in fields or (bool(within) and isinstance(inner, dict) and is_field(inner, within))
 
 
 def chosen(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:

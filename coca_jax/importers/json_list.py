@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from coca_jax.data import bounded_json, files, formats, named_files
-from coca_jax.importers import imagefolder
+from coca_jax.importers import imagefolder, named_fields
 from coca_jax.importers.items import Item, Options, Unit, split_units
 
 PATTERNS = formats.PATTERNS["json"]
@@ -30,15 +30,21 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, or a file that is no such list.
+        ValueError: a folder, or a file that is no such list; or no row has a field that is named.
     """
     system, plain = files.filesystem(path)
     if system.isdir(plain):
         raise ValueError(f"{path} is a folder; give the list in it, as {path}/NAME.json")
     units, root = [], named_files.root_of(path)
-    for file in files.find(path, PATTERNS, split):
+    lists = files.find(path, PATTERNS, split)
+    named_fields.check(path, (row for file in lists for row in _objects(file)), options)
+    for file in lists:
         units += split_units(file, len(_parsed(file)), imagefolder.ROWS_PER_UNIT, root)
     return units
+
+
+def _objects(file: str) -> list[dict[str, Any]]:
+    return [row for row in _parsed(file) if isinstance(row, dict)]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:

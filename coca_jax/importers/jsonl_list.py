@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coca_jax.data import files, formats, named_files
-from coca_jax.importers import imagefolder
+from coca_jax.importers import imagefolder, named_fields
 from coca_jax.importers.items import Item, Options, Unit
 
 PATTERNS = formats.PATTERNS["jsonl"]
@@ -16,9 +16,11 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: no row has a field that is named.
     """
     root = named_files.root_of(path)
     lists = files.find(path, PATTERNS, split)
+    named_fields.check(path, named_fields.rows_of(lists), options)
     return [unit for file in lists for unit in imagefolder.line_units(file, root)]
 
 

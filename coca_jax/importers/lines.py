@@ -60,6 +60,26 @@ def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
             yield line, size
 
 
+def of_file(path: str) -> Iterator[bytes | None]:
+    """The lines of a file, packed or not, as `lines` gives them. Raises as `packed_lines`."""
+    if path.lower().endswith(PACKED):
+        yield from (line for line, _ in packed_lines(path))
+        return
+    with files.open_binary(path) as file:
+        yield from (line for line, _ in lines(file))
+
+
+def not_utf8(path: str) -> int:
+    """The number, from 1, of the first line of a file that is not UTF-8; 0 where all are. Raises as
+    `packed_lines`."""
+    for number, line in enumerate(of_file(path), 1):
+        try:
+            (line or b"").decode()
+        except UnicodeDecodeError:
+            return number
+    return 0
+
+
 def refuse_utf16(path: str, file: BinaryIO) -> None:
     """Raises ValueError for a list in UTF-16, as spreadsheets call it "Unicode text"; the file
     stands at its beginning then and now."""

@@ -20,7 +20,10 @@ def why(work: str, input: str) -> str:
     if not (listed or filtered) or any(account["count"] for account in accounts):
         return ""
     read = sum(account["read"] for account in accounts)
-    return remarks.nothing_usable(input, read, listed, filtered) + of_where(work, filtered)
+    groups = json.loads(files.read(files.join(work, "plan.json")))["groups"]
+    said = remarks.of_encoding((unit["path"] for group in groups for unit in group), listed)
+    more = of_where(work, filtered) + "".join(f"; {line}" for line in said)
+    return remarks.nothing_usable(input, read, listed, filtered) + more
 
 
 def of_where(work: str, filtered: Mapping[str, int]) -> str:

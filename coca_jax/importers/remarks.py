@@ -13,7 +13,7 @@ from typing import Any
 
 from coca_jax.data import files, formats, views
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list
+from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
@@ -21,6 +21,7 @@ _MOST_LOOKED_AT = 20_000  # files of a folder
 _MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
+_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lines.PACKED)
 _LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
 
 _CAPTION_LIKE = re.compile(
@@ -99,6 +100,21 @@ def nothing_usable(
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
     return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+
+
+def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> list[str]:
+    """The line for the first of the lists at `paths` with bytes that are not UTF-8, as those of
+    spreadsheets are; none where nothing that is listed looks like that."""
+    if all(e["reason"] != "bad_utf8" and "\ufffd" not in e["key"] + e["detail"] for e in listed):
+        return []
+    for path in dict.fromkeys(path for path in paths if path.lower().endswith(_LISTS_END)):
+        with contextlib.suppress(OSError, ValueError):  # of a damaged end, which is listed
+            if number := lines.not_utf8(path):
+                return [
+                    f"{path}: line {number} is not UTF-8; save it in UTF-8 (iconv -f CP1252 -t "
+                    "UTF-8, where it is of a spreadsheet in Western Europe)"
+                ]
+    return []
 
 
 def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
@@ -207,6 +223,17 @@ def _texts_beside(input: str) -> list[str]:
     ]
 
 
+def _of_named(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    """The lines for fields that were named and gave nothing: of archives, whose members all have
+    to be read before that is known."""
+    told = []
+    for flag, kind in (("text_field", "text"), ("label_field", "label")):
+        name = request.get("options", {}).get(flag)
+        if name and not found[f"with_{kind}"]:
+            told.append(f"{request['input']}: --{flag}={name}: no example has a {kind} in it")
+    return told
+
+
 def caption_like(extra: Mapping[str, Any]) -> set[str]:
     """The fields of an example that are called as captions are, and hold a text or several."""
     found = set()
@@ -261,11 +288,13 @@ def of_split(
         sum(account.get(name, 0) for account in accounts)
         for name in ("with_numbers_alone", "with_lost_range")
     )
+    if not apart:
+        lines += _of_named(found, request)
     if dark:
         lines.append(
-            f"{dark} of {found['count']} images have values that lose much in 8 bits: 16 bits are "
-            "taken for 0 to 65535, floats for 0 to 1 or 0 to 255, NaN for 0; scale them to that "
-            "range first"
+            f"{dark} of {found['count']} examples of the split {split!r} have images with values "
+            "that lose much in 8 bits: 16 bits are taken for 0 to 65535, floats for 0 to 1 or 0 to "
+            "255, NaN for 0; scale them to that range first"
         )
     if numbers and numbers == found["with_text"] and not apart:
         lines.append(

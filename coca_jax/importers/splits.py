@@ -292,8 +292,9 @@ def _finish(
         filtered.update(account["filtered"])
     if read != written + len(listed) + sum(filtered.values()):
         raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
+    said = remarks.of_encoding((unit.path for job in jobs for unit in job.units), listed)
     if not written:
-        _refuse_empty(work, split, request, read, listed, filtered)
+        _refuse_empty(work, split, request, read, listed, filtered, said)
     entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
@@ -328,7 +329,7 @@ def _finish(
             storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    for line in remarks.of_split(out, split, manifest, accounts):
+    for line in remarks.of_split(out, split, manifest, accounts) + said:
         print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
@@ -340,16 +341,18 @@ def _refuse_empty(
     read: int,
     listed: list[dict[str, str]],
     filtered: Mapping[str, int],
+    said: Sequence[str],
 ) -> NoReturn:
-    """Raises ValueError: why nothing of `read` items is in the split."""
+    """Raises ValueError: why nothing of `read` items is in the split, and what else is `said`."""
     of_where = nothing_left.of_where(work, filtered)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request, read, split, filtered)
     input = request["input"]
-    beside = remarks.pictures_beside(input, request["format"])
-    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + of_where + beside)
+    more = of_where + remarks.pictures_beside(input, request["format"])
+    more += "".join(f"; {line}" for line in said)
+    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + more)
 
 
 def _named(
@@ -383,6 +386,6 @@ def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
         with_label=found["with_label"],
         shards=len(found["shards"]),
         bytes=sum(shard["bytes"] for shard in found["shards"]),
-        classes=len(manifest["class_names"]),
+        classes=len(found.get("classes", manifest["class_names"] if found["with_label"] else ())),
         out=str(out),
     )

@@ -130,8 +130,8 @@ def _trained(sentences: list[str], size: int, seed: int, kind: str) -> bytes:
         asked = re.search(r"required_chars. (\d+) vs (\d+)", str(error))
         if asked:
             raise ValueError(
-                f"vocabulary size {size} is too small for the characters of these texts; set "
-                f"model.text.vocab_size={asked[2]} or more"
+                f"vocabulary size {size} is too small for the characters of these texts; give "
+                f"{asked[2]} or more (model.text.vocab_size; --size of `prepare vocabulary`)"
             ) from None
         raise ValueError(f"vocabulary of {size} pieces cannot be trained: {error}") from None
     return model.getvalue()
