@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     export_folder.check(model)
+    export_format.refuse_other(args.out, model.params)
     if args.format == "hub":
         return _to_hub(model)
     if args.format == "onnx":
