@@ -25,7 +25,7 @@ from coca_jax import export, export_format, inference, partitioning, sealed_json
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.models import two_towers
+from coca_jax.models import head_kinds, two_towers
 from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
@@ -196,40 +196,6 @@ def test_an_export_has_the_weights_of_a_run_in_bfloat16_bit_for_bit(
     assert "load(..., narrow=False) keeps them as they were stored" in caplog.text
 
 
-def exports(**given):
-    """The command, in this process, behind `flags_of`."""
-    export.flags.FLAGS(["export", *(f"--{name}={value}" for name, value in given.items())])
-    return export.main(["export"])
-
-
-def test_an_export_is_not_written_over_with_other_weights(model, tmp_path, monkeypatch):  # noqa: F811
-    """Its scores would be taken for those of the new ones."""
-    params = jax.tree.map(lambda x: x, model.params)
-    params["text_to_joint"]["kernel"] = params["text_to_joint"]["kernel"].at[0, 0].add(1e-3)
-    other = inference.CoCaModel(model.config, params, model.vocabulary)
-    for name, one in (("first", model), ("second", other)):
-        export_folder.write(one, str(tmp_path / name))
-    out = tmp_path / "out"
-    flags_of("export", monkeypatch)
-    exports(checkpoint=tmp_path / "first", out=out, format="hub")
-    (out / "eval.json").write_text('{"zeroshot/birds/top1": 0.8125}')
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    for kind in ("folder", "hub"):
-        with pytest.raises(FileExistsError) as error:
-            exports(checkpoint=tmp_path / "second", out=out, format=kind)
-        assert str(error.value) == (
-            f"--out={out} holds a model with other weights (model.safetensors); give another "
-            "--out, or remove that folder"
-        )
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-    exports(checkpoint=tmp_path / "first", out=out, format="hub")
-    assert coca_jax.load(str(out)).checksum() == model.checksum()
-    export_format.refuse_other(tmp_path, other.params)  # no export is there
-    fewer = {name: x for name, x in model.params.items() if name != "text_to_joint"}
-    with pytest.raises(FileExistsError, match="other weights"):
-        export_format.refuse_other(out, fewer)
-
-
 def test_towers_have_a_card_of_their_own(words, tmp_path):  # noqa: F811
     sizes = {"image.class_token": True, "image.final_norm": False, "image.depth": 1}
     sizes |= {"text.vocab_size": 320, "text.unimodal_depth": 1, "family": "clip"}
@@ -331,7 +297,7 @@ def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_pa
 
 def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_path, capsys):
     """What it asks of what writes; that is tested above and in test_hub.py."""
-    loaded = types.SimpleNamespace(captions=None, params={})
+    loaded = types.SimpleNamespace(captions=None, params={}, head_kind=None)
     calls = []
 
     def writes(*given, **how):
@@ -394,6 +360,12 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     ):
         with pytest.raises((ValueError, flags.Error), match=says):
             call("no", *given)
+    told = "the programs leave out the task head, whose weights are written too: coca_jax.load("
+    assert told not in capsys.readouterr().err
+    loaded.head_kind = head_kinds.Classification()
+    for kind, says in (("folder", True), ("onnx", True), ("hub", False)):
+        call(kind, f"--format={kind}")
+        assert (f"{told}'{tmp_path / kind}') has" in capsys.readouterr().err) == says
     del loaded.captions
     with pytest.raises(ValueError, match="a model without a decoder has no program for captions"):
         call("no")

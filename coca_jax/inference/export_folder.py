@@ -23,6 +23,7 @@ from coca_jax.models import tower_kinds
 
 # How a card begins; behind it stands the CRC-32 of all but that line.
 _WRITTEN = f"{out_folder.CARD}# CRC-32 as coca_jax wrote it: "
+_SHOWN_CLASSES = 20  # of a task head, on a card
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
 
 
@@ -167,6 +168,7 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
         embed_dim=sizes.embed_dim,
         vocabulary=f"{kind}, {model.vocabulary.size:,} ids; texts of up to {text.max_len} tokens",
         head=_head(model),
+        head_example=f"\nprint({model.head_kind.example})" if model.class_names else "",
         scores=f"| measure | value | 95% interval | examples |\n|---|---|---|---|\n{rows}"
         if rows
         else "None were stored with these weights.",
@@ -208,7 +210,10 @@ def _words(model: CoCaModel) -> dict[str, str]:
 def _head(model: CoCaModel) -> str:
     if not model.class_names:
         return "none"
-    return f"of kind {model.head_kind.name!r}, {len(model.class_names)} classes"
+    count, shown = len(model.class_names), model.class_names[:_SHOWN_CLASSES]
+    names = ", ".join(" ".join(name.split()).replace("|", r"\|") for name in shown)
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    return f"of kind {model.head_kind.name!r}, {count} classes: {names}{more}"
 
 
 def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
