@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     base.set_params(at(shares[0]))
-    with _replacement_told(args.out, "config.json", "model"):  # which says what the weights are
-        export_folder.write(base, args.out, dtype=base.stored_dtype)
+    export_format.refuse_other(args.out, base.params)
+    export_folder.write(base, args.out, dtype=base.stored_dtype)
     return dict(out=args.out, share=shares[0])
 
 

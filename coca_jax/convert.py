@@ -114,12 +114,15 @@ def write(
     suffix: str,
     progress: bool,
 ) -> None:
-    """Writes an export. Raises ValueError naming the weights, as for numbers that are none."""
+    """Writes an export. Raises ValueError naming the weights, as for numbers that are none, and as
+    `export_format.refuse_other`."""
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, f"vocabulary{suffix}")
         vocabulary.save(path)
         with naming(weights):
-            export_format.write_export(out, params(), config, path, progress=progress)
+            tree = params()
+            export_format.refuse_other(out, tree)
+            export_format.write_export(out, tree, config, path, progress=progress)
 
 
 def from_towers(
@@ -220,6 +223,7 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         model_cfg["init_logit_bias"] = float(np.asarray(bias))
     tensors = layout.write(export_format.flatten(params))
     written = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
+    export_format.refuse_other(out, tensors, WEIGHTS_NAME)
     with out_folder.gone_if_refused(out), storage.local_folder(out) as folder:
         safetensors_file.write(os.path.join(folder, WEIGHTS_NAME), tensors, progress=progress)
         written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])

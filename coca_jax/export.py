@@ -12,7 +12,7 @@ what `jax.export` made (StableHLO, any batch size):
 params is the flat dict of params.safetensors. A caption is decode_step from the begin symbol at
 step 0 on, each time with the token that was chosen, until that is the end symbol
 (tokenizer.begin_id and tokenizer.end_id in config.json). Of a model of clips (preprocess.num_frames
-there) images are uint8 [b, T, S, S, 3].
+there) images are uint8 [b, T, S, S, 3]. No program computes a task head.
 
 --format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
 --batch_size rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start
@@ -88,8 +88,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     export_folder.check(model)
+    export_format.refuse_other(args.out, model.params)
     if args.format == "hub":
         return _to_hub(model)
+    if model.head_kind:
+        cli.say(
+            "the programs leave out the task head, whose weights are written too: "
+            f"coca_jax.load({args.out!r}) has its classify"
+        )
     if args.format == "onnx":
         return _to_onnx(model)
     if not hasattr(model, "captions"):

@@ -148,6 +148,29 @@ def write_export(
         _remove_replaced(folder, before, found)
 
 
+def refuse_other(
+    directory: str | os.PathLike[str], params: Mapping[str, Any], name: str = ""
+) -> None:
+    """Raises FileExistsError for a folder with other weights: its scores would be taken for theirs.
+
+    params: as of `write_export`. name: of the file of weights; default: that of an export.
+    """
+    name = name or _params_name(directory)
+    if not name or not (storage.place(directory) / name).exists():
+        return
+    tensors = {path: blocks(path, array) for path, array in flatten(params).items()}
+    with storage.local_copy(storage.place(directory) / name) as file:
+        try:
+            there = safetensors_file.read(file)
+        except ValueError:  # cut short: what reads the folder says to write it again
+            return
+        if not safetensors_file.same(there, tensors):
+            raise FileExistsError(
+                f"--out={os.fspath(directory)} holds a model with other weights ({name}); give "
+                "another --out, or remove that folder"
+            )
+
+
 def _remove_replaced(
     directory: str | os.PathLike[str], before: dict[str, Any], found: Collection[str]
 ) -> None:

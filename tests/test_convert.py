@@ -1,5 +1,6 @@
 """open_clip weights in and out, without torch: golden outputs, refusals, memory, commands."""
 
+import filecmp
 import json
 import pathlib
 import tracemalloc
@@ -280,6 +281,27 @@ def test_export_folders(export, tmp_path):
     assert not export_format.is_export(tmp_path)
     with pytest.raises(FileNotFoundError, match="not an export"):
         export_format.read_export(tmp_path)
+
+
+def test_a_model_is_not_converted_over_one_of_other_weights(source, export, tmp_path):
+    """In both directions; the same one may be written again."""
+    tensors = small_weights()
+    tensors["visual.proj"] = tensors["visual.proj"] + np.float32(1e-3)
+    other = write_source(tmp_path / "in", tensors)
+    out, back = tmp_path / "out", tmp_path / "back"
+    for _ in range(2):
+        convert.from_open_clip(str(source), str(out))
+        convert.to_open_clip(str(export), str(back))
+    with pytest.raises(FileExistsError, match=r"out holds a model with other weights \(params.saf"):
+        convert.from_open_clip(str(other), str(out))
+    assert filecmp.cmp(out / "params.safetensors", export / "params.safetensors", shallow=False)
+    convert.from_open_clip(str(other), str(tmp_path / "others"))
+    before = (back / convert.WEIGHTS_NAME).read_bytes()
+    with pytest.raises(
+        FileExistsError, match=f"back holds .* other weights .{convert.WEIGHTS_NAME}"
+    ):
+        convert.to_open_clip(str(tmp_path / "others"), str(back))
+    assert (back / convert.WEIGHTS_NAME).read_bytes() == before
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -25,7 +25,7 @@ from coca_jax import export, export_format, inference, partitioning, sealed_json
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.models import two_towers
+from coca_jax.models import head_kinds, two_towers
 from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
@@ -297,7 +297,7 @@ def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_pa
 
 def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_path, capsys):
     """What it asks of what writes; that is tested above and in test_hub.py."""
-    loaded = types.SimpleNamespace(captions=None)
+    loaded = types.SimpleNamespace(captions=None, params={}, head_kind=None)
     calls = []
 
     def writes(*given, **how):
@@ -360,6 +360,12 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
     ):
         with pytest.raises((ValueError, flags.Error), match=says):
             call("no", *given)
+    told = "the programs leave out the task head, whose weights are written too: coca_jax.load("
+    assert told not in capsys.readouterr().err
+    loaded.head_kind = head_kinds.Classification()
+    for kind, says in (("folder", True), ("onnx", True), ("hub", False)):
+        call(kind, f"--format={kind}")
+        assert (f"{told}'{tmp_path / kind}') has" in capsys.readouterr().err) == says
     del loaded.captions
     with pytest.raises(ValueError, match="a model without a decoder has no program for captions"):
         call("no")

@@ -341,6 +341,13 @@ def test_a_mixed_model_computes_in_the_base_s_dtype(
     found, told = export_format.read_export(tmp_path / "out")
     assert told.model.dtype == "bfloat16"
     np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)
+    blend.main(["blend"])  # the same once more
+    blend.flags.FLAGS["shares"].unparse()
+    blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", "--shares=1"])
+    with pytest.raises(FileExistsError, match="out holds a model with other weights .params.safe"):
+        blend.main(["blend"])
+    kept = export_format.read_export(tmp_path / "out")[0]
+    np.testing.assert_array_equal(kept["text_to_joint"]["kernel"], found["text_to_joint"]["kernel"])
 
 
 def test_models_of_other_configurations_are_not_mixed(words):  # noqa: F811

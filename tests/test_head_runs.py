@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 from one_device import train_alone
 from ops_cases import drawn
+from PIL import Image
+from test_inference import random_params, tiny_parts
 from test_train import tiny_run
 
 import coca_jax
 from coca_jax import checkpointing, export_format
 from coca_jax.data import vocabulary
+from coca_jax.inference import export_folder
+from coca_jax.inference.model import CoCaModel
 from coca_jax.metrics import read_metrics
-from coca_jax.models import coca
+from coca_jax.models import coca, head_kinds
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import stopping
 from coca_jax.training.run import train
@@ -195,3 +200,35 @@ def test_tasks_for_a_head_are_refused_before_a_run_without_one_trains(tmp_path):
     with pytest.raises(ValueError, match="'classification': this model has no task head"):
         train(config, str(tmp_path))
     assert not list(tmp_path.glob("checkpoints/*")) and not list(tmp_path.glob("metrics*"))
+
+
+def card_of(kind, folder):
+    """(a model with a head of 23 classes and random weights, its card, the line that asks it)."""
+    config, _ = tiny_parts()
+    config.head.kind = kind
+    names = ["a cat|dog", *(f"thing {number}" for number in range(1, 23))]
+    module = coca.build(config.model, head=config.head, num_classes=len(names))
+    vocabulary.train(["a red circle", "two blue squares"] * 9, 310, str(folder / "words"))
+    words = vocabulary.load(str(folder / "words"))
+    model = CoCaModel(config, random_params(module), words, class_names=names)
+    card = export_folder.card(model, "me/things", {})
+    (line,) = re.findall(r"\nprint\((model\.classify\(.*\))\)\n", card)
+    return model, card, line
+
+
+def test_a_card_says_how_to_ask_the_task_head(tmp_path):
+    model, card, line = card_of("answer", tmp_path)
+    shown = ", ".join([r"a cat\|dog", *model.class_names[1:20]])
+    assert f"\n| task head | of kind 'answer', 23 classes: {shown} and 3 more |\n" in card
+    assert line == head_kinds.Answer.example and "?" in line
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", head_kinds.KINDS)
+def test_a_cards_line_for_the_task_head_runs(kind, tmp_path, monkeypatch):
+    model, _, line = card_of(kind, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"\w+\.jpg", line):
+        Image.new("RGB", (20, 20)).save(name)
+    found = eval(line, {"model": model})
+    assert found.shape == (1, 23) and abs(found.sum() - 1) < 1e-5

@@ -285,6 +285,33 @@ def test_a_readme_of_something_else_is_not_written_over(model, tmp_path):  # noq
     assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
+def test_a_card_that_was_edited_stays(model, tmp_path, caplog):  # noqa: F811
+    """One that was not is written anew, with the scores of now."""
+    path = tmp_path / "README.md"
+    export_folder.write_hub(model, str(tmp_path), "org/birds", {"zeroshot/birds/top1": 0.25})
+    assert "| zeroshot/birds/top1 | 0.2500 |" in path.read_text()
+    export_folder.write_hub(model, str(tmp_path), "org/birds", SCORES)
+    card = path.read_text()
+    assert "| zeroshot/birds/top1 | 0.8125 |" in card and "0.2500" not in card
+    assert "was edited" not in caplog.text
+    begin, line, rest = card.split("\n", 3)[1:]
+    for edited in (
+        card.replace("## Use", "## Data\n\nTen thousand birds.\n\n## Use"),
+        card.replace("pipeline_tag", "license: mit\npipeline_tag"),
+        f"---\n{begin}\n{rest}",  # as older versions wrote it, or without its comment
+        f"---\n{begin}\n{line[:-1]}{'1' if line[-1] == '0' else '0'}\n{rest}",
+    ):
+        assert edited != card
+        path.write_text(edited)
+        caplog.clear()
+        files = export_folder.write_hub(model, str(tmp_path), "org/birds", SCORES)
+        assert path.read_text() == edited and files["README.md"] == len(edited)
+        assert f"{path} was edited and stays as it is; move it away for a new card" in caplog.text
+    path.unlink()
+    export_folder.write_hub(model, str(tmp_path), "org/birds", SCORES)
+    assert path.read_text() == card
+
+
 def test_commands_take_the_names(model, images, server, commands, tmp_path):  # noqa: F811
     from PIL import Image
 

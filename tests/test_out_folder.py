@@ -2,11 +2,16 @@
 
 import json
 
+import jax
 import pytest
+from one_device import models_on_one  # noqa: F401
+from test_inference import model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
-from coca_jax import out_folder, report
+import coca_jax
+from coca_jax import export, export_format, inference, out_folder, report
 from coca_jax.evaluators import results
+from coca_jax.inference import export_folder
 
 
 def test_a_folder_that_was_missing_is_missing_afterwards(tmp_path):
@@ -46,7 +51,7 @@ def test_the_name_of_a_file_is_not_written_as_a_folder(tmp_path):
 
 def test_a_model_is_not_written_among_files_of_something_else(tmp_path):
     """Over an earlier model it is, whole or left by a stop."""
-    model = dict(model={}, preprocess={}, tokenizer={})
+    ours = dict(model={}, preprocess={}, tokenizer={})
     card = "---\nlibrary_name: coca_jax\nlicense: mit\n"
     for number, (files, told) in enumerate((
         ({"a.jpg": "", "b.jpg": ""}, "a.jpg"),
@@ -57,7 +62,7 @@ def test_a_model_is_not_written_among_files_of_something_else(tmp_path):
         ({}, ""),
         ({".gitattributes": "", "params.safetensors": "", "vocabulary.json": ""}, ""),
         ({"README.md": card, "model.safetensors.new": "", "tokenizer.json": ""}, ""),
-        ({"config.json": json.dumps(model), "notes.txt": "of its user"}, ""),
+        ({"config.json": json.dumps(ours), "notes.txt": "of its user"}, ""),
     )):  # fmt: skip
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -109,3 +114,41 @@ def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
     (tmp_path / "old.html").write_text(old, "utf-8")
     call(run, out="old.html")
     assert len((tmp_path / "old.html").read_bytes()) > 1000
+
+
+def exports(**given):
+    """The command, in this process, behind `flags_of`."""
+    export.flags.FLAGS(["export", *(f"--{name}={value}" for name, value in given.items())])
+    return export.main(["export"])
+
+
+def test_an_export_is_not_written_over_with_other_weights(model, tmp_path, monkeypatch):  # noqa: F811
+    """Its scores would be taken for those of the new ones."""
+    params = jax.tree.map(lambda x: x, model.params)
+    params["text_to_joint"]["kernel"] = params["text_to_joint"]["kernel"].at[0, 0].add(1e-3)
+    other = inference.CoCaModel(model.config, params, model.vocabulary)
+    for name, one in (("first", model), ("second", other)):
+        export_folder.write(one, str(tmp_path / name))
+    out = tmp_path / "out"
+    flags_of("export", monkeypatch)
+    exports(checkpoint=tmp_path / "first", out=out, format="hub")
+    (out / "eval.json").write_text('{"zeroshot/birds/top1": 0.8125}')
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for kind in ("folder", "hub"):
+        with pytest.raises(FileExistsError) as error:
+            exports(checkpoint=tmp_path / "second", out=out, format=kind)
+        assert str(error.value) == (
+            f"--out={out} holds a model with other weights (model.safetensors); give another "
+            "--out, or remove that folder"
+        )
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    exports(checkpoint=tmp_path / "first", out=out, format="hub")
+    assert coca_jax.load(str(out)).checksum() == model.checksum()
+    export_format.refuse_other(tmp_path, other.params)  # no export is there
+    fewer = {name: x for name, x in model.params.items() if name != "text_to_joint"}
+    with pytest.raises(FileExistsError, match="other weights"):
+        export_format.refuse_other(out, fewer)
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])  # cut short: `load` says to write it again
+    exports(checkpoint=tmp_path / "first", out=out, format="hub")
+    assert coca_jax.load(str(out)).checksum() == model.checksum()

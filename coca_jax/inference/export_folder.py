@@ -7,6 +7,7 @@ import os
 import pathlib
 import string
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
 from coca_jax.models import tower_kinds
 
+# How a card begins; behind it stands the CRC-32 of all but that line.
+_WRITTEN = f"{out_folder.CARD}# CRC-32 as coca_jax wrote it: "
+_SHOWN_CLASSES = 20  # of a task head, on a card
 _SUFFIXES = {b"\x1f": ".bpe.gz", b"{": ".json"}  # by the first byte; else SentencePiece
 
 
@@ -90,21 +94,37 @@ def write_hub(
     """Writes the folder that `push_to_hub` uploads and `coca_jax.load` reads: config.json,
     model.safetensors, the tokenizer, preprocessor_config.json and the card README.md.
 
-    name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes.
+    name: 'org/name' on the hub, for the card. scores: of eval.json. Returns the files' sizes. A
+    card that was edited stays, and a warning says so.
     Raises ValueError for a README.md there that is of something else.
     """
     there = storage.place(out) / CARD
-    if there.exists() and not there.read_text().startswith(out_folder.CARD):
+    before = there.read_text() if there.exists() else None
+    if before is not None and not before.startswith(out_folder.CARD):
         raise ValueError(
             f"{there} is of something else, and a model's card goes there; give a new folder, or "
             "move it away"
         )
     preprocessor = json.dumps(_preprocessor(model), indent=2)  # or it refuses, before it writes
     with storage.local_folder(out) as folder:
-        storage.write_text(os.path.join(folder, CARD), card(model, name, scores or {}))
+        if before is not None and before != _sealed(before):
+            logging.warning("%s was edited and stays as it is; move it away for a new card", there)
+        else:
+            text = _sealed(card(model, name, scores or {}))
+            storage.write_text(os.path.join(folder, CARD), text)
         storage.write_text(os.path.join(folder, PREPROCESSOR), preprocessor)
         write(model, folder, hub=True)
         return sizes(folder)
+
+
+def _sealed(card: str) -> str:
+    """A card with the checksum of what else it says; one that has it already, and was not edited,
+    stays the same."""
+    rest = card.removeprefix(out_folder.CARD)
+    if card.startswith(_WRITTEN):
+        rest = rest.partition("\n")[2]
+    found = zlib.crc32(f"{out_folder.CARD}{rest}".encode())
+    return f"{_WRITTEN}{found:08x}\n{rest}"
 
 
 def push_to_hub(
@@ -148,6 +168,7 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
         embed_dim=sizes.embed_dim,
         vocabulary=f"{kind}, {model.vocabulary.size:,} ids; texts of up to {text.max_len} tokens",
         head=_head(model),
+        head_example=f"\nprint({model.head_kind.example})" if model.class_names else "",
         scores=f"| measure | value | 95% interval | examples |\n|---|---|---|---|\n{rows}"
         if rows
         else "None were stored with these weights.",
@@ -189,7 +210,10 @@ def _words(model: CoCaModel) -> dict[str, str]:
 def _head(model: CoCaModel) -> str:
     if not model.class_names:
         return "none"
-    return f"of kind {model.head_kind.name!r}, {len(model.class_names)} classes"
+    count, shown = len(model.class_names), model.class_names[:_SHOWN_CLASSES]
+    names = ", ".join(" ".join(name.split()).replace("|", r"\|") for name in shown)
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    return f"of kind {model.head_kind.name!r}, {count} classes: {names}{more}"
 
 
 def _score_rows(scores: Mapping[str, float | None]) -> list[str]:

@@ -121,6 +121,20 @@ def write(
                 raise ValueError(f"{name}: its blocks do not add up to its shape {blocks.shape}")
 
 
+def same(there: Mapping[str, np.ndarray], tensors: Mapping[str, Blocks]) -> bool:
+    """Whether a file's arrays are those that would be written, value for value, and no others."""
+    if {name: x.shape for name, x in there.items()} != {k: x.shape for k, x in tensors.items()}:
+        return False
+    for name, blocks in tensors.items():
+        flat, begin = there[name].reshape(-1), 0
+        for block in blocks.parts():
+            end = begin + block.size
+            if not np.array_equal(flat[begin:end], np.asarray(block, np.float32).reshape(-1)):
+                return False
+            begin = end
+    return True
+
+
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raises ValueError naming an array that has values which are NaN or infinite."""
     with np.errstate(all="ignore"):

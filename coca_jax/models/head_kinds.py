@@ -24,10 +24,12 @@ class HeadKind:
             side by side.
         reads_text: whether it pools the decoder's outputs over the text beside an image; else the
             tokens of the image encoder.
+        example: a call of a loaded model that gives the classes' probabilities, for a model card.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
+    example: ClassVar[str]
     images: ClassVar[int] = 1
     reads_text: ClassVar[bool] = False
 
@@ -45,12 +47,14 @@ class Classification(HeadKind):
     """The class of an image, or of a clip's frames."""
 
     name, about = "classification", "of images"
+    example = 'model.classify(["cat.jpg"])'
 
 
 class Answer(HeadKind):
     """The answer to a question about an image (paper: VQA, SNLI-VE)."""
 
     name, about, reads_text = "answer", "to questions", True
+    example = 'model.classify(["cat.jpg"], ["what is on the sofa?"])'
 
     def check(self, config: Config) -> None:
         """Questions are no captions to match images with."""
@@ -65,6 +69,7 @@ class Pair(HeadKind):
     """Whether a statement holds for two images (paper: NLVR2)."""
 
     name, about, images, reads_text = "pair", "of images and a text", 2, True
+    example = 'model.classify([("left.jpg", "right.jpg")], ["both show a cat"])'
 
     def check(self, config: Config) -> None:
         """Nothing is trained beside it, and its images are neither augmented nor clips."""
