@@ -6,13 +6,22 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
-from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_inference import (  # noqa: F401
+    images,
+    model,
+    no_compile_cache,
+    random_params,
+    tiny_parts,
+    words,
+)
 from test_search import encoded
 
 import coca_jax
+from coca_jax.config import typed
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
+from coca_jax.models import coca
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +100,14 @@ def test_settings_by_the_names_of_others(model, images):  # noqa: F811
             model.caption(images[:1], **{name: 1})
     with pytest.raises(ValueError, match="^num_beams=100000: at most 2.., the vocabulary's ids"):
         model.caption(images[:1], num_beams=100_000)
+
+
+def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa: F811
+    config = tiny_parts()[0]
+    config.head.kind = "classification"
+    config = typed(config)
+    params = random_params(coca.build(config.model, head=config.head, num_classes=2))
+    headed = CoCaModel(config, params, words, class_names=["cat", "dog"])
+    for texts in ("what?", ["what?", "who?"], []):
+        with pytest.raises(ValueError, match="^texts: a head of kind 'classification' reads none"):
+            headed.classify(images[:2], texts)

@@ -211,7 +211,8 @@ class Encoders:
 
         texts: the question or statement beside each image, for a head that reads one. Of a head
         over pairs images is a list of pairs or an array [N, 2, h, w, 3].
-        Raises ValueError for a model without a head, or texts that are missing or too many.
+        Raises ValueError for a model without a head, or texts that are missing, too many, or not
+        read.
         """
         head = self._programs.module.task_head
         if head is None:
@@ -219,7 +220,11 @@ class Encoders:
         pair = head.kind.images > 1
         images = [one for two in images for one in two] if pair else self._reader.listed(images)
         count = len(images) // head.kind.images
-        if texts is None and not head.kind.reads_text:
+        if not head.kind.reads_text:
+            if texts is not None:
+                raise ValueError(
+                    f"texts: a head of kind {head.kind.name!r} reads none; give the images alone"
+                )
             texts = [""] * count
         texts = None if texts is None else text_arrays.listed(texts)
         if texts is None or len(texts) != count:
