@@ -111,3 +111,18 @@ def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa
     for texts in ("what?", ["what?", "who?"], []):
         with pytest.raises(ValueError, match="^texts: a head of kind 'classification' reads none"):
             headed.classify(images[:2], texts)
+
+
+def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
+    known = len(model.vocabulary.encode("a red"))
+    for prompt, before, least in (("", 0, 24), ("a red", known, 24 - known)):
+        says = (
+            f"^min_tokens={least}: behind a prompt of {before} tokens the model writes {least - 1} "
+            r"\(model.text.max_len=24\); lower it$"
+        )
+        with pytest.raises(ValueError, match=says):
+            model.caption(images[:1], prompt, min_tokens=least)
+        with pytest.raises(ValueError, match=says):
+            next(model.stream_captions(images[:1], prompt, min_tokens=least))
+    (told,) = model.captions(images[:1], min_tokens=23)
+    assert told[0].num_tokens == 23 and not told[0].finished

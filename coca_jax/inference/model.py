@@ -72,7 +72,8 @@ class CoCaModel(Scores):
         `generation.settings.Settings`.
 
         prompt: how captions begin, one text for all images or one each. Raises ValueError for
-        settings that exclude each other, a prompt without room, or a wrong number of prompts.
+        settings that exclude each other, a prompt or min_tokens without room, or a wrong number of
+        prompts.
         """
         found = self.captions(images, prompt, progress=progress, **how)
         return [captions[0].text for captions in found]
