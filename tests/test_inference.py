@@ -16,6 +16,7 @@ from coca_jax import inference, ops, partitioning
 from coca_jax.data import prompts, vocabulary
 from coca_jax.inference import export_folder, loading
 from coca_jax.models import coca, decoding
+from coca_jax.models.pixels import normalise_pixels
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
 
@@ -296,6 +297,16 @@ def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
     np.testing.assert_array_equal(first, second)
     with pytest.raises(ValueError, match="token_ids"):
         model.forward(pixels, tokens + 320)
+
+
+def test_forward_takes_no_pixels_that_are_not_normalised(model, words, images):
+    tokens, _ = words.encode_batch(["a red circle"], model.max_len)
+    raw = model.preprocess(images[0])[None]
+    for whole, kind in ((raw, "uint8"), (raw.astype(np.int64), "int64")):
+        with pytest.raises(ValueError, match=f"^pixels are {kind}: forward takes normalised"):
+            model.forward(whole, tokens)
+    out = model.forward(normalise_pixels(raw, model.config.model), tokens)
+    np.testing.assert_allclose(out.image_embedding, model.encode_image(raw), atol=1e-5)
 
 
 def test_an_export_loads_as_the_same_model(model, images, tmp_path):

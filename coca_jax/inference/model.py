@@ -325,11 +325,19 @@ class CoCaModel(Scores):
     def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
         """The whole model on prepared input.
 
-        pixels: float [N, S, S, 3], already normalised. token_ids: int [N, L], begin symbol first.
+        pixels: float [N, S, S, 3], normalised as `models.pixels.normalise_pixels` does. token_ids:
+        int [N, L], begin symbol first.
         Tokens up to and including the first end symbol are valid; with CLIP's tokenizer, as in
-        open_clip, every token that is not the padding id. Raises ValueError when the shapes do not
-        fit the model.
+        open_clip, every token that is not the padding id. Raises ValueError for whole numbers as
+        pixels, and when the shapes do not fit the model.
         """
+        pixels = np.asarray(pixels)
+        if pixels.dtype.kind in "biu":
+            raise ValueError(
+                f"pixels are {pixels.dtype}: forward takes normalised floats; give "
+                "coca_jax.models.pixels.normalise_pixels(pixels, model.config.model), or call "
+                "encode_image"
+            )
         tokens = np.asarray(token_ids, np.int32)
         if tokens.ndim != 2 or len(tokens) != len(pixels):
             raise ValueError(
