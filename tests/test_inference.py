@@ -14,7 +14,8 @@ from PIL import Image
 
 from coca_jax import inference, ops, partitioning
 from coca_jax.data import prompts, vocabulary
-from coca_jax.inference import export_folder, loading
+from coca_jax.inference import export_folder, loading, texts
+from coca_jax.inference.generation.settings import own_seeds
 from coca_jax.models import coca, decoding
 from coca_jax.models.pixels import normalise_pixels
 
@@ -276,6 +277,24 @@ def test_a_set_of_prompts_goes_by_its_name_and_images_may_come_one_by_one(model,
     np.testing.assert_array_equal(found, model.zero_shot(images, names, prompts.CLIP_7))
     with pytest.raises(ValueError, match="prompt 'clop' must hold '{}' once"):
         model.zero_shot(images, names, prompts="clop")
+
+
+def test_names_prompts_seeds_and_choices_may_come_one_by_one(model, images):
+    names, prompts = ["red", "blue"], ["a {}", "the {}"]
+    np.testing.assert_array_equal(
+        model.zero_shot(images[:2], iter(names), iter(prompts)),
+        model.zero_shot(images[:2], names, prompts),
+    )
+    with pytest.raises(ValueError, match="class_names is empty"):
+        model.zero_shot(images[:2], iter(()))
+    assert texts.one_each(iter(["a", "the"]), 2) == ["a", "the"]
+    assert own_seeds(iter([5, 6]), 2).tolist() == [5, 6]
+    chosen = [np.array([0, 1]), np.array([1])]
+    for one, same in zip(
+        model.score_some(images[:2], names, iter(chosen)),
+        model.score_some(images[:2], names, chosen),
+    ):
+        np.testing.assert_array_equal(one, same)
 
 
 def test_what_is_no_text_is_named(model, images):

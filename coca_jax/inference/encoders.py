@@ -190,7 +190,8 @@ class Encoders:
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
-        if not len(class_names):
+        class_names = list(class_names)
+        if not class_names:
             raise ValueError("class_names is empty; give the names to choose among")
         text_arrays.check(class_names, "class_names")
         texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]

@@ -140,9 +140,10 @@ def one_each(given: str | Sequence[str], count: int) -> list[str]:
     many as there are images."""
     if isinstance(given, str):
         return [given] * count
+    given = list(given)
     if len(given) != count:
         raise ValueError(f"{len(given)} prompts for {count} images; give one for all, or one each")
-    return list(given)
+    return given
 
 
 def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:

@@ -150,6 +150,7 @@ def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
     its place in the list. Raises ValueError for too few, too many, or one that does not fit."""
     if seeds is None:
         return np.arange(count, dtype=np.uint32)
+    seeds = list(seeds)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} images; give one each")
     wrong = [seed for seed in seeds if not (rules.is_whole(seed) and 0 <= seed < 1 << 32)]
