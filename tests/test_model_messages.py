@@ -6,6 +6,7 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_inference import (  # noqa: F401
     images,
     model,
@@ -18,7 +19,7 @@ from test_search import encoded
 
 import coca_jax
 from coca_jax.config import typed
-from coca_jax.inference import export_folder
+from coca_jax.inference import export_folder, read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
 from coca_jax.models import coca
@@ -126,3 +127,21 @@ def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
             next(model.stream_captions(images[:1], prompt, min_tokens=least))
     (told,) = model.captions(images[:1], min_tokens=23)
     assert told[0].num_tokens == 23 and not told[0].finished
+
+
+def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path):  # noqa: F811
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, image in zip(paths, images):
+        Image.fromarray(image).save(path)
+    for column in (np.array(paths), np.array(paths, object), dict(enumerate(paths)).values()):
+        assert read_images.as_list(column) == paths
+    assert read_images.as_list(dict.fromkeys(paths).keys()) == paths
+    np.testing.assert_array_equal(
+        model.encode_image(np.array(paths)), model.encode_image(images[:2])
+    )
+    for wrong, says in (
+        (np.zeros(2), r"image array of shape \(2,\)"),
+        (dict(a=paths[0]), "images of type dict"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read_images.as_list(wrong)
