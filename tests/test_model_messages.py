@@ -85,7 +85,8 @@ def test_an_empty_path_and_a_file_url(model, tmp_path):  # noqa: F811
     file = tmp_path / "a picture%20.png"
     file.write_bytes(encoded(3))
     wanted = model.encode_image(str(file))
-    for url in (f"file://{file}", f"file://{urllib.parse.quote(os.fspath(file))}", file.as_uri()):
+    quoted = urllib.parse.quote(os.fspath(file))
+    for url in (f"file://{file}", f"file://{quoted}", f"file:{quoted}", file.as_uri()):
         np.testing.assert_array_equal(model.encode_image(url), wanted)
         np.testing.assert_array_equal(model.encode_image([url]), wanted)
 
