@@ -365,6 +365,9 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         model.encode_image([None])
     with pytest.raises(ValueError, match=r"texts\[1\]=None: give a str"):
         model.encode_text(["a cat", None])
+    for none in (None, 3):
+        with pytest.raises(ValueError, match=f"^texts={none}: give a str, or a list of them"):
+            model.encode_text(none)
     with pytest.raises(ValueError, match="class_names='cat': give a list"):
         model.zero_shot(images, "cat")
 

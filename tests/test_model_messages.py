@@ -48,6 +48,10 @@ def test_one_file_of_a_model_names_its_folder(exported, monkeypatch):
             coca_jax.load(f"hub/{name}")
         with pytest.raises(ValueError, match="give the folder hub$"):
             weights_files.find(f"hub/{name}")
+    (exported.parent / "run").mkdir(exist_ok=True)
+    (exported.parent / "run/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^run/config.json is one file .*; give the folder run$"):
+        coca_jax.load("run/config.json")
     with pytest.raises(ValueError, match="--input=hub is converted already, .*--to=open_clip"):
         weights_files.find("hub")
 
@@ -63,6 +67,11 @@ def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(expo
     for size in (0, -1, 2.5, None):
         with pytest.raises(ValueError, match=f"^batch_size={size}: give a whole number of images"):
             coca_jax.load("none", batch_size=size)
+    for path in (None, 3, b"runs"):
+        with pytest.raises(ValueError, match=f"^path={path!r}: give a run, an export, weights"):
+            coca_jax.load(path)
+    with pytest.raises(ValueError, match="^dtype='fp16'"):
+        coca_jax.load(str(exported), dtype="fp16")
     assert coca_jax.load(str(exported), batch_size=np.int64(2), devices=jax.devices()[:1])
 
 

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +63,11 @@ def check(texts: Sequence[Any], name: str = "texts", kinds: tuple[type, ...] = (
 
 def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
     """Texts as a list; one alone counts as a list of one. Raises ValueError as `check`."""
-    texts = [texts] if isinstance(texts, kinds) else list(texts)
+    if isinstance(texts, kinds):
+        texts = [texts]
+    elif not isinstance(texts, Iterable):
+        raise ValueError(f"texts={texts!r}: give a str, or a list of them")
+    texts = list(texts)
     check(texts, kinds=kinds)
     return texts
 
