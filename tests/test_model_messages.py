@@ -20,6 +20,7 @@ from test_search import encoded
 import coca_jax
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, read_images
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
 from coca_jax.models import coca
@@ -155,3 +156,15 @@ def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path
     ):
         with pytest.raises(ValueError, match=says):
             read_images.as_list(wrong)
+
+
+def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811
+    known, a, end = [words.bos_id], words.encode("a"), words.eos_id
+    blanks = [i for i in range(words.size) if words.decode([*a, i]) == "a "]
+    assert blanks
+    for blank in blanks:
+        new = np.array([[[*a, blank, end]]])
+        decoded = new, np.array([[new.shape[2]]]), np.array([[-1.5]])
+        ((caption,),) = text_arrays.captions(words, [known], decoded, by_log_prob=True)
+        assert caption.text == "a" and caption.tokens == (*known, *a, blank, end)
+        assert caption.finished and caption.log_prob == -1.5

@@ -169,9 +169,9 @@ def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
-    many those are, the end symbol included; finished: whether the end symbol came; tokens: ids of
-    prompt and new tokens, begin symbol first."""
+    """text: prompt included, without blanks at its end; log_prob: of the new tokens under the
+    model, in nats; num_tokens: how many those are, the end symbol included; finished: whether the
+    end symbol came; tokens: ids of prompt and new tokens, begin symbol first."""
 
     text: str
     log_prob: float
@@ -193,7 +193,7 @@ def captions(
     for row, known in enumerate(prompt_ids):
         found = [
             Caption(
-                text=vocabulary.decode(known[1:] + new[:n].tolist()),
+                text=vocabulary.decode(known[1:] + new[:n].tolist()).rstrip(),
                 log_prob=float(log_prob),
                 num_tokens=int(n),
                 finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,
