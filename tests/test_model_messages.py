@@ -2,6 +2,7 @@
 
 import os
 import urllib.parse
+import warnings
 
 import jax
 import numpy as np
@@ -168,3 +169,15 @@ def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811
         ((caption,),) = text_arrays.captions(words, [known], decoded, by_log_prob=True)
         assert caption.text == "a" and caption.tokens == (*known, *a, blank, end)
         assert caption.finished and caption.log_prob == -1.5
+
+
+@pytest.mark.parametrize("kinds, warned", [(["caption"], 1), (["caption", "question"], 0), ([], 0)])
+def test_answers_of_a_model_that_learned_none_come_with_a_warning(words, kinds, warned):  # noqa: F811
+    config, params = tiny_parts()
+    config = typed(config).change({"data.sources": [dict(path="x", kind=kind) for kind in kinds]})
+    asked = CoCaModel(config, params, words, batch_size=8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert asked.answer([], []) == []  # nothing is compiled
+    told = [one for one in told if "kind='question'" in str(one.message)]
+    assert [one.filename for one in told] == [__file__] * warned

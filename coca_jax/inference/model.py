@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 from coca_jax import image_shape
+from coca_jax.config import Entry
+from coca_jax.data import kinds
 from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.explain import Explanation
@@ -258,12 +261,20 @@ class CoCaModel(Scores):
     ) -> list[str]:
         """The answer that the decoder writes behind each question about each image.
 
-        how: as of `caption`. Raises ValueError unless there are as many questions as images.
+        how: as of `caption`. Raises ValueError unless there are as many questions as images. Warns
+        where the model's run trained on data that ask nothing.
         """
         images = self._reader.listed(images)
         questions = text_arrays.listed(questions)
         if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
+        trained_on = [kinds.of(Entry.of(one)) for one in self.config.data.sources]
+        if trained_on and not any(kind.asks for kind in trained_on):  # an export does not say
+            warnings.warn(
+                "no source of this model's data.sources is of kind='question': it was not trained "
+                "to answer, and may write nothing",
+                stacklevel=3,
+            )
         prompts = []
         for question in questions:
             ids = self.vocabulary.encode_question(question, self.max_len)
