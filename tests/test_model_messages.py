@@ -73,7 +73,7 @@ def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(expo
         with pytest.raises(ValueError, match=f"^path={path!r}: give a run, an export, weights"):
             coca_jax.load(path)
     with pytest.raises(ValueError, match="^dtype='fp16'"):
-        coca_jax.load(str(exported), dtype="fp16")
+        coca_jax.load("none", dtype="fp16")
     assert coca_jax.load(str(exported), batch_size=np.int64(2), devices=jax.devices()[:1])
 
 

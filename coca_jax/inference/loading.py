@@ -55,7 +55,7 @@ def load(
         ValueError: damaged or mismatched files, an unknown name, tag or dtype.
         TypeError: an option that there is not.
     """
-    _check(path, options)
+    _check(path, dtype, options)
     path = hub.local(os.fspath(path), pretrained)
     compile_cache.use()
     place = storage.place(path)
@@ -78,10 +78,7 @@ def load(
             params, config, words = _read_open_clip(copy)
     stored = config.model.dtype
     if dtype is not None:
-        try:
-            config = config.change({"model.dtype": dtype})
-        except ValueError as error:  # it names the key, and here there is an argument
-            raise ValueError(str(error).replace("config.model.dtype", "dtype", 1)) from None
+        config = config.change({"model.dtype": dtype})
     if narrow and config.model.dtype == "bfloat16":
         params = roles.narrow(params)
     kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
@@ -90,11 +87,16 @@ def load(
     return model
 
 
-def _check(path: Any, options: dict[str, Any]) -> None:
-    """Raises ValueError for what is no path, TypeError for an option that models do not have,
-    before anything is read."""
+def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
+    """Raises ValueError for what is no path or dtype, TypeError for an option that models do not
+    have, before anything is read."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"path={path!r}: give a run, an export, weights or hf-hub:OWNER/NAME")
+    if dtype is not None:
+        try:
+            StoredConfig().change({"model.dtype": dtype})
+        except ValueError as error:  # it names the key, and here there is an argument
+            raise ValueError(str(error).replace("config.model.dtype", "dtype", 1)) from None
     known = [name for name in inspect.signature(CoCaModel).parameters][3:]  # after the weights
     for name, value in options.items():
         if name in ("device", "gpu"):
