@@ -59,9 +59,11 @@ def is_export(directory: str | os.PathLike[str]) -> bool:
 
 
 def refuse_file(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a file of an export, which is read as a folder."""
+    """Raises ValueError for a configuration, and for a file of an export, which is read as a
+    folder."""
     file = storage.place(path)
-    if file.name in (CONFIG, PARAMS, HUB_PARAMS) and is_export(file.parent) and file.is_file():
+    of_export = file.name in (PARAMS, HUB_PARAMS) and is_export(file.parent)
+    if (file.name == CONFIG or of_export) and file.is_file():
         folder = os.path.dirname(os.fspath(path)) or "."
         raise ValueError(f"{path} is one file of a model; give the folder {folder}")
 

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 
 
 def plain(name: str) -> str:
-    """The path of a file:// URL, as file managers give them; any other name as it is."""
-    if not name.startswith("file://"):
+    """The path of a file:// URL, as file managers give them, or of file:/path; any other name as it
+    is."""
+    if not name.startswith("file:/"):
         return name
-    path = name.removeprefix("file://").removeprefix("localhost")
+    path = name.removeprefix("file:")
+    if path.startswith("//"):
+        path = path.removeprefix("//").removeprefix("localhost")
     return path if os.path.exists(path) else urllib.parse.unquote(path)
 
 

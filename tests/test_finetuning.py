@@ -316,14 +316,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
         call(f"--adapter={tmp_path}", f"--out={tmp_path}/o")
 
 
-def test_a_mixed_model_computes_in_the_base_s_dtype(
-    words,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    """And its weights are those of float32: nothing is rounded on the way. What another one takes
-    the place of is told."""
+def test_a_mixed_model_computes_in_the_base_s_dtype(words, tmp_path, monkeypatch):  # noqa: F811
+    """And its weights are those of float32: nothing is rounded on the way."""
     config, params = tiny_parts()
     config.model.dtype = "bfloat16"
     start = np.float32(params["text_to_joint"]["kernel"])
@@ -332,12 +326,8 @@ def test_a_mixed_model_computes_in_the_base_s_dtype(
         export_folder.write(CoCaModel(config, scaled, words), str(tmp_path / name))
     flags_of("blend", monkeypatch)
     given = [f"--{name}={tmp_path / name}" for name in ("base", "out")]
-    place = f"--out={tmp_path}/out"
-    for share, replaces in ((0.25, False), (0.25, False), (0.5, True)):  # the second is the same
-        blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", f"--shares={share}"])
-        blend.main(["blend"])
-        line = f"{place} held another model, which this one replaces"
-        assert (line in capsys.readouterr().err) is replaces
+    blend.flags.FLAGS(["blend", *given, f"--checkpoint={tmp_path}/tuned", "--shares=0.5"])
+    blend.main(["blend"])
     found, told = export_format.read_export(tmp_path / "out")
     assert told.model.dtype == "bfloat16"
     np.testing.assert_allclose(found["text_to_joint"]["kernel"], 2 * start, rtol=1e-6)

@@ -64,6 +64,7 @@ ROWS = [  # a line of metadata.jsonl, why it cannot be used
     ('{"file_name": "/dev/zero", "text": "x"}', "outside_input"),
     ('{"file_name": "/etc/passwd", "text": "x"}', "outside_input"),
     ('{"file_name": "file:///etc/passwd", "text": "x"}', "outside_input"),
+    ('{"file_name": "file:/etc/passwd", "text": "x"}', "outside_input"),
     ('{"file_name": "../private.png", "text": "x"}', "outside_input"),
     ('{"file_name": "sub/../../private.png", "text": "x"}', "outside_input"),
     ('{"file_name": "link.png", "text": "x"}', "outside_input"),

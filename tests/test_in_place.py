@@ -86,7 +86,8 @@ def test_drawn_texts_have_the_keys_of_their_pictures():
 def test_relative_names_and_links(tars, tmp_path, monkeypatch):
     monkeypatch.chdir(tars)
     (tmp_path / "link").symlink_to(tars)
-    for number, path in enumerate(("000.tar", ".", f"{tmp_path}/link", f"file://{tars}/000.tar")):
+    urls = f"file://{tars}/000.tar", f"file:{tars}/000.tar"
+    for number, path in enumerate(("000.tar", ".", f"{tmp_path}/link", *urls)):
         out = str(tmp_path / str(number))
         make("webdataset", path, out, in_place=True)
         monkeypatch.chdir(tmp_path)

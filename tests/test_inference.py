@@ -14,8 +14,10 @@ from PIL import Image
 
 from coca_jax import inference, ops, partitioning
 from coca_jax.data import prompts, vocabulary
-from coca_jax.inference import export_folder, loading
+from coca_jax.inference import export_folder, loading, texts
+from coca_jax.inference.generation.settings import own_seeds
 from coca_jax.models import coca, decoding
+from coca_jax.models.pixels import normalise_pixels
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
 
@@ -277,6 +279,24 @@ def test_a_set_of_prompts_goes_by_its_name_and_images_may_come_one_by_one(model,
         model.zero_shot(images, names, prompts="clop")
 
 
+def test_names_prompts_seeds_and_choices_may_come_one_by_one(model, images):
+    names, prompts = ["red", "blue"], ["a {}", "the {}"]
+    np.testing.assert_array_equal(
+        model.zero_shot(images[:2], iter(names), iter(prompts)),
+        model.zero_shot(images[:2], names, prompts),
+    )
+    with pytest.raises(ValueError, match="class_names is empty"):
+        model.zero_shot(images[:2], iter(()))
+    assert texts.one_each(iter(["a", "the"]), 2) == ["a", "the"]
+    assert own_seeds(iter([5, 6]), 2).tolist() == [5, 6]
+    chosen = [np.array([0, 1]), np.array([1])]
+    for one, same in zip(
+        model.score_some(images[:2], names, iter(chosen)),
+        model.score_some(images[:2], names, chosen),
+    ):
+        np.testing.assert_array_equal(one, same)
+
+
 def test_what_is_no_text_is_named(model, images):
     with pytest.raises(ValueError, match=r"class_names\[0\]=\['a', 'b'\]: give a str"):
         model.zero_shot(images, [["a", "b"], ["c"]])
@@ -296,6 +316,16 @@ def test_forward_sees_the_text_up_to_its_first_end_symbol(model, words, images):
     np.testing.assert_array_equal(first, second)
     with pytest.raises(ValueError, match="token_ids"):
         model.forward(pixels, tokens + 320)
+
+
+def test_forward_takes_no_pixels_that_are_not_normalised(model, words, images):
+    tokens, _ = words.encode_batch(["a red circle"], model.max_len)
+    raw = model.preprocess(images[0])[None]
+    for whole, kind in ((raw, "uint8"), (raw.astype(np.int64), "int64")):
+        with pytest.raises(ValueError, match=f"^pixels are {kind}: forward takes normalised"):
+            model.forward(whole, tokens)
+    out = model.forward(normalise_pixels(raw, model.config.model), tokens)
+    np.testing.assert_allclose(out.image_embedding, model.encode_image(raw), atol=1e-5)
 
 
 def test_an_export_loads_as_the_same_model(model, images, tmp_path):
@@ -335,6 +365,9 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         model.encode_image([None])
     with pytest.raises(ValueError, match=r"texts\[1\]=None: give a str"):
         model.encode_text(["a cat", None])
+    for none in (None, 3):
+        with pytest.raises(ValueError, match=f"^texts={none}: give a str, or a list of them"):
+            model.encode_text(none)
     with pytest.raises(ValueError, match="class_names='cat': give a list"):
         model.zero_shot(images, "cat")
 

@@ -2,17 +2,29 @@
 
 import os
 import urllib.parse
+import warnings
 
 import jax
 import numpy as np
 import pytest
-from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from PIL import Image
+from test_inference import (  # noqa: F401
+    images,
+    model,
+    no_compile_cache,
+    random_params,
+    tiny_parts,
+    words,
+)
 from test_search import encoded
 
 import coca_jax
-from coca_jax.inference import export_folder
+from coca_jax.config import typed
+from coca_jax.inference import export_folder, read_images
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
+from coca_jax.models import coca
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +50,10 @@ def test_one_file_of_a_model_names_its_folder(exported, monkeypatch):
             coca_jax.load(f"hub/{name}")
         with pytest.raises(ValueError, match="give the folder hub$"):
             weights_files.find(f"hub/{name}")
+    (exported.parent / "run").mkdir(exist_ok=True)
+    (exported.parent / "run/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^run/config.json is one file .*; give the folder run$"):
+        coca_jax.load("run/config.json")
     with pytest.raises(ValueError, match="--input=hub is converted already, .*--to=open_clip"):
         weights_files.find("hub")
 
@@ -53,6 +69,11 @@ def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(expo
     for size in (0, -1, 2.5, None):
         with pytest.raises(ValueError, match=f"^batch_size={size}: give a whole number of images"):
             coca_jax.load("none", batch_size=size)
+    for path in (None, 3, b"runs"):
+        with pytest.raises(ValueError, match=f"^path={path!r}: give a run, an export, weights"):
+            coca_jax.load(path)
+    with pytest.raises(ValueError, match="^dtype='fp16'"):
+        coca_jax.load("none", dtype="fp16")
     assert coca_jax.load(str(exported), batch_size=np.int64(2), devices=jax.devices()[:1])
 
 
@@ -75,7 +96,8 @@ def test_an_empty_path_and_a_file_url(model, tmp_path):  # noqa: F811
     file = tmp_path / "a picture%20.png"
     file.write_bytes(encoded(3))
     wanted = model.encode_image(str(file))
-    for url in (f"file://{file}", f"file://{urllib.parse.quote(os.fspath(file))}", file.as_uri()):
+    quoted = urllib.parse.quote(os.fspath(file))
+    for url in (f"file://{file}", f"file://{quoted}", f"file:{quoted}", file.as_uri()):
         np.testing.assert_array_equal(model.encode_image(url), wanted)
         np.testing.assert_array_equal(model.encode_image([url]), wanted)
 
@@ -91,3 +113,71 @@ def test_settings_by_the_names_of_others(model, images):  # noqa: F811
             model.caption(images[:1], **{name: 1})
     with pytest.raises(ValueError, match="^num_beams=100000: at most 2.., the vocabulary's ids"):
         model.caption(images[:1], num_beams=100_000)
+
+
+def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa: F811
+    config = tiny_parts()[0]
+    config.head.kind = "classification"
+    config = typed(config)
+    params = random_params(coca.build(config.model, head=config.head, num_classes=2))
+    headed = CoCaModel(config, params, words, class_names=["cat", "dog"])
+    for texts in ("what?", ["what?", "who?"], []):
+        with pytest.raises(ValueError, match="^texts: a head of kind 'classification' reads none"):
+            headed.classify(images[:2], texts)
+
+
+def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
+    known = len(model.vocabulary.encode("a red"))
+    for prompt, before, least in (("", 0, 24), ("a red", known, 24 - known)):
+        says = (
+            f"^min_tokens={least}: behind a prompt of {before} tokens the model writes {least - 1} "
+            r"\(model.text.max_len=24\); lower it$"
+        )
+        with pytest.raises(ValueError, match=says):
+            model.caption(images[:1], prompt, min_tokens=least)
+        with pytest.raises(ValueError, match=says):
+            next(model.stream_captions(images[:1], prompt, min_tokens=least))
+    (told,) = model.captions(images[:1], min_tokens=23)
+    assert told[0].num_tokens == 23 and not told[0].finished
+
+
+def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path):  # noqa: F811
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, image in zip(paths, images):
+        Image.fromarray(image).save(path)
+    for column in (np.array(paths), np.array(paths, object), dict(enumerate(paths)).values()):
+        assert read_images.as_list(column) == paths
+    assert read_images.as_list(dict.fromkeys(paths).keys()) == paths
+    np.testing.assert_array_equal(
+        model.encode_image(np.array(paths)), model.encode_image(images[:2])
+    )
+    for wrong, says in (
+        (np.zeros(2), r"image array of shape \(2,\)"),
+        (dict(a=paths[0]), "images of type dict"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read_images.as_list(wrong)
+
+
+def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811
+    known, a, end = [words.bos_id], words.encode("a"), words.eos_id
+    blanks = [i for i in range(words.size) if words.decode([*a, i]) == "a "]
+    assert blanks
+    for blank in blanks:
+        new = np.array([[[*a, blank, end]]])
+        decoded = new, np.array([[new.shape[2]]]), np.array([[-1.5]])
+        ((caption,),) = text_arrays.captions(words, [known], decoded, by_log_prob=True)
+        assert caption.text == "a" and caption.tokens == (*known, *a, blank, end)
+        assert caption.finished and caption.log_prob == -1.5
+
+
+@pytest.mark.parametrize("kinds, warned", [(["caption"], 1), (["caption", "question"], 0), ([], 0)])
+def test_answers_of_a_model_that_learned_none_come_with_a_warning(words, kinds, warned):  # noqa: F811
+    config, params = tiny_parts()
+    config = typed(config).change({"data.sources": [dict(path="x", kind=kind) for kind in kinds]})
+    asked = CoCaModel(config, params, words, batch_size=8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert asked.answer([], []) == []  # nothing is compiled
+    told = [one for one in told if "kind='question'" in str(one.message)]
+    assert [one.filename for one in told] == [__file__] * warned

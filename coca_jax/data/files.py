@@ -31,7 +31,7 @@ _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # of 
 
 def join(folder: str, name: str) -> str:
     """A file in a folder, or `name` itself where it is absolute or a URL."""
-    if "://" in name or posixpath.isabs(name):
+    if "://" in name or posixpath.isabs(name) or name.startswith("file:/"):
         return name
     return posixpath.join(folder, name)
 

@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 
+from coca_jax import local_files
 from coca_jax.data import files, range_cache, references
 from coca_jax.data.random_access import Indices, Reader
 from coca_jax.data.records import Record
@@ -105,7 +106,7 @@ class _LocalFiles:
 
 def _opened(one: Reference) -> io.FileIO:
     """Opens the file, which must be regular and of the size that was indexed."""
-    path = one.path.removeprefix("file://")
+    path = local_files.plain(one.path)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = io.FileIO(os.open(path, flags))
     found = os.fstat(file.fileno())

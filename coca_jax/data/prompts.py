@@ -6,7 +6,7 @@ One table for both, so that a name means the same texts in training and in evalu
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from coca_jax.data import files
 
@@ -222,11 +222,12 @@ def read_lines(path: str, called: str = "") -> list[str]:
     return files.read_lines(os.fspath(path), called)
 
 
-def check(prompts: Sequence[str]) -> tuple[str, ...]:
+def check(prompts: Iterable[str]) -> tuple[str, ...]:
     """Returns the prompts as a tuple; ValueError unless there are some and each holds '{}' once."""
+    prompts = tuple(prompts)
     if not prompts:
         raise ValueError("prompts are empty; give at least one, such as 'a photo of a {}'")
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise ValueError(f"prompt {prompt!r} must hold '{{}}' once, where the name goes")
-    return tuple(prompts)
+    return prompts

@@ -13,6 +13,7 @@ import posixpath
 import zlib
 from typing import Any, NamedTuple
 
+from coca_jax import local_files
 from coca_jax.data import bounded_json, files
 
 _SCHEMES = ("s3", "s3a", "gs", "gcs", "memory")
@@ -80,7 +81,7 @@ def _below(path: str, root: str) -> str:
     """A path relative to the root where it lies below it, whichever links lead there."""
     found = [path]
     if not files.is_remote(path):
-        path = path.removeprefix("file://")
+        path = local_files.plain(path)
         found = [os.path.abspath(path), os.path.realpath(path)]
     start = root.rstrip("/") + "/"
     return next((one[len(start) :] for one in found if one.startswith(start)), found[0])

@@ -190,7 +190,8 @@ class Encoders:
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
-        if not len(class_names):
+        class_names = list(class_names)
+        if not class_names:
             raise ValueError("class_names is empty; give the names to choose among")
         text_arrays.check(class_names, "class_names")
         texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
@@ -211,7 +212,8 @@ class Encoders:
 
         texts: the question or statement beside each image, for a head that reads one. Of a head
         over pairs images is a list of pairs or an array [N, 2, h, w, 3].
-        Raises ValueError for a model without a head, or texts that are missing or too many.
+        Raises ValueError for a model without a head, or texts that are missing, too many, or not
+        read.
         """
         head = self._programs.module.task_head
         if head is None:
@@ -219,7 +221,11 @@ class Encoders:
         pair = head.kind.images > 1
         images = [one for two in images for one in two] if pair else self._reader.listed(images)
         count = len(images) // head.kind.images
-        if texts is None and not head.kind.reads_text:
+        if not head.kind.reads_text:
+            if texts is not None:
+                raise ValueError(
+                    f"texts: a head of kind {head.kind.name!r} reads none; give the images alone"
+                )
             texts = [""] * count
         texts = None if texts is None else text_arrays.listed(texts)
         if texts is None or len(texts) != count:

@@ -55,7 +55,7 @@ def load(
         ValueError: damaged or mismatched files, an unknown name, tag or dtype.
         TypeError: an option that there is not.
     """
-    _check_options(options)
+    _check(path, dtype, options)
     path = hub.local(os.fspath(path), pretrained)
     compile_cache.use()
     place = storage.place(path)
@@ -87,8 +87,16 @@ def load(
     return model
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raises TypeError for an option that models do not have, before anything is read."""
+def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
+    """Raises ValueError for what is no path or dtype, TypeError for an option that models do not
+    have, before anything is read."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path={path!r}: give a run, an export, weights or hf-hub:OWNER/NAME")
+    if dtype is not None:
+        try:
+            StoredConfig().change({"model.dtype": dtype})
+        except ValueError as error:  # it names the key, and here there is an argument
+            raise ValueError(str(error).replace("config.model.dtype", "dtype", 1)) from None
     known = [name for name in inspect.signature(CoCaModel).parameters][3:]  # after the weights
     for name, value in options.items():
         if name in ("device", "gpu"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 from coca_jax import image_shape
+from coca_jax.config import Entry
+from coca_jax.data import kinds
 from coca_jax.inference import explain
 from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.explain import Explanation
@@ -72,7 +75,8 @@ class CoCaModel(Scores):
         `generation.settings.Settings`.
 
         prompt: how captions begin, one text for all images or one each. Raises ValueError for
-        settings that exclude each other, a prompt without room, or a wrong number of prompts.
+        settings that exclude each other, a prompt or min_tokens without room, or a wrong number of
+        prompts.
         """
         found = self.captions(images, prompt, progress=progress, **how)
         return [captions[0].text for captions in found]
@@ -257,12 +261,20 @@ class CoCaModel(Scores):
     ) -> list[str]:
         """The answer that the decoder writes behind each question about each image.
 
-        how: as of `caption`. Raises ValueError unless there are as many questions as images.
+        how: as of `caption`. Raises ValueError unless there are as many questions as images. Warns
+        where the model's run trained on data that ask nothing.
         """
         images = self._reader.listed(images)
         questions = text_arrays.listed(questions)
         if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
+        trained_on = [kinds.of(Entry.of(one)) for one in self.config.data.sources]
+        if trained_on and not any(kind.asks for kind in trained_on):  # an export does not say
+            warnings.warn(
+                "no source of this model's data.sources is of kind='question': it was not trained "
+                "to answer, and may write nothing",
+                stacklevel=3,
+            )
         prompts = []
         for question in questions:
             ids = self.vocabulary.encode_question(question, self.max_len)
@@ -324,11 +336,19 @@ class CoCaModel(Scores):
     def forward(self, pixels: np.ndarray, token_ids: np.ndarray) -> Forward:
         """The whole model on prepared input.
 
-        pixels: float [N, S, S, 3], already normalised. token_ids: int [N, L], begin symbol first.
+        pixels: float [N, S, S, 3], normalised as `models.pixels.normalise_pixels` does. token_ids:
+        int [N, L], begin symbol first.
         Tokens up to and including the first end symbol are valid; with CLIP's tokenizer, as in
-        open_clip, every token that is not the padding id. Raises ValueError when the shapes do not
-        fit the model.
+        open_clip, every token that is not the padding id. Raises ValueError for whole numbers as
+        pixels, and when the shapes do not fit the model.
         """
+        pixels = np.asarray(pixels)
+        if pixels.dtype.kind in "biu":
+            raise ValueError(
+                f"pixels are {pixels.dtype}: forward takes normalised floats; give "
+                "coca_jax.models.pixels.normalise_pixels(pixels, model.config.model), or call "
+                "encode_image"
+            )
         tokens = np.asarray(token_ids, np.int32)
         if tokens.ndim != 2 or len(tokens) != len(pixels):
             raise ValueError(

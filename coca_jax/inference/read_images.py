@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Sequence, ValuesView
 from typing import Any, cast
 
 import numpy as np
@@ -118,8 +118,9 @@ _ELSEWHERE = object()  # in place of an image that another process decodes
 
 def as_list(images: Any, clips: bool = False) -> Sequence:
     """Images as a sequence: one path, PIL image, encoded image, open file or array [h, w(, c)]
-    becomes a list of one, a folder the images in it and below, an iterator a list of what it gives;
-    arrays [N, h, w, c] and lists stay.
+    becomes a list of one, a folder the images in it and below; an iterator, the values of a dict or
+    a column of paths (an array [N] of texts or objects) a list of what it gives; arrays
+    [N, h, w, c] and lists stay.
 
     Raises ValueError for anything else, FileNotFoundError for a path that does not exist.
 
@@ -133,11 +134,13 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
     if isinstance(images, (bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
         return [images]
     if hasattr(images, "ndim"):
+        if images.ndim == 1 and getattr(images.dtype, "kind", "") in ("U", "O"):
+            return list(images)
         if not 2 <= images.ndim <= 4 + clips:
             raise ValueError(f"image array of shape {images.shape}; give [h, w, 3] or [N, h, w, 3]")
         array = np.asarray(images)
         return cast(Sequence, array) if images.ndim == 4 + clips else [array]
-    if isinstance(images, Iterator):
+    if isinstance(images, (Iterator, KeysView, ValuesView)):
         return list(images)
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images of type {type(images).__name__}; give a list, array or path")

@@ -89,7 +89,7 @@ class Scores(Encoders):
         An image is encoded once, and a text once for each batch of images. Raises ValueError unless
         there is a choice for each image, of texts that there are.
         """
-        texts = text_arrays.listed(texts)
+        texts, chosen = text_arrays.listed(texts), list(chosen)
         found: list[np.ndarray] = []
         for pixels in self._reader.batches(images, progress):
             lists = [np.asarray(c, np.int64) for c in chosen[len(found) : len(found) + len(pixels)]]

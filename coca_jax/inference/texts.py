@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +63,11 @@ def check(texts: Sequence[Any], name: str = "texts", kinds: tuple[type, ...] = (
 
 def listed(texts: Any, kinds: tuple[type, ...] = (str,)) -> list[Any]:
     """Texts as a list; one alone counts as a list of one. Raises ValueError as `check`."""
-    texts = [texts] if isinstance(texts, kinds) else list(texts)
+    if isinstance(texts, kinds):
+        texts = [texts]
+    elif not isinstance(texts, Iterable):
+        raise ValueError(f"texts={texts!r}: give a str, or a list of them")
+    texts = list(texts)
     check(texts, kinds=kinds)
     return texts
 
@@ -140,9 +144,10 @@ def one_each(given: str | Sequence[str], count: int) -> list[str]:
     many as there are images."""
     if isinstance(given, str):
         return [given] * count
+    given = list(given)
     if len(given) != count:
         raise ValueError(f"{len(given)} prompts for {count} images; give one for all, or one each")
-    return list(given)
+    return given
 
 
 def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
@@ -164,9 +169,9 @@ def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """text: prompt included; log_prob: of the new tokens under the model, in nats; num_tokens: how
-    many those are, the end symbol included; finished: whether the end symbol came; tokens: ids of
-    prompt and new tokens, begin symbol first."""
+    """text: prompt included, without blanks at its end; log_prob: of the new tokens under the
+    model, in nats; num_tokens: how many those are, the end symbol included; finished: whether the
+    end symbol came; tokens: ids of prompt and new tokens, begin symbol first."""
 
     text: str
     log_prob: float
@@ -188,7 +193,7 @@ def captions(
     for row, known in enumerate(prompt_ids):
         found = [
             Caption(
-                text=vocabulary.decode(known[1:] + new[:n].tolist()),
+                text=vocabulary.decode(known[1:] + new[:n].tolist()).rstrip(),
                 log_prob=float(log_prob),
                 num_tokens=int(n),
                 finished=bool(n) and int(new[n - 1]) == vocabulary.eos_id,

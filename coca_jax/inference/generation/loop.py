@@ -56,7 +56,8 @@ def generate(
     prompt: int32 [B, P], each row's prompt right-aligned, begin symbol first; prompt_len: int32
     [B], at least 1. rows: int32 [B], what makes an image's random numbers its own (default: its
     place); active: bool [B], False for rows that pad the batch. One program is compiled per (B, P,
-    steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no room.
+    steps rounded up to 16, kind of settings). Raises ValueError when a prompt leaves no
+    room, or none for min_tokens.
     """
     plan, numbers = planned(spec, prompt_len, settings, rows, active)
     return decode(spec, plan, weights, image_tokens, prompt, prompt_len, numbers)
@@ -110,6 +111,11 @@ def planned(
         raise ValueError(
             f"a prompt has {longest} tokens and the model writes {spec.max_len} in all "
             "(model.text.max_len); shorten it"
+        )
+    if settings.min_tokens > spec.max_len - longest:
+        raise ValueError(
+            f"min_tokens={settings.min_tokens}: behind a prompt of {longest - 1} tokens the model "
+            f"writes {spec.max_len - longest} (model.text.max_len={spec.max_len}); lower it"
         )
     steps = min(settings.max_tokens, spec.max_len - int(prompt_len.min()))
     plan = Plan(

@@ -17,7 +17,8 @@ class Settings:
     """How to write a caption.
 
     max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
-    min_tokens: new tokens that must come before the end symbol, at most max_tokens.
+    min_tokens: new tokens that must come before the end symbol, at most max_tokens, and within the
+        model's max_len.
     num_captions: captions per image, best first, fewer where beams find no more; more than one
         needs beams or a temperature.
     num_beams: beams of beam search, at most the ids of the vocabulary; 1: none.
@@ -149,6 +150,7 @@ def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
     its place in the list. Raises ValueError for too few, too many, or one that does not fit."""
     if seeds is None:
         return np.arange(count, dtype=np.uint32)
+    seeds = list(seeds)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} images; give one each")
     wrong = [seed for seed in seeds if not (rules.is_whole(seed) and 0 <= seed < 1 << 32)]
