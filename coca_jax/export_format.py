@@ -59,8 +59,7 @@ def is_export(directory: str | os.PathLike[str]) -> bool:
 
 
 def refuse_file(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a configuration, and for a file of an export, which is read as a
-    folder."""
+    """Raises ValueError for one file of a model, which is read as a folder."""
     file = storage.place(path)
     of_export = file.name in (PARAMS, HUB_PARAMS) and is_export(file.parent)
     if (file.name == CONFIG or of_export) and file.is_file():
@@ -150,9 +149,7 @@ def write_export(
         _remove_replaced(folder, before, found)
 
 
-def refuse_other(
-    directory: str | os.PathLike[str], params: Mapping[str, Any], name: str = ""
-) -> None:
+def refuse_other(directory: str | os.PathLike[str], params: Mapping, name: str = "") -> None:
     """Raises FileExistsError for a folder with other weights: its scores would be taken for theirs.
 
     params: as of `write_export`. name: of the file of weights; default: that of an export.
