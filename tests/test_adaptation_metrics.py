@@ -96,18 +96,38 @@ def test_equal_probabilities_score_nothing():
         dict(Classification("set").run(Fixed(np.zeros((0, 7))), []))
 
 
-def test_examples_without_a_label_are_left_out_and_data_without_any_are_refused(capsys):
-    """They counted as wrong: captions alone scored 0%, without a word."""
-    row = np.asarray([0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], np.float32)
-    records = records_of([[NAMES[0]], [], [NAMES[1]], []])
-    for size in (1, 64):
-        evaluator = Classification("set", batch_size=size, progress=True)
-        scores = dict(evaluator.run(Fixed(np.tile(row, (2, 1))), records))
-        assert scores["classification/set/top1"] == 0.5
-        assert scores["classification/set/unknown_labels"] == 0
-        assert "classification/set: 2 examples have no label and are" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="classification/set: no example has a label, and this ta"):
-        dict(Classification("set").run(Fixed(row[None]), records_of([[], []])))
+class Head:
+    """Says 'red' of every picture."""
+
+    class_names, head_kind = ["red", "green"], head_kinds.Classification()
+
+    def preprocess(self, image):
+        return image
+
+    def classify(self, images, texts):
+        return np.tile(np.float32([0.8, 0.2]), (len(images), 1))
+
+
+def test_a_head_is_scored_on_what_has_a_label_and_data_without_any_are_refused(tmp_path, capsys):
+    """Others counted as wrong: captions alone scored 0%, without a word."""
+    for split, labels in (("test", ["red", None, "green", None]), ("train", [None, None])):
+        (tmp_path / split).mkdir()
+        rows = [dict(file_name=f"{i}.png", text="a colour") for i in range(len(labels))]
+        for row, label in zip(rows, labels):
+            Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / split / row["file_name"])
+            row |= {} if label is None else dict(label=label)
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / split / "metadata.jsonl").write_text(text)
+    task = dict(kind="classification", name="c", data=dict(path=str(tmp_path), split="test"))
+    setting = Setting(main_process=True, workdir=str(tmp_path / "out"))
+    scores = tasks.run_task(Head(), task, setting)
+    assert scores["classification/c/top1"] == 0.5
+    assert scores["classification/c/num_examples"] == 2
+    assert scores["classification/c/unknown_labels"] == 0
+    assert "classification/c: 2 examples have no label and are left" in capsys.readouterr().err
+    task["data"]["split"] = "train"
+    with pytest.raises(ValueError, match="no example has a label, and this task needs one"):
+        tasks.run_task(Head(), task, setting)
 
 
 def test_written_answers_are_compared_as_words():

@@ -166,6 +166,11 @@ class Evaluator(abc.ABC):
         return dict(task["data"])
 
     @classmethod
+    def need_of(cls, model: Any) -> str:
+        """What a record must have for this model: `needs`."""
+        return cls.needs
+
+    @classmethod
     def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The data entries that it reads besides, with their splits."""
         candidates = task.get("candidates")

@@ -125,11 +125,11 @@ def _suits(entry: Entry, need: str) -> bool:
     return wanted == kind.wanted or (wanted == "text" and kind.drawn == "captions")
 
 
-def records_of(task: Mapping[str, Any], data: Mapping[str, Any], limit: int = 0) -> Records:
+def records_of(task: Mapping[str, Any], need: str) -> Records:
     """The records of a task's data that have what its evaluator needs, of known texts where it
     asks for these (`known_only`). Raises as `Records` does."""
     known = set(candidates(task)) if task.get("known_only") else None
-    return Records(data, limit, known, declarations.of(task["kind"]).needs)
+    return Records(task["data"], task.get("limit", 0), known, need)
 
 
 def candidates(task: Mapping[str, Any]) -> list[str]:

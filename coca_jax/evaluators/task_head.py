@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,15 +11,7 @@ import numpy as np
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
 from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
-from coca_jax.evaluators.declarations import (
-    Evaluator,
-    Flag,
-    Metric,
-    Pictured,
-    Scale,
-    Setting,
-    missing,
-)
+from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 from coca_jax.models.head_kinds import HeadKind
@@ -97,26 +88,26 @@ class Classification(OfRecords):
         """Questions, for a head that reads a text."""
         return dict(task["data"], kind="question") if model.head_kind.reads_text else task["data"]
 
+    @classmethod
+    def need_of(cls, model: Any) -> str:
+        """Labels, of a head over images alone; questions and statements come with theirs."""
+        return "" if model.head_kind.reads_text else "label"
+
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
         unknown_labels: records none of whose labels is a class of the head. It cannot name those,
-        so they count as wrong; records without any label are left out, with a line.
+        so they count as wrong.
 
         A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
-        `text`. Raises ValueError where none has a label. Afterwards `examples` and `classes` are as
-        those of ZeroShot.
+        `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
         """
         names = predict.class_names
         number = {name: i for i, name in enumerate(names)}
         how: dict[str, Any] = dict(missing=True, num_examples=self.num_examples)
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
-        count = unlabelled = 0
-        for read in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
-            batch = [record for record in read if record["labels"]]
-            unlabelled += len(read) - len(batch)
-            if not batch:
-                continue
+        count = 0
+        for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
             if predict.head_kind.images > 1:
                 images = [(record["image"], record["second"]) for record in batch]
@@ -129,11 +120,6 @@ class Classification(OfRecords):
             for record, row in zip(batch, found):
                 known = list({number[label] for label in record["labels"] if label in number})
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
-        if unlabelled and not count:
-            raise ValueError(missing(self.name, "label"))
-        if unlabelled and self.progress:
-            told = f"{self.name}: {unlabelled} examples have no label and are left out"
-            print(told, file=sys.stderr)
         yield from tally.results()
         if surprise:
             yield f"{self.name}/nll", float(np.mean(surprise))

@@ -115,7 +115,8 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     """The scores of one task; on process 0 its examples and classes are written as well."""
     kind = declarations.of(task["kind"])
     task = dict(task, data=kind.data_of(task, model))
-    records = records_of(task, task["data"], task.get("limit", 0))
+    need = kind.need_of(model)
+    records = records_of(task, need)
     if jax.process_count() > 1:
         processes.compare("examples", {_named(task, " examples"): str(len(records))})
     setting.records = records
@@ -123,7 +124,7 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):
         if some.left_out and setting.main_process:
             print(
-                f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {kind.needs} "
+                f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {need} "
                 "and are left out",
                 file=sys.stderr,
             )

@@ -19,7 +19,7 @@ class Unfinished:
     Args:
       workdir: made when missing.
       request: what the scores depend on besides the task; a file of another request is dropped.
-      write: does it on one process. All call this and `close`, which raise NotWritten together.
+      write: does it on one process. All call all of this, and raise NotWritten together.
 
     Attributes:
       request: as the file has it, whose checksum may be of an older kind.
@@ -44,9 +44,10 @@ class Unfinished:
         return self._state["tasks"].get(task)
 
     def add(self, task: str, scores: Mapping[str, float]) -> None:
-        """Notes that a task is finished."""
+        """Notes that a task is finished; what could not be written of it ends the rest."""
         self._state["tasks"][task] = dict(scores)
         self._once(self._keep)
+        self._once.agree()
 
     def close(self) -> None:
         """All is finished, and all have read the file: the next start begins anew."""

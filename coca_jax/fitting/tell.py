@@ -101,7 +101,7 @@ def retrieval_chance(config: Config, name: str) -> dict[str, float]:
     there is none."""
     for task in config.eval.tasks:
         if (task["kind"], task["name"]) == ("retrieval", name):
-            records = records_of(task, task["data"], task.get("limit", 0))
+            records = records_of(task, "caption")
             return guessed(records, candidates(task))
     return {}
 
