@@ -126,10 +126,9 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 failed += 1
                 bar.write(f"skipped {result['error']}", file=sys.stderr)
                 continue
-            line = cli.json_line(result)
-            print(line, flush=True)
-            if out:
-                out.write(f"{line}\n".encode())
+            print(cli.json_line(result), flush=True)
+            if out:  # whatever the terminal can show
+                out.write(f"{cli.json_line(result, 'utf-8')}\n".encode())
     return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)
 
 

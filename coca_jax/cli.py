@@ -160,13 +160,13 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
 
 
-def json_line(result: Any) -> str:
-    """A result as one line of JSON. What standard output cannot show, and a name of a file that is
-    not UTF-8, is escaped, as JSON can."""
+def json_line(result: Any, encoding: str | None = None) -> str:
+    """A result as one line of JSON. What an encoding (of standard output, where none is given) does
+    not have, and a name of a file that is not UTF-8, is escaped, as JSON can."""
     text = json.dumps(result, ensure_ascii=False)
     try:
         text.encode()
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(encoding or sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(result)
     return text

@@ -152,6 +152,8 @@ def run(arguments: list[str], folder: str, env: dict[str, str], streams: Sequenc
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    if name := env.get("PYTHONIOENCODING"):  # read by Python as it starts
+        sys.stdout.reconfigure(encoding=name)
     sys.argv = ["coca-jax", *arguments]
     status = 1
     try:

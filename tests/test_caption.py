@@ -120,11 +120,14 @@ def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa
 
     def run(*arguments):
         env = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        env["PYTHONIOENCODING"] = "ascii"  # what the terminal cannot show, the file holds
         done = commands.run([*command, *arguments], tmp_path, env)
         lines = done.stdout.strip().splitlines()
         return done.returncode, lines, done.stderr
 
-    status, lines, errors = run(str(folder / "a.jpg"))
+    shutil.copy(folder / "a.jpg", tmp_path / "caf\u00e9.jpg")
+    status, lines, errors = run(str(tmp_path / "caf\u00e9.jpg"))
+    assert "caf\\u00e9.jpg" in lines[0] and "caf\u00e9.jpg" in out.read_text("utf-8")
     assert errors.splitlines()[:2] == [
         f"loading {tmp_path}/model",
         "compiling, and writing the first captions ...",
@@ -132,11 +135,11 @@ def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa
     summary = json.loads(lines[-1])
     assert status == 0 and (summary["captioned"], summary["failed"]) == (1, 0)
     assert json.loads(lines[0]).keys() == {"image", "caption", "score"}
-    status, lines, errors = run(str(folder))
+    status, lines, errors = run(str(tmp_path / "caf\u00e9.jpg"), str(folder))
     summary = json.loads(lines[-1])
     counts = (summary["captioned"], summary["already_done"], summary["failed"])
-    assert status == 1 and counts == (3, 1, 1) and "broken.png" in errors
-    assert len(out.read_text().splitlines()) == 4
+    assert status == 1 and counts == (4, 1, 1) and "broken.png" in errors
+    assert len(out.read_text("utf-8").splitlines()) == 5
     status, lines, errors = run("--num_captions=2", str(folder))
     assert status == 2 and not lines and errors.startswith("error: num_captions=2")
 
