@@ -18,7 +18,7 @@ ABSURD = {
     "remat": ("all", None, 1),
     "accumulate_steps": (0, -1, 10**9),
     "image_sizes": (((0.5, -32),), ((2.0, 32),), ((0.6, 32), (0.6, 64)), (32,), "x", 5),
-    "text_lengths": ((0,), ("a",)),
+    "text_lengths": ((2,), ("a",)),
     "text_parts": (0, -1, 5000),
     "init_from": (5, None, ("x",)),
     "model.image_size": (0, -224, 10**9),

@@ -164,7 +164,7 @@ def test_every_batch_comes_once_with_its_own_lengths():
 
 def test_impossible_values_are_refused():
     for changes, message in (
-        (dict(text_lengths=(2, 6)), "must be from 3 to"),
+        (dict(text_lengths=(2, 6)), "a whole number of tokens, 3 to 65,536"),
         (dict(text_lengths=(), text_parts=2), "needs config.text_lengths"),
         (dict(text_parts=0), "text_parts=0"),
     ):

@@ -110,12 +110,7 @@ def taught(config: Config) -> None:
 
 
 def check_texts(config: Config) -> None:
-    """Raises ValueError for lengths or parts of texts that the model or each other forbid."""
-    if any(length < 3 for length in config.text_lengths):
-        raise ValueError(
-            f"config.text_lengths={config.text_lengths} must be from 3 tokens up; those beyond "
-            f"model.text.max_len={config.model.text.max_len} are not used"
-        )
+    """Raises ValueError for parts of texts without lengths."""
     if config.text_parts > 1 and not config.text_lengths:
         raise ValueError(
             f"config.text_parts={config.text_parts} needs config.text_lengths, such as (16, 32)"

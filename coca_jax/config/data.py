@@ -65,7 +65,7 @@ class Entry(Section):
         MAPPING,
         "{field: value or list of values} that records have in `extra`, or as 'label' or 'text'",
     )
-    image_field: str = key("", TEXT, "of tfds and seqio: the field of the image")
+    image_field: str = key("", TEXT, "the field of the image, of tfds, seqio and data in place")
     text_field: str = key("", TEXT, "field of `extra` (tfds, seqio: of the data) to take as text")
     label_field: str = key("", TEXT, "the same, to take as label")
     captions: str = key(

@@ -169,7 +169,7 @@ class Model(Section):
         False,
         FLAG,
         "MLPs multiply a second projection by the activation of the first: GEGLU with 'gelu', "
-        "SwiGLU with 'silu'; a third more parameters at equal mlp_dim",
+        "SwiGLU with 'silu'; half as many parameters more at equal mlp_dim",
     )
     norm: str = key("layer", choice("layer", "rms"), "LayerNorm or RMSNorm, in all towers")
     norm_eps: float = key(1e-5, number(1e-12, 1e-2, "as 1e-5"), "what norms add to the variance")

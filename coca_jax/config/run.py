@@ -132,7 +132,7 @@ class Optimizer(Section):
         0.2, number(0, 1, "of the steps", above=True), "last part of 'wsd', in which the rate falls"
     )
     weight_decay: float = key(0.01, number(0, 10), "decoupled, on matrices only")
-    beta1: float = key(0.9, SHARE, "decay of the mean of gradients; of AdamW, and beside Muon")
+    beta1: float = key(0.9, SHARE, "decay of the mean of gradients; kernels under Muon have 0.95")
     beta2: float = key(0.999, SHARE, "decay of the mean of their squares")
     clip_norm: float = key(
         1.0, number(0, 1e6, "0 being no clipping"), "global gradient norm; 0: no clipping"
@@ -281,7 +281,7 @@ class Config(Section):
     )
     text_lengths: tuple[int, ...] = key(
         (),
-        several(whole(1, 65_536, "tokens")),
+        several(whole(3, 65_536, "tokens")),
         "captions of a batch are cut to the smallest of these that fits ...",
     )
     text_parts: int = key(
