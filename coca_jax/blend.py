@@ -2,9 +2,9 @@
 
 Between both weights, W = base + share x (tuned - base), often lies a model that keeps what the base
 could do and does what it was tuned for (WiSE-FT, Wortsman et al. 2022). With --data every share of
---shares is scored, and the curve goes to blend.json and into the report; without, one share is
-written as an export. --rank writes the change alone, as factors of that rank (LoRA's adapter), and
---adapter adds such a change to a base.
+--shares is scored, and the curve goes to blend.json and into the report of a run there; without,
+one share is written as an export. --rank writes the change alone, as factors of that rank (LoRA's
+adapter), and --adapter adds such a change to a base.
 
 Examples:
   coca-jax blend --base=weights --checkpoint=runs/tuned --data=data/probe --out=runs/tuned
@@ -168,7 +168,8 @@ def mix(base: Mapping[str, Any], tuned: Mapping[str, Any], share: float) -> dict
 def curve(
     model: CoCaModel, at: Any, shares: Sequence[float], tasks: Sequence[dict], out: str
 ) -> dict[str, Any]:
-    """The scores of every share, printed, and written to blend.json in `out`."""
+    """The scores of every share, printed, and written to blend.json in `out`, with the report of a
+    run there anew."""
     import tempfile
 
     from coca_jax.evaluators import tasks as evaluation
@@ -188,7 +189,12 @@ def curve(
         print(
             "  ".join([f"{row['share']:5g}", *(f"{row['scores'][n]:{len(n)}.4f}" for n in names)])
         )
-    return dict(out=out, curve=rows)
+    summary = dict(out=out, curve=rows)
+    if (storage.place(out) / "report.html").exists():
+        from coca_jax import report
+
+        summary["report"] = str(report.write_report(out))
+    return summary
 
 
 def is_headline(name: str) -> bool:

@@ -49,13 +49,16 @@ images = np.load(f"{folder}/images.npy")
 embedding, tokens = program("encode_image")(params, images)
 weights = program("decode_weights")(params)
 state = program("decode_start")(weights, tokens)
-tokenizer = json.load(open(f"{folder}/config.json"))["tokenizer"]
+config = json.load(open(f"{folder}/config.json"))
+tokenizer, max_len = config["tokenizer"], config["model"]["text"]["max_len"]
 token, caption = np.full(len(images), tokenizer["begin_id"], np.int32), []
 step = program("decode_step")
 for place in range(6):
     log_probs, state = step(weights, state, token, np.int32(place))
     token = np.asarray(log_probs)[:, :300].argmax(-1).astype(np.int32)
     caption.append(token)
+assert np.isfinite(step(weights, state, token, np.int32(max_len - 1))[0]).all()
+assert np.isnan(step(weights, state, token, np.int32(max_len))[0]).all()  # no room for more
 assert not any(name.startswith(("coca_jax", "flax")) for name in sys.modules)
 np.savez(f"{folder}/found.npz", embedding=embedding, caption=np.stack(caption, 1))
 """

@@ -13,7 +13,7 @@ from test_inference import random_params, tiny_model, tiny_parts, words  # noqa:
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
-from coca_jax import blend, checkpointing, export_format, lora, run_config, warm_start
+from coca_jax import blend, checkpointing, export_format, lora, report, run_config, warm_start
 from coca_jax.config import Optimizer
 from coca_jax.data import vocabulary
 from coca_jax.evaluators import history, tasks
@@ -287,10 +287,14 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(tasks, "run_tasks", run_tasks)
     monkeypatch.setattr(blend.evaluate, "tasks_of_flags", lambda: ["a task"])
     (tmp_path / "curve").mkdir()
-    (tmp_path / "curve/metrics.jsonl").write_text("")  # the tuned run itself, as in the example
+    (tmp_path / "curve/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    report.write_report(tmp_path / "curve")  # the tuned run itself, as in the example
+    shown = "share of the way from the start"
+    assert shown not in (tmp_path / "curve/report.html").read_text()
     given = ("--checkpoint=tuned", "--data=x", "--shares=0,0.25,1", f"--out={tmp_path}/curve")
     curve = call(*given)["curve"]
     assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
+    assert shown in (tmp_path / "curve/report.html").read_text()
     assert "held another" not in capsys.readouterr().err
     call(*given)
     assert "held another" not in capsys.readouterr().err  # the same

@@ -128,6 +128,7 @@ class Functions(NamedTuple):
             shown,
         )
         log_probs = decoding.log_probs_of(weights, states)[:, 0]
+        log_probs = jnp.where(step < length, log_probs, jnp.nan)  # the caches have no such place
         state = dict(state, caches=[tuple(c) for c in caches])
         if shown is not None:
             if spec.hides_next:  # past the end: dropped
