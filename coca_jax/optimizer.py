@@ -94,10 +94,13 @@ def averages(optimizer: Optimizer) -> bool:
 
 
 def average_decay(optimizer: Optimizer, schedule: Schedule, step: jax.Array) -> Any:
-    """The share that the average of a step has in that of the next one. Over the last part of a
-    run (average_share) the average is the mean of the parameters behind each of its steps."""
+    """The share that the average of step 0, 1, ... has in that of the next one. Over the last part
+    of a run (average_share) the average is the mean of the parameters behind each of its steps.
+    Else it is `ema`, and at most (1 + step) / (10 + step), as TensorFlow's moving averages have it:
+    after 300 steps of 0.9999 the average would be the start by 97%."""
     if not optimizer.average_share:
-        return optimizer.ema
+        done = jnp.asarray(step, jnp.float32)
+        return jnp.minimum(optimizer.ema, (1 + done) / (10 + done))
     counted = jnp.maximum(step - schedule.average_from, 0).astype(jnp.float32)
     return counted / (counted + 1)
 

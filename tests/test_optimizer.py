@@ -161,13 +161,15 @@ def test_steps_that_are_not_finite_count_for_the_schedule_alone(name):
 
 
 def test_averages_follow_the_parameters_of_each_step():
-    """ema_t = 0.75 ema_(t-1) + 0.25 params_t, from the first parameters on."""
-    config = make_config(ema=0.75)
+    """ema_t = d ema_(t-1) + (1 - d) params_t, d at most 0.3, and in the first steps (1 + t) /
+    (10 + t): the first parameters are soon left, whatever the decay."""
+    config = make_config(ema=0.3)
     states, _ = ours(config, [gradients_of(step) for step in range(STEPS)])
     wanted = {n: p.astype(np.float64) for n, p in draw(0, 0.3).items()}
-    for state in states[1:]:
-        params = flat(state.params)
-        wanted = {n: 0.75 * w + 0.25 * params[n].astype(np.float64) for n, w in wanted.items()}
+    decays = [0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3]
+    for decay, state in zip(decays, states[1:], strict=True):
+        new = {n: p.astype(np.float64) for n, p in flat(state.params).items()}
+        wanted = {n: decay * w + (1 - decay) * new[n] for n, w in wanted.items()}
         for name, values in flat(state.ema).items():
             np.testing.assert_allclose(values, wanted[name], rtol=0, atol=2e-7, err_msg=name)
     assert ours(make_config(), [gradients_of(0)])[0][-1].ema is None

@@ -137,7 +137,12 @@ class Optimizer(Section):
     clip_norm: float = key(
         1.0, number(0, 1e6, "0 being no clipping"), "global gradient norm; 0: no clipping"
     )
-    ema: float = key(0.0, SHARE, "decay of the averaged parameters used in evaluation; 0: none")
+    ema: float = key(
+        0.0,
+        SHARE,
+        "decay of the averaged parameters used in evaluation, at step s at most (1 + s) / "
+        "(10 + s); 0: none",
+    )
     average_share: float = key(
         0.0, SHARE, "last part of the steps whose parameters' mean is used in place of ema; 0: none"
     )
