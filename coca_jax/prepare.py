@@ -304,7 +304,7 @@ def _import() -> dict[str, Any]:
     )
     where, by_field = (format, input, out), _by_field(format, options)
     held = ["test"] if flags.FLAGS.holdout else []
-    names = list(by_field.values) if by_field else [flags.FLAGS.split, *held]
+    names = list(by_field.values) if by_field else list(dict.fromkeys([flags.FLAGS.split, *held]))
     there = metadata.read_manifest(out)["splits"]
     if flags.FLAGS.overwrite or not {*names} <= {*there}:
         cli.say(f"reading {input}")

@@ -54,6 +54,16 @@ def test_flags_that_a_use_does_not_read_are_refused(call, folder, tmp_path):
         call(input=tmp_path / "out", out=tmp_path / "again", image_field="zzz", processes=1)
 
 
+def test_a_holdout_of_the_split_that_it_writes_is_refused_by_its_name(call, folder, tmp_path):
+    """The two splits of one name were two owners of one folder, of which the second was refused."""
+    given = dict(input=folder, out=tmp_path / "out", processes=1)
+    says = "^--split=test is what --holdout writes; give another --split$"
+    with pytest.raises(ValueError, match=says):
+        call(**given, holdout=0.25, split="test")
+    found = call(**given, holdout=0.25, split="train")
+    assert found["written"] + found["held_out"]["written"] == 8
+
+
 def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):
     for name, pictures in (("a", 1), ("b", 8), ("c", 8)):
         (tmp_path / "in" / name).mkdir(parents=True)
