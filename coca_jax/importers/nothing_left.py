@@ -20,10 +20,11 @@ def why(work: str, input: str) -> str:
     if not (listed or filtered) or any(account["count"] for account in accounts):
         return ""
     read = sum(account["read"] for account in accounts)
-    groups = json.loads(files.read(files.join(work, "plan.json")))["groups"]
-    said = remarks.of_encoding((unit["path"] for group in groups for unit in group), listed)
+    kept = json.loads(files.read(files.join(work, "plan.json")))
+    said = remarks.of_encoding((unit["path"] for group in kept["groups"] for unit in group), listed)
     more = of_where(work, filtered) + "".join(f"; {line}" for line in said)
-    return remarks.nothing_usable(input, read, listed, filtered) + more
+    options = kept["request"]["options"]
+    return remarks.nothing_usable(input, read, listed, filtered, options) + more
 
 
 def of_where(work: str, filtered: Mapping[str, int]) -> str:

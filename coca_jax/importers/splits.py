@@ -352,7 +352,8 @@ def _refuse_empty(
     input = request["input"]
     more = of_where + remarks.pictures_beside(input, request["format"])
     more += "".join(f"; {line}" for line in said)
-    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + more)
+    why = remarks.nothing_usable(input, read, listed, filtered, request["options"])
+    raise ValueError(why + more)
 
 
 def _named(
