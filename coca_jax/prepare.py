@@ -369,15 +369,12 @@ def _by_field(format: str, options: Options) -> split_field.Told | None:
 def _write_told(
     by_field: split_field.Told, where: tuple[str, str, str], keywords: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes each split that the field `split` tells; what is returned is that of 'train', with all
-    of them as 'splits'."""
-    given, results = keywords["options"], {}
+    """Writes each split that the field `split` tells; what is returned is that of the first, which
+    is 'train' unless nothing is left of it, with all of them as 'splits'."""
     if line := by_field.unused(list(by_field.values)):
         cli.say(f"{where[1]}: {line}")
-    for split in by_field.values:
-        keywords_here = keywords | dict(split=split, options=by_field.options(split, given))
-        results[split] = prepare(*where, **keywords_here)
-    told = results["train"] | {"splits": results}
+    results = split_field.prepare_each(by_field, where, keywords, cli.say)
+    told = next(iter(results.values())) | {"splits": results}
     if any("waiting" in result for result in results.values()):
         counts = {k: sum(result[k] for result in results.values()) for k in ("waiting", "shards")}
         return _told(told | counts)

@@ -2,10 +2,11 @@
 
 import pytest
 from prepare_cases import encode
+from test_tables import split_table
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
-from coca_jax.data import prepared, vocabulary
+from coca_jax.data import prepared, sources, vocabulary
 
 
 @pytest.fixture
@@ -62,6 +63,38 @@ def test_a_holdout_of_the_split_that_it_writes_is_refused_by_its_name(call, fold
         call(**given, holdout=0.25, split="test")
     found = call(**given, holdout=0.25, split="train")
     assert found["written"] + found["held_out"]["written"] == 8
+
+
+def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_line(
+    tmp_path, call, capsys
+):
+    """It ended the import, each time anew, in the name of a --where that nobody gave."""
+    folder = split_table(tmp_path / "a", ["train"] * 5 + ["test"])
+    given = dict(input=folder, out=tmp_path / "out", processes=1, dedup="perceptual")
+    for _ in range(2):  # the second finds `train` there
+        found = call(**given, exclude=folder / "5.jpg")
+        assert list(found["splits"]) == ["train"] and found["written"] == 5
+        said = capsys.readouterr()
+        assert f"{folder}: nothing is left of [test]: 1 in_evaluation\n" in said.err
+        assert "6 examples, by the field 'split': 5 -> [train]; " in said.out
+    assert [one.texts for one in sources.open_source(str(tmp_path / "out"))] == [
+        (f"train {n}",) for n in range(5)
+    ]
+    for more, says in (
+        (
+            dict(exclude=folder),
+            r"6 examples .*: quarantined {'in_evaluation': 6}, filtered {}; the",
+        ),
+        (
+            dict(min_text=50),
+            "6 examples .*: none has a caption or a class name; their fields are spl",
+        ),
+        (dict(where="text=zzz"), "6 examples .*, filtered {'where': 6}; --where: no record has .*"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            call(**given | dict(out=tmp_path / "none"), **more)
+        assert ("--where" in str(error.value)) == ("where" in more)
+        assert not (tmp_path / "none/manifest.json").exists()
 
 
 def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):

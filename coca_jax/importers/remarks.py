@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import files, formats, views
+from coca_jax.data import field_texts, files, formats, views
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
@@ -124,10 +124,13 @@ def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> li
 
 
 def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
-    """What is said where no example has the values of --where: what the first of them have."""
+    """What is said where no example has the values of --where: what the first of them have; ''
+    where one of those has them."""
     missed = views.Missed(where)
     for item in itertools.islice(items, _MOST_ASKED):
         texts, labels = checks.texts_and_labels(item)
+        if not item.problem and field_texts.selected(where, item.extra, texts, labels):
+            return ""
         missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
     return f"; --where: {missed.line()}"
 
