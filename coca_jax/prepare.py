@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, engines, local_files, recipes, storage
-from coca_jax.config import Config, Recipe, typed
+from coca_jax.config import Config, Recipe, checks, typed
 from coca_jax.data import files, formats, images, order, sources, stages, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
@@ -135,6 +135,7 @@ def inspect(config: Recipe, step: int) -> dict[str, Any]:
         ValueError: the run has no such step; or what is wrong with the data.
     """
     config = typed(config)
+    checks.check_sources(config)
     return _inspect(config, Mixture(config), step)
 
 

@@ -1,7 +1,8 @@
 """Each use of `prepare` refuses the flags that it does not read."""
 
 import pytest
-from prepare_cases import encode
+from conftest import tiny_config
+from prepare_cases import encode, import_data
 from test_tables import split_table
 from test_version_0_1 import flags_of
 
@@ -109,6 +110,22 @@ def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_p
     assert of_splits == [2, 3] and len(told["class_names"]) == 3
     assert [first["classes"], first["held_out"]["classes"]] == of_splits
     assert call(**given) == first
+
+
+def test_inspect_refuses_sources_that_train_refuses(folder, tmp_path, capsys):
+    """It printed them as what trains."""
+    import_data("imagefolder", folder, tmp_path / "p")
+    recipe, place = tiny_config(), dict(path=str(tmp_path / "p"))
+    for more, says in (
+        (dict(answers=("a",)), r"sources\[0\]: answers=\('a',\) is of kind=.question., and"),
+        (dict(data_dir="d"), r"sources\[0\]: data_dir='d' is of data by tfds, and these"),
+    ):
+        recipe.data.sources = (place | more,)
+        with pytest.raises(ValueError, match=says):
+            command.inspect(recipe, 1)
+    assert capsys.readouterr().out == ""
+    recipe.data.sources = (place,)
+    assert len(command.inspect(recipe, 1)["examples"]) == recipe.batch_size
 
 
 def test_a_vocabulary_says_what_its_flags_lack(call, folder, tmp_path):
