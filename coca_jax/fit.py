@@ -17,6 +17,7 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -83,9 +84,11 @@ def request_of_flags(folder: str) -> Any:
     from coca_jax.fitting.kept import Request
     from coca_jax.importers import data_flag
 
-    args, named = flags.FLAGS, data_flag.parse(folder)
+    args, named = flags.FLAGS, None
     able = [name for name, kind in kinds.KINDS.items() if kind.counted]
-    if named.kind not in ("", *able) or named.weight != 1.0:
+    with contextlib.suppress(ValueError):  # which is of --data, with kinds and weights besides
+        named = data_flag.parse(folder)
+    if named is None or named.kind not in ("", *able) or named.weight != 1.0:
         takes = " or ".join(f"FOLDER:{name}" for name in able)
         raise ValueError(f"{folder}: fit takes FOLDER, {takes}")
     path = named.path

@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax import cli, engines, local_files, recipes, storage
-from coca_jax.config import Config, Recipe, typed
+from coca_jax.config import Config, Recipe, checks, typed
 from coca_jax.data import files, formats, images, order, sources, stages, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
@@ -135,6 +135,7 @@ def inspect(config: Recipe, step: int) -> dict[str, Any]:
         ValueError: the run has no such step; or what is wrong with the data.
     """
     config = typed(config)
+    checks.check_sources(config)
     return _inspect(config, Mixture(config), step)
 
 
@@ -304,7 +305,7 @@ def _import() -> dict[str, Any]:
     )
     where, by_field = (format, input, out), _by_field(format, options)
     held = ["test"] if flags.FLAGS.holdout else []
-    names = list(by_field.values) if by_field else [flags.FLAGS.split, *held]
+    names = list(by_field.values) if by_field else list(dict.fromkeys([flags.FLAGS.split, *held]))
     there = metadata.read_manifest(out)["splits"]
     if flags.FLAGS.overwrite or not {*names} <= {*there}:
         cli.say(f"reading {input}")
@@ -369,15 +370,12 @@ def _by_field(format: str, options: Options) -> split_field.Told | None:
 def _write_told(
     by_field: split_field.Told, where: tuple[str, str, str], keywords: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes each split that the field `split` tells; what is returned is that of 'train', with all
-    of them as 'splits'."""
-    given, results = keywords["options"], {}
+    """Writes each split that the field `split` tells; what is returned is that of the first, which
+    is 'train' unless nothing is left of it, with all of them as 'splits'."""
     if line := by_field.unused(list(by_field.values)):
         cli.say(f"{where[1]}: {line}")
-    for split in by_field.values:
-        keywords_here = keywords | dict(split=split, options=by_field.options(split, given))
-        results[split] = prepare(*where, **keywords_here)
-    told = results["train"] | {"splits": results}
+    results = split_field.prepare_each(by_field, where, keywords, cli.say)
+    told = next(iter(results.values())) | {"splits": results}
     if any("waiting" in result for result in results.values()):
         counts = {k: sum(result[k] for result in results.values()) for k in ("waiting", "shards")}
         return _told(told | counts)

@@ -9,6 +9,8 @@ import pytest
 from prepare_cases import add_member, encode, import_data
 
 from coca_jax.data import sources
+from coca_jax.importers import splits
+from coca_jax.importers.items import Options
 
 
 def texts_of(out):
@@ -85,6 +87,23 @@ def test_a_field_that_gives_nothing_in_an_archive_is_a_line(tmp_path, capsys):
     for name, count in (("atl", 1), ("alt", 0)):
         import_data("webdataset", tmp_path / "a.tar", tmp_path / name, text_field=name)
         assert capsys.readouterr().err.count(line) == count
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_field_that_gives_nothing_at_all_is_named(tmp_path, share):
+    """Where a tar has neither class names nor other fields, it was refused without that name."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(6):
+            add_member(archive, f"{i}.jpg", encode(i))
+            add_member(archive, f"{i}.txt", b"a dog")
+    where = ("webdataset", str(tmp_path / "a.tar"), str(tmp_path / "out"))
+    given = dict(options=Options(text_field="nope"), processes=1, progress=False)
+    says = "a caption or a class name; --text_field=nope: no example has a text in it; captions are"
+    with pytest.raises(ValueError, match=f"none of 6 examples .* none has {says}"):
+        if share:
+            splits.prepare_with_holdout(*where, share, **given)
+        else:
+            splits.prepare(*where, **given)
 
 
 def test_one_language_of_an_object_of_texts_is_named_with_a_dot(tmp_path):

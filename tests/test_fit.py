@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import recipes
+from coca_jax import fit, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.fitting import look, measure, recipe, run
@@ -326,6 +327,21 @@ def test_the_command_says_mistakes_in_a_line(commands, tmp_path):
 def test_flags_that_cannot_be(commands, arguments, message, tmp_path):
     done = commands.run(["fit", *arguments], tmp_path)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_kind_that_fit_does_not_take_gets_the_kinds_that_it_does(tmp_path, monkeypatch):
+    """Of a kind that nothing takes it said those of --data, which was not given."""
+    for name in ("define_overrides", "changes"):  # which read the command line of the tests
+        monkeypatch.setattr(recipes, name, lambda *_: {})
+    flags_of("fit", monkeypatch)
+    fit.flags.FLAGS(["fit"])
+    for wrong in (":labels", ":question", ":caption:0.5", ":caption:0"):
+        with pytest.raises(ValueError) as error:
+            fit.request_of_flags(f"{tmp_path}{wrong}")
+        takes = "fit takes FOLDER, FOLDER:caption or FOLDER:label"
+        assert str(error.value) == f"{tmp_path}{wrong}: {takes}"
+    assert fit.request_of_flags(f"{tmp_path}:label").kind == "label"
+    assert fit.request_of_flags(str(tmp_path)).folder == str(tmp_path)
 
 
 def test_a_workdir_in_which_somebody_trains_is_refused_before_anything_is_written(tmp_path):

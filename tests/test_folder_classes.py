@@ -4,11 +4,12 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
 from coca_jax.data import prepared, sources
-from coca_jax.importers import items
+from coca_jax.importers import imagefolder, items
 
 
 def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
@@ -18,6 +19,18 @@ def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
     assert line in capsys.readouterr().err
     brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
     assert capsys.readouterr().err == ""
+
+
+def test_two_folders_of_one_split_are_no_classes(tmp_path):
+    """All of them were classes once: the pictures of the test set were trained on."""
+    in_folders(tmp_path / "a", ["train/c", "training/c", "Testing/c"])
+    assert imagefolder.splits(str(tmp_path / "a")) == ["test", "train"]
+    says = "the split '{}' is both train and training, which are its folders; give the folder to r"
+    for split in ("train", "training"):
+        with pytest.raises(ValueError, match=says.format(split)):
+            brought("imagefolder", tmp_path / "a", tmp_path / "p", split)
+    assert not (tmp_path / "p").exists()
+    assert len(brought("imagefolder", tmp_path / "a", tmp_path / "p", "test")) == 3
 
 
 def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_path, capsys):

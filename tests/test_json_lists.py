@@ -94,6 +94,13 @@ def test_the_lists_of_karpathy_tell_their_splits(tmp_path):
     assert [(one.key, *one.texts) for one in records_of(out, "test")] == [
         ("val2014/3.jpg", "a 3", "the 3")
     ]
+    # Their folder has no classes, as `val2014` would be.
+    with pytest.raises(ValueError, match=f"JSON lists; give one of them in its place, as {path}$"):
+        formats.guess(str(tmp_path / "coco"))
+    path.rename(tmp_path / "list")
+    (tmp_path / "coco/dataset_info.json").write_text('{"images": 4, "filename": "a"}')
+    assert formats.guess(str(tmp_path / "coco")) == "imagefolder"
+    (tmp_path / "list").rename(path)
     # In a folder `annotations` too; its pictures lie in the one above.
     (tmp_path / "coco/annotations").mkdir()
     moved = path.rename(tmp_path / "coco/annotations" / path.name)

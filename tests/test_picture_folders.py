@@ -170,7 +170,6 @@ def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
         ("", ("TRAIN", "Valid"), ["train", "valid"]),
         ("images", ("train", "Dev"), ["dev", "train"]),
         ("a/images", ("train", "test"), []),  # below two folders
-        ("", ("train", "Train", "test"), []),
         ("", ("train2017", "val2017"), []),
     ],
 )

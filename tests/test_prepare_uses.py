@@ -1,11 +1,13 @@
 """Each use of `prepare` refuses the flags that it does not read."""
 
 import pytest
-from prepare_cases import encode
+from conftest import tiny_config
+from prepare_cases import encode, import_data
+from test_tables import split_table
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
-from coca_jax.data import prepared, vocabulary
+from coca_jax.data import prepared, sources, vocabulary
 
 
 @pytest.fixture
@@ -54,6 +56,48 @@ def test_flags_that_a_use_does_not_read_are_refused(call, folder, tmp_path):
         call(input=tmp_path / "out", out=tmp_path / "again", image_field="zzz", processes=1)
 
 
+def test_a_holdout_of_the_split_that_it_writes_is_refused_by_its_name(call, folder, tmp_path):
+    """The two splits of one name were two owners of one folder, of which the second was refused."""
+    given = dict(input=folder, out=tmp_path / "out", processes=1)
+    says = "^--split=test is what --holdout writes; give another --split$"
+    with pytest.raises(ValueError, match=says):
+        call(**given, holdout=0.25, split="test")
+    found = call(**given, holdout=0.25, split="train")
+    assert found["written"] + found["held_out"]["written"] == 8
+
+
+def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_line(
+    tmp_path, call, capsys
+):
+    """It ended the import, each time anew, in the name of a --where that nobody gave."""
+    folder = split_table(tmp_path / "a", ["train"] * 5 + ["test"])
+    given = dict(input=folder, out=tmp_path / "out", processes=1, dedup="perceptual")
+    for _ in range(2):  # the second finds `train` there
+        found = call(**given, exclude=folder / "5.jpg")
+        assert list(found["splits"]) == ["train"] and found["written"] == 5
+        said = capsys.readouterr()
+        assert f"{folder}: nothing is left of [test]: 1 in_evaluation\n" in said.err
+        assert "6 examples, by the field 'split': 5 -> [train]; " in said.out
+    assert [one.texts for one in sources.open_source(str(tmp_path / "out"))] == [
+        (f"train {n}",) for n in range(5)
+    ]
+    for more, says in (
+        (
+            dict(exclude=folder),
+            r"6 examples .*: quarantined {'in_evaluation': 6}, filtered {}; the",
+        ),
+        (
+            dict(min_text=50),
+            "6 examples .*: none has a caption or a class name; their fields are spl",
+        ),
+        (dict(where="text=zzz"), "6 examples .*, filtered {'where': 6}; --where: no record has .*"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            call(**given | dict(out=tmp_path / "none"), **more)
+        assert ("--where" in str(error.value)) == ("where" in more)
+        assert not (tmp_path / "none/manifest.json").exists()
+
+
 def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):
     for name, pictures in (("a", 1), ("b", 8), ("c", 8)):
         (tmp_path / "in" / name).mkdir(parents=True)
@@ -66,6 +110,22 @@ def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_p
     assert of_splits == [2, 3] and len(told["class_names"]) == 3
     assert [first["classes"], first["held_out"]["classes"]] == of_splits
     assert call(**given) == first
+
+
+def test_inspect_refuses_sources_that_train_refuses(folder, tmp_path, capsys):
+    """It printed them as what trains."""
+    import_data("imagefolder", folder, tmp_path / "p")
+    recipe, place = tiny_config(), dict(path=str(tmp_path / "p"))
+    for more, says in (
+        (dict(answers=("a",)), r"sources\[0\]: answers=\('a',\) is of kind=.question., and"),
+        (dict(data_dir="d"), r"sources\[0\]: data_dir='d' is of data by tfds, and these"),
+    ):
+        recipe.data.sources = (place | more,)
+        with pytest.raises(ValueError, match=says):
+            command.inspect(recipe, 1)
+    assert capsys.readouterr().out == ""
+    recipe.data.sources = (place,)
+    assert len(command.inspect(recipe, 1)["examples"]) == recipe.batch_size
 
 
 def test_a_vocabulary_says_what_its_flags_lack(call, folder, tmp_path):

@@ -211,6 +211,16 @@ def test_values_select_as_they_are_spelled_in_lists(where, count):
     assert sum(field_texts.selected(where, row, (), ()) for row in rows) == count
 
 
+def test_a_field_that_is_named_and_gives_nothing_is_in_the_message(data):
+    def open_as(**given):
+        return sources.open_source(dict(path=str(data / "a"), **given), training=True)
+
+    says = "no record has a {0}; give the other kind, or --{0}_field=.*; {0}_field=.nope. gives no"
+    for kind, wanted in (("caption", "text"), ("label", "label")):
+        with pytest.raises(ValueError, match=says.format(wanted)):
+            open_as(kind=kind, **{f"{wanted}_field": "nope"})
+
+
 def test_labels_and_texts_select_records_and_what_none_has_is_named(data, tmp_path):
     def select(**where):
         return sources.open_source(dict(path=str(data / "a"), where=where))

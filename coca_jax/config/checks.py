@@ -54,14 +54,19 @@ def check(config: Config) -> None:
         raise ValueError(
             "data.frame_jitter=True is of clips, and data.num_frames=0; give frames, or set False"
         )
-    if not config.data.sources:
-        raise ValueError("config.data.sources is empty; name at least one source of data")
-    for number, entry in enumerate(config.data.sources):
-        entry.check_read(f"config.data.sources[{number}]")
+    check_sources(config)
     taught(config)
     weights = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight")}
     if not (config.head.kind or any(weights.values())):
         raise ValueError(f"{', '.join(f'loss.{name}' for name in weights)} are all 0; give one")
+
+
+def check_sources(config: Config) -> None:
+    """Raises ValueError for a run without sources, or a key that one of them does not read."""
+    if not config.data.sources:
+        raise ValueError("config.data.sources is empty; name at least one source of data")
+    for number, entry in enumerate(config.data.sources):
+        entry.check_read(f"config.data.sources[{number}]")
 
 
 def _check_image_sizes(config: Config) -> None:

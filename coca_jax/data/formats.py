@@ -95,10 +95,11 @@ def guess(path: str) -> str:
             found = ""  # a table of something else beside folders of images
     elif not found and text_lists(path, names):
         return "csv"
-    if not found and (coco := [name for name in names if _is_of_coco(name)]):
+    known = [n for n in names if _is_of_coco(n) or _is_of_karpathy(path, n)] if not found else []
+    if known:
         raise ValueError(
             f"{path}: its captions are in JSON lists; give one of them in its place, as "
-            f"{files.join(path, coco[0])}"
+            f"{files.join(path, known[0])}"
         )
     if found or pictures:
         return found or "imagefolder"
@@ -132,6 +133,16 @@ def _is_of_coco(name: str) -> bool:
     folder, own = posixpath.split(name.lower())
     listed = own.startswith("captions_") and own.endswith(".json")
     return listed and posixpath.basename(folder) == "annotations"
+
+
+def _is_of_karpathy(path: str, name: str) -> bool:
+    """Whether a file in a folder is called as Karpathy's lists, and begins as they do."""
+    own = posixpath.basename(name.lower())
+    if not own.startswith("dataset_") or not own.endswith(".json"):
+        return False
+    with files.open_binary(files.join(path, name)) as file:
+        data = file.read(_LOOK_AT_BYTES)
+    return all(word in data for word in (b'"images"', b'"filename"', b'"sentences"'))
 
 
 def _names(path: str) -> list[str]:

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from coca_jax import sealed_json
 from coca_jax.data import files, formats
 
 _MOST_BELOW = 500_000  # files
@@ -28,6 +29,7 @@ def root_of(path: str) -> str:
     in a folder `annotations` are those of the folder above, as COCO lays them out. To ask begins to
     read an input: what lies below is looked for anew."""
     _pictures_below.cache_clear()
+    _ran_in.cache_clear()
     system, plain = files.filesystem(path)
     if files.is_pattern(path):
         parts = path.split("/")
@@ -50,6 +52,32 @@ def path_of(folder: str, name: Any) -> str:
     if not files.is_remote(path) and not os.path.lexists(path):
         path = _meant(folder, name) or path
     return path
+
+
+def from_list(path: str, name: Any) -> Any:
+    """The name of a picture in a row, as it is seen from the folder of the list at `path`. What
+    `caption --out` wrote names pictures from the folder in which that ran, and by them is found
+    what is not found from the list's; any other name stays.
+
+    Raises ValueError: what `caption` wrote beside its list is damaged.
+    """
+    folder, ran_in = posixpath.dirname(path) or ".", _ran_in(path)
+    if not ran_in or not isinstance(name, str) or os.path.lexists(files.join(folder, name)):
+        return name
+    there, own = os.path.split(os.path.join(ran_in, name))
+    if not os.path.lexists(os.path.join(there, own)):
+        return name
+    return os.path.relpath(os.path.join(os.path.realpath(there), own), os.path.realpath(folder))
+
+
+@functools.lru_cache(maxsize=4)
+def _ran_in(path: str) -> str:
+    """The folder in which `caption` ran that wrote the local list at a path; '' for any other."""
+    told = f"{path}{formats.HOW}"
+    if files.is_remote(path) or not os.path.isfile(told):
+        return ""
+    found = sealed_json.read(told).get("made_in")
+    return found if isinstance(found, str) else ""
 
 
 def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:

@@ -122,7 +122,7 @@ class View:
                 names.update(labels)
         if not rows:
             left = self._where and not taken
-            why = missed.line() if left else self._kind.nothing(self._training)
+            why = missed.line() if left else self._kind.nothing(self._training) + self._named()
             raise ValueError(f"data source {self.source.name}: {why}")
         if self._useful_only and len(rows) < taken:
             logging.info(
@@ -134,6 +134,11 @@ class View:
             np.array(parts, np.int64) if self._kind.divides else None,
             tuple(sorted(names)) if self._kind.has_classes else None,
         )
+
+    def _named(self) -> str:
+        """What is said of a field that was named and gave nothing; '' where none was."""
+        flag = f"{self._kind.wanted}_field"
+        return f"; {flag}={self._given[flag]!r} gives none" if self._given.get(flag) else ""
 
     def _records(self) -> Iterator[tuple[int, Record]]:
         source, row = self.source, 0

@@ -16,6 +16,7 @@ from coca_jax.data import files, formats, images, manifest, videos
 from coca_jax.data.random_access import Source
 from coca_jax.data.sources import open_source
 
+_EVALUATED, _SAME, _NEAR = REASONS = ("in_evaluation", "duplicate_image", "near_duplicate")
 SIDE = 16  # of the difference hash: SIDE x SIDE bits
 BITS = SIDE * SIDE
 _CONTENT = 16  # bytes of a content
@@ -122,9 +123,9 @@ def decide(
     first: dict[str, str] = {}
     for shard, number, key, content, _ in found:
         if not barred.isdisjoint(_each(content, _CONTENT)):
-            drop[shard, number] = "in_evaluation: the same bytes"
+            drop[shard, number] = f"{_EVALUATED}: the same bytes"
         elif mode != "none" and content in first:
-            drop[shard, number] = f"duplicate_image: {first[content]}"
+            drop[shard, number] = f"{_SAME}: {first[content]}"
         else:
             first.setdefault(content, key)
     rest = [f for f in found if (f[0], f[1]) not in drop]
@@ -133,13 +134,13 @@ def decide(
         looks = _looks([look for _, look in exclude] + [look for _, look in single])
         for row in _near(looks, len(exclude), distance, False):
             shard, number = single[row - len(exclude)][0][:2]
-            drop[shard, number] = "in_evaluation: looks the same"
+            drop[shard, number] = f"{_EVALUATED}: looks the same"
         rest = [f for f in rest if (f[0], f[1]) not in drop]
     for size in sorted({len(f[4]) for f in rest} if mode == "perceptual" else ()):
         alike = [f for f in rest if len(f[4]) == size]  # images, or pairs
         for row, other in _near(_looks([f[4] for f in alike]), 0, distance, True).items():
             shard, number = alike[row][:2]
-            drop[shard, number] = f"near_duplicate: {alike[other][2]}"
+            drop[shard, number] = f"{_NEAR}: {alike[other][2]}"
     return drop
 
 

@@ -118,26 +118,28 @@ def _folder_of(path: str, split: str) -> str:
     Raises ValueError where folders are splits, and none or several of them are this one.
     """
     folders = _split_folders(path) if split else {}
-    if split in folders:
-        return folders[split]
     wanted = files.SPLITS.get(split.lower())
-    same = sorted(name for name in folders if files.SPLITS[name] == wanted)
+    names = [split] if split in folders else [n for n in folders if files.SPLITS[n] == wanted]
+    same = sorted(folder for name in names for folder in folders[name])
     if len(same) == 1:
-        return folders[same[0]]
+        return same[0]
     inner = files.join(path, split)
     if split and not wanted and files.exists(inner):
         return inner
     if folders:
-        why = f"both {' and '.join(same)}" if same else f"none of {', '.join(sorted(folders))}"
+        both = " and ".join(map(posixpath.basename, same))
+        why = f"both {both}" if same else f"none of {', '.join(sorted(folders))}"
+        fix = "" if len(names) == 1 else "--split one of them, or "  # which one name does not tell
         raise ValueError(
-            f"{path}: the split {split!r} is {why}, which are its folders; give --split one of "
-            "them, or the folder to read as --input"
+            f"{path}: the split {split!r} is {why}, which are its folders; give {fix}the folder to "
+            "read as --input"
         )
     return path
 
 
-def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, str]:
-    """Split -> its folder, by the folders' names in any case; {} where there are none.
+def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
+    """Split -> its folders, by their names in any case; {} where there are none. Of several, as
+    "train" beside "Training", it is not known which is meant.
 
     A folder is no split where other folders of images stand beside it: then it is a class, such as
     "train" among vehicles. Metadata that stands above the folders alone names the images of them
@@ -161,8 +163,10 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, str]:
     folders = {name: files.join(path, name) for name in found}
     if others or (above and not any(map(_metadata, folders.values()))):
         return {}
-    told = {_own_name(name): folder for name, folder in folders.items()}
-    return told if len(told) == len(found) else {}  # 'test' beside 'Testing' is one of two things
+    told: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        told.setdefault(_own_name(name), []).append(folder)
+    return told
 
 
 def _own_name(folder: str) -> str:
@@ -338,6 +342,8 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
         detail = str(error) if reason == "bad_utf8" else f"a line is to be a JSON object: {error}"
         return Located(Item(where, problem=reason, detail=detail))
+    if "image" in fields:
+        fields["image"] = named_files.from_list(unit.path, fields["image"])
     return _located(where, posixpath.dirname(unit.path), fields, options)
 
 

@@ -7,11 +7,12 @@ import itertools
 import os
 import posixpath
 import re
+import types
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import files, formats, views
+from coca_jax.data import field_texts, files, formats, views
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
@@ -81,11 +82,15 @@ def _beside_lists(input: str, format: str) -> str:
 
 
 def nothing_usable(
-    input: str, read: int, listed: Sequence[Mapping[str, str]], filtered: Mapping[str, int]
+    input: str,
+    read: int,
+    listed: Sequence[Mapping[str, str]],
+    filtered: Mapping[str, int],
+    options: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> str:
     """The line for an input of which nothing can be used.
 
-    listed: the quarantined examples, {key, reason, detail}.
+    listed: the quarantined examples, {key, reason, detail}. options: what was asked for.
     """
     reasons = Counter(entry["reason"] for entry in listed)
     text = f"{input}: none of {read} examples can be used: "
@@ -96,7 +101,8 @@ def nothing_usable(
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]
-    text += "none has a caption or a class name; "
+    named = _of_named(dict(with_text=0, with_label=0), options)
+    text += f"{'; '.join(['none has a caption or a class name', *named])}; "
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
     return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
@@ -118,10 +124,13 @@ def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> li
 
 
 def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
-    """What is said where no example has the values of --where: what the first of them have."""
+    """What is said where no example has the values of --where: what the first of them have; ''
+    where one of those has them."""
     missed = views.Missed(where)
     for item in itertools.islice(items, _MOST_ASKED):
         texts, labels = checks.texts_and_labels(item)
+        if not item.problem and field_texts.selected(where, item.extra, texts, labels):
+            return ""
         missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
     return f"; --where: {missed.line()}"
 
@@ -223,14 +232,14 @@ def _texts_beside(input: str) -> list[str]:
     ]
 
 
-def _of_named(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
-    """The lines for fields that were named and gave nothing: of archives, whose members all have
+def _of_named(found: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """What is said of fields that were named and gave nothing: of archives, whose members all have
     to be read before that is known."""
     told = []
     for flag, kind in (("text_field", "text"), ("label_field", "label")):
-        name = request.get("options", {}).get(flag)
+        name = options.get(flag)
         if name and not found[f"with_{kind}"]:
-            told.append(f"{request['input']}: --{flag}={name}: no example has a {kind} in it")
+            told.append(f"--{flag}={name}: no example has a {kind} in it")
     return told
 
 
@@ -289,7 +298,8 @@ def of_split(
         for name in ("with_numbers_alone", "with_lost_range")
     )
     if not apart:
-        lines += _of_named(found, request)
+        named = _of_named(found, request.get("options", {}))
+        lines += [f"{request['input']}: {line}" for line in named]
     if dark:
         lines.append(
             f"{dark} of {found['count']} examples of the split {split!r} have images with values "

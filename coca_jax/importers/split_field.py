@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, unreachable
-from coca_jax.importers import shards, splits
+from coca_jax.importers import nothing_left, remarks, shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files
 
 FIELD = "split"
@@ -105,6 +105,42 @@ def of_values(values: Iterable[Any]) -> Told | None:
     if "train" not in there or len(there) < 2:
         return None
     return Told({split: tuple(known[split]) for split in there}, dict(rows))
+
+
+def prepare_each(
+    by_field: Told,
+    where: tuple[str, str, str],
+    keywords: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """`splits.prepare(*where, **keywords)` of each split that the field tells, its options
+    narrowed to that: split -> what it returns. A split of which nothing is left, as where all of
+    it is in `exclude`, is said and not written.
+
+    Raises ValueError where nothing is left of any; and as `splits.prepare`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    empty: list[nothing_left.NothingLeft] = []
+    filtered: Counter[str] = Counter()
+    for split, values in by_field.values.items():
+        options = by_field.options(split, keywords["options"])
+        try:
+            found[split] = splits.prepare(
+                *where, **{**keywords, "split": split, "options": options}
+            )
+        except nothing_left.NothingLeft as error:
+            left_out = error.left_out(sum(by_field.rows[value] for value in values))
+            empty.append(error)
+            filtered += left_out
+            reasons = left_out + Counter(entry["reason"] for entry in error.listed)
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            say(f"{where[1]}: nothing is left of [{split}]: {why}")
+    if found:
+        return found
+    listed = [entry for error in empty for entry in error.listed]
+    read, asked = len(listed) + filtered.total(), dataclasses.asdict(keywords["options"])
+    why = remarks.nothing_usable(where[1], read, listed, filtered, asked)
+    raise ValueError(why + empty[0].more)
 
 
 def narrowed(path: str, by_field: Told | None, split: str, options: Options) -> Options:

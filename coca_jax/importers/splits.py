@@ -146,7 +146,7 @@ def prepare(
 
     Raises:
         FileNotFoundError: no input.
-        ValueError: the format cannot be read, or nothing of the input can be used; or `out` holds
+        ValueError: the format cannot be read, or no item can be used (NothingLeft); or `out` holds
             this split, or an unfinished import of it, of other options or of files changed since.
     """
     module, options = shards.importer(format), options or Options()
@@ -343,8 +343,9 @@ def _refuse_empty(
     filtered: Mapping[str, int],
     said: Sequence[str],
 ) -> NoReturn:
-    """Raises ValueError: why nothing of `read` items is in the split, and what else is `said`."""
-    of_where = nothing_left.of_where(work, filtered)
+    """Raises nothing_left.NothingLeft: why nothing of `read` items is in the split, and what else
+    is `said`."""
+    of_where = nothing_left.of_where(work, listed, filtered)
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
@@ -352,7 +353,7 @@ def _refuse_empty(
     input = request["input"]
     more = of_where + remarks.pictures_beside(input, request["format"])
     more += "".join(f"; {line}" for line in said)
-    raise ValueError(remarks.nothing_usable(input, read, listed, filtered) + more)
+    raise nothing_left.NothingLeft(request, read, listed, filtered, more)
 
 
 def _named(
