@@ -139,7 +139,15 @@ def num_steps(config: Config, num_examples: int) -> int:
             f"config.epochs={config.epochs} of {num_examples} examples is no step of "
             f"batch_size={config.batch_size}; raise the one or lower the other"
         )
-    checks.check_length(config, steps)
+    try:
+        checks.check_length(config, steps)
+    except ValueError as error:
+        if not config.epochs:
+            raise
+        raise ValueError(
+            f"{error} (config.epochs={config.epochs} of {num_examples} examples in batches of "
+            f"{config.batch_size}: more epochs or a smaller batch_size make more steps)"
+        ) from None
     return steps
 
 

@@ -285,6 +285,14 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     kept = own_data.apply(typed(recipe()), flags, workdir, keep_tasks=True)
     assert kept.data.sources == config.data.sources
     assert kept.eval.tasks == typed(recipe()).eval.tasks
+    # The probe of a guard stays, which tells what the model could do before.
+    probe = dict(kind="retrieval", name="past", data=dict(path="data/past"))
+    guarded = recipe()
+    guarded.eval.tasks += (probe, dict(probe, kind="captioning"))
+    assert own_data.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
+    guarded.eval.guard = "stop"
+    tasks = own_data.apply(typed(guarded), flags, workdir).eval.tasks
+    assert tasks == (probe, *config.eval.tasks)
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):

@@ -374,6 +374,10 @@ def test_missing_data_is_named(tmp_path):
 def test_epochs_become_steps():
     config = tiny_run(steps=0, epochs=2.5)
     assert run_config.num_steps(config, 64) == 10
+    config.optimizer.warmup_steps = 10
+    line = r"not below the run's 10 steps; shorten it \(config.epochs=2.5 of 64 examples"
+    with pytest.raises(ValueError, match=line):
+        run_config.num_steps(config, 64)
 
 
 def test_unknown_keys_are_refused_by_the_command(commands, tmp_path):

@@ -229,6 +229,10 @@ class Faults(Section):
     )
 
 
+# Kinds of tasks, and the score of each, that `eval.guard` watches.
+GUARDED = dict(retrieval="mean_recall", zeroshot="top1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Eval(Section):
     """What a run evaluates."""

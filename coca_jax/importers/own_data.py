@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config
+from coca_jax.config.data import PLACES
+from coca_jax.config.run import GUARDED
 from coca_jax.data import files, formats, kinds, mixture
 from coca_jax.importers import (
     checks,
@@ -40,7 +42,8 @@ def apply(
     main_process: bool = True,
 ) -> Config:
     """The config with the named data in place of its sources, and evaluations on what is held out
-    in place of those on other data; says on standard error what it found.
+    in place of those on other data, but for the probe of eval.guard; says on standard error what it
+    found.
 
     Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
     workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
@@ -87,8 +90,23 @@ def apply(
         _tell_shares(weights, shares)
     for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
-    told = config.eval.tasks if keep_tasks else kept or tasks
+    told = config.eval.tasks if keep_tasks else (*_probes(config, kept), *(kept or tasks))
     return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
+
+
+def _probes(config: Config, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Where eval.guard is set, the tasks that it watches on other data than the recipe's sources:
+    what the model could do before. Those that are `kept` anyway are not among them."""
+    if not config.eval.guard:
+        return []
+    sources = [tuple(getattr(entry, k) for k in PLACES) for entry in config.data.sources]
+    return [
+        task
+        for task in config.eval.tasks
+        if task["kind"] in GUARDED
+        and task not in kept
+        and tuple(task["data"].get(k, "") for k in PLACES) not in sources
+    ]
 
 
 def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.config import Eval
+from coca_jax.config.run import GUARDED
 from coca_jax.evaluators import history
 from coca_jax.evaluators.declarations import kinds
-
-GUARDED = dict(retrieval="mean_recall", zeroshot="top1")  # evaluator: the score that is watched
 
 
 class LostTooMuch(ValueError):
