@@ -117,6 +117,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}
+    scores: list[float] = []
 
     def examples() -> Iterator[writers.Example]:
         for number, item in selected(job):
@@ -129,6 +130,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                     f"{item.key}: the input has changed; give another --out"
                 )
             kept = choose.kept(result, request.text, threshold)
+            scores.extend(score for _, score in choose.texts(result, request.text))
             if kept or threshold == float("-inf"):
                 known = {one["text"] for one in result["originals"]}
                 told["replaced"] += bool(kept) and kept[0][0] not in known
@@ -143,6 +145,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         else:
             os.remove(local)
     told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
+    told["highest"] = max(scores, default=None)
     sealed_json.write(f"{job.part}.json", told)
     clear(job)
 

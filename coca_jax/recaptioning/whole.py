@@ -139,7 +139,9 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         filtered = sum(account["filtered"] for account in known)
         why = {f"below --min_score={request.min_score}": filtered} if filtered else {}
         read = sum(account["read"] for account in known)
-        raise ValueError(remarks.nothing_usable(request.input, read, listed, why))
+        scores = [one["highest"] for one in known if one.get("highest") is not None]
+        highest = f"; the highest score of a text is {max(scores)}" if filtered and scores else ""
+        raise ValueError(remarks.nothing_usable(request.input, read, listed, why) + highest)
     lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in listed)
     storage.write_bytes(files.join(request.out, "quarantine.jsonl"), lines.encode())
     entries = [
