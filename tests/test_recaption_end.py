@@ -1,16 +1,66 @@
 """How a work of recaptioning ends, what is told then, and who may work at it."""
 
 import contextlib
+import json
 import os
+import tarfile
 
+import pyarrow.parquet as pq
 import pytest
-from test_recaption_inputs import asked, tars  # noqa: F401
+from test_recaption_inputs import asked, encoded, tars  # noqa: F401
 from test_version_0_1 import flags_of
 
 from coca_jax import recaption, sealed_json
+from coca_jax.data import prepared
 from coca_jax.engines import Engine
-from coca_jax.recaptioning import running, shard, whole
+from coca_jax.recaptioning import running, shard, whole, writers
 from coca_jax.training import lease
+
+
+class Captioner:
+    """Has a caption for each picture without a model.
+
+    Attributes:
+        made: keys of the pictures that were captioned, by whichever work.
+    """
+
+    made: list[str] = []
+
+    def __init__(self, request):
+        self.request, self.seconds = request, {}
+
+    def checksums(self):
+        return ["0123"]
+
+    def timed(self, what):
+        return contextlib.nullcontext()
+
+    def read(self, item):
+        if item.problem:
+            raise ValueError(f"{item.problem}: {item.detail}")
+        return ()
+
+    def part(self, pictures, look):
+        self.made.extend(one.key for one in pictures)
+        return [
+            dict(
+                number=one.number,
+                key=one.key,
+                captions=[dict(text=f"picture {one.number}", score=0.6, flags=[])],
+                originals=[dict(text=text, score=0.5) for text in one.texts],
+            )
+            for one in pictures
+        ], {}
+
+
+@pytest.fixture(autouse=True)
+def without_a_model(monkeypatch):
+    monkeypatch.setattr(running, "Captioner", Captioner)
+    monkeypatch.setattr(Captioner, "made", [])
+
+
+def do(request, share="", say=lambda line: None):
+    return running.run(request, whole.plan(request), Engine(share=share), say=say, progress=False)
 
 
 def test_a_work_of_which_all_is_filtered_says_so(tars):  # noqa: F811
@@ -59,3 +109,32 @@ def test_a_second_work_at_one_output_is_refused_and_one_of_another_shard_is_not(
     assert work("", "", "") == [""]
     assert work("0/2", "0/2", "1/2") == ["0/2", "1/2"]
     assert sorted(os.listdir("out/recaption")) == ["input.json", "plan.json"]
+
+
+def sources_of(to: str, path: str, count: int) -> list[str]:
+    """What each image that was written is in the input."""
+    if to == "parquet":
+        return pq.read_table(path)["source"].to_pylist()
+    if to == "tar":
+        with tarfile.open(path) as tar:
+            told = [tar.extractfile(one).read() for one in tar if one.name.endswith("json")]
+    else:
+        found = prepared.ArrayRecordFiles([path], [count])(range(count))
+        told = [one.extra for one in found]
+    return [json.loads(one)["recaption"]["key"] for one in told]
+
+
+@pytest.mark.parametrize("to", writers.SUFFIXES)
+def test_every_format_says_which_image_of_the_input_each_one_is(tars, to):  # noqa: F811
+    os.mkdir("f")
+    for name in ("b", "a"):
+        (tars.parent / f"f/{name}.png").write_bytes(encoded(ord(name)))
+    of_tars = [["00000.tar/0", "00000.tar/1"], ["00001.tar/0", "00001.tar/1"]]
+    for input, format, wanted in (
+        ("t", "webdataset", of_tars),
+        ("f", "imagefolder", [["a.png", "b.png"]]),
+    ):
+        request = asked(input, f"out-{input}", format, to=to)
+        shards = do(request)["shards"]
+        found = [(os.path.join(request.out, one["file"]), one["count"]) for one in shards]
+        assert [sources_of(to, *one) for one in found] == wanted
