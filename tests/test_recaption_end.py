@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import tarfile
 
 import pyarrow.parquet as pq
@@ -57,6 +58,11 @@ class Captioner:
 def without_a_model(monkeypatch):
     monkeypatch.setattr(running, "Captioner", Captioner)
     monkeypatch.setattr(Captioner, "made", [])
+
+
+def tree(root):
+    paths = (path for path in pathlib.Path(root).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in paths}
 
 
 def do(request, share="", say=lambda line: None):
@@ -138,3 +144,47 @@ def test_every_format_says_which_image_of_the_input_each_one_is(tars, to):  # no
         shards = do(request)["shards"]
         found = [(os.path.join(request.out, one["file"]), one["count"]) for one in shards]
         assert [sources_of(to, *one) for one in found] == wanted
+
+
+@pytest.mark.parametrize("to", writers.SUFFIXES)
+def test_a_file_that_was_lost_since_is_written_again(tars, to):  # noqa: F811
+    request = asked(to=to)
+    first, wanted = do(request), tree("out")
+    one, other = (os.path.join("out", shard["file"]) for shard in first["shards"])
+    assert whole.finished(request)["shards"] == first["shards"]
+    del Captioner.made[:]
+    for lost, keys in (
+        ([one], ["00000.tar/0", "00000.tar/1"]),
+        ([other, "out/recaption.json"], ["00001.tar/0", "00001.tar/1"]),
+        (["out/quarantine.jsonl"], []),
+        (["out/manifest.json"] if to == "array_record" else ["out/recaption.json"], []),
+    ):
+        for path in lost:
+            os.remove(path)
+        said = []
+        assert not whole.finished(request) and do(request, say=said.append)["count"] == 4
+        assert tree("out") == wanted and Captioner.made == keys
+        again = (
+            f"1 of its files are gone or have another size, and are written again: {lost[0][4:]}"
+        )
+        assert (said[:1] == [f"out: {again}"]) == bool(keys)
+        del Captioner.made[:]
+    with open(one, "r+b") as file:
+        file.truncate(1000)
+    assert not whole.finished(request)
+    assert do(request, "1/2") | dict(spent={}) == dict(waiting=1, spent={})  # another job's
+    assert Captioner.made == [] and do(request, "0/2")["count"] == 4
+    assert tree("out") == wanted and whole.finished(request)
+
+
+def test_what_was_lost_of_a_work_whose_input_is_gone_is_not_written_empty(tars):  # noqa: F811
+    do(asked())
+    os.rename("t", "elsewhere")
+    whole.plan(asked())
+    wanted = tree("out")
+    os.remove("out/00001.tar")
+    with pytest.raises(FileNotFoundError, match="^t: no such file or folder"):
+        whole.plan(asked())
+    os.rename("elsewhere", "t")
+    do(asked())
+    assert tree("out") == wanted

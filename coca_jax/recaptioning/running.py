@@ -32,6 +32,11 @@ def run(
     spent: Counter[str] = Counter()
     left = [job for job in own if not shard.is_captioned(job)]
     if left:
+        if lost := [name for job in left if (name := shard.lost(job))]:
+            say(
+                f"{request.out}: {len(lost)} of its files are gone or have another size, and are "
+                f"written again: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+            )
         say(f"loading {', '.join(request.checkpoints)}")
         known = [unit.rows for job in left for unit in job.units]
         with bars.Bar(sum(known) if all(known) else None, "images", shown=progress) as bar:

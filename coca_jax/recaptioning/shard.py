@@ -1,7 +1,7 @@
 """A shard: its captions, kept in parts while they are made, then written whole or not at all.
 
 A part is a JSON file of results that appears whole; a shard goes on after its last part. A shard
-is finished when its account is there, which is written after its file.
+is finished when its account is there, which is written after its file, and that file as well.
 """
 
 from __future__ import annotations
@@ -49,9 +49,28 @@ def is_captioned(job: Job) -> bool:
 
 
 def account(job: Job) -> dict[str, Any] | None:
-    """What was written of a finished shard; None of another."""
+    """What was written of a finished shard; None of another, also where its file is lost."""
+    found = _noted(job)
+    return found if found and not _is_lost(job, found) else None
+
+
+def lost(job: Job) -> str:
+    """The file of a shard that was finished, where it is no longer there or of another size than it
+    had; '' of any other shard."""
+    found = _noted(job)
+    return found["file"] if found and _is_lost(job, found) else ""
+
+
+def _noted(job: Job) -> dict[str, Any] | None:
     path = f"{job.part}.json"
     return sealed_json.read(path) if files.exists(path) else None
+
+
+def _is_lost(job: Job, noted: dict[str, Any]) -> bool:
+    if not noted["count"]:  # it had nothing to write
+        return False
+    path = files.join(posixpath.dirname(job.work), noted["file"])
+    return not files.exists(path) or files.size(path) != noted["bytes"]
 
 
 def selected(job: Job) -> Iterator[tuple[int, Item]]:

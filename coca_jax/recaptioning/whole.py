@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from coca_jax.recaptioning import inputs, shard
 from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
 
-MANIFEST = "recaption.json"
+MANIFEST, QUARANTINE = "recaption.json", "quarantine.jsonl"
 
 
 def plan(request: Request) -> list[Job]:
@@ -44,7 +45,7 @@ def plan(request: Request) -> list[Job]:
     told = json.loads(json.dumps(request.told()))
     if files.exists(path):
         _refuse_other(request.out, _flat(sealed_json.read(path)), _flat(told))
-        inputs.check(request)
+        inputs.check(request, done=finished(request) is not None)
     elif files.exists(request.out):
         for found in files.listing(request.out):
             if found != "recaption" and not found.startswith("."):
@@ -143,7 +144,7 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         highest = f"; the highest score of a text is {max(scores)}" if filtered and scores else ""
         raise ValueError(remarks.nothing_usable(request.input, read, listed, why) + highest)
     lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in listed)
-    storage.write_bytes(files.join(request.out, "quarantine.jsonl"), lines.encode())
+    storage.write_bytes(files.join(request.out, QUARANTINE), lines.encode())
     entries = [
         {key: account[key] for key in ("file", "count", "bytes", "sha256")}
         for account in known
@@ -208,9 +209,17 @@ def _tidy(request: Request, jobs: Sequence[Job]) -> None:
 
 
 def finished(request: Request) -> dict[str, Any] | None:
-    """What `finish` wrote, or None."""
+    """What `finish` wrote; None also where a file beside it is gone or has another size."""
     path = files.join(request.out, MANIFEST)
-    return sealed_json.read(path) if files.exists(path) else None
+    if not files.exists(path):
+        return None
+    told = sealed_json.read(path)
+    system, plain = files.filesystem(request.out)
+    there = {posixpath.basename(one["name"]): one["size"] for one in system.ls(plain, detail=True)}
+    sizes = {one["file"]: one["bytes"] for one in told["shards"]}
+    beside = [QUARANTINE, *([metadata.MANIFEST] if request.to == "array_record" and sizes else [])]
+    whole = all(there.get(file) == size for file, size in sizes.items())
+    return told if whole and all(name in there for name in beside) else None
 
 
 def _collapse(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
