@@ -126,6 +126,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return dict(out=request.out, shards=len(jobs), **told, seconds=seconds)
     if told["collapse"]["warning"]:
         cli.say(f"warning: {told['collapse']['warning']}")
+    if told.get("with_original") == 0 and (field := request.options.text_field):
+        cli.say(f"warning: {remarks.of_field(request.input, 'text', field)}")
     told = {key: value for key, value in told.items() if key != "request"}
     return dict(out=request.out, **told | dict(shards=len(told["shards"])), seconds=seconds)
 

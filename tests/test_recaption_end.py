@@ -1,6 +1,7 @@
 """How a work of recaptioning ends, what is told then, and who may work at it."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -188,3 +189,24 @@ def test_what_was_lost_of_a_work_whose_input_is_gone_is_not_written_empty(tars):
     os.rename("elsewhere", "t")
     do(asked())
     assert tree("out") == wanted
+
+
+def test_a_field_that_no_image_of_tars_has_is_told_before_and_at_the_end(tars, monkeypatch, capsys):  # noqa: F811
+    with tarfile.open(tars / "00001.tar", "w") as tar:
+        for name, data in (("0.png", encoded(5)), ("0.json", b'{"alt": "red", "title": "x"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    flags_of("recaption", monkeypatch)
+    for field, told in (("alt", 1), ("atl", 0), ("", 1)):
+        recaption.flags.FLAGS.unparse_flags()
+        given = ["--checkpoint=c", "--input=t", f"--out=out-{field}", f"--text_field={field}"]
+        recaption.flags.FLAGS(["recaption", *given])
+        for before in (bool(field), False):  # again, where all is there
+            assert recaption.main(["recaption"])["with_original"] == told
+            lines = [line for line in capsys.readouterr().err.splitlines() if "text_field" in line]
+            wanted = [f"warning: t: --text_field={field}: none of the first 64 examples has a text"]
+            wanted = wanted * before + [f"warning: t: --text_field={field}: no example has"] * (
+                not told
+            )
+            assert [one[: len(start)] for one, start in zip(lines, wanted, strict=True)] == wanted

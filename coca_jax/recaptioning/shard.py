@@ -25,6 +25,7 @@ from coca_jax.recaptioning import choose, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request
 
+LOOKED_AT = 64  # examples, before any is captioned
 _DETAIL = 300  # characters of what is said of an image that cannot be used
 
 
@@ -77,6 +78,11 @@ def selected(job: Job) -> Iterator[tuple[int, Item]]:
     """(number, item) of what the options select of a shard; items with a problem are kept."""
     items = enumerate(shards.read_items(job))
     return (pair for pair in items if not checks.wanted(pair[1], job.options))
+
+
+def first_have_texts(job: Job) -> bool:
+    """Whether any of the first LOOKED_AT examples has an original text."""
+    return any(item.texts for _, item in itertools.islice(selected(job), LOOKED_AT))
 
 
 def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> None:
@@ -133,6 +139,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         collapse=_figures(read),
+        with_original=sum(bool(one["originals"]) for part in read for one in part["results"]),
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}

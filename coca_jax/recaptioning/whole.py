@@ -154,6 +154,8 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         key: sum(account[key] for account in known)
         for key in ("read", "count", "with_text", "replaced", "filtered")
     }
+    if all("with_original" in account for account in known):  # those of older versions lack it
+        totals["with_original"] = sum(account["with_original"] for account in known)
     told = dict(
         totals,
         quarantined=dict(Counter(one["reason"] for one in listed)),
