@@ -102,6 +102,14 @@ def _request() -> Request:
     )
 
 
+def _leases_of_others(work: str, own: str) -> list[str]:
+    """The leases, by their names in the folder of a work, of who may do the same shards: not those
+    of jobs that do as many shares. own: the job's, such as 'shard-0-of-4'; '': it does them all."""
+    mine = f"{own[own.index('-of-') :]}.{lease.FILE}" if own else lease.FILE
+    names = [name for name in files.listing(work) if name.endswith(lease.FILE)]
+    return [name for name in names if not (name.endswith(mine) if own else name == mine)]
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command."""
     if len(argv) > 1:
@@ -112,10 +120,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     engine = engines.of_flags()  # a wrong --shard is told before anything is written
     storage.check_writable(request.out, make=False)
-    place = files.join(request.out, "recaption")
-    if engine.share:  # others do theirs at the same time
-        place = files.join(place, f"shard-{engine.share.replace('/', '-of-')}")
-    with lease.alone(place, use="captions into it", flag="--out", beside=bool(engine.share)):
+    work, says = files.join(request.out, "recaption"), dict(use="captions into it", flag="--out")
+    own = f"shard-{engine.share.replace('/', '-of-')}" if engine.share else ""
+    with lease.alone(files.join(work, own) if own else work, beside=bool(own), **says):
+        lease.refuse_held(work, _leases_of_others(work, own), **says)
         jobs = whole.plan(request)
         told = whole.finished(request) or running.run(
             request, jobs, engine, say=cli.say, progress=True

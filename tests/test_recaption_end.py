@@ -115,6 +115,8 @@ def test_a_second_work_at_one_output_is_refused_and_one_of_another_shard_is_not(
 
     assert work("", "", "") == [""]
     assert work("0/2", "0/2", "1/2") == ["0/2", "1/2"]
+    assert work("", "0/2", "1/2") == [""]
+    assert work("0/2", "", "1/3", "0/12", "1/2") == ["0/2", "1/2"]
     assert sorted(os.listdir("out/recaption")) == ["input.json", "plan.json"]
 
 
