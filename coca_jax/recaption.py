@@ -124,6 +124,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     own = f"shard-{engine.share.replace('/', '-of-')}" if engine.share else ""
     with lease.alone(files.join(work, own) if own else work, beside=bool(own), **says):
         lease.refuse_held(work, _leases_of_others(work, own), **says)
+        request = whole.as_begun(request)
         jobs = whole.plan(request)
         told = whole.finished(request) or running.run(
             request, jobs, engine, say=cli.say, progress=True

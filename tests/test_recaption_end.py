@@ -15,6 +15,7 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared
 from coca_jax.engines import Engine
+from coca_jax.importers import splits
 from coca_jax.recaptioning import running, shard, whole, writers
 from coca_jax.training import lease
 
@@ -201,10 +202,10 @@ def test_a_field_that_no_image_of_tars_has_is_told_before_and_at_the_end(tars, m
             tar.addfile(member, io.BytesIO(data))
     flags_of("recaption", monkeypatch)
     for field, told in (("alt", 1), ("atl", 0), ("", 1)):
-        recaption.flags.FLAGS.unparse_flags()
-        given = ["--checkpoint=c", "--input=t", f"--out=out-{field}", f"--text_field={field}"]
-        recaption.flags.FLAGS(["recaption", *given])
-        for before in (bool(field), False):  # again, where all is there
+        for before, input in ((bool(field), "t"), (False, "./t/")):  # again, where all is there
+            recaption.flags.FLAGS.unparse_flags()
+            given = ["--checkpoint=c", f"--out=out-{field}", f"--text_field={field}"]
+            recaption.flags.FLAGS(["recaption", f"--input={input}", *given])
             assert recaption.main(["recaption"])["with_original"] == told
             lines = [line for line in capsys.readouterr().err.splitlines() if "text_field" in line]
             wanted = [f"warning: t: --text_field={field}: none of the first 64 examples has a text"]
@@ -212,3 +213,28 @@ def test_a_field_that_no_image_of_tars_has_is_told_before_and_at_the_end(tars, m
                 not told
             )
             assert [one[: len(start)] for one, start in zip(lines, wanted, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("format", ["webdataset", "csv", "prepared"])
+def test_a_work_goes_on_with_its_paths_in_another_spelling(tars, format):  # noqa: F811
+    input = {"webdataset": "t", "csv": "list.csv", "prepared": "p"}[format]
+    if format != "webdataset":
+        (tars.parent / "0.png").write_bytes(encoded(0))
+        pathlib.Path("list.csv").write_text("image,text\n0.png,red\n")
+    if format == "prepared":
+        splits.prepare("csv", "list.csv", "p", processes=1, progress=False)
+
+    def spelled(input, *checkpoints):
+        request = asked(input, format=format, to="parquet", checkpoints=checkpoints)
+        return whole.as_begun(request)
+
+    do(spelled(input, "runs/a", "b/"))
+    wanted = tree("out")
+    os.remove("out/00000.parquet")
+    os.remove("out/recaption.json")
+    here = os.getcwd()
+    do(spelled(f"{here}/./{input}", "./runs/a/", f"{here}/b"))
+    assert tree("out") == wanted
+    for others in (("other", "runs/a", "b"), (input, "b", "runs/a"), (input, "runs/a")):
+        with pytest.raises(ValueError, match=r"--out=out was begun with (input|checkpoints)="):
+            whole.plan(spelled(*others))

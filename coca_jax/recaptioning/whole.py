@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import out_folder, sealed_json, storage
+from coca_jax import local_files, out_folder, sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
 from coca_jax.importers import asked, metadata, remarks, shards, splits
@@ -30,6 +30,23 @@ from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
 
 MANIFEST, QUARANTINE = "recaption.json", "quarantine.jsonl"
+
+
+def as_begun(request: Request) -> Request:
+    """A request whose input and checkpoints are spelled as when its work began, where they are the
+    same: './a', 'a/' and '/here/a' are."""
+    path = files.join(request.out, "recaption/request.json")
+    before = sealed_json.read(path) if files.exists(path) else {}
+    spelled: dict[str, Any] = {}
+    for name in ("input", "checkpoints"):
+        old, new = before.get(name), getattr(request, name)
+        if old is not None and _whole_paths(old) == _whole_paths(new):
+            spelled[name] = old if isinstance(old, str) else tuple(old)
+    return dataclasses.replace(request, **spelled)
+
+
+def _whole_paths(names: str | Sequence[str]) -> list[str]:
+    return [local_files.whole_path(one) for one in ([names] if isinstance(names, str) else names)]
 
 
 def plan(request: Request) -> list[Job]:
