@@ -49,7 +49,7 @@ def define_flags() -> None:
         "text", "better", requests.TEXTS, "Which texts an image keeps, by score; all: any."
     )
     flags.DEFINE_float("min_score", None, "Leave out texts of a lower cosine similarity.")
-    flags.DEFINE_float("quantile", 0.0, "Leave out this share of the texts, of lowest score.")
+    flags.DEFINE_float("quantile", 0.0, "Leave out this share of what --text chooses, by score.")
     flags.DEFINE_bool("embeddings", False, "Write embeddings of images and texts, float16.")
     flags.DEFINE_integer("batch_size", 16, "Images encoded at a time.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Images captioned at a time; 0: 4 x batch_size.", lower_bound=0)

@@ -1,6 +1,7 @@
 """How a work of recaptioning ends, what is told then, and who may work at it."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -238,3 +239,21 @@ def test_a_work_goes_on_with_its_paths_in_another_spelling(tars, format):  # noq
     for others in (("other", "runs/a", "b"), (input, "b", "runs/a"), (input, "runs/a")):
         with pytest.raises(ValueError, match=r"--out=out was begun with (input|checkpoints)="):
             whole.plan(spelled(*others))
+
+
+def test_an_image_whose_text_is_not_utf8_is_left_out_unless_another_is_taken(tars):  # noqa: F811
+    with tarfile.open(tars / "00001.tar", "w") as tar:
+        for name, data in (
+            ("0.png", encoded(5)),
+            ("0.txt", "caf\u00e9".encode("latin-1")),
+            ("0.json", b'{"alt": "red"}'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = do(asked())
+    assert (found["count"], found["quarantined"]) == (2, {"bad_utf8": 1})
+    request = asked(out="other")
+    options = dataclasses.replace(request.options, text_field="alt")
+    found = do(dataclasses.replace(request, options=options))
+    assert (found["count"], found["quarantined"], found["with_original"]) == (3, {}, 1)

@@ -29,7 +29,7 @@ class Request:
         prompts: how captions begin.
         text: which texts an image keeps, one of TEXTS; see choose.py.
         min_score: least score of a text that is kept, from -1 to 1; None: any.
-        quantile: share of the texts, those of the lowest scores, that are left out.
+        quantile: share of the texts that `text` chooses, those of the lowest scores, to leave out.
         embeddings: writes them too.
         batch_size: images encoded at a time; rows: captions in flight; part: images between two
             savings, a multiple of batch_size.
