@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if told["collapse"]["warning"]:
         cli.say(f"warning: {told['collapse']['warning']}")
     if told.get("with_original") == 0 and (field := request.options.text_field):
-        cli.say(f"warning: {remarks.of_field(request.input, 'text', field)}")
+        cli.say(f"warning: {request.input}: --text_field={field}: no image has a text in it")
     told = {key: value for key, value in told.items() if key != "request"}
     return dict(out=request.out, **told | dict(shards=len(told["shards"])), seconds=seconds)
 

@@ -209,8 +209,8 @@ def test_a_field_that_no_image_of_tars_has_is_told_before_and_at_the_end(tars, m
             recaption.flags.FLAGS(["recaption", f"--input={input}", *given])
             assert recaption.main(["recaption"])["with_original"] == told
             lines = [line for line in capsys.readouterr().err.splitlines() if "text_field" in line]
-            wanted = [f"warning: t: --text_field={field}: none of the first 64 examples has a text"]
-            wanted = wanted * before + [f"warning: t: --text_field={field}: no example has"] * (
+            wanted = [f"warning: t: --text_field={field}: none of the first 64 images has a text"]
+            wanted = wanted * before + [f"warning: t: --text_field={field}: no image has"] * (
                 not told
             )
             assert [one[: len(start)] for one, start in zip(lines, wanted, strict=True)] == wanted

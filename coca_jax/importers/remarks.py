@@ -231,13 +231,8 @@ def _of_named(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]
     for flag, kind in (("text_field", "text"), ("label_field", "label")):
         name = request.get("options", {}).get(flag)
         if name and not found[f"with_{kind}"]:
-            told.append(of_field(request["input"], kind, name))
+            told.append(f"{request['input']}: --{flag}={name}: no example has a {kind} in it")
     return told
-
-
-def of_field(input: str, kind: str, name: str) -> str:
-    """The line for a field, named as that of a 'text' or 'label', which no example has."""
-    return f"{input}: --{kind}_field={name}: no example has a {kind} in it"
 
 
 def caption_like(extra: Mapping[str, Any]) -> set[str]:

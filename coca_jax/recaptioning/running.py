@@ -41,7 +41,7 @@ def run(
         if field and not shard.first_have_texts(left[0]):  # the end says what all of them have
             say(
                 f"warning: {request.input}: --text_field={field}: none of the first "
-                f"{shard.LOOKED_AT} examples has a text in it"
+                f"{shard.LOOKED_AT} images has a text in it"
             )
         say(f"loading {', '.join(request.checkpoints)}")
         known = [unit.rows for job in left for unit in job.units]

@@ -25,7 +25,7 @@ from coca_jax.recaptioning import choose, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request
 
-LOOKED_AT = 64  # examples, before any is captioned
+LOOKED_AT = 64  # images, before any is captioned
 _DETAIL = 300  # characters of what is said of an image that cannot be used
 
 
@@ -81,7 +81,7 @@ def selected(job: Job) -> Iterator[tuple[int, Item]]:
 
 
 def first_have_texts(job: Job) -> bool:
-    """Whether any of the first LOOKED_AT examples has an original text."""
+    """Whether any of the first LOOKED_AT images has an original text."""
     return any(item.texts for _, item in itertools.islice(selected(job), LOOKED_AT))
 
 
